@@ -1,0 +1,1 @@
+"""Configuration: the dataclass tree, recipe composition and validation."""

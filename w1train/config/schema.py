@@ -1,0 +1,253 @@
+"""The configuration: one tree of slotted dataclasses, the only truth about types, defaults and meanings.
+
+Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
+objects, and ``w1train.config.validate`` checks the whole. The rest of the package sees nothing but these classes.
+A field without a default must be set by a recipe. The string under each field is its documentation
+(``docs/configuration.md`` is written from it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
+LossWeight = Literal["inverse_t", "constant", "one_minus_t"]
+LossNormalizer = Literal["tokens", "masked_tokens"]
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The diffusion Transformer."""
+
+    vocab_size: int
+    """Rows of the embedding and of the output head, special tokens included."""
+    num_layers: int
+    """Transformer layers."""
+    hidden_size: int
+    """Width h of the residual stream."""
+    num_attention_heads: int
+    """Query heads."""
+    ffn_hidden_size: int
+    """Inner width of SwiGLU."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); null = as many as query heads."""
+    kv_channels: int | None = None
+    """Channels of one head; null = hidden_size / num_attention_heads. W1 has 24 x 128 = 3,072 in 2,048."""
+    max_sequence_length: int = 4096
+    """Longest document position the model is meant for; data.sequence_length may not exceed it."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1.0e-6
+    """Epsilon of every RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on each head's query and key before the rotary embedding."""
+    tie_embeddings: bool = False
+    """One matrix for input embedding and output head."""
+    conditioning: Literal["adaln", "none"] = "adaln"
+    """adaln: the timestep modulates every layer (W1). none: no timestep input at all (LLaDA)."""
+    condition_size: int = 256
+    """Width of the condition vector that the timestep MLP gives to adaLN."""
+    timestep_frequency_size: int = 256
+    """Width of the sinusoid of the timestep; even."""
+    timestep_scale: float = 1000.0
+    """The sinusoid sees t times this, t in [0, 1]."""
+    adaln_init: Literal["zero", "identity"] = "zero"
+    """zero: gates start at 0 (every layer starts as the identity). identity: gates start at 1, shift and scale at 0
+    (the layer starts as if it had no adaLN)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    train: str
+    """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them."""
+    validation: str | None = None
+    """Prefix of the validation dataset; null = no validation."""
+    tokenizer: str
+    """The tokenizer's file (tokenizer.json)."""
+    sequence_length: int
+    """Tokens of one packed sample."""
+    num_workers: int = 1
+    """Threads that prepare batches ahead of the step; 0 = in the training thread."""
+    prefetch: int = 4
+    """Micro-batches kept ready by the workers."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DiffusionConfig:
+    """Forward process and objective of masked diffusion."""
+
+    mask_token_id: int = 14
+    """Vocabulary id of the mask token."""
+    timestep_per: Literal["sequence", "document"] = "sequence"
+    """What shares one timestep t."""
+    t_min: float = 1.0e-3
+    """Smallest mask probability (LLaDA's eps): t = t_min + (t_max - t_min) u, u uniform in [0, 1)."""
+    t_max: float = 1.0
+    """Largest mask probability."""
+    num_strata: int = 64
+    """u is stratified over each run of this many consecutive samples of the global order (a power of two),
+    rotated at random; a global batch that is a multiple of it is stratified exactly."""
+    weight: LossWeight = "inverse_t"
+    """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), constant = 1, one_minus_t = 1 - t."""
+    normalizer: LossNormalizer = "tokens"
+    """What the weighted sum over the global batch is divided by: all real tokens, or the masked ones."""
+    exclude_mask_logit: bool = True
+    """Take the mask token out of the softmax: the model never predicts it."""
+    random_length_probability: float = 0.01
+    """Share of samples cut to a random length in [1, sequence_length] (LLaDA: 1 %)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid out over ranks; data parallelism takes what is left of the world."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks."""
+    sequence: bool = False
+    """Sequence parallelism inside the tensor-parallel group (Megatron's SP)."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    distributed_optimizer: bool = True
+    """Shard optimizer states and fp32 masters over data-parallel ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: selective = core attention only, full = every layer."""
+    recompute_num_layers: int = 1
+    """Layers per recomputed group when recompute is full."""
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms, biases and other vectors have none."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StageConfig:
+    """One stage of the learning-rate schedule."""
+
+    tokens: int
+    """Length of the stage in tokens."""
+    learning_rate: float
+    """Learning rate at the stage's end; a constant stage has it throughout."""
+    style: DecayStyle = "constant"
+    """How the rate goes from the previous stage's end to this one's: constant (jump), linear, cosine, one_minus_sqrt."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ScheduleConfig:
+    """Warmup-Stable-Decay: any number of named stages, in order; the run ends when the last one does."""
+
+    stages: dict[str, StageConfig]
+    """The stages by name; the first starts from learning rate 0."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingConfig:
+    """The run."""
+
+    global_batch_size: int
+    """Sequences of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int
+    """Sequences of one forward and backward pass on one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: bf16 weights and activations, fp32 master weights and gradients."""
+    seed: int = 1234
+    """Seeds initial weights, data order and noise, each through its own stream."""
+    deterministic: bool = False
+    """Deterministic kernels on CUDA (slower). CPU runs always are."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ValidationConfig:
+    """Validation with fixed noise at fixed timesteps."""
+
+    interval: int = 1000
+    """Steps between validations; one more runs before the first step and one after the last."""
+    num_samples: int = 128
+    """Validation samples, the first of the validation set; fewer if it is smaller."""
+    timesteps: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
+    """Every sample is scored at each of these t (midpoints of equal bins: the mean is the ELBO's quadrature)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingConfig:
+    """Text generated while training, and the defaults of w1train.sample."""
+
+    interval: int = 0
+    """Steps between samples during training; 0 = never."""
+    prompts: list[str] = field(default_factory=lambda: [""])
+    """One sample is drawn from each."""
+    num_tokens: int = 128
+    """Tokens generated after the prompt."""
+    num_steps: int = 64
+    """Denoising steps, all blocks together."""
+    block_size: int | None = None
+    """Tokens denoised together, left to right (semi-autoregressive); null = all at once."""
+    temperature: float = 0.0
+    """0 = greedy; otherwise Gumbel-max sampling at this temperature."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Which predictions are kept at each step."""
+    seed: int = 0
+    """Seed of the sampler's noise."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """When state is saved and how much of it is kept."""
+
+    interval: int = 1000
+    """Steps between checkpoints; one more is written at the end."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    interval: int = 10
+    """Steps between console lines; metrics.jsonl has every step."""
+    num_t_bins: int = 10
+    """Equal bins of t for the loss by t."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto = online if WANDB_API_KEY is set, else offline."""
+    wandb_project: str = "w1train"
+    """Weights & Biases project."""
+    peak_tflops: float | None = None
+    """Dense bf16 peak of the device for MFU, TFLOP/s; null = from the device's name (none on CPU)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """A run."""
+
+    name: str
+    """Name of the run; its directory is runs_dir/name."""
+    runs_dir: str = "runs"
+    """Where run directories live."""
+    model: ModelConfig
+    data: DataConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig
+    training: TrainingConfig
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
