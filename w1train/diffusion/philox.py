@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     """How the strata of a group of samples are rotated."""
     LENGTH = 3
     """Whether a sample is cut to a random length, and to which."""
+    WEIGHT = 4
+    """Initial weights (keyed by parameter name, not by sample)."""
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

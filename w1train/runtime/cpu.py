@@ -5,7 +5,8 @@ strings). Its layers, schedules, optimizer and checkpoints run unchanged over gl
 redirected, so the code that is tested on a laptop is the code that runs on a cluster. Everything redirected is in this
 file, and nothing is touched where CUDA is available.
 
-``redirect_cuda_to_cpu`` must run before megatron-core is used (importing it earlier is harmless).
+``redirect_cuda_to_cpu`` must run before megatron-core is used; it imports megatron-core first, because
+torch.compile, which that import sets up, takes stock of torch's functions and refuses replaced ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,13 +58,29 @@ def redirect_cuda_to_cpu() -> None:
     global _redirected
     if _redirected or torch.cuda.is_available():
         return
+    megatron_random = import_megatron().tensor_parallel.random
     _redirected = True
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_tensor_methods()
     _redirect_cuda_module()
-    _redirect_rng_tracker()
+    _redirect_rng_tracker(megatron_random)
     logger.info("no CUDA: megatron-core runs on the CPU")
+
+
+def import_megatron() -> Any:
+    """megatron.core, without the dozen warnings its import prints where transformer-engine, apex and CUDA are absent
+   ."""
+    noisy = logging.getLogger("torch.utils.cpp_extension")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core
+        import megatron.core.models.common.language_module.language_module
+        import megatron.core.optimizer
+    noisy.setLevel(level)
+    return megatron.core
 
 
 def _is_cuda(device: Any) -> bool:
@@ -112,22 +130,22 @@ def _redirect_cuda_module() -> None:
     def device_context(*_args: Any, **_kwargs: Any) -> Iterator[None]:
         yield
 
-    def nothing(*_args: Any, **_kwargs: Any) -> None:
-        return None
+    def returning(value: Any) -> Callable[..., Any]:
+        # A new function each time: torch.compile refuses one object under two names.
+        return lambda *_args, **_kwargs: value
 
     stream = _NullStream()
     replacements: dict[str, Any] = {
-        "current_device": lambda: torch.device("cpu"),
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "current_stream": lambda *_args, **_kwargs: stream,
-        "default_stream": lambda *_args, **_kwargs: stream,
+        "current_device": returning(torch.device("cpu")),
+        "set_device": returning(None),
+        "synchronize": returning(None),
+        "empty_cache": returning(None),
+        "current_stream": returning(stream),
+        "default_stream": returning(stream),
         "stream": device_context,
-        "device": device_context,
         "Stream": _NullStream,
         "Event": _NullStream,
-        "manual_seed": torch.manual_seed,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
         "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     }
@@ -135,9 +153,8 @@ def _redirect_cuda_module() -> None:
         setattr(torch.cuda, name, value)
 
 
-def _redirect_rng_tracker() -> None:
-    """The tracker of per-rank random states (dropout, parallel initialisation) forks and restores the CPU's state instead."""
-    from megatron.core.tensor_parallel import random as megatron_random
+def _redirect_rng_tracker(megatron_random: Any) -> None:
+    """The tracker of per-rank random states (dropout, recomputation) forks and restores the CPU's state instead."""
 
     def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
