@@ -1,0 +1,1 @@
+"""The training loop and what is written while it runs."""
