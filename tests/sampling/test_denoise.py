@@ -153,6 +153,18 @@ def test_a_model_that_prefers_the_mask_token_still_fills_the_canvas():
         assert not (run([[]], config, predict).completions == MASK).any()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_beyond_the_tokenizer_are_never_generated(temperature):
+    def predict(tokens: Tensor, _t: Tensor) -> Tensor:
+        return torch.arange(float(VOCAB_SIZE)).expand(*tokens.shape, -1) * 10
+
+    config = SamplingConfig(num_tokens=12, num_steps=3, temperature=temperature)
+    generation = generate(predict, [[]], config, mask_token_id=MASK, eos_token_id=EOS, device="cpu", vocab_size=11)
+    assert generation.completions.max() == 10
+    beyond = generate(predict, [[]], config, mask_token_id=3, eos_token_id=EOS, device="cpu")
+    assert beyond.completions.max() == VOCAB_SIZE - 1
+
+
 def test_the_logits_of_the_model_are_not_written_to():
     logits = torch.ones(1, 6, VOCAB_SIZE)
     run([[1, 2]], SamplingConfig(num_tokens=4, num_steps=2, temperature=0.5), lambda _tokens, _t: logits)

@@ -84,6 +84,7 @@ def generate(
     mask_token_id: int,
     eos_token_id: int,
     device: torch.device | str,
+    vocab_size: int | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> Generation:
     """Complete each prompt with ``config.num_tokens`` tokens.
@@ -97,6 +98,8 @@ def generate(
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
         config: num_tokens, num_steps, block_size, temperature, remasking and seed are used.
         device: where the model takes its tokens.
+        vocab_size: ids from here on are never generated (a model's vocabulary is often rounded up beyond the tokenizer's);
+            None = every id of the model but the mask may be.
         on_step: called after every step of every batch.
 
     Returns:
@@ -112,7 +115,7 @@ def generate(
     for rows in _rows_of_equal_length(prompt_lists):
         prompt = torch.tensor([prompt_lists[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
         canvas = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=mask_token_id).to(device)
-        for step, t in enumerate(_denoise(predict, canvas, plan, config, rows, mask_token_id), start=1):
+        for step, t in enumerate(_denoise(predict, canvas, plan, config, rows, mask_token_id, vocab_size), start=1):
             if on_step is not None:
                 on_step(DenoisingStep(step, len(plan), rows, t, canvas.clone()))
         completions[torch.tensor(rows)] = canvas[:, prompt.shape[1] :].cpu()
@@ -149,7 +152,13 @@ def cut_at_eos(tokens: list[int], eos_token_id: int) -> list[int]:
 
 
 def _denoise(
-    predict: Predict, canvas: Tensor, plan: list[_PlannedStep], config: SamplingConfig, rows: list[int], mask_token_id: int
+    predict: Predict,
+    canvas: Tensor,
+    plan: list[_PlannedStep],
+    config: SamplingConfig,
+    rows: list[int],
+    mask_token_id: int,
+    vocab_size: int | None,
 ) -> Iterator[float]:
     """Fill the canvas [b, l] in place, step by step; yields the t of each step once it is done."""
     generators = [_row_generator(config.seed, row, canvas.device) for row in rows]
@@ -162,9 +171,11 @@ def _denoise(
         # Only masked positions of the block are candidates: the others have LLaDA's confidence of -inf.
         start, end = prompt_length + planned.start, prompt_length + planned.end
         masked = is_mask[:, start:end].nonzero()[:, 1].view(len(rows), -1) + start  # [b, n]
-        # float64: float32 Gumbel noise visibly lowers the quality of samples (LLaDA), and float32 probabilities tie at 1.
+        # float64: float32 Gumbel noise visibly lowers the quality of samples (LLaDA's note), and float32 probabilities tie at 1.
         candidates = logits.gather(1, masked[:, :, None].expand(-1, -1, logits.shape[2])).double()  # [b, n, v]
         candidates[:, :, mask_token_id] = -torch.inf
+        if vocab_size is not None:
+            candidates[:, :, vocab_size:] = -torch.inf
         predictions = _choose_tokens(candidates, config.temperature, generators)
         priority = _keeping_order(candidates, predictions, config, generators)
         # A stable sort, because topk may break ties differently from one device or batch size to another.
