@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.enums import ModelType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -85,6 +86,7 @@ class DiffusionTransformer(LanguageModule):
         self.model = model
         self.mask_token_id = mask_token_id
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings
         conditioned = model.conditioning == "adaln"
         if pre_process:

@@ -10,7 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
+from megatron.core.optimizer import distrib_optimizer
+
+
+def install() -> None:
+    """Make megatron-core use this AdamW, and treat it as the FusedAdam it imitates, where NVIDIA's is not installed."""
+    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    megatron_optimizer.Adam = AdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 class AdamW(torch.optim.Optimizer):

@@ -6,11 +6,11 @@ import logging
 import warnings
 from dataclasses import dataclass
 
-import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -18,7 +18,7 @@ from w1train.config.schema import Config
 from w1train.model.initialization import initialize_parameters
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
-from w1train.training.adamw import AdamW
+from w1train.training import adamw
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,20 @@ def build_trained_model(config: Config) -> TrainedModel:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    chunks = [DistributedDataParallel(megatron, ddp_config, build_stage(config, megatron))]
+    chunks = [_data_parallel(megatron, ddp_config, build_stage(config, megatron))]
     return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
+
+
+def _data_parallel(
+    megatron: TransformerConfig, ddp_config: DistributedDataParallelConfig, stage: DiffusionTransformer
+) -> DistributedDataParallel:
+    """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
+    layout = None
+    if ddp_config.use_distributed_optimizer:
+        parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        layout = DistributedOptimizer.compute_full_param_layout(parameters, None, size, ddp_config)
+    return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
 
 
 def build_stage(config: Config, megatron: TransformerConfig) -> DiffusionTransformer:
@@ -72,10 +84,7 @@ def build_stage(config: Config, megatron: TransformerConfig) -> DiffusionTransfo
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        # No transformer-engine and no apex here: give megatron-core an AdamW that its checkpoints can hold.
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        megatron_optimizer.Adam = AdamW
+    adamw.install()
     settings = config.optimizer
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -92,7 +101,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     return optimizer
