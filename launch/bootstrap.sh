@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Create or update the virtual environment and install w1train into it. A second call with nothing changed returns at once.
+#
+#   launch/bootstrap.sh                  the environment, with the development tools
+#   launch/bootstrap.sh --print-python   only print the Python it would be built on
+#
+# Environment variables:
+#   VENV     the virtual environment                          (default: .venv beside pyproject.toml)
+#   EXTRAS   extras of pyproject.toml, separated by commas    (default: dev)
+#   PYTHON   the interpreter to build the environment on      (default: the first Python >= 3.12 found)
+set -euo pipefail
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$repository/.venv}"
+EXTRAS="${EXTRAS:-dev}"
+PYTHON="${PYTHON:-}"
+
+say() { printf 'bootstrap: %s\n' "$*" >&2; }
+
+fail() {
+  say "error: $*"
+  exit 1
+}
+
+# uv on PATH, else in the environment. It has to run: pyenv's shims answer on PATH for versions in which there is no uv.
+find_uv() {
+  local candidate
+  for candidate in uv "$VENV/bin/uv"; do
+    if "$candidate" --version >/dev/null 2>&1; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+}
+
+# One candidate a line, the preferred first: 3.12 is what the tests run on.
+python_candidates() {
+  local version directory uv
+  if [[ -n "$PYTHON" ]]; then
+    printf '%s\n' "$PYTHON"
+    return
+  fi
+  printf '%s\n' python3.12 python3.13 python3.14 python3 python
+  for version in 3.12 3.13 3.14; do
+    for directory in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*; do
+      if [[ -x "$directory/bin/python3" ]]; then printf '%s\n' "$directory/bin/python3"; fi
+    done
+  done
+  uv="$(find_uv)"
+  if [[ -n "$uv" ]]; then "$uv" python find --system '>=3.12' 2>/dev/null || true; fi
+}
+
+# "ok PATH", or why the candidate will not do. The path is that of the interpreter proper: were it a virtual environment's, an
+# activated .venv would be built on itself.
+probe() {
+  "$1" -c '
+import os, sys
+version = ".".join(map(str, sys.version_info[:3]))
+new_enough = sys.version_info >= (3, 12)
+print("ok " + os.path.realpath(sys._base_executable) if new_enough else "is Python " + version)' 2>/dev/null || {
+    if command -v "$1" >/dev/null; then echo "is there but does not run"; else echo "not found"; fi
+  }
+}
+
+# Sets `python`, or ends with a list of all that was tried.
+find_python() {
+  local candidate answer tried=""
+  while read -r candidate; do
+    answer="$(probe "$candidate")"
+    if [[ "$answer" == "ok "* ]]; then
+      python="${answer#ok }"
+      return
+    fi
+    tried+="
+  $candidate: $answer"
+  done < <(python_candidates)
+  if [[ -n "$PYTHON" ]]; then fail "PYTHON=$PYTHON $answer; w1train needs Python >= 3.12"; fi
+  fail "no Python >= 3.12. Tried:$tried
+Looked for more under ${PYENV_ROOT:-$HOME/.pyenv}/versions (pyenv) and with uv ($(find_uv | grep . || echo 'not found')).
+Install one ('uv python install 3.12', 'pyenv install 3.12', or your system's package), or name it: PYTHON=/path/to/python3.12"
+}
+
+# Everything the environment depends on; the list of packages is part of it because an editable install maps each by name.
+stamp_text() {
+  local base
+  base="$(probe "$VENV/bin/python")"
+  printf '%s\n' "$base" "PYTHON=$PYTHON" "EXTRAS=$EXTRAS" "$repository"/*/__init__.py
+  cat "$repository/pyproject.toml" "$repository/launch/bootstrap.sh" | cksum
+}
+
+make_environment() {
+  local uv base
+  base="$(probe "$VENV/bin/python")"
+  if [[ "$base" == "is Python "* ]]; then
+    fail "$VENV $base, too old: remove it, or choose another place with VENV="
+  elif [[ "$base" == "ok "* ]]; then
+    if [[ -n "$PYTHON" && "$(probe "$PYTHON")" != "$base" ]]; then
+      fail "$VENV is built on ${base#ok }, not on $PYTHON: remove it, or choose another place with VENV="
+    fi
+    return
+  elif [[ -e "$VENV/pyvenv.cfg" ]]; then
+    say "$VENV has no working Python any more: building it anew"
+    rm -rf "$VENV"
+  elif [[ -n "$(ls -A "$VENV" 2>/dev/null)" ]]; then
+    fail "$VENV is there and is no virtual environment: choose another place with VENV="
+  fi
+  find_python
+  say "creating $VENV with $python"
+  uv="$(find_uv)"
+  if [[ -n "$uv" ]]; then
+    "$uv" venv --quiet --python "$python" "$VENV"
+  elif ! "$python" -m venv "$VENV"; then
+    rm -rf "$VENV" # half an environment would pass for a whole one next time
+    fail "$python cannot create virtual environments (Debian and Ubuntu: install python3-venv), and there is no uv"
+  fi
+}
+
+install_packages() {
+  local uv
+  uv="$(find_uv)"
+  if [[ -z "$uv" ]]; then
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
+    say "installing uv, which installs the rest in a fraction of pip's time"
+    if "$VENV/bin/python" -m pip install --quiet uv; then uv="$VENV/bin/uv"; else say "no uv to be had: pip installs everything"; fi
+  fi
+  say "installing w1train[$EXTRAS]; the first time brings torch with CUDA, about 5 GB"
+  if [[ -n "$uv" ]]; then
+    # uv does not read pip's settings; a mirror named to pip is meant for uv too.
+    if [[ -n "${PIP_INDEX_URL:-}" ]]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"; fi
+    "$uv" pip install --python "$VENV/bin/python" --editable "${repository}[$EXTRAS]"
+  else
+    "$VENV/bin/python" -m pip install --editable "${repository}[$EXTRAS]"
+  fi
+}
+
+main() {
+  local stamp="$VENV/.bootstrap-stamp"
+  if [[ "${1:-}" == "--print-python" ]]; then
+    find_python
+    printf '%s\n' "$python"
+    return
+  elif (($# > 0)); then
+    fail "unknown argument '$1'; the only one is --print-python"
+  fi
+  # Two makes at once would install into one environment; the lock is on a file that is always there, so none is left behind.
+  exec 9<"$repository/pyproject.toml"
+  if command -v flock >/dev/null; then flock 9; fi
+  if [[ -f "$stamp" && "$(stamp_text)" == "$(cat "$stamp")" ]]; then return; fi
+  make_environment
+  rm -f "$stamp" # an installation that is stopped half-way must be taken up again
+  install_packages
+  stamp_text >"$stamp"
+  say "ready in ${SECONDS} s: $VENV"
+}
+
+main "$@"

@@ -1,0 +1,44 @@
+"""What every test runs under. Imports nothing heavy: tests that need no torch start without it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hypothesis
+import pytest
+
+# Before anything imports torch: one thread a process keeps sums in one order, lets the parent fork ranks
+# (tests/distributed.py) and leaves the other cores to them.
+os.environ["OMP_NUM_THREADS"] = "1"
+# A key in the developer's environment would upload the tests' runs.
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["WANDB_MODE"] = "offline"
+
+# Other processes share the machine, so a slow example is no failure; CI draws the same examples every time.
+hypothesis.settings.register_profile("w1train", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("w1train")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs unless they are asked for, so that the same tests run the same way on every machine."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        pytest.skip("needs a GPU, and GPUs are hidden from the CPU tests: run `make test-gpu`")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and torch finds none")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Tests that draw from torch's global generator draw the same numbers in any order of tests."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(1234)
