@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from w1train.training.plot_data import (
     Scale,
     bucket_means,
-    extremes,
+    envelope,
     finite,
     linear_ticks,
     log_ticks,
@@ -101,21 +102,21 @@ def test_bucket_means_keep_the_mean_x_and_the_bound(ys, max_points):
     assert all(min(known) - 1e-3 <= mean <= max(known) + 1e-3 for mean in finite(means))
 
 
-@given(series, st.integers(4, 50))
-def test_thinning_keeps_the_extremes_and_the_points(ys, max_points):
+@given(series, st.integers(1, 50))
+def test_the_envelope_holds_every_point(ys, max_points):
     xs = [float(index) for index in range(len(ys))]
-    kept_xs, kept = extremes(xs, ys, max_points)
-    assert len(kept) <= max(max_points, 2)
-    assert kept_xs == sorted(set(kept_xs))
-    assert all(ys[int(x)] == y for x, y in zip(kept_xs, kept, strict=True))
+    kept_xs, lows, highs = envelope(xs, ys, max_points)
+    assert len(kept_xs) == len(lows) == len(highs) <= max_points
+    assert kept_xs == sorted(kept_xs)
     if finite(ys):
-        assert (min(finite(ys)), max(finite(ys))) == (min(finite(kept)), max(finite(kept)))
+        assert (min(lows), max(highs)) == (min(finite(ys)), max(finite(ys)))
+        assert all(low <= high for low, high in zip(lows, highs, strict=True))
 
 
 @given(st.lists(st.floats(0, 300), max_size=8).map(sorted))
 def test_labels_do_not_overlap(positions):
     placed = spread(positions, 15, 0, 300)
-    assert all(after - before >= 15 - 1e-9 for before, after in zip(placed, placed[1:], strict=False))
+    assert all(after - before >= 15 - 1e-9 for before, after in pairwise(placed))
     assert all(-1e-9 <= position <= 300 + 1e-9 for position in placed)
 
 

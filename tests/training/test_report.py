@@ -122,7 +122,7 @@ def test_samples_are_text_whatever_they_say(tmp_path):
     (tmp_path / "demo" / "config.yaml").write_text("name: '</pre><script>'")
     page = report(tmp_path / "demo")
     assert [tag for tag, _ in page.tags].count("script") == 1
-    assert not [tag for tag, _ in page.tags if tag in ("img", "b") and tag == "img"]
+    assert "img" not in [tag for tag, _ in page.tags]
     assert "alert(1)" in page.words
     assert page.words.count("<b>prompt</b>") == 1
     assert "\u2591\u2591 &" in page.words.replace(" \u2591", "\u2591").replace("> \u2591", ">\u2591")
@@ -183,8 +183,8 @@ def test_mfu_is_shown_where_it_is_known(tmp_path):
 
 
 def test_size_does_not_grow_with_the_run(tmp_path):
-    short = write_report(write_fake_run(tmp_path / "short", 800)).stat().st_size
-    long = write_report(write_fake_run(tmp_path / "long", 4000)).stat().st_size
+    short = write_report(write_fake_run(tmp_path / "short", 500)).stat().st_size
+    long = write_report(write_fake_run(tmp_path / "long", 2000)).stat().st_size
     assert long < 1.5 * short
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from w1train.training.units import quantity
 
@@ -75,7 +76,7 @@ def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
         ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
         inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) <= max_ticks:
-            return inside if len(inside) >= 2 else linear_ticks(low, high, 3)
+            return inside if len(inside) >= 2 else linear_ticks(low, high, 5)
     return inside[:: math.ceil(len(inside) / max_ticks)]
 
 
@@ -86,7 +87,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
         return [quantity(tick) if tick else "0" for tick in ticks]
     if 0 < largest < 0.01:
         return [scientific(tick) for tick in ticks]
-    gaps = [abs(after - before) for before, after in zip(ticks, ticks[1:], strict=False)]
+    gaps = [abs(after - before) for before, after in pairwise(ticks)]
     uneven = bool(gaps) and max(gaps) > 1.5 * min(gaps)
     decimals = max(0, -math.floor(math.log10(min(gaps, default=1.0)) + 1e-9))
     return [f"{tick:,.{decimals}f}" if tick and not uneven else f"{tick:g}" for tick in ticks]
@@ -125,20 +126,13 @@ def bucket_means(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list
     return mean_xs, [_mean(bucket) if bucket else None for bucket in buckets]
 
 
-def extremes(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list[float], list[float | None]]:
-    """At most so many points: the smallest and the largest y of equal runs of points, so that no spike is lost."""
-    size = math.ceil(2 * len(xs) / max_points) or 1
-    if size <= 2:
-        return list(xs), list(ys)
-    kept: list[int] = []
-    for start in range(0, len(xs), size):
-        known = [index for index in range(start, min(start + size, len(xs))) if finite([ys[index]])]
-        if not known:
-            kept.append(start)
-            continue
-        pair = {min(known, key=lambda index: ys[index] or 0.0), max(known, key=lambda index: ys[index] or 0.0)}
-        kept += sorted(pair)
-    return [xs[index] for index in kept], [ys[index] for index in kept]
+def envelope(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list[float], list[float], list[float]]:
+    """(x, smallest y, largest y) of at most so many equal runs of points: no spike is lost. Runs of nothing known are left out."""
+    size = math.ceil(len(xs) / max_points) or 1
+    starts = range(0, len(xs), size)
+    runs = [(_mean(xs[start : start + size]), finite(ys[start : start + size])) for start in starts]
+    known = [(x, values) for x, values in runs if values]
+    return [x for x, _ in known], [min(values) for _, values in known], [max(values) for _, values in known]
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:

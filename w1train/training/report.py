@@ -18,7 +18,7 @@ from w1train.training.sample_text import MASK_SYMBOL, continuation, shorten, spl
 from w1train.training.svg_chart import Chart, Line, heat_map, heat_range
 from w1train.training.units import duration, quantity
 
-_NARROW, _TWO_COLUMNS, _WIDE = 350, 709, 1080
+_NARROW, _TWO_COLUMNS, _WIDE = 350, 709, 920
 _MAX_SAMPLE_STEPS, _MAX_SAMPLE_CHARACTERS = 8, 1500
 _MAX_HEAT_COLUMNS = 60
 
@@ -63,9 +63,9 @@ def write_report(run_dir: str | Path) -> Path:
     Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if that is broken anywhere but in its last line.
     """
     run = read_run(Path(run_dir))
-    sections = [_header(run), _headline(run), _tiles(run), _learning(run), _noise_levels(run), _machinery(run), _samples(run), _appendix(run)]
+    parts = (_header, _headline, _tiles, _learning, _noise_levels, _machinery, _samples, _appendix)
     path = Path(run_dir) / "report.html"
-    write_text(path, page(run.name, "\n".join(filter(None, sections))))
+    write_text(path, page(run.name, "\n".join(part(run) for part in parts)))
     return path
 
 
@@ -105,7 +105,8 @@ def _headline(run: Run) -> str:
         bars.append(("now" if not run.finished else "after training", now, " now"))
     longest = max(value for _, value, _ in bars)
     rows = "".join(
-        f'<span>{label}</span><span class="track"><span class="bar{css}" style="width:{82 * value / longest:.1f}%"></span>{value:.3f}</span>'
+        f"<span>{label}</span>"
+        f'<span class="track"><span class="bar{css}" style="width:{82 * value / longest:.1f}%"></span>{value:.3f}</span>'
         for label, value, css in bars
     )
     return (
@@ -154,11 +155,12 @@ def _learning(run: Run) -> str:
     unigram = _unigram(run) if in_bits else None
     window = _window(len(run.train))
     ys = run.column(key)
+    validated_at = [record["step"] for record in run.validation]
     validation = [record.get(key) for record in run.validation]
     lines = [
         Line(xs=run.steps, ys=ys, css="accent", raw=True),
         Line(xs=run.steps, ys=moving_average(ys, window), css="accent", label=_end_label("training", ys, window)),
-        Line(xs=[record["step"] for record in run.validation], ys=validation, css="second", dots=True, label=_end_label("validation", validation)),
+        Line(xs=validated_at, ys=validation, css="second", dots=True, label=_end_label("validation", validation)),
     ]
     chart = Chart(
         title=f"ELBO, {unit}",
@@ -198,12 +200,11 @@ def _heat_figure(run: Run) -> str:
     if not finite(value for column in columns for value in column):
         return ""
     low, high = heat_range(columns)
-    title = "Training loss by t over steps"
-    drawn = [heat_map(title, columns, run.x_range, [(index + 0.5) / num_bins for index in range(num_bins)], width) for width in (_TWO_COLUMNS, _NARROW)]
+    centers = [(index + 0.5) / num_bins for index in range(num_bins)]
+    wide, narrow = (heat_map("Training loss by t over steps", columns, run.x_range, centers, width) for width in (_TWO_COLUMNS, _NARROW))
     caption = f'<b>Training</b><span>{low:.1f}<span class="ramp"></span>{high:.1f} nats</span>'
-    return (
-        f'<figure class="span2"><figcaption>{caption}</figcaption><div class="wide">{drawn[0]}</div><div class="narrow">{drawn[1]}</div></figure>'
-    )
+    drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    return f'<figure class="span2"><figcaption>{caption}</figcaption>{drawn}</figure>'
 
 
 def _bin(record: Record, index: int, num_bins: int) -> float | None:
@@ -219,9 +220,9 @@ def _profile_figure(run: Run) -> str:
     chosen = {0: "early", len(records) // 2: "middle-run", len(records) - 1: "accent"}
     lines = []
     for index, css in sorted(chosen.items()):
-        losses = records[index]["loss_by_t"]
-        lines.append(Line(xs=_timesteps(run, len(losses)), ys=losses, css=css, label=f"step {quantity(records[index]['step'])}", dots=css == "accent"))
-    chart = Chart(title="Validation loss by t", lines=lines, x_range=(0.0, 1.0), x_label="t", height=250, label_width=66, format="{:.3f}".format)
+        losses, label = records[index]["loss_by_t"], f"step {quantity(records[index]['step'])}"
+        lines.append(Line(xs=_timesteps(run, len(losses)), ys=losses, css=css, label=label, dots=css == "accent"))
+    chart = Chart(title="Validation loss by t", lines=lines, x_range=(0.0, 1.0), x_label="t", height=250, label_width=66)
     return _figure(chart, "Validation", "", "", None)
 
 
@@ -268,7 +269,7 @@ def _curve_figure(
     value = f"{format_value(finite(averaged)[-1])} {unit}".strip()
     notes = [f"{len(marks)} not finite"] if marks else []
     if num_clipped := chart.num_clipped():
-        notes.append(f"{num_clipped} off the axis")
+        notes.append(f"{num_clipped} off axis")
     return _figure(chart, title, ", ".join([value, *notes]), "", None)
 
 

@@ -34,8 +34,8 @@ p { margin: 0; }
 .charts { display: grid; gap: 32px; margin-top: 20px; grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; min-width: 0; }
 figcaption { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; margin-bottom: 4px; min-height: 20px; }
-figcaption b { color: var(--ink); font-weight: 600; }
-figcaption .value { text-align: right; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+figcaption b { color: var(--ink); font-weight: 600; white-space: nowrap; }
+figcaption .value { text-align: right; }
 svg.chart { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
 svg text { font-size: 12px; fill: var(--muted); }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
@@ -43,6 +43,7 @@ svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--muted); stroke-opac
 svg .reference { stroke: var(--muted); stroke-dasharray: 5 4; stroke-width: 1.25; }
 svg .curve path { fill: none; stroke: currentColor; stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round; }
 svg .curve circle { fill: currentColor; stroke: var(--paper); stroke-width: 1.5; }
+svg .band { fill: currentColor; fill-opacity: .2; stroke: none; }
 svg .raw path { stroke-width: 1; stroke-opacity: .3; }
 svg .label { font-weight: 600; } svg .label.accent { fill: var(--accent); } svg .label.second { fill: var(--second); }
 svg .label.middle-run { fill: var(--accent); opacity: .7; }

@@ -16,7 +16,7 @@ from w1train.training.plot_data import (
     Scale,
     Values,
     bucket_means,
-    extremes,
+    envelope,
     finite,
     linear_ticks,
     log_ticks,
@@ -43,7 +43,7 @@ class Line:
     dots: bool = False
     """A dot at every value."""
     raw: bool = False
-    """Values as they came, behind a smoothed line: thinned to their extremes, and the axis may leave outliers out."""
+    """Values as they came, behind a smoothed line: thinned to a band between their extremes; the axis may leave outliers out."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +73,9 @@ class Chart:
         clip = re.sub(r"\W+", "-", f"clip {self.title} {width}")
         parts = [
             f'<svg class="chart" viewBox="0 0 {width} {self.height}" role="img" aria-label="{html.escape(self.title)}"{self._hover(x)}>',
-            f'<clipPath id="{clip}"><rect x="{_LEFT - 4}" y="{_TOP - 4}" width="{x.end - _LEFT + 8:.0f}" height="{bottom - _TOP + 4}"/></clipPath>',
+            f'<clipPath id="{clip}">',
+            f'<rect x="{_LEFT - 4}" y="{_TOP - 4}" width="{x.end - _LEFT + 8:.0f}" height="{bottom - _TOP + 8}"/>',
+            "</clipPath>",
             *y_axis(y, _LEFT, x.end),
             *x_axis(x, bottom, self.x_label),
             f'<g clip-path="url(#{clip})">',
@@ -89,15 +91,12 @@ class Chart:
     def num_clipped(self) -> int:
         """Values outside the vertical axis."""
         low, high = self._y_range()
-        return sum(not low <= value <= high for line in self.lines for value in self._drawable(line.ys))
-
-    def _drawable(self, ys: Values) -> list[float]:
-        return [value for value in finite(ys) if value > 0 or not self.log]
+        return sum(not low <= value <= high for line in self.lines for value in _drawable(line.ys, self.log))
 
     def _y_range(self) -> tuple[float, float]:
         values = [self.reference[0]] if self.reference else []
         for line in self.lines:
-            drawable = self._drawable(line.ys)
+            drawable = _drawable(line.ys, self.log)
             values += without_outliers(drawable) if line.raw else drawable
         return padded_range(values, self.log, self.from_zero)
 
@@ -105,7 +104,7 @@ class Chart:
         """Labels beside the curves' ends, pushed apart where they would overlap."""
         parts, wanted = [], []
         for line in self.lines:
-            drawable = self._drawable(line.ys)
+            drawable = _drawable(line.ys, self.log)
             if line.label and drawable:
                 wanted.append((y(drawable[-1]), line.label, line.css))
         if self.reference:
@@ -142,7 +141,8 @@ def heat_map(title: str, columns: list[Values], x_range: tuple[float, float], ro
                 continue
             left, top = _LEFT + column_index * cell_width, bottom - (row_index + 1) * cell_height
             opacity = 0.04 + 0.96 * (value - low) / (high - low)
-            parts.append(f'<rect x="{left:.2f}" y="{top:.2f}" width="{cell_width:.2f}" height="{cell_height:.2f}" fill-opacity="{opacity:.2f}"/>')
+            size = f'width="{cell_width:.2f}" height="{cell_height:.2f}"'
+            parts.append(f'<rect x="{left:.2f}" y="{top:.2f}" {size} fill-opacity="{opacity:.2f}"/>')
     for row_index, row in enumerate(rows):
         if len(rows) <= 6 or row_index in (0, len(rows) // 2, len(rows) - 1):
             middle = bottom - (row_index + 0.5) * cell_height
@@ -186,19 +186,29 @@ def x_axis(x: Scale, height: float, label: str) -> list[str]:
 
 
 def _curve(line: Line, x: Scale, y: Scale) -> str:
-    xs, ys = (extremes if line.raw else bucket_means)(line.xs, line.ys, _MAX_POINTS)
-    path, points, pen_down = [], [], False
+    """A line, or, for more raw values than there are pixels, the band they lie in."""
+    if line.raw and len(line.xs) > _MAX_POINTS:
+        xs, lows, highs = envelope(line.xs, [value if value in _drawable([value], y.log) else None for value in line.ys], _MAX_POINTS)
+        border = [*zip(xs, highs, strict=True), *reversed([*zip(xs, lows, strict=True)])]
+        path = "L".join(f"{x(at):.1f} {y(value):.1f}" for at, value in border)
+        return f'<path class="band {line.css}" d="M{path}Z"/>' if path else ""
+    xs, ys = bucket_means(line.xs, line.ys, _MAX_POINTS)
+    commands, points, pen_down = [], [], False
     for at, value in zip(xs, ys, strict=True):
-        if value is None or not finite([value]) or (y.log and value <= 0):
+        if value is None or not _drawable([value], y.log):
             pen_down = False
             continue
-        point = f"{x(at):.1f} {y(value):.1f}"
-        path.append(f"{'L' if pen_down else 'M'}{point}")
         points.append((x(at), y(value)))
+        commands.append(f"{'L' if pen_down else 'M'}{x(at):.1f} {y(value):.1f}")
         pen_down = True
-    if not path:
+    if not points:
         return ""
     # A single value has no line: it is seen as a dot.
     dots = points if line.dots or len(points) == 1 else []
     circles = "".join(f'<circle cx="{at:.1f}" cy="{value:.1f}" r="3"/>' for at, value in dots)
-    return f'<g class="curve {"raw " if line.raw else ""}{line.css}"><path d="{"".join(path)}"/>{circles}</g>'
+    return f'<g class="curve {"raw " if line.raw else ""}{line.css}"><path d="{"".join(commands)}"/>{circles}</g>'
+
+
+def _drawable(ys: Values, log: bool) -> list[float]:
+    """The values that have a place on the axis."""
+    return [value for value in finite(ys) if value > 0 or not log]
