@@ -91,6 +91,12 @@ def test_an_index_cut_anywhere_is_refused(written, cut):
             TokenDataset.open(Path(directory, "x"))
 
 
+def open_and_verify(prefix, hashes):
+    dataset = TokenDataset.open(prefix)
+    if hashes:
+        dataset.verify_hashes()
+
+
 @given(st.data())
 def test_a_flipped_bit_is_found(written, data):
     """In the index when it is opened; in the tokens at the latest when the hashes are compared."""
@@ -103,9 +109,7 @@ def test_a_flipped_bit_is_found(written, data):
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(content)
         with pytest.raises(DatasetError, match=rf"x\{suffix}"):
-            TokenDataset.open(Path(directory, "x"))
-            if suffix == ".bin":
-                TokenDataset.open(Path(directory, "x")).verify_hashes()
+            open_and_verify(Path(directory, "x"), hashes=suffix == ".bin")
 
 
 @given(st.binary(max_size=200))
@@ -187,9 +191,13 @@ def test_two_writers_of_one_dataset(tmp_path, tokenizer):
 
 
 def test_an_error_leaves_nothing(tmp_path, tokenizer):
-    with pytest.raises(KeyError), DatasetWriter(tmp_path / "x", tokenizer) as unfinished:
-        unfinished.add_document([20], 1)
-        raise KeyError
+    def fail_halfway():
+        with DatasetWriter(tmp_path / "x", tokenizer) as unfinished:
+            unfinished.add_document([20], 1)
+            raise KeyError("the text")
+
+    with pytest.raises(KeyError, match="the text"):
+        fail_halfway()
     assert list(tmp_path.iterdir()) == []
 
 
