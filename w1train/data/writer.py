@@ -21,7 +21,7 @@ from w1train.data.indexed import DatasetError, bin_path, idx_path, token_dtype, 
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
 
-_FLUSH_TOKENS = 1 << 20
+_FLUSH_TOKENS = 1 << 18
 
 
 class DatasetWriter:
