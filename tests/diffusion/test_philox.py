@@ -24,7 +24,7 @@ def test_known_answers(counter, key, expected):
 
 
 def test_words_depend_on_every_argument_and_on_nothing_else():
-    base = dict(draw=0, purpose=Purpose.MASK, num=9)
+    base = {"draw": 0, "purpose": Purpose.MASK, "num": 9}
     indices = torch.tensor([5, 2**40 + 5, -1])
     words = random_words(7, indices, **base)
     assert torch.equal(words[1:2], random_words(7, indices[1:2], **base)), "independent of the rest of the batch"
@@ -42,7 +42,8 @@ def test_words_depend_on_every_argument_and_on_nothing_else():
 
 def test_words_are_uniform():
     words = random_words(1, torch.arange(512), draw=0, purpose=Purpose.MASK, num=512)
-    assert words.min() >= 0 and words.max() < 2**32
+    assert words.min() >= 0
+    assert words.max() < 2**32
     counts = torch.bincount((words >> 24).flatten(), minlength=256).double()
     expected = words.numel() / 256
     chi_squared = float(((counts - expected) ** 2 / expected).sum())

@@ -88,13 +88,13 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
     )
 
 
-def _mask_tokens(
-    batch: PackedBatch, config: DiffusionConfig, seed: int, timesteps: Tensor, segment: Tensor, draw: int
-) -> NoisyBatch:
+def _mask_tokens(batch: PackedBatch, config: DiffusionConfig, seed: int, timesteps: Tensor, segment: Tensor, draw: int) -> NoisyBatch:
     """Mask by comparing 32-bit words. timesteps: float64 [b, g]; segment: int64 [b, l] in [0, g)."""
     num_samples, length = batch.tokens.shape
     words = random_words(seed, batch.sample_indices, draw=draw, purpose=Purpose.MASK, num=length)
     masked = (words < mask_thresholds(timesteps).gather(1, segment)) & (batch.document_ids >= 0)
+    # A mask token in the data can be no target: its probability is zero.
+    masked &= batch.tokens != config.mask_token_id
     rows = torch.arange(num_samples, device=segment.device)[:, None] * timesteps.shape[1]
     return NoisyBatch(
         input_ids=batch.tokens.masked_fill(masked, config.mask_token_id),

@@ -56,9 +56,7 @@ def denominator(config: DiffusionConfig, noisy: NoisyBatch) -> Tensor:
     return (noisy.num_tokens if config.normalizer == "tokens" else noisy.loss_mask.sum()).double()
 
 
-def diffusion_loss(
-    cross_entropy: Tensor, noisy: NoisyBatch, config: DiffusionConfig, num_t_bins: int
-) -> tuple[Tensor, LossSums]:
+def diffusion_loss(cross_entropy: Tensor, noisy: NoisyBatch, config: DiffusionConfig, num_t_bins: int) -> tuple[Tensor, LossSums]:
     """The weighted sum to differentiate (not yet divided), and the sums to log.
 
     Args:
@@ -69,13 +67,15 @@ def diffusion_loss(
     with torch.no_grad():
         # Double: float32 sums of 10^6 terms would make the logged loss depend on the order of the ranks.
         detached, inverse = cross_entropy.double(), 1.0 / timesteps.double()
-        scalars = torch.stack([
-            (detached * loss_weights(config, timesteps).double()).sum(),
-            (detached * inverse).sum(),
-            detached.sum(),
-            noisy.loss_mask.sum().double(),
-            noisy.num_tokens.double(),
-        ])
+        scalars = torch.stack(
+            [
+                (detached * loss_weights(config, timesteps).double()).sum(),
+                (detached * inverse).sum(),
+                detached.sum(),
+                noisy.loss_mask.sum().double(),
+                noisy.num_tokens.double(),
+            ]
+        )
         bins = (timesteps * num_t_bins).long().clamp(0, num_t_bins - 1)
         totals = detached.new_zeros(num_t_bins).index_add_(0, bins, detached)
         counts = torch.bincount(bins, minlength=num_t_bins).double()

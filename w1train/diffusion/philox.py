@@ -74,7 +74,8 @@ def random_words(seed: int, indices: Tensor, *, draw: int, purpose: Purpose, num
     Returns:
         int64 [b, n], uniform in [0, 2^32).
     """
-    assert 0 <= draw < 1 << 24 and num >= 1
+    assert 0 <= draw < 1 << 24
+    assert num >= 1
     num_counters = -(-num // 4)
     position = torch.arange(num_counters, device=indices.device, dtype=torch.int64)[None, :]
     low, high = (indices & _MASK32)[:, None], ((indices >> 32) & _MASK32)[:, None]

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from w1train.config.schema import ModelConfig
+from w1train.model.megatron_config import parameter_device
 
 MAX_PERIOD = 10000.0
 
@@ -32,7 +33,7 @@ class ReplicatedLinear(torch.nn.Linear):
     """
 
     def __init__(self, input_size: int, output_size: int, config: TransformerConfig) -> None:
-        super().__init__(input_size, output_size, bias=True, dtype=config.params_dtype, device=torch.cuda.current_device())
+        super().__init__(input_size, output_size, bias=True, dtype=config.params_dtype, device=parameter_device(config))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

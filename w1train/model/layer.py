@@ -99,7 +99,5 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     return ModuleSpec(
         module=DiffusionTransformerLayer,
         params={"condition_size": model.condition_size if model.conditioning == "adaln" else None},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm, self_attention=attention, pre_mlp_layernorm=RMSNorm, mlp=mlp
-        ),
+        submodules=TransformerLayerSubmodules(input_layernorm=RMSNorm, self_attention=attention, pre_mlp_layernorm=RMSNorm, mlp=mlp),
     )

@@ -11,6 +11,11 @@ from w1train.config.schema import ModelConfig, ParallelConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def parameter_device(config: TransformerConfig) -> torch.device | None:
+    """Where megatron-core's own layers put their weights: the GPU, or torch's default device (which may be meta)."""
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
+
+
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
     """megatron-core's TransformerConfig for the model and layout."""
     on_cuda = torch.cuda.is_available()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ def redirect_cuda_to_cpu() -> None:
         return
     megatron_random = import_megatron().tensor_parallel.random
     _redirected = True
+    # ``with torch.device("meta")`` recognises factory functions by identity, from a list made at its first use: make it now,
+    # of the true ones, which the wrappers call.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_tensor_methods()
@@ -70,7 +74,7 @@ def redirect_cuda_to_cpu() -> None:
 
 def import_megatron() -> Any:
     """megatron.core, without the dozen warnings its import prints where transformer-engine, apex and CUDA are absent
-   ."""
+    ."""
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level
     noisy.setLevel(logging.ERROR)

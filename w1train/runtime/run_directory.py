@@ -35,7 +35,7 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise RunDirectoryError(f"cannot use run directory {self.path}: {error}; set runs_dir to a place that can be written") from error
+            raise RunDirectoryError(f"cannot use run directory {self.path}: {error}; set runs_dir to a writable place") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

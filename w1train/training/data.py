@@ -37,7 +37,7 @@ class TrainingData:
             logger.info("data.validation is not set: no validation")
         else:
             self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
-            self._packed_validation = PackedDataset(self.validation, length, config.training.seed, shuffle=False, drop_last=False)
+            self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
         self.loader = BatchLoader(
             self.packed,
             micro_batch_size=config.training.micro_batch_size,

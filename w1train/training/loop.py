@@ -137,14 +137,13 @@ class Trainer:
         if self.ranks.data_parallel_rank == 0:
             predictor = Predictor(self.config, list(self.model.chunks))
             with predictor.evaluating():
-                samples = sample_texts(
-                    predictor, self.data.tokenizer, self.config.sampling.prompts, self.config, device=self.ranks.device
-                )
+                samples = sample_texts(predictor, self.data.tokenizer, self.config.sampling.prompts, self.config, device=self.ranks.device)
             self.watch.record_samples([(sample.prompt, sample.text) for sample in samples])
         self.timer.restart()
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.watch.sync()
         started = time.perf_counter()
         path = save_checkpoint(
             self.run.checkpoints, self.model, self.progress, config_to_yaml(self.config), keep=self.config.checkpoint.keep

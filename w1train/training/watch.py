@@ -73,6 +73,12 @@ class Watch:
         else:
             self.console.print_validation(record)
 
+    def sync(self) -> None:
+        """Get the records to the disk: before a checkpoint says that its steps are done."""
+        if self.active:
+            self.metrics.sync()
+            self.samples.sync()
+
     def record_samples(self, samples: Sequence[tuple[str, str]]) -> None:
         """(prompt, text) pairs."""
         if not self.active:

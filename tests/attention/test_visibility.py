@@ -1,0 +1,48 @@
+"""Visibility: endpoints, dense mask and count agree with the definition, on random packs."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w1train.attention.visibility import Visibility, document_bounds, document_visibility
+
+
+@st.composite
+def packs(draw):
+    """document ids [b, l]: contiguous runs, a padded suffix."""
+    length = draw(st.integers(1, 40))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        cuts = sorted(draw(st.sets(st.integers(1, length), max_size=5)))
+        padding = draw(st.integers(0, length))
+        row = [sum(position >= cut for cut in cuts) if position < length - padding else -1 for position in range(length)]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@given(packs())
+def test_sees_its_document_and_nothing_else(documents):
+    visibility = document_visibility(documents)
+    expected = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+    assert torch.equal(visibility.dense(), expected)
+    assert int(visibility.num_visible_pairs()) == int(expected.sum())
+    assert visibility.everything_visible() == bool(expected.all())
+    assert (visibility.endpoints.diff(dim=0) >= 0).all()
+    assert visibility.endpoints.dtype == torch.int32
+
+
+@given(packs())
+def test_bounds_are_those_of_the_run(documents):
+    start, end = document_bounds(documents)
+    for row, ids in enumerate(documents.tolist()):
+        for position, document in enumerate(ids):
+            first = next(p for p in range(position, -1, -1) if p == 0 or ids[p - 1] != document)
+            last = next(p for p in range(position, len(ids)) if p + 1 == len(ids) or ids[p + 1] != document)
+            assert (int(start[row, position]), int(end[row, position])) == (first, last + 1)
+
+
+def test_three_intervals():
+    endpoints = torch.tensor([2, 4, 5, 7, 9], dtype=torch.int32)[:, None, None]
+    visibility = Visibility(endpoints, num_keys=10)
+    assert visibility.dense()[0, 0].int().tolist() == [1, 1, 0, 0, 1, 0, 0, 1, 1, 0]
+    assert int(visibility.num_visible_pairs()) == 5
