@@ -74,12 +74,15 @@ def initialize_process_group(device: torch.device) -> None:
 def initialize_model_parallel(parallel: ParallelConfig) -> None:
     """megatron-core's groups for the layout."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
     )
+    # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.
+    model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
 
 def current_ranks(device: torch.device) -> Ranks:
