@@ -1,0 +1,1 @@
+"""From text to datasets: train a tokenizer, tokenize a corpus."""

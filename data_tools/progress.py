@@ -1,0 +1,56 @@
+"""Progress of a command: a bar with rate and time left on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+logger = logging.getLogger(__name__)
+
+console = Console(stderr=True)
+_LOG_SECONDS = 10.0
+
+
+def setup_logging() -> None:
+    """Log to standard error, above the progress bar if there is one."""
+    if console.is_terminal:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+
+class ByteProgress:
+    """Bytes done out of a total, shown while the ``with`` statement lasts."""
+
+    def __init__(self, description: str, num_bytes: int) -> None:
+        self._description = description
+        self._num_bytes = num_bytes
+        self._began = self._logged = time.monotonic()
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(description, total=num_bytes)
+
+    def update(self, num_bytes_done: int) -> None:
+        """Show that this many bytes are done."""
+        self._bar.update(self._task, completed=num_bytes_done)
+        now = time.monotonic()
+        if console.is_terminal or now - self._logged < _LOG_SECONDS:
+            return
+        self._logged = now
+        rate = num_bytes_done / (now - self._began)
+        left = (self._num_bytes - num_bytes_done) / rate if rate else float("inf")
+        logger.info(
+            "%s: %.1f of %.1f MB, %.2f MB/s, %.0f s left", self._description, num_bytes_done / 1e6, self._num_bytes / 1e6, rate / 1e6, left
+        )
+
+    def __enter__(self) -> ByteProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.stop()

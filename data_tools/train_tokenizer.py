@@ -1,0 +1,53 @@
+"""Train a byte-level BPE tokenizer on a corpus: python -m data_tools.train_tokenizer --input PATH --output tokenizer.json"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_tools.command import add_corpus_options, corpus_from, run_command
+from data_tools.progress import ByteProgress
+from data_tools.text import TextCorpus
+from w1train.data.tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.train_tokenizer",
+        description="Train a byte-level BPE tokenizer. Special tokens come first (<pad> 0, <eos> 1, <bos> 2, reserved ones, <mask>), "
+        "then the 256 bytes, then merges; every digit is a token of its own; any text comes back as it went in.",
+    )
+    add_corpus_options(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="where to write tokenizer.json")
+    parser.add_argument("--vocab-size", type=int, default=64512, help="ids, special tokens included (default: %(default)s)")
+    parser.add_argument("--mask-token-id", type=int, default=14, help="id of <mask>, at least 3 (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _train(options))
+
+
+def _train(options: argparse.Namespace) -> None:
+    corpus = corpus_from(options)
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("training a tokenizer of %d ids on %d files, %.1f MB", options.vocab_size, len(corpus.files), corpus.num_bytes / 1e6)
+    tokenizer = train_tokenizer(_texts(corpus), options.vocab_size, options.mask_token_id)
+    tokenizer.save(output)
+    logger.info("wrote %s: %d ids, mask %d, sha256 %s", output, tokenizer.vocab_size, tokenizer.mask_token_id, tokenizer.fingerprint)
+
+
+def _texts(corpus: TextCorpus) -> Iterator[str]:
+    with ByteProgress("reading", corpus.num_bytes) as progress:
+        for document in corpus:
+            yield document.text
+            progress.update(corpus.num_bytes_read)
+    logger.info("read %d documents; merging pairs", corpus.num_documents)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

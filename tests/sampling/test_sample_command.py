@@ -1,0 +1,229 @@
+"""``python -m w1train.sample`` over a fake model whose tokens are bytes."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from w1train.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, ScheduleConfig, TrainingConfig
+from w1train.sample import main
+from w1train.sampling.denoise import DenoisingStep
+from w1train.sampling.display import DenoisingView, print_samples
+from w1train.sampling.text import TextSample, sample_texts
+
+MASK, EOS, VOCAB_SIZE = 256, 257, 260
+ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
+
+
+class ByteTokenizer:
+    vocab_size = 258
+    eos_token_id = EOS
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        assert all(token < MASK for token in ids)
+        return bytes(ids).decode(errors="replace")
+
+
+def alphabet_logits(tokens: Tensor, _t: Tensor) -> Tensor:
+    """Position i is letter i of the alphabet, surer to the left; the id beyond the tokenizer is surest of all."""
+    letters = torch.tensor([ALPHABET[i % 26] for i in range(tokens.shape[1])])
+    logits = torch.zeros(*tokens.shape, VOCAB_SIZE)
+    logits[:, torch.arange(tokens.shape[1]), letters] = torch.linspace(9, 5, tokens.shape[1])
+    logits[:, :, VOCAB_SIZE - 1] = 100
+    return logits
+
+
+def with_eos_at(place: int):
+    def predict(tokens: Tensor, t: Tensor) -> Tensor:
+        logits = alphabet_logits(tokens, t)
+        logits[:, place, EOS] = 50
+        return logits
+
+    return predict
+
+
+def run_config() -> Config:
+    return Config(
+        name="fake",
+        model=ModelConfig(
+            vocab_size=VOCAB_SIZE, num_layers=1, hidden_size=8, num_attention_heads=1, ffn_hidden_size=8, max_sequence_length=32
+        ),
+        data=DataConfig(train="", tokenizer="", sequence_length=32),
+        diffusion=DiffusionConfig(mask_token_id=MASK),
+        schedule=ScheduleConfig(stages={}),
+        training=TrainingConfig(global_batch_size=1, micro_batch_size=1),
+        sampling=SamplingConfig(prompts=["abc"], num_tokens=8, num_steps=4),
+    )
+
+
+@dataclass
+class FakeModel:
+    predict: object = alphabet_logits
+    config: Config = field(default_factory=run_config)
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    (tmp_path / "config.yaml").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def sample(run_dir, capsys, monkeypatch):
+    """Run the command; gives (exit status, stdout, stderr)."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):  # would make rich take the captured output for a terminal
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str, model: FakeModel | None = None) -> tuple[int, str, str]:
+        status = main([str(run_dir), *arguments], load=lambda _run, _step: model or FakeModel())
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_defaults_come_from_the_run(sample):
+    assert sample() == (0, "abcdefghijk\n", "")
+
+
+def test_prompts_are_completed_plainly_one_after_the_other(sample):
+    assert sample("--prompt", "ab", "--prompt", "", "--num-tokens", "4") == (0, "abcdef\n\nabcd\n", "")
+
+
+def test_long_lines_tabs_and_markup_are_printed_as_they_are(sample):
+    model = FakeModel()
+    model.config.model.max_sequence_length = 400
+    status, out, _ = sample("--prompt", "[red]\tx[/red]", "--num-tokens", "200", "--steps", "1", model=model)
+    assert status == 0
+    assert out.startswith("[red]\tx[/red]nopq")
+    assert out.count("\n") == 1
+
+
+def test_json(sample, run_dir):
+    status, out, _ = sample(
+        "--json", "--seed", "5", "--temperature", "0", "--checkpoint", "70", "--block-size", "4", "--remasking", "random"
+    )
+    assert status == 0
+    assert json.loads(out) == {
+        "run": str(run_dir),
+        "checkpoint": 70,
+        "sampling": {"num_tokens": 8, "num_steps": 4, "block_size": 4, "temperature": 0.0, "remasking": "random", "seed": 5},
+        "samples": [{"prompt": "abc", "text": "defghijk", "tokens": list(b"defghijk")}],
+    }
+
+
+def test_the_text_ends_at_eos(sample):
+    status, out, _ = sample("--json", model=FakeModel(predict=with_eos_at(6)))
+    assert status == 0
+    assert json.loads(out)["samples"] == [{"prompt": "abc", "text": "def", "tokens": list(b"def")}]
+
+
+def test_block_size_zero_undoes_the_runs_blocks(sample):
+    model = FakeModel()
+    model.config.sampling.block_size = 4
+    status, out, _ = sample("--json", "--block-size", "0", model=model)
+    assert status == 0
+    assert json.loads(out)["sampling"]["block_size"] is None
+    assert model.config.sampling.block_size == 4
+
+
+def test_show_steps_off_a_terminal_prints_each_canvas(sample):
+    status, out, _ = sample("--show-steps")
+    assert status == 0
+    assert out.splitlines() == [
+        "step 1/4  t = 0.727",
+        "abcde" + 6 * "\u2591",
+        "step 2/4  t = 0.545",
+        "abcdefg" + 4 * "\u2591",
+        "step 3/4  t = 0.364",
+        "abcdefghi" + 2 * "\u2591",
+        "step 4/4  t = 0.182",
+        "abcdefghijk",
+        "abcdefghijk",
+    ]
+
+
+def test_on_a_terminal_the_canvas_is_drawn_in_place_and_styled():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=60, height=20, color_system="standard", legacy_windows=False)
+    with DenoisingView(console, ByteTokenizer(), MASK, num_tokens=4) as view:
+        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([[*b"ab", MASK, *b"c", MASK, MASK]])))
+    print_samples(console, [TextSample("ab", "cd", list(b"cd"))])
+    drawn = stream.getvalue()
+    assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m" in drawn
+    assert "\x1b[?25h" in drawn  # the cursor is back
+    assert drawn.endswith("\x1b[1;36mab\x1b[0mcd\n")
+
+
+def test_control_bytes_of_the_model_do_not_reach_the_terminal():
+    stream = io.StringIO()
+    print_samples(Console(file=stream, force_terminal=True, color_system=None), [TextSample("a\x1b[2J", "b\r\x07\nc", [])])
+    assert stream.getvalue() == "a\ufffd[2Jb\ufffd\ufffd\nc\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block-size", "3"], "sampling.block_size is 3, which does not divide num_tokens = 8; valid: 1, 2, 4, 8"),
+        (["--temperature", "-1"], "sampling.temperature is -1.0"),
+        (["--num-tokens", "30"], "prompt 0 has 3 tokens and sampling.num_tokens is 30"),
+    ],
+)
+def test_bad_settings_are_one_line_on_stderr(sample, arguments, message):
+    status, out, err = sample(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_errors_of_the_loader_are_reported(run_dir, capsys):
+    def load(_run, step):
+        raise ValueError(f"no checkpoint of step {step}")
+
+    assert main([str(run_dir), "--checkpoint", "7"], load=load) == 2
+    assert capsys.readouterr().err == "error: no checkpoint of step 7\n"
+
+
+def test_a_directory_that_is_no_run(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")], load=lambda _run, _step: FakeModel()) == 2
+    assert "nowhere is not a run directory: it has no config.yaml" in capsys.readouterr().err
+
+
+def test_skipped_steps_are_said(sample, caplog):
+    status, *_ = sample("--num-tokens", "2")
+    assert status == 0
+    assert "2 of 4 denoising steps" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", [["--remasking", "entropy"], ["--num-tokens", "many"], ["--json", "--show-steps"]])
+def test_bad_arguments_are_refused_by_the_parser(run_dir, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run_dir), *arguments])
+    assert stopped.value.code == 2
+
+
+def test_sampling_does_not_import_megatron():
+    code = "import sys, w1train.sample; sys.exit('megatron' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_sample_texts_leaves_the_configuration_alone():
+    model = FakeModel()
+    before = run_config()
+    [text] = sample_texts(model.predict, model.tokenizer, ["xyz"], model.config, device="cpu")
+    assert text.text == "defghijk"
+    assert model.config == before

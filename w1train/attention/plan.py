@@ -1,0 +1,32 @@
+"""What one micro-batch's attention needs, computed once and shared by all layers and by recomputation.
+
+Shapes: b = samples, q = query rows, k = key columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from w1train.attention.visibility import Visibility
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """The visibility of a micro-batch, with the mask that dense kernels read."""
+
+    visibility: Visibility
+    mask: Tensor | None
+    """bool [b, 1, q, k], True = visible; None when everything is visible, so that unmasked kernels can run."""
+    blind_rows: Tensor | None
+    """bool [b, q]: rows that see nothing (padding); their output is zero. None when there is none."""
+
+
+def plan_attention(visibility: Visibility) -> AttentionPlan:
+    """Turn visibility into what the kernels read. Called once a micro-batch, outside the layers."""
+    if visibility.everything_visible():
+        return AttentionPlan(visibility, mask=None, blind_rows=None)
+    mask = visibility.dense()
+    blind = ~mask.any(dim=-1)
+    return AttentionPlan(visibility, mask=mask[:, None], blind_rows=blind if bool(blind.any()) else None)

@@ -1,0 +1,221 @@
+"""Recipes and overrides to a checked configuration.
+
+Hydra composes plain YAML (which files, in which order); the values given on the command line are put in here, and
+``w1train.config.convert`` decides what is valid. Hydra itself would stop at the first mistake, accept ``+model.hiden_size=1`` and
+accept text for numbers. Its compose API writes nothing, so any number of ranks may do this at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.version import VersionBase
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from w1train.config.convert import convert
+from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, raise_if_any, show
+from w1train.config.recipe_files import (
+    GLOBAL_HEADER,
+    RECIPE_GROUP,
+    ROOT_NAME,
+    check_user_directories,
+    groups,
+    packaged_directory,
+    recipe_is_global,
+)
+from w1train.config.schema import Config
+from w1train.config.validate import validate_conversion
+
+_ALL_SECTIONS = frozenset(config_field.name for config_field in dataclasses.fields(Config))
+_MISSING_VALUE = "???"
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the overrides ask for."""
+
+    choices: dict[str, str] = field(default_factory=dict)
+    """Option by group, "null" for none."""
+    edits: list[Override] = field(default_factory=list)
+    """Values to set and keys to remove, in order."""
+    unknown_sections: frozenset[str] = frozenset()
+    """Sections that a choice without a file would have set."""
+    problems: list[Problem] = field(default_factory=list)
+
+
+def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Config:
+    """Compose recipes and overrides (``recipe=w1_4b``, ``parallel.tensor=4``, ``~schedule.stages.decay``) to a valid configuration.
+
+    ``config_dirs``: the user's directories of recipes, beside the packaged ones. Values in overrides are merged into mappings and
+    replace everything else; ``~key`` goes back to the default. Raises ``ConfigurationError`` with every problem there is.
+    """
+    user_directories, problems = check_user_directories(config_dirs)
+    directories = [packaged_directory(), *user_directories]
+    options = groups(directories)
+    request = _read_overrides(overrides, options, directories)
+    problems += request.problems
+    try:
+        tree, unknown_sections = _compose(request.choices, user_directories), request.unknown_sections
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(_composition_problem(error))
+        tree, unknown_sections = {}, _ALL_SECTIONS
+    tree = {section: value for section, value in tree.items() if section not in unknown_sections}
+    problems += _apply(request.edits, tree, unknown_sections)
+    tree, unresolved = _resolve(tree)
+    conversion = convert(tree, unknown_sections)
+    problems += unresolved + _no_recipe(request.choices, conversion.problems, options) + conversion.problems
+    raise_if_any(problems + validate_conversion(conversion))
+    return conversion.config
+
+
+def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str]], directories: Sequence[Path]) -> _Request:
+    request = _Request()
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            request.problems.append(_syntax_problem(text, error, options))
+            continue
+        key = override.key_or_group
+        if not key or override.package is not None:
+            request.problems.append(Problem(text, "a key that is empty or has '@'", "KEY=VALUE with a key such as model.hidden_size"))
+        elif override.is_sweep_override():
+            request.problems.append(Problem(key, f"the sweep {text.partition('=')[2]}", "one value (a run is one configuration)", "a list is [1,2]"))
+        elif key in options and not override.is_delete() and not isinstance(override.value(), dict):
+            _choose(request, key, override, options[key], directories)
+        else:
+            request.edits.append(override)
+    return request
+
+
+def _choose(request: _Request, group: str, override: Override, options: Sequence[str], directories: Sequence[Path]) -> None:
+    option = "null" if override.value() is None else str(override.value())
+    if option != "null" and option not in options:
+        match = closest(option.removesuffix(".yaml"), options)
+        suggestion = f"{group}={match}" if match else f"a file of yours: DIR/{group}/{option}.yaml with --config-dir DIR"
+        problem = Problem(group, show(override.value()), f"one of: {listing(options)}", suggestion)
+    elif group == RECIPE_GROUP and option != "null" and not recipe_is_global(directories, option):
+        found = f"a first line other than '{GLOBAL_HEADER}', so its keys would be set below the key '{RECIPE_GROUP}'"
+        problem = Problem(f"{RECIPE_GROUP}/{option}.yaml", found, f"'{GLOBAL_HEADER}' as the first line")
+    else:
+        request.choices[group] = option
+        return
+    request.problems.append(problem)
+    request.unknown_sections |= _ALL_SECTIONS if group == RECIPE_GROUP else {group}
+
+
+def _syntax_problem(text: str, error: HydraException, options: Mapping[str, Sequence[str]]) -> Problem:
+    if "=" not in text:
+        recipe = closest(text, options[RECIPE_GROUP])
+        return Problem(text, "no '='", "KEY=VALUE or GROUP=OPTION", f"{RECIPE_GROUP}={recipe}" if recipe else None)
+    key, _, value = text.partition("=")
+    reason = str(error).splitlines()[0]
+    return Problem(text, f"text that cannot be read ({reason})", "KEY=VALUE; special characters in quotes", f"""{key}='"{value}"'""")
+
+
+@contextmanager
+def _hydra(directory: Path) -> Iterator[None]:
+    """Hydra's global state for one composition; afterwards it is what it was, for callers that use Hydra themselves."""
+    global_hydra, version = GlobalHydra.instance().hydra, VersionBase.instance().version_base
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = global_hydra
+        VersionBase.instance().version_base = version
+
+
+def _compose(choices: Mapping[str, str], user_directories: Sequence[Path]) -> dict[str, Any]:
+    """The tree that the chosen files make, interpolations not yet resolved."""
+    search_path = ",".join(_quote(f"file://{directory}") for directory in user_directories)
+    overrides = [f"{group}={option if option == 'null' else _quote(option)}" for group, option in choices.items()]
+    with _hydra(packaged_directory()):
+        composed = compose(ROOT_NAME, [*overrides, f"hydra.searchpath=[{search_path}]"])
+    tree = OmegaConf.to_container(composed)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _quote(text: str) -> str:
+    """A string in the grammar of Hydra's overrides."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _composition_problem(error: Exception) -> Problem:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.partition("/")
+        match = closest(option, error.options)
+        found = f"{show(option)}, in the defaults of a recipe ({str(error).splitlines()[0]})"
+        return Problem(group, found, f"one of: {listing(error.options)}", f"did you mean {match}?" if match else None)
+    return Problem("the recipe files", " ".join(str(error).split()), "YAML files that Hydra can compose")
+
+
+def _apply(edits: Sequence[Override], tree: dict[str, Any], unknown_sections: frozenset[str]) -> list[Problem]:
+    problems = []
+    for edit in edits:
+        *parents, name = edit.key_or_group.split(".")
+        node = tree
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                # A scalar in the way is replaced; the conversion then says that a mapping is not valid there.
+                node[parent] = {}
+            node = node[parent]
+        if not edit.is_delete():
+            _merge(node, name, edit.value())
+        elif name in node:
+            del node[name]
+        elif edit.key_or_group.partition(".")[0] not in unknown_sections:
+            problems.append(_nothing_to_remove(edit.key_or_group, name, node))
+    return problems
+
+
+def _nothing_to_remove(key: str, name: str, node: Mapping[str, Any]) -> Problem:
+    match = closest(name, node)
+    suggestion = f"did you mean ~{key.removesuffix(name)}{match}?" if match else None
+    return Problem(f"~{key}", "nothing: no recipe sets this key", f"a key that is set: {listing(node) or 'none is, here'}", suggestion)
+
+
+def _merge(node: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, dict) and isinstance(node.get(name), dict):
+        for child_name, child in value.items():
+            _merge(node[name], child_name, child)
+    else:
+        node[name] = value
+
+
+def _resolve(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Fill in interpolations (``${data.train}``, ``${oc.env:HOME}``); keys that are ``???`` are missing."""
+    tree = _without_missing(tree)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "the recipe files"
+        return tree, [Problem(key, f"an interpolation: {str(error).splitlines()[0]}", "${KEY} of a key that is set, or ${oc.env:VARIABLE}")]
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}, []
+
+
+def _without_missing(tree: Mapping[str, Any]) -> dict[str, Any]:
+    present = {key: value for key, value in tree.items() if value != _MISSING_VALUE}
+    return {key: _without_missing(value) if isinstance(value, dict) else value for key, value in present.items()}
+
+
+def _no_recipe(choices: Mapping[str, str], problems: Sequence[Problem], options: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """Most keys are missing because no recipe was chosen: say so first."""
+    if RECIPE_GROUP in choices or not any(problem.found == NOT_GIVEN for problem in problems):
+        return []
+    return [Problem(RECIPE_GROUP, NOT_GIVEN, f"a complete run: {listing(options[RECIPE_GROUP])}", f"{RECIPE_GROUP}=demo")]

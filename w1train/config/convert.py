@@ -1,0 +1,254 @@
+"""Plain dictionaries to the configuration's dataclasses, strictly, reporting every mistake.
+
+Neither Hydra nor OmegaConf does this: plain YAML accepts any key, and ``key=abc`` for an integer is accepted too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, show
+from w1train.config.schema import Config
+
+# Beyond this a float no longer names one integer: 1e23 is 99999999999999991611392.
+_LARGEST_EXACT_FLOAT = 2**53
+_SCALARS: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
+_INVALID: Any = object()
+
+
+@dataclasses.dataclass(slots=True)
+class Conversion:
+    """The outcome of converting one tree."""
+
+    config: Config
+    """Fields that could not be converted are *unset*: reading one raises AttributeError, by which ``w1train.config.validate``
+    knows which rules it cannot check yet."""
+    problems: list[Problem]
+    complete: bool
+    """Whether every field is set."""
+
+
+def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset()) -> Conversion:
+    """Convert a plain tree (mappings, lists, scalars) to a ``Config``.
+
+    ``unknown_sections`` are top-level keys whose values are not known because the recipe that sets them was not found: what they
+    lack is neither reported nor filled with a default.
+    """
+    converter = _Converter(unknown_sections)
+    config = converter.dataclass(Config, tree, "")
+    return Conversion(config, converter.problems, complete=not converter.problems and not unknown_sections)
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Name and resolved type of every field, in order."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def describe_type(annotation: Any) -> str:
+    """What values a field of this type takes, in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    if origin is Literal:
+        return f"one of: {listing(arguments)}"
+    if _is_optional(annotation):
+        return f"{describe_type(_without_none(annotation))} or null"
+    if origin is list:
+        return f"a list, each item {describe_type(arguments[0])}"
+    if origin is dict:
+        return f"a mapping from names, each value {describe_type(arguments[1])}"
+    return f"a mapping with the keys {listing(field_types(annotation))}"
+
+
+class _Converter:
+    """Walks the tree beside the types and notes what does not fit."""
+
+    def __init__(self, unknown_sections: frozenset[str]):
+        self.unknown_sections = unknown_sections
+        self.problems: list[Problem] = []
+
+    def value(self, annotation: Any, value: Any, key: str) -> Any:
+        """The converted value, or ``_INVALID`` after noting the problem."""
+        origin = get_origin(annotation)
+        if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+            return self.dataclass(annotation, value, key)
+        if origin is list and isinstance(value, list):
+            items = [self.value(get_args(annotation)[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+            return _INVALID if any(item is _INVALID for item in items) else items
+        if origin is dict and isinstance(value, Mapping):
+            return self.mapping(get_args(annotation)[1], value, key)
+        converted = _convert_scalar(annotation, value)
+        if converted is _INVALID:
+            self.problems.append(_wrong_type(annotation, value, key))
+        return converted
+
+    def dataclass(self, cls: Any, tree: Mapping[Any, Any], key: str) -> Any:
+        """An instance of which the fields that failed are unset."""
+        annotations = field_types(cls)
+        result = object.__new__(cls)
+        for field in dataclasses.fields(cls):
+            full_key, annotation = join(key, field.name), annotations[field.name]
+            value = self.value(annotation, tree[field.name], full_key) if field.name in tree else self.absent(field, annotation, full_key)
+            if value is not _INVALID:
+                setattr(result, field.name, value)
+        for name in tree:
+            if name not in annotations:
+                self.problems.extend(_unknown(name, tree[name], key, annotations))
+        return result
+
+    def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
+        """The default of a field that the tree does not have."""
+        if key.partition(".")[0] in self.unknown_sections:
+            # An unknown section is an object without fields, so that what the user does set is still checked.
+            return self.dataclass(annotation, {}, key) if dataclasses.is_dataclass(annotation) else _INVALID
+        if is_required(field):
+            self.problems.append(_missing(annotation, key))
+            return _INVALID
+        return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+    def mapping(self, annotation: Any, tree: Mapping[Any, Any], key: str) -> Any:
+        result = {}
+        for name, value in tree.items():
+            if isinstance(name, str):
+                result[name] = self.value(annotation, value, join(key, name))
+            else:
+                found = f"the name {show(name)}, {_type_name(name)}"
+                self.problems.append(Problem(key, found, "names that are strings", f"in quotes: '{show(name)}'"))
+        valid = {name: value for name, value in result.items() if value is not _INVALID}
+        return _INVALID if tree and not valid else valid
+
+
+def _convert_scalar(annotation: Any, value: Any) -> Any:
+    """A scalar or a choice; ``_INVALID`` if it is of another type. Booleans are no numbers, and strings are none either."""
+    if _is_optional(annotation):
+        return None if value is None else _convert_scalar(_without_none(annotation), value)
+    if get_origin(annotation) is Literal:
+        return value if isinstance(value, str) and value in get_args(annotation) else _INVALID
+    if annotation is int and isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
+        return int(value)
+    if annotation is float and type(value) is int:
+        return float(value) if abs(value) <= _LARGEST_EXACT_FLOAT else _INVALID
+    return value if type(value) is annotation else _INVALID
+
+
+def _wrong_type(annotation: Any, value: Any, key: str) -> Problem:
+    found = "null" if value is None else f"{show(value)}, {_type_name(value)}"
+    return Problem(key, found, describe_type(annotation), _repair(annotation, value, key))
+
+
+def _repair(annotation: Any, value: Any, key: str) -> str | None:
+    """How a value of the wrong type could be written instead."""
+    inner = _without_none(annotation) if _is_optional(annotation) else annotation
+    if isinstance(value, str):
+        if get_origin(inner) is Literal:
+            match = closest(value, get_args(inner))
+            return f"did you mean {match}?" if match else None
+        if inner in (int, float) and _reads_as_number(value):
+            return f"without quotes: {key}={value}"
+        if inner is bool and value.lower() in ("yes", "on", "no", "off"):
+            return f"{key}={'true' if value.lower() in ('yes', 'on') else 'false'}"
+    if inner is str and isinstance(value, int | float):
+        return f"""in quotes; on a command line: {key}='"{show(value)}"'"""
+    if inner is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
+        return f"{key}={round(value)}"
+    return None
+
+
+def _missing(annotation: Any, key: str) -> Problem:
+    if not dataclasses.is_dataclass(annotation):
+        return Problem(key, NOT_GIVEN, describe_type(annotation))
+    required = [field.name for field in dataclasses.fields(annotation) if is_required(field)]
+    return Problem(key, NOT_GIVEN, f"a mapping with at least the keys {listing(required)}")
+
+
+def _unknown(name: Any, value: Any, parent: str, siblings: Mapping[str, Any]) -> Iterator[Problem]:
+    """One problem for each leaf under an unknown key, so that every wrong override is named in full."""
+    where = f"a key of {parent}" if parent else "a top-level key"
+    for path, leaf in _leaves(str(name), value):
+        full_key = join(parent, path)
+        yield Problem(full_key, f"an unknown key (value {show(leaf)})", f"{where}: {listing(siblings)}", _intended(parent, path, siblings))
+
+
+def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None:
+    """The known key that an unknown one was probably meant to be."""
+    name, _, rest = path.partition(".")
+    match = closest(name, siblings)
+    if match and rest and dataclasses.is_dataclass(siblings[match]):
+        inner = field_types(siblings[match])  # type: ignore[arg-type]
+        inner_match = closest(rest, inner)
+        if inner_match is None:
+            return f"did you mean {join(parent, match)}? Its keys: {listing(inner)}"
+        match = f"{match}.{inner_match}"
+    if match:
+        return f"did you mean {join(parent, match)}?"
+    elsewhere = _keys_named(path.rpartition(".")[2])
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else None
+
+
+@functools.cache
+def _all_keys() -> dict[str, list[str]]:
+    """Full keys of the tree by their last part; a stage's keys are under ``schedule.stages.NAME``."""
+    keys: dict[str, list[str]] = {}
+
+    def visit(cls: Any, prefix: str) -> None:
+        for name, annotation in field_types(cls).items():
+            key = join(prefix, name)
+            keys.setdefault(name, []).append(key)
+            if dataclasses.is_dataclass(annotation):
+                visit(annotation, key)
+            elif get_origin(annotation) is dict:
+                visit(get_args(annotation)[1], f"{key}.NAME")
+
+    visit(Config, "")
+    return keys
+
+
+def _keys_named(name: str) -> list[str]:
+    match = closest(name, _all_keys())
+    return _all_keys()[match] if match else []
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, child in value.items():
+            yield from _leaves(f"{path}.{name}", child)
+    else:
+        yield path, value
+
+
+def _is_optional(annotation: Any) -> bool:
+    return get_origin(annotation) in (types.UnionType, Union) and type(None) in get_args(annotation)
+
+
+def _without_none(annotation: Any) -> Any:
+    (inner,) = (argument for argument in get_args(annotation) if argument is not type(None))
+    return inner
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _type_name(value: object) -> str:
+    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
+
+
+def join(prefix: str, name: str) -> str:
+    """The full key of ``name`` under ``prefix``."""
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,71 @@
+"""What is wrong with a configuration, and the one exception that carries all of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+NOT_GIVEN = "(not given)"
+_LONGEST_VALUE = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: the key to change, what was found there and what would be valid."""
+
+    key: str
+    """Full key in the tree, for example ``model.hidden_size``; or the flag, file or override that is wrong."""
+    found: str
+    """The value found, as text."""
+    valid: str
+    """What would be valid."""
+    suggestion: str | None = None
+    """What the user most probably wants."""
+
+    def __str__(self) -> str:
+        lines = [self.key, f"   found: {self.found}", f"   valid: {self.valid}"]
+        if self.suggestion:
+            lines.append(f"   try:   {self.suggestion}")
+        return "\n".join(lines)
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be used; the text lists every problem, numbered."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        assert problems, "a ConfigurationError needs a problem"
+        self.problems = list(problems)
+        count = len(self.problems)
+        title = f"{count} problem{'s' if count > 1 else ''} in the configuration:"
+        super().__init__("\n".join([title, *(f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))]))
+
+
+def raise_if_any(problems: Sequence[Problem]) -> None:
+    """Raise a ConfigurationError with all problems, if there are any."""
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def show(value: object) -> str:
+    """A value as it would be written in YAML, on one line and shortened."""
+    if isinstance(value, str):
+        text = repr(value)
+    else:
+        text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True)
+        text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def listing(names: Iterable[object]) -> str:
+    """Names separated by commas."""
+    return ", ".join(str(name) for name in names)
+
+
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that ``name`` was probably meant to be, if any is near."""
+    by_lower_case = {candidate.lower(): candidate for candidate in candidates}
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return by_lower_case[matches[0]] if matches else None

@@ -1,0 +1,91 @@
+"""Writes docs/configuration.md from the schema: ``python -m w1train.config.reference [FILE]`` (without FILE: to standard output)."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from w1train.config import schema
+from w1train.config.convert import describe_type, field_types, is_required, join
+from w1train.config.errors import show
+
+_INTRODUCTION = """\
+# Configuration reference
+
+Written by `python -m w1train.config.reference docs/configuration.md` from `w1train/config/schema.py`; a test keeps it up to date.
+
+A run is chosen with `recipe=NAME`, its parts with `GROUP=OPTION`, single values with `KEY=VALUE`, where KEY is one of those below.
+`~KEY` goes back to the default. `python -m w1train.pretrain recipe=NAME --cfg job` prints every value of a run."""
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, on one line."""
+    (class_node,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(class_node, ast.ClassDef)
+    docstrings = {}
+    for statement, following in zip(class_node.body, class_node.body[1:], strict=False):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
+            docstrings[statement.target.id] = " ".join(following.value.value.split())
+    return docstrings
+
+
+def reference() -> str:
+    """The whole reference, in Markdown."""
+    top_level = [name for name, annotation in field_types(schema.Config).items() if not dataclasses.is_dataclass(annotation)]
+    sections = [_section(schema.Config, "", "The run", only=top_level)]
+    for name, annotation in field_types(schema.Config).items():
+        if dataclasses.is_dataclass(annotation):
+            sections.append(_section(annotation, name, name))
+        sections.extend(_mapping_sections(annotation, name))
+    return "\n\n".join([_INTRODUCTION, *sections]) + "\n"
+
+
+def _mapping_sections(annotation: Any, key: str) -> list[str]:
+    """Sections for mappings from names, such as the stages of the schedule."""
+    if not dataclasses.is_dataclass(annotation):
+        return []
+    fields = field_types(annotation).items()  # type: ignore[arg-type]
+    return [_section(get_args(inner)[1], f"{key}.{name}.NAME", f"{key}.{name}.NAME") for name, inner in fields if get_origin(inner) is dict]
+
+
+def _section(cls: Any, key: str, title: str, only: Sequence[str] | None = None) -> str:
+    docstrings, types = field_docstrings(cls), field_types(cls)
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if only is None or field.name in only:
+            cells = (f"`{join(key, field.name)}`", _type(types[field.name]), _default(field), docstrings[field.name])
+            rows.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
+    return "\n".join([f"## {title}", "", " ".join((cls.__doc__ or "").split()), "", *rows])
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is dict:
+        return "a mapping from names (see below)"
+    return describe_type(annotation)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if is_required(field):
+        return "**required**"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return f"`{show(value)}`"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the reference to the file named, or print it."""
+    if not arguments:
+        print(reference(), end="")
+        return
+    (path,) = arguments
+    Path(path).write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Which keys of a run may change between two starts of it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from w1train.config.errors import Problem, listing, show
+from w1train.config.schema import Config, ScheduleConfig
+from w1train.config.serialization import ABSENT, Difference, config_differences
+
+# What changes neither the model nor the stream of noisy samples it is trained on. The micro-batch goes with the layout: it only says
+# how a global batch is cut up. The schedule is judged on its own, by what has been consumed.
+ALLOWED_ON_RESUME = (
+    "name",
+    "runs_dir",
+    "data.num_workers",
+    "data.prefetch",
+    "parallel.*",
+    "training.micro_batch_size",
+    "validation.interval",
+    "sampling.*",
+    "checkpoint.*",
+    "logging.*",
+)
+_SCHEDULE_RULE = "the schedule of tokens not yet consumed: new or changed future stages, a longer or shorter running constant stage"
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of the learning-rate curve that has begun; positions in tokens."""
+
+    name: str
+    start: int
+    end: int
+    style: str
+    first_rate: float
+    last_rate: float
+
+    def same_curve(self, other: _Piece) -> bool:
+        """Whether both give the same learning rate to the same tokens, whatever the stages are called."""
+        mine = (self.start, self.end, self.style, self.first_rate, self.last_rate)
+        return mine == (other.start, other.end, other.style, other.first_rate, other.last_rate)
+
+    def __str__(self) -> str:
+        rates = f"{show(self.last_rate)}" if self.style == "constant" else f"{show(self.first_rate)} to {show(self.last_rate)}"
+        return f"{self.style} {rates} for tokens {self.start} to {self.end}"
+
+
+def allowed_on_resume(key: str) -> bool:
+    """Whether a key may change freely when a run directory is resumed."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in ALLOWED_ON_RESUME)
+
+
+def check_resume(old: Config, new: Config, tokens_consumed: int) -> list[Problem]:
+    """Every change that would make the resumed run another run.
+
+    ``tokens_consumed``: tokens the checkpoint has been trained on; the learning rate up to there must be what it was.
+    """
+    changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
+    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key)]
+    return forbidden + list(_check_schedule(old.schedule, new.schedule, tokens_consumed))
+
+
+def _forbidden(change: Difference) -> Problem:
+    reason = f"{_show(change.old)}, as the run began with; it is part of what the checkpoints are. May change: {_allowed_text()}"
+    return Problem(change.key, _show(change.new), reason, "start a run of another name")
+
+
+def _check_schedule(old: ScheduleConfig, new: ScheduleConfig, tokens_consumed: int) -> Iterator[Problem]:
+    """The first stage that has begun and is not what it was (all later ones follow from it)."""
+    consumed = min(tokens_consumed, sum(stage.tokens for stage in old.stages.values()))
+    for before, after in zip_longest(_begun(old, consumed), _begun(new, consumed)):
+        if before is not None and after is not None and before.same_curve(after):
+            continue
+        name = (before or after).name
+        found = f"{after or 'no stage'}, where the run had {before or 'no stage'}"
+        valid = f"the same up to the {consumed} tokens consumed. May change: {_SCHEDULE_RULE}"
+        yield Problem(f"schedule.stages.{name}", found, valid, "add a stage after it, or start a run of another name")
+        return
+
+
+def _begun(schedule: ScheduleConfig, consumed: int) -> Iterator[_Piece]:
+    """The pieces that begin before ``consumed``. What is left of a constant one is cut off, for its length says nothing about the past."""
+    start, rate = 0, 0.0
+    for name, stage in schedule.stages.items():
+        if start >= consumed:
+            return
+        end = start + stage.tokens
+        seen = min(end, consumed) if stage.style == "constant" else end
+        first_rate = stage.learning_rate if stage.style == "constant" else rate
+        yield _Piece(name, start, seen, stage.style, first_rate, stage.learning_rate)
+        start, rate = end, stage.learning_rate
+
+
+def _show(value: object) -> str:
+    return str(value) if value is ABSENT else show(value)
+
+
+def _allowed_text() -> str:
+    return f"{listing(ALLOWED_ON_RESUME)}; {_SCHEDULE_RULE}"

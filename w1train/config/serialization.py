@@ -1,0 +1,101 @@
+"""A configuration as YAML (the run directory's config.yaml), as flat keys, and the difference of two."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from w1train.config.convert import convert, join
+from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.schema import Config
+from w1train.config.validate import validate_conversion
+
+
+class _Absent:
+    """Stands for a key that one of two configurations does not have."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Difference:
+    """One key whose value differs; ``ABSENT`` where a configuration does not have the key (a stage's name, say)."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number (YAML 1.1 reads it as a string) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, after checking that no key is repeated."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def config_to_yaml(config: Config) -> str:
+    """The complete tree, every default included, in the schema's order. Reading it back gives an equal configuration."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_from_yaml(source: str | Path) -> Config:
+    """Read what ``config_to_yaml`` wrote: a file (``Path``) or the text itself (``str``).
+
+    The same checks as for a recipe; raises ``ConfigurationError`` with every problem, ``OSError`` if the file cannot be read.
+    """
+    name = str(source) if isinstance(source, Path) else "the YAML text"
+    conversion = convert(_read_mapping(source, name))
+    raise_if_any(conversion.problems + validate_conversion(conversion))
+    return conversion.config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value by its full key, in the schema's order; a list is one value."""
+    flat: dict[str, Any] = {}
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, Mapping):
+            for name, child in value.items():
+                visit(child, join(key, name))
+        else:
+            flat[key] = value
+
+    visit(dataclasses.asdict(config), "")
+    return flat
+
+
+def config_differences(old: Config, new: Config) -> list[Difference]:
+    """What changed, in the order of ``new``, then what only ``old`` has."""
+    before, after = flatten(old), flatten(new)
+    keys = [*after, *(key for key in before if key not in after)]
+    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [Difference(key, old_value, new_value) for key, old_value, new_value in pairs if old_value != new_value]
+
+
+def _read_mapping(source: str | Path, name: str) -> Mapping[Any, Any]:
+    try:
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        tree = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError([Problem(name, f"text that is not YAML: {error}", "the YAML of a configuration")]) from error
+    if not isinstance(tree, Mapping):
+        raise ConfigurationError([Problem(name, f"{type(tree).__name__} at the top", "a mapping with the keys of a configuration")])
+    return tree

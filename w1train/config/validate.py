@@ -1,0 +1,333 @@
+"""What the types cannot say: ranges, and rules between keys. All problems are found, none stops the search."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from w1train.config.convert import Conversion, join
+from w1train.config.errors import Problem, listing, show
+from w1train.config.schema import Config
+
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
+_STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+_MOST_EXAMPLES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval of valid numbers."""
+
+    low: float
+    high: float = math.inf
+    includes_low: bool = True
+    includes_high: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        # Positive conditions, so that NaN is outside.
+        above = value >= self.low if self.includes_low else value > self.low
+        below = value <= self.high if self.includes_high else value < self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        bounds = [f"{'>=' if self.includes_low else '>'} {self.low}"]
+        if self.high != math.inf:
+            bounds.append(f"{'<=' if self.includes_high else '<'} {self.high}")
+        return " and ".join(bounds)
+
+
+POSITIVE = Range(0, includes_low=False)
+NOT_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+FRACTION = Range(0, 1)
+BELOW_ONE = Range(0, 1, includes_high=False)
+
+# Every numeric field of the schema is here (a test holds the two together). Null is left to the types.
+RANGES: dict[str, Range] = {
+    "model.vocab_size": Range(2),
+    "model.num_layers": AT_LEAST_ONE,
+    "model.hidden_size": AT_LEAST_ONE,
+    "model.num_attention_heads": AT_LEAST_ONE,
+    "model.ffn_hidden_size": AT_LEAST_ONE,
+    "model.num_query_groups": AT_LEAST_ONE,
+    "model.kv_channels": AT_LEAST_ONE,
+    "model.max_sequence_length": AT_LEAST_ONE,
+    "model.rope_base": POSITIVE,
+    "model.norm_epsilon": POSITIVE,
+    "model.condition_size": AT_LEAST_ONE,
+    "model.timestep_frequency_size": AT_LEAST_ONE,
+    "model.timestep_scale": POSITIVE,
+    "model.init_std": POSITIVE,
+    "data.sequence_length": AT_LEAST_ONE,
+    "data.num_workers": NOT_NEGATIVE,
+    "data.prefetch": AT_LEAST_ONE,
+    "diffusion.mask_token_id": NOT_NEGATIVE,
+    "diffusion.t_min": BELOW_ONE,
+    "diffusion.t_max": Range(0, 1, includes_low=False),
+    "diffusion.num_strata": AT_LEAST_ONE,
+    "diffusion.random_length_probability": FRACTION,
+    "parallel.tensor": AT_LEAST_ONE,
+    "parallel.pipeline": AT_LEAST_ONE,
+    "parallel.recompute_num_layers": AT_LEAST_ONE,
+    "optimizer.beta1": BELOW_ONE,
+    "optimizer.beta2": BELOW_ONE,
+    "optimizer.epsilon": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.clip_grad": NOT_NEGATIVE,
+    "schedule.stages.*.tokens": AT_LEAST_ONE,
+    "schedule.stages.*.learning_rate": NOT_NEGATIVE,
+    "training.global_batch_size": AT_LEAST_ONE,
+    "training.micro_batch_size": AT_LEAST_ONE,
+    "training.seed": NOT_NEGATIVE,
+    "validation.interval": AT_LEAST_ONE,
+    "validation.num_samples": AT_LEAST_ONE,
+    "validation.timesteps[*]": Range(0, 1, includes_low=False),
+    "sampling.interval": NOT_NEGATIVE,
+    "sampling.num_tokens": AT_LEAST_ONE,
+    "sampling.num_steps": AT_LEAST_ONE,
+    "sampling.block_size": AT_LEAST_ONE,
+    "sampling.temperature": NOT_NEGATIVE,
+    "sampling.seed": NOT_NEGATIVE,
+    "checkpoint.interval": AT_LEAST_ONE,
+    "checkpoint.keep": AT_LEAST_ONE,
+    "logging.interval": AT_LEAST_ONE,
+    "logging.num_t_bins": AT_LEAST_ONE,
+    "logging.peak_tflops": POSITIVE,
+}
+
+
+def validate(config: Config, world_size: int | None = None) -> list[Problem]:
+    """Every problem of a configuration; with ``world_size`` (ranks) the layout over ranks is checked too."""
+    return [problem for rule in RULES for problem in rule(config)] + list(_world_size_rule(config, world_size))
+
+
+def validate_conversion(conversion: Conversion) -> list[Problem]:
+    """``validate`` for a configuration some of whose fields may be unset: rules that need such a field are left out."""
+    if conversion.complete:
+        return validate(conversion.config)
+    return [problem for rule in RULES for problem in _until_unset(rule(conversion.config))]
+
+
+def _until_unset(problems: Iterator[Problem]) -> Iterator[Problem]:
+    try:
+        yield from problems
+    except AttributeError as error:
+        # Only a schema field that conversion left unset may end a rule; anything else is a mistake in the rule.
+        if not (dataclasses.is_dataclass(error.obj) and error.name in {field.name for field in dataclasses.fields(error.obj)}):
+            raise
+
+
+def _ranges(pattern: str, valid: Range) -> Callable[[Config], Iterator[Problem]]:
+    def rule(config: Config) -> Iterator[Problem]:
+        for key, value in _matching(config, pattern):
+            if value is not None and value not in valid:
+                yield Problem(key, show(value), f"a {'' if math.isfinite(value) else 'finite '}number {valid}")
+
+    return rule
+
+
+def _matching(config: Config, pattern: str) -> Iterator[tuple[str, Any]]:
+    """The values at a key, unset ones left out; ``*`` stands for every name of a mapping, ``[*]`` for every index of a list."""
+    found: list[tuple[str, Any]] = [("", config)]
+    for part in pattern.removesuffix("[*]").split("."):
+        if part == "*":
+            found = [(join(key, name), child) for key, mapping in found for name, child in mapping.items()]
+        else:
+            found = [(join(key, part), getattr(parent, part)) for key, parent in found if hasattr(parent, part)]
+    if pattern.endswith("[*]"):
+        found = [(f"{key}[{index}]", item) for key, items in found for index, item in enumerate(items)]
+    yield from found
+
+
+def _run_rule(config: Config) -> Iterator[Problem]:
+    if not _NAME_PATTERN.fullmatch(config.name) or config.name in (".", ".."):
+        yield Problem("name", show(config.name), "a directory name of letters, digits, '.', '_' and '-'")
+
+
+def _paths_rule(config: Config) -> Iterator[Problem]:
+    paths = {"runs_dir": config.runs_dir, "data.train": config.data.train, "data.tokenizer": config.data.tokenizer}
+    for key, path in {**paths, "data.validation": config.data.validation}.items():
+        if path == "":
+            yield Problem(key, "''", "a path" + (" or null" if key == "data.validation" else ""))
+
+
+def _query_groups_rule(config: Config) -> Iterator[Problem]:
+    heads, groups = config.model.num_attention_heads, config.model.num_query_groups
+    if groups is not None and _does_not_divide(groups, heads):
+        yield Problem("model.num_query_groups", show(groups), f"a divisor of model.num_attention_heads ({heads}): {_divisors(heads)}; or null")
+
+
+def _head_width_rule(config: Config) -> Iterator[Problem]:
+    hidden, heads, channels = config.model.hidden_size, config.model.num_attention_heads, config.model.kv_channels
+    if channels is not None:
+        if channels > 0 and channels % 2:
+            yield Problem("model.kv_channels", show(channels), "an even number: the rotary embedding turns pairs", f"{channels + 1}")
+    elif _does_not_divide(heads, hidden):
+        valid = f"a divisor of model.hidden_size ({hidden}): {_divisors(hidden)}; or any number if model.kv_channels is set"
+        yield Problem("model.num_attention_heads", show(heads), valid)
+    elif heads > 0 and hidden // heads % 2:
+        found = f"null, so hidden_size / num_attention_heads = {hidden} / {heads} = {hidden // heads}"
+        yield Problem("model.kv_channels", found, "an even number: the rotary embedding turns pairs", f"model.kv_channels={hidden // heads + 1}")
+
+
+def _timestep_frequency_rule(config: Config) -> Iterator[Problem]:
+    size = config.model.timestep_frequency_size
+    if size % 2:
+        yield Problem("model.timestep_frequency_size", show(size), "an even number: half sines, half cosines", f"{size + 1}")
+
+
+def _sequence_length_rule(config: Config) -> Iterator[Problem]:
+    length, longest = config.data.sequence_length, config.model.max_sequence_length
+    if length > longest:
+        yield Problem("data.sequence_length", show(length), f"at most model.max_sequence_length ({longest})")
+
+
+def _mask_token_rule(config: Config) -> Iterator[Problem]:
+    mask, vocab_size = config.diffusion.mask_token_id, config.model.vocab_size
+    if mask >= vocab_size > 0:
+        yield Problem("diffusion.mask_token_id", show(mask), f"an id below model.vocab_size ({vocab_size}), as the tokenizer has it")
+
+
+def _timesteps_rule(config: Config) -> Iterator[Problem]:
+    diffusion = config.diffusion
+    if diffusion.weight == "inverse_t" and diffusion.t_min == 0:
+        yield Problem("diffusion.t_min", show(diffusion.t_min), "a number > 0, for diffusion.weight=inverse_t divides by t", "0.001 (LLaDA)")
+    if diffusion.t_min >= diffusion.t_max:
+        yield Problem("diffusion.t_min", show(diffusion.t_min), f"a number below diffusion.t_max ({show(diffusion.t_max)})")
+
+
+def _strata_rule(config: Config) -> Iterator[Problem]:
+    strata = config.diffusion.num_strata
+    if strata >= 1 and strata & (strata - 1):
+        below = 1 << (strata.bit_length() - 1)
+        yield Problem("diffusion.num_strata", show(strata), "a power of two (1 = independent draws)", f"{below} or {2 * below}")
+
+
+def _stages_rule(config: Config) -> Iterator[Problem]:
+    stages = config.schedule.stages
+    if not stages:
+        yield Problem("schedule.stages", "{}", "at least one stage: schedule.stages.NAME={tokens: 1e9, learning_rate: 3e-4, style: constant}")
+    for name in stages:
+        if not _STAGE_NAME_PATTERN.fullmatch(name):
+            yield Problem(f"schedule.stages.{name}", f"the name {show(name)}", "a name of letters, digits, '_' and '-'")
+
+
+def _validation_rule(config: Config) -> Iterator[Problem]:
+    if not config.validation.timesteps:
+        yield Problem("validation.timesteps", "[]", "at least one t, 0 < t <= 1", "remove the key: the default is ten midpoints")
+
+
+def _sampling_rule(config: Config) -> Iterator[Problem]:
+    sampling = config.sampling
+    if sampling.block_size is not None and _does_not_divide(sampling.block_size, sampling.num_tokens):
+        valid = f"a divisor of sampling.num_tokens ({sampling.num_tokens}): {_divisors(sampling.num_tokens)}; or null"
+        yield Problem("sampling.block_size", show(sampling.block_size), valid)
+    if sampling.interval > 0 and not sampling.prompts:
+        yield Problem("sampling.prompts", "[]", "at least one prompt, or sampling.interval=0", 'the empty prompt: [""]')
+    if sampling.interval > 0 and sampling.num_tokens > config.model.max_sequence_length:
+        valid = f"at most model.max_sequence_length ({config.model.max_sequence_length}), or sampling.interval=0"
+        yield Problem("sampling.num_tokens", show(sampling.num_tokens), valid)
+
+
+def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:
+    tensor = config.parallel.tensor
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    sizes = {name: size for name in names if (size := getattr(config.model, name, None)) is not None}
+    for name, size in sizes.items():
+        if _does_not_divide(tensor, size):
+            divisors = _divisors(math.gcd(*sizes.values()))
+            yield Problem("parallel.tensor", show(tensor), f"a divisor of model.{name} ({size})", f"a divisor of all that it splits: {divisors}")
+
+
+def _sequence_parallel_rule(config: Config) -> Iterator[Problem]:
+    if not config.parallel.sequence:
+        return
+    tensor, length = config.parallel.tensor, config.data.sequence_length
+    if tensor == 1:
+        yield Problem("parallel.sequence", "true", "false when parallel.tensor is 1: there is nothing to share", "parallel.tensor=2")
+    elif _does_not_divide(tensor, length):
+        yield Problem("data.sequence_length", show(length), f"a multiple of parallel.tensor ({tensor}) when parallel.sequence is true", _near(length, tensor))
+
+
+def _pipeline_rule(config: Config) -> Iterator[Problem]:
+    pipeline, layers = config.parallel.pipeline, config.model.num_layers
+    if _does_not_divide(pipeline, layers):
+        yield Problem("parallel.pipeline", show(pipeline), f"a divisor of model.num_layers ({layers}): {_divisors(layers)}")
+
+
+def _recompute_rule(config: Config) -> Iterator[Problem]:
+    parallel, layers = config.parallel, config.model.num_layers
+    if parallel.recompute != "full" or _does_not_divide(parallel.pipeline, layers):
+        return
+    per_stage = layers // parallel.pipeline
+    if parallel.recompute_num_layers > per_stage:
+        valid = f"1 to {per_stage}, the layers of a pipeline stage ({layers} / {parallel.pipeline})"
+        yield Problem("parallel.recompute_num_layers", show(parallel.recompute_num_layers), valid)
+
+
+def _batch_rule(config: Config) -> Iterator[Problem]:
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if _does_not_divide(micro, batch):
+        yield Problem("training.global_batch_size", show(batch), f"a multiple of training.micro_batch_size ({micro})", _near(batch, micro))
+
+
+def _world_size_rule(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The layout over a known number of ranks."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    if world_size is None or tensor < 1 or pipeline < 1:
+        return
+    if world_size % (tensor * pipeline):
+        found = f"{tensor} x parallel.pipeline {pipeline} = {tensor * pipeline} ranks a replica, in a world of {world_size}"
+        valid = f"a product that divides the world size {world_size}: {_divisors(world_size)}"
+        yield Problem("parallel.tensor", found, valid)
+        return
+    data_parallel = world_size // (tensor * pipeline)
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    # When the micro-batch alone does not divide, the rule without a world has said so.
+    if not _does_not_divide(micro, batch) and _does_not_divide(micro * data_parallel, batch):
+        unit = micro * data_parallel
+        valid = f"a multiple of training.micro_batch_size x data-parallel ranks ({micro} x {data_parallel} = {unit})"
+        yield Problem("training.global_batch_size", show(batch), valid, _near(batch, unit))
+
+
+def _does_not_divide(divisor: int, number: int) -> bool:
+    """False also when either is not positive: the ranges report that."""
+    return divisor > 0 and number > 0 and number % divisor != 0
+
+
+def _divisors(number: int) -> str:
+    """The divisors of a positive number, the smallest ones if there are many."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    divisors = sorted({*small, *(number // divisor for divisor in small)})
+    return listing(divisors if len(divisors) <= _MOST_EXAMPLES else [*divisors[:_MOST_EXAMPLES], "..."])
+
+
+def _near(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return listing(multiple for multiple in (below, below + unit) if multiple > 0).replace(", ", " or ")
+
+
+RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
+    *(_ranges(pattern, valid) for pattern, valid in RANGES.items()),
+    _run_rule,
+    _paths_rule,
+    _query_groups_rule,
+    _head_width_rule,
+    _timestep_frequency_rule,
+    _sequence_length_rule,
+    _mask_token_rule,
+    _timesteps_rule,
+    _strata_rule,
+    _stages_rule,
+    _validation_rule,
+    _sampling_rule,
+    _tensor_parallel_rule,
+    _sequence_parallel_rule,
+    _pipeline_rule,
+    _recompute_rule,
+    _batch_rule,
+)

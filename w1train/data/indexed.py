@@ -1,0 +1,189 @@
+"""megatron-core's token files, read and written without megatron-core (whose import takes many seconds and pulls in torch).
+
+PREFIX.bin is the tokens of all sequences, one after another. PREFIX.idx is, little-endian and unaligned:
+
+    9s  magic "MMIDIDX\\0\\0"      Q  version 1      B  dtype code      Q  num_sequences      Q  num_documents + 1
+    int32 [num_sequences]         tokens of each sequence
+    int64 [num_sequences]         byte offset of each sequence in PREFIX.bin
+    int64 [num_documents + 1]     first sequence of each document, and num_sequences
+
+(megatron/core/datasets/indexed_dataset.py). Datasets made here have one sequence a document.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("uint8"),
+    2: np.dtype("int8"),
+    3: np.dtype("int16"),
+    4: np.dtype("int32"),
+    5: np.dtype("int64"),
+    8: np.dtype("uint16"),
+}
+"""Integer dtypes by code; megatron's codes 6 and 7 are floats, which are no tokens."""
+_HEADER = struct.Struct("<9sQBQQ")
+_CHECK_CHUNK = 1 << 20
+
+
+class DatasetError(ValueError):
+    """A dataset that is missing, damaged or unfit for the run."""
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The tokens."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """Where each document lies in them."""
+    return Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype that megatron-core chooses for a vocabulary: uint16 below 65,500 ids, else int32."""
+    return np.dtype("uint16") if vocab_size < 65500 else np.dtype("int32")
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A checked PREFIX.idx, memory-mapped."""
+
+    dtype: np.dtype
+    sequence_lengths: NDArray[np.int32]
+    """[num_sequences], tokens."""
+    sequence_pointers: NDArray[np.int64]
+    """[num_sequences], bytes."""
+    document_indices: NDArray[np.int64]
+    """[num_documents + 1], sequences."""
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @property
+    def num_bin_bytes(self) -> int:
+        """Size that PREFIX.bin must have."""
+        if len(self.sequence_lengths) == 0:
+            return 0
+        return int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
+
+    def document_offsets(self) -> NDArray[np.int64]:
+        """int64 [num_documents + 1]: first token of each document in PREFIX.bin, and the number of tokens."""
+        boundaries = np.append(self.sequence_pointers, self.num_bin_bytes)
+        return boundaries[self.document_indices] // self.dtype.itemsize
+
+
+def write_index(file: BinaryIO, dtype: np.dtype, sequence_lengths: NDArray[np.int32]) -> None:
+    """Write the index of a dataset whose every sequence is a document."""
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    num_sequences = len(sequence_lengths)
+    ends = np.cumsum(sequence_lengths, dtype=np.int64) * dtype.itemsize
+    pointers = np.zeros(num_sequences, dtype="<i8")
+    pointers[1:] = ends[:-1]
+    file.write(_HEADER.pack(MAGIC, VERSION, code, num_sequences, num_sequences + 1))
+    file.write(sequence_lengths.astype("<i4", copy=False).tobytes())
+    file.write(pointers.tobytes())
+    file.write(np.arange(num_sequences + 1, dtype="<i8").tobytes())
+
+
+def read_index(path: Path) -> Index:
+    """Memory-map PREFIX.idx and check its header, its size and that its arrays agree with each other.
+
+    Raises:
+        DatasetError: naming the file and what is wrong with it.
+    """
+    dtype, num_sequences, num_boundaries = _read_header(path)
+    num_bytes = path.stat().st_size
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if num_bytes != expected:
+        fault = "truncated" if num_bytes < expected else "longer than its header says"
+        raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    lengths_end = _HEADER.size + 4 * num_sequences
+    pointers_end = lengths_end + 8 * num_sequences
+    index = Index(
+        dtype=dtype,
+        sequence_lengths=content[_HEADER.size : lengths_end].view("<i4"),
+        sequence_pointers=content[lengths_end:pointers_end].view("<i8"),
+        document_indices=content[pointers_end:].view("<i8"),
+    )
+    _check_sequences(path, index)
+    _check_documents(path, index)
+    return index
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """The token dtype, the number of sequences and the length of document_indices."""
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise DatasetError(f"{path} is truncated: {len(header)} bytes, its header alone has {_HEADER.size}")
+    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise DatasetError(f"{path} is no megatron index: it starts with {magic!r}, expected {MAGIC!r}")
+    if version != VERSION:
+        raise DatasetError(f"{path} has version {version} of the index format, expected {VERSION}")
+    if code not in DTYPES:
+        raise DatasetError(f"{path} has dtype code {code}, which is none of the integer types {sorted(DTYPES)}")
+    if num_boundaries < 2:
+        raise DatasetError(f"{path} lists no documents")
+    return DTYPES[code], num_sequences, num_boundaries
+
+
+def _chunks(num_items: int) -> Iterator[slice]:
+    """Overlapping by one item, so that every pair of neighbours is in a chunk; keeps the check's memory flat."""
+    for start in range(0, max(num_items, 1), _CHECK_CHUNK):
+        yield slice(start, min(start + _CHECK_CHUNK + 1, num_items))
+
+
+def _check_sequences(path: Path, index: Index) -> None:
+    """Sequences must follow each other without holes: a flipped bit in a length or a pointer breaks this."""
+    if len(index.sequence_pointers) and index.sequence_pointers[0] != 0:
+        raise DatasetError(f"{path} is corrupt: its first sequence starts at byte {index.sequence_pointers[0]}, expected 0")
+    for chunk in _chunks(len(index.sequence_lengths)):
+        lengths, pointers = index.sequence_lengths[chunk], index.sequence_pointers[chunk]
+        if (lengths < 0).any():
+            raise DatasetError(f"{path} is corrupt: sequence {chunk.start + int(np.argmax(lengths < 0))} has a negative length")
+        ends = pointers[:-1] + lengths[:-1].astype(np.int64) * index.dtype.itemsize
+        if not np.array_equal(ends, pointers[1:]):
+            i = int(np.argmax(ends != pointers[1:]))
+            raise DatasetError(
+                f"{path} is corrupt: sequence {chunk.start + i} ends at byte {ends[i]}, but the next starts at {pointers[i + 1]}"
+            )
+
+
+def _check_documents(path: Path, index: Index) -> None:
+    documents, num_sequences = index.document_indices, len(index.sequence_lengths)
+    if documents[0] != 0 or documents[-1] != num_sequences:
+        raise DatasetError(
+            f"{path} is corrupt: its documents cover sequences {documents[0]} to {documents[-1]}, expected 0 to {num_sequences}"
+        )
+    for chunk in _chunks(len(documents)):
+        boundaries = documents[chunk]
+        if (boundaries[1:] < boundaries[:-1]).any():
+            first = chunk.start + int(np.argmax(boundaries[1:] < boundaries[:-1]))
+            raise DatasetError(f"{path} is corrupt: document {first} ends before it starts")
+
+
+def file_size(path: Path) -> int:
+    """Size in bytes.
+
+    Raises:
+        DatasetError: if there is no such file.
+    """
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        raise DatasetError(f"{path} does not exist") from None

@@ -1,0 +1,158 @@
+"""The byte-level BPE tokenizer: a Hugging Face ``tokenizers`` file behind a small interface, and its training.
+
+Layout of a vocabulary made here: special tokens first (``<pad>`` = 0, ``<eos>`` = 1, ``<bos>`` = 2, reserved ones, ``<mask>`` at
+a chosen id), then the 256 bytes, then the merges. There is no normalisation, so any text comes back as it went in. Every
+digit is a token of its own; everything else is cut by the GPT-2 pattern (letters and symbols may carry one leading space,
+a run of white space is one piece but for its last character).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from w1train.data.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN, EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<pad>", "<eos>", "<bos>", "<mask>"
+MIN_NUM_SPECIAL_TOKENS = 16
+NUM_BYTES = 256
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file that cannot be used, or a vocabulary that cannot be built."""
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Text is untrusted: ``<eos>`` or ``<mask>`` written in a document is encoded as the characters it is made of, never as the
+    special token.
+    """
+
+    def __init__(self, serialized: bytes, origin: str) -> None:
+        """``serialized`` is the content of a tokenizer.json, ``origin`` its name in error messages."""
+        self._serialized = serialized
+        self._origin = origin
+        self._backend = _parse(serialized, origin)
+        self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
+        """sha256 of the file: two tokenizers are the same if and only if their files are."""
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        """Number of ids; the model's vocabulary may be larger, never smaller."""
+        self.pad_token_id: int = self._special_token_id(PAD_TOKEN)
+        self.eos_token_id: int = self._special_token_id(EOS_TOKEN)
+        self.mask_token_id: int = self._special_token_id(MASK_TOKEN)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json.
+
+        Raises:
+            TokenizerError: if there is no such file, or it is no tokenizer with the special tokens needed here.
+        """
+        try:
+            serialized = Path(path).read_bytes()
+        except OSError as error:
+            raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+        return cls(serialized, origin=str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer.json, complete or not at all; its fingerprint is this object's."""
+        write_atomically(path, self._serialized)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without EOS."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, computed on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of the ids; special tokens are shown by name (``<mask>``) or left out, broken UTF-8 as U+FFFD.
+
+        Raises:
+            TokenizerError: if an id is outside the vocabulary.
+        """
+        ids = [int(token_id) for token_id in ids]
+        outside = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
+        if outside is not None:
+            # The library would leave such ids out in silence.
+            raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def _special_token_id(self, token: str) -> int:
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise TokenizerError(f"tokenizer {self._origin} has no {token} token; {PAD_TOKEN}, {EOS_TOKEN} and {MASK_TOKEN} are needed")
+        return token_id
+
+
+def _parse(serialized: bytes, origin: str) -> BackendTokenizer:
+    try:
+        backend = BackendTokenizer.from_str(serialized.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
+    backend.encode_special_tokens = True
+    # A file saved by other software may carry these; they would cut or pad documents in silence.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 14) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; the same texts in the same order give the same file.
+
+    The result has exactly ``vocab_size`` ids if the texts hold enough pairs seen at least twice, fewer (said in the log)
+    otherwise; a model's vocabulary may still be ``vocab_size``.
+
+    Raises:
+        TokenizerError: if the special tokens and the bytes do not fit in ``vocab_size``, ``mask_token_id`` is taken by
+            another special token, or there is no text.
+    """
+    special_tokens = special_token_names(mask_token_id)
+    if vocab_size < len(special_tokens) + NUM_BYTES:
+        raise TokenizerError(
+            f"vocab_size {vocab_size} is too small: {len(special_tokens)} special tokens and {NUM_BYTES} bytes need "
+            f"{len(special_tokens) + NUM_BYTES} ids"
+        )
+    backend = BackendTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = iter(texts)
+    first_text = next(texts, None)
+    if first_text is None:
+        raise TokenizerError("no text to train a tokenizer on")
+    backend.train_from_iterator(chain([first_text], texts), trainer)
+    tokenizer = Tokenizer(backend.to_str(pretty=True).encode("utf-8"), origin="the trained tokenizer")
+    if tokenizer.vocab_size < vocab_size:
+        logger.warning(
+            "the corpus gave %d token ids of the %d asked for: it has no more pairs seen at least twice", tokenizer.vocab_size, vocab_size
+        )
+    return tokenizer
+
+
+def special_token_names(mask_token_id: int) -> list[str]:
+    """Names of the special tokens by id: at least 16, and up to the mask."""
+    fixed = [PAD_TOKEN, EOS_TOKEN, BOS_TOKEN]
+    if mask_token_id < len(fixed):
+        raise TokenizerError(f"mask_token_id must be at least {len(fixed)}, not {mask_token_id}: ids below are {', '.join(fixed)}")
+    names = fixed + [f"<reserved_{i}>" for i in range(len(fixed), max(MIN_NUM_SPECIAL_TOKENS, mask_token_id + 1))]
+    names[mask_token_id] = MASK_TOKEN
+    return names

@@ -1,0 +1,1 @@
+"""The diffusion process: timesteps, corruption and losses; plain tensors, no process groups."""

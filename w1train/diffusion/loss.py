@@ -1,0 +1,82 @@
+"""The objective and what is logged of it, as sums: only sums can be added over micro-batches and ranks.
+
+Every quantity is (sum of a numerator) / (sum of a denominator) over the global batch. A mean per rank averaged over
+ranks is another number whenever the ranks' token counts differ (masks.md G12).
+
+Shapes: m = positions where a loss is taken, in the order of ``NoisyBatch.loss_mask`` flattened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from w1train.config.schema import DiffusionConfig
+from w1train.diffusion.corruption import NoisyBatch
+
+
+@dataclass(slots=True, frozen=True)
+class LossSums:
+    """Sums over a micro-batch, in one vector so that one all-reduce carries them all."""
+
+    values: Tensor
+    """float64 [5 + 2 * num_t_bins]."""
+    num_t_bins: int
+
+    NUM_SCALARS = 5  # weighted, elbo, cross_entropy, num_masked, num_tokens
+
+    def metrics(self, config: DiffusionConfig) -> dict[str, float | list[float | None]]:
+        """Global means, from sums that were already added over micro-batches and ranks."""
+        weighted, elbo, cross_entropy, num_masked, num_tokens = self.values[: self.NUM_SCALARS].tolist()
+        denominator = num_tokens if config.normalizer == "tokens" else num_masked
+        bins = self.values[self.NUM_SCALARS :].reshape(2, self.num_t_bins).tolist()
+        return {
+            "loss": weighted / max(denominator, 1.0),
+            "elbo": elbo / max(num_tokens, 1.0),
+            "masked_cross_entropy": cross_entropy / max(num_masked, 1.0),
+            "mask_ratio": num_masked / max(num_tokens, 1.0),
+            "loss_by_t": [total / count if count else None for total, count in zip(*bins, strict=True)],
+        }
+
+
+def loss_weights(config: DiffusionConfig, timesteps: Tensor) -> Tensor:
+    """Weight of a masked token's cross-entropy at t. inverse_t: w = -alpha'_t / (1 - alpha_t) = 1/t, the ELBO
+    (LLaDA2.0 prints the opposite sign in eq. 1; masks.md G13). one_minus_t: GIDD's follow-up."""
+    if config.weight == "inverse_t":
+        return 1.0 / timesteps
+    if config.weight == "one_minus_t":
+        return 1.0 - timesteps
+    return torch.ones_like(timesteps)
+
+
+def denominator(config: DiffusionConfig, noisy: NoisyBatch) -> Tensor:
+    """float64 scalar: this micro-batch's part of the objective's global denominator."""
+    return (noisy.num_tokens if config.normalizer == "tokens" else noisy.loss_mask.sum()).double()
+
+
+def diffusion_loss(
+    cross_entropy: Tensor, noisy: NoisyBatch, config: DiffusionConfig, num_t_bins: int
+) -> tuple[Tensor, LossSums]:
+    """The weighted sum to differentiate (not yet divided), and the sums to log.
+
+    Args:
+        cross_entropy: float32 [m], nats, at the positions of ``noisy.loss_mask``.
+    """
+    timesteps = noisy.token_timesteps[noisy.loss_mask]
+    weighted = (cross_entropy * loss_weights(config, timesteps)).sum()
+    with torch.no_grad():
+        # Double: float32 sums of 10^6 terms would make the logged loss depend on the order of the ranks.
+        detached, inverse = cross_entropy.double(), 1.0 / timesteps.double()
+        scalars = torch.stack([
+            (detached * loss_weights(config, timesteps).double()).sum(),
+            (detached * inverse).sum(),
+            detached.sum(),
+            noisy.loss_mask.sum().double(),
+            noisy.num_tokens.double(),
+        ])
+        bins = (timesteps * num_t_bins).long().clamp(0, num_t_bins - 1)
+        totals = detached.new_zeros(num_t_bins).index_add_(0, bins, detached)
+        counts = torch.bincount(bins, minlength=num_t_bins).double()
+    return weighted, LossSums(torch.cat([scalars, totals, counts]), num_t_bins)

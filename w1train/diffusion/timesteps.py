@@ -1,0 +1,64 @@
+"""Drawing t: low-discrepancy over the global batch, from integers alone.
+
+t = t_min + (t_max - t_min) u. The fraction u of sample i is stratified over each aligned group of ``num_strata``
+consecutive samples of the global order: stratum = (bit reversal of i's place in its group + a random rotation of the
+group) mod num_strata, jittered inside the stratum. Bit reversal spreads every aligned part of a group evenly, so each rank
+and micro-batch sees all of [0, 1) and not one end of it; the rotation unties u from the place in the batch (bd3lms ties
+strata to positions; ranks that draw their own strata repeat them). u depends on the sample index only, never on the
+batch size.
+
+Document k of a sample has u_k = u + k * golden ratio (mod 1): uniform each, and well spread inside the sample.
+
+u is held as a 32-bit integer, and the mask probability as a 32-bit threshold, so that CPU and GPU agree to the last bit.
+
+Shapes: b = samples, g = segments (stretches that share one t) per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from w1train.config.schema import DiffusionConfig
+from w1train.diffusion.philox import Purpose, random_words
+
+_TWO_32 = 1 << 32
+_GOLDEN_32 = 0x9E3779B9  # 2^32 / golden ratio, odd
+
+
+def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, num_segments: int, draw: int = 0) -> Tensor:
+    """Stratified fractions u for the segments of each sample.
+
+    Args:
+        sample_indices: int64 [b], global sample indices (>= 0).
+        num_segments: g.
+
+    Returns:
+        int64 [b, g], u * 2^32.
+    """
+    num_strata = config.num_strata
+    group = torch.div(sample_indices, num_strata, rounding_mode="floor")
+    place = _bit_reverse(sample_indices % num_strata, num_strata.bit_length() - 1)
+    rotation = random_words(seed, group, draw=draw, purpose=Purpose.STRATUM, num=1)[:, 0] % num_strata
+    jitter = random_words(seed, sample_indices, draw=draw, purpose=Purpose.TIMESTEP, num=1)[:, 0]
+    stratum = (place + rotation) % num_strata
+    fraction = torch.div(stratum * _TWO_32 + jitter, num_strata, rounding_mode="floor")
+    offsets = torch.arange(num_segments, device=sample_indices.device, dtype=torch.int64) * _GOLDEN_32
+    return (fraction[:, None] + offsets[None, :]) % _TWO_32
+
+
+def timesteps_from_fractions(config: DiffusionConfig, fractions: Tensor) -> Tensor:
+    """t in float64 of u * 2^32. Float64 holds u exactly; one multiplication and one addition round alike everywhere."""
+    return config.t_min + (config.t_max - config.t_min) * (fractions.double() / _TWO_32)
+
+
+def mask_thresholds(timesteps: Tensor) -> Tensor:
+    """int64 thresholds: a token is masked when its random 32-bit word is below t * 2^32. t = 1 masks every token."""
+    return (timesteps.double() * _TWO_32).floor().to(torch.int64)
+
+
+def _bit_reverse(values: Tensor, num_bits: int) -> Tensor:
+    result = torch.zeros_like(values)
+    for bit in range(num_bits):
+        result |= ((values >> bit) & 1) << (num_bits - 1 - bit)
+    return result

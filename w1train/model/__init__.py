@@ -1,0 +1,1 @@
+"""The diffusion Transformer, from megatron-core's layers."""

@@ -1,0 +1,86 @@
+"""Initial weights as a function of (seed, parameter name, element): the same under every parallel layout.
+
+Each rank computes its own slice of each parameter, so tensor- and pipeline-parallel runs start from exactly the weights
+of the single-process run without a broadcast, and replicas agree because their names do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from w1train.config.schema import ModelConfig
+from w1train.diffusion.philox import Purpose, random_words
+
+# Words drawn at a time: bounds the int64 intermediates to some 100 MB.
+_CHUNK_ELEMENTS = 1 << 21
+
+
+def initialize_parameters(module: torch.nn.Module, model: ModelConfig, seed: int, *, tensor_rank: int, tensor_size: int) -> None:
+    """Fill every parameter: N(0, init_std) for matrices (output projections divided by sqrt(2 num_layers), GPT-2), ones for
+    norms, zeros for biases and, with adaln_init "zero", for modulations; "identity" sets the gates' biases to one."""
+    with torch.no_grad():
+        for name, parameter in global_named_parameters(module):
+            if parameter.is_meta:
+                continue
+            std = _standard_deviation(name, model)
+            if "modulation." in name:
+                parameter.zero_()
+                if name.endswith("bias") and model.adaln_init == "identity" and "final_" not in name:
+                    gates = parameter.view(6, model.hidden_size)
+                    gates[2].fill_(1.0)
+                    gates[5].fill_(1.0)
+            elif parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                _fill_normal(parameter, name, std, seed, tensor_rank, tensor_size)
+
+
+def global_named_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters under layout-independent names: layers by their number in the whole model, a tied head as the embedding."""
+    for name, parameter in module.named_parameters():
+        match = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
+        if match:
+            layer = module.get_submodule(match.group(1) + match.group(2))
+            name = f"{match.group(1)}{layer.layer_number - 1}{match.group(3)}"
+        if name.endswith("output_layer.weight") and getattr(parameter, "shared_embedding", False):
+            name = name.replace("output_layer.weight", "embedding.word_embeddings.weight")
+        yield name, parameter
+
+
+def _standard_deviation(name: str, model: ModelConfig) -> float:
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return model.init_std / math.sqrt(2 * model.num_layers)
+    return model.init_std
+
+
+def _fill_normal(parameter: Tensor, name: str, std: float, seed: int, tensor_rank: int, tensor_size: int) -> None:
+    """Row by row from the rows' global numbers; a slice by columns draws whole rows and keeps its part."""
+    dimension = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    rows, columns = parameter.shape
+    row_ids = torch.arange(rows, dtype=torch.int64, device=parameter.device)
+    num_columns, first_column = columns, 0
+    if dimension == 0:
+        row_ids = _global_rows(row_ids, rows, "linear_fc1" in name, tensor_rank, tensor_size)
+    elif dimension == 1:
+        num_columns, first_column = columns * tensor_size, columns * tensor_rank
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+    step = max(1, _CHUNK_ELEMENTS // num_columns)
+    for start in range(0, rows, step):
+        words = random_words(key, row_ids[start : start + step], draw=0, purpose=Purpose.WEIGHT, num=num_columns)
+        uniform = (words[:, first_column : first_column + columns].double() + 0.5) / 2**32
+        normal = torch.erfinv(2 * uniform - 1) * (math.sqrt(2) * std)
+        parameter[start : start + step].copy_(normal)
+
+
+def _global_rows(rows: Tensor, num_rows: int, gated: bool, tensor_rank: int, tensor_size: int) -> Tensor:
+    """Rows of the whole matrix that this rank holds. SwiGLU's first linear is [gate; up], and each rank has a part of both."""
+    if not gated:
+        return rows + tensor_rank * num_rows
+    half = num_rows // 2
+    return torch.where(rows < half, rows + tensor_rank * half, rows - half + (tensor_size + tensor_rank) * half)

@@ -1,0 +1,105 @@
+"""One layer of the diffusion Transformer, and the spec that assembles it from megatron-core's modules.
+
+    h = h + gate_a * Attention(RMSNorm(h) * (1 + scale_a) + shift_a)
+    h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
+
+The six vectors come from the segment's condition (W1; DiT's adaLN-Zero). Without conditioning (LLaDA) they fall away.
+
+Shapes: s = tokens of this rank, b = samples, h = hidden size, g = segments, c = condition size, d = channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from w1train.attention.core_attention import CoreAttention
+from w1train.attention.plan import AttentionPlan
+from w1train.config.schema import ModelConfig
+from w1train.model.conditioning import Modulation, gate_residual, modulate
+from w1train.model.norm import RMSNorm
+
+
+@dataclass(slots=True)
+class LayerInputs:
+    """What every layer of a micro-batch shares besides the hidden states.
+
+    Travels in megatron-core's ``packed_seq_params`` argument: the only non-tensor that TransformerBlock hands on to its
+    layers under every kind of recomputation.
+    """
+
+    attention_plan: AttentionPlan
+    segment_index: Tensor | None
+    """int64 [s, b], rows of the condition table; None = segment i is sample i."""
+    qkv_format: ClassVar[str] = "sbhd"
+    """Read by megatron-core's Attention; anything but "thd" leaves the tensors as they are."""
+
+
+class DiffusionTransformerLayer(TransformerLayer):
+    """megatron-core's layer with adaLN between norm and linear, and gates on both residual branches.
+
+    The condition table [g, c] comes in ``context`` (unused in decoder-only models): a tensor argument, so that its
+    gradient survives activation recomputation.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, condition_size: int | None = None, **kwargs: Any):
+        super().__init__(config=config, submodules=submodules, **kwargs)
+        self.modulation = None if condition_size is None else Modulation(config, condition_size, num_vectors=6)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: LayerInputs | None = None,
+        **_unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h], context [g, c], rotary_pos_emb [S, b, 1, d] -> (hidden_states, context)."""
+        assert packed_seq_params is not None
+        attention = partial(
+            self.self_attention, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
+        )
+        if self.modulation is None:
+            hidden_states = hidden_states + attention(self.input_layernorm(hidden_states))[0]
+            return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0], context
+        segment = packed_seq_params.segment_index
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context)
+        normed = modulate(self.input_layernorm(hidden_states), shift_a, scale_a, segment)
+        hidden_states = gate_residual(hidden_states, gate_a, attention(normed)[0], segment)
+        normed = modulate(self.pre_mlp_layernorm(hidden_states), shift_m, scale_m, segment)
+        return gate_residual(hidden_states, gate_m, self.mlp(normed)[0], segment), context
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """The layer's parts. The linears are plain: modulation sits between norm and linear, so no fused norm-linear fits."""
+    qk_norm = RMSNorm if model.qk_norm else None
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.no_mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=DiffusionTransformerLayer,
+        params={"condition_size": model.condition_size if model.conditioning == "adaln" else None},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm, self_attention=attention, pre_mlp_layernorm=RMSNorm, mlp=mlp
+        ),
+    )

@@ -1,0 +1,58 @@
+"""This project's configuration in megatron-core's terms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from w1train.config.schema import ModelConfig, ParallelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+    """megatron-core's TransformerConfig for the model and layout."""
+    on_cuda = torch.cuda.is_available()
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights are filled by initialize_parameters, the same under every layout.
+        perform_initialization=False,
+        use_cpu_initialization=not on_cuda,
+        params_dtype=DTYPES[precision],
+        pipeline_dtype=DTYPES[precision],
+        bf16=precision == "bf16",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=parallel.recompute_num_layers if parallel.recompute == "full" else None,
+        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
+        # The loss function returns a sum and its count; gradients are divided by the count of the whole global batch.
+        calculate_per_token_loss=True,
+        # Fusions that need CUDA or apex; of these only SwiGLU's exists in plain megatron-core.
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+    # Asks finalize_model_grads to sum the timestep embedding's gradients over pipeline stages. It needs this attribute
+    # AND param.pipeline_parallel; setting only the second (NeMo, DFM, Bridge) lets the stages' replicas drift.
+    config.has_cond_embedder = model.conditioning == "adaln"
+    return config

@@ -1,0 +1,26 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """y = x / rms(x) * weight over the last dimension, computed in fp32 (arXiv 1910.07467).
+
+    megatron-core's own wrapper of torch's RMSNorm refuses sequence parallelism; under it each rank normalises a slice of
+    the tokens, so the weight's gradient must be summed over the tensor-parallel group, which the flag asks for.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

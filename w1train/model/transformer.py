@@ -1,0 +1,197 @@
+"""The diffusion Transformer: embedding, conditioned layers, and a head where a loss is taken.
+
+Shapes: b = samples, l = sequence_length, s = tokens of this rank (l, or l / tensor under sequence parallelism),
+h = hidden size, g = segments, c = condition size, m = positions with logits, v = vocabulary of this rank, d = head channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor
+
+from w1train.attention.plan import AttentionPlan
+from w1train.config.schema import ModelConfig
+from w1train.model.conditioning import Modulation, TimestepEmbedding, modulate
+from w1train.model.layer import LayerInputs, layer_spec
+from w1train.model.norm import RMSNorm
+from w1train.model.rotary import rotary_angles
+
+
+@dataclass(slots=True)
+class ModelInputs:
+    """One micro-batch as the model sees it."""
+
+    input_ids: Tensor
+    """int64 [b, l], corrupted tokens."""
+    positions: Tensor
+    """int [b, l], position inside the document."""
+    attention_plan: AttentionPlan
+    segment_timesteps: Tensor
+    """float32 [g]: t of each segment."""
+    segment_index: Tensor | None
+    """int64 [b, l]: segment of each token; None = segment i is sample i."""
+    logit_positions: Tensor
+    """int64 [m]: flattened (b * l + position) places where logits are computed."""
+
+
+class TokenEmbedding(torch.nn.Module):
+    """Vocabulary-parallel embedding (a module of its own because megatron-core looks for ``embedding.word_embeddings``)."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, tensor_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__()
+        self.word_embeddings = VocabParallelEmbedding(
+            vocab_size,
+            config.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=tensor_group,
+        )
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [b, l] -> [s, b, h]."""
+        embedded = self.word_embeddings(input_ids)
+        # With reduce-scatter the embedding has already put the sequence first, to split it.
+        return embedded if self.sequence_parallel else embedded.transpose(0, 1).contiguous()
+
+
+class DiffusionTransformer(LanguageModule):
+    """One pipeline stage (all of the model when there is one)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        *,
+        mask_token_id: int | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """mask_token_id: the token that is taken out of the softmax; None = none is."""
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        conditioned = model.conditioning == "adaln"
+        if pre_process:
+            self.embedding = TokenEmbedding(config, model.vocab_size, self.tp_group)
+        self.timestep_embedding = TimestepEmbedding(config, model) if conditioned else None
+        self.decoder = TransformerBlock(
+            config,
+            layer_spec(model),
+            post_layer_norm=False,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_modulation = Modulation(config, model.condition_size, num_vectors=2) if conditioned else None
+            self.output_layer = self._build_output_layer()
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        self._mark_replicated_over_pipeline()
+
+    def _build_output_layer(self) -> ColumnParallelLinear:
+        """The head reads gathered rows, all of them on each rank, so it must not gather again. Under sequence parallelism
+        its input gradients stay partial sums: the gather's backward adds them up while it scatters."""
+        head = ColumnParallelLinear(
+            self.config.hidden_size,
+            self.model.vocab_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            disable_grad_reduce=self.config.sequence_parallel,
+            tp_group=self.tp_group,
+        )
+        head.sequence_parallel = False
+        return head
+
+    def _mark_replicated_over_pipeline(self) -> None:
+        """Every stage has the timestep embedding: its gradients are summed over stages, and its norm is counted once."""
+        if self.timestep_embedding is None or self.config.pipeline_model_parallel_size == 1:
+            return
+        for parameter in self.timestep_embedding.parameters():
+            parameter.pipeline_parallel = True
+            parameter.shared = not self.pre_process
+            # The distributed optimizer shards a gradient before the stages add theirs up. Only in a bucket of its own is
+            # a parameter cut at the same places on every stage; elsewhere each stage would add a different slice.
+            parameter.shared_embedding = True
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states from the previous stage; called by megatron-core's schedules."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Logits [m, v] on the last stage, hidden states [s, b, h] on the others."""
+        condition = None if self.timestep_embedding is None else self.timestep_embedding(inputs.segment_timesteps)
+        hidden = self.decoder(
+            hidden_states=self.embedding(inputs.input_ids) if self.pre_process else None,
+            attention_mask=None,
+            context=condition,
+            rotary_pos_emb=rotary_angles(inputs.positions, self.config.kv_channels, self.model.rope_base),
+            packed_seq_params=LayerInputs(inputs.attention_plan, self._local_segment_index(inputs)),
+        )
+        return self._logits(hidden, condition, inputs) if self.post_process else hidden
+
+    def _local_segment_index(self, inputs: ModelInputs) -> Tensor | None:
+        """[b, l] -> this rank's [s, b]."""
+        if inputs.segment_index is None:
+            return None
+        index = inputs.segment_index.transpose(0, 1)
+        if self.config.sequence_parallel:
+            index = index.chunk(get_pg_size(self.tp_group))[get_pg_rank(self.tp_group)]
+        return index.contiguous()
+
+    def _logits(self, hidden: Tensor, condition: Tensor | None, inputs: ModelInputs) -> Tensor:
+        """Final norm, final adaLN and head at ``logit_positions`` only: two thirds of the positions of a masked-diffusion
+        batch would cost a head's FLOPs and a vocabulary's memory for nothing."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        length, num_samples, size = hidden.shape
+        sample = torch.div(inputs.logit_positions, length, rounding_mode="floor")
+        position = inputs.logit_positions % length
+        rows = self.final_norm(hidden.reshape(-1, size).index_select(0, position * num_samples + sample))
+        if self.final_modulation is not None:
+            segment = sample if inputs.segment_index is None else inputs.segment_index.flatten()[inputs.logit_positions]
+            shift, scale = self.final_modulation(condition)
+            rows = modulate(rows, shift, scale, segment)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(rows[:, None], weight=weight)
+        return self._exclude_mask_token(logits[:, 0])
+
+    def _exclude_mask_token(self, logits: Tensor) -> Tensor:
+        if self.mask_token_id is None:
+            return logits
+        column = self.mask_token_id - get_pg_rank(self.tp_group) * logits.shape[-1]
+        if 0 <= column < logits.shape[-1]:
+            # In place and unseen by autograd: the cross-entropy's own gradient is zero where the probability is.
+            logits.detach()[:, column] = float("-inf")
+        return logits
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """As megatron-core's, with one owner for the timestep embedding that every stage holds."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        stage = (get_pg_rank(self.pp_group), self.vp_stage or 0)
+        for key, value in state.items():
+            if key.startswith(f"{prefix}timestep_embedding."):
+                value.replica_id = (0 if stage == (0, 0) else 1 + stage[0] + stage[1] * get_pg_size(self.pp_group), *value.replica_id[1:])
+        return state

@@ -1,0 +1,166 @@
+"""megatron-core on machines without CUDA.
+
+megatron-core names CUDA literally in many places (``device='cuda'``, ``torch.cuda.current_device()``, streams, type
+strings). Its layers, schedules, optimizer and checkpoints run unchanged over gloo on the CPU once those names are
+redirected, so the code that is tested on a laptop is the code that runs on a cluster. Everything redirected is in this
+file, and nothing is touched where CUDA is available.
+
+``redirect_cuda_to_cpu`` must run before megatron-core is used; it imports megatron-core first, because
+torch.compile, which that import sets up, takes stock of torch's functions and refuses replaced ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Wrapping the functions themselves, not a TorchFunctionMode: a mode is not active inside activation recomputation, where
+# torch.ones(..., device="cuda") would still reach for CUDA.
+_FACTORIES = (
+    "ones", "zeros", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "linspace",
+    "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor",
+)  # fmt: skip
+
+_redirected = False
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event: the CPU runs in order, so there is nothing to wait for."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NullStream:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    wait_stream = wait_event = record = record_event = synchronize = wait = _nothing
+
+    def query(self) -> bool:
+        return True
+
+
+def redirect_cuda_to_cpu() -> None:
+    """Redirect the CUDA names that megatron-core uses to the CPU; does nothing with CUDA, or the second time."""
+    global _redirected
+    if _redirected or torch.cuda.is_available():
+        return
+    megatron_random = import_megatron().tensor_parallel.random
+    _redirected = True
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _redirect_tensor_methods()
+    _redirect_cuda_module()
+    _redirect_rng_tracker(megatron_random)
+    logger.info("no CUDA: megatron-core runs on the CPU")
+
+
+def import_megatron() -> Any:
+    """megatron.core, without the dozen warnings its import prints where transformer-engine, apex and CUDA are absent
+   ."""
+    noisy = logging.getLogger("torch.utils.cpp_extension")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core
+        import megatron.core.models.common.language_module.language_module
+        import megatron.core.optimizer
+    noisy.setLevel(level)
+    return megatron.core
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _redirect_tensor_methods() -> None:
+    original_type, original_to = torch.Tensor.type, torch.Tensor.to
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original_type(self, *args, **kwargs)
+        # The distributed optimizer sorts parameters by comparing with 'torch.cuda.FloatTensor' and refuses all else.
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple("cpu" if _is_cuda(argument) else argument for argument in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original_to(self, *args, **kwargs)
+
+    def identity(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return self
+
+    patches: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "type", tensor_type),
+        (torch.Tensor, "to", tensor_to),
+        (torch.Tensor, "cuda", identity),
+        (torch.nn.Module, "cuda", identity),
+    ]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+
+
+def _redirect_cuda_module() -> None:
+    @contextlib.contextmanager
+    def device_context(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+        yield
+
+    def returning(value: Any) -> Callable[..., Any]:
+        # A new function each time: torch.compile refuses one object under two names.
+        return lambda *_args, **_kwargs: value
+
+    stream = _NullStream()
+    replacements: dict[str, Any] = {
+        "current_device": returning(torch.device("cpu")),
+        "set_device": returning(None),
+        "synchronize": returning(None),
+        "empty_cache": returning(None),
+        "current_stream": returning(stream),
+        "default_stream": returning(stream),
+        "stream": device_context,
+        "Stream": _NullStream,
+        "Event": _NullStream,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+
+
+def _redirect_rng_tracker(megatron_random: Any) -> None:
+    """The tracker of per-rank random states (dropout, recomputation) forks and restores the CPU's state instead."""
+
+    def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state

@@ -1,0 +1,40 @@
+"""The device of this process and its numeric settings."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def select_device() -> torch.device:
+    """The GPU of this local rank, or the CPU where there is no CUDA."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs: start at most that many processes per node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """Name for logs and for the peak used by MFU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak GiB: allocated on the GPU since the start, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def make_deterministic() -> None:
+    """Deterministic kernels (warn where there is none), and cuBLAS's fixed workspaces."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)

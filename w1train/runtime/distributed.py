@@ -1,0 +1,103 @@
+"""Process groups: torch.distributed from torchrun's environment, then megatron-core's parallel state."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from w1train.config.schema import ParallelConfig
+from w1train.runtime.cpu import redirect_cuda_to_cpu
+from w1train.runtime.device import select_device
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(slots=True, frozen=True)
+class Ranks:
+    """Where this process stands in the layout."""
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes configuration, summary, report and the console."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """WORLD_SIZE as torchrun or Slurm's launcher set it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig) -> Iterator[Ranks]:
+    """Process groups for the run, torn down at the end.
+
+    The caller has validated that the world size fits the layout.
+    """
+    redirect_cuda_to_cpu()
+    device = select_device()
+    initialize_process_group(device)
+    initialize_model_parallel(parallel)
+    try:
+        yield current_ranks(device)
+    finally:
+        destroy()
+
+
+def initialize_process_group(device: torch.device) -> None:
+    """The default group: NCCL for CUDA tensors and gloo for CPU ones; gloo alone without CUDA."""
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        # A plain `python -m w1train.pretrain`: a world of one, without a port that another run could hold.
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        return
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None)
+
+
+def initialize_model_parallel(parallel: ParallelConfig) -> None:
+    """megatron-core's groups for the layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=False,
+    )
+
+
+def current_ranks(device: torch.device) -> Ranks:
+    """This process's place, from megatron-core's groups."""
+    from megatron.core import parallel_state
+
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def destroy() -> None:
+    """Tear the groups down; without it NCCL warns at exit, and a second layout in this process is refused."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""Text from a trained run: ``python -m w1train.sample RUN --prompt "def main" --temperature 0.7``.
+
+What is not given comes from the run's own sampling configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.console import Console
+
+from w1train.config.schema import Config, SamplingConfig
+from w1train.sampling.denoise import Predict
+from w1train.sampling.display import DenoisingView, print_samples
+from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
+
+
+class InferenceModel(Protocol):
+    """The part of w1train.training.inference.InferenceModel that this command uses."""
+
+    @property
+    def predict(self) -> Predict: ...
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+Load = Callable[[Path, int | None], InferenceModel]
+"""(run directory, step of the checkpoint or None for the newest) -> model."""
+
+
+def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
+    args = _parse(arguments)
+    # What the sampler skips is said at INFO.
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("w1train.sampling").setLevel(logging.INFO)
+    try:
+        if not (args.run / "config.yaml").is_file():
+            raise FileNotFoundError(f"{args.run} is not a run directory: it has no config.yaml")
+        model = (load or _load_run)(args.run, args.checkpoint)
+        config = replace(model.config, sampling=_override(model.config.sampling, args))
+        samples = _sample(model, config, show_steps=args.show_steps)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(_as_json(args, config.sampling, samples)))
+    else:
+        print_samples(_console(), samples)
+    return 0
+
+
+def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> list[TextSample]:
+    view = DenoisingView(_console(), model.tokenizer, config.diffusion.mask_token_id, config.sampling.num_tokens) if show_steps else None
+    with view or nullcontext():
+        return sample_texts(model.predict, model.tokenizer, config.sampling.prompts, config, device=model.device, on_step=view)
+
+
+def _load_run(run: Path, step: int | None) -> InferenceModel:
+    # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
+    from w1train.training.inference import load_for_inference
+
+    return load_for_inference(run, step)
+
+
+def _console() -> Console:
+    """highlight=False: the text is the model's, not ours to colour."""
+    return Console(highlight=False)
+
+
+def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingConfig:
+    """The run's sampling settings with those given on the command line."""
+    given = {
+        "prompts": args.prompt,
+        "num_tokens": args.num_tokens,
+        "num_steps": args.steps,
+        "block_size": args.block_size,
+        "temperature": args.temperature,
+        "remasking": args.remasking,
+        "seed": args.seed,
+    }
+    sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
+    return replace(sampling, block_size=None) if args.block_size == 0 else sampling
+
+
+def _as_json(args: argparse.Namespace, sampling: SamplingConfig, samples: list[TextSample]) -> dict[str, object]:
+    settings = asdict(sampling)
+    del settings["interval"], settings["prompts"]
+    return {"run": str(args.run), "checkpoint": args.checkpoint, "sampling": settings, "samples": [asdict(sample) for sample in samples]}
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m w1train.sample", description="Text from a trained run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to go on from; repeat for several; empty = from nothing")
+    parser.add_argument("--num-tokens", type=int, metavar="N", help="tokens to generate after the prompt")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps, all blocks together")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together, left to right; 0 = all at once")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy")
+    parser.add_argument("--remasking", choices=["low_confidence", "random"], help="which predictions are kept at each step")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint; the newest if not given")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
+    output.add_argument("--show-steps", action="store_true", help="draw the canvas at every denoising step")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Text in, text out: prompts through the tokenizer, the sampler and back. Used while training and by w1train.sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from w1train.config.schema import Config
+from w1train.sampling.denoise import DenoisingStep, Predict, generate
+
+
+class TextTokenizer(Protocol):
+    """The part of w1train.data.tokenizer.Tokenizer that sampling uses."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """A prompt and what the model made of it."""
+
+    prompt: str
+    text: str
+    """The completion, up to the first EOS; the prompt is not repeated."""
+    tokens: list[int]
+    """Token ids of ``text``; fewer than sampling.num_tokens if the model ended the text itself."""
+
+
+def sample_texts(
+    predict: Predict,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: Config,
+    *,
+    device: torch.device | str,
+    on_step: Callable[[DenoisingStep], None] | None = None,
+) -> list[TextSample]:
+    """Complete each prompt as ``config.sampling`` says (its own list of prompts is not looked at).
+
+    Args:
+        predict, device, on_step: as in w1train.sampling.denoise.generate.
+
+    Raises:
+        ValueError: for settings that cannot work, or a prompt that leaves no room for the completion.
+    """
+    prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    _check_lengths(prompt_tokens, config)
+    generation = generate(
+        predict,
+        prompt_tokens,
+        config.sampling,
+        mask_token_id=config.diffusion.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        device=device,
+        vocab_size=tokenizer.vocab_size,
+        on_step=on_step,
+    )
+    completions = [generation.completion(row) for row in range(len(prompts))]
+    return [TextSample(prompt, tokenizer.decode(tokens), tokens) for prompt, tokens in zip(prompts, completions, strict=True)]
+
+
+def _check_lengths(prompt_tokens: list[list[int]], config: Config) -> None:
+    num_tokens, limit = config.sampling.num_tokens, config.model.max_sequence_length
+    for row, tokens in enumerate(prompt_tokens):
+        if len(tokens) + num_tokens > limit:
+            raise ValueError(
+                f"prompt {row} has {len(tokens)} tokens and sampling.num_tokens is {num_tokens}, which together is more than "
+                f"model.max_sequence_length = {limit}; the two may add up to {limit} at most"
+            )

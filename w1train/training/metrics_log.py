@@ -1,0 +1,173 @@
+"""metrics.jsonl and samples.jsonl: one JSON object a line, appended while training, cut back on resume.
+
+Numbers that JSON has no word for are written as null, and named beside it: ``{"loss": null, "nonfinite": {"loss": "nan"}}``,
+an element of a list as ``"loss_by_t/3"``. So every line is valid JSON for any reader, a null that means "not measured" stays
+distinct from an overflow, and :func:`read_metrics` gives the original float back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from w1train.training.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+def encode_record(record: Record) -> bytes:
+    """One line, newline included. Floats are written so that they read back bit for bit (shortest repr)."""
+    nonfinite: dict[str, str] = {}
+    clean: Record = {}
+    for key, value in record.items():
+        if isinstance(value, list | tuple):
+            clean[key] = [_finite_or_null(f"{key}/{index}", item, nonfinite) for index, item in enumerate(value)]
+        else:
+            clean[key] = _finite_or_null(key, value, nonfinite)
+    if nonfinite:
+        clean["nonfinite"] = nonfinite
+    text = json.dumps(clean, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # A lone surrogate has no UTF-8 form; backslashreplace writes \udXXX, which is also its JSON escape.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def decode_record(line: bytes) -> Record:
+    """Inverse of :func:`encode_record`. Raises ValueError if the line is not a JSON object."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
+    for name, value in record.pop("nonfinite", {}).items():
+        key, _, index = name.rpartition("/")
+        if name in record:
+            record[name] = float(value)
+        else:
+            record[key][int(index)] = float(value)
+    return record
+
+
+def _finite_or_null(name: str, value: Any, nonfinite: dict[str, str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[name] = repr(float(value))
+        return None
+    return value
+
+
+class MetricsLog:
+    """Append-only writer; one process owns the file.
+
+    Opening an existing file drops a torn last line (a process that died while writing), so that the next record starts a
+    line of its own.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._drop_torn_tail()
+        self._file = open(self.path, "ab")  # noqa: SIM115 - open for the life of the run
+
+    def append(self, record: Record) -> None:
+        """Write one record and hand it to the operating system: it survives the death of this process.
+
+        Raises TypeError for a value JSON cannot hold, OSError when there is no space.
+        """
+        assert isinstance(record.get("step"), int), f"a record needs an integer step: {record}"
+        self._file.write(encode_record(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until everything is on disk. Before a checkpoint becomes visible: otherwise a power loss could keep the
+        checkpoint and lose the records that led to it, and a resume would not write them again."""
+        os.fsync(self._file.fileno())
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the records of later steps than ``step`` (the checkpoint's), which the resumed run writes again.
+
+        The records kept stay byte for byte. Atomic: after a crash here the file is the old one or the new one.
+        Returns how many records were dropped. Raises ValueError if a line in the middle is not a record.
+        """
+        self._file.close()
+        num_dropped = 0
+        with replace_file(self.path) as kept:
+            for line, record in _iter_lines(self.path):
+                if record["step"] <= step:
+                    kept.write(line)
+                else:
+                    num_dropped += 1
+        self._file = open(self.path, "ab")  # noqa: SIM115 - open for the life of the run
+        if num_dropped:
+            logger.info("%s: dropped %d records after step %d; they are written again", self.path, num_dropped, step)
+        return num_dropped
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _drop_torn_tail(self) -> None:
+        """Make the file end in a newline: cut a torn last line, complete one that lacks only its newline."""
+        with open(self.path, "r+b") as file:
+            start, tail = _last_line(file)
+            if not tail or tail.endswith(b"\n"):
+                return
+            if _is_record(tail):
+                file.write(b"\n")
+                return
+            file.truncate(start)
+        logger.warning("%s: dropped a torn last line of %d bytes", self.path, len(tail))
+
+
+def read_metrics(path: str | Path, kind: str | None = None) -> list[Record]:
+    """The records of a file in order, only those of one ``kind`` ("train", "validation") if it is given.
+
+    A torn last line is left out: a reader may look while the writer writes. Raises FileNotFoundError, and ValueError if any
+    other line is not a record.
+    """
+    return [record for _, record in _iter_lines(Path(path)) if kind is None or record.get("kind") == kind]
+
+
+def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """(line with its newline, record) for every whole record of the file."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = decode_record(line)
+                if not isinstance(record.get("step"), int):
+                    raise ValueError("it has no integer step")
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{path}, line {number}, is not a record ({error}): {line[:80]!r}") from error
+            yield line if line.endswith(b"\n") else line + b"\n", record
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        decode_record(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _last_line(file: BinaryIO) -> tuple[int, bytes]:
+    """(offset, bytes) of the last line, read from the end (the file of a long run is large); leaves the position at the end."""
+    size = file.seek(0, os.SEEK_END)
+    length = min(size, 1 << 16)
+    while True:
+        file.seek(size - length)
+        tail = file.read(length)
+        newline = tail.rfind(b"\n", 0, -1)
+        if newline >= 0 or length == size:
+            return size - length + newline + 1, tail[newline + 1 :]
+        length = min(size, 2 * length)

@@ -1,0 +1,107 @@
+"""Building what is trained: the model's stages in megatron-core's data-parallel wrapper, and the optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from w1train.config.schema import Config
+from w1train.model.initialization import initialize_parameters
+from w1train.model.megatron_config import transformer_config
+from w1train.model.transformer import DiffusionTransformer
+from w1train.training import adamw
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrainedModel:
+    """The stages of this rank and their optimizer."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    config: TransformerConfig
+
+    @property
+    def stages(self) -> list[DiffusionTransformer]:
+        """The bare modules."""
+        return [chunk.module for chunk in self.chunks]
+
+
+def build_trained_model(config: Config) -> TrainedModel:
+    """Model and optimizer for this rank, with initial weights."""
+    megatron = transformer_config(config.model, config.parallel, config.training.precision)
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.deterministic_mode = config.training.deterministic
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    chunks = [_data_parallel(megatron, ddp_config, build_stage(config, megatron))]
+    return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
+
+
+def _data_parallel(
+    megatron: TransformerConfig, ddp_config: DistributedDataParallelConfig, stage: DiffusionTransformer
+) -> DistributedDataParallel:
+    """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
+    layout = None
+    if ddp_config.use_distributed_optimizer:
+        parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        layout = DistributedOptimizer.compute_full_param_layout(parameters, None, size, ddp_config)
+    return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
+
+
+def build_stage(config: Config, megatron: TransformerConfig) -> DiffusionTransformer:
+    """The pipeline stage of this rank, with initial weights."""
+    stage = DiffusionTransformer(
+        megatron,
+        config.model,
+        mask_token_id=config.diffusion.mask_token_id if config.diffusion.exclude_mask_logit else None,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    initialize_parameters(
+        stage,
+        config.model,
+        config.training.seed,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    return stage
+
+
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
+    adamw.install()
+    settings = config.optimizer
+    optimizer_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=0.0,  # set before every step, from the schedule
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    return optimizer

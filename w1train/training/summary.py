@@ -1,0 +1,91 @@
+"""summary.json: the run in a few numbers, for scripts and for the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import w1train
+from w1train.training.files import write_text
+
+REQUIRED_FIELDS = (
+    "name",
+    "num_parameters",
+    "world_size",
+    "device",
+    "steps",
+    "tokens_seen",
+    "tokens_per_second",
+    "wall_seconds",
+    "validation",
+    "unigram_bits_per_byte",
+)
+
+
+def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
+    """Write ``run_dir/summary.json`` in one rename.
+
+    ``fields`` has at least REQUIRED_FIELDS. ``validation`` is {"start": record, "end": record} with elbo (nats per token),
+    elbo_bits_per_byte and masked_cross_entropy (nats per masked token), or None for a run without validation; the two
+    ``validation_elbo_bits_per_byte_*`` are taken from it, and ``versions`` from :func:`versions` unless given. What is not
+    finite becomes null.
+    """
+    missing = [name for name in REQUIRED_FIELDS if name not in fields]
+    assert not missing, f"summary.json lacks {missing}"
+    validation = fields["validation"] or {}
+    summary = {
+        **fields,
+        "validation_elbo_bits_per_byte_start": validation.get("start", {}).get("elbo_bits_per_byte"),
+        "validation_elbo_bits_per_byte_end": validation.get("end", {}).get("elbo_bits_per_byte"),
+        "versions": fields.get("versions") or versions(),
+    }
+    path = Path(run_dir) / "summary.json"
+    write_text(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def versions() -> dict[str, str | None]:
+    """What the run was made with; None for what is not installed, and for the commit outside a checkout."""
+    return {
+        "python": platform.python_version(),
+        "torch": _installed("torch"),
+        "megatron-core": _installed("megatron-core"),
+        "w1train": w1train.__version__,
+        "git_commit": _git_commit(Path(w1train.__file__).resolve().parent.parent),
+    }
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit(root: Path) -> str | None:
+    """The commit that ``root`` is a checkout of, with "-dirty" when tracked files differ from it.
+
+    Only if ``root`` itself is the checkout: for an installed package, git would find whichever repository of the user's
+    happens to lie around site-packages.
+    """
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
