@@ -18,8 +18,8 @@ help:  ## List the targets
 install:  ## Create or update the environment in .venv
 	@launch/bootstrap.sh
 
-demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS=path, NPROC=ranks, RUNS=runs)
-	@launch/demo.sh
+demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS=path, NPROC=ranks, RUNS=runs, ARGS="KEY=VALUE ...")
+	@launch/demo.sh $(ARGS)
 
 test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of them)
 	@$(VENV)/bin/python -m pytest $(ARGS)

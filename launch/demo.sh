@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From text to a trained diffusion language model, step by step: what `make demo` runs. Each command works as well when typed alone.
-# Steps that are done are not repeated, and training resumes where it stopped.
+# Steps that are done are not repeated, and training resumes where it stopped. Arguments are overrides of the recipe.
 #
 # Environment variables:
 #   CORPUS   text: a file, a directory or JSONL        (default: the sources of Python's standard library)
@@ -71,7 +71,7 @@ step "3/5 tokens" "$data/validation.json" \
   --validation-output "$data/validation" --validation-fraction 0.05 --overwrite
 step "4/5 pretraining on $NPROC ranks" "" \
   "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=demo runs_dir="$RUNS" \
-  data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json"
+  data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
 step "5/5 report" "" \
   "$python" -m w1train.report "$run"
 
