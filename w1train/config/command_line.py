@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from w1train.config.errors import ConfigurationError, Problem, closest, listing
+from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
 from w1train.config.recipe_files import RECIPE_GROUP, check_user_directories, first_comment, groups, packaged_directory
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
@@ -47,9 +47,11 @@ class _Words:
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """Read a command line (without the program's name). Raises ``ConfigurationError`` with the problems of flags and configuration."""
     words = _split(argv)
-    for flag, action in (("--help", "help"), ("--list", "list")):
-        if flag in words.flags:
-            return CommandLine(action, None, words.config_dirs)  # type: ignore[arg-type]
+    if "--help" in words.flags:
+        return CommandLine("help", None, words.config_dirs)
+    if "--list" in words.flags:
+        raise_if_any(words.problems)
+        return CommandLine("list", None, words.config_dirs)
     # Hydra takes a third of a second to import; --help and --list do without.
     from w1train.config.compose import load_config
 
@@ -57,8 +59,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         config = load_config(words.overrides, words.config_dirs)
     except ConfigurationError as error:
         raise ConfigurationError(words.problems + error.problems) from error
-    if words.problems:
-        raise ConfigurationError(words.problems)
+    raise_if_any(words.problems)
     return CommandLine("print_config" if "--cfg" in words.flags else "run", config, words.config_dirs)
 
 

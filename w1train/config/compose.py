@@ -68,8 +68,9 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     problems += request.problems
     try:
         tree, unknown_sections = _compose(request.choices, user_directories), request.unknown_sections
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(_composition_problem(error))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        # Hydra's words for a defaults list that is none, a file that is not UTF-8 (ValueError), or one that includes itself.
+        problems.append(_composition_problem(error, options))
         tree, unknown_sections = {}, _ALL_SECTIONS
     tree = {section: value for section, value in tree.items() if section not in unknown_sections}
     problems += _apply(request.edits, tree, unknown_sections)
@@ -93,7 +94,8 @@ def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str
         if not key or override.package is not None:
             request.problems.append(Problem(text, "a key that is empty or has '@'", "KEY=VALUE with a key such as model.hidden_size"))
         elif override.is_sweep_override():
-            request.problems.append(Problem(key, f"the sweep {text.partition('=')[2]}", "one value (a run is one configuration)", "a list is [1,2]"))
+            found = f"the sweep {text.partition('=')[2]}"
+            request.problems.append(Problem(key, found, "one value (a run is one configuration)", "a list is [1,2]"))
         elif key in options and not override.is_delete() and not isinstance(override.value(), dict):
             _choose(request, key, override, options[key], directories)
         else:
@@ -155,13 +157,15 @@ def _quote(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _composition_problem(error: Exception) -> Problem:
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+def _composition_problem(error: Exception, options: Mapping[str, Sequence[str]]) -> Problem:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.partition("/")
-        match = closest(option, error.options)
-        found = f"{show(option)}, in the defaults of a recipe ({str(error).splitlines()[0]})"
-        return Problem(group, found, f"one of: {listing(error.options)}", f"did you mean {match}?" if match else None)
-    return Problem("the recipe files", " ".join(str(error).split()), "YAML files that Hydra can compose")
+        if group in options:
+            match = closest(option, options[group])
+            found = f"{show(option)}, in the defaults of a recipe file ({str(error).splitlines()[0]})"
+            return Problem(group, found, f"one of: {listing(options[group])}", f"did you mean {match}?" if match else None)
+    reason = "a defaults list that includes itself" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return Problem("the recipe files", reason, "YAML files that Hydra can compose")
 
 
 def _apply(edits: Sequence[Override], tree: dict[str, Any], unknown_sections: frozenset[str]) -> list[Problem]:

@@ -186,7 +186,7 @@ def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None
     name, _, rest = path.partition(".")
     match = closest(name, siblings)
     if match and rest and dataclasses.is_dataclass(siblings[match]):
-        inner = field_types(siblings[match])  # type: ignore[arg-type]
+        inner = field_types(siblings[match])
         inner_match = closest(rest, inner)
         if inner_match is None:
             return f"did you mean {join(parent, match)}? Its keys: {listing(inner)}"

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from w1train.config import schema
 from w1train.config.convert import describe_type, field_types, is_required, join
 from w1train.config.errors import show
+from w1train.config.validate import RANGES
 
 _INTRODUCTION = """\
 # Configuration reference
@@ -57,18 +58,22 @@ def _mapping_sections(annotation: Any, key: str) -> list[str]:
 
 def _section(cls: Any, key: str, title: str, only: Sequence[str] | None = None) -> str:
     docstrings, types = field_docstrings(cls), field_types(cls)
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows = ["| key | valid | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         if only is None or field.name in only:
-            cells = (f"`{join(key, field.name)}`", _type(types[field.name]), _default(field), docstrings[field.name])
+            full_key = join(key, field.name)
+            cells = (f"`{full_key}`", _valid(types[field.name], full_key), _default(field), docstrings[field.name])
             rows.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
     return "\n".join([f"## {title}", "", " ".join((cls.__doc__ or "").split()), "", *rows])
 
 
-def _type(annotation: Any) -> str:
+def _valid(annotation: Any, key: str) -> str:
+    """Type and range."""
     if get_origin(annotation) is dict:
         return "a mapping from names (see below)"
-    return describe_type(annotation)
+    pattern = key.replace(".NAME.", ".*.")
+    valid = RANGES.get(pattern) or RANGES.get(f"{pattern}[*]")
+    return describe_type(annotation) + (f", {valid}" if valid else "")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -158,20 +158,22 @@ def _paths_rule(config: Config) -> Iterator[Problem]:
 def _query_groups_rule(config: Config) -> Iterator[Problem]:
     heads, groups = config.model.num_attention_heads, config.model.num_query_groups
     if groups is not None and _does_not_divide(groups, heads):
-        yield Problem("model.num_query_groups", show(groups), f"a divisor of model.num_attention_heads ({heads}): {_divisors(heads)}; or null")
+        valid = f"a divisor of model.num_attention_heads ({heads}): {_divisors(heads)}; or null"
+        yield Problem("model.num_query_groups", show(groups), valid)
 
 
 def _head_width_rule(config: Config) -> Iterator[Problem]:
     hidden, heads, channels = config.model.hidden_size, config.model.num_attention_heads, config.model.kv_channels
+    even = "an even number: the rotary embedding turns pairs"
     if channels is not None:
         if channels > 0 and channels % 2:
-            yield Problem("model.kv_channels", show(channels), "an even number: the rotary embedding turns pairs", f"{channels + 1}")
+            yield Problem("model.kv_channels", show(channels), even, f"{channels + 1}")
     elif _does_not_divide(heads, hidden):
         valid = f"a divisor of model.hidden_size ({hidden}): {_divisors(hidden)}; or any number if model.kv_channels is set"
         yield Problem("model.num_attention_heads", show(heads), valid)
     elif heads > 0 and hidden // heads % 2:
         found = f"null, so hidden_size / num_attention_heads = {hidden} / {heads} = {hidden // heads}"
-        yield Problem("model.kv_channels", found, "an even number: the rotary embedding turns pairs", f"model.kv_channels={hidden // heads + 1}")
+        yield Problem("model.kv_channels", found, even, f"{hidden // heads + 1}")
 
 
 def _timestep_frequency_rule(config: Config) -> Iterator[Problem]:
@@ -195,7 +197,8 @@ def _mask_token_rule(config: Config) -> Iterator[Problem]:
 def _timesteps_rule(config: Config) -> Iterator[Problem]:
     diffusion = config.diffusion
     if diffusion.weight == "inverse_t" and diffusion.t_min == 0:
-        yield Problem("diffusion.t_min", show(diffusion.t_min), "a number > 0, for diffusion.weight=inverse_t divides by t", "0.001 (LLaDA)")
+        valid = "a number > 0, for diffusion.weight=inverse_t divides by t"
+        yield Problem("diffusion.t_min", show(diffusion.t_min), valid, "0.001 (LLaDA)")
     if diffusion.t_min >= diffusion.t_max:
         yield Problem("diffusion.t_min", show(diffusion.t_min), f"a number below diffusion.t_max ({show(diffusion.t_max)})")
 
@@ -210,7 +213,7 @@ def _strata_rule(config: Config) -> Iterator[Problem]:
 def _stages_rule(config: Config) -> Iterator[Problem]:
     stages = config.schedule.stages
     if not stages:
-        yield Problem("schedule.stages", "{}", "at least one stage: schedule.stages.NAME={tokens: 1e9, learning_rate: 3e-4, style: constant}")
+        yield Problem("schedule.stages", "{}", "at least one stage", "schedule.stages.NAME={tokens: 1e9, learning_rate: 3e-4}")
     for name in stages:
         if not _STAGE_NAME_PATTERN.fullmatch(name):
             yield Problem(f"schedule.stages.{name}", f"the name {show(name)}", "a name of letters, digits, '_' and '-'")
@@ -239,8 +242,8 @@ def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:
     sizes = {name: size for name in names if (size := getattr(config.model, name, None)) is not None}
     for name, size in sizes.items():
         if _does_not_divide(tensor, size):
-            divisors = _divisors(math.gcd(*sizes.values()))
-            yield Problem("parallel.tensor", show(tensor), f"a divisor of model.{name} ({size})", f"a divisor of all that it splits: {divisors}")
+            suggestion = f"a divisor of all that it splits: {_divisors(math.gcd(*sizes.values()))}"
+            yield Problem("parallel.tensor", show(tensor), f"a divisor of model.{name} ({size})", suggestion)
 
 
 def _sequence_parallel_rule(config: Config) -> Iterator[Problem]:
@@ -250,7 +253,8 @@ def _sequence_parallel_rule(config: Config) -> Iterator[Problem]:
     if tensor == 1:
         yield Problem("parallel.sequence", "true", "false when parallel.tensor is 1: there is nothing to share", "parallel.tensor=2")
     elif _does_not_divide(tensor, length):
-        yield Problem("data.sequence_length", show(length), f"a multiple of parallel.tensor ({tensor}) when parallel.sequence is true", _near(length, tensor))
+        valid = f"a multiple of parallel.tensor ({tensor}) when parallel.sequence is true"
+        yield Problem("data.sequence_length", show(length), valid, _near(length, tensor))
 
 
 def _pipeline_rule(config: Config) -> Iterator[Problem]:

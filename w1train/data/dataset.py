@@ -51,13 +51,13 @@ class TokenDataset:
         _check_exists(prefix)
         manifest = DatasetManifest.read(manifest_path(prefix)) if manifest_path(prefix).exists() else None
         if manifest is not None:
-            _check_size(idx_path(prefix), manifest.idx_num_bytes)
-            _check_size(bin_path(prefix), manifest.bin_num_bytes)
+            _check_size(idx_path(prefix), manifest.idx_num_bytes, manifest_path(prefix))
+            _check_size(bin_path(prefix), manifest.bin_num_bytes, manifest_path(prefix))
         index = read_index(idx_path(prefix))
-        _check_size(bin_path(prefix), index.num_bin_bytes)
         if index.num_bin_bytes == 0:
             raise DatasetError(f"dataset {prefix} holds no tokens")
         if manifest is None:
+            _check_size(bin_path(prefix), index.num_bin_bytes, idx_path(prefix))
             logger.warning(
                 "%s is missing: the dataset is taken as made by other software; its tokenizer, its completeness and its largest "
                 "token id are not checked beforehand (token ids are, as they are read)",
@@ -118,11 +118,11 @@ def _check_exists(prefix: str) -> None:
     raise DatasetError(message)
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(path: Path, expected: int, source: Path) -> None:
     found = file_size(path)
     if found != expected:
         fault = "truncated" if found < expected else "longer than it was written"
-        raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected}")
+        raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} ({source.name} says so)")
 
 
 def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
@@ -131,6 +131,7 @@ def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
         "dtype": index.dtype.name,
         "num_documents": index.num_documents,
         "num_tokens": index.num_bin_bytes // index.dtype.itemsize,
+        "bin_num_bytes": index.num_bin_bytes,
     }
     for name, value in found.items():
         expected = getattr(manifest, name)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -101,3 +102,20 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def on_main_rank[Result](action: Callable[[], Result]) -> Result:
+    """Do ``action`` on rank 0 alone; its result, or its exception, comes out on every rank.
+
+    So a mistake that only rank 0 can see (a run directory in use) ends all ranks alike instead of leaving them waiting.
+    """
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError, RuntimeError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[1], BaseException):
+        raise outcome[1]
+    return cast(Result, outcome[0])

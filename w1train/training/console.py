@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -58,18 +58,15 @@ class TrainingConsole:
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, times="")
         self._display = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
-        self._redirection = _handlers_through_live()
+        self._shown = ExitStack()
 
     def __enter__(self) -> TrainingConsole:
         if self.live:
-            self._display.start()
-            self._redirection.__enter__()
+            self._shown.enter_context(_shown(self._display))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self._redirection.__exit__(None, None, None)
-            self._display.stop()
+        self._shown.close()
 
     def print_header(self, title: str, rows: Mapping[str, object]) -> None:
         """What is about to be trained: a table of titles and values (model size, device, world, tokens, batch)."""
@@ -114,8 +111,7 @@ class TrainingConsole:
         if not self.enabled:
             return
         # Training does not die of a terminal that cannot show a character.
-        encodable = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
-        text.plain = encodable
+        text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
         self._console.print(text)
 
     def _render(self) -> Group:
@@ -176,19 +172,25 @@ def _one_line(text: str) -> str:
 
 
 @contextmanager
-def _handlers_through_live() -> Iterator[None]:
-    """Send log handlers that hold the real stdout or stderr through rich's replacements, which print above the bar.
+def _shown(display: Live) -> Iterator[None]:
+    """Show the display, with log lines above it.
 
-    rich replaces sys.stdout and sys.stderr only; a handler made earlier would write into the middle of the bar.
+    rich replaces sys.stdout and sys.stderr by streams that print above the bar; a log handler that was made before holds the
+    old ones and would write into the middle of it.
     """
-    redirected = {sys.__stdout__: sys.stdout, sys.__stderr__: sys.stderr}
-    loggers = [logging.getLogger(), *(item for item in logging.Logger.manager.loggerDict.values() if isinstance(item, logging.Logger))]
-    handlers = [handler for each in loggers for handler in each.handlers if type(handler) is logging.StreamHandler]
-    held = [(handler, handler.stream) for handler in handlers if handler.stream in redirected]
-    for handler, stream in held:
-        handler.setStream(redirected[stream])
-    try:
-        yield
-    finally:
+    before = (sys.stdout, sys.stderr)
+    with display:
+        replaced = dict(zip(before, (sys.stdout, sys.stderr), strict=True))
+        held = [(handler, handler.stream) for handler in _stream_handlers() if handler.stream in before]
         for handler, stream in held:
-            handler.setStream(stream)
+            handler.setStream(replaced[stream])
+        try:
+            yield
+        finally:
+            for handler, stream in held:
+                handler.setStream(stream)
+
+
+def _stream_handlers() -> list[logging.StreamHandler]:
+    loggers = [logging.getLogger(), *(item for item in logging.Logger.manager.loggerDict.values() if isinstance(item, logging.Logger))]
+    return [handler for each in loggers for handler in each.handlers if type(handler) is logging.StreamHandler]

@@ -1,0 +1,33 @@
+"""Configurations for the tests of this directory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from config_trees import TREE, set_key
+from hypothesis import settings
+
+from w1train.config.convert import convert
+from w1train.config.schema import Config
+
+# Wall-clock time says nothing on a machine shared by others.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    """A function from changes by dotted key to a configuration (not validated)."""
+
+    def make(changes: dict[str, Any] | None = None) -> Config:
+        changed = copy.deepcopy(TREE)
+        for key, value in (changes or {}).items():
+            set_key(changed, key, value)
+        conversion = convert(changed)
+        assert not conversion.problems, conversion.problems
+        return conversion.config
+
+    return make

@@ -1,0 +1,115 @@
+"""Flags and overrides, in any order; what is printed and how it exits."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from w1train.config.command_line import config_from_command_line, parse_command_line
+from w1train.config.compose import load_config
+from w1train.config.errors import ConfigurationError
+from w1train.config.serialization import config_from_yaml
+
+
+@pytest.fixture
+def user_directory(tmp_path: Path) -> str:
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\n# My own run.\ndefaults:\n  - demo\n  - _self_\nname: mine\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(text, encoding="utf-8")
+    return str(tmp_path)
+
+
+def run(*argv: str) -> int | str | None:
+    with pytest.raises(SystemExit) as caught:
+        config_from_command_line(argv, program="w1train.pretrain", description="Pretrain a model.")
+    return caught.value.code
+
+
+def test_flags_and_overrides_in_any_order(user_directory: str) -> None:
+    expected = load_config(["recipe=mine", "training.seed=9"], [user_directory])
+    parts = [["recipe=mine"], ["--config-dir", user_directory, "training.seed=9"], ["--cfg", "job"]]
+    for order in itertools.permutations(parts):
+        command_line = parse_command_line([word for part in order for word in part])
+        assert (command_line.action, command_line.config) == ("print_config", expected)
+    assert parse_command_line([f"--config-dir={user_directory}", "recipe=mine", "--cfg=job", "training.seed=9"]).config == expected
+
+
+def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_from_command_line(["recipe=demo"], program="p", description="d")
+    assert config == load_config(["recipe=demo"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_printed_configuration_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipe=w1_4b", "parallel.tensor=4", "--cfg", "job") == 0
+    output = capsys.readouterr()
+    assert config_from_yaml(output.out) == load_config(["recipe=w1_4b", "parallel.tensor=4"])
+    assert output.err == ""
+
+
+def test_list_names_recipes_and_says_what_they_are(capsys: pytest.CaptureFixture[str], user_directory: str) -> None:
+    assert run("--list", "--config-dir", user_directory) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == ["demo", "llada_1b", "llada_8b", "mine", "w1_4b"]
+    assert dict(lines)["mine"] == "My own run."  # type: ignore[arg-type]
+    assert dict(lines)["llada_8b"].startswith("LLaDA 8B")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert run(flag, "model=nonsense") == 0
+    text = capsys.readouterr().out
+    for words in (
+        "Pretrain a model.",
+        "usage: python -m w1train.pretrain",
+        "--config-dir DIR",
+        "w1_4b",
+        "parallel",
+        "docs/configuration.md",
+    ):
+        assert words in text
+
+
+def test_mistakes_go_to_stderr_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipe=demo", "--cgf", "model.hiden_size=1", "training.seed=x", "--parallel.tensor=2") == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("w1train.pretrain: 4 problems in the configuration:\n1. --cgf\n")
+    for words in (
+        "did you mean --cfg?",
+        "without dashes, if it is a key: parallel.tensor=2",
+        "did you mean model.hidden_size?",
+        "training.seed",
+    ):
+        assert words in output.err
+    assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--cfg"], "--cfg"),
+        (["--cfg", "yaml"], "--cfg"),
+        (["--config-dir"], "--config-dir"),
+        (["--cfgg", "recipe=demo"], "--cfgg"),
+        (["-m"], "-m"),
+        (["--"], "--"),
+    ],
+)
+def test_wrong_flags(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_command_line(["recipe=demo", *words])
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_flags_without_a_value_take_none() -> None:
+    with pytest.raises(ConfigurationError, match="no value"):
+        parse_command_line(["--list=all"])
+
+
+def test_only_the_first_rank_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert run("recipe=demo", "model.hiden_size=1") == 2
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,165 @@
+"""Ranges and rules between keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, get_args, get_origin
+
+import pytest
+from config_trees import TREE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w1train.config.convert import Conversion, convert, field_types
+from w1train.config.schema import Config
+from w1train.config.validate import RANGES, validate, validate_conversion
+
+MakeConfig = Callable[..., Config]
+
+
+def numeric_patterns(cls: Any = Config, prefix: str = "") -> set[str]:
+    """The keys of all numeric fields of the schema, in the notation of RANGES."""
+    patterns = set()
+    for name, annotation in field_types(cls).items():
+        key = f"{prefix}{name}"
+        arguments = set(get_args(annotation))
+        if dataclasses.is_dataclass(annotation):
+            patterns |= numeric_patterns(annotation, f"{key}.")
+        elif get_origin(annotation) is dict:
+            patterns |= numeric_patterns(get_args(annotation)[1], f"{key}.*.")
+        elif get_origin(annotation) is list and arguments & {int, float}:
+            patterns.add(f"{key}[*]")
+        elif annotation in (int, float) or (type(None) in arguments and arguments & {int, float}):
+            patterns.add(key)
+    return patterns
+
+
+def test_every_numeric_field_has_a_range() -> None:
+    assert set(RANGES) == numeric_patterns()
+
+
+def test_the_base_is_valid(make_config: MakeConfig) -> None:
+    assert validate(make_config()) == []
+
+
+@pytest.mark.parametrize("pattern", RANGES)
+def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: str) -> None:
+    valid = RANGES[pattern]
+    is_float = pattern.endswith("]") or "float" in str(field_annotation(pattern))
+    outside: list[float] = [valid.low - 1, *([valid.low] if not valid.includes_low else [])]
+    if is_float:
+        outside += [math.nan, math.inf]
+    if valid.high != math.inf:
+        outside += [valid.high + 1, *([valid.high] if not valid.includes_high else [])]
+    for value in outside:
+        key = pattern.replace("*", "stable").removesuffix("[stable]")
+        config = make_config({key: [0.5, value] if pattern.endswith("]") else value})
+        reported = [problem.key for problem in validate(config)]
+        assert (f"{key}[1]" if pattern.endswith("]") else key) in reported, (pattern, value)
+
+
+def field_annotation(pattern: str) -> Any:
+    annotation: Any = Config
+    for part in pattern.removesuffix("[*]").split("."):
+        annotation = get_args(annotation)[1] if part == "*" else field_types(annotation)[part]
+    return annotation
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"name": "a/b"}, "name", "directory name"),
+        ({"name": ".."}, "name", "directory name"),
+        ({"name": ""}, "name", "directory name"),
+        ({"runs_dir": ""}, "runs_dir", "a path"),
+        ({"data.validation": ""}, "data.validation", "or null"),
+        ({"model.num_query_groups": 3}, "model.num_query_groups", "1, 2, 4"),
+        ({"model.num_query_groups": 8}, "model.num_query_groups", "1, 2, 4"),
+        ({"model.kv_channels": 7}, "model.kv_channels", "even"),
+        ({"model.kv_channels": None, "model.hidden_size": 36}, "model.kv_channels", "even"),
+        ({"model.kv_channels": None, "model.hidden_size": 30}, "model.num_attention_heads", "1, 2, 3, 5, 6, 10, 15, 30"),
+        ({"model.timestep_frequency_size": 5}, "model.timestep_frequency_size", "even"),
+        ({"data.sequence_length": 4097}, "data.sequence_length", "4096"),
+        ({"diffusion.mask_token_id": 96}, "diffusion.mask_token_id", "below model.vocab_size (96)"),
+        ({"diffusion.t_min": 0}, "diffusion.t_min", "inverse_t divides by t"),
+        ({"diffusion.t_min": 0.5, "diffusion.t_max": 0.5}, "diffusion.t_min", "below diffusion.t_max (0.5)"),
+        ({"diffusion.num_strata": 48}, "diffusion.num_strata", "power of two"),
+        ({"schedule.stages": {}}, "schedule.stages", "at least one"),
+        ({"schedule.stages": {"a.b": {"tokens": 1, "learning_rate": 1}}}, "schedule.stages.a.b", "letters"),
+        ({"validation.timesteps": []}, "validation.timesteps", "at least one"),
+        ({"sampling.block_size": 48}, "sampling.block_size", "divisor of sampling.num_tokens (128)"),
+        ({"sampling.interval": 1, "sampling.prompts": []}, "sampling.prompts", "at least one"),
+        ({"sampling.interval": 1, "model.max_sequence_length": 100}, "sampling.num_tokens", "at most"),
+        ({"parallel.tensor": 3, "model.vocab_size": 99, "model.ffn_hidden_size": 63}, "parallel.tensor", "num_attention_heads (4)"),
+        ({"parallel.tensor": 2, "model.num_query_groups": 1}, "parallel.tensor", "num_query_groups (1)"),
+        ({"parallel.tensor": 2, "model.ffn_hidden_size": 63}, "parallel.tensor", "ffn_hidden_size (63)"),
+        ({"parallel.tensor": 2, "model.vocab_size": 97}, "parallel.tensor", "vocab_size (97)"),
+        ({"parallel.sequence": True}, "parallel.sequence", "false when parallel.tensor is 1"),
+        ({"parallel.sequence": True, "parallel.tensor": 4, "data.sequence_length": 62}, "data.sequence_length", "multiple of"),
+        ({"parallel.pipeline": 3}, "parallel.pipeline", "1, 2, 4"),
+        (
+            {"parallel.recompute": "full", "parallel.recompute_num_layers": 3, "parallel.pipeline": 2},
+            "parallel.recompute_num_layers",
+            "1 to 2",
+        ),
+        ({"training.micro_batch_size": 3}, "training.global_batch_size", "multiple of training.micro_batch_size (3)"),
+    ],
+)
+def test_rules(make_config: MakeConfig, changes: dict[str, Any], key: str, words: str) -> None:
+    (problem,) = validate(make_config(changes))
+    assert problem.key == key
+    assert words in problem.valid
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.conditioning": "none", "model.adaln_init": "identity"},
+        {"diffusion.t_min": 0, "diffusion.weight": "constant"},
+        {"diffusion.num_strata": 1},
+        {"sampling.num_tokens": 5000},
+        {"parallel.tensor": 4, "parallel.sequence": True, "parallel.pipeline": 4},
+        {"model.kv_channels": None},
+        {"optimizer.clip_grad": 0, "data.num_workers": 0, "training.seed": 0},
+    ],
+)
+def test_what_is_allowed(make_config: MakeConfig, changes: dict[str, Any]) -> None:
+    assert validate(make_config(changes)) == []
+
+
+@given(st.integers(1, 24), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 48))
+def test_the_layout_over_a_world(world_size: int, tensor: int, pipeline: int, micro: int, batch: int) -> None:
+    tree = TREE | {"parallel": {"tensor": tensor, "pipeline": pipeline}}
+    tree |= {"training": {"micro_batch_size": micro, "global_batch_size": batch}}
+    problems = validate(convert(tree).config, world_size)
+    replicas, rest = divmod(world_size, tensor * pipeline)
+    expected = {"parallel.tensor"} if rest else set()
+    if batch % micro or (not rest and batch % (micro * replicas)):
+        expected.add("training.global_batch_size")
+    assert {problem.key for problem in problems} == expected
+    assert len(problems) == len(expected)
+
+
+def test_the_world_size_rules_say_what_would_fit(make_config: MakeConfig) -> None:
+    (problem,) = validate(make_config({"parallel.tensor": 4}), world_size=6)
+    assert "1, 2, 3, 6" in problem.valid
+    (problem,) = validate(make_config(), world_size=3)
+    assert "4 x 3 = 12" in problem.valid
+    assert problem.suggestion == "12 or 24"
+
+
+def test_rules_with_unset_fields_are_left_out_and_others_are_not() -> None:
+    conversion = convert(TREE | {"training": {"global_batch_size": 16}, "name": "a b"})
+    assert [problem.key for problem in conversion.problems] == ["training.micro_batch_size"]
+    assert [problem.key for problem in validate_conversion(conversion)] == ["name"]
+
+
+def test_a_mistake_in_a_rule_is_not_taken_for_an_unset_field(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_rule(config: Config) -> Any:
+        yield config.nonsense  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("w1train.config.validate.RULES", (broken_rule,))
+    with pytest.raises(AttributeError, match="nonsense"):
+        validate_conversion(Conversion(make_config(), [], complete=False))

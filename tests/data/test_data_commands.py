@@ -1,0 +1,194 @@
+"""The commands of data_tools, from text to datasets: split, errors, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools import python_corpus, tokenize, train_tokenizer
+from w1train.data.dataset import TokenDataset
+from w1train.data.tokenizer import Tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """300 kB of the standard library's sources."""
+    path = tmp_path_factory.mktemp("corpus") / "python.jsonl"
+    assert python_corpus.main(["--output", str(path), "--max-bytes", "300000"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(corpus):
+    path = corpus.parent / "tokenizer.json"
+    assert train_tokenizer.main(["--input", str(corpus), "--output", str(path), "--vocab-size", "600"]) == 0
+    return path
+
+
+def tokenize_arguments(corpus, tokenizer_file, prefix, *more):
+    return ["--input", str(corpus), "--tokenizer", str(tokenizer_file), "--output", str(prefix), *more]
+
+
+def read_texts(prefix, tokenizer) -> list[str]:
+    dataset = TokenDataset.open(prefix, tokenizer, tokenizer.vocab_size)
+    documents = [dataset.document_tokens(i).tolist() for i in range(dataset.num_documents)]
+    assert all(ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1] for ids in documents)
+    return [tokenizer.decode(ids[:-1]) for ids in documents]
+
+
+def test_the_standard_library_is_a_corpus(corpus):
+    records = [json.loads(line) for line in corpus.read_text().splitlines()]
+    assert 200_000 < sum(len(record["text"].encode()) for record in records) <= 300_000
+    assert [record["path"] for record in records] == sorted(record["path"] for record in records)
+    again = python_corpus.collect(Path(os.__file__).parent, 300_000)
+    assert again == [(record["path"], record["text"]) for record in records]
+    assert not any("site-packages" in path or path.startswith("test/") for path, _ in again)
+
+
+def test_from_text_to_datasets_and_back(corpus, tokenizer_file, tmp_path):
+    """Train and validation together hold every document, unchanged, once."""
+    split = ["--validation-output", str(tmp_path / "new/validation"), "--validation-fraction", "0.2"]
+    assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, tmp_path / "new/train", *split)) == 0
+    tokenizer = Tokenizer.load(tokenizer_file)
+    train, validation = (read_texts(tmp_path / "new" / name, tokenizer) for name in ("train", "validation"))
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    texts = [text for text in texts if text.strip()]
+    assert sorted(train + validation) == sorted(texts)
+    assert train == [text for text in texts if not tokenize.is_validation(text, 0.2)]
+    assert 0 < len(validation) < len(train)
+    for name, part in (("train", train), ("validation", validation)):
+        manifest = TokenDataset.open(tmp_path / "new" / name).manifest
+        assert manifest is not None
+        assert manifest.num_bytes == sum(len(text.encode()) for text in part)
+
+
+def test_the_split_takes_the_fraction_asked_for():
+    texts = [f"document {i}" for i in range(4000)]
+    num_held_out = sum(tokenize.is_validation(text, 0.1) for text in texts)
+    assert abs(num_held_out - 400) < 76  # 4 standard deviations
+    assert all(tokenize.is_validation(text, 0.3) for text in texts if tokenize.is_validation(text, 0.1))
+    assert not any(tokenize.is_validation(text, 0.0) for text in texts)
+
+
+def test_same_input_same_files(corpus, tokenizer_file, tmp_path):
+    for name in ("one", "two"):
+        assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, tmp_path / name)) == 0
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_an_existing_dataset_is_kept_unless_overwritten(corpus, tokenizer_file, tmp_path, caplog):
+    arguments = tokenize_arguments(corpus, tokenizer_file, tmp_path / "x")
+    assert tokenize.main(arguments) == 0
+    before = (tmp_path / "x.json").stat().st_mtime_ns
+    assert tokenize.main(arguments) == 1
+    assert "exists already" in caplog.text
+    assert (tmp_path / "x.json").stat().st_mtime_ns == before
+    assert tokenize.main([*arguments, "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
+
+
+def test_an_empty_side_of_the_split_is_an_error(tokenizer_file, tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("the only document")
+    split = ["--validation-output", str(tmp_path / "validation"), "--validation-fraction", "0.000001"]
+    assert tokenize.main(tokenize_arguments(tmp_path / "a.txt", tokenizer_file, tmp_path / "train", *split)) == 1
+    assert "no document of 1 fell into" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--validation-fraction", "0.1"], "belong together"),
+        (["--validation-output", "v"], "belong together"),
+        (["--validation-output", "v", "--validation-fraction", "1.5"], r"must be in [0, 1), not 1.5"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys):
+    with pytest.raises(SystemExit):
+        tokenize.main(tokenize_arguments("c", "t", "p", *options))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (b"", "the corpus is empty"), (b"caf\xe9", r"byte 3 (0xe9) is not UTF-8")],
+)
+def test_unusable_corpora_end_with_a_message(tokenizer_file, tmp_path, caplog, content, message):
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    commands = {
+        tokenize: tokenize_arguments(path, tokenizer_file, tmp_path / "x"),
+        train_tokenizer: ["--input", str(path), "--output", str(tmp_path / "t.json")],
+    }
+    for command, arguments in commands.items():
+        caplog.clear()
+        assert command.main(arguments) == 1
+        assert message in caplog.text
+    assert [entry for entry in tmp_path.iterdir() if entry != path] == []
+
+
+def test_skipped_input_is_counted(tokenizer_file, tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_bytes(b"coffee")
+    with caplog.at_level("INFO"):
+        assert tokenize.main(tokenize_arguments(tmp_path, tokenizer_file, tmp_path / "out/x", "--on-error", "skip")) == 0
+    assert "left out 1 files or lines that are not text" in caplog.text
+    assert read_texts(tmp_path / "out/x", Tokenizer.load(tokenizer_file)) == ["coffee"]
+
+
+def start_tokenize(arguments, **options):
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "data_tools.tokenize", *arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def large_corpus(corpus, tmp_path_factory):
+    """6 MB: two batches of the command, and enough for it to write before it ends."""
+    path = tmp_path_factory.mktemp("large") / "large.jsonl"
+    path.write_bytes(corpus.read_bytes() * 20)
+    return path
+
+
+def test_kill_leaves_nothing_under_the_name_and_a_second_run_is_as_if_undisturbed(large_corpus, tokenizer_file, tmp_path):
+    arguments = tokenize_arguments(large_corpus, tokenizer_file, tmp_path / "killed/x")
+    process = start_tokenize(arguments)
+    partial = tmp_path / "killed/x.bin.partial"
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["x.bin.partial"]
+
+    assert tokenize.main(arguments) == 0
+    assert tokenize.main(tokenize_arguments(large_corpus, tokenizer_file, tmp_path / "undisturbed/x")) == 0
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"killed/x{suffix}").read_bytes() == (tmp_path / f"undisturbed/x{suffix}").read_bytes()
+    assert len(list((tmp_path / "killed").iterdir())) == 3
+
+
+def test_no_space_left_leaves_nothing(large_corpus, tokenizer_file, tmp_path):
+    """A limit on the size of files stands in for the full disk: the write fails the same way, with an OSError."""
+    process = start_tokenize(
+        tokenize_arguments(large_corpus, tokenizer_file, tmp_path / "x"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "File too large" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []

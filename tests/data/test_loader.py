@@ -1,0 +1,169 @@
+"""One global order, whatever the number of ranks, workers and restarts; errors and threads end as they should."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from w1train.data.batch import PackedBatch
+from w1train.data.dataset import DatasetError
+from w1train.data.loader import BatchLoader, validation_batches
+from w1train.data.packing import PackedDataset
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def packed(make_dataset, tmp_path_factory):
+    documents = [[20 + i % 300] * (5 + 7 * i % 40) for i in range(60)]
+    dataset = make_dataset(tmp_path_factory.mktemp("loader") / "x", documents)
+    return PackedDataset(dataset, LENGTH, seed=3)
+
+
+def take(packed, num_batches, first_sample=0, **options) -> list[PackedBatch]:
+    with BatchLoader(packed, micro_batch_size=options.pop("micro_batch_size", 2), **options) as loader:
+        return list(itertools.islice(loader.micro_batches(first_sample), num_batches))
+
+
+def rows(batches):
+    """Every sample of the batches as one tuple: index, tokens, document ids, positions."""
+    return [
+        (int(batch.sample_indices[i]), *(tuple(field[i].tolist()) for field in (batch.tokens, batch.document_ids, batch.positions)))
+        for batch in batches
+        for i in range(len(batch.sample_indices))
+    ]
+
+
+def test_batches_are_the_samples_of_the_packed_dataset(packed):
+    batch = take(packed, 1, first_sample=7)[0]
+    assert batch.sample_indices.tolist() == [7, 8]
+    for row, index in enumerate((7, 8)):
+        for field, expected in zip((batch.tokens, batch.document_ids, batch.positions), packed.sample(index), strict=True):
+            assert np.array_equal(field[row], expected)
+    dtypes = [field.dtype for field in (batch.tokens, batch.document_ids, batch.positions, batch.sample_indices)]
+    assert dtypes == [torch.int64, torch.int32, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_one_global_order(packed, size):
+    """Over the end of the epoch: 24 micro-batches of 4 samples, 96 samples, in an epoch of fewer."""
+    num_batches = 48 // size
+    alone = rows(take(packed, 48))
+    assert packed.num_samples_per_epoch < 96
+    ranks = [take(packed, num_batches, data_parallel_rank=rank, data_parallel_size=size) for rank in range(size)]
+    together = rows(ranks[rank][k] for k in range(num_batches) for rank in range(size))
+    assert together == alone
+    assert [row[0] for row in alone] == list(range(96))
+
+
+@pytest.mark.parametrize("first_sample", [1, 2, 50, 95])
+def test_resuming_goes_on_where_the_run_stopped(packed, first_sample):
+    straight = rows(take(packed, 60))
+    assert rows(take(packed, 5, first_sample)) == straight[first_sample : first_sample + 10]
+
+
+def test_another_micro_batch_size_keeps_the_order(packed):
+    assert rows(take(packed, 4, micro_batch_size=6)) == rows(take(packed, 12))
+
+
+@pytest.mark.parametrize(("num_workers", "prefetch"), [(1, 1), (1, 4), (4, 2), (3, 16)])
+def test_workers_change_nothing(packed, num_workers, prefetch):
+    assert rows(take(packed, 30, num_workers=num_workers, prefetch=prefetch)) == rows(take(packed, 30, num_workers=0))
+
+
+class FailingDataset(PackedDataset):
+    """Sample 5 cannot be read."""
+
+    def sample(self, global_index):
+        if global_index == 5:
+            raise DatasetError("x.bin: token 3 of document 1 is 70000")
+        return super().sample(global_index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_an_error_reaches_the_caller_at_its_place(packed, num_workers):
+    failing = FailingDataset(packed.dataset, LENGTH, seed=3)
+    with BatchLoader(failing, micro_batch_size=2, num_workers=num_workers) as loader:
+        batches = loader.micro_batches(0)
+        assert rows(itertools.islice(batches, 2)) == rows(take(packed, 2))
+        began = time.monotonic()
+        with pytest.raises(DatasetError, match="token 3 of document 1 is 70000"):
+            next(batches)
+        assert time.monotonic() - began < 5
+
+
+def data_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("w1train-data")]
+
+
+def test_closing_stops_the_threads(packed):
+    loader = BatchLoader(packed, micro_batch_size=2, num_workers=3)
+    batches = loader.micro_batches(0)
+    next(batches)
+    assert data_threads()
+    loader.close()
+    assert not data_threads()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batches)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader.micro_batches(0))
+
+
+def test_reading_ahead_is_bounded_and_overlaps(packed):
+    """While the caller computes, exactly ``prefetch`` micro-batches get ready; its wait is then next to nothing."""
+    read = []
+
+    class SlowDataset(PackedDataset):
+        def sample(self, global_index):
+            read.append(global_index)
+            time.sleep(0.05)
+            return super().sample(global_index)
+
+    slow = SlowDataset(packed.dataset, LENGTH, seed=3)
+    with BatchLoader(slow, micro_batch_size=1, num_workers=4, prefetch=4) as loader:
+        batches = loader.micro_batches(0)
+        next(batches)
+        first_wait = loader.data_wait_seconds
+        assert first_wait >= 0.04
+        time.sleep(0.5)
+        assert sorted(read) == [0, 1, 2, 3]
+        for _ in range(3):
+            next(batches)
+        assert loader.data_wait_seconds - first_wait < 0.04
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("num_samples", [1, 7, 24, 10_000])
+def test_validation_takes_each_sample_once(packed, size, num_samples):
+    whole = PackedDataset(packed.dataset, LENGTH, seed=3, shuffle=False, drop_last=False)
+    ranks = [list(validation_batches(whole, num_samples, 3, rank, size)) for rank in range(size)]
+    assert len({len(batches) for batches in ranks}) == 1, "a rank with fewer micro-batches would hang the others"
+    samples = [row for batches in ranks for row in rows(batches)]
+    expected = min(num_samples, whole.num_samples_per_epoch)
+    assert sorted(row[0] for row in samples if row[0] >= 0) == list(range(expected))
+    for index, tokens, document_ids, positions in samples:
+        if index < 0:
+            assert (set(tokens), set(document_ids), set(positions)) == ({0}, {-1}, {0})
+    if num_samples > whole.num_samples_per_epoch:
+        num_tokens = sum(document_id >= 0 for row in samples for document_id in row[2])
+        assert num_tokens == packed.dataset.num_tokens, "the last, padded sample counts too"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"data_parallel_rank": 2, "data_parallel_size": 2}, r"data_parallel_rank must be in \[0, 2\)"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"prefetch": 0}, "prefetch"),
+        ({"first_sample": -1}, "first_sample"),
+    ],
+)
+def test_arguments_out_of_range(packed, options, message):
+    with pytest.raises(ValueError, match=message):
+        take(packed, 1, **options)

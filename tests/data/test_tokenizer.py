@@ -1,0 +1,119 @@
+"""Any text comes back; special tokens cannot be smuggled in; the same texts give the same file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+
+from w1train.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+
+NUM_SPECIAL = 16
+SPECIAL_STRINGS = ["<mask>", "<eos>", "<pad>", "<bos>", "<reserved_7>"]
+
+
+@given(st.text())
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.lists(st.one_of(st.sampled_from(SPECIAL_STRINGS), st.text(max_size=5))).map("".join))
+def test_special_tokens_in_text_stay_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(token_id >= NUM_SPECIAL for token_id in ids)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, text]) == [ids, ids]
+
+
+def test_every_byte_has_a_token(tokenizer):
+    """Bytes that the corpus never showed, too: no text can be out of vocabulary."""
+    vocabulary = tokenizer._backend.get_vocab()
+    byte_ids = [vocabulary[character] for character in pre_tokenizers.ByteLevel.alphabet()]
+    assert sorted(byte_ids) == list(range(NUM_SPECIAL, NUM_SPECIAL + 256))
+
+
+@pytest.mark.parametrize("mask_token_id", [3, 14, 15, 40])
+def test_layout_of_special_tokens(mask_token_id):
+    tokenizer = train_tokenizer(["some text"], vocab_size=300, mask_token_id=mask_token_id)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, mask_token_id)
+    assert tokenizer.decode([2, mask_token_id, 0]) == "<bos><mask><pad>"
+    assert min(tokenizer.encode("any text")) >= max(NUM_SPECIAL, mask_token_id + 1)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "mask_token_id", "message"),
+    [(300, 2, "mask_token_id must be at least 3, not 2"), (271, 14, "vocab_size 271 is too small"), (300, 100, "need 357 ids")],
+)
+def test_impossible_vocabularies_are_refused(vocab_size, mask_token_id, message):
+    with pytest.raises(TokenizerError, match=message):
+        train_tokenizer(["text"], vocab_size, mask_token_id)
+
+
+def test_training_needs_text():
+    with pytest.raises(TokenizerError, match="no text"):
+        train_tokenizer(iter([]), 300)
+
+
+def test_same_texts_same_file_and_the_size_asked_for():
+    words = ["".join(random.Random(seed).choices("abcdefgh", k=6)) for seed in range(300)]
+    texts = [" ".join(random.Random(i).choices(words, k=200)) for i in range(20)]
+    first, second = (train_tokenizer(texts, vocab_size=700) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 700
+
+
+def test_a_poor_corpus_gives_fewer_ids_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert train_tokenizer(["abab"], vocab_size=1000).vocab_size < 300
+    assert "of the 1000 asked for" in caplog.text
+
+
+def test_every_digit_is_a_token(tokenizer):
+    """Numbers then have one spelling; the texts above are full of 'value + 12' that would otherwise merge."""
+    assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode("+ 1234")] == ["+", " ", "1", "2", "3", "4"]
+
+
+def test_file_round_trip(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.fingerprint == tokenizer.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.encode("x <mask> = 12") == tokenizer.encode("x <mask> = 12")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_decode(tokenizer):
+    ids = [*tokenizer.encode("a"), tokenizer.mask_token_id, *tokenizer.encode("b"), tokenizer.eos_token_id]
+    assert tokenizer.decode(ids) == "a<mask>b<eos>"
+    assert tokenizer.decode(ids, skip_special=True) == "ab"
+    with pytest.raises(TokenizerError, match="token id 300 is outside the vocabulary"):
+        tokenizer.decode([300])
+
+
+def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        Tokenizer.load(path)
+    path.write_bytes(b"\xff{")
+    with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
+        Tokenizer.load(path)
+    content = json.loads(tokenizer._serialized)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<mask>"]
+    del content["model"]["vocab"]["<mask>"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="no <mask> token"):
+        Tokenizer.load(path)
+
+
+def test_truncation_saved_in_a_file_is_not_applied(tokenizer, tmp_path):
+    content = json.loads(tokenizer._serialized)
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert Tokenizer.load(path).encode("a b c d e") == tokenizer.encode("a b c d e")

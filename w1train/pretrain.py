@@ -1,0 +1,79 @@
+"""Train: a recipe in, a trained run directory out.
+
+    python -m w1train.pretrain recipe=demo
+    torchrun --nproc-per-node 8 -m w1train.pretrain recipe=w1_4b parallel.tensor=4
+
+The same command again resumes the run. The loop is in w1train/training/loop.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from w1train.config.command_line import config_from_command_line
+from w1train.config.errors import raise_if_any
+from w1train.config.schema import Config
+from w1train.config.validate import validate
+
+logger = logging.getLogger("w1train")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 trained, 1 stopped by what happened, 2 by a mistake of configuration or data."""
+    config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
+    set_up_logging()
+    try:
+        raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        return run(config)
+    except ValueError as error:
+        return _fail(error, 2)
+
+
+def run(config: Config) -> int:
+    """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
+    from w1train.runtime.cpu import import_megatron
+    from w1train.runtime.device import make_deterministic
+    from w1train.runtime.distributed import distributed, on_main_rank
+    from w1train.runtime.run_directory import RunDirectory
+
+    import_megatron()
+    from w1train.training.checkpoint import CheckpointError
+    from w1train.training.loop import Trainer
+
+    if config.training.deterministic:
+        make_deterministic()
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    with distributed(config.parallel) as ranks:
+        try:
+            on_main_rank(directory.claim)
+            Trainer(config, ranks, directory).fit()
+        except ValueError as error:
+            return _fail(error, 2)
+        except (CheckpointError, FloatingPointError) as error:
+            return _fail(error, 1)
+        finally:
+            directory.release()
+    return 0
+
+
+def set_up_logging() -> None:
+    """Rank 0 tells the story; the others only what goes wrong. Deprecations inside the libraries are not the user's."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("megatron", "torch.distributed.checkpoint", "wandb"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
+
+
+def _fail(error: Exception, status: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"w1train.pretrain: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""The run directory: everything a run writes, held by one process group at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+
+class RunDirectoryError(ValueError):
+    """The run directory cannot be used; the message says why and what to do."""
+
+
+class RunDirectory:
+    """``runs_dir/name``: config.yaml, checkpoints/, metrics.jsonl, samples.jsonl, summary.json, report.html, wandb/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Create the directory and lock it until this process ends (the kernel frees the lock of a killed process).
+
+        Raises:
+            RunDirectoryError: another process holds it, or it cannot be created.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise RunDirectoryError(f"cannot use run directory {self.path}: {error}; set runs_dir to a place that can be written") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(
+                f"run directory {self.path} is in use by {_holder(lock)}; wait for it, stop it, or choose another name=..."
+            ) from None
+        lock.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, lock)
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Give the directory up."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    try:
+        holder = json.loads(lock.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

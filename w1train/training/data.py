@@ -1,0 +1,76 @@
+"""The run's data: tokenizer, training loader and validation set, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+from w1train.config.schema import Config
+from w1train.data.batch import PackedBatch
+from w1train.data.dataset import TokenDataset
+from w1train.data.loader import BatchLoader, validation_batches
+from w1train.data.packing import PackedDataset
+from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.distributed import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """Opens tokenizer and datasets.
+
+    Raises:
+        TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        self._check_mask_token()
+        length, vocab_size = config.data.sequence_length, config.model.vocab_size
+        self.train = TokenDataset.open(config.data.train, self.tokenizer, vocab_size)
+        self.packed = PackedDataset(self.train, length, config.training.seed, shuffle_samples=True)
+        self.validation: TokenDataset | None = None
+        self._packed_validation: PackedDataset | None = None
+        if config.data.validation is None:
+            logger.info("data.validation is not set: no validation")
+        else:
+            self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
+            self._packed_validation = PackedDataset(self.validation, length, config.training.seed, shuffle=False, drop_last=False)
+        self.loader = BatchLoader(
+            self.packed,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=ranks.data_parallel_rank,
+            data_parallel_size=ranks.data_parallel_size,
+            num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch,
+            device=ranks.device,
+        )
+
+    def validation_batches(self) -> Iterator[PackedBatch]:
+        """This rank's validation micro-batches; every rank has as many."""
+        assert self._packed_validation is not None
+        return validation_batches(
+            self._packed_validation,
+            self.config.validation.num_samples,
+            self.config.training.micro_batch_size,
+            self.ranks.data_parallel_rank,
+            self.ranks.data_parallel_size,
+            self.ranks.device,
+        )
+
+    def _check_mask_token(self) -> None:
+        mask = self.config.diffusion.mask_token_id
+        if mask != self.tokenizer.mask_token_id:
+            raise ValueError(
+                f"diffusion.mask_token_id is {mask}, but the mask token of {self.config.data.tokenizer} is "
+                f"{self.tokenizer.mask_token_id}; set diffusion.mask_token_id={self.tokenizer.mask_token_id} or train a tokenizer with "
+                f"--mask-token-id {mask}"
+            )
+
+
+def bits_per_byte(nats_per_token: float, dataset: TokenDataset) -> float | None:
+    """Nats per token in bits per UTF-8 byte of the dataset's text; None without a manifest, which knows the bytes."""
+    manifest = dataset.manifest
+    return None if manifest is None else nats_per_token * manifest.num_tokens / (manifest.num_bytes * math.log(2))

@@ -1,0 +1,132 @@
+"""The trained model as a function of tokens: for samples while training, and from a run directory.
+
+Shapes: b = rows, l = tokens of a row, v = vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from w1train.attention.plan import plan_attention
+from w1train.attention.visibility import document_visibility
+from w1train.config.schema import Config, ParallelConfig
+from w1train.config.serialization import config_from_yaml
+from w1train.data.tokenizer import Tokenizer
+from w1train.model.megatron_config import transformer_config
+from w1train.model.transformer import ModelInputs
+from w1train.runtime.distributed import distributed
+from w1train.training.checkpoint import complete_steps, load_model_weights
+from w1train.training.setup import build_stage
+
+
+class Predictor:
+    """tokens [b, l], t [b] -> logits [b, l, v], under the layout the model was built in.
+
+    Called on every rank of one model replica; each gets all logits.
+    """
+
+    def __init__(self, config: Config, chunks: list[Any]) -> None:
+        self.config, self.chunks = config, chunks
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
+        """int64 [b, l] and float32 [b] -> float32 [b, l, v]."""
+        results = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter([_inference_inputs(tokens, timesteps)]),
+            model=self.chunks,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        shape = (*tokens.shape, self.config.model.vocab_size)
+        if parallel_state.is_pipeline_last_stage():
+            logits = gather_from_tensor_model_parallel_region(results[0]).float().reshape(shape)
+        else:
+            logits = torch.empty(shape, device=tokens.device)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast(logits, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        return logits
+
+    @staticmethod
+    def _forward_step(inputs: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        return model(next(inputs)), lambda logits, non_loss_data: logits
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside, training mode again after it."""
+        for chunk in self.chunks:
+            chunk.eval()
+        yield
+        for chunk in self.chunks:
+            chunk.train()
+
+
+def _inference_inputs(tokens: Tensor, timesteps: Tensor) -> ModelInputs:
+    """Each row is one document, all of it visible."""
+    num_rows, length = tokens.shape
+    documents = torch.zeros((num_rows, length), dtype=torch.int32, device=tokens.device)
+    return ModelInputs(
+        input_ids=tokens,
+        positions=torch.arange(length, device=tokens.device).expand(num_rows, length),
+        attention_plan=plan_attention(document_visibility(documents)),
+        segment_timesteps=timesteps.float(),
+        segment_index=None,
+        logit_positions=torch.arange(num_rows * length, device=tokens.device),
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class InferenceModel:
+    """A run's model, ready to predict."""
+
+    predict: Predictor
+    config: Config
+    tokenizer: Tokenizer
+    device: torch.device
+    step: int
+
+
+# Process groups of load_for_inference live until the process ends.
+_open_groups = contextlib.ExitStack()
+
+
+def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel:
+    """The model of a run's checkpoint on this process alone, whatever layout it was trained in.
+
+    Args:
+        step: which checkpoint; None = the newest.
+
+    Raises:
+        FileNotFoundError: no such run or checkpoint.
+        CheckpointError: the checkpoint is damaged.
+    """
+    config_path = run_dir / "config.yaml"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{run_dir} is no run directory: {config_path} is missing")
+    steps = complete_steps(run_dir / "checkpoints")
+    if not steps or (step is not None and step not in steps):
+        wanted = "a complete checkpoint" if step is None else f"a checkpoint of step {step}"
+        raise FileNotFoundError(f"{run_dir} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
+    config = config_from_yaml(config_path)
+    config.parallel = ParallelConfig()
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    ranks = _open_groups.enter_context(distributed(config.parallel))
+    stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
+    chosen = steps[-1] if step is None else step
+    load_model_weights(run_dir / "checkpoints" / f"step_{chosen:010d}", [stage])
+    stage.eval()
+    return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, chosen)

@@ -1,0 +1,219 @@
+"""The training loop. Read ``Trainer.fit`` first."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from w1train.config.errors import raise_if_any
+from w1train.config.resume import check_resume
+from w1train.config.schema import Config
+from w1train.config.serialization import config_differences, config_from_yaml, config_to_yaml
+from w1train.diffusion.corruption import NoisyBatch, corrupt
+from w1train.runtime.device import device_name, memory_gib
+from w1train.runtime.distributed import Ranks, on_main_rank
+from w1train.runtime.run_directory import RunDirectory
+from w1train.sampling.text import sample_texts
+from w1train.training.checkpoint import Progress, latest_step, load_checkpoint, read_progress, remove_unfinished, save_checkpoint
+from w1train.training.data import TrainingData, bits_per_byte
+from w1train.training.files import write_text
+from w1train.training.flops import model_flops, num_parameters
+from w1train.training.forward import StepWork, run_micro_batches
+from w1train.training.inference import Predictor
+from w1train.training.metrics_log import read_metrics
+from w1train.training.schedule import learning_rate, total_tokens
+from w1train.training.setup import build_trained_model
+from w1train.training.summary import write_summary
+from w1train.training.throughput import StepTimer, device_peak_tflops
+from w1train.training.validation import validate
+from w1train.training.watch import Watch, require_finite
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run, from its first step or from its newest checkpoint, to its last step."""
+
+    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory) -> None:
+        """The run directory is claimed. Raises what configuration, data and checkpoint raise, on every rank."""
+        self.config, self.ranks, self.run = config, ranks, run
+        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+        self.num_steps = math.ceil(total_tokens(config.schedule) / self.tokens_per_step)
+        on_main_rank(partial(prepare_resume, config, run))
+        self.data = TrainingData(config, ranks)
+        self.model = build_trained_model(config)
+        self.progress = self._load_progress()
+        self.first_step = self.progress.step
+        self.watch = Watch(config, ranks, run, self.progress, self.num_steps)
+        peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
+        self.timer = StepTimer(ranks.world_size, peak)
+        self.train_seconds = 0.0
+
+    def fit(self) -> None:
+        """Train to the end of the schedule."""
+        if self.progress.step >= self.num_steps:
+            logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
+            return
+        started = time.perf_counter()
+        with self.watch, self.data.loader:
+            self._print_header()
+            if self.progress.step == 0:
+                self.validate()
+            batches = self.noisy_batches()
+            while self.progress.step < self.num_steps:
+                self.train_step(batches)
+                if self.is_due(self.config.validation.interval):
+                    self.validate()
+                if self.is_due(self.config.sampling.interval):
+                    self.sample()
+                if self.is_due(self.config.checkpoint.interval):
+                    self.save()
+            self.summarize(time.perf_counter() - started)
+
+    def is_due(self, interval: int) -> bool:
+        """Every ``interval`` steps and at the end; 0 = never."""
+        return interval > 0 and (self.progress.step % interval == 0 or self.progress.step == self.num_steps)
+
+    def noisy_batches(self) -> Iterator[NoisyBatch]:
+        """This rank's corrupted micro-batches from where the run is."""
+        batches = self.data.loader.micro_batches(self.progress.samples)
+        while True:
+            with self.timer.waiting_for_data():
+                batch = next(batches)
+            yield corrupt(batch, self.config.diffusion, self.config.training.seed)
+
+    def train_step(self, batches: Iterator[NoisyBatch]) -> None:
+        """One optimizer step on one global batch."""
+        training, model = self.config.training, self.model
+        rate = learning_rate(self.config.schedule, (self.progress.step + 1) * self.tokens_per_step)
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        model.optimizer.zero_grad()
+        num_micro_batches = training.global_batch_size // (training.micro_batch_size * self.ranks.data_parallel_size)
+        sums, work = run_micro_batches(self.config, model.chunks, batches, num_micro_batches, training=True)
+        for group in model.optimizer.param_groups:
+            group["lr"] = rate
+        _, grad_norm, _ = model.optimizer.step()
+        self.progress.step += 1
+        self.progress.samples += training.global_batch_size
+        metrics = sums.metrics(self.config.diffusion)
+        self.record_step({**metrics, "grad_norm": float(grad_norm), "learning_rate": rate}, work)
+
+    def record_step(self, values: dict[str, Any], work: StepWork) -> None:
+        """Add what follows from the step's values, and its times."""
+        flops = model_flops(
+            self.config.model,
+            num_tokens=work.num_positions,
+            visible_pairs=work.visible_pairs,
+            num_logits=work.num_logits,
+            num_segments=work.num_segments,
+        )
+        times = self.timer.finish(self.tokens_per_step, flops.total)
+        self.train_seconds += times["time/step_seconds"] or 0.0
+        require_finite(self.progress.step, values)
+        self.watch.record(
+            "train",
+            {
+                **values,
+                "elbo_bits_per_byte": bits_per_byte(values["elbo"], self.data.train),
+                "epoch": self.progress.samples / self.data.packed.num_samples_per_epoch,
+                **times,
+                "time/memory_gib": memory_gib(self.ranks.device),
+            },
+        )
+
+    def validate(self) -> None:
+        """Score the validation set, if there is one."""
+        if self.data.validation is not None:
+            self.watch.record("validation", validate(self.config, self.model, self.data))
+        self.timer.restart()
+
+    def sample(self) -> None:
+        """Complete the prompts, on the first model replica."""
+        if self.ranks.data_parallel_rank == 0:
+            predictor = Predictor(self.config, list(self.model.chunks))
+            with predictor.evaluating():
+                samples = sample_texts(
+                    predictor, self.data.tokenizer, self.config.sampling.prompts, self.config, device=self.ranks.device
+                )
+            self.watch.record_samples([(sample.prompt, sample.text) for sample in samples])
+        self.timer.restart()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        started = time.perf_counter()
+        path = save_checkpoint(
+            self.run.checkpoints, self.model, self.progress, config_to_yaml(self.config), keep=self.config.checkpoint.keep
+        )
+        logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self.timer.restart()
+
+    def summarize(self, wall_seconds: float) -> None:
+        """Write summary.json."""
+        if not self.ranks.is_main:
+            return
+        validations = read_metrics(self.run.metrics, kind="validation")
+        names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
+        scores = [{name: record[name] for name in names} for record in validations]
+        manifest = self.data.validation.manifest if self.data.validation is not None else None
+        steps_here = self.num_steps - self.first_step
+        write_summary(
+            self.run.path,
+            {
+                "name": self.config.name,
+                "num_parameters": num_parameters(self.config.model),
+                "world_size": self.ranks.world_size,
+                "device": device_name(self.ranks.device),
+                "steps": self.progress.step,
+                "resumed_from_step": self.first_step,
+                "tokens_seen": self.progress.samples * self.config.data.sequence_length,
+                "tokens_per_second": steps_here * self.tokens_per_step / self.train_seconds,
+                "wall_seconds": wall_seconds,
+                "validation": {"start": scores[0], "end": scores[-1]} if scores else None,
+                "unigram_bits_per_byte": manifest.unigram_bits_per_byte if manifest is not None else None,
+            },
+        )
+
+    def _load_progress(self) -> Progress:
+        step = on_main_rank(partial(latest_step, self.run.checkpoints))
+        if step is None:
+            return Progress()
+        path = self.run.checkpoints / f"step_{step:010d}"
+        logger.info("resuming from %s", path)
+        return load_checkpoint(path, self.model)
+
+    def _print_header(self) -> None:
+        config, ranks = self.config, self.ranks
+        layout = f"data {ranks.data_parallel_size} x tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
+        self.watch.console.print_header(
+            config.name,
+            {
+                "model": f"{num_parameters(config.model):,} parameters",
+                "device": f"{ranks.world_size} x {device_name(ranks.device)}, {config.training.precision} ({layout})",
+                "data": f"{self.data.train.num_tokens:,} tokens, {config.data.sequence_length} per sample",
+                "batch": f"{config.training.global_batch_size} samples = {self.tokens_per_step:,} tokens a step",
+                "steps": f"{self.progress.step} of {self.num_steps} done",
+                "run directory": str(self.run.path),
+            },
+        )
+
+
+def prepare_resume(config: Config, run: RunDirectory) -> None:
+    """On rank 0, before anything is built: clean up after a kill, compare with the earlier configuration, write the new one.
+
+    Raises:
+        ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
+    """
+    remove_unfinished(run.checkpoints)
+    step = latest_step(run.checkpoints)
+    if step is not None and run.config.is_file():
+        old = config_from_yaml(run.config)
+        samples = read_progress(run.checkpoints / f"step_{step:010d}").samples
+        raise_if_any(check_resume(old, config, samples * old.data.sequence_length))
+        for change in config_differences(old, config):
+            logger.info("configuration changed on resume: %s: %s -> %s", change.key, change.old, change.new)
+    write_text(run.config, config_to_yaml(config))

@@ -1,0 +1,344 @@
+"""report.html: one file that shows a run, finished or not, on any screen and without a network."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w1train.training.files import write_text
+from w1train.training.metrics_log import read_metrics
+from w1train.training.plot_data import Values, bucket_means, finite, moving_average, scientific
+from w1train.training.report_page import page
+from w1train.training.sample_text import MASK_SYMBOL, continuation, shorten, split_masks
+from w1train.training.svg_chart import Chart, Line, heat_map, heat_range
+from w1train.training.units import duration, quantity
+
+_NARROW, _TWO_COLUMNS, _WIDE = 350, 709, 920
+_MAX_SAMPLE_STEPS, _MAX_SAMPLE_CHARACTERS = 8, 1500
+_MAX_HEAT_COLUMNS = 60
+
+Record = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Run:
+    """What a run directory holds; empty where a file is not there (yet)."""
+
+    name: str
+    train: list[Record]
+    validation: list[Record]
+    samples: list[Record]
+    summary: Record
+    config: str
+
+    @property
+    def last_step(self) -> int:
+        return max([0, *(record["step"] for record in self.train[-1:] + self.validation[-1:])])
+
+    @property
+    def finished(self) -> bool:
+        """A summary older than the metrics is that of an earlier, shorter run."""
+        return bool(self.summary) and self.summary.get("steps", 0) >= self.last_step
+
+    @property
+    def x_range(self) -> tuple[float, float]:
+        return 0.0, float(max(1, self.last_step))
+
+    def column(self, key: str) -> list[float | None]:
+        return [record.get(key) for record in self.train]
+
+    @property
+    def steps(self) -> list[float]:
+        return [record["step"] for record in self.train]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``run_dir/report.html`` and return its path.
+
+    Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if that is broken anywhere but in its last line.
+    """
+    run = read_run(Path(run_dir))
+    parts = (_header, _headline, _tiles, _learning, _noise_levels, _machinery, _samples, _appendix)
+    path = Path(run_dir) / "report.html"
+    write_text(path, page(run.name, "\n".join(part(run) for part in parts)))
+    return path
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read what is there of metrics.jsonl, samples.jsonl, summary.json and config.yaml."""
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists():
+        raise FileNotFoundError(f"{run_dir} is no run directory: it has no metrics.jsonl")
+    records = read_metrics(metrics)
+    samples, summary, config = run_dir / "samples.jsonl", run_dir / "summary.json", run_dir / "config.yaml"
+    return Run(
+        name=run_dir.resolve().name,
+        train=[record for record in records if record.get("kind") == "train"],
+        validation=[record for record in records if record.get("kind") == "validation"],
+        samples=read_metrics(samples) if samples.exists() else [],
+        summary=json.loads(summary.read_text()) if summary.exists() else {},
+        config=config.read_text() if config.exists() else "",
+    )
+
+
+def _header(run: Run) -> str:
+    state = f"finished after {run.last_step:,} steps" if run.finished else f"not finished, at step {run.last_step:,}"
+    return f'<header><h1>{html.escape(run.name)}</h1><p class="muted">{state}</p></header>'
+
+
+def _headline(run: Run) -> str:
+    """The validation loss as one large number, and bars that compare it with the start and with a unigram model."""
+    measured = [record for record in run.validation if finite([record.get("elbo_bits_per_byte")])]
+    if not measured:
+        return '<p class="note">No validation in bits per byte yet.</p>'
+    start, now = measured[0]["elbo_bits_per_byte"], measured[-1]["elbo_bits_per_byte"]
+    unigram = _unigram(run)
+    bars = [("before training" if measured[0]["step"] == 0 else f"at step {measured[0]['step']:,}", start, "")]
+    if unigram is not None:
+        bars.append(("unigram model", unigram, ""))
+    if len(measured) > 1:
+        bars.append(("now" if not run.finished else "after training", now, " now"))
+    longest = max(value for _, value, _ in bars)
+    rows = "".join(
+        f"<span>{label}</span>"
+        f'<span class="track"><span class="bar{css}" style="width:{82 * value / longest:.1f}%"></span>{value:.3f}</span>'
+        for label, value, css in bars
+    )
+    return (
+        f'<div class="headline"><div><div class="number accent">{now:.3f}</div><p class="unit">bits per byte on validation text</p>'
+        f'<p class="muted">{_against_unigram(now, unigram)}</p></div><div class="bars">{rows}</div></div>'
+    )
+
+
+def _unigram(run: Run) -> float | None:
+    values = finite([run.summary.get("unigram_bits_per_byte")])
+    return values[0] if values else None
+
+
+def _against_unigram(now: float, unigram: float | None) -> str:
+    if unigram is None:
+        return "upper bound (ELBO) at fixed noise levels"
+    side = "below" if now < unigram else "above"
+    return f"{abs(now / unigram - 1):.1%} {side} what token frequencies alone give"
+
+
+def _tiles(run: Run) -> str:
+    last = run.train[-1] if run.train else {}
+    summary = run.summary
+    world = summary.get("world_size")
+    speed = summary.get("tokens_per_second") if run.finished else _median(run.column("time/tokens_per_second"))
+    tokens = last.get("tokens", summary.get("tokens_seen"))
+    wall = summary.get("wall_seconds") if run.finished else None
+    tiles = [
+        ("parameters", _text(summary.get("num_parameters"), quantity)),
+        ("tokens seen", _text(tokens, quantity)),
+        ("steps", f"{run.last_step:,}"),
+        ("epochs", _text(last.get("epoch"), "{:.2f}".format)),
+        ("tokens per second", _text(speed, quantity)),
+        ("model FLOPs utilisation", _text(_median(run.column("time/mfu")), "{:.1%}".format)),
+        ("wall time", _text(wall, duration)),
+        ("device", f"{world} x {summary.get('device')}" if world else ""),
+    ]
+    cells = "".join(f"<div><dt>{title}</dt><dd>{html.escape(value)}</dd></div>" for title, value in tiles if value)
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def _learning(run: Run) -> str:
+    """Bits per byte where the text's bytes are known, nats per token otherwise."""
+    in_bits = bool(finite(record.get("elbo_bits_per_byte") for record in [*run.train, *run.validation]))
+    key, unit = ("elbo_bits_per_byte", "bits per byte") if in_bits else ("elbo", "nats per token")
+    unigram = _unigram(run) if in_bits else None
+    window = _window(len(run.train))
+    ys = run.column(key)
+    validated_at = [record["step"] for record in run.validation]
+    validation = [record.get(key) for record in run.validation]
+    lines = [
+        Line(xs=run.steps, ys=ys, css="accent", raw=True),
+        Line(xs=run.steps, ys=moving_average(ys, window), css="accent", label=_end_label("training", ys, window)),
+        Line(xs=validated_at, ys=validation, css="second", dots=True, label=_end_label("validation", validation)),
+    ]
+    chart = Chart(
+        title=f"ELBO, {unit}",
+        lines=[line for line in lines if finite(line.ys)],
+        x_range=run.x_range,
+        height=340,
+        reference=(unigram, f"unigram {unigram:.2f}") if unigram is not None else None,
+        label_width=104,
+        marks=_not_finite(run, key),
+        format="{:.4f}".format,
+    )
+    wide = _figure(chart, f"{unit}, ELBO", "", "span", _WIDE)
+    small = [
+        _curve_figure(run, "loss", "Training loss", "nats"),
+        _curve_figure(run, "masked_cross_entropy", "Masked cross-entropy", "nats"),
+        _curve_figure(run, "mask_ratio", "Mask ratio", "of tokens"),
+    ]
+    note = f"Bold lines are means over {window} steps." if window > 1 else ""
+    return f'<h2>Learning</h2><p class="note">{note}</p><div class="charts">{wide}{"".join(small)}</div>'
+
+
+def _noise_levels(run: Run) -> str:
+    """How the loss depends on t: over the training steps as a heat map, and on validation as a profile."""
+    figures = [figure for figure in (_heat_figure(run), _profile_figure(run)) if figure]
+    if not figures:
+        return ""
+    note = "Cross-entropy of masked tokens, nats, by noise level t: the share of the text that is masked."
+    return f'<h2>Loss by noise level</h2><p class="note">{note}</p><div class="charts">{"".join(figures)}</div>'
+
+
+def _heat_figure(run: Run) -> str:
+    # A run resumed with another number of bins shows the ones of its end.
+    num_bins = next((len(record["loss_by_t"]) for record in reversed(run.train) if record.get("loss_by_t")), 0)
+    by_bin = [[_bin(record, index, num_bins) for record in run.train] for index in range(num_bins)]
+    rows = [bucket_means(run.steps, values, _MAX_HEAT_COLUMNS)[1] for values in by_bin]
+    columns: list[Values] = [list(column) for column in zip(*rows, strict=True)]
+    if not finite(value for column in columns for value in column):
+        return ""
+    low, high = heat_range(columns)
+    centers = [(index + 0.5) / num_bins for index in range(num_bins)]
+    wide, narrow = (heat_map("Training loss by t over steps", columns, run.x_range, centers, width) for width in (_TWO_COLUMNS, _NARROW))
+    caption = f'<b>Training</b><span>{low:.1f}<span class="ramp"></span>{high:.1f} nats</span>'
+    drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    return f'<figure class="span2"><figcaption>{caption}</figcaption>{drawn}</figure>'
+
+
+def _bin(record: Record, index: int, num_bins: int) -> float | None:
+    losses = record.get("loss_by_t") or []
+    return losses[index] if len(losses) == num_bins else None
+
+
+def _profile_figure(run: Run) -> str:
+    """Validation loss against t at the first, a middle and the last validation."""
+    records = [record for record in run.validation if finite(record.get("loss_by_t") or [])]
+    if not records:
+        return ""
+    chosen = {0: "early", len(records) // 2: "middle-run", len(records) - 1: "accent"}
+    lines = []
+    for index, css in sorted(chosen.items()):
+        losses, label = records[index]["loss_by_t"], f"step {quantity(records[index]['step'])}"
+        lines.append(Line(xs=_timesteps(run, len(losses)), ys=losses, css=css, label=label, dots=css == "accent"))
+    chart = Chart(title="Validation loss by t", lines=lines, x_range=(0.0, 1.0), x_label="t", height=250, label_width=66)
+    return _figure(chart, "Validation", "", "", None)
+
+
+def _timesteps(run: Run, count: int) -> list[float]:
+    """Midpoints of equal bins, unless the configuration says otherwise."""
+    import yaml
+
+    config = yaml.safe_load(run.config) if run.config else None
+    listed = ((config or {}).get("validation") or {}).get("timesteps") or []
+    return listed if len(listed) == count else [(index + 0.5) / count for index in range(count)]
+
+
+def _machinery(run: Run) -> str:
+    figures = [
+        _curve_figure(run, "grad_norm", "Gradient norm", "", log=True),
+        _curve_figure(run, "learning_rate", "Learning rate", "", smooth=False, from_zero=True, format_value=scientific),
+        _curve_figure(run, "time/tokens_per_second", "Throughput", "tokens/s", from_zero=True, format_value=quantity),
+        _curve_figure(run, "time/mfu", "Model FLOPs utilisation", "", from_zero=True, format_value="{:.1%}".format),
+    ]
+    return f'<h2>Optimisation and speed</h2><div class="charts">{"".join(figures)}</div>'
+
+
+def _curve_figure(
+    run: Run,
+    key: str,
+    title: str,
+    unit: str,
+    *,
+    log: bool = False,
+    from_zero: bool = False,
+    smooth: bool = True,
+    format_value: Callable[[float], str] = "{:.4g}".format,
+) -> str:
+    """One quantity over the steps; nothing if it was never measured."""
+    ys = run.column(key)
+    if not finite(ys):
+        return ""
+    window = _window(len(ys)) if smooth else 1
+    lines = [Line(xs=run.steps, ys=ys, css="accent", raw=True)] if window > 1 else []
+    averaged = moving_average(ys, window)
+    lines.append(Line(xs=run.steps, ys=averaged, css="accent"))
+    marks = _not_finite(run, key)
+    chart = Chart(title=title, lines=lines, x_range=run.x_range, log=log, from_zero=from_zero, marks=marks, format=format_value)
+    value = f"{format_value(finite(averaged)[-1])} {unit}".strip()
+    notes = [f"{len(marks)} not finite"] if marks else []
+    if num_clipped := chart.num_clipped():
+        notes.append(f"{num_clipped} off axis")
+    return _figure(chart, title, ", ".join([value, *notes]), "", None)
+
+
+def _figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> str:
+    """A chart with its caption; drawn twice if it is wide on a wide screen."""
+    caption = f'<figcaption><b>{html.escape(title)}</b><span class="value">{html.escape(value)}</span></figcaption>'
+    if wide is None:
+        return f"<figure>{caption}{chart.svg(_NARROW)}</figure>"
+    drawn = f'<div class="wide">{chart.svg(wide)}</div><div class="narrow">{chart.svg(_NARROW)}</div>'
+    return f'<figure class="{css}">{caption}{drawn}</figure>'
+
+
+def _samples(run: Run) -> str:
+    if not run.samples:
+        return ""
+    steps = sorted({sample["step"] for sample in run.samples})
+    shown = set(_evenly(steps, _MAX_SAMPLE_STEPS))
+    newest_first = sorted(run.samples, key=lambda sample: -sample["step"])
+    cards = "".join(_sample_card(sample) for sample in newest_first if sample["step"] in shown)
+    left_out = f" {len(shown)} of {len(steps)} steps; the rest is in samples.jsonl." if len(shown) < len(steps) else ""
+    note = f'Newest first.{left_out} Prompts are bold; <span class="second">{MASK_SYMBOL}</span> is a token still masked.'
+    return f'<h2>Samples</h2><p class="note">{note}</p><div class="samples">{cards}</div>'
+
+
+def _sample_card(sample: Record) -> str:
+    pieces = [
+        f'<span class="mask">{MASK_SYMBOL * num_masks}</span>' if num_masks else html.escape(piece)
+        for piece, num_masks in split_masks(shorten(continuation(sample), _MAX_SAMPLE_CHARACTERS))
+    ]
+    prompt = html.escape(shorten(sample["prompt"], _MAX_SAMPLE_CHARACTERS))
+    title = f"step {sample['step']:,}, {quantity(sample['tokens'])} tokens"
+    return f'<article class="sample"><h3>{title}</h3><pre><span class="prompt">{prompt}</span>{"".join(pieces)}</pre></article>'
+
+
+def _appendix(run: Run) -> str:
+    parts = []
+    if run.config:
+        parts.append(f"<details><summary>Configuration</summary><pre>{html.escape(run.config)}</pre></details>")
+    if found := run.summary.get("versions"):
+        rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in found.items() if value)
+        parts.append(f"<details><summary>Versions</summary><table>{rows}</table></details>")
+    return f"<h2>How it was made</h2>{''.join(parts)}" if parts else ""
+
+
+def _window(num_values: int) -> int:
+    """Odd width of the smoothing: about a fiftieth of the run."""
+    return 1 if num_values < 20 else num_values // 50 // 2 * 2 + 3
+
+
+def _not_finite(run: Run, key: str) -> list[float]:
+    return [record["step"] for record in run.train if record.get(key) is not None and not math.isfinite(record[key])]
+
+
+def _end_label(name: str, ys: Values, window: int = 1) -> str:
+    known = finite(ys[-window:]) or finite(ys)
+    return f"{name} {math.fsum(known) / len(known):.2f}" if known else ""
+
+
+def _median(values: Values) -> float | None:
+    ordered = sorted(finite(values))
+    return ordered[len(ordered) // 2] if ordered else None
+
+
+def _text(value: float | None, format_value: Callable[[float], str]) -> str:
+    return "" if value is None else format_value(value)
+
+
+def _evenly(items: Sequence[int], count: int) -> list[int]:
+    """At most so many of them, the first and the last included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

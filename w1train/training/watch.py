@@ -1,0 +1,99 @@
+"""Everything a run shows and records: console, metrics.jsonl, samples.jsonl, W&B, summary.json. Active on rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from w1train.config.schema import Config
+from w1train.config.serialization import flatten
+from w1train.runtime.distributed import Ranks
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training.checkpoint import Progress
+from w1train.training.console import TrainingConsole
+from w1train.training.loggers import WandbLogger
+from w1train.training.metrics_log import MetricsLog
+
+
+class Watch:
+    """A context manager; records are dropped on ranks other than 0."""
+
+    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int) -> None:
+        self.config, self.progress = config, progress
+        self.active = ranks.is_main
+        self.console = TrainingConsole(
+            total_tokens=num_steps * config.training.global_batch_size * config.data.sequence_length,
+            total_steps=num_steps,
+            start_step=progress.step,
+            enabled=self.active,
+            interval=config.logging.interval,
+        )
+        self._stack = contextlib.ExitStack()
+        if not self.active:
+            return
+        self.metrics, self.samples = MetricsLog(run.metrics), MetricsLog(run.samples)
+        # Steps after the checkpoint will be done again, and recorded again. A run from the start has no step 0 to keep.
+        kept = progress.step if progress.step > 0 else -1
+        self.metrics.truncate_after(kept)
+        self.samples.truncate_after(kept)
+        self.wandb = WandbLogger(
+            run.path,
+            mode=config.logging.wandb,
+            project=config.logging.wandb_project,
+            name=config.name,
+            config=flatten(config),
+            validation_timesteps=config.validation.timesteps,
+        )
+
+    def __enter__(self) -> Watch:
+        self._stack.enter_context(self.console)
+        if self.active:
+            self._stack.enter_context(self.metrics)
+            self._stack.enter_context(self.samples)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stack.close()
+        if self.active:
+            self.wandb.close(exit_code=0 if error is None else 1)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """A training step or a validation, at the run's present step."""
+        if not self.active:
+            return
+        tokens = self.progress.samples * self.config.data.sequence_length
+        record = {"kind": kind, "step": self.progress.step, "samples": self.progress.samples, "tokens": tokens, **values}
+        self.metrics.append(record)
+        self.wandb.log(record)
+        if kind == "train":
+            self.console.update(record)
+        else:
+            self.console.print_validation(record)
+
+    def record_samples(self, samples: Sequence[tuple[str, str]]) -> None:
+        """(prompt, text) pairs."""
+        if not self.active:
+            return
+        tokens = self.progress.samples * self.config.data.sequence_length
+        records = [{"step": self.progress.step, "tokens": tokens, "prompt": prompt, "text": text} for prompt, text in samples]
+        for record in records:
+            self.samples.append(record)
+            self.console.print_sample(record)
+        self.wandb.log_samples(records)
+
+
+def require_finite(step: int, values: dict[str, Any]) -> None:
+    """Stop a run whose loss or gradient is no number: the parameters are lost, the last checkpoint is not.
+
+    Raises:
+        FloatingPointError
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {step}; training stops before this reaches a checkpoint. "
+                "Run the same command to go on from the last one, with a lower learning rate or more clipping"
+            )
