@@ -22,7 +22,7 @@ from w1train.data.writer import DatasetWriter
 
 logger = logging.getLogger(__name__)
 
-_BATCH_BYTES = 4_000_000
+_BATCH_BYTES = 1_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

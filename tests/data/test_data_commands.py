@@ -156,9 +156,9 @@ def start_tokenize(arguments, **options):
 
 @pytest.fixture(scope="module")
 def large_corpus(corpus, tmp_path_factory):
-    """6 MB: two batches of the command, and enough for it to write before it ends."""
+    """2.4 MB: three batches of the command, so that it has written some when it is killed."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
-    path.write_bytes(corpus.read_bytes() * 20)
+    path.write_bytes(corpus.read_bytes() * 8)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.data import files, writer
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.tokenizer import train_tokenizer
 from w1train.data.writer import DatasetWriter
@@ -207,42 +207,57 @@ def test_no_documents(tmp_path, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("failing_call", range(1, 13))
-def test_stopped_between_any_two_steps(prefix, tokenizer, monkeypatch, failing_call):
-    """Overwriting: at each call that touches the disk's names, stop as a killed process would. What a reader then finds is the
-    old dataset, nothing, or the new one; never a mixture."""
+class KilledError(BaseException):
+    """Stands for SIGKILL."""
 
-    class Killed(BaseException):
-        pass
 
+def finalize_until(fatal_call, prefix, tokenizer, monkeypatch) -> bool:
+    """Overwrite a dataset, dying at the n-th call that changes names on the disk or flushes to it; whether it came through."""
     num_calls = 0
 
-    def dying(function):
+    def mortal(function):
         def call(*arguments, **options):
             nonlocal num_calls
             num_calls += 1
-            if num_calls >= failing_call:
-                raise Killed
+            if num_calls >= fatal_call:
+                raise KilledError
             return function(*arguments, **options)
 
         return call
 
     new = DatasetWriter(prefix, tokenizer, overwrite=True)
     new.add_document([40, 41], 2)
-    for module, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (writer, "sync_directory"), (files, "sync_directory")):
-        monkeypatch.setattr(module, name, dying(getattr(module, name)))
-    try:
-        new.finalize()
-    except Killed:
-        pass
-    else:
-        assert num_calls < failing_call, "raise the range of this test: finalize has more steps than it tries"
-    monkeypatch.undo()
-    try:
-        found = [TokenDataset.open(prefix).document_tokens(i).tolist() for i in range(TokenDataset.open(prefix).num_documents)]
-    except DatasetError:
-        found = None
-    assert found in ([[*ids, 1] for ids in DOCUMENTS], None, [[40, 41, 1]])
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
+            patch.setattr(owner, name, mortal(getattr(owner, name)))
+        try:
+            new.finalize()
+        except KilledError:
+            return False
+        return True
+
+
+def test_stopped_between_any_two_steps(written, tokenizer, monkeypatch, tmp_path):
+    """What a reader finds is the old dataset, nothing, or the new one; never a mixture."""
+    old, new = [[*ids, 1] for ids in DOCUMENTS], [[40, 41, 1]]
+    outcomes = []
+    for fatal_call in itertools.count(1):
+        prefix = tmp_path / str(fatal_call)
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(written + suffix, f"{prefix}{suffix}")
+        completed = finalize_until(fatal_call, prefix, tokenizer, monkeypatch)
+        try:
+            dataset = TokenDataset.open(prefix)
+            found = [dataset.document_tokens(i).tolist() for i in range(dataset.num_documents)]
+        except DatasetError:
+            found = None
+        assert found in (old, None, new)
+        outcomes.append(found)
+        if completed:
+            break
+    assert outcomes[0] == old
+    assert outcomes[-1] == new
+    assert len(outcomes) > 8
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, tokenizer, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import token_dtype, write_index
 
-DOCUMENTS = [[5, 6, 7], [300], [8] * 1000, [9, 10]]
+DOCUMENTS = [[5, 6, 7], [299], [8] * 1000, [9, 10]]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -45,7 +45,7 @@ class BatchLoader:
         """
         Args:
             num_workers: threads that prepare micro-batches; 0 = in the caller's thread.
-            prefetch: micro-batches under way or ready ahead of the caller; unused without workers.
+            prefetch: micro-batches ready or under way while the caller uses one; unused without workers.
 
         Raises:
             ValueError: if a count is out of range.
@@ -93,14 +93,15 @@ class BatchLoader:
             yield _to_device(batch, self._device)
 
     def _read_ahead(self, executor: ThreadPoolExecutor, starts: Iterator[int]) -> Iterator[PackedBatch]:
-        pending: deque[Future[PackedBatch]] = deque()
+        self._check_open()
+        pending = deque(executor.submit(self._load, start) for start in itertools.islice(starts, self._prefetch))
         try:
             while True:
                 self._check_open()
-                pending.extend(executor.submit(self._load, next(starts)) for _ in range(self._prefetch - len(pending)))
                 began = time.perf_counter()
                 batch = pending.popleft().result()
                 self.data_wait_seconds += time.perf_counter() - began
+                pending.append(executor.submit(self._load, next(starts)))
                 yield _to_device(batch, self._device)
         finally:
             for future in pending:

@@ -21,7 +21,7 @@ from w1train.data.indexed import DatasetError, bin_path, idx_path, token_dtype, 
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
 
-_FLUSH_TOKENS = 1 << 20
+_FLUSH_TOKENS = 1 << 18
 
 
 class DatasetWriter:
@@ -114,6 +114,7 @@ class DatasetWriter:
             return
         assert self._bin_file is not None
         tokens = np.concatenate(self._buffer)
+        assert tokens.max() < len(self._token_counts), "a token id outside the tokenizer's vocabulary"
         self._token_counts += np.bincount(tokens, minlength=len(self._token_counts))
         content = tokens.astype(self._dtype.newbyteorder("<"), copy=False).tobytes()
         self._bin_hash.update(content)
