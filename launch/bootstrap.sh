@@ -12,6 +12,7 @@ set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$repository/.venv}"
+[[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 EXTRAS="${EXTRAS:-dev}"
 PYTHON="${PYTHON:-}"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from config_trees import TREE, set_key
 from hypothesis import settings
 
+from tests.config.config_trees import TREE, set_key
 from w1train.config.convert import convert
 from w1train.config.schema import Config
 

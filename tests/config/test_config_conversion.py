@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from config_trees import TREE, set_key
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.config.config_trees import TREE, set_key
 from w1train.config.convert import convert
 from w1train.config.errors import NOT_GIVEN, ConfigurationError, Problem
 from w1train.config.schema import Config

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from config_trees import TREE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.config.config_trees import TREE
 from w1train.config.convert import convert
 from w1train.config.resume import allowed_on_resume, check_resume
 from w1train.config.schema import Config, ScheduleConfig

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 import pytest
-from config_trees import TREE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.config.config_trees import TREE
 from w1train.config.convert import Conversion, convert, field_types
 from w1train.config.schema import Config
 from w1train.config.validate import RANGES, validate, validate_conversion

@@ -1,0 +1,42 @@
+# `make` alone lists what there is. Every target first makes sure that the environment is up to date (launch/bootstrap.sh).
+
+VENV ?= .venv
+RUNS ?= runs
+CORPUS ?=
+NPROC ?=
+ARGS ?=
+export VENV RUNS CORPUS NPROC
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-gpu lint format clean
+
+help:  ## List the targets
+	@echo "usage: make TARGET [VARIABLE=value ...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "variables: VENV (.venv), PYTHON (the first >= 3.12 found), EXTRAS (dev)"
+
+install:  ## Create or update the environment in .venv
+	@launch/bootstrap.sh
+
+demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS=path, NPROC=ranks, RUNS=runs, ARGS="KEY=VALUE ...")
+	@launch/demo.sh $(ARGS)
+
+test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of them)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-gpu: install  ## Run the tests that need a GPU
+	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+lint: install  ## Check style (ruff), types (mypy) and shell scripts (shellcheck)
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/shellcheck launch/*.sh .ci/run && echo "shellcheck: no issues found"
+
+format: install  ## Format the code
+	@$(VENV)/bin/ruff check --fix
+	@$(VENV)/bin/ruff format
+
+clean:  ## Remove caches and build outputs; runs/ and .venv stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path './.venv' -prune -o -path './$(RUNS)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

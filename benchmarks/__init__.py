@@ -1,0 +1,1 @@
+"""Measurements of the framework, each with its dated report beside it."""

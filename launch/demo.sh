@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# From text to a trained diffusion language model, step by step: what `make demo` runs. Each command works as well when typed alone.
+# Steps that are done are not repeated, and training resumes where it stopped. Arguments are overrides of the recipe.
+#
+# Environment variables:
+#   CORPUS   text: a file, a directory or JSONL        (default: the sources of Python's standard library)
+#   NPROC    ranks                                     (default: the number of GPUs, at most 4; 2 without any)
+#   RUNS     where the data and the run directory go   (default: runs)
+#   VENV     the environment of launch/bootstrap.sh    (default: .venv)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+CORPUS="${CORPUS:-}"
+RUNS="${RUNS:-runs}"
+VENV="${VENV:-.venv}"
+python="$VENV/bin/python"
+data="$RUNS/demo-data"
+run="$RUNS/demo"
+
+# The recipe's batch is 32 sequences in micro-batches of 8: four ranks at most, and 32 must divide evenly.
+default_ranks() {
+  local num_gpus=0
+  if command -v nvidia-smi >/dev/null; then num_gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"; fi
+  case "$num_gpus" in
+    0 | 2 | 3) echo 2 ;;
+    1) echo 1 ;;
+    *) echo 4 ;;
+  esac
+}
+
+step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is there
+  local title="$1" output="$2" begin="$SECONDS"
+  shift 2
+  if [[ -n "$output" && -e "$output" ]]; then
+    printf '== %s: done before (%s)\n' "$title" "$output"
+    return
+  fi
+  printf '== %s\n' "$title"
+  "$@"
+  printf '== %s: %d s\n\n' "$title" $((SECONDS - begin))
+}
+
+# A run is bound to its tokenizer and data, so another corpus needs another place.
+check_corpus() {
+  local source="${CORPUS:-Python standard library}"
+  mkdir -p "$data"
+  if [[ -e "$data/source.txt" && "$(cat "$data/source.txt")" != "$source" ]]; then
+    printf 'error: %s was made from: %s\nChoose another place (make demo RUNS=other), or remove %s and %s.\n' \
+      "$data" "$(cat "$data/source.txt")" "$data" "$run" >&2
+    exit 1
+  fi
+  printf '%s\n' "$source" >"$data/source.txt"
+}
+
+NPROC="${NPROC:-$(default_ranks)}"
+# Ranks on CPU share the cores: with more than one thread each they would wait for one another. On GPUs it makes no difference.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+check_corpus
+if [[ -z "$CORPUS" ]]; then
+  step "1/5 corpus" "$data/corpus.jsonl" \
+    "$python" -m data_tools.python_corpus --output "$data/corpus.jsonl"
+  CORPUS="$data/corpus.jsonl"
+else
+  printf '== 1/5 corpus: %s\n' "$CORPUS"
+fi
+step "2/5 tokenizer" "$data/tokenizer.json" \
+  "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size 4096
+step "3/5 tokens" "$data/validation.json" \
+  "$python" -m data_tools.tokenize --input "$CORPUS" --tokenizer "$data/tokenizer.json" --output "$data/train" \
+  --validation-output "$data/validation" --validation-fraction 0.05 --overwrite
+step "4/5 pretraining on $NPROC ranks" "" \
+  "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=demo runs_dir="$RUNS" \
+  data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
+step "5/5 report" "" \
+  "$python" -m w1train.report "$run"
+
+printf 'The whole demo: %d s. Look at %s, or have more text:\n' "$SECONDS" "$run/report.html"
+printf '  %s -m w1train.sample %s --prompt "def main("\n' "$python" "$run"

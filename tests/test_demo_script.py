@@ -1,0 +1,111 @@
+"""launch/demo.sh with a stand-in for Python that only writes what it was asked for: order, arguments, and what is not repeated."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import check_python, check_torchrun
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAND_IN = """#!/bin/sh
+printf '%s' "${0##*/}" >>LOG
+printf ' %s' "$@" >>LOG
+echo >>LOG
+case "$2" in FAILING) exit 3 ;; esac
+while [ $# -gt 1 ]; do
+  case "$1" in
+    --output) touch "$2" ;;
+    --validation-output) touch "$2.json" ;;
+  esac
+  shift
+done
+"""
+
+
+class Demo:
+    """Runs of the script in one place."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory / "log"
+        self.write_stand_ins()
+
+    def write_stand_ins(self, failing: str = "none") -> None:
+        for name in ("python", "torchrun"):
+            path = self.directory / "venv" / "bin" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(STAND_IN.replace("LOG", str(self.log)).replace("FAILING", failing))
+            path.chmod(0o755)
+
+    def run(self, *overrides: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        """The result, and the commands that were run."""
+        self.log.write_text("")
+        names = {"VENV": str(self.directory / "venv"), "RUNS": str(self.directory / "runs"), "PATH": "/usr/bin:/bin"}
+        script = REPOSITORY / "launch" / "demo.sh"
+        result = subprocess.run([str(script), *overrides], env=os.environ | names | variables, capture_output=True, text=True, timeout=60)
+        return result, [shlex.split(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Demo:
+    return Demo(tmp_path)
+
+
+def test_steps_in_order_with_arguments_that_their_programs_take(demo):
+    result, commands = demo.run("training.seed=7", NPROC="2")
+    assert result.returncode == 0, result.stderr
+    assert commands[3][-1] == "training.seed=7"
+    modules = [words[words.index("-m") + 1] for words in commands]
+    assert modules == [
+        "data_tools.python_corpus",
+        "data_tools.train_tokenizer",
+        "data_tools.tokenize",
+        "w1train.pretrain",
+        "w1train.report",
+    ]
+    for program, *words in commands:
+        {"python": check_python, "torchrun": check_torchrun}[program](words)
+
+
+def test_a_second_run_repeats_no_data_step(demo):
+    demo.run(NPROC="2")
+    result, commands = demo.run(NPROC="2")
+    assert [words[words.index("-m") + 1] for words in commands] == ["w1train.pretrain", "w1train.report"]
+    assert result.stdout.count("done before") == 3
+
+
+def test_another_corpus_in_the_same_place_is_refused(demo):
+    demo.run(NPROC="2")
+    result, commands = demo.run(NPROC="2", CORPUS="my/corpus")
+    assert result.returncode == 1
+    assert commands == []
+    assert "was made from: Python standard library" in result.stderr
+    result, commands = demo.run(NPROC="2", CORPUS="my/corpus", RUNS=str(demo.directory / "other"))
+    assert result.returncode == 0
+    assert commands[0][commands[0].index("--input") + 1] == "my/corpus"
+
+
+def test_a_step_that_fails_ends_the_demo(demo):
+    demo.write_stand_ins(failing="data_tools.train_tokenizer")
+    result, commands = demo.run(NPROC="2")
+    assert result.returncode == 3
+    assert len(commands) == 2
+
+
+@pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 2), (1, 1), (2, 2), (3, 2), (4, 4), (8, 4)])
+def test_ranks_follow_the_gpus(demo, num_gpus, num_ranks):
+    tools = demo.directory / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    python = demo.directory / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {num_gpus}\n' + python.read_text().removeprefix("#!/bin/sh\n"))
+    result, commands = demo.run(PATH=f"{tools}:/usr/bin:/bin")
+    assert result.returncode == 0, result.stderr
+    (launch,) = [words for words in commands if words[0] == "torchrun"]
+    assert launch[launch.index("--nproc-per-node") + 1] == str(num_ranks)

@@ -1,0 +1,201 @@
+"""Rules of the repository that a reader relies on and that no linter checks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 80
+
+# A package may import from those with a smaller number, and from its own; of two with the same number at most one may know the other.
+LAYERS = {
+    "config": 0,
+    "runtime": 1,
+    "data": 2,
+    "diffusion": 2,
+    "attention": 3,
+    "model": 4,
+    "training": 5,
+    "sampling": 5,
+    "evaluation": 5,
+    "conversion": 5,
+}
+COMMANDS = max(LAYERS.values()) + 1
+BUILT_ON_THE_LIBRARY = ("data_tools", "launch", "recipes", "benchmarks", "tests")
+
+
+def tracked_files() -> list[Path]:
+    """Every file in git, or new and not ignored: a rule holds before the commit too."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listing = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return [path for name in listing.split("\0") if name and (path := REPOSITORY / name).is_file()]
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [path for path in tracked_files() if path.suffix == ".py" and (not folders or path.relative_to(REPOSITORY).parts[0] in folders)]
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of each import, also of those inside functions."""
+    package = path.relative_to(REPOSITORY).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # `from w1train import training` names the package only in the alias.
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def package_in_w1train(module: str) -> str | None:
+    """`training` for `w1train.training.loop`; the command itself for `w1train.pretrain`; None for what is not w1train's."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "w1train" and len(parts) > 1 else None
+
+
+def direction_problems(path: Path) -> Iterator[str]:
+    """What a module inside a package of w1train imports from above it."""
+    own = path.relative_to(REPOSITORY / "w1train").parts[0]
+    if own not in LAYERS:
+        yield f"w1train/{own} has no place in LAYERS of this test: give it one"
+        return
+    for line, module in imported_modules(path):
+        target = package_in_w1train(module)
+        above = target is not None and target not in (own, "__version__") and LAYERS.get(target, COMMANDS) > LAYERS[own]
+        if above or module.split(".")[0] in BUILT_ON_THE_LIBRARY:
+            yield f"{path.relative_to(REPOSITORY)}:{line} imports {module}, which is above w1train/{own}"
+
+
+def package_modules() -> list[Path]:
+    """Modules inside w1train's packages. Those directly in w1train/ are commands: they may import all of it."""
+    return [path for path in python_files("w1train") if path.parent != REPOSITORY / "w1train"]
+
+
+def test_imports_go_one_way():
+    problems = [problem for path in package_modules() for problem in direction_problems(path)]
+    assert not problems, "\n".join(problems)
+
+
+def test_packages_do_not_import_each_other_in_a_circle():
+    graph: dict[str, set[str]] = {}
+    for path in package_modules():
+        own = path.relative_to(REPOSITORY / "w1train").parts[0]
+        targets = {package_in_w1train(module) for _, module in imported_modules(path)} & LAYERS.keys()
+        graph.setdefault(own, set()).update(targets - {own})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"packages import each other: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    ("location", "source", "problem"),
+    [
+        ("w1train/data/a.py", "from w1train.config.schema import Config\nfrom w1train import __version__\n", None),
+        ("w1train/training/a.py", "from w1train.sampling import denoise\n", None),
+        ("w1train/data/a.py", "def f():\n    from w1train.training.loop import train\n", "a.py:2 imports w1train.training.loop.train"),
+        ("w1train/data/a.py", "from w1train import model\n", "a.py:1 imports w1train.model"),
+        ("w1train/data/a.py", "from ..model import block\n", "a.py:1 imports w1train.model.block"),
+        ("w1train/model/a.py", "import w1train.pretrain\n", "a.py:1 imports w1train.pretrain"),
+        ("w1train/model/a.py", "import data_tools.tokenize\n", "a.py:1 imports data_tools.tokenize"),
+        ("w1train/novel/a.py", "", "w1train/novel has no place"),
+    ],
+)
+def test_the_import_rule_sees_what_it_should(tmp_path, monkeypatch, location, source, problem):
+    monkeypatch.setattr(f"{__name__}.REPOSITORY", tmp_path)
+    path = tmp_path / location
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    problems = list(direction_problems(path))
+    assert (problems == []) if problem is None else (len(problems) == 1 and problem in problems[0])
+
+
+def test_files_are_short():
+    sources = [path for path in tracked_files() if path.suffix in (".py", ".sh")]
+    lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in sources}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length >= MAX_FILE_LINES} == {}
+
+
+def test_functions_are_short():
+    too_long = {}
+    for path in python_files("w1train", "data_tools", "launch"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    too_long[f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}"] = length
+    assert too_long == {}
+
+
+def test_every_folder_with_modules_is_a_package():
+    """A folder without __init__.py is left out of the installed package, and its tests may shadow others of the same name."""
+    folders = {path.parent for path in python_files() if path.parent != REPOSITORY}
+    missing = [str(folder.relative_to(REPOSITORY)) for folder in folders if not (folder / "__init__.py").is_file()]
+    assert missing == []
+
+
+def test_nothing_built_is_tracked():
+    built = [path for path in tracked_files() if "__pycache__" in path.parts or path.suffix in (".pyc", ".so", ".bin", ".idx")]
+    assert built == []
+
+
+def test_licence_is_the_one_that_is_declared():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0"
+    licence = (REPOSITORY / "LICENSE").read_text()
+    assert "Apache License" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
+
+
+@pytest.fixture(scope="module")
+def requirements() -> dict[str, list[str]]:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    return {"": project["dependencies"], **project["optional-dependencies"]}
+
+
+def test_forbidden_dependencies(requirements):
+    """Two names that look like NVIDIA's and are not: `apex` is a web toolkit, `nvidia-dali` a placeholder."""
+    names = {Requirement(text).name.lower().replace("_", "-") for group in requirements.values() for text in group}
+    assert names.isdisjoint({"apex", "nvidia-apex", "nvidia-dali", "nvidia-resiliency-ext"})
+    assert "nvidia-dali-cuda130" in names
+
+
+def test_the_environment_meets_the_declared_ranges(requirements):
+    wrong = []
+    for text in requirements[""] + requirements["dev"]:
+        requirement = Requirement(text)
+        installed = metadata.version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{text}: {installed} is installed")
+    assert wrong == []
+
+
+def test_imports_are_declared(requirements):
+    """Each top-level module that the library imports comes from the standard library, this project or a declared dependency."""
+    provided = {"w1train", "data_tools", "launch", "recipes", *sys.stdlib_module_names}
+    declared = {Requirement(text).name.lower().replace("_", "-") for group in requirements.values() for text in group}
+    for module, distributions in metadata.packages_distributions().items():
+        if declared & {name.lower().replace("_", "-") for name in distributions}:
+            provided.add(module)
+    # Namespace packages, what a dependency brings and promises (omegaconf: hydra-core, triton: torch), and extras not installed here.
+    provided |= {"megatron", "omegaconf", "triton", "transformer_engine", "cudnn", "cutlass", "nvidia", "transformers", "safetensors"}
+    undeclared = {
+        f"{path.relative_to(REPOSITORY)}:{line} {module}"
+        for path in python_files("w1train", "data_tools", "launch")
+        for line, module in imported_modules(path)
+        if module.split(".")[0] not in provided
+    }
+    assert undeclared == set()

@@ -1,0 +1,205 @@
+"""Every command in the documentation works: make targets exist, options parse, recipes and overrides compose.
+
+Commands that change nothing (--cfg job, --list, --help) are really run. One that this file does not know how to check fails: teach
+it here, or leave the command out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from w1train.config.command_line import CommandLine, parse_command_line
+from w1train.config.compose import load_config
+from w1train.config.errors import ConfigurationError
+from w1train.config.validate import validate
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CONFIGURED = {"w1train.pretrain"}
+"""Modules whose command line is recipes and overrides; all others use argparse."""
+RECIPES_OF_EXAMPLES = {"mine", "NAME"}
+
+# Runs a module's own argparse and nothing after it.
+PARSE_ONLY = """
+import argparse, runpy, sys
+parse_args = argparse.ArgumentParser.parse_args
+def parse_and_stop(self, *args, **kwargs):
+    parse_args(self, *args, **kwargs)
+    sys.exit("parsed")
+argparse.ArgumentParser.parse_args = parse_and_stop
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+class CommandError(Exception):
+    """A documented command that does not work, or that nothing here can check."""
+
+
+def shell_commands(text: str) -> Iterator[str]:
+    """The commands of every fenced bash block, continued lines joined, comments dropped."""
+    for block in re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield " ".join(line.split())
+
+
+def check(command: str) -> None:
+    """Raise CommandError unless the command would work when typed in the repository."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = list(lexer)
+    if operators := [word for word in words if set(word) <= set("();<>|&")]:
+        raise CommandError(f"don't know how to check {operators[0]!r} in: {command}")
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    folder, _, program = words[0].rpartition("/")
+    if program not in PROGRAMS or folder not in ("", ".venv/bin"):
+        raise CommandError(f"don't know how to check: {command}")
+    PROGRAMS[program](words[1:])
+
+
+def check_make(words: list[str]) -> None:
+    variables = set(re.findall(r"^([A-Z]+) \?=", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)) | {"PYTHON", "EXTRAS"}
+    given = {word.partition("=")[0] for word in words if "=" in word}
+    if unknown := given - variables:
+        raise CommandError(f"the Makefile has no variable {', '.join(unknown)}")
+    run("make", "--dry-run", *words)
+
+
+def check_python(words: list[str]) -> None:
+    if words[:1] != ["-m"] or len(words) < 2:
+        raise CommandError(f"don't know how to check: python {' '.join(words)}")
+    module, arguments = words[1], words[2:]
+    path = module_path(module)
+    if module in CONFIGURED:
+        if compose(arguments).action != "run" and not run(sys.executable, "-m", module, *arguments).strip():
+            raise CommandError(f"prints nothing: {module} {' '.join(arguments)}")
+    elif {"-h", "--help"} & set(arguments):
+        run(sys.executable, "-m", module, *arguments)
+    elif "ArgumentParser" in path.read_text():
+        if (end := run(sys.executable, "-c", PARSE_ONLY, module, *arguments, status=1)).strip() != "parsed":
+            raise CommandError(f"{module} {' '.join(arguments)}: {end}")
+    else:
+        raise CommandError(f"don't know how to check the arguments of {module}")
+
+
+def check_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser, parse_min_max_nnodes
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options = get_args_parser().parse_args(words)
+    except SystemExit:
+        raise CommandError(f"torchrun: {complaint.getvalue().strip()}") from None
+    if not options.module or options.training_script not in CONFIGURED:
+        raise CommandError(f"don't know how to check what torchrun starts: {options.training_script}")
+    module_path(options.training_script)
+    config = compose(options.training_script_args).config
+    assert config is not None, "flags that only print do not belong under torchrun"
+    num_nodes = parse_min_max_nnodes(options.nnodes)[1]
+    if problems := validate(config, world_size=num_nodes * int(options.nproc_per_node)):
+        raise CommandError(str(ConfigurationError(problems)))
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "python": check_python,
+    "torchrun": check_torchrun,
+}
+
+
+def module_path(module: str) -> Path:
+    path = REPOSITORY.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.is_file():
+        raise CommandError(f"no module {module} in this repository")
+    return path
+
+
+def compose(arguments: list[str]) -> CommandLine:
+    try:
+        return parse_command_line(arguments)
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from error
+
+
+def run(*command: str, status: int = 0) -> str:
+    """What the command prints, on either stream."""
+    result = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    if result.returncode != status:
+        raise CommandError(f"{' '.join(command[:4])} ended with {result.returncode}: {result.stdout.strip()}")
+    return result.stdout
+
+
+DOCUMENTED = sorted({(page.name, command) for page in PAGES for command in shell_commands(page.read_text())})
+
+
+@pytest.mark.parametrize(("page", "command"), DOCUMENTED, ids=lambda value: value)
+def test_documented_command(page, command):
+    check(command)
+
+
+def test_the_two_commands_come_first():
+    commands = list(shell_commands((REPOSITORY / "README.md").read_text()))
+    assert commands[0] == "make demo"
+    assert "torchrun" in commands[1]
+    assert "recipe=w1_4b" in commands[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("frobnicate --now", "don't know how to check: frobnicate"),
+        ("/usr/bin/make test", "don't know how to check"),
+        ("make nonesuch", "nonesuch"),
+        ("make demo CORPORA=x", "no variable CORPORA"),
+        ("make test && rm -rf runs", "don't know how to check '&&'"),
+        ("make test > log", "don't know how to check '>'"),
+        ("python setup.py install", "don't know how to check: python setup.py"),
+        ("python -m w1train.nonesuch", "no module w1train.nonesuch"),
+        ("python -m pytest", "no module pytest in this repository"),
+        ("python -m w1train.config.schema x", "don't know how to check the arguments of w1train.config.schema"),
+        ("python -m data_tools.train_tokenizer --input a --output b --vocab 3 --nonesuch", "unrecognized arguments: --nonesuch"),
+        ("python -m data_tools.train_tokenizer --output b", "--input"),
+        ("python -m w1train.pretrain recipe=demo model.hiden_size=3", "hidden_size"),
+        ("torchrun --ranks 2 -m w1train.pretrain recipe=demo", "torchrun: "),
+        ("torchrun --standalone --nproc-per-node 2 -m w1train.pretrain recipe=nonesuch", "nonesuch"),
+        ("torchrun --standalone --nproc-per-node 2 -m data_tools.tokenize", "don't know how to check what torchrun starts"),
+        ("torchrun --standalone --nproc-per-node 6 -m w1train.pretrain recipe=demo parallel.tensor=4", "in a world of 6"),
+        ("torchrun --standalone --nproc-per-node 3 -m w1train.pretrain recipe=demo", "global_batch_size"),
+    ],
+)
+def test_a_command_that_does_not_work_or_is_not_understood_fails(command, complaint):
+    with pytest.raises(CommandError, match=complaint):
+        check(command)
+
+
+def test_shell_commands_are_found():
+    text = "```bash\n# first\nmake \\\n  test\n\nmake lint  \n```\n```\nnot a command\n```\n```sh\nls\n```\n"
+    assert list(shell_commands(text)) == ["make test", "make lint", "ls"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    paths = re.findall(r"`((?:w1train|recipes|launch|data_tools|tests|docs|benchmarks)/[\w./-]*)`", text)
+    missing += [path for path in paths if not (REPOSITORY / path).exists()]
+    assert missing == []
+
+
+def test_recipes_that_are_named_compose():
+    named = {name for page in PAGES for name in re.findall(r"recipe=(\w+)", page.read_text())} - RECIPES_OF_EXAMPLES
+    assert {"w1_4b", "llada_8b"} <= named
+    for name in sorted(named):
+        load_config([f"recipe={name}"])
