@@ -9,6 +9,7 @@ Shapes: m = positions where a loss is taken, in the order of ``NoisyBatch.loss_m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class LossSums:
 
     NUM_SCALARS = 5  # weighted, elbo, cross_entropy, num_masked, num_tokens
 
-    def metrics(self, config: DiffusionConfig) -> dict[str, float | list[float | None]]:
+    def metrics(self, config: DiffusionConfig) -> dict[str, Any]:
         """Global means, from sums that were already added over micro-batches and ranks."""
         weighted, elbo, cross_entropy, num_masked, num_tokens = self.values[: self.NUM_SCALARS].tolist()
         denominator = num_tokens if config.normalizer == "tokens" else num_masked

@@ -35,7 +35,7 @@ class ReplicatedLinear(torch.nn.Linear):
     def __init__(self, input_size: int, output_size: int, config: TransformerConfig) -> None:
         super().__init__(input_size, output_size, bias=True, dtype=config.params_dtype, device=parameter_device(config))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
 
     def reset_parameters(self) -> None:
         """Left to ``initialize_parameters``, which is the same under every layout."""
@@ -121,7 +121,7 @@ class _Modulate(torch.autograd.Function):
         return torch.addcmul(_rows(shift, segment_index), x, 1 + _rows(scale, segment_index))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, shift, scale, segment_index = ctx.saved_tensors
         grad_x = gradient * (1 + _rows(scale, segment_index))
         grad_shift = _sum_by_segment(gradient, shift, segment_index)
@@ -135,6 +135,6 @@ class _GateResidual(torch.autograd.Function):
         return torch.addcmul(residual, _rows(gate, segment_index), x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         gate, x, segment_index = ctx.saved_tensors
         return gradient, _sum_by_segment(gradient * x, gate, segment_index), gradient * _rows(gate, segment_index), None

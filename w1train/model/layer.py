@@ -56,7 +56,7 @@ class DiffusionTransformerLayer(TransformerLayer):
         super().__init__(config=config, submodules=submodules, **kwargs)
         self.modulation = None if condition_size is None else Modulation(config, condition_size, num_vectors=6)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

@@ -5,6 +5,7 @@ Shapes: b = rows, l = tokens of a row, v = vocabulary.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class InferenceModel:
 
 # Process groups of load_for_inference live until the process ends.
 _open_groups = contextlib.ExitStack()
+atexit.register(_open_groups.close)
 
 
 def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel:
