@@ -1,0 +1,79 @@
+"""Predicted bytes of parameters, gradients and optimizer states against a real run's storages, to the byte."""
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.tiny import packed_batch, tiny_config
+from w1train.planning.layout import chunks_of, layout_of
+from w1train.planning.parameters import chunk_parameters
+from w1train.planning.state import Bucket, buffer_layout, shard_numels, state_bytes
+from w1train.planning.parameters import Parameter
+from w1train.runtime.cpu import import_megatron
+
+import_megatron()
+
+from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.model.initialization import global_named_parameters  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.forward import run_micro_batches  # noqa: E402
+from w1train.training.setup import build_trained_model  # noqa: E402
+
+LAYOUTS = {
+    "data 3": (3, {}),
+    "one rank, plain optimizer": (1, {"distributed_optimizer": False}),
+    "tensor 2, sequence, data 2": (4, {"tensor": 2, "sequence": True}),
+    "tensor 2, pipeline 2, data 2": (8, {"tensor": 2, "pipeline": 2}),
+    "pipeline 2, plain optimizer, data 2": (4, {"pipeline": 2, "distributed_optimizer": False}),
+}
+
+
+def _storage_bytes(tensors):
+    """Bytes of the distinct storages behind some tensors."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _allocated(_rank, world_size, config):
+    """(parameters, gradients, optimizer) bytes after one step, and the names and shapes of the parameters."""
+    with distributed(config.parallel) as ranks:
+        model = build_trained_model(config)
+        num_samples = config.training.global_batch_size // ranks.data_parallel_size
+        first = ranks.data_parallel_rank * num_samples
+        size = config.training.micro_batch_size
+        batches = (
+            corrupt(packed_batch(range(start, start + size)), config.diffusion, config.training.seed)
+            for start in range(first, first + num_samples, size)
+        )
+        run_micro_batches(config, model.chunks, batches, num_samples // size, training=True)
+        assert model.optimizer.step()[0]
+        parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+        buffers = [buffer for chunk in model.chunks for buffer in chunk.buffers]
+        # The optimizers behind megatron-core's wrappers: their groups hold masters, or views of fp32 parameters.
+        inner = [optimizer.optimizer for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])]
+        updated = [parameter for optimizer in inner for group in optimizer.param_groups for parameter in group["params"]]
+        moments = [state[key] for optimizer in inner for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        masters = [parameter for parameter in updated if parameter.untyped_storage().data_ptr() not in own]
+        names = [(name, tuple(p.shape)) for stage in model.stages for name, p in global_named_parameters(stage)]
+        return _storage_bytes(parameters), _storage_bytes([b.grad_data for b in buffers]), _storage_bytes(masters + moments), names
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("model", [{}, {"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}], ids=["w1", "tied"])
+def test_state_bytes_are_those_of_a_real_run(name, precision, model):
+    world_size, parallel = LAYOUTS[name]
+    config = tiny_config(
+        parallel=parallel,
+        model={"num_layers": 4, **model},
+        training={"precision": precision, "global_batch_size": 12, "micro_batch_size": 1},
+        diffusion={"num_strata": 4},
+    )
+    layout = layout_of(config, world_size)
+    results = run_distributed(_allocated, world_size, config, timeout=120, process_group=False)
+    for rank, (parameters, gradients, optimizer, names) in enumerate(results):
+        place = layout.coordinates(rank)
+        chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, config.model, place.pipeline)]
+        assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
+        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)[place.data]
+        assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
