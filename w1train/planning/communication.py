@@ -30,7 +30,7 @@ class Traffic:
     group_size: int
     num_calls: int
     tensor_bytes: int
-    """The whole (gathered) tensor of one call."""
+    """The whole (gathered) tensors of all calls together."""
     is_per_step: bool = False
     """Once a step, after the last micro-batch; otherwise with every micro-batch."""
 
@@ -38,7 +38,7 @@ class Traffic:
     def sent_bytes(self) -> int:
         """Out of each rank, all calls together."""
         factor = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "send": self.group_size / (self.group_size - 1)}[self.collective]
-        return round(self.num_calls * self.tensor_bytes * factor * (self.group_size - 1) / self.group_size)
+        return round(self.tensor_bytes * factor * (self.group_size - 1) / self.group_size)
 
 
 def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
@@ -54,7 +54,8 @@ def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Itera
     again = 1 if layout.recompute == "full" else 0
 
     def traffic(name: str, collective: Collective, calls: int, size: int) -> Traffic:
-        return Traffic(name, "tensor", collective, layout.tensor, calls * micro_batches, size)
+        calls *= micro_batches
+        return Traffic(name, "tensor", collective, layout.tensor, calls, calls * size)
 
     layers, ends = chunk.num_layers, int(chunk.has_embedding)
     rows = sizes.num_logits
@@ -91,17 +92,16 @@ def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, preci
         return
     buckets = buffer_layout(parameters, shards)
     numel = buckets[-1].end
-    # One call a bucket; their sizes add up to the buffer's.
-    calls = len(buckets)
-    yield Traffic("gradients", "data", "reduce_scatter", shards, calls, FP32_BYTES * numel // calls, True)
-    yield Traffic("parameters", "data", "all_gather", shards, calls, PRECISION_BYTES[precision] * numel // calls, True)
+    yield Traffic("gradients", "data", "reduce_scatter", shards, len(buckets), FP32_BYTES * numel, True)
+    yield Traffic("parameters", "data", "all_gather", shards, len(buckets), PRECISION_BYTES[precision] * numel, True)
 
 
 def pipeline_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
     """Hidden states to the next stage, their gradients to the one before."""
     sends = (0 if chunk.has_head else 1) + (0 if chunk.has_embedding else 1)
     if sends:
-        yield Traffic("hidden states", "pipeline", "send", 2, sends * layout.num_micro_batches, sizes.residual)
+        calls = sends * layout.num_micro_batches
+        yield Traffic("hidden states", "pipeline", "send", 2, calls, calls * sizes.residual)
 
 
 def copied_gradient_traffic(parameters: Sequence[Parameter], layout: Layout) -> Iterator[Traffic]:

@@ -119,7 +119,7 @@ def traffic_table(plan: Plan) -> Table:
             item.collective.replace("_", "-"),
             f"{item.group_size} ({item.group})",
             f"{item.num_calls:,}",
-            f"{item.tensor_bytes / 1e6:,.1f}",
+            f"{item.tensor_bytes / item.num_calls / 1e6:,.1f}",
             f"{item.sent_bytes / 1e9:.2f}",
             f"{spent * 1e3:.1f}",
         )
