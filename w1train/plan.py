@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-
-# Before torch is imported: a GPU that is there shall not be touched, so that the plan is the same everywhere.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import warnings
 
 from rich.console import Console
 
@@ -22,7 +20,6 @@ from w1train.config.errors import ConfigurationError, raise_if_any
 from w1train.config.validate import validate
 from w1train.planning.arguments import PROGRAM, Request, parse
 from w1train.planning.as_json import plan_as_dict, search_as_dict
-from w1train.planning.build import LayoutError, build_ranks
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
 from w1train.planning.tables import print_plan, print_search
@@ -38,16 +35,20 @@ def main(arguments: list[str]) -> int:
     except ConfigurationError as error:
         print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the command line.", file=sys.stderr)
         return 2
-    except LayoutError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
 
 
 def plan(request: Request) -> int:
     """Plan and build the layout that was asked for."""
     raise_if_any(validate(request.config, request.num_gpus))
+    # torch and megatron-core take seconds to import, which mistakes and --search need not wait for.
+    from w1train.planning.build import LayoutError, build_ranks
+
     planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
-    build = build_ranks(request.config, request.num_gpus)
+    try:
+        build = build_ranks(request.config, request.num_gpus)
+    except LayoutError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
     if request.json:
         print(json.dumps(plan_as_dict(planned, build)))
     else:
@@ -71,4 +72,8 @@ def console() -> Console:
 
 
 if __name__ == "__main__":
+    # A GPU that is there shall not be touched, and the plan shall be the same everywhere.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Deprecations inside the libraries are not the user's.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,6 @@ from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 from w1train.training.setup import build_trained_model  # noqa: E402
 
-
 # Where the whole (gathered) tensor and the process group stand among an operator's arguments.
 OPERATORS = {
     "allreduce_": ("all_reduce", 0, 1),

@@ -1,14 +1,12 @@
 """Predicted bytes of parameters, gradients and optimizer states against a real run's storages, to the byte."""
 
 import pytest
-import torch
 
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch, tiny_config
 from w1train.planning.layout import chunks_of, layout_of
-from w1train.planning.parameters import chunk_parameters
-from w1train.planning.state import Bucket, buffer_layout, shard_numels, state_bytes
-from w1train.planning.parameters import Parameter
+from w1train.planning.parameters import Parameter, chunk_parameters
+from w1train.planning.state import buffer_layout, shard_numels, state_bytes
 from w1train.runtime.cpu import import_megatron
 
 import_megatron()
@@ -19,12 +17,17 @@ from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 from w1train.training.setup import build_trained_model  # noqa: E402
 
-LAYOUTS = {
-    "data 3": (3, {}),
-    "one rank, plain optimizer": (1, {"distributed_optimizer": False}),
-    "tensor 2, sequence, data 2": (4, {"tensor": 2, "sequence": True}),
-    "tensor 2, pipeline 2, data 2": (8, {"tensor": 2, "pipeline": 2}),
-    "pipeline 2, plain optimizer, data 2": (4, {"pipeline": 2, "distributed_optimizer": False}),
+TIED = {"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}
+# World size, layout, precision, model.
+CASES = {
+    "data 3, fp32": (3, {}, "fp32", {}),
+    "data 3, bf16, tied": (3, {}, "bf16", TIED),
+    "one rank, plain optimizer, bf16": (1, {"distributed_optimizer": False}, "bf16", {}),
+    "tensor 2, sequence, data 2, bf16": (4, {"tensor": 2, "sequence": True}, "bf16", {"conditioning": "none"}),
+    "tensor 2, pipeline 2, data 2, fp32": (8, {"tensor": 2, "pipeline": 2}, "fp32", {}),
+    "pipeline 2, data 3, bf16": (6, {"pipeline": 2}, "bf16", {}),
+    "pipeline 2, data 2, bf16, tied": (4, {"pipeline": 2}, "bf16", TIED),
+    "pipeline 2, plain optimizer, data 2, fp32": (4, {"pipeline": 2, "distributed_optimizer": False}, "fp32", TIED),
 }
 
 
@@ -58,11 +61,9 @@ def _allocated(_rank, world_size, config):
         return _storage_bytes(parameters), _storage_bytes([b.grad_data for b in buffers]), _storage_bytes(masters + moments), names
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("model", [{}, {"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}], ids=["w1", "tied"])
-def test_state_bytes_are_those_of_a_real_run(name, precision, model):
-    world_size, parallel = LAYOUTS[name]
+@pytest.mark.parametrize("name", CASES)
+def test_state_bytes_are_those_of_a_real_run(name):
+    world_size, parallel, precision, model = CASES[name]
     config = tiny_config(
         parallel=parallel,
         model={"num_layers": 4, **model},
@@ -77,3 +78,12 @@ def test_state_bytes_are_those_of_a_real_run(name, precision, model):
         assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
         predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)[place.data]
         assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
+
+
+def test_shares_add_up_to_the_parameters_without_padding():
+    parameters = [Parameter("a", (7,)), Parameter("b", (130, 3), has_own_bucket=True), Parameter("c", (1000,)), Parameter("d", (64,))]
+    for num_shards in (1, 2, 3, 512):
+        buckets = buffer_layout(parameters, num_shards)
+        assert [len(bucket.spans) for bucket in buckets] == [2, 1, 1]
+        assert all((bucket.end - bucket.start) % num_shards == 0 for bucket in buckets)
+        assert sum(shard_numels(buckets, num_shards)) == sum(parameter.numel for parameter in parameters)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from w1train.config.schema import ModelConfig
-from w1train.planning.layout import Chunk, Layout
+from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import widths
 from w1train.planning.state import FP32_BYTES, PRECISION_BYTES
 from w1train.planning.workload import Workload
@@ -70,7 +70,7 @@ class Sizes:
 
 
 def sizes_of(
-    model: ModelConfig, layout: Layout, work: Workload, precision: str, *, segment_indexed: bool, num_logits: int | None = None
+    model: ModelConfig, layout: Layout, work: Workload, precision: Precision, *, segment_indexed: bool, num_logits: int | None = None
 ) -> Sizes:
     """Sizes of one micro-batch; ``num_logits`` None = as many as there can be."""
     width = widths(model)

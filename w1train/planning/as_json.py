@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from w1train.planning.assumptions import described
-from w1train.planning.build import Build
 from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.training.flops import num_parameters
+
+if TYPE_CHECKING:  # at run time it would import torch
+    from w1train.planning.build import Build
 
 FORMAT_VERSION = 1
 

@@ -6,13 +6,13 @@ Reductions of a few numbers (loss sums, gradient norm, token counts) are left ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from w1train.planning.activations import Sizes
 from w1train.planning.assumptions import Assumptions, Device
-from w1train.planning.layout import Chunk, Layout
+from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, PRECISION_BYTES, buffer_layout
 
@@ -81,7 +81,7 @@ def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout)
         yield Traffic("replicated parameters' gradients", "tensor", "all_reduce", layout.tensor, 1, size, True)
 
 
-def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: str) -> Iterator[Traffic]:
+def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: Precision) -> Iterator[Traffic]:
     """fp32 gradients, reduce-scattered, and updated parameters, gathered; without the distributed optimizer one all-reduce."""
     shards = layout.num_optimizer_shards
     if shards == 1:
@@ -136,3 +136,8 @@ def bandwidth(traffic: Traffic, layout: Layout, device: Device, assumptions: Ass
 def seconds(traffic: Traffic, layout: Layout, device: Device, assumptions: Assumptions) -> float:
     """Of all calls, one after another."""
     return traffic.sent_bytes / bandwidth(traffic, layout, device, assumptions) + traffic.num_calls * assumptions.collective_latency
+
+
+def total_seconds(traffic: Iterable[Traffic], layout: Layout, device: Device, assumptions: Assumptions) -> float:
+    """Of several kinds."""
+    return sum(seconds(item, layout, device, assumptions) for item in traffic)

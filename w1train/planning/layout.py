@@ -7,8 +7,12 @@ A *chunk* is a run of consecutive layers; a rank has one, or ``virtual_pipeline`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from w1train.config.schema import Config, ModelConfig
+
+Recompute = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Layout:
     num_micro_batches: int
     """Micro-batches of one rank in one optimizer step."""
     distributed_optimizer: bool
-    recompute: str
+    recompute: Recompute
     recompute_num_layers: int
     virtual_pipeline: int = 1
     context: int = 1
@@ -88,7 +92,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
 
 
 def chunks_of(layout: Layout, model: ModelConfig, pipeline_rank: int) -> list[Chunk]:
-    """The chunks of a pipeline rank. Virtual stage v of rank p has layers [v L/V + p L/(V P), ... + L/(V P)), as megatron-core deals them."""
+    """The chunks of a pipeline rank. Virtual stage v of rank p begins with layer (v P + p) L / (V P), as megatron-core deals them."""
     per_chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
     last = (layout.pipeline - 1, layout.virtual_pipeline - 1)
     return [

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
 
 from w1train.config.schema import Config
 from w1train.planning import communication, timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.communication import Traffic
-from w1train.planning.layout import Chunk, Layout, bubble_fraction, chunks_of, in_flight, layout_of
+from w1train.planning.layout import Chunk, Layout, Precision, Recompute, bubble_fraction, chunks_of, in_flight, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import StateBytes, state_bytes
 from w1train.planning.timing import StageSeconds
 from w1train.planning.workload import Workload, flops_per_token, workload_of
 from w1train.training.schedule import total_tokens
 
-RECOMPUTE_CHOICES = ("none", "selective", "full")
+RECOMPUTE_CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class StagePlan:
     """Of one micro-batch, by chunk."""
     activation_bytes: int
     """Of all micro-batches in flight."""
-    activations_by_recompute: dict[str, int]
+    activations_by_recompute: dict[Recompute, int]
     """Bytes of all micro-batches in flight, under each choice of recomputation."""
     working_bytes: int
     traffic: list[Traffic]
@@ -103,46 +105,71 @@ class Plan:
         return total_tokens(self.config.schedule) / self.tokens_per_second / 86400
 
 
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What all stages share."""
+
+    config: Config
+    layout: Layout
+    work: Workload
+    device: Device
+    assumptions: Assumptions
+
+    def sizes(self, num_logits: int | None = None) -> Sizes:
+        """Of a micro-batch; without ``num_logits`` with the most logits there can be."""
+        by_document = self.config.diffusion.timestep_per == "document"
+        precision = self.config.training.precision
+        return sizes_of(self.config.model, self.layout, self.work, precision, segment_indexed=by_document, num_logits=num_logits)
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.device.memory_gb_per_second * 1e9 * self.assumptions.memory_efficiency
+
+
 def predict(config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None) -> Plan:
     """The plan of a configuration that is valid for ``world_size`` devices."""
     layout, work = layout_of(config, world_size), workload_of(config, document_length)
-    stages = [_stage(config, layout, work, device, assumptions, rank) for rank in range(layout.pipeline)]
+    setting = _Setting(config, layout, work, device, assumptions)
+    stages = [_stage(setting, rank) for rank in range(layout.pipeline)]
     return Plan(config, layout, work, device, assumptions, stages, flops_per_token(config, work))
 
 
-def _stage(config: Config, layout: Layout, work: Workload, device: Device, assumptions: Assumptions, pipeline_rank: int) -> StagePlan:
-    model, precision = config.model, config.training.precision
+def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
+    model, layout, precision = setting.config.model, setting.layout, setting.config.training.precision
     chunks = chunks_of(layout, model, pipeline_rank)
     parameters = [chunk_parameters(model, layout, chunk) for chunk in chunks]
-    by_document = config.diffusion.timestep_per == "document"
-    expected_logits = round(layout.micro_batch_size * work.num_logits / layout.context)
-    # Time is for what is expected, memory for the most there can be.
-    most = sizes_of(model, layout, work, precision, segment_indexed=by_document)
-    usual = sizes_of(model, layout, work, precision, segment_indexed=by_document, num_logits=expected_logits)
+    # Memory is for the most there can be, time for what is expected.
+    most = setting.sizes()
+    usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
     states = state_bytes(parameters, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
-    traffic = _traffic(usual, layout, chunks, parameters, precision)
     state = max(states, key=lambda bytes_of_rank: bytes_of_rank.total)
+    traffic = _traffic(usual, layout, chunks, parameters, precision)
     return StagePlan(
         pipeline_rank=pipeline_rank,
         chunks=chunks,
-        num_parameters=sum(parameter.numel for chunk in parameters for parameter in chunk),
+        num_parameters=sum(parameter.numel for own in parameters for parameter in own),
         state=state,
         in_flight=in_flight(layout, pipeline_rank),
         activations=[chunk_activation_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks],
-        activation_bytes=_held(most, layout, chunks),
-        activations_by_recompute={choice: _held(most, replace(layout, recompute=choice), chunks) for choice in RECOMPUTE_CHOICES},
+        activation_bytes=_held_bytes(most, layout, chunks),
+        activations_by_recompute={
+            choice: _held_bytes(most, dataclasses.replace(layout, recompute=choice), chunks) for choice in RECOMPUTE_CHOICES
+        },
         working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks),
         traffic=traffic,
-        seconds=_seconds(config, layout, work, device, assumptions, usual, chunks, parameters, state, traffic),
+        seconds=_seconds(setting, usual, list(zip(chunks, parameters, strict=True)), state, traffic),
     )
 
 
-def _held(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> int:
+def _held_bytes(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> int:
+    """Activations of all micro-batches in flight."""
     counts = in_flight(layout, chunks[0].pipeline_rank)
-    return sum(count * chunk_activation_bytes(sizes, CUDA_KERNELS, layout, chunk).total for count, chunk in zip(counts, chunks, strict=True))
+    saved = [chunk_activation_bytes(sizes, CUDA_KERNELS, layout, chunk).total for chunk in chunks]
+    return sum(count * size for count, size in zip(counts, saved, strict=True))
 
 
-def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list[list[Parameter]], precision: str) -> list[Traffic]:
+def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list[list[Parameter]], precision: Precision) -> list[Traffic]:
     traffic: list[Traffic] = []
     for chunk, own in zip(chunks, parameters, strict=True):
         traffic += communication.tensor_parallel_traffic(sizes, layout, chunk)
@@ -155,40 +182,26 @@ def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list
 
 
 def _seconds(
-    config: Config,
-    layout: Layout,
-    work: Workload,
-    device: Device,
-    assumptions: Assumptions,
-    sizes: Sizes,
-    chunks: list[Chunk],
-    parameters: list[list[Parameter]],
-    state: StateBytes,
-    traffic: list[Traffic],
+    setting: _Setting, sizes: Sizes, chunks: list[tuple[Chunk, list[Parameter]]], state: StateBytes, traffic: list[Traffic]
 ) -> StageSeconds:
+    layout, device, assumptions = setting.layout, setting.device, setting.assumptions
     matmul = attention = elementwise = 0.0
-    memory_bandwidth = device.memory_gb_per_second * 1e9 * assumptions.memory_efficiency
-    for chunk, own in zip(chunks, parameters, strict=True):
-        flops = timing.chunk_flops(config.model, layout, work, chunk, sizes.num_logits)
-        of_matmul, of_attention = timing.compute_seconds(flops, layout, work, device, assumptions)
+    for chunk, parameters in chunks:
+        flops = timing.chunk_flops(setting.config.model, layout, setting.work, chunk, sizes.num_logits)
+        of_matmul, of_attention = timing.compute_seconds(flops, layout, setting.work, device, assumptions)
         matmul += of_matmul
         attention += of_attention
-        elementwise += timing.elementwise_bytes(sizes, layout, chunk, own) / memory_bandwidth
-
-    def spent(*, per_step: bool, collective: str | None = None) -> float:
-        return sum(
-            communication.seconds(item, layout, device, assumptions)
-            for item in traffic
-            if item.is_per_step == per_step and (collective is None or (item.collective == "send") == (collective == "send"))
-        )
-
-    micro_batches = layout.num_micro_batches
+        elementwise += timing.elementwise_bytes(sizes, layout, chunk, parameters) / setting.memory_bandwidth
+    once = [item for item in traffic if item.is_per_step]
+    sends = [item for item in traffic if item.collective == "send"]
+    others = [item for item in traffic if item not in once and item not in sends]
+    spent = partial(communication.total_seconds, layout=layout, device=device, assumptions=assumptions)
     return StageSeconds(
-        matmul=matmul * micro_batches,
-        attention=attention * micro_batches,
-        elementwise=elementwise * micro_batches,
-        tensor_parallel=spent(per_step=False, collective="other"),
-        pipeline_sends=spent(per_step=False, collective="send"),
-        gradients_and_optimizer=timing.optimizer_pass_bytes(state, config.training.precision) / memory_bandwidth,
-        data_parallel=spent(per_step=True),
+        matmul=matmul * layout.num_micro_batches,
+        attention=attention * layout.num_micro_batches,
+        elementwise=elementwise * layout.num_micro_batches,
+        tensor_parallel=spent(others),
+        pipeline_sends=spent(sends),
+        gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth,
+        data_parallel=spent(once),
     )

@@ -12,6 +12,7 @@ from w1train.config.validate import validate
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 
+
 @dataclass(frozen=True, slots=True)
 class SearchResult:
     """All valid layouts."""

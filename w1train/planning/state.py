@@ -11,10 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from w1train.planning.layout import Precision
 from w1train.planning.parameters import Parameter
 
 FP32_BYTES = 4
-PRECISION_BYTES = {"fp32": 4, "bf16": 2}
+PRECISION_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 _PARAMETER_ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
 
@@ -86,7 +87,7 @@ def shard_numels(buckets: Sequence[Bucket], num_shards: int) -> list[int]:
     return numels
 
 
-def state_bytes(chunks: Sequence[Sequence[Parameter]], precision: str, num_shards: int, *, distributed: bool) -> list[StateBytes]:
+def state_bytes(chunks: Sequence[Sequence[Parameter]], precision: Precision, num_shards: int, *, distributed: bool) -> list[StateBytes]:
     """Bytes of the ranks that share these chunks, by their place among the ``num_shards`` data- and context-parallel ranks.
 
     fp32 parameters are their own masters, so only the two moments are added to them.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from w1train.planning.as_json import overrides
 from w1train.planning.assumptions import described
-from w1train.planning.build import Build
 from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.training.flops import num_parameters
 from w1train.training.units import quantity
+
+if TYPE_CHECKING:  # at run time it would import torch
+    from w1train.planning.build import Build
 
 GIB = 2**30
 
@@ -156,7 +159,8 @@ def speed_table(plan: Plan) -> Table:
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
     """The best layouts."""
     table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
-    for column in ("", "data", "tensor", "seq.", "pipeline", "micro-batch", "a step", "recompute", "GiB", "bubble", "step s", "MFU", "days"):
+    columns = "number data tensor sequence pipeline micro-batch micro-batches recompute GiB bubble seconds MFU days"
+    for column in columns.split():
         table.add_column(column, justify="left" if column == "recompute" else "right")
     for number, plan in enumerate(result.plans[:num_shown], 1):
         table.add_row(*_search_row(number, plan))
@@ -171,7 +175,7 @@ def print_search(console: Console, result: SearchResult, num_shown: int, num_gpu
 def _search_row(number: int, plan: Plan) -> Iterator[str]:
     layout = plan.layout
     yield from map(str, (number, layout.data, layout.tensor, "on" if layout.sequence else "off", layout.pipeline))
-    yield from (str(layout.micro_batch_size), f"x {layout.num_micro_batches}", layout.recompute, f"{plan.needed_bytes / GIB:.1f}")
+    yield from (str(layout.micro_batch_size), str(layout.num_micro_batches), layout.recompute, f"{plan.needed_bytes / GIB:.1f}")
     yield from (f"{plan.bubble_fraction:.1%}", f"{plan.step_seconds:.3f}", f"{plan.mfu:.1%}", f"{plan.days:.1f}")
 
 

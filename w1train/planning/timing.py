@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from w1train.config.schema import ModelConfig
 from w1train.planning.activations import Sizes
 from w1train.planning.assumptions import Assumptions, Device
-from w1train.planning.layout import Chunk, Layout
+from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, StateBytes
 from w1train.planning.workload import Workload
@@ -110,7 +110,7 @@ def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, parameters: Se
     return layers + gradients + (head_elementwise_bytes(sizes) if chunk.has_head else 0)
 
 
-def optimizer_pass_bytes(state: StateBytes, precision: str) -> int:
+def optimizer_pass_bytes(state: StateBytes, precision: Precision) -> int:
     """Once a step: zero and divide the gradient buffer (3 passes); norm and clipping of this rank's share (3), AdamW's reading of it (1)
     and of master and moments, which it also writes."""
     copies = 3 if precision == "bf16" else 2
