@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_distributed
 
-from w1train.training.files import write_text
+from w1train.runtime.files import sync_directory, write_text
 from w1train.training.setup import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -143,16 +143,7 @@ def _commit(writing: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     os.rename(writing, final)
-    _sync_directory(final.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """The rename itself must reach the disk, or a power cut takes the checkpoint away again."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(final.parent)
 
 
 def _remove_old(directory: Path, keep: int) -> None:

@@ -16,11 +16,11 @@ from w1train.config.serialization import config_differences, config_from_yaml, c
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
 from w1train.runtime.distributed import Ranks, on_main_rank
+from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
 from w1train.training.checkpoint import Progress, latest_step, load_checkpoint, read_progress, remove_unfinished, save_checkpoint
 from w1train.training.data import TrainingData, bits_per_byte
-from w1train.training.files import write_text
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from w1train.training.files import replace_file
+from w1train.runtime.files import replace_file
 
 logger = logging.getLogger(__name__)
 

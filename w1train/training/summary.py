@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import w1train
-from w1train.training.files import write_text
+from w1train.runtime.files import write_text
 
 REQUIRED_FIELDS = (
     "name",
