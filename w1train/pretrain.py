@@ -23,21 +23,27 @@ logger = logging.getLogger("w1train")
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 trained, 1 stopped by what happened, 2 by a mistake of configuration or data."""
+    """Exit status: 0 trained, 1 stopped by what happened, 2 by a mistake of configuration or data, 130 by Ctrl-C.
+
+    SIGTERM keeps its default effect, the end at once without a word: it is how schedulers stop ranks that wait in a collective,
+    where no handler would run; the checkpoints are made for it.
+    """
     config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
     set_up_logging()
     try:
         raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
         return run(config)
     except ValueError as error:
-        return _fail(error, 2)
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
 
 
 def run(config: Config) -> int:
     """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
     from w1train.runtime.cpu import import_megatron
     from w1train.runtime.device import make_deterministic
-    from w1train.runtime.distributed import distributed, on_main_rank
+    from w1train.runtime.distributed import RankError, distributed, on_main_rank
     from w1train.runtime.run_directory import RunDirectory
 
     import_megatron()
@@ -52,9 +58,12 @@ def run(config: Config) -> int:
             on_main_rank(directory.claim)
             Trainer(config, ranks, directory).fit()
         except ValueError as error:
-            return _fail(error, 2)
-        except (CheckpointError, FloatingPointError) as error:
-            return _fail(error, 1)
+            return _fail(str(error), 2)
+        except RankError as error:
+            print(f"w1train.pretrain, rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+            return 2
+        except (CheckpointError, FloatingPointError, OSError) as error:
+            return _fail(str(error), 1)
         finally:
             directory.release()
     return 0
@@ -69,9 +78,10 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(message: str, status: int) -> int:
+    """For what ends all ranks alike: one of them says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"w1train.pretrain: {error}", file=sys.stderr, flush=True)
+        print(f"w1train.pretrain: {message}", file=sys.stderr, flush=True)
     return status
 
 

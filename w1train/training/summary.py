@@ -49,6 +49,14 @@ def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
     return path
 
 
+def read_steps(path: Path) -> int | None:
+    """How many steps a summary is about; None if there is none."""
+    try:
+        return json.loads(path.read_bytes())["steps"]
+    except FileNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str | None]:
     """What the run was made with; None for what is not installed, and for the commit outside a checkout."""
     return {
