@@ -1,24 +1,30 @@
 """A tiny run: data made by the real commands, a recipe in a user's directory, and training in forked ranks.
 
 Imports of torch and megatron-core cost ten seconds a process, training here a second or two: the ranks are forked from the
-test's process (tests/distributed.py), where everything is imported once.
+test's process, where everything is imported once (tests/distributed.py says why that is safe).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
+import multiprocessing
 import os
 import random
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import RankDiedError, run_distributed
+from tests.distributed import free_port
 from w1train.runtime.cpu import import_megatron
 
 import_megatron()
@@ -78,8 +84,8 @@ Sabotage = Callable[[int], None]
 class Outcome:
     """How a run ended."""
 
-    statuses: list[int] | None
-    """Exit status by rank; None = a rank was killed."""
+    statuses: list[int]
+    """Exit status by rank; negative: the signal that killed it."""
     outputs: list[str]
     """What each rank wrote to stdout and stderr."""
 
@@ -87,6 +93,10 @@ class Outcome:
     def output(self) -> str:
         """What rank 0 wrote."""
         return self.outputs[0]
+
+    @property
+    def killed(self) -> bool:
+        return -signal.SIGKILL in self.statuses
 
     def require(self, status: int) -> Outcome:
         """Assert that every rank ended with this status."""
@@ -115,15 +125,11 @@ class TinyRun:
         """The command line."""
         return ["--config-dir", str(self.data / "recipes"), "recipe=tiny", f"runs_dir={self.runs_dir}", *overrides]
 
-    def train(self, *overrides: str, world_size: int = 1, sabotage: Sabotage | None = None) -> Outcome:
+    def train(self, *overrides: str, world_size: int = 1, sabotage: Sabotage | None = None, log: str = "rank") -> Outcome:
         """``python -m w1train.pretrain`` on forked ranks."""
         self.runs_dir.mkdir(exist_ok=True)
-        logs = [self.runs_dir / f"rank-{rank}.log" for rank in range(world_size)]
-        arguments = self.arguments(*overrides)
-        try:
-            statuses = run_distributed(_rank, world_size, arguments, self.data, logs, sabotage, process_group=False, timeout=TIMEOUT)
-        except RankDiedError:
-            statuses = None
+        logs = [self.runs_dir / f"{log}-{rank}.log" for rank in range(world_size)]
+        statuses = launch(world_size, partial(_rank, self.arguments(*overrides), self.data, logs, sabotage))
         return Outcome(statuses, [log.read_text() for log in logs])
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -146,7 +152,39 @@ class TinyRun:
         return sorted(int(path.name.removeprefix("step_")) for path in self.checkpoints.glob("step_*"))
 
 
-def _rank(rank: int, world_size: int, arguments: list[str], data: Path, logs: list[Path], sabotage: Sabotage | None) -> int:
+def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
+    """Fork ranks that end with ``main(rank)`` as their status; negative: the signal that killed the rank.
+
+    tests.distributed.run_distributed keeps all ranks until each has answered. Here a rank that ends is gone, as under torchrun,
+    and the others have to notice; but when one is killed, so are the others.
+    """
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_enter_rank, args=(main, rank, world_size, port), daemon=True) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while any(rank.is_alive() for rank in ranks):
+            assert time.monotonic() < deadline, f"hung: ranks {[number for number, rank in enumerate(ranks) if rank.is_alive()]}"
+            wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=1.0)
+            if any(rank.exitcode == -signal.SIGKILL for rank in ranks):
+                break
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    return [rank.exitcode or 0 for rank in ranks]
+
+
+def _enter_rank(main: Callable[[int], int], rank: int, world_size: int, port: int) -> None:
+    gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    sys.exit(main(rank))
+
+
+def _rank(arguments: list[str], data: Path, logs: list[Path], sabotage: Sabotage | None, rank: int) -> int:
     os.environ["TINY_DATA"] = str(data)
     with output_to(logs[rank]):
         if sabotage is not None:

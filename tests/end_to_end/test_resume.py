@@ -12,22 +12,6 @@ from tests.end_to_end.runs import CHECKPOINT_INTERVAL, NUM_STEPS, TinyRun
 CASES = [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tiny_data, tmp_path_factory):
-    """(world size, precision) -> the run that nothing happens to; each is made once."""
-    runs: dict[tuple[int, str], TinyRun] = {}
-
-    def get(world_size: int, precision: str) -> TinyRun:
-        key = world_size, precision
-        if key not in runs:
-            run = TinyRun(tiny_data, tmp_path_factory.mktemp(f"undisturbed-{world_size}-{precision}"))
-            run.train(f"training.precision={precision}", world_size=world_size).require(0)
-            runs[key] = run
-        return runs[key]
-
-    return get
-
-
 def require_equal(run: TinyRun, expected: TinyRun) -> None:
     assert run.metrics() == expected.metrics()
     assert run.samples() == expected.samples()
@@ -58,7 +42,7 @@ def test_killed_at_the_worst_places(tiny_run, undisturbed, world_size, precision
     ]
     for where, trap, saved in deaths:
         outcome = tiny_run.train(f"training.precision={precision}", world_size=world_size, sabotage=trap)
-        assert outcome.statuses is None, f"was not killed at {where}:\n{outcome.output}"
+        assert outcome.killed, f"was not killed at {where}:\n{outcome.output}"
         assert tiny_run.steps_saved() == saved, where
     tiny_run.train(f"training.precision={precision}", world_size=world_size).require(0)
     require_equal(tiny_run, undisturbed(world_size, precision))
@@ -72,7 +56,7 @@ def test_killed_at_random_moments(tiny_run, undisturbed, world_size):
     for _ in range(8):
         trap = traps.after_seconds(generator.uniform(0.3, 1.5), victim=generator.randrange(world_size))
         outcome = tiny_run.train(world_size=world_size, sabotage=trap)
-        num_deaths += outcome.statuses is None
+        num_deaths += outcome.killed
     tiny_run.train(world_size=world_size).require(0)
     require_equal(tiny_run, undisturbed(world_size, "fp32"))
     assert num_deaths > 0

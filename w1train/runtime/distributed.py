@@ -106,6 +106,12 @@ class RankError(RuntimeError):
     """What this rank alone has met, so that the others cannot report it."""
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone. gloo says so in words alone; under NCCL the ranks that are left
+    wait until the launcher ends them."""
+    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
+
+
 def on_main_rank[Result](action: Callable[[], Result]) -> Result:
     """Do ``action`` on rank 0 alone; its result, or its exception, comes out on every rank.
 

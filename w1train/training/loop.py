@@ -131,7 +131,7 @@ class Trainer:
             num_segments=work.num_segments,
         )
         times = self.timer.finish(self.tokens_per_step, flops.total)
-        require_finite(self.progress.step, values)
+        require_finite(self.progress.step, {name: values[name] for name in ("loss", "grad_norm")})
         self.watch.record(
             "train",
             {
@@ -160,6 +160,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        # The loss of this step was finite before its update; the next one will not be if the update was not.
+        require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
         self.watch.sync()
         started = time.perf_counter()
         self.progress.seconds = started - self.started

@@ -96,15 +96,15 @@ class Watch:
         self.wandb.log_samples(records)
 
 
-def require_finite(step: int, values: dict[str, Any]) -> None:
-    """Stop a run whose loss or gradient is no number: the parameters are lost, the last checkpoint is not.
+def require_finite(step: int, values: dict[str, float]) -> None:
+    """Stop a run one of whose values is no number: the parameters are lost, the last checkpoint is not.
 
     Raises:
         FloatingPointError
     """
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}; training stops before this reaches a checkpoint. "
+                f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
                 "Run the same command to go on from the last one, with a lower learning rate or more clipping"
             )
