@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_tools.command import run_command
 from data_tools.text import CorpusError
-from w1train.data.files import write_atomically
+from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def _write(output: Path, max_bytes: int | None) -> None:
     sources = collect(Path(sysconfig.get_path("stdlib")), max_bytes)
     output.parent.mkdir(parents=True, exist_ok=True)
     records = [json.dumps({"path": path, "text": text}, ensure_ascii=False) + "\n" for path, text in sources]
-    write_atomically(output, "".join(records).encode("utf-8"))
+    write_bytes(output, "".join(records).encode("utf-8"))
     logger.info("wrote %s: %d files, %.1f MB", output, len(records), sum(len(text.encode("utf-8")) for _, text in sources) / 1e6)
 
 

@@ -36,6 +36,16 @@ class TrainedModel:
         """The bare modules."""
         return [chunk.module for chunk in self.chunks]
 
+    @torch.no_grad()
+    def largest_parameter(self) -> float:
+        """Largest magnitude over all ranks; infinite if one is or is no number. Called on every rank."""
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        largest = torch.stack([torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32) for parameter in parameters]).max()
+        # NaN is lost in a maximum over ranks; infinity is not.
+        largest = torch.where(largest.isnan(), torch.inf, largest)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.item()
+
 
 def build_trained_model(config: Config) -> TrainedModel:
     """Model and optimizer for this rank, with initial weights."""
