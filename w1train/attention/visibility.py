@@ -12,6 +12,7 @@ Shapes: b = samples, q = query rows, k = key columns, e = num_endpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,36 @@ def document_visibility(document_ids: Tensor) -> Visibility:
     real = document_ids >= 0
     zero = torch.zeros_like(start)
     return Visibility(torch.stack([zero, torch.where(real, start, zero), torch.where(real, end, zero)]), document_ids.shape[1])
+
+
+def block_diffusion_visibility(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> Visibility:
+    """Attention over [x_t ; x_0], 2l rows and keys (LLaDA2.0 eq. 3 with documents; masks.md 1.1).
+
+    A noisy row sees its own noisy block and the clean tokens of strictly earlier blocks of its document; a clean row sees
+    the clean tokens of its own and earlier blocks, and no noisy one. (Strictly: with the own block's clean tokens in view the
+    loss would fall by itself.)
+
+    Args:
+        document_ids: int [b, l]; negative = padding, which sees nothing and is seen by nothing.
+    """
+    length = document_ids.shape[1]
+    start, _ = document_bounds(document_ids)
+    block_start, block_end = block_bounds(document_ids, block_size, block_index)
+    zero = torch.zeros_like(start)
+    noisy = torch.stack([zero, block_start, block_end, length + start, length + block_start])
+    clean = torch.stack([zero, length + start, length + block_end, length + block_end, length + block_end])
+    real = document_ids >= 0
+    endpoints = torch.cat([torch.where(real, noisy, zero), torch.where(real, clean, zero)], dim=-1)
+    return Visibility(endpoints, 2 * length)
+
+
+def block_bounds(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> tuple[Tensor, Tensor]:
+    """First position and one past the last position of each token's block, int32 [b, l] each; a block ends with its document."""
+    start, end = document_bounds(document_ids)
+    position = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32).expand_as(start)
+    origin = start if block_index == "document" else torch.zeros_like(start)
+    block_start = position - (position - origin) % block_size
+    return torch.maximum(block_start, start), torch.minimum(block_start + block_size, end)
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
