@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from w1train.data.documents import block_bounds, document_bounds
+
 
 @dataclass(slots=True)
 class Visibility:
@@ -34,10 +36,14 @@ class Visibility:
             mask |= (keys >= start[..., None]) & (keys < end[..., None])
         return mask
 
+    def pairs_per_row(self) -> Tensor:
+        """int64 [b, q]: keys that each query row sees."""
+        endpoints = self.endpoints.to(torch.int64)
+        return endpoints[0] + (endpoints[2::2] - endpoints[1::2]).sum(dim=0)
+
     def num_visible_pairs(self) -> Tensor:
         """int64 scalar: visible (query, key) pairs of the micro-batch, one head."""
-        endpoints = self.endpoints.to(torch.int64)
-        return endpoints[0].sum() + (endpoints[2::2] - endpoints[1::2]).sum()
+        return self.pairs_per_row().sum()
 
     def everything_visible(self) -> bool:
         """Whether every row sees every key: then a kernel needs no mask."""
@@ -75,24 +81,3 @@ def block_diffusion_visibility(document_ids: Tensor, block_size: int, block_inde
     real = document_ids >= 0
     endpoints = torch.cat([torch.where(real, noisy, zero), torch.where(real, clean, zero)], dim=-1)
     return Visibility(endpoints, 2 * length)
-
-
-def block_bounds(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> tuple[Tensor, Tensor]:
-    """First position and one past the last position of each token's block, int32 [b, l] each; a block ends with its document."""
-    start, end = document_bounds(document_ids)
-    position = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32).expand_as(start)
-    origin = start if block_index == "document" else torch.zeros_like(start)
-    block_start = position - (position - origin) % block_size
-    return torch.maximum(block_start, start), torch.minimum(block_start + block_size, end)
-
-
-def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First position and one past the last position of each token's document, int32 [b, l] each."""
-    num_samples, length = document_ids.shape
-    position = torch.arange(length, device=document_ids.device, dtype=torch.int32).expand(num_samples, length)
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    edge = torch.ones((num_samples, 1), dtype=torch.bool, device=document_ids.device)
-    is_first, is_last = torch.cat([edge, changes], dim=1), torch.cat([changes, edge], dim=1)
-    start = torch.where(is_first, position, 0).cummax(dim=1).values
-    end = torch.where(is_last, position + 1, length).flip(1).cummin(dim=1).values.flip(1)
-    return start.to(torch.int32), end.to(torch.int32)
