@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatron.core import parallel_state  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
 from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
@@ -51,36 +53,51 @@ def world_size(config: Config, data_parallel: int) -> int:
 
 
 def train_layout(
-    config: Config, data_parallel: int = 1, mutate: Callable[[TrainedModel], None] | None = None, timeout: float = 120
+    config: Config,
+    data_parallel: int = 1,
+    *,
+    mutate: Callable[[TrainedModel], None] | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+    timeout: float = 120,
 ) -> Outcome:
-    """Train NUM_STEPS steps in the layout on forked ranks; ``mutate`` breaks the built model on purpose."""
-    results = run_distributed(_train, world_size(config, data_parallel), config, mutate, process_group=False, timeout=timeout)
+    """Train NUM_STEPS steps in the layout on forked ranks.
+
+    ``mutate`` breaks the built model on purpose; ``load`` is a checkpoint to go on from, ``save`` where to write one at the end.
+    """
+    size = world_size(config, data_parallel)
+    results = run_distributed(_train, size, config, mutate, load, save, process_group=False, timeout=timeout)
     assert all(result.losses == results[0].losses for result in results), "every rank reports the same loss"
     return results[0]
 
 
-def _train(_rank: int, _size: int, config: Config, mutate: Callable[[TrainedModel], None] | None) -> Outcome:
+def _train(
+    _rank: int, _size: int, config: Config, mutate: Callable[[TrainedModel], None] | None, load: Path | None, save: Path | None
+) -> Outcome:
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
         open_gates(model)
+        first_step = load_checkpoint(load, model).step if load is not None else 0
         if mutate is not None:
             mutate(model)
         losses, norms, works, noise = [], [], [], []
         gradients: dict[str, torch.Tensor] = {}
-        for step in range(NUM_STEPS):
+        for step in range(first_step, first_step + NUM_STEPS):
             batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
             noise.append(_noise_hashes(batches))
             for chunk in model.chunks:
                 chunk.zero_grad_buffer()
             model.optimizer.zero_grad()
             sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
-            if step == 0 and not config.parallel.distributed_optimizer:
+            if step == first_step and not config.parallel.distributed_optimizer:
                 gradients = whole_tensors(model, lambda parameter: parameter.main_grad)
             for group in model.optimizer.param_groups:
                 group["lr"] = LEARNING_RATE
             norms.append(float(model.optimizer.step()[1]))
             losses.append(sums.metrics(config.diffusion)["loss"])
             works.append(work)
+        if save is not None:
+            save_checkpoint(save, model, Progress(step=first_step + NUM_STEPS, samples=0), "", keep=1)
         return Outcome(losses, norms, gradients, whole_tensors(model, lambda parameter: parameter.data), _join(noise), works)
 
 
