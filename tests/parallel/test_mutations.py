@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,8 @@ from w1train.diffusion import corruption, timesteps
 from w1train.model import megatron_config, transformer
 from w1train.model.initialization import global_named_parameters
 from w1train.training import forward
+from w1train.training import inputs as inputs_module
+from w1train.training import setup as training_setup
 from w1train.training.setup import TrainedModel
 
 TENSOR = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
@@ -32,6 +34,8 @@ class Mutation:
     parallel: dict[str, Any]
     data_parallel: int = 1
     streams: str = "two-stream"
+    vocab_size: int | None = None
+    """Another vocabulary than the reference's."""
     patch: tuple[Any, str, Any] | None = None
     """(owner, name, value) replaced before the ranks are forked."""
     mutate: Callable[[TrainedModel], None] | None = field(default=None, repr=False)
@@ -43,7 +47,8 @@ def _drop_flag(parameter_name: str, flag: str) -> Callable[[TrainedModel], None]
         for stage in model.stages:
             for name, parameter in global_named_parameters(stage):
                 if name == parameter_name:
-                    assert getattr(parameter, flag), f"{name} had no {flag} to drop"
+                    if not getattr(parameter, flag):
+                        raise LookupError(f"{name} had no {flag} to drop")
                     setattr(parameter, flag, False)
 
     return mutate
@@ -99,9 +104,6 @@ def _batched_messages(*args, **kwargs):
     return config
 
 
-from w1train.training import inputs as inputs_module  # noqa: E402
-from w1train.training import setup as setup_module  # noqa: E402
-
 _assemble = inputs_module._assemble
 _transformer_config = megatron_config.transformer_config
 
@@ -133,6 +135,8 @@ MUTATIONS += [
         "timestep embedding in a bucket of its own",
         {"pipeline": 2, "distributed_optimizer": True},
         2,
+        # So many rows that the first stage's slices are cut elsewhere than the last one's.
+        vocab_size=1536,
         patch=(transformer.DiffusionTransformer, "_mark_replicated_over_pipeline", _mark_without_own_bucket),
     ),
     Mutation(
@@ -147,7 +151,7 @@ MUTATIONS += [
     Mutation(
         "interleaved stages send one by one",
         {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": False},
-        patch=(setup_module, "transformer_config", _batched_messages),
+        patch=(training_setup, "transformer_config", _batched_messages),
     ),
 ]
 
@@ -158,12 +162,21 @@ def _fractions_of_the_micro_batch(config, seed, sample_indices, num_segments, dr
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.rule)
 def test_a_broken_rule_is_noticed(mutation, monkeypatch):
+    config = layout_config(mutation.streams, **mutation.parallel)
     expected = reference(mutation.streams)
+    if mutation.vocab_size is not None:
+        single = layout_config(mutation.streams, distributed_optimizer=False)
+        single.model.vocab_size = config.model.vocab_size = mutation.vocab_size
+        expected = train_layout(single)
+        _check(config, replace(mutation, mutate=None), expected)
     if mutation.patch is not None:
         owner, name, value = mutation.patch
         monkeypatch.setattr(owner, name, value or _fractions_of_the_micro_batch)
-    config = layout_config(mutation.streams, **mutation.parallel)
     with pytest.raises(AssertionError):
-        outcome = train_layout(config, mutation.data_parallel, mutate=mutation.mutate)
-        assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
-        assert_equal_numbers(outcome, expected)
+        _check(config, mutation, expected)
+
+
+def _check(config, mutation, expected):
+    outcome = train_layout(config, mutation.data_parallel, mutate=mutation.mutate)
+    assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
+    assert_equal_numbers(outcome, expected)

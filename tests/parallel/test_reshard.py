@@ -10,7 +10,7 @@ LOADED = [
     ({}, 1),
     ({"context": 2}, 2),
     ({"pipeline": 2, "virtual_pipeline": 2}, 1),
-    ({"tensor": 2, "distributed_optimizer": False}, 2),
+    ({"tensor": 2}, 2),
 ]
 
 

@@ -19,6 +19,7 @@ from w1train.model.initialization import initialize_parameters
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.training import adamw
+from w1train.training.megatron_fixes import keep_bucket_padding_in_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
     adamw.install()
+    keep_bucket_padding_in_checkpoints()
     settings = config.optimizer
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
