@@ -90,7 +90,7 @@ class KeyExchange:
     def exchange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, b, heads, d] of own positions -> what attention runs on."""
         if self.travel == "heads":
-            return tuple(self._heads_to_positions(tensor) for tensor in (query, key, value))  # type: ignore[return-value]
+            return tuple(self._heads_to_positions(tensor) for tensor in (query, key, value))
         # One collective for both: half the latencies.
         gathered = self._gather(torch.cat([key, value], dim=-1))
         return query, *gathered.split([key.shape[-1], value.shape[-1]], dim=-1)

@@ -166,6 +166,8 @@ class StageConfig:
     """Length of the stage in tokens."""
     learning_rate: float
     """Learning rate at the stage's end; a constant stage has it throughout."""
+    global_batch_size: int | None = None
+    """Sequences of one optimizer step in this stage (batch-size warmup); null = training.global_batch_size."""
     style: DecayStyle = "constant"
     """How the rate goes from the previous stage's end to this one's: constant (jump), linear, cosine, one_minus_sqrt."""
 
