@@ -74,6 +74,8 @@ def initialize_model_parallel(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
     )
     # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor
 from w1train.training.metrics_log import read_metrics
-from w1train.training.schedule import learning_rate, total_tokens
+from w1train.training.schedule import batch_size, learning_rate, num_steps, total_tokens
 from w1train.training.setup import build_trained_model
 from w1train.training.summary import read_steps, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
@@ -51,13 +50,12 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, run: RunDirectory) -> None:
         """The run directory is claimed. Raises what configuration, data and checkpoint raise, on every rank."""
         self.config, self.ranks, self.run = config, ranks, run
-        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-        self.num_steps = math.ceil(total_tokens(config.schedule) / self.tokens_per_step)
+        self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         self.data = TrainingData(config, ranks)
         self.model = build_trained_model(config)
         self.progress = self._load_progress()
-        self.watch = Watch(config, ranks, run, self.progress, self.num_steps)
+        self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
 
@@ -107,21 +105,25 @@ class Trainer:
     def train_step(self, batches: Iterator[NoisyBatch]) -> None:
         """One optimizer step on one global batch."""
         training, model = self.config.training, self.model
-        rate = learning_rate(self.config.schedule, (self.progress.step + 1) * self.tokens_per_step)
+        length = self.config.data.sequence_length
+        num_samples = batch_size(self.config.schedule, training.global_batch_size, self.progress.samples * length)
+        rate = learning_rate(self.config.schedule, (self.progress.samples + num_samples) * length)
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
-        num_micro_batches = training.global_batch_size // (training.micro_batch_size * self.ranks.data_parallel_size)
+        num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
         sums, work = run_micro_batches(self.config, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
             group["lr"] = rate
         _, grad_norm, _ = model.optimizer.step()
         self.progress.step += 1
-        self.progress.samples += training.global_batch_size
-        metrics = sums.metrics(self.config.diffusion)
-        self.record_step({**metrics, "grad_norm": float(grad_norm), "learning_rate": rate}, work)
+        self.progress.samples += num_samples
+        values = {**sums.metrics(self.config.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
+        if self.config.parallel.context > 1:
+            values["context_balance"] = work.context_balance
+        self.record_step(values, num_samples * length, work)
 
-    def record_step(self, values: dict[str, Any], work: StepWork) -> None:
+    def record_step(self, values: dict[str, Any], num_tokens: int, work: StepWork) -> None:
         """Add what follows from the step's values, and its times."""
         flops = model_flops(
             self.config.model,
@@ -130,7 +132,7 @@ class Trainer:
             num_logits=work.num_logits,
             num_segments=work.num_segments,
         )
-        times = self.timer.finish(self.tokens_per_step, flops.total)
+        times = self.timer.finish(num_tokens, flops.total)
         require_finite(self.progress.step, {name: values[name] for name in ("loss", "grad_norm")})
         self.watch.record(
             "train",
@@ -189,7 +191,9 @@ class Trainer:
                 "device": device_name(self.ranks.device),
                 "steps": self.progress.step,
                 "tokens_seen": self.progress.samples * self.config.data.sequence_length,
-                "tokens_per_second": len(steps) * self.tokens_per_step / sum(record["time/step_seconds"] for record in steps),
+                "tokens_per_second": sum(record["batch_size"] for record in steps)
+                * self.config.data.sequence_length
+                / sum(record["time/step_seconds"] for record in steps),
                 "wall_seconds": self.progress.seconds,
                 "validation": {"start": scores[0], "end": scores[-1]} if scores else None,
                 "unigram_bits_per_byte": manifest.unigram_bits_per_byte if manifest is not None else None,
@@ -206,14 +210,15 @@ class Trainer:
 
     def _print_header(self) -> None:
         config, ranks = self.config, self.ranks
-        layout = f"data {ranks.data_parallel_size} x tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
+        parallel = config.parallel
+        layout = f"data {ranks.data_parallel_size}, tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
         self.watch.console.print_header(
             config.name,
             {
                 "model": f"{num_parameters(config.model):,} parameters",
                 "device": f"{ranks.world_size} x {device_name(ranks.device)}, {config.training.precision} ({layout})",
                 "data": f"{self.data.train.num_tokens:,} tokens, {config.data.sequence_length} per sample",
-                "batch": f"{config.training.global_batch_size} samples = {self.tokens_per_step:,} tokens a step",
+                "batch": f"{config.training.global_batch_size} samples of {config.data.sequence_length} tokens",
                 "steps": f"{self.progress.step} of {self.num_steps} done",
                 "run directory": str(self.run.path),
             },

@@ -21,11 +21,11 @@ from w1train.training.metrics_log import MetricsLog
 class Watch:
     """A context manager; records are dropped on ranks other than 0."""
 
-    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int) -> None:
+    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int, num_tokens: int) -> None:
         self.config, self.progress = config, progress
         self.active = ranks.is_main
         self.console = TrainingConsole(
-            total_tokens=num_steps * config.training.global_batch_size * config.data.sequence_length,
+            total_tokens=num_tokens,
             total_steps=num_steps,
             start_step=progress.step,
             enabled=self.active,
