@@ -65,7 +65,7 @@ else
   printf '== 1/5 corpus: %s\n' "$CORPUS"
 fi
 step "2/5 tokenizer" "$data/tokenizer.json" \
-  "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size 4096
+  "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size 2048
 step "3/5 tokens" "$data/validation.json" \
   "$python" -m data_tools.tokenize --input "$CORPUS" --tokenizer "$data/tokenizer.json" --output "$data/train" \
   --validation-output "$data/validation" --validation-fraction 0.05 --overwrite

@@ -77,7 +77,7 @@ def run_distributed(
     context = multiprocessing.get_context("fork")
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
-        job = _Job(function, args, world_size, Path(directory), _free_port(), time.monotonic() + timeout, process_group)
+        job = _Job(function, args, world_size, Path(directory), free_port(), time.monotonic() + timeout, process_group)
         try:
             for number in range(world_size):
                 ours, theirs = context.Pipe()
@@ -224,7 +224,8 @@ def _describe_hang(hung: list[int], job: _Job) -> str:
     return "\n".join(lines)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

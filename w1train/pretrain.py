@@ -10,34 +10,48 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 
-from w1train.config.command_line import config_from_command_line
+from w1train.config.command_line import config_from_command_line, wait_for_main_rank
 from w1train.config.errors import raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
 
-logger = logging.getLogger("w1train")
+# Beginnings of warnings that are no news: of megatron-core about its own defaults and its own shards of the parameters, and of
+# torch about the way that megatron-core reads a checkpoint's metadata.
+_LIBRARY_CHATTER = (
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
+    "The argument order of load has been changed",
+)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 trained, 1 stopped by what happened, 2 by a mistake of configuration or data."""
+    """Exit status: 0 trained, 1 stopped by what happened, 2 by a mistake of configuration or data, 130 by Ctrl-C.
+
+    SIGTERM keeps its default effect, the end at once without a word: it is how schedulers stop ranks that wait in a collective,
+    where no handler would run; the checkpoints are made for it.
+    """
     config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
     set_up_logging()
     try:
         raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
         return run(config)
     except ValueError as error:
-        return _fail(error, 2)
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
 
 
 def run(config: Config) -> int:
     """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
     from w1train.runtime.cpu import import_megatron
     from w1train.runtime.device import make_deterministic
-    from w1train.runtime.distributed import distributed, on_main_rank
+    from w1train.runtime.distributed import RankError, distributed, is_lost_connection, on_main_rank
     from w1train.runtime.run_directory import RunDirectory
 
     import_megatron()
@@ -52,26 +66,43 @@ def run(config: Config) -> int:
             on_main_rank(directory.claim)
             Trainer(config, ranks, directory).fit()
         except ValueError as error:
-            return _fail(error, 2)
-        except (CheckpointError, FloatingPointError) as error:
-            return _fail(error, 1)
+            return _fail(str(error), 2)
+        except RankError as error:
+            return _fail_alone(str(error), ranks.rank, 2)
+        except (CheckpointError, FloatingPointError, OSError) as error:
+            return _fail(str(error), 1)
+        except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
+            return _fail_alone("lost the connection to another rank, which says why if it could", ranks.rank, 1)
         finally:
             directory.release()
     return 0
 
 
 def set_up_logging() -> None:
-    """Rank 0 tells the story; the others only what goes wrong. Deprecations inside the libraries are not the user's."""
+    """Rank 0 tells the story; the others only what goes wrong."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("megatron", "torch.distributed.checkpoint", "wandb"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
+    # At INFO it prints its whole configuration and the name of every parameter.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    for message in _LIBRARY_CHATTER:
+        warnings.filterwarnings("ignore", message=re.escape(message))
+    # What the libraries deprecate in each other.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(message: str, status: int) -> int:
+    """For what ends all ranks alike: one of them says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"w1train.pretrain: {error}", file=sys.stderr, flush=True)
+        print(f"w1train.pretrain: {message}", file=sys.stderr, flush=True)
+    wait_for_main_rank()
+    return status
+
+
+def _fail_alone(message: str, rank: int, status: int) -> int:
+    """For what no other rank knows."""
+    print(f"w1train.pretrain, rank {rank}: {message}", file=sys.stderr, flush=True)
     return status
 
 

@@ -74,9 +74,13 @@ def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> list[
 
 def _load_run(run: Path, step: int | None) -> InferenceModel:
     # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
+    from w1train.training.checkpoint import CheckpointError
     from w1train.training.inference import load_for_inference
 
-    return load_for_inference(run, step)
+    try:
+        return load_for_inference(run, step)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 def _console() -> Console:

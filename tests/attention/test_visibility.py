@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.attention.visibility import Visibility, document_bounds, document_visibility
+from w1train.attention.visibility import Visibility, document_visibility
+from w1train.data.documents import document_bounds
 
 
 @st.composite

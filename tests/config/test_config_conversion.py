@@ -77,7 +77,7 @@ def test_valid_values(key: str, given: Any, expected: Any) -> None:
         ("sampling.prompts", "def", "a list, each item a string", None),
         ("model", 3, "a mapping with the keys vocab_size", None),
         ("schedule.stages", [1], "a mapping from names", None),
-        ("schedule.stages.stable", 5, "a mapping with the keys tokens, learning_rate, style", None),
+        ("schedule.stages.stable", 5, "a mapping with the keys tokens, learning_rate, global_batch_size, style", None),
     ],
 )
 def test_wrong_types(key: str, given: Any, valid: str, suggestion: str | None) -> None:
@@ -236,4 +236,4 @@ def test_flatten_and_differences() -> None:
     assert differences[0] == Difference("model.kv_channels", 12, None)
     assert Difference("schedule.stages.cooldown.tokens", ABSENT, 200) in differences
     assert Difference("schedule.stages.decay.tokens", 200, ABSENT) in differences
-    assert len(differences) == 7
+    assert len(differences) == 9

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from w1train.diffusion.philox import Purpose, philox_4x32, random_words
+from w1train.diffusion.philox import Purpose, philox_4x32, random_words, random_words_of_streams
 
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -38,6 +38,35 @@ def test_words_depend_on_every_argument_and_on_nothing_else():
     ):
         assert (other != words).float().mean() > 0.99
     assert len(set(words.flatten().tolist())) == words.numel()
+
+
+def _philox_of_integers(counter, key):
+    """The algorithm as the paper writes it, on Python's integers: one element at a time, no lanes in pairs, nothing in place."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        product_0, product_1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = product_1 >> 32 ^ c1 ^ k0, product_1 % 2**32, product_0 >> 32 ^ c3 ^ k1, product_0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+@pytest.mark.parametrize("key", [(0, 0), (2**32 - 1, 2**31), (1, 7)])
+def test_every_element_is_what_integers_give(key):
+    columns, rows, one = torch.randint(2**32, (1, 7)), torch.randint(2**32, (3, 1)), torch.tensor([[2**32 - 1]])
+    counter = (columns, rows, one, torch.randint(2**32, (3, 7)))
+    before = [lane.clone() for lane in counter]
+    words = torch.stack(philox_4x32(counter, key), dim=-1)
+    elements = torch.stack(torch.broadcast_tensors(*counter), dim=-1)
+    expected = [[_philox_of_integers(element, key) for element in row] for row in elements.tolist()]
+    assert words.tolist() == [[list(element) for element in row] for row in expected]
+    assert all(torch.equal(lane, copy) for lane, copy in zip(counter, before, strict=True)), "the caller's counters are left alone"
+
+
+def test_several_streams_at_once_are_those_drawn_one_by_one():
+    streams = [(Purpose.STRATUM, torch.tensor([0, 3])), (Purpose.TIMESTEP, torch.tensor([7, -1, 2**40]))]
+    together = random_words_of_streams(9, streams, draw=2, num=6)
+    for words, (purpose, indices) in zip(together, streams, strict=True):
+        assert torch.equal(words, random_words(9, indices, draw=2, purpose=purpose, num=6))
 
 
 def test_words_are_uniform():

@@ -17,7 +17,7 @@ from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.model.transformer import DiffusionTransformer  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.flops import num_parameters  # noqa: E402
-from w1train.training.forward import model_inputs  # noqa: E402
+from w1train.training.inputs import rank_inputs  # noqa: E402
 from w1train.training.setup import build_stage  # noqa: E402
 
 # The W1 count is that of the published 7.48 GB bf16 file; the LLaDA ones are those of its paper's table (objectives.md B1, C3).
@@ -94,7 +94,7 @@ def test_switches_give_the_closed_form_count_and_a_finite_loss(fields):
         config = tiny_config(model=fields)
         model = _awake(config)
         assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(config.model)
-        logits = model(model_inputs(corrupt(packed_batch(range(3)), config.diffusion, 0), "sequence"))
+        logits = model(rank_inputs(corrupt(packed_batch(range(3)), config.diffusion, 0), config).model)
         logits.logsumexp(dim=-1).sum().backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
@@ -105,7 +105,7 @@ def test_switches_give_the_closed_form_count_and_a_finite_loss(fields):
 
 def _logits(model, config, noisy):
     """[b, l, v] at every position."""
-    inputs = model_inputs(noisy, config.diffusion.timestep_per)
+    inputs = rank_inputs(noisy, config).model
     inputs.logit_positions = torch.arange(noisy.input_ids.numel())
     with torch.no_grad():
         return model(inputs).reshape(*noisy.input_ids.shape, VOCAB_SIZE)
@@ -201,7 +201,7 @@ def test_recomputation_changes_no_gradient(recompute):
         for mode in ("none", recompute):
             config = tiny_config(parallel={"recompute": mode}, diffusion={"timestep_per": "document"})
             model = _awake(config)
-            model(model_inputs(corrupt(packed_batch(range(4)), config.diffusion, 0), "document")).logsumexp(dim=-1).sum().backward()
+            model(rank_inputs(corrupt(packed_batch(range(4)), config.diffusion, 0), config).model).logsumexp(dim=-1).sum().backward()
             gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
         for name, gradient in gradients[0].items():
             # Full recomputation adds the layers' gradients of the condition in another order: rounding, no more.

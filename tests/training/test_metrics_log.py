@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.fake_run import sample_record, train_record, validation_record
-from w1train.training.files import replace_file
 from w1train.training.metrics_log import MetricsLog, decode_record, encode_record, read_metrics
 
 numbers = st.none() | st.integers(-(2**63), 2**63) | st.floats()
@@ -131,18 +130,3 @@ def test_a_bad_line_in_the_middle_is_an_error_that_names_it(tmp_path, bad):
 def test_a_record_without_a_step_is_refused(tmp_path):
     with MetricsLog(tmp_path / "m") as log, pytest.raises(AssertionError):
         log.append({"loss": 1.0})
-
-
-def test_replace_file_keeps_the_old_one_on_failure(tmp_path):
-    path = tmp_path / "f"
-    path.write_text("old")
-
-    def write_and_die():
-        with replace_file(path) as file:
-            file.write(b"new")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_and_die()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

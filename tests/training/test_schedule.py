@@ -80,7 +80,12 @@ def test_decay_is_continuous_and_never_rises(style):
 
 @given(
     st.lists(
-        st.builds(StageConfig, tokens=st.integers(0, 50), learning_rate=st.floats(0, 1e-2, allow_subnormal=False), style=st.sampled_from(["constant", *STYLES])),
+        st.builds(
+            StageConfig,
+            tokens=st.integers(0, 50),
+            learning_rate=st.floats(0, 1e-2, allow_subnormal=False),
+            style=st.sampled_from(["constant", *STYLES]),
+        ),
         min_size=1,
         max_size=5,
     )

@@ -25,18 +25,21 @@ class CoreAttention(MegatronModule):
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_kwargs: Any) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("this attention core does not split the sequence over context-parallel ranks")
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, _attention_mask: Tensor | None, *, packed_seq_params: Any, **_kwargs: Any
     ) -> Tensor:
-        """query [q, b, n, d], key and value [k, b, g, d] -> [q, b, n * d]."""
+        """query [q, b, n, d], key and value [q, b, g, d] of this rank's positions -> [q, b, n * d]."""
+        plan: AttentionPlan = packed_seq_params.attention_plan
+        if plan.exchange is not None:
+            query, key, value = plan.exchange.exchange(query, key, value)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        output = attend(query, key, value, packed_seq_params.attention_plan, self.softmax_scale)
-        return output.permute(2, 0, 1, 3).reshape(output.shape[2], output.shape[0], -1)
+        output = attend(query, key, value, plan, self.softmax_scale).permute(2, 0, 1, 3)
+        if plan.exchange is not None:
+            output = plan.exchange.restore(output)
+        return output.reshape(*output.shape[:2], -1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None) -> Tensor:

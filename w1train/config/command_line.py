@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ _FLAGS = {
     "--help": ("", "show this text and exit"),
 }
 _USAGE_ERROR = 2
+_PATIENCE_SECONDS = 20
 
 
 @dataclass(slots=True)
@@ -156,5 +158,14 @@ def _directories(config_dirs: Sequence[str]) -> list[Path]:
 def _exit_with(text: str, status: int) -> NoReturn:
     # Every rank of a torchrun comes here with the same text.
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr if status else sys.stdout)
+        print(text, file=sys.stderr if status else sys.stdout, flush=True)
+    if status:
+        wait_for_main_rank()
     raise SystemExit(status)
+
+
+def wait_for_main_rank() -> None:
+    """Before a failure that rank 0 reports: torchrun ends all ranks as soon as one has failed, and would cut rank 0 off if another
+    one were quicker. It also ends this wait."""
+    if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_PATIENCE_SECONDS)

@@ -42,6 +42,10 @@ class ConfigurationError(ValueError):
         title = f"{count} problem{'s' if count > 1 else ''} in the configuration:"
         super().__init__("\n".join([title, *(f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))]))
 
+    def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem]]]:
+        """Rank 0 sends it to the others, whose copy would otherwise take the text for the problems."""
+        return ConfigurationError, (self.problems,)
+
 
 def raise_if_any(problems: Sequence[Problem]) -> None:
     """Raise a ConfigurationError with all problems, if there are any."""

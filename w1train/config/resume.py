@@ -18,7 +18,7 @@ ALLOWED_ON_RESUME = (
     "runs_dir",
     "data.num_workers",
     "data.prefetch",
-    "parallel.*",
+    "parallel.[!d]*",  # all but distributed_optimizer: its states have another form in the checkpoint
     "training.micro_batch_size",
     "validation.interval",
     "sampling.*",

@@ -83,12 +83,17 @@ class DiffusionConfig:
 
     mask_token_id: int = 14
     """Vocabulary id of the mask token."""
-    timestep_per: Literal["sequence", "document"] = "sequence"
-    """What shares one timestep t."""
+    timestep_per: Literal["sequence", "document", "block"] = "sequence"
+    """What shares one timestep t; block needs block_size."""
     t_min: float = 1.0e-3
     """Smallest mask probability (LLaDA's eps): t = t_min + (t_max - t_min) u, u uniform in [0, 1)."""
     t_max: float = 1.0
     """Largest mask probability."""
+    block_size: int | None = None
+    """Tokens denoised together, with clean earlier blocks as context (two streams, [x_t ; x_0]); null = masked diffusion of
+    whole documents (one stream)."""
+    block_index: Literal["document", "sample"] = "document"
+    """Where blocks are counted from: the start of each document, or the start of the sample (LLaDA2.0 eq. 3)."""
     num_strata: int = 64
     """u is stratified over each run of this many consecutive samples of the global order (a power of two),
     rotated at random; a global batch that is a multiple of it is stratified exactly."""
@@ -112,6 +117,23 @@ class ParallelConfig:
     """Sequence parallelism inside the tensor-parallel group (Megatron's SP)."""
     pipeline: int = 1
     """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved 1F1B): a smaller bubble for more communication."""
+    num_layers_in_first_stage: int | None = None
+    """Layers of the first pipeline stage, which also has the embedding; null = as many as the others."""
+    num_layers_in_last_stage: int | None = None
+    """Layers of the last pipeline stage, which also has the head; null = as many as the others."""
+    embedding_counts_as_layer: bool = False
+    """Split the pipeline as if the embedding were one more layer."""
+    head_counts_as_layer: bool = False
+    """Split the pipeline as if the output head were one more layer."""
+    context: int = 1
+    """Context-parallel ranks: each owns a part of every sequence."""
+    context_method: Literal["all_gather", "all_to_all"] = "all_gather"
+    """all_gather: keys and values travel (in block diffusion the clean stream's alone). all_to_all: heads are exchanged for
+    positions (Ulysses); needs key/value heads divisible by tensor * context."""
+    context_chunk_size: int = 128
+    """Positions dealt to context-parallel ranks together; a multiple of the block size keeps noisy keys at home."""
     distributed_optimizer: bool = True
     """Shard optimizer states and fp32 masters over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -144,6 +166,8 @@ class StageConfig:
     """Length of the stage in tokens."""
     learning_rate: float
     """Learning rate at the stage's end; a constant stage has it throughout."""
+    global_batch_size: int | None = None
+    """Sequences of one optimizer step in this stage (batch-size warmup); null = training.global_batch_size."""
     style: DecayStyle = "constant"
     """How the rate goes from the previous stage's end to this one's: constant (jump), linear, cosine, one_minus_sqrt."""
 

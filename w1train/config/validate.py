@@ -68,10 +68,16 @@ RANGES: dict[str, Range] = {
     "diffusion.mask_token_id": NOT_NEGATIVE,
     "diffusion.t_min": BELOW_ONE,
     "diffusion.t_max": Range(0, 1, includes_low=False),
+    "diffusion.block_size": AT_LEAST_ONE,
     "diffusion.num_strata": AT_LEAST_ONE,
     "diffusion.random_length_probability": FRACTION,
     "parallel.tensor": AT_LEAST_ONE,
     "parallel.pipeline": AT_LEAST_ONE,
+    "parallel.virtual_pipeline": AT_LEAST_ONE,
+    "parallel.num_layers_in_first_stage": AT_LEAST_ONE,
+    "parallel.num_layers_in_last_stage": AT_LEAST_ONE,
+    "parallel.context": AT_LEAST_ONE,
+    "parallel.context_chunk_size": AT_LEAST_ONE,
     "parallel.recompute_num_layers": AT_LEAST_ONE,
     "optimizer.beta1": BELOW_ONE,
     "optimizer.beta2": BELOW_ONE,
@@ -80,6 +86,7 @@ RANGES: dict[str, Range] = {
     "optimizer.clip_grad": NOT_NEGATIVE,
     "schedule.stages.*.tokens": AT_LEAST_ONE,
     "schedule.stages.*.learning_rate": NOT_NEGATIVE,
+    "schedule.stages.*.global_batch_size": AT_LEAST_ONE,
     "training.global_batch_size": AT_LEAST_ONE,
     "training.micro_batch_size": AT_LEAST_ONE,
     "training.seed": NOT_NEGATIVE,
@@ -252,50 +259,134 @@ def _sequence_parallel_rule(config: Config) -> Iterator[Problem]:
     tensor, length = config.parallel.tensor, config.data.sequence_length
     if tensor == 1:
         yield Problem("parallel.sequence", "true", "false when parallel.tensor is 1: there is nothing to share", "parallel.tensor=2")
-    elif _does_not_divide(tensor, length):
-        valid = f"a multiple of parallel.tensor ({tensor}) when parallel.sequence is true"
-        yield Problem("data.sequence_length", show(length), valid, _near(length, tensor))
+    elif _does_not_divide(tensor * config.parallel.context, length):
+        unit = tensor * config.parallel.context
+        valid = f"a multiple of parallel.tensor x parallel.context ({unit}) when parallel.sequence is true"
+        yield Problem("data.sequence_length", show(length), valid, _near(length, unit))
 
 
 def _pipeline_rule(config: Config) -> Iterator[Problem]:
-    pipeline, layers = config.parallel.pipeline, config.model.num_layers
-    if _does_not_divide(pipeline, layers):
-        yield Problem("parallel.pipeline", show(pipeline), f"a divisor of model.num_layers ({layers}): {_divisors(layers)}")
+    parallel, layers = config.parallel, config.model.num_layers
+    ends = ("num_layers_in_first_stage", "num_layers_in_last_stage")
+    uneven: dict[str, int] = {name: count for name in ends if (count := getattr(parallel, name)) is not None}
+    counted = [name for name in ("embedding_counts_as_layer", "head_counts_as_layer") if getattr(parallel, name)]
+    if parallel.pipeline == 1:
+        for name in (*uneven, *counted, *(["virtual_pipeline"] if parallel.virtual_pipeline > 1 else [])):
+            key = f"parallel.{name}"
+            yield Problem(key, show(getattr(parallel, name)), "only with parallel.pipeline > 1: one stage has all layers")
+        return
+    if uneven and counted:
+        found = listing((*uneven, *counted))
+        yield Problem(
+            "parallel.num_layers_in_first_stage",
+            found,
+            "either layer counts of the first and last stage, or embedding and head counted as layers",
+        )
+        return
+    middle_stages = parallel.pipeline - len(uneven)
+    middle_layers = layers + len(counted) - sum(uneven.values())
+    if middle_stages == 0 and middle_layers != 0:
+        valid = f"numbers that add up to model.num_layers ({layers}) with two stages"
+        yield Problem("parallel.num_layers_in_last_stage", show(parallel.num_layers_in_last_stage), valid)
+    elif middle_stages and (middle_layers < middle_stages or _does_not_divide(middle_stages, middle_layers)):
+        kind = "layers left for the stages between" if uneven else "model.num_layers" + (" and what counts as a layer" if counted else "")
+        valid = f"a divisor of the {middle_layers} {kind}: {_divisors(middle_layers)}" if middle_layers > 0 else "fewer layers at the ends"
+        yield Problem("parallel.pipeline", show(parallel.pipeline), valid)
+    else:
+        yield from _virtual_pipeline_problems(config, middle_layers // middle_stages if middle_stages else None, list(uneven.values()))
+
+
+def _virtual_pipeline_problems(config: Config, middle: int | None, ends: list[int]) -> Iterator[Problem]:
+    """Every stage's layers must divide into chunks."""
+    virtual = config.parallel.virtual_pipeline
+    for count in {*ends, *([middle] if middle is not None else [])}:
+        if _does_not_divide(virtual, count):
+            valid = f"a divisor of the {count} layers of a pipeline stage: {_divisors(count)}"
+            yield Problem("parallel.virtual_pipeline", show(virtual), valid)
+
+
+def _context_rule(config: Config) -> Iterator[Problem]:
+    parallel, length = config.parallel, config.data.sequence_length
+    if parallel.context == 1:
+        return
+    if parallel.context_method == "all_gather":
+        unit = parallel.context * parallel.context_chunk_size
+        if _does_not_divide(unit, length):
+            valid = f"a multiple of parallel.context x parallel.context_chunk_size ({unit})"
+            yield Problem("data.sequence_length", show(length), valid, _near(length, unit))
+        return
+    if _does_not_divide(parallel.context, length):
+        valid = f"a multiple of parallel.context ({parallel.context})"
+        yield Problem("data.sequence_length", show(length), valid, _near(length, parallel.context))
+    model, ranks = config.model, parallel.context * parallel.tensor
+    groups = model.num_query_groups or model.num_attention_heads
+    if _does_not_divide(ranks, groups):
+        valid = f"with all_to_all, a number that with parallel.tensor ({parallel.tensor}) divides the {groups} key/value heads"
+        yield Problem("parallel.context", show(parallel.context), valid, "parallel.context_method=all_gather")
+
+
+def _block_rule(config: Config) -> Iterator[Problem]:
+    block_size, length = config.diffusion.block_size, config.data.sequence_length
+    if config.diffusion.timestep_per == "block" and block_size is None:
+        yield Problem("diffusion.block_size", "null", "a number of tokens, since diffusion.timestep_per is block")
+    if block_size is not None and block_size < length and _does_not_divide(block_size, length):
+        valid = f"a divisor of data.sequence_length ({length}), or at least as long"
+        yield Problem("diffusion.block_size", show(block_size), valid, _near(block_size, 1) if block_size < 2 else None)
 
 
 def _recompute_rule(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
-    if parallel.recompute != "full" or _does_not_divide(parallel.pipeline, layers):
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.recompute != "full" or _does_not_divide(chunks, layers):
         return
-    per_stage = layers // parallel.pipeline
-    if parallel.recompute_num_layers > per_stage:
-        valid = f"1 to {per_stage}, the layers of a pipeline stage ({layers} / {parallel.pipeline})"
+    per_chunk = layers // chunks
+    if parallel.recompute_num_layers > per_chunk:
+        valid = f"1 to {per_chunk}, the layers of a pipeline stage or chunk ({layers} / {chunks})"
         yield Problem("parallel.recompute_num_layers", show(parallel.recompute_num_layers), valid)
 
 
+def _batch_sizes(config: Config) -> dict[str, int]:
+    """Every global batch size of the run by its key."""
+    sizes = {"training.global_batch_size": config.training.global_batch_size}
+    for name, stage in config.schedule.stages.items():
+        if stage.global_batch_size is not None:
+            sizes[f"schedule.stages.{name}.global_batch_size"] = stage.global_batch_size
+    return sizes
+
+
 def _batch_rule(config: Config) -> Iterator[Problem]:
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if _does_not_divide(micro, batch):
-        yield Problem("training.global_batch_size", show(batch), f"a multiple of training.micro_batch_size ({micro})", _near(batch, micro))
+    micro = config.training.micro_batch_size
+    for key, batch in _batch_sizes(config).items():
+        if _does_not_divide(micro, batch):
+            yield Problem(key, show(batch), f"a multiple of training.micro_batch_size ({micro})", _near(batch, micro))
 
 
 def _world_size_rule(config: Config, world_size: int | None) -> Iterator[Problem]:
     """The layout over a known number of ranks."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    if world_size is None or tensor < 1 or pipeline < 1:
+    parallel, micro = config.parallel, config.training.micro_batch_size
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    if world_size is None or min(sizes.values()) < 1:
         return
-    if world_size % (tensor * pipeline):
-        found = f"{tensor} x parallel.pipeline {pipeline} = {tensor * pipeline} ranks a replica, in a world of {world_size}"
+    replica = math.prod(sizes.values())
+    if world_size % replica:
+        product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or name == "tensor")
+        found = f"{product.removeprefix('parallel.tensor ')} = {replica} ranks a replica, in a world of {world_size}"
         valid = f"a product that divides the world size {world_size}: {_divisors(world_size)}"
         yield Problem("parallel.tensor", found, valid)
         return
-    data_parallel = world_size // (tensor * pipeline)
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    # When the micro-batch alone does not divide, the rule without a world has said so.
-    if not _does_not_divide(micro, batch) and _does_not_divide(micro * data_parallel, batch):
+    data_parallel = world_size // replica
+    for key, batch in _batch_sizes(config).items():
+        # When the micro-batch alone does not divide, the rule without a world has said so.
+        if _does_not_divide(micro, batch):
+            continue
         unit = micro * data_parallel
-        valid = f"a multiple of training.micro_batch_size x data-parallel ranks ({micro} x {data_parallel} = {unit})"
-        yield Problem("training.global_batch_size", show(batch), valid, _near(batch, unit))
+        if _does_not_divide(unit, batch):
+            valid = f"a multiple of training.micro_batch_size x data-parallel ranks ({micro} x {data_parallel} = {unit})"
+            yield Problem(key, show(batch), valid, _near(batch, unit))
+        elif parallel.virtual_pipeline > 1 and _does_not_divide(parallel.pipeline, batch // unit):
+            unit *= parallel.pipeline
+            valid = f"with virtual pipeline stages, a multiple of {unit}: micro-batches come in groups of {parallel.pipeline}"
+            yield Problem(key, show(batch), valid, _near(batch, unit))
 
 
 def _does_not_divide(divisor: int, number: int) -> bool:
@@ -332,6 +423,8 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     _tensor_parallel_rule,
     _sequence_parallel_rule,
     _pipeline_rule,
+    _context_rule,
+    _block_rule,
     _recompute_rule,
     _batch_rule,
 )

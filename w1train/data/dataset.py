@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from w1train.data.files import PARTIAL_SUFFIX
 from w1train.data.indexed import DatasetError, Index, bin_path, file_size, idx_path, read_index
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.files import PARTIAL_SUFFIX
 
 __all__ = ["DatasetError", "TokenDataset"]
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from w1train.data.files import write_atomically
 from w1train.data.indexed import DatasetError
+from w1train.runtime.files import write_bytes
 
 FORMAT_VERSION = 1
 
@@ -57,7 +57,7 @@ class DatasetManifest:
 
     def write(self, path: Path) -> None:
         """Write the file, complete or not at all."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode("utf-8"))
+        write_bytes(path, (json.dumps(asdict(self), indent=2) + "\n").encode("utf-8"))
 
     @classmethod
     def read(cls, path: Path) -> DatasetManifest:

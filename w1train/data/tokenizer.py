@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from w1train.data.files import write_atomically
+from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, complete or not at all; its fingerprint is this object's."""
-        write_atomically(path, self._serialized)
+        write_bytes(path, self._serialized)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS."""

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w1train import __version__
-from w1train.data.files import PARTIAL_SUFFIX, sync_directory
 from w1train.data.indexed import DatasetError, bin_path, idx_path, token_dtype, write_index
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.files import PARTIAL_SUFFIX, sync_directory
 
 _FLUSH_TOKENS = 1 << 18
 

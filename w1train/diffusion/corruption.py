@@ -12,6 +12,7 @@ from torch import Tensor
 
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
+from w1train.data.documents import block_ordinals
 from w1train.diffusion.philox import Purpose, random_words
 from w1train.diffusion.timesteps import draw_fractions, mask_thresholds, timesteps_from_fractions
 
@@ -37,6 +38,19 @@ class NoisyBatch:
     segment_index: Tensor
     """int64 [b, l]: row of segment_timesteps for each token."""
 
+    def at(self, positions: Tensor) -> NoisyBatch:
+        """The batch at some positions of each sample, int64 [b, n]: a context-parallel rank's part of one global draw."""
+        return NoisyBatch(
+            input_ids=self.input_ids.gather(1, positions),
+            targets=self.targets.gather(1, positions),
+            loss_mask=self.loss_mask.gather(1, positions),
+            token_timesteps=self.token_timesteps.gather(1, positions),
+            document_ids=self.document_ids.gather(1, positions),
+            positions=self.positions.gather(1, positions),
+            segment_timesteps=self.segment_timesteps,
+            segment_index=self.segment_index.gather(1, positions),
+        )
+
     @property
     def num_tokens(self) -> Tensor:
         """int64 scalar: real tokens."""
@@ -49,17 +63,22 @@ def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int
     Pure in (seed, batch.sample_indices, draw): the same for every layout, device and micro-batch size.
     """
     batch = cut_to_random_length(batch, config, seed, draw=draw)
-    if config.timestep_per == "document":
-        # One column for every possible document would be l wide; the last real document bounds it. The columns beyond a
-        # sample's own documents are rows of the table that no token points to.
-        num_segments = int(batch.document_ids.max().clamp_min(0)) + 1
-        segment = batch.document_ids.clamp_min(0).to(torch.int64)
-    else:
-        num_segments = 1
-        segment = torch.zeros_like(batch.tokens)
-    fractions = draw_fractions(config, seed, batch.sample_indices, num_segments, draw)
+    segment = _segments(batch, config)
+    # One column for every possible segment would be l wide; the largest that occurs bounds it. The columns beyond a
+    # sample's own segments are rows of the table that no token points to.
+    fractions = draw_fractions(config, seed, batch.sample_indices, int(segment.max()) + 1, draw)
     timesteps = timesteps_from_fractions(config, fractions)
     return _mask_tokens(batch, config, seed, timesteps, segment, draw)
+
+
+def _segments(batch: PackedBatch, config: DiffusionConfig) -> Tensor:
+    """Ordinal inside its sample of the segment each token belongs to, int64 [b, l]."""
+    if config.timestep_per == "block":
+        assert config.block_size is not None
+        return block_ordinals(batch.document_ids, config.block_size, config.block_index)
+    if config.timestep_per == "document":
+        return batch.document_ids.clamp_min(0).to(torch.int64)
+    return torch.zeros_like(batch.tokens)
 
 
 def corrupt_at(batch: PackedBatch, config: DiffusionConfig, seed: int, timestep: float, *, draw: int) -> NoisyBatch:

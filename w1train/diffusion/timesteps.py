@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.schema import DiffusionConfig
-from w1train.diffusion.philox import Purpose, random_words
+from w1train.diffusion.philox import Purpose, random_words_of_streams
 
 _TWO_32 = 1 << 32
 _GOLDEN_32 = 0x9E3779B9  # 2^32 / golden ratio, odd
@@ -39,9 +39,9 @@ def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, n
     num_strata = config.num_strata
     group = torch.div(sample_indices, num_strata, rounding_mode="floor")
     place = _bit_reverse(sample_indices % num_strata, num_strata.bit_length() - 1)
-    rotation = random_words(seed, group, draw=draw, purpose=Purpose.STRATUM, num=1)[:, 0] % num_strata
-    jitter = random_words(seed, sample_indices, draw=draw, purpose=Purpose.TIMESTEP, num=1)[:, 0]
-    stratum = (place + rotation) % num_strata
+    streams = [(Purpose.STRATUM, group), (Purpose.TIMESTEP, sample_indices)]
+    rotation, jitter = (words[:, 0] for words in random_words_of_streams(seed, streams, draw=draw, num=1))
+    stratum = (place + rotation % num_strata) % num_strata
     fraction = torch.div(stratum * _TWO_32 + jitter, num_strata, rounding_mode="floor")
     offsets = torch.arange(num_segments, device=sample_indices.device, dtype=torch.int64) * _GOLDEN_32
     return (fraction[:, None] + offsets[None, :]) % _TWO_32
@@ -58,7 +58,5 @@ def mask_thresholds(timesteps: Tensor) -> Tensor:
 
 
 def _bit_reverse(values: Tensor, num_bits: int) -> Tensor:
-    result = torch.zeros_like(values)
-    for bit in range(num_bits):
-        result |= ((values >> bit) & 1) << (num_bits - 1 - bit)
-    return result
+    bits = torch.arange(num_bits, device=values.device)
+    return (((values[:, None] >> bits) & 1) << (num_bits - 1 - bits)).sum(dim=1)

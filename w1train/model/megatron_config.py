@@ -42,6 +42,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         bf16=precision == "bf16",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Interleaved stages send both ways at once. Batched, two messages between the same two ranks (PP 2) can be taken for each
+        # other, silently; sent one by one, in an order both ends know, they cannot.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_stage,
+        account_for_embedding_in_pipeline_split=parallel.embedding_counts_as_layer,
+        account_for_loss_in_pipeline_split=parallel.head_counts_as_layer,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="uniform" if parallel.recompute == "full" else None,

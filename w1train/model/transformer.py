@@ -15,6 +15,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -45,11 +46,14 @@ class ModelInputs:
     """int64 [m]: flattened (b * l + position) places where logits are computed."""
 
 
-class TokenEmbedding(torch.nn.Module):
-    """Vocabulary-parallel embedding (a module of its own because megatron-core looks for ``embedding.word_embeddings``)."""
+class TokenEmbedding(MegatronModule):
+    """Vocabulary-parallel embedding (a module of its own because megatron-core looks for ``embedding.word_embeddings``).
+
+    A MegatronModule, for megatron-core's sharded state looks into no other: it would save one rank's rows as the whole table.
+    """
 
     def __init__(self, config: TransformerConfig, vocab_size: int, tensor_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__()
+        super().__init__(config)
         self.word_embeddings = VocabParallelEmbedding(
             vocab_size,
             config.hidden_size,

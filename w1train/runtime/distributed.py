@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,11 +36,6 @@ class Ranks:
     def is_main(self) -> bool:
         """Rank 0 writes configuration, summary, report and the console."""
         return self.rank == 0
-
-
-def world_size_from_environment() -> int:
-    """WORLD_SIZE as torchrun or Slurm's launcher set it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -79,6 +74,8 @@ def initialize_model_parallel(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
     )
     # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.
@@ -107,6 +104,16 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+class RankError(RuntimeError):
+    """What this rank alone has met, so that the others cannot report it."""
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone. gloo says so in words alone; under NCCL the ranks that are left
+    wait until the launcher ends them."""
+    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
+
+
 def on_main_rank[Result](action: Callable[[], Result]) -> Result:
     """Do ``action`` on rank 0 alone; its result, or its exception, comes out on every rank.
 
@@ -122,3 +129,18 @@ def on_main_rank[Result](action: Callable[[], Result]) -> Result:
     if isinstance(outcome[1], BaseException):
         raise outcome[1]
     return cast(Result, outcome[0])
+
+
+def on_every_rank[Result](action: Callable[[], Result]) -> list[Result]:
+    """Do ``action`` on every rank; every rank gets all results, by rank, or raises the first OSError of any."""
+    outcome: tuple[Result | None, OSError | None]
+    try:
+        outcome = action(), None
+    except OSError as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    failures = [failure for _, failure in outcomes if failure is not None]
+    if failures:
+        raise failures[0]
+    return [result for result, _ in outcomes]

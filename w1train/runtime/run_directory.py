@@ -23,6 +23,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.summary = path / "summary.json"
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:

@@ -16,14 +16,18 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections import ChainMap
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -31,16 +35,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as save_distributed
 
-from w1train.training.files import write_text
+from w1train.runtime.distributed import on_every_rank, on_main_rank
+from w1train.runtime.files import sync_directory, write_text
 from w1train.training.setup import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_STEP_DIRECTORY = re.compile(r"step_(\d{10})$")
+_STEP_DIRECTORY = re.compile(r"step_\d{10}")
 _WRITING = ".writing-"
 _HASH_CHUNK = 1 << 24
 
@@ -59,6 +64,8 @@ class Progress:
 
     step: int = 0
     samples: int = 0
+    seconds: float = 0.0
+    """Wall time up to here over all starts of the run; work that a kill undid is not in it."""
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
@@ -84,93 +91,105 @@ def save_checkpoint(directory: Path, model: TrainedModel, progress: Progress, co
     """
     final = directory / f"step_{progress.step:010d}"
     writing = directory / f"{_WRITING}{final.name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    error = _attempt_save(writing, model, progress, config_yaml)
-    errors = [message for message in _gather(error) if message]
-    if errors:
-        if dist.get_rank() == 0:
-            shutil.rmtree(writing, ignore_errors=True)
-        kept = latest_step(directory)
-        raise CheckpointError(
-            f"could not save {final}: {errors[0]}. "
-            + (f"The checkpoint of step {kept} is untouched; running the same command again resumes from it." if kept is not None else "")
-        )
-    if dist.get_rank() == 0:
-        _commit(writing, final)
-        _remove_old(directory, keep)
-    dist.barrier()
+    try:
+        on_main_rank(partial(_make_empty, writing))
+        _write_shards(writing, model, progress)
+        files = on_every_rank(lambda: _hash_files(path for path in writing.iterdir() if path.name.startswith(f"__{dist.get_rank()}_")))
+        on_main_rank(lambda: _write_manifest(writing, dict(ChainMap(*files)), progress, config_yaml))
+        on_main_rank(partial(_commit, writing, final))
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(on_main_rank(partial(_explain_failure, final, writing, error))) from error
+    on_main_rank(partial(_remove_old, directory, keep))
     return final
 
 
-def _attempt_save(writing: Path, model: TrainedModel, progress: Progress, config_yaml: str) -> str | None:
-    """Write this rank's part; the error's text instead of the error, so that all ranks can fail together."""
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _write_shards(writing: Path, model: TrainedModel, progress: Progress) -> None:
+    """Each rank its part, as megatron-core's ``dist_checkpointing.save`` does, but for the file that rank 0 writes there between
+    two collectives: when the disk is full, the other ranks would wait for rank 0 for ever.
+
+    Raises:
+        CheckpointException: on every rank; torch's, with what went wrong by rank.
+    """
+    state = sharded_state(model, is_loading=False)
+    state["progress"] = _position(progress)
+    shards, common = save_preprocess(state)
+    shards["common_state"] = ShardedObject("common_state", common, global_shape=(1,), global_offset=(0,), replica_id=dist.get_rank())
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    try:
-        state = sharded_state(model, is_loading=False)
-        state["progress"] = {"step": progress.step, "samples": progress.samples}
-        dist_checkpointing.save(state, str(writing), FullyParallelSaveStrategyWrapper(_SaveStrategy(), group))
-        files = _hash_files(path for path in writing.iterdir() if path.name.startswith(f"__{dist.get_rank()}_"))
-    except (OSError, dist_checkpointing.core.CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
-        # torch's CheckpointException wraps what a rank met, a full disk say; its text names rank and cause.
-        return f"{type(error).__name__}: {_root_cause(error)}"
-    all_files: dict[str, Any] = {}
-    for part in _gather(files):
-        all_files.update(part)
-    if dist.get_rank() == 0:
-        try:
-            _write_manifest(writing, all_files, progress, config_yaml)
-        except OSError as error:
-            return f"{type(error).__name__}: {error}"
-    return None
+    FullyParallelSaveStrategyWrapper(_SaveStrategy(), group).save(shards, writing)
 
 
-def _root_cause(error: BaseException) -> str:
-    failures = getattr(error, "failures", None)
-    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in failures.items()) if failures else str(error)
+def _explain_failure(final: Path, writing: Path, error: BaseException) -> str:
+    """What went wrong and what is left, once the half-written files (which may be what fills the disk) are gone."""
+    free = shutil.disk_usage(final.parent).free
+    shutil.rmtree(writing, ignore_errors=True)
+    kept = latest_step(final.parent)
+    older = "There is no older one" if kept is None else f"The one of step {kept} is untouched: the same command goes on from it"
+    # torch's writer calls a full disk a wrong position in its archive; the free space says what it is.
+    return f"could not save {final}, with {free / 2**20:.1f} MiB free on that disk: {'; '.join(_root_causes(error))}. {older}."
+
+
+def _root_causes(error: BaseException) -> list[str]:
+    """One line for every rank that failed, without the tracebacks that torch puts into its text."""
+    if isinstance(error, CheckpointException):
+        return [f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
+    return [_first_line(error)]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
 
 def _write_manifest(writing: Path, files: dict[str, Any], progress: Progress, config_yaml: str) -> None:
+    save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(writing))
     write_text(writing / "config.yaml", config_yaml)
     files.update(_hash_files(path for path in writing.iterdir() if path.name not in files))
-    manifest = {"step": progress.step, "samples": progress.samples, "world_size": dist.get_world_size(), "files": files}
+    manifest = {**asdict(progress), "world_size": dist.get_world_size(), "files": files}
     write_text(writing / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _commit(writing: Path, final: Path) -> None:
-    if final.exists():
-        shutil.rmtree(final)
     os.rename(writing, final)
-    _sync_directory(final.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """The rename itself must reach the disk, or a power cut takes the checkpoint away again."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(final.parent)
 
 
 def _remove_old(directory: Path, keep: int) -> None:
     for step in complete_steps(directory)[:-keep]:
         logger.info("removing checkpoint of step %d (checkpoint.keep=%d)", step, keep)
-        # Hidden first: a half-deleted directory must not look complete.
         path = directory / f"step_{step:010d}"
         hidden = directory / f"{_WRITING}removing-{path.name}"
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        try:
+            # Hidden first: a half-deleted directory must not look complete.
+            os.rename(path, hidden)
+            shutil.rmtree(hidden)
+        except OSError as error:
+            logger.warning("could not remove checkpoint %s: %s. Training goes on; the next start removes the rest", path, error)
 
 
 def complete_steps(directory: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
-    if not directory.is_dir():
-        return []
-    matches = (_STEP_DIRECTORY.fullmatch(path.name) for path in directory.iterdir() if (path / MANIFEST).is_file())
-    return sorted(int(match.group(1)) for match in matches if match)
+    return sorted(int(path.name.removeprefix("step_")) for path in _step_directories(directory) if (path / MANIFEST).is_file())
+
+
+def _step_directories(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if _STEP_DIRECTORY.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def require_manifests(directory: Path) -> None:
+    """Directories get their final name when they are complete, so one without manifest is damaged; going on from an older one
+    without a word would undo training.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    for path in _step_directories(directory):
+        if not (path / MANIFEST).is_file():
+            raise _damaged(path, [f"{MANIFEST} is missing"])
 
 
 def latest_step(directory: Path) -> int | None:
@@ -192,14 +211,17 @@ def load_checkpoint(path: Path, model: TrainedModel) -> Progress:
     Raises:
         CheckpointError: a file is missing, short or changed.
     """
+    progress = read_progress(path)
     verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     state = sharded_state(model, is_loading=True)
     state["progress"] = {}
     loaded = dist_checkpointing.load(state, str(path))
+    if loaded["progress"] != _position(progress):
+        raise _damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {loaded['progress']}"])
     for index, stage in enumerate(model.stages):
         stage.load_state_dict(loaded[_model_key(index)], strict=True)
     model.optimizer.load_state_dict(loaded["optimizer"])
-    return read_progress(path)
+    return progress
 
 
 def load_model_weights(path: Path, stages: list[torch.nn.Module]) -> None:
@@ -212,9 +234,33 @@ def load_model_weights(path: Path, stages: list[torch.nn.Module]) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """Step and samples of a complete checkpoint."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    return Progress(step=manifest["step"], samples=manifest["samples"])
+    """How far the run was at a complete checkpoint.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = _read_manifest(path)
+    return Progress(step=manifest["step"], samples=manifest["samples"], seconds=manifest["seconds"])
+
+
+def _position(progress: Progress) -> dict[str, int]:
+    """The part that is the same on all ranks and in every repetition of the run."""
+    return {"step": progress.step, "samples": progress.samples}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        missing = {"step", "samples", "seconds", "files"} - manifest.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
+    if missing:
+        raise _damaged(path, [f"{MANIFEST} lacks {', '.join(sorted(missing))}"])
+    return manifest
+
+
+def _damaged(path: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {'; '.join(problems)}. Remove this directory to resume from an older checkpoint.")
 
 
 def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
@@ -246,7 +292,7 @@ def verify_checkpoint(path: Path, *, rank: int = 0, num_ranks: int = 1) -> None:
         CheckpointError: on every rank, naming the files.
     """
     problems = []
-    files = sorted(json.loads((path / MANIFEST).read_text())["files"].items())
+    files = sorted(_read_manifest(path)["files"].items())
     for name, expected in files[rank::num_ranks]:
         file = path / name
         if not file.is_file():
@@ -258,7 +304,7 @@ def verify_checkpoint(path: Path, *, rank: int = 0, num_ranks: int = 1) -> None:
     if num_ranks > 1:
         problems = [problem for part in _gather(problems) for problem in part]
     if problems:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}. Remove this directory to resume from an older checkpoint.")
+        raise _damaged(path, problems)
 
 
 def _hash_files(paths: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""One micro-batch through the model: corruption, forward pass, loss; in the form megatron-core's schedules call it.
+"""One micro-batch through the model: forward pass and loss, in the form megatron-core's schedules call it.
 
-Shapes: b = samples, l = sequence_length, m = positions where a loss is taken.
+Shapes: m = positions where a loss is taken.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 
 import torch
 from megatron.core import parallel_state
@@ -15,34 +16,25 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from w1train.attention.plan import plan_attention
-from w1train.attention.visibility import document_visibility
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.loss import LossSums, denominator, diffusion_loss
-from w1train.model.transformer import DiffusionTransformer, ModelInputs
+from w1train.training.inputs import RankInputs, num_streams, rank_inputs
 
 
 @dataclass(slots=True, frozen=True)
 class StepWork:
-    """What a step computed: the arguments of its FLOP count, summed over the global batch."""
+    """What a step computed, over the global batch: the arguments of its FLOP count, and how evenly it was spread."""
 
     num_positions: int
     visible_pairs: int
     num_logits: int
     num_segments: int
+    context_balance: float
+    """max / mean visible pairs over context-parallel ranks, mean over micro-batches."""
 
 
-def model_inputs(noisy: NoisyBatch, timestep_per: str) -> ModelInputs:
-    """A corrupted batch as the model takes it."""
-    return ModelInputs(
-        input_ids=noisy.input_ids,
-        positions=noisy.positions,
-        attention_plan=plan_attention(document_visibility(noisy.document_ids)),
-        segment_timesteps=noisy.segment_timesteps,
-        segment_index=None if timestep_per == "sequence" else noisy.segment_index,
-        logit_positions=noisy.loss_mask.flatten().nonzero()[:, 0],
-    )
+_NUM_WORK = 6
 
 
 def run_micro_batches(
@@ -55,13 +47,14 @@ def run_micro_batches(
     Returns:
         Sums over the whole global batch, the same on every rank.
     """
-    forward_step = partial(_forward_step, config)
+    # Each chunk of a virtual pipeline reads every micro-batch.
+    iterators = list(tee(batches, len(chunks)))
     results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches,
+        forward_step_func=partial(_forward_step, config),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=num_micro_batches,
-        seq_length=config.data.sequence_length,
+        seq_length=num_streams(config) * config.data.sequence_length,
         micro_batch_size=config.training.micro_batch_size,
         forward_only=not training,
     )
@@ -69,26 +62,38 @@ def run_micro_batches(
 
 
 def _forward_step(config: Config, batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-    noisy = next(batches)
-    inputs = model_inputs(noisy, config.diffusion.timestep_per)
-    return model(inputs), partial(_loss, config, noisy, inputs)
+    inputs = rank_inputs(next(batches), config)
+    return model(inputs.model), partial(_loss, config, inputs)
 
 
-def _loss(config: Config, noisy: NoisyBatch, inputs: ModelInputs, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(config: Config, inputs: RankInputs, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept."""
-    targets = noisy.targets.flatten()[inputs.logit_positions]
+    noisy = inputs.noisy
+    targets = noisy.targets[noisy.loss_mask]
     # [m, 1, v]: megatron-core's cross-entropy wants [sequence, batch, vocabulary].
     cross_entropy = vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]
     weighted, sums = diffusion_loss(cross_entropy, noisy, config.diffusion, config.logging.num_t_bins)
-    plan = inputs.attention_plan
-    work = [noisy.input_ids.numel(), plan.visibility.num_visible_pairs(), len(targets), len(noisy.segment_timesteps)]
-    kept = torch.cat([sums.values, torch.stack([torch.as_tensor(value, device=weighted.device).double() for value in work])])
+    kept = torch.cat([sums.values, _work(inputs)])
     return weighted, denominator(config.diffusion, noisy).to(torch.int), kept
 
 
+def _work(inputs: RankInputs) -> Tensor:
+    """float64 [_NUM_WORK], StepWork's numbers as sums (the last one with its count)."""
+    model, plan = inputs.model, inputs.model.attention_plan
+    pairs = plan.visibility.num_visible_pairs().double()
+    segments = len(model.segment_timesteps)
+    if plan.exchange is not None:
+        # Ranks that exchange heads see all pairs, each for its share of the heads; modulation is replicated over ranks.
+        ranks = parallel_state.get_context_parallel_world_size()
+        pairs = pairs / ranks if plan.exchange.travel == "heads" else pairs
+        segments = segments if parallel_state.get_context_parallel_rank() == 0 else 0
+    counts = [model.input_ids.numel(), len(model.logit_positions), segments, inputs.balance, 1.0]
+    return torch.cat([pairs[None], torch.tensor(counts, dtype=torch.float64, device=pairs.device)])
+
+
 def _sum_over_ranks(results: list[Tensor], num_t_bins: int) -> tuple[LossSums, StepWork]:
-    """Add the last stage's micro-batches, then data-parallel ranks, and tell the other stages."""
-    size = LossSums.NUM_SCALARS + 2 * num_t_bins + 4
+    """Add the last stage's micro-batches, then data- and context-parallel ranks, and tell the other stages."""
+    size = LossSums.NUM_SCALARS + 2 * num_t_bins + _NUM_WORK
     device = torch.cuda.current_device()
     total = torch.stack(results).sum(dim=0) if results else torch.zeros(size, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -97,9 +102,6 @@ def _sum_over_ranks(results: list[Tensor], num_t_bins: int) -> tuple[LossSums, S
         src=parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    return LossSums(total[:-4], num_t_bins), StepWork(*(int(value) for value in total[-4:].tolist()))
-
-
-def bare_module(chunk: torch.nn.Module) -> DiffusionTransformer:
-    """The stage inside the data-parallel wrapper, or the stage itself."""
-    return getattr(chunk, "module", chunk)
+    pairs, positions, logits, segments, balance, count = total[-_NUM_WORK:].tolist()
+    work = StepWork(round(positions), round(pairs), round(logits), round(segments), balance / max(count, 1.0))
+    return LossSums(total[:-_NUM_WORK], num_t_bins), work

@@ -47,7 +47,8 @@ class Predictor:
             data_iterator=iter([_inference_inputs(tokens, timesteps)]),
             model=self.chunks,
             num_microbatches=1,
-            seq_length=tokens.shape[1],
+            # Every rank of a context-parallel group has whole rows here; the schedule divides by the group.
+            seq_length=tokens.shape[1] * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=tokens.shape[0],
             forward_only=True,
             collect_non_loss_data=True,

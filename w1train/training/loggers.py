@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from w1train.training.files import write_text
+from w1train.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,21 +13,30 @@ from w1train.config.errors import raise_if_any
 from w1train.config.resume import check_resume
 from w1train.config.schema import Config
 from w1train.config.serialization import config_differences, config_from_yaml, config_to_yaml
+from w1train.data.dataset import DatasetError
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
-from w1train.runtime.distributed import Ranks, on_main_rank
+from w1train.runtime.distributed import RankError, Ranks, on_main_rank
+from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
-from w1train.training.checkpoint import Progress, latest_step, load_checkpoint, read_progress, remove_unfinished, save_checkpoint
+from w1train.training.checkpoint import (
+    Progress,
+    latest_step,
+    load_checkpoint,
+    read_progress,
+    remove_unfinished,
+    require_manifests,
+    save_checkpoint,
+)
 from w1train.training.data import TrainingData, bits_per_byte
-from w1train.training.files import write_text
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor
 from w1train.training.metrics_log import read_metrics
-from w1train.training.schedule import learning_rate, total_tokens
+from w1train.training.schedule import batch_size, learning_rate, num_steps, total_tokens
 from w1train.training.setup import build_trained_model
-from w1train.training.summary import write_summary
+from w1train.training.summary import read_steps, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
 from w1train.training.validation import validate
 from w1train.training.watch import Watch, require_finite
@@ -41,25 +50,31 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, run: RunDirectory) -> None:
         """The run directory is claimed. Raises what configuration, data and checkpoint raise, on every rank."""
         self.config, self.ranks, self.run = config, ranks, run
-        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-        self.num_steps = math.ceil(total_tokens(config.schedule) / self.tokens_per_step)
+        self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         self.data = TrainingData(config, ranks)
         self.model = build_trained_model(config)
         self.progress = self._load_progress()
-        self.first_step = self.progress.step
-        self.watch = Watch(config, ranks, run, self.progress, self.num_steps)
+        self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
-        self.train_seconds = 0.0
 
     def fit(self) -> None:
-        """Train to the end of the schedule."""
+        """Train to the end of the schedule.
+
+        Raises:
+            CheckpointError, FloatingPointError: on every rank.
+            RankError: on the rank whose samples are damaged.
+            OSError: on rank 0, which writes the records.
+        """
         if self.progress.step >= self.num_steps:
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
+            if self.ranks.is_main and read_steps(self.run.summary) != self.progress.step:
+                # Killed between the last checkpoint and this.
+                self.summarize()
             return
-        started = time.perf_counter()
-        with self.watch, self.data.loader:
+        self.started = time.perf_counter() - self.progress.seconds
+        with self.watch, self.data.loader, _alone():
             self._print_header()
             if self.progress.step == 0:
                 self.validate()
@@ -72,7 +87,8 @@ class Trainer:
                     self.sample()
                 if self.is_due(self.config.checkpoint.interval):
                     self.save()
-            self.summarize(time.perf_counter() - started)
+            self.progress.seconds = time.perf_counter() - self.started
+            self.summarize()
 
     def is_due(self, interval: int) -> bool:
         """Every ``interval`` steps and at the end; 0 = never."""
@@ -89,21 +105,25 @@ class Trainer:
     def train_step(self, batches: Iterator[NoisyBatch]) -> None:
         """One optimizer step on one global batch."""
         training, model = self.config.training, self.model
-        rate = learning_rate(self.config.schedule, (self.progress.step + 1) * self.tokens_per_step)
+        length = self.config.data.sequence_length
+        num_samples = batch_size(self.config.schedule, training.global_batch_size, self.progress.samples * length)
+        rate = learning_rate(self.config.schedule, (self.progress.samples + num_samples) * length)
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
-        num_micro_batches = training.global_batch_size // (training.micro_batch_size * self.ranks.data_parallel_size)
+        num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
         sums, work = run_micro_batches(self.config, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
             group["lr"] = rate
         _, grad_norm, _ = model.optimizer.step()
         self.progress.step += 1
-        self.progress.samples += training.global_batch_size
-        metrics = sums.metrics(self.config.diffusion)
-        self.record_step({**metrics, "grad_norm": float(grad_norm), "learning_rate": rate}, work)
+        self.progress.samples += num_samples
+        values = {**sums.metrics(self.config.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
+        if self.config.parallel.context > 1:
+            values["context_balance"] = work.context_balance
+        self.record_step(values, num_samples * length, work)
 
-    def record_step(self, values: dict[str, Any], work: StepWork) -> None:
+    def record_step(self, values: dict[str, Any], num_tokens: int, work: StepWork) -> None:
         """Add what follows from the step's values, and its times."""
         flops = model_flops(
             self.config.model,
@@ -112,9 +132,8 @@ class Trainer:
             num_logits=work.num_logits,
             num_segments=work.num_segments,
         )
-        times = self.timer.finish(self.tokens_per_step, flops.total)
-        self.train_seconds += times["time/step_seconds"] or 0.0
-        require_finite(self.progress.step, values)
+        times = self.timer.finish(num_tokens, flops.total)
+        require_finite(self.progress.step, {name: values[name] for name in ("loss", "grad_norm")})
         self.watch.record(
             "train",
             {
@@ -143,23 +162,26 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        # The loss of this step was finite before its update; the next one will not be if the update was not.
+        require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
         self.watch.sync()
         started = time.perf_counter()
+        self.progress.seconds = started - self.started
         path = save_checkpoint(
             self.run.checkpoints, self.model, self.progress, config_to_yaml(self.config), keep=self.config.checkpoint.keep
         )
         logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
         self.timer.restart()
 
-    def summarize(self, wall_seconds: float) -> None:
-        """Write summary.json."""
+    def summarize(self) -> None:
+        """Write summary.json, from what is recorded: the times are those of the whole run, however often it was resumed."""
         if not self.ranks.is_main:
             return
+        steps = read_metrics(self.run.metrics, kind="train")
         validations = read_metrics(self.run.metrics, kind="validation")
         names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
         scores = [{name: record[name] for name in names} for record in validations]
         manifest = self.data.validation.manifest if self.data.validation is not None else None
-        steps_here = self.num_steps - self.first_step
         write_summary(
             self.run.path,
             {
@@ -168,10 +190,11 @@ class Trainer:
                 "world_size": self.ranks.world_size,
                 "device": device_name(self.ranks.device),
                 "steps": self.progress.step,
-                "resumed_from_step": self.first_step,
                 "tokens_seen": self.progress.samples * self.config.data.sequence_length,
-                "tokens_per_second": steps_here * self.tokens_per_step / self.train_seconds,
-                "wall_seconds": wall_seconds,
+                "tokens_per_second": sum(record["batch_size"] for record in steps)
+                * self.config.data.sequence_length
+                / sum(record["time/step_seconds"] for record in steps),
+                "wall_seconds": self.progress.seconds,
                 "validation": {"start": scores[0], "end": scores[-1]} if scores else None,
                 "unigram_bits_per_byte": manifest.unigram_bits_per_byte if manifest is not None else None,
             },
@@ -187,18 +210,28 @@ class Trainer:
 
     def _print_header(self) -> None:
         config, ranks = self.config, self.ranks
-        layout = f"data {ranks.data_parallel_size} x tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
+        parallel = config.parallel
+        layout = f"data {ranks.data_parallel_size}, tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
         self.watch.console.print_header(
             config.name,
             {
                 "model": f"{num_parameters(config.model):,} parameters",
                 "device": f"{ranks.world_size} x {device_name(ranks.device)}, {config.training.precision} ({layout})",
                 "data": f"{self.data.train.num_tokens:,} tokens, {config.data.sequence_length} per sample",
-                "batch": f"{config.training.global_batch_size} samples = {self.tokens_per_step:,} tokens a step",
+                "batch": f"{config.training.global_batch_size} samples of {config.data.sequence_length} tokens",
                 "steps": f"{self.progress.step} of {self.num_steps} done",
                 "run directory": str(self.run.path),
             },
         )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Datasets are checked by all ranks when they are opened. Damage met later is in the samples of one."""
+    try:
+        yield
+    except DatasetError as error:
+        raise RankError(str(error)) from error
 
 
 def prepare_resume(config: Config, run: RunDirectory) -> None:
@@ -206,8 +239,10 @@ def prepare_resume(config: Config, run: RunDirectory) -> None:
 
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
+        CheckpointError: a checkpoint has lost its manifest.
     """
     remove_unfinished(run.checkpoints)
+    require_manifests(run.checkpoints)
     step = latest_step(run.checkpoints)
     if step is not None and run.config.is_file():
         old = config_from_yaml(run.config)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from w1train.training.files import replace_file
+from w1train.runtime.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ class MetricsLog:
                     num_dropped += 1
         self._file = open(self.path, "ab")  # noqa: SIM115 - open for the life of the run
         if num_dropped:
-            logger.info("%s: dropped %d records after step %d; they are written again", self.path, num_dropped, step)
+            where = f"after step {step}" if step >= 0 else "of a start that saved nothing"
+            logger.info("%s: dropped %d records %s; they are written again", self.path, num_dropped, where)
         return num_dropped
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w1train.training.files import write_text
+from w1train.runtime.files import write_text
 from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import Values, bucket_means, finite, moving_average, scientific
 from w1train.training.report_page import page

@@ -45,6 +45,23 @@ def stage_at(schedule: ScheduleConfig, tokens: int) -> tuple[str, float]:
     return name, 1.0
 
 
+def batch_size(schedule: ScheduleConfig, default: int, tokens: int) -> int:
+    """Sequences of the step that begins after ``tokens`` consumed: its stage's, or the default (training.global_batch_size)."""
+    stage = schedule.stages[stage_at(schedule, tokens + 1)[0]]
+    return default if stage.global_batch_size is None else stage.global_batch_size
+
+
+def num_steps(schedule: ScheduleConfig, default: int, sequence_length: int) -> int:
+    """Optimizer steps of the whole run. A step that begins inside a stage has that stage's size, and may end beyond it."""
+    tokens = steps = end = 0
+    for stage in schedule.stages.values():
+        end += stage.tokens
+        size = (default if stage.global_batch_size is None else stage.global_batch_size) * sequence_length
+        steps_here = max(0, -(-(end - tokens) // size))
+        steps, tokens = steps + steps_here, tokens + steps_here * size
+    return steps
+
+
 def _progress(style: DecayStyle, fraction: float) -> float:
     """How far the rate has gone from the previous stage's end (0) to this stage's (1)."""
     match style:

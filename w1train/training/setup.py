@@ -19,6 +19,7 @@ from w1train.model.initialization import initialize_parameters
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.training import adamw
+from w1train.training.megatron_fixes import keep_bucket_padding_in_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,16 @@ class TrainedModel:
         """The bare modules."""
         return [chunk.module for chunk in self.chunks]
 
+    @torch.no_grad()
+    def largest_parameter(self) -> float:
+        """Largest magnitude over all ranks; infinite if one is or is no number. Called on every rank."""
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        largest = torch.stack([torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32) for parameter in parameters]).max()
+        # NaN is lost in a maximum over ranks; infinity is not.
+        largest = torch.where(largest.isnan(), torch.inf, largest)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.item()
+
 
 def build_trained_model(config: Config) -> TrainedModel:
     """Model and optimizer for this rank, with initial weights."""
@@ -47,7 +58,8 @@ def build_trained_model(config: Config) -> TrainedModel:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    chunks = [_data_parallel(megatron, ddp_config, build_stage(config, megatron))]
+    stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(config.parallel.virtual_pipeline)]
+    chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
     return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
 
 
@@ -63,14 +75,16 @@ def _data_parallel(
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
 
 
-def build_stage(config: Config, megatron: TransformerConfig) -> DiffusionTransformer:
-    """The pipeline stage of this rank, with initial weights."""
+def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) -> DiffusionTransformer:
+    """A pipeline stage of this rank (its ``vp_stage``-th chunk under virtual pipelining), with initial weights."""
+    chunk = {"ignore_virtual": False, "vp_stage": vp_stage if config.parallel.virtual_pipeline > 1 else None}
     stage = DiffusionTransformer(
         megatron,
         config.model,
         mask_token_id=config.diffusion.mask_token_id if config.diffusion.exclude_mask_logit else None,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**chunk),
+        post_process=parallel_state.is_pipeline_last_stage(**chunk),
+        vp_stage=chunk["vp_stage"],
     )
     initialize_parameters(
         stage,
@@ -85,6 +99,7 @@ def build_stage(config: Config, megatron: TransformerConfig) -> DiffusionTransfo
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
     adamw.install()
+    keep_bucket_padding_in_checkpoints()
     settings = config.optimizer
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import w1train
-from w1train.training.files import write_text
+from w1train.runtime.files import write_text
 
 REQUIRED_FIELDS = (
     "name",
@@ -47,6 +47,14 @@ def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
     path = Path(run_dir) / "summary.json"
     write_text(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
+
+
+def read_steps(path: Path) -> int | None:
+    """How many steps a summary is about; None if there is none."""
+    try:
+        return json.loads(path.read_bytes())["steps"]
+    except FileNotFoundError:
+        return None
 
 
 def versions() -> dict[str, str | None]:

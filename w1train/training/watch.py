@@ -21,44 +21,49 @@ from w1train.training.metrics_log import MetricsLog
 class Watch:
     """A context manager; records are dropped on ranks other than 0."""
 
-    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int) -> None:
+    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int, num_tokens: int) -> None:
         self.config, self.progress = config, progress
         self.active = ranks.is_main
         self.console = TrainingConsole(
-            total_tokens=num_steps * config.training.global_batch_size * config.data.sequence_length,
+            total_tokens=num_tokens,
             total_steps=num_steps,
             start_step=progress.step,
             enabled=self.active,
             interval=config.logging.interval,
         )
-        self._stack = contextlib.ExitStack()
-        if not self.active:
-            return
-        self.metrics, self.samples = MetricsLog(run.metrics), MetricsLog(run.samples)
+        self.run = run
+
+    def __enter__(self) -> Watch:
+        """Opens, and cuts back to the run's step, what is recorded; before this nothing is touched."""
+        with contextlib.ExitStack() as stack:
+            if self.active:
+                self._open_records(stack)
+            stack.enter_context(self.console)
+            self._stack = stack.pop_all()
+        return self
+
+    def _open_records(self, stack: contextlib.ExitStack) -> None:
+        self.metrics = stack.enter_context(MetricsLog(self.run.metrics))
+        self.samples = stack.enter_context(MetricsLog(self.run.samples))
         # Steps after the checkpoint will be done again, and recorded again. A run from the start has no step 0 to keep.
-        kept = progress.step if progress.step > 0 else -1
+        kept = self.progress.step if self.progress.step > 0 else -1
         self.metrics.truncate_after(kept)
         self.samples.truncate_after(kept)
         self.wandb = WandbLogger(
-            run.path,
-            mode=config.logging.wandb,
-            project=config.logging.wandb_project,
-            name=config.name,
-            config=flatten(config),
-            validation_timesteps=config.validation.timesteps,
+            self.run.path,
+            mode=self.config.logging.wandb,
+            project=self.config.logging.wandb_project,
+            name=self.config.name,
+            config=flatten(self.config),
+            validation_timesteps=self.config.validation.timesteps,
         )
+        stack.push(self._close_wandb)
 
-    def __enter__(self) -> Watch:
-        self._stack.enter_context(self.console)
-        if self.active:
-            self._stack.enter_context(self.metrics)
-            self._stack.enter_context(self.samples)
-        return self
+    def _close_wandb(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.wandb.close(exit_code=0 if error is None else 1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._stack.close()
-        if self.active:
-            self.wandb.close(exit_code=0 if error is None else 1)
+        self._stack.__exit__(kind, error, traceback)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """A training step or a validation, at the run's present step."""
@@ -91,15 +96,15 @@ class Watch:
         self.wandb.log_samples(records)
 
 
-def require_finite(step: int, values: dict[str, Any]) -> None:
-    """Stop a run whose loss or gradient is no number: the parameters are lost, the last checkpoint is not.
+def require_finite(step: int, values: dict[str, float]) -> None:
+    """Stop a run one of whose values is no number: the parameters are lost, the last checkpoint is not.
 
     Raises:
         FloatingPointError
     """
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}; training stops before this reaches a checkpoint. "
+                f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
                 "Run the same command to go on from the last one, with a lower learning rate or more clipping"
             )

@@ -1,0 +1,90 @@
+"""What a measurement leaves behind: a table on the terminal and, when asked for, a dated file in benchmarks/results/."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table as RichTable
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "megatron-core", "numpy")
+
+
+@dataclass(slots=True, frozen=True)
+class Table:
+    """Rows of text, the first column left-aligned, the others right-aligned."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def print(self) -> None:
+        """To the terminal."""
+        table = RichTable(title=self.title, title_justify="left", min_width=len(self.title))
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        Console(highlight=False, markup=False).print(table)
+
+    def markdown(self) -> str:
+        """For a report."""
+        alignment = ["---", *("---:" for _ in self.columns[1:])]
+        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in (self.columns, alignment, *self.rows))])
+
+
+def environment(command: str) -> Table:
+    """Machine, versions and command: what a number means nothing without."""
+    memory = psutil.virtual_memory().total / 2**30
+    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    rows = [
+        ("date", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
+        ("command", f"`{command}`"),
+        ("processor", f"{_processor()}, {os.cpu_count()} cores"),
+        ("memory", f"{memory:.0f} GiB"),
+        ("load average at the end (1, 5, 15 minutes)", load),
+        ("system", f"{platform.system()} {platform.release()}"),
+        ("Python", platform.python_version()),
+        *((name, metadata.version(name)) for name in _PACKAGES),
+    ]
+    return Table("Where and how", ("", ""), rows)
+
+
+def write_report(name: str, title: str, tables: Sequence[Table], notes: str, directory: Path = RESULTS) -> Path:
+    """Write ``YYYY-MM-DD-name.md``; a second report of the day takes the first one's place.
+
+    Args:
+        notes: Markdown above the tables: what was compared with what.
+
+    Returns:
+        The file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{datetime.date.today().isoformat()}-{name}.md"
+    path.write_text("\n\n".join([f"# {title}", notes.strip(), *(table.markdown() for table in tables)]) + "\n", encoding="utf-8")
+    return path
+
+
+def spread(values: Sequence[float], number: str) -> str:
+    """ "median (first quartile to third)", each in the given format."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return f"{number.format(median)} ({number.format(low)} to {number.format(high)})"
+
+
+def _processor() -> str:
+    """The model's name as Linux tells it; platform.processor() is empty or only the architecture there."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

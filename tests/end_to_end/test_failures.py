@@ -1,0 +1,260 @@
+"""What stops a run says so in a sentence, stops every rank, and loses nothing that was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end import traps
+from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun, launch, output_to
+from w1train import sample
+from w1train.data import loader
+from w1train.data.dataset import DatasetError
+from w1train.training import metrics_log
+from w1train.training.inference import load_for_inference
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MiB: six checkpoints."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs root; test_one_rank_cannot_write covers a part")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def one_line(output: str, words: str) -> str:
+    """The last line of a rank's output, which has these words, where there is no traceback."""
+    assert "Traceback" not in output, output
+    last = output.splitlines()[-1]
+    assert words in last, output
+    return last
+
+
+def blocks(path: Path) -> int:
+    """Bytes that a file takes on its disk."""
+    return path.stat().st_blocks * 512
+
+
+def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undisturbed):
+    run = TinyRun(tiny_data, small_disk / "runs")
+    run.train(world_size=2, sabotage=traps.after_commit(2))
+    saved = run.checkpoints / "step_0000000006"
+    shards, metadata = sum(map(blocks, saved.glob("__*"))), blocks(saved / ".metadata")
+    # Fails in: the first shard, some shard, .metadata, metadata.json, config.yaml, manifest.json.
+    for num_bytes_left in (0, shards // 2, shards, shards + metadata, shards + metadata + 4096, shards + metadata + 8192):
+        outcome = run.train(world_size=2, sabotage=traps.fill_disk(small_disk, num_bytes_left, number=1)).require(1)
+        message = one_line(outcome.output, "No space left on device")
+        assert "step_0000000009" in message
+        assert "The one of step 6 is untouched: the same command goes on from it" in message
+        assert outcome.outputs[1] == ""
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_0000000003", "step_0000000006"]
+        (small_disk / "ballast").unlink()
+    run.train(world_size=2).require(0)
+    assert run.metrics() == undisturbed(2, "fp32").metrics()
+    assert run.samples() == undisturbed(2, "fp32").samples()
+
+
+def test_one_rank_cannot_write(tiny_run, undisturbed):
+    def limit(rank: int) -> None:
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    outcome = tiny_run.train(world_size=2, sabotage=limit).require(1)
+    message = one_line(outcome.output, "could not save")
+    assert "rank 1: " in message
+    assert "rank 0: " not in message
+    assert "There is no older one" in message
+    assert list(tiny_run.checkpoints.iterdir()) == []
+    tiny_run.train(world_size=2).require(0)
+    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
+
+
+def test_no_space_left_for_a_record(tiny_run, undisturbed):
+    def fill(rank: int) -> None:
+        original = metrics_log.MetricsLog.append
+
+        def append(log: metrics_log.MetricsLog, record: dict) -> None:
+            if record["step"] == 5:
+                raise OSError(28, "No space left on device", str(log.path))
+            original(log, record)
+
+        if rank == 0:
+            metrics_log.MetricsLog.append = append
+
+    outcome = tiny_run.train(world_size=2, sabotage=fill).require(1)
+    one_line(outcome.outputs[0], f"No space left on device: '{tiny_run.path}/metrics.jsonl'")
+    one_line(outcome.outputs[1], "rank 1: lost the connection to another rank")
+    tiny_run.train(world_size=2).require(0)
+    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
+
+
+def test_damage_that_one_rank_meets_in_its_samples_is_told_by_that_rank(tiny_run):
+    def damage(rank: int) -> None:
+        original, calls = loader._collate, 0
+
+        def collate(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == 9:
+                raise DatasetError("train.bin: token 4 of document 4 is 999, outside the model's vocabulary")
+            return original(*args)
+
+        if rank == 1:
+            loader._collate = collate
+
+    outcome = tiny_run.train(world_size=2, sabotage=damage)
+    assert outcome.statuses == [1, 2]
+    one_line(outcome.outputs[0], "rank 0: lost the connection")
+    one_line(outcome.outputs[1], "rank 1: train.bin: token 4 of document 4 is 999")
+
+
+DAMAGES = {
+    "a flipped bit": (lambda path: flip(next(path.glob("__1_*"))), r"__1_0.distcp has changed \(SHA-256 differs\)"),
+    "a truncated shard": (lambda path: os.truncate(next(path.glob("__0_*")), 1000), r"__0_0.distcp has 1000 bytes, expected \d+"),
+    "a missing shard": (lambda path: next(path.glob("__0_*")).unlink(), "__0_0.distcp is missing"),
+    "missing metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "changed configuration": (lambda path: flip(path / "config.yaml"), "config.yaml has changed"),
+    "a missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+    "a torn manifest": (lambda path: os.truncate(path / "manifest.json", 40), "manifest.json cannot be read"),
+    "a manifest of another step": (lambda path: edit_manifest(path, step=13), "manifest.json says .*13.*, the shards say .*12"),
+    "half a manifest": (lambda path: edit_manifest(path, files=None), "manifest.json lacks files"),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(path: Path, **changes: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    (path / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named(tiny_data, undisturbed, tmp_path, damage):
+    shutil.copytree(undisturbed(2, "fp32").runs_dir, tmp_path / "runs")
+    run = TinyRun(tiny_data, tmp_path / "runs")
+    act, words = DAMAGES[damage]
+    act(run.checkpoints / "step_0000000012")
+    before = run.metrics()
+    outcome = run.train(world_size=2).require(1)
+    message = one_line(outcome.output, f"w1train.pretrain: {run.checkpoints}/step_0000000012 is damaged: ")
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(message)
+    assert message.endswith("Remove this directory to resume from an older checkpoint.")
+    assert outcome.outputs[1] == ""
+    assert run.metrics() == before
+
+
+def test_without_the_damaged_checkpoint_the_older_one_serves(tiny_data, undisturbed, tmp_path):
+    expected = undisturbed(2, "fp32")
+    shutil.copytree(expected.runs_dir, tmp_path / "runs")
+    run = TinyRun(tiny_data, tmp_path / "runs")
+    shutil.rmtree(run.checkpoints / "step_0000000012")
+    run.train(world_size=2).require(0)
+    assert run.metrics() == expected.metrics()
+    assert run.samples() == expected.samples()
+
+
+def test_sampling_from_a_damaged_checkpoint(tiny_data, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(1, "fp32").runs_dir, tmp_path / "runs")
+    run = TinyRun(tiny_data, tmp_path / "runs")
+    flip(next((run.checkpoints / "step_0000000012").glob("__0_*")))
+
+    def main(rank: int) -> int:
+        with output_to(tmp_path / "log"):
+            os.environ["TINY_DATA"] = str(tiny_data)
+            return sample.main([str(run.path)])
+
+    assert launch(1, main) == [2]
+    one_line((tmp_path / "log").read_text(), "is damaged: __0_0.distcp has changed")
+
+
+def test_a_run_directory_has_one_user(tiny_run, undisturbed, tmp_path):
+    here, go_on = tmp_path / "here", tmp_path / "go-on"
+    outcomes = []
+    first = threading.Thread(
+        target=lambda: outcomes.append(tiny_run.train(world_size=2, sabotage=traps.wait_at_step(5, here, go_on))), daemon=True
+    )
+    first.start()
+    for _ in range(1200):
+        if here.exists():
+            break
+        threading.Event().wait(0.05)
+    holder = json.loads((tiny_run.path / ".lock").read_text())
+    second = TinyRun(tiny_run.data, tiny_run.runs_dir).train(world_size=2, log="second").require(2)
+    assert f"in use by process {holder['pid']} on " in one_line(second.output, str(tiny_run.path))
+    assert second.outputs[1] == ""
+    go_on.touch()
+    first.join()
+    outcomes[0].require(0)
+    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_nan_stops_the_run_before_a_checkpoint(tiny_run, world_size):
+    outcome = tiny_run.train(world_size=world_size, sabotage=traps.nan_gradient(6)).require(1)
+    assert "loss is nan at step 6; training stops before this reaches a checkpoint" in one_line(outcome.output, "nan")
+    assert tiny_run.steps_saved() == [3]
+    assert tiny_run.metrics()[-1]["step"] == 5
+    tiny_run.train(world_size=world_size).require(0)
+
+
+def test_no_checkpoint_has_a_parameter_that_is_no_number(tiny_run):
+    """At such a rate weight decay alone multiplies the weights by -1e5 a step: the update that overflows follows a finite loss."""
+    tokens = 40 * BATCH * LENGTH
+    outcome = tiny_run.train(
+        f"schedule.stages={{all: {{tokens: {tokens}, learning_rate: 1e6}}}}",
+        "~schedule.stages.warmup",
+        "checkpoint={interval: 1, keep: 100}",
+        "validation.interval=100",
+        "sampling.interval=0",
+    ).require(1)
+    one_line(outcome.output, "training stops before this reaches a checkpoint")
+    steps = tiny_run.steps_saved()
+    assert 0 < len(steps) < 40
+    assert steps == list(range(1, len(steps) + 1))
+
+    def parameters_are_finite(rank: int) -> int:
+        os.environ["TINY_DATA"] = str(tiny_run.data)
+        with output_to(tiny_run.runs_dir / "finite.log"):
+            (stage,) = load_for_inference(tiny_run.path).predict.chunks
+            return int(not all(torch.isfinite(parameter).all() for parameter in stage.parameters()))
+
+    assert launch(1, parameters_are_finite) == [0]
+
+
+def test_ctrl_c_is_one_line_and_loses_nothing(tiny_run, undisturbed):
+    def interrupt(rank: int) -> None:
+        original = metrics_log.MetricsLog.append
+
+        def append(log: metrics_log.MetricsLog, record: dict) -> None:
+            original(log, record)
+            if record["step"] == 7:
+                os.killpg(0, signal.SIGINT)
+
+        os.setpgid(0, 0 if rank == 0 else os.getpid())
+        if rank == 0:
+            metrics_log.MetricsLog.append = append
+
+    outcome = tiny_run.train(sabotage=interrupt).require(130)
+    one_line(outcome.output, "interrupted; the same command goes on from the last checkpoint")
+    tiny_run.train().require(0)
+    assert tiny_run.metrics() == undisturbed(1, "fp32").metrics()
+    assert tiny_run.metrics()[-1]["step"] == NUM_STEPS

@@ -1,0 +1,80 @@
+"""Killed at any moment and started again, a run leaves what it would have left undisturbed, bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.end_to_end import traps
+from tests.end_to_end.runs import CHECKPOINT_INTERVAL, NUM_STEPS, TinyRun
+
+CASES = [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+
+
+def require_equal(run: TinyRun, expected: TinyRun) -> None:
+    assert run.metrics() == expected.metrics()
+    assert run.samples() == expected.samples()
+    assert run.steps_saved() == expected.steps_saved()
+    not_measured = {"tokens_per_second", "wall_seconds", "versions"}
+    assert {key: value for key, value in run.summary().items() if key not in not_measured} == {
+        key: value for key, value in expected.summary().items() if key not in not_measured
+    }
+
+
+@pytest.mark.parametrize(("world_size", "precision"), CASES)
+def test_killed_at_the_worst_places(tiny_run, undisturbed, world_size, precision):
+    # Each start goes on from where the one before it was killed; numbers count calls in one process.
+    deaths = [
+        ("step 1, nothing saved", traps.before_record(1), []),
+        ("step 2, a boundary", traps.after_record(2), []),
+        ("shards of step 3 without metadata", traps.after_shards(1, rank=world_size - 1), []),
+        ("step 3 without manifest", traps.before_manifest(1), []),
+        ("step 3 before its rename", traps.before_commit(1), []),
+        ("step 3 after its rename", traps.after_commit(1), [3]),
+        ("validation of step 4", traps.after_validation(1), [3]),
+        ("torn record of step 5", traps.torn_line("train", 5), [3]),
+        ("torn sample of step 6", traps.torn_line("sample", 6), [3]),
+        ("samples of step 6, not saved", traps.after_samples(1), [3]),
+        ("torn validation of step 8", traps.torn_line("validation", 8), [3, 6]),
+        ("removal of step 3", traps.while_removing(1), [6, 9]),
+        ("the end without summary", traps.before_summary(), [9, 12]),
+    ]
+    for where, trap, saved in deaths:
+        outcome = tiny_run.train(f"training.precision={precision}", world_size=world_size, sabotage=trap)
+        assert outcome.killed, f"was not killed at {where}:\n{outcome.output}"
+        assert tiny_run.steps_saved() == saved, where
+    tiny_run.train(f"training.precision={precision}", world_size=world_size).require(0)
+    require_equal(tiny_run, undisturbed(world_size, precision))
+    assert not list(tiny_run.checkpoints.glob(".*")), "leftovers of a save"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_at_random_moments(tiny_run, undisturbed, world_size):
+    generator = random.Random(world_size)
+    num_deaths = 0
+    for _ in range(8):
+        trap = traps.after_seconds(generator.uniform(0.3, 1.5), victim=generator.randrange(world_size))
+        outcome = tiny_run.train(world_size=world_size, sabotage=trap)
+        num_deaths += outcome.killed
+    tiny_run.train(world_size=world_size).require(0)
+    require_equal(tiny_run, undisturbed(world_size, "fp32"))
+    assert num_deaths > 0
+
+
+def test_a_finished_run_has_nothing_to_do(tiny_run):
+    tiny_run.train().require(0)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tiny_run.path.rglob("*") if path.is_file()}
+    outcome = tiny_run.train("logging.wandb=offline").require(0)
+    assert f"has all its {NUM_STEPS} steps: nothing to do" in outcome.output
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tiny_run.path.rglob("*") if path.is_file()}
+    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {".lock", "config.yaml"}
+
+
+def test_a_resume_does_no_step_twice(tiny_run):
+    tiny_run.train(sabotage=traps.after_commit(2))
+    outcome = tiny_run.train().require(0)
+    assert f"resuming from {tiny_run.checkpoints}/step_{2 * CHECKPOINT_INTERVAL:010d}" in outcome.output
+    steps = [line.split("/")[0].split()[1] for line in outcome.output.splitlines() if line.startswith("step ")]
+    assert [int(step) for step in steps] == list(range(2 * CHECKPOINT_INTERVAL + 1, NUM_STEPS + 1))

@@ -1,0 +1,197 @@
+"""Places to be killed at. Each trap is called in a forked rank before it trains (see runs.Sabotage)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed.checkpoint
+
+from tests.end_to_end.runs import Sabotage
+from w1train.training import checkpoint, loop, metrics_log, watch
+
+
+def die() -> None:
+    """What the kernel does to a process without memory, or a scheduler without patience."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after_seconds(seconds: float, victim: int = 0) -> Sabotage:
+    """SIGKILL at a moment, whatever is going on then."""
+
+    def sabotage(rank: int) -> None:
+        if rank == victim:
+            timer = threading.Timer(seconds, die)
+            timer.daemon = True
+            timer.start()
+
+    return sabotage
+
+
+def _at_call(owner: Any, name: str, number: int, *, after: bool, rank: int = 0) -> Sabotage:
+    """SIGKILL before or after the ``number``-th call of a function in this process."""
+
+    def sabotage(this_rank: int) -> None:
+        if this_rank != rank:
+            return
+        original = getattr(owner, name)
+        calls = 0
+
+        def trapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number and not after:
+                die()
+            result = original(*args, **kwargs)
+            if calls == number:
+                die()
+            return result
+
+        setattr(owner, name, trapped)
+
+    return sabotage
+
+
+def before_record(number: int) -> Sabotage:
+    """The optimizer has done its step, and nothing has been written about it."""
+    return _at_call(loop.Trainer, "record_step", number, after=False)
+
+
+def after_record(number: int) -> Sabotage:
+    """A step boundary."""
+    return _at_call(loop.Trainer, "record_step", number, after=True)
+
+
+def after_validation(number: int) -> Sabotage:
+    return _at_call(loop.Trainer, "validate", number, after=True)
+
+
+def after_samples(number: int) -> Sabotage:
+    return _at_call(loop.Trainer, "sample", number, after=True)
+
+
+def after_shards(number: int, rank: int) -> Sabotage:
+    """The rank's shard is written, the checkpoint's metadata and manifest are not."""
+    return _at_call(torch.distributed.checkpoint.FileSystemWriter, "write_data", number, after=True, rank=rank)
+
+
+def before_manifest(number: int) -> Sabotage:
+    return _at_call(checkpoint, "_write_manifest", number, after=False)
+
+
+def before_commit(number: int) -> Sabotage:
+    """Everything is written; the rename is all that lacks."""
+    return _at_call(checkpoint, "_commit", number, after=False)
+
+
+def after_commit(number: int) -> Sabotage:
+    """The new checkpoint is there, and more old ones than are kept."""
+    return _at_call(checkpoint, "_commit", number, after=True)
+
+
+def while_removing(number: int) -> Sabotage:
+    """Half of an old checkpoint is gone."""
+
+    def sabotage(rank: int) -> None:
+        original = shutil.rmtree
+        calls = 0
+
+        def trapped(path: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal calls
+            calls += "removing" in str(path)
+            if calls == number and "removing" in str(path):
+                next(iter(os.scandir(path))).path and os.unlink(next(iter(os.scandir(path))).path)
+                die()
+            original(path, *args, **kwargs)
+
+        if rank == 0:
+            checkpoint.shutil.rmtree = trapped
+
+    return sabotage
+
+
+def torn_line(kind: str, step: int) -> Sabotage:
+    """Half a record reaches the file. kind: train, validation, or sample."""
+
+    def sabotage(rank: int) -> None:
+        original: Callable = metrics_log.MetricsLog.append
+
+        def trapped(log: metrics_log.MetricsLog, record: dict[str, Any]) -> None:
+            if record["step"] == step and record.get("kind", "sample") == kind:
+                line = metrics_log.encode_record(record)
+                log._file.write(line[: len(line) // 2])
+                log._file.flush()
+                die()
+            original(log, record)
+
+        if rank == 0:
+            metrics_log.MetricsLog.append = trapped  # type: ignore[method-assign]
+
+    return sabotage
+
+
+def before_summary() -> Sabotage:
+    """The last checkpoint is saved; the summary is not written."""
+    return _at_call(loop.Trainer, "summarize", 1, after=False)
+
+
+def nan_gradient(step: int) -> Sabotage:
+    """The loss of a step becomes NaN on every rank."""
+
+    def sabotage(rank: int) -> None:
+        original = loop.run_micro_batches
+        calls = 0
+
+        def trapped(config: Any, chunks: Any, *args: Any, training: bool) -> Any:
+            nonlocal calls
+            calls += training
+            if training and calls == step:
+                next(chunks[0].parameters()).data.fill_(float("nan"))
+            return original(config, chunks, *args, training=training)
+
+        loop.run_micro_batches = trapped
+
+    return sabotage
+
+
+def wait_at_step(step: int, here: Any, go_on: Any) -> Sabotage:
+    """Touch ``here`` when ``step`` is done and wait for ``go_on`` to exist."""
+
+    def sabotage(rank: int) -> None:
+        original = watch.Watch.record
+
+        def trapped(self: watch.Watch, kind: str, values: dict[str, Any]) -> None:
+            original(self, kind, values)
+            if kind == "train" and self.progress.step == step:
+                here.touch()
+                while not go_on.exists():
+                    threading.Event().wait(0.02)
+
+        if rank == 0:
+            watch.Watch.record = trapped  # type: ignore[method-assign]
+
+    return sabotage
+
+
+def fill_disk(directory: Any, num_bytes_left: int, number: int) -> Sabotage:
+    """A file takes all but so many bytes of a disk, right before the ``number``-th save."""
+
+    def sabotage(rank: int) -> None:
+        original = loop.save_checkpoint
+        calls = 0
+
+        def trapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                (directory / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(directory).free - num_bytes_left)))
+            return original(*args, **kwargs)
+
+        if rank == 0:
+            loop.save_checkpoint = trapped
+
+    return sabotage

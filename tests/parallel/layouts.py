@@ -1,0 +1,170 @@
+"""One training run in one layout, as numbers that can be compared: losses, gradients, parameters and the noise itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed import run_distributed
+from tests.tiny import packed_batch
+from w1train.config.schema import Config
+from w1train.runtime.cpu import import_megatron
+
+import_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
+from w1train.model.initialization import global_named_parameters  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
+from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
+from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
+
+NUM_STEPS = 3
+LEARNING_RATE = 1e-4
+
+
+@dataclass
+class Outcome:
+    """What a layout computed."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    """Of the first step, whole tensors under global names (empty with the distributed optimizer, which keeps slices)."""
+    parameters: dict[str, torch.Tensor]
+    """After the last step."""
+    noise: str
+    """Hash of every corrupted input of every step, in sample order."""
+    work: list[StepWork]
+
+
+def world_size(config: Config, data_parallel: int) -> int:
+    """Ranks of a layout."""
+    parallel = config.parallel
+    return parallel.tensor * parallel.pipeline * parallel.context * data_parallel
+
+
+def train_layout(
+    config: Config,
+    data_parallel: int = 1,
+    *,
+    mutate: Callable[[TrainedModel], None] | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+    timeout: float = 120,
+) -> Outcome:
+    """Train NUM_STEPS steps in the layout on forked ranks.
+
+    ``mutate`` breaks the built model on purpose; ``load`` is a checkpoint to go on from, ``save`` where to write one at the end.
+    """
+    size = world_size(config, data_parallel)
+    results = run_distributed(_train, size, config, mutate, load, save, process_group=False, timeout=timeout)
+    assert all(result.losses == results[0].losses for result in results), "every rank reports the same loss"
+    return results[0]
+
+
+def _train(
+    _rank: int, _size: int, config: Config, mutate: Callable[[TrainedModel], None] | None, load: Path | None, save: Path | None
+) -> Outcome:
+    with distributed(config.parallel) as ranks:
+        model = build_trained_model(config)
+        open_gates(model)
+        first_step = load_checkpoint(load, model).step if load is not None else 0
+        if mutate is not None:
+            mutate(model)
+        losses, norms, works, noise = [], [], [], []
+        gradients: dict[str, torch.Tensor] = {}
+        for step in range(first_step, first_step + NUM_STEPS):
+            batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
+            noise.append(_noise_hashes(batches))
+            for chunk in model.chunks:
+                chunk.zero_grad_buffer()
+            model.optimizer.zero_grad()
+            sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+            if step == first_step and not config.parallel.distributed_optimizer:
+                gradients = whole_tensors(model, lambda parameter: parameter.main_grad)
+            for group in model.optimizer.param_groups:
+                group["lr"] = LEARNING_RATE
+            norms.append(float(model.optimizer.step()[1]))
+            losses.append(sums.metrics(config.diffusion)["loss"])
+            works.append(work)
+        if save is not None:
+            save_checkpoint(save, model, Progress(step=first_step + NUM_STEPS, samples=0), "", keep=1)
+        return Outcome(losses, norms, gradients, whole_tensors(model, lambda parameter: parameter.data), _join(noise), works)
+
+
+def open_gates(model: TrainedModel) -> None:
+    """Give modulations and biases a value: with gates at zero the layers are identities and half of the gradients zero, and of a
+    parameter that starts at zero only rounding is left to compare."""
+    with torch.no_grad():
+        for stage in model.stages:
+            for name, parameter in global_named_parameters(stage):
+                if "modulation." in name or name.endswith("bias"):
+                    generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.optimizer.reload_model_params()
+
+
+def micro_batches(config: Config, step: int, rank: int, size: int) -> Iterator[NoisyBatch]:
+    """This data-parallel rank's micro-batches of a step, as the loader deals them."""
+    training = config.training
+    first = step * training.global_batch_size
+    for start in range(first + rank * training.micro_batch_size, first + training.global_batch_size, size * training.micro_batch_size):
+        samples = range(start, start + training.micro_batch_size)
+        yield corrupt(packed_batch(samples, config.data.sequence_length), config.diffusion, training.seed)
+
+
+def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Global name -> whole tensor, from all tensor-parallel ranks and stages of data- and context-parallel rank 0."""
+    parts = {}
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        for chunk, stage in enumerate(model.stages):
+            for name, parameter in global_named_parameters(stage):
+                dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+                place = (parallel_state.get_pipeline_model_parallel_rank(), chunk)
+                key = (name, place, parallel_state.get_tensor_model_parallel_rank())
+                parts[key] = (value(parameter).detach().clone(), dimension)
+    gathered: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, parts)
+    merged = {key: part for rank_parts in gathered for key, part in rank_parts.items()}
+    return {name: _whole(name, merged) for name in {key[0] for key in merged}}
+
+
+def _whole(name: str, parts: dict) -> torch.Tensor:
+    """Join the tensor-parallel slices; replicas (other stages, replicated parameters) must agree to the last bit."""
+    joined = []
+    for place in sorted({place for other, place, _ in parts if other == name}):
+        slices = [parts[key] for key in sorted(parts) if key[:2] == (name, place)]
+        tensors, dimension = [tensor for tensor, _ in slices], slices[0][1]
+        if dimension is None:
+            joined += tensors
+        elif "linear_fc1" in name:
+            halves = [tensor.chunk(2) for tensor in tensors]
+            joined.append(torch.cat([half[0] for half in halves] + [half[1] for half in halves]))
+        else:
+            joined.append(torch.cat(tensors, dim=dimension))
+    assert all(torch.equal(joined[0], other) for other in joined), f"replicas of {name} differ"
+    return joined[0]
+
+
+def _noise_hashes(batches: list[NoisyBatch]) -> list[str]:
+    """Hashes of the corrupted samples of all data-parallel ranks; asserts that the ranks of a replica corrupt alike."""
+    mine = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for batch in batches for row in batch.input_ids]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (parallel_state.get_data_parallel_rank(), mine))
+    by_rank = dict(gathered)
+    assert all(by_rank[rank] == hashes for rank, hashes in gathered), "model-parallel ranks corrupt alike"
+    return [text for rank in sorted(by_rank) for text in by_rank[rank]]
+
+
+def _join(noise: list[list[str]]) -> str:
+    """One hash that does not depend on how the samples were dealt to ranks and micro-batches."""
+    return hashlib.sha256("".join(text for step in noise for text in sorted(step)).encode()).hexdigest()

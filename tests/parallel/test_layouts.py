@@ -1,0 +1,127 @@
+"""Every layout gives the single process's numbers: loss, gradients, parameters after three steps, and the very same noise."""
+
+import itertools
+
+import pytest
+
+from tests.parallel.layouts import Outcome, train_layout
+from tests.tiny import tiny_config
+
+STREAMS = {
+    "one-stream": {"timestep_per": "document"},
+    "two-stream": {"block_size": 4, "timestep_per": "block"},
+}
+
+
+def layout_config(streams: str, **parallel):
+    """Four layers, so that two stages of two chunks have one each; eight samples in four micro-batches at least."""
+    return tiny_config(
+        model={"num_layers": 4, "qk_norm": True},
+        parallel={"context_chunk_size": 4, **parallel},
+        diffusion=STREAMS[streams],
+        training={"global_batch_size": 8, "micro_batch_size": 1},
+    )
+
+
+def _layouts():
+    for tensor, pipeline, virtual, context, data in itertools.product((1, 2), repeat=5):
+        if tensor * pipeline * context * data <= 8 and not (virtual > 1 and pipeline == 1):
+            yield {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual, "context": context}, data
+
+
+def _name(layout):
+    parallel, data = layout
+    return f"tp{parallel['tensor']}-pp{parallel['pipeline']}-vpp{parallel['virtual_pipeline']}-cp{parallel['context']}-dp{data}"
+
+
+LAYOUTS = list(_layouts())
+_references: dict[str, Outcome] = {}
+
+
+def reference(streams: str) -> Outcome:
+    """The single process, computed once."""
+    if streams not in _references:
+        _references[streams] = train_layout(layout_config(streams, distributed_optimizer=False))
+    return _references[streams]
+
+
+def assert_equal_numbers(outcome: Outcome, expected: Outcome) -> None:
+    assert outcome.noise == expected.noise, "corruption is bit-identical"
+    for step, (loss, wanted) in enumerate(zip(outcome.losses, expected.losses, strict=True)):
+        assert abs(loss - wanted) <= 1e-6 * abs(wanted), f"loss of step {step}: {loss} instead of {wanted}"
+    for name, gradient in outcome.gradients.items():
+        error = (gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()
+        assert error <= 1e-5, f"gradient of {name}: relative error {error:.1e}"
+    assert outcome.parameters.keys() == expected.parameters.keys()
+    for name, parameter in outcome.parameters.items():
+        error = (parameter - expected.parameters[name]).norm() / expected.parameters[name].norm()
+        assert error <= 1e-6, f"{name} after the last step: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
+def test_equals_the_single_process(layout, streams):
+    parallel, data = layout
+    sequence = parallel["tensor"] > 1
+    outcome = train_layout(layout_config(streams, **parallel, sequence=sequence, distributed_optimizer=False), data)
+    assert_equal_numbers(outcome, reference(streams))
+
+
+@pytest.mark.parametrize("method", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("streams", STREAMS)
+def test_context_parallel_methods(streams, method):
+    """Together with tensor and sequence parallelism; heads can travel as well as keys."""
+    parallel = {"tensor": 2, "sequence": True, "context": 2, "context_method": method}
+    outcome = train_layout(layout_config(streams, **parallel, distributed_optimizer=False), 2)
+    assert_equal_numbers(outcome, reference(streams))
+
+
+def test_noisy_keys_travel_where_blocks_cross_chunks(caplog):
+    """Blocks of 4 from unaligned document starts, chunks of 2: no chunk border is a block border."""
+    outcome = train_layout(layout_config("two-stream", context=2, context_chunk_size=2, distributed_optimizer=False))
+    assert_equal_numbers(outcome, reference("two-stream"))
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_distributed_optimizer_keeps_the_numbers(streams):
+    """Sharded states and masters; the timestep embedding in buckets of its own, or its stages would add different slices."""
+    parallel = {"tensor": 2, "sequence": True, "pipeline": 2, "distributed_optimizer": True}
+    outcome = train_layout(layout_config(streams, **parallel), 2)
+    assert_equal_numbers(outcome, reference(streams))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"recompute": "full"},
+        {"recompute": "selective"},
+        {"sequence": False},
+        {"num_layers_in_first_stage": 1, "num_layers_in_last_stage": 3},
+    ],
+    ids=str,
+)
+def test_options_keep_the_numbers(extra):
+    parallel = {"tensor": 2, "sequence": True, "pipeline": 2, "context": 2, "distributed_optimizer": False, **extra}
+    assert_equal_numbers(train_layout(layout_config("two-stream", **parallel)), reference("two-stream"))
+
+
+@pytest.mark.parametrize("fields", [{"tie_embeddings": True}, {"conditioning": "none"}], ids=str)
+def test_models_keep_the_numbers(fields):
+    """A tied head has a copy of the embedding on the last stage; without conditioning there is nothing to replicate."""
+    outcomes = []
+    for parallel in ({}, {"tensor": 2, "sequence": True, "pipeline": 2}):
+        config = layout_config("one-stream", **parallel, distributed_optimizer=False)
+        for name, value in fields.items():
+            setattr(config.model, name, value)
+        outcomes.append(train_layout(config))
+    assert_equal_numbers(outcomes[1], outcomes[0])
+
+
+def test_bf16_is_near():
+    """Not exact: bf16 rounds partial sums differently. Nor far: the layouts share weights and noise."""
+    losses = []
+    for parallel in ({}, {"tensor": 2, "sequence": True, "pipeline": 2}):
+        config = layout_config("two-stream", **parallel)
+        config.training.precision = "bf16"
+        losses.append(train_layout(config, 1 if not parallel else 2).losses)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)

@@ -1,0 +1,128 @@
+"""From a corrupted batch to what this rank's model sees: streams, visibility, and the rank's part of the positions.
+
+Shapes: b = samples, l = sequence_length, n = positions of this rank (l without context parallelism), p = number of streams
+(1: masked diffusion; 2: block diffusion's [x_t ; x_0]), g = segments.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from w1train.attention.context_parallel import (
+    KeyExchange,
+    Ownership,
+    Travel,
+    blocks_stay_home,
+    deal_positions,
+    key_exchange,
+    local_visibility,
+)
+from w1train.attention.plan import AttentionPlan, plan_attention
+from w1train.attention.visibility import Visibility, block_diffusion_visibility, document_visibility
+from w1train.config.schema import Config, DiffusionConfig
+from w1train.data.documents import block_bounds
+from w1train.diffusion.corruption import NoisyBatch
+from w1train.model.transformer import ModelInputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RankInputs:
+    """One micro-batch on one rank."""
+
+    model: ModelInputs
+    noisy: NoisyBatch
+    """The rank's positions of the corrupted batch, [b, n]: targets and weights of its losses."""
+    balance: float
+    """max / mean visible pairs over context-parallel ranks; 1 without context parallelism."""
+
+
+def num_streams(config: Config) -> int:
+    """Two for block diffusion, unless one block holds the whole sequence: then no token sees the clean stream, and it is not
+    computed."""
+    block_size = config.diffusion.block_size
+    return 1 if block_size is None or block_size >= config.data.sequence_length else 2
+
+
+def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
+    """The model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
+    streams = num_streams(config)
+    visibility = sequence_visibility(noisy.document_ids, config.diffusion, streams)
+    if config.parallel.context == 1:
+        return RankInputs(_assemble(noisy, config, streams, plan_attention(visibility)), noisy, 1.0)
+    travel = _travel(noisy, config, streams)
+    ownership = _ownership(visibility, config, streams, travel)
+    rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
+    local = local_visibility(visibility, ownership, rank, streams, travel)
+    exchange: KeyExchange = key_exchange(ownership, streams, travel, group)
+    own = noisy.at(ownership.positions[:, rank])
+    return RankInputs(_assemble(own, config, streams, plan_attention(local, exchange)), own, ownership.balance)
+
+
+def sequence_visibility(document_ids: Tensor, diffusion: DiffusionConfig, streams: int) -> Visibility:
+    """Who sees whom in whole sequences: [b, l] document ids -> p * l rows and keys."""
+    if streams == 1:
+        return document_visibility(document_ids)
+    assert diffusion.block_size is not None
+    return block_diffusion_visibility(document_ids, diffusion.block_size, diffusion.block_index)
+
+
+def _travel(noisy: NoisyBatch, config: Config, streams: int) -> Travel:
+    if config.parallel.context_method == "all_to_all":
+        return "heads"
+    if streams == 1:
+        return "all"
+    diffusion, chunk_size = config.diffusion, config.parallel.context_chunk_size
+    assert diffusion.block_size is not None
+    if blocks_stay_home(block_bounds(noisy.document_ids, diffusion.block_size, diffusion.block_index), chunk_size):
+        return "clean"
+    _say_that_noisy_keys_travel(diffusion.block_size, chunk_size)
+    return "all"
+
+
+@cache
+def _say_that_noisy_keys_travel(block_size: int, chunk_size: int) -> None:
+    logger.warning(
+        "blocks of %d tokens cross the borders of context-parallel chunks of %d positions, because documents begin between them: "
+        "noisy keys travel too, twice the bytes. Align document starts, or set diffusion.block_index=sample",
+        block_size,
+        chunk_size,
+    )
+
+
+def _ownership(visibility: Visibility, config: Config, streams: int, travel: Travel) -> Ownership:
+    num_ranks = config.parallel.context
+    if travel == "heads":
+        # Every rank computes all positions of its heads: balanced whatever the ownership.
+        positions = torch.arange(config.data.sequence_length, device=visibility.endpoints.device)
+        num_samples = visibility.endpoints.shape[1]
+        return Ownership(positions.reshape(1, num_ranks, -1).expand(num_samples, -1, -1), 1.0)
+    return deal_positions(visibility, streams, num_ranks, config.parallel.context_chunk_size)
+
+
+def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPlan) -> ModelInputs:
+    length = noisy.input_ids.shape[1]
+    sample, position = noisy.loss_mask.nonzero(as_tuple=True)
+    timesteps, segment_index = noisy.segment_timesteps, noisy.segment_index
+    input_ids, positions = noisy.input_ids, noisy.positions
+    if streams == 2:
+        input_ids, positions = torch.cat([input_ids, noisy.targets], dim=1), torch.cat([positions, positions], dim=1)
+        # The clean stream is at t = 0: one more row of the condition table.
+        clean = torch.full_like(segment_index, len(timesteps))
+        timesteps, segment_index = torch.cat([timesteps, timesteps.new_zeros(1)]), torch.cat([segment_index, clean], dim=1)
+    one_per_sample = streams == 1 and config.diffusion.timestep_per == "sequence"
+    return ModelInputs(
+        input_ids=input_ids,
+        positions=positions,
+        attention_plan=plan,
+        segment_timesteps=timesteps,
+        segment_index=None if one_per_sample else segment_index,
+        logit_positions=sample * (streams * length) + position,
+    )
