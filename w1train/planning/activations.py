@@ -138,7 +138,10 @@ def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
 
 def core_attention_bytes(sizes: Sizes) -> int:
     """What only the core attention saves, and selective recomputation drops: the log-sum-exp (fp32, a number a head and position)
-    and, with a mask, its additive form [b, 1, l, l], which every layer makes for itself. The output is the next layer's input."""
+    and, with a mask, its additive form [b, 1, l, l], which every layer makes for itself. The output is the next layer's input.
+
+    Grouped queries with a mask are taken to run fused as well; no GPU was there to see it.
+    """
     mask = sizes.samples * (sizes.positions // sizes.samples) ** 2 * sizes.element if sizes.masked else 0
     return sizes.positions * sizes.heads * FP32_BYTES + mask
 
@@ -219,10 +222,10 @@ def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk
     )
 
 
-def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk) -> int:
+def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, largest_parameter: int) -> int:
     """The largest memory in use beside what is saved, while one micro-batch runs.
 
-    The last stage holds the logits and their gradient in the run's precision beside the probabilities; a fully recomputed
+    A gradient of the largest parameter (in elements) exists in the run's precision before it is added to the fp32 buffer. The last stage holds the logits and their gradient in the run's precision beside the probabilities; a fully recomputed
     group has its layers' activations back; the dense mask (a byte a pair) lives as long as its micro-batch; a stage's output waits
     for its gradient.
     """
@@ -233,4 +236,4 @@ def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk) 
         recomputed = min(layout.recompute_num_layers, chunk.num_layers) * layer_bytes(sizes, kernels)
     elif layout.recompute == "selective":
         recomputed = core_attention_bytes(sizes)
-    return max(logits, recomputed) + mask
+    return max(logits, recomputed) + mask + largest_parameter * sizes.element

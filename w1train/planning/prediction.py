@@ -139,6 +139,7 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
     model, layout, precision = setting.config.model, setting.layout, setting.config.training.precision
     chunks = chunks_of(layout, model, pipeline_rank)
     parameters = [chunk_parameters(model, layout, chunk) for chunk in chunks]
+    largest = max(parameter.numel for own in parameters for parameter in own)
     # Memory is for the most there can be, time for what is expected.
     most = setting.sizes()
     usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
@@ -156,7 +157,7 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
         activations_by_recompute={
             choice: _held_bytes(most, dataclasses.replace(layout, recompute=choice), chunks) for choice in RECOMPUTE_CHOICES
         },
-        working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks),
+        working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, largest) for chunk in chunks),
         traffic=traffic,
         seconds=_seconds(setting, usual, list(zip(chunks, parameters, strict=True)), state, traffic),
     )

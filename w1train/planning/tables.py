@@ -159,12 +159,13 @@ def speed_table(plan: Plan) -> Table:
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
     """The best layouts."""
     table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
-    columns = "number data tensor sequence pipeline micro-batch micro-batches recompute GiB bubble seconds MFU days"
+    columns = "# data tensor SP pipeline batch count recompute GiB bubble seconds MFU days"
     for column in columns.split():
         table.add_column(column, justify="left" if column == "recompute" else "right")
     for number, plan in enumerate(result.plans[:num_shown], 1):
         table.add_row(*_search_row(number, plan))
     console.print(table)
+    console.print("SP: sequence parallelism; batch: samples of a micro-batch; count: micro-batches of a rank in a step")
     console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; not built: plan one to build it")
     if result.plans:
         console.print("the first: " + " ".join(overrides(result.plans[0])))
