@@ -21,7 +21,8 @@ from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.runtime import cpu  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.forward import _loss, model_inputs  # noqa: E402
+from w1train.training.forward import _loss  # noqa: E402
+from w1train.training.inputs import rank_inputs  # noqa: E402
 from w1train.training.setup import build_stage  # noqa: E402
 
 LENGTH = 64
@@ -55,41 +56,52 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for size, _ in self.storages.values())
 
 
-def _micro_batch(config):
-    noisy = corrupt(packed_batch([0, 1], length=LENGTH), config.diffusion, 0)
-    return noisy, model_inputs(noisy, config.diffusion.timestep_per)
+def _inputs(config):
+    return rank_inputs(corrupt(packed_batch([0, 1], length=LENGTH), config.diffusion, 0), config)
 
 
-def _measure(rank, _world_size, configs):
-    """For each configuration: bytes saved, and the numbers of logits and segments."""
+def _measure(_rank, _world_size, configs):
+    """For each configuration, what ``_measure_chunks`` gives."""
     results = []
     for config in configs:
         with distributed(config.parallel):
-            stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
-            noisy, inputs = _micro_batch(config)
-            if not stage.pre_process:
-                shape = (LENGTH, config.training.micro_batch_size, config.model.hidden_size)
-                stage.set_input_tensor(torch.randn(shape, requires_grad=True, dtype=stage.config.params_dtype))
-            saved = _SavedBytes(stage)
-            with saved:
-                output = stage(inputs)
-                if stage.post_process:
-                    _loss(config, noisy, inputs, output)
-        results.append((saved.total, len(inputs.logit_positions), len(inputs.segment_timesteps)))
+            results.append(_measure_chunks(config))
     return results
 
 
-def _predict(config, world_size, kernels, num_logits, num_segments, rank=0):
+def _measure_chunks(config):
+    """For each chunk of this rank: bytes saved, and the numbers of logits and segments."""
+    results = []
+    megatron = transformer_config(config.model, config.parallel, config.training.precision)
+    for vp_stage in range(config.parallel.virtual_pipeline):
+        stage = build_stage(config, megatron, vp_stage)
+        inputs = _inputs(config)
+        num_samples, num_positions = inputs.model.input_ids.shape
+        if not stage.pre_process:
+            stage.set_input_tensor(torch.randn((num_positions, num_samples, config.model.hidden_size), requires_grad=True).bfloat16())
+        saved = _SavedBytes(stage)
+        with saved:
+            output = stage(inputs.model)
+            if stage.post_process:
+                _loss(config, inputs, output)
+        results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))
+    return results
+
+
+def _predict(config, world_size, kernels, measured, rank=0):
+    """Bytes saved by each chunk of a rank, with the measured numbers of logits and segments."""
     layout = layout_of(config, world_size)
-    by_document = config.diffusion.timestep_per == "document"
-    # Documents of any length below the sample's ask for a mask; with one timestep each, there must be as many as in the batch.
-    work = workload_of(config, -(-LENGTH * layout.micro_batch_size // num_segments) if by_document else 16)
-    sizes = sizes_of(config.model, layout, work, config.training.precision, segment_indexed=by_document, num_logits=num_logits)
-    assert sizes.segments == num_segments
-    (chunk,) = chunks_of(layout, config.model, layout.coordinates(rank).pipeline)
-    return chunk_activation_bytes(sizes, kernels, layout, chunk).total
+    # Several documents ask for a mask; how many there are matters otherwise only to the number of segments.
+    work = workload_of(config, 16)
+    predictions = []
+    for chunk, (_, num_logits, num_segments) in zip(chunks_of(layout, layout.coordinates(rank).pipeline), measured, strict=True):
+        sizes = sizes_of(config.model, layout, work, config.training.precision, num_logits)
+        sizes = dataclasses.replace(sizes, segments=num_segments)
+        predictions.append(chunk_activation_bytes(sizes, kernels, layout, chunk).total)
+    return predictions
 
 
+BLOCKS = {"block_size": 4, "block_index": "sample"}
 ONE_RANK = [
     _config(
         model={"qk_norm": qk_norm, "num_layers": 4},
@@ -105,6 +117,8 @@ ONE_RANK = [
     _config(model={"conditioning": "none"}),
     _config(model={"num_query_groups": 2, "qk_norm": True}),
     _config(model={"tie_embeddings": True, "num_layers": 6}, parallel={"recompute": "full", "recompute_num_layers": 2}),
+    _config(diffusion={"block_size": 4}),
+    _config(diffusion={"block_size": 4, "timestep_per": "block"}, training={"precision": "bf16"}),
 ]
 TWO_RANKS = [
     *(
@@ -113,6 +127,22 @@ TWO_RANKS = [
         for recompute in ("none", "full")
     ),
     _config(model={"num_layers": 4}, parallel={"pipeline": 2}, training={"precision": "bf16"}),
+    _config(model={"num_layers": 4}, parallel={"pipeline": 2, "virtual_pipeline": 2}, training={"precision": "bf16"}),
+    *(
+        _config(
+            model={"qk_norm": recompute == "none"},
+            parallel={"context": 2, "context_method": method, "context_chunk_size": 16, "recompute": recompute},
+            diffusion=diffusion,
+            training={"precision": "bf16"},
+        )
+        for method, diffusion in (("all_gather", {}), ("all_gather", BLOCKS), ("all_to_all", {}), ("all_to_all", BLOCKS))
+        for recompute in ("none", "selective")
+    ),
+]
+TWO_RANK_NAMES = ["tensor", "tensor-full", "sequence", "sequence-full", "pipeline", "virtual"] + [
+    f"context-{method}-{recompute}"
+    for method in ("keys", "clean keys", "heads", "heads of two streams")
+    for recompute in ("none", "selective")
 ]
 
 
@@ -125,20 +155,22 @@ def _measured_on_one_rank():
 def _name(config):
     parallel, model = config.parallel, config.model
     switches = [name for name in ("qk_norm", "tie_embeddings", "num_query_groups") if getattr(model, name)]
+    if config.diffusion.block_size:
+        switches.append("blocks")
     return "-".join([config.training.precision, parallel.recompute, config.diffusion.timestep_per, model.conditioning, *switches])
 
 
 @pytest.mark.parametrize("number", range(len(ONE_RANK)), ids=[_name(config) for config in ONE_RANK])
 def test_one_rank(number):
-    measured, num_logits, num_segments = _measured_on_one_rank()[number]
-    assert _predict(ONE_RANK[number], 1, CPU_KERNELS, num_logits, num_segments) == pytest.approx(measured, rel=0.02)
+    measured = _measured_on_one_rank()[number]
+    assert _predict(ONE_RANK[number], 1, CPU_KERNELS, measured) == pytest.approx([size for size, *_ in measured], rel=0.02)
 
 
-@pytest.mark.parametrize("config", TWO_RANKS, ids=["tensor", "tensor-full", "sequence", "sequence-full", "pipeline"])
+@pytest.mark.parametrize("config", TWO_RANKS, ids=TWO_RANK_NAMES)
 def test_two_ranks(config):
     results = run_distributed(_measure, 2, [config], timeout=60, process_group=False)
-    for rank, ((measured, num_logits, num_segments),) in enumerate(results):
-        assert _predict(config, 2, CPU_KERNELS, num_logits, num_segments, rank) == pytest.approx(measured, rel=0.02), rank
+    for rank, (measured,) in enumerate(results):
+        assert _predict(config, 2, CPU_KERNELS, measured, rank) == pytest.approx([size for size, *_ in measured], rel=0.02), rank
 
 
 # On CUDA other kernels run. Fake tensors say what autograd saves there without a GPU: shapes, types and storages, no numbers.
@@ -183,7 +215,7 @@ def _measure_on_fake_cuda(_rank, _world_size, config, masked):
     with distributed(config.parallel):
         megatron = transformer_config(config.model, config.parallel, config.training.precision)
         megatron.bias_activation_fusion = True
-        noisy, inputs = _micro_batch(config)
+        inputs = _inputs(config).model
         if not masked:
             inputs.attention_plan.mask = None
         with torch.device("meta"):
@@ -193,7 +225,6 @@ def _measure_on_fake_cuda(_rank, _world_size, config, masked):
         with FakeTensorMode(), torch.device("cuda"):
             _move_parameters(stage)
             _move(inputs)
-            _move(noisy)
             saved = _SavedBytes(stage)
             with saved:
                 stage(inputs)
@@ -208,10 +239,10 @@ def _measure_on_fake_cuda(_rank, _world_size, config, masked):
 )
 def test_cuda_kernels(model, timestep_per, masked):
     config = _config(model=model, diffusion={"timestep_per": timestep_per}, training={"precision": "bf16"})
-    ((measured, num_logits, num_segments),) = run_distributed(_measure_on_fake_cuda, 1, config, masked, timeout=60, process_group=False)
-    predicted = _predict(config, 1, CUDA_KERNELS, num_logits, num_segments)
+    (measured,) = run_distributed(_measure_on_fake_cuda, 1, config, masked, timeout=60, process_group=False)
+    (predicted,) = _predict(config, 1, CUDA_KERNELS, [measured])
     if not masked:
         predicted -= config.model.num_layers * config.training.micro_batch_size * LENGTH**2 * 2
     # The loss needs collectives, which fake tensors do not do: its probabilities, mask, index and weights are not in the measurement.
-    predicted -= num_logits * (config.model.vocab_size * 4 + 1 + 8 + 4)
-    assert predicted == pytest.approx(measured, rel=0.02)
+    predicted -= measured[1] * (config.model.vocab_size * 4 + 1 + 8 + 4)
+    assert predicted == pytest.approx(measured[0], rel=0.02)

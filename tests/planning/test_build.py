@@ -1,14 +1,12 @@
 """Ranks built on meta tensors: every parameter once, and what cannot be built."""
 
-import dataclasses
-
 import pytest
 
 from tests.tiny import tiny_config
 from w1train.config.compose import load_config
 from w1train.planning import build as build_module
 from w1train.planning.build import LayoutError, build_ranks
-from w1train.planning.layout import Coordinates, Layout, layout_of
+from w1train.planning.layout import Coordinates, Layout
 from w1train.training.flops import num_parameters
 
 
@@ -18,8 +16,9 @@ from w1train.training.flops import num_parameters
         ([], 1),
         (["parallel.tensor=8", "parallel.sequence=true"], 8),
         (["parallel.tensor=2", "parallel.pipeline=4"], 8),
+        (["parallel.context=4", "parallel.pipeline=2", "parallel.virtual_pipeline=4", "diffusion.block_size=32"], 2),
     ],
-    ids=["data", "tensor", "tensor and pipeline"],
+    ids=["data", "tensor", "tensor and pipeline", "context and virtual stages"],
 )
 def test_w1_has_every_parameter_once_over_512_ranks(layout, num_built):
     build = build_ranks(load_config(["recipe=w1_4b", *layout]), 512)
@@ -58,10 +57,3 @@ def test_groups_that_are_not_the_planned_ones_are_found(monkeypatch):
     monkeypatch.setattr(Layout, "coordinates", coordinates)
     with pytest.raises(RuntimeError, match="groups are not those"):
         build_ranks(tiny_config(parallel={"pipeline": 2}), 8)
-
-
-def test_coordinates_and_ranks_are_inverse():
-    layout = dataclasses.replace(layout_of(tiny_config(parallel={"tensor": 2, "pipeline": 2}), 8), context=3, world_size=24)
-    places = [layout.coordinates(rank) for rank in range(24)]
-    assert [layout.rank(place) for place in places] == list(range(24))
-    assert len(set(places)) == 24

@@ -27,6 +27,7 @@ OPERATORS = {
     "allgather_into_tensor_coalesced_": ("all_gather", 0, 2),
     "_reduce_scatter_base_": ("reduce_scatter", 1, 2),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1, 2),
+    "alltoall_base_": ("all_to_all", 1, 2),
     "send": ("send", 0, 1),
 }
 
@@ -77,19 +78,27 @@ LAYOUTS = {
     "tensor 2, sequence, full, data 2": (4, {"tensor": 2, "sequence": True, "recompute": "full"}),
     "pipeline 2, data 2": (4, {"pipeline": 2}),
     "tensor 2, pipeline 2, plain optimizer, data 2": (8, {"tensor": 2, "pipeline": 2, "distributed_optimizer": False}),
+    "pipeline 2, virtual 2, tensor 2, data 2": (8, {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "sequence": True}),
+    "context 2, tensor 2": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2, "sequence": True}),
+    "context 2, recompute": (2, {"context": 2, "context_chunk_size": 8, "recompute": "selective"}),
+    "heads": (2, {"context": 2, "context_method": "all_to_all"}),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("model", [{}, {"qk_norm": True, "tie_embeddings": True}], ids=["w1", "tied"])
-def test_bytes_are_those_of_a_real_step(name, model):
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [({}, {"block_size": 4, "block_index": "sample"}), ({"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}, {})],
+    ids=["blocks", "tied"],
+)
+def test_bytes_are_those_of_a_real_step(name, model, blocks):
     world_size, parallel = LAYOUTS[name]
     config = tiny_config(
         parallel=parallel,
-        model=model,
+        model={"num_layers": 4, **model},
         training={"global_batch_size": 8, "micro_batch_size": 2},
         # Every token is masked, so that the number of logits is known.
-        diffusion={"random_length_probability": 0.0, "t_min": 1.0 - 1e-9, "t_max": 1.0},
+        diffusion={"random_length_probability": 0.0, "t_min": 1.0 - 1e-9, "t_max": 1.0, **blocks},
     )
     plan = predict(config, world_size, DEVICES["h100"], Assumptions())
     results = run_distributed(_one_step, world_size, config, timeout=120, process_group=False)

@@ -19,7 +19,7 @@ KEYS = {
     "memory": {"device_bytes", "needed_bytes", "fits"},
     "speed": {"step_seconds", "bubble_fraction", "tokens_per_step", "tokens_per_second", "tflops_per_device", "mfu", "days"},
     "flops_per_token": {"attention_projections", "attention_core", "mlp", "adaln", "timestep_mlp", "output_head", "total"},
-    "work": {"num_tokens", "num_positions", "num_documents", "visible_pairs", "visible_share", "num_logits", "num_segments"},
+    "work": {"num_tokens", "num_streams", "num_positions", "num_documents", "visible_pairs", "visible_share", "num_logits", "num_segments"},
 }  # fmt: skip
 STAGE_KEYS = {
     "pipeline_rank", "chunks", "num_parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "in_flight", "activation_bytes",

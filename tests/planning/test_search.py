@@ -7,7 +7,6 @@ import pytest
 from w1train.config.compose import load_config
 from w1train.config.validate import validate
 from w1train.planning.assumptions import DEVICES, Assumptions, replace_assumptions
-from w1train.planning.layout import Layout, bubble_fraction, chunks_of, in_flight
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
 
@@ -29,7 +28,7 @@ def test_only_valid_layouts_that_fit_fastest_first(found):
     for plan in found.plans:
         assert validate(plan.config, 16) == []
         assert plan.fits
-        assert plan.layout.world_size == plan.layout.tensor * plan.layout.pipeline * plan.layout.data
+        assert plan.layout.world_size == plan.layout.tensor * plan.layout.context * plan.layout.pipeline * plan.layout.data
         assert plan.layout.num_micro_batches * plan.layout.micro_batch_size * plan.layout.data == 64
     speeds = [plan.mfu for plan in found.plans]
     assert speeds == sorted(speeds, reverse=True)
@@ -42,12 +41,14 @@ def test_every_kind_of_layout_is_tried(found):
     assert {layout.tensor for layout in layouts} >= {2, 4, 8}
     assert {layout.pipeline for layout in layouts} >= {1, 2, 4}
     assert {layout.recompute for layout in layouts} == {"none", "selective", "full"}
+    assert {layout.virtual_pipeline for layout in layouts} >= {1, 2}
+    assert {layout.context for layout in layouts} >= {1, 2}
     assert {layout.sequence for layout in layouts} == {False, True}
 
 
 def test_search_leaves_the_recipe_alone(w1):
     before = dataclasses.asdict(w1)
-    search_layouts(w1, 512, H100, Assumptions())
+    search_layouts(w1, 2, H100, Assumptions())
     assert dataclasses.asdict(w1) == before
 
 
@@ -84,36 +85,23 @@ def test_packed_documents_need_fewer_model_flops_but_not_less_time(w1):
     assert packed.mfu < whole.mfu
 
 
-def _layout(**fields):
-    defaults = {
-        "world_size": 4, "tensor": 1, "sequence": False, "pipeline": 4, "data": 1, "micro_batch_size": 1, "num_micro_batches": 8,
-        "distributed_optimizer": True, "recompute": "none", "recompute_num_layers": 1,
-    }  # fmt: skip
-    return Layout(**{**defaults, **fields})
+def test_context_parallel_ranks_exchange_clean_keys_only_where_blocks_stay_home(w1):
+    def sent(**diffusion):
+        config = dataclasses.replace(
+            w1,
+            parallel=dataclasses.replace(w1.parallel, context=4),
+            diffusion=dataclasses.replace(w1.diffusion, block_size=32, **diffusion),
+        )
+        traffic = predict(config, 512, H100, Assumptions(), document_length=1000).stages[0].traffic
+        return next(item.sent_bytes for item in traffic if item.name == "keys and values")
+
+    assert sent(block_index="document") == 2 * sent(block_index="sample")
 
 
-def test_micro_batches_in_flight():
-    assert [in_flight(_layout(), rank) for rank in range(4)] == [[4], [3], [2], [1]]
-    assert [in_flight(_layout(num_micro_batches=2), rank) for rank in range(4)] == [[2], [2], [2], [1]]
-
-
-def test_interleaved_micro_batches_in_flight():
-    """P = 2, V = 2: rank 0 warms up with 2 (2 - 1) + (2 - 1) 2 = 4 passes and holds one more."""
-    layout = _layout(pipeline=2, virtual_pipeline=2)
-    assert [sum(in_flight(layout, rank)) for rank in range(2)] == [5, 3]
-    assert in_flight(layout, 0) == [3, 2]
-
-
-def test_bubble():
-    assert bubble_fraction(_layout()) == pytest.approx(3 / 11)
-    assert bubble_fraction(_layout(virtual_pipeline=2)) == pytest.approx(3 / 19)
-    assert bubble_fraction(_layout(pipeline=1)) == 0.0
-
-
-def test_chunks_deal_every_layer_once(w1):
-    layout = _layout(virtual_pipeline=3)
-    chunks = [chunk for rank in range(4) for chunk in chunks_of(layout, w1.model, rank)]
-    layers = sorted(layer for chunk in chunks for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers))
-    assert layers == list(range(w1.model.num_layers))
-    assert [chunk.has_embedding for chunk in chunks].count(True) == 1
-    assert [(chunk.pipeline_rank, chunk.virtual_stage) for chunk in chunks if chunk.has_head] == [(3, 2)]
+def test_days_follow_the_batch_sizes_of_the_schedule(w1):
+    plan = predict(w1, 64, H100, Assumptions())
+    stages = {name: dataclasses.replace(stage, global_batch_size=64) for name, stage in w1.schedule.stages.items()}
+    small = predict(dataclasses.replace(w1, schedule=dataclasses.replace(w1.schedule, stages=stages)), 64, H100, Assumptions())
+    assert small.step_seconds == plan.step_seconds
+    assert small.days > plan.days
+    assert small.days == pytest.approx(plan.days * plan.tokens_per_second / plan.at_batch_size(64).tokens_per_second)

@@ -28,6 +28,14 @@ CASES = {
     "pipeline 2, data 3, bf16": (6, {"pipeline": 2}, "bf16", {}),
     "pipeline 2, data 2, bf16, tied": (4, {"pipeline": 2}, "bf16", TIED),
     "pipeline 2, plain optimizer, data 2, fp32": (4, {"pipeline": 2, "distributed_optimizer": False}, "fp32", TIED),
+    "pipeline 2, virtual 2, data 2, bf16, tied": (4, {"pipeline": 2, "virtual_pipeline": 2}, "bf16", TIED),
+    "context 2, tensor 2, bf16": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2}, "bf16", {}),
+    "pipeline 2, uneven, context 2, fp32": (
+        4,
+        {"pipeline": 2, "num_layers_in_first_stage": 1, "context": 2, "context_chunk_size": 8},
+        "fp32",
+        {},
+    ),
 }
 
 
@@ -74,9 +82,10 @@ def test_state_bytes_are_those_of_a_real_run(name):
     results = run_distributed(_allocated, world_size, config, timeout=120, process_group=False)
     for rank, (parameters, gradients, optimizer, names) in enumerate(results):
         place = layout.coordinates(rank)
-        chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, config.model, place.pipeline)]
+        chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, place.pipeline)]
         assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
-        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)[place.data]
+        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
+        predicted = predicted[place.context + layout.context * place.data]
         assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
 
 

@@ -11,6 +11,7 @@ channels, g = segments, c = condition size, m = positions with logits, v = vocab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from w1train.config.schema import ModelConfig
 from w1train.planning.layout import Chunk, Layout, Precision
@@ -19,6 +20,8 @@ from w1train.planning.state import FP32_BYTES, PRECISION_BYTES
 from w1train.planning.workload import Workload
 
 _INT64_BYTES = 8
+
+Travel = Literal["clean", "all", "heads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,13 @@ class Sizes:
     condition: int
     frequencies: int
     segment_indexed: bool
-    """Whether segments are found by index (documents), or are the samples."""
     masked: bool
+    travel: Travel | None
+    """What context-parallel ranks exchange; None without context parallelism."""
+    rows: int
+    """Query rows of a sample in attention."""
+    keys: int
+    """Key columns of a sample in attention."""
     has_adaln: bool
     qk_norm: bool
     grouped_queries: bool
@@ -69,15 +77,14 @@ class Sizes:
         return self.residual_positions * self.hidden * self.element
 
 
-def sizes_of(
-    model: ModelConfig, layout: Layout, work: Workload, precision: Precision, *, segment_indexed: bool, num_logits: int | None = None
-) -> Sizes:
+def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Precision, num_logits: int | None = None) -> Sizes:
     """Sizes of one micro-batch; ``num_logits`` None = as many as there can be."""
-    width = widths(model)
-    positions = layout.micro_batch_size * work.num_positions // layout.context
+    width, samples = widths(model), layout.micro_batch_size
+    positions = samples * work.num_positions // layout.context
+    travel = travel_of(layout, work)
     return Sizes(
         element=PRECISION_BYTES[precision],
-        samples=layout.micro_batch_size,
+        samples=samples,
         positions=positions,
         residual_positions=positions // layout.tensor if layout.sequence else positions,
         hidden=model.hidden_size,
@@ -87,16 +94,31 @@ def sizes_of(
         key=width.key // layout.tensor,
         ffn=model.ffn_hidden_size // layout.tensor,
         vocabulary=model.vocab_size // layout.tensor,
-        num_logits=layout.micro_batch_size * work.most_logits // layout.context if num_logits is None else num_logits,
-        segments=layout.micro_batch_size * work.num_segments,
+        num_logits=samples * work.most_logits // layout.context if num_logits is None else num_logits,
+        segments=samples * work.num_segments + work.num_clean_segments,
         condition=model.condition_size,
         frequencies=model.timestep_frequency_size,
-        segment_indexed=segment_indexed,
-        masked=work.needs_mask,
+        segment_indexed=work.segment_indexed,
+        masked=work.may_need_mask,
+        travel=travel,
+        rows=work.num_positions if travel == "heads" else work.num_positions // layout.context,
+        keys=work.num_tokens + work.num_tokens // layout.context if travel == "clean" else work.num_positions,
         has_adaln=model.conditioning == "adaln",
         qk_norm=model.qk_norm,
         grouped_queries=width.query != width.key,
     )
+
+
+def travel_of(layout: Layout, work: Workload) -> Travel | None:
+    """What context-parallel ranks exchange (w1train.attention.context_parallel): heads, all keys, or, where no block crosses the border
+    of a chunk, the clean stream's keys."""
+    if layout.context == 1:
+        return None
+    if layout.context_method == "all_to_all":
+        return "heads"
+    size = layout.context_chunk_size
+    at_home = all(start // size == (end - 1) // size for start, end in work.block_spans)
+    return "clean" if work.num_streams == 2 and at_home else "all"
 
 
 def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is_saved: bool = False) -> int:
@@ -123,12 +145,9 @@ def branch_output_bytes(sizes: Sizes) -> int:
 
 
 def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """One projection gives q, k and v in one storage, which v's view keeps whole; the rotary embedding makes new q and k, and
-    keeps cosines and sines [l, b, 1, d] of each. QK-norm reads views of the projection (a copy of q if heads are grouped)."""
-    projection = sizes.positions * (sizes.query + 2 * sizes.key)
-    rotated = sizes.positions * (sizes.query + sizes.key)
-    angles = 4 * sizes.positions * sizes.channels
-    total = (projection + rotated + angles) * sizes.element
+    """What the projection and the rotary embedding keep: cosines and sines [l, b, 1, d] for q and for k, and what QK-norm reads (views
+    of the projection, and a copy of q if heads are grouped)."""
+    total = 4 * sizes.positions * sizes.channels * sizes.element
     if sizes.qk_norm:
         for width, copied in ((sizes.query, sizes.grouped_queries), (sizes.key, False)):
             rows = sizes.positions * width // sizes.channels
@@ -136,14 +155,33 @@ def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
     return total
 
 
+def attention_input_bytes(sizes: Sizes, *, recomputed: bool) -> int:
+    """q, k and v as attention saves them.
+
+    One projection gives q, k and v in one storage. v is a view of it that keeps it whole; q and k are new, from the rotary embedding.
+    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads; the projection is then kept by
+    QK-norm alone. Recomputed, attention keeps its inputs from before the exchange.
+    """
+    projection = sizes.positions * (sizes.query + 2 * sizes.key)
+    if sizes.travel is None or recomputed:
+        return (projection + sizes.positions * (sizes.query + sizes.key)) * sizes.element
+    exchanged = sizes.positions * (sizes.query + 2 * sizes.key)
+    if sizes.travel != "heads":
+        exchanged = sizes.positions * sizes.query + sizes.samples * sizes.keys * 2 * sizes.key
+    return (exchanged + (projection if sizes.qk_norm else 0)) * sizes.element
+
+
 def core_attention_bytes(sizes: Sizes) -> int:
     """What only the core attention saves, and selective recomputation drops: the log-sum-exp (fp32, a number a head and position)
-    and, with a mask, its additive form [b, 1, l, l], which every layer makes for itself. The output is the next layer's input.
+    and, with a mask, its additive form [b, 1, q, k], which every layer makes for itself. The output is the next layer's input, or where
+    heads travel a tensor of its own, with the order of positions.
 
     Grouped queries with a mask are taken to run fused as well; no GPU was there to see it.
     """
-    mask = sizes.samples * (sizes.positions // sizes.samples) ** 2 * sizes.element if sizes.masked else 0
-    return sizes.positions * sizes.heads * FP32_BYTES + mask
+    mask = sizes.samples * sizes.rows * sizes.keys * sizes.element if sizes.masked else 0
+    output = sizes.positions * sizes.query * sizes.element if sizes.travel == "heads" else 0
+    order = sizes.samples * sizes.rows * _INT64_BYTES if sizes.travel == "heads" else 0
+    return sizes.positions * sizes.heads * FP32_BYTES + mask + output + order
 
 
 def mlp_bytes(sizes: Sizes, kernels: Kernels) -> int:
@@ -165,6 +203,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
     total = modulation_bytes(sizes, 6)
     total += 2 * (branch_input_bytes(sizes, kernels) + branch_output_bytes(sizes))
     total += query_key_value_bytes(sizes, kernels) + attention_output
+    total += attention_input_bytes(sizes, recomputed=recompute_attention)
     total += 0 if recompute_attention else core_attention_bytes(sizes)
     return total + mlp_bytes(sizes, kernels)
 
@@ -225,12 +264,12 @@ def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk
 def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, largest_parameter: int) -> int:
     """The largest memory in use beside what is saved, while one micro-batch runs.
 
-    A gradient of the largest parameter (in elements) exists in the run's precision before it is added to the fp32 buffer. The last stage holds the logits and their gradient in the run's precision beside the probabilities; a fully recomputed
-    group has its layers' activations back; the dense mask (a byte a pair) lives as long as its micro-batch; a stage's output waits
-    for its gradient.
+    The last stage holds the logits or their gradient in the run's precision beside the probabilities; a fully recomputed group has its
+    layers' activations back; the dense mask (a byte a pair) lives as long as its micro-batch; a stage's output waits for its gradient;
+    the gradient of the largest parameter (in elements) exists in the run's precision before it is added to the fp32 buffer.
     """
     logits = sizes.num_logits * sizes.vocabulary * sizes.element if chunk.has_head else sizes.residual
-    mask = sizes.samples * (sizes.positions // sizes.samples) ** 2 if sizes.masked else 0
+    mask = sizes.samples * sizes.rows * sizes.keys if sizes.masked else 0
     recomputed = 0
     if layout.recompute == "full":
         recomputed = min(layout.recompute_num_layers, chunk.num_layers) * layer_bytes(sizes, kernels)

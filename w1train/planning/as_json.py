@@ -27,6 +27,7 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
         "build": asdict(build),
         "work": {
             "num_tokens": plan.work.num_tokens,
+            "num_streams": plan.work.num_streams,
             "num_positions": plan.work.num_positions,
             "num_documents": plan.work.num_documents,
             "visible_pairs": plan.work.visible_pairs,
@@ -86,6 +87,8 @@ def overrides(plan: Plan) -> list[str]:
         f"parallel.tensor={layout.tensor}",
         f"parallel.sequence={str(layout.sequence).lower()}",
         f"parallel.pipeline={layout.pipeline}",
+        f"parallel.virtual_pipeline={layout.virtual_pipeline}",
+        f"parallel.context={layout.context}",
         f"parallel.recompute={layout.recompute}",
         f"training.micro_batch_size={layout.micro_batch_size}",
     ]

@@ -116,8 +116,8 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
     # Parameters then follow torch's default device, on machines with a GPU too.
     megatron.use_cpu_initialization = True
     with torch.device("meta"):
-        stages = [build_stage(config, megatron)]
-    for chunk, stage in zip(chunks_of(layout, config.model, place.pipeline), stages, strict=True):
+        stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(layout.virtual_pipeline)]
+    for chunk, stage in zip(chunks_of(layout, place.pipeline), stages, strict=True):
         parameters = list(global_named_parameters(stage))
         planned = chunk_parameters(config.model, layout, chunk)
         if [(name, tuple(parameter.shape)) for name, parameter in parameters] != [(p.name, p.shape) for p in planned]:

@@ -16,8 +16,8 @@ from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, PRECISION_BYTES, buffer_layout
 
-Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
-Group = Literal["tensor", "data", "pipeline", "embedding"]
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
+Group = Literal["tensor", "context", "data", "pipeline", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,16 @@ class Traffic:
     group_size: int
     num_calls: int
     tensor_bytes: int
-    """The whole (gathered) tensors of all calls together."""
+    """Of all calls together: the whole (gathered) tensor, or in an all-to-all what one rank gives."""
     is_per_step: bool = False
     """Once a step, after the last micro-batch; otherwise with every micro-batch."""
 
     @property
     def sent_bytes(self) -> int:
         """Out of each rank, all calls together."""
-        factor = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "send": self.group_size / (self.group_size - 1)}[self.collective]
-        return round(self.tensor_bytes * factor * (self.group_size - 1) / self.group_size)
+        if self.collective == "send":
+            return self.tensor_bytes
+        return (2 if self.collective == "all_reduce" else 1) * self.tensor_bytes * (self.group_size - 1) // self.group_size
 
 
 def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
@@ -69,6 +70,23 @@ def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Itera
             yield traffic("head input's gradient", "all_reduce", 1, rows * sizes.hidden * sizes.element)
     if chunk.has_head:
         yield traffic("cross-entropy", "all_reduce", 3, rows * FP32_BYTES)
+
+
+def context_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
+    """Keys and values to the queries that see them, and their gradients back; or heads for positions and back. Any recomputation repeats
+    forward, for the exchange is part of the core attention."""
+    if sizes.travel is None:
+        return
+    passes = chunk.num_layers * layout.num_micro_batches
+    forward = passes * (1 if layout.recompute == "none" else 2)
+    if sizes.travel == "heads":
+        size = sizes.positions * sizes.element * 2 * (sizes.query + sizes.key)
+        yield Traffic("heads for positions", "context", "all_to_all", layout.context, 4 * (forward + passes), (forward + passes) * size)
+        return
+    streams = 2 if sizes.travel == "clean" else 1
+    size = sizes.positions * layout.context // streams * 2 * sizes.key * sizes.element
+    yield Traffic("keys and values", "context", "all_gather", layout.context, forward, forward * size)
+    yield Traffic("their gradients", "context", "reduce_scatter", layout.context, passes, passes * size)
 
 
 def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout) -> Iterator[Traffic]:
@@ -123,7 +141,7 @@ def bandwidth(traffic: Traffic, layout: Layout, device: Device, assumptions: Ass
     A group within a node has NVLink. A ring over nodes enters and leaves each node once, over the network ports of all its members
     there, so members that share a node add their ports up.
     """
-    strides = {"tensor": 1, "data": layout.tensor, "pipeline": layout.world_size // layout.pipeline}
+    strides = {"tensor": 1, "context": layout.tensor, "data": layout.tensor, "pipeline": layout.world_size // layout.pipeline}
     stride = strides["pipeline" if traffic.group == "embedding" else traffic.group]
     node = device.devices_per_node
     reach = stride if traffic.collective == "send" else stride * (traffic.group_size - 1)

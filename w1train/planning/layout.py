@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from w1train.config.schema import Config, ModelConfig
+from w1train.config.schema import Config, ModelConfig, ParallelConfig
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
+ContextMethod = Literal["all_gather", "all_to_all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,12 @@ class Layout:
     distributed_optimizer: bool
     recompute: Recompute
     recompute_num_layers: int
-    virtual_pipeline: int = 1
-    context: int = 1
+    virtual_pipeline: int
+    chunk_layers: tuple[int, ...]
+    """Layers of each chunk, in the order a micro-batch passes them: the first of every stage, then the second of every stage."""
+    context: int
+    context_method: ContextMethod
+    context_chunk_size: int
 
     @property
     def num_optimizer_shards(self) -> int:
@@ -74,9 +79,12 @@ class Layout:
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of a configuration that ``w1train.config.validate`` has passed for this world size."""
+    """The layout of a configuration that ``w1train.config.validate`` has passed for this world size.
+
+    Where the batch size changes with the schedule, it is that of training.global_batch_size.
+    """
     parallel, training = config.parallel, config.training
-    data = world_size // (parallel.tensor * parallel.pipeline)
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     return Layout(
         world_size=world_size,
         tensor=parallel.tensor,
@@ -88,37 +96,66 @@ def layout_of(config: Config, world_size: int) -> Layout:
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=parallel.recompute,
         recompute_num_layers=parallel.recompute_num_layers,
+        virtual_pipeline=parallel.virtual_pipeline,
+        chunk_layers=deal_layers(config.model, parallel),
+        context=parallel.context,
+        context_method=parallel.context_method,
+        context_chunk_size=parallel.context_chunk_size,
     )
 
 
-def chunks_of(layout: Layout, model: ModelConfig, pipeline_rank: int) -> list[Chunk]:
-    """The chunks of a pipeline rank. Virtual stage v of rank p begins with layer (v P + p) L / (V P), as megatron-core deals them."""
-    per_chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
-    last = (layout.pipeline - 1, layout.virtual_pipeline - 1)
+def deal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Layers of each chunk as megatron-core deals them: equal shares, but for the ends' own counts; a stage's share is divided among
+    its chunks; an end that counts as a layer takes the place of one."""
+    stages, virtual = parallel.pipeline, parallel.virtual_pipeline
+    ends = (parallel.num_layers_in_first_stage, parallel.num_layers_in_last_stage)
+    fixed = [count for count in ends if count is not None]
+    counted = parallel.embedding_counts_as_layer + parallel.head_counts_as_layer
+    middle = (model.num_layers + counted - sum(fixed)) // max(1, stages - len(fixed))
+    per_stage = [middle] * stages
+    for stage, count in ((0, ends[0]), (-1, ends[1])):
+        if count is not None:
+            per_stage[stage] = count
+    chunks = [count // virtual for _ in range(virtual) for count in per_stage]
+    chunks[0] -= parallel.embedding_counts_as_layer
+    chunks[-1] -= parallel.head_counts_as_layer
+    return tuple(chunks)
+
+
+def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
+    """The chunks of a pipeline rank."""
+    last = len(layout.chunk_layers) - 1
     return [
         Chunk(
             pipeline_rank=pipeline_rank,
-            virtual_stage=stage,
-            first_layer=(stage * layout.pipeline + pipeline_rank) * per_chunk,
-            num_layers=per_chunk,
-            has_embedding=(pipeline_rank, stage) == (0, 0),
-            has_head=(pipeline_rank, stage) == last,
+            virtual_stage=number // layout.pipeline,
+            first_layer=sum(layout.chunk_layers[:number]),
+            num_layers=layout.chunk_layers[number],
+            has_embedding=number == 0,
+            has_head=number == last,
         )
-        for stage in range(layout.virtual_pipeline)
+        for number in range(pipeline_rank, last + 1, layout.pipeline)
     ]
 
 
-def in_flight(layout: Layout, pipeline_rank: int) -> list[int]:
-    """Most micro-batches whose activations each chunk of a rank holds at once (1F1B; arXiv 2104.04473, section 2.2).
+def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
+    """How many micro-batches' activations each chunk of a rank holds, whenever they are most (1F1B; arXiv 2104.04473, section 2.2).
 
-    Without virtual stages rank p of P has run P - p forward passes before its first backward pass. Interleaved, it has
-    run 2 (P - p - 1) + (V - 1) P + 1 of them; passes go P micro-batches to a chunk, chunk after chunk.
+    A rank runs some passes forward, then one forward and one backward in turn. Rank p of P begins with P - p - 1 passes; interleaved,
+    with 2 (P - p - 1) + (V - 1) P. Passes go P micro-batches to a chunk, chunk after chunk, backward in the opposite order.
     """
     stages, virtual = layout.pipeline, layout.virtual_pipeline
-    if virtual == 1:
-        return [min(stages - pipeline_rank, layout.num_micro_batches)]
-    passes = min(2 * (stages - pipeline_rank - 1) + (virtual - 1) * stages + 1, layout.num_micro_batches * virtual)
-    return [sum(1 for number in range(passes) if number // stages % virtual == chunk) for chunk in range(virtual)]
+    # What is held repeats with every P micro-batches once the pipeline is full.
+    num_passes = min(layout.num_micro_batches, 4 * stages) * virtual
+    lead = stages - pipeline_rank - 1 if virtual == 1 else 2 * (stages - pipeline_rank - 1) + (virtual - 1) * stages
+    held, peaks = [0] * virtual, set()
+    for number in range(num_passes):
+        held[number // stages % virtual] += 1
+        if number >= lead or number == num_passes - 1:
+            peaks.add(tuple(held))
+        if number >= lead:
+            held[virtual - 1 - (number - lead) // stages % virtual] -= 1
+    return peaks
 
 
 def bubble_fraction(layout: Layout) -> float:

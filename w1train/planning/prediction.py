@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from w1train.config.schema import Config
 from w1train.planning import communication, timing
@@ -16,7 +17,6 @@ from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import StateBytes, state_bytes
 from w1train.planning.timing import StageSeconds
 from w1train.planning.workload import Workload, flops_per_token, workload_of
-from w1train.training.schedule import total_tokens
 
 RECOMPUTE_CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -31,7 +31,7 @@ class StagePlan:
     """On each of its ranks."""
     state: StateBytes
     """Of the data-parallel rank with most."""
-    in_flight: list[int]
+    in_flight: tuple[int, ...]
     """Micro-batches whose activations each chunk holds at once."""
     activations: list[ActivationBytes]
     """Of one micro-batch, by chunk."""
@@ -61,6 +61,7 @@ class Plan:
     stages: list[StagePlan]
     flops_per_token: dict[str, float]
     """By part, and their total."""
+    document_length: int | None
 
     @property
     def needed_bytes(self) -> int:
@@ -101,8 +102,17 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """For the schedule's tokens."""
-        return total_tokens(self.config.schedule) / self.tokens_per_second / 86400
+        """For the schedule's tokens, each stage at its batch size."""
+        stages = self.config.schedule.stages.values()
+        return sum(stage.tokens / self.at_batch_size(stage.global_batch_size).tokens_per_second for stage in stages) / 86400
+
+    def at_batch_size(self, global_batch_size: int | None) -> Plan:
+        """The plan with another number of sequences a step; None = this one's."""
+        if global_batch_size in (None, self.config.training.global_batch_size):
+            return self
+        training = dataclasses.replace(self.config.training, global_batch_size=global_batch_size)
+        config = dataclasses.replace(self.config, training=training)
+        return predict(config, self.layout.world_size, self.device, self.assumptions, self.document_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +127,7 @@ class _Setting:
 
     def sizes(self, num_logits: int | None = None) -> Sizes:
         """Of a micro-batch; without ``num_logits`` with the most logits there can be."""
-        by_document = self.config.diffusion.timestep_per == "document"
-        precision = self.config.training.precision
-        return sizes_of(self.config.model, self.layout, self.work, precision, segment_indexed=by_document, num_logits=num_logits)
+        return sizes_of(self.config.model, self.layout, self.work, self.config.training.precision, num_logits)
 
     @property
     def memory_bandwidth(self) -> float:
@@ -132,12 +140,12 @@ def predict(config: Config, world_size: int, device: Device, assumptions: Assump
     layout, work = layout_of(config, world_size), workload_of(config, document_length)
     setting = _Setting(config, layout, work, device, assumptions)
     stages = [_stage(setting, rank) for rank in range(layout.pipeline)]
-    return Plan(config, layout, work, device, assumptions, stages, flops_per_token(config, work))
+    return Plan(config, layout, work, device, assumptions, stages, flops_per_token(config, work), document_length)
 
 
 def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
     model, layout, precision = setting.config.model, setting.layout, setting.config.training.precision
-    chunks = chunks_of(layout, model, pipeline_rank)
+    chunks = chunks_of(layout, pipeline_rank)
     parameters = [chunk_parameters(model, layout, chunk) for chunk in chunks]
     largest = max(parameter.numel for own in parameters for parameter in own)
     # Memory is for the most there can be, time for what is expected.
@@ -146,16 +154,17 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
     states = state_bytes(parameters, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
     state = max(states, key=lambda bytes_of_rank: bytes_of_rank.total)
     traffic = _traffic(usual, layout, chunks, parameters, precision)
+    held = _held(most, layout, chunks)
     return StagePlan(
         pipeline_rank=pipeline_rank,
         chunks=chunks,
         num_parameters=sum(parameter.numel for own in parameters for parameter in own),
         state=state,
-        in_flight=in_flight(layout, pipeline_rank),
+        in_flight=held.counts,
         activations=[chunk_activation_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks],
-        activation_bytes=_held_bytes(most, layout, chunks),
+        activation_bytes=held.bytes,
         activations_by_recompute={
-            choice: _held_bytes(most, dataclasses.replace(layout, recompute=choice), chunks) for choice in RECOMPUTE_CHOICES
+            choice: _held(most, dataclasses.replace(layout, recompute=choice), chunks).bytes for choice in RECOMPUTE_CHOICES
         },
         working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, largest) for chunk in chunks),
         traffic=traffic,
@@ -163,17 +172,24 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
     )
 
 
-def _held_bytes(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> int:
-    """Activations of all micro-batches in flight."""
-    counts = in_flight(layout, chunks[0].pipeline_rank)
+class _Held(NamedTuple):
+    """Activations of all micro-batches in flight, when they are most."""
+
+    bytes: int
+    counts: tuple[int, ...]
+
+
+def _held(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> _Held:
     saved = [chunk_activation_bytes(sizes, CUDA_KERNELS, layout, chunk).total for chunk in chunks]
-    return sum(count * size for count, size in zip(counts, saved, strict=True))
+    peaks = in_flight(layout, chunks[0].pipeline_rank)
+    return max(_Held(sum(count * size for count, size in zip(counts, saved, strict=True)), counts) for counts in peaks)
 
 
 def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list[list[Parameter]], precision: Precision) -> list[Traffic]:
     traffic: list[Traffic] = []
     for chunk, own in zip(chunks, parameters, strict=True):
         traffic += communication.tensor_parallel_traffic(sizes, layout, chunk)
+        traffic += communication.context_parallel_traffic(sizes, layout, chunk)
         traffic += communication.pipeline_traffic(sizes, layout, chunk)
         traffic += communication.data_parallel_traffic(own, layout, precision)
     of_rank = [parameter for own in parameters for parameter in own]
@@ -189,20 +205,20 @@ def _seconds(
     matmul = attention = elementwise = 0.0
     for chunk, parameters in chunks:
         flops = timing.chunk_flops(setting.config.model, layout, setting.work, chunk, sizes.num_logits)
-        of_matmul, of_attention = timing.compute_seconds(flops, layout, setting.work, device, assumptions)
+        of_matmul, of_attention = timing.compute_seconds(flops, sizes, layout, setting.work, device, assumptions)
         matmul += of_matmul
         attention += of_attention
         elementwise += timing.elementwise_bytes(sizes, layout, chunk, parameters) / setting.memory_bandwidth
     once = [item for item in traffic if item.is_per_step]
-    sends = [item for item in traffic if item.collective == "send"]
-    others = [item for item in traffic if item not in once and item not in sends]
+    every = {group: [item for item in traffic if item.group == group and item not in once] for group in ("tensor", "context", "pipeline")}
     spent = partial(communication.total_seconds, layout=layout, device=device, assumptions=assumptions)
     return StageSeconds(
         matmul=matmul * layout.num_micro_batches,
         attention=attention * layout.num_micro_batches,
         elementwise=elementwise * layout.num_micro_batches,
-        tensor_parallel=spent(others),
-        pipeline_sends=spent(sends),
+        tensor_parallel=spent(every["tensor"]),
+        context_parallel=spent(every["context"]),
+        pipeline_sends=spent(every["pipeline"]),
         gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth,
         data_parallel=spent(once),
     )

@@ -12,6 +12,8 @@ from w1train.config.validate import validate
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 
+_VIRTUAL = (1, 2, 4)
+
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
@@ -26,9 +28,11 @@ class SearchResult:
 def search_layouts(
     config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None
 ) -> SearchResult:
-    """Plan every combination of tensor, sequence and pipeline parallelism, micro-batch and recomputation that ``validate`` passes.
+    """Plan every combination of tensor, sequence, context and pipeline parallelism (layers split evenly), micro-batch and recomputation
+    that ``validate`` passes.
 
-    Tensor parallelism stays within a node, where it has NVLink. The global batch, and with it what is trained, is the recipe's.
+    Tensor and context parallelism stay within a node, where they have NVLink. The global batch, and with it what is trained, is the
+    recipe's.
     """
     num_tried = num_valid = 0
     plans = []
@@ -45,13 +49,27 @@ def search_layouts(
 
 
 def _candidates(config: Config, world_size: int, devices_per_node: int) -> Iterator[Config]:
-    tensors = [size for size in _powers_of_two(devices_per_node) if world_size % size == 0]
+    in_node = [size for size in _powers_of_two(devices_per_node) if world_size % size == 0]
     pipelines = [size for size in range(1, config.model.num_layers + 1) if world_size % size == 0]
     micro_batches = _powers_of_two(config.training.global_batch_size)
-    for tensor, pipeline, micro_batch, recompute in itertools.product(tensors, pipelines, micro_batches, RECOMPUTE_CHOICES):
+    choices = itertools.product(in_node, in_node, pipelines, _VIRTUAL, micro_batches, RECOMPUTE_CHOICES)
+    for tensor, context, pipeline, virtual, micro_batch, recompute in choices:
+        if tensor * context > devices_per_node or (pipeline == 1 and virtual > 1):
+            continue
         for sequence in (False, True) if tensor > 1 else (False,):
             parallel = dataclasses.replace(
-                config.parallel, tensor=tensor, sequence=sequence, pipeline=pipeline, recompute=recompute, recompute_num_layers=1
+                config.parallel,
+                tensor=tensor,
+                sequence=sequence,
+                context=context,
+                pipeline=pipeline,
+                virtual_pipeline=virtual,
+                num_layers_in_first_stage=None,
+                num_layers_in_last_stage=None,
+                embedding_counts_as_layer=False,
+                head_counts_as_layer=False,
+                recompute=recompute,
+                recompute_num_layers=1,
             )
             training = dataclasses.replace(config.training, micro_batch_size=micro_batch)
             yield dataclasses.replace(config, parallel=parallel, training=training)

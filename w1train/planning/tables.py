@@ -27,7 +27,8 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
     layout = plan.layout
     console.print(
         f"{plan.config.name}: {num_parameters(plan.config.model):,} parameters on {layout.world_size} x {plan.device.name}: "
-        f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}, "
+        f"data {layout.data} x context {layout.context} x tensor {layout.tensor} x pipeline {layout.pipeline}"
+        f"{f' ({layout.virtual_pipeline} chunks each)' if layout.virtual_pipeline > 1 else ''}, "
         f"sequence parallelism {'on' if layout.sequence else 'off'}, recompute {layout.recompute}, "
         f"{layout.num_micro_batches} micro-batches of {layout.micro_batch_size} a step"
     )
@@ -142,6 +143,7 @@ def speed_table(plan: Plan) -> Table:
         ("attention", "attention"),
         ("elementwise", "element-wise kernels"),
         ("tensor_parallel", "tensor-parallel collectives"),
+        ("context_parallel", "context-parallel collectives"),
         ("pipeline_sends", "pipeline sends"),
         ("gradients_and_optimizer", "gradient and optimizer passes"),
         ("data_parallel", "collectives once a step"),
@@ -159,13 +161,15 @@ def speed_table(plan: Plan) -> Table:
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
     """The best layouts."""
     table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
-    columns = "# data tensor SP pipeline batch count recompute GiB bubble seconds MFU days"
+    columns = "# data context tensor SP pipeline chunks batch count recompute GiB bubble seconds MFU days"
     for column in columns.split():
         table.add_column(column, justify="left" if column == "recompute" else "right")
     for number, plan in enumerate(result.plans[:num_shown], 1):
         table.add_row(*_search_row(number, plan))
     console.print(table)
-    console.print("SP: sequence parallelism; batch: samples of a micro-batch; count: micro-batches of a rank in a step")
+    console.print(
+        "SP: sequence parallelism; chunks: of a pipeline stage; batch: samples of a micro-batch; count: micro-batches of a rank in a step"
+    )
     console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; not built: plan one to build it")
     if result.plans:
         console.print("the first: " + " ".join(overrides(result.plans[0])))
@@ -175,7 +179,8 @@ def print_search(console: Console, result: SearchResult, num_shown: int, num_gpu
 
 def _search_row(number: int, plan: Plan) -> Iterator[str]:
     layout = plan.layout
-    yield from map(str, (number, layout.data, layout.tensor, "on" if layout.sequence else "off", layout.pipeline))
+    yield from map(str, (number, layout.data, layout.context, layout.tensor))
+    yield from map(str, ("on" if layout.sequence else "off", layout.pipeline, layout.virtual_pipeline))
     yield from (str(layout.micro_batch_size), str(layout.num_micro_batches), layout.recompute, f"{plan.needed_bytes / GIB:.1f}")
     yield from (f"{plan.bubble_fraction:.1%}", f"{plan.step_seconds:.3f}", f"{plan.mfu:.1%}", f"{plan.days:.1f}")
 

@@ -27,6 +27,7 @@ class StageSeconds:
     attention: float
     elementwise: float
     tensor_parallel: float
+    context_parallel: float
     pipeline_sends: float
     gradients_and_optimizer: float
     """Once a step: memory passes over gradients and optimizer states."""
@@ -36,7 +37,7 @@ class StageSeconds:
     @property
     def per_micro_batches(self) -> float:
         """Of all micro-batches together."""
-        return self.matmul + self.attention + self.elementwise + self.tensor_parallel + self.pipeline_sends
+        return self.matmul + self.attention + self.elementwise + self.tensor_parallel + self.context_parallel + self.pipeline_sends
 
     @property
     def total(self) -> float:
@@ -44,14 +45,15 @@ class StageSeconds:
 
 
 def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk, num_logits: int) -> FlopsByPart:
-    """Model FLOPs of one micro-batch in one chunk on one rank. adaLN and timestep MLP are repeated on every tensor-parallel rank."""
+    """Model FLOPs of one micro-batch in one chunk on one rank. adaLN and timestep MLP are repeated on
+    every tensor- and context-parallel rank."""
     samples = layout.micro_batch_size
     whole = model_flops(
         model,
         num_tokens=samples * work.num_positions,
         visible_pairs=samples * work.visible_pairs,
         num_logits=num_logits,
-        num_segments=samples * work.num_segments,
+        num_segments=samples * work.num_segments + work.num_clean_segments,
     )
 
     def share(flops: int) -> int:
@@ -67,16 +69,19 @@ def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk
     )
 
 
-def compute_seconds(flops: FlopsByPart, layout: Layout, work: Workload, device: Device, assumptions: Assumptions) -> tuple[float, float]:
-    """(linear layers, attention) of one micro-batch. Recomputation repeats the forward third; a dense mask computes every pair."""
+def compute_seconds(
+    flops: FlopsByPart, sizes: Sizes, layout: Layout, work: Workload, device: Device, assumptions: Assumptions
+) -> tuple[float, float]:
+    """(linear layers, attention) of one micro-batch. Recomputation repeats the forward third; a dense mask computes every pair of a row
+    and a key that its kernel is given."""
     peak = device.peak_tflops * 1e12
     repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
     in_layers = flops.attention_projections + flops.mlp + flops.adaln
     outside = flops.timestep_mlp + flops.output_head
     matmul = (in_layers * repeated[0] / 3 + outside) / (peak * assumptions.matmul_efficiency)
     pairs, efficiency = flops.attention_core * repeated[1] / 3, assumptions.attention_efficiency
-    if work.num_documents > 1:
-        pairs, efficiency = pairs / work.visible_share, assumptions.masked_attention_efficiency
+    if work.is_masked:
+        pairs, efficiency = pairs * work.num_positions * sizes.keys / work.visible_pairs, assumptions.masked_attention_efficiency
     return matmul, pairs / (peak * efficiency)
 
 
