@@ -130,7 +130,7 @@ TWO_RANKS = [
     _config(model={"num_layers": 4}, parallel={"pipeline": 2, "virtual_pipeline": 2}, training={"precision": "bf16"}),
     *(
         _config(
-            model={"qk_norm": recompute == "none"},
+            model={"qk_norm": not diffusion},
             parallel={"context": 2, "context_method": method, "context_chunk_size": 16, "recompute": recompute},
             diffusion=diffusion,
             training={"precision": "bf16"},

@@ -41,7 +41,7 @@ def test_json_has_a_stable_schema(capsys):
 
 
 def test_tables_say_what_matters(capsys):
-    assert plan.main([*SMALL, "--device", "h800", "--documents=64"]) == 0
+    assert plan.main([*SMALL, "data.sequence_length=256", "--device", "h800", "--documents=64"]) == 0
     text = capsys.readouterr().out
     for words in (
         "2 x H800",
@@ -78,7 +78,7 @@ def test_a_layout_that_breaks_rules_lists_them_all_and_builds_nothing(capsys, mo
     monkeypatch.setattr(build, "build_ranks", lambda *_: pytest.fail("built"))
     assert plan.main(["recipe=w1_4b", "gpus=512", "training.micro_batch_size=2"]) == 2
     assert "multiple of training.micro_batch_size x data-parallel ranks (2 x 512 = 1024)" in capsys.readouterr().err
-    assert plan.main(["recipe=demo", "gpus=3", "parallel.tensor=2"]) == 2
+    assert plan.main(["recipe=w1_4b", "gpus=3", "parallel.tensor=2"]) == 2
     assert "in a world of 3" in capsys.readouterr().err
 
 

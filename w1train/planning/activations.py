@@ -155,20 +155,25 @@ def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
     return total
 
 
-def attention_input_bytes(sizes: Sizes, *, recomputed: bool) -> int:
+def attention_input_bytes(sizes: Sizes, kernels: Kernels, *, recomputed: bool) -> int:
     """q, k and v as attention saves them.
 
     One projection gives q, k and v in one storage. v is a view of it that keeps it whole; q and k are new, from the rotary embedding.
-    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads; the projection is then kept by
-    QK-norm alone. Recomputed, attention keeps its inputs from before the exchange.
+    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads, and its torch.gather keeps
+    what came in from the other ranks besides; the projection is then kept only by a QK-norm that saves its input and no copy of it.
+    Recomputed, attention keeps its inputs from before the exchange.
     """
     projection = sizes.positions * (sizes.query + 2 * sizes.key)
     if sizes.travel is None or recomputed:
         return (projection + sizes.positions * (sizes.query + sizes.key)) * sizes.element
-    exchanged = sizes.positions * (sizes.query + 2 * sizes.key)
-    if sizes.travel != "heads":
-        exchanged = sizes.positions * sizes.query + sizes.samples * sizes.keys * 2 * sizes.key
-    return (exchanged + (projection if sizes.qk_norm else 0)) * sizes.element
+    if sizes.travel == "heads":
+        exchanged = 2 * sizes.positions * (sizes.query + 2 * sizes.key)
+    else:
+        all_keys = sizes.samples * sizes.keys
+        arrived = all_keys - sizes.positions // 2 if sizes.travel == "clean" else all_keys
+        exchanged = sizes.positions * sizes.query + (all_keys + arrived) * 2 * sizes.key
+    norm_keeps_projection = sizes.qk_norm and (kernels.fused_norm or sizes.element == FP32_BYTES)
+    return (exchanged + (projection if norm_keeps_projection else 0)) * sizes.element
 
 
 def core_attention_bytes(sizes: Sizes) -> int:
@@ -203,7 +208,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
     total = modulation_bytes(sizes, 6)
     total += 2 * (branch_input_bytes(sizes, kernels) + branch_output_bytes(sizes))
     total += query_key_value_bytes(sizes, kernels) + attention_output
-    total += attention_input_bytes(sizes, recomputed=recompute_attention)
+    total += attention_input_bytes(sizes, kernels, recomputed=recompute_attention)
     total += 0 if recompute_attention else core_attention_bytes(sizes)
     return total + mlp_bytes(sizes, kernels)
 
