@@ -58,10 +58,10 @@ model:
   max_sequence_length: 64
   condition_size: 16
   timestep_frequency_size: 16
-data:
-  train: ${{oc.env:TINY_DATA}}/train
-  validation: ${{oc.env:TINY_DATA}}/validation
-  tokenizer: ${{oc.env:TINY_DATA}}/tokenizer.json
+data:  # relative: the ranks start in the data's directory, so that a copy of a run goes on with a copy of its data
+  train: train
+  validation: validation
+  tokenizer: tokenizer.json
   sequence_length: {LENGTH}
 diffusion:
   num_strata: {BATCH}
@@ -185,7 +185,7 @@ def _enter_rank(main: Callable[[int], int], rank: int, world_size: int, port: in
 
 
 def _rank(arguments: list[str], data: Path, logs: list[Path], sabotage: Sabotage | None, rank: int) -> int:
-    os.environ["TINY_DATA"] = str(data)
+    os.chdir(data)
     with output_to(logs[rank]):
         if sabotage is not None:
             sabotage(rank)
