@@ -29,12 +29,16 @@ from w1train.runtime.cpu import import_megatron
 
 import_megatron()
 
-# Imported here for the ranks: what the parent has, they need not import.
+# Imported and done once here for the ranks: what the parent has, they need not import.
+import psutil  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402, F401
 
 import w1train.training.loop  # noqa: E402, F401
 from data_tools import tokenize, train_tokenizer  # noqa: E402
 from w1train import pretrain  # noqa: E402
+from w1train.config.command_line import parse_command_line  # noqa: E402
+
+parse_command_line(["recipe=demo"])
 
 VOCAB_SIZE = 320
 LENGTH = 32

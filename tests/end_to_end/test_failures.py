@@ -54,11 +54,11 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
     run.train(world_size=2, sabotage=traps.after_commit(2))
     saved = run.checkpoints / "step_0000000006"
     shards, metadata = sum(map(blocks, saved.glob("__*"))), blocks(saved / ".metadata")
-    # Fails in: the first shard, some shard, .metadata, metadata.json, config.yaml, manifest.json.
-    for num_bytes_left in (0, shards // 2, shards, shards + metadata, shards + metadata + 4096, shards + metadata + 8192):
+    # Fails in: some shard, .metadata, metadata.json, manifest.json.
+    for num_bytes_left in (shards // 2, shards, shards + metadata, shards + metadata + 8192):
         outcome = run.train(world_size=2, sabotage=traps.fill_disk(small_disk, num_bytes_left, number=1)).require(1)
-        message = one_line(outcome.output, "No space left on device")
-        assert "step_0000000009" in message
+        message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
+        assert "No space left on device" in message or "disk full" in message
         assert "The one of step 6 is untouched: the same command goes on from it" in message
         assert outcome.outputs[1] == ""
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_0000000003", "step_0000000006"]
@@ -75,7 +75,7 @@ def test_one_rank_cannot_write(tiny_run, undisturbed):
 
     outcome = tiny_run.train(world_size=2, sabotage=limit).require(1)
     message = one_line(outcome.output, "could not save")
-    assert "rank 1: " in message
+    assert "rank 1: a file could not be written to its end (disk full, or a quota or file size limit reached" in message
     assert "rank 0: " not in message
     assert "There is no older one" in message
     assert list(tiny_run.checkpoints.iterdir()) == []

@@ -131,7 +131,6 @@ def _explain_failure(final: Path, writing: Path, error: BaseException) -> str:
     shutil.rmtree(writing, ignore_errors=True)
     kept = latest_step(final.parent)
     older = "There is no older one" if kept is None else f"The one of step {kept} is untouched: the same command goes on from it"
-    # torch's writer calls a full disk a wrong position in its archive; the free space says what it is.
     return f"could not save {final}, with {free / 2**20:.1f} MiB free on that disk: {'; '.join(_root_causes(error))}. {older}."
 
 
@@ -144,6 +143,9 @@ def _root_causes(error: BaseException) -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
+    if "inline_container" in text:
+        # What torch's writer makes of a full disk, now and then: a wrong position in its archive.
+        return f"a file could not be written to its end (disk full, or a quota or file size limit reached; torch says: {text})"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
 
