@@ -1,0 +1,101 @@
+"""The plan's FLOPs per token against torch's FLOP counter on the real model, part by part."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.distributed import run_distributed
+from tests.tiny import VOCAB_SIZE, tiny_config
+from w1train.planning.workload import flops_per_token, workload_of
+from w1train.runtime.cpu import import_megatron
+
+import_megatron()
+
+from w1train.data.batch import PackedBatch  # noqa: E402
+from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.forward import _loss  # noqa: E402
+from w1train.training.inputs import num_streams, rank_inputs, sequence_visibility  # noqa: E402
+from w1train.training.setup import build_stage  # noqa: E402
+
+LENGTH, NUM_SAMPLES = 64, 2
+PARTS = {
+    "attention_projections": ("linear_qkv", "linear_proj"),
+    "attention_core": ("core_attention",),
+    "mlp": ("linear_fc1", "linear_fc2"),
+    "adaln": ("modulation.linear", "final_modulation.linear"),
+    "timestep_mlp": ("linear_in", "linear_out"),
+    "output_head": ("output_layer",),
+}
+
+
+def _batch(document_length):
+    positions = torch.arange(LENGTH, dtype=torch.int32).expand(NUM_SAMPLES, -1)
+    tokens = torch.arange(16, 16 + LENGTH).expand(NUM_SAMPLES, -1) % VOCAB_SIZE
+    return PackedBatch(tokens, positions // document_length, positions % document_length, torch.arange(NUM_SAMPLES))
+
+
+def _counted(_rank, _world_size, config, document_length):
+    """FLOPs of one micro-batch by part, and all of them."""
+    with distributed(config.parallel):
+        stage = build_stage(config, transformer_config(config.model, config.parallel, "fp32"))
+        noisy = corrupt(_batch(document_length), config.diffusion, 0)
+        assert bool(noisy.loss_mask.all())
+        inputs = rank_inputs(noisy, config)
+        # The fused kernels' backward computes the scores again, and the counter counts that; the plan does not.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            _loss(config, inputs, stage(inputs.model))[0].backward()
+        counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    parts = Counter()
+    for part, names in PARTS.items():
+        parts[part] = sum(flops for module, flops in counts.items() if module.endswith(tuple("." + name for name in names)))
+    return dict(parts), counts["Global"]
+
+
+@pytest.mark.parametrize(
+    ("model", "document_length", "diffusion"),
+    [
+        ({}, LENGTH, {"timestep_per": "sequence"}),
+        ({}, 24, {"timestep_per": "document"}),
+        ({"num_query_groups": 2, "qk_norm": True, "tie_embeddings": True}, 16, {"timestep_per": "document"}),
+        ({"conditioning": "none"}, LENGTH, {}),
+        ({}, 24, {"timestep_per": "block", "block_size": 16}),
+        ({}, 24, {"timestep_per": "block", "block_size": 16, "block_index": "sample"}),
+    ],
+    ids=str,
+)
+def test_flops_per_token_part_by_part(model, document_length, diffusion):
+    config = tiny_config(
+        model=model,
+        data={"sequence_length": LENGTH},
+        # Every token is masked, so that the number of logits is known.
+        diffusion={"random_length_probability": 0.0, "t_min": 1.0 - 1e-9, "t_max": 1.0, **diffusion},
+    )
+    work = workload_of(config, document_length)
+    predicted = flops_per_token(config, work)
+    ((parts, total),) = run_distributed(_counted, 1, config, document_length, process_group=False)
+    tokens = LENGTH * NUM_SAMPLES
+    # The dense kernel computes every pair, visible or not.
+    dense = predicted["attention_core"] / work.visible_share
+    for part, flops in parts.items():
+        expected = dense if part == "attention_core" else predicted[part]
+        assert flops / tokens == pytest.approx(expected, rel=1e-12), part
+    assert total == sum(parts.values())
+    assert total / tokens == pytest.approx(predicted["total"] - predicted["attention_core"] + dense, rel=1e-12)
+
+
+@pytest.mark.parametrize("document_length", [1, 7, 16, 24, LENGTH])
+@pytest.mark.parametrize(
+    "block", [{}, {"block_size": 1}, {"block_size": 16}, {"block_size": 16, "block_index": "sample"}, {"block_size": LENGTH}]
+)
+def test_visible_pairs_are_those_of_the_mask(document_length, block):
+    config = tiny_config(data={"sequence_length": LENGTH}, diffusion=block)
+    visibility = sequence_visibility(_batch(document_length).document_ids, config.diffusion, num_streams(config))
+    work = workload_of(config, document_length)
+    assert work.num_streams == num_streams(config)
+    assert NUM_SAMPLES * work.visible_pairs == int(visibility.num_visible_pairs())
+    assert NUM_SAMPLES * work.num_positions == visibility.endpoints.shape[1] * visibility.endpoints.shape[2]

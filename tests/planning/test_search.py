@@ -1,0 +1,107 @@
+"""The layouts that --search finds, and how predictions move with the layout."""
+
+import dataclasses
+
+import pytest
+
+from w1train.config.compose import load_config
+from w1train.config.validate import validate
+from w1train.planning.assumptions import DEVICES, Assumptions, replace_assumptions
+from w1train.planning.prediction import predict
+from w1train.planning.search import search_layouts
+
+H100 = DEVICES["h100"]
+
+
+@pytest.fixture(scope="module")
+def w1():
+    return load_config(["recipe=w1_4b"])
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search_layouts(load_config(["recipe=llada_8b", "training.global_batch_size=64"]), 16, H100, Assumptions())
+
+
+def test_only_valid_layouts_that_fit_fastest_first(found):
+    assert found.plans
+    for plan in found.plans:
+        assert validate(plan.config, 16) == []
+        assert plan.fits
+        assert plan.layout.world_size == plan.layout.tensor * plan.layout.context * plan.layout.pipeline * plan.layout.data
+        assert plan.layout.num_micro_batches * plan.layout.micro_batch_size * plan.layout.data == 64
+    speeds = [plan.mfu for plan in found.plans]
+    assert speeds == sorted(speeds, reverse=True)
+    assert found.num_tried > found.num_valid > len(found.plans)
+
+
+def test_every_kind_of_layout_is_tried(found):
+    """8B fits on 16 devices only with some help, and there is more than one kind of help."""
+    layouts = [plan.layout for plan in found.plans]
+    assert {layout.tensor for layout in layouts} >= {2, 4, 8}
+    assert {layout.pipeline for layout in layouts} >= {1, 2, 4}
+    assert {layout.recompute for layout in layouts} == {"none", "selective", "full"}
+    assert {layout.virtual_pipeline for layout in layouts} >= {1, 2}
+    assert {layout.context for layout in layouts} >= {1, 2}
+    assert {layout.sequence for layout in layouts} == {False, True}
+
+
+def test_search_leaves_the_recipe_alone(w1):
+    before = dataclasses.asdict(w1)
+    search_layouts(w1, 2, H100, Assumptions())
+    assert dataclasses.asdict(w1) == before
+
+
+def test_a_layout_that_does_not_fit(w1):
+    config = dataclasses.replace(w1, training=dataclasses.replace(w1.training, micro_batch_size=64))
+    plan = predict(config, 8, H100, Assumptions())
+    assert not plan.fits
+    assert plan.needed_bytes > H100.memory_bytes
+    assert predict(config, 8, dataclasses.replace(H100, memory_bytes=plan.needed_bytes), Assumptions()).fits
+
+
+def test_more_efficient_devices_are_faster_and_more_memory_changes_no_speed(w1):
+    plan = predict(w1, 512, H100, Assumptions())
+    better, problems = replace_assumptions(Assumptions(), ["matmul_efficiency=0.9"])
+    assert problems == []
+    assert predict(w1, 512, H100, better).mfu > plan.mfu
+    assert predict(w1, 512, DEVICES["h200"], Assumptions()).mfu > plan.mfu  # faster memory
+    assert predict(w1, 512, dataclasses.replace(H100, memory_bytes=10**12), Assumptions()).step_seconds == plan.step_seconds
+
+
+def test_less_nvlink_slows_tensor_parallelism_down_only(w1):
+    tensor = dataclasses.replace(w1, parallel=dataclasses.replace(w1.parallel, tensor=4, sequence=True))
+    stages = [predict(tensor, 512, DEVICES[name], Assumptions()).stages[0].seconds for name in ("h100", "h800")]
+    assert stages[1].tensor_parallel > 1.5 * stages[0].tensor_parallel
+    assert stages[1].matmul == stages[0].matmul
+
+
+def test_packed_documents_need_fewer_model_flops_but_not_less_time(w1):
+    """A dense mask computes every pair, so packing lowers MFU until a kernel skips what is masked."""
+    whole, packed = (predict(w1, 512, H100, Assumptions(), documents) for documents in (None, 512))
+    assert packed.work.visible_pairs == 8 * 512**2
+    assert packed.flops_per_token["attention_core"] == whole.flops_per_token["attention_core"] / 8
+    assert packed.step_seconds > whole.step_seconds
+    assert packed.mfu < whole.mfu
+
+
+def test_context_parallel_ranks_exchange_clean_keys_only_where_blocks_stay_home(w1):
+    def sent(**diffusion):
+        config = dataclasses.replace(
+            w1,
+            parallel=dataclasses.replace(w1.parallel, context=4),
+            diffusion=dataclasses.replace(w1.diffusion, block_size=32, **diffusion),
+        )
+        traffic = predict(config, 512, H100, Assumptions(), document_length=1000).stages[0].traffic
+        return next(item.sent_bytes for item in traffic if item.name == "keys and values")
+
+    assert sent(block_index="document") == 2 * sent(block_index="sample")
+
+
+def test_days_follow_the_batch_sizes_of_the_schedule(w1):
+    plan = predict(w1, 64, H100, Assumptions())
+    stages = {name: dataclasses.replace(stage, global_batch_size=64) for name, stage in w1.schedule.stages.items()}
+    small = predict(dataclasses.replace(w1, schedule=dataclasses.replace(w1.schedule, stages=stages)), 64, H100, Assumptions())
+    assert small.step_seconds == plan.step_seconds
+    assert small.days > plan.days
+    assert small.days == pytest.approx(plan.days * plan.tokens_per_second / plan.at_batch_size(64).tokens_per_second)

@@ -1,0 +1,98 @@
+"""Predicted bytes of parameters, gradients and optimizer states against a real run's storages, to the byte."""
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.tiny import packed_batch, tiny_config
+from w1train.planning.layout import chunks_of, layout_of
+from w1train.planning.parameters import Parameter, chunk_parameters
+from w1train.planning.state import buffer_layout, shard_numels, state_bytes
+from w1train.runtime.cpu import import_megatron
+
+import_megatron()
+
+from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.model.initialization import global_named_parameters  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.forward import run_micro_batches  # noqa: E402
+from w1train.training.setup import build_trained_model  # noqa: E402
+
+TIED = {"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}
+# World size, layout, precision, model.
+CASES = {
+    "data 3, fp32": (3, {}, "fp32", {}),
+    "data 3, bf16, tied": (3, {}, "bf16", TIED),
+    "one rank, plain optimizer, bf16": (1, {"distributed_optimizer": False}, "bf16", {}),
+    "tensor 2, sequence, data 2, bf16": (4, {"tensor": 2, "sequence": True}, "bf16", {"conditioning": "none"}),
+    "tensor 2, pipeline 2, data 2, fp32": (8, {"tensor": 2, "pipeline": 2}, "fp32", {}),
+    "pipeline 2, data 3, bf16": (6, {"pipeline": 2}, "bf16", {}),
+    "pipeline 2, data 2, bf16, tied": (4, {"pipeline": 2}, "bf16", TIED),
+    "pipeline 2, plain optimizer, data 2, fp32": (4, {"pipeline": 2, "distributed_optimizer": False}, "fp32", TIED),
+    "pipeline 2, virtual 2, data 2, bf16, tied": (4, {"pipeline": 2, "virtual_pipeline": 2}, "bf16", TIED),
+    "context 2, tensor 2, bf16": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2}, "bf16", {}),
+    "pipeline 2, uneven, context 2, fp32": (
+        4,
+        {"pipeline": 2, "num_layers_in_first_stage": 1, "context": 2, "context_chunk_size": 8},
+        "fp32",
+        {},
+    ),
+}
+
+
+def _storage_bytes(tensors):
+    """Bytes of the distinct storages behind some tensors."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _allocated(_rank, world_size, config):
+    """(parameters, gradients, optimizer) bytes after one step, and the names and shapes of the parameters."""
+    with distributed(config.parallel) as ranks:
+        model = build_trained_model(config)
+        num_samples = config.training.global_batch_size // ranks.data_parallel_size
+        first = ranks.data_parallel_rank * num_samples
+        size = config.training.micro_batch_size
+        batches = (
+            corrupt(packed_batch(range(start, start + size)), config.diffusion, config.training.seed)
+            for start in range(first, first + num_samples, size)
+        )
+        run_micro_batches(config, model.chunks, batches, num_samples // size, training=True)
+        assert model.optimizer.step()[0]
+        parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+        buffers = [buffer for chunk in model.chunks for buffer in chunk.buffers]
+        # The optimizers behind megatron-core's wrappers: their groups hold masters, or views of fp32 parameters.
+        inner = [optimizer.optimizer for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])]
+        updated = [parameter for optimizer in inner for group in optimizer.param_groups for parameter in group["params"]]
+        moments = [state[key] for optimizer in inner for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        masters = [parameter for parameter in updated if parameter.untyped_storage().data_ptr() not in own]
+        names = [(name, tuple(p.shape)) for stage in model.stages for name, p in global_named_parameters(stage)]
+        return _storage_bytes(parameters), _storage_bytes([b.grad_data for b in buffers]), _storage_bytes(masters + moments), names
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_bytes_are_those_of_a_real_run(name):
+    world_size, parallel, precision, model = CASES[name]
+    config = tiny_config(
+        parallel=parallel,
+        model={"num_layers": 4, **model},
+        training={"precision": precision, "global_batch_size": 12, "micro_batch_size": 1},
+        diffusion={"num_strata": 4},
+    )
+    layout = layout_of(config, world_size)
+    results = run_distributed(_allocated, world_size, config, timeout=120, process_group=False)
+    for rank, (parameters, gradients, optimizer, names) in enumerate(results):
+        place = layout.coordinates(rank)
+        chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, place.pipeline)]
+        assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
+        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
+        predicted = predicted[place.context + layout.context * place.data]
+        assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
+
+
+def test_shares_add_up_to_the_parameters_without_padding():
+    parameters = [Parameter("a", (7,)), Parameter("b", (130, 3), has_own_bucket=True), Parameter("c", (1000,)), Parameter("d", (64,))]
+    for num_shards in (1, 2, 3, 512):
+        buckets = buffer_layout(parameters, num_shards)
+        assert [len(bucket.spans) for bucket in buckets] == [2, 1, 1]
+        assert all((bucket.end - bucket.start) % num_shards == 0 for bucket in buckets)
+        assert sum(shard_numels(buckets, num_shards)) == sum(parameter.numel for parameter in parameters)

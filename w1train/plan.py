@@ -1,0 +1,79 @@
+"""Plan a run before a GPU is booked; needs none.
+
+    python -m w1train.plan recipe=w1_4b gpus=512
+    python -m w1train.plan recipe=w1_4b gpus=512 parallel.tensor=4 parallel.sequence=true --device h200 --json
+    python -m w1train.plan recipe=llada_8b gpus=256 --search
+
+Memory, traffic and speed come from closed forms (w1train/planning); the layout's ranks are then built on meta tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+
+from rich.console import Console
+
+from w1train.config.errors import ConfigurationError, raise_if_any
+from w1train.config.validate import validate
+from w1train.planning.arguments import PROGRAM, Request, parse
+from w1train.planning.as_json import plan_as_dict, search_as_dict
+from w1train.planning.prediction import predict
+from w1train.planning.search import search_layouts
+from w1train.planning.tables import print_plan, print_search
+
+NUM_SHOWN = 15
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0, 1 where the layout does not fit or cannot be built, 2 for a mistake in what was asked."""
+    try:
+        request = parse(arguments)
+        return search(request) if request.search else plan(request)
+    except ConfigurationError as error:
+        print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the command line.", file=sys.stderr)
+        return 2
+
+
+def plan(request: Request) -> int:
+    """Plan and build the layout that was asked for."""
+    raise_if_any(validate(request.config, request.num_gpus))
+    # torch and megatron-core take seconds to import, which mistakes and --search need not wait for.
+    from w1train.planning.build import LayoutError, build_ranks
+
+    planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
+    try:
+        build = build_ranks(request.config, request.num_gpus)
+    except LayoutError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    if request.json:
+        print(json.dumps(plan_as_dict(planned, build)))
+    else:
+        print_plan(console(), planned, build)
+    return 0 if planned.fits else 1
+
+
+def search(request: Request) -> int:
+    """Rank the layouts that fit."""
+    result = search_layouts(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
+    if request.json:
+        print(json.dumps(search_as_dict(result, NUM_SHOWN)))
+    else:
+        print_search(console(), result, NUM_SHOWN, request.num_gpus)
+    return 0 if result.plans else 1
+
+
+def console() -> Console:
+    """As wide as the terminal; 120 columns where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+if __name__ == "__main__":
+    # A GPU that is there shall not be touched, and the plan shall be the same everywhere.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Deprecations inside the libraries are not the user's.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
+    sys.exit(main(sys.argv[1:]))

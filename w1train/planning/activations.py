@@ -1,0 +1,278 @@
+"""Bytes that autograd saves for the backward pass, layer by layer, with and without recomputation.
+
+Counted are unique storages, as ``torch.autograd.graph.saved_tensors_hooks`` sees them. Two sets of kernels save different
+things for the same layer: on CUDA RMSNorm and SwiGLU are fused; on the CPU they are chains of element-wise operations.
+
+Shapes: s = positions of a rank in the residual stream (divided under sequence parallelism), l = positions of a rank in
+attention and MLP, b = samples, h = hidden size, q and k = widths of queries and keys of a rank, f = FFN width of a rank, d = head
+channels, g = segments, c = condition size, m = positions with logits, v = vocabulary of a rank, e = bytes of an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from w1train.config.schema import ModelConfig
+from w1train.planning.layout import Chunk, Layout, Precision
+from w1train.planning.parameters import widths
+from w1train.planning.state import FP32_BYTES, PRECISION_BYTES
+from w1train.planning.workload import Workload
+
+_INT64_BYTES = 8
+
+Travel = Literal["clean", "all", "heads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What decides how much an operation saves."""
+
+    fused_norm: bool
+    """Saves its input and one number a row; unfused also the normalised rows, and in bf16 an fp32 copy of its input."""
+    fused_swiglu: bool
+    """Saves its input; unfused also SiLU of one half and a copy of the other."""
+
+
+CUDA_KERNELS = Kernels(fused_norm=True, fused_swiglu=True)
+CPU_KERNELS = Kernels(fused_norm=False, fused_swiglu=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes that the closed forms take, for one micro-batch on one rank."""
+
+    element: int
+    samples: int
+    positions: int
+    """l, all samples together."""
+    residual_positions: int
+    """s, all samples together."""
+    hidden: int
+    channels: int
+    heads: int
+    query: int
+    key: int
+    ffn: int
+    vocabulary: int
+    num_logits: int
+    segments: int
+    condition: int
+    frequencies: int
+    segment_indexed: bool
+    masked: bool
+    travel: Travel | None
+    """What context-parallel ranks exchange; None without context parallelism."""
+    rows: int
+    """Query rows of a sample in attention."""
+    keys: int
+    """Key columns of a sample in attention."""
+    has_adaln: bool
+    qk_norm: bool
+    grouped_queries: bool
+
+    @property
+    def residual(self) -> int:
+        """A tensor of the residual stream, [s, b, h]."""
+        return self.residual_positions * self.hidden * self.element
+
+
+def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Precision, num_logits: int | None = None) -> Sizes:
+    """Sizes of one micro-batch; ``num_logits`` None = as many as there can be."""
+    width, samples = widths(model), layout.micro_batch_size
+    positions = samples * work.num_positions // layout.context
+    travel = travel_of(layout, work)
+    return Sizes(
+        element=PRECISION_BYTES[precision],
+        samples=samples,
+        positions=positions,
+        residual_positions=positions // layout.tensor if layout.sequence else positions,
+        hidden=model.hidden_size,
+        channels=width.channels,
+        heads=model.num_attention_heads // layout.tensor,
+        query=width.query // layout.tensor,
+        key=width.key // layout.tensor,
+        ffn=model.ffn_hidden_size // layout.tensor,
+        vocabulary=model.vocab_size // layout.tensor,
+        num_logits=samples * work.most_logits // layout.context if num_logits is None else num_logits,
+        segments=samples * work.num_segments + work.num_clean_segments,
+        condition=model.condition_size,
+        frequencies=model.timestep_frequency_size,
+        segment_indexed=work.segment_indexed,
+        masked=work.may_need_mask,
+        travel=travel,
+        rows=work.num_positions if travel == "heads" else work.num_positions // layout.context,
+        keys=work.num_tokens + work.num_tokens // layout.context if travel == "clean" else work.num_positions,
+        has_adaln=model.conditioning == "adaln",
+        qk_norm=model.qk_norm,
+        grouped_queries=width.query != width.key,
+    )
+
+
+def travel_of(layout: Layout, work: Workload) -> Travel | None:
+    """What context-parallel ranks exchange (w1train.attention.context_parallel): heads, all keys, or, where no block crosses the border
+    of a chunk, the clean stream's keys."""
+    if layout.context == 1:
+        return None
+    if layout.context_method == "all_to_all":
+        return "heads"
+    size = layout.context_chunk_size
+    at_home = all(start // size == (end - 1) // size for start, end in work.block_spans)
+    return "clean" if work.num_streams == 2 and at_home else "all"
+
+
+def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is_saved: bool = False) -> int:
+    """RMSNorm. Fused: its input and 1/rms (fp32) a row. Unfused, also x/rms in fp32, and instead of a bf16 input its fp32 copy.
+
+    ``input_is_saved``: the input's storage is counted elsewhere.
+    """
+    statistics = rows * FP32_BYTES
+    if kernels.fused_norm:
+        return statistics + (0 if input_is_saved else rows * size * element)
+    copy = 0 if input_is_saved and element == FP32_BYTES else rows * size * FP32_BYTES
+    return statistics + copy + rows * size * FP32_BYTES
+
+
+def branch_input_bytes(sizes: Sizes, kernels: Kernels) -> int:
+    """Norm, modulation, and the input of the linear layer behind them. Without adaLN the norm feeds the linear layer."""
+    modulated = 1 if sizes.has_adaln else 0
+    return norm_bytes(sizes.residual_positions, sizes.hidden, sizes.element, kernels) + (1 + modulated) * sizes.residual
+
+
+def branch_output_bytes(sizes: Sizes) -> int:
+    """The gate keeps the branch's output for its own gradient; a plain sum keeps nothing."""
+    return sizes.residual if sizes.has_adaln else 0
+
+
+def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
+    """What the projection and the rotary embedding keep: cosines and sines [l, b, 1, d] for q and for k, and what QK-norm reads (views
+    of the projection, and a copy of q if heads are grouped)."""
+    total = 4 * sizes.positions * sizes.channels * sizes.element
+    if sizes.qk_norm:
+        for width, copied in ((sizes.query, sizes.grouped_queries), (sizes.key, False)):
+            rows = sizes.positions * width // sizes.channels
+            total += norm_bytes(rows, sizes.channels, sizes.element, kernels, input_is_saved=not copied)
+    return total
+
+
+def attention_input_bytes(sizes: Sizes, *, recomputed: bool) -> int:
+    """q, k and v as attention saves them.
+
+    One projection gives q, k and v in one storage. v is a view of it that keeps it whole; q and k are new, from the rotary embedding.
+    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads; the projection is then kept by
+    QK-norm alone. Recomputed, attention keeps its inputs from before the exchange.
+    """
+    projection = sizes.positions * (sizes.query + 2 * sizes.key)
+    if sizes.travel is None or recomputed:
+        return (projection + sizes.positions * (sizes.query + sizes.key)) * sizes.element
+    exchanged = sizes.positions * (sizes.query + 2 * sizes.key)
+    if sizes.travel != "heads":
+        exchanged = sizes.positions * sizes.query + sizes.samples * sizes.keys * 2 * sizes.key
+    return (exchanged + (projection if sizes.qk_norm else 0)) * sizes.element
+
+
+def core_attention_bytes(sizes: Sizes) -> int:
+    """What only the core attention saves, and selective recomputation drops: the log-sum-exp (fp32, a number a head and position)
+    and, with a mask, its additive form [b, 1, q, k], which every layer makes for itself. The output is the next layer's input, or where
+    heads travel a tensor of its own, with the order of positions.
+
+    Grouped queries with a mask are taken to run fused as well; no GPU was there to see it.
+    """
+    mask = sizes.samples * sizes.rows * sizes.keys * sizes.element if sizes.masked else 0
+    output = sizes.positions * sizes.query * sizes.element if sizes.travel == "heads" else 0
+    order = sizes.samples * sizes.rows * _INT64_BYTES if sizes.travel == "heads" else 0
+    return sizes.positions * sizes.heads * FP32_BYTES + mask + output + order
+
+
+def mlp_bytes(sizes: Sizes, kernels: Kernels) -> int:
+    """SwiGLU: [gate, up] of width 2f, and the product of width f for the second linear layer."""
+    widths_saved = 3 if kernels.fused_swiglu else 5
+    return sizes.positions * widths_saved * sizes.ffn * sizes.element
+
+
+def modulation_bytes(sizes: Sizes, num_vectors: int) -> int:
+    """SiLU of the condition [g, c], and the table of vectors [g, num_vectors h]."""
+    if not sizes.has_adaln:
+        return 0
+    return sizes.segments * (sizes.condition + num_vectors * sizes.hidden) * sizes.element
+
+
+def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = False) -> int:
+    """A whole layer."""
+    attention_output = sizes.positions * sizes.query * sizes.element
+    total = modulation_bytes(sizes, 6)
+    total += 2 * (branch_input_bytes(sizes, kernels) + branch_output_bytes(sizes))
+    total += query_key_value_bytes(sizes, kernels) + attention_output
+    total += attention_input_bytes(sizes, recomputed=recompute_attention)
+    total += 0 if recompute_attention else core_attention_bytes(sizes)
+    return total + mlp_bytes(sizes, kernels)
+
+
+def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int) -> int:
+    """All layers of a chunk. Fully recomputed, only the input of every group is kept, and the rotary angles (fp32) once."""
+    if layout.recompute == "full":
+        num_groups = -(-num_layers // layout.recompute_num_layers)
+        angles = sizes.positions * sizes.channels * FP32_BYTES
+        return num_groups * sizes.residual + angles
+    return num_layers * layer_bytes(sizes, kernels, recompute_attention=layout.recompute == "selective")
+
+
+def conditioning_bytes(sizes: Sizes) -> int:
+    """Timestep MLP: sinusoid [g, f], two hidden layers and the condition [g, c]; and the segment of each position."""
+    if not sizes.has_adaln:
+        return 0
+    index = sizes.residual_positions * _INT64_BYTES if sizes.segment_indexed else 0
+    return sizes.segments * (sizes.frequencies + 3 * sizes.condition) * sizes.element + index
+
+
+def head_bytes(sizes: Sizes, kernels: Kernels) -> int:
+    """At the positions with logits: index, norm, modulation, the head's input, and the cross-entropy's probabilities in fp32, which
+    for bf16 logits are a copy and for fp32 ones overwrite them."""
+    rows = sizes.num_logits
+    indices = rows * _INT64_BYTES * (3 if sizes.has_adaln else 2)
+    modulated = 1 if sizes.has_adaln else 0
+    inputs = norm_bytes(rows, sizes.hidden, sizes.element, kernels) + (1 + modulated) * rows * sizes.hidden * sizes.element
+    probabilities = rows * sizes.vocabulary * FP32_BYTES
+    mask_and_weight = rows * (1 + FP32_BYTES)
+    return indices + inputs + modulation_bytes(sizes, 2) + probabilities + mask_and_weight
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBytes:
+    """Saved for one micro-batch by one chunk."""
+
+    layers: int
+    conditioning: int
+    embedding: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.conditioning + self.embedding + self.head
+
+
+def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk) -> ActivationBytes:
+    """What a chunk saves for one micro-batch."""
+    return ActivationBytes(
+        layers=layers_bytes(sizes, kernels, layout, chunk.num_layers),
+        conditioning=conditioning_bytes(sizes),
+        embedding=sizes.positions * _INT64_BYTES if chunk.has_embedding else 0,
+        head=head_bytes(sizes, kernels) if chunk.has_head else 0,
+    )
+
+
+def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, largest_parameter: int) -> int:
+    """The largest memory in use beside what is saved, while one micro-batch runs.
+
+    The last stage holds the logits or their gradient in the run's precision beside the probabilities; a fully recomputed group has its
+    layers' activations back; the dense mask (a byte a pair) lives as long as its micro-batch; a stage's output waits for its gradient;
+    the gradient of the largest parameter (in elements) exists in the run's precision before it is added to the fp32 buffer.
+    """
+    logits = sizes.num_logits * sizes.vocabulary * sizes.element if chunk.has_head else sizes.residual
+    mask = sizes.samples * sizes.rows * sizes.keys if sizes.masked else 0
+    recomputed = 0
+    if layout.recompute == "full":
+        recomputed = min(layout.recompute_num_layers, chunk.num_layers) * layer_bytes(sizes, kernels)
+    elif layout.recompute == "selective":
+        recomputed = core_attention_bytes(sizes)
+    return max(logits, recomputed) + mask + largest_parameter * sizes.element

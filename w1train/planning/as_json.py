@@ -1,0 +1,117 @@
+"""The plan as plain data. Keys end in their units: _bytes, _seconds, _per_token; fractions and counts have none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from w1train.planning.assumptions import described
+from w1train.planning.communication import seconds
+from w1train.planning.prediction import Plan, StagePlan
+from w1train.planning.search import SearchResult
+from w1train.training.flops import num_parameters
+
+if TYPE_CHECKING:  # at run time it would import torch
+    from w1train.planning.build import Build
+
+FORMAT_VERSION = 1
+
+
+def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
+    """One planned and built layout."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": plan.config.name,
+        "num_parameters": num_parameters(plan.config.model),
+        "layout": asdict(plan.layout),
+        "build": asdict(build),
+        "work": {
+            "num_tokens": plan.work.num_tokens,
+            "num_streams": plan.work.num_streams,
+            "num_positions": plan.work.num_positions,
+            "num_documents": plan.work.num_documents,
+            "visible_pairs": plan.work.visible_pairs,
+            "visible_share": plan.work.visible_share,
+            "num_logits": plan.work.num_logits,
+            "num_segments": plan.work.num_segments,
+        },
+        "flops_per_token": plan.flops_per_token,
+        "memory": {
+            "device_bytes": plan.device.memory_bytes,
+            "needed_bytes": plan.needed_bytes,
+            "fits": plan.fits,
+        },
+        "stages": [_stage(plan, stage) for stage in plan.stages],
+        "speed": speed_as_dict(plan),
+        "device": asdict(plan.device),
+        "assumptions": described(plan.assumptions),
+    }
+
+
+def speed_as_dict(plan: Plan) -> dict[str, float]:
+    """What the run will do, on the assumptions."""
+    return {
+        "step_seconds": plan.step_seconds,
+        "bubble_fraction": plan.bubble_fraction,
+        "tokens_per_step": plan.tokens_per_step,
+        "tokens_per_second": plan.tokens_per_second,
+        "tflops_per_device": plan.tflops_per_device,
+        "mfu": plan.mfu,
+        "days": plan.days,
+    }
+
+
+def search_as_dict(result: SearchResult, num_shown: int) -> dict[str, Any]:
+    """The best layouts, fastest first."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "num_tried": result.num_tried,
+        "num_valid": result.num_valid,
+        "num_fitting": len(result.plans),
+        "layouts": [
+            {
+                "layout": asdict(plan.layout),
+                "overrides": overrides(plan),
+                "needed_bytes": plan.needed_bytes,
+                "speed": speed_as_dict(plan),
+            }
+            for plan in result.plans[:num_shown]
+        ],
+    }
+
+
+def overrides(plan: Plan) -> list[str]:
+    """What to put on the command line for this layout."""
+    layout = plan.layout
+    words = [
+        f"parallel.tensor={layout.tensor}",
+        f"parallel.sequence={str(layout.sequence).lower()}",
+        f"parallel.pipeline={layout.pipeline}",
+        f"parallel.virtual_pipeline={layout.virtual_pipeline}",
+        f"parallel.context={layout.context}",
+        f"parallel.recompute={layout.recompute}",
+        f"training.micro_batch_size={layout.micro_batch_size}",
+    ]
+    return words + ([f"parallel.recompute_num_layers={layout.recompute_num_layers}"] if layout.recompute == "full" else [])
+
+
+def _stage(plan: Plan, stage: StagePlan) -> dict[str, Any]:
+    return {
+        "pipeline_rank": stage.pipeline_rank,
+        "chunks": [asdict(chunk) for chunk in stage.chunks],
+        "num_parameters": stage.num_parameters,
+        "parameter_bytes": stage.state.parameters,
+        "gradient_bytes": stage.state.gradients,
+        "optimizer_bytes": stage.state.optimizer,
+        "in_flight": stage.in_flight,
+        "activation_bytes": stage.activation_bytes,
+        "activation_bytes_by_recompute": stage.activations_by_recompute,
+        "micro_batch_activation_bytes": [asdict(chunk) for chunk in stage.activations],
+        "working_bytes": stage.working_bytes,
+        "total_bytes": stage.total_bytes,
+        "traffic": [
+            {**asdict(item), "sent_bytes": item.sent_bytes, "seconds": seconds(item, plan.layout, plan.device, plan.assumptions)}
+            for item in stage.traffic
+        ],
+        "seconds": asdict(stage.seconds),
+    }

@@ -1,0 +1,95 @@
+"""What is assumed of devices, networks and kernels. None of it was measured by this project: every number has its source beside it,
+and ``--assume NAME=VALUE`` replaces it by a better one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from w1train.config.errors import Problem, closest, listing
+from w1train.training.throughput import device_peak_tflops
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator and its way to the others. GB/s are 1e9 bytes a second in one direction."""
+
+    name: str
+    peak_tflops: float
+    """Dense bf16."""
+    memory_bytes: int
+    memory_gb_per_second: float
+    nvlink_gb_per_second: float
+    """To the devices of its node."""
+    network_gb_per_second: float
+    """Beyond its node: one 400 Gb/s InfiniBand port a device."""
+    devices_per_node: int = 8
+
+
+def _device(name: str, memory_mib: int, memory_bandwidth: float, nvlink: float) -> Device:
+    peak = device_peak_tflops(name)
+    assert peak is not None
+    return Device(name, peak, memory_mib * 2**20, memory_bandwidth, nvlink, network_gb_per_second=50.0)
+
+
+# Memory as nvidia-smi reports it; bandwidths from NVIDIA's data sheets of the SXM parts. The H800 is an H100 whose NVLink has 400 GB/s
+# for both directions together, not 900.
+DEVICES = {
+    "h100": _device("H100", 81559, 3350.0, 450.0),
+    "h800": _device("H800", 81559, 3350.0, 200.0),
+    "h200": _device("H200", 143771, 4800.0, 450.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """Achievable shares of the peaks, and overheads."""
+
+    matmul_efficiency: float = 0.70
+    """Share of the bf16 peak in the linear layers. One square product of 8192 on an H100 reaches 0.8; the layers' are smaller."""
+    attention_efficiency: float = 0.46
+    """Share of the bf16 peak in unmasked attention, forward and backward together. From 608 and 502 TFLOP/s of torch's SDPA on an H100 at
+    8k (MagiAttention's benchmark), where backward does 2.5 times the forward's work but counts twice here."""
+    masked_attention_efficiency: float = 0.40
+    """The same with a dense mask, over ALL pairs: torch's SDPA skips none. 11 % below unmasked (pytorch issue 138493)."""
+    memory_efficiency: float = 0.80
+    """Share of the memory bandwidth in element-wise kernels."""
+    network_efficiency: float = 0.80
+    """Share of the link bandwidth in collectives."""
+    collective_latency: float = 20e-6
+    """Seconds a collective takes however small it is."""
+    reserved_gib: float = 6.0
+    """Memory for the CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation."""
+
+
+def described(assumptions: Assumptions) -> dict[str, float]:
+    """By name, for output."""
+    return dataclasses.asdict(assumptions)
+
+
+def replace_assumptions(assumptions: Assumptions, overrides: Sequence[str]) -> tuple[Assumptions, list[Problem]]:
+    """Apply NAME=VALUE texts; the problems of those that cannot be."""
+    names = [field.name for field in dataclasses.fields(Assumptions)]
+    problems = []
+    for text in overrides:
+        name, _, value = text.partition("=")
+        number = _number(value)
+        if name not in names:
+            match = closest(name, names)
+            problems.append(Problem(f"--assume {text}", "an unknown name", listing(names), f"did you mean {match}?" if match else None))
+        elif number is None or number < 0 or (name.endswith("efficiency") and not 0 < number <= 1):
+            valid = "a number > 0 and <= 1" if name.endswith("efficiency") else "a number >= 0"
+            problems.append(Problem(f"--assume {text}", value or "nothing", valid))
+        else:
+            assumptions = dataclasses.replace(assumptions, **{name: number})
+    return assumptions, problems
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,164 @@
+"""Ranks, pipeline chunks and micro-batches of a layout, as arithmetic.
+
+megatron-core numbers ranks with tensor-parallel neighbours first, then context, data and pipeline ("tp-cp-dp-pp").
+A *chunk* is a run of consecutive layers; a rank has one, or ``virtual_pipeline`` of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from w1train.config.schema import Config, ModelConfig, ParallelConfig
+
+Recompute = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "bf16"]
+ContextMethod = Literal["all_gather", "all_to_all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """A rank's place in each kind of group."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of the model that one rank runs between two sends."""
+
+    pipeline_rank: int
+    virtual_stage: int
+    first_layer: int
+    num_layers: int
+    has_embedding: bool
+    has_head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a run is spread over ``world_size`` ranks."""
+
+    world_size: int
+    tensor: int
+    sequence: bool
+    pipeline: int
+    data: int
+    """Data-parallel ranks: each has samples of its own."""
+    micro_batch_size: int
+    num_micro_batches: int
+    """Micro-batches of one rank in one optimizer step."""
+    distributed_optimizer: bool
+    recompute: Recompute
+    recompute_num_layers: int
+    virtual_pipeline: int
+    chunk_layers: tuple[int, ...]
+    """Layers of each chunk, in the order a micro-batch passes them: the first of every stage, then the second of every stage."""
+    context: int
+    context_method: ContextMethod
+    context_chunk_size: int
+
+    @property
+    def num_optimizer_shards(self) -> int:
+        """Gradients are summed, and optimizer states sharded, over data- and context-parallel ranks alike."""
+        return self.data * self.context
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The place of a global rank."""
+        rank, tensor = divmod(rank, self.tensor)
+        rank, context = divmod(rank, self.context)
+        pipeline, data = divmod(rank, self.data)
+        return Coordinates(tensor, context, data, pipeline)
+
+    def rank(self, place: Coordinates) -> int:
+        """The inverse of ``coordinates``."""
+        return place.tensor + self.tensor * (place.context + self.context * (place.data + self.data * place.pipeline))
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The layout of a configuration that ``w1train.config.validate`` has passed for this world size.
+
+    Where the batch size changes with the schedule, it is that of training.global_batch_size.
+    """
+    parallel, training = config.parallel, config.training
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    return Layout(
+        world_size=world_size,
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        pipeline=parallel.pipeline,
+        data=data,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=training.global_batch_size // (training.micro_batch_size * data),
+        distributed_optimizer=parallel.distributed_optimizer,
+        recompute=parallel.recompute,
+        recompute_num_layers=parallel.recompute_num_layers,
+        virtual_pipeline=parallel.virtual_pipeline,
+        chunk_layers=deal_layers(config.model, parallel),
+        context=parallel.context,
+        context_method=parallel.context_method,
+        context_chunk_size=parallel.context_chunk_size,
+    )
+
+
+def deal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Layers of each chunk as megatron-core deals them: equal shares, but for the ends' own counts; a stage's share is divided among
+    its chunks; an end that counts as a layer takes the place of one."""
+    stages, virtual = parallel.pipeline, parallel.virtual_pipeline
+    ends = (parallel.num_layers_in_first_stage, parallel.num_layers_in_last_stage)
+    fixed = [count for count in ends if count is not None]
+    counted = parallel.embedding_counts_as_layer + parallel.head_counts_as_layer
+    middle = (model.num_layers + counted - sum(fixed)) // max(1, stages - len(fixed))
+    per_stage = [middle] * stages
+    for stage, count in ((0, ends[0]), (-1, ends[1])):
+        if count is not None:
+            per_stage[stage] = count
+    chunks = [count // virtual for _ in range(virtual) for count in per_stage]
+    chunks[0] -= parallel.embedding_counts_as_layer
+    chunks[-1] -= parallel.head_counts_as_layer
+    return tuple(chunks)
+
+
+def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
+    """The chunks of a pipeline rank."""
+    last = len(layout.chunk_layers) - 1
+    return [
+        Chunk(
+            pipeline_rank=pipeline_rank,
+            virtual_stage=number // layout.pipeline,
+            first_layer=sum(layout.chunk_layers[:number]),
+            num_layers=layout.chunk_layers[number],
+            has_embedding=number == 0,
+            has_head=number == last,
+        )
+        for number in range(pipeline_rank, last + 1, layout.pipeline)
+    ]
+
+
+def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
+    """How many micro-batches' activations each chunk of a rank holds, whenever they are most (1F1B; arXiv 2104.04473, section 2.2).
+
+    A rank runs some passes forward, then one forward and one backward in turn. Rank p of P begins with P - p - 1 passes; interleaved,
+    with 2 (P - p - 1) + (V - 1) P. Passes go P micro-batches to a chunk, chunk after chunk, backward in the opposite order.
+    """
+    stages, virtual = layout.pipeline, layout.virtual_pipeline
+    # What is held repeats with every P micro-batches once the pipeline is full.
+    num_passes = min(layout.num_micro_batches, 4 * stages) * virtual
+    lead = stages - pipeline_rank - 1 if virtual == 1 else 2 * (stages - pipeline_rank - 1) + (virtual - 1) * stages
+    held, peaks = [0] * virtual, set()
+    for number in range(num_passes):
+        held[number // stages % virtual] += 1
+        if number >= lead or number == num_passes - 1:
+            peaks.add(tuple(held))
+        if number >= lead:
+            held[virtual - 1 - (number - lead) // stages % virtual] -= 1
+    return peaks
+
+
+def bubble_fraction(layout: Layout) -> float:
+    """Share of a step that a rank waits for the pipeline to fill and drain: (P - 1) / (V M + P - 1) (arXiv 2104.04473, section 2.2)."""
+    idle = layout.pipeline - 1
+    return idle / (layout.virtual_pipeline * layout.num_micro_batches + idle)

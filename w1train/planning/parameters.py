@@ -1,0 +1,97 @@
+"""Every parameter of a pipeline chunk in closed form: names, local shapes, and order, as the model registers them.
+
+The order decides where a parameter lies in megatron-core's flat buffers, so it is part of the byte-exact prediction; a test
+holds it against the built model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from w1train.config.schema import ModelConfig
+from w1train.planning.layout import Chunk, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor as a rank holds it."""
+
+    name: str
+    """In the whole model: layers by their number there."""
+    shape: tuple[int, ...]
+    """On one tensor-parallel rank."""
+    is_split: bool = False
+    """Over tensor-parallel ranks; otherwise each has all of it."""
+    has_own_bucket: bool = False
+    """Summed over pipeline ranks as well, which megatron-core keeps apart in the gradient buffer."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Sizes of the attention's parts over all heads."""
+
+    channels: int
+    query: int
+    key: int
+    """Of all keys together; values are as wide."""
+
+
+def widths(model: ModelConfig) -> Widths:
+    """Head channels, and the widths of all queries and of all keys."""
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return Widths(channels, model.num_attention_heads * channels, (model.num_query_groups or model.num_attention_heads) * channels)
+
+
+def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[Parameter]:
+    """The parameters of a chunk in the order of ``named_parameters``."""
+    vocabulary = (model.vocab_size // layout.tensor, model.hidden_size)
+    embedding = "embedding.word_embeddings.weight"
+    tied_apart = model.tie_embeddings and layout.pipeline > 1
+    parameters = [Parameter(embedding, vocabulary, True, tied_apart)] if chunk.has_embedding else []
+    if model.conditioning == "adaln":
+        parameters += _timestep_embedding(model, in_pipeline=layout.pipeline > 1)
+    for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers):
+        parameters += _layer(model, layout, f"decoder.layers.{layer}.")
+    if chunk.has_head:
+        parameters.append(Parameter("final_norm.weight", (model.hidden_size,)))
+        if model.conditioning == "adaln":
+            parameters += _linear("final_modulation.linear.", 2 * model.hidden_size, model.condition_size)
+        if not model.tie_embeddings:
+            parameters.append(Parameter("output_layer.weight", vocabulary, True))
+        elif not chunk.has_embedding:
+            # The last stage's copy of the embedding.
+            parameters.append(Parameter(embedding, vocabulary, True, tied_apart))
+    return parameters
+
+
+def _timestep_embedding(model: ModelConfig, in_pipeline: bool) -> Iterator[Parameter]:
+    """On every chunk, since every layer modulates."""
+    yield from _linear("timestep_embedding.linear_in.", model.condition_size, model.timestep_frequency_size, in_pipeline)
+    yield from _linear("timestep_embedding.linear_out.", model.condition_size, model.condition_size, in_pipeline)
+
+
+def _layer(model: ModelConfig, layout: Layout, prefix: str) -> Iterator[Parameter]:
+    hidden, tensor, width = model.hidden_size, layout.tensor, widths(model)
+    yield Parameter(prefix + "input_layernorm.weight", (hidden,))
+    yield Parameter(prefix + "self_attention.linear_proj.weight", (hidden, width.query // tensor), True)
+    yield Parameter(prefix + "self_attention.linear_qkv.weight", ((width.query + 2 * width.key) // tensor, hidden), True)
+    if model.qk_norm:
+        yield Parameter(prefix + "self_attention.q_layernorm.weight", (width.channels,))
+        yield Parameter(prefix + "self_attention.k_layernorm.weight", (width.channels,))
+    yield Parameter(prefix + "pre_mlp_layernorm.weight", (hidden,))
+    yield Parameter(prefix + "mlp.linear_fc1.weight", (2 * model.ffn_hidden_size // tensor, hidden), True)
+    yield Parameter(prefix + "mlp.linear_fc2.weight", (hidden, model.ffn_hidden_size // tensor), True)
+    if model.conditioning == "adaln":
+        yield from _linear(prefix + "modulation.linear.", 6 * hidden, model.condition_size)
+
+
+def _linear(prefix: str, rows: int, columns: int, has_own_bucket: bool = False) -> Iterator[Parameter]:
+    """A replicated linear map with a bias."""
+    yield Parameter(prefix + "weight", (rows, columns), has_own_bucket=has_own_bucket)
+    yield Parameter(prefix + "bias", (rows,), has_own_bucket=has_own_bucket)

@@ -1,0 +1,224 @@
+"""The plan of one layout: memory, traffic and speed of every pipeline rank, from the closed forms of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from w1train.config.schema import Config
+from w1train.planning import communication, timing
+from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
+from w1train.planning.assumptions import Assumptions, Device
+from w1train.planning.communication import Traffic
+from w1train.planning.layout import Chunk, Layout, Precision, Recompute, bubble_fraction, chunks_of, in_flight, layout_of
+from w1train.planning.parameters import Parameter, chunk_parameters
+from w1train.planning.state import StateBytes, state_bytes
+from w1train.planning.timing import StageSeconds
+from w1train.planning.workload import Workload, flops_per_token, workload_of
+
+RECOMPUTE_CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One pipeline rank."""
+
+    pipeline_rank: int
+    chunks: list[Chunk]
+    num_parameters: int
+    """On each of its ranks."""
+    state: StateBytes
+    """Of the data-parallel rank with most."""
+    in_flight: tuple[int, ...]
+    """Micro-batches whose activations each chunk holds at once."""
+    activations: list[ActivationBytes]
+    """Of one micro-batch, by chunk."""
+    activation_bytes: int
+    """Of all micro-batches in flight."""
+    activations_by_recompute: dict[Recompute, int]
+    """Bytes of all micro-batches in flight, under each choice of recomputation."""
+    working_bytes: int
+    traffic: list[Traffic]
+    seconds: StageSeconds
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything predicted; what is reserved comes on top."""
+        return self.state.total + self.activation_bytes + self.working_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run on a number of devices."""
+
+    config: Config
+    layout: Layout
+    work: Workload
+    device: Device
+    assumptions: Assumptions
+    stages: list[StagePlan]
+    flops_per_token: dict[str, float]
+    """By part, and their total."""
+    document_length: int | None
+
+    @property
+    def needed_bytes(self) -> int:
+        """On the fullest device, reserve included."""
+        return max(stage.total_bytes for stage in self.stages) + round(self.assumptions.reserved_gib * 2**30)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.device.memory_bytes
+
+    @property
+    def bubble_fraction(self) -> float:
+        return bubble_fraction(self.layout)
+
+    @property
+    def step_seconds(self) -> float:
+        """The slowest stage sets the pace of the pipeline, whose filling and draining come on top; then the work once a step."""
+        pace = max(stage.seconds.per_micro_batches for stage in self.stages) / (1 - self.bubble_fraction)
+        return pace + max(stage.seconds.gradients_and_optimizer + stage.seconds.data_parallel for stage in self.stages)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.global_batch_size * self.config.data.sequence_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def tflops_per_device(self) -> float:
+        """Model TFLOP/s."""
+        return self.flops_per_token["total"] * self.tokens_per_second / self.layout.world_size / 1e12
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs against the device's dense bf16 peak."""
+        return self.tflops_per_device / self.device.peak_tflops
+
+    @property
+    def days(self) -> float:
+        """For the schedule's tokens, each stage at its batch size."""
+        stages = self.config.schedule.stages.values()
+        return sum(stage.tokens / self.at_batch_size(stage.global_batch_size).tokens_per_second for stage in stages) / 86400
+
+    def at_batch_size(self, global_batch_size: int | None) -> Plan:
+        """The plan with another number of sequences a step; None = this one's."""
+        if global_batch_size in (None, self.config.training.global_batch_size):
+            return self
+        training = dataclasses.replace(self.config.training, global_batch_size=global_batch_size)
+        config = dataclasses.replace(self.config, training=training)
+        return predict(config, self.layout.world_size, self.device, self.assumptions, self.document_length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What all stages share."""
+
+    config: Config
+    layout: Layout
+    work: Workload
+    device: Device
+    assumptions: Assumptions
+
+    def sizes(self, num_logits: int | None = None) -> Sizes:
+        """Of a micro-batch; without ``num_logits`` with the most logits there can be."""
+        return sizes_of(self.config.model, self.layout, self.work, self.config.training.precision, num_logits)
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.device.memory_gb_per_second * 1e9 * self.assumptions.memory_efficiency
+
+
+def predict(config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None) -> Plan:
+    """The plan of a configuration that is valid for ``world_size`` devices."""
+    layout, work = layout_of(config, world_size), workload_of(config, document_length)
+    setting = _Setting(config, layout, work, device, assumptions)
+    stages = [_stage(setting, rank) for rank in range(layout.pipeline)]
+    return Plan(config, layout, work, device, assumptions, stages, flops_per_token(config, work), document_length)
+
+
+def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
+    model, layout, precision = setting.config.model, setting.layout, setting.config.training.precision
+    chunks = chunks_of(layout, pipeline_rank)
+    parameters = [chunk_parameters(model, layout, chunk) for chunk in chunks]
+    largest = max(parameter.numel for own in parameters for parameter in own)
+    # Memory is for the most there can be, time for what is expected.
+    most = setting.sizes()
+    usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
+    states = state_bytes(parameters, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
+    state = max(states, key=lambda bytes_of_rank: bytes_of_rank.total)
+    traffic = _traffic(usual, layout, chunks, parameters, precision)
+    held = _held(most, layout, chunks)
+    return StagePlan(
+        pipeline_rank=pipeline_rank,
+        chunks=chunks,
+        num_parameters=sum(parameter.numel for own in parameters for parameter in own),
+        state=state,
+        in_flight=held.counts,
+        activations=[chunk_activation_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks],
+        activation_bytes=held.bytes,
+        activations_by_recompute={
+            choice: _held(most, dataclasses.replace(layout, recompute=choice), chunks).bytes for choice in RECOMPUTE_CHOICES
+        },
+        working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, largest) for chunk in chunks),
+        traffic=traffic,
+        seconds=_seconds(setting, usual, list(zip(chunks, parameters, strict=True)), state, traffic),
+    )
+
+
+class _Held(NamedTuple):
+    """Activations of all micro-batches in flight, when they are most."""
+
+    bytes: int
+    counts: tuple[int, ...]
+
+
+def _held(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> _Held:
+    saved = [chunk_activation_bytes(sizes, CUDA_KERNELS, layout, chunk).total for chunk in chunks]
+    peaks = in_flight(layout, chunks[0].pipeline_rank)
+    return max(_Held(sum(count * size for count, size in zip(counts, saved, strict=True)), counts) for counts in peaks)
+
+
+def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list[list[Parameter]], precision: Precision) -> list[Traffic]:
+    traffic: list[Traffic] = []
+    for chunk, own in zip(chunks, parameters, strict=True):
+        traffic += communication.tensor_parallel_traffic(sizes, layout, chunk)
+        traffic += communication.context_parallel_traffic(sizes, layout, chunk)
+        traffic += communication.pipeline_traffic(sizes, layout, chunk)
+        traffic += communication.data_parallel_traffic(own, layout, precision)
+    of_rank = [parameter for own in parameters for parameter in own]
+    traffic += communication.replicated_gradient_traffic(of_rank, layout)
+    traffic += communication.copied_gradient_traffic(of_rank, layout)
+    return traffic
+
+
+def _seconds(
+    setting: _Setting, sizes: Sizes, chunks: list[tuple[Chunk, list[Parameter]]], state: StateBytes, traffic: list[Traffic]
+) -> StageSeconds:
+    layout, device, assumptions = setting.layout, setting.device, setting.assumptions
+    matmul = attention = elementwise = 0.0
+    for chunk, parameters in chunks:
+        flops = timing.chunk_flops(setting.config.model, layout, setting.work, chunk, sizes.num_logits)
+        of_matmul, of_attention = timing.compute_seconds(flops, sizes, layout, setting.work, device, assumptions)
+        matmul += of_matmul
+        attention += of_attention
+        elementwise += timing.elementwise_bytes(sizes, layout, chunk, parameters) / setting.memory_bandwidth
+    once = [item for item in traffic if item.is_per_step]
+    every = {group: [item for item in traffic if item.group == group and item not in once] for group in ("tensor", "context", "pipeline")}
+    spent = partial(communication.total_seconds, layout=layout, device=device, assumptions=assumptions)
+    return StageSeconds(
+        matmul=matmul * layout.num_micro_batches,
+        attention=attention * layout.num_micro_batches,
+        elementwise=elementwise * layout.num_micro_batches,
+        tensor_parallel=spent(every["tensor"]),
+        context_parallel=spent(every["context"]),
+        pipeline_sends=spent(every["pipeline"]),
+        gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth,
+        data_parallel=spent(once),
+    )

@@ -1,0 +1,111 @@
+"""Bytes of parameters, gradients and optimizer states, exactly as megatron-core allocates them.
+
+Gradients live in one flat fp32 buffer per chunk. With the distributed optimizer the parameters are views of a flat buffer
+of the same lay-out, padded so that every rank's share starts on a boundary; each rank keeps fp32 masters (of bf16
+parameters) and two fp32 moments of the parameters in its share, without the padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from w1train.planning.layout import Precision
+from w1train.planning.parameters import Parameter
+
+FP32_BYTES = 4
+PRECISION_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+_PARAMETER_ALIGNMENT = 64
+_BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A stretch of the flat buffer that is cut into equal shares."""
+
+    start: int
+    end: int
+    """Padding included."""
+    spans: tuple[tuple[int, int], ...]
+    """Where parameters lie, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def buffer_layout(parameters: Sequence[Parameter], num_shards: int) -> list[Bucket]:
+    """Where each parameter lies, as DistributedOptimizer.compute_full_param_layout puts it.
+
+    Parameters go in reverse order, each from a multiple of 64 elements; a bucket ends at a multiple of lcm(shards, 128).
+    A parameter with a bucket of its own begins and ends one; everything else shares (gradients are not bucketed, because
+    their reduction does not overlap the backward pass).
+    """
+    buckets: list[Bucket] = []
+    spans: list[tuple[int, int]] = []
+    start = position = 0
+
+    def close(end: int) -> int:
+        nonlocal spans
+        padded = _round_up(end, math.lcm(num_shards, _BUCKET_ALIGNMENT))
+        buckets.append(Bucket(start, padded, tuple(spans)))
+        spans = []
+        return padded
+
+    for parameter in reversed(parameters):
+        position = _round_up(position, _PARAMETER_ALIGNMENT)
+        if parameter.has_own_bucket and spans:
+            start = position = close(position)
+        spans.append((position, position + parameter.numel))
+        position += parameter.numel
+        if parameter.has_own_bucket:
+            start = position = close(position)
+    if spans:
+        close(position)
+    return buckets
+
+
+def shard_numels(buckets: Sequence[Bucket], num_shards: int) -> list[int]:
+    """Elements of parameters in each rank's shares of all buckets."""
+    numels = [0] * num_shards
+    for bucket in buckets:
+        size = (bucket.end - bucket.start) // num_shards
+        for start, end in bucket.spans:
+            for shard in range((start - bucket.start) // size, (end - 1 - bucket.start) // size + 1):
+                low = bucket.start + shard * size
+                numels[shard] += min(end, low + size) - max(start, low)
+    return numels
+
+
+def state_bytes(chunks: Sequence[Sequence[Parameter]], precision: Precision, num_shards: int, *, distributed: bool) -> list[StateBytes]:
+    """Bytes of the ranks that share these chunks, by their place among the ``num_shards`` data- and context-parallel ranks.
+
+    fp32 parameters are their own masters, so only the two moments are added to them.
+    """
+    element = PRECISION_BYTES[precision]
+    fp32_copies = 3 if precision == "bf16" else 2
+    buffer, owned = 0, [0] * num_shards
+    for parameters in chunks:
+        if distributed:
+            buckets = buffer_layout(parameters, num_shards)
+            buffer += buckets[-1].end
+            owned = [total + numel for total, numel in zip(owned, shard_numels(buckets, num_shards), strict=True)]
+        else:
+            numel = sum(parameter.numel for parameter in parameters)
+            buffer += numel
+            owned = [total + numel for total in owned]
+    return [StateBytes(element * buffer, FP32_BYTES * buffer, FP32_BYTES * fp32_copies * numel) for numel in owned]
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

@@ -1,0 +1,200 @@
+"""The plan as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from w1train.planning.as_json import overrides
+from w1train.planning.assumptions import described
+from w1train.planning.communication import seconds
+from w1train.planning.prediction import Plan, StagePlan
+from w1train.planning.search import SearchResult
+from w1train.training.flops import num_parameters
+from w1train.training.units import quantity
+
+if TYPE_CHECKING:  # at run time it would import torch
+    from w1train.planning.build import Build
+
+GIB = 2**30
+
+
+def print_plan(console: Console, plan: Plan, build: Build) -> None:
+    """The whole plan, the verdict last."""
+    layout = plan.layout
+    console.print(
+        f"{plan.config.name}: {num_parameters(plan.config.model):,} parameters on {layout.world_size} x {plan.device.name}: "
+        f"data {layout.data} x context {layout.context} x tensor {layout.tensor} x pipeline {layout.pipeline}"
+        f"{f' ({layout.virtual_pipeline} chunks each)' if layout.virtual_pipeline > 1 else ''}, "
+        f"sequence parallelism {'on' if layout.sequence else 'off'}, recompute {layout.recompute}, "
+        f"{layout.num_micro_batches} micro-batches of {layout.micro_batch_size} a step"
+    )
+    for table in (memory_table(plan), work_table(plan), traffic_table(plan), speed_table(plan)):
+        console.print()
+        console.print(table)
+    console.print("\nassumed: " + ", ".join(f"{name} {value:g}" for name, value in described(plan.assumptions).items()))
+    console.print("(sources: w1train/planning/assumptions.py; replace one with --assume NAME=VALUE)")
+    console.print("\n" + build_text(build))
+    console.print(verdict(plan))
+
+
+def build_text(build: Build) -> str:
+    """What was built, and what was not."""
+    if build.num_built == build.num_ranks:
+        what = f"built all {build.num_ranks} ranks on meta tensors"
+    else:
+        what = (
+            f"built {build.num_built} of {build.num_ranks} ranks on meta tensors, one for each tensor and pipeline coordinate (the others "
+            "build the same; the groups of all were checked against megatron-core's)"
+        )
+    return f"{what} in {build.seconds:.1f} s: {build.num_parameters:,} parameters, each counted once"
+
+
+def verdict(plan: Plan) -> str:
+    """Whether the fullest device holds it."""
+    needed, there = plan.needed_bytes / GIB, plan.device.memory_bytes / GIB
+    if plan.fits:
+        return f"fits: the fullest device needs {needed:.1f} of {there:.1f} GiB"
+    return (
+        f"DOES NOT FIT: the fullest device needs {needed:.1f} GiB and has {there:.1f}. Less memory: a smaller training.micro_batch_size, "
+        "parallel.recompute=full, parallel.tensor with parallel.sequence, parallel.pipeline; --search tries them all"
+    )
+
+
+def memory_table(plan: Plan) -> Table:
+    """GiB of the fullest and the emptiest pipeline stage."""
+    stages = _extremes(plan)
+    table = Table(title="memory of a device, GiB", title_justify="left")
+    table.add_column()
+    for stage in stages:
+        table.add_column(_stage_title(plan, stage), justify="right")
+
+    def row(name: str, values: list[float]) -> None:
+        table.add_row(name, *(f"{value / GIB:.2f}" for value in values))
+
+    row(f"parameters ({plan.config.training.precision})", [stage.state.parameters for stage in stages])
+    row("gradients (fp32)", [stage.state.gradients for stage in stages])
+    row("optimizer (fp32 masters and moments)", [stage.state.optimizer for stage in stages])
+    table.add_row("micro-batches in flight, by chunk", *(", ".join(map(str, stage.in_flight)) for stage in stages))
+    row("activations", [stage.activation_bytes for stage in stages])
+    for choice in stages[0].activations_by_recompute:
+        row(f"   if recompute={choice}", [stage.activations_by_recompute[choice] for stage in stages])
+    row("working memory", [stage.working_bytes for stage in stages])
+    reserved = plan.assumptions.reserved_gib * GIB
+    row("reserved (assumed)", [reserved for _ in stages])
+    table.add_section()
+    row("total", [stage.total_bytes + reserved for stage in stages])
+    row("device", [plan.device.memory_bytes for _ in stages])
+    return table
+
+
+def work_table(plan: Plan) -> Table:
+    """FLOPs of a token by part."""
+    work = plan.work
+    title = (
+        f"model FLOPs per token ({work.num_documents} document{'s' if work.num_documents > 1 else ''} a sample: "
+        f"{work.visible_pairs:,} visible pairs, {work.visible_share:.1%} of all; {work.num_logits:,.0f} logits of {work.num_tokens} tokens)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    table.add_column("FLOPs", justify="right")
+    table.add_column("share", justify="right")
+    total = plan.flops_per_token["total"]
+    for name, flops in plan.flops_per_token.items():
+        table.add_row(name.replace("_", " "), quantity(flops), f"{flops / total:.1%}")
+    return table
+
+
+def traffic_table(plan: Plan) -> Table:
+    """Collectives of a step on the slowest pipeline rank."""
+    stage = _slowest(plan)
+    table = Table(title=f"collectives of a step, out of a rank of {_stage_title(plan, stage)}", title_justify="left")
+    for column in ("what", "collective", "ranks"):
+        table.add_column(column)
+    for column in ("calls", "MB a call", "GB sent", "ms"):
+        table.add_column(column, justify="right")
+    for item in stage.traffic:
+        spent = seconds(item, plan.layout, plan.device, plan.assumptions)
+        table.add_row(
+            item.name,
+            item.collective.replace("_", "-"),
+            f"{item.group_size} ({item.group})",
+            f"{item.num_calls:,}",
+            f"{item.tensor_bytes / item.num_calls / 1e6:,.1f}",
+            f"{item.sent_bytes / 1e9:.2f}",
+            f"{spent * 1e3:.1f}",
+        )
+    if not stage.traffic:
+        table.add_row("none", "", "", "", "", "", "")
+    return table
+
+
+def speed_table(plan: Plan) -> Table:
+    """Where the time goes on the slowest pipeline rank, and what it comes to."""
+    stage = _slowest(plan)
+    table = Table(title="speed, predicted", title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    for name, label in (
+        ("matmul", "linear layers"),
+        ("attention", "attention"),
+        ("elementwise", "element-wise kernels"),
+        ("tensor_parallel", "tensor-parallel collectives"),
+        ("context_parallel", "context-parallel collectives"),
+        ("pipeline_sends", "pipeline sends"),
+        ("gradients_and_optimizer", "gradient and optimizer passes"),
+        ("data_parallel", "collectives once a step"),
+    ):
+        table.add_row(label, f"{getattr(stage.seconds, name) * 1e3:,.1f} ms")
+    table.add_row("pipeline bubble", f"{plan.bubble_fraction:.1%}")
+    table.add_section()
+    table.add_row("step", f"{plan.step_seconds:.3f} s for {plan.tokens_per_step:,} tokens")
+    table.add_row("speed", f"{quantity(plan.tokens_per_second)} tokens/s, {plan.tflops_per_device:.0f} TFLOP/s a device")
+    table.add_row("MFU", f"{plan.mfu:.1%} of {plan.device.peak_tflops:g} TFLOP/s")
+    table.add_row("the whole schedule", f"{plan.days:.1f} days")
+    return table
+
+
+def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
+    """The best layouts."""
+    table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
+    columns = "# data context tensor SP pipeline chunks batch count recompute GiB bubble seconds MFU days"
+    for column in columns.split():
+        table.add_column(column, justify="left" if column == "recompute" else "right")
+    for number, plan in enumerate(result.plans[:num_shown], 1):
+        table.add_row(*_search_row(number, plan))
+    console.print(table)
+    console.print(
+        "SP: sequence parallelism; chunks: of a pipeline stage; batch: samples of a micro-batch; count: micro-batches of a rank in a step"
+    )
+    console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; not built: plan one to build it")
+    if result.plans:
+        console.print("the first: " + " ".join(overrides(result.plans[0])))
+    else:
+        console.print("NONE FITS: more devices, or a device with more memory")
+
+
+def _search_row(number: int, plan: Plan) -> Iterator[str]:
+    layout = plan.layout
+    yield from map(str, (number, layout.data, layout.context, layout.tensor))
+    yield from map(str, ("on" if layout.sequence else "off", layout.pipeline, layout.virtual_pipeline))
+    yield from (str(layout.micro_batch_size), str(layout.num_micro_batches), layout.recompute, f"{plan.needed_bytes / GIB:.1f}")
+    yield from (f"{plan.bubble_fraction:.1%}", f"{plan.step_seconds:.3f}", f"{plan.mfu:.1%}", f"{plan.days:.1f}")
+
+
+def _extremes(plan: Plan) -> list[StagePlan]:
+    """The fullest and the emptiest stage; one where they need the same."""
+    fullest = max(plan.stages, key=lambda stage: stage.total_bytes)
+    emptiest = min(plan.stages, key=lambda stage: stage.total_bytes)
+    return [fullest] if fullest.total_bytes == emptiest.total_bytes else [fullest, emptiest]
+
+
+def _slowest(plan: Plan) -> StagePlan:
+    return max(plan.stages, key=lambda stage: stage.seconds.per_micro_batches)
+
+
+def _stage_title(plan: Plan, stage: StagePlan) -> str:
+    return "every rank" if len(plan.stages) == 1 else f"stage {stage.pipeline_rank} of {len(plan.stages)}"

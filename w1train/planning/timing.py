@@ -1,0 +1,123 @@
+"""Seconds of a step, from counted work and assumed efficiencies.
+
+The stages run their micro-batches one after another; nothing is assumed to overlap (the framework starts no collective before the
+work it follows is done). What a rank does once a step (gradients, optimizer) comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from w1train.config.schema import ModelConfig
+from w1train.planning.activations import Sizes
+from w1train.planning.assumptions import Assumptions, Device
+from w1train.planning.layout import Chunk, Layout, Precision
+from w1train.planning.parameters import Parameter
+from w1train.planning.state import FP32_BYTES, StateBytes
+from w1train.planning.workload import Workload
+from w1train.training.flops import FlopsByPart, model_flops
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """What one rank spends in a step."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    tensor_parallel: float
+    context_parallel: float
+    pipeline_sends: float
+    gradients_and_optimizer: float
+    """Once a step: memory passes over gradients and optimizer states."""
+    data_parallel: float
+    """Once a step: collectives of gradients and parameters."""
+
+    @property
+    def per_micro_batches(self) -> float:
+        """Of all micro-batches together."""
+        return self.matmul + self.attention + self.elementwise + self.tensor_parallel + self.context_parallel + self.pipeline_sends
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+
+def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk, num_logits: int) -> FlopsByPart:
+    """Model FLOPs of one micro-batch in one chunk on one rank. adaLN and timestep MLP are repeated on
+    every tensor- and context-parallel rank."""
+    samples = layout.micro_batch_size
+    whole = model_flops(
+        model,
+        num_tokens=samples * work.num_positions,
+        visible_pairs=samples * work.visible_pairs,
+        num_logits=num_logits,
+        num_segments=samples * work.num_segments + work.num_clean_segments,
+    )
+
+    def share(flops: int) -> int:
+        return flops * chunk.num_layers // (model.num_layers * layout.tensor * layout.context)
+
+    return FlopsByPart(
+        attention_projections=share(whole.attention_projections),
+        attention_core=share(whole.attention_core),
+        mlp=share(whole.mlp),
+        adaln=whole.adaln * chunk.num_layers // model.num_layers,
+        timestep_mlp=whole.timestep_mlp,
+        output_head=whole.output_head // (layout.tensor * layout.context) if chunk.has_head else 0,
+    )
+
+
+def compute_seconds(
+    flops: FlopsByPart, sizes: Sizes, layout: Layout, work: Workload, device: Device, assumptions: Assumptions
+) -> tuple[float, float]:
+    """(linear layers, attention) of one micro-batch. Recomputation repeats the forward third; a dense mask computes every pair of a row
+    and a key that its kernel is given."""
+    peak = device.peak_tflops * 1e12
+    repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
+    in_layers = flops.attention_projections + flops.mlp + flops.adaln
+    outside = flops.timestep_mlp + flops.output_head
+    matmul = (in_layers * repeated[0] / 3 + outside) / (peak * assumptions.matmul_efficiency)
+    pairs, efficiency = flops.attention_core * repeated[1] / 3, assumptions.attention_efficiency
+    if work.is_masked:
+        pairs, efficiency = pairs * work.num_positions * sizes.keys / work.visible_pairs, assumptions.masked_attention_efficiency
+    return matmul, pairs / (peak * efficiency)
+
+
+def layer_elementwise_bytes(sizes: Sizes) -> int:
+    """Bytes that a layer's element-wise kernels read and write, forward and backward, counted from the code.
+
+    In units of a residual tensor, for each of the two branches: RMSNorm 2 + 3, modulation 2 + 7, gated residual 3 + 6, sum of the
+    two gradients 3; without adaLN the residual sum 3 replaces modulation and gate. With a segment index the rows are gathered: 6 more
+    forward and 4 backward for modulation, 3 and 2 for the gate. The rotary embedding passes 12 + 12 times over q and k (multiply, rotate,
+    multiply, add, concatenate); SwiGLU 3 + 5 times over a tensor of its width.
+    """
+    branch = 26 if sizes.has_adaln else 11
+    if sizes.has_adaln and sizes.segment_indexed:
+        branch += 15
+    rotary = 24 * sizes.positions * (sizes.query + sizes.key) * sizes.element
+    return 2 * branch * sizes.residual + rotary + 8 * sizes.positions * sizes.ffn * sizes.element
+
+
+def head_elementwise_bytes(sizes: Sizes) -> int:
+    """The cross-entropy's passes over [m, v]: convert, maximum, subtract, exponentiate, sum, divide, scale in fp32 and convert back."""
+    per_logit = 2 * sizes.element + (1 + 1 + 2 + 2 + 1 + 2 + 2 + 1) * FP32_BYTES
+    return sizes.num_logits * sizes.vocabulary * per_logit
+
+
+def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, parameters: Sequence[Parameter]) -> int:
+    """Of one micro-batch: the layers (with a third of forward and backward again if recomputed), the head, and the addition of every
+    parameter's gradient to the fp32 buffer."""
+    layers = chunk.num_layers * layer_elementwise_bytes(sizes)
+    layers += layers // 3 if layout.recompute == "full" else 0
+    gradients = sum(parameter.numel for parameter in parameters) * (sizes.element + 2 * FP32_BYTES)
+    return layers + gradients + (head_elementwise_bytes(sizes) if chunk.has_head else 0)
+
+
+def optimizer_pass_bytes(state: StateBytes, precision: Precision) -> int:
+    """Once a step: zero and divide the gradient buffer (3 passes); norm and clipping of this rank's share (3), AdamW's reading of it (1)
+    and of master and moments, which it also writes."""
+    copies = 3 if precision == "bf16" else 2
+    share = state.optimizer // copies
+    return 3 * state.gradients + 4 * share + 2 * 3 * share

@@ -1,0 +1,122 @@
+"""What a micro-batch contains: positions, visible pairs, logits and segments, from the recipe and a packing assumption."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from w1train.config.schema import Config, DiffusionConfig
+from w1train.training.flops import FlopsByPart, model_flops
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One packed sample."""
+
+    num_tokens: int
+    """Tokens of data."""
+    num_streams: int
+    """Positions in the layers for each token: 1, or 2 where a clean copy runs beside the noisy one (block diffusion)."""
+    num_documents: int
+    """Documents in it, all of one length but for the last."""
+    visible_pairs: int
+    """(query, key) pairs that may attend, one layer, one head."""
+    num_logits: float
+    """Expected positions where a loss is taken."""
+    most_logits: int
+    """At the largest t."""
+    num_segments: int
+    """Stretches that share a timestep."""
+    segment_indexed: bool
+    """Whether a token's segment is found by an index; otherwise segments are samples."""
+    may_need_mask: bool
+    """Whether a micro-batch may need a dense mask: several documents, two streams, or samples cut short."""
+    block_spans: tuple[tuple[int, int], ...]
+    """First position and end of each block; empty with one stream."""
+
+    @property
+    def num_positions(self) -> int:
+        return self.num_tokens * self.num_streams
+
+    @property
+    def num_clean_segments(self) -> int:
+        """One for the clean streams of a whole micro-batch, at t = 0."""
+        return self.num_streams - 1
+
+    @property
+    def visible_share(self) -> float:
+        """Of all pairs of positions."""
+        return self.visible_pairs / self.num_positions**2
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether every micro-batch needs a mask."""
+        return self.num_documents > 1 or self.num_streams > 1
+
+
+def workload_of(config: Config, document_length: int | None = None) -> Workload:
+    """The samples of a recipe whose documents have the given length; None = one document fills the sample."""
+    length, diffusion = config.data.sequence_length, config.diffusion
+    document = min(document_length or length, length)
+    num_documents = math.ceil(length / document)
+    has_clean_stream = diffusion.block_size is not None and diffusion.block_size < length
+    spans = block_spans(length, document, diffusion) if has_clean_stream or diffusion.timestep_per == "block" else ()
+    num_segments = {"sequence": 1, "document": num_documents, "block": len(spans)}[diffusion.timestep_per]
+    return Workload(
+        num_tokens=length,
+        num_streams=2 if has_clean_stream else 1,
+        num_documents=num_documents,
+        visible_pairs=block_pairs(spans, document) if has_clean_stream else document_pairs(length, document),
+        # t is uniform between its bounds, and a token is masked with probability t.
+        num_logits=length * (diffusion.t_min + diffusion.t_max) / 2,
+        most_logits=math.ceil(length * diffusion.t_max),
+        num_segments=num_segments,
+        segment_indexed=has_clean_stream or diffusion.timestep_per != "sequence",
+        may_need_mask=num_documents > 1 or has_clean_stream or diffusion.random_length_probability > 0,
+        block_spans=spans if has_clean_stream else (),
+    )
+
+
+def document_pairs(length: int, document: int) -> int:
+    """Pairs inside documents, attention in both directions: floor(L / d) d^2 + (L mod d)^2."""
+    whole, rest = divmod(length, document)
+    return whole * document * document + rest * rest
+
+
+def block_spans(length: int, document: int, diffusion: DiffusionConfig) -> tuple[tuple[int, int], ...]:
+    """Blocks of a sample, counted from the start of each document or of the sample; documents cut them."""
+    size = diffusion.block_size
+    assert size is not None
+    starts = set(range(0, length, document))
+    if diffusion.block_index == "sample":
+        starts.update(range(0, length, size))
+    else:
+        for first in range(0, length, document):
+            starts.update(range(first, min(first + document, length), size))
+    ordered = sorted(starts)
+    return tuple(zip(ordered, [*ordered[1:], length], strict=True))
+
+
+def block_pairs(spans: tuple[tuple[int, int], ...], document: int) -> int:
+    """Pairs over [x_t ; x_0]: a noisy token sees its own noisy block and the clean blocks before it in its document, a clean token the
+    clean blocks up to its own. With s and e a block's ends counted from its document: (e - s) ((e - s) + s + e) = 2 e (e - s)."""
+    return sum(2 * (end - start) * (end - start // document * document) for start, end in spans)
+
+
+def flops_per_token(config: Config, work: Workload) -> dict[str, float]:
+    """Model FLOPs, forward and backward, of one token of data, by part and in total.
+
+    ``model_flops`` counts whole things, so it is asked for many micro-batches, of which the expected logits are a whole number.
+    """
+    num_batches = 1_000_000
+    num_samples = num_batches * config.training.micro_batch_size
+    flops: FlopsByPart = model_flops(
+        config.model,
+        num_tokens=num_samples * work.num_positions,
+        visible_pairs=num_samples * work.visible_pairs,
+        num_logits=round(num_samples * work.num_logits),
+        num_segments=num_samples * work.num_segments + num_batches * work.num_clean_segments,
+    )
+    tokens = num_samples * work.num_tokens
+    parts = {name: getattr(flops, name) / tokens for name in FlopsByPart.__slots__}
+    return {**parts, "total": flops.total / tokens}
