@@ -23,7 +23,16 @@ from w1train.training.inference import load_for_inference
 
 TRAIN_KEYS = {
     *("kind", "step", "samples", "tokens", "loss", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "mask_ratio", "loss_by_t"),
-    *("grad_norm", "learning_rate", "epoch", "time/step_seconds", "time/tokens_per_second", "time/tflops_per_second", "time/mfu"),
+    *(
+        "grad_norm",
+        "learning_rate",
+        "batch_size",
+        "epoch",
+        "time/step_seconds",
+        "time/tokens_per_second",
+        "time/tflops_per_second",
+        "time/mfu",
+    ),
     *("time/data_wait_seconds", "time/memory_gib"),
 }
 VALIDATION_KEYS = {
