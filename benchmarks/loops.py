@@ -127,7 +127,7 @@ class FrameworkLoop:
         model = self.trainer.model
         targets: list[tuple[str, Any, str]] = [
             ("corruption", loop, "corrupt"),
-            ("plan", forward, "model_inputs"),
+            ("plan", forward, "rank_inputs"),
             ("forward", model.stages[0], "forward"),
             ("loss", forward, "_loss"),
             ("backward", schedules, "backward_step"),
@@ -213,7 +213,7 @@ class BareLoop:
         return float(total)
 
     def _bare_batch(self, noisy: NoisyBatch, total: float) -> BareBatch:
-        inputs = forward.model_inputs(noisy, self.config.diffusion.timestep_per)
+        inputs = forward.rank_inputs(noisy, self.config).model
         weights = loss_weights(self.config.diffusion, noisy.token_timesteps[noisy.loss_mask]) / total
         return BareBatch(inputs, noisy.targets.flatten()[inputs.logit_positions], weights)
 

@@ -29,12 +29,16 @@ from w1train.runtime.cpu import import_megatron
 
 import_megatron()
 
-# Imported here for the ranks: what the parent has, they need not import.
+# Imported and done once here for the ranks: what the parent has, they need not import.
+import psutil  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402, F401
 
 import w1train.training.loop  # noqa: E402, F401
 from data_tools import tokenize, train_tokenizer  # noqa: E402
 from w1train import pretrain  # noqa: E402
+from w1train.config.command_line import parse_command_line  # noqa: E402
+
+parse_command_line(["recipe=demo"])
 
 VOCAB_SIZE = 320
 LENGTH = 32
@@ -58,10 +62,10 @@ model:
   max_sequence_length: 64
   condition_size: 16
   timestep_frequency_size: 16
-data:
-  train: ${{oc.env:TINY_DATA}}/train
-  validation: ${{oc.env:TINY_DATA}}/validation
-  tokenizer: ${{oc.env:TINY_DATA}}/tokenizer.json
+data:  # relative: the ranks start in the data's directory, so that a copy of a run goes on with a copy of its data
+  train: train
+  validation: validation
+  tokenizer: tokenizer.json
   sequence_length: {LENGTH}
 diffusion:
   num_strata: {BATCH}
@@ -185,7 +189,7 @@ def _enter_rank(main: Callable[[int], int], rank: int, world_size: int, port: in
 
 
 def _rank(arguments: list[str], data: Path, logs: list[Path], sabotage: Sabotage | None, rank: int) -> int:
-    os.environ["TINY_DATA"] = str(data)
+    os.chdir(data)
     with output_to(logs[rank]):
         if sabotage is not None:
             sabotage(rank)

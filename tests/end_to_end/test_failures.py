@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
-import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.end_to_end import traps
-from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun, launch, output_to
+from tests.end_to_end.runs import BATCH, LENGTH, TinyRun, launch, output_to
 from w1train import sample
 from w1train.data import loader
 from w1train.data.dataset import DatasetError
@@ -54,11 +54,11 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
     run.train(world_size=2, sabotage=traps.after_commit(2))
     saved = run.checkpoints / "step_0000000006"
     shards, metadata = sum(map(blocks, saved.glob("__*"))), blocks(saved / ".metadata")
-    # Fails in: the first shard, some shard, .metadata, metadata.json, config.yaml, manifest.json.
-    for num_bytes_left in (0, shards // 2, shards, shards + metadata, shards + metadata + 4096, shards + metadata + 8192):
+    # Fails in: some shard, .metadata, metadata.json, manifest.json.
+    for num_bytes_left in (shards // 2, shards, shards + metadata, shards + metadata + 8192):
         outcome = run.train(world_size=2, sabotage=traps.fill_disk(small_disk, num_bytes_left, number=1)).require(1)
-        message = one_line(outcome.output, "No space left on device")
-        assert "step_0000000009" in message
+        message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
+        assert "No space left on device" in message or "disk full" in message
         assert "The one of step 6 is untouched: the same command goes on from it" in message
         assert outcome.outputs[1] == ""
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_0000000003", "step_0000000006"]
@@ -75,7 +75,7 @@ def test_one_rank_cannot_write(tiny_run, undisturbed):
 
     outcome = tiny_run.train(world_size=2, sabotage=limit).require(1)
     message = one_line(outcome.output, "could not save")
-    assert "rank 1: " in message
+    assert "rank 1: a file could not be written to its end (disk full, or a quota or file size limit reached" in message
     assert "rank 0: " not in message
     assert "There is no older one" in message
     assert list(tiny_run.checkpoints.iterdir()) == []
@@ -155,8 +155,7 @@ def test_a_damaged_checkpoint_is_named(tiny_data, undisturbed, tmp_path, damage)
     before = run.metrics()
     outcome = run.train(world_size=2).require(1)
     message = one_line(outcome.output, f"w1train.pretrain: {run.checkpoints}/step_0000000012 is damaged: ")
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(message)
+    assert re.search(words, message), message
     assert message.endswith("Remove this directory to resume from an older checkpoint.")
     assert outcome.outputs[1] == ""
     assert run.metrics() == before
@@ -179,7 +178,7 @@ def test_sampling_from_a_damaged_checkpoint(tiny_data, undisturbed, tmp_path):
 
     def main(rank: int) -> int:
         with output_to(tmp_path / "log"):
-            os.environ["TINY_DATA"] = str(tiny_data)
+            os.chdir(tiny_data)
             return sample.main([str(run.path)])
 
     assert launch(1, main) == [2]
@@ -232,7 +231,7 @@ def test_no_checkpoint_has_a_parameter_that_is_no_number(tiny_run):
     assert steps == list(range(1, len(steps) + 1))
 
     def parameters_are_finite(rank: int) -> int:
-        os.environ["TINY_DATA"] = str(tiny_run.data)
+        os.chdir(tiny_run.data)
         with output_to(tiny_run.runs_dir / "finite.log"):
             (stage,) = load_for_inference(tiny_run.path).predict.chunks
             return int(not all(torch.isfinite(parameter).all() for parameter in stage.parameters()))
@@ -241,20 +240,8 @@ def test_no_checkpoint_has_a_parameter_that_is_no_number(tiny_run):
 
 
 def test_ctrl_c_is_one_line_and_loses_nothing(tiny_run, undisturbed):
-    def interrupt(rank: int) -> None:
-        original = metrics_log.MetricsLog.append
-
-        def append(log: metrics_log.MetricsLog, record: dict) -> None:
-            original(log, record)
-            if record["step"] == 7:
-                os.killpg(0, signal.SIGINT)
-
-        os.setpgid(0, 0 if rank == 0 else os.getpid())
-        if rank == 0:
-            metrics_log.MetricsLog.append = append
-
-    outcome = tiny_run.train(sabotage=interrupt).require(130)
+    outcome = tiny_run.train(world_size=2, sabotage=traps.interrupt(7)).require(130)
     one_line(outcome.output, "interrupted; the same command goes on from the last checkpoint")
-    tiny_run.train().require(0)
-    assert tiny_run.metrics() == undisturbed(1, "fp32").metrics()
-    assert tiny_run.metrics()[-1]["step"] == NUM_STEPS
+    assert outcome.outputs[1] == ""
+    tiny_run.train(world_size=2).require(0)
+    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()

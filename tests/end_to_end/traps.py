@@ -32,11 +32,11 @@ def after_seconds(seconds: float, victim: int = 0) -> Sabotage:
     return sabotage
 
 
-def _at_call(owner: Any, name: str, number: int, *, after: bool, rank: int = 0) -> Sabotage:
-    """SIGKILL before or after the ``number``-th call of a function in this process."""
+def _at_call(owner: Any, name: str, number: int, *, after: bool, rank: int | None = 0, action: Callable[[], None] = die) -> Sabotage:
+    """SIGKILL (or what ``action`` does) before or after the ``number``-th call of a function on a rank (None = on every rank)."""
 
     def sabotage(this_rank: int) -> None:
-        if this_rank != rank:
+        if rank is not None and this_rank != rank:
             return
         original = getattr(owner, name)
         calls = 0
@@ -45,10 +45,10 @@ def _at_call(owner: Any, name: str, number: int, *, after: bool, rank: int = 0) 
             nonlocal calls
             calls += 1
             if calls == number and not after:
-                die()
+                action()
             result = original(*args, **kwargs)
-            if calls == number:
-                die()
+            if calls == number and after:
+                action()
             return result
 
         setattr(owner, name, trapped)
@@ -64,6 +64,11 @@ def before_record(number: int) -> Sabotage:
 def after_record(number: int) -> Sabotage:
     """A step boundary."""
     return _at_call(loop.Trainer, "record_step", number, after=True)
+
+
+def interrupt(number: int) -> Sabotage:
+    """Ctrl-C, which a terminal sends to all ranks."""
+    return _at_call(loop.Trainer, "record_step", number, after=True, rank=None, action=lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 def after_validation(number: int) -> Sabotage:
@@ -103,8 +108,8 @@ def while_removing(number: int) -> Sabotage:
         def trapped(path: Any, *args: Any, **kwargs: Any) -> None:
             nonlocal calls
             calls += "removing" in str(path)
-            if calls == number and "removing" in str(path):
-                next(iter(os.scandir(path))).path and os.unlink(next(iter(os.scandir(path))).path)
+            if calls == number:
+                os.unlink(next(os.scandir(path)))
                 die()
             original(path, *args, **kwargs)
 

@@ -369,7 +369,7 @@ def _world_size_rule(config: Config, world_size: int | None) -> Iterator[Problem
         return
     replica = math.prod(sizes.values())
     if world_size % replica:
-        product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or name == "tensor")
+        product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or name != "context")
         found = f"{product.removeprefix('parallel.tensor ')} = {replica} ranks a replica, in a world of {world_size}"
         valid = f"a product that divides the world size {world_size}: {_divisors(world_size)}"
         yield Problem("parallel.tensor", found, valid)

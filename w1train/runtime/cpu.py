@@ -69,6 +69,7 @@ def redirect_cuda_to_cpu() -> None:
     _redirect_tensor_methods()
     _redirect_cuda_module()
     _redirect_rng_tracker(megatron_random)
+    _skip_collectives_of_one()
     logger.info("no CUDA: megatron-core runs on the CPU")
 
 
@@ -168,3 +169,24 @@ def _redirect_rng_tracker(megatron_random: Any) -> None:
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+
+def _skip_collectives_of_one() -> None:
+    """gloo copies the whole buffer of gradients, and then of parameters, to share it out over a single rank; NCCL leaves it."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
+
+
+def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``collective(output, input, group=...)`` that does nothing where the group is one rank and output is input already."""
+
+    @functools.wraps(collective)
+    def wrapped(output: torch.Tensor, input_: torch.Tensor, *, group: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        # An asynchronous caller waits for what is returned, so it gets the real one.
+        if group.size() == 1 and not async_op and output.data_ptr() == input_.data_ptr():
+            return None
+        return collective(output, input_, group=group, async_op=async_op, **kwargs)
+
+    return wrapped

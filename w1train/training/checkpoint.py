@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections import ChainMap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     """Wall time up to here over all starts of the run; work that a kill undid is not in it."""
+    dataset: str | None = None
+    """SHA-256 of the training tokens: ``samples`` is a place in the order of these. None for a foreign dataset, which has none."""
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
@@ -129,7 +131,6 @@ def _explain_failure(final: Path, writing: Path, error: BaseException) -> str:
     shutil.rmtree(writing, ignore_errors=True)
     kept = latest_step(final.parent)
     older = "There is no older one" if kept is None else f"The one of step {kept} is untouched: the same command goes on from it"
-    # torch's writer calls a full disk a wrong position in its archive; the free space says what it is.
     return f"could not save {final}, with {free / 2**20:.1f} MiB free on that disk: {'; '.join(_root_causes(error))}. {older}."
 
 
@@ -142,6 +143,9 @@ def _root_causes(error: BaseException) -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
+    if "inline_container" in text:
+        # What torch's writer makes of a full disk, now and then: a wrong position in its archive.
+        return f"a file could not be written to its end (disk full, or a quota or file size limit reached; torch says: {text})"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
 
@@ -240,18 +244,18 @@ def read_progress(path: Path) -> Progress:
         CheckpointError: the manifest is damaged.
     """
     manifest = _read_manifest(path)
-    return Progress(step=manifest["step"], samples=manifest["samples"], seconds=manifest["seconds"])
+    return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
 
 
 def _position(progress: Progress) -> dict[str, int]:
-    """The part that is the same on all ranks and in every repetition of the run."""
+    """The part that is saved with the shards, which must be the same on all ranks."""
     return {"step": progress.step, "samples": progress.samples}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        missing = {"step", "samples", "seconds", "files"} - manifest.keys()
+        missing = {*(field.name for field in fields(Progress)), "files"} - manifest.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
     if missing:

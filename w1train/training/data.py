@@ -48,6 +48,11 @@ class TrainingData:
             device=ranks.device,
         )
 
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the training tokens; None for a dataset without manifest."""
+        return None if self.train.manifest is None else self.train.manifest.bin_sha256
+
     def validation_batches(self) -> Iterator[PackedBatch]:
         """This rank's validation micro-batches; every rank has as many."""
         assert self._packed_validation is not None

@@ -203,10 +203,16 @@ class Trainer:
     def _load_progress(self) -> Progress:
         step = on_main_rank(partial(latest_step, self.run.checkpoints))
         if step is None:
-            return Progress()
+            return Progress(dataset=self.data.fingerprint)
         path = self.run.checkpoints / f"step_{step:010d}"
         logger.info("resuming from %s", path)
-        return load_checkpoint(path, self.model)
+        progress = load_checkpoint(path, self.model)
+        if progress.dataset != self.data.fingerprint:
+            raise DatasetError(
+                f"dataset {self.config.data.train} has changed since {path} was saved: the SHA-256 of its tokens is "
+                f"{self.data.fingerprint}, it was {progress.dataset}. Bring the old data back, or start a run of another name"
+            )
+        return progress
 
     def _print_header(self) -> None:
         config, ranks = self.config, self.ranks

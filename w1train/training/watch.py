@@ -70,7 +70,8 @@ class Watch:
         if not self.active:
             return
         tokens = self.progress.samples * self.config.data.sequence_length
-        record = {"kind": kind, "step": self.progress.step, "samples": self.progress.samples, "tokens": tokens, **values}
+        consumed = {"samples": self.progress.samples, "tokens": tokens} if kind == "train" else {"tokens": tokens}
+        record = {"kind": kind, "step": self.progress.step, **consumed, **values}
         self.metrics.append(record)
         self.wandb.log(record)
         if kind == "train":

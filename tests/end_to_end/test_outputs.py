@@ -1,0 +1,209 @@
+"""What a run leaves: records, summary, W&B files, samples and the report, with true values in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TIMEOUT, VOCAB_SIZE, TinyRun, launch, output_to
+from tests.training.wandb_file import read_history, read_run
+from w1train import report, sample
+from w1train.data.tokenizer import Tokenizer
+from w1train.training.inference import load_for_inference
+
+TRAIN_KEYS = {
+    *("kind", "step", "samples", "tokens", "loss", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "mask_ratio", "loss_by_t"),
+    *(
+        "grad_norm",
+        "learning_rate",
+        "batch_size",
+        "epoch",
+        "time/step_seconds",
+        "time/tokens_per_second",
+        "time/tflops_per_second",
+        "time/mfu",
+    ),
+    *("time/data_wait_seconds", "time/memory_gib"),
+}
+VALIDATION_KEYS = {
+    *("kind", "step", "tokens", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "loss_by_t", "time/seconds"),
+}
+SUMMARY_KEYS = {
+    *("name", "num_parameters", "world_size", "device", "steps", "tokens_seen", "tokens_per_second", "wall_seconds", "validation"),
+    *("validation_elbo_bits_per_byte_start", "validation_elbo_bits_per_byte_end", "unigram_bits_per_byte", "versions"),
+}
+
+
+@pytest.fixture(scope="module")
+def thorough(tiny_data, tmp_path_factory):
+    """(run, seconds it took): all of the validation set at ten timesteps, W&B's files, on two ranks."""
+    run = TinyRun(tiny_data, tmp_path_factory.mktemp("thorough"))
+    begin = time.perf_counter()
+    run.train(
+        "validation={interval: 100, num_samples: 1000, timesteps: [0.05,0.15,0.25,0.35,0.45,0.55,0.65,0.75,0.85,0.95]}",
+        "training={global_batch_size: 64, micro_batch_size: 32}",
+        f"schedule.stages.stable.tokens={10 * 64 * LENGTH}",
+        f"schedule.stages.warmup.tokens={2 * 64 * LENGTH}",
+        "sampling={interval: 100, prompts: ['a b', '']}",
+        "logging.wandb=offline",
+        world_size=2,
+    ).require(0)
+    return run, time.perf_counter() - begin
+
+
+def in_process(directory: Path, log: Path, main: Callable[[], int | None]) -> str:
+    """What a command prints, in a forked process that starts in a directory."""
+
+    def enter(rank: int) -> int:
+        os.chdir(directory)
+        with output_to(log):
+            return main() or 0
+
+    assert launch(1, enter) == [0], log.read_text()
+    return log.read_text()
+
+
+def test_records(thorough):
+    run, _ = thorough
+    records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["step"]) for record in records] == [
+        ("validation", 0),
+        *(("train", step) for step in range(1, 13)),
+        ("validation", 12),
+    ]
+    for record in records:
+        assert record.keys() == (TRAIN_KEYS if record["kind"] == "train" else VALIDATION_KEYS)
+        assert len(record["loss_by_t"]) == 10
+        assert record["tokens"] == record["step"] * 64 * LENGTH
+    # The samples of an epoch: what the tokens of the file fill.
+    num_samples = os.path.getsize(run.data / "train.bin") // 2 // LENGTH
+    assert [record["epoch"] for record in records if record["kind"] == "train"] == [64 * step / num_samples for step in range(1, 13)]
+    assert records[-1]["elbo"] < records[0]["elbo"] - 0.5
+
+
+def test_summary(thorough, tmp_path):
+    run, seconds = thorough
+    summary = run.summary()
+    assert summary.keys() == SUMMARY_KEYS
+    assert (summary["name"], summary["world_size"], summary["device"], summary["steps"]) == ("tiny", 2, "cpu", 12)
+    assert summary["tokens_seen"] == 12 * 64 * LENGTH
+    records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    step_seconds = sum(record["time/step_seconds"] for record in records if record["kind"] == "train")
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens_seen"] / step_seconds)
+    assert step_seconds < summary["wall_seconds"] < seconds
+    for place, record in (("start", records[0]), ("end", records[-1])):
+        names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
+        assert summary["validation"][place] == {name: record[name] for name in names}
+        assert summary[f"validation_elbo_bits_per_byte_{place}"] == record["elbo_bits_per_byte"]
+    assert {"python", "torch", "megatron-core", "w1train", "git_commit"} == summary["versions"].keys()
+
+    def count() -> int:
+        (stage,) = load_for_inference(run.path).predict.chunks
+        print("parameters:", sum(parameter.numel() for parameter in stage.parameters()))
+        return 0
+
+    assert f"parameters: {summary['num_parameters']}\n" in in_process(run.data, tmp_path / "log", count)
+
+
+def test_bits_per_byte_are_true(thorough):
+    run, _ = thorough
+    tokens = np.fromfile(run.data / "validation.bin", dtype=np.uint16)
+    tokenizer = Tokenizer.load(run.data / "tokenizer.json")
+    num_bytes = len(tokenizer.decode(tokens.tolist(), skip_special=True).encode())
+    frequencies = np.bincount(tokens) / len(tokens)
+    entropy = -sum(frequency * math.log2(frequency) for frequency in frequencies if frequency)
+    summary = run.summary()
+    assert summary["unigram_bits_per_byte"] == pytest.approx(entropy * len(tokens) / num_bytes)
+    for place in ("start", "end"):
+        bits_per_token = summary["validation"][place]["elbo"] / math.log(2)
+        assert summary["validation"][place]["elbo_bits_per_byte"] == pytest.approx(bits_per_token * len(tokens) / num_bytes)
+
+
+def test_validation_begins_at_the_uniform_distribution(thorough):
+    run, _ = thorough
+    start = run.summary()["validation"]["start"]
+    assert start["elbo"] / math.log(2) == pytest.approx(math.log2(VOCAB_SIZE), rel=0.01)
+    assert start["masked_cross_entropy"] / math.log(2) == pytest.approx(math.log2(VOCAB_SIZE), rel=0.01)
+
+
+def test_wandb_files_hold_the_metrics(thorough):
+    run, _ = thorough
+    history = read_history(run.path)
+    records = {record["step"]: record for record in run.train_records()}
+    assert records.keys() <= history.keys()
+    for step, record in records.items():
+        for name in ("loss", "elbo", "elbo_bits_per_byte", "grad_norm", "learning_rate", "mask_ratio"):
+            assert history[step][name] == record[name]
+    assert history[0]["validation/elbo"] == run.summary()["validation"]["start"]["elbo"]
+    assert history[12]["validation/loss_by_t/0.95"] == run.metrics()[-1]["loss_by_t"][-1]
+    (start,) = read_run(run.path)
+    assert (start.display_name, start.project) == ("tiny", "w1train")
+
+
+def test_samples_come_back_from_the_checkpoint(thorough, tmp_path):
+    run, _ = thorough
+    expected = [json.loads(line) for line in run.samples().splitlines()]
+    assert [record["prompt"] for record in expected] == ["a b", ""]
+    outputs = [in_process(run.data, tmp_path / "log", lambda: sample.main([str(run.path), "--json"])) for _ in range(2)]
+    assert outputs[0] == outputs[1]
+    found = json.loads(outputs[0].splitlines()[-1])["samples"]
+    assert [(item["prompt"], item["text"]) for item in found] == [(record["prompt"], record["text"]) for record in expected]
+
+
+def test_samples_are_printed_and_only_they(thorough, tmp_path):
+    run, _ = thorough
+    arguments = [str(run.path), "--prompt", "a b", "--num-tokens", "8", "--steps", "8", "--temperature", "1", "--seed", "3"]
+    first, again, other = (
+        in_process(run.data, tmp_path / "log", lambda extra=extra: sample.main([*arguments, *extra])) for extra in ([], [], ["--seed", "4"])
+    )
+    assert first.startswith("a b")
+    assert len(first.splitlines()) == 1
+    assert first == again != other
+
+
+def test_the_report_shows_the_run(thorough, tmp_path):
+    run, _ = thorough
+
+    def main() -> None:
+        sys.argv = ["report", str(run.path)]
+        report.main()
+
+    printed = in_process(run.data, tmp_path / "log", main)
+    assert printed.strip() == str(run.path / "report.html")
+    page = (run.path / "report.html").read_text()
+    assert "tiny" in page
+    assert f"{run.summary()['validation_elbo_bits_per_byte_end']:.3f}" in page
+
+
+def test_torchrun(tiny_run, undisturbed):
+    """The real thing, once: new interpreters, a launcher, the module as a program."""
+    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "w1train.pretrain", *tiny_run.arguments()]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "NO_COLOR": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=tiny_run.data,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * TIMEOUT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
+    assert tiny_run.samples() == undisturbed(2, "fp32").samples()
+    # Nothing but our own log goes to stderr: no warnings of libraries, no line twice.
+    log = result.stderr.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ INFO w1train\.", line) for line in log), result.stderr
+    assert len(set(log)) == len(log)
+    assert result.stdout.count(f"step {NUM_STEPS}/{NUM_STEPS}") == 1
+    assert f"batch          {BATCH} samples" in result.stdout
