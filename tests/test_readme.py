@@ -21,6 +21,7 @@ from w1train.config.command_line import CommandLine, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
 from w1train.config.validate import validate
+from w1train.planning.arguments import parse as parse_plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -83,6 +84,8 @@ def check_python(words: list[str]) -> None:
     if module in CONFIGURED:
         if compose(arguments).action != "run" and not run(sys.executable, "-m", module, *arguments).strip():
             raise CommandError(f"prints nothing: {module} {' '.join(arguments)}")
+    elif module == "w1train.plan":
+        check_plan(arguments)
     elif {"-h", "--help"} & set(arguments):
         run(sys.executable, "-m", module, *arguments)
     elif "ArgumentParser" in path.read_text():
@@ -90,6 +93,16 @@ def check_python(words: list[str]) -> None:
             raise CommandError(f"{module} {' '.join(arguments)}: {end}")
     else:
         raise CommandError(f"don't know how to check the arguments of {module}")
+
+
+def check_plan(arguments: list[str]) -> None:
+    """Read as the planner reads it, its layout fitted to the GPUs; planning itself is tested in tests/planning."""
+    try:
+        request = parse_plan(arguments)
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from error
+    if not request.search and (problems := validate(request.config, request.num_gpus)):
+        raise CommandError(str(ConfigurationError(problems)))
 
 
 def check_torchrun(words: list[str]) -> None:
@@ -174,8 +187,10 @@ def test_the_two_commands_come_first():
         ("torchrun --ranks 2 -m w1train.pretrain recipe=demo", "torchrun: "),
         ("torchrun --standalone --nproc-per-node 2 -m w1train.pretrain recipe=nonesuch", "nonesuch"),
         ("torchrun --standalone --nproc-per-node 2 -m data_tools.tokenize", "don't know how to check what torchrun starts"),
-        ("torchrun --standalone --nproc-per-node 6 -m w1train.pretrain recipe=demo parallel.tensor=4", "in a world of 6"),
+        ("torchrun --standalone --nproc-per-node 6 -m w1train.pretrain recipe=demo parallel.pipeline=4", "in a world of 6"),
         ("torchrun --standalone --nproc-per-node 3 -m w1train.pretrain recipe=demo", "global_batch_size"),
+        ("python -m w1train.plan recipe=w1_4b gpus=many", "a whole number"),
+        ("python -m w1train.plan recipe=w1_4b gpus=10 parallel.tensor=4", "in a world of 10"),
     ],
 )
 def test_a_command_that_does_not_work_or_is_not_understood_fails(command, complaint):
