@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,19 @@ def test_only_the_first_rank_prints(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setenv("RANK", "3")
     assert run("recipe=demo", "model.hiden_size=1") == 2
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("rank", "launcher", "waits"), [("0", "torchrun", False), ("1", "torchrun", True), ("1", None, False)])
+def test_under_torchrun_other_ranks_let_the_first_one_speak(
+    monkeypatch: pytest.MonkeyPatch, rank: str, launcher: str | None, waits: bool
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
+    with pytest.raises(SystemExit) as caught:
+        config_from_command_line(["recipe=nonsense"], program="w1train.pretrain", description="")
+    assert caught.value.code == 2
+    assert bool(slept) == waits

@@ -163,6 +163,23 @@ def nan_gradient(step: int) -> Sabotage:
     return sabotage
 
 
+def infinite_parameter(step: int, rank: int) -> Sabotage:
+    """The update of a step overflows on one rank."""
+
+    def sabotage(this_rank: int) -> None:
+        original = loop.Trainer.train_step
+
+        def trapped(trainer: loop.Trainer, batches: Any) -> None:
+            original(trainer, batches)
+            if trainer.progress.step == step:
+                next(trainer.model.chunks[0].parameters()).data.view(-1)[0] = float("inf")
+
+        if this_rank == rank:
+            loop.Trainer.train_step = trapped  # type: ignore[method-assign]
+
+    return sabotage
+
+
 def wait_at_step(step: int, here: Any, go_on: Any) -> Sabotage:
     """Touch ``here`` when ``step`` is done and wait for ``go_on`` to exist."""
 
