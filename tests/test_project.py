@@ -30,6 +30,7 @@ LAYERS = {
     "sampling": 5,
     "evaluation": 5,
     "conversion": 5,
+    "planning": 5,
 }
 COMMANDS = max(LAYERS.values()) + 1
 BUILT_ON_THE_LIBRARY = ("data_tools", "launch", "recipes", "benchmarks", "tests")

@@ -7,7 +7,7 @@ Reductions of a few numbers (loss sums, gradient norm, token counts) are left ou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from w1train.planning.activations import Sizes
@@ -133,6 +133,18 @@ def copied_gradient_traffic(parameters: Sequence[Parameter], layout: Layout) -> 
     tied = sum(parameter.numel for parameter in copied.values() if parameter.is_split)
     if tied:
         yield Traffic("tied embedding's gradient", "embedding", "all_reduce", 2, 1, FP32_BYTES * tied, True)
+
+
+def merged(traffic: Iterable[Traffic]) -> list[Traffic]:
+    """One entry for what several chunks of a rank do alike."""
+    by_kind: dict[tuple[str, str], Traffic] = {}
+    for item in traffic:
+        kind = (item.name, item.collective)
+        before = by_kind.get(kind)
+        if before is not None:
+            item = replace(item, num_calls=before.num_calls + item.num_calls, tensor_bytes=before.tensor_bytes + item.tensor_bytes)
+        by_kind[kind] = item
+    return list(by_kind.values())
 
 
 def bandwidth(traffic: Traffic, layout: Layout, device: Device, assumptions: Assumptions) -> float:

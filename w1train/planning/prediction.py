@@ -195,7 +195,7 @@ def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list
     of_rank = [parameter for own in parameters for parameter in own]
     traffic += communication.replicated_gradient_traffic(of_rank, layout)
     traffic += communication.copied_gradient_traffic(of_rank, layout)
-    return traffic
+    return communication.merged(traffic)
 
 
 def _seconds(

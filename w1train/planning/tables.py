@@ -30,7 +30,7 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
         f"data {layout.data} x context {layout.context} x tensor {layout.tensor} x pipeline {layout.pipeline}"
         f"{f' ({layout.virtual_pipeline} chunks each)' if layout.virtual_pipeline > 1 else ''}, "
         f"sequence parallelism {'on' if layout.sequence else 'off'}, recompute {layout.recompute}, "
-        f"{layout.num_micro_batches} micro-batches of {layout.micro_batch_size} a step"
+        f"{layout.num_micro_batches} x {layout.micro_batch_size} samples of a data-parallel rank a step"
     )
     for table in (memory_table(plan), work_table(plan), traffic_table(plan), speed_table(plan)):
         console.print()
@@ -161,15 +161,14 @@ def speed_table(plan: Plan) -> Table:
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
     """The best layouts."""
     table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
-    columns = "# data context tensor SP pipeline chunks batch count recompute GiB bubble seconds MFU days"
+    columns = "# DP CP TP SP PP VP batch count recompute GiB bubble seconds MFU days"
     for column in columns.split():
         table.add_column(column, justify="left" if column == "recompute" else "right")
     for number, plan in enumerate(result.plans[:num_shown], 1):
         table.add_row(*_search_row(number, plan))
     console.print(table)
-    console.print(
-        "SP: sequence parallelism; chunks: of a pipeline stage; batch: samples of a micro-batch; count: micro-batches of a rank in a step"
-    )
+    console.print("DP, CP, TP, PP: data-, context-, tensor- and pipeline-parallel ranks; SP: sequence parallelism; VP: chunks of a stage;")
+    console.print("batch: samples of a micro-batch; count: micro-batches of a rank in a step")
     console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; not built: plan one to build it")
     if result.plans:
         console.print("the first: " + " ".join(overrides(result.plans[0])))
