@@ -121,6 +121,7 @@ def test_values_and_choices_are_overridden() -> None:
             "++training.seed=7",
             "model=small",
             "model.num_layers=2",
+            "model.num_attention_heads=4",
             "data.sequence_length=1024",
             "schedule.stages.stable.tokens=1e9",
             "schedule.stages.extra={tokens: 5, learning_rate: 1e-4}",
@@ -130,7 +131,7 @@ def test_values_and_choices_are_overridden() -> None:
             "name=${model.num_layers}x",
         ]
     )
-    assert config.model.vocab_size == 4096
+    assert config.model.vocab_size == 2048
     assert config.model.num_layers == 2
     assert (config.parallel.tensor, config.parallel.sequence, config.training.seed) == (4, True, 7)
     assert list(config.schedule.stages) == ["warmup", "stable", "extra"]

@@ -51,9 +51,22 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that writes line breaks other than \\n as escapes: read back in any other style, they come out as spaces."""
+
+    def represent_string(self, text: str) -> yaml.ScalarNode:
+        """Double quotes, which alone allow escapes, only where they are needed."""
+        style = '"' if _LINE_BREAKS.search(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_LINE_BREAKS = re.compile("[\r\x85\u2028\u2029]")
+_Dumper.add_representer(str, _Dumper.represent_string)
+
+
 def config_to_yaml(config: Config) -> str:
     """The complete tree, every default included, in the schema's order. Reading it back gives an equal configuration."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_from_yaml(source: str | Path) -> Config:
