@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import python_corpus, split, tokenize, train_tokenizer
+from data_tools import python_corpus, split, tokenize, train_tokenizer, verify
 from data_tools.text import Document, TextCorpus
 from w1train.data.dataset import TokenDataset
 from w1train.data.tokenizer import Tokenizer
@@ -86,6 +86,16 @@ def test_same_input_same_files(corpus, tokenizer_file, tmp_path):
         assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, tmp_path / name)) == 0
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_verify_finds_damage_of_the_right_size(corpus, tokenizer_file, tmp_path, caplog):
+    prefix = tmp_path / "x"
+    assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, prefix)) == 0
+    assert verify.main([str(prefix)]) == 0
+    path = tmp_path / "x.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert verify.main([str(prefix)]) == 1
+    assert f"{path} is corrupt" in caplog.text
 
 
 def test_an_existing_dataset_is_kept_unless_overwritten(corpus, tokenizer_file, tmp_path, caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
@@ -12,9 +12,13 @@ from w1train.data.dataset import TokenDataset
 from w1train.data.loader import BatchLoader, validation_batches
 from w1train.data.packing import PackedDataset
 from w1train.data.tokenizer import Tokenizer
-from w1train.runtime.distributed import Ranks
+from w1train.data.indexed import bin_path, file_size
+from w1train.runtime.distributed import Ranks, on_main_rank
 
 logger = logging.getLogger(__name__)
+
+MAX_VERIFIED_BYTES = 4 * 2**30
+"""Token files up to this size are read and compared with their manifest at every start: seconds on one rank."""
 
 
 class TrainingData:
@@ -38,6 +42,7 @@ class TrainingData:
         else:
             self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
+        verify_on_main_rank([dataset for dataset in (self.train, self.validation) if dataset is not None])
         self.loader = BatchLoader(
             self.packed,
             micro_batch_size=config.training.micro_batch_size,
@@ -73,6 +78,33 @@ class TrainingData:
                 f"{self.tokenizer.mask_token_id}; set diffusion.mask_token_id={self.tokenizer.mask_token_id} or train a tokenizer with "
                 f"--mask-token-id {mask}"
             )
+
+
+def verify_on_main_rank(datasets: Sequence[TokenDataset]) -> None:
+    """Compare the files with the hashes in their manifests, on rank 0 alone: damage of the right size would train in silence.
+
+    What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
+
+    Raises:
+        DatasetError: on every rank, if a file is not what was written.
+    """
+
+    def verify() -> None:
+        for dataset in datasets:
+            if dataset.manifest is None:
+                continue  # TokenDataset.open has said so
+            num_bytes = file_size(bin_path(dataset.prefix))
+            if num_bytes <= MAX_VERIFIED_BYTES:
+                dataset.verify_hashes()
+            else:
+                logger.warning(
+                    "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+                    bin_path(dataset.prefix),
+                    num_bytes / 1e9,
+                    dataset.prefix,
+                )
+
+    on_main_rank(verify)
 
 
 def bits_per_byte(nats_per_token: float, dataset: TokenDataset) -> float | None:
