@@ -74,6 +74,18 @@ def test_a_poor_corpus_gives_fewer_ids_and_says_so(caplog):
     assert "of the 1000 asked for" in caplog.text
 
 
+@given(text=st.text())
+def test_bytes_are_counted_by_token(tokenizer, text):
+    ids = [*tokenizer.encode(text), tokenizer.eos_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+    assert tokenizer.num_bytes_by_token()[ids].sum() == len(text.encode())
+
+
+def test_bytes_of_another_kind_of_tokenizer_are_unknown(tokenizer):
+    record = json.loads(tokenizer._serialized)
+    record["model"]["vocab"]["\N{LOWER ONE EIGHTH BLOCK}the"] = tokenizer.vocab_size
+    assert Tokenizer(json.dumps(record).encode(), "sentencepiece").num_bytes_by_token() is None
+
+
 def test_every_digit_is_a_token(tokenizer):
     """Numbers then have one spelling; the texts above are full of 'value + 12' that would otherwise merge."""
     assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode("+ 1234")] == ["+", " ", "1", "2", "3", "4"]

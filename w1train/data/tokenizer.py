@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -87,6 +89,24 @@ class Tokenizer:
             # The library would leave such ids out in silence.
             raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
         return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def num_bytes_by_token(self) -> NDArray[np.int64] | None:
+        """UTF-8 bytes that each id stands for, int64 [number of ids]; 0 for special tokens and ids without a token.
+
+        Exact, since every character of a byte-level token is one byte of the text; None if this is no byte-level tokenizer.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        num_bytes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for token, token_id in vocabulary.items():
+            if token_id in added:
+                num_bytes[token_id] = 0 if added[token_id].special else len(token.encode("utf-8"))
+            elif alphabet.issuperset(token):
+                num_bytes[token_id] = len(token)
+            else:
+                return None
+        return num_bytes
 
     def _special_token_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
