@@ -36,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="the dataset")
     parser.add_argument("--validation-output", metavar="PREFIX", help="a second dataset that gets --validation-fraction of the documents")
-    parser.add_argument("--validation-fraction", type=float, default=0.0, help="share of documents, chosen by hash; of too few documents, the last lines (default: %(default)s)")
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.0,
+        help="share of documents, chosen by hash; of too few documents, the last lines (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
     options = parser.parse_args(arguments)
     if not 0 <= options.validation_fraction < 1:

@@ -11,11 +11,11 @@ from functools import cached_property
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset
+from w1train.data.indexed import bin_path, file_size
 from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
 from w1train.data.packing import PackedDataset
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
-from w1train.data.indexed import bin_path, file_size
 from w1train.runtime.distributed import Ranks, on_main_rank
 
 logger = logging.getLogger(__name__)
