@@ -1,13 +1,13 @@
 """Tokenize a corpus: python -m data_tools.tokenize --input PATH --tokenizer tokenizer.json --output PREFIX
 
 A part of the documents can go to a validation dataset in the same run. Which ones is decided by a hash of their text, so a
-document's side depends on nothing else in the corpus, and equal documents never fall on both sides.
+document's side depends on nothing else in the corpus, and equal documents never fall on both sides. A corpus of so few
+documents that one side would stay empty is cut instead: its last lines are held out.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from contextlib import ExitStack
 
 from data_tools.command import add_corpus_options, corpus_from, run_command
 from data_tools.progress import ByteProgress
+from data_tools.split import HashSplit, TailSplit, choose_split
 from data_tools.text import Document, TextCorpus
-from w1train.data.indexed import DatasetError
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter
 
@@ -36,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="the dataset")
     parser.add_argument("--validation-output", metavar="PREFIX", help="a second dataset that gets --validation-fraction of the documents")
-    parser.add_argument("--validation-fraction", type=float, default=0.0, help="share of documents, chosen by hash (default: %(default)s)")
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.0,
+        help="share of documents, chosen by hash; of too few documents, the last lines (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
     options = parser.parse_args(arguments)
     if not 0 <= options.validation_fraction < 1:
@@ -50,15 +55,11 @@ def _tokenize(options: argparse.Namespace) -> None:
     corpus = corpus_from(options)
     tokenizer = Tokenizer.load(options.tokenizer)
     logger.info("tokenizing %d files, %.1f MB", len(corpus.files), corpus.num_bytes / 1e6)
+    split = choose_split(corpus, options.validation_fraction)
     prefixes = [prefix for prefix in (options.output, options.validation_output) if prefix]
     with ExitStack() as stack:
         writers = [stack.enter_context(DatasetWriter(prefix, tokenizer, options.overwrite)) for prefix in prefixes]
-        write_documents(corpus, tokenizer, writers, options.validation_fraction)
-        for prefix, writer in zip(prefixes, writers, strict=True):
-            if writer.num_documents == 0:
-                raise DatasetError(
-                    f"no document of {corpus.num_documents} fell into {prefix} at --validation-fraction {options.validation_fraction}"
-                )
+        write_documents(corpus, tokenizer, writers, split)
         for prefix, writer in zip(prefixes, writers, strict=True):
             manifest = writer.finalize()
             logger.info(
@@ -71,19 +72,14 @@ def _tokenize(options: argparse.Namespace) -> None:
             )
 
 
-def write_documents(corpus: TextCorpus, tokenizer: Tokenizer, writers: Sequence[DatasetWriter], validation_fraction: float) -> None:
-    """Tokenize every document into ``writers[0]``, or ``writers[1]`` if its hash is below ``validation_fraction``."""
+def write_documents(corpus: TextCorpus, tokenizer: Tokenizer, writers: Sequence[DatasetWriter], split: HashSplit | TailSplit) -> None:
+    """Tokenize every document into ``writers[0]``, or ``writers[1]`` if it is held out."""
     with ByteProgress("tokenizing", corpus.num_bytes) as progress:
         for batch in _batches(corpus):
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
-                writer = writers[is_validation(document.text, validation_fraction)]
-                writer.add_document(ids, document.num_bytes)
+            pieces = [piece for document in batch for piece in split(document)]
+            for (document, held_out), ids in zip(pieces, tokenizer.encode_batch([piece.text for piece, _ in pieces]), strict=True):
+                writers[held_out].add_document(ids, document.num_bytes)
             progress.update(corpus.num_bytes_read)
-
-
-def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document is one of the ``fraction`` held out: sha256 of its text, as a number in [0, 1), is below it."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") < fraction * 2**64
 
 
 def _batches(corpus: TextCorpus) -> Iterator[list[Document]]:

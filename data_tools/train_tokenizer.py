@@ -26,7 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_corpus_options(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="where to write tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=64512, help="ids, special tokens included (default: %(default)s)")
-    parser.add_argument("--mask-token-id", type=int, default=14, help="id of <mask>, at least 3 (default: %(default)s)")
+    parser.add_argument(
+        "--mask-token-id",
+        type=int,
+        default=14,
+        help="id of <mask>, at least 3; one too high for the special tokens is alone at its place (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _train(options))
 

@@ -4,7 +4,7 @@
 #
 # Environment variables:
 #   CORPUS   text: a file, a directory or JSONL        (default: the sources of Python's standard library)
-#   NPROC    ranks                                     (default: the number of GPUs, at most 4; 2 without any)
+#   NPROC    ranks                                     (default: 1 with one GPU, else 2)
 #   RUNS     where the data and the run directory go   (default: runs)
 #   VENV     the environment of launch/bootstrap.sh    (default: .venv)
 set -euo pipefail
@@ -17,15 +17,11 @@ python="$VENV/bin/python"
 data="$RUNS/demo-data"
 run="$RUNS/demo"
 
-# The recipe's batch is 32 sequences in micro-batches of 8: four ranks at most, and 32 must divide evenly.
+# The recipe's batch is 16 sequences in micro-batches of 8: two ranks at most.
 default_ranks() {
   local num_gpus=0
   if command -v nvidia-smi >/dev/null; then num_gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"; fi
-  case "$num_gpus" in
-    0 | 2 | 3) echo 2 ;;
-    1) echo 1 ;;
-    *) echo 4 ;;
-  esac
+  if [[ "$num_gpus" == 1 ]]; then echo 1; else echo 2; fi
 }
 
 step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is there

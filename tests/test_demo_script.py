@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_readme import check_python, check_torchrun
+from w1train.config.compose import load_config
+from w1train.config.validate import validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAND_IN = """#!/bin/sh
@@ -97,7 +99,7 @@ def test_a_step_that_fails_ends_the_demo(demo):
     assert len(commands) == 2
 
 
-@pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 2), (1, 1), (2, 2), (3, 2), (4, 4), (8, 4)])
+@pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 2), (1, 1), (2, 2), (3, 2), (4, 2), (8, 2)])
 def test_ranks_follow_the_gpus(demo, num_gpus, num_ranks):
     tools = demo.directory / "tools"
     tools.mkdir()
@@ -109,3 +111,4 @@ def test_ranks_follow_the_gpus(demo, num_gpus, num_ranks):
     assert result.returncode == 0, result.stderr
     (launch,) = [words for words in commands if words[0] == "torchrun"]
     assert launch[launch.index("--nproc-per-node") + 1] == str(num_ranks)
+    assert not validate(load_config(["recipe=demo"]), world_size=num_ranks)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import python_corpus, tokenize, train_tokenizer
+from data_tools import python_corpus, split, tokenize, train_tokenizer, verify
+from data_tools.text import Document, TextCorpus
 from w1train.data.dataset import TokenDataset
 from w1train.data.tokenizer import Tokenizer
 
@@ -57,14 +58,14 @@ def test_the_standard_library_is_a_corpus(corpus):
 
 def test_from_text_to_datasets_and_back(corpus, tokenizer_file, tmp_path):
     """Train and validation together hold every document, unchanged, once."""
-    split = ["--validation-output", str(tmp_path / "new/validation"), "--validation-fraction", "0.2"]
-    assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, tmp_path / "new/train", *split)) == 0
+    options = ["--validation-output", str(tmp_path / "new/validation"), "--validation-fraction", "0.2"]
+    assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, tmp_path / "new/train", *options)) == 0
     tokenizer = Tokenizer.load(tokenizer_file)
     train, validation = (read_texts(tmp_path / "new" / name, tokenizer) for name in ("train", "validation"))
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     texts = [text for text in texts if text.strip()]
     assert sorted(train + validation) == sorted(texts)
-    assert train == [text for text in texts if not tokenize.is_validation(text, 0.2)]
+    assert train == [text for text in texts if not split.is_validation(text, 0.2)]
     assert 0 < len(validation) < len(train)
     for name, part in (("train", train), ("validation", validation)):
         manifest = TokenDataset.open(tmp_path / "new" / name).manifest
@@ -74,10 +75,10 @@ def test_from_text_to_datasets_and_back(corpus, tokenizer_file, tmp_path):
 
 def test_the_split_takes_the_fraction_asked_for():
     texts = [f"document {i}" for i in range(4000)]
-    num_held_out = sum(tokenize.is_validation(text, 0.1) for text in texts)
+    num_held_out = sum(split.is_validation(text, 0.1) for text in texts)
     assert abs(num_held_out - 400) < 76  # 4 standard deviations
-    assert all(tokenize.is_validation(text, 0.3) for text in texts if tokenize.is_validation(text, 0.1))
-    assert not any(tokenize.is_validation(text, 0.0) for text in texts)
+    assert all(split.is_validation(text, 0.3) for text in texts if split.is_validation(text, 0.1))
+    assert not any(split.is_validation(text, 0.0) for text in texts)
 
 
 def test_same_input_same_files(corpus, tokenizer_file, tmp_path):
@@ -85,6 +86,16 @@ def test_same_input_same_files(corpus, tokenizer_file, tmp_path):
         assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, tmp_path / name)) == 0
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_verify_finds_damage_of_the_right_size(corpus, tokenizer_file, tmp_path, caplog):
+    prefix = tmp_path / "x"
+    assert tokenize.main(tokenize_arguments(corpus, tokenizer_file, prefix)) == 0
+    assert verify.main([str(prefix)]) == 0
+    path = tmp_path / "x.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert verify.main([str(prefix)]) == 1
+    assert f"{path} is corrupt" in caplog.text
 
 
 def test_an_existing_dataset_is_kept_unless_overwritten(corpus, tokenizer_file, tmp_path, caplog):
@@ -98,12 +109,62 @@ def test_an_existing_dataset_is_kept_unless_overwritten(corpus, tokenizer_file, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
 
 
-def test_an_empty_side_of_the_split_is_an_error(tokenizer_file, tmp_path, caplog):
-    (tmp_path / "a.txt").write_text("the only document")
-    split = ["--validation-output", str(tmp_path / "validation"), "--validation-fraction", "0.000001"]
-    assert tokenize.main(tokenize_arguments(tmp_path / "a.txt", tokenizer_file, tmp_path / "train", *split)) == 1
-    assert "no document of 1 fell into" in caplog.text
+LINES = [f"line {i} of a text\n" for i in range(200)]
+FEW_DOCUMENTS = {
+    "one file": ["".join(LINES)],
+    "two files": ["".join(LINES[:150]), "".join(LINES[150:])],
+    "the last file is one line": ["".join(LINES[:199]), "".join(LINES[199:])],
+    "only single lines": LINES[:4],
+    "the cut falls into a long line": ["x" * 1000, LINES[0]],
+    "white space at the end": ["one\ntwo\n" + 500 * "\n"],
+    "lines of other characters": ["\N{SNOWMAN}" * 90 + "\n" + "\N{SNOWMAN}" * 10],
+}
+
+
+@pytest.mark.parametrize("texts", FEW_DOCUMENTS.values(), ids=FEW_DOCUMENTS)
+def test_of_few_documents_the_last_lines_are_held_out(tokenizer_file, tmp_path, caplog, texts):
+    assert not any(split.is_validation(text, 0.001) for text in texts), "the case would not be tested"
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    tokenizer = Tokenizer.load(tokenizer_file)
+    for fraction in (0.001, 0.1):
+        corpus = TextCorpus(sorted(tmp_path.glob("*.txt")))
+        cut = split.TailSplit(corpus_bytes(texts), len(texts), fraction)
+        pieces = [piece for document in corpus for piece in cut(document)]
+        sides = [held_out for _, held_out in pieces]
+        assert sides == sorted(sides)
+        assert set(sides) == {False, True}
+        assert "".join(piece.text for piece, _ in pieces) == "".join(texts)
+        assert all(piece.text.strip() and piece.num_bytes == len(piece.text.encode()) for piece, _ in pieces)
+        held_out_bytes = sum(piece.num_bytes for piece, held_out in pieces if held_out)
+        longest_line = max(len(line.encode()) for text in texts for line in text.rstrip().splitlines())
+        slack = longest_line + max(len(text) - len(text.rstrip()) for text in texts)
+        assert abs(held_out_bytes - fraction * corpus_bytes(texts)) <= slack
+    options = ["--validation-output", str(tmp_path / "validation"), "--validation-fraction", "0.001"]
+    files = sorted(map(str, tmp_path.glob("*.txt")))
+    arguments = ["--input", *files, "--tokenizer", str(tokenizer_file), "--output", str(tmp_path / "train"), *options]
+    with caplog.at_level("INFO"):
+        assert tokenize.main(arguments) == 0
+    assert "is held out for validation instead" in caplog.text
+    assert "".join(read_texts(tmp_path / "train", tokenizer) + read_texts(tmp_path / "validation", tokenizer)) == "".join(texts)
+
+
+def corpus_bytes(texts) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def test_one_line_cannot_be_split(tokenizer_file, tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("the only document\n")
+    options = ["--validation-output", str(tmp_path / "validation"), "--validation-fraction", "0.000001"]
+    assert tokenize.main(tokenize_arguments(tmp_path / "a.txt", tokenizer_file, tmp_path / "train", *options)) == 1
+    assert "a.txt is a single line and the only document" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_search_for_both_sides_ends_with_them():
+    """A large corpus is not read twice."""
+    documents = (Document(f"document {i}", "", 10) for i in range(10**9))
+    assert isinstance(split.choose_split(documents, 0.01), split.HashSplit)
 
 
 @pytest.mark.parametrize(

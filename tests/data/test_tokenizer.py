@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from tests.data.conftest import TEXTS
 from w1train.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 
 NUM_SPECIAL = 16
@@ -46,9 +47,35 @@ def test_layout_of_special_tokens(mask_token_id):
     assert min(tokenizer.encode("any text")) >= max(NUM_SPECIAL, mask_token_id + 1)
 
 
+@pytest.mark.parametrize("mask_token_id", [272, 300, 308, 309])
+def test_a_mask_at_a_high_id(mask_token_id, tmp_path):
+    """As LLaDA's, 128 ids below the end of its vocabulary."""
+    tokenizer = train_tokenizer(TEXTS, vocab_size=310, mask_token_id=mask_token_id)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, mask_token_id)
+    assert sorted(tokenizer._backend.get_vocab().values()) == list(range(310))
+    plain = train_tokenizer(TEXTS, vocab_size=309)
+    for text in (*TEXTS, "<mask> and other text \N{SNOWMAN}"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert ids == [token_id + (token_id >= mask_token_id) for token_id in plain.encode(text)]
+    assert tokenizer.decode([mask_token_id, 1], skip_special=True) == ""
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").mask_token_id == mask_token_id
+
+
+def test_a_mask_above_what_the_corpus_gives():
+    with pytest.raises(TokenizerError, match=r"mask_token_id 126336 cannot be had: the corpus gave only 27. token ids"):
+        train_tokenizer(["some text"], vocab_size=126464, mask_token_id=126336)
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "mask_token_id", "message"),
-    [(300, 2, "mask_token_id must be at least 3, not 2"), (271, 14, "vocab_size 271 is too small"), (300, 100, "need 357 ids")],
+    [
+        (300, 300, "too small"),
+        (300, 2, "mask_token_id must be at least 3, not 2"),
+        (271, 14, "vocab_size 271 is too small"),
+        (300, 100, "need 357 ids"),
+    ],
 )
 def test_impossible_vocabularies_are_refused(vocab_size, mask_token_id, message):
     with pytest.raises(TokenizerError, match=message):
@@ -72,6 +99,18 @@ def test_a_poor_corpus_gives_fewer_ids_and_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         assert train_tokenizer(["abab"], vocab_size=1000).vocab_size < 300
     assert "of the 1000 asked for" in caplog.text
+
+
+@given(text=st.text())
+def test_bytes_are_counted_by_token(tokenizer, text):
+    ids = [*tokenizer.encode(text), tokenizer.eos_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+    assert tokenizer.num_bytes_by_token()[ids].sum() == len(text.encode())
+
+
+def test_bytes_of_another_kind_of_tokenizer_are_unknown(tokenizer):
+    record = json.loads(tokenizer._serialized)
+    record["model"]["vocab"]["\N{LOWER ONE EIGHTH BLOCK}the"] = tokenizer.vocab_size
+    assert Tokenizer(json.dumps(record).encode(), "sentencepiece").num_bytes_by_token() is None
 
 
 def test_every_digit_is_a_token(tokenizer):

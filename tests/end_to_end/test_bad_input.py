@@ -88,11 +88,18 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 100)
 
 
+def zero(path: Path) -> None:
+    """Of the right size, as after a crash of the machine or a copy that went wrong."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 WRONG_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
     "no dataset": (lambda data: (data / "train.bin").unlink(), "dataset .*train is not there: .*train.bin missing"),
     "no tokenizer": (lambda data: (data / "tokenizer.json").unlink(), "tokenizer .*tokenizer.json cannot be read: No such file"),
     "truncated .bin": (lambda data: truncate(data / "train.bin"), r"train.bin is truncated: \d+ bytes, expected \d+"),
     "truncated .idx": (lambda data: truncate(data / "validation.idx"), r"validation.idx is truncated: \d+ bytes, expected \d+"),
+    "zeroed .bin": (lambda data: zero(data / "train.bin"), r"train.bin is corrupt: its sha256 is \w+, the manifest has \w+"),
+    "zeroed validation": (lambda data: zero(data / "validation.bin"), r"validation.bin is corrupt: its sha256 is \w+, the manifest has"),
     "another tokenizer": (other_tokenizer, r"dataset .*train was tokenized with the tokenizer of sha256 \w+ \(320 ids\)"),
     "other data": (other_data, r"dataset .*train has changed since .*step_0000000012 was saved"),
 }
@@ -124,6 +131,13 @@ def test_wrong_data(copied_run, what):
     require_message(outcome.output, pattern)
     assert outcome.outputs[1] == ""
     assert (copied_run.metrics(), copied_run.steps_saved()) == (metrics, steps)
+
+
+def test_files_too_large_to_be_compared_are_named(copied_run, monkeypatch):
+    monkeypatch.setattr("w1train.training.data.MAX_VERIFIED_BYTES", 1000)
+    outcome = copied_run.train(world_size=2).require(0)
+    for name in ("train", "validation"):
+        require_message(outcome.output, rf"{name}.bin\s.*(\n.*)?not compared(.*\n)*?.*data_tools.verify")
 
 
 def test_tokens_beyond_the_vocabulary_are_known_beforehand(tiny_run):

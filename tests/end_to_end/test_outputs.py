@@ -18,6 +18,8 @@ import pytest
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TIMEOUT, VOCAB_SIZE, TinyRun, launch, output_to
 from tests.training.wandb_file import read_history, read_run
 from w1train import report, sample
+from w1train.data.dataset import TokenDataset
+from w1train.data.packing import PackedDataset
 from w1train.data.tokenizer import Tokenizer
 from w1train.training.inference import load_for_inference
 
@@ -116,17 +118,33 @@ def test_summary(thorough, tmp_path):
 
 
 def test_bits_per_byte_are_true(thorough):
+    """All of the validation set is scored: the bytes are those of its text."""
     run, _ = thorough
     tokens = np.fromfile(run.data / "validation.bin", dtype=np.uint16)
+    require_true_bits_per_byte(run, tokens)
+
+
+def test_bits_per_byte_are_those_of_the_samples_scored(undisturbed):
+    """Of 8 samples, not of the validation set."""
+    run = undisturbed(1, "fp32")
+    validation = TokenDataset.open(run.data / "validation")
+    packed = PackedDataset(validation, LENGTH, seed=0, shuffle_samples=True, drop_last=False)
+    assert packed.num_samples_per_epoch > 8
+    require_true_bits_per_byte(run, np.concatenate([tokens[ids >= 0] for tokens, ids, _ in map(packed.sample, range(8))]))
+
+
+def require_true_bits_per_byte(run: TinyRun, tokens: np.ndarray) -> None:
+    """``tokens`` are the ones scored, whose text is ASCII."""
     tokenizer = Tokenizer.load(run.data / "tokenizer.json")
-    num_bytes = len(tokenizer.decode(tokens.tolist(), skip_special=True).encode())
+    text = tokenizer.decode(tokens.tolist(), skip_special=True)
+    assert text.isascii(), "a sample may begin inside a character otherwise"
     frequencies = np.bincount(tokens) / len(tokens)
     entropy = -sum(frequency * math.log2(frequency) for frequency in frequencies if frequency)
     summary = run.summary()
-    assert summary["unigram_bits_per_byte"] == pytest.approx(entropy * len(tokens) / num_bytes)
+    assert summary["unigram_bits_per_byte"] == pytest.approx(entropy * len(tokens) / len(text))
     for place in ("start", "end"):
         bits_per_token = summary["validation"][place]["elbo"] / math.log(2)
-        assert summary["validation"][place]["elbo_bits_per_byte"] == pytest.approx(bits_per_token * len(tokens) / num_bytes)
+        assert summary["validation"][place]["elbo_bits_per_byte"] == pytest.approx(bits_per_token * len(tokens) / len(text))
 
 
 def test_validation_begins_at_the_uniform_distribution(thorough):

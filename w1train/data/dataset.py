@@ -41,7 +41,7 @@ class TokenDataset:
         """Check a dataset against its manifest, the run's tokenizer and the model's vocabulary, then open it.
 
         A dataset without PREFIX.json (made by Megatron-LM, say) is opened with fewer checks, which the log says.
-        Hashes are not compared here, since that reads every byte: see :meth:`verify_hashes`.
+        Hashes are not compared here, on every rank, since that reads every byte: see :meth:`verify_hashes`, which a run calls on one.
 
         Raises:
             DatasetError: if a file is missing, truncated or inconsistent, the dataset was made with another tokenizer, or

@@ -153,6 +153,15 @@ def _validation_batches(
         yield _to_device(_collate(packed, np.where(indices < num_samples, indices, PADDING_SAMPLE)), device)
 
 
+def validation_token_counts(packed: PackedDataset, num_samples: int, vocab_size: int) -> NDArray[np.int64]:
+    """How often each id occurs in the samples of :func:`validation_batches` over all ranks, padding left out; int64 [vocab_size]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for index in range(min(num_samples, packed.num_samples_per_epoch)):
+        tokens, document_ids, _ = packed.sample(index)
+        counts += np.bincount(tokens[document_ids >= 0], minlength=vocab_size)
+    return counts
+
+
 def _collate(packed: PackedDataset, sample_indices: NDArray[np.int64]) -> PackedBatch:
     """The samples of the indices, int64 [b]; PADDING_SAMPLE stands for one of padding alone."""
     shape = (len(sample_indices), packed.sequence_length)

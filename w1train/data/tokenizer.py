@@ -1,7 +1,8 @@
 """The byte-level BPE tokenizer: a Hugging Face ``tokenizers`` file behind a small interface, and its training.
 
 Layout of a vocabulary made here: special tokens first (``<pad>`` = 0, ``<eos>`` = 1, ``<bos>`` = 2, reserved ones, ``<mask>`` at
-a chosen id), then the 256 bytes, then the merges. There is no normalisation, so any text comes back as it went in. Every
+a chosen id), then the 256 bytes, then the merges. A mask whose id is too high for that (LLaDA's 126336 of 126464) is alone at
+its id, among the merges. There is no normalisation, so any text comes back as it went in. Every
 digit is a token of its own; everything else is cut by the GPT-2 pattern (letters and symbols may carry one leading space,
 a run of white space is one piece but for its last character).
 """
@@ -9,11 +10,14 @@ a run of white space is one piece but for its last character).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -88,6 +92,24 @@ class Tokenizer:
             raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
+    def num_bytes_by_token(self) -> NDArray[np.int64] | None:
+        """UTF-8 bytes that each id stands for, int64 [number of ids]; 0 for special tokens and ids without a token.
+
+        Exact, since every character of a byte-level token is one byte of the text; None if this is no byte-level tokenizer.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        num_bytes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for token, token_id in vocabulary.items():
+            if token_id in added:
+                num_bytes[token_id] = 0 if added[token_id].special else len(token.encode("utf-8"))
+            elif alphabet.issuperset(token):
+                num_bytes[token_id] = len(token)
+            else:
+                return None
+        return num_bytes
+
     def _special_token_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
@@ -115,9 +137,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 
 
     Raises:
         TokenizerError: if the special tokens and the bytes do not fit in ``vocab_size``, ``mask_token_id`` is taken by
-            another special token, or there is no text.
+            another special token or too high for the corpus, or there is no text.
     """
     special_tokens = special_token_names(mask_token_id)
+    mask_is_apart = MIN_NUM_SPECIAL_TOKENS + NUM_BYTES <= mask_token_id < vocab_size < len(special_tokens) + NUM_BYTES
+    if mask_is_apart:
+        special_tokens = [f"<reserved_{i}>" if name == MASK_TOKEN else name for i, name in enumerate(special_token_names(14))]
     if vocab_size < len(special_tokens) + NUM_BYTES:
         raise TokenizerError(
             f"vocab_size {vocab_size} is too small: {len(special_tokens)} special tokens and {NUM_BYTES} bytes need "
@@ -129,7 +154,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - mask_is_apart,
         min_frequency=2,
         special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -140,12 +165,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 
     if first_text is None:
         raise TokenizerError("no text to train a tokenizer on")
     backend.train_from_iterator(chain([first_text], texts), trainer)
-    tokenizer = Tokenizer(backend.to_str(pretty=True).encode("utf-8"), origin="the trained tokenizer")
+    serialized = backend.to_str(pretty=True)
+    if mask_is_apart:
+        serialized = _insert_mask(serialized, mask_token_id)
+    tokenizer = Tokenizer(serialized.encode("utf-8"), origin="the trained tokenizer")
     if tokenizer.vocab_size < vocab_size:
         logger.warning(
             "the corpus gave %d token ids of the %d asked for: it has no more pairs seen at least twice", tokenizer.vocab_size, vocab_size
         )
     return tokenizer
+
+
+def _insert_mask(serialized: str, mask_token_id: int) -> str:
+    """A tokenizer.json in which the ids from ``mask_token_id`` on have moved up by one, to make place for the mask.
+
+    The library gives a new token the next free id, whatever one asks for; merges name tokens, not ids, and stay as they are.
+    """
+    record = json.loads(serialized)
+    vocabulary = record["model"]["vocab"]
+    if len(vocabulary) < mask_token_id:
+        raise TokenizerError(
+            f"mask_token_id {mask_token_id} cannot be had: the corpus gave only {len(vocabulary)} token ids to come before it; take more "
+            "text, or a mask among the first ids (--mask-token-id 14, and diffusion.mask_token_id=14 in training)"
+        )
+    moved = [(token, token_id + (token_id >= mask_token_id)) for token, token_id in vocabulary.items()]
+    record["model"]["vocab"] = dict(sorted([*moved, (MASK_TOKEN, mask_token_id)], key=lambda item: item[1]))
+    record["added_tokens"].append(record["added_tokens"][0] | {"id": mask_token_id, "content": MASK_TOKEN})
+    return json.dumps(record, indent=2, ensure_ascii=False)
 
 
 def special_token_names(mask_token_id: int) -> list[str]:

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset
-from w1train.data.loader import BatchLoader, validation_batches
+from w1train.data.indexed import bin_path, file_size
+from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
 from w1train.data.packing import PackedDataset
 from w1train.data.tokenizer import Tokenizer
-from w1train.runtime.distributed import Ranks
+from w1train.data.writer import unigram_bits
+from w1train.runtime.distributed import Ranks, on_main_rank
 
 logger = logging.getLogger(__name__)
+
+MAX_VERIFIED_BYTES = 4 * 2**30
+"""Token files up to this size are read and compared with their manifest at every start: seconds on one rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """The samples that validation scores: the first ``validation.num_samples``, not all of the dataset."""
+
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of the tokens; EOS has none."""
+    unigram_bits: float
 
 
 class TrainingData:
@@ -38,6 +55,7 @@ class TrainingData:
         else:
             self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
+        verify_on_main_rank([dataset for dataset in (self.train, self.validation) if dataset is not None])
         self.loader = BatchLoader(
             self.packed,
             micro_batch_size=config.training.micro_batch_size,
@@ -65,6 +83,31 @@ class TrainingData:
             self.ranks.device,
         )
 
+    @cached_property
+    def _validation_text(self) -> ScoredText | None:
+        """What is scored; None without validation or a byte-level tokenizer."""
+        num_bytes_by_token = self.tokenizer.num_bytes_by_token()
+        if self._packed_validation is None:
+            return None
+        if num_bytes_by_token is None:
+            logger.warning("%s is no byte-level tokenizer: validation has no bits per byte", self.config.data.tokenizer)
+            return None
+        vocab_size = max(self.config.model.vocab_size, len(num_bytes_by_token))
+        counts = validation_token_counts(self._packed_validation, self.config.validation.num_samples, vocab_size)
+        num_bytes = int(counts[: len(num_bytes_by_token)] @ num_bytes_by_token)
+        return ScoredText(int(counts.sum()), num_bytes, unigram_bits(counts)) if num_bytes else None
+
+    def validation_bits_per_byte(self, nats_per_token: float) -> float | None:
+        """Nats per token of the samples that validation scores in bits per UTF-8 byte of these samples."""
+        text = self._validation_text
+        return None if text is None else nats_per_token * text.num_tokens / (text.num_bytes * math.log(2))
+
+    @property
+    def validation_unigram_bits_per_byte(self) -> float | None:
+        """What the order-0 model of the scored tokens' own frequencies needs for them: the figure to compare validation with."""
+        text = self._validation_text
+        return None if text is None else text.unigram_bits / text.num_bytes
+
     def _check_mask_token(self) -> None:
         mask = self.config.diffusion.mask_token_id
         if mask != self.tokenizer.mask_token_id:
@@ -73,6 +116,33 @@ class TrainingData:
                 f"{self.tokenizer.mask_token_id}; set diffusion.mask_token_id={self.tokenizer.mask_token_id} or train a tokenizer with "
                 f"--mask-token-id {mask}"
             )
+
+
+def verify_on_main_rank(datasets: Sequence[TokenDataset]) -> None:
+    """Compare the files with the hashes in their manifests, on rank 0 alone: damage of the right size would train in silence.
+
+    What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
+
+    Raises:
+        DatasetError: on every rank, if a file is not what was written.
+    """
+
+    def verify() -> None:
+        for dataset in datasets:
+            if dataset.manifest is None:
+                continue  # TokenDataset.open has said so
+            num_bytes = file_size(bin_path(dataset.prefix))
+            if num_bytes <= MAX_VERIFIED_BYTES:
+                dataset.verify_hashes()
+            else:
+                logger.warning(
+                    "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+                    bin_path(dataset.prefix),
+                    num_bytes / 1e9,
+                    dataset.prefix,
+                )
+
+    on_main_rank(verify)
 
 
 def bits_per_byte(nats_per_token: float, dataset: TokenDataset) -> float | None:

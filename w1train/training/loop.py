@@ -181,7 +181,6 @@ class Trainer:
         validations = read_metrics(self.run.metrics, kind="validation")
         names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
         scores = [{name: record[name] for name in names} for record in validations]
-        manifest = self.data.validation.manifest if self.data.validation is not None else None
         write_summary(
             self.run.path,
             {
@@ -196,7 +195,7 @@ class Trainer:
                 / sum(record["time/step_seconds"] for record in steps),
                 "wall_seconds": self.progress.seconds,
                 "validation": {"start": scores[0], "end": scores[-1]} if scores else None,
-                "unigram_bits_per_byte": manifest.unigram_bits_per_byte if manifest is not None else None,
+                "unigram_bits_per_byte": self.data.validation_unigram_bits_per_byte,
             },
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import corrupt_at
-from w1train.training.data import TrainingData, bits_per_byte
+from w1train.training.data import TrainingData
 from w1train.training.forward import run_micro_batches
 from w1train.training.setup import TrainedModel
 
@@ -46,7 +46,7 @@ def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[st
     weighted = sum(metrics["masked_cross_entropy"] * metrics["mask_ratio"] for metrics in by_timestep)
     return {
         "elbo": elbo,
-        "elbo_bits_per_byte": bits_per_byte(elbo, data.validation),
+        "elbo_bits_per_byte": data.validation_bits_per_byte(elbo),
         "masked_cross_entropy": weighted / masked if masked else 0.0,
         "loss_by_t": cross_entropies,
         "time/seconds": time.perf_counter() - started,

@@ -1,0 +1,35 @@
+"""Compare datasets with the hashes in their manifests: python -m data_tools.verify PREFIX..."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from data_tools.command import run_command
+from w1train.data.dataset import TokenDataset
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status, 1 if a dataset is damaged."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.verify",
+        description="Read the files of datasets and compare them with the hashes in their manifests. Training does so by itself for files "
+        "of up to 4 GiB.",
+    )
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize writes it")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _verify(options.prefixes))
+
+
+def _verify(prefixes: Sequence[str]) -> None:
+    for prefix in prefixes:
+        TokenDataset.open(prefix).verify_hashes()
+        logger.info("%s is as it was written", prefix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
