@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, ScheduleConfig, TrainingConfig
 from w1train.sample import main
 from w1train.sampling.denoise import DenoisingStep
@@ -192,7 +193,7 @@ def test_bad_settings_are_one_line_on_stderr(sample, arguments, message):
 
 def test_errors_of_the_loader_are_reported(run_dir, capsys):
     def load(_run, step):
-        raise ValueError(f"no checkpoint of step {step}")
+        raise UserError(f"no checkpoint of step {step}")
 
     assert main([str(run_dir), "--checkpoint", "7"], load=load) == 2
     assert capsys.readouterr().err == "error: no checkpoint of step 7\n"

@@ -24,6 +24,7 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from w1train.config.errors import UserError
 from w1train.config.schema import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def generate(
         The completions. At temperature 0 each is a function of the prompt alone (with low-confidence remasking).
 
     Raises:
-        ValueError: for a setting that cannot work (all of them in one message), no prompt, or a prompt with mask tokens.
+        UserError: for a setting that cannot work (all of them in one message), no prompt, or a prompt with mask tokens.
     """
     plan = plan_steps(config)
     prompt_lists: list[list[int]] = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
@@ -126,7 +127,7 @@ def plan_steps(config: SamplingConfig) -> list[_PlannedStep]:
     """The steps in order: blocks left to right, ``transfer_counts`` inside a block.
 
     Raises:
-        ValueError: with everything that is wrong with the settings.
+        UserError: with everything that is wrong with the settings.
     """
     _check_config(config)
     block_size = config.block_size or config.num_tokens
@@ -228,15 +229,15 @@ def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
 
 def _check_prompts(prompts: list[list[int]], mask_token_id: int) -> None:
     if not prompts:
-        raise ValueError("no prompt given; an empty prompt ([]) generates from nothing")
+        raise UserError("no prompt given; an empty prompt ([]) generates from nothing")
     for row, prompt in enumerate(prompts):
         if mask_token_id in prompt:
             place = prompt.index(mask_token_id)
-            raise ValueError(f"prompt {row} has the mask token ({mask_token_id}) at position {place}; prompts must be clean tokens")
+            raise UserError(f"prompt {row} has the mask token ({mask_token_id}) at position {place}; prompts must be clean tokens")
 
 
 def _check_config(config: SamplingConfig) -> None:
-    """Raise one ValueError that lists every setting that cannot work, with the values that would."""
+    """Raise one UserError that lists every setting that cannot work, with the values that would."""
     block_size = config.block_size if config.block_size is not None else config.num_tokens
     problems = [
         f"sampling.{name} is {value}; it must be at least 1"
@@ -258,7 +259,7 @@ def _check_config(config: SamplingConfig) -> None:
             f"each with the same number of steps; valid: {_join(range(num_blocks, config.num_tokens + 1, num_blocks))}"
         )
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def _divisors(number: int) -> list[int]:
