@@ -178,7 +178,7 @@ def test_control_bytes_of_the_model_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--block-size", "3"], "sampling.block_size is 3, which does not divide num_tokens = 8; valid: 1, 2, 4, 8"),
+        (["--block-size", "3"], "sampling.block_size is 3; it must be a divisor of sampling.num_tokens (8): 1, 2, 4, 8"),
         (["--temperature", "-1"], "sampling.temperature is -1.0"),
         (["--num-tokens", "30"], "prompt 0 has 3 tokens and sampling.num_tokens is 30"),
     ],
