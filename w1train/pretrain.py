@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 from w1train.config.command_line import config_from_command_line, wait_for_main_rank
-from w1train.config.errors import raise_if_any
+from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
 
@@ -40,18 +40,19 @@ def main(arguments: list[str]) -> int:
     set_up_logging()
     try:
         raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    except ConfigurationError as error:
+        return _fail_together(str(error), 2)
+    try:
         return run(config)
-    except ValueError as error:
-        return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        return _fail_together("interrupted; the same command goes on from the last checkpoint", 130)
 
 
 def run(config: Config) -> int:
     """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
     from w1train.runtime.cpu import import_megatron
     from w1train.runtime.device import make_deterministic
-    from w1train.runtime.distributed import RankError, distributed, is_lost_connection, on_main_rank
+    from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
     from w1train.runtime.run_directory import RunDirectory
 
     import_megatron()
@@ -61,22 +62,21 @@ def run(config: Config) -> int:
     if config.training.deterministic:
         make_deterministic()
     directory = RunDirectory(Path(config.runs_dir) / config.name)
-    with distributed(config.parallel) as ranks:
-        try:
+    # Around the process groups, not inside: they are torn down at a clean end only.
+    try:
+        with distributed(config.parallel) as ranks:
             on_main_rank(directory.claim)
             Trainer(config, ranks, directory).fit()
-        except ValueError as error:
-            return _fail(str(error), 2)
-        except RankError as error:
-            return _fail_alone(str(error), ranks.rank, 2)
-        except (CheckpointError, FloatingPointError, OSError) as error:
-            return _fail(str(error), 1)
-        except RuntimeError as error:
-            if not is_lost_connection(error):
-                raise
-            return _fail_alone("lost the connection to another rank, which says why if it could", ranks.rank, 1)
-        finally:
-            directory.release()
+    except UserError as error:
+        return _fail(error, 2)
+    except (CheckpointError, FloatingPointError, OSError) as error:
+        return _fail(error, 1)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        return _fail_alone("lost the connection to another rank, which says why if it could", 1)
+    finally:
+        directory.release()
     return 0
 
 
@@ -92,17 +92,26 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
 
 
-def _fail(message: str, status: int) -> int:
-    """For what ends all ranks alike: one of them says it."""
+def _fail(error: Exception, status: int) -> int:
+    """Said by rank 0 for all, or by the rank that alone knows it."""
+    from w1train.runtime.distributed import is_agreed
+
+    message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    return _fail_together(message, status) if is_agreed(error) else _fail_alone(message, status)
+
+
+def _fail_together(message: str, status: int) -> int:
+    """For what ends all ranks alike."""
     if os.environ.get("RANK", "0") == "0":
         print(f"w1train.pretrain: {message}", file=sys.stderr, flush=True)
     wait_for_main_rank()
     return status
 
 
-def _fail_alone(message: str, rank: int, status: int) -> int:
-    """For what no other rank knows."""
-    print(f"w1train.pretrain, rank {rank}: {message}", file=sys.stderr, flush=True)
+def _fail_alone(message: str, status: int) -> int:
+    """For what no other rank need know."""
+    rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"w1train.pretrain{rank}: {message}", file=sys.stderr, flush=True)
     return status
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from w1train.config.errors import UserError
 from w1train.training.report import write_report
 
 
@@ -15,7 +16,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(write_report(arguments.run))
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f"w1train.report: {error}")
 
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from rich.console import Console
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
 from w1train.sampling.denoise import Predict
 from w1train.sampling.display import DenoisingView, print_samples
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
         model = (load or _load_run)(args.run, args.checkpoint)
         config = replace(model.config, sampling=_override(model.config.sampling, args))
         samples = _sample(model, config, show_steps=args.show_steps)
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
@@ -80,7 +81,7 @@ def _load_run(run: Path, step: int | None) -> InferenceModel:
     try:
         return load_for_inference(run, step)
     except CheckpointError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _console() -> Console:

@@ -89,6 +89,10 @@ def test_all_forbidden_changes_are_reported(make_config: MakeConfig) -> None:
         ({"ramp": STAGES["warmup"], "flat": STAGES["stable"], "decay": STAGES["decay"]}, 1200, None),
         ({"stable": STAGES["stable"], "warmup": STAGES["warmup"], "decay": STAGES["decay"]}, 1, "schedule.stages.warmup"),
         ({"other": {"tokens": 1, "learning_rate": 3.0}}, 0, None),
+        ({**STAGES, "stable": STAGES["stable"] | {"global_batch_size": 32}}, 500, "schedule.stages.stable"),
+        ({**STAGES, "warmup": STAGES["warmup"] | {"global_batch_size": 32}}, 500, "schedule.stages.warmup"),
+        ({**STAGES, "warmup": STAGES["warmup"] | {"global_batch_size": TREE["training"]["global_batch_size"]}}, 500, None),
+        ({**STAGES, "decay": STAGES["decay"] | {"global_batch_size": 32}}, 500, None),
     ],
 )
 def test_the_past_of_the_schedule_is_fixed(make_config: MakeConfig, stages: dict[str, Any], consumed: int, problem_key: str | None) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,9 @@ import pytest
 from data_tools import tokenize, train_tokenizer
 from tests.end_to_end import traps
 from tests.end_to_end.runs import VOCAB_SIZE, TinyRun, launch, output_to
+from w1train.config.errors import UserError
+from w1train.runtime import distributed
+from w1train.training import loop
 
 WRONG_LAYOUTS = {
     "parallel.tensor=4": r"4 x parallel.pipeline 1 = 4 ranks a replica, in a world of 2",
@@ -140,6 +144,48 @@ def test_files_too_large_to_be_compared_are_named(copied_run, monkeypatch):
         require_message(outcome.output, rf"{name}.bin\s.*(\n.*)?not compared(.*\n)*?.*data_tools.verify")
 
 
+def test_data_missing_on_one_rank_alone_ends_all_ranks(tiny_run, tmp_path):
+    """As on a node without the mount: rank 1 sees another directory."""
+
+    def elsewhere(rank: int) -> None:
+        if rank == 1:
+            os.chdir(tmp_path)
+
+    outcome = tiny_run.train(world_size=2, sabotage=elsewhere).require(2)
+    require_message(outcome.output, r"w1train.pretrain: tokenizer .*cannot be read: No such file.*\nmet by rank 1 of 2 ranks\n")
+    assert outcome.outputs[1] == ""
+
+
+def test_what_a_high_rank_meets_before_there_are_groups_is_told_by_it(tiny_run):
+    """Such as a node with fewer GPUs than its processes."""
+
+    def select(rank: int) -> None:
+        def fail() -> None:
+            raise UserError(f"LOCAL_RANK is {rank} but this machine has 1 GPUs")
+
+        if rank == 1:
+            distributed.select_device = fail
+        else:
+            # In place of torchrun, which ends the others.
+            distributed.select_device = lambda: sys.exit(1)
+
+    outcome = tiny_run.train(world_size=2, sabotage=select)
+    assert outcome.statuses == [1, 2]
+    assert outcome.outputs[1] == "w1train.pretrain, rank 1: LOCAL_RANK is 1 but this machine has 1 GPUs\n"
+
+
+def test_an_error_of_a_library_keeps_its_traceback(tiny_run):
+    def fail(rank: int) -> None:
+        def build(config: object) -> None:
+            raise ValueError("not enough values to unpack")
+
+        loop.build_trained_model = build
+
+    outcome = tiny_run.train(sabotage=fail).require(1)
+    assert "Traceback" in outcome.output
+    assert "ValueError: not enough values to unpack" in outcome.output
+
+
 def test_tokens_beyond_the_vocabulary_are_known_beforehand(tiny_run):
     outcome = tiny_run.train("model.vocab_size=300", world_size=2).require(2)
     require_message(outcome.output, r"dataset .*train holds token id 3\d\d, outside the model's vocabulary of 300 ids")
@@ -170,6 +216,12 @@ def test_an_incompatible_change_on_resume_is_refused(copied_run):
     assert "checkpoint.interval\n" not in outcome.output
     assert outcome.outputs[1] == ""
     assert (copied_run.metrics(), (copied_run.path / "config.yaml").read_bytes()) == (metrics, config)
+
+
+def test_the_checkpoints_own_configuration_counts(copied_run):
+    (copied_run.path / "config.yaml").unlink()
+    outcome = copied_run.train("training.seed=7", world_size=2).require(2)
+    require_message(outcome.output, r"training.seed\s+found: 7\s+valid: 1234, as the run began with")
 
 
 def test_an_allowed_change_on_resume_is_logged_and_changes_nothing_else(tiny_run, undisturbed):

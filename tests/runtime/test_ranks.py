@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
-from w1train.config.errors import ConfigurationError, Problem
-from w1train.runtime.distributed import is_lost_connection, on_every_rank, on_main_rank
+from tests.distributed import free_port, run_distributed
+from w1train.config.errors import ConfigurationError, Problem, UserError
+from w1train.config.schema import ParallelConfig
+from w1train.runtime.distributed import (
+    COLLECTIVE_TIMEOUT,
+    agreed,
+    all_or_none,
+    distributed,
+    is_agreed,
+    is_lost_connection,
+    on_every_rank,
+    on_main_rank,
+)
 
 
 def test_the_main_ranks_result_and_error_come_out_everywhere():
@@ -24,6 +37,7 @@ def test_the_main_ranks_result_and_error_come_out_everywhere():
         with pytest.raises(ConfigurationError) as caught:
             on_main_rank(fail)
         assert caught.value.problems == [problem]
+        assert is_agreed(caught.value)
         return result, str(caught.value)
 
     assert run_distributed(attempt, 3) == [(0, str(ConfigurationError([problem])))] * 3
@@ -40,6 +54,47 @@ def test_every_rank_hears_of_one_ranks_error():
         return on_every_rank(lambda: 10 * rank), str(caught.value)
 
     assert run_distributed(attempt, 3) == [([0, 10, 20], "[Errno 28] No space left on device: 'shard'")] * 3
+
+
+def test_one_ranks_mistake_is_raised_on_all_with_its_rank():
+    def attempt(rank: int, world_size: int) -> tuple[str, list[str], bool]:
+        def fail_on(ranks: set[int]) -> None:
+            if rank in ranks:
+                raise UserError("no such file")
+
+        with pytest.raises(UserError) as everywhere:
+            all_or_none(lambda: fail_on({0, 1, 2}))
+        assert not hasattr(everywhere.value, "__notes__")
+        with pytest.raises(UserError) as caught:
+            all_or_none(lambda: fail_on({1}))
+        return str(caught.value), caught.value.__notes__, is_agreed(caught.value)
+
+    assert run_distributed(attempt, 3) == [("no such file", ["met by rank 1 of 3 ranks"], True)] * 3
+
+
+def test_an_error_is_its_ranks_own_until_it_is_agreed():
+    error = OSError(28, "No space left on device")
+    assert not is_agreed(error)
+    assert is_agreed(agreed(error))
+
+
+def test_groups_stay_after_an_error_and_have_the_projects_timeout():
+    """Their teardown could wait for peers that sit in a collective."""
+
+    from megatron.core import parallel_state
+
+    def attempt(rank: int, world_size: int) -> tuple[bool, bool, float]:
+        with distributed(ParallelConfig()):
+            pass
+        after_success = dist.is_initialized()
+        os.environ["MASTER_PORT"] = str(ports[1])
+        with contextlib.suppress(UserError), distributed(ParallelConfig()):
+            raise UserError("stop")
+        backend = parallel_state.get_tensor_model_parallel_group()._get_backend(torch.device("cpu"))
+        return after_success, dist.is_initialized(), backend.options._timeout.total_seconds()
+
+    ports = [free_port(), free_port()]
+    assert run_distributed(attempt, 2, process_group=False) == [(False, True, COLLECTIVE_TIMEOUT.total_seconds())] * 2
 
 
 def test_a_configuration_error_survives_pickling():

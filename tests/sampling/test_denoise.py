@@ -254,8 +254,8 @@ def test_text_ends_before_the_first_eos():
         ({"temperature": -0.1}, "sampling.temperature is -0.1"),
         ({"temperature": math.nan}, "sampling.temperature is nan"),
         ({"remasking": "entropy"}, "valid: low_confidence, random"),
-        ({"block_size": 5}, "does not divide num_tokens = 12; valid: 1, 2, 3, 4, 6, 12"),
-        ({"block_size": 4, "num_steps": 4}, "3 blocks, each with the same number of steps; valid: 3, 6, 9, 12"),
+        ({"block_size": 5}, r"a divisor of sampling.num_tokens \(12\): 1, 2, 3, 4, 6, 12"),
+        ({"block_size": 4, "num_steps": 4}, "a multiple of the 3 blocks of 4 tokens"),
         ({"num_tokens": 0, "temperature": -1.0}, "num_tokens is 0.*temperature is -1"),
     ],
 )

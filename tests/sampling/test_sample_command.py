@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, ScheduleConfig, TrainingConfig
 from w1train.sample import main
 from w1train.sampling.denoise import DenoisingStep
@@ -177,7 +178,7 @@ def test_control_bytes_of_the_model_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--block-size", "3"], "sampling.block_size is 3, which does not divide num_tokens = 8; valid: 1, 2, 4, 8"),
+        (["--block-size", "3"], "sampling.block_size is 3; it must be a divisor of sampling.num_tokens (8): 1, 2, 4, 8"),
         (["--temperature", "-1"], "sampling.temperature is -1.0"),
         (["--num-tokens", "30"], "prompt 0 has 3 tokens and sampling.num_tokens is 30"),
     ],
@@ -192,7 +193,7 @@ def test_bad_settings_are_one_line_on_stderr(sample, arguments, message):
 
 def test_errors_of_the_loader_are_reported(run_dir, capsys):
     def load(_run, step):
-        raise ValueError(f"no checkpoint of step {step}")
+        raise UserError(f"no checkpoint of step {step}")
 
     assert main([str(run_dir), "--checkpoint", "7"], load=load) == 2
     assert capsys.readouterr().err == "error: no checkpoint of step 7\n"

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, and the one exception that carries all of it."""
+"""What is wrong with a configuration, the one exception that carries all of it, and the base of all errors of users."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ class Problem:
         return "\n".join(lines)
 
 
-class ConfigurationError(ValueError):
+class UserError(ValueError):
+    """A mistake in what the user gave. Commands show its text alone; any other error is one of the program and keeps its traceback."""
+
+
+class ConfigurationError(UserError):
     """A configuration that cannot be used; the text lists every problem, numbered."""
 
     def __init__(self, problems: Sequence[Problem]):

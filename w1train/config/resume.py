@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from w1train.config.errors import Problem, listing, show
@@ -30,7 +30,7 @@ _SCHEDULE_RULE = "the schedule of tokens not yet consumed: new or changed future
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stretch of the learning-rate curve that has begun; positions in tokens."""
+    """A stretch of the schedule that has begun; positions in tokens."""
 
     name: str
     start: int
@@ -38,15 +38,15 @@ class _Piece:
     style: str
     first_rate: float
     last_rate: float
+    batch_size: int
 
-    def same_curve(self, other: _Piece) -> bool:
-        """Whether both give the same learning rate to the same tokens, whatever the stages are called."""
-        mine = (self.start, self.end, self.style, self.first_rate, self.last_rate)
-        return mine == (other.start, other.end, other.style, other.first_rate, other.last_rate)
+    def same_training(self, other: _Piece) -> bool:
+        """Whether both give the same learning rate and batch size to the same tokens, whatever the stages are called."""
+        return replace(self, name="") == replace(other, name="")
 
     def __str__(self) -> str:
         rates = f"{show(self.last_rate)}" if self.style == "constant" else f"{show(self.first_rate)} to {show(self.last_rate)}"
-        return f"{self.style} {rates} for tokens {self.start} to {self.end}"
+        return f"{self.style} {rates} for tokens {self.start} to {self.end} in batches of {self.batch_size}"
 
 
 def allowed_on_resume(key: str) -> bool:
@@ -57,11 +57,11 @@ def allowed_on_resume(key: str) -> bool:
 def check_resume(old: Config, new: Config, tokens_consumed: int) -> list[Problem]:
     """Every change that would make the resumed run another run.
 
-    ``tokens_consumed``: tokens the checkpoint has been trained on; the learning rate up to there must be what it was.
+    ``tokens_consumed``: tokens the checkpoint has been trained on; learning rate and batch size up to there must be what they were.
     """
     changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
     forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key)]
-    return forbidden + list(_check_schedule(old.schedule, new.schedule, tokens_consumed))
+    return forbidden + list(_check_schedule(old, new.schedule, tokens_consumed))
 
 
 def _forbidden(change: Difference) -> Problem:
@@ -69,11 +69,13 @@ def _forbidden(change: Difference) -> Problem:
     return Problem(change.key, _show(change.new), reason, "start a run of another name")
 
 
-def _check_schedule(old: ScheduleConfig, new: ScheduleConfig, tokens_consumed: int) -> Iterator[Problem]:
+def _check_schedule(old: Config, new: ScheduleConfig, tokens_consumed: int) -> Iterator[Problem]:
     """The first stage that has begun and is not what it was (all later ones follow from it)."""
-    consumed = min(tokens_consumed, sum(stage.tokens for stage in old.stages.values()))
-    for before, after in zip_longest(_begun(old, consumed), _begun(new, consumed)):
-        if before is not None and after is not None and before.same_curve(after):
+    consumed = min(tokens_consumed, sum(stage.tokens for stage in old.schedule.stages.values()))
+    # The old default for both: a change of it is forbidden by its own key, and reported once.
+    default = old.training.global_batch_size
+    for before, after in zip_longest(_begun(old.schedule, default, consumed), _begun(new, default, consumed)):
+        if before is not None and after is not None and before.same_training(after):
             continue
         name = (before or after).name
         found = f"{after or 'no stage'}, where the run had {before or 'no stage'}"
@@ -82,7 +84,7 @@ def _check_schedule(old: ScheduleConfig, new: ScheduleConfig, tokens_consumed: i
         return
 
 
-def _begun(schedule: ScheduleConfig, consumed: int) -> Iterator[_Piece]:
+def _begun(schedule: ScheduleConfig, default_batch_size: int, consumed: int) -> Iterator[_Piece]:
     """The pieces that begin before ``consumed``. What is left of a constant one is cut off, for its length says nothing about the past."""
     start, rate = 0, 0.0
     for name, stage in schedule.stages.items():
@@ -91,7 +93,8 @@ def _begun(schedule: ScheduleConfig, consumed: int) -> Iterator[_Piece]:
         end = start + stage.tokens
         seen = min(end, consumed) if stage.style == "constant" else end
         first_rate = stage.learning_rate if stage.style == "constant" else rate
-        yield _Piece(name, start, seen, stage.style, first_rate, stage.learning_rate)
+        batch_size = default_batch_size if stage.global_batch_size is None else stage.global_batch_size
+        yield _Piece(name, start, seen, stage.style, first_rate, stage.learning_rate, batch_size)
         start, rate = end, stage.learning_rate
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from w1train.config.convert import Conversion, join
 from w1train.config.errors import Problem, listing, show
-from w1train.config.schema import Config
+from w1train.config.schema import Config, SamplingConfig
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 _STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 _MOST_EXAMPLES = 12
+_MIDPOINT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ RANGES: dict[str, Range] = {
     "diffusion.t_min": BELOW_ONE,
     "diffusion.t_max": Range(0, 1, includes_low=False),
     "diffusion.block_size": AT_LEAST_ONE,
-    "diffusion.num_strata": AT_LEAST_ONE,
+    "diffusion.num_strata": Range(1, 1 << 20),
     "diffusion.random_length_probability": FRACTION,
     "parallel.tensor": AT_LEAST_ONE,
     "parallel.pipeline": AT_LEAST_ONE,
@@ -89,7 +90,7 @@ RANGES: dict[str, Range] = {
     "schedule.stages.*.global_batch_size": AT_LEAST_ONE,
     "training.global_batch_size": AT_LEAST_ONE,
     "training.micro_batch_size": AT_LEAST_ONE,
-    "training.seed": NOT_NEGATIVE,
+    "training.seed": Range(0, (1 << 63) - 1),
     "validation.interval": AT_LEAST_ONE,
     "validation.num_samples": AT_LEAST_ONE,
     "validation.timesteps[*]": Range(0, 1, includes_low=False),
@@ -229,18 +230,34 @@ def _stages_rule(config: Config) -> Iterator[Problem]:
 def _validation_rule(config: Config) -> Iterator[Problem]:
     if not config.validation.timesteps:
         yield Problem("validation.timesteps", "[]", "at least one t, 0 < t <= 1", "remove the key: the default is ten midpoints")
+        return
+    # The ELBO is the plain mean over them, which is a quadrature at these points only.
+    timesteps = config.validation.timesteps
+    midpoints = [(index + 0.5) / len(timesteps) for index in range(len(timesteps))]
+    if not all(abs(t - midpoint) <= _MIDPOINT_TOLERANCE for t, midpoint in zip(sorted(timesteps), midpoints, strict=True)):
+        valid = f"the midpoints of {len(timesteps)} equal bins of (0, 1], in any order: their mean is the ELBO"
+        yield Problem("validation.timesteps", show(timesteps), valid, show([round(midpoint, 8) for midpoint in midpoints]))
 
 
 def _sampling_rule(config: Config) -> Iterator[Problem]:
     sampling = config.sampling
-    if sampling.block_size is not None and _does_not_divide(sampling.block_size, sampling.num_tokens):
-        valid = f"a divisor of sampling.num_tokens ({sampling.num_tokens}): {_divisors(sampling.num_tokens)}; or null"
-        yield Problem("sampling.block_size", show(sampling.block_size), valid)
+    yield from denoising_problems(sampling)
     if sampling.interval > 0 and not sampling.prompts:
         yield Problem("sampling.prompts", "[]", "at least one prompt, or sampling.interval=0", 'the empty prompt: [""]')
     if sampling.interval > 0 and sampling.num_tokens > config.model.max_sequence_length:
         valid = f"at most model.max_sequence_length ({config.model.max_sequence_length}), or sampling.interval=0"
         yield Problem("sampling.num_tokens", show(sampling.num_tokens), valid)
+
+
+def denoising_problems(sampling: SamplingConfig) -> Iterator[Problem]:
+    """Whether tokens divide into blocks and steps over these; w1train.sampling.denoise relies on it."""
+    block_size = sampling.num_tokens if sampling.block_size is None else sampling.block_size
+    if _does_not_divide(block_size, sampling.num_tokens):
+        valid = f"a divisor of sampling.num_tokens ({sampling.num_tokens}): {_divisors(sampling.num_tokens)}; or null"
+        yield Problem("sampling.block_size", show(block_size), valid)
+    elif block_size > 0 and _does_not_divide(num_blocks := sampling.num_tokens // block_size, sampling.num_steps):
+        valid = f"a multiple of the {num_blocks} blocks of {block_size} tokens, each of which takes the same number of steps"
+        yield Problem("sampling.num_steps", show(sampling.num_steps), valid, _near(sampling.num_steps, num_blocks))
 
 
 def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:

@@ -22,6 +22,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from w1train.config.errors import UserError
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, np.dtype] = {
@@ -37,7 +39,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _CHECK_CHUNK = 1 << 20
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A dataset that is missing, damaged or unfit for the run."""
 
 

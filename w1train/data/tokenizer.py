@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from w1train.config.errors import UserError
 from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ MIN_NUM_SPECIAL_TOKENS = 16
 NUM_BYTES = 256
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer file that cannot be used, or a vocabulary that cannot be built."""
 
 

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from w1train.config.errors import UserError
+
 
 def select_device() -> torch.device:
     """The GPU of this local rank, or the CPU where there is no CUDA."""
@@ -13,7 +15,7 @@ def select_device() -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs: start at most that many processes per node"
         )
     torch.cuda.set_device(local_rank)

@@ -40,18 +40,17 @@ class Ranks:
 
 @contextmanager
 def distributed(parallel: ParallelConfig) -> Iterator[Ranks]:
-    """Process groups for the run, torn down at the end.
+    """Process groups for the run, torn down at a clean end.
 
-    The caller has validated that the world size fits the layout.
+    The caller has validated that the world size fits the layout. After an error the groups stay as they are until the process ends:
+    peers may sit in a collective, and NCCL's teardown would wait for them; the sockets that close then tell them.
     """
     redirect_cuda_to_cpu()
     device = select_device()
     initialize_process_group(device)
     initialize_model_parallel(parallel)
-    try:
-        yield current_ranks(device)
-    finally:
-        destroy()
+    yield current_ranks(device)
+    destroy()
 
 
 def initialize_process_group(device: torch.device) -> None:
@@ -77,6 +76,7 @@ def initialize_model_parallel(parallel: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
     )
     # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
@@ -104,18 +104,29 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-class RankError(RuntimeError):
-    """What this rank alone has met, so that the others cannot report it."""
-
-
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone. gloo says so in words alone; under NCCL the ranks that are left
     wait until the launcher ends them."""
     return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
 
 
+# What comes out on all ranks when one meets it: mistakes of users, files, checkpoints.
+_SHARED_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+def agreed[Error: BaseException](error: Error) -> Error:
+    """Mark an error that all ranks raise alike: rank 0 alone says it. Without the mark, the rank that met it does."""
+    error.__dict__["agreed"] = True
+    return error
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all ranks raise this error."""
+    return error.__dict__.get("agreed", False)
+
+
 def on_main_rank[Result](action: Callable[[], Result]) -> Result:
-    """Do ``action`` on rank 0 alone; its result, or its exception, comes out on every rank.
+    """Do ``action`` on rank 0 alone; its result, or its exception (agreed), comes out on every rank.
 
     So a mistake that only rank 0 can see (a run directory in use) ends all ranks alike instead of leaving them waiting.
     """
@@ -123,24 +134,36 @@ def on_main_rank[Result](action: Callable[[], Result]) -> Result:
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except (ValueError, OSError, RuntimeError) as error:
+        except _SHARED_ERRORS as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[1], BaseException):
-        raise outcome[1]
+        raise agreed(outcome[1])
     return cast(Result, outcome[0])
 
 
-def on_every_rank[Result](action: Callable[[], Result]) -> list[Result]:
-    """Do ``action`` on every rank; every rank gets all results, by rank, or raises the first OSError of any."""
-    outcome: tuple[Result | None, OSError | None]
+def all_or_none[Result](action: Callable[[], Result]) -> Result:
+    """Do ``action``, which must not wait for other ranks, on every rank; each gets its own result, or all raise the first error
+    of any (agreed; a note names the rank where not all have met one)."""
+    result: Result | None = None
+    failure: BaseException | None = None
     try:
-        outcome = action(), None
-    except OSError as error:
-        outcome = None, error
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    failures = [failure for _, failure in outcomes if failure is not None]
-    if failures:
-        raise failures[0]
-    return [result for result, _ in outcomes]
+        result = action()
+    except _SHARED_ERRORS as error:
+        failure = error
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    failed = [rank for rank, error in enumerate(failures) if error is not None]
+    if failed:
+        first = agreed(failures[failed[0]])
+        if len(failed) < len(failures):
+            first.add_note(f"met by rank {', '.join(map(str, failed))} of {len(failures)} ranks")
+        raise first
+    return cast(Result, result)
+
+
+def on_every_rank[Result](action: Callable[[], Result]) -> list[Result]:
+    """``all_or_none``, and every rank gets all results, by rank."""
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, all_or_none(action))
+    return results

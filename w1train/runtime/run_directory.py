@@ -9,8 +9,10 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from w1train.config.errors import UserError
 
-class RunDirectoryError(ValueError):
+
+class RunDirectoryError(UserError):
     """The run directory cannot be used; the message says why and what to do."""
 
 

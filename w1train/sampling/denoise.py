@@ -24,7 +24,9 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from w1train.config.errors import UserError
 from w1train.config.schema import SamplingConfig
+from w1train.config.validate import denoising_problems
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ def generate(
         The completions. At temperature 0 each is a function of the prompt alone (with low-confidence remasking).
 
     Raises:
-        ValueError: for a setting that cannot work (all of them in one message), no prompt, or a prompt with mask tokens.
+        UserError: for a setting that cannot work (all of them in one message), no prompt, or a prompt with mask tokens.
     """
     plan = plan_steps(config)
     prompt_lists: list[list[int]] = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
@@ -126,7 +128,7 @@ def plan_steps(config: SamplingConfig) -> list[_PlannedStep]:
     """The steps in order: blocks left to right, ``transfer_counts`` inside a block.
 
     Raises:
-        ValueError: with everything that is wrong with the settings.
+        UserError: with everything that is wrong with the settings.
     """
     _check_config(config)
     block_size = config.block_size or config.num_tokens
@@ -228,16 +230,15 @@ def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
 
 def _check_prompts(prompts: list[list[int]], mask_token_id: int) -> None:
     if not prompts:
-        raise ValueError("no prompt given; an empty prompt ([]) generates from nothing")
+        raise UserError("no prompt given; an empty prompt ([]) generates from nothing")
     for row, prompt in enumerate(prompts):
         if mask_token_id in prompt:
             place = prompt.index(mask_token_id)
-            raise ValueError(f"prompt {row} has the mask token ({mask_token_id}) at position {place}; prompts must be clean tokens")
+            raise UserError(f"prompt {row} has the mask token ({mask_token_id}) at position {place}; prompts must be clean tokens")
 
 
 def _check_config(config: SamplingConfig) -> None:
-    """Raise one ValueError that lists every setting that cannot work, with the values that would."""
-    block_size = config.block_size if config.block_size is not None else config.num_tokens
+    """Raise one UserError that lists every setting that cannot work, with the values that would."""
     problems = [
         f"sampling.{name} is {value}; it must be at least 1"
         for name, value in (("num_tokens", config.num_tokens), ("num_steps", config.num_steps), ("block_size", config.block_size))
@@ -247,25 +248,7 @@ def _check_config(config: SamplingConfig) -> None:
         problems.append(f"sampling.temperature is {config.temperature}; it must be 0 (greedy) or a positive number")
     if config.remasking not in _REMASKING:
         problems.append(f"sampling.remasking is {config.remasking!r}; valid: {', '.join(_REMASKING)}")
-    if not problems and config.num_tokens % block_size:
-        problems.append(
-            f"sampling.block_size is {block_size}, which does not divide num_tokens = {config.num_tokens}; "
-            f"valid: {_join(_divisors(config.num_tokens))}"
-        )
-    elif not problems and config.num_steps % (num_blocks := config.num_tokens // block_size):
-        problems.append(
-            f"sampling.num_steps is {config.num_steps}, but {config.num_tokens} tokens in blocks of {block_size} are {num_blocks} blocks, "
-            f"each with the same number of steps; valid: {_join(range(num_blocks, config.num_tokens + 1, num_blocks))}"
-        )
+    if not problems:
+        problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in denoising_problems(config)]
     if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _join(values: Sequence[int]) -> str:
-    """The values as text; the middle of a long list is left out."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts if len(texts) <= 12 else [*texts[:6], "...", *texts[-5:]])
+        raise UserError("; ".join(problems))

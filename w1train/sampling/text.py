@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.sampling.denoise import DenoisingStep, Predict, generate
 
@@ -74,7 +75,7 @@ def _check_lengths(prompt_tokens: list[list[int]], config: Config) -> None:
     num_tokens, limit = config.sampling.num_tokens, config.model.max_sequence_length
     for row, tokens in enumerate(prompt_tokens):
         if len(tokens) + num_tokens > limit:
-            raise ValueError(
+            raise UserError(
                 f"prompt {row} has {len(tokens)} tokens and sampling.num_tokens is {num_tokens}, which together is more than "
                 f"model.max_sequence_length = {limit}; the two may add up to {limit} at most"
             )

@@ -38,7 +38,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as save_distributed
 
-from w1train.runtime.distributed import on_every_rank, on_main_rank
+from w1train.config.schema import Config
+from w1train.config.serialization import config_from_yaml
+from w1train.runtime.distributed import agreed, all_or_none, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.training.setup import TrainedModel
 
@@ -100,7 +102,7 @@ def save_checkpoint(directory: Path, model: TrainedModel, progress: Progress, co
         on_main_rank(lambda: _write_manifest(writing, dict(ChainMap(*files)), progress, config_yaml))
         on_main_rank(partial(_commit, writing, final))
     except (OSError, CheckpointException) as error:
-        raise CheckpointError(on_main_rank(partial(_explain_failure, final, writing, error))) from error
+        raise agreed(CheckpointError(on_main_rank(partial(_explain_failure, final, writing, error)))) from error
     on_main_rank(partial(_remove_old, directory, keep))
     return final
 
@@ -215,13 +217,13 @@ def load_checkpoint(path: Path, model: TrainedModel) -> Progress:
     Raises:
         CheckpointError: a file is missing, short or changed.
     """
-    progress = read_progress(path)
+    progress = all_or_none(partial(read_progress, path))
     verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     state = sharded_state(model, is_loading=True)
     state["progress"] = {}
     loaded = dist_checkpointing.load(state, str(path))
     if loaded["progress"] != _position(progress):
-        raise _damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {loaded['progress']}"])
+        raise agreed(_damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {loaded['progress']}"]))
     for index, stage in enumerate(model.stages):
         stage.load_state_dict(loaded[_model_key(index)], strict=True)
     model.optimizer.load_state_dict(loaded["optimizer"])
@@ -295,20 +297,39 @@ def verify_checkpoint(path: Path, *, rank: int = 0, num_ranks: int = 1) -> None:
     Raises:
         CheckpointError: on every rank, naming the files.
     """
-    problems = []
-    files = sorted(_read_manifest(path)["files"].items())
-    for name, expected in files[rank::num_ranks]:
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != expected["size"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, expected {expected['size']}")
-        elif _sha256(file) != expected["sha256"]:
-            problems.append(f"{name} has changed (SHA-256 differs)")
-    if num_ranks > 1:
-        problems = [problem for part in _gather(problems) for problem in part]
+
+    def problems_here() -> list[str]:
+        files = sorted(_read_manifest(path)["files"].items())
+        return [problem for name, expected in files[rank::num_ranks] for problem in _file_problems(path / name, expected)]
+
+    problems = [problem for part in on_every_rank(problems_here) for problem in part] if num_ranks > 1 else problems_here()
+    if problems:
+        error = _damaged(path, problems)
+        raise agreed(error) if num_ranks > 1 else error
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a complete checkpoint was trained with, which its manifest vouches for.
+
+    Raises:
+        CheckpointError: the file is missing or changed.
+    """
+    expected = _read_manifest(path)["files"].get("config.yaml")
+    problems = [f"{MANIFEST} lacks config.yaml"] if expected is None else _file_problems(path / "config.yaml", expected)
     if problems:
         raise _damaged(path, problems)
+    return config_from_yaml(path / "config.yaml")
+
+
+def _file_problems(file: Path, expected: dict[str, Any]) -> list[str]:
+    """What is wrong with a file whose size and hash are known; at most one thing."""
+    if not file.is_file():
+        return [f"{file.name} is missing"]
+    if file.stat().st_size != expected["size"]:
+        return [f"{file.name} has {file.stat().st_size} bytes, expected {expected['size']}"]
+    if _sha256(file) != expected["sha256"]:
+        return [f"{file.name} has changed (SHA-256 differs)"]
+    return []
 
 
 def _hash_files(paths: Any) -> dict[str, Any]:
@@ -321,10 +342,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

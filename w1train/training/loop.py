@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from w1train.config.errors import raise_if_any
+from w1train.config.errors import UserError, raise_if_any
 from w1train.config.resume import check_resume
 from w1train.config.schema import Config
-from w1train.config.serialization import config_differences, config_from_yaml, config_to_yaml
+from w1train.config.serialization import config_differences, config_to_yaml
 from w1train.data.dataset import DatasetError
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
-from w1train.runtime.distributed import RankError, Ranks, on_main_rank
+from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
@@ -24,6 +24,7 @@ from w1train.training.checkpoint import (
     Progress,
     latest_step,
     load_checkpoint,
+    read_config,
     read_progress,
     remove_unfinished,
     require_manifests,
@@ -52,7 +53,7 @@ class Trainer:
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
-        self.data = TrainingData(config, ranks)
+        self.data = all_or_none(partial(open_data, config, ranks))
         self.model = build_trained_model(config)
         self.progress = self._load_progress()
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
@@ -64,7 +65,7 @@ class Trainer:
 
         Raises:
             CheckpointError, FloatingPointError: on every rank.
-            RankError: on the rank whose samples are damaged.
+            DatasetError: on the rank whose samples are damaged.
             OSError: on rank 0, which writes the records.
         """
         if self.progress.step >= self.num_steps:
@@ -74,7 +75,7 @@ class Trainer:
                 self.summarize()
             return
         self.started = time.perf_counter() - self.progress.seconds
-        with self.watch, self.data.loader, _alone():
+        with self.watch, self.data.loader:
             self._print_header()
             if self.progress.step == 0:
                 self.validate()
@@ -206,12 +207,15 @@ class Trainer:
         path = self.run.checkpoints / f"step_{step:010d}"
         logger.info("resuming from %s", path)
         progress = load_checkpoint(path, self.model)
+        all_or_none(partial(self._require_dataset, progress, path))
+        return progress
+
+    def _require_dataset(self, progress: Progress, path: Path) -> None:
         if progress.dataset != self.data.fingerprint:
             raise DatasetError(
                 f"dataset {self.config.data.train} has changed since {path} was saved: the SHA-256 of its tokens is "
                 f"{self.data.fingerprint}, it was {progress.dataset}. Bring the old data back, or start a run of another name"
             )
-        return progress
 
     def _print_header(self) -> None:
         config, ranks = self.config, self.ranks
@@ -230,28 +234,35 @@ class Trainer:
         )
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Datasets are checked by all ranks when they are opened. Damage met later is in the samples of one."""
+def open_data(config: Config, ranks: Ranks) -> TrainingData:
+    """The run's data on this rank.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit; the mask token is not the tokenizer's.
+    """
     try:
-        yield
-    except DatasetError as error:
-        raise RankError(str(error)) from error
+        return TrainingData(config, ranks)
+    except UserError:
+        raise
+    except ValueError as error:
+        # Its refusal of a mask token is a plain ValueError.
+        raise UserError(str(error)) from error
 
 
 def prepare_resume(config: Config, run: RunDirectory) -> None:
-    """On rank 0, before anything is built: clean up after a kill, compare with the earlier configuration, write the new one.
+    """On rank 0, before anything is built: clean up after a kill, compare with the checkpoint's configuration, write the new one.
 
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
-        CheckpointError: a checkpoint has lost its manifest.
+        CheckpointError: a checkpoint has lost its manifest, or its configuration is not what it was.
     """
     remove_unfinished(run.checkpoints)
     require_manifests(run.checkpoints)
     step = latest_step(run.checkpoints)
-    if step is not None and run.config.is_file():
-        old = config_from_yaml(run.config)
-        samples = read_progress(run.checkpoints / f"step_{step:010d}").samples
+    if step is not None:
+        checkpoint = run.checkpoints / f"step_{step:010d}"
+        old = read_config(checkpoint)
+        samples = read_progress(checkpoint).samples
         raise_if_any(check_resume(old, config, samples * old.data.sequence_length))
         for change in config_differences(old, config):
             logger.info("configuration changed on resume: %s: %s -> %s", change.key, change.old, change.new)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from w1train.config.errors import UserError
 from w1train.runtime.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class MetricsLog:
 def read_metrics(path: str | Path, kind: str | None = None) -> list[Record]:
     """The records of a file in order, only those of one ``kind`` ("train", "validation") if it is given.
 
-    A torn last line is left out: a reader may look while the writer writes. Raises FileNotFoundError, and ValueError if any
+    A torn last line is left out: a reader may look while the writer writes. Raises FileNotFoundError, and UserError if any
     other line is not a record.
     """
     return [record for _, record in _iter_lines(Path(path)) if kind is None or record.get("kind") == kind]
@@ -149,7 +150,7 @@ def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
             except ValueError as error:
                 if not line.endswith(b"\n"):
                     return
-                raise ValueError(f"{path}, line {number}, is not a record ({error}): {line[:80]!r}") from error
+                raise UserError(f"{path}, line {number}, is not a record ({error}): {line[:80]!r}") from error
             yield line if line.endswith(b"\n") else line + b"\n", record
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from w1train.config.schema import Config
 from w1train.config.serialization import flatten
-from w1train.runtime.distributed import Ranks
+from w1train.runtime.distributed import Ranks, agreed
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import Progress
 from w1train.training.console import TrainingConsole
@@ -98,14 +98,15 @@ class Watch:
 
 
 def require_finite(step: int, values: dict[str, float]) -> None:
-    """Stop a run one of whose values is no number: the parameters are lost, the last checkpoint is not.
+    """Stop a run one of whose values, the same on all ranks, is no number: the parameters are lost, the last checkpoint is not.
 
     Raises:
-        FloatingPointError
+        FloatingPointError: on every rank.
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
                 "Run the same command to go on from the last one, with a lower learning rate or more clipping"
             )
+            raise agreed(error)
