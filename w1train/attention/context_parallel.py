@@ -199,12 +199,15 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        output = torch.empty_like(tensor)
-        dist.all_to_all_single(output, tensor.contiguous(), group=group)
-        return output
+        return _exchange_slices(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        output = torch.empty_like(gradient)
-        dist.all_to_all_single(output, gradient.contiguous(), group=ctx.group)
-        return output, None
+        return _exchange_slices(gradient, ctx.group), None
+
+
+def _exchange_slices(tensor: Tensor, group: Any) -> Tensor:
+    # The collective knows memory, not strides: a result with the strides of a transposed input would be scrambled without an error.
+    output = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(output, tensor.contiguous(), group=group)
+    return output
