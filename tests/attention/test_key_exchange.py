@@ -39,3 +39,37 @@ def test_heads_come_back_where_they_were(num_heads):
     for values, gradients in run_distributed(_there_and_back, NUM_RANKS, num_heads):
         assert values
         assert gradients
+
+
+def _kept_for_backward(_rank, _size, travel):
+    _, exchange = _exchange(travel)
+    kept = []
+    query = torch.randn((LENGTH // NUM_RANKS, 2, 4, 3), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        exchange.restore(exchange.exchange(query, query, query)[0])
+        exchange.exchange(query, query, query)
+    return [str(tensor.dtype) for tensor in kept]
+
+
+@pytest.mark.parametrize("travel", ["all", "heads"])
+def test_backward_keeps_indices_only(travel):
+    """Not the keys that arrived beside the keys in order: twice the memory of the longest tensors there are."""
+    for kept in run_distributed(_kept_for_backward, NUM_RANKS, travel):
+        assert set(kept) == {"torch.int64"}
+
+
+def _gathered_gradient(rank, _size):
+    ownership, exchange = _exchange("all")
+    whole, weight = (torch.randn((LENGTH, 2, 4, 3), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    own = ownership.positions[:, rank].T[:, :, None, None].expand(-1, -1, 4, 3)
+    key = whole.gather(0, own).requires_grad_()
+    _, keys, values = exchange.exchange(key, key, 2 * key)
+    ((keys + values) * weight * (rank + 1)).sum().backward()
+    # Both ranks use every key, the second twice as much: (1 + 2) * (1 + 2) times the weight.
+    return torch.equal(keys, whole), torch.allclose(key.grad, 9 * weight.gather(0, own))
+
+
+def test_keys_arrive_in_sample_order_and_gradients_go_back_to_their_owner():
+    for values, gradients in run_distributed(_gathered_gradient, NUM_RANKS):
+        assert values
+        assert gradients
