@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tests.attention.test_visibility import packs
 from w1train.attention.context_parallel import Ownership, blocks_stay_home, deal_positions, key_exchange, local_visibility
 from w1train.attention.visibility import block_diffusion_visibility, document_visibility
-from w1train.data.documents import block_bounds
 
 
 def _padded(documents: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -25,12 +24,14 @@ def test_every_rank_sees_what_the_whole_sequence_shows(documents, num_ranks, chu
     documents = _padded(documents, num_ranks * chunk_size)
     num_samples, length = documents.shape
     visibility = block_diffusion_visibility(documents, block_size, "document")
-    if travel == "clean" and not blocks_stay_home(block_bounds(documents, block_size, "document"), chunk_size):
+    if travel == "clean" and not blocks_stay_home(documents, block_size, "document", chunk_size):
         travel = "all"
     ownership = deal_positions(visibility, 2, num_ranks, chunk_size)
     assert torch.equal(ownership.positions.flatten(1).sort(dim=1).values, torch.arange(length).expand(num_samples, -1))
     whole = visibility.dense()
-    order = key_exchange(ownership, 2, travel, group=None).gathered_to_sample
+    exchange = key_exchange(ownership, 2, travel, group=None)
+    order = exchange.gathered_to_sample
+    assert torch.equal(exchange.sample_to_gathered, order.argsort(dim=1))
     streams = 1 if travel == "clean" else 2
     # What the ranks would send, end to end: the sample-order row number of each of their rows.
     sent = torch.cat(
@@ -94,3 +95,11 @@ def test_ownership_is_a_plain_table():
     assert isinstance(ownership, Ownership)
     assert ownership.positions.shape == (3, 2, 8)
     assert (ownership.positions.diff(dim=2) > 0).all()
+
+
+@pytest.mark.parametrize(("lengths", "stay"), [((8, 2), True), ((8, 4), True), ((6, 4), False)])
+def test_padding_keeps_no_block_from_staying_home(lengths, stay):
+    """Padding begins anywhere, so its "blocks" cross chunk borders; they see nothing. Blocks and chunks of 4 positions."""
+    documents = torch.full((2, 16), -1, dtype=torch.int32)
+    documents[:, : sum(lengths)] = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
+    assert blocks_stay_home(documents, 4, "document", 4) is stay

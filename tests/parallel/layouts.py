@@ -25,6 +25,7 @@ from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
+from w1train.training.inputs import rank_inputs  # noqa: E402
 from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
 NUM_STEPS = 3
@@ -44,6 +45,8 @@ class Outcome:
     noise: str
     """Hash of every corrupted input of every step, in sample order."""
     work: list[StepWork]
+    travels: set[str]
+    """What the context-parallel ranks exchanged in these micro-batches; empty without context parallelism."""
 
 
 def world_size(config: Config, data_parallel: int) -> int:
@@ -82,9 +85,12 @@ def _train(
             mutate(model)
         losses, norms, works, noise = [], [], [], []
         gradients: dict[str, torch.Tensor] = {}
+        travels: set[str] = set()
         for step in range(first_step, first_step + NUM_STEPS):
             batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
             noise.append(_noise_hashes(batches))
+            plans = [rank_inputs(batch, config).model.attention_plan for batch in batches]
+            travels |= {plan.exchange.travel for plan in plans if plan.exchange is not None}
             for chunk in model.chunks:
                 chunk.zero_grad_buffer()
             model.optimizer.zero_grad()
@@ -98,7 +104,8 @@ def _train(
             works.append(work)
         if save is not None:
             save_checkpoint(save, model, Progress(step=first_step + NUM_STEPS, samples=0), "", keep=1)
-        return Outcome(losses, norms, gradients, whole_tensors(model, lambda parameter: parameter.data), _join(noise), works)
+        parameters = whole_tensors(model, lambda parameter: parameter.data)
+        return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
 
 
 def open_gates(model: TrainedModel) -> None:

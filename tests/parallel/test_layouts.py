@@ -10,7 +10,10 @@ from tests.tiny import tiny_config
 STREAMS = {
     "one-stream": {"timestep_per": "document"},
     "two-stream": {"block_size": 4, "timestep_per": "block"},
+    # Blocks that lie inside the chunks of context parallelism: noisy keys stay at home.
+    "two-stream-aligned": {"block_size": 4, "block_index": "sample", "timestep_per": "block"},
 }
+GRID_STREAMS = ("one-stream", "two-stream")
 
 
 def layout_config(streams: str, **parallel):
@@ -49,6 +52,7 @@ def assert_equal_numbers(outcome: Outcome, expected: Outcome) -> None:
     assert outcome.noise == expected.noise, "corruption is bit-identical"
     for step, (loss, wanted) in enumerate(zip(outcome.losses, expected.losses, strict=True)):
         assert abs(loss - wanted) <= 1e-6 * abs(wanted), f"loss of step {step}: {loss} instead of {wanted}"
+    assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
     for name, gradient in outcome.gradients.items():
         error = (gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()
         assert error <= 1e-5, f"gradient of {name}: relative error {error:.1e}"
@@ -58,7 +62,7 @@ def assert_equal_numbers(outcome: Outcome, expected: Outcome) -> None:
         assert error <= 1e-6, f"{name} after the last step: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize("streams", GRID_STREAMS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
 def test_equals_the_single_process(layout, streams):
     parallel, data = layout
@@ -76,18 +80,75 @@ def test_context_parallel_methods(streams, method):
     assert_equal_numbers(outcome, reference(streams))
 
 
-def test_noisy_keys_travel_where_blocks_cross_chunks(caplog):
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("streams", GRID_STREAMS)
+def test_several_heads_a_rank_travel(streams, micro_batch_size):
+    """Two heads a rank: with one, strides that are wrong describe the same memory."""
+    config = layout_config(streams, context=2, context_method="all_to_all", distributed_optimizer=False)
+    config.training.micro_batch_size = micro_batch_size
+    outcome = train_layout(config)
+    assert outcome.travels == {"heads"}
+    assert_equal_numbers(outcome, reference(streams))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data"),
+    [
+        ({"context": 2}, 1),
+        ({"context": 4}, 1),
+        ({"context": 2}, 2),
+        ({"context": 2, "pipeline": 2, "virtual_pipeline": 2}, 1),
+        ({"context": 2, "tensor": 2, "sequence": True, "pipeline": 2}, 1),
+    ],
+    ids=str,
+)
+def test_clean_keys_alone_travel_where_blocks_stay_home(parallel, data):
+    outcome = train_layout(layout_config("two-stream-aligned", **parallel, distributed_optimizer=False), data)
+    assert outcome.travels == {"clean"}
+    assert_equal_numbers(outcome, reference("two-stream-aligned"))
+
+
+def test_noisy_keys_travel_where_blocks_cross_chunks():
     """Blocks of 4 from unaligned document starts, chunks of 2: no chunk border is a block border."""
     outcome = train_layout(layout_config("two-stream", context=2, context_chunk_size=2, distributed_optimizer=False))
+    assert outcome.travels == {"all"}
     assert_equal_numbers(outcome, reference("two-stream"))
 
 
-@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize("streams", GRID_STREAMS)
 def test_distributed_optimizer_keeps_the_numbers(streams):
     """Sharded states and masters; the timestep embedding in buckets of its own, or its stages would add different slices."""
     parallel = {"tensor": 2, "sequence": True, "pipeline": 2, "distributed_optimizer": True}
     outcome = train_layout(layout_config(streams, **parallel), 2)
     assert_equal_numbers(outcome, reference(streams))
+
+
+def _sequence_timesteps_config(**parallel):
+    """Grouped queries, two samples a micro-batch, one t a sample."""
+    config = layout_config("two-stream", **parallel)
+    config.model.num_query_groups, config.training.micro_batch_size, config.diffusion.timestep_per = 2, 2, "sequence"
+    return config
+
+
+@pytest.fixture(scope="module")
+def sequence_timesteps_reference():
+    return train_layout(_sequence_timesteps_config())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data"),
+    [
+        ({"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}, 1),
+        ({"context": 2}, 2),
+        ({"pipeline": 2, "virtual_pipeline": 2}, 2),
+    ],
+    ids=str,
+)
+def test_defaults_keep_the_numbers(parallel, data, sequence_timesteps_reference):
+    """The distributed optimizer is the default; so are, in real runs, micro-batches of several samples."""
+    config = _sequence_timesteps_config(**parallel)
+    assert config.parallel.distributed_optimizer
+    assert_equal_numbers(train_layout(config, data), sequence_timesteps_reference)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from tests.parallel.layouts import train_layout
 from tests.parallel.test_layouts import assert_equal_numbers, layout_config, reference
 from w1train.attention import context_parallel
-from w1train.diffusion import corruption, timesteps
+from w1train.diffusion import corruption, philox, timesteps
 from w1train.model import megatron_config, transformer
 from w1train.model.initialization import global_named_parameters
 from w1train.training import forward
@@ -64,14 +65,40 @@ def _head_reduces(model: TrainedModel) -> None:
             stage.output_layer.allreduce_dgrad = True
 
 
-def _words_of_the_micro_batch(seed, indices, **kwargs):
-    """Numbers by place in the micro-batch instead of by global sample index."""
-    return timesteps.random_words(seed, torch.arange(len(indices)), **kwargs)
+def _indices_on_rank_0(indices):
+    """Places among this rank's samples instead of global indices: all data-parallel ranks count like rank 0."""
+    return indices - parallel_state.get_data_parallel_rank() * len(indices)
 
 
-def _denominator_of_ones(_config, _noisy):
-    """Every micro-batch counts alike: the mean of means."""
-    return torch.ones((), dtype=torch.float64)
+def _words_by_place(seed, indices, **kwargs):
+    return philox.random_words(seed, _indices_on_rank_0(indices), **kwargs)
+
+
+def _fractions_by_place(config, seed, sample_indices, num_segments, draw=0):
+    return timesteps.draw_fractions(config, seed, _indices_on_rank_0(sample_indices), num_segments, draw)
+
+
+def _mean_of_means(chunks, num_tokens, *args, **kwargs):
+    """Every data-parallel rank's mean counts alike, whatever it is a mean of."""
+    group = parallel_state.get_data_parallel_group()
+    total = num_tokens.clone()
+    torch.distributed.all_reduce(total, group=group)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.main_grad.mul_(total.item() / (num_tokens.item() * group.size()))
+    _finalize_model_grads(chunks, num_tokens, *args, **kwargs)
+
+
+def _slice_noise_per_context_rank(noisy, config):
+    """Masks drawn again with the context-parallel rank in the seed: queries of one rank, keys of another noise."""
+    rank = parallel_state.get_context_parallel_rank()
+    if rank > 0:
+        samples, length = noisy.targets.shape
+        words = philox.random_words(config.training.seed + rank, torch.arange(samples), draw=0, purpose=philox.Purpose.MASK, num=length)
+        masked = (words < timesteps.mask_thresholds(noisy.token_timesteps)) & (noisy.document_ids >= 0)
+        input_ids = noisy.targets.masked_fill(masked, config.diffusion.mask_token_id)
+        noisy = replace(noisy, input_ids=input_ids, loss_mask=masked)
+    return inputs_module.rank_inputs(noisy, config)
 
 
 def _mark_without_own_bucket(self):
@@ -92,10 +119,17 @@ def _own_slice_only(ctx, gradient):
     return gradient.chunk(torch.distributed.get_world_size(ctx.group))[rank], None
 
 
-def _positions_from_zero(*args, **kwargs):
-    inputs = _assemble(*args, **kwargs)
-    inputs.positions = torch.arange(inputs.positions.shape[1]).expand_as(inputs.positions)
-    return inputs
+def _gradient_buffer_with_strides(ctx, gradient):
+    """The strides of a transposed gradient on memory that was received in order."""
+    output = torch.empty_like(gradient)
+    torch.distributed.all_to_all_single(output, gradient.contiguous(), group=ctx.group)
+    return output, None
+
+
+def _first_positions(noisy, positions):
+    own = _at(noisy, positions)
+    own.positions = noisy.positions[:, : positions.shape[1]]
+    return own
 
 
 def _batched_messages(*args, **kwargs):
@@ -104,7 +138,8 @@ def _batched_messages(*args, **kwargs):
     return config
 
 
-_assemble = inputs_module._assemble
+_at = corruption.NoisyBatch.at
+_finalize_model_grads = training_setup.finalize_model_grads
 _transformer_config = megatron_config.transformer_config
 
 MUTATIONS = [
@@ -128,9 +163,9 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation("config.has_cond_embedder", PIPELINE, mutate=_no_conditional_embedder),
     Mutation("head leaves partial gradients to the gather", TENSOR, mutate=_head_reduces),
-    Mutation("noise by global sample index", DATA, 2, patch=(corruption, "random_words", _words_of_the_micro_batch)),
-    Mutation("timesteps by global sample index", DATA, 2, patch=(corruption, "draw_fractions", None)),
-    Mutation("one global denominator", DATA, 2, patch=(forward, "denominator", _denominator_of_ones)),
+    Mutation("noise by global sample index", DATA, 2, patch=(corruption, "random_words", _words_by_place)),
+    Mutation("timesteps by global sample index", DATA, 2, patch=(corruption, "draw_fractions", _fractions_by_place)),
+    Mutation("one global denominator", DATA, 2, patch=(training_setup, "finalize_model_grads", _mean_of_means)),
     Mutation(
         "timestep embedding in a bucket of its own",
         {"pipeline": 2, "distributed_optimizer": True},
@@ -147,7 +182,13 @@ MUTATIONS += [
     Mutation(
         "gathered keys' gradients are summed", CONTEXT, patch=(context_parallel._AllGather, "backward", staticmethod(_own_slice_only))
     ),
-    Mutation("positions follow the ownership", CONTEXT, patch=(inputs_module, "_assemble", _positions_from_zero)),
+    Mutation(
+        "exchanged heads' gradients arrive in contiguous memory",
+        {"context_method": "all_to_all", **CONTEXT},
+        patch=(context_parallel._AllToAll, "backward", staticmethod(_gradient_buffer_with_strides)),
+    ),
+    Mutation("positions follow the ownership", CONTEXT, patch=(corruption.NoisyBatch, "at", _first_positions)),
+    Mutation("one noise for all context-parallel ranks", CONTEXT, patch=(forward, "rank_inputs", _slice_noise_per_context_rank)),
     Mutation(
         "interleaved stages send one by one",
         {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": False},
@@ -156,27 +197,22 @@ MUTATIONS += [
 ]
 
 
-def _fractions_of_the_micro_batch(config, seed, sample_indices, num_segments, draw=0):
-    return timesteps.draw_fractions(config, seed, torch.arange(len(sample_indices)), num_segments, draw)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.rule)
 def test_a_broken_rule_is_noticed(mutation, monkeypatch):
-    config = layout_config(mutation.streams, **mutation.parallel)
+    config = _with_vocabulary(layout_config(mutation.streams, **mutation.parallel), mutation)
+    single = _with_vocabulary(layout_config(mutation.streams, distributed_optimizer=False), mutation)
     expected = reference(mutation.streams)
     if mutation.vocab_size is not None:
-        single = layout_config(mutation.streams, distributed_optimizer=False)
-        single.model.vocab_size = config.model.vocab_size = mutation.vocab_size
         expected = train_layout(single)
-        _check(config, replace(mutation, mutate=None), expected)
+        assert_equal_numbers(train_layout(config, mutation.data_parallel), expected)
     if mutation.patch is not None:
-        owner, name, value = mutation.patch
-        monkeypatch.setattr(owner, name, value or _fractions_of_the_micro_batch)
+        monkeypatch.setattr(*mutation.patch)
+        # What also breaks a single process would be noticed whatever the layout, and prove nothing about it.
+        assert_equal_numbers(train_layout(single), expected)
     with pytest.raises(AssertionError):
-        _check(config, mutation, expected)
+        assert_equal_numbers(train_layout(config, mutation.data_parallel, mutate=mutation.mutate), expected)
 
 
-def _check(config, mutation, expected):
-    outcome = train_layout(config, mutation.data_parallel, mutate=mutation.mutate)
-    assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
-    assert_equal_numbers(outcome, expected)
+def _with_vocabulary(config, mutation):
+    config.model.vocab_size = mutation.vocab_size or config.model.vocab_size
+    return config

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.parallel.layouts import train_layout
-from tests.parallel.test_layouts import STREAMS, layout_config
+from tests.parallel.test_layouts import GRID_STREAMS, layout_config
 
 SAVED = ({"tensor": 2, "sequence": True, "pipeline": 2}, 2)
 LOADED = [
@@ -14,7 +14,7 @@ LOADED = [
 ]
 
 
-@pytest.fixture(scope="module", params=STREAMS)
+@pytest.fixture(scope="module", params=GRID_STREAMS)
 def saved(request, tmp_path_factory):
     """(streams, checkpoint, losses of the steps after it in the layout that wrote it)."""
     directory = tmp_path_factory.mktemp(request.param)

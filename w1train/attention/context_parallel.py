@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from w1train.attention.visibility import Visibility
+from w1train.data.documents import block_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class KeyExchange:
     num_streams: int
     gathered_to_sample: Tensor
     """int64 [b, rows]: for each key in sample order, its place in the ranks' rows laid end to end."""
+    sample_to_gathered: Tensor
+    """int64 [b, rows]: its inverse."""
 
     def exchange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, b, heads, d] of own positions -> what attention runs on."""
@@ -100,7 +103,7 @@ class KeyExchange:
         if self.travel != "heads":
             return output
         size = dist.get_world_size(self.group)
-        ordered = output.gather(0, _rows_index(self.gathered_to_sample.argsort(dim=1), output))
+        ordered = _Reorder.apply(output, self.sample_to_gathered, self.gathered_to_sample)
         return _AllToAll.apply(ordered.unflatten(0, (size, -1)), self.group).movedim(0, 2).flatten(2, 3)
 
     def _gather(self, tensor: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class KeyExchange:
         if self.travel == "clean":
             own_noisy, tensor = tensor.chunk(2)
         gathered = _AllGather.apply(tensor.contiguous(), self.group)
-        ordered = gathered.gather(0, _rows_index(self.gathered_to_sample, gathered))
+        ordered = _Reorder.apply(gathered, self.gathered_to_sample, self.sample_to_gathered)
         return ordered if own_noisy is None else torch.cat([ordered, own_noisy])
 
     def _heads_to_positions(self, tensor: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ class KeyExchange:
         size = dist.get_world_size(self.group)
         by_head = tensor.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
         gathered = _AllToAll.apply(by_head, self.group).flatten(0, 1)
-        return gathered.gather(0, _rows_index(self.gathered_to_sample, gathered))
+        return _Reorder.apply(gathered, self.gathered_to_sample, self.sample_to_gathered)
 
 
 def key_exchange(ownership: Ownership, num_streams: int, travel: Travel, group: Any) -> KeyExchange:
@@ -131,7 +134,7 @@ def key_exchange(ownership: Ownership, num_streams: int, travel: Travel, group: 
     target = ownership.positions[:, :, None, :] + length * torch.arange(streams, device=place.device)[None, None, :, None]
     order = torch.empty((num_samples, streams * length), dtype=torch.int64, device=place.device)
     order.scatter_(1, target.flatten(1), place.flatten(1))
-    return KeyExchange(travel, group, num_streams, order)
+    return KeyExchange(travel, group, num_streams, order, target.flatten(1))
 
 
 def local_visibility(visibility: Visibility, ownership: Ownership, rank: int, num_streams: int, travel: Travel) -> Visibility:
@@ -165,15 +168,33 @@ def _clean_first(endpoints: Tensor, own: Tensor, length: int) -> Tensor:
     return torch.cat([torch.where(real, new_noisy, zero), torch.where(seen, new_clean, zero)], dim=2)
 
 
-def blocks_stay_home(block_bounds: tuple[Tensor, Tensor], chunk_size: int) -> bool:
-    """Whether every block lies inside one chunk, so that no noisy key has to travel."""
-    start, end = block_bounds
-    return bool((torch.div(start, chunk_size, rounding_mode="floor") == torch.div(end - 1, chunk_size, rounding_mode="floor")).all())
+def blocks_stay_home(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"], chunk_size: int) -> bool:
+    """Whether every block lies inside one chunk, so that no noisy key has to travel. Padding sees nothing and needs no key."""
+    start, end = block_bounds(document_ids, block_size, block_index)
+    inside = torch.div(start, chunk_size, rounding_mode="floor") == torch.div(end - 1, chunk_size, rounding_mode="floor")
+    return bool((inside | (document_ids < 0)).all())
 
 
 def _rows_index(order: Tensor, tensor: Tensor) -> Tensor:
     """[b, rows] -> an index for ``tensor.gather(0, ...)`` on [rows, b, heads, d]."""
     return order.transpose(0, 1)[:, :, None, None].expand(-1, -1, *tensor.shape[2:])
+
+
+class _Reorder(torch.autograd.Function):
+    """Permute the rows of each sample: [rows, b, heads, d] by int64 [b, rows].
+
+    Autograd's own gather keeps its input for backward and adds with atomics; a permutation's gradient is a gather by the inverse.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return tensor.gather(0, _rows_index(order, tensor))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.gather(0, _rows_index(inverse, gradient)), None, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -199,12 +220,15 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        output = torch.empty_like(tensor)
-        dist.all_to_all_single(output, tensor.contiguous(), group=group)
-        return output
+        return _exchange_slices(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        output = torch.empty_like(gradient)
-        dist.all_to_all_single(output, gradient.contiguous(), group=ctx.group)
-        return output, None
+        return _exchange_slices(gradient, ctx.group), None
+
+
+def _exchange_slices(tensor: Tensor, group: Any) -> Tensor:
+    # The collective knows memory, not strides: a result with the strides of a transposed input would be scrambled without an error.
+    output = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(output, tensor.contiguous(), group=group)
+    return output

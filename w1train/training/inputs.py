@@ -26,7 +26,6 @@ from w1train.attention.context_parallel import (
 from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, document_visibility
 from w1train.config.schema import Config, DiffusionConfig
-from w1train.data.documents import block_bounds
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.model.transformer import ModelInputs
 
@@ -81,7 +80,7 @@ def _travel(noisy: NoisyBatch, config: Config, streams: int) -> Travel:
         return "all"
     diffusion, chunk_size = config.diffusion, config.parallel.context_chunk_size
     assert diffusion.block_size is not None
-    if blocks_stay_home(block_bounds(noisy.document_ids, diffusion.block_size, diffusion.block_index), chunk_size):
+    if blocks_stay_home(noisy.document_ids, diffusion.block_size, diffusion.block_index, chunk_size):
         return "clean"
     _say_that_noisy_keys_travel(diffusion.block_size, chunk_size)
     return "all"
