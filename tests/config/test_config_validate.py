@@ -108,6 +108,16 @@ def field_annotation(pattern: str) -> Any:
             "parallel.recompute_num_layers",
             "1 to 2",
         ),
+        (
+            {
+                "parallel.pipeline": 2,
+                "parallel.virtual_pipeline": 2,
+                "parallel.num_layers_in_first_stage": 2,
+                "parallel.num_layers_in_last_stage": 2,
+            },
+            "parallel.virtual_pipeline",
+            "1 when the layers of both",
+        ),
         ({"training.micro_batch_size": 3}, "training.global_batch_size", "multiple of training.micro_batch_size (3)"),
     ],
 )
@@ -115,6 +125,12 @@ def test_rules(make_config: MakeConfig, changes: dict[str, Any], key: str, words
     (problem,) = validate(make_config(changes))
     assert problem.key == key
     assert words in problem.valid
+
+
+def test_the_pipeline_rules_are_reported_together(make_config: MakeConfig) -> None:
+    """Four layers, three of them in the first of three stages: one is left for two stages, and three are no two equal chunks."""
+    changes = {"parallel.pipeline": 3, "parallel.virtual_pipeline": 2, "parallel.num_layers_in_first_stage": 3}
+    assert [problem.key for problem in validate(make_config(changes))] == ["parallel.pipeline", "parallel.virtual_pipeline"]
 
 
 @pytest.mark.parametrize(

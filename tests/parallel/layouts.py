@@ -62,20 +62,27 @@ def train_layout(
     mutate: Callable[[TrainedModel], None] | None = None,
     load: Path | None = None,
     save: Path | None = None,
+    num_steps: int = NUM_STEPS,
     timeout: float = 120,
 ) -> Outcome:
-    """Train NUM_STEPS steps in the layout on forked ranks.
+    """Train ``num_steps`` steps in the layout on forked ranks.
 
     ``mutate`` breaks the built model on purpose; ``load`` is a checkpoint to go on from, ``save`` where to write one at the end.
     """
     size = world_size(config, data_parallel)
-    results = run_distributed(_train, size, config, mutate, load, save, process_group=False, timeout=timeout)
+    results = run_distributed(_train, size, config, mutate, load, save, num_steps, process_group=False, timeout=timeout)
     assert all(result.losses == results[0].losses for result in results), "every rank reports the same loss"
     return results[0]
 
 
 def _train(
-    _rank: int, _size: int, config: Config, mutate: Callable[[TrainedModel], None] | None, load: Path | None, save: Path | None
+    _rank: int,
+    _size: int,
+    config: Config,
+    mutate: Callable[[TrainedModel], None] | None,
+    load: Path | None,
+    save: Path | None,
+    num_steps: int,
 ) -> Outcome:
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
@@ -86,7 +93,7 @@ def _train(
         losses, norms, works, noise = [], [], [], []
         gradients: dict[str, torch.Tensor] = {}
         travels: set[str] = set()
-        for step in range(first_step, first_step + NUM_STEPS):
+        for step in range(first_step, first_step + num_steps):
             batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
             noise.append(_noise_hashes(batches))
             plans = [rank_inputs(batch, config).model.attention_plan for batch in batches]
@@ -103,7 +110,7 @@ def _train(
             losses.append(sums.metrics(config.diffusion)["loss"])
             works.append(work)
         if save is not None:
-            save_checkpoint(save, model, Progress(step=first_step + NUM_STEPS, samples=0), "", keep=1)
+            save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
         parameters = whole_tensors(model, lambda parameter: parameter.data)
         return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
 

@@ -39,6 +39,14 @@ def test_a_layout_that_cannot_be_built_gives_megatrons_reason():
         build_ranks(tiny_config(parallel={"tensor": 3}), 3)
 
 
+def test_any_failure_of_building_is_a_layout_error():
+    """Two stages with both layer counts given leave none between, and megatron-core divides by their number."""
+    ends = {"num_layers_in_first_stage": 2, "num_layers_in_last_stage": 2}
+    config = tiny_config(model={"num_layers": 4}, parallel={"pipeline": 2, "virtual_pipeline": 2, **ends})
+    with pytest.raises(LayoutError, match="cannot be built: ZeroDivisionError"):
+        build_ranks(config, 2)
+
+
 def test_a_model_that_is_not_the_planned_one_is_found(monkeypatch):
     planned = build_module.chunk_parameters
     monkeypatch.setattr(build_module, "chunk_parameters", lambda *args: planned(*args)[1:])

@@ -302,6 +302,7 @@ def _pipeline_rule(config: Config) -> Iterator[Problem]:
         return
     middle_stages = parallel.pipeline - len(uneven)
     middle_layers = layers + len(counted) - sum(uneven.values())
+    per_stage = list(uneven.values())
     if middle_stages == 0 and middle_layers != 0:
         valid = f"numbers that add up to model.num_layers ({layers}) with two stages"
         yield Problem("parallel.num_layers_in_last_stage", show(parallel.num_layers_in_last_stage), valid)
@@ -309,14 +310,19 @@ def _pipeline_rule(config: Config) -> Iterator[Problem]:
         kind = "layers left for the stages between" if uneven else "model.num_layers" + (" and what counts as a layer" if counted else "")
         valid = f"a divisor of the {middle_layers} {kind}: {_divisors(middle_layers)}" if middle_layers > 0 else "fewer layers at the ends"
         yield Problem("parallel.pipeline", show(parallel.pipeline), valid)
-    else:
-        yield from _virtual_pipeline_problems(config, middle_layers // middle_stages if middle_stages else None, list(uneven.values()))
+    elif middle_stages:
+        per_stage.append(middle_layers // middle_stages)
+    yield from _virtual_pipeline_problems(config, per_stage, has_middle=middle_stages > 0)
 
 
-def _virtual_pipeline_problems(config: Config, middle: int | None, ends: list[int]) -> Iterator[Problem]:
-    """Every stage's layers must divide into chunks."""
+def _virtual_pipeline_problems(config: Config, per_stage: list[int], *, has_middle: bool) -> Iterator[Problem]:
+    """Every stage's layers must divide into chunks, and megatron-core needs a stage whose layers it may count itself."""
     virtual = config.parallel.virtual_pipeline
-    for count in {*ends, *([middle] if middle is not None else [])}:
+    if virtual > 1 and not has_middle:
+        valid = "1 when the layers of both of two stages are given: megatron-core divides by the number of stages between"
+        suggestion = "give num_layers_in_first_stage or num_layers_in_last_stage alone: the other stage gets the rest"
+        yield Problem("parallel.virtual_pipeline", show(virtual), valid, suggestion)
+    for count in sorted(set(per_stage)):
         if _does_not_divide(virtual, count):
             valid = f"a divisor of the {count} layers of a pipeline stage: {_divisors(count)}"
             yield Problem("parallel.virtual_pipeline", show(virtual), valid)

@@ -70,10 +70,12 @@ def build_ranks(config: Config, world_size: int) -> Build:
                 if rank == 0:
                     _check_groups(layout)
                 _build_one(config, layout, rank, found)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            if isinstance(error, _PlanMismatchError):
-                raise
-            raise LayoutError(f"rank {rank} (tensor {tensor}, pipeline {pipeline}) cannot be built: {error}") from error
+        except _PlanMismatchError:
+            raise
+        except Exception as error:
+            # Whatever megatron-core stumbles over (it divides by zero, too) is a reason why this layout cannot be.
+            reason = str(error) if isinstance(error, AssertionError | ValueError) and str(error) else f"{type(error).__name__}: {error}"
+            raise LayoutError(f"rank {rank} (tensor {tensor}, pipeline {pipeline}) cannot be built: {reason}") from error
     total = sum(parameter.numel for parameter in found.values())
     return Build(world_size, len(places), total, time.perf_counter() - start)
 

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -122,9 +123,24 @@ def _write_shards(writing: Path, model: TrainedModel, progress: Progress) -> Non
     state = sharded_state(model, is_loading=False)
     state["progress"] = _position(progress)
     shards, common = save_preprocess(state)
+    shards = _once_per_rank(shards)
     shards["common_state"] = ShardedObject("common_state", common, global_shape=(1,), global_offset=(0,), replica_id=dist.get_rank())
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(_SaveStrategy(), group).save(shards, writing)
+
+
+def _once_per_rank(shards: dict[str, Any]) -> dict[str, Any]:
+    """Each shard once, as its lowest replica: every chunk of a virtual pipeline holds the timestep embedding, and megatron-core,
+    which deals replicas out to ranks by their keys, would make all copies of the chosen rank its main one."""
+    owners: dict[tuple, ShardedTensor] = {}
+    for shard in nested_values(shards):
+        if isinstance(shard, ShardedTensor):
+            place = (shard.key, shard.global_offset)
+            owners[place] = min(owners.get(place, shard), shard, key=lambda replica: replica.replica_id)
+    kept, _ = extract_matching_values(
+        shards, lambda shard: not isinstance(shard, ShardedTensor) or owners[shard.key, shard.global_offset] is shard
+    )
+    return kept
 
 
 def _explain_failure(final: Path, writing: Path, error: BaseException) -> str:

@@ -42,13 +42,18 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
         """int64 [b, l] and float32 [b] -> float32 [b, l, v]."""
+        parallel = self.config.parallel
+        inputs = _inference_inputs(tokens, timesteps, multiple_of=parallel.tensor if parallel.sequence else 1)
+        # The schedule of virtual stages works on groups of as many micro-batches as there are stages, so here on copies.
+        batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)
+        iterators = [iter(batches) for _ in self.chunks]
         results = get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=iter([_inference_inputs(tokens, timesteps)]),
+            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks,
-            num_microbatches=1,
+            num_microbatches=len(batches),
             # Every rank of a context-parallel group has whole rows here; the schedule divides by the group.
-            seq_length=tokens.shape[1] * parallel_state.get_context_parallel_world_size(),
+            seq_length=inputs.input_ids.shape[1] * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=tokens.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
@@ -77,17 +82,21 @@ class Predictor:
             chunk.train()
 
 
-def _inference_inputs(tokens: Tensor, timesteps: Tensor) -> ModelInputs:
-    """Each row is one document, all of it visible."""
+def _inference_inputs(tokens: Tensor, timesteps: Tensor, *, multiple_of: int) -> ModelInputs:
+    """Each row is one document, all of it visible, padded at its end to a length that sequence-parallel ranks can share;
+    logits are asked for at the b * l real positions."""
     num_rows, length = tokens.shape
-    documents = torch.zeros((num_rows, length), dtype=torch.int32, device=tokens.device)
+    padded = length + -length % multiple_of
+    positions = torch.arange(padded, device=tokens.device)
+    real = (positions < length).expand(num_rows, padded)
+    documents = torch.where(real, 0, -1).to(torch.int32)
     return ModelInputs(
-        input_ids=tokens,
-        positions=torch.arange(length, device=tokens.device).expand(num_rows, length),
+        input_ids=torch.nn.functional.pad(tokens, (0, padded - length)),
+        positions=positions.expand(num_rows, padded),
         attention_plan=plan_attention(document_visibility(documents)),
         segment_timesteps=timesteps.float(),
         segment_index=None,
-        logit_positions=torch.arange(num_rows * length, device=tokens.device),
+        logit_positions=real.flatten().nonzero()[:, 0],
     )
 
 

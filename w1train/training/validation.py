@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from w1train.config.schema import Config
+from w1train.data.batch import PackedBatch
+from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
 from w1train.training.data import TrainingData
 from w1train.training.forward import run_micro_batches
@@ -29,7 +31,7 @@ def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[st
     """
     assert data.validation is not None
     started = time.perf_counter()
-    batches = list(data.validation_batches())
+    batches = _fill_last_group(config, list(data.validation_batches()))
     for chunk in model.chunks:
         chunk.eval()
     by_timestep = []
@@ -51,3 +53,18 @@ def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[st
         "loss_by_t": cross_entropies,
         "time/seconds": time.perf_counter() - started,
     }
+
+
+def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedBatch]:
+    """The schedule of virtual stages takes micro-batches in groups of as many as there are stages; with padding alone in the
+    places left over, which adds nothing to any sum."""
+    parallel = config.parallel
+    if parallel.virtual_pipeline == 1:
+        return batches
+    padding = PackedBatch(
+        tokens=torch.zeros_like(batches[0].tokens),
+        document_ids=torch.full_like(batches[0].document_ids, -1),
+        positions=torch.zeros_like(batches[0].positions),
+        sample_indices=torch.full_like(batches[0].sample_indices, PADDING_SAMPLE),
+    )
+    return batches + [padding] * (-len(batches) % parallel.pipeline)
