@@ -29,9 +29,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
@@ -237,13 +238,34 @@ def load_checkpoint(path: Path, model: TrainedModel) -> Progress:
     verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     state = sharded_state(model, is_loading=True)
     state["progress"] = {}
-    loaded = dist_checkpointing.load(state, str(path))
+    loaded = _read_shards(state, path)
     if loaded["progress"] != _position(progress):
         raise agreed(_damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {loaded['progress']}"]))
     for index, stage in enumerate(model.stages):
         stage.load_state_dict(loaded[_model_key(index)], strict=True)
     model.optimizer.load_state_dict(loaded["optimizer"])
     return progress
+
+
+def _read_shards(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Each rank of a data- and context-parallel group reads its part of what all of them need and sends it to the others."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    loaded = dist_checkpointing.load(state, str(path), FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group))
+    return _unshare(loaded, set())
+
+
+def _unshare(value: Any, seen: set[int]) -> Any:
+    """Nested dicts and lists with no tensor in two places: what several chunks hold is read once, and the optimizer, which keeps
+    the tensors it is given, would then update one state for all of them."""
+    if isinstance(value, dict):
+        return {key: _unshare(item, seen) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshare(item, seen) for item in value]
+    if isinstance(value, torch.Tensor):
+        if id(value) in seen:
+            return value.clone()
+        seen.add(id(value))
+    return value
 
 
 def load_model_weights(path: Path, stages: list[torch.nn.Module]) -> None:

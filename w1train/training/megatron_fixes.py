@@ -23,13 +23,14 @@ def keep_bucket_padding_in_checkpoints() -> None:
         return
 
     @functools.wraps(original)
-    def with_padding(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        state = original(self, *args, **kwargs)
+    def with_padding(self: DistributedOptimizer, *args: Any, empty_data: bool = False, **kwargs: Any) -> Any:
+        state = original(self, *args, empty_data=empty_data, **kwargs)
         for index, buffer in enumerate(self.buffers):
             for tensors in state[index].values() if state is not None else ():
                 for name, tensor in tensors.items():
                     if isinstance(tensor, Tensor):
-                        tensors[name] = _put_padding_back(tensor, buffer)
+                        # Loading asks for places alone: long enough, or megatron-core warns of corruption; but nothing to copy.
+                        tensors[name] = tensor.new_zeros(buffer.numel) if empty_data else _put_padding_back(tensor, buffer)
         return state
 
     DistributedOptimizer.get_parameter_state_dp_zero = with_padding
