@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -128,4 +129,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Deprecations inside the libraries are not the user's.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main())
