@@ -187,7 +187,7 @@ def test_the_two_commands_come_first():
         ("torchrun --ranks 2 -m w1train.pretrain recipe=demo", "torchrun: "),
         ("torchrun --standalone --nproc-per-node 2 -m w1train.pretrain recipe=nonesuch", "nonesuch"),
         ("torchrun --standalone --nproc-per-node 2 -m data_tools.tokenize", "don't know how to check what torchrun starts"),
-        ("torchrun --standalone --nproc-per-node 6 -m w1train.pretrain recipe=demo parallel.pipeline=4", "in a world of 6"),
+        ("torchrun --standalone --nproc-per-node 4 -m w1train.pretrain recipe=demo parallel.pipeline=3", "in a world of 4"),
         ("torchrun --standalone --nproc-per-node 3 -m w1train.pretrain recipe=demo", "global_batch_size"),
         ("python -m w1train.plan recipe=w1_4b gpus=many", "a whole number"),
         ("python -m w1train.plan recipe=w1_4b gpus=10 parallel.tensor=4", "in a world of 10"),
