@@ -115,3 +115,19 @@ def test_a_lost_peer_is_known_by_gloos_words():
 
     assert run_distributed(leave, 2) == [True, True]
     assert not is_lost_connection(RuntimeError("shapes do not match"))
+
+
+def _one_layout_after_another(_rank, _size):
+    from megatron.core import parallel_state
+
+    for tensor in (1, 2, 1):
+        with distributed(ParallelConfig(tensor=tensor)):
+            value = torch.ones(1)
+            dist.all_reduce(value)
+        left = [name for name, group in vars(parallel_state).items() if isinstance(group, dist.ProcessGroup)]
+        assert not left, f"groups that nobody destroys: {left}"
+    return True
+
+
+def test_no_group_outlives_its_layout():
+    assert run_distributed(_one_layout_after_another, 2, process_group=False) == [True, True]

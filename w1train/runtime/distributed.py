@@ -100,6 +100,11 @@ def destroy() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # It forgets some of its groups. One that is left is freed when the next layout takes its place: in a forked process, whose
+    # copy has no threads to join, for ever.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 
