@@ -178,7 +178,7 @@ VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model.adaln_init": st.sampled_from(["zero", "identity"]),
     "optimizer.beta1": st.floats(0, 1, exclude_max=True),
     "training.seed": st.integers(min_value=0),
-    "validation.timesteps": st.lists(st.floats(0, 1, exclude_min=True), min_size=1),
+    "validation.timesteps": st.integers(1, 8).map(lambda bins: [(index + 0.5) / bins for index in range(bins)]),
     "sampling.prompts": st.lists(st.text()),
     "schedule.stages.stable.tokens": st.integers(min_value=1),
     "logging.peak_tflops": st.none() | POSITIVE,
