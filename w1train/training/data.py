@@ -16,7 +16,7 @@ from w1train.data.loader import BatchLoader, validation_batches, validation_toke
 from w1train.data.packing import PackedDataset
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
-from w1train.runtime.distributed import Ranks, on_main_rank
+from w1train.runtime.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class TrainingData:
         else:
             self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
-        verify_on_main_rank([dataset for dataset in (self.train, self.validation) if dataset is not None])
+        # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
+        if ranks.is_main:
+            verify([dataset for dataset in (self.train, self.validation) if dataset is not None])
         self.loader = BatchLoader(
             self.packed,
             micro_batch_size=config.training.micro_batch_size,
@@ -118,31 +120,27 @@ class TrainingData:
             )
 
 
-def verify_on_main_rank(datasets: Sequence[TokenDataset]) -> None:
-    """Compare the files with the hashes in their manifests, on rank 0 alone: damage of the right size would train in silence.
+def verify(datasets: Sequence[TokenDataset]) -> None:
+    """Compare the files with the hashes in their manifests, on one rank: damage of the right size would train in silence.
 
     What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
 
     Raises:
-        DatasetError: on every rank, if a file is not what was written.
+        DatasetError: if a file is not what was written.
     """
-
-    def verify() -> None:
-        for dataset in datasets:
-            if dataset.manifest is None:
-                continue  # TokenDataset.open has said so
-            num_bytes = file_size(bin_path(dataset.prefix))
-            if num_bytes <= MAX_VERIFIED_BYTES:
-                dataset.verify_hashes()
-            else:
-                logger.warning(
-                    "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
-                    bin_path(dataset.prefix),
-                    num_bytes / 1e9,
-                    dataset.prefix,
-                )
-
-    on_main_rank(verify)
+    for dataset in datasets:
+        if dataset.manifest is None:
+            continue  # TokenDataset.open has said so
+        num_bytes = file_size(bin_path(dataset.prefix))
+        if num_bytes <= MAX_VERIFIED_BYTES:
+            dataset.verify_hashes()
+        else:
+            logger.warning(
+                "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+                bin_path(dataset.prefix),
+                num_bytes / 1e9,
+                dataset.prefix,
+            )
 
 
 def bits_per_byte(nats_per_token: float, dataset: TokenDataset) -> float | None:
