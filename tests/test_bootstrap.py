@@ -145,7 +145,7 @@ def test_second_call_installs_nothing_until_something_changes(machine):
     machine.python(machine.bin / "python3.12", "/base/python3.12")
     machine.uv()
     machine.python(machine.venv / "bin" / "python", "/base/python3.12")
-    editable = f"uv pip install --python {machine.venv}/bin/python --editable {REPOSITORY}"
+    editable = f"uv pip install --compile-bytecode --python {machine.venv}/bin/python --editable {REPOSITORY}"
     assert machine.bootstrap().returncode == 0
     assert machine.calls() == [f"{editable}[dev]"]
     again = machine.bootstrap()
