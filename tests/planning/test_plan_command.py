@@ -28,7 +28,7 @@ STAGE_KEYS = {
 
 
 def test_json_has_a_stable_schema(capsys):
-    assert plan.main([*SMALL, "parallel.pipeline=2", "--json"]) == 0
+    assert plan.main([*SMALL, "model.num_layers=4", "parallel.pipeline=2", "--json"]) == 0
     output = json.loads(capsys.readouterr().out)
     assert set(output) == KEYS.pop("")
     for section, keys in KEYS.items():

@@ -159,19 +159,17 @@ def attention_input_bytes(sizes: Sizes, kernels: Kernels, *, recomputed: bool) -
     """q, k and v as attention saves them.
 
     One projection gives q, k and v in one storage. v is a view of it that keeps it whole; q and k are new, from the rotary embedding.
-    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads, and its torch.gather keeps
-    what came in from the other ranks besides; the projection is then kept only by a QK-norm that saves its input and no copy of it.
+    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads; the projection is then kept
+    only by a QK-norm that saves its input and no copy of it.
     Recomputed, attention keeps its inputs from before the exchange.
     """
     projection = sizes.positions * (sizes.query + 2 * sizes.key)
     if sizes.travel is None or recomputed:
         return (projection + sizes.positions * (sizes.query + sizes.key)) * sizes.element
     if sizes.travel == "heads":
-        exchanged = 2 * sizes.positions * (sizes.query + 2 * sizes.key)
+        exchanged = sizes.positions * (sizes.query + 2 * sizes.key)
     else:
-        all_keys = sizes.samples * sizes.keys
-        arrived = all_keys - sizes.positions // 2 if sizes.travel == "clean" else all_keys
-        exchanged = sizes.positions * sizes.query + (all_keys + arrived) * 2 * sizes.key
+        exchanged = sizes.positions * sizes.query + sizes.samples * sizes.keys * 2 * sizes.key
     norm_keeps_projection = sizes.qk_norm and (kernels.fused_norm or sizes.element == FP32_BYTES)
     return (exchanged + (projection if norm_keeps_projection else 0)) * sizes.element
 
@@ -179,14 +177,13 @@ def attention_input_bytes(sizes: Sizes, kernels: Kernels, *, recomputed: bool) -
 def core_attention_bytes(sizes: Sizes) -> int:
     """What only the core attention saves, and selective recomputation drops: the log-sum-exp (fp32, a number a head and position)
     and, with a mask, its additive form [b, 1, q, k], which every layer makes for itself. The output is the next layer's input, or where
-    heads travel a tensor of its own, with the order of positions.
+    heads travel a tensor of its own.
 
     Grouped queries with a mask are taken to run fused as well; no GPU was there to see it.
     """
     mask = sizes.samples * sizes.rows * sizes.keys * sizes.element if sizes.masked else 0
     output = sizes.positions * sizes.query * sizes.element if sizes.travel == "heads" else 0
-    order = sizes.samples * sizes.rows * _INT64_BYTES if sizes.travel == "heads" else 0
-    return sizes.positions * sizes.heads * FP32_BYTES + mask + output + order
+    return sizes.positions * sizes.heads * FP32_BYTES + mask + output
 
 
 def mlp_bytes(sizes: Sizes, kernels: Kernels) -> int:
