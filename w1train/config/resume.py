@@ -25,6 +25,9 @@ ALLOWED_ON_RESUME = (
     "checkpoint.*",
     "logging.*",
 )
+# Files may move while a run waits. Whether they still hold what the run began with is told by the hash of the training tokens that the
+# checkpoint has, and the hash of the tokenizer that the tokens have.
+_MAY_MOVE = ("data.train", "data.validation", "data.tokenizer")
 _SCHEDULE_RULE = "the schedule of tokens not yet consumed: new or changed future stages, a longer or shorter running constant stage"
 
 
@@ -54,13 +57,16 @@ def allowed_on_resume(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in ALLOWED_ON_RESUME)
 
 
-def check_resume(old: Config, new: Config, tokens_consumed: int) -> list[Problem]:
+def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_hashed: bool = True) -> list[Problem]:
     """Every change that would make the resumed run another run.
 
-    ``tokens_consumed``: tokens the checkpoint has been trained on; learning rate and batch size up to there must be what they were.
+    Args:
+        tokens_consumed: tokens the checkpoint has been trained on; learning rate and batch size up to there must be what they were.
+        data_are_hashed: whether the checkpoint knows the hash of its training tokens, which then may lie elsewhere.
     """
     changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
-    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key)]
+    movable = _MAY_MOVE if data_are_hashed else ()
+    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key) and change.key not in movable]
     return forbidden + list(_check_schedule(old, new.schedule, tokens_consumed))
 
 
@@ -103,4 +109,4 @@ def _show(value: object) -> str:
 
 
 def _allowed_text() -> str:
-    return f"{listing(ALLOWED_ON_RESUME)}; {_SCHEDULE_RULE}"
+    return f"{listing(ALLOWED_ON_RESUME)}; {listing(_MAY_MOVE)} (the same data elsewhere); {_SCHEDULE_RULE}"

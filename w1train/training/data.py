@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset
@@ -39,6 +40,7 @@ class TrainingData:
 
     Raises:
         TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
+        UserError: the mask token is not the tokenizer's.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -113,7 +115,7 @@ class TrainingData:
     def _check_mask_token(self) -> None:
         mask = self.config.diffusion.mask_token_id
         if mask != self.tokenizer.mask_token_id:
-            raise ValueError(
+            raise UserError(
                 f"diffusion.mask_token_id is {mask}, but the mask token of {self.config.data.tokenizer} is "
                 f"{self.tokenizer.mask_token_id}; set diffusion.mask_token_id={self.tokenizer.mask_token_id} or train a tokenizer with "
                 f"--mask-token-id {mask}"

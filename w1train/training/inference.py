@@ -26,6 +26,7 @@ from w1train.data.tokenizer import Tokenizer
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
+from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import complete_steps, load_model_weights
 from w1train.training.setup import build_stage
 
@@ -135,7 +136,7 @@ def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel
         raise FileNotFoundError(f"{run_dir} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
     config = config_from_yaml(config_path)
     config.parallel = ParallelConfig()
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
     chosen = steps[-1] if step is None else step

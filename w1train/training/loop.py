@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w1train.config.errors import UserError, raise_if_any
+from w1train.config.errors import raise_if_any
 from w1train.config.resume import check_resume
 from w1train.config.schema import Config
 from w1train.config.serialization import config_differences, config_to_yaml
@@ -53,7 +54,8 @@ class Trainer:
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
-        self.data = all_or_none(partial(open_data, config, ranks))
+        self.data = all_or_none(partial(TrainingData, config, ranks))
+        on_main_rank(partial(shutil.copyfile, config.data.tokenizer, run.tokenizer))
         self.model = build_trained_model(config)
         self.progress = self._load_progress()
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
@@ -234,21 +236,6 @@ class Trainer:
         )
 
 
-def open_data(config: Config, ranks: Ranks) -> TrainingData:
-    """The run's data on this rank.
-
-    Raises:
-        UserError: a file is missing, damaged, or does not fit; the mask token is not the tokenizer's.
-    """
-    try:
-        return TrainingData(config, ranks)
-    except UserError:
-        raise
-    except ValueError as error:
-        # Its refusal of a mask token is a plain ValueError.
-        raise UserError(str(error)) from error
-
-
 def prepare_resume(config: Config, run: RunDirectory) -> None:
     """On rank 0, before anything is built: clean up after a kill, compare with the checkpoint's configuration, write the new one.
 
@@ -262,8 +249,9 @@ def prepare_resume(config: Config, run: RunDirectory) -> None:
     if step is not None:
         checkpoint = run.checkpoints / f"step_{step:010d}"
         old = read_config(checkpoint)
-        samples = read_progress(checkpoint).samples
-        raise_if_any(check_resume(old, config, samples * old.data.sequence_length))
+        progress = read_progress(checkpoint)
+        tokens = progress.samples * old.data.sequence_length
+        raise_if_any(check_resume(old, config, tokens, data_are_hashed=progress.dataset is not None))
         for change in config_differences(old, config):
             logger.info("configuration changed on resume: %s: %s -> %s", change.key, change.old, change.new)
     write_text(run.config, config_to_yaml(config))
