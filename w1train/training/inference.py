@@ -22,12 +22,14 @@ from w1train.attention.plan import plan_attention
 from w1train.attention.visibility import document_visibility
 from w1train.config.schema import Config, ParallelConfig
 from w1train.config.serialization import config_from_yaml
+from w1train.config.stages import at_stage
 from w1train.data.tokenizer import Tokenizer
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.checkpoint import complete_steps, load_model_weights
+from w1train.training.checkpoint import complete_steps, load_model_weights, read_progress
+from w1train.training.schedule import stage_at
 from w1train.training.setup import build_stage
 
 
@@ -134,12 +136,18 @@ def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel
     if not steps or (step is not None and step not in steps):
         wanted = "a complete checkpoint" if step is None else f"a checkpoint of step {step}"
         raise FileNotFoundError(f"{run_dir} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
-    config = config_from_yaml(config_path)
+    chosen = steps[-1] if step is None else step
+    checkpoint = run_dir / "checkpoints" / f"step_{chosen:010d}"
+    config = _config_at(config_from_yaml(config_path), read_progress(checkpoint).samples)
     config.parallel = ParallelConfig()
     tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
-    chosen = steps[-1] if step is None else step
-    load_model_weights(run_dir / "checkpoints" / f"step_{chosen:010d}", [stage])
+    load_model_weights(checkpoint, [stage])
     stage.eval()
     return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, chosen)
+
+
+def _config_at(config: Config, samples: int) -> Config:
+    """The configuration that the last of the samples was trained under."""
+    return at_stage(config, stage_at(config.schedule, samples * config.data.sequence_length)[0])
