@@ -133,7 +133,9 @@ def micro_batches(config: Config, step: int, rank: int, size: int) -> Iterator[N
     first = step * training.global_batch_size
     for start in range(first + rank * training.micro_batch_size, first + training.global_batch_size, size * training.micro_batch_size):
         samples = range(start, start + training.micro_batch_size)
-        yield corrupt(packed_batch(samples, config.data.sequence_length), config.diffusion, training.seed)
+        noisy = corrupt(packed_batch(samples, config.data.sequence_length), config.diffusion, training.seed)
+        noisy.annealed = 0.3
+        yield noisy
 
 
 def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:

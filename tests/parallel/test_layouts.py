@@ -14,6 +14,13 @@ STREAMS = {
     "two-stream-aligned": {"block_size": 4, "block_index": "sample", "timestep_per": "block"},
 }
 GRID_STREAMS = ("one-stream", "two-stream")
+OBJECTIVES = {
+    "autoregressive": {"objective": "autoregressive"},
+    "annealed": {"attention_annealing": "extent", "annealing_tokens": 1000, "shift": True, "mask_embedding_noise": 0.5},
+    "shifted-pairs": {"block_size": 4, "shift": True, "complementary": True, "weight": "inverse_fraction", "mask_embedding_noise": 0.5},
+    "joint": {"block_size": 4, "clean_attention": "token_causal", "autoregressive_weight": 0.5, "normalizer": "masked_tokens"},
+    "causal-blocks": {"block_size": 4, "clean_attention": "token_causal", "noisy_attention": "causal", "timestep_per": "document"},
+}
 
 
 def layout_config(streams: str, **parallel):
@@ -21,7 +28,7 @@ def layout_config(streams: str, **parallel):
     return tiny_config(
         model={"num_layers": 4, "qk_norm": True},
         parallel={"context_chunk_size": 4, **parallel},
-        diffusion=STREAMS[streams],
+        diffusion={**STREAMS, **OBJECTIVES}[streams],
         training={"global_batch_size": 8, "micro_batch_size": 1},
     )
 
@@ -78,6 +85,20 @@ def test_context_parallel_methods(streams, method):
     parallel = {"tensor": 2, "sequence": True, "context": 2, "context_method": method}
     outcome = train_layout(layout_config(streams, **parallel, distributed_optimizer=False), 2)
     assert_equal_numbers(outcome, reference(streams))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data"),
+    [
+        ({"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}, 1),
+        ({"context": 2, "context_method": "all_to_all"}, 2),
+    ],
+    ids=["tp2-pp2-vpp2-cp2", "cp2-dp2"],
+)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_keep_the_numbers(objective, parallel, data):
+    outcome = train_layout(layout_config(objective, **parallel, distributed_optimizer=False), data)
+    assert_equal_numbers(outcome, reference(objective))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
