@@ -27,6 +27,8 @@ def numeric_patterns(cls: Any = Config, prefix: str = "") -> set[str]:
         arguments = set(get_args(annotation))
         if dataclasses.is_dataclass(annotation):
             patterns |= numeric_patterns(annotation, f"{key}.")
+        elif get_origin(annotation) is dict and get_args(annotation)[1] is float:
+            patterns.add(f"{key}.*")
         elif get_origin(annotation) is dict:
             patterns |= numeric_patterns(get_args(annotation)[1], f"{key}.*.")
         elif get_origin(annotation) is list and arguments & {int, float}:

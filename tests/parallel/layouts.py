@@ -103,9 +103,9 @@ def _train(
             model.optimizer.zero_grad()
             sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
             if step == first_step and not config.parallel.distributed_optimizer:
-                gradients = whole_tensors(model, lambda parameter: parameter.main_grad)
+                gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
             for group in model.optimizer.param_groups:
-                group["lr"] = LEARNING_RATE
+                group["lr"] = LEARNING_RATE * group["lr_mult"]
             norms.append(float(model.optimizer.step()[1]))
             losses.append(sums.metrics(config.diffusion)["loss"])
             works.append(work)

@@ -220,7 +220,7 @@ def _all_keys() -> dict[str, list[str]]:
             keys.setdefault(name, []).append(key)
             if dataclasses.is_dataclass(annotation):
                 visit(annotation, key)
-            elif get_origin(annotation) is dict:
+            elif get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
                 visit(get_args(annotation)[1], f"{key}.NAME")
 
     visit(Config, "")

@@ -183,6 +183,10 @@ class OptimizerConfig:
     """Decoupled weight decay; norms, biases and other vectors have none."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    rate_multipliers: dict[str, float] = field(default_factory=dict)
+    """Learning rates of some parameters as multiples of the schedule's, by patterns of their names, the first that fits:
+    {"*.mlp.*": 0.1, "embedding.*": 0}; 0 = frozen. Names are those of the whole model: embedding.word_embeddings.weight,
+    decoder.layers.0.self_attention.linear_qkv.weight, ..."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -90,6 +90,7 @@ RANGES: dict[str, Range] = {
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
+    "optimizer.rate_multipliers.*": NOT_NEGATIVE,
     "schedule.stages.*.tokens": AT_LEAST_ONE,
     "schedule.stages.*.learning_rate": NOT_NEGATIVE,
     "schedule.stages.*.global_batch_size": AT_LEAST_ONE,

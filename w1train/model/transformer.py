@@ -161,6 +161,10 @@ class DiffusionTransformer(LanguageModule):
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
         embedded = self.embedding(inputs.input_ids)
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            # Under a frozen embedding nothing that goes into the first recomputed layers would ask for a gradient, and megatron-core's
+            # recomputation then gives their parameters none, without a word.
+            embedded.requires_grad_()
         if inputs.embedding_noise is None:
             return embedded
         rank = get_pg_rank(self.tp_group) if self.config.sequence_parallel else 0

@@ -134,7 +134,7 @@ class Trainer:
         num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
         sums, work = run_micro_batches(self.stage, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_mult"]
         _, grad_norm, _ = model.optimizer.step()
         self.progress.step += 1
         self.progress.samples += num_samples
