@@ -62,6 +62,19 @@ def document_visibility(document_ids: Tensor) -> Visibility:
     return Visibility(torch.stack([zero, torch.where(real, start, zero), torch.where(real, end, zero)]), document_ids.shape[1])
 
 
+def causal_visibility(document_ids: Tensor) -> Visibility:
+    """Causal attention inside documents (autoregressive models): position p sees [start of its document, p + 1).
+
+    Args:
+        document_ids: int [b, l], contiguous runs; negative = padding, which sees nothing and is seen by nothing.
+    """
+    start, _ = document_bounds(document_ids)
+    after = torch.arange(1, document_ids.shape[1] + 1, dtype=start.dtype, device=start.device).expand_as(start)
+    real = document_ids >= 0
+    zero = torch.zeros_like(start)
+    return Visibility(torch.stack([zero, torch.where(real, start, zero), torch.where(real, after, zero)]), document_ids.shape[1])
+
+
 def block_diffusion_visibility(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> Visibility:
     """Attention over [x_t ; x_0], 2l rows and keys (LLaDA2.0 eq. 3 with documents; masks.md 1.1).
 

@@ -34,6 +34,7 @@ from w1train.training.data import TrainingData, bits_per_byte
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor
+from w1train.training.initial_weights import InitialWeights
 from w1train.training.metrics_log import read_metrics
 from w1train.training.schedule import batch_size, learning_rate, num_steps, total_tokens
 from w1train.training.setup import build_trained_model
@@ -54,8 +55,10 @@ class Trainer:
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         self.data = all_or_none(partial(open_data, config, ranks))
-        self.model = build_trained_model(config)
-        self.progress = self._load_progress()
+        step = on_main_rank(partial(latest_step, run.checkpoints))
+        starts_from = InitialWeights(config) if step is None and config.training.initial_weights is not None else None
+        self.model = build_trained_model(config, starts_from and starts_from.load)
+        self.progress = self._load_progress(step)
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
@@ -200,8 +203,7 @@ class Trainer:
             },
         )
 
-    def _load_progress(self) -> Progress:
-        step = on_main_rank(partial(latest_step, self.run.checkpoints))
+    def _load_progress(self, step: int | None) -> Progress:
         if step is None:
             return Progress(dataset=self.data.fingerprint)
         path = self.run.checkpoints / f"step_{step:010d}"
