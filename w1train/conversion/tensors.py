@@ -114,8 +114,9 @@ def hugging_face_parameters(model: ModelConfig) -> Iterator[Parameter]:
     """Parameters as Llama, Qwen2 and Qwen3 store them in Hugging Face files; adaLN's go by this project's names."""
     num_groups = model.num_query_groups or model.num_attention_heads
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    heads = {"q_proj": model.num_attention_heads, "k_proj": num_groups, "v_proj": num_groups}
     fused = {
-        "self_attention.linear_qkv": ("self_attn", {"q_proj": model.num_attention_heads, "k_proj": num_groups, "v_proj": num_groups}, channels),
+        "self_attention.linear_qkv": ("self_attn", heads, channels),
         "mlp.linear_fc1": ("mlp", {"gate_proj": 1, "up_proj": 1}, model.ffn_hidden_size),
     }
     for name, shape in shapes(model).items():

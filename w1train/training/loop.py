@@ -56,8 +56,8 @@ class Trainer:
         on_main_rank(partial(prepare_resume, config, run))
         self.data = all_or_none(partial(open_data, config, ranks))
         step = on_main_rank(partial(latest_step, run.checkpoints))
-        starts_from = InitialWeights(config) if step is None and config.training.initial_weights is not None else None
-        self.model = build_trained_model(config, starts_from and starts_from.load)
+        load = InitialWeights(config).load if step is None and config.training.initial_weights is not None else None
+        self.model = build_trained_model(config, load)
         self.progress = self._load_progress(step)
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
