@@ -17,8 +17,10 @@ from tests.conversion.tiny_models import (
     logits,
     make,
     on_ranks,
+    step_of_nothing,
 )
-from w1train.conversion import filling
+from tests.tiny import tiny_config
+from w1train.conversion.sources import SafetensorsDirectory
 from w1train.conversion.tensors import shapes
 from w1train.model.initialization import global_named_parameters
 from w1train.training.initial_weights import InitialWeights
@@ -56,9 +58,7 @@ def test_master_weights_are_the_imported_ones(tmp_path, precision):
     def step(config):
         model = build(config)
         before = [parameter.detach().clone() for parameter in model.stages[0].parameters()]
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
-        model.optimizer.step()
+        step_of_nothing(model)
         return all(torch.equal(old, new) for old, new in zip(before, model.stages[0].parameters(), strict=True))
 
     assert on_ranks(step, config) == [True]
@@ -84,7 +84,7 @@ def test_each_rank_reads_its_slices_and_all_ranks_together_read_everything_once(
         assert len({name for name, _ in sizes}) == len(sizes)
         for name, size in sizes:
             total[name] = total.get(name, 0) + torch.Size(size).numel()
-    whole = filling.StoredModel("", config.model, _source(config), ()).source.tensors
+    whole = SafetensorsDirectory(tmp_path).tensors
     for name, shape in whole.items():
         # Norms are on both tensor-parallel ranks, and the tied embedding on the first stage and the last.
         copies = 2 if "norm" in name or "embed" in name else 1
@@ -92,17 +92,9 @@ def test_each_rank_reads_its_slices_and_all_ranks_together_read_everything_once(
     assert total.keys() == whole.keys()
 
 
-def _source(config):
-    from w1train.conversion.sources import SafetensorsDirectory
-
-    return SafetensorsDirectory(config.training.initial_weights)
-
-
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {"qkv_bias": True, "num_query_groups": 2}, {"tie_embeddings": True}], ids=str)
 @pytest.mark.parametrize("conditioning", ["adaln", "none"])
 def test_listed_shapes_are_those_of_the_built_model(fields, conditioning):
-    from tests.tiny import tiny_config
-
     def built(config):
         return {name: tuple(parameter.shape) for name, parameter in global_named_parameters(build_trained_model(config).stages[0])}
 
@@ -161,7 +153,7 @@ def test_a_tied_new_row_is_one_row_on_both_ends(tmp_path):
     assert torch.equal(second, fourth)
 
 
-def test_a_reused_id_keeps_its_row(tmp_path, caplog):
+def test_a_reused_id_keeps_its_row(tmp_path):
     model = make("llama", tmp_path)
     tensors = on_ranks(imported_tensors, config_for(tmp_path, diffusion={"mask_token_id": 5}))[0]
     assert torch.equal(tensors["embedding.word_embeddings.weight"], model.model.embed_tokens.weight)

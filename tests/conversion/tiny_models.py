@@ -38,10 +38,11 @@ SIZES = {
 }
 # At the original length of 16, the four pairs of channels are of all three kinds: kept, between, divided.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+UNSCALED = {"rope_type": "default"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 50.0, **LLAMA3}}),
-    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": {**UNSCALED, "rope_theta": 1e6}}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}),
 }
 LAYOUTS = [
@@ -121,8 +122,16 @@ def imported_tensors(config: Config) -> dict[str, torch.Tensor]:
     return whole_tensors(build(config), lambda parameter: parameter.data)
 
 
+def step_of_nothing(model: TrainedModel) -> None:
+    """An optimizer step without gradients at rate 0: the weights come back from the masters, and there is state to save."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.optimizer.step()
+
+
 def save_run(config: Config, model: TrainedModel, run: Path) -> None:
     """A run directory with one checkpoint of the model."""
+    step_of_nothing(model)
     if torch.distributed.get_rank() == 0:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(config_to_yaml(config))
