@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.attention.visibility import Visibility, document_visibility
+from w1train.attention.visibility import Visibility, causal_visibility, document_visibility
 from w1train.data.documents import document_bounds
 
 
@@ -28,6 +28,18 @@ def test_sees_its_document_and_nothing_else(documents):
     assert torch.equal(visibility.dense(), expected)
     assert int(visibility.num_visible_pairs()) == int(expected.sum())
     assert visibility.everything_visible() == bool(expected.all())
+    assert (visibility.endpoints.diff(dim=0) >= 0).all()
+    assert visibility.endpoints.dtype == torch.int32
+
+
+@given(packs())
+def test_causal_sees_its_document_up_to_itself(documents):
+    visibility = causal_visibility(documents)
+    positions = torch.arange(documents.shape[1])
+    earlier = positions[None, :] <= positions[:, None]
+    expected = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None] & earlier
+    assert torch.equal(visibility.dense(), expected)
+    assert int(visibility.num_visible_pairs()) == int(expected.sum())
     assert (visibility.endpoints.diff(dim=0) >= 0).all()
     assert visibility.endpoints.dtype == torch.int32
 

@@ -163,15 +163,24 @@ def test_exported_code_needs_nothing_of_w1train():
 
 
 def test_the_tokenizer_goes_along(tmp_path):
-    tokenizer = train_tokenizer(["some text to train on, some text to train on"] * 9, 290)
-    tokenizer.save(tmp_path / "tokenizer.json")
-    run, output = tmp_path / "run", tmp_path / "output"
-    on_ranks(_trained, tiny_config(data={"tokenizer": str(tmp_path / "tokenizer.json")}), run)
+    run, output, path, text = tmp_path / "run", tmp_path / "output", tmp_path / "tokenizer.json", "some text to train on"
+
+    # Tokenizers have threads, beside which this process could fork no ranks.
+    def encode_here(_rank, _size):
+        tokenizer = train_tokenizer([text] * 9, 290)
+        tokenizer.save(path)
+        return tokenizer.encode(text), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id
+
+    def encode_there(_rank, _size):
+        found = transformers.AutoTokenizer.from_pretrained(output)
+        return found(text).input_ids, found.eos_token_id, found.pad_token_id, found.mask_token_id
+
+    expected = run_distributed(encode_here, 1, process_group=False)
+    on_ranks(_trained, tiny_config(data={"tokenizer": str(path)}), run)
     export(run, output)
-    found = transformers.AutoTokenizer.from_pretrained(output)
-    assert found("some text to train on").input_ids == tokenizer.encode("some text to train on")
-    assert (found.eos_token_id, found.pad_token_id, found.mask_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id, 14)
-    assert json.loads((output / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    assert run_distributed(encode_there, 1, process_group=False) == expected
+    hugging_face = json.loads((output / "config.json").read_text())
+    assert [hugging_face[name] for name in ("eos_token_id", "pad_token_id", "mask_token_id")] == list(expected[0][1:])
 
 
 @pytest.fixture(scope="module")
