@@ -133,7 +133,7 @@ def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelCon
     the vocabulary beyond the source's are made from its own (``_fill_new_rows``).
 
     Raises:
-        OSError, safetensors.SafetensorError: a file cannot be read.
+        OSError, UserError: a file cannot be read.
     """
     by_name = {parameter.name: parameter for parameter in stored.parameters}
     for stage in stages:

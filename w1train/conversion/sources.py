@@ -75,8 +75,15 @@ class SafetensorsDirectory:
             self.dtypes[name] = DTYPES[part.get_dtype()]
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        """See TensorSource."""
-        return self._files[name].get_slice(name)[box]
+        """See TensorSource.
+
+        Raises:
+            UserError: the file has changed since it was opened.
+        """
+        try:
+            return self._files[name].get_slice(name)[box]
+        except _import_safetensors().SafetensorError as error:
+            raise UserError(f"{name} cannot be read: {error}") from error
 
 
 def _import_safetensors() -> Any:
