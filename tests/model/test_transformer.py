@@ -81,6 +81,7 @@ def test_parameter_counts(recipe):
         {},
         {"qk_norm": True},
         {"num_query_groups": 2},
+        {"qkv_bias": True, "num_query_groups": 2},
         {"tie_embeddings": True},
         {"conditioning": "none"},
         {"kv_channels": None},

@@ -118,12 +118,16 @@ def _train(
 def open_gates(model: TrainedModel) -> None:
     """Give modulations and biases a value: with gates at zero the layers are identities and half of the gradients zero, and of a
     parameter that starts at zero only rounding is left to compare."""
+    tensor_rank, tensor_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for stage in model.stages:
             for name, parameter in global_named_parameters(stage):
                 if "modulation." in name or name.endswith("bias"):
                     generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                    is_split = getattr(parameter, "tensor_model_parallel", False)
+                    rank, size = (tensor_rank, tensor_size) if is_split else (0, 1)
+                    whole = torch.randn((size * parameter.shape[0], *parameter.shape[1:]), generator=generator)
+                    parameter.copy_(whole.chunk(size)[rank] * 0.3)
     model.optimizer.reload_model_params()
 
 

@@ -187,7 +187,7 @@ def test_options_keep_the_numbers(extra):
     assert_equal_numbers(train_layout(layout_config("two-stream", **parallel)), reference("two-stream"))
 
 
-@pytest.mark.parametrize("fields", [{"tie_embeddings": True}, {"conditioning": "none"}], ids=str)
+@pytest.mark.parametrize("fields", [{"tie_embeddings": True}, {"conditioning": "none"}, {"qkv_bias": True, "num_query_groups": 2}], ids=str)
 def test_models_keep_the_numbers(fields):
     """A tied head has a copy of the embedding on the last stage; without conditioning there is nothing to replicate."""
     outcomes = []

@@ -115,7 +115,7 @@ ONE_RANK = [
     for qk_norm in (False, True)
 ] + [
     _config(model={"conditioning": "none"}),
-    _config(model={"num_query_groups": 2, "qk_norm": True}),
+    _config(model={"num_query_groups": 2, "qk_norm": True, "qkv_bias": True}),
     _config(model={"tie_embeddings": True, "num_layers": 6}, parallel={"recompute": "full", "recompute_num_layers": 2}),
     _config(diffusion={"block_size": 4}),
     _config(diffusion={"block_size": 4, "timestep_per": "block"}, training={"precision": "bf16"}),

@@ -17,7 +17,7 @@ from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 from w1train.training.setup import build_trained_model  # noqa: E402
 
-TIED = {"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}
+TIED = {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True, "num_query_groups": 2}
 # World size, layout, precision, model.
 CASES = {
     "data 3, fp32": (3, {}, "fp32", {}),

@@ -38,10 +38,22 @@ class ModelConfig:
     """Longest document position the model is meant for; data.sequence_length may not exceed it."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["none", "llama3"] = "none"
+    """llama3: low frequencies are divided by rope_scaling_factor, high ones kept, those between interpolated (Llama 3.1)."""
+    rope_scaling_factor: float = 8.0
+    """Divisor of the low frequencies under llama3."""
+    rope_low_frequency_factor: float = 1.0
+    """Under llama3, wavelengths above rope_original_length / this are divided wholly."""
+    rope_high_frequency_factor: float = 4.0
+    """Under llama3, wavelengths below rope_original_length / this are kept."""
+    rope_original_length: int = 8192
+    """Sequence length that the model was trained at before the scaling, for llama3."""
     norm_epsilon: float = 1.0e-6
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
-    """RMSNorm on each head's query and key before the rotary embedding."""
+    """RMSNorm on each head's query and key before the rotary embedding (Qwen3)."""
+    qkv_bias: bool = False
+    """Biases in the projections to queries, keys and values (Qwen2, Qwen2.5)."""
     tie_embeddings: bool = False
     """One matrix for input embedding and output head."""
     conditioning: Literal["adaln", "none"] = "adaln"
@@ -230,6 +242,9 @@ class TrainingConfig:
     """bf16: bf16 weights and activations, fp32 master weights and gradients."""
     seed: int = 1234
     """Seeds initial weights, data order and noise, each through its own stream."""
+    initial_weights: str | None = None
+    """Where a new run takes its weights from: a Hugging Face directory (Llama, Qwen2 or Qwen3: config.json and *.safetensors), a run
+    directory (its newest checkpoint) or one checkpoint; null = random. Not read on resume."""
     deterministic: bool = False
     """Deterministic kernels on CUDA (slower). CPU runs always are."""
 

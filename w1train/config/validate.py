@@ -60,6 +60,10 @@ RANGES: dict[str, Range] = {
     "model.kv_channels": AT_LEAST_ONE,
     "model.max_sequence_length": AT_LEAST_ONE,
     "model.rope_base": POSITIVE,
+    "model.rope_scaling_factor": AT_LEAST_ONE,
+    "model.rope_low_frequency_factor": POSITIVE,
+    "model.rope_high_frequency_factor": POSITIVE,
+    "model.rope_original_length": AT_LEAST_ONE,
     "model.norm_epsilon": POSITIVE,
     "model.condition_size": AT_LEAST_ONE,
     "model.timestep_frequency_size": AT_LEAST_ONE,
@@ -166,9 +170,10 @@ def _run_rule(config: Config) -> Iterator[Problem]:
 
 def _paths_rule(config: Config) -> Iterator[Problem]:
     paths = {"runs_dir": config.runs_dir, "data.train": config.data.train, "data.tokenizer": config.data.tokenizer}
-    for key, path in {**paths, "data.validation": config.data.validation}.items():
+    optional = {"data.validation": config.data.validation, "training.initial_weights": config.training.initial_weights}
+    for key, path in {**paths, **optional}.items():
         if path == "":
-            yield Problem(key, "''", "a path" + (" or null" if key == "data.validation" else ""))
+            yield Problem(key, "''", "a path" + (" or null" if key in optional else ""))
 
 
 def _query_groups_rule(config: Config) -> Iterator[Problem]:
@@ -190,6 +195,13 @@ def _head_width_rule(config: Config) -> Iterator[Problem]:
     elif heads > 0 and hidden // heads % 2:
         found = f"null, so hidden_size / num_attention_heads = {hidden} / {heads} = {hidden // heads}"
         yield Problem("model.kv_channels", found, even, f"{hidden // heads + 1}")
+
+
+def _rope_scaling_rule(config: Config) -> Iterator[Problem]:
+    model = config.model
+    low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+    if model.rope_scaling == "llama3" and high <= low:
+        yield Problem("model.rope_high_frequency_factor", show(high), f"a number above model.rope_low_frequency_factor ({show(low)})")
 
 
 def _timestep_frequency_rule(config: Config) -> Iterator[Problem]:
@@ -401,6 +413,7 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     _paths_rule,
     _query_groups_rule,
     _head_width_rule,
+    _rope_scaling_rule,
     _timestep_frequency_rule,
     _sequence_length_rule,
     *DIFFUSION_RULES,

@@ -32,6 +32,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_norm,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Weights are filled by initialize_parameters, the same under every layout.

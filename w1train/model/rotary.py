@@ -5,11 +5,15 @@ Shapes: b = samples, l = sequence_length, d = head channels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from w1train.config.schema import ModelConfig
 
-def rotary_angles(positions: Tensor, channels: int, base: float) -> Tensor:
+
+def rotary_angles(positions: Tensor, channels: int, model: ModelConfig) -> Tensor:
     """Angles of RoPE (arXiv 2104.09864), half-split layout, all channels rotated.
 
     megatron-core's own tables run from 0 to l - 1; here positions restart with each document, so each sample has its own.
@@ -20,6 +24,21 @@ def rotary_angles(positions: Tensor, channels: int, base: float) -> Tensor:
     Returns:
         float32 [l, b, 1, d], as megatron-core's ``apply_rotary_pos_emb`` takes them.
     """
-    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
-    angles = positions.transpose(0, 1).float()[..., None] * (1.0 / base**exponents)
+    angles = positions.transpose(0, 1).float()[..., None] * rotary_frequencies(channels, model, positions.device)
     return torch.cat([angles, angles], dim=-1)[:, :, None]
+
+
+def rotary_frequencies(channels: int, model: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Radians a position for each pair of channels, float32 [d / 2].
+
+    "llama3" (arXiv 2407.21783, section 3.4.2): pairs that turn often within the original length keep their frequency, pairs that turn
+    less than once there are slowed down to cover the longer one, and those between are a mixture.
+    """
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
+    frequencies = 1.0 / model.rope_base**exponents
+    if model.rope_scaling == "none":
+        return frequencies
+    low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+    turns = model.rope_original_length * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / model.rope_scaling_factor

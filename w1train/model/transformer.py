@@ -154,7 +154,7 @@ class DiffusionTransformer(LanguageModule):
             hidden_states=self._embed(inputs) if self.pre_process else None,
             attention_mask=None,
             context=condition,
-            rotary_pos_emb=rotary_angles(inputs.positions, self.config.kv_channels, self.model.rope_base),
+            rotary_pos_emb=rotary_angles(inputs.positions, self.config.kv_channels, self.model),
             packed_seq_params=LayerInputs(inputs.attention_plan, self._local_segment_index(inputs)),
         )
         return self._logits(hidden, condition, inputs) if self.post_process else hidden

@@ -81,6 +81,8 @@ def _layer(model: ModelConfig, layout: Layout, prefix: str) -> Iterator[Paramete
     yield Parameter(prefix + "input_layernorm.weight", (hidden,))
     yield Parameter(prefix + "self_attention.linear_proj.weight", (hidden, width.query // tensor), True)
     yield Parameter(prefix + "self_attention.linear_qkv.weight", ((width.query + 2 * width.key) // tensor, hidden), True)
+    if model.qkv_bias:
+        yield Parameter(prefix + "self_attention.linear_qkv.bias", ((width.query + 2 * width.key) // tensor,), True)
     if model.qk_norm:
         yield Parameter(prefix + "self_attention.q_layernorm.weight", (width.channels,))
         yield Parameter(prefix + "self_attention.k_layernorm.weight", (width.channels,))

@@ -65,10 +65,12 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, no others do."""
+    """Parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, and with qkv_bias those to queries,
+    keys and values; no others do."""
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
     attention = hidden * (query_size + 2 * key_value_size) + query_size * hidden
+    attention += query_size + 2 * key_value_size if model.qkv_bias else 0
     mlp = 3 * hidden * model.ffn_hidden_size
     norms = 2 * hidden + (2 * _kv_channels(model) if model.qk_norm else 0)
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)

@@ -36,6 +36,7 @@ from w1train.training.data import TrainingData
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor
+from w1train.training.initial_weights import InitialWeights
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
@@ -58,8 +59,10 @@ class Trainer:
         on_main_rank(partial(prepare_resume, config, run))
         self.data = all_or_none(partial(TrainingData, config, ranks))
         on_main_rank(partial(shutil.copyfile, config.data.tokenizer, run.tokenizer))
-        self.model = build_trained_model(config)
-        self.progress = self._load_progress()
+        step = on_main_rank(partial(latest_step, run.checkpoints))
+        load = InitialWeights(config).load if step is None and config.training.initial_weights is not None else None
+        self.model = build_trained_model(config, load)
+        self.progress = self._load_progress(step)
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
@@ -227,8 +230,7 @@ class Trainer:
             },
         )
 
-    def _load_progress(self) -> Progress:
-        step = on_main_rank(partial(latest_step, self.run.checkpoints))
+    def _load_progress(self, step: int | None) -> Progress:
         if step is None:
             return Progress()
         path = self.run.checkpoints / f"step_{step:010d}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,11 @@ class TrainedModel:
         return largest.item()
 
 
-def build_trained_model(config: Config) -> TrainedModel:
-    """Model and optimizer for this rank, with initial weights."""
+def build_trained_model(config: Config, load: Callable[[list[DiffusionTransformer]], None] | None = None) -> TrainedModel:
+    """Model and optimizer for this rank, with random weights or, over them, what ``load`` writes.
+
+    ``load`` comes before the optimizer copies the weights to fp32 masters, which would otherwise undo it at the first step.
+    """
     megatron = transformer_config(config.model, config.parallel, config.training.precision)
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.deterministic_mode = config.training.deterministic
@@ -60,6 +64,8 @@ def build_trained_model(config: Config) -> TrainedModel:
         check_for_nan_in_grad=False,
     )
     stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(config.parallel.virtual_pipeline)]
+    if load is not None:
+        load(stages)
     freeze_and_mark(stages, config.optimizer.rate_multipliers)
     chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
     return TrainedModel(chunks, build_optimizer(config, chunks), megatron)

@@ -1,0 +1,240 @@
+"""Runs as models of transformers: bit for bit what came in, loadable by stock classes and by the code that goes with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conversion.tiny_models import (
+    CASES,
+    LLAMA3,
+    TOKENS,
+    build,
+    causal_logits,
+    config_for,
+    import_and_save,
+    imported_tensors,
+    logits,
+    make,
+    on_ranks,
+    save_run,
+    transformers,
+)
+from tests.distributed import run_distributed
+from tests.parallel.layouts import open_gates, whole_tensors
+from tests.tiny import tiny_config
+from w1train import convert
+from w1train.conversion.sources import SafetensorsDirectory
+from w1train.data.tokenizer import train_tokenizer
+from w1train.training.setup import build_trained_model
+
+SAVED = {"tensor": 2, "pipeline": 2, "sequence": True}
+CAUSAL = torch.ones(TOKENS.shape[1], TOKENS.shape[1], dtype=torch.bool).tril().expand(len(TOKENS), -1, -1)
+
+
+def export(run: Path, output: Path, *arguments: str) -> None:
+    """The command, in a process of its own."""
+    command = ["to-hf", str(run), str(output), "--max-shard-size", "20KB", *arguments]
+    assert run_distributed(lambda _rank, _size: convert.main(command), 1, process_group=False) == [0]
+
+
+def read_all(directory: Path) -> dict[str, torch.Tensor]:
+    source = SafetensorsDirectory(directory)
+    return {name: source.read(name, tuple(slice(0, extent) for extent in shape)) for name, shape in source.tensors.items()}
+
+
+def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+def loaded_logits(auto: str, directory: Path, cache: Path, **inputs: torch.Tensor) -> torch.Tensor:
+    """``auto.from_pretrained`` in a process of its own, without w1train's modules in reach of the model's code."""
+
+    def inside(_rank: int, _size: int) -> torch.Tensor:
+        transformers.dynamic_module_utils.HF_MODULES_CACHE = str(cache)
+        model, report = getattr(transformers, auto).from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+        with torch.no_grad():
+            return model.eval()(TOKENS, **inputs).logits
+
+    return run_distributed(inside, 1, process_group=False)[0]
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_what_comes_in_goes_out(case, tmp_path):
+    """Also through the stock class, whose logits are the same to the last bit, and in again."""
+    original, run, output = (tmp_path / name for name in ("original", "run", "output"))
+    model = make(case, original)
+    config = config_for(original, parallel=SAVED)
+    on_ranks(import_and_save, config, run)
+    export(run, output, "--format", "stock")
+    assert_identical(read_all(output), read_all(original))
+    assert json.loads((output / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert torch.equal(loaded_logits("AutoModelForCausalLM", output, tmp_path), causal_logits(model))
+    again = on_ranks(imported_tensors, config_for(output))[0]
+    assert_identical(again, on_ranks(imported_tensors, config_for(original))[0])
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
+def test_own_code_is_the_same_model_causally(case, tmp_path):
+    original, run, output = (tmp_path / name for name in ("original", "run", "output"))
+    model = make(case, original)
+    on_ranks(import_and_save, config_for(original), run)
+    export(run, output)
+    assert_identical(read_all(output), read_all(original))
+    found = loaded_logits("AutoModel", output, tmp_path, attention_mask=CAUSAL)
+    torch.testing.assert_close(found, causal_logits(model), rtol=0, atol=1e-5)
+    # Names and keys are Llama's, so that the stock class, asked by name, takes the files too.
+    found = loaded_logits(type(model).__name__, output, tmp_path)
+    assert torch.equal(found, causal_logits(model))
+
+
+def _trained(config, run):
+    """A run with ordinary weights, modulations and biases in it; its logits."""
+    model = build_trained_model(config)
+    with torch.no_grad():
+        for parameter in model.stages[0].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    open_gates(model)
+    save_run(config, model, run)
+    return logits(config, model, causal=False, timesteps=0.3), whole_tensors(model, lambda parameter: parameter.data)
+
+
+SCALED = {
+    "rope_base": 50.0,
+    "rope_scaling": "llama3",
+    "rope_original_length": LLAMA3["original_max_position_embeddings"],
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_query_groups": 2, "qk_norm": True, "qkv_bias": True, "tie_embeddings": True, **SCALED},
+        {"conditioning": "none", "qkv_bias": True, "qk_norm": True},
+    ],
+    ids=str,
+)
+def test_own_code_equals_the_trained_model(fields, tmp_path):
+    """adaLN with random modulations; in again, the weights are the same to the last bit."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    config = tiny_config(model=fields)
+    ((expected, tensors),) = on_ranks(_trained, config, run)
+    assert expected.isinf().any()
+    assert expected[~expected.isinf()].std() > 0.5
+    export(run, output)
+    for timesteps in (torch.full((2,), 0.3), torch.full(TOKENS.shape, 0.3)):
+        found = loaded_logits("AutoModel", output, tmp_path, timesteps=timesteps)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if config.model.conditioning == "adaln":
+        other = loaded_logits("AutoModel", output, tmp_path, timesteps=torch.full((2,), 0.6))
+        assert not torch.allclose(other, expected, atol=1e-2)
+    again = config_for(output)
+    assert again.model.conditioning == config.model.conditioning
+    for parallel in ({}, {"tensor": 2, "pipeline": 2}):
+        again = config_for(output, parallel=parallel)
+        assert_identical(on_ranks(imported_tensors, again)[0], tensors)
+
+
+def test_own_code_knows_padding_and_the_share_of_masks(tmp_path):
+    """A padded sample has the logits of the sample alone; without timesteps, t is the share of mask tokens among real ones."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    config = tiny_config(diffusion={"mask_token_id": int(TOKENS[0, 1])})
+    on_ranks(_trained, config, run)
+    export(run, output)
+    real = torch.ones_like(TOKENS)
+    real[0, 15:] = 0
+    padded = loaded_logits("AutoModel", output, tmp_path, attention_mask=real)
+    given = loaded_logits("AutoModel", output, tmp_path, attention_mask=real, timesteps=torch.tensor([1 / 15, 0.0]))
+    assert torch.equal(padded, given)
+    cut = real.bool()[:, None, :] & real.bool()[:, :, None]
+    alone = loaded_logits("AutoModel", output, tmp_path, attention_mask=cut, timesteps=torch.tensor([1 / 15, 0.0]))
+    torch.testing.assert_close(padded[real.bool()], alone[real.bool()], rtol=0, atol=1e-5)
+    assert not alone.isnan().any()
+
+
+def test_exported_code_needs_nothing_of_w1train():
+    for name in ("configuration_w1.py", "modeling_w1.py"):
+        text = (Path(convert.__file__).parent / "conversion/remote_code" / name).read_text()
+        assert not [line for line in text.splitlines() if line.startswith(("import", "from")) and ("w1train" in line or "megatron" in line)]
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    run, output, path, text = tmp_path / "run", tmp_path / "output", tmp_path / "tokenizer.json", "some text to train on"
+
+    # Tokenizers have threads, beside which this process could fork no ranks.
+    def encode_here(_rank, _size):
+        tokenizer = train_tokenizer([text] * 9, 290)
+        tokenizer.save(path)
+        return tokenizer.encode(text), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id
+
+    def encode_there(_rank, _size):
+        found = transformers.AutoTokenizer.from_pretrained(output)
+        return found(text).input_ids, found.eos_token_id, found.pad_token_id, found.mask_token_id
+
+    expected = run_distributed(encode_here, 1, process_group=False)
+    on_ranks(_trained, tiny_config(data={"tokenizer": str(path)}), run)
+    export(run, output)
+    assert run_distributed(encode_there, 1, process_group=False) == expected
+    hugging_face = json.loads((output / "config.json").read_text())
+    assert [hugging_face[name] for name in ("eos_token_id", "pad_token_id", "mask_token_id")] == list(expected[0][1:])
+
+
+@pytest.fixture(scope="module")
+def conditioned_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("conditioned") / "run"
+    on_ranks(_trained, tiny_config(), run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--format", "stock"], "no stock class is this model"),
+        (["--format", "llama"], "model.conditioning is adaln"),
+        (["--format", "qwen2"], "model.qkv_bias is false, not so in qwen2"),
+        (["--step", "7"], "no checkpoint of step 7; it has: 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_exported(conditioned_run, tmp_path, capfd, arguments, complaint):
+    command = ["to-hf", str(conditioned_run), str(tmp_path / "output"), *arguments]
+    assert run_distributed(lambda _rank, _size: convert.main(command), 1, process_group=False) == [2]
+    assert complaint in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_are_wrong(conditioned_run, tmp_path, capsys):
+    assert convert.main(["to-hf", str(tmp_path), str(tmp_path / "output")]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert convert.main(["to-hf", str(conditioned_run), str(tmp_path / "full")]) == 2
+    assert "is there already and not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert.main(["to-hf", "a", "b", "--max-shard-size", "many"])
+    assert "is no size such as 500MB or 5GB" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, capfd):
+    run = tmp_path / "run"
+    on_ranks(_trained, tiny_config(), run)
+    shard = next(run.glob("checkpoints/*/*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert run_distributed(lambda _rank, _size: convert.main(["to-hf", str(run), str(tmp_path / "o")]), 1, process_group=False) == [2]
+    assert "is damaged" in capfd.readouterr().err
+
+
+def test_bf16_weights_stay_bf16(tmp_path):
+    original, run, output = (tmp_path / name for name in ("original", "run", "output"))
+    make("qwen3", original)
+    config = config_for(original, training={"precision": "bf16"})
+    on_ranks(lambda config: save_run(config, build(config), run), config)
+    export(run, output)
+    assert_identical(read_all(output), {name: tensor.bfloat16() for name, tensor in read_all(original).items()})
+    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -1,0 +1,144 @@
+"""Tiny random models of transformers, their directories, and this project's model with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs transformers and safetensors: pip install -e '.[hf]'")
+pytest.importorskip("safetensors")
+
+from tests.distributed import run_distributed  # noqa: E402
+from tests.parallel.layouts import whole_tensors, world_size  # noqa: E402
+from tests.tiny import tiny_config  # noqa: E402
+from w1train.attention.visibility import causal_visibility  # noqa: E402
+from w1train.config.schema import Config  # noqa: E402
+from w1train.config.serialization import config_to_yaml  # noqa: E402
+from w1train.conversion.families import model_from_config, read_config  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training import inference  # noqa: E402
+from w1train.training.checkpoint import Progress, save_checkpoint  # noqa: E402
+from w1train.training.inference import Predictor  # noqa: E402
+from w1train.training.initial_weights import InitialWeights  # noqa: E402
+from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
+
+# A progress bar leaves a thread behind, beside which this process could fork no ranks.
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB_SIZE = 96
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+# At the original length of 16, the four pairs of channels are of all three kinds: kept, between, divided.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+UNSCALED = {"rope_type": "default"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "llama3": ("Llama", {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 50.0, **LLAMA3}}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": {**UNSCALED, "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}),
+}
+LAYOUTS = [
+    {},
+    {"tensor": 2, "sequence": True},
+    {"pipeline": 2},
+    {"tensor": 2, "pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+]
+TOKENS = torch.arange(2 * 20).reshape(2, 20) * 7 % VOCAB_SIZE
+
+
+def make(case: str, directory: Path, **changes: Any) -> Any:
+    """A model of transformers with no two weights alike (biases and norms included), saved in several shards."""
+    name, settings = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, **changes})
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(directory, max_shard_size="20KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return model
+
+
+def causal_logits(model: Any) -> torch.Tensor:
+    """float32 [b, l, v]."""
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def config_for(directory: Path, **sections: dict) -> Config:
+    """A run that starts from a directory of transformers, with its own model section but for ``sections``."""
+    config = tiny_config(training={"initial_weights": str(directory)}, diffusion={"exclude_mask_logit": False})
+    config.model = model_from_config(read_config(directory), str(directory))
+    for section, values in sections.items():
+        for name, value in values.items():
+            assert hasattr(getattr(config, section), name)
+            setattr(getattr(config, section), name, value)
+    return config
+
+
+def build(config: Config) -> TrainedModel:
+    """As a new run builds it."""
+    return build_trained_model(config, InitialWeights(config).load)
+
+
+def on_ranks(function: Callable[..., Any], config: Config, *args: Any) -> list[Any]:
+    """``function(config, *args)`` on every rank of the layout."""
+
+    def inside(_rank: int, _size: int) -> Any:
+        with distributed(config.parallel):
+            return function(config, *args)
+
+    return run_distributed(inside, world_size(config, 1), process_group=False, timeout=60)
+
+
+def logits(config: Config, model: TrainedModel, *, causal: bool, timesteps: float = 0.5) -> torch.Tensor:
+    """float32 [b, l, v] of TOKENS."""
+    if causal:
+        # In this forked rank alone.
+        inference.document_visibility = causal_visibility
+    predictor = Predictor(config, list(model.chunks))
+    with predictor.evaluating():
+        return predictor(TOKENS, torch.full((len(TOKENS),), timesteps))
+
+
+def imported_logits(config: Config) -> torch.Tensor:
+    """Import, and run causally."""
+    return logits(config, build(config), causal=True)
+
+
+def imported_tensors(config: Config) -> dict[str, torch.Tensor]:
+    """Import; whole parameters under global names (on rank 0)."""
+    return whole_tensors(build(config), lambda parameter: parameter.data)
+
+
+def step_of_nothing(model: TrainedModel) -> None:
+    """An optimizer step without gradients at rate 0: the weights come back from the masters, and there is state to save."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.optimizer.step()
+
+
+def save_run(config: Config, model: TrainedModel, run: Path) -> None:
+    """A run directory with one checkpoint of the model."""
+    step_of_nothing(model)
+    if torch.distributed.get_rank() == 0:
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(config_to_yaml(config))
+    save_checkpoint(run / "checkpoints", model, Progress(step=1), config_to_yaml(config), keep=1)
+
+
+def import_and_save(config: Config, run: Path) -> None:
+    save_run(config, build(config), run)

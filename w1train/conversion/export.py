@@ -1,0 +1,112 @@
+"""A checkpoint as a Hugging Face model directory: config.json, safetensors, tokenizer, and code where stock classes do not do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w1train.config.errors import UserError, listing
+from w1train.config.schema import Config
+from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
+from w1train.conversion.sources import CheckpointDirectory
+from w1train.conversion.tensors import Parameter, hugging_face_parameters
+from w1train.conversion.writing import Entry, write_safetensors
+from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
+from w1train.runtime.files import PARTIAL_SUFFIX, write_text
+
+logger = logging.getLogger(__name__)
+
+STOCK = "stock"
+FORMATS = (W1, STOCK, *FAMILIES)
+_REMOTE_CODE = ("configuration_w1.py", "modeling_w1.py")
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What has been written."""
+
+    model_type: str
+    files: tuple[str, ...]
+    num_parameters: int
+
+
+def export(checkpoint: Path, config: Config, output: Path, model_format: str, max_shard_bytes: int) -> Exported:
+    """Write ``output``, complete or not at all; one tensor of the model is in memory at a time.
+
+    Args:
+        checkpoint: verified by the caller; ``config`` is its configuration.
+        model_format: one of FORMATS.
+
+    Raises:
+        UserError: ``output`` holds something, or the stock class asked for is not this model.
+        OSError: it cannot be written.
+    """
+    model_type = stock_family(config.model) if model_format == STOCK else model_format
+    if model_type != W1 and (problems := family_problems(config.model, model_type)):
+        raise UserError(f"this model is no {model_type}: {listing(problems)}; export it with --format {W1}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already and not empty: remove it, or choose another place")
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    source, parameters = CheckpointDirectory(checkpoint), list(hugging_face_parameters(config.model))
+    entries = list(_entries(source, parameters))
+    write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
+    (dtype,) = {entry.dtype for entry in entries}
+    special = _tokenizer_files(Path(config.data.tokenizer), partial)
+    if model_type == W1:
+        special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
+        for name in _REMOTE_CODE:
+            write_text(partial / name, files("w1train.conversion.remote_code").joinpath(name).read_text())
+    hugging_face = config_of(config.model, model_type, str(dtype).removeprefix("torch."), special)
+    write_text(partial / CONFIG_FILE, json.dumps(hugging_face, indent=2) + "\n")
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    if model_type != W1:
+        logger.warning("%s attends causally, as a diffusion model does not: load it as such for its weights alone", model_type)
+    names = tuple(sorted(path.name for path in output.iterdir()))
+    return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
+
+
+def _entries(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[Entry]:
+    for parameter in parameters:
+        for part in parameter.parts:
+            yield Entry(part.tensor, (part.num_rows, *parameter.shape[1:]), source.dtypes[parameter.name])
+
+
+def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter taken apart: the inverse of w1train.conversion.filling."""
+    for parameter in parameters:
+        whole = source.read(parameter.name, tuple(slice(0, extent) for extent in parameter.shape))
+        rows = whole.view(parameter.num_groups, -1, *parameter.shape[1:])
+        sizes = [part.num_rows // parameter.num_groups for part in parameter.parts]
+        for part, piece in zip(parameter.parts, torch.split(rows, sizes, dim=1), strict=True):
+            yield part.tensor, piece.reshape(part.num_rows, *parameter.shape[1:])
+
+
+def _tokenizer_files(path: Path, output: Path) -> dict[str, Any]:
+    """Copy the tokenizer and what transformers keeps beside it; the ids of its special tokens for config.json."""
+    if not path.is_file():
+        logger.warning("the run's tokenizer %s is not there: the export goes without one", path)
+        return {}
+    tokenizer = Tokenizer.load(path)
+    shutil.copyfile(path, output / "tokenizer.json")
+    for name in _COMPANIONS:
+        if (path.parent / name).is_file():
+            shutil.copyfile(path.parent / name, output / name)
+    if not (output / "tokenizer_config.json").is_file():
+        tokens = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+        write_text(output / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -1,0 +1,214 @@
+"""Stored weights into the parameters of this rank's stages, slice by slice.
+
+Shapes: r = rows of a parameter on this rank, h = hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from w1train.config.errors import Problem, UserError, listing, raise_if_any, show
+from w1train.config.schema import ModelConfig
+from w1train.conversion.sources import TensorSource
+from w1train.conversion.tensors import EMBEDDING, HEAD, Parameter
+from w1train.model.initialization import global_named_parameters
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_A_TIME = 8192
+_MOST_NAMES = 8
+
+# Switches that must be those of the stored model. Those of the vocabulary and of adaLN have rules of their own, and the longest sequence is
+# free: it is what the model is used for.
+_SAME = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "rope_base",
+    "rope_scaling",
+    "norm_epsilon",
+    "qk_norm",
+    "qkv_bias",
+    "tie_embeddings",
+)
+_SAME_IN_LLAMA3 = ("rope_scaling_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length")
+_SAME_IN_ADALN = ("condition_size", "timestep_frequency_size", "timestep_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """Weights that are to become a model's."""
+
+    origin: str
+    """Its name in messages."""
+    model: ModelConfig
+    """What the weights are of."""
+    source: TensorSource
+    parameters: tuple[Parameter, ...]
+    """Of the model that is to be filled, with the names that the source has for them."""
+
+
+def require_fit(stored: StoredModel, model: ModelConfig) -> None:
+    """Compare all that can be compared without reading weights.
+
+    Raises:
+        ConfigurationError: the configured model is not the stored one; every key that differs, with the value that would fit.
+        UserError: tensors are missing, unexpected or of another shape than the stored model's configuration says.
+    """
+    raise_if_any(_model_problems(model, stored.model, stored.origin))
+    expected: dict[str, tuple[int, ...]] = {}
+    for parameter in stored.parameters:
+        if parameter.is_conditioning and stored.model.conditioning == "none":
+            continue
+        for part in parameter.parts:
+            rows = stored.model.vocab_size if parameter.is_vocabulary else part.num_rows
+            start = expected[part.tensor][0] if part.tensor in expected else 0
+            expected[part.tensor] = (start + rows, *parameter.shape[1:])
+    found = stored.source.tensors
+    ignored = {name for name in found.keys() - expected.keys() if _is_superfluous(name, model)}
+    if ignored:
+        logger.info("%s: left out %s (computed, or the embedding once more)", stored.origin, _some(ignored))
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected := found.keys() - expected.keys() - ignored:
+        problems.append(f"unexpected: {_some(unexpected)}")
+    wrong = [name for name, shape in expected.items() if found.get(name, shape) != shape]
+    problems += [f"{name} is {list(found[name])}, not {list(expected[name])} as its configuration says" for name in wrong[:_MOST_NAMES]]
+    if problems:
+        raise UserError(f"the tensors of {stored.origin} are not those of its configuration: {'; '.join(problems)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return listing(names[:_MOST_NAMES]) + more
+
+
+def _is_superfluous(name: str, model: ModelConfig) -> bool:
+    """Old files hold the rotary table of every layer; some hold a tied head beside the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (model.tie_embeddings and name == "lm_head.weight")
+
+
+def _model_problems(model: ModelConfig, stored: ModelConfig, origin: str) -> list[Problem]:
+    both_conditioned = model.conditioning == stored.conditioning == "adaln"
+    fields = [*_SAME, *(_SAME_IN_LLAMA3 if stored.rope_scaling == "llama3" else ()), *(_SAME_IN_ADALN if both_conditioned else ())]
+    problems = [
+        Problem(f"model.{field}", show(getattr(model, field)), f"{show(_resolved(stored, field))}, as in {origin}")
+        for field in fields
+        if _resolved(model, field) != _resolved(stored, field)
+    ]
+    if model.vocab_size < stored.vocab_size:
+        problems.append(Problem("model.vocab_size", show(model.vocab_size), f"at least {stored.vocab_size}, the rows of {origin}"))
+    if model.conditioning == "none" and stored.conditioning == "adaln":
+        problems.append(Problem("model.conditioning", "none", f"adaln, as in {origin}: without its modulation it is another function"))
+    elif model.conditioning == "adaln" and stored.conditioning == "none" and model.adaln_init != "identity":
+        valid = f"identity, for {origin} has no adaLN: with gates of zero no layer, and so none of its weights, would have an effect"
+        problems.append(Problem("model.adaln_init", model.adaln_init, valid))
+    return problems
+
+
+def _resolved(model: ModelConfig, field: str) -> object:
+    value = getattr(model, field)
+    if value is None and field == "num_query_groups":
+        return model.num_attention_heads
+    if value is None and field == "kv_channels":
+        return model.hidden_size // model.num_attention_heads
+    return value
+
+
+@torch.no_grad()
+def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelConfig, *, tensor_rank: int, tensor_size: int) -> None:
+    """Write every parameter of this rank's stages, which hold their initial values, once.
+
+    One slice is in memory at a time beside the parameters. adaLN's parameters keep their initial values if the source has none. Rows of
+    the vocabulary beyond the source's are made from its own (``_fill_new_rows``).
+
+    Raises:
+        OSError, UserError: a file cannot be read.
+    """
+    by_name = {parameter.name: parameter for parameter in stored.parameters}
+    for stage in stages:
+        written: set[str] = set()
+        for name, target in global_named_parameters(stage):
+            assert name not in written, f"{name} is twice in one stage"
+            written.add(name)
+            parameter = by_name[name]
+            if parameter.is_conditioning and stored.model.conditioning == "none":
+                continue
+            dimension = target.partition_dim if getattr(target, "tensor_model_parallel", False) else None
+            if parameter.is_vocabulary:
+                assert dimension == 0
+                _fill_vocabulary(target, parameter, stored, model, tensor_rank)
+            else:
+                _fill_one(target, parameter, stored.source, dimension, tensor_rank, tensor_size)
+
+
+def _fill_one(target: Tensor, parameter: Parameter, source: TensorSource, dimension: int | None, rank: int, size: int) -> None:
+    """Interleave this rank's rows (or columns) of each part."""
+    splits = size if dimension == 0 else 1
+    num_groups = max(1, parameter.num_groups // splits)
+    rows = target.view(num_groups, -1, *target.shape[1:])
+    filled = 0
+    for part in parameter.parts:
+        count = part.num_rows // splits
+        start = part.start + (rank * count if dimension == 0 else 0)
+        box = [slice(start, start + count), *(slice(0, extent) for extent in target.shape[1:])]
+        if dimension == 1:
+            box[1] = slice(rank * target.shape[1], (rank + 1) * target.shape[1])
+        piece = source.read(part.tensor, tuple(box))
+        per_group = count // num_groups
+        rows[:, filled : filled + per_group].copy_(piece.view(num_groups, per_group, *target.shape[1:]))
+        filled += per_group
+    assert filled == rows.shape[1], f"{parameter.name}: {filled} of {rows.shape[1]} rows a group are written"
+
+
+def _fill_vocabulary(target: Tensor, parameter: Parameter, stored: StoredModel, model: ModelConfig, rank: int) -> None:
+    """This rank's rows [rank * r, (rank + 1) * r): those that the source has, and new ones behind them."""
+    (part,) = parameter.parts
+    first, num_rows = rank * len(target), len(target)
+    num_known = min(max(stored.model.vocab_size - first, 0), num_rows)
+    columns = slice(0, target.shape[1])
+    if num_known:
+        target[:num_known].copy_(stored.source.read(part.tensor, (slice(first, first + num_known), columns)))
+    if num_known < num_rows:
+        _fill_new_rows(target[num_known:], parameter.name, part.tensor, stored, model)
+
+
+def _fill_new_rows(rows: Tensor, name: str, tensor: str, stored: StoredModel, model: ModelConfig) -> None:
+    """Rows for tokens that the source does not have, the same under every layout.
+
+    Embedding: the mean row and on it noise as strong as the rows' own spread, so that the row's norm is an ordinary one. The mean alone
+    is short (RMSNorm blows it up, and its gradient explodes; LLaDA2.0 saw that with a mask row near zero), and noise of init_std is
+    too, or too long, where trained rows have another scale. A tied head shares these rows.
+    Head: the mean row, whose logit is the mean logit; by convexity a new token gets at most an average token's share of the softmax.
+    """
+    mean, deviation = _row_statistics(stored, tensor, rows.shape[1])
+    if name == EMBEDDING:
+        # The rows hold their initial values still: standard normal noise times init_std, a function of seed and row.
+        noise = rows.to(torch.float64) * (deviation / model.init_std)
+        rows.copy_(mean.to(rows.device) + noise)
+    else:
+        assert name == HEAD
+        rows.copy_(mean.to(rows.device).expand_as(rows))
+
+
+def _row_statistics(stored: StoredModel, tensor: str, hidden_size: int) -> tuple[Tensor, float]:
+    """Mean row, float64 [h], and the root mean square of the elements' distance from it; the table is read a stretch at a time."""
+    total, squares, num_rows = torch.zeros(hidden_size, dtype=torch.float64), 0.0, stored.model.vocab_size
+    for start in range(0, num_rows, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, num_rows)
+        stretch = stored.source.read(tensor, (slice(start, stop), slice(0, hidden_size))).double()
+        total += stretch.sum(dim=0)
+        squares += float(stretch.square().sum())
+    mean = total / num_rows
+    variance = squares / (num_rows * hidden_size) - float(mean.square().mean())
+    return mean, max(variance, 0.0) ** 0.5

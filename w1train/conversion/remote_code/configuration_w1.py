@@ -1,0 +1,64 @@
+"""Configuration of W1ForMaskedDiffusion, a diffusion language model trained with w1train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class W1Config(PretrainedConfig):
+    """Sizes and switches; the names are those of transformers' Llama where both have them.
+
+    Beyond these: ``qk_norm`` (RMSNorm on each head's query and key), ``qkv_bias``, ``conditioning`` ("adaln": the timestep modulates
+    every layer; "none"), ``mask_token_id``, and ``exclude_mask_logit`` (the mask token is never predicted).
+    """
+
+    model_type = "w1"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 2048,
+        intermediate_size: int = 8192,
+        num_hidden_layers: int = 16,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 4096,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        conditioning: str = "none",
+        condition_size: int = 256,
+        timestep_frequency_size: int = 256,
+        timestep_scale: float = 1000.0,
+        mask_token_id: int | None = None,
+        exclude_mask_logit: bool = True,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.conditioning = conditioning
+        self.condition_size = condition_size
+        self.timestep_frequency_size = timestep_frequency_size
+        self.timestep_scale = timestep_scale
+        self.mask_token_id = mask_token_id
+        self.exclude_mask_logit = exclude_mask_logit
+        self.initializer_range = initializer_range
+        # Tying has other defaults in other versions of transformers.
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})

@@ -1,0 +1,253 @@
+"""A diffusion language model trained with w1train, for transformers: AutoModel.from_pretrained(..., trust_remote_code=True).
+
+    h = h + gate_a * Attention(RMSNorm(h) * (1 + scale_a) + shift_a)
+    h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
+
+Shifts, scales and gates come from the timestep; with conditioning "none" they fall away. Attention sees the whole sequence unless
+a mask is given.
+
+Shapes: b = samples, l = tokens of a sample, h = hidden size, n = heads, d = channels of a head, v = vocabulary, c = condition size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .configuration_w1 import W1Config
+
+MAX_PERIOD = 10000.0
+
+
+class W1RMSNorm(nn.Module):
+    """y = x / rms(x) * weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class W1TimestepEmbedding(nn.Module):
+    """t -> condition vector: fp32 sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__()
+        self.size, self.scale = config.timestep_frequency_size, config.timestep_scale
+        self.linear_in = nn.Linear(config.timestep_frequency_size, config.condition_size)
+        self.linear_out = nn.Linear(config.condition_size, config.condition_size)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """float [b, 1 or l] -> [b, 1 or l, c]."""
+        exponents = torch.arange(self.size // 2, dtype=torch.float32, device=timesteps.device) / (self.size // 2)
+        angles = (timesteps.float() * self.scale)[..., None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.linear_out(F.silu(self.linear_in(sinusoid.to(self.linear_in.weight.dtype))))
+
+
+class W1Modulation(nn.Module):
+    """Condition -> ``num_vectors`` vectors of width h."""
+
+    def __init__(self, config: W1Config, num_vectors: int) -> None:
+        super().__init__()
+        self.num_vectors = num_vectors
+        self.linear = nn.Linear(config.condition_size, num_vectors * config.hidden_size)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(condition)).chunk(self.num_vectors, dim=-1)
+
+
+class W1Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_norm = W1RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = W1RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """[b, l, h], cos and sin [b, 1, l, d], mask bool [b, 1, l, l] -> [b, l, h]."""
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        blind = None if mask is None else ~mask.any(dim=-1, keepdim=True)
+        # A softmax over nothing is NaN in some kernels: rows that see nothing see everything, and give zero.
+        visible = None if mask is None else mask | blind
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=query.shape[1] != key.shape[1])
+        if blind is not None:
+            output = output.masked_fill(blind, 0.0)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split layout: [b, n, l, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rotary_frequencies(config: W1Config, device: torch.device) -> Tensor:
+    """Radians a position for each pair of channels, float32 [d / 2]; "llama3" slows down those that turn seldom."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if not scaling or scaling.get("rope_type", "default") == "default":
+        return frequencies
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+
+
+class W1MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class W1Layer(nn.Module):
+    """Attention and MLP, modulated by the condition if there is one."""
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__()
+        self.input_layernorm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = W1Attention(config)
+        self.post_attention_layernorm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = W1MLP(config)
+        self.modulation = W1Modulation(config, 6) if config.conditioning == "adaln" else None
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, condition: Tensor | None) -> Tensor:
+        if self.modulation is None:
+            hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, mask)
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
+        normed = self.input_layernorm(hidden) * (1 + scale_a) + shift_a
+        hidden = hidden + gate_a * self.self_attn(normed, cos, sin, mask)
+        normed = self.post_attention_layernorm(hidden) * (1 + scale_m) + shift_m
+        return hidden + gate_m * self.mlp(normed)
+
+
+class W1Transformer(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([W1Layer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        conditioned = config.conditioning == "adaln"
+        self.timestep_embedding = W1TimestepEmbedding(config) if conditioned else None
+        self.final_modulation = W1Modulation(config, 2) if conditioned else None
+
+    def forward(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, timesteps: Tensor) -> Tensor:
+        """int [b, l], int [b, l], bool [b, 1, l, l] and float [b, 1 or l] -> [b, l, h]."""
+        hidden = self.embed_tokens(input_ids)
+        angles = positions.float()[:, None, :, None] * rotary_frequencies(self.config, input_ids.device)
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        condition = None if self.timestep_embedding is None else self.timestep_embedding(timesteps)
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, mask, condition)
+        hidden = self.norm(hidden)
+        if self.final_modulation is not None:
+            shift, scale = self.final_modulation(condition)
+            hidden = hidden * (1 + scale) + shift
+        return hidden
+
+
+class W1ForMaskedDiffusion(PreTrainedModel):
+    """Corrupted tokens -> logits of the clean token at each position (no shift)."""
+
+    config_class = W1Config
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["W1Layer"]  # noqa: RUF012 - as transformers has it
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__(config)
+        self.model = W1Transformer(config)
+        # A tied head is no module: it is the embedding's weight, under whatever rules transformers has for tying.
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        **_unused: Any,
+    ) -> MaskedLMOutput:
+        """Logits [b, l, v] in ``.logits``.
+
+        Args:
+            input_ids: int [b, l].
+            attention_mask: None (every token sees all), [b, l] (1 = real, 0 = padding), or bool [b, l, l] or [b, 1, l, l] (True: the
+                row's token sees the column's), such as a causal or block-causal mask.
+            position_ids: int [b, l] or [1, l], position inside the document; None = 0 to l - 1.
+            timesteps: mask probability t in [0, 1], float [b] or [b, l]; None = the share of mask tokens among a sample's real tokens.
+                Without conditioning it has no effect.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if timesteps is None:
+            timesteps = self._mask_share(input_ids, attention_mask)
+        if timesteps.dim() == 1:
+            timesteps = timesteps[:, None]
+        hidden = self.model(input_ids, position_ids.expand_as(input_ids), _visible(attention_mask), timesteps)
+        logits = F.linear(hidden, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.config.exclude_mask_logit and self.config.mask_token_id is not None:
+            logits[..., self.config.mask_token_id] = float("-inf")
+        return MaskedLMOutput(logits=logits)
+
+    def _mask_share(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """float32 [b]."""
+        real = torch.ones_like(input_ids) if attention_mask is None or attention_mask.dim() != 2 else attention_mask
+        masked = (input_ids == self.config.mask_token_id) & real.bool()
+        return masked.sum(dim=1) / real.sum(dim=1).clamp_min(1)
+
+
+def _visible(attention_mask: Tensor | None) -> Tensor | None:
+    """bool [b, 1, 1 or l, l]."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask.bool()
+    if mask.dim() == 2:
+        # Padding sees what real tokens see; nobody sees padding.
+        return None if bool(mask.all()) else mask[:, None, None, :]
+    return mask[:, None] if mask.dim() == 3 else mask

@@ -1,0 +1,193 @@
+"""Stored weights as something to take boxes out of: a Hugging Face directory, or one of w1train's checkpoints.
+
+Nothing is read but what is asked for: a rank takes its slices, one after another, straight into its parameters.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from w1train.config.errors import UserError, listing
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Of safetensors, those that weights are imported from."""
+
+
+class TensorSource(Protocol):
+    """Tensors by name."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape."""
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """The part of a tensor that a start and stop for each of its dimensions cut out; on the CPU, in the stored dtype."""
+
+
+class SafetensorsDirectory:
+    """The *.safetensors of a Hugging Face directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens every file (memory-mapped: only headers are read).
+
+        Raises:
+            UserError: no such files, a shard that is missing or damaged, an index that does not fit, a dtype that is no weight's.
+        """
+        self._files: dict[str, Any] = {}
+        self.tensors: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        index = _read_index(directory)
+        names = sorted(set(index.values())) if index is not None else _files_without_index(directory)
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise UserError(f"{directory} lacks {listing(missing)}, of the {len(names)} files that {INDEX_FILE} names: download it again")
+        for name in names:
+            self._open(directory / name)
+        if index is not None and (lost := sorted(index.keys() - self.tensors.keys())):
+            raise UserError(f"{directory}: {INDEX_FILE} names tensors that are in no file: {listing(lost)}")
+
+    def _open(self, path: Path) -> None:
+        safetensors = _import_safetensors()
+        try:
+            file = safetensors.safe_open(path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or incomplete ({error}): download it again") from error
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            if name in self._files:
+                raise UserError(f"{path} has {name}, which another file of {path.parent} has too; keep one set of weights there")
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise UserError(f"{path}: {name} is of type {part.get_dtype()}; weights can be imported from {listing(DTYPES)}")
+            self._files[name], self.tensors[name] = file, tuple(part.get_shape())
+            self.dtypes[name] = DTYPES[part.get_dtype()]
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """See TensorSource.
+
+        Raises:
+            UserError: the file has changed since it was opened.
+        """
+        try:
+            return self._files[name].get_slice(name)[box]
+        except _import_safetensors().SafetensorError as error:
+            raise UserError(f"{name} cannot be read: {error}") from error
+
+
+def _import_safetensors() -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise UserError("reading Hugging Face weights needs the package safetensors: pip install 'w1train[hf]'") from error
+    return safetensors
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    path = directory / INDEX_FILE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no index of safetensors files: {error!r}") from error
+
+
+def _files_without_index(directory: Path) -> list[str]:
+    if (directory / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        others = listing(sorted(path.name for path in directory.glob("*.bin")))
+        instead = f"; it has {others}: save the model again with safe_serialization=True" if others else ""
+        raise UserError(f"{directory} has no *.safetensors{instead}")
+    return names
+
+
+class CheckpointDirectory:
+    """The model of one of w1train's checkpoints, layer by layer (megatron-core stores the layers of a model as one tensor)."""
+
+    _STACKED = "decoder.layers."
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the metadata; the caller has verified the files.
+
+        Raises:
+            OSError: the metadata cannot be read.
+        """
+        self._reader = FileSystemReader(directory)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._stored: dict[str, TensorStorageMetadata] = {}
+        self.tensors: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer."):
+                self._stored[key] = stored
+                self._list(key, tuple(stored.size), stored.properties.dtype)
+
+    def _list(self, key: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+        if not key.startswith(self._STACKED):
+            self.tensors[key], self.dtypes[key] = size, dtype
+            return
+        for layer in range(size[0]):
+            name = f"{self._STACKED}{layer}.{key.removeprefix(self._STACKED)}"
+            self.tensors[name], self.dtypes[name] = size[1:], dtype
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """See TensorSource."""
+        key, squeezed = name, box
+        if stacked := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.*)", name):
+            layer = int(stacked.group(2))
+            key, squeezed = stacked.group(1) + stacked.group(3), (slice(layer, layer + 1), *box)
+        stored = self._stored[key]
+        sizes = torch.Size([part.stop - part.start for part in squeezed])
+        chunk = ChunkStorageMetadata(torch.Size([part.start for part in squeezed]), sizes)
+        items = create_read_items_for_chunk_list(key, stored, [chunk])
+        assert sum(math.prod(item.lengths) for item in items) == math.prod(sizes), f"{key} is not whole in the checkpoint"
+        target = torch.empty(sizes, dtype=stored.properties.dtype)
+        self._reader.read_data(LoadPlan(items), _OneTensor(target)).wait()
+        return target[0] if squeezed is not box else target
+
+
+class _OneTensor(LoadPlanner):
+    """torch's reader into one tensor; the plan is made by the caller, so the steps of planning are never called."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The place that a stored chunk fills."""
+        view = self.target
+        for dimension, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(dimension, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing to do: the reader has copied into the target."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        raise AssertionError
+
+    def create_local_plan(self) -> LoadPlan:
+        raise AssertionError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise AssertionError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise AssertionError
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise AssertionError

@@ -1,0 +1,133 @@
+"""Which stored tensors make up each parameter of the model.
+
+A *part* is a run of rows of a stored tensor. A parameter is its parts, interleaved by group: megatron-core's projection to
+queries, keys and values has, for each query group, that group's queries, its key and its value, so that a tensor-parallel
+rank's rows are whole groups; SwiGLU's first matrix has the gate and below it the other half, and a rank has a part of both.
+Everything else is one tensor. Under tensor parallelism along rows each part is split evenly, whatever the number of groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from w1train.config.schema import ModelConfig
+
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive rows of a stored tensor."""
+
+    tensor: str
+    start: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the whole model, and where it is stored."""
+
+    name: str
+    """As in ``global_named_parameters``."""
+    shape: tuple[int, ...]
+    """Of the whole parameter, without tensor parallelism."""
+    parts: tuple[Part, ...]
+    num_groups: int = 1
+
+    @property
+    def is_conditioning(self) -> bool:
+        """Part of the timestep's way into the model, which autoregressive models lack."""
+        return "modulation." in self.name or self.name.startswith("timestep_embedding.")
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """One row for each token."""
+        return self.name in (EMBEDDING, HEAD)
+
+
+def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the whole model, in the order of its layers."""
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    query = model.num_attention_heads * channels
+    query_key_value = query + 2 * (model.num_query_groups or model.num_attention_heads) * channels
+    hidden, conditioned = model.hidden_size, model.conditioning == "adaln"
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    layer["self_attention.linear_qkv.weight"] = (query_key_value, hidden)
+    if model.qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = (query_key_value,)
+    if model.qk_norm:
+        layer["self_attention.q_layernorm.weight"] = layer["self_attention.k_layernorm.weight"] = (channels,)
+    layer["self_attention.linear_proj.weight"] = (hidden, query)
+    layer["pre_mlp_layernorm.weight"] = (hidden,)
+    layer["mlp.linear_fc1.weight"] = (2 * model.ffn_hidden_size, hidden)
+    layer["mlp.linear_fc2.weight"] = (hidden, model.ffn_hidden_size)
+    if conditioned:
+        layer |= _linear("modulation.linear", 6 * hidden, model.condition_size)
+    whole: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
+    if conditioned:
+        whole |= _linear("timestep_embedding.linear_in", model.condition_size, model.timestep_frequency_size)
+        whole |= _linear("timestep_embedding.linear_out", model.condition_size, model.condition_size)
+    whole |= {f"decoder.layers.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()}
+    whole["final_norm.weight"] = (hidden,)
+    if conditioned:
+        whole |= _linear("final_modulation.linear", 2 * hidden, model.condition_size)
+    if not model.tie_embeddings:
+        whole[HEAD] = (model.vocab_size, hidden)
+    return whole
+
+
+def _linear(prefix: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.weight": (rows, columns), f"{prefix}.bias": (rows,)}
+
+
+def checkpoint_parameters(model: ModelConfig) -> Iterator[Parameter]:
+    """Parameters as w1train's own checkpoints store them: each one tensor."""
+    for name, shape in shapes(model).items():
+        rows = shape[0]
+        halves = 2 if name.endswith("linear_fc1.weight") else 1
+        parts = tuple(Part(name, half * rows // halves, rows // halves) for half in range(halves))
+        yield Parameter(name, shape, parts)
+
+
+_SAME_OUTSIDE = {
+    EMBEDDING: "model.embed_tokens.weight",
+    HEAD: "lm_head.weight",
+    "final_norm.weight": "model.norm.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc2": "mlp.down_proj",
+    "modulation.linear": "modulation.linear",
+}
+
+
+def hugging_face_parameters(model: ModelConfig) -> Iterator[Parameter]:
+    """Parameters as Llama, Qwen2 and Qwen3 store them in Hugging Face files; adaLN's go by this project's names."""
+    num_groups = model.num_query_groups or model.num_attention_heads
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    heads = {"q_proj": model.num_attention_heads, "k_proj": num_groups, "v_proj": num_groups}
+    fused = {
+        "self_attention.linear_qkv": ("self_attn", heads, channels),
+        "mlp.linear_fc1": ("mlp", {"gate_proj": 1, "up_proj": 1}, model.ffn_hidden_size),
+    }
+    for name, shape in shapes(model).items():
+        layer = _LAYER.fullmatch(name)
+        if layer is None:
+            yield Parameter(name, shape, (Part(_SAME_OUTSIDE.get(name, f"model.{name}"), 0, shape[0]),))
+            continue
+        prefix, (module, _, kind) = f"model.layers.{layer.group(1)}", layer.group(2).rpartition(".")
+        if module not in fused:
+            yield Parameter(name, shape, (Part(f"{prefix}.{_LAYER_NAMES[module]}.{kind}", 0, shape[0]),))
+            continue
+        parent, pieces, size = fused[module]
+        parts = tuple(Part(f"{prefix}.{parent}.{piece}.{kind}", 0, count * size) for piece, count in pieces.items())
+        yield Parameter(name, shape, parts, num_groups if module.endswith("qkv") else 1)

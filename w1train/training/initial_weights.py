@@ -1,0 +1,96 @@
+"""A new run's weights from a Hugging Face directory or from another run (``training.initial_weights``)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from w1train.config.errors import UserError
+from w1train.config.schema import Config
+from w1train.conversion.families import CONFIG_FILE, model_from_config, read_config
+from w1train.conversion.filling import StoredModel, fill, require_fit
+from w1train.conversion.sources import CheckpointDirectory, SafetensorsDirectory
+from w1train.conversion.tensors import checkpoint_parameters, hugging_face_parameters
+from w1train.runtime.distributed import all_or_none
+from w1train.training.checkpoint import MANIFEST, latest_step, verify_checkpoint
+from w1train.training.checkpoint import read_config as read_checkpoint_config
+
+logger = logging.getLogger(__name__)
+
+
+class InitialWeights:
+    """Opened and compared with the configuration; not read yet."""
+
+    def __init__(self, config: Config) -> None:
+        """Called on every rank, before the model is built. ``training.initial_weights`` is set.
+
+        Raises:
+            UserError: on every rank: nothing usable is there, or it does not fit ``config.model``.
+            CheckpointError: on every rank: it is a checkpoint and damaged.
+        """
+        assert config.training.initial_weights is not None
+        self.config = config
+        path = Path(config.training.initial_weights)
+        checkpoint = all_or_none(partial(find_checkpoint, path))
+        if checkpoint is not None:
+            verify_checkpoint(checkpoint, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+        self.stored = all_or_none(partial(_open, config, path, checkpoint))
+
+    def load(self, stages: Sequence[torch.nn.Module]) -> None:
+        """Write the parameters of this rank's stages; on every rank, before the optimizer copies them to fp32 masters."""
+        all_or_none(partial(self._fill, stages))
+        self._report()
+
+    def _fill(self, stages: Sequence[torch.nn.Module]) -> None:
+        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        try:
+            fill(self.stored, stages, self.config.model, tensor_rank=rank, tensor_size=size)
+        except OSError as error:
+            raise UserError(f"{self.stored.origin} cannot be read: {error}") from error
+
+    def _report(self) -> None:
+        model, stored = self.config.model, self.stored.model
+        logger.info("initial weights from %s", self.stored.origin)
+        if model.conditioning == "adaln" and stored.conditioning == "none":
+            logger.info("adaLN is new: it starts as the identity, so the function is that of %s", self.stored.origin)
+        if model.vocab_size > stored.vocab_size:
+            logger.info("vocabulary rows %d to %d are new, made from the others", stored.vocab_size, model.vocab_size - 1)
+        mask = self.config.diffusion.mask_token_id
+        if mask < stored.vocab_size:
+            logger.info("the mask token %d keeps the row that it has in %s", mask, self.stored.origin)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a directory is, or the newest of the run that it is; None if it is neither, but has a config.json.
+
+    Raises:
+        UserError: it is none of the three.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if (path / "config.yaml").is_file():
+        step = latest_step(path / "checkpoints")
+        if step is None:
+            raise UserError(f"training.initial_weights: the run {path} has no complete checkpoint")
+        return path / "checkpoints" / f"step_{step:010d}"
+    if (path / CONFIG_FILE).is_file():
+        return None
+    what = f"has neither {CONFIG_FILE} (Hugging Face) nor config.yaml (a run) nor {MANIFEST} (a checkpoint)"
+    raise UserError(f"training.initial_weights: {path} {what if path.is_dir() else 'is no directory'}")
+
+
+def _open(config: Config, path: Path, checkpoint: Path | None) -> StoredModel:
+    if checkpoint is not None:
+        model = read_checkpoint_config(checkpoint).model
+        stored = StoredModel(str(checkpoint), model, CheckpointDirectory(checkpoint), tuple(checkpoint_parameters(config.model)))
+    else:
+        model = model_from_config(read_config(path), str(path))
+        stored = StoredModel(str(path), model, SafetensorsDirectory(path), tuple(hugging_face_parameters(config.model)))
+    require_fit(stored, config.model)
+    return stored
