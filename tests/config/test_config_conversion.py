@@ -177,7 +177,7 @@ VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model.qk_norm": st.booleans(),
     "model.adaln_init": st.sampled_from(["zero", "identity"]),
     "optimizer.beta1": st.floats(0, 1, exclude_max=True),
-    "training.seed": st.integers(min_value=0),
+    "training.seed": st.integers(0, (1 << 63) - 1),
     "validation.timesteps": st.integers(1, 8).map(lambda bins: [(index + 0.5) / bins for index in range(bins)]),
     "sampling.prompts": st.lists(st.text()),
     "schedule.stages.stable.tokens": st.integers(min_value=1),

@@ -33,7 +33,7 @@ from w1train.training.checkpoint import (
 from w1train.training.data import TrainingData, bits_per_byte
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
-from w1train.training.inference import Predictor
+from w1train.training.inference import Predictor, block_predictor
 from w1train.training.metrics_log import read_metrics
 from w1train.training.schedule import batch_size, learning_rate, num_steps, total_tokens
 from w1train.training.setup import build_trained_model
@@ -157,7 +157,8 @@ class Trainer:
         if self.ranks.data_parallel_rank == 0:
             predictor = Predictor(self.config, list(self.model.chunks))
             with predictor.evaluating():
-                samples = sample_texts(predictor, self.data.tokenizer, self.config.sampling.prompts, self.config, device=self.ranks.device)
+                model = block_predictor(predictor) or predictor
+                samples = sample_texts(model, self.data.tokenizer, self.config.sampling.prompts, self.config, device=self.ranks.device)
             self.watch.record_samples([(sample.prompt, sample.text) for sample in samples])
         self.timer.restart()
 
