@@ -134,7 +134,11 @@ def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingCon
         "seed": args.seed,
     }
     sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
-    return replace(sampling, **{name: None for name in ("threshold", "block_size") if given[name] == 0})
+    return replace(
+        sampling,
+        threshold=None if args.threshold == 0 else sampling.threshold,
+        block_size=None if args.block_size == 0 else sampling.block_size,
+    )
 
 
 def _as_json(args: argparse.Namespace, sampling: SamplingConfig, samples: list[TextSample], speed: Speed) -> dict[str, object]:

@@ -22,7 +22,7 @@ from w1train.training.inputs import rank_inputs  # noqa: E402
 from w1train.training.setup import build_stage  # noqa: E402
 
 BLOCK_SIZE = 8
-MASK, EOS = 14, 11
+MASK = 14
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -182,17 +182,22 @@ def test_a_batch_equals_one_by_one_and_repeats(sampling):
     def body(predictor):
         blocks = block_predictor(predictor)
 
-        def run(prompts):
-            return generate(blocks, prompts, config, mask_token_id=MASK, eos_token_id=EOS, device="cpu", vocab_size=40)
+        def run(prompts, eos):
+            return generate(blocks, prompts, config, mask_token_id=MASK, eos_token_id=eos, device="cpu", vocab_size=40)
 
-        whole = run(prompts)
-        alone = [run([*[[16]] * row, prompt]) for row, prompt in enumerate(prompts)]
-        assert torch.equal(run(prompts).completions, whole.completions)
+        # What the first row begins with ends the text, so that it leaves the batch before the others.
+        eos = int(run(prompts, 99).completions[0, 0])
+        whole = run(prompts, eos)
+        alone = [run([*[[16]] * row, prompt], eos) for row, prompt in enumerate(prompts)]
+        assert torch.equal(run(prompts, eos).completions, whole.completions)
         return whole, [(each.completions[-1], each.num_forward_passes[-1]) for each in alone]
 
     whole, alone = in_one_process(block_config(), body)
     assert not (whole.completions == MASK).any()
     assert whole.completions.max() < 40
+    has_ended = (whole.completions[:4, 5:] == whole.eos_token_id).all(dim=1)
+    assert has_ended[0]
+    assert not has_ended.all()
     for row, (completion, num_passes) in enumerate(alone):
         assert torch.equal(whole.completions[row], completion)
         assert whole.num_forward_passes[row] == num_passes
@@ -248,12 +253,21 @@ def test_what_is_not_kept_is_overwritten():
     keys, values = cache.extend(1, third, -third)
     assert torch.equal(keys, torch.cat([second, third]))
     assert torch.equal(values, -keys)
-    cache.select_samples(torch.tensor([2, 0]))
-    keys, _ = cache.extend(1, third[:1, :2] + 1, third[:1, :2])
-    assert keys[:, 0, 0, 0].tolist() == [2, 2, 4]
-    assert keys.shape[1] == 2
     with pytest.raises(AssertionError):
-        cache.extend(1, torch.zeros(3, 2, 1, 2), torch.zeros(3, 2, 1, 2))
+        cache.extend(1, torch.zeros(3, 3, 1, 2), torch.zeros(3, 3, 1, 2))
+
+
+def test_the_cache_goes_on_with_the_chosen_samples():
+    cache = KeyValueCache(capacity=3)
+    keys = torch.arange(3.0).reshape(1, 3, 1, 1)
+    for layer in (1, 2):
+        cache.extend(layer, keys + layer, -keys)
+    cache.keep(1)
+    cache.select_samples(torch.tensor([2, 0]))
+    for layer in (1, 2):
+        found_keys, found_values = cache.extend(layer, torch.tensor([[[[7.0]], [[8.0]]]]), torch.zeros(1, 2, 1, 1))
+        assert found_keys[..., 0, 0].tolist() == [[2 + layer, layer], [7, 8]]
+        assert found_values[..., 0, 0].tolist() == [[-2, 0], [0, 0]]
 
 
 def test_a_plan_with_a_cache_keeps_it_masked_or_not():

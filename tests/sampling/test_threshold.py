@@ -157,9 +157,10 @@ def test_threshold_over_the_whole_canvas(threshold, block_size, prompts):
 
 def test_a_threshold_of_one_unmasks_one_by_one_and_a_low_one_all_at_once():
     one_by_one = SamplingConfig(num_tokens=8, num_steps=8, block_size=4)
-    assert run([[3]], SamplingConfig(num_tokens=8, threshold=1.0, block_size=4)).completions.tolist() == run(
-        [[3]], one_by_one
-    ).completions.tolist()
+    assert (
+        run([[3]], SamplingConfig(num_tokens=8, threshold=1.0, block_size=4)).completions.tolist()
+        == run([[3]], one_by_one).completions.tolist()
+    )
     generation = run([[3]], SamplingConfig(num_tokens=8, threshold=1e-6))
     assert generation.num_forward_passes == [1]
     at_once = run([[3]], SamplingConfig(num_tokens=8, num_steps=1))
