@@ -1,7 +1,7 @@
 """Tokens a second of block-wise generation with cached keys, beside the same generation without a cache, on CPU.
 
     python -m benchmarks.sampling --report
-    python -m benchmarks.sampling --lengths 128 256 --rows 4 diffusion.block_size=16
+    python -m benchmarks.sampling diffusion.block_size=16 --lengths 128 256 --rows 4
 
 All ways denoise the same blocks in the same steps, greedily, with the same random weights:
 
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="times each way runs at each length (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
     parser.add_argument("--report", action="store_true", help="write the dated report")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(options.threads)
     logging.getLogger("megatron").setLevel(logging.ERROR)
