@@ -24,7 +24,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.data.loader import BatchLoader
 from w1train.diffusion.corruption import NoisyBatch, corrupt
-from w1train.diffusion.loss import denominator, loss_weights
+from w1train.diffusion.loss import denominator
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
 from w1train.runtime.run_directory import RunDirectory
@@ -179,7 +179,7 @@ class BareLoop:
             eps=config.optimizer.epsilon,
             fused=True,
         )
-        self._loader = BatchLoader(trainer.data.packed, micro_batch_size=config.training.micro_batch_size, num_workers=0)
+        self._loader = BatchLoader(trainer.data.samples, micro_batch_size=config.training.micro_batch_size, num_workers=0)
 
     def prepare(self, step: int) -> list[BareBatch]:
         """The micro-batches of a step (from 0), and its learning rate; not timed."""
@@ -214,7 +214,7 @@ class BareLoop:
 
     def _bare_batch(self, noisy: NoisyBatch, total: float) -> BareBatch:
         inputs = forward.rank_inputs(noisy, self.config).model
-        weights = loss_weights(self.config.diffusion, noisy.token_timesteps[noisy.loss_mask]) / total
+        weights = noisy.weights[noisy.loss_mask] / total
         return BareBatch(inputs, noisy.targets.flatten()[inputs.logit_positions], weights)
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.attention.visibility import Visibility, document_visibility
+from w1train.attention.visibility import Visibility, causal_visibility, document_visibility, scattered_visibility
 from w1train.data.documents import document_bounds
 
 
@@ -47,3 +47,35 @@ def test_three_intervals():
     visibility = Visibility(endpoints, num_keys=10)
     assert visibility.dense()[0, 0].int().tolist() == [1, 1, 0, 0, 1, 0, 0, 1, 1, 0]
     assert int(visibility.num_visible_pairs()) == 5
+
+
+@given(packs(), st.integers(0, 45))
+def test_causal_sees_what_is_before_and_as_far_behind_as_its_extent(documents, extent):
+    visibility = causal_visibility(documents, extent)
+    position = torch.arange(documents.shape[1])
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+    expected = same & (position[None, :] <= position[:, None] + extent)
+    assert torch.equal(visibility.dense(), expected)
+    assert int(visibility.num_visible_pairs()) == int(expected.sum())
+    assert (visibility.endpoints.diff(dim=0) >= 0).all()
+
+
+def test_scattered_pairs_go_from_causal_to_all():
+    """masks.md section 2: of eight tokens 36 pairs at ratio 0, 64 at ratio 1."""
+    documents, samples = torch.zeros((1, 8), dtype=torch.int32), torch.tensor([5])
+    assert [int(scattered_visibility(documents, ratio, 0, samples).num_visible_pairs()) for ratio in (0.0, 1.0)] == [36, 64]
+    wide = torch.zeros((2, 64), dtype=torch.int32)
+    half = scattered_visibility(wide, 0.5, 0, torch.tensor([5, 6])).dense()
+    assert half.tril().sum() == 2 * 64 * 65 / 2
+    assert abs(float(half.triu(1).sum()) / (64 * 63) - 0.5) < 0.03
+    assert not torch.equal(half[0], half[1]), "each sample draws its own"
+    assert torch.equal(half[1], scattered_visibility(wide[:1], 0.5, 0, torch.tensor([6])).dense()[0]), "and draws it in any batch"
+
+
+@given(packs(), st.floats(0, 1))
+def test_scattered_pairs_stay_in_their_document(documents, ratio):
+    visibility = scattered_visibility(documents, ratio, 3, torch.arange(len(documents)))
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+    mask = visibility.dense()
+    assert not (mask & ~same).any()
+    assert torch.equal(visibility.pairs_per_row(), mask.sum(dim=-1))

@@ -110,10 +110,12 @@ def test_flags_without_a_value_take_none() -> None:
         parse_command_line(["--list=all"])
 
 
-def test_only_the_first_rank_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
-    assert run("recipe=demo", "model.hiden_size=1") == 2
-    assert capsys.readouterr() == ("", "")
+def test_one_rank_of_a_node_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for local_rank in (3, 0):
+        monkeypatch.setenv("RANK", str(8 + local_rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert run("recipe=demo", "model.hiden_size=1") == 2
+        assert ("did you mean model.hidden_size?" in capsys.readouterr().err) == (local_rank == 0)
 
 
 @pytest.mark.parametrize(("rank", "launcher", "waits"), [("0", "torchrun", False), ("1", "torchrun", True), ("1", None, False)])

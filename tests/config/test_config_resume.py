@@ -44,7 +44,6 @@ def test_allowed_changes(make_config: MakeConfig, key: str, value: Any) -> None:
     ("key", "value"),
     [
         ("model.hidden_size", 64),
-        ("data.train", "other"),
         ("data.sequence_length", 32),
         ("diffusion.weight", "constant"),
         ("optimizer.beta2", 0.99),
@@ -61,6 +60,13 @@ def test_forbidden_changes_name_key_old_and_new(make_config: MakeConfig, key: st
     assert str(value) in problem.found
     assert "May change: name, runs_dir" in problem.valid
     assert not allowed_on_resume(key)
+
+
+def test_data_may_move_if_they_can_be_recognised(make_config: MakeConfig) -> None:
+    old, new = make_config(), make_config({"data.train": "other", "data.tokenizer": "other.json"})
+    assert check_resume(old, new, 500) == []
+    problems = check_resume(old, new, 500, data_are_hashed=False)
+    assert [problem.key for problem in problems] == ["data.train", "data.tokenizer"]
 
 
 def test_all_forbidden_changes_are_reported(make_config: MakeConfig) -> None:

@@ -27,6 +27,8 @@ def numeric_patterns(cls: Any = Config, prefix: str = "") -> set[str]:
         arguments = set(get_args(annotation))
         if dataclasses.is_dataclass(annotation):
             patterns |= numeric_patterns(annotation, f"{key}.")
+        elif get_origin(annotation) is dict and get_args(annotation)[1] is float:
+            patterns.add(f"{key}.*")
         elif get_origin(annotation) is dict:
             patterns |= numeric_patterns(get_args(annotation)[1], f"{key}.*.")
         elif get_origin(annotation) is list and arguments & {int, float}:
@@ -47,7 +49,7 @@ def test_the_base_is_valid(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("pattern", RANGES)
 def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: str) -> None:
     valid = RANGES[pattern]
-    is_float = pattern.endswith("]") or "float" in str(field_annotation(pattern))
+    is_float = "float" in str(field_annotation(pattern))
     outside: list[float] = [valid.low - 1, *([valid.low] if not valid.includes_low else [])]
     if is_float:
         outside += [math.nan, math.inf]
@@ -55,7 +57,8 @@ def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: s
         outside += [valid.high + 1, *([valid.high] if not valid.includes_high else [])]
     for value in outside:
         key = pattern.replace("*", "stable").removesuffix("[stable]")
-        config = make_config({key: [0.5, value] if pattern.endswith("]") else value})
+        inside = 0.5 if valid.high == 1 else 1
+        config = make_config({key: [inside, value] if pattern.endswith("]") else value})
         reported = [problem.key for problem in validate(config)]
         assert (f"{key}[1]" if pattern.endswith("]") else key) in reported, (pattern, value)
 
@@ -132,6 +135,10 @@ def test_blocks_of_block_diffusion_need_not_divide(make_config: MakeConfig) -> N
     changes = {"sampling.block_size": 48, "sampling.num_steps": 5}
     assert validate(make_config({**changes, "diffusion.block_size": 16})) == []
     assert [problem.key for problem in validate(make_config({**changes, "diffusion.block_size": 64}))] == ["sampling.block_size"]
+    stages = {"schedule.stages": {"all": {"tokens": 1000, "learning_rate": 1.0e-3, "diffusion": {"block_size": 16}}}}
+    assert [problem.key for problem in validate(make_config({**changes, **stages}))] == ["sampling.block_size"]
+    by_block = {"diffusion.block_size": 16, "schedule.stages.decay.diffusion": {"block_size": 64}}
+    assert [problem.key for problem in validate(make_config({**changes, **by_block}))] == ["sampling.block_size in stage decay"]
     one_stream = {"sampling.block_size": 32, "sampling.num_steps": 5, "sampling.threshold": 0.9}
     assert validate(make_config(one_stream)) == []
 

@@ -20,11 +20,11 @@ def test_masks_at_rate_t_and_nothing_else_changes():
     assert torch.equal(noisy.input_ids[~noisy.loss_mask], batch.tokens[~noisy.loss_mask])
     assert not noisy.loss_mask[~real].any()
     rate = noisy.loss_mask[real].double().mean()
-    expected = noisy.token_timesteps[real].double().mean()
+    expected = noisy.target_timesteps[real].double().mean()
     assert abs(rate - expected) < 0.01
     for low in (0.0, 0.25, 0.5, 0.75):
-        chosen = real & (noisy.token_timesteps >= low) & (noisy.token_timesteps < low + 0.25)
-        assert abs(noisy.loss_mask[chosen].double().mean() - noisy.token_timesteps[chosen].double().mean()) < 0.03
+        chosen = real & (noisy.target_timesteps >= low) & (noisy.target_timesteps < low + 0.25)
+        assert abs(noisy.loss_mask[chosen].double().mean() - noisy.target_timesteps[chosen].double().mean()) < 0.03
 
 
 def test_masked_inputs_carry_no_trace_of_the_targets():
@@ -43,17 +43,17 @@ def test_the_same_whatever_the_micro_batches(timestep_per):
     whole = corrupt(packed_batch(range(24)), config, seed=9)
     for size in (1, 3, 8):
         parts = [corrupt(packed_batch(range(start, start + size)), config, seed=9) for start in range(0, 24, size)]
-        for name in ("input_ids", "loss_mask", "token_timesteps", "document_ids"):
+        for name in ("input_ids", "loss_mask", "target_timesteps", "document_ids"):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
 
 
 def test_documents_get_their_own_timestep():
     config = DiffusionConfig(timestep_per="document", num_strata=8, random_length_probability=0.0)
     noisy = corrupt(packed_batch(range(16)), config, seed=1)
-    assert torch.equal(noisy.token_timesteps, noisy.segment_timesteps[noisy.segment_index])
+    assert torch.equal(noisy.target_timesteps, noisy.segment_timesteps[noisy.segment_index])
     for row in range(16):
         documents = noisy.document_ids[row]
-        per_document = [noisy.token_timesteps[row][documents == document].unique() for document in documents[documents >= 0].unique()]
+        per_document = [noisy.target_timesteps[row][documents == document].unique() for document in documents[documents >= 0].unique()]
         assert all(len(values) == 1 for values in per_document)
         assert len({float(values) for values in per_document}) == len(per_document)
 
@@ -62,7 +62,7 @@ def test_random_length_cuts_the_stated_share_uniformly():
     length = 64
     documents = torch.zeros((20_000, length), dtype=torch.int32)
     batch = PackedBatch(documents.long(), documents, documents, torch.arange(20_000))
-    cut = cut_to_random_length(batch, DiffusionConfig(random_length_probability=0.1), seed=2)
+    cut = cut_to_random_length(batch, DiffusionConfig(random_length_probability=0.1), 2, batch.sample_indices)
     kept = (cut.document_ids >= 0).sum(dim=1)
     assert (kept >= 1).all()
     assert abs(float((kept < length).double().mean()) - 0.1 * 63 / 64) < 0.01

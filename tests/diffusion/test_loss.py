@@ -28,14 +28,14 @@ def test_context_free_model_gives_its_exact_likelihood(timestep_per):
     config = DiffusionConfig(timestep_per=timestep_per, t_min=1e-3, num_strata=64, random_length_probability=0.0)
     documents, indices = _uniform_documents(8192, 64)
     documents[:, 24:] = 1
-    tokens = torch.randint(16, 20, documents.shape)
+    tokens = torch.randint(16, 20, documents.shape, generator=torch.Generator().manual_seed(0))
     log_probability = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))[tokens - 16]
     noisy = corrupt(PackedBatch(tokens, documents, documents, indices), config, seed=11)
     weighted, sums = diffusion_loss(-log_probability[noisy.loss_mask], noisy, config, NUM_BINS)
     nll = -log_probability.double().mean()
-    # t starts at t_min, not 0: the weight makes up for it exactly, whatever t_min is.
-    assert float(weighted) / tokens.numel() == pytest.approx(float(nll), rel=0.03)
-    assert sums.metrics(config)["elbo"] == pytest.approx(float(nll), rel=0.03)
+    # t starts at t_min, not 0: the weight makes up for it exactly, whatever t_min is. One standard deviation is 0.35 %.
+    assert float(weighted) / tokens.numel() == pytest.approx(float(nll), rel=0.012)
+    assert sums.metrics(config)["elbo"] == pytest.approx(float(nll), rel=0.012)
 
 
 def test_weights_and_normalizers():

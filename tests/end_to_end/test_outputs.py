@@ -31,6 +31,8 @@ TRAIN_KEYS = {
         "learning_rate",
         "batch_size",
         "epoch",
+        "stage",
+        "block_size",
         "time/step_seconds",
         "time/tokens_per_second",
         "time/tflops_per_second",
@@ -39,7 +41,7 @@ TRAIN_KEYS = {
     *("time/data_wait_seconds", "time/memory_gib"),
 }
 VALIDATION_KEYS = {
-    *("kind", "step", "tokens", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "loss_by_t", "time/seconds"),
+    *("kind", "step", "tokens", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "loss_by_t", "time/seconds", "stage", "block_size"),
 }
 SUMMARY_KEYS = {
     *("name", "num_parameters", "world_size", "device", "steps", "tokens_seen", "tokens_per_second", "wall_seconds", "validation"),

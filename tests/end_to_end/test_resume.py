@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 
@@ -67,7 +68,18 @@ def test_a_finished_run_has_nothing_to_do(tiny_run):
     assert f"has all its {NUM_STEPS} steps: nothing to do" in outcome.output
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tiny_run.path.rglob("*") if path.is_file()}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed <= {".lock", "config.yaml"}
+    assert changed <= {".lock", "config.yaml", "tokenizer.json"}
+
+
+def test_data_may_move_while_a_run_waits(tiny_run, undisturbed, tmp_path):
+    tiny_run.train(sabotage=traps.after_commit(2))
+    for name in ("train", "validation", "tokenizer"):
+        for path in tiny_run.data.glob(f"{name}.*"):
+            shutil.copy(path, tmp_path)
+    places = [f"data.train={tmp_path}/train", f"data.validation={tmp_path}/validation", f"data.tokenizer={tmp_path}/tokenizer.json"]
+    outcome = tiny_run.train(*places).require(0)
+    assert f"configuration changed on resume: data.train: train -> {tmp_path}/train" in outcome.output
+    require_equal(tiny_run, undisturbed(1, "fp32"))
 
 
 def test_a_resume_does_no_step_twice(tiny_run):

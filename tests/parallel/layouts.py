@@ -103,9 +103,9 @@ def _train(
             model.optimizer.zero_grad()
             sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
             if step == first_step and not config.parallel.distributed_optimizer:
-                gradients = whole_tensors(model, lambda parameter: parameter.main_grad)
+                gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
             for group in model.optimizer.param_groups:
-                group["lr"] = LEARNING_RATE
+                group["lr"] = LEARNING_RATE * group["lr_mult"]
             norms.append(float(model.optimizer.step()[1]))
             losses.append(sums.metrics(config.diffusion)["loss"])
             works.append(work)
@@ -133,7 +133,9 @@ def micro_batches(config: Config, step: int, rank: int, size: int) -> Iterator[N
     first = step * training.global_batch_size
     for start in range(first + rank * training.micro_batch_size, first + training.global_batch_size, size * training.micro_batch_size):
         samples = range(start, start + training.micro_batch_size)
-        yield corrupt(packed_batch(samples, config.data.sequence_length), config.diffusion, training.seed)
+        noisy = corrupt(packed_batch(samples, config.data.sequence_length), config.diffusion, training.seed)
+        noisy.annealed = 0.3
+        yield noisy
 
 
 def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:

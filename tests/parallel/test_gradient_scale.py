@@ -26,7 +26,7 @@ def _expected(config, model):
     noisy = corrupt(batch, config.diffusion, config.training.seed)
     logits = stage(rank_inputs(noisy, config).model)
     cross_entropy = torch.nn.functional.cross_entropy(logits, noisy.targets[noisy.loss_mask], reduction="none")
-    timesteps = noisy.token_timesteps[noisy.loss_mask]
+    timesteps = noisy.target_timesteps[noisy.loss_mask]
     weights = {"inverse_t": 1 / timesteps, "constant": torch.ones_like(timesteps)}[config.diffusion.weight]
     count = {"tokens": (noisy.document_ids >= 0).sum(), "masked_tokens": noisy.loss_mask.sum()}[config.diffusion.normalizer]
     names, parameters = zip(*global_named_parameters(stage), strict=True)

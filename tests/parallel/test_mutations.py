@@ -95,8 +95,8 @@ def _slice_noise_per_context_rank(noisy, config):
     if rank > 0:
         samples, length = noisy.targets.shape
         words = philox.random_words(config.training.seed + rank, torch.arange(samples), draw=0, purpose=philox.Purpose.MASK, num=length)
-        masked = (words < timesteps.mask_thresholds(noisy.token_timesteps)) & (noisy.document_ids >= 0)
-        input_ids = noisy.targets.masked_fill(masked, config.diffusion.mask_token_id)
+        masked = (words < timesteps.mask_thresholds(noisy.target_timesteps)) & (noisy.document_ids >= 0)
+        input_ids = noisy.tokens.masked_fill(masked, config.diffusion.mask_token_id)
         noisy = replace(noisy, input_ids=input_ids, loss_mask=masked)
     return inputs_module.rank_inputs(noisy, config)
 

@@ -19,7 +19,8 @@ from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss  # noqa: E402
-from w1train.training.inputs import num_streams, rank_inputs, sequence_visibility  # noqa: E402
+from w1train.training.inputs import rank_inputs, sequence_visibility  # noqa: E402
+from w1train.training.objective import num_streams  # noqa: E402
 from w1train.training.setup import build_stage  # noqa: E402
 
 LENGTH, NUM_SAMPLES = 64, 2
@@ -90,11 +91,23 @@ def test_flops_per_token_part_by_part(model, document_length, diffusion):
 
 @pytest.mark.parametrize("document_length", [1, 7, 16, 24, LENGTH])
 @pytest.mark.parametrize(
-    "block", [{}, {"block_size": 1}, {"block_size": 16}, {"block_size": 16, "block_index": "sample"}, {"block_size": LENGTH}]
+    "diffusion",
+    [
+        {},
+        {"objective": "autoregressive"},
+        {"block_size": 1},
+        {"block_size": 16},
+        {"block_size": 16, "block_index": "sample"},
+        {"block_size": 16, "clean_attention": "token_causal", "autoregressive_weight": 0.5},
+        {"block_size": 16, "clean_attention": "token_causal", "noisy_attention": "causal", "block_index": "sample"},
+        {"block_size": LENGTH},
+    ],
+    ids=str,
 )
-def test_visible_pairs_are_those_of_the_mask(document_length, block):
-    config = tiny_config(data={"sequence_length": LENGTH}, diffusion=block)
-    visibility = sequence_visibility(_batch(document_length).document_ids, config.diffusion, num_streams(config))
+def test_visible_pairs_are_those_of_the_mask(document_length, diffusion):
+    config = tiny_config(data={"sequence_length": LENGTH}, diffusion={"random_length_probability": 0.0, **diffusion})
+    noisy = corrupt(_batch(document_length), config.diffusion, 0)
+    visibility = sequence_visibility(noisy, config, num_streams(config))
     work = workload_of(config, document_length)
     assert work.num_streams == num_streams(config)
     assert NUM_SAMPLES * work.visible_pairs == int(visibility.num_visible_pairs())

@@ -98,10 +98,21 @@ def test_context_parallel_ranks_exchange_clean_keys_only_where_blocks_stay_home(
     assert sent(block_index="document") == 2 * sent(block_index="sample")
 
 
-def test_days_follow_the_batch_sizes_of_the_schedule(w1):
+def test_days_follow_the_batch_sizes_and_objectives_of_the_schedule(w1):
     plan = predict(w1, 64, H100, Assumptions())
-    stages = {name: dataclasses.replace(stage, global_batch_size=64) for name, stage in w1.schedule.stages.items()}
-    small = predict(dataclasses.replace(w1, schedule=dataclasses.replace(w1.schedule, stages=stages)), 64, H100, Assumptions())
-    assert small.step_seconds == plan.step_seconds
-    assert small.days > plan.days
-    assert small.days == pytest.approx(plan.days * plan.tokens_per_second / plan.at_batch_size(64).tokens_per_second)
+    small = predict(_with_stages(w1, global_batch_size=64), 64, H100, Assumptions())
+    assert small.tokens_per_step == plan.tokens_per_step / 8
+    assert small.days == pytest.approx(plan.days * plan.tokens_per_second / small.tokens_per_second)
+    blocks = predict(_with_stages(w1, "stable", diffusion={"block_size": 32}), 64, H100, Assumptions())
+    assert blocks.work.num_streams == 2, "the stage that needs most is planned"
+    assert blocks.days_of("warmup") == plan.days_of("warmup")
+    assert blocks.days == pytest.approx(plan.days + blocks.days_of("stable") - plan.days_of("stable"))
+    assert blocks.days_of("stable") > 1.7 * plan.days_of("stable")
+
+
+def _with_stages(config, *names, **changes):
+    stages = {
+        name: dataclasses.replace(stage, **changes) if name in names or not names else stage
+        for name, stage in config.schedule.stages.items()
+    }
+    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, stages=stages))

@@ -46,9 +46,9 @@ def _awake(config):
     return model
 
 
-def block_config(**sections):
+def block_config(diffusion=(), **sections):
     """``tiny_config`` of block diffusion."""
-    return tiny_config(diffusion={"block_size": BLOCK_SIZE, "timestep_per": "block"}, **sections)
+    return tiny_config(diffusion={"block_size": BLOCK_SIZE, "timestep_per": "block", **dict(diffusion)}, **sections)
 
 
 def training_logits(predictor: Predictor, clean: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -59,15 +59,23 @@ def training_logits(predictor: Predictor, clean: torch.Tensor, noisy: torch.Tens
     num_rows, length = clean.shape
     position = torch.arange(length).expand(num_rows, length)
     segment = position // BLOCK_SIZE + torch.arange(num_rows)[:, None] * t.shape[1]
+    everywhere = torch.ones_like(clean, dtype=torch.bool)
     batch = NoisyBatch(
         input_ids=noisy,
+        tokens=clean,
         targets=clean,
-        loss_mask=torch.ones_like(clean, dtype=torch.bool),
-        token_timesteps=torch.zeros(clean.shape),
+        loss_mask=everywhere,
+        has_target=everywhere,
+        weights=torch.ones(clean.shape),
+        target_timesteps=torch.zeros(clean.shape),
+        next_targets=None,
+        next_mask=None,
         document_ids=torch.zeros(clean.shape, dtype=torch.int32),
         positions=position.int(),
-        segment_timesteps=t.flatten(),
+        places=position,
         segment_index=segment,
+        segment_timesteps=t.flatten(),
+        sample_indices=torch.arange(num_rows),
     )
     with torch.no_grad():
         return predictor.chunks[0](rank_inputs(batch, predictor.config).model).reshape(num_rows, length, -1)
@@ -82,16 +90,19 @@ def random_canvas(num_rows: int, length: int):
     return clean, clean.masked_fill(masked, MASK), t
 
 
-MODELS = [
+VARIANTS = [
     {},
-    {"qk_norm": True, "num_query_groups": 2},
-    {"conditioning": "none", "num_query_groups": 1, "tie_embeddings": True},
+    {"model": {"qk_norm": True, "num_query_groups": 2}},
+    {"model": {"conditioning": "none", "num_query_groups": 1, "tie_embeddings": True}},
+    {"diffusion": {"clean_attention": "token_causal"}},
+    {"diffusion": {"clean_attention": "token_causal", "noisy_attention": "causal"}},
+    {"diffusion": {"noisy_attention": "causal"}},
 ]
 
 
-@pytest.mark.parametrize("fields", MODELS, ids=str)
+@pytest.mark.parametrize("sections", VARIANTS, ids=str)
 @pytest.mark.parametrize("length", [3 * BLOCK_SIZE, 4 * BLOCK_SIZE + 5])
-def test_cached_blocks_equal_the_training_mask(fields, length):
+def test_cached_blocks_equal_the_training_mask(sections, length):
     """All blocks; each is asked twice, as by two denoising steps, with something else in between."""
     clean, noisy, t = random_canvas(3, length)
 
@@ -107,7 +118,7 @@ def test_cached_blocks_equal_the_training_mask(fields, length):
                 blocks.append(clean[:, part])
         return torch.cat(found, dim=1), training_logits(predictor, clean, noisy, t)
 
-    found, expected = in_one_process(block_config(model=fields), body)
+    found, expected = in_one_process(block_config(**sections), body)
     assert expected[expected.isfinite()].std() > 0.3
     torch.testing.assert_close(found, expected, **TOLERANCE)
 
@@ -203,26 +214,53 @@ def test_a_batch_equals_one_by_one_and_repeats(sampling):
         assert whole.num_forward_passes[row] == num_passes
 
 
-def test_the_clean_pass_can_be_token_causal():
-    """The mask is a parameter: blocks appended together, one by one, or cut anywhere give the same keys when no token sees ahead."""
+@pytest.mark.parametrize("clean_attention", ["block_causal", "token_causal"])
+def test_blocks_can_be_appended_together_or_one_by_one(clean_attention):
     clean, noisy, t = random_canvas(2, 3 * BLOCK_SIZE)
 
     def body(predictor):
         results = []
-        for clean_causality, sizes in (("token", [16]), ("token", [8, 8]), ("block", [16]), ("block", [8, 8])):
-            blocks = BlockPredictor(predictor, clean=clean_causality)
+        for sizes in ([16], [8, 8]):
+            blocks = block_predictor(predictor)
             blocks.start(24, BLOCK_SIZE)
-            start = 0
-            for size in sizes:
-                blocks.append(clean[:, start : start + size])
-                start += size
+            for part in clean[:, :16].split(sizes, dim=1):
+                blocks.append(part)
             results.append(blocks.predict_block(noisy[:, 16:], t[:, 2]))
         return results
 
-    token, token_again, block, block_again = in_one_process(block_config(), body)
-    torch.testing.assert_close(token, token_again, **TOLERANCE)
-    torch.testing.assert_close(block, block_again, **TOLERANCE)
-    assert (token - block)[token.isfinite()].abs().max() > 0.05
+    together, one_by_one = in_one_process(block_config({"clean_attention": clean_attention}), body)
+    torch.testing.assert_close(together, one_by_one, **TOLERANCE)
+
+
+def test_the_shift_takes_each_token_from_the_place_before():
+    """The first of a block from the last of the block before, which stands without a mask at t = 0, as training may show it."""
+    length = 2 * BLOCK_SIZE + 3
+    clean, noisy, t = random_canvas(3, length)
+
+    def body(predictor):
+        blocks = block_predictor(predictor)
+        blocks.start(length, BLOCK_SIZE)
+        found, expected = [], []
+        for block, start in enumerate(range(0, length, BLOCK_SIZE)):
+            part = slice(start, start + BLOCK_SIZE)
+            found.append(blocks.predict_block(noisy[:, part], t[:, block]))
+            shown, times = clean.clone(), torch.zeros_like(t)
+            shown[:, part], times[:, block] = noisy[:, part], t[:, block]
+            before = [max(place - 1, 0) for place in range(length)[part]]
+            expected.append(training_logits(predictor, clean, shown, times)[:, before])
+            if block < 2:
+                blocks.append(clean[:, part])
+        blocks.select_rows(torch.tensor([2, 0]))
+        fewer = blocks.predict_block(noisy[[2, 0], 16:], t[[2, 0], 2])
+        whole_canvas = predictor(clean, torch.tensor([0.1, 0.5, 0.9]))
+        predictor.config.diffusion.shift = False
+        unshifted = predictor(clean, torch.tensor([0.1, 0.5, 0.9]))
+        return torch.cat(found, dim=1), torch.cat(expected, dim=1), fewer, whole_canvas, unshifted
+
+    found, expected, fewer, whole_canvas, unshifted = in_one_process(block_config({"shift": True}), body)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    torch.testing.assert_close(fewer, expected[[2, 0], 16:], **TOLERANCE)
+    assert torch.equal(whole_canvas[:, 1:], unshifted[:, :-1])
 
 
 def test_visibility_of_a_pass_is_that_of_training():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from w1train.data.documents import block_bounds, document_bounds
+from w1train.diffusion.philox import Purpose, random_words
 
 
 @dataclass(slots=True)
@@ -27,6 +28,8 @@ class Visibility:
     endpoints: Tensor
     """int32 [e, b, q], e in {1, 3, 5}, nondecreasing over e."""
     num_keys: int
+    scattered: Tensor | None = None
+    """bool [b, q, k]: visible pairs beyond the intervals (random annealing), which dense kernels alone can have."""
 
     def dense(self) -> Tensor:
         """The boolean mask, bool [b, q, k]; True = visible."""
@@ -34,10 +37,12 @@ class Visibility:
         mask = keys < self.endpoints[0][..., None]
         for start, end in zip(self.endpoints[1::2], self.endpoints[2::2], strict=True):
             mask |= (keys >= start[..., None]) & (keys < end[..., None])
-        return mask
+        return mask if self.scattered is None else mask | self.scattered
 
     def pairs_per_row(self) -> Tensor:
         """int64 [b, q]: keys that each query row sees."""
+        if self.scattered is not None:
+            return self.dense().sum(dim=-1)
         endpoints = self.endpoints.to(torch.int64)
         return endpoints[0] + (endpoints[2::2] - endpoints[1::2]).sum(dim=0)
 
@@ -62,12 +67,49 @@ def document_visibility(document_ids: Tensor) -> Visibility:
     return Visibility(torch.stack([zero, torch.where(real, start, zero), torch.where(real, end, zero)]), document_ids.shape[1])
 
 
-def block_diffusion_visibility(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> Visibility:
+def causal_visibility(document_ids: Tensor, extent: int = 0) -> Visibility:
+    """Attention to what is before in the document, to itself, and to ``extent`` tokens behind: 0 is the autoregressive mask, and
+    the mask of masked diffusion is reached when no document is longer than extent + 1.
+
+    Args:
+        document_ids: int [b, l]; negative = padding, which sees nothing and is seen by nothing.
+    """
+    start, end = document_bounds(document_ids)
+    behind = torch.arange(1, document_ids.shape[1] + 1, device=start.device, dtype=torch.int32) + extent
+    zero = torch.zeros_like(start)
+    real = document_ids >= 0
+    return Visibility(
+        torch.stack([zero, torch.where(real, start, zero), torch.where(real, torch.minimum(end, behind), zero)]), document_ids.shape[1]
+    )
+
+
+def scattered_visibility(document_ids: Tensor, ratio: float, seed: int, sample_indices: Tensor) -> Visibility:
+    """The causal mask, and each pair behind it with probability ``ratio`` (DiffuLLaMA's annealing), drawn anew for each sample.
+
+    Args:
+        document_ids: int [b, l]; negative = padding.
+        sample_indices: int64 [b].
+    """
+    num_samples, length = document_ids.shape
+    rows = (sample_indices[:, None] * length + torch.arange(length, device=document_ids.device)).flatten()
+    words = random_words(seed, rows, draw=0, purpose=Purpose.ATTENTION, num=length).reshape(num_samples, length, length)
+    same_document = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, :, None]
+    causal = causal_visibility(document_ids)
+    return Visibility(causal.endpoints, length, scattered=(words < int(ratio * (1 << 32))) & same_document)
+
+
+def block_diffusion_visibility(
+    document_ids: Tensor,
+    block_size: int,
+    block_index: Literal["document", "sample"],
+    clean_attention: Literal["block_causal", "token_causal"] = "block_causal",
+    noisy_attention: Literal["bidirectional", "causal"] = "bidirectional",
+) -> Visibility:
     """Attention over [x_t ; x_0], 2l rows and keys (LLaDA2.0 eq. 3 with documents; masks.md 1.1).
 
-    A noisy row sees its own noisy block and the clean tokens of strictly earlier blocks of its document; a clean row sees
-    the clean tokens of its own and earlier blocks, and no noisy one. (Strictly: with the own block's clean tokens in view the
-    loss would fall by itself.)
+    A noisy row sees its own noisy block (``causal``: up to itself) and the clean tokens of strictly earlier blocks of its document;
+    a clean row sees the clean tokens of its own and earlier blocks (``token_causal``: up to itself), and no noisy one. (Strictly:
+    with the own block's clean tokens in view the loss would fall by itself.)
 
     Args:
         document_ids: int [b, l]; negative = padding, which sees nothing and is seen by nothing.
@@ -76,8 +118,11 @@ def block_diffusion_visibility(document_ids: Tensor, block_size: int, block_inde
     start, _ = document_bounds(document_ids)
     block_start, block_end = block_bounds(document_ids, block_size, block_index)
     zero = torch.zeros_like(start)
-    noisy = torch.stack([zero, block_start, block_end, length + start, length + block_start])
-    clean = torch.stack([zero, length + start, length + block_end, length + block_end, length + block_end])
+    behind = torch.arange(1, length + 1, device=start.device, dtype=torch.int32).expand_as(start)
+    noisy_end = behind if noisy_attention == "causal" else block_end
+    clean_end = length + (behind if clean_attention == "token_causal" else block_end)
+    noisy = torch.stack([zero, block_start, noisy_end, length + start, length + block_start])
+    clean = torch.stack([zero, length + start, clean_end, clean_end, clean_end])
     real = document_ids >= 0
     endpoints = torch.cat([torch.where(real, noisy, zero), torch.where(real, clean, zero)], dim=-1)
     return Visibility(endpoints, 2 * length)

@@ -156,8 +156,8 @@ def _directories(config_dirs: Sequence[str]) -> list[Path]:
 
 
 def _exit_with(text: str, status: int) -> NoReturn:
-    # Every rank of a torchrun comes here with the same text.
-    if os.environ.get("RANK", "0") == "0":
+    # Every rank of a torchrun comes here, with the same text unless a node has other files: so one rank of each node says it.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr if status else sys.stdout, flush=True)
     if status:
         wait_for_main_rank()

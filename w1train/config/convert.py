@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, show
 from w1train.config.schema import Config
@@ -47,7 +47,7 @@ def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozense
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Name and resolved type of every field, in order."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
@@ -65,6 +65,8 @@ def describe_type(annotation: Any) -> str:
         return f"one of: {listing(arguments)}"
     if _is_optional(annotation):
         return f"{describe_type(_without_none(annotation))} or null"
+    if origin is Annotated:
+        return f"a mapping with some of the keys {listing(field_types(arguments[1]))}"
     if origin is list:
         return f"a list, each item {describe_type(arguments[0])}"
     if origin is dict:
@@ -84,6 +86,8 @@ class _Converter:
         origin = get_origin(annotation)
         if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
             return self.dataclass(annotation, value, key)
+        if origin is Annotated and isinstance(value, Mapping):
+            return self.some_fields(get_args(annotation)[1], value, key)
         if origin is list and isinstance(value, list):
             items = [self.value(get_args(annotation)[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
             return _INVALID if any(item is _INVALID for item in items) else items
@@ -107,6 +111,14 @@ class _Converter:
             if name not in annotations:
                 self.problems.extend(_unknown(name, tree[name], key, annotations))
         return result
+
+    def some_fields(self, cls: Any, tree: Mapping[Any, Any], key: str) -> dict[str, Any]:
+        """The fields of ``cls`` that the tree has, converted; those that failed are left out."""
+        annotations = field_types(cls)
+        for name in tree.keys() - annotations.keys():
+            self.problems.extend(_unknown(name, tree[name], key, annotations))
+        found = {name: self.value(annotations[name], tree[name], join(key, name)) for name in annotations if name in tree}
+        return {name: value for name, value in found.items() if value is not _INVALID}
 
     def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
         """The default of a field that the tree does not have."""
@@ -208,7 +220,7 @@ def _all_keys() -> dict[str, list[str]]:
             keys.setdefault(name, []).append(key)
             if dataclasses.is_dataclass(annotation):
                 visit(annotation, key)
-            elif get_origin(annotation) is dict:
+            elif get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
                 visit(get_args(annotation)[1], f"{key}.NAME")
 
     visit(Config, "")

@@ -52,8 +52,8 @@ def _mapping_sections(annotation: Any, key: str) -> list[str]:
     """Sections for mappings from names, such as the stages of the schedule."""
     if not dataclasses.is_dataclass(annotation):
         return []
-    fields = field_types(annotation).items()  # type: ignore[arg-type]
-    return [_section(get_args(inner)[1], f"{key}.{name}.NAME", f"{key}.{name}.NAME") for name, inner in fields if get_origin(inner) is dict]
+    mappings = {name: get_args(inner)[1] for name, inner in field_types(annotation).items() if get_origin(inner) is dict}  # type: ignore[arg-type]
+    return [_section(cls, f"{key}.{name}.NAME", f"{key}.{name}.NAME") for name, cls in mappings.items() if dataclasses.is_dataclass(cls)]
 
 
 def _section(cls: Any, key: str, title: str, only: Sequence[str] | None = None) -> str:
@@ -69,7 +69,7 @@ def _section(cls: Any, key: str, title: str, only: Sequence[str] | None = None) 
 
 def _valid(annotation: Any, key: str) -> str:
     """Type and range."""
-    if get_origin(annotation) is dict:
+    if get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
         return "a mapping from names (see below)"
     pattern = key.replace(".NAME.", ".*.")
     valid = RANGES.get(pattern) or RANGES.get(f"{pattern}[*]")

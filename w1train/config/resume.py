@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from w1train.config.errors import Problem, listing, show
-from w1train.config.schema import Config, ScheduleConfig
+from w1train.config.schema import Config, ScheduleConfig, StageConfig
 from w1train.config.serialization import ABSENT, Difference, config_differences
 
 # What changes neither the model nor the stream of noisy samples it is trained on. The micro-batch goes with the layout: it only says
@@ -25,6 +25,9 @@ ALLOWED_ON_RESUME = (
     "checkpoint.*",
     "logging.*",
 )
+# Files may move while a run waits. Whether they still hold what the run began with is told by the hash of the training tokens that the
+# checkpoint has, and the hash of the tokenizer that the tokens have.
+_MAY_MOVE = ("data.train", "data.validation", "data.tokenizer")
 _SCHEDULE_RULE = "the schedule of tokens not yet consumed: new or changed future stages, a longer or shorter running constant stage"
 
 
@@ -39,6 +42,8 @@ class _Piece:
     first_rate: float
     last_rate: float
     batch_size: int
+    others: str
+    """What else the stage sets."""
 
     def same_training(self, other: _Piece) -> bool:
         """Whether both give the same learning rate and batch size to the same tokens, whatever the stages are called."""
@@ -46,7 +51,8 @@ class _Piece:
 
     def __str__(self) -> str:
         rates = f"{show(self.last_rate)}" if self.style == "constant" else f"{show(self.first_rate)} to {show(self.last_rate)}"
-        return f"{self.style} {rates} for tokens {self.start} to {self.end} in batches of {self.batch_size}"
+        others = f" with {self.others}" if self.others else ""
+        return f"{self.style} {rates} for tokens {self.start} to {self.end} in batches of {self.batch_size}{others}"
 
 
 def allowed_on_resume(key: str) -> bool:
@@ -54,13 +60,16 @@ def allowed_on_resume(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in ALLOWED_ON_RESUME)
 
 
-def check_resume(old: Config, new: Config, tokens_consumed: int) -> list[Problem]:
+def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_hashed: bool = True) -> list[Problem]:
     """Every change that would make the resumed run another run.
 
-    ``tokens_consumed``: tokens the checkpoint has been trained on; learning rate and batch size up to there must be what they were.
+    Args:
+        tokens_consumed: tokens the checkpoint has been trained on; learning rate and batch size up to there must be what they were.
+        data_are_hashed: whether the checkpoint knows the hash of its training tokens, which then may lie elsewhere.
     """
     changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
-    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key)]
+    movable = _MAY_MOVE if data_are_hashed else ()
+    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key) and change.key not in movable]
     return forbidden + list(_check_schedule(old, new.schedule, tokens_consumed))
 
 
@@ -94,8 +103,14 @@ def _begun(schedule: ScheduleConfig, default_batch_size: int, consumed: int) -> 
         seen = min(end, consumed) if stage.style == "constant" else end
         first_rate = stage.learning_rate if stage.style == "constant" else rate
         batch_size = default_batch_size if stage.global_batch_size is None else stage.global_batch_size
-        yield _Piece(name, start, seen, stage.style, first_rate, stage.learning_rate, batch_size)
+        yield _Piece(name, start, seen, stage.style, first_rate, stage.learning_rate, batch_size, _others(stage))
         start, rate = end, stage.learning_rate
+
+
+def _others(stage: StageConfig) -> str:
+    others = {"rewarm_tokens": stage.rewarm_tokens, "train": stage.train, **stage.diffusion}
+    unset = {"rewarm_tokens": 0, "train": None}
+    return ", ".join(f"{key}={show(value)}" for key, value in others.items() if key in stage.diffusion or value != unset[key])
 
 
 def _show(value: object) -> str:
@@ -103,4 +118,4 @@ def _show(value: object) -> str:
 
 
 def _allowed_text() -> str:
-    return f"{listing(ALLOWED_ON_RESUME)}; {_SCHEDULE_RULE}"
+    return f"{listing(ALLOWED_ON_RESUME)}; {listing(_MAY_MOVE)} (the same data elsewhere); {_SCHEDULE_RULE}"

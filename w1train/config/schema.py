@@ -9,10 +9,10 @@ A field without a default must be set by a recipe. The string under each field i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
-LossWeight = Literal["inverse_t", "constant", "one_minus_t"]
+LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
 LossNormalizer = Literal["tokens", "masked_tokens"]
 
 
@@ -79,8 +79,11 @@ class DataConfig:
 
 @dataclass(slots=True, kw_only=True)
 class DiffusionConfig:
-    """Forward process and objective of masked diffusion."""
+    """Forward process and objective. A stage of the schedule may set any of these otherwise (schedule.stages.NAME.diffusion)."""
 
+    objective: Literal["diffusion", "autoregressive"] = "diffusion"
+    """diffusion: masked tokens are predicted. autoregressive: every token predicts the next one of its document from clean text
+    under a causal mask; of the other fields only random_length_probability and exclude_mask_logit then have a meaning."""
     mask_token_id: int = 14
     """Vocabulary id of the mask token."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
@@ -94,13 +97,37 @@ class DiffusionConfig:
     whole documents (one stream)."""
     block_index: Literal["document", "sample"] = "document"
     """Where blocks are counted from: the start of each document, or the start of the sample (LLaDA2.0 eq. 3)."""
+    clean_attention: Literal["block_causal", "token_causal"] = "block_causal"
+    """What a clean token sees in its own block: all of it (BD3-LM, LLaDA2.0, SDAR), or only what is before it, so that a finished
+    block's keys and values are an autoregressive cache (Nemotron, I-DLM)."""
+    noisy_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a noisy token sees in its own noisy block: all of it, or only what is before it (I-DLM)."""
+    shift: bool = False
+    """The output at a position predicts the next token of its document, as autoregressive models do (Dream, Fast-dLLM v2); the first
+    token of a document then has nothing to predict it and is never masked. False: it predicts its own token (LLaDA, SDAR)."""
+    complementary: bool = False
+    """Samples come in pairs of the same text, masked at t and, where the first one is not, at 1 - t: each token is predicted once a
+    pair (LLaDA2.0, Fast-dLLM v2). Global batches are then even, and hold half as many texts."""
     num_strata: int = 64
     """u is stratified over each run of this many consecutive samples of the global order (a power of two),
     rotated at random; a global batch that is a multiple of it is stratified exactly."""
+    attention_annealing: Literal["none", "extent", "random"] = "none"
+    """From a causal mask to the whole document while ``annealing_tokens`` of the stage go by, for a model that was autoregressive; one
+    stream only. extent: a token sees more and more of what is behind it. random: each pair behind is visible with growing
+    probability (DiffuLLaMA; no intervals, so no fused kernels). Validation and samples see the whole document throughout."""
+    annealing_tokens: int = 0
+    """Length of the annealing, from the start of the stage."""
+    mask_embedding_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the embeddings of masked tokens while training: it keeps a mask token that an
+    autoregressive model has never seen, of a norm near zero, from blowing up gradients (LLaDA2.0). Set it in the first stage alone."""
     weight: LossWeight = "inverse_t"
-    """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), constant = 1, one_minus_t = 1 - t."""
+    """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
+    (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
     normalizer: LossNormalizer = "tokens"
-    """What the weighted sum over the global batch is divided by: all real tokens, or the masked ones."""
+    """What the weighted sum over the global batch is divided by: all tokens that can be predicted, or the masked ones."""
+    autoregressive_weight: float = 0.0
+    """Adds this times the clean stream's next-token cross-entropies to the objective, before it is divided (Nemotron, I-DLM); needs
+    two streams and clean_attention=token_causal. No token predicts one of another document."""
     exclude_mask_logit: bool = True
     """Take the mask token out of the softmax: the model never predicts it."""
     random_length_probability: float = 0.01
@@ -156,11 +183,16 @@ class OptimizerConfig:
     """Decoupled weight decay; norms, biases and other vectors have none."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    rate_multipliers: dict[str, float] = field(default_factory=dict)
+    """Learning rates of some parameters as multiples of the schedule's, by patterns of their names, the first that fits:
+    {"*.mlp.*": 0.1, "embedding.*": 0}; 0 = frozen. Names are those of the whole model: embedding.word_embeddings.weight,
+    decoder.layers.0.self_attention.linear_qkv.weight, ..."""
 
 
 @dataclass(slots=True, kw_only=True)
 class StageConfig:
-    """One stage of the learning-rate schedule."""
+    """One stage of the schedule: a stretch of tokens with its learning rate and, where they differ from the run's, its batch, its
+    text and its objective. Stages of different block sizes are LLaDA2.0's road from autoregressive to diffusion."""
 
     tokens: int
     """Length of the stage in tokens."""
@@ -170,6 +202,12 @@ class StageConfig:
     """Sequences of one optimizer step in this stage (batch-size warmup); null = training.global_batch_size."""
     style: DecayStyle = "constant"
     """How the rate goes from the previous stage's end to this one's: constant (jump), linear, cosine, one_minus_sqrt."""
+    rewarm_tokens: int = 0
+    """The rate starts from 0 and is back on its curve after so many tokens of the stage; 0 = it goes on as it was."""
+    diffusion: Annotated[dict[str, Any], DiffusionConfig] = field(default_factory=dict)
+    """Fields of diffusion that this stage sets otherwise, such as {block_size: 4}."""
+    train: str | None = None
+    """Prefix of the training dataset of this stage; null = data.train. A dataset used by several stages is read on, not again."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,6 +244,8 @@ class ValidationConfig:
     """Validation samples, the first of the validation set; fewer if it is smaller."""
     timesteps: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
     """Every sample is scored at each of these t (midpoints of equal bins: the mean is the ELBO's quadrature)."""
+    block_sizes: list[int] = field(default_factory=list)
+    """Score the samples at these block sizes too, beside the present one; data.sequence_length stands for masked diffusion."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from w1train.config.convert import Conversion, join
+from w1train.config.divisibility import divisors, does_not_divide, near
 from w1train.config.errors import Problem, listing, show
 from w1train.config.schema import Config, SamplingConfig
+from w1train.config.stages import batch_sizes
+from w1train.config.validate_diffusion import DIFFUSION_RULES, at_every_stage
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 _STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
-_MOST_EXAMPLES = 12
 _MIDPOINT_TOLERANCE = 1e-6
 
 
@@ -67,11 +69,14 @@ RANGES: dict[str, Range] = {
     "data.num_workers": NOT_NEGATIVE,
     "data.prefetch": AT_LEAST_ONE,
     "diffusion.mask_token_id": NOT_NEGATIVE,
-    "diffusion.t_min": BELOW_ONE,
+    "diffusion.t_min": FRACTION,
     "diffusion.t_max": Range(0, 1, includes_low=False),
     "diffusion.block_size": AT_LEAST_ONE,
     "diffusion.num_strata": Range(1, 1 << 20),
     "diffusion.random_length_probability": FRACTION,
+    "diffusion.autoregressive_weight": NOT_NEGATIVE,
+    "diffusion.annealing_tokens": NOT_NEGATIVE,
+    "diffusion.mask_embedding_noise": NOT_NEGATIVE,
     "parallel.tensor": AT_LEAST_ONE,
     "parallel.pipeline": AT_LEAST_ONE,
     "parallel.virtual_pipeline": AT_LEAST_ONE,
@@ -85,15 +90,18 @@ RANGES: dict[str, Range] = {
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
+    "optimizer.rate_multipliers.*": NOT_NEGATIVE,
     "schedule.stages.*.tokens": AT_LEAST_ONE,
     "schedule.stages.*.learning_rate": NOT_NEGATIVE,
     "schedule.stages.*.global_batch_size": AT_LEAST_ONE,
+    "schedule.stages.*.rewarm_tokens": NOT_NEGATIVE,
     "training.global_batch_size": AT_LEAST_ONE,
     "training.micro_batch_size": AT_LEAST_ONE,
     "training.seed": Range(0, (1 << 63) - 1),
     "validation.interval": AT_LEAST_ONE,
     "validation.num_samples": AT_LEAST_ONE,
     "validation.timesteps[*]": Range(0, 1, includes_low=False),
+    "validation.block_sizes[*]": AT_LEAST_ONE,
     "sampling.interval": NOT_NEGATIVE,
     "sampling.num_tokens": AT_LEAST_ONE,
     "sampling.num_steps": AT_LEAST_ONE,
@@ -166,8 +174,8 @@ def _paths_rule(config: Config) -> Iterator[Problem]:
 
 def _query_groups_rule(config: Config) -> Iterator[Problem]:
     heads, groups = config.model.num_attention_heads, config.model.num_query_groups
-    if groups is not None and _does_not_divide(groups, heads):
-        valid = f"a divisor of model.num_attention_heads ({heads}): {_divisors(heads)}; or null"
+    if groups is not None and does_not_divide(groups, heads):
+        valid = f"a divisor of model.num_attention_heads ({heads}): {divisors(heads)}; or null"
         yield Problem("model.num_query_groups", show(groups), valid)
 
 
@@ -177,8 +185,8 @@ def _head_width_rule(config: Config) -> Iterator[Problem]:
     if channels is not None:
         if channels > 0 and channels % 2:
             yield Problem("model.kv_channels", show(channels), even, f"{channels + 1}")
-    elif _does_not_divide(heads, hidden):
-        valid = f"a divisor of model.hidden_size ({hidden}): {_divisors(hidden)}; or any number if model.kv_channels is set"
+    elif does_not_divide(heads, hidden):
+        valid = f"a divisor of model.hidden_size ({hidden}): {divisors(hidden)}; or any number if model.kv_channels is set"
         yield Problem("model.num_attention_heads", show(heads), valid)
     elif heads > 0 and hidden // heads % 2:
         found = f"null, so hidden_size / num_attention_heads = {hidden} / {heads} = {hidden // heads}"
@@ -197,35 +205,18 @@ def _sequence_length_rule(config: Config) -> Iterator[Problem]:
         yield Problem("data.sequence_length", show(length), f"at most model.max_sequence_length ({longest})")
 
 
-def _mask_token_rule(config: Config) -> Iterator[Problem]:
-    mask, vocab_size = config.diffusion.mask_token_id, config.model.vocab_size
-    if mask >= vocab_size > 0:
-        yield Problem("diffusion.mask_token_id", show(mask), f"an id below model.vocab_size ({vocab_size}), as the tokenizer has it")
-
-
-def _timesteps_rule(config: Config) -> Iterator[Problem]:
-    diffusion = config.diffusion
-    if diffusion.weight == "inverse_t" and diffusion.t_min == 0:
-        valid = "a number > 0, for diffusion.weight=inverse_t divides by t"
-        yield Problem("diffusion.t_min", show(diffusion.t_min), valid, "0.001 (LLaDA)")
-    if diffusion.t_min >= diffusion.t_max:
-        yield Problem("diffusion.t_min", show(diffusion.t_min), f"a number below diffusion.t_max ({show(diffusion.t_max)})")
-
-
-def _strata_rule(config: Config) -> Iterator[Problem]:
-    strata = config.diffusion.num_strata
-    if strata >= 1 and strata & (strata - 1):
-        below = 1 << (strata.bit_length() - 1)
-        yield Problem("diffusion.num_strata", show(strata), "a power of two (1 = independent draws)", f"{below} or {2 * below}")
-
-
 def _stages_rule(config: Config) -> Iterator[Problem]:
     stages = config.schedule.stages
     if not stages:
         yield Problem("schedule.stages", "{}", "at least one stage", "schedule.stages.NAME={tokens: 1e9, learning_rate: 3e-4}")
-    for name in stages:
+    for name, stage in stages.items():
         if not _STAGE_NAME_PATTERN.fullmatch(name):
             yield Problem(f"schedule.stages.{name}", f"the name {show(name)}", "a name of letters, digits, '_' and '-'")
+        if 0 < stage.tokens < stage.rewarm_tokens:
+            valid = f"at most the stage's {stage.tokens} tokens"
+            yield Problem(f"schedule.stages.{name}.rewarm_tokens", show(stage.rewarm_tokens), valid)
+        if stage.train == "":
+            yield Problem(f"schedule.stages.{name}.train", "''", "a path or null")
 
 
 def _validation_rule(config: Config) -> Iterator[Problem]:
@@ -240,14 +231,26 @@ def _validation_rule(config: Config) -> Iterator[Problem]:
         yield Problem("validation.timesteps", show(timesteps), valid, show([round(midpoint, 8) for midpoint in midpoints]))
 
 
+def _validation_blocks_rule(config: Config) -> Iterator[Problem]:
+    length = config.data.sequence_length
+    for index, size in enumerate(config.validation.block_sizes):
+        if size != length and (size > length or does_not_divide(size, length)):
+            yield Problem(f"validation.block_sizes[{index}]", show(size), f"a divisor of data.sequence_length ({length})")
+
+
 def _sampling_rule(config: Config) -> Iterator[Problem]:
-    sampling, block_size = config.sampling, config.diffusion.block_size
-    yield from denoising_problems(sampling, by_block=block_size is not None and block_size < config.data.sequence_length)
+    sampling = config.sampling
     if sampling.interval > 0 and not sampling.prompts:
         yield Problem("sampling.prompts", "[]", "at least one prompt, or sampling.interval=0", 'the empty prompt: [""]')
     if sampling.interval > 0 and sampling.num_tokens > config.model.max_sequence_length:
         valid = f"at most model.max_sequence_length ({config.model.max_sequence_length}), or sampling.interval=0"
         yield Problem("sampling.num_tokens", show(sampling.num_tokens), valid)
+
+
+def _denoising_rule(config: Config) -> Iterator[Problem]:
+    block_size = config.diffusion.block_size
+    if config.diffusion.objective == "diffusion":
+        yield from denoising_problems(config.sampling, by_block=block_size is not None and block_size < config.data.sequence_length)
 
 
 def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Problem]:
@@ -261,14 +264,14 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
     if by_block:
         return
     block_size = sampling.num_tokens if sampling.block_size is None else sampling.block_size
-    if _does_not_divide(block_size, sampling.num_tokens):
-        valid = f"a divisor of sampling.num_tokens ({sampling.num_tokens}): {_divisors(sampling.num_tokens)}; or null"
+    if does_not_divide(block_size, sampling.num_tokens):
+        valid = f"a divisor of sampling.num_tokens ({sampling.num_tokens}): {divisors(sampling.num_tokens)}; or null"
         yield Problem("sampling.block_size", show(block_size), valid)
     elif block_size > 0 and sampling.threshold is None:
         num_blocks = sampling.num_tokens // block_size
-        if _does_not_divide(num_blocks, sampling.num_steps):
+        if does_not_divide(num_blocks, sampling.num_steps):
             valid = f"a multiple of the {num_blocks} blocks of {block_size} tokens, each of which takes the same number of steps"
-            yield Problem("sampling.num_steps", show(sampling.num_steps), valid, _near(sampling.num_steps, num_blocks))
+            yield Problem("sampling.num_steps", show(sampling.num_steps), valid, near(sampling.num_steps, num_blocks))
 
 
 def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:
@@ -276,8 +279,8 @@ def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
     sizes = {name: size for name in names if (size := getattr(config.model, name, None)) is not None}
     for name, size in sizes.items():
-        if _does_not_divide(tensor, size):
-            suggestion = f"a divisor of all that it splits: {_divisors(math.gcd(*sizes.values()))}"
+        if does_not_divide(tensor, size):
+            suggestion = f"a divisor of all that it splits: {divisors(math.gcd(*sizes.values()))}"
             yield Problem("parallel.tensor", show(tensor), f"a divisor of model.{name} ({size})", suggestion)
 
 
@@ -287,10 +290,10 @@ def _sequence_parallel_rule(config: Config) -> Iterator[Problem]:
     tensor, length = config.parallel.tensor, config.data.sequence_length
     if tensor == 1:
         yield Problem("parallel.sequence", "true", "false when parallel.tensor is 1: there is nothing to share", "parallel.tensor=2")
-    elif _does_not_divide(tensor * config.parallel.context, length):
+    elif does_not_divide(tensor * config.parallel.context, length):
         unit = tensor * config.parallel.context
         valid = f"a multiple of parallel.tensor x parallel.context ({unit}) when parallel.sequence is true"
-        yield Problem("data.sequence_length", show(length), valid, _near(length, unit))
+        yield Problem("data.sequence_length", show(length), valid, near(length, unit))
 
 
 def _pipeline_rule(config: Config) -> Iterator[Problem]:
@@ -317,9 +320,9 @@ def _pipeline_rule(config: Config) -> Iterator[Problem]:
     if middle_stages == 0 and middle_layers != 0:
         valid = f"numbers that add up to model.num_layers ({layers}) with two stages"
         yield Problem("parallel.num_layers_in_last_stage", show(parallel.num_layers_in_last_stage), valid)
-    elif middle_stages and (middle_layers < middle_stages or _does_not_divide(middle_stages, middle_layers)):
+    elif middle_stages and (middle_layers < middle_stages or does_not_divide(middle_stages, middle_layers)):
         kind = "layers left for the stages between" if uneven else "model.num_layers" + (" and what counts as a layer" if counted else "")
-        valid = f"a divisor of the {middle_layers} {kind}: {_divisors(middle_layers)}" if middle_layers > 0 else "fewer layers at the ends"
+        valid = f"a divisor of the {middle_layers} {kind}: {divisors(middle_layers)}" if middle_layers > 0 else "fewer layers at the ends"
         yield Problem("parallel.pipeline", show(parallel.pipeline), valid)
     elif middle_stages:
         per_stage.append(middle_layers // middle_stages)
@@ -334,8 +337,8 @@ def _virtual_pipeline_problems(config: Config, per_stage: list[int], *, has_midd
         suggestion = "give num_layers_in_first_stage or num_layers_in_last_stage alone: the other stage gets the rest"
         yield Problem("parallel.virtual_pipeline", show(virtual), valid, suggestion)
     for count in sorted(set(per_stage)):
-        if _does_not_divide(virtual, count):
-            valid = f"a divisor of the {count} layers of a pipeline stage: {_divisors(count)}"
+        if does_not_divide(virtual, count):
+            valid = f"a divisor of the {count} layers of a pipeline stage: {divisors(count)}"
             yield Problem("parallel.virtual_pipeline", show(virtual), valid)
 
 
@@ -345,33 +348,24 @@ def _context_rule(config: Config) -> Iterator[Problem]:
         return
     if parallel.context_method == "all_gather":
         unit = parallel.context * parallel.context_chunk_size
-        if _does_not_divide(unit, length):
+        if does_not_divide(unit, length):
             valid = f"a multiple of parallel.context x parallel.context_chunk_size ({unit})"
-            yield Problem("data.sequence_length", show(length), valid, _near(length, unit))
+            yield Problem("data.sequence_length", show(length), valid, near(length, unit))
         return
-    if _does_not_divide(parallel.context, length):
+    if does_not_divide(parallel.context, length):
         valid = f"a multiple of parallel.context ({parallel.context})"
-        yield Problem("data.sequence_length", show(length), valid, _near(length, parallel.context))
+        yield Problem("data.sequence_length", show(length), valid, near(length, parallel.context))
     model, ranks = config.model, parallel.context * parallel.tensor
     groups = model.num_query_groups or model.num_attention_heads
-    if _does_not_divide(ranks, groups):
+    if does_not_divide(ranks, groups):
         valid = f"with all_to_all, a number that with parallel.tensor ({parallel.tensor}) divides the {groups} key/value heads"
         yield Problem("parallel.context", show(parallel.context), valid, "parallel.context_method=all_gather")
-
-
-def _block_rule(config: Config) -> Iterator[Problem]:
-    block_size, length = config.diffusion.block_size, config.data.sequence_length
-    if config.diffusion.timestep_per == "block" and block_size is None:
-        yield Problem("diffusion.block_size", "null", "a number of tokens, since diffusion.timestep_per is block")
-    if block_size is not None and block_size < length and _does_not_divide(block_size, length):
-        valid = f"a divisor of data.sequence_length ({length}), or at least as long"
-        yield Problem("diffusion.block_size", show(block_size), valid, _near(block_size, 1) if block_size < 2 else None)
 
 
 def _recompute_rule(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
     chunks = parallel.pipeline * parallel.virtual_pipeline
-    if parallel.recompute != "full" or _does_not_divide(chunks, layers):
+    if parallel.recompute != "full" or does_not_divide(chunks, layers):
         return
     per_chunk = layers // chunks
     if parallel.recompute_num_layers > per_chunk:
@@ -379,20 +373,11 @@ def _recompute_rule(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.recompute_num_layers", show(parallel.recompute_num_layers), valid)
 
 
-def _batch_sizes(config: Config) -> dict[str, int]:
-    """Every global batch size of the run by its key."""
-    sizes = {"training.global_batch_size": config.training.global_batch_size}
-    for name, stage in config.schedule.stages.items():
-        if stage.global_batch_size is not None:
-            sizes[f"schedule.stages.{name}.global_batch_size"] = stage.global_batch_size
-    return sizes
-
-
 def _batch_rule(config: Config) -> Iterator[Problem]:
     micro = config.training.micro_batch_size
-    for key, batch in _batch_sizes(config).items():
-        if _does_not_divide(micro, batch):
-            yield Problem(key, show(batch), f"a multiple of training.micro_batch_size ({micro})", _near(batch, micro))
+    for key, batch in batch_sizes(config).items():
+        if does_not_divide(micro, batch):
+            yield Problem(key, show(batch), f"a multiple of training.micro_batch_size ({micro})", near(batch, micro))
 
 
 def _world_size_rule(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -405,60 +390,45 @@ def _world_size_rule(config: Config, world_size: int | None) -> Iterator[Problem
     if world_size % replica:
         product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or name != "context")
         found = f"{product.removeprefix('parallel.tensor ')} = {replica} ranks a replica, in a world of {world_size}"
-        valid = f"a product that divides the world size {world_size}: {_divisors(world_size)}"
+        valid = f"a product that divides the world size {world_size}: {divisors(world_size)}"
         yield Problem("parallel.tensor", found, valid)
         return
     data_parallel = world_size // replica
-    for key, batch in _batch_sizes(config).items():
+    for key, batch in batch_sizes(config).items():
         # When the micro-batch alone does not divide, the rule without a world has said so.
-        if _does_not_divide(micro, batch):
+        if does_not_divide(micro, batch):
             continue
         unit = micro * data_parallel
-        if _does_not_divide(unit, batch):
+        if does_not_divide(unit, batch):
             valid = f"a multiple of training.micro_batch_size x data-parallel ranks ({micro} x {data_parallel} = {unit})"
-            yield Problem(key, show(batch), valid, _near(batch, unit))
-        elif parallel.virtual_pipeline > 1 and _does_not_divide(parallel.pipeline, batch // unit):
+            yield Problem(key, show(batch), valid, near(batch, unit))
+        elif parallel.virtual_pipeline > 1 and does_not_divide(parallel.pipeline, batch // unit):
             unit *= parallel.pipeline
             valid = f"with virtual pipeline stages, a multiple of {unit}: micro-batches come in groups of {parallel.pipeline}"
-            yield Problem(key, show(batch), valid, _near(batch, unit))
-
-
-def _does_not_divide(divisor: int, number: int) -> bool:
-    """False also when either is not positive: the ranges report that."""
-    return divisor > 0 and number > 0 and number % divisor != 0
-
-
-def _divisors(number: int) -> str:
-    """The divisors of a positive number, the smallest ones if there are many."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    divisors = sorted({*small, *(number // divisor for divisor in small)})
-    return listing(divisors if len(divisors) <= _MOST_EXAMPLES else [*divisors[:_MOST_EXAMPLES], "..."])
-
-
-def _near(number: int, unit: int) -> str:
-    below = number // unit * unit
-    return listing(multiple for multiple in (below, below + unit) if multiple > 0).replace(", ", " or ")
+            yield Problem(key, show(batch), valid, near(batch, unit))
 
 
 RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
-    *(_ranges(pattern, valid) for pattern, valid in RANGES.items()),
+    *(
+        at_every_stage(_ranges(pattern, valid)) if pattern.startswith("diffusion.") else _ranges(pattern, valid)
+        for pattern, valid in RANGES.items()
+    ),
     _run_rule,
     _paths_rule,
     _query_groups_rule,
     _head_width_rule,
     _timestep_frequency_rule,
     _sequence_length_rule,
-    _mask_token_rule,
-    _timesteps_rule,
-    _strata_rule,
+    *DIFFUSION_RULES,
     _stages_rule,
     _validation_rule,
+    _validation_blocks_rule,
     _sampling_rule,
+    at_every_stage(_denoising_rule),
     _tensor_parallel_rule,
     _sequence_parallel_rule,
     _pipeline_rule,
     _context_rule,
-    _block_rule,
     _recompute_rule,
     _batch_rule,
 )

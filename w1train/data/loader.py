@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from w1train.data.batch import PackedBatch
 from w1train.data.packing import PackedDataset
+from w1train.data.staged import StagedSamples
 
 PADDING_SAMPLE = -1
 
@@ -33,7 +34,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        packed: PackedDataset,
+        packed: PackedDataset | StagedSamples,
         *,
         micro_batch_size: int,
         data_parallel_rank: int = 0,
@@ -162,7 +163,7 @@ def validation_token_counts(packed: PackedDataset, num_samples: int, vocab_size:
     return counts
 
 
-def _collate(packed: PackedDataset, sample_indices: NDArray[np.int64]) -> PackedBatch:
+def _collate(packed: PackedDataset | StagedSamples, sample_indices: NDArray[np.int64]) -> PackedBatch:
     """The samples of the indices, int64 [b]; PADDING_SAMPLE stands for one of padding alone."""
     shape = (len(sample_indices), packed.sequence_length)
     tokens = np.zeros(shape, dtype=np.int64)

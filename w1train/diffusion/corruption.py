@@ -1,18 +1,18 @@
-"""The forward process of masked diffusion on packed samples.
+"""The forward process of masked diffusion on packed samples, and what each position is to predict.
 
 Shapes: b = samples, l = sequence_length, g = segments per sample (stretches of tokens that share one t).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
-from w1train.data.documents import block_ordinals
+from w1train.data.documents import block_ordinals, document_bounds
 from w1train.diffusion.philox import Purpose, random_words
 from w1train.diffusion.timesteps import draw_fractions, mask_thresholds, timesteps_from_fractions
 
@@ -23,38 +23,49 @@ class NoisyBatch:
 
     input_ids: Tensor
     """int64 [b, l]: the tokens, masked ones replaced by the mask token."""
-    targets: Tensor
+    tokens: Tensor
     """int64 [b, l]: the clean tokens."""
+    targets: Tensor
+    """int64 [b, l]: what the output at each position predicts: its own token, or with ``shift`` the next one."""
     loss_mask: Tensor
-    """bool [b, l]: where a loss is taken (the masked tokens; never padding)."""
-    token_timesteps: Tensor
-    """float32 [b, l]: t of each token, for weights and for the loss by t (not seen by the model)."""
+    """bool [b, l]: outputs that a loss is taken of (whose targets are masked; never padding)."""
+    has_target: Tensor
+    """bool [b, l]: outputs whose target could have been masked: the tokens that the objective is a likelihood of."""
+    weights: Tensor
+    """float32 [b, l]: weight of the loss of each output."""
+    target_timesteps: Tensor
+    """float32 [b, l]: t of each output's target, for the ELBO and the loss by t (not seen by the model)."""
+    next_targets: Tensor | None
+    """int64 [b, l]: what the clean stream predicts, the next token; None without an autoregressive loss."""
+    next_mask: Tensor | None
+    """bool [b, l]: whether that is a token of the same document."""
     document_ids: Tensor
     """int32 [b, l]: as in PackedBatch, after a cut to random length; -1 on padding."""
     positions: Tensor
     """int32 [b, l]."""
-    segment_timesteps: Tensor
-    """float32 [b * g]: t of each segment, one row of the conditioning table each."""
+    places: Tensor
+    """int64 [b, l]: position inside the sample."""
     segment_index: Tensor
     """int64 [b, l]: row of segment_timesteps for each token."""
+    segment_timesteps: Tensor
+    """float32 [b * g]: t of each segment, one row of the conditioning table each."""
+    sample_indices: Tensor
+    """int64 [b]."""
+    annealed: float = 1.0
+    """How far the mask is on its way from causal to the whole document."""
 
     def at(self, positions: Tensor) -> NoisyBatch:
         """The batch at some positions of each sample, int64 [b, n]: a context-parallel rank's part of one global draw."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shared = ("segment_timesteps", "sample_indices", "annealed")
         return NoisyBatch(
-            input_ids=self.input_ids.gather(1, positions),
-            targets=self.targets.gather(1, positions),
-            loss_mask=self.loss_mask.gather(1, positions),
-            token_timesteps=self.token_timesteps.gather(1, positions),
-            document_ids=self.document_ids.gather(1, positions),
-            positions=self.positions.gather(1, positions),
-            segment_timesteps=self.segment_timesteps,
-            segment_index=self.segment_index.gather(1, positions),
+            **{name: value if name in shared or value is None else value.gather(1, positions) for name, value in values.items()}
         )
 
     @property
     def num_tokens(self) -> Tensor:
-        """int64 scalar: real tokens."""
-        return (self.document_ids >= 0).sum()
+        """int64 scalar: tokens that can be predicted."""
+        return self.has_target.sum()
 
 
 def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int = 0) -> NoisyBatch:
@@ -62,13 +73,25 @@ def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int
 
     Pure in (seed, batch.sample_indices, draw): the same for every layout, device and micro-batch size.
     """
-    batch = cut_to_random_length(batch, config, seed, draw=draw)
+    # Partners of a pair share every random number, those of the cut too.
+    keys = torch.div(batch.sample_indices, 2, rounding_mode="floor") if config.complementary else batch.sample_indices
+    batch = cut_to_random_length(batch, config, seed, keys, draw=draw)
+    if config.objective == "autoregressive":
+        return _next_tokens(batch)
     segment = _segments(batch, config)
     # One column for every possible segment would be l wide; the largest that occurs bounds it. The columns beyond a
     # sample's own segments are rows of the table that no token points to.
-    fractions = draw_fractions(config, seed, batch.sample_indices, int(segment.max()) + 1, draw)
+    fractions = draw_fractions(config, seed, keys, int(segment.max()) + 1, draw)
     timesteps = timesteps_from_fractions(config, fractions)
-    return _mask_tokens(batch, config, seed, timesteps, segment, draw)
+    return _mask_tokens(batch, config, seed, timesteps, segment, keys, draw)
+
+
+def corrupt_at(batch: PackedBatch, config: DiffusionConfig, seed: int, timestep: float, *, draw: int) -> NoisyBatch:
+    """Corruption of whole samples at one given t in (0, 1] with the fixed noise of ``draw``: for validation."""
+    if config.objective == "autoregressive":
+        return _next_tokens(batch)
+    timesteps = torch.full((len(batch.sample_indices), 1), timestep, dtype=torch.float64, device=batch.tokens.device)
+    return _mask_tokens(batch, config, seed, timesteps, torch.zeros_like(batch.tokens), batch.sample_indices, draw, paired=False)
 
 
 def _segments(batch: PackedBatch, config: DiffusionConfig) -> Tensor:
@@ -81,21 +104,18 @@ def _segments(batch: PackedBatch, config: DiffusionConfig) -> Tensor:
     return torch.zeros_like(batch.tokens)
 
 
-def corrupt_at(batch: PackedBatch, config: DiffusionConfig, seed: int, timestep: float, *, draw: int) -> NoisyBatch:
-    """Corruption of whole samples at one given t in (0, 1] with the fixed noise of ``draw``: for validation."""
-    timesteps = torch.full((len(batch.sample_indices), 1), timestep, dtype=torch.float64, device=batch.tokens.device)
-    return _mask_tokens(batch, config, seed, timesteps, torch.zeros_like(batch.tokens), draw)
-
-
-def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int = 0) -> PackedBatch:
+def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int, keys: Tensor, *, draw: int = 0) -> PackedBatch:
     """With probability random_length_probability, keep the first U{1..l} tokens of a sample; the rest becomes padding.
 
     LLaDA cuts a whole batch at once; a cut per sample is the same distribution and does not depend on the batch.
+
+    Args:
+        keys: int64 [b], what the random numbers belong to.
     """
     if config.random_length_probability == 0.0:
         return batch
     length = batch.tokens.shape[1]
-    words = random_words(seed, batch.sample_indices, draw=draw, purpose=Purpose.LENGTH, num=2)
+    words = random_words(seed, keys, draw=draw, purpose=Purpose.LENGTH, num=2)
     cut = words[:, 0] < int(config.random_length_probability * (1 << 32))
     kept = torch.where(cut, 1 + ((words[:, 1] * length) >> 32), length)
     beyond = torch.arange(length, device=batch.tokens.device)[None, :] >= kept[:, None]
@@ -107,21 +127,116 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
     )
 
 
-def _mask_tokens(batch: PackedBatch, config: DiffusionConfig, seed: int, timesteps: Tensor, segment: Tensor, draw: int) -> NoisyBatch:
-    """Mask by comparing 32-bit words. timesteps: float64 [b, g]; segment: int64 [b, l] in [0, g)."""
+def _mask_tokens(
+    batch: PackedBatch,
+    config: DiffusionConfig,
+    seed: int,
+    timesteps: Tensor,
+    segment: Tensor,
+    keys: Tensor,
+    draw: int,
+    *,
+    paired: bool = True,
+) -> NoisyBatch:
+    """Mask by comparing 32-bit words. timesteps: float64 [b, g]; segment: int64 [b, l] in [0, g); keys: int64 [b].
+
+    ``paired``: whether samples of odd index are the partners of those before them, if the objective is complementary.
+    """
     num_samples, length = batch.tokens.shape
-    words = random_words(seed, batch.sample_indices, draw=draw, purpose=Purpose.MASK, num=length)
-    masked = (words < mask_thresholds(timesteps).gather(1, segment)) & (batch.document_ids >= 0)
+    words = random_words(seed, keys, draw=draw, purpose=Purpose.MASK, num=length)
+    masked = words < mask_thresholds(timesteps).gather(1, segment)
+    if config.complementary and paired:
+        is_partner = (batch.sample_indices % 2 == 1)[:, None]
+        masked, timesteps = masked ^ is_partner, torch.where(is_partner, 1 - timesteps, timesteps)
+    can_be_masked = batch.document_ids >= 0
+    if config.shift:
+        can_be_masked &= ~_starts_document(batch.document_ids)
     # A mask token in the data can be no target: its probability is zero.
-    masked &= batch.tokens != config.mask_token_id
+    masked &= can_be_masked & (batch.tokens != config.mask_token_id)
+    token_timesteps = timesteps.gather(1, segment).float()
+    weights = loss_weights(config, token_timesteps, masked, can_be_masked, segment)
+    # What belongs to a token moves to the output that predicts it.
+    moved = _next if config.shift else lambda tensor: tensor
+    next_mask = _next_mask(batch.document_ids) if config.autoregressive_weight > 0 else None
     rows = torch.arange(num_samples, device=segment.device)[:, None] * timesteps.shape[1]
     return NoisyBatch(
         input_ids=batch.tokens.masked_fill(masked, config.mask_token_id),
-        targets=batch.tokens,
-        loss_mask=masked,
-        token_timesteps=timesteps.gather(1, segment).float(),
+        tokens=batch.tokens,
+        targets=moved(batch.tokens),
+        loss_mask=moved(masked),
+        has_target=moved(can_be_masked),
+        weights=moved(weights),
+        target_timesteps=moved(token_timesteps),
+        next_targets=None if next_mask is None else _next(batch.tokens),
+        next_mask=next_mask,
         document_ids=batch.document_ids,
         positions=batch.positions,
-        segment_timesteps=timesteps.flatten().float(),
+        places=_places(batch),
         segment_index=rows + segment,
+        segment_timesteps=timesteps.flatten().float(),
+        sample_indices=batch.sample_indices,
     )
+
+
+def _next_tokens(batch: PackedBatch) -> NoisyBatch:
+    """Autoregression as a batch like any other: clean text at t = 0 (one segment a sample), every token predicting the next one of its
+    document, as the last step of a reverse process would: t = 1 for the loss."""
+    has_next = _next_mask(batch.document_ids)
+    ones = torch.ones(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    return NoisyBatch(
+        input_ids=batch.tokens,
+        tokens=batch.tokens,
+        targets=_next(batch.tokens),
+        loss_mask=has_next,
+        has_target=has_next,
+        weights=ones,
+        target_timesteps=ones,
+        next_targets=None,
+        next_mask=None,
+        document_ids=batch.document_ids,
+        positions=batch.positions,
+        places=_places(batch),
+        segment_index=rows[:, None].expand_as(batch.tokens),
+        segment_timesteps=ones.new_zeros(len(batch.tokens)),
+        sample_indices=batch.sample_indices,
+    )
+
+
+def loss_weights(config: DiffusionConfig, timesteps: Tensor, masked: Tensor, can_be_masked: Tensor, segment: Tensor) -> Tensor:
+    """Weight of each masked token's cross-entropy, float32 [b, l].
+
+    inverse_t: w = -alpha'_t / (1 - alpha_t) = 1/t, the ELBO (LLaDA2.0 prints the opposite sign in eq. 1; masks.md G13).
+    inverse_fraction: the masked share of the segment that came about instead of its expectation t (MegaDLMs).
+    one_minus_t: GIDD's follow-up.
+    """
+    if config.weight == "inverse_t":
+        return 1.0 / timesteps
+    if config.weight == "one_minus_t":
+        return 1.0 - timesteps
+    if config.weight == "constant":
+        return torch.ones_like(timesteps)
+    counts = torch.zeros((2, *segment.shape), device=segment.device)  # a segment's number is below l
+    for count, chosen in zip(counts, (can_be_masked, masked), strict=True):
+        count.scatter_add_(1, segment, chosen.float())
+    return (counts[0] / counts[1].clamp_min(1.0)).gather(1, segment)
+
+
+def _next(tensor: Tensor) -> Tensor:
+    """What belongs to the position behind each one, [b, l]; the last one's is zero."""
+    return torch.cat([tensor[:, 1:], torch.zeros_like(tensor[:, :1])], dim=1)
+
+
+def _next_mask(document_ids: Tensor) -> Tensor:
+    """bool [b, l]: whether the position behind is of the same document."""
+    real = document_ids >= 0
+    return _next(real & ~_starts_document(document_ids))
+
+
+def _starts_document(document_ids: Tensor) -> Tensor:
+    start, _ = document_bounds(document_ids)
+    return start == torch.arange(document_ids.shape[1], device=document_ids.device)
+
+
+def _places(batch: PackedBatch) -> Tensor:
+    return torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)

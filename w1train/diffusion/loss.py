@@ -23,33 +23,25 @@ class LossSums:
     """Sums over a micro-batch, in one vector so that one all-reduce carries them all."""
 
     values: Tensor
-    """float64 [5 + 2 * num_t_bins]."""
+    """float64 [NUM_SCALARS + 2 * num_t_bins]."""
     num_t_bins: int
 
-    NUM_SCALARS = 5  # weighted, elbo, cross_entropy, num_masked, num_tokens
+    NUM_SCALARS = 7  # weighted, elbo, cross_entropy, num_masked, num_tokens, next_cross_entropy, num_next
 
     def metrics(self, config: DiffusionConfig) -> dict[str, Any]:
         """Global means, from sums that were already added over micro-batches and ranks."""
-        weighted, elbo, cross_entropy, num_masked, num_tokens = self.values[: self.NUM_SCALARS].tolist()
+        weighted, elbo, cross_entropy, num_masked, num_tokens, following, num_next = self.values[: self.NUM_SCALARS].tolist()
         denominator = num_tokens if config.normalizer == "tokens" else num_masked
         bins = self.values[self.NUM_SCALARS :].reshape(2, self.num_t_bins).tolist()
+        autoregressive = {"autoregressive_loss": following / max(num_next, 1.0)} if config.autoregressive_weight > 0 else {}
         return {
-            "loss": weighted / max(denominator, 1.0),
+            "loss": (weighted + config.autoregressive_weight * following) / max(denominator, 1.0),
             "elbo": elbo / max(num_tokens, 1.0),
             "masked_cross_entropy": cross_entropy / max(num_masked, 1.0),
             "mask_ratio": num_masked / max(num_tokens, 1.0),
             "loss_by_t": [total / count if count else None for total, count in zip(*bins, strict=True)],
+            **autoregressive,
         }
-
-
-def loss_weights(config: DiffusionConfig, timesteps: Tensor) -> Tensor:
-    """Weight of a masked token's cross-entropy at t. inverse_t: w = -alpha'_t / (1 - alpha_t) = 1/t, the ELBO
-    (LLaDA2.0 prints the opposite sign in eq. 1; masks.md G13). one_minus_t: GIDD's follow-up."""
-    if config.weight == "inverse_t":
-        return 1.0 / timesteps
-    if config.weight == "one_minus_t":
-        return 1.0 - timesteps
-    return torch.ones_like(timesteps)
 
 
 def denominator(config: DiffusionConfig, noisy: NoisyBatch) -> Tensor:
@@ -57,24 +49,33 @@ def denominator(config: DiffusionConfig, noisy: NoisyBatch) -> Tensor:
     return (noisy.num_tokens if config.normalizer == "tokens" else noisy.loss_mask.sum()).double()
 
 
-def diffusion_loss(cross_entropy: Tensor, noisy: NoisyBatch, config: DiffusionConfig, num_t_bins: int) -> tuple[Tensor, LossSums]:
+def diffusion_loss(
+    cross_entropy: Tensor, noisy: NoisyBatch, config: DiffusionConfig, num_t_bins: int, next_cross_entropy: Tensor | None = None
+) -> tuple[Tensor, LossSums]:
     """The weighted sum to differentiate (not yet divided), and the sums to log.
 
     Args:
         cross_entropy: float32 [m], nats, at the positions of ``noisy.loss_mask``.
+        next_cross_entropy: float32, nats, at the positions of ``noisy.next_mask``, of the clean stream; None without such a loss.
     """
-    timesteps = noisy.token_timesteps[noisy.loss_mask]
-    weighted = (cross_entropy * loss_weights(config, timesteps)).sum()
+    timesteps, weights = noisy.target_timesteps[noisy.loss_mask], noisy.weights[noisy.loss_mask]
+    weighted = (cross_entropy * weights).sum()
+    if next_cross_entropy is None:
+        next_cross_entropy = cross_entropy.new_zeros(0)
+    else:
+        weighted = weighted + config.autoregressive_weight * next_cross_entropy.sum()
     with torch.no_grad():
         # Double: float32 sums of 10^6 terms would make the logged loss depend on the order of the ranks.
         detached, inverse = cross_entropy.double(), 1.0 / timesteps.double()
         scalars = torch.stack(
             [
-                (detached * loss_weights(config, timesteps).double()).sum(),
+                (detached * weights.double()).sum(),
                 (detached * inverse).sum(),
                 detached.sum(),
                 noisy.loss_mask.sum().double(),
                 noisy.num_tokens.double(),
+                next_cross_entropy.double().sum(),
+                detached.new_tensor(float(len(next_cross_entropy))),
             ]
         )
         bins = (timesteps * num_t_bins).long().clamp(0, num_t_bins - 1)

@@ -41,6 +41,10 @@ class Purpose(IntEnum):
     """Whether a sample is cut to a random length, and to which."""
     WEIGHT = 4
     """Initial weights (keyed by parameter name, not by sample)."""
+    EMBEDDING = 6
+    """Noise on the embeddings of masked tokens (keyed by sample and position)."""
+    ATTENTION = 7
+    """Which pairs an annealed causal mask lets through (keyed by sample and query)."""
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -49,7 +49,9 @@ def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, n
 
 def timesteps_from_fractions(config: DiffusionConfig, fractions: Tensor) -> Tensor:
     """t in float64 of u * 2^32. Float64 holds u exactly; one multiplication and one addition round alike everywhere."""
-    return config.t_min + (config.t_max - config.t_min) * (fractions.double() / _TWO_32)
+    # The partner of a pair is at 1 - t, which must not fall below t_min either: its weight 1/t has no bound at 0.
+    t_max = min(config.t_max, 1.0 - config.t_min) if config.complementary else config.t_max
+    return config.t_min + (t_max - config.t_min) * (fractions.double() / _TWO_32)
 
 
 def mask_thresholds(timesteps: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import ModelConfig
+from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.model.conditioning import Modulation, TimestepEmbedding, modulate
 from w1train.model.layer import LayerInputs, layer_spec
 from w1train.model.norm import RMSNorm
@@ -44,6 +45,8 @@ class ModelInputs:
     """int64 [b, l]: segment of each token; None = segment i is sample i."""
     logit_positions: Tensor
     """int64 [m]: flattened (b * l + position) places where logits are computed."""
+    embedding_noise: EmbeddingNoise | None = None
+    """Added to what is embedded; None = nothing is."""
 
 
 class TokenEmbedding(MegatronModule):
@@ -148,13 +151,24 @@ class DiffusionTransformer(LanguageModule):
         """Logits [m, v] on the last stage, hidden states [s, b, h] on the others."""
         condition = None if self.timestep_embedding is None else self.timestep_embedding(inputs.segment_timesteps)
         hidden = self.decoder(
-            hidden_states=self.embedding(inputs.input_ids) if self.pre_process else None,
+            hidden_states=self._embed(inputs) if self.pre_process else None,
             attention_mask=None,
             context=condition,
             rotary_pos_emb=rotary_angles(inputs.positions, self.config.kv_channels, self.model.rope_base),
             packed_seq_params=LayerInputs(inputs.attention_plan, self._local_segment_index(inputs)),
         )
         return self._logits(hidden, condition, inputs) if self.post_process else hidden
+
+    def _embed(self, inputs: ModelInputs) -> Tensor:
+        embedded = self.embedding(inputs.input_ids)
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            # Under a frozen embedding nothing that goes into the first recomputed layers would ask for a gradient, and megatron-core's
+            # recomputation then gives their parameters none, without a word.
+            embedded.requires_grad_()
+        if inputs.embedding_noise is None:
+            return embedded
+        rank = get_pg_rank(self.tp_group) if self.config.sequence_parallel else 0
+        return inputs.embedding_noise.add_to(embedded, first_column=rank * len(embedded))
 
     def _local_segment_index(self, inputs: ModelInputs) -> Tensor | None:
         """[b, l] -> this rank's [s, b]."""

@@ -10,6 +10,7 @@ from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.training.flops import num_parameters
+from w1train.training.objective import describe_objective
 
 if TYPE_CHECKING:  # at run time it would import torch
     from w1train.planning.build import Build
@@ -43,8 +44,22 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
         },
         "stages": [_stage(plan, stage) for stage in plan.stages],
         "speed": speed_as_dict(plan),
+        "schedule": [_stage_of_schedule(plan, name) for name in plan.run.schedule.stages],
         "device": asdict(plan.device),
         "assumptions": described(plan.assumptions),
+    }
+
+
+def _stage_of_schedule(plan: Plan, name: str) -> dict[str, Any]:
+    stage = plan.at_stage(name)
+    return {
+        "name": name,
+        "objective": describe_objective(stage.config),
+        "tokens": plan.run.schedule.stages[name].tokens,
+        "global_batch_size": stage.config.training.global_batch_size,
+        "needed_bytes": stage.needed_bytes,
+        "mfu": stage.mfu,
+        "days": plan.days_of(name),
     }
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from w1train.config.schema import Config
+from w1train.config.stages import at_stage
 from w1train.planning import communication, timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
 from w1train.planning.assumptions import Assumptions, Device
@@ -53,7 +54,9 @@ class StagePlan:
 class Plan:
     """A run on a number of devices."""
 
+    run: Config
     config: Config
+    """The run's, or what a stage of its schedule makes of it."""
     layout: Layout
     work: Workload
     device: Device
@@ -102,17 +105,19 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """For the schedule's tokens, each stage at its batch size."""
-        stages = self.config.schedule.stages.values()
-        return sum(stage.tokens / self.at_batch_size(stage.global_batch_size).tokens_per_second for stage in stages) / 86400
+        """For the schedule's tokens, each stage at its batch size and objective."""
+        return sum(self.days_of(name) for name in self.run.schedule.stages)
 
-    def at_batch_size(self, global_batch_size: int | None) -> Plan:
-        """The plan with another number of sequences a step; None = this one's."""
-        if global_batch_size in (None, self.config.training.global_batch_size):
+    def days_of(self, stage: str) -> float:
+        """For the tokens of one stage."""
+        return self.run.schedule.stages[stage].tokens / self.at_stage(stage).tokens_per_second / 86400
+
+    def at_stage(self, name: str) -> Plan:
+        """The plan of a stage of the schedule."""
+        config = at_stage(self.run, name)
+        if (config.diffusion, config.training) == (self.config.diffusion, self.config.training):
             return self
-        training = dataclasses.replace(self.config.training, global_batch_size=global_batch_size)
-        config = dataclasses.replace(self.config, training=training)
-        return predict(config, self.layout.world_size, self.device, self.assumptions, self.document_length)
+        return _predict(self.run, config, self.layout.world_size, self.device, self.assumptions, self.document_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +141,16 @@ class _Setting:
 
 
 def predict(config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None) -> Plan:
-    """The plan of a configuration that is valid for ``world_size`` devices."""
+    """The plan of a configuration that is valid for ``world_size`` devices, in the stage of its schedule that needs most memory."""
+    base = _predict(config, config, world_size, device, assumptions, document_length)
+    return max((base.at_stage(name) for name in config.schedule.stages), key=lambda plan: plan.needed_bytes)
+
+
+def _predict(run: Config, config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None) -> Plan:
     layout, work = layout_of(config, world_size), workload_of(config, document_length)
     setting = _Setting(config, layout, work, device, assumptions)
     stages = [_stage(setting, rank) for rank in range(layout.pipeline)]
-    return Plan(config, layout, work, device, assumptions, stages, flops_per_token(config, work), document_length)
+    return Plan(run, config, layout, work, device, assumptions, stages, flops_per_token(config, work), document_length)
 
 
 def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:

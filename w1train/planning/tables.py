@@ -14,6 +14,7 @@ from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.training.flops import num_parameters
+from w1train.training.objective import describe_objective
 from w1train.training.units import quantity
 
 if TYPE_CHECKING:  # at run time it would import torch
@@ -32,7 +33,7 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
         f"sequence parallelism {'on' if layout.sequence else 'off'}, recompute {layout.recompute}, "
         f"{layout.num_micro_batches} x {layout.micro_batch_size} samples of a data-parallel rank a step"
     )
-    for table in (memory_table(plan), work_table(plan), traffic_table(plan), speed_table(plan)):
+    for table in (memory_table(plan), work_table(plan), traffic_table(plan), speed_table(plan), *schedule_tables(plan)):
         console.print()
         console.print(table)
     console.print("\nassumed: " + ", ".join(f"{name} {value:g}" for name, value in described(plan.assumptions).items()))
@@ -156,6 +157,25 @@ def speed_table(plan: Plan) -> Table:
     table.add_row("MFU", f"{plan.mfu:.1%} of {plan.device.peak_tflops:g} TFLOP/s")
     table.add_row("the whole schedule", f"{plan.days:.1f} days")
     return table
+
+
+def schedule_tables(plan: Plan) -> Iterator[Table]:
+    """The stages of a curriculum; nothing where all train alike."""
+    stages = {name: plan.at_stage(name) for name in plan.run.schedule.stages}
+    if all(stage is plan for stage in stages.values()):
+        return
+    table = Table(title=f"stages of the schedule; above: {describe_objective(plan.config)}, which needs most memory", title_justify="left")
+    for column in ("stage", "objective"):
+        table.add_column(column)
+    for column in ("tokens", "batch", "GiB", "tokens/s", "MFU", "days"):
+        table.add_column(column, justify="right")
+    for name, stage in stages.items():
+        table.add_row(
+            *(name, describe_objective(stage.config), quantity(plan.run.schedule.stages[name].tokens)),
+            *(str(stage.config.training.global_batch_size), f"{stage.needed_bytes / GIB:.1f}", quantity(stage.tokens_per_second)),
+            *(f"{stage.mfu:.1%}", f"{plan.days_of(name):.1f}"),
+        )
+    yield table
 
 
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from w1train.config.schema import Config, DiffusionConfig
 from w1train.training.flops import FlopsByPart, model_flops
+from w1train.training.objective import num_streams, samples_are_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +60,40 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     length, diffusion = config.data.sequence_length, config.diffusion
     document = min(document_length or length, length)
     num_documents = math.ceil(length / document)
-    has_clean_stream = diffusion.block_size is not None and diffusion.block_size < length
-    spans = block_spans(length, document, diffusion) if has_clean_stream or diffusion.timestep_per == "block" else ()
-    num_segments = {"sequence": 1, "document": num_documents, "block": len(spans)}[diffusion.timestep_per]
+    autoregressive, has_clean_stream = diffusion.objective == "autoregressive", num_streams(config) == 2
+    per = "sequence" if autoregressive else diffusion.timestep_per
+    spans = block_spans(length, document, diffusion) if has_clean_stream or per == "block" else ()
+    num_segments = {"sequence": 1, "document": num_documents, "block": len(spans)}[per]
+    # Positions with a token of their document behind them.
+    num_next = length - num_documents if autoregressive or diffusion.autoregressive_weight > 0 else 0
+    of_noisy = 0.0 if autoregressive else 1.0
+    one_stream = document_pairs(length, document, causal=autoregressive)
+    pairs = block_pairs(spans, document, diffusion) if has_clean_stream else one_stream
     return Workload(
         num_tokens=length,
         num_streams=2 if has_clean_stream else 1,
         num_documents=num_documents,
-        visible_pairs=block_pairs(spans, document) if has_clean_stream else document_pairs(length, document),
-        # t is uniform between its bounds, and a token is masked with probability t.
-        num_logits=length * (diffusion.t_min + diffusion.t_max) / 2,
-        most_logits=math.ceil(length * diffusion.t_max),
+        visible_pairs=pairs,
+        # t is uniform between its bounds, and a token is masked with probability t; with its partner at 1 - t, half of all are.
+        num_logits=num_next + of_noisy * length * (0.5 if diffusion.complementary else (diffusion.t_min + diffusion.t_max) / 2),
+        most_logits=num_next + math.ceil(of_noisy * length * (1 - diffusion.t_min if diffusion.complementary else diffusion.t_max)),
         num_segments=num_segments,
-        segment_indexed=has_clean_stream or diffusion.timestep_per != "sequence",
-        may_need_mask=num_documents > 1 or has_clean_stream or diffusion.random_length_probability > 0,
+        segment_indexed=not samples_are_segments(config),
+        may_need_mask=num_documents > 1 or has_clean_stream or autoregressive or diffusion.random_length_probability > 0,
         block_spans=spans if has_clean_stream else (),
     )
 
 
-def document_pairs(length: int, document: int) -> int:
-    """Pairs inside documents, attention in both directions: floor(L / d) d^2 + (L mod d)^2."""
+def document_pairs(length: int, document: int, *, causal: bool = False) -> int:
+    """Pairs inside documents, attention in both directions: floor(L / d) d^2 + (L mod d)^2; causal: d (d + 1) / 2 of d^2."""
     whole, rest = divmod(length, document)
+    if causal:
+        return whole * _triangle(document) + _triangle(rest)
     return whole * document * document + rest * rest
+
+
+def _triangle(size: int) -> int:
+    return size * (size + 1) // 2
 
 
 def block_spans(length: int, document: int, diffusion: DiffusionConfig) -> tuple[tuple[int, int], ...]:
@@ -97,10 +110,16 @@ def block_spans(length: int, document: int, diffusion: DiffusionConfig) -> tuple
     return tuple(zip(ordered, [*ordered[1:], length], strict=True))
 
 
-def block_pairs(spans: tuple[tuple[int, int], ...], document: int) -> int:
+def block_pairs(spans: tuple[tuple[int, int], ...], document: int, diffusion: DiffusionConfig) -> int:
     """Pairs over [x_t ; x_0]: a noisy token sees its own noisy block and the clean blocks before it in its document, a clean token the
-    clean blocks up to its own. With s and e a block's ends counted from its document: (e - s) ((e - s) + s + e) = 2 e (e - s)."""
-    return sum(2 * (end - start) * (end - start // document * document) for start, end in spans)
+    clean blocks up to its own; in its own block, each all of it or only what is before."""
+    total = 0
+    for start, end in spans:
+        size, before = end - start, start % document
+        noisy = _triangle(size) if diffusion.noisy_attention == "causal" else size * size
+        clean = _triangle(size) if diffusion.clean_attention == "token_causal" else size * size
+        total += 2 * size * before + noisy + clean
+    return total
 
 
 def flops_per_token(config: Config, work: Workload) -> dict[str, float]:

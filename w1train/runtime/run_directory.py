@@ -17,11 +17,12 @@ class RunDirectoryError(UserError):
 
 
 class RunDirectory:
-    """``runs_dir/name``: config.yaml, checkpoints/, metrics.jsonl, samples.jsonl, summary.json, report.html, wandb/."""
+    """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, summary.json, report.html, wandb/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.tokenizer = path / "tokenizer.json"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
@@ -45,6 +46,11 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run directory {self.path} is in use by {_holder(lock)}; wait for it, stop it, or choose another name=..."
             ) from None
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run directory {self.path} cannot be locked ({error}): its file system has no locks. Mount it with them (Lustre: flock), "
+                "or set runs_dir to another place"
+            ) from error
         lock.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid()}, lock)
         lock.flush()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config
+from w1train.config.stages import at_stage
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import bin_path, file_size
 from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
 from w1train.data.packing import PackedDataset
+from w1train.data.staged import StagedSamples, stretches
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
 from w1train.runtime.distributed import Ranks
+from w1train.training.schedule import stage_steps
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class TrainingData:
 
     Raises:
         TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
+        UserError: the mask token is not the tokenizer's.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -46,8 +52,14 @@ class TrainingData:
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self._check_mask_token()
         length, vocab_size = config.data.sequence_length, config.model.vocab_size
-        self.train = TokenDataset.open(config.data.train, self.tokenizer, vocab_size)
-        self.packed = PackedDataset(self.train, length, config.training.seed, shuffle_samples=True)
+        parts = stretches(list(_stage_texts(config)))
+        self.train = {
+            prefix: TokenDataset.open(prefix, self.tokenizer, vocab_size) for prefix in dict.fromkeys(part.prefix for part in parts)
+        }
+        self.samples = StagedSamples(
+            parts,
+            {prefix: PackedDataset(dataset, length, config.training.seed, shuffle_samples=True) for prefix, dataset in self.train.items()},
+        )
         self.validation: TokenDataset | None = None
         self._packed_validation: PackedDataset | None = None
         if config.data.validation is None:
@@ -57,9 +69,9 @@ class TrainingData:
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
         # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
         if ranks.is_main:
-            verify([dataset for dataset in (self.train, self.validation) if dataset is not None])
+            verify([dataset for dataset in (*self.train.values(), self.validation) if dataset is not None])
         self.loader = BatchLoader(
-            self.packed,
+            self.samples,
             micro_batch_size=config.training.micro_batch_size,
             data_parallel_rank=ranks.data_parallel_rank,
             data_parallel_size=ranks.data_parallel_size,
@@ -68,10 +80,24 @@ class TrainingData:
             device=ranks.device,
         )
 
+    def fingerprint(self, num_samples: int) -> str | None:
+        """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
+        the order of their use. None if one of them has no manifest."""
+        begun = dict.fromkeys(part.prefix for part in self.samples.parts if part.first < max(num_samples, 1))
+        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.bin_sha256 for prefix in begun]
+        known = [digest for digest in hashes if digest is not None]
+        if len(known) < len(hashes):
+            return None
+        return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
+
+    def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
+        """Nats per token in bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from."""
+        return bits_per_byte(nats_per_token, self.train[self.samples.part(max(num_samples - 1, 0)).prefix])
+
     @property
-    def fingerprint(self) -> str | None:
-        """SHA-256 of the training tokens; None for a dataset without manifest."""
-        return None if self.train.manifest is None else self.train.manifest.bin_sha256
+    def num_tokens(self) -> int:
+        """Tokens of all training datasets."""
+        return sum(dataset.num_tokens for dataset in self.train.values())
 
     def validation_batches(self) -> Iterator[PackedBatch]:
         """This rank's validation micro-batches; every rank has as many."""
@@ -113,11 +139,20 @@ class TrainingData:
     def _check_mask_token(self) -> None:
         mask = self.config.diffusion.mask_token_id
         if mask != self.tokenizer.mask_token_id:
-            raise ValueError(
+            raise UserError(
                 f"diffusion.mask_token_id is {mask}, but the mask token of {self.config.data.tokenizer} is "
                 f"{self.tokenizer.mask_token_id}; set diffusion.mask_token_id={self.tokenizer.mask_token_id} or train a tokenizer with "
                 f"--mask-token-id {mask}"
             )
+
+
+def _stage_texts(config: Config) -> Iterator[tuple[int, str, int]]:
+    """First sample, dataset and repeats of each stage that has a step."""
+    steps = stage_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
+    for name, (first, num_steps) in steps.items():
+        if num_steps > 0:
+            repeats = 2 if at_stage(config, name).diffusion.complementary else 1
+            yield first, config.schedule.stages[name].train or config.data.train, repeats
 
 
 def verify(datasets: Sequence[TokenDataset]) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.loss import LossSums, denominator, diffusion_loss
-from w1train.training.inputs import RankInputs, num_streams, rank_inputs
+from w1train.training.inputs import RankInputs, rank_inputs
+from w1train.training.objective import num_streams
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,9 +71,13 @@ def _loss(config: Config, inputs: RankInputs, logits: Tensor) -> tuple[Tensor, T
     """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept."""
     noisy = inputs.noisy
     targets = noisy.targets[noisy.loss_mask]
+    num_noisy = len(targets)
+    if noisy.next_mask is not None and noisy.next_targets is not None:
+        targets = torch.cat([targets, noisy.next_targets[noisy.next_mask]])
     # [m, 1, v]: megatron-core's cross-entropy wants [sequence, batch, vocabulary].
     cross_entropy = vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]
-    weighted, sums = diffusion_loss(cross_entropy, noisy, config.diffusion, config.logging.num_t_bins)
+    of_clean = None if noisy.next_mask is None else cross_entropy[num_noisy:]
+    weighted, sums = diffusion_loss(cross_entropy[:num_noisy], noisy, config.diffusion, config.logging.num_t_bins, of_clean)
     kept = torch.cat([sums.values, _work(inputs)])
     return weighted, denominator(config.diffusion, noisy).to(torch.int), kept
 

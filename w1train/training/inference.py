@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,18 @@ from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import document_visibility
 from w1train.config.schema import Config, ParallelConfig
 from w1train.config.serialization import config_from_yaml
+from w1train.config.stages import at_stage
 from w1train.data.tokenizer import Tokenizer
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
-from w1train.training.checkpoint import complete_steps, load_model_weights
-from w1train.training.inputs import num_streams
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training.checkpoint import complete_steps, load_model_weights, read_progress
+from w1train.training.objective import num_streams
+from w1train.training.schedule import stage_at
 from w1train.training.setup import build_stage
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -46,7 +53,25 @@ class Predictor:
         num_rows, length = tokens.shape
         padded = self.padded(length)
         documents = torch.where(torch.arange(padded, device=tokens.device) < length, 0, -1).to(torch.int32).expand(num_rows, padded)
-        return self.forward(tokens, timesteps, plan_attention(document_visibility(documents))).reshape(num_rows, length, -1)
+        outputs = self.forward(tokens, timesteps, plan_attention(document_visibility(documents)), num_logits=length)
+        return self.at_targets(tokens, outputs, 0)
+
+    def at_targets(self, tokens: Tensor, outputs: Tensor, first_position: int, output_before: Tensor | None = None) -> Tensor:
+        """The logits of each token: the outputs at its own place, or with diffusion.shift at the one before.
+
+        Args:
+            tokens: int64 [b, l], from ``first_position`` of their texts on.
+            outputs: float32 [b, l, v].
+            output_before: float32 [b, 1, v], at the place before the first; None = nothing is before it.
+        """
+        if not self.config.diffusion.shift:
+            return outputs
+        if output_before is None:
+            assert first_position == 0
+            if bool((tokens[:, 0] == self.config.diffusion.mask_token_id).any()):
+                _say_that_nothing_predicts_the_first_token()
+            output_before = outputs[:, :1]
+        return torch.cat([output_before, outputs[:, :-1]], dim=1)
 
     def padded(self, length: int) -> int:
         """Rows of a pass over so many tokens: sequence-parallel ranks share them evenly."""
@@ -54,20 +79,18 @@ class Predictor:
         return length + -length % multiple
 
     @torch.no_grad()
-    def forward(
-        self, tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, *, first_position: int = 0, with_logits: bool = True
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, *, num_logits: int, first_position: int = 0) -> Tensor:
         """One pass over consecutive tokens, int64 [b, l], of one document a row, with one t a row, float32 [b].
 
         Args:
             plan: for the padded rows; what it has of a cache is read and written.
-            with_logits: False = for what the pass leaves in the cache alone.
+            num_logits: how many places have logits, the last ones; 0 = the pass is for what it leaves in the cache.
 
         Returns:
-            float32 [b * l, v], or [0, v].
+            float32 [b, num_logits, v].
         """
         parallel = self.config.parallel
-        inputs = _inference_inputs(tokens, timesteps, plan, self.padded(tokens.shape[1]), first_position, with_logits=with_logits)
+        inputs = _inference_inputs(tokens, timesteps, plan, self.padded(tokens.shape[1]), first_position, num_logits)
         # The schedule of virtual stages works on groups of as many micro-batches as there are stages, so here on copies.
         batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)
         iterators = [iter(batches) for _ in self.chunks]
@@ -90,7 +113,7 @@ class Predictor:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(logits, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-        return logits
+        return logits.reshape(len(tokens), num_logits, self.config.model.vocab_size)
 
     @staticmethod
     def _forward_step(inputs: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -107,12 +130,12 @@ class Predictor:
 
 
 def _inference_inputs(
-    tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, padded: int, first_position: int, *, with_logits: bool
+    tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, padded: int, first_position: int, num_logits: int
 ) -> ModelInputs:
-    """Logits are asked for at the b * l real positions, or at none."""
+    """Logits are asked for at the last real positions of each row."""
     num_rows, length = tokens.shape
     row = torch.arange(padded, device=tokens.device)
-    wanted = (row < length) & with_logits
+    wanted = (row >= length - num_logits) & (row < length)
     return ModelInputs(
         input_ids=torch.nn.functional.pad(tokens, (0, padded - length)),
         positions=(first_position + row).expand(num_rows, padded),
@@ -123,6 +146,14 @@ def _inference_inputs(
     )
 
 
+@cache
+def _say_that_nothing_predicts_the_first_token() -> None:
+    logger.warning(
+        "with diffusion.shift nothing predicts the first token of a text: without a prompt it is taken from the output at its own "
+        "place, which training never asked for it (as Dream does)"
+    )
+
+
 class BlockPredictor:
     """A block-diffusion model one block at a time, with the keys and values of finished blocks kept.
 
@@ -130,40 +161,47 @@ class BlockPredictor:
     t = 0, and the block itself is the noisy stream's. Called on every rank of one model replica, as Predictor is.
     """
 
-    def __init__(self, predictor: Predictor, *, clean: Causality = "block", noisy: Causality = "block") -> None:
-        """clean, noisy: how far a token of the clean stream and of the noisy block sees inside its own block, as in training."""
-        assert predictor.config.diffusion.block_size is not None
-        self.block_size = predictor.config.diffusion.block_size
-        self._predictor, self._clean, self._noisy = predictor, clean, noisy
+    def __init__(self, predictor: Predictor) -> None:
+        diffusion = predictor.config.diffusion
+        assert diffusion.block_size is not None
+        self.block_size = diffusion.block_size
+        self._predictor, self._shift = predictor, diffusion.shift
+        self._clean: Causality = "token" if diffusion.clean_attention == "token_causal" else "block"
+        self._noisy: Causality = "token" if diffusion.noisy_attention == "causal" else "block"
 
     def start(self, length: int, block_size: int) -> None:
         """New rows of ``length`` tokens at most, in blocks counted from their start; nothing is kept of earlier ones."""
-        # Behind the tokens there is room for the padding of the last pass.
         self._cache = KeyValueCache(length + self._predictor.padded(1))
         self._block_size = block_size
+        self._last_output: Tensor | None = None
 
     def append(self, tokens: Tensor) -> None:
         """Finished blocks that follow those that came before: int64 [b, n], n a multiple of the block size."""
         assert tokens.shape[1] % self._block_size == 0, "a part of a block would be kept without what it sees of the rest"
         at_zero = torch.zeros(len(tokens), device=tokens.device)
-        self._pass(tokens, at_zero, self._clean, with_logits=False)
+        # Under a token shift the next block's first token is predicted here, where training has a noisy block without a mask.
+        output = self._pass(tokens, at_zero, self._clean, num_logits=1 if self._shift else 0)
+        self._last_output = output if self._shift else None
         self._cache.keep(tokens.shape[1])
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
         """The block after the finished ones, int64 [b, n], and t, float32 [b] -> float32 [b, n, v]."""
         assert tokens.shape[1] <= self._block_size, "tokens of two blocks do not see each other as in one"
-        return self._pass(tokens, timesteps, self._noisy, with_logits=True).reshape(*tokens.shape, -1)
+        outputs = self._pass(tokens, timesteps, self._noisy, num_logits=tokens.shape[1])
+        return self._predictor.at_targets(tokens, outputs, self._cache.num_tokens, self._last_output)
 
     def select_rows(self, rows: Tensor) -> None:
         """Go on with some of the rows, int64 [new b]."""
         self._cache.select_samples(rows)
+        if self._last_output is not None:
+            self._last_output = self._last_output[rows]
 
-    def _pass(self, tokens: Tensor, timesteps: Tensor, causality: Causality, *, with_logits: bool) -> Tensor:
+    def _pass(self, tokens: Tensor, timesteps: Tensor, causality: Causality, *, num_logits: int) -> Tensor:
         first, length = self._cache.num_tokens, tokens.shape[1]
         num_rows = self._predictor.padded(length)
         visibility = cached_visibility(first, length, self._block_size, causality, num_rows=num_rows, device=tokens.device)
         plan = plan_attention(visibility, cache=self._cache)
-        return self._predictor.forward(tokens, timesteps, plan, first_position=first, with_logits=with_logits)
+        return self._predictor.forward(tokens, timesteps, plan, num_logits=num_logits, first_position=first)
 
 
 def block_predictor(predictor: Predictor) -> BlockPredictor | None:
@@ -209,12 +247,18 @@ def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel
     if not steps or (step is not None and step not in steps):
         wanted = "a complete checkpoint" if step is None else f"a checkpoint of step {step}"
         raise FileNotFoundError(f"{run_dir} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
-    config = config_from_yaml(config_path)
+    chosen = steps[-1] if step is None else step
+    checkpoint = run_dir / "checkpoints" / f"step_{chosen:010d}"
+    config = _config_at(config_from_yaml(config_path), read_progress(checkpoint).samples)
     config.parallel = ParallelConfig()
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
-    chosen = steps[-1] if step is None else step
-    load_model_weights(run_dir / "checkpoints" / f"step_{chosen:010d}", [stage])
+    load_model_weights(checkpoint, [stage])
     stage.eval()
     return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, chosen)
+
+
+def _config_at(config: Config, samples: int) -> Config:
+    """The configuration that the last of the samples was trained under."""
+    return at_stage(config, stage_at(config.schedule, samples * config.data.sequence_length)[0])

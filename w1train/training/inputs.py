@@ -12,7 +12,6 @@ from functools import cache
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor
 
 from w1train.attention.context_parallel import (
     KeyExchange,
@@ -24,10 +23,18 @@ from w1train.attention.context_parallel import (
     local_visibility,
 )
 from w1train.attention.plan import AttentionPlan, plan_attention
-from w1train.attention.visibility import Visibility, block_diffusion_visibility, document_visibility
-from w1train.config.schema import Config, DiffusionConfig
+from w1train.attention.visibility import (
+    Visibility,
+    block_diffusion_visibility,
+    causal_visibility,
+    document_visibility,
+    scattered_visibility,
+)
+from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
+from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.model.transformer import ModelInputs
+from w1train.training.objective import num_streams, samples_are_segments
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +50,10 @@ class RankInputs:
     """max / mean visible pairs over context-parallel ranks; 1 without context parallelism."""
 
 
-def num_streams(config: Config) -> int:
-    """Two for block diffusion, unless one block holds the whole sequence: then no token sees the clean stream, and it is not
-    computed."""
-    block_size = config.diffusion.block_size
-    return 1 if block_size is None or block_size >= config.data.sequence_length else 2
-
-
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     """The model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
     streams = num_streams(config)
-    visibility = sequence_visibility(noisy.document_ids, config.diffusion, streams)
+    visibility = sequence_visibility(noisy, config, streams)
     if config.parallel.context == 1:
         return RankInputs(_assemble(noisy, config, streams, plan_attention(visibility)), noisy, 1.0)
     travel = _travel(noisy, config, streams)
@@ -65,12 +65,21 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     return RankInputs(_assemble(own, config, streams, plan_attention(local, exchange)), own, ownership.balance)
 
 
-def sequence_visibility(document_ids: Tensor, diffusion: DiffusionConfig, streams: int) -> Visibility:
-    """Who sees whom in whole sequences: [b, l] document ids -> p * l rows and keys."""
-    if streams == 1:
-        return document_visibility(document_ids)
-    assert diffusion.block_size is not None
-    return block_diffusion_visibility(document_ids, diffusion.block_size, diffusion.block_index)
+def sequence_visibility(noisy: NoisyBatch, config: Config, streams: int) -> Visibility:
+    """Who sees whom in whole sequences: p * l rows and keys."""
+    diffusion, documents = config.diffusion, noisy.document_ids
+    if streams == 2:
+        assert diffusion.block_size is not None
+        return block_diffusion_visibility(
+            documents, diffusion.block_size, diffusion.block_index, diffusion.clean_attention, diffusion.noisy_attention
+        )
+    if diffusion.objective == "autoregressive":
+        return causal_visibility(documents)
+    if diffusion.attention_annealing == "none" or noisy.annealed >= 1:
+        return document_visibility(documents)
+    if diffusion.attention_annealing == "extent":
+        return causal_visibility(documents, extent=int(noisy.annealed * documents.shape[1]))
+    return scattered_visibility(documents, noisy.annealed, config.training.seed, noisy.sample_indices)
 
 
 def _travel(noisy: NoisyBatch, config: Config, streams: int) -> Travel:
@@ -108,20 +117,33 @@ def _ownership(visibility: Visibility, config: Config, streams: int, travel: Tra
 
 def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPlan) -> ModelInputs:
     length = noisy.input_ids.shape[1]
-    sample, position = noisy.loss_mask.nonzero(as_tuple=True)
+    first_row = streams * length * torch.arange(len(noisy.input_ids), device=noisy.input_ids.device)[:, None]
+    rows = first_row + torch.arange(length, device=first_row.device)
+    logit_positions = rows[noisy.loss_mask]
+    if noisy.next_mask is not None:
+        logit_positions = torch.cat([logit_positions, rows[noisy.next_mask] + length])
     timesteps, segment_index = noisy.segment_timesteps, noisy.segment_index
     input_ids, positions = noisy.input_ids, noisy.positions
     if streams == 2:
-        input_ids, positions = torch.cat([input_ids, noisy.targets], dim=1), torch.cat([positions, positions], dim=1)
+        input_ids, positions = torch.cat([input_ids, noisy.tokens], dim=1), torch.cat([positions, positions], dim=1)
         # The clean stream is at t = 0: one more row of the condition table.
         clean = torch.full_like(segment_index, len(timesteps))
         timesteps, segment_index = torch.cat([timesteps, timesteps.new_zeros(1)]), torch.cat([segment_index, clean], dim=1)
-    one_per_sample = streams == 1 and config.diffusion.timestep_per == "sequence"
     return ModelInputs(
         input_ids=input_ids,
         positions=positions,
         attention_plan=plan,
         segment_timesteps=timesteps,
-        segment_index=None if one_per_sample else segment_index,
-        logit_positions=sample * (streams * length) + position,
+        segment_index=None if samples_are_segments(config) else segment_index,
+        logit_positions=logit_positions,
+        embedding_noise=_embedding_noise(noisy, config),
     )
+
+
+def _embedding_noise(noisy: NoisyBatch, config: Config) -> EmbeddingNoise | None:
+    """For the masked tokens of the noisy stream, which comes first."""
+    std = config.diffusion.mask_embedding_noise
+    if std == 0 or not torch.is_grad_enabled():
+        return None
+    sample, column = (noisy.input_ids == config.diffusion.mask_token_id).nonzero(as_tuple=True)
+    return EmbeddingNoise(std, config.training.seed, sample, column, noisy.sample_indices[sample], noisy.places[sample, column])

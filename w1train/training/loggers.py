@@ -34,7 +34,7 @@ _RENAMED = {
     "time/memory_gib": "memory_gib",
     "time/seconds": "seconds",
 }
-_LEFT_OUT = {"train": ("kind", "step"), "validation": ("kind", "step", "tokens")}
+_LEFT_OUT = {"train": ("kind", "step", "stage"), "validation": ("kind", "step", "stage", "tokens", "block_size")}
 
 _TABLE_COLUMNS = ("step", "tokens", "prompt", "text")
 # A table is sent whole each time it grows.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w1train.config.errors import UserError, raise_if_any
+from w1train.config.errors import raise_if_any
 from w1train.config.resume import check_resume
 from w1train.config.schema import Config
 from w1train.config.serialization import config_differences, config_to_yaml
+from w1train.config.stages import at_stage
 from w1train.data.dataset import DatasetError
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
@@ -30,12 +32,13 @@ from w1train.training.checkpoint import (
     require_manifests,
     save_checkpoint,
 )
-from w1train.training.data import TrainingData, bits_per_byte
+from w1train.training.data import TrainingData
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor, block_predictor
 from w1train.training.metrics_log import read_metrics
-from w1train.training.schedule import batch_size, learning_rate, num_steps, total_tokens
+from w1train.training.objective import block_size, describe_objective
+from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import build_trained_model
 from w1train.training.summary import read_steps, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
@@ -53,12 +56,15 @@ class Trainer:
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
-        self.data = all_or_none(partial(open_data, config, ranks))
+        self.data = all_or_none(partial(TrainingData, config, ranks))
+        on_main_rank(partial(shutil.copyfile, config.data.tokenizer, run.tokenizer))
         self.model = build_trained_model(config)
         self.progress = self._load_progress()
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
+        self.stage_name = ""
+        self.enter_stage()
 
     def fit(self) -> None:
         """Train to the end of the schedule.
@@ -95,31 +101,44 @@ class Trainer:
         """Every ``interval`` steps and at the end; 0 = never."""
         return interval > 0 and (self.progress.step % interval == 0 or self.progress.step == self.num_steps)
 
+    def enter_stage(self) -> None:
+        """Set what holds for the step that begins now: the configuration of its stage, and how far its annealing is."""
+        tokens = self.progress.samples * self.config.data.sequence_length
+        name, fraction = stage_at(self.config.schedule, tokens + 1)
+        if name != self.stage_name:
+            self.stage_name, self.stage = name, at_stage(self.config, name)
+            logger.info("stage %s: %s", name, describe_objective(self.stage))
+        annealing_tokens = self.stage.diffusion.annealing_tokens
+        self.annealed = min(1.0, fraction * self.config.schedule.stages[name].tokens / annealing_tokens) if annealing_tokens else 1.0
+
     def noisy_batches(self) -> Iterator[NoisyBatch]:
         """This rank's corrupted micro-batches from where the run is."""
         batches = self.data.loader.micro_batches(self.progress.samples)
         while True:
             with self.timer.waiting_for_data():
                 batch = next(batches)
-            yield corrupt(batch, self.config.diffusion, self.config.training.seed)
+            # At the step that asks for it, so with that step's objective.
+            noisy = corrupt(batch, self.stage.diffusion, self.config.training.seed)
+            noisy.annealed = self.annealed
+            yield noisy
 
     def train_step(self, batches: Iterator[NoisyBatch]) -> None:
         """One optimizer step on one global batch."""
-        training, model = self.config.training, self.model
-        length = self.config.data.sequence_length
-        num_samples = batch_size(self.config.schedule, training.global_batch_size, self.progress.samples * length)
+        self.enter_stage()
+        training, model = self.stage.training, self.model
+        length, num_samples = self.config.data.sequence_length, training.global_batch_size
         rate = learning_rate(self.config.schedule, (self.progress.samples + num_samples) * length)
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
         num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
-        sums, work = run_micro_batches(self.config, model.chunks, batches, num_micro_batches, training=True)
+        sums, work = run_micro_batches(self.stage, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_mult"]
         _, grad_norm, _ = model.optimizer.step()
         self.progress.step += 1
         self.progress.samples += num_samples
-        values = {**sums.metrics(self.config.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
+        values = {**sums.metrics(self.stage.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
         if self.config.parallel.context > 1:
             values["context_balance"] = work.context_balance
         self.record_step(values, num_samples * length, work)
@@ -139,8 +158,9 @@ class Trainer:
             "train",
             {
                 **values,
-                "elbo_bits_per_byte": bits_per_byte(values["elbo"], self.data.train),
-                "epoch": self.progress.samples / self.data.packed.num_samples_per_epoch,
+                "elbo_bits_per_byte": self.data.bits_per_byte(values["elbo"], self.progress.samples),
+                "epoch": self.data.samples.epoch(self.progress.samples),
+                **self.where(),
                 **times,
                 "time/memory_gib": memory_gib(self.ranks.device),
             },
@@ -149,16 +169,22 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation set, if there is one."""
         if self.data.validation is not None:
-            self.watch.record("validation", validate(self.config, self.model, self.data))
+            self.watch.record("validation", {**validate(self.stage, self.model, self.data), **self.where()})
         self.timer.restart()
+
+    def where(self) -> dict[str, Any]:
+        """Stage and block size, for the records."""
+        return {"stage": self.stage_name, "block_size": block_size(self.stage)}
 
     def sample(self) -> None:
         """Complete the prompts, on the first model replica."""
-        if self.ranks.data_parallel_rank == 0:
-            predictor = Predictor(self.config, list(self.model.chunks))
+        if self.stage.diffusion.objective == "autoregressive":
+            logger.info("no samples at step %d: an autoregressive stage has not seen a mask token", self.progress.step)
+        elif self.ranks.data_parallel_rank == 0:
+            predictor = Predictor(self.stage, list(self.model.chunks))
             with predictor.evaluating():
                 model = block_predictor(predictor) or predictor
-                samples = sample_texts(model, self.data.tokenizer, self.config.sampling.prompts, self.config, device=self.ranks.device)
+                samples = sample_texts(model, self.data.tokenizer, self.config.sampling.prompts, self.stage, device=self.ranks.device)
             self.watch.record_samples([(sample.prompt, sample.text) for sample in samples])
         self.timer.restart()
 
@@ -169,6 +195,7 @@ class Trainer:
         self.watch.sync()
         started = time.perf_counter()
         self.progress.seconds = started - self.started
+        self.progress.dataset = self.data.fingerprint(self.progress.samples)
         path = save_checkpoint(
             self.run.checkpoints, self.model, self.progress, config_to_yaml(self.config), keep=self.config.checkpoint.keep
         )
@@ -204,7 +231,7 @@ class Trainer:
     def _load_progress(self) -> Progress:
         step = on_main_rank(partial(latest_step, self.run.checkpoints))
         if step is None:
-            return Progress(dataset=self.data.fingerprint)
+            return Progress()
         path = self.run.checkpoints / f"step_{step:010d}"
         logger.info("resuming from %s", path)
         progress = load_checkpoint(path, self.model)
@@ -212,10 +239,12 @@ class Trainer:
         return progress
 
     def _require_dataset(self, progress: Progress, path: Path) -> None:
-        if progress.dataset != self.data.fingerprint:
+        fingerprint = self.data.fingerprint(progress.samples)
+        if progress.dataset != fingerprint:
+            datasets = " or ".join(self.data.train)
             raise DatasetError(
-                f"dataset {self.config.data.train} has changed since {path} was saved: the SHA-256 of its tokens is "
-                f"{self.data.fingerprint}, it was {progress.dataset}. Bring the old data back, or start a run of another name"
+                f"dataset {datasets} has changed since {path} was saved: the SHA-256 of its tokens is "
+                f"{fingerprint}, it was {progress.dataset}. Bring the old data back, or start a run of another name"
             )
 
     def _print_header(self) -> None:
@@ -227,27 +256,12 @@ class Trainer:
             {
                 "model": f"{num_parameters(config.model):,} parameters",
                 "device": f"{ranks.world_size} x {device_name(ranks.device)}, {config.training.precision} ({layout})",
-                "data": f"{self.data.train.num_tokens:,} tokens, {config.data.sequence_length} per sample",
+                "data": f"{self.data.num_tokens:,} tokens, {config.data.sequence_length} per sample",
                 "batch": f"{config.training.global_batch_size} samples of {config.data.sequence_length} tokens",
                 "steps": f"{self.progress.step} of {self.num_steps} done",
                 "run directory": str(self.run.path),
             },
         )
-
-
-def open_data(config: Config, ranks: Ranks) -> TrainingData:
-    """The run's data on this rank.
-
-    Raises:
-        UserError: a file is missing, damaged, or does not fit; the mask token is not the tokenizer's.
-    """
-    try:
-        return TrainingData(config, ranks)
-    except UserError:
-        raise
-    except ValueError as error:
-        # Its refusal of a mask token is a plain ValueError.
-        raise UserError(str(error)) from error
 
 
 def prepare_resume(config: Config, run: RunDirectory) -> None:
@@ -263,8 +277,9 @@ def prepare_resume(config: Config, run: RunDirectory) -> None:
     if step is not None:
         checkpoint = run.checkpoints / f"step_{step:010d}"
         old = read_config(checkpoint)
-        samples = read_progress(checkpoint).samples
-        raise_if_any(check_resume(old, config, samples * old.data.sequence_length))
+        progress = read_progress(checkpoint)
+        tokens = progress.samples * old.data.sequence_length
+        raise_if_any(check_resume(old, config, tokens, data_are_hashed=progress.dataset is not None))
         for change in config_differences(old, config):
             logger.info("configuration changed on resume: %s: %s -> %s", change.key, change.old, change.new)
     write_text(run.config, config_to_yaml(config))

@@ -21,8 +21,9 @@ def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
     name, fraction = stage_at(schedule, tokens)
     stage = schedule.stages[name]
     progress = _progress(stage.style, fraction)
+    rewarmed = min(1.0, fraction * stage.tokens / stage.rewarm_tokens) if stage.rewarm_tokens else 1.0
     # This form is exact at both ends, where start + (end - start) * progress is not.
-    return (1 - progress) * _previous_rate(schedule, name) + progress * stage.learning_rate
+    return rewarmed * ((1 - progress) * _previous_rate(schedule, name) + progress * stage.learning_rate)
 
 
 def total_tokens(schedule: ScheduleConfig) -> int:
@@ -45,21 +46,22 @@ def stage_at(schedule: ScheduleConfig, tokens: int) -> tuple[str, float]:
     return name, 1.0
 
 
-def batch_size(schedule: ScheduleConfig, default: int, tokens: int) -> int:
-    """Sequences of the step that begins after ``tokens`` consumed: its stage's, or the default (training.global_batch_size)."""
-    stage = schedule.stages[stage_at(schedule, tokens + 1)[0]]
-    return default if stage.global_batch_size is None else stage.global_batch_size
-
-
 def num_steps(schedule: ScheduleConfig, default: int, sequence_length: int) -> int:
-    """Optimizer steps of the whole run. A step that begins inside a stage has that stage's size, and may end beyond it."""
-    tokens = steps = end = 0
-    for stage in schedule.stages.values():
+    """Optimizer steps of the whole run."""
+    return sum(steps for _, steps in stage_steps(schedule, default, sequence_length).values())
+
+
+def stage_steps(schedule: ScheduleConfig, default: int, sequence_length: int) -> dict[str, tuple[int, int]]:
+    """(first sample, optimizer steps) of each stage. A step that begins inside a stage is that stage's, and may end beyond it."""
+    stages = {}
+    samples = end = 0
+    for name, stage in schedule.stages.items():
         end += stage.tokens
-        size = (default if stage.global_batch_size is None else stage.global_batch_size) * sequence_length
-        steps_here = max(0, -(-(end - tokens) // size))
-        steps, tokens = steps + steps_here, tokens + steps_here * size
-    return steps
+        size = default if stage.global_batch_size is None else stage.global_batch_size
+        steps = max(0, -(-(end - samples * sequence_length) // (size * sequence_length)))
+        stages[name] = (samples, steps)
+        samples += steps * size
+    return stages
 
 
 def _progress(style: DecayStyle, fraction: float) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +20,7 @@ from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.training import adamw
 from w1train.training.megatron_fixes import keep_bucket_padding_in_checkpoints
+from w1train.training.rate_multipliers import freeze_and_mark, rate_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def build_trained_model(config: Config) -> TrainedModel:
         check_for_nan_in_grad=False,
     )
     stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(config.parallel.virtual_pipeline)]
+    freeze_and_mark(stages, config.optimizer.rate_multipliers)
     chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
     return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
 
@@ -116,7 +118,8 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
+        overrides = {**get_standard_config_overrides(optimizer_config), **rate_overrides([chunk.module for chunk in chunks])}
+        optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     return optimizer

@@ -6,6 +6,7 @@ of random t.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -27,31 +28,52 @@ def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[st
     """Score the validation samples at every timestep of ``validation.timesteps``. Called on every rank.
 
     Returns:
-        elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy (nats per masked token), loss_by_t (one per timestep).
+        elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy (nats per masked token), loss_by_t (one per timestep), and
+        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B.
     """
     assert data.validation is not None
     started = time.perf_counter()
     batches = _fill_last_group(config, list(data.validation_batches()))
     for chunk in model.chunks:
         chunk.eval()
-    by_timestep = []
-    with torch.no_grad():
-        for draw, timestep in enumerate(config.validation.timesteps, start=1):
-            noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
-            sums, _ = run_micro_batches(config, model.chunks, noisy, len(batches), training=False)
-            by_timestep.append(sums.metrics(config.diffusion))
+    scores = _score(config, model, batches)
+    others = {
+        f"elbo_at_block_size/{size}": _score(_with_blocks(config, size), model, batches)["elbo"] for size in config.validation.block_sizes
+    }
     for chunk in model.chunks:
         chunk.train()
+    return {
+        "elbo_bits_per_byte": data.validation_bits_per_byte(scores["elbo"]),
+        **scores,
+        **others,
+        "time/seconds": time.perf_counter() - started,
+    }
+
+
+def _with_blocks(config: Config, block_size: int) -> Config:
+    """The same model's other factorisation of the text; all of it visible, one timestep a sample."""
+    diffusion = dataclasses.replace(config.diffusion, objective="diffusion", block_size=block_size, autoregressive_weight=0.0)
+    return dataclasses.replace(config, diffusion=diffusion)
+
+
+@torch.no_grad()
+def _score(config: Config, model: TrainedModel, batches: list[PackedBatch]) -> dict[str, Any]:
+    timesteps = config.validation.timesteps
+    by_timestep = []
+    # Autoregression knows no t: one pass is all of them.
+    for draw, timestep in enumerate(timesteps if config.diffusion.objective == "diffusion" else timesteps[:1], start=1):
+        noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
+        sums, _ = run_micro_batches(config, model.chunks, noisy, len(batches), training=False)
+        by_timestep.append(sums.metrics(config.diffusion))
+    by_timestep *= len(timesteps) // len(by_timestep)
     elbo = sum(metrics["elbo"] for metrics in by_timestep) / len(by_timestep)
     cross_entropies = [metrics["masked_cross_entropy"] for metrics in by_timestep]
     masked = sum(metrics["mask_ratio"] for metrics in by_timestep)
     weighted = sum(metrics["masked_cross_entropy"] * metrics["mask_ratio"] for metrics in by_timestep)
     return {
         "elbo": elbo,
-        "elbo_bits_per_byte": data.validation_bits_per_byte(elbo),
         "masked_cross_entropy": weighted / masked if masked else 0.0,
         "loss_by_t": cross_entropies,
-        "time/seconds": time.perf_counter() - started,
     }
 
 

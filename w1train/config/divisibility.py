@@ -1,0 +1,26 @@
+"""Small arithmetic for the messages of rules about divisors."""
+
+from __future__ import annotations
+
+import math
+
+from w1train.config.errors import listing
+
+_MOST_EXAMPLES = 12
+
+
+def does_not_divide(divisor: int, number: int) -> bool:
+    """False also when either is not positive: the ranges report that."""
+    return divisor > 0 and number > 0 and number % divisor != 0
+
+
+def divisors(number: int) -> str:
+    """The divisors of a positive number, the smallest ones if there are many."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    divisors = sorted({*small, *(number // divisor for divisor in small)})
+    return listing(divisors if len(divisors) <= _MOST_EXAMPLES else [*divisors[:_MOST_EXAMPLES], "..."])
+
+
+def near(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return listing(multiple for multiple in (below, below + unit) if multiple > 0).replace(", ", " or ")

@@ -1,0 +1,29 @@
+"""The configuration inside a stage of the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from w1train.config.schema import Config
+
+
+def at_stage(config: Config, name: str) -> Config:
+    """The run's configuration with what the stage sets otherwise: its diffusion and its batch. Shares all other sections."""
+    stage = config.schedule.stages[name]
+    if not stage.diffusion and stage.global_batch_size is None:
+        return config
+    batch = config.training.global_batch_size if stage.global_batch_size is None else stage.global_batch_size
+    return dataclasses.replace(
+        config,
+        diffusion=dataclasses.replace(config.diffusion, **stage.diffusion),
+        training=dataclasses.replace(config.training, global_batch_size=batch),
+    )
+
+
+def batch_sizes(config: Config) -> dict[str, int]:
+    """Every global batch size of the run by its key."""
+    sizes = {"training.global_batch_size": config.training.global_batch_size}
+    for name, stage in config.schedule.stages.items():
+        if stage.global_batch_size is not None:
+            sizes[f"schedule.stages.{name}.global_batch_size"] = stage.global_batch_size
+    return sizes
