@@ -9,10 +9,11 @@ import argparse
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
-from w1train.sampling.denoise import Predict
+from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
 
@@ -31,6 +32,9 @@ class InferenceModel(Protocol):
 
     @property
     def predict(self) -> Predict: ...
+
+    @property
+    def blocks(self) -> BlockPredict | None: ...
 
     @property
     def config(self) -> Config: ...
@@ -57,21 +61,48 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
             raise FileNotFoundError(f"{args.run} is not a run directory: it has no config.yaml")
         model = (load or _load_run)(args.run, args.checkpoint)
         config = replace(model.config, sampling=_override(model.config.sampling, args))
-        samples = _sample(model, config, show_steps=args.show_steps)
+        if args.steps is not None and config.sampling.threshold is not None:
+            print("--steps is not used: with a threshold, steps run until each block is full", file=sys.stderr)
+        samples, speed = _sample(model, config, show_steps=args.show_steps)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(_as_json(args, config.sampling, samples)))
+        print(json.dumps(_as_json(args, config.sampling, samples, speed)))
     else:
         print_samples(_console(), samples)
+        print(speed, file=sys.stderr)
     return 0
 
 
-def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> list[TextSample]:
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of all samples together."""
+
+    num_tokens: int
+    """Of the texts: what is computed after an EOS counts for nothing."""
+    seconds: float
+    tokens_per_second: float
+    tokens_per_forward: float
+    """Mean over forward passes of a sample, those that encode finished blocks included."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens} tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s, "
+            f"{self.tokens_per_forward:.2f} tokens per forward pass"
+        )
+
+
+def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
     view = DenoisingView(_console(), model.tokenizer, config.diffusion.mask_token_id, config.sampling.num_tokens) if show_steps else None
+    predict = model.blocks or model.predict
+    started = time.perf_counter()
     with view or nullcontext():
-        return sample_texts(model.predict, model.tokenizer, config.sampling.prompts, config, device=model.device, on_step=view)
+        samples = sample_texts(predict, model.tokenizer, config.sampling.prompts, config, device=model.device, on_step=view)
+    seconds = time.perf_counter() - started
+    num_tokens = sum(len(sample.tokens) for sample in samples)
+    num_passes = sum(sample.num_forward_passes for sample in samples)
+    return samples, Speed(num_tokens, seconds, num_tokens / seconds, num_tokens / num_passes)
 
 
 def _load_run(run: Path, step: int | None) -> InferenceModel:
@@ -96,19 +127,30 @@ def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingCon
         "prompts": args.prompt,
         "num_tokens": args.num_tokens,
         "num_steps": args.steps,
+        "threshold": args.threshold,
         "block_size": args.block_size,
         "temperature": args.temperature,
         "remasking": args.remasking,
         "seed": args.seed,
     }
     sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
-    return replace(sampling, block_size=None) if args.block_size == 0 else sampling
+    return replace(
+        sampling,
+        threshold=None if args.threshold == 0 else sampling.threshold,
+        block_size=None if args.block_size == 0 else sampling.block_size,
+    )
 
 
-def _as_json(args: argparse.Namespace, sampling: SamplingConfig, samples: list[TextSample]) -> dict[str, object]:
+def _as_json(args: argparse.Namespace, sampling: SamplingConfig, samples: list[TextSample], speed: Speed) -> dict[str, object]:
     settings = asdict(sampling)
     del settings["interval"], settings["prompts"]
-    return {"run": str(args.run), "checkpoint": args.checkpoint, "sampling": settings, "samples": [asdict(sample) for sample in samples]}
+    return {
+        "run": str(args.run),
+        "checkpoint": args.checkpoint,
+        "sampling": settings,
+        "samples": [asdict(sample) for sample in samples],
+        "speed": asdict(speed),
+    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -117,7 +159,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to go on from; repeat for several; empty = from nothing")
     parser.add_argument("--num-tokens", type=int, metavar="N", help="tokens to generate after the prompt")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps, all blocks together")
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together, left to right; 0 = all at once")
+    parser.add_argument("--threshold", type=float, metavar="P", help="unmask what is more probable than P at each step; 0 = by --steps")
+    block_help = "tokens denoised together, left to right; 0 = as trained (block diffusion) or all at once (masked diffusion)"
+    parser.add_argument("--block-size", type=int, metavar="N", help=block_help)
     parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy")
     parser.add_argument("--remasking", choices=["low_confidence", "random"], help="which predictions are kept at each step")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")

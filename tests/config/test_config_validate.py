@@ -94,6 +94,7 @@ def field_annotation(pattern: str) -> Any:
         ({"validation.timesteps": []}, "validation.timesteps", "at least one"),
         ({"validation.timesteps": [0.1, 0.5]}, "validation.timesteps", "midpoints of 2 equal bins"),
         ({"sampling.block_size": 32, "sampling.num_steps": 6}, "sampling.num_steps", "a multiple of the 4 blocks"),
+        ({"sampling.threshold": 0.9, "sampling.remasking": "random"}, "sampling.remasking", "low_confidence"),
         ({"training.seed": 1 << 63}, "training.seed", "<= 9223372036854775807"),
         ({"diffusion.num_strata": 1 << 21}, "diffusion.num_strata", "<= 1048576"),
         ({"sampling.block_size": 48}, "sampling.block_size", "divisor of sampling.num_tokens (128)"),
@@ -128,6 +129,18 @@ def test_rules(make_config: MakeConfig, changes: dict[str, Any], key: str, words
     (problem,) = validate(make_config(changes))
     assert problem.key == key
     assert words in problem.valid
+
+
+def test_blocks_of_block_diffusion_need_not_divide(make_config: MakeConfig) -> None:
+    changes = {"sampling.block_size": 48, "sampling.num_steps": 5}
+    assert validate(make_config({**changes, "diffusion.block_size": 16})) == []
+    assert [problem.key for problem in validate(make_config({**changes, "diffusion.block_size": 64}))] == ["sampling.block_size"]
+    stages = {"schedule.stages": {"all": {"tokens": 1000, "learning_rate": 1.0e-3, "diffusion": {"block_size": 16}}}}
+    assert [problem.key for problem in validate(make_config({**changes, **stages}))] == ["sampling.block_size"]
+    by_block = {"diffusion.block_size": 16, "schedule.stages.decay.diffusion": {"block_size": 64}}
+    assert [problem.key for problem in validate(make_config({**changes, **by_block}))] == ["sampling.block_size in stage decay"]
+    one_stream = {"sampling.block_size": 32, "sampling.num_steps": 5, "sampling.threshold": 0.9}
+    assert validate(make_config(one_stream)) == []
 
 
 def test_the_pipeline_rules_are_reported_together(make_config: MakeConfig) -> None:

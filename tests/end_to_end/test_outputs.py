@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,21 +175,45 @@ def test_samples_come_back_from_the_checkpoint(thorough, tmp_path):
     run, _ = thorough
     expected = [json.loads(line) for line in run.samples().splitlines()]
     assert [record["prompt"] for record in expected] == ["a b", ""]
-    outputs = [in_process(run.data, tmp_path / "log", lambda: sample.main([str(run.path), "--json"])) for _ in range(2)]
-    assert outputs[0] == outputs[1]
-    found = json.loads(outputs[0].splitlines()[-1])["samples"]
+    found, again = (sampled(run, tmp_path)["samples"] for _ in range(2))
+    assert found == again
     assert [(item["prompt"], item["text"]) for item in found] == [(record["prompt"], record["text"]) for record in expected]
+
+
+def sampled(run: TinyRun, directory: Path) -> dict[str, Any]:
+    """What ``python -m w1train.sample RUN --json`` says."""
+    return json.loads(in_process(run.data, directory / "log", lambda: sample.main([str(run.path), "--json"])).splitlines()[-1])
+
+
+def test_block_diffusion_samples_by_blocks_while_training_and_from_the_checkpoint(tiny_run, tmp_path):
+    """Tensor- and sequence-parallel while training, alone afterwards; three blocks, the last one short, and a prompt of three bytes."""
+    overrides = ["diffusion={block_size: 8, timestep_per: block}", "sampling={num_tokens: 14, threshold: 0.02, prompts: ['a b', '']}"]
+    tiny_run.train(*overrides, "parallel={tensor: 2, sequence: true}", world_size=2).require(0)
+    records = [json.loads(line) for line in tiny_run.samples().splitlines()]
+    result = sampled(tiny_run, tmp_path)
+    assert [item["text"] for item in result["samples"]] == [record["text"] for record in records if record["step"] == NUM_STEPS]
+    # A pass to encode each block but the last, and steps that each unmask one token at least.
+    for item in result["samples"]:
+        assert 2 <= item["num_forward_passes"] <= 14 + 2
 
 
 def test_samples_are_printed_and_only_they(thorough, tmp_path):
     run, _ = thorough
     arguments = [str(run.path), "--prompt", "a b", "--num-tokens", "8", "--steps", "8", "--temperature", "1", "--seed", "3"]
     first, again, other = (
-        in_process(run.data, tmp_path / "log", lambda extra=extra: sample.main([*arguments, *extra])) for extra in ([], [], ["--seed", "4"])
+        without_speed(in_process(run.data, tmp_path / "log", lambda extra=extra: sample.main([*arguments, *extra])))
+        for extra in ([], [], ["--seed", "4"])
     )
     assert first.startswith("a b")
     assert len(first.splitlines()) == 1
     assert first == again != other
+
+
+def without_speed(output: str) -> str:
+    """What is printed, less its last line: that goes to stderr and is of the clock."""
+    *lines, speed = output.splitlines(keepends=True)
+    assert "tokens per forward pass" in speed
+    return "".join(lines)
 
 
 def test_the_report_shows_the_run(thorough, tmp_path):

@@ -10,7 +10,7 @@ from tests.parallel.layouts import open_gates, world_size
 from tests.parallel.test_layouts import layout_config
 from tests.tiny import packed_batch
 from w1train.runtime.distributed import distributed
-from w1train.training.inference import Predictor
+from w1train.training.inference import Predictor, block_predictor
 from w1train.training.setup import build_trained_model
 from w1train.training.validation import validate
 
@@ -25,8 +25,8 @@ NUM_VALIDATION_SAMPLES = (1, 3)
 """With one sample a micro-batch: neither fills a group of two."""
 
 
-def _on_ranks(function, parallel):
-    config = layout_config("one-stream", **parallel)
+def _on_ranks(function, parallel, streams="one-stream"):
+    config = layout_config(streams, **parallel)
     config.validation.timesteps = [0.25, 0.75]
     return run_distributed(function, world_size(config, 1), config, process_group=False, timeout=60)
 
@@ -39,6 +39,28 @@ def _predict(_rank, _size, config):
         tokens = torch.arange(2 * ODD_LENGTH).reshape(2, ODD_LENGTH)
         with predictor.evaluating():
             return predictor(tokens, torch.tensor([0.3, 0.7]))
+
+
+def _predict_blocks(_rank, _size, config):
+    """Logits of three cached blocks of four tokens, the first after seven prompt tokens and the last short, then of a smaller batch."""
+    with distributed(config.parallel):
+        model = build_trained_model(config)
+        open_gates(model)
+        predictor = Predictor(config, list(model.chunks))
+        tokens = torch.arange(3 * ODD_LENGTH).reshape(3, ODD_LENGTH)
+        t = torch.tensor([0.3, 0.7, 0.9])
+        logits = []
+        with predictor.evaluating():
+            blocks = block_predictor(predictor)
+            blocks.start(ODD_LENGTH, 4)
+            blocks.append(tokens[:, :4])
+            logits.append(blocks.predict_block(tokens[:, 4:8] + 40, t))
+            logits.append(blocks.predict_block(tokens[:, 4:8] + 20, t))
+            blocks.append(tokens[:, 4:8])
+            logits.append(blocks.predict_block(tokens[:, 8:] + 20, t))
+            blocks.select_rows(torch.tensor([2, 0]))
+            logits.append(blocks.predict_block(tokens[[2, 0], 8:] + 50, t[[2, 0]]))
+        return torch.cat([each.flatten() for each in logits])
 
 
 def _validate(_rank, _size, config):
@@ -64,6 +86,11 @@ def expected_logits():
 
 
 @pytest.fixture(scope="module")
+def expected_block_logits():
+    return _on_ranks(_predict_blocks, {}, "two-stream")[0]
+
+
+@pytest.fixture(scope="module")
 def expected_validation():
     return _on_ranks(_validate, {})[0]
 
@@ -72,6 +99,12 @@ def expected_validation():
 def test_logits_at_an_odd_length(parallel, expected_logits):
     for logits in _on_ranks(_predict, parallel):
         torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_logits_of_cached_blocks(parallel, expected_block_logits):
+    for logits in _on_ranks(_predict_blocks, parallel, "two-stream"):
+        torch.testing.assert_close(logits, expected_block_logits, rtol=0, atol=1e-5)
 
 
 def test_validation_that_fills_no_group_of_micro_batches(expected_validation):

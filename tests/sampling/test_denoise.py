@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from w1train.config.schema import SamplingConfig
-from w1train.sampling.denoise import DenoisingStep, Generation, cut_at_eos, generate, plan_steps, transfer_counts
+from w1train.sampling.denoise import DenoisingStep, Generation, PlannedBlock, cut_at_eos, generate, plan_blocks
+from w1train.sampling.unmask import transfer_counts
 
 VOCAB_SIZE, MASK, EOS = 16, 15, 0
 
@@ -90,6 +91,10 @@ def test_greedy_is_exactly_the_argmax_path(config, prompts):
     assert run(prompts, config).completions.tolist() == [literal_greedy(prompt, config) for prompt in prompts]
 
 
+def _steps(config: SamplingConfig, prompt_length: int) -> list[tuple[PlannedBlock, int]]:
+    return [(block, count) for block in plan_blocks(config, prompt_length) for count in block.counts]
+
+
 @given(sampling_configs(), prompt_lists)
 @settings(max_examples=60, deadline=None)
 def test_every_step_unmasks_the_planned_tokens_and_changes_nothing_else(config, prompts):
@@ -104,8 +109,10 @@ def test_every_step_unmasks_the_planned_tokens_and_changes_nothing_else(config, 
         return toy_logits(tokens, t)
 
     generation = run(prompts, config, predict, seen.append)
-    plan = plan_steps(config)
-    assert generation.num_steps_run == len(plan) <= config.num_steps
+    plans = {len(prompt): _steps(config, len(prompt)) for prompt in prompts}
+    num_steps = len(plans[len(prompts[0])])
+    assert generation.num_forward_passes == [num_steps] * len(prompts)
+    assert num_steps <= config.num_steps
     assert [state.t for state in seen] == times
     batches = {tuple(state.rows): [] for state in seen}
     for state in seen:
@@ -114,12 +121,12 @@ def test_every_step_unmasks_the_planned_tokens_and_changes_nothing_else(config, 
     for rows, states in batches.items():
         prompt = torch.tensor([prompts[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
         before = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=MASK)
-        for planned, after in zip(plan, states, strict=True):
+        for (block, num_unmasked), after in zip(plans[prompt.shape[1]], states, strict=True):
             newly = (before == MASK) & (after != MASK)
             assert torch.equal(before[~newly], after[~newly])  # the prompt, decided tokens and remaining masks stay
-            assert newly.sum(dim=1).tolist() == [planned.num_unmasked] * len(rows)
-            columns = newly.any(dim=0).nonzero()[:, 0] - prompt.shape[1]
-            assert planned.start <= int(columns.min()) <= int(columns.max()) < planned.end
+            assert newly.sum(dim=1).tolist() == [num_unmasked] * len(rows)
+            columns = newly.any(dim=0).nonzero()[:, 0]
+            assert block.start <= int(columns.min()) <= int(columns.max()) < block.end
             before = after
         assert not (before == MASK).any()
         assert torch.equal(before[:, prompt.shape[1] :], generation.completions[list(rows)])
@@ -234,7 +241,7 @@ def test_confidence_is_finer_than_float32():
 def test_steps_without_a_token_are_skipped_and_said(caplog):
     with caplog.at_level("INFO"):
         generation = run([[3]], SamplingConfig(num_tokens=4, num_steps=10))
-    assert generation.num_steps_run == 4
+    assert generation.num_forward_passes == [4]
     assert "6 of 10 denoising steps" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,25 @@ def alphabet_logits(tokens: Tensor, _t: Tensor) -> Tensor:
     return logits
 
 
+class AlphabetBlocks:
+    """``alphabet_logits`` by blocks of three."""
+
+    block_size = 3
+
+    def start(self, length: int, block_size: int) -> None:
+        self.num_finished = 0
+
+    def append(self, tokens: Tensor) -> None:
+        self.num_finished += tokens.shape[1]
+
+    def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
+        whole = torch.nn.functional.pad(tokens, (self.num_finished, 0))
+        return alphabet_logits(whole, timesteps)[:, self.num_finished :]
+
+    def select_rows(self, rows: Tensor) -> None:
+        pass
+
+
 def with_eos_at(place: int):
     def predict(tokens: Tensor, t: Tensor) -> Tensor:
         logits = alphabet_logits(tokens, t)
@@ -71,6 +91,7 @@ def run_config() -> Config:
 @dataclass
 class FakeModel:
     predict: object = alphabet_logits
+    blocks: object = None
     config: Config = field(default_factory=run_config)
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -97,11 +118,44 @@ def sample(run_dir, capsys, monkeypatch):
 
 
 def test_defaults_come_from_the_run(sample):
-    assert sample() == (0, "abcdefghijk\n", "")
+    status, out, err = sample()
+    assert (status, out) == (0, "abcdefghijk\n")
+    assert re.fullmatch(r"8 tokens in \d+\.\d\d s: \d+\.\d tokens/s, 2\.00 tokens per forward pass\n", err)
+
+
+def test_block_diffusion_is_sampled_by_cached_blocks(sample):
+    """Three tokens of the prompt are a block to encode; then three blocks of 3, 3 and 2 tokens, two of them encoded, in 4 steps + 1."""
+
+    def refuse(_tokens, _t):
+        raise AssertionError("the whole canvas was read")
+
+    model = FakeModel(predict=refuse, blocks=AlphabetBlocks())
+    status, out, err = sample(model=model)
+    assert (status, out) == (0, "abcdefghijk\n")
+    assert err.endswith("1.00 tokens per forward pass\n")
+    assert [each["num_forward_passes"] for each in json.loads(sample("--json", model=model)[1])["samples"]] == [8]
+
+
+def test_the_threshold_replaces_the_steps(sample):
+    status, out, err = sample("--threshold", "0.99", "--steps", "3")
+    assert (status, out) == (0, "abcdefghijk\n")
+    assert err.startswith("--steps is not used: with a threshold")
+    model = FakeModel()
+    model.config.sampling.threshold = 0.5
+    [heading, *_] = sample("--show-steps", model=model)[1].splitlines()
+    assert heading == "step 1  t = 0.727"
+    assert json.loads(sample("--json", "--threshold", "0", model=model)[1])["sampling"]["threshold"] is None
+
+
+def test_speed_counts_the_tokens_of_the_texts(sample):
+    speed = json.loads(sample("--json", model=FakeModel(predict=with_eos_at(6)))[1])["speed"]
+    assert speed["num_tokens"] == 3
+    assert speed["tokens_per_forward"] == 0.75
+    assert speed["tokens_per_second"] == pytest.approx(3 / speed["seconds"])
 
 
 def test_prompts_are_completed_plainly_one_after_the_other(sample):
-    assert sample("--prompt", "ab", "--prompt", "", "--num-tokens", "4") == (0, "abcdef\n\nabcd\n", "")
+    assert sample("--prompt", "ab", "--prompt", "", "--num-tokens", "4")[:2] == (0, "abcdef\n\nabcd\n")
 
 
 def test_long_lines_tabs_and_markup_are_printed_as_they_are(sample):
@@ -118,18 +172,28 @@ def test_json(sample, run_dir):
         "--json", "--seed", "5", "--temperature", "0", "--checkpoint", "70", "--block-size", "4", "--remasking", "random"
     )
     assert status == 0
-    assert json.loads(out) == {
+    result = json.loads(out)
+    del result["speed"]
+    assert result == {
         "run": str(run_dir),
         "checkpoint": 70,
-        "sampling": {"num_tokens": 8, "num_steps": 4, "block_size": 4, "temperature": 0.0, "remasking": "random", "seed": 5},
-        "samples": [{"prompt": "abc", "text": "defghijk", "tokens": list(b"defghijk")}],
+        "sampling": {
+            "num_tokens": 8,
+            "num_steps": 4,
+            "threshold": None,
+            "block_size": 4,
+            "temperature": 0.0,
+            "remasking": "random",
+            "seed": 5,
+        },
+        "samples": [{"prompt": "abc", "text": "defghijk", "tokens": list(b"defghijk"), "num_forward_passes": 4}],
     }
 
 
 def test_the_text_ends_at_eos(sample):
     status, out, _ = sample("--json", model=FakeModel(predict=with_eos_at(6)))
     assert status == 0
-    assert json.loads(out)["samples"] == [{"prompt": "abc", "text": "def", "tokens": list(b"def")}]
+    assert json.loads(out)["samples"] == [{"prompt": "abc", "text": "def", "tokens": list(b"def"), "num_forward_passes": 4}]
 
 
 def test_block_size_zero_undoes_the_runs_blocks(sample):
@@ -162,7 +226,7 @@ def test_on_a_terminal_the_canvas_is_drawn_in_place_and_styled():
     console = Console(file=stream, force_terminal=True, width=60, height=20, color_system="standard", legacy_windows=False)
     with DenoisingView(console, ByteTokenizer(), MASK, num_tokens=4) as view:
         view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([[*b"ab", MASK, *b"c", MASK, MASK]])))
-    print_samples(console, [TextSample("ab", "cd", list(b"cd"))])
+    print_samples(console, [TextSample("ab", "cd", list(b"cd"), 2)])
     drawn = stream.getvalue()
     assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m" in drawn
     assert "\x1b[?25h" in drawn  # the cursor is back
@@ -171,7 +235,7 @@ def test_on_a_terminal_the_canvas_is_drawn_in_place_and_styled():
 
 def test_control_bytes_of_the_model_do_not_reach_the_terminal():
     stream = io.StringIO()
-    print_samples(Console(file=stream, force_terminal=True, color_system=None), [TextSample("a\x1b[2J", "b\r\x07\nc", [])])
+    print_samples(Console(file=stream, force_terminal=True, color_system=None), [TextSample("a\x1b[2J", "b\r\x07\nc", [], 1)])
     assert stream.getvalue() == "a\ufffd[2Jb\ufffd\ufffd\nc\n"
 
 
@@ -179,6 +243,7 @@ def test_control_bytes_of_the_model_do_not_reach_the_terminal():
     ("arguments", "message"),
     [
         (["--block-size", "3"], "sampling.block_size is 3; it must be a divisor of sampling.num_tokens (8): 1, 2, 4, 8"),
+        (["--threshold", "1.5"], "sampling.threshold is 1.5; it must be a probability above 0, or null"),
         (["--temperature", "-1"], "sampling.temperature is -1.0"),
         (["--num-tokens", "30"], "prompt 0 has 3 tokens and sampling.num_tokens is 30"),
     ],

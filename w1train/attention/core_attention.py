@@ -35,6 +35,8 @@ class CoreAttention(MegatronModule):
         plan: AttentionPlan = packed_seq_params.attention_plan
         if plan.exchange is not None:
             query, key, value = plan.exchange.exchange(query, key, value)
+        if plan.cache is not None:
+            key, value = plan.cache.extend(self.layer_number, key, value)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = attend(query, key, value, plan, self.softmax_scale).permute(2, 0, 1, 3)
         if plan.exchange is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from w1train.attention.cache import KeyValueCache
 from w1train.attention.context_parallel import KeyExchange
 from w1train.attention.visibility import Visibility
 
@@ -19,17 +20,20 @@ class AttentionPlan:
 
     visibility: Visibility
     mask: Tensor | None
-    """bool [b, 1, q, k], True = visible; None when everything is visible, so that unmasked kernels can run."""
+    """bool [b or 1, 1, q, k], True = visible; None when everything is visible, so that unmasked kernels can run."""
     blind_rows: Tensor | None
-    """bool [b, q]: rows that see nothing (padding); their output is zero. None when there is none."""
+    """bool [b or 1, q]: rows that see nothing (padding); their output is zero. None when there is none."""
     exchange: KeyExchange | None = None
     """How keys travel between context-parallel ranks; None when each rank has whole sequences."""
+    cache: KeyValueCache | None = None
+    """Keys of earlier passes that come before this one's (generation by blocks); None when a pass has all its keys itself."""
 
 
-def plan_attention(visibility: Visibility, exchange: KeyExchange | None = None) -> AttentionPlan:
+def plan_attention(visibility: Visibility, exchange: KeyExchange | None = None, cache: KeyValueCache | None = None) -> AttentionPlan:
     """Turn visibility into what the kernels read. Called once a micro-batch, outside the layers."""
     if visibility.everything_visible():
-        return AttentionPlan(visibility, mask=None, blind_rows=None, exchange=exchange)
+        return AttentionPlan(visibility, mask=None, blind_rows=None, exchange=exchange, cache=cache)
     mask = visibility.dense()
     blind = ~mask.any(dim=-1)
-    return AttentionPlan(visibility, mask=mask[:, None], blind_rows=blind if bool(blind.any()) else None, exchange=exchange)
+    blind_rows = blind if bool(blind.any()) else None
+    return AttentionPlan(visibility, mask=mask[:, None], blind_rows=blind_rows, exchange=exchange, cache=cache)

@@ -274,9 +274,13 @@ class SamplingConfig:
     num_tokens: int = 128
     """Tokens generated after the prompt."""
     num_steps: int = 64
-    """Denoising steps, all blocks together."""
+    """Denoising steps, all blocks together; not used with a threshold."""
+    threshold: float | None = None
+    """Each step unmasks every token whose prediction is more probable than this, at least one, until the block is full
+    (confidence-threshold parallel decoding); null = as many tokens a step as num_steps asks for."""
     block_size: int | None = None
-    """Tokens denoised together, left to right (semi-autoregressive); null = all at once."""
+    """Tokens denoised together, left to right; null = diffusion.block_size for a model of block diffusion, all at once for one
+    of masked diffusion (otherwise semi-autoregressive)."""
     temperature: float = 0.0
     """0 = greedy; otherwise Gumbel-max sampling at this temperature."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"

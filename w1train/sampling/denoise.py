@@ -1,25 +1,32 @@
-"""Generation by iterative denoising (LLaDA, arXiv 2502.09992, algorithms 4 and 5).
+"""Generation by iterative denoising (LLaDA, arXiv 2502.09992, algorithms 4 and 5; block diffusion, arXiv 2503.09573).
 
 A canvas starts as the prompt followed by mask tokens. Each step predicts every masked token of the current block and keeps
-a few of the predictions, the most confident ones or a random choice; the others stay masked. Blocks are filled left to
-right (semi-autoregressive); one block as long as the generation is pure diffusion.
+some of the predictions: a number that is planned, the most confident or random ones, or all that are confident enough
+(threshold decoding); the others stay masked. Blocks are filled left to right.
 
-The t given to the model is the share of mask tokens in the whole sequence, prompt and later blocks included. In training t
-is the probability with which *every* token of a sequence is masked, so a sequence of l tokens, m of them masked, is most
-likely under t = m / l; the model cannot tell a prompt from tokens that happened to stay clean. The share among generated
-tokens alone would say t = 1 while half of the sequence is visible, a pair that training never shows.
+A model of masked diffusion reads the whole canvas at each step. Its blocks begin after the prompt; one block as long as the
+generation is pure diffusion. Every token sees every other, so nothing can be kept from one step to the next.
 
-Shapes: b = rows of one batch, p = prompt tokens, g = generated tokens, l = p + g, v = vocabulary, n = masked tokens of the
-current block (equal for all rows of a batch: every row unmasks the same number at every step).
+A model of block diffusion reads the current block alone, with what it has kept of the finished ones. Its blocks are counted
+from the start of the text, as in training: the first may begin with the prompt's last tokens, the last may be short.
+
+The t given to the model is the share of mask tokens in what shares a t in training: the whole sequence, prompt and later blocks
+included, or the current block. In training t is the probability with which *every* token of it is masked, so m masked tokens of
+l are most likely under t = m / l; the model cannot tell a prompt from tokens that happened to stay clean. The share among
+generated tokens alone would say t = 1 while half of the sequence is visible, a pair that training never shows.
+
+Shapes: b = rows of one batch, p = prompt tokens, g = generated tokens, l = p + g, w = tokens of the current block,
+v = vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
+from functools import cache
+from itertools import repeat
+from typing import Protocol, get_args, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,11 +34,34 @@ from torch import Tensor
 from w1train.config.errors import UserError
 from w1train.config.schema import SamplingConfig
 from w1train.config.validate import denoising_problems
+from w1train.sampling.unmask import Unmasking, transfer_counts
 
 logger = logging.getLogger(__name__)
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""The model: (tokens int64 [b, l], t float32 [b]) -> logits [b, l, v]. Rows of one call have equal lengths and no padding."""
+"""A masked-diffusion model: (tokens int64 [b, l], t float32 [b]) -> logits [b, l, v]. Rows have equal lengths and no padding."""
+
+
+@runtime_checkable
+class BlockPredict(Protocol):
+    """A block-diffusion model (w1train.training.inference.BlockPredictor)."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block in training."""
+
+    def start(self, length: int, block_size: int) -> None:
+        """A new batch, of rows of ``length`` tokens."""
+
+    def append(self, tokens: Tensor) -> None:
+        """The next finished blocks, int64 [b, n]."""
+
+    def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
+        """The block after the finished ones, int64 [b, w], and t, float32 [b] -> logits [b, w, v]."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with some of the rows, int64 [new b]."""
+
 
 _REMASKING = get_args(get_type_hints(SamplingConfig)["remasking"])
 
@@ -42,12 +72,12 @@ class DenoisingStep:
 
     step: int
     """1-based."""
-    num_steps: int
-    """Steps that this batch takes."""
+    num_steps: int | None
+    """Steps that this batch takes; None = as many as the threshold asks for."""
     rows: list[int]
-    """Which prompts the batch holds (prompts of equal length go together)."""
+    """Which prompts the batch holds (prompts of equal length go together; with block diffusion, those that have not ended)."""
     t: float
-    """The t the model was given."""
+    """The t the model was given; the largest, where rows differ."""
     tokens: Tensor
     """int64 [b, l]; mask tokens where nothing is decided yet. A copy."""
 
@@ -58,9 +88,9 @@ class Generation:
 
     prompts: list[list[int]]
     completions: Tensor
-    """int64 [number of prompts, g], on the CPU; what follows an EOS is kept here."""
-    num_steps_run: int
-    """Forward passes that each prompt took."""
+    """int64 [number of prompts, g], on the CPU. What follows an EOS is kept here; EOS in blocks that were not needed any more."""
+    num_forward_passes: list[int]
+    """Passes that each prompt needed: denoising steps, and with block diffusion those that encode the prompt and finished blocks."""
     eos_token_id: int
 
     def completion(self, row: int) -> list[int]:
@@ -69,17 +99,19 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class _PlannedStep:
+class PlannedBlock:
+    """A block of the canvas and how it is filled."""
+
     start: int
-    """First generated position of the block (0 = just after the prompt)."""
+    """First position; with block diffusion it may be one of the prompt's."""
     end: int
-    num_unmasked: int
-    """Tokens that the step unmasks, all inside the block."""
+    counts: list[int] | None
+    """Tokens that each step unmasks; None = as the threshold decides."""
 
 
 @torch.no_grad()
 def generate(
-    predict: Predict,
+    model: Predict | BlockPredict,
     prompts: Sequence[Sequence[int]] | Tensor,
     config: SamplingConfig,
     *,
@@ -96,9 +128,9 @@ def generate(
     ``prompts``) only, not on the other prompts.
 
     Args:
-        predict: the model; logits may or may not leave out the mask token, which is never generated.
+        model: logits may or may not leave out the mask token, which is never generated.
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
-        config: num_tokens, num_steps, block_size, temperature, remasking and seed are used.
+        config: all but interval and prompts are used; num_steps only without a threshold.
         device: where the model takes its tokens.
         vocab_size: ids from here on are never generated (a model's vocabulary is often rounded up beyond the tokenizer's);
             None = every id of the model but the mask may be.
@@ -110,42 +142,46 @@ def generate(
     Raises:
         UserError: for a setting that cannot work (all of them in one message), no prompt, or a prompt with mask tokens.
     """
-    plan = plan_steps(config)
+    trained_block_size = model.block_size if isinstance(model, BlockPredict) else None
+    _check_config(config, by_block=trained_block_size is not None)
     prompt_lists: list[list[int]] = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
     _check_prompts(prompt_lists, mask_token_id)
-    completions = torch.empty(len(prompt_lists), config.num_tokens, dtype=torch.int64)
-    for rows in _rows_of_equal_length(prompt_lists):
+    groups = list(_rows_of_equal_length(prompt_lists))
+    plans = [plan_blocks(config, len(prompt_lists[rows[0]]), trained_block_size) for rows in groups]
+    _say_what_differs(config, plans, trained_block_size)
+    results = Generation(
+        prompt_lists, torch.empty(len(prompt_lists), config.num_tokens, dtype=torch.int64), [0] * len(prompt_lists), eos_token_id
+    )
+    for rows, plan in zip(groups, plans, strict=True):
         prompt = torch.tensor([prompt_lists[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
         canvas = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=mask_token_id).to(device)
-        for step, t in enumerate(_denoise(predict, canvas, plan, config, rows, mask_token_id, vocab_size), start=1):
+        source = _Blocks(model, canvas, config) if isinstance(model, BlockPredict) else _WholeCanvas(model)
+        unmasking = Unmasking(config, rows, mask_token_id=mask_token_id, vocab_size=vocab_size, device=device)
+        for state in _Batch(rows, canvas, source, unmasking, mask_token_id, results).denoise(plan):
             if on_step is not None:
-                on_step(DenoisingStep(step, len(plan), rows, t, canvas.clone()))
-        completions[torch.tensor(rows)] = canvas[:, prompt.shape[1] :].cpu()
-    return Generation(prompt_lists, completions, len(plan), eos_token_id)
+                on_step(state)
+    return results
 
 
-def plan_steps(config: SamplingConfig) -> list[_PlannedStep]:
-    """The steps in order: blocks left to right, ``transfer_counts`` inside a block.
+def plan_blocks(config: SamplingConfig, prompt_length: int, trained_block_size: int | None = None) -> list[PlannedBlock]:
+    """The blocks that hold generated tokens, in order.
 
-    Raises:
-        UserError: with everything that is wrong with the settings.
+    Steps are dealt to blocks by their masked tokens, rounded up; none has more steps than tokens. Blocks of masked diffusion are
+    alike, so that each gets its share of ``num_steps``.
+
+    Args:
+        trained_block_size: of a block-diffusion model; None = masked diffusion.
     """
-    _check_config(config)
-    block_size = config.block_size or config.num_tokens
-    num_blocks = config.num_tokens // block_size
-    counts = transfer_counts(block_size, config.num_steps // num_blocks)
-    plan = [
-        _PlannedStep(block * block_size, (block + 1) * block_size, count) for block in range(num_blocks) for count in counts if count > 0
-    ]
-    if len(plan) < config.num_steps:
-        logger.info("%d of %d denoising steps have no token left to unmask and are skipped", config.num_steps - len(plan), config.num_steps)
+    block_size = config.block_size or trained_block_size or config.num_tokens
+    length = prompt_length + config.num_tokens
+    origin = prompt_length if trained_block_size is None else prompt_length // block_size * block_size
+    plan = []
+    for start in range(origin, length, block_size):
+        end = min(start + block_size, length)
+        num_masked = end - max(start, prompt_length)
+        num_steps = min(num_masked, -(-num_masked * config.num_steps // config.num_tokens))
+        plan.append(PlannedBlock(start, end, transfer_counts(num_masked, num_steps) if config.threshold is None else None))
     return plan
-
-
-def transfer_counts(num_masked: int, num_steps: int) -> list[int]:
-    """How many tokens each step unmasks: evenly, the remainder one by one to the first steps (LLaDA's generate)."""
-    base, remainder = divmod(num_masked, num_steps)
-    return [base + (step < remainder) for step in range(num_steps)]
 
 
 def cut_at_eos(tokens: list[int], eos_token_id: int) -> list[int]:
@@ -153,71 +189,125 @@ def cut_at_eos(tokens: list[int], eos_token_id: int) -> list[int]:
     return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
 
 
-def _denoise(
-    predict: Predict,
-    canvas: Tensor,
-    plan: list[_PlannedStep],
-    config: SamplingConfig,
-    rows: list[int],
-    mask_token_id: int,
-    vocab_size: int | None,
-) -> Iterator[float]:
-    """Fill the canvas [b, l] in place, step by step; yields the t of each step once it is done."""
-    generators = [_row_generator(config.seed, row, canvas.device) for row in rows]
-    prompt_length = canvas.shape[1] - config.num_tokens
-    for planned in plan:
-        is_mask = canvas == mask_token_id
+class _WholeCanvas:
+    """Masked diffusion: a pass over the whole canvas at each step."""
+
+    stops_at_eos = False
+    """A completion is kept whole, as LLaDA's generate gives it."""
+
+    def __init__(self, predict: Predict) -> None:
+        self._predict = predict
+
+    def enter(self, _canvas: Tensor, _start: int) -> int:
+        """Before the block at ``start``; how many passes that takes."""
+        return 0
+
+    def logits(self, canvas: Tensor, is_mask: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Of the block [b, w, v], and the t that the model was given, float32 [b]."""
         t = is_mask.sum(dim=1, dtype=torch.float32) / canvas.shape[1]
-        logits = predict(canvas.clone(), t)
+        logits = self._predict(canvas.clone(), t)
         assert logits.shape[:2] == canvas.shape, f"predict gave {tuple(logits.shape)} for tokens {tuple(canvas.shape)}"
-        # Only masked positions of the block are candidates: the others have LLaDA's confidence of -inf.
-        start, end = prompt_length + planned.start, prompt_length + planned.end
-        masked = is_mask[:, start:end].nonzero()[:, 1].view(len(rows), -1) + start  # [b, n]
-        # float64: float32 Gumbel noise visibly lowers the quality of samples (LLaDA's note), and float32 probabilities tie at 1.
-        candidates = logits.gather(1, masked[:, :, None].expand(-1, -1, logits.shape[2])).double()  # [b, n, v]
-        candidates[:, :, mask_token_id] = -torch.inf
-        if vocab_size is not None:
-            candidates[:, :, vocab_size:] = -torch.inf
-        predictions = _choose_tokens(candidates, config.temperature, generators)
-        priority = _keeping_order(candidates, predictions, config, generators)
-        # A stable sort, because topk may break ties differently from one device or batch size to another.
-        kept = priority.sort(dim=1, descending=True, stable=True).indices[:, : planned.num_unmasked]
-        canvas.scatter_(1, masked.gather(1, kept), predictions.gather(1, kept))
-        yield t[0].item()
+        return logits[:, start:end], t
 
 
-def _keeping_order(logits: Tensor, predictions: Tensor, config: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
-    """float64 [b, n], highest first: random, or the log-probability of the prediction (at temperature 1)."""
-    if config.remasking == "random":
-        scores = [torch.rand(logits.shape[1], generator=generator, device=logits.device, dtype=torch.float64) for generator in generators]
-        return torch.stack(scores)
-    return logits.gather(2, predictions[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
+class _Blocks:
+    """Block diffusion: a pass over the block at each step, and one over each finished block."""
+
+    stops_at_eos = True
+
+    def __init__(self, model: BlockPredict, canvas: Tensor, config: SamplingConfig) -> None:
+        self._model, self._num_finished = model, 0
+        model.start(canvas.shape[1], config.block_size or model.block_size)
+
+    def enter(self, canvas: Tensor, start: int) -> int:
+        """Everything before ``start`` is finished: at first whole blocks of the prompt, later the block before."""
+        if start == self._num_finished:
+            return 0
+        self._model.append(canvas[:, self._num_finished : start].clone())
+        self._num_finished = start
+        return 1
+
+    def logits(self, canvas: Tensor, is_mask: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """As _WholeCanvas.logits."""
+        t = is_mask[:, start:end].sum(dim=1, dtype=torch.float32) / (end - start)
+        return self._model.predict_block(canvas[:, start:end].clone(), t), t
+
+    def select_rows(self, rows: Tensor) -> None:
+        self._model.select_rows(rows)
 
 
-def _choose_tokens(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
-    """Exact argmax at temperature 0, otherwise a sample of softmax(logits / temperature) by the Gumbel-max trick.
+class _Batch:
+    """Prompts of equal length on their way through the blocks."""
 
-    Written as logits - temperature * log(E), E exponential: the same order as logits / temperature + Gumbel noise, but
-    finite at any temperature.
+    def __init__(
+        self,
+        rows: list[int],
+        canvas: Tensor,
+        source: _WholeCanvas | _Blocks,
+        unmasking: Unmasking,
+        mask_token_id: int,
+        results: Generation,
+    ) -> None:
+        """canvas [b, l], one row for each prompt of ``rows``; what comes out is written to ``results``."""
+        self.rows, self.canvas, self.source, self.unmasking = rows, canvas, source, unmasking
+        self.mask_token_id, self.results = mask_token_id, results
+        self.num_generated = results.completions.shape[1]
 
-    Args:
-        logits: float64 [b, n, v].
+    def denoise(self, plan: list[PlannedBlock]) -> Iterator[DenoisingStep]:
+        """Fill block after block."""
+        planned = [len(block.counts) for block in plan if block.counts is not None]
+        step = 0
+        for block in plan:
+            self._count(self.source.enter(self.canvas, block.start))
+            for num_unmasked in repeat(None) if block.counts is None else block.counts:
+                is_mask = self.canvas == self.mask_token_id
+                open_rows = is_mask[:, block.start : block.end].any(dim=1)
+                if not open_rows.any():
+                    break
+                logits, t = self.source.logits(self.canvas, is_mask, block.start, block.end)
+                tokens = self.canvas[:, block.start : block.end]
+                self.canvas[:, block.start : block.end] = self.unmasking.step(tokens, logits, num_unmasked)
+                self._count(1, open_rows)
+                step += 1
+                yield DenoisingStep(step, sum(planned) or None, self.rows, t.max().item(), self.canvas.clone())
+            self._retire(block.end)
+            if not self.rows:
+                return
 
-    Returns:
-        int64 [b, n].
-    """
-    if temperature == 0:
-        return logits.argmax(dim=2)
-    noise = torch.empty_like(logits)
-    for row, generator in enumerate(generators):
-        noise[row].exponential_(generator=generator)
-    return noise.log_().mul_(-temperature).add_(logits).argmax(dim=2)
+    def _count(self, num_passes: int, rows: Tensor | None = None) -> None:
+        """Passes of some rows, bool [b], or of all."""
+        needed = repeat(True) if rows is None else rows.tolist()
+        for row, is_needed in zip(self.rows, needed, strict=False):
+            self.results.num_forward_passes[row] += num_passes * is_needed
 
+    def _retire(self, end: int) -> None:
+        """Write down the rows that are complete, up to ``end``, and go on with the others.
 
-def _row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:
-    """A generator for one row; hashed, because the CPU generator keeps 32 bits of its seed and seed + row would collide."""
-    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+        An EOS in a finished block cuts everything after it, and no block depends on a later one in block diffusion.
+        """
+        generated = self.canvas[:, -self.num_generated :]
+        num_finished = self.num_generated - (self.canvas.shape[1] - end)
+        has_ended = (generated[:, :num_finished] == self.results.eos_token_id).any(dim=1) & self.source.stops_at_eos
+        if num_finished == self.num_generated:
+            has_ended = torch.ones_like(has_ended)
+        if not has_ended.any():
+            return
+        done = [place for place, ended in enumerate(has_ended.tolist()) if ended]
+        for place in done:
+            completion = self.results.completions[self.rows[place]]
+            completion[:num_finished] = generated[place, :num_finished].cpu()
+            completion[num_finished:] = self.results.eos_token_id
+        self._select([place for place in range(len(self.rows)) if place not in done])
+
+    def _select(self, places: list[int]) -> None:
+        if not places:
+            self.rows = []
+            return
+        index = torch.tensor(places, device=self.canvas.device)
+        self.rows, self.canvas = [self.rows[place] for place in places], self.canvas[index]
+        self.unmasking.select_rows(places)
+        assert isinstance(self.source, _Blocks), "in masked diffusion all rows end together"
+        self.source.select_rows(index)
 
 
 def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
@@ -226,6 +316,23 @@ def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
     for row, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(row)
     yield from groups.values()
+
+
+def _say_what_differs(config: SamplingConfig, plans: list[list[PlannedBlock]], trained_block_size: int | None) -> None:
+    """From what was asked for, or from training."""
+    if trained_block_size is not None and config.block_size not in (None, trained_block_size):
+        _say_that_block_sizes_differ(config.block_size, trained_block_size)
+    totals = {sum(len(block.counts) for block in plan if block.counts is not None) for plan in plans}
+    for total in sorted(totals) if config.threshold is None else ():
+        if total < config.num_steps:
+            logger.info("%d of %d denoising steps have no token left to unmask and are skipped", config.num_steps - total, config.num_steps)
+        elif total > config.num_steps:
+            logger.info("%d denoising steps instead of %d: blocks that prompt or end cut short take whole steps", total, config.num_steps)
+
+
+@cache
+def _say_that_block_sizes_differ(block_size: int | None, trained: int) -> None:
+    logger.warning("sampling.block_size is %s, but the model was trained with blocks of %d tokens: expect other text", block_size, trained)
 
 
 def _check_prompts(prompts: list[list[int]], mask_token_id: int) -> None:
@@ -237,7 +344,7 @@ def _check_prompts(prompts: list[list[int]], mask_token_id: int) -> None:
             raise UserError(f"prompt {row} has the mask token ({mask_token_id}) at position {place}; prompts must be clean tokens")
 
 
-def _check_config(config: SamplingConfig) -> None:
+def _check_config(config: SamplingConfig, *, by_block: bool) -> None:
     """Raise one UserError that lists every setting that cannot work, with the values that would."""
     problems = [
         f"sampling.{name} is {value}; it must be at least 1"
@@ -246,9 +353,11 @@ def _check_config(config: SamplingConfig) -> None:
     ]
     if not 0 <= config.temperature < float("inf"):
         problems.append(f"sampling.temperature is {config.temperature}; it must be 0 (greedy) or a positive number")
+    if config.threshold is not None and not 0 < config.threshold <= 1:
+        problems.append(f"sampling.threshold is {config.threshold}; it must be a probability above 0, or null")
     if config.remasking not in _REMASKING:
         problems.append(f"sampling.remasking is {config.remasking!r}; valid: {', '.join(_REMASKING)}")
     if not problems:
-        problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in denoising_problems(config)]
+        problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in denoising_problems(config, by_block)]
     if problems:
         raise UserError("; ".join(problems))

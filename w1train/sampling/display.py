@@ -59,7 +59,8 @@ class DenoisingView:
             self._live.stop()
 
     def __call__(self, state: DenoisingStep) -> None:
-        heading = Text(f"step {state.step}/{state.num_steps}  t = {state.t:.3f}", style="bold")
+        of = "" if state.num_steps is None else f"/{state.num_steps}"
+        heading = Text(f"step {state.step}{of}  t = {state.t:.3f}", style="bold")
         canvases = [self.canvas(row) for row in state.tokens.tolist()]
         if self._live is not None:
             lines: list[RenderableType] = [heading, *canvases]

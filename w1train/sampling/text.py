@@ -10,7 +10,7 @@ import torch
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
-from w1train.sampling.denoise import DenoisingStep, Predict, generate
+from w1train.sampling.denoise import BlockPredict, DenoisingStep, Predict, generate
 
 
 class TextTokenizer(Protocol):
@@ -36,10 +36,12 @@ class TextSample:
     """The completion, up to the first EOS; the prompt is not repeated."""
     tokens: list[int]
     """Token ids of ``text``; fewer than sampling.num_tokens if the model ended the text itself."""
+    num_forward_passes: int
+    """Passes of the model that it took."""
 
 
 def sample_texts(
-    predict: Predict,
+    model: Predict | BlockPredict,
     tokenizer: TextTokenizer,
     prompts: Sequence[str],
     config: Config,
@@ -50,7 +52,7 @@ def sample_texts(
     """Complete each prompt as ``config.sampling`` says (its own list of prompts is not looked at).
 
     Args:
-        predict, device, on_step: as in w1train.sampling.denoise.generate.
+        model, device, on_step: as in w1train.sampling.denoise.generate.
 
     Raises:
         ValueError: for settings that cannot work, or a prompt that leaves no room for the completion.
@@ -58,7 +60,7 @@ def sample_texts(
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     _check_lengths(prompt_tokens, config)
     generation = generate(
-        predict,
+        model,
         prompt_tokens,
         config.sampling,
         mask_token_id=config.diffusion.mask_token_id,
@@ -68,7 +70,10 @@ def sample_texts(
         on_step=on_step,
     )
     completions = [generation.completion(row) for row in range(len(prompts))]
-    return [TextSample(prompt, tokenizer.decode(tokens), tokens) for prompt, tokens in zip(prompts, completions, strict=True)]
+    return [
+        TextSample(prompt, tokenizer.decode(tokens), tokens, num_passes)
+        for prompt, tokens, num_passes in zip(prompts, completions, generation.num_forward_passes, strict=True)
+    ]
 
 
 def _check_lengths(prompt_tokens: list[list[int]], config: Config) -> None:

@@ -35,7 +35,7 @@ from w1train.training.checkpoint import (
 from w1train.training.data import TrainingData
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
-from w1train.training.inference import Predictor
+from w1train.training.inference import Predictor, block_predictor
 from w1train.training.initial_weights import InitialWeights
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
@@ -186,7 +186,8 @@ class Trainer:
         elif self.ranks.data_parallel_rank == 0:
             predictor = Predictor(self.stage, list(self.model.chunks))
             with predictor.evaluating():
-                samples = sample_texts(predictor, self.data.tokenizer, self.config.sampling.prompts, self.stage, device=self.ranks.device)
+                model = block_predictor(predictor) or predictor
+                samples = sample_texts(model, self.data.tokenizer, self.config.sampling.prompts, self.stage, device=self.ranks.device)
             self.watch.record_samples([(sample.prompt, sample.text) for sample in samples])
         self.timer.restart()
 
