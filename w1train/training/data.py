@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,8 +34,8 @@ class ScoredText:
     unigram_bits: float
 
 
-class TrainingData:
-    """Opens tokenizer and datasets.
+class ValidationData:
+    """Opens tokenizer and validation set.
 
     Raises:
         TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
@@ -46,8 +46,6 @@ class TrainingData:
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self._check_mask_token()
         length, vocab_size = config.data.sequence_length, config.model.vocab_size
-        self.train = TokenDataset.open(config.data.train, self.tokenizer, vocab_size)
-        self.packed = PackedDataset(self.train, length, config.training.seed, shuffle_samples=True)
         self.validation: TokenDataset | None = None
         self._packed_validation: PackedDataset | None = None
         if config.data.validation is None:
@@ -55,23 +53,9 @@ class TrainingData:
         else:
             self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
-        # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
-        if ranks.is_main:
-            verify([dataset for dataset in (self.train, self.validation) if dataset is not None])
-        self.loader = BatchLoader(
-            self.packed,
-            micro_batch_size=config.training.micro_batch_size,
-            data_parallel_rank=ranks.data_parallel_rank,
-            data_parallel_size=ranks.data_parallel_size,
-            num_workers=config.data.num_workers,
-            prefetch=config.data.prefetch,
-            device=ranks.device,
-        )
-
-    @property
-    def fingerprint(self) -> str | None:
-        """SHA-256 of the training tokens; None for a dataset without manifest."""
-        return None if self.train.manifest is None else self.train.manifest.bin_sha256
+            # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
+            if ranks.is_main:
+                verify(self.validation)
 
     def validation_batches(self) -> Iterator[PackedBatch]:
         """This rank's validation micro-batches; every rank has as many."""
@@ -120,27 +104,55 @@ class TrainingData:
             )
 
 
-def verify(datasets: Sequence[TokenDataset]) -> None:
-    """Compare the files with the hashes in their manifests, on one rank: damage of the right size would train in silence.
+class TrainingData(ValidationData):
+    """Opens tokenizer, training and validation set.
+
+    Raises:
+        TokenizerError, DatasetError: as ValidationData.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.train = TokenDataset.open(config.data.train, self.tokenizer, config.model.vocab_size)
+        self.packed = PackedDataset(self.train, config.data.sequence_length, config.training.seed, shuffle_samples=True)
+        if ranks.is_main:
+            verify(self.train)
+        self.loader = BatchLoader(
+            self.packed,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=ranks.data_parallel_rank,
+            data_parallel_size=ranks.data_parallel_size,
+            num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch,
+            device=ranks.device,
+        )
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the training tokens; None for a dataset without manifest."""
+        return None if self.train.manifest is None else self.train.manifest.bin_sha256
+
+
+def verify(dataset: TokenDataset) -> None:
+    """Compare the files with the hashes in their manifest, on one rank: damage of the right size would train in silence.
 
     What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
 
     Raises:
         DatasetError: if a file is not what was written.
     """
-    for dataset in datasets:
-        if dataset.manifest is None:
-            continue  # TokenDataset.open has said so
-        num_bytes = file_size(bin_path(dataset.prefix))
-        if num_bytes <= MAX_VERIFIED_BYTES:
-            dataset.verify_hashes()
-        else:
-            logger.warning(
-                "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
-                bin_path(dataset.prefix),
-                num_bytes / 1e9,
-                dataset.prefix,
-            )
+    if dataset.manifest is None:
+        return  # TokenDataset.open has said so
+    num_bytes = file_size(bin_path(dataset.prefix))
+    if num_bytes <= MAX_VERIFIED_BYTES:
+        dataset.verify_hashes()
+    else:
+        logger.warning(
+            "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+            bin_path(dataset.prefix),
+            num_bytes / 1e9,
+            dataset.prefix,
+        )
 
 
 def bits_per_byte(nats_per_token: float, dataset: TokenDataset) -> float | None:

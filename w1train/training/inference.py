@@ -26,7 +26,8 @@ from w1train.data.tokenizer import Tokenizer
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
-from w1train.training.checkpoint import complete_steps, load_model_weights
+from w1train.training.averaging import find_checkpoint
+from w1train.training.checkpoint import load_model_weights, read_progress
 from w1train.training.setup import build_stage
 
 
@@ -109,6 +110,7 @@ class InferenceModel:
     tokenizer: Tokenizer
     device: torch.device
     step: int
+    checkpoint: Path
 
 
 # Process groups of load_for_inference live until the process ends.
@@ -116,11 +118,11 @@ _open_groups = contextlib.ExitStack()
 atexit.register(_open_groups.close)
 
 
-def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel:
+def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> InferenceModel:
     """The model of a run's checkpoint on this process alone, whatever layout it was trained in.
 
     Args:
-        step: which checkpoint; None = the newest.
+        checkpoint: its step, or its name ("average": the newest average); None = the newest step.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
@@ -129,16 +131,12 @@ def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel
     config_path = run_dir / "config.yaml"
     if not config_path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run directory: {config_path} is missing")
-    steps = complete_steps(run_dir / "checkpoints")
-    if not steps or (step is not None and step not in steps):
-        wanted = "a complete checkpoint" if step is None else f"a checkpoint of step {step}"
-        raise FileNotFoundError(f"{run_dir} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
+    path = find_checkpoint(run_dir / "checkpoints", checkpoint)
     config = config_from_yaml(config_path)
     config.parallel = ParallelConfig()
     tokenizer = Tokenizer.load(config.data.tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
-    chosen = steps[-1] if step is None else step
-    load_model_weights(run_dir / "checkpoints" / f"step_{chosen:010d}", [stage])
+    load_model_weights(path, [stage])
     stage.eval()
-    return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, chosen)
+    return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, read_progress(path).step, path)

@@ -34,7 +34,14 @@ _RENAMED = {
     "time/memory_gib": "memory_gib",
     "time/seconds": "seconds",
 }
-_LEFT_OUT = {"train": ("kind", "step"), "validation": ("kind", "step", "tokens")}
+_LEFT_OUT = {
+    "train": ("kind", "step"),
+    "validation": ("kind", "step", "tokens"),
+    # The average's own numbers stay; lists and names are for metrics.jsonl.
+    "average": ("kind", "step", "tokens", "checkpoint", "metric", "members", "best_member")
+    + ("member_elbo", "member_elbo_bits_per_byte", "member_masked_cross_entropy"),
+}
+_PREFIXES = {"train": "", "validation": "validation/", "average": "average/"}
 
 _TABLE_COLUMNS = ("step", "tokens", "prompt", "text")
 # A table is sent whole each time it grows.
@@ -151,7 +158,7 @@ def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] 
 
     Nulls are left out (W&B would draw them as text). Training's bins of t are named by their middle.
     """
-    prefix = "validation/" if record["kind"] == "validation" else ""
+    prefix = _PREFIXES[record["kind"]]
     metrics: dict[str, float] = {}
     for key, value in record.items():
         if key == "loss_by_t":

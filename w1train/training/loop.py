@@ -20,16 +20,23 @@ from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
+from w1train.training.averaging import average_steps
 from w1train.training.checkpoint import (
     Progress,
+    best_steps,
     latest_step,
     load_checkpoint,
+    load_model_weights,
     read_config,
     read_progress,
+    read_scores,
+    remove_old,
     remove_unfinished,
     require_manifests,
     save_checkpoint,
+    step_path,
 )
+from w1train.training.comparison import average_summary, compare
 from w1train.training.data import TrainingData, bits_per_byte
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
@@ -39,7 +46,7 @@ from w1train.training.schedule import batch_size, learning_rate, num_steps, tota
 from w1train.training.setup import build_trained_model
 from w1train.training.summary import read_steps, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
-from w1train.training.validation import validate
+from w1train.training.validation import scores, validate
 from w1train.training.watch import Watch, require_finite
 
 logger = logging.getLogger(__name__)
@@ -56,6 +63,8 @@ class Trainer:
         self.data = all_or_none(partial(open_data, config, ranks))
         self.model = build_trained_model(config)
         self.progress = self._load_progress()
+        self.scores: dict[str, float] = {}
+        self.scored_step = -1
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
@@ -68,11 +77,9 @@ class Trainer:
             DatasetError: on the rank whose samples are damaged.
             OSError: on rank 0, which writes the records.
         """
-        if self.progress.step >= self.num_steps:
+        # Killed between the last checkpoint and the summary, it has things to do.
+        if self.progress.step >= self.num_steps and on_main_rank(partial(read_steps, self.run.summary)) == self.progress.step:
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
-            if self.ranks.is_main and read_steps(self.run.summary) != self.progress.step:
-                # Killed between the last checkpoint and this.
-                self.summarize()
             return
         self.started = time.perf_counter() - self.progress.seconds
         with self.watch, self.data.loader:
@@ -88,6 +95,10 @@ class Trainer:
                     self.sample()
                 if self.is_due(self.config.checkpoint.interval):
                     self.save()
+            # Again, for a run that was killed between its last save and this.
+            on_main_rank(self.remove_old)
+            if self.config.checkpoint.average_at_end:
+                self.average()
             self.progress.seconds = time.perf_counter() - self.started
             self.summarize()
 
@@ -149,7 +160,10 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation set, if there is one."""
         if self.data.validation is not None:
-            self.watch.record("validation", validate(self.config, self.model, self.data))
+            record = validate(self.config, self.model, self.data)
+            self.watch.record("validation", record)
+            self.scores = scores(record)
+            self.scored_step = self.progress.step
         self.timer.restart()
 
     def sample(self) -> None:
@@ -168,10 +182,44 @@ class Trainer:
         self.watch.sync()
         started = time.perf_counter()
         self.progress.seconds = started - self.started
+        settings = self.config.checkpoint
         path = save_checkpoint(
-            self.run.checkpoints, self.model, self.progress, config_to_yaml(self.config), keep=self.config.checkpoint.keep
+            self.run.checkpoints,
+            self.model,
+            self.progress,
+            config_to_yaml(self.config),
+            keep=settings.keep,
+            keep_best=settings.keep_best,
+            best_metric=settings.best_metric,
+            scores=self.scores if self.scored_step == self.progress.step else None,
         )
         logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self.timer.restart()
+
+    def remove_old(self) -> None:
+        """Remove the checkpoints that need not be kept. Rank 0 only."""
+        settings = self.config.checkpoint
+        remove_old(self.run.checkpoints, settings.keep, settings.keep_best, settings.best_metric)
+
+    def average(self, *, after: int = 0) -> None:
+        """Average the best checkpoints (of a phase: those later than step ``after``), once, and say whether that is better than they are.
+
+        At the run's or a phase's end, right after the step was saved: the weights it was saved with are the ones that training
+        goes on with.
+        """
+        checkpoints, settings = self.run.checkpoints, self.config.checkpoint
+        members = on_main_rank(partial(best_steps, checkpoints, settings.keep_best, settings.best_metric, after=after))
+        if len(members) < 2:
+            logger.warning("no average: %d checkpoints after step %d have a score, and it takes two", len(members), after)
+            return
+        path = average_steps(checkpoints, members)
+        if on_main_rank(lambda: any(record["checkpoint"] == path.name for record in read_metrics(self.run.metrics, kind="average"))):
+            return
+        load_model_weights(path, self.model.stages)
+        validation = validate(self.config, self.model, self.data)
+        load_model_weights(step_path(checkpoints, self.progress.step), self.model.stages)
+        member_scores = on_main_rank(lambda: {step: read_scores(step_path(checkpoints, step)) for step in members})
+        self.watch.record("average", compare(path.name, settings.best_metric, validation, member_scores))
         self.timer.restart()
 
     def summarize(self) -> None:
@@ -181,7 +229,7 @@ class Trainer:
         steps = read_metrics(self.run.metrics, kind="train")
         validations = read_metrics(self.run.metrics, kind="validation")
         names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
-        scores = [{name: record[name] for name in names} for record in validations]
+        scored = [{name: record[name] for name in names} for record in validations]
         write_summary(
             self.run.path,
             {
@@ -195,7 +243,8 @@ class Trainer:
                 * self.config.data.sequence_length
                 / sum(record["time/step_seconds"] for record in steps),
                 "wall_seconds": self.progress.seconds,
-                "validation": {"start": scores[0], "end": scores[-1]} if scores else None,
+                "validation": {"start": scored[0], "end": scored[-1]} if scored else None,
+                "average": average_summary(read_metrics(self.run.metrics, kind="average")),
                 "unigram_bits_per_byte": self.data.validation_unigram_bits_per_byte,
             },
         )
@@ -204,7 +253,7 @@ class Trainer:
         step = on_main_rank(partial(latest_step, self.run.checkpoints))
         if step is None:
             return Progress(dataset=self.data.fingerprint)
-        path = self.run.checkpoints / f"step_{step:010d}"
+        path = step_path(self.run.checkpoints, step)
         logger.info("resuming from %s", path)
         progress = load_checkpoint(path, self.model)
         all_or_none(partial(self._require_dataset, progress, path))
@@ -260,7 +309,7 @@ def prepare_resume(config: Config, run: RunDirectory) -> None:
     require_manifests(run.checkpoints)
     step = latest_step(run.checkpoints)
     if step is not None:
-        checkpoint = run.checkpoints / f"step_{step:010d}"
+        checkpoint = step_path(run.checkpoints, step)
         old = read_config(checkpoint)
         samples = read_progress(checkpoint).samples
         raise_if_any(check_resume(old, config, samples * old.data.sequence_length))

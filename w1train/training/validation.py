@@ -7,7 +7,8 @@ of random t.
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -15,15 +16,21 @@ from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
-from w1train.training.data import TrainingData
+from w1train.training.data import ValidationData
 from w1train.training.forward import run_micro_batches
-from w1train.training.setup import TrainedModel
 
 # The noise of validation is the same for every run, whatever its seed: runs can be compared.
 _NOISE_SEED = 0
 
 
-def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[str, Any]:
+class HasChunks(Protocol):
+    """What holds a model's stages: w1train.training.setup.TrainedModel, or w1train.training.inference.Predictor."""
+
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]: ...
+
+
+def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str, Any]:
     """Score the validation samples at every timestep of ``validation.timesteps``. Called on every rank.
 
     Returns:
@@ -38,7 +45,7 @@ def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[st
     with torch.no_grad():
         for draw, timestep in enumerate(config.validation.timesteps, start=1):
             noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
-            sums, _ = run_micro_batches(config, model.chunks, noisy, len(batches), training=False)
+            sums, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
             by_timestep.append(sums.metrics(config.diffusion))
     for chunk in model.chunks:
         chunk.train()
@@ -53,6 +60,11 @@ def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[st
         "loss_by_t": cross_entropies,
         "time/seconds": time.perf_counter() - started,
     }
+
+
+def scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a validation that rank checkpoints, by metric."""
+    return {name: value for name, value in record.items() if isinstance(value, float) and not name.startswith("time/")}
 
 
 def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedBatch]:
