@@ -5,8 +5,8 @@
     python -m w1train.average RUN --top-k 3 --output runs/other/checkpoints/step_0000000300
 
 The average goes to RUN/checkpoints/average_..., where `--checkpoint average` of w1train.sample and w1train.evaluate finds it, and no
-resume picks it up; the comparison goes to RUN/metrics.jsonl and summary.json. Elsewhere (--output), nothing is recorded: a run that is still
-going on can be averaged so, and under the name of a step it is what another run starts from, optimizer included.
+resume picks it up; the comparison goes to RUN/metrics.jsonl and summary.json. Elsewhere (--output), nothing is recorded: a run that is
+still going on can be averaged so, and under the name of a step it is what another run goes on from, optimizer included.
 """
 
 from __future__ import annotations

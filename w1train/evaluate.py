@@ -86,7 +86,7 @@ def _likelihood_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{result['run']}, {result['checkpoint']}, {result['draws']} draws",
         f"texts           {result['num_texts']}",
-        f"log-likelihood  {-result['nats_per_token']:.4f} nats per token, {-result['bits_per_byte']:.4f} bits per byte (of right completions)",
+        f"of right texts  {result['nats_per_token']:.4f} nats per token, {result['bits_per_byte']:.4f} bits per byte",
     ]
     if result["num_questions"]:
         lines.append(

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.distributed import run_distributed
 from tests.parallel.layouts import train_layout
 from tests.parallel.test_layouts import layout_config
-from w1train.config.errors import UserError
-from w1train.runtime.distributed import distributed, initialize_process_group
-from w1train.training.averaging import average_checkpoints, average_steps, find_checkpoint
-from w1train.training.checkpoint import CheckpointError, complete_steps, latest_step, load_checkpoint, load_model_weights, read_progress
-from w1train.training.setup import build_trained_model
+from w1train.runtime.distributed import initialize_process_group
+from w1train.training.averaging import average_steps
 from w1train.training.shards import Shards
 
 STEPS = (1, 2, 4)

@@ -1,10 +1,10 @@
 """The average of checkpoints (LLaDA2.0's top-k merge, arXiv 2512.15745 section 4.3): the plain mean of weights, offline.
 
 The average is a checkpoint like any other, but under a name that no resume picks up by itself. It stands where its newest member
-stood in the run: that one's progress, configuration and Adam moments. The fp32 master weights are averaged as (a + b + c) / k in the order of the
-steps, and the weights are what the masters round to: with another member's masters, the first optimizer step would put
-that member's weights back. The moments are not averaged: they forget within tens of steps, and the newest ones belong to
-the learning rate that training would go on with.
+stood in the run: that one's progress, configuration and Adam moments. The fp32 master weights are averaged as (a + b + c) / k in the
+order of the steps, and the weights are what the masters round to: with another member's masters, the first optimizer step would put
+that member's weights back. The moments are not averaged: they forget within tens of steps, and the newest ones belong to the learning
+rate that training would go on with.
 
 One shard is in memory at a time, beside the sum that it is added to; the ranks of a group share the shards out.
 """

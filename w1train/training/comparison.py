@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_COLUMNS = {"elbo": "ELBO", "elbo_bits_per_byte": "bits/byte", "masked_cross_entropy": "masked CE"}
+COLUMNS = {"elbo": "ELBO", "elbo_bits_per_byte": "bits/byte", "masked_cross_entropy": "masked CE"}
+"""What is compared, with its heading."""
 
 
 def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members
         "checkpoint": checkpoint,
         "metric": metric,
         "members": steps,
-        **{f"member_{name}": [members[step].get(name) for step in steps] for name in _COLUMNS},
+        **{f"member_{name}": [members[step].get(name) for step in steps] for name in COLUMNS},
         "best_member": best,
         "is_better": validation[metric] < members[best][metric],
         **validation,
@@ -32,8 +33,8 @@ def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members
 
 def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """Heading, a row for each member and one for the average, as text."""
-    names = [name for name in _COLUMNS if record.get(name) is not None]
-    heading = ["", *(_COLUMNS[name] for name in names)]
+    names = [name for name in COLUMNS if record.get(name) is not None]
+    heading = ["", *(COLUMNS[name] for name in names)]
     columns = [record[f"member_{name}"] for name in names]
     rows = [[f"step {step:,}", *(_text(column[index]) for column in columns)] for index, step in enumerate(record["members"])]
     return [heading, *rows, ["average", *(_text(record[name]) for name in names)]]
@@ -44,7 +45,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     metric, members = record["metric"], record[f"member_{record['metric']}"]
     value, best = record[metric], min(members)
     num_beaten = sum(value < member for member in members)
-    than = f"{_COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({value / best - 1:+.2%})"
+    than = f"{COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({value / best - 1:+.2%})"
     if record["is_better"]:
         return f"The average is better than each of its {len(members)} members: {than}."
     return f"The average is not better than its best member, but than {num_beaten} of {len(members)}: {than}."
@@ -64,7 +65,7 @@ def average_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     """summary.json's word about the newest average; None if there is none."""
     if not records:
         return None
-    names = ("step", "checkpoint", "metric", "members", "best_member", "is_better", *_COLUMNS, *(f"member_{name}" for name in _COLUMNS))
+    names = ("step", "checkpoint", "metric", "members", "best_member", "is_better", *COLUMNS, *(f"member_{name}" for name in COLUMNS))
     return {name: records[-1][name] for name in names}
 
 

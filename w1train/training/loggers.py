@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from w1train.runtime.files import write_text
+from w1train.training.comparison import COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ _LEFT_OUT = {
     "train": ("kind", "step"),
     "validation": ("kind", "step", "tokens"),
     # The average's own numbers stay; lists and names are for metrics.jsonl.
-    "average": ("kind", "step", "tokens", "checkpoint", "metric", "members", "best_member")
-    + ("member_elbo", "member_elbo_bits_per_byte", "member_masked_cross_entropy"),
+    "average": ("kind", "step", "tokens", "checkpoint", "metric", "members", "best_member", *(f"member_{name}" for name in COLUMNS)),
 }
 _PREFIXES = {"train": "", "validation": "validation/", "average": "average/"}
 
