@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed import run_distributed
 from tests.end_to_end import traps
@@ -17,6 +18,7 @@ from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_resume import require_equal
 from w1train import average, evaluate, sample
 from w1train.training.checkpoint import read_scores
+from w1train.training.inference import load_for_inference
 from w1train.training.report import write_report
 
 OPTIONS = ("validation.interval=3", "checkpoint.keep=1", "checkpoint.keep_best=2", "checkpoint.average_at_end=true")
@@ -163,3 +165,47 @@ def test_what_cannot_be_averaged_is_said(averaged, arguments, message):
     status, _, err = in_a_process(averaged, average, *arguments)
     assert status == 2
     assert message in err
+
+
+def test_likelihoods_of_texts(averaged, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    texts = [
+        {"prompt": "abc", "completion": "d"},
+        {"prompt": "", "completion": "some longer words here"},
+        {"prompt": "a word", "choices": [".", " zz", " q"], "answer": 0},
+    ]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    status, out, err = in_a_process(averaged, evaluate, "--likelihood", str(path), "--checkpoint", "9", "--draws", "32", "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert (result["checkpoint"], result["draws"], result["num_questions"]) == ("step_0000000009", 32, 1)
+    assert result["texts"][0]["log_likelihoods"] == pytest.approx(
+        [run_distributed(one_token, 1, averaged, process_group=False)[0]], rel=1e-5
+    )
+    assert all(value < 0 for text in result["texts"] for value in text["log_likelihoods"])
+    status, out, _ = in_a_process(averaged, evaluate, "--likelihood", str(path), "--draws", "8", "--batch-size", "3")
+    assert status == 0
+    assert "accuracy" in out
+    assert len(out.splitlines()) == 9
+
+
+def one_token(_rank: int, _size: int, run: TinyRun) -> float:
+    """log p("d" | "abc") of the model at step 9, by hand."""
+    os.chdir(run.data)
+    os.environ.pop("RANK")
+    model = load_for_inference(run.path, 9)
+    tokens = torch.tensor([[*model.tokenizer.encode("abc"), model.config.diffusion.mask_token_id]])
+    logits = model.predict(tokens, torch.tensor([1 / tokens.shape[1]]))
+    return logits[0, -1].log_softmax(dim=0)[model.tokenizer.encode("d")[0]].item()
+
+
+def test_another_validation_set(averaged):
+    status, out, err = in_a_process(averaged, evaluate, "--validation", "train", "--json")
+    assert status == 0, err
+    assert json.loads(out)["elbo"] != records(averaged, "validation")[-1]["elbo"]
+    status, out, _ = in_a_process(averaged, evaluate)
+    assert status == 0
+    assert f"{records(averaged, 'validation')[-1]['elbo']:.4f} nats per token" in out
+    status, out, err = in_a_process(averaged, evaluate, "--validation", "absent")
+    assert (status, out) == (2, "")
+    assert "absent" in err

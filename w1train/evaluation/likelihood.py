@@ -3,9 +3,10 @@
     -log p(r | p) <= E over l ~ U{1..L}, S of l of the L places [ L / l * sum over i in S of -log p(r_i | p, r outside S) ]
 
 Exactly l tokens are masked, drawn without replacement, and the prompt never is: much less variance than masking each token with
-probability t. Two things lower it further and leave the expectation alone: the counts l of a completion's draws are stratified (one
-random offset, equal steps), and where all 2^L - 1 masks are no more than the draws, each is taken once with its probability. A single token
-costs one forward pass, and short answers are exact.
+probability t. Three things lower it further and leave the expectation alone. The counts l of a completion's draws are stratified (one
+random offset, equal steps). Draws of the same l hide (or, beyond L / 2, show) consecutive pieces of one random order of the tokens, so
+that they have none in common. And where all 2^L - 1 masks are no more than the draws, each is taken once, with its probability: a
+single token costs one forward pass, and short answers are exact.
 
 The noise is a function of the tokens: it depends neither on the order of the texts, nor on batches, nor on the device.
 
@@ -133,9 +134,15 @@ def _drawn_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
     # l = 1 + floor(u L) with u = (draw + offset) / draws, in integers: each u is uniform, together they are evenly spaced.
     counts = torch.tensor([1 + (draw * _TWO_32 + int(offset)) * length // (num_draws * _TWO_32) for draw in range(num_draws)])
     words = random_words(_SEED, index, draw=1, purpose=Purpose.LIKELIHOOD, num=num_draws * length).reshape(num_draws, length)
-    # The l smallest of L random words are a random choice of l.
     ranks = words.argsort(dim=1, stable=True).argsort(dim=1)
-    return ranks < counts[:, None], length / (num_draws * counts.double())
+    # Counts ascend, so draws of one count are neighbours; as many of them as there are whole pieces share the order of the first.
+    size = torch.minimum(counts, length - counts)
+    draw = torch.arange(num_draws)
+    piece = (draw - torch.searchsorted(counts, counts)) % (length // size.clamp_min(1))
+    start = (piece * size)[:, None]
+    ranks = ranks[draw - piece]
+    chosen = (ranks >= start) & (ranks < start + size[:, None])
+    return chosen ^ (counts > size)[:, None], length / (num_draws * counts.double())
 
 
 def _index(pair: Pair) -> int:

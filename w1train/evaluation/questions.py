@@ -85,7 +85,7 @@ def _parse(path: Path, number: int, line: str) -> Question:
         case {"prompt": str(prompt), "completion": str(completion)} if completion and len(record) == 2:
             return Question(number, prompt, (completion,), 0)
         case {"prompt": str(prompt), "choices": [_, _, *_] as choices, "answer": int(answer)} if len(record) == 3:
-            if all(isinstance(choice, str) and choice for choice in choices) and 0 <= answer < len(choices):
+            if all(isinstance(choice, str) and choice for choice in choices) and type(answer) is int and 0 <= answer < len(choices):
                 return Question(number, prompt, tuple(choices), answer)
     raise UserError(f"{path}, line {number}, is {line[:80]!r}; it must be {FORMATS}, with no text but the prompt empty, answers from 0")
 
