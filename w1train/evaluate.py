@@ -21,43 +21,46 @@ from typing import Any
 
 from w1train.config.errors import UserError
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
-from w1train.evaluation.questions import FORMATS, Answer, answer_questions, read_questions, summarize
+from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
 from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for a damaged checkpoint, or 2 for bad input, with its reason on stderr."""
+    """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         questions = None if args.likelihood is None else read_questions(args.likelihood)
         if not (args.run / "config.yaml").is_file():
             raise FileNotFoundError(f"{args.run} is not a run directory: it has no config.yaml")
-        # Imported here because megatron-core takes seconds to import, which a mistake on the command line should not wait for.
-        from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
-        from w1train.training.checkpoint import CheckpointError
-        from w1train.training.inference import load_for_inference
-
-        try:
-            model = load_for_inference(args.run, args.checkpoint)
-        except CheckpointError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        result: dict[str, Any] = {"run": str(args.run), "checkpoint": model.checkpoint.name}
-        if questions is None:
-            record = validate_checkpoint(model, open_validation(model, args.validation))
-            result |= {**record, "timesteps": model.config.validation.timesteps}
-            lines = _validation_lines(result)
-        else:
-            _warn_of_blocks(model.config.diffusion.block_size, model.config.data.sequence_length)
-            answers = answer_questions(model, questions, num_draws=args.draws, batch_size=args.batch_size)
-            result |= {"draws": args.draws, **summarize(answers), "texts": [_as_json(answer) for answer in answers]}
-            lines = _likelihood_lines(result)
+        result = _evaluate(args, questions)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(_validation_lines(result) if questions is None else _likelihood_lines(result)))
     return 0
+
+
+def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dict[str, Any]:
+    # Imported here because megatron-core takes seconds to import, which a mistake on the command line should not wait for.
+    from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
+    from w1train.training.checkpoint import CheckpointError
+    from w1train.training.inference import load_for_inference
+
+    try:
+        model = load_for_inference(args.run, args.checkpoint)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    result = {"run": str(args.run), "checkpoint": model.checkpoint.name}
+    if questions is None:
+        record = validate_checkpoint(model, open_validation(model, args.validation))
+        return {**result, **record, "timesteps": model.config.validation.timesteps}
+    _warn_of_blocks(model.config.diffusion.block_size, model.config.data.sequence_length)
+    answers = answer_questions(model, questions, num_draws=args.draws, batch_size=args.batch_size)
+    return {**result, "draws": args.draws, **summarize(answers), "texts": [_as_json(answer) for answer in answers]}
 
 
 def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:

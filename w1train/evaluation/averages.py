@@ -20,7 +20,7 @@ from w1train.runtime.distributed import initialize_process_group
 from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.averaging import average_steps
-from w1train.training.checkpoint import best_steps, complete_steps, read_progress, step_path
+from w1train.training.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
 from w1train.training.comparison import average_summary, compare
 from w1train.training.inference import load_for_inference
 from w1train.training.metrics_log import MetricsLog, read_metrics
@@ -77,6 +77,7 @@ def _claimed(request: AverageRequest) -> Iterator[None]:
     directory = RunDirectory(request.run)
     directory.claim()
     try:
+        remove_unfinished(directory.checkpoints)
         yield
     finally:
         directory.release()

@@ -116,7 +116,9 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
 
 def _tokenize(model: InferenceModel, question: Question, choice: str) -> Pair:
     pair = Pair(tuple(model.tokenizer.encode(question.prompt)), tuple(model.tokenizer.encode(choice)))
-    limit = model.config.model.max_sequence_length
+    limit, mask = model.config.model.max_sequence_length, model.config.diffusion.mask_token_id
+    if mask in pair.tokens:
+        raise UserError(f"line {question.line} has the mask token ({mask}) in its text; only clean text can be scored")
     if len(pair.tokens) > limit:
         raise UserError(
             f"line {question.line} has {len(pair.prompt)} + {len(pair.completion)} tokens, more than model.max_sequence_length = {limit}"

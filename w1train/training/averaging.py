@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import zlib
 from collections import ChainMap
 from collections.abc import Sequence
@@ -78,9 +79,11 @@ def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> boo
         return True
     if not may_replace:
         raise UserError(f"{final} exists and is not the average of these checkpoints; remove it, or give another --output")
-    hidden = final.with_name(f".writing-removing-{final.name}")
     logger.info("%s is an average of checkpoints that are no more: it is written again", final)
+    # Hidden first: a half-deleted directory must not look complete.
+    hidden = final.with_name(f".writing-removing-{final.name}")
     os.rename(final, hidden)
+    shutil.rmtree(hidden)
     return False
 
 
