@@ -42,19 +42,25 @@ class ValidationData:
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._open_tokenizer(config, ranks)
+        self._open_validation()
+
+    def _open_tokenizer(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self._check_mask_token()
-        length, vocab_size = config.data.sequence_length, config.model.vocab_size
+
+    def _open_validation(self) -> None:
+        config, length = self.config, self.config.data.sequence_length
         self.validation: TokenDataset | None = None
         self._packed_validation: PackedDataset | None = None
         if config.data.validation is None:
             logger.info("data.validation is not set: no validation")
         else:
-            self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
+            self.validation = TokenDataset.open(config.data.validation, self.tokenizer, config.model.vocab_size)
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
             # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
-            if ranks.is_main:
+            if self.ranks.is_main:
                 verify(self.validation)
 
     def validation_batches(self) -> Iterator[PackedBatch]:
@@ -112,11 +118,12 @@ class TrainingData(ValidationData):
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
-        super().__init__(config, ranks)
+        self._open_tokenizer(config, ranks)
         self.train = TokenDataset.open(config.data.train, self.tokenizer, config.model.vocab_size)
         self.packed = PackedDataset(self.train, config.data.sequence_length, config.training.seed, shuffle_samples=True)
         if ranks.is_main:
             verify(self.train)
+        self._open_validation()
         self.loader = BatchLoader(
             self.packed,
             micro_batch_size=config.training.micro_batch_size,
