@@ -46,8 +46,10 @@ class InferenceModel(Protocol):
     def device(self) -> torch.device: ...
 
 
-Load = Callable[[Path, int | None], InferenceModel]
-"""(run directory, step of the checkpoint or None for the newest) -> model."""
+Load = Callable[[Path, int | str | None], InferenceModel]
+"""(run directory, step or name of the checkpoint, or None for the newest) -> model."""
+
+CHECKPOINT_HELP = "step of the checkpoint, or its name (average: the newest average); the newest step if not given"
 
 
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
@@ -105,13 +107,18 @@ def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> tuple
     return samples, Speed(num_tokens, seconds, num_tokens / seconds, num_tokens / num_passes)
 
 
-def _load_run(run: Path, step: int | None) -> InferenceModel:
+def checkpoint_name(text: str) -> int | str:
+    """A step as a number, anything else as it is: the type of an argument."""
+    return int(text) if text.isdecimal() else text
+
+
+def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
     from w1train.training.checkpoint import CheckpointError
     from w1train.training.inference import load_for_inference
 
     try:
-        return load_for_inference(run, step)
+        return load_for_inference(run, checkpoint)
     except CheckpointError as error:
         raise UserError(str(error)) from error
 
@@ -165,7 +172,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy")
     parser.add_argument("--remasking", choices=["low_confidence", "random"], help="which predictions are kept at each step")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint; the newest if not given")
+    parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
     output.add_argument("--show-steps", action="store_true", help="draw the canvas at every denoising step")

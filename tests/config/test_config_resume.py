@@ -32,6 +32,7 @@ STAGES = TREE["schedule"]["stages"]
         ("validation.interval", 7),
         ("sampling.prompts", ["x"]),
         ("checkpoint.keep", 9),
+        ("checkpoint.best_metric", "masked_cross_entropy"),
         ("logging.wandb", "offline"),
     ],
 )

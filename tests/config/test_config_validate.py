@@ -100,6 +100,18 @@ def field_annotation(pattern: str) -> Any:
         ({"sampling.block_size": 48}, "sampling.block_size", "divisor of sampling.num_tokens (128)"),
         ({"sampling.interval": 1, "sampling.prompts": []}, "sampling.prompts", "at least one"),
         ({"sampling.interval": 1, "model.max_sequence_length": 100}, "sampling.num_tokens", "at most"),
+        ({"checkpoint.keep_best": 2, "checkpoint.interval": 1000}, "checkpoint.keep_best", "0 without data.validation"),
+        (
+            {"checkpoint.keep_best": 2, "data.validation": "v", "checkpoint.interval": 250, "validation.interval": 100},
+            "checkpoint.interval",
+            "a multiple of validation.interval (100)",
+        ),
+        ({"checkpoint.average_at_end": True}, "checkpoint.average_at_end", "keep_best of at least 2"),
+        (
+            {"checkpoint.average_at_end": True, "checkpoint.keep_best": 1, "data.validation": "v"},
+            "checkpoint.average_at_end",
+            "keep_best of at least 2",
+        ),
         ({"parallel.tensor": 3, "model.vocab_size": 99, "model.ffn_hidden_size": 63}, "parallel.tensor", "num_attention_heads (4)"),
         ({"parallel.tensor": 2, "model.num_query_groups": 1}, "parallel.tensor", "num_query_groups (1)"),
         ({"parallel.tensor": 2, "model.ffn_hidden_size": 63}, "parallel.tensor", "ffn_hidden_size (63)"),

@@ -217,3 +217,20 @@ def fill_disk(directory: Any, num_bytes_left: int, number: int) -> Sabotage:
             loop.save_checkpoint = trapped
 
     return sabotage
+
+
+def at_average_commit() -> Sabotage:
+    """The average of checkpoints is written aside; the rename is all that lacks."""
+
+    def sabotage(rank: int) -> None:
+        original = checkpoint._commit
+
+        def trapped(writing: Any, final: Any) -> None:
+            if final.name.startswith("average_"):
+                die()
+            original(writing, final)
+
+        if rank == 0:
+            checkpoint._commit = trapped
+
+    return sabotage

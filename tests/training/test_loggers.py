@@ -11,6 +11,7 @@ import pytest
 
 from tests.training.fake_run import train_record, validation_record
 from tests.training.wandb_file import read_history, read_run
+from w1train.training.comparison import compare
 from w1train.training.loggers import WandbLogger, resolve_mode, wandb_metrics
 
 TIMESTEPS = [0.25, 0.75]
@@ -41,6 +42,14 @@ def test_every_training_metric_has_a_name():
 def test_validation_is_named_by_its_timesteps():
     metrics = wandb_metrics(validation_record(step=0, num_timesteps=2), TIMESTEPS)
     assert {"validation/elbo", "validation/elbo_bits_per_byte", "validation/loss_by_t/0.25", "validation/loss_by_t/0.75"} <= metrics.keys()
+
+
+def test_an_average_has_names_of_its_own():
+    validation = {key: value for key, value in validation_record(step=8, num_timesteps=2).items() if key not in ("kind", "step", "tokens")}
+    member = {"elbo": 9.0, "masked_cross_entropy": 9.0}
+    record = {"kind": "average", "step": 8, "tokens": 1, **compare("average_x", "elbo", validation, {4: member, 8: member})}
+    expected = {"elbo", "elbo_bits_per_byte", "masked_cross_entropy", "loss_by_t/0.25", "loss_by_t/0.75", "is_better", "seconds"}
+    assert wandb_metrics(record, TIMESTEPS).keys() == {f"average/{name}" for name in expected}
 
 
 @pytest.mark.parametrize(("key", "expected"), [("secret", "online"), ("", "offline"), (None, "offline")])

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
 LossNormalizer = Literal["tokens", "masked_tokens"]
+BestMetric = Literal["elbo", "masked_cross_entropy"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -297,6 +298,13 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 3
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Beside the newest, as many of the best by checkpoint.best_metric are kept; every checkpoint must then be at a validation."""
+    best_metric: BestMetric = "elbo"
+    """What of the validation at a checkpoint's step ranks it; lower is better."""
+    average_at_end: bool = False
+    """Average the weights of the keep_best best checkpoints at the end of the run and compare the average with them
+    (LLaDA2.0's merge; w1train.average does the same at any time)."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -41,6 +41,8 @@ class Purpose(IntEnum):
     """Whether a sample is cut to a random length, and to which."""
     WEIGHT = 4
     """Initial weights (keyed by parameter name, not by sample)."""
+    LIKELIHOOD = 5
+    """Which tokens of a completion are masked to estimate its likelihood (keyed by its tokens)."""
     EMBEDDING = 6
     """Noise on the embeddings of masked tokens (keyed by sample and position)."""
     ATTENTION = 7

@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -89,24 +91,59 @@ class _SaveStrategy(TorchDistSaveShardedStrategy):
         )
 
 
-def save_checkpoint(directory: Path, model: TrainedModel, progress: Progress, config_yaml: str, *, keep: int) -> Path:
-    """Write ``directory/step_X`` and remove all but the ``keep`` newest. Called on every rank.
+def save_checkpoint(
+    directory: Path,
+    model: TrainedModel,
+    progress: Progress,
+    config_yaml: str,
+    *,
+    keep: int,
+    keep_best: int = 0,
+    best_metric: str = "elbo",
+    phase_start: int = 0,
+    scores: Mapping[str, float] | None = None,
+) -> Path:
+    """Write ``directory/step_X`` and remove all but the ``keep`` newest and the ``keep_best`` best. Called on every rank.
+
+    Args:
+        best_metric: which of the scores says what is best.
+        phase_start: the best are sought among later steps than this.
+        scores: the validation of this very step by metric, if there was one; stored in the manifest.
 
     Raises:
         CheckpointError: on every rank if any failed to write; older checkpoints are untouched.
     """
-    final = directory / f"step_{progress.step:010d}"
-    writing = directory / f"{_WRITING}{final.name}"
+    final = step_path(directory, progress.step)
+    write_complete(final, partial(_write_shards, model=model, progress=progress), progress, config_yaml, {"validation": dict(scores or {})})
+    on_main_rank(partial(remove_old, directory, keep, keep_best, best_metric, phase_start))
+    return final
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """The checkpoint of a step, there or not."""
+    return directory / f"step_{step:010d}"
+
+
+def write_complete(
+    final: Path, write_shards: Callable[[Path], None], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]
+) -> None:
+    """What makes shards a checkpoint: written aside, hashed, a manifest (with ``remarks`` added), one rename. Called on every rank.
+
+    Args:
+        write_shards: writes torch's distributed files into the directory it is given; rank r's are called ``__r_*``.
+
+    Raises:
+        CheckpointError: on every rank if any failed to write; nothing is left of it.
+    """
+    writing = final.parent / f"{_WRITING}{final.name}"
     try:
         on_main_rank(partial(_make_empty, writing))
-        _write_shards(writing, model, progress)
+        write_shards(writing)
         files = on_every_rank(lambda: _hash_files(path for path in writing.iterdir() if path.name.startswith(f"__{dist.get_rank()}_")))
-        on_main_rank(lambda: _write_manifest(writing, dict(ChainMap(*files)), progress, config_yaml))
+        on_main_rank(lambda: _write_manifest(writing, dict(ChainMap(*files)), progress, config_yaml, remarks))
         on_main_rank(partial(_commit, writing, final))
     except (OSError, CheckpointException) as error:
         raise agreed(CheckpointError(on_main_rank(partial(_explain_failure, final, writing, error)))) from error
-    on_main_rank(partial(_remove_old, directory, keep))
-    return final
 
 
 def _make_empty(path: Path) -> None:
@@ -168,11 +205,11 @@ def _first_line(error: BaseException) -> str:
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
 
-def _write_manifest(writing: Path, files: dict[str, Any], progress: Progress, config_yaml: str) -> None:
+def _write_manifest(writing: Path, files: dict[str, Any], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]) -> None:
     save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(writing))
     write_text(writing / "config.yaml", config_yaml)
     files.update(_hash_files(path for path in writing.iterdir() if path.name not in files))
-    manifest = {**asdict(progress), "world_size": dist.get_world_size(), "files": files}
+    manifest = {**asdict(progress), "world_size": dist.get_world_size(), **remarks, "files": files}
     write_text(writing / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -181,10 +218,17 @@ def _commit(writing: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def _remove_old(directory: Path, keep: int) -> None:
-    for step in complete_steps(directory)[:-keep]:
-        logger.info("removing checkpoint of step %d (checkpoint.keep=%d)", step, keep)
-        path = directory / f"step_{step:010d}"
+def remove_old(directory: Path, keep: int, keep_best: int, best_metric: str, phase_start: int = 0) -> None:
+    """Remove what is neither among the newest nor among the best. Rank 0 only.
+
+    What stays follows from the scores of all checkpoints so far, not from when this was called: a kill between a save and the
+    removal changes nothing.
+    """
+    steps = complete_steps(directory)
+    kept = {*steps[-keep:], *best_steps(directory, keep_best, best_metric, after=phase_start)}
+    for step in [step for step in steps if step not in kept]:
+        logger.info("removing checkpoint of step %d (checkpoint.keep=%d, checkpoint.keep_best=%d)", step, keep, keep_best)
+        path = step_path(directory, step)
         hidden = directory / f"{_WRITING}removing-{path.name}"
         try:
             # Hidden first: a half-deleted directory must not look complete.
@@ -194,9 +238,41 @@ def _remove_old(directory: Path, keep: int) -> None:
             logger.warning("could not remove checkpoint %s: %s. Training goes on; the next start removes the rest", path, error)
 
 
+def best_steps(directory: Path, count: int, metric: str, *, after: int = 0) -> list[int]:
+    """The steps of the ``count`` best checkpoints (fewer if there are not as many with a score), the best first; of equals the newer.
+
+    Args:
+        after: only later steps than this; of a phase, whose scores another phase's do not compare with.
+    """
+    if count == 0:
+        return []
+    scores = {step: _score(step_path(directory, step), metric) for step in complete_steps(directory) if step > after}
+    ranked = sorted((score, -step) for step, score in scores.items() if score is not None)
+    return [-negative for _, negative in ranked[:count]]
+
+
+def _score(path: Path, metric: str) -> float | None:
+    try:
+        score = read_scores(path).get(metric)
+    except CheckpointError as error:
+        logger.warning("%s counts as one without a score", error)
+        return None
+    return score if score is not None and math.isfinite(score) else None
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """The validation at a complete checkpoint's step, by metric; empty if there was none."""
+    return _read_manifest(path).get("validation", {})
+
+
 def complete_steps(directory: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
-    return sorted(int(path.name.removeprefix("step_")) for path in _step_directories(directory) if (path / MANIFEST).is_file())
+    return sorted(int(path.name.removeprefix("step_")) for path in _step_directories(directory) if is_complete(path))
+
+
+def is_complete(path: Path) -> bool:
+    """Directories get their name when they are complete: the manifest's absence means damage."""
+    return (path / MANIFEST).is_file()
 
 
 def _step_directories(directory: Path) -> list[Path]:
@@ -211,7 +287,7 @@ def require_manifests(directory: Path) -> None:
         CheckpointError: naming it.
     """
     for path in _step_directories(directory):
-        if not (path / MANIFEST).is_file():
+        if not is_complete(path):
             raise _damaged(path, [f"{MANIFEST} is missing"])
 
 

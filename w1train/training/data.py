@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,8 +39,8 @@ class ScoredText:
     unigram_bits: float
 
 
-class TrainingData:
-    """Opens tokenizer and datasets.
+class ValidationData:
+    """Opens tokenizer and validation set.
 
     Raises:
         TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
@@ -48,56 +48,26 @@ class TrainingData:
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._open_tokenizer(config, ranks)
+        self._open_validation()
+
+    def _open_tokenizer(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self._check_mask_token()
-        length, vocab_size = config.data.sequence_length, config.model.vocab_size
-        parts = stretches(list(_stage_texts(config)))
-        self.train = {
-            prefix: TokenDataset.open(prefix, self.tokenizer, vocab_size) for prefix in dict.fromkeys(part.prefix for part in parts)
-        }
-        self.samples = StagedSamples(
-            parts,
-            {prefix: PackedDataset(dataset, length, config.training.seed, shuffle_samples=True) for prefix, dataset in self.train.items()},
-        )
+
+    def _open_validation(self) -> None:
+        config, length = self.config, self.config.data.sequence_length
         self.validation: TokenDataset | None = None
         self._packed_validation: PackedDataset | None = None
         if config.data.validation is None:
             logger.info("data.validation is not set: no validation")
         else:
-            self.validation = TokenDataset.open(config.data.validation, self.tokenizer, vocab_size)
+            self.validation = TokenDataset.open(config.data.validation, self.tokenizer, config.model.vocab_size)
             self._packed_validation = PackedDataset(self.validation, length, seed=0, shuffle_samples=True, drop_last=False)
-        # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
-        if ranks.is_main:
-            verify([dataset for dataset in (*self.train.values(), self.validation) if dataset is not None])
-        self.loader = BatchLoader(
-            self.samples,
-            micro_batch_size=config.training.micro_batch_size,
-            data_parallel_rank=ranks.data_parallel_rank,
-            data_parallel_size=ranks.data_parallel_size,
-            num_workers=config.data.num_workers,
-            prefetch=config.data.prefetch,
-            device=ranks.device,
-        )
-
-    def fingerprint(self, num_samples: int) -> str | None:
-        """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
-        the order of their use. None if one of them has no manifest."""
-        begun = dict.fromkeys(part.prefix for part in self.samples.parts if part.first < max(num_samples, 1))
-        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.bin_sha256 for prefix in begun]
-        known = [digest for digest in hashes if digest is not None]
-        if len(known) < len(hashes):
-            return None
-        return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
-
-    def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
-        """Nats per token in bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from."""
-        return bits_per_byte(nats_per_token, self.train[self.samples.part(max(num_samples - 1, 0)).prefix])
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all training datasets."""
-        return sum(dataset.num_tokens for dataset in self.train.values())
+            # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
+            if self.ranks.is_main:
+                verify(self.validation)
 
     def validation_batches(self) -> Iterator[PackedBatch]:
         """This rank's validation micro-batches; every rank has as many."""
@@ -155,27 +125,80 @@ def _stage_texts(config: Config) -> Iterator[tuple[int, str, int]]:
             yield first, config.schedule.stages[name].train or config.data.train, repeats
 
 
-def verify(datasets: Sequence[TokenDataset]) -> None:
-    """Compare the files with the hashes in their manifests, on one rank: damage of the right size would train in silence.
+class TrainingData(ValidationData):
+    """Opens tokenizer, training texts and validation set.
+
+    Raises:
+        TokenizerError, DatasetError: as ValidationData.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._open_tokenizer(config, ranks)
+        self._open_training()
+        self._open_validation()
+        self.loader = BatchLoader(
+            self.samples,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=ranks.data_parallel_rank,
+            data_parallel_size=ranks.data_parallel_size,
+            num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch,
+            device=ranks.device,
+        )
+
+    def _open_training(self) -> None:
+        config, length = self.config, self.config.data.sequence_length
+        parts = stretches(list(_stage_texts(config)))
+        prefixes = dict.fromkeys(part.prefix for part in parts)
+        self.train = {prefix: TokenDataset.open(prefix, self.tokenizer, config.model.vocab_size) for prefix in prefixes}
+        packed = {
+            prefix: PackedDataset(dataset, length, config.training.seed, shuffle_samples=True) for prefix, dataset in self.train.items()
+        }
+        self.samples = StagedSamples(parts, packed)
+        if self.ranks.is_main:
+            for dataset in self.train.values():
+                verify(dataset)
+
+    def fingerprint(self, num_samples: int) -> str | None:
+        """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
+        the order of their use. None if one of them has no manifest."""
+        begun = dict.fromkeys(part.prefix for part in self.samples.parts if part.first < max(num_samples, 1))
+        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.bin_sha256 for prefix in begun]
+        known = [digest for digest in hashes if digest is not None]
+        if len(known) < len(hashes):
+            return None
+        return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
+
+    def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
+        """Nats per token in bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from."""
+        return bits_per_byte(nats_per_token, self.train[self.samples.part(max(num_samples - 1, 0)).prefix])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all training datasets."""
+        return sum(dataset.num_tokens for dataset in self.train.values())
+
+
+def verify(dataset: TokenDataset) -> None:
+    """Compare the files with the hashes in their manifest, on one rank: damage of the right size would train in silence.
 
     What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
 
     Raises:
         DatasetError: if a file is not what was written.
     """
-    for dataset in datasets:
-        if dataset.manifest is None:
-            continue  # TokenDataset.open has said so
-        num_bytes = file_size(bin_path(dataset.prefix))
-        if num_bytes <= MAX_VERIFIED_BYTES:
-            dataset.verify_hashes()
-        else:
-            logger.warning(
-                "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
-                bin_path(dataset.prefix),
-                num_bytes / 1e9,
-                dataset.prefix,
-            )
+    if dataset.manifest is None:
+        return  # TokenDataset.open has said so
+    num_bytes = file_size(bin_path(dataset.prefix))
+    if num_bytes <= MAX_VERIFIED_BYTES:
+        dataset.verify_hashes()
+    else:
+        logger.warning(
+            "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+            bin_path(dataset.prefix),
+            num_bytes / 1e9,
+            dataset.prefix,
+        )
 
 
 def bits_per_byte(nats_per_token: float, dataset: TokenDataset) -> float | None:

@@ -31,9 +31,10 @@ from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.checkpoint import complete_steps, load_model_weights, read_progress
+from w1train.training.averaging import find_checkpoint
+from w1train.training.checkpoint import load_model_weights, read_progress
 from w1train.training.objective import num_streams
-from w1train.training.schedule import stage_at
+from w1train.training.phases import stage_of_step
 from w1train.training.setup import build_stage
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,7 @@ class InferenceModel:
     tokenizer: Tokenizer
     device: torch.device
     step: int
+    checkpoint: Path
 
     @property
     def blocks(self) -> BlockPredictor | None:
@@ -230,11 +232,11 @@ _open_groups = contextlib.ExitStack()
 atexit.register(_open_groups.close)
 
 
-def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel:
+def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> InferenceModel:
     """The model of a run's checkpoint on this process alone, whatever layout it was trained in.
 
     Args:
-        step: which checkpoint; None = the newest.
+        checkpoint: its step, or its name ("average": the newest average); None = the newest step.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
@@ -243,22 +245,13 @@ def load_for_inference(run_dir: Path, step: int | None = None) -> InferenceModel
     config_path = run_dir / "config.yaml"
     if not config_path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run directory: {config_path} is missing")
-    steps = complete_steps(run_dir / "checkpoints")
-    if not steps or (step is not None and step not in steps):
-        wanted = "a complete checkpoint" if step is None else f"a checkpoint of step {step}"
-        raise FileNotFoundError(f"{run_dir} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
-    chosen = steps[-1] if step is None else step
-    checkpoint = run_dir / "checkpoints" / f"step_{chosen:010d}"
-    config = _config_at(config_from_yaml(config_path), read_progress(checkpoint).samples)
+    path = find_checkpoint(run_dir / "checkpoints", checkpoint)
+    config = config_from_yaml(config_path)
+    config = at_stage(config, stage_of_step(config, read_progress(path).step))
     config.parallel = ParallelConfig()
     tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
-    load_model_weights(checkpoint, [stage])
+    load_model_weights(path, [stage])
     stage.eval()
-    return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, chosen)
-
-
-def _config_at(config: Config, samples: int) -> Config:
-    """The configuration that the last of the samples was trained under."""
-    return at_stage(config, stage_at(config.schedule, samples * config.data.sequence_length)[0])
+    return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, read_progress(path).step, path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from w1train.runtime.files import write_text
+from w1train.training.comparison import COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,13 @@ _RENAMED = {
     "time/memory_gib": "memory_gib",
     "time/seconds": "seconds",
 }
-_LEFT_OUT = {"train": ("kind", "step", "stage"), "validation": ("kind", "step", "stage", "tokens", "block_size")}
+_LEFT_OUT = {
+    "train": ("kind", "step", "stage"),
+    "validation": ("kind", "step", "stage", "tokens", "block_size"),
+    # The average's own numbers stay; lists and names are for metrics.jsonl.
+    "average": ("kind", "step", "tokens", "checkpoint", "metric", "members", "best_member", *(f"member_{name}" for name in COLUMNS)),
+}
+_PREFIXES = {"train": "", "validation": "validation/", "average": "average/"}
 
 _TABLE_COLUMNS = ("step", "tokens", "prompt", "text")
 # A table is sent whole each time it grows.
@@ -151,7 +158,7 @@ def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] 
 
     Nulls are left out (W&B would draw them as text). Training's bins of t are named by their middle.
     """
-    prefix = "validation/" if record["kind"] == "validation" else ""
+    prefix = _PREFIXES[record["kind"]]
     metrics: dict[str, float] = {}
     for key, value in record.items():
         if key == "loss_by_t":

@@ -22,16 +22,23 @@ from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
+from w1train.training.averaging import average_steps
 from w1train.training.checkpoint import (
     Progress,
+    best_steps,
     latest_step,
     load_checkpoint,
+    load_model_weights,
     read_config,
     read_progress,
+    read_scores,
+    remove_old,
     remove_unfinished,
     require_manifests,
     save_checkpoint,
+    step_path,
 )
+from w1train.training.comparison import average_summary, compare
 from w1train.training.data import TrainingData
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
@@ -39,11 +46,12 @@ from w1train.training.inference import Predictor, block_predictor
 from w1train.training.initial_weights import InitialWeights
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
+from w1train.training.phases import phase_ends, phase_start, stage_of_step
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import build_trained_model
 from w1train.training.summary import read_steps, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
-from w1train.training.validation import validate
+from w1train.training.validation import scores, validate
 from w1train.training.watch import Watch, require_finite
 
 logger = logging.getLogger(__name__)
@@ -63,11 +71,15 @@ class Trainer:
         load = InitialWeights(config).load if step is None and config.training.initial_weights is not None else None
         self.model = build_trained_model(config, load)
         self.progress = self._load_progress(step)
+        self.scores: dict[str, float] = {}
+        self.scored_step = -1
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
-        self.stage_name = ""
-        self.enter_stage()
+        self.phase_ends = phase_ends(config)
+        self.stage_name = stage_of_step(config, self.progress.step)
+        self.stage = at_stage(config, self.stage_name)
+        logger.info("stage %s: %s", self.stage_name, describe_objective(self.stage))
 
     def fit(self) -> None:
         """Train to the end of the schedule.
@@ -77,17 +89,18 @@ class Trainer:
             DatasetError: on the rank whose samples are damaged.
             OSError: on rank 0, which writes the records.
         """
-        if self.progress.step >= self.num_steps:
+        # Killed between the last checkpoint and the summary, it has things to do.
+        if self.progress.step >= self.num_steps and on_main_rank(partial(read_steps, self.run.summary)) == self.progress.step:
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
-            if self.ranks.is_main and read_steps(self.run.summary) != self.progress.step:
-                # Killed between the last checkpoint and this.
-                self.summarize()
             return
         self.started = time.perf_counter() - self.progress.seconds
         with self.watch, self.data.loader:
             self._print_header()
             if self.progress.step == 0:
                 self.validate()
+            elif self.progress.step in self.phase_ends:
+                # Killed between the phase's last save and what follows it.
+                self.end_phase()
             batches = self.noisy_batches()
             while self.progress.step < self.num_steps:
                 self.train_step(batches)
@@ -97,12 +110,14 @@ class Trainer:
                     self.sample()
                 if self.is_due(self.config.checkpoint.interval):
                     self.save()
+                if self.progress.step in self.phase_ends:
+                    self.end_phase()
             self.progress.seconds = time.perf_counter() - self.started
             self.summarize()
 
     def is_due(self, interval: int) -> bool:
-        """Every ``interval`` steps and at the end; 0 = never."""
-        return interval > 0 and (self.progress.step % interval == 0 or self.progress.step == self.num_steps)
+        """Every ``interval`` steps and at the end of each phase; 0 = never."""
+        return interval > 0 and (self.progress.step % interval == 0 or self.progress.step in self.phase_ends)
 
     def enter_stage(self) -> None:
         """Set what holds for the step that begins now: the configuration of its stage, and how far its annealing is."""
@@ -172,7 +187,10 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation set, if there is one."""
         if self.data.validation is not None:
-            self.watch.record("validation", {**validate(self.stage, self.model, self.data), **self.where()})
+            record = {**validate(self.stage, self.model, self.data), **self.where()}
+            self.watch.record("validation", record)
+            self.scores = scores(record)
+            self.scored_step = self.progress.step
         self.timer.restart()
 
     def where(self) -> dict[str, Any]:
@@ -199,10 +217,48 @@ class Trainer:
         started = time.perf_counter()
         self.progress.seconds = started - self.started
         self.progress.dataset = self.data.fingerprint(self.progress.samples)
+        settings = self.config.checkpoint
         path = save_checkpoint(
-            self.run.checkpoints, self.model, self.progress, config_to_yaml(self.config), keep=self.config.checkpoint.keep
+            self.run.checkpoints,
+            self.model,
+            self.progress,
+            config_to_yaml(self.config),
+            keep=settings.keep,
+            keep_best=settings.keep_best,
+            best_metric=settings.best_metric,
+            phase_start=phase_start(self.config, self.progress.step),
+            scores=self.scores if self.scored_step == self.progress.step else None,
         )
         logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self.timer.restart()
+
+    def end_phase(self) -> None:
+        """After the last step of a phase was saved: keep its best checkpoints alone, and average them if that is asked for."""
+        settings = self.config.checkpoint
+        after = phase_start(self.config, self.progress.step)
+        # Again, for a run that was killed between the save and this.
+        on_main_rank(partial(remove_old, self.run.checkpoints, settings.keep, settings.keep_best, settings.best_metric, after))
+        if settings.average_at_end:
+            self.average(after)
+
+    def average(self, after: int) -> None:
+        """Average the best checkpoints later than step ``after``, once, and say whether that is better than they are.
+
+        Right after the present step was saved: the weights it was saved with are the ones that training goes on with.
+        """
+        checkpoints, settings = self.run.checkpoints, self.config.checkpoint
+        members = on_main_rank(partial(best_steps, checkpoints, settings.keep_best, settings.best_metric, after=after))
+        if len(members) < 2:
+            logger.warning("no average: %d checkpoints after step %d have a score, and it takes two", len(members), after)
+            return
+        path = average_steps(checkpoints, members)
+        if on_main_rank(lambda: any(record["checkpoint"] == path.name for record in read_metrics(self.run.metrics, kind="average"))):
+            return
+        load_model_weights(path, self.model.stages)
+        validation = {**validate(self.stage, self.model, self.data), **self.where()}
+        load_model_weights(step_path(checkpoints, self.progress.step), self.model.stages)
+        member_scores = on_main_rank(lambda: {step: read_scores(step_path(checkpoints, step)) for step in members})
+        self.watch.record("average", compare(path.name, settings.best_metric, validation, member_scores))
         self.timer.restart()
 
     def summarize(self) -> None:
@@ -212,7 +268,7 @@ class Trainer:
         steps = read_metrics(self.run.metrics, kind="train")
         validations = read_metrics(self.run.metrics, kind="validation")
         names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
-        scores = [{name: record[name] for name in names} for record in validations]
+        scored = [{name: record[name] for name in names} for record in validations]
         write_summary(
             self.run.path,
             {
@@ -226,7 +282,8 @@ class Trainer:
                 * self.config.data.sequence_length
                 / sum(record["time/step_seconds"] for record in steps),
                 "wall_seconds": self.progress.seconds,
-                "validation": {"start": scores[0], "end": scores[-1]} if scores else None,
+                "validation": {"start": scored[0], "end": scored[-1]} if scored else None,
+                "average": average_summary(read_metrics(self.run.metrics, kind="average")),
                 "unigram_bits_per_byte": self.data.validation_unigram_bits_per_byte,
             },
         )
@@ -234,7 +291,7 @@ class Trainer:
     def _load_progress(self, step: int | None) -> Progress:
         if step is None:
             return Progress()
-        path = self.run.checkpoints / f"step_{step:010d}"
+        path = step_path(self.run.checkpoints, step)
         logger.info("resuming from %s", path)
         progress = load_checkpoint(path, self.model)
         all_or_none(partial(self._require_dataset, progress, path))
@@ -277,7 +334,7 @@ def prepare_resume(config: Config, run: RunDirectory) -> None:
     require_manifests(run.checkpoints)
     step = latest_step(run.checkpoints)
     if step is not None:
-        checkpoint = run.checkpoints / f"step_{step:010d}"
+        checkpoint = step_path(run.checkpoints, step)
         old = read_config(checkpoint)
         progress = read_progress(checkpoint)
         tokens = progress.samples * old.data.sequence_length

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from w1train.runtime.files import write_text
+from w1train.training.comparison import comparison_rows, verdict
 from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import Values, bucket_means, finite, moving_average, scientific
 from w1train.training.report_page import page
@@ -32,6 +33,7 @@ class Run:
     name: str
     train: list[Record]
     validation: list[Record]
+    averages: list[Record]
     samples: list[Record]
     summary: Record
     config: str
@@ -63,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
     Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if that is broken anywhere but in its last line.
     """
     run = read_run(Path(run_dir))
-    parts = (_header, _headline, _tiles, _learning, _noise_levels, _machinery, _samples, _appendix)
+    parts = (_header, _headline, _tiles, _learning, _averages, _noise_levels, _machinery, _samples, _appendix)
     path = Path(run_dir) / "report.html"
     write_text(path, page(run.name, "\n".join(part(run) for part in parts)))
     return path
@@ -80,6 +82,7 @@ def read_run(run_dir: Path) -> Run:
         name=run_dir.resolve().name,
         train=[record for record in records if record.get("kind") == "train"],
         validation=[record for record in records if record.get("kind") == "validation"],
+        averages=[record for record in records if record.get("kind") == "average"],
         samples=read_metrics(samples) if samples.exists() else [],
         summary=json.loads(summary.read_text()) if summary.exists() else {},
         config=config.read_text() if config.exists() else "",
@@ -180,6 +183,20 @@ def _learning(run: Run) -> str:
     ]
     note = f"Bold lines are means over {window} steps." if window > 1 else ""
     return f'<h2>Learning</h2><p class="note">{note}</p><div class="charts">{wide}{"".join(small)}</div>'
+
+
+def _averages(run: Run) -> str:
+    """Each average of checkpoints beside its members."""
+    if not run.averages:
+        return ""
+    return "<h2>Average of checkpoints</h2>" + "".join(_average_table(record) for record in run.averages)
+
+
+def _average_table(record: Record) -> str:
+    heading, *rows = comparison_rows(record)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<p class="note">{html.escape(verdict(record))}</p><table class="numbers"><tr>{head}</tr>{body}</table>'
 
 
 def _noise_levels(run: Run) -> str:

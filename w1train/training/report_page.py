@@ -65,6 +65,8 @@ summary { cursor: pointer; font-weight: 600; }
 details[open] summary { margin-bottom: 14px; }
 table { border-collapse: collapse; font-size: 14px; } td { padding: 3px 24px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { color: var(--muted); white-space: nowrap; }
+.numbers { margin-top: 10px; } th { font-weight: 400; color: var(--muted); padding: 3px 24px 3px 0; text-align: right; }
+.numbers td + td { text-align: right; }
 @media (min-width: 720px) {
   main { padding: 56px 40px 96px; }
   .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -16,15 +17,21 @@ from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
-from w1train.training.data import TrainingData
+from w1train.training.data import ValidationData
 from w1train.training.forward import run_micro_batches
-from w1train.training.setup import TrainedModel
 
 # The noise of validation is the same for every run, whatever its seed: runs can be compared.
 _NOISE_SEED = 0
 
 
-def validate(config: Config, model: TrainedModel, data: TrainingData) -> dict[str, Any]:
+class HasChunks(Protocol):
+    """What holds a model's stages: w1train.training.setup.TrainedModel, or w1train.training.inference.Predictor."""
+
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]: ...
+
+
+def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str, Any]:
     """Score the validation samples at every timestep of ``validation.timesteps``. Called on every rank.
 
     Returns:
@@ -57,13 +64,13 @@ def _with_blocks(config: Config, block_size: int) -> Config:
 
 
 @torch.no_grad()
-def _score(config: Config, model: TrainedModel, batches: list[PackedBatch]) -> dict[str, Any]:
+def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict[str, Any]:
     timesteps = config.validation.timesteps
     by_timestep = []
     # Autoregression knows no t: one pass is all of them.
     for draw, timestep in enumerate(timesteps if config.diffusion.objective == "diffusion" else timesteps[:1], start=1):
         noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
-        sums, _ = run_micro_batches(config, model.chunks, noisy, len(batches), training=False)
+        sums, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
         by_timestep.append(sums.metrics(config.diffusion))
     by_timestep *= len(timesteps) // len(by_timestep)
     elbo = sum(metrics["elbo"] for metrics in by_timestep) / len(by_timestep)
@@ -75,6 +82,11 @@ def _score(config: Config, model: TrainedModel, batches: list[PackedBatch]) -> d
         "masked_cross_entropy": weighted / masked if masked else 0.0,
         "loss_by_t": cross_entropies,
     }
+
+
+def scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a validation that rank checkpoints, by metric."""
+    return {name: value for name, value in record.items() if isinstance(value, float) and not name.startswith("time/")}
 
 
 def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedBatch]:

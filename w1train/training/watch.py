@@ -13,6 +13,7 @@ from w1train.config.serialization import flatten
 from w1train.runtime.distributed import Ranks, agreed
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import Progress
+from w1train.training.comparison import comparison_lines
 from w1train.training.console import TrainingConsole
 from w1train.training.loggers import WandbLogger
 from w1train.training.metrics_log import MetricsLog
@@ -66,7 +67,7 @@ class Watch:
         self._stack.__exit__(kind, error, traceback)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """A training step or a validation, at the run's present step."""
+        """A training step, a validation or an average's comparison, at the run's present step."""
         if not self.active:
             return
         tokens = self.progress.samples * self.config.data.sequence_length
@@ -76,8 +77,11 @@ class Watch:
         self.wandb.log(record)
         if kind == "train":
             self.console.update(record)
-        else:
+        elif kind == "validation":
             self.console.print_validation(record)
+        else:
+            for line in comparison_lines(record):
+                self.console.print_line(line)
 
     def sync(self) -> None:
         """Get the records to the disk: before a checkpoint says that its steps are done."""

@@ -1,0 +1,120 @@
+"""Files of texts and questions, and what is made of the scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from w1train.config.errors import UserError
+from w1train.evaluation.questions import Answer, Question, answer_questions, read_questions, summarize
+
+
+def write(path, *records):
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    return path
+
+
+class LetterTokenizer:
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+@dataclass
+class FakeModel:
+    """Prefers letters late in the alphabet, wherever they are."""
+
+    config: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(
+            diffusion=SimpleNamespace(mask_token_id=0), model=SimpleNamespace(vocab_size=128, max_sequence_length=12)
+        )
+    )
+    tokenizer: LetterTokenizer = field(default_factory=LetterTokenizer)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def predict(self, tokens, _timesteps):
+        return (torch.arange(128.0) / 10).expand(*tokens.shape, -1)
+
+
+def log_probability(text: str) -> float:
+    by_letter = (torch.arange(128.0) / 10).double().log_softmax(dim=0)
+    return sum(by_letter[ord(letter)].item() for letter in text)
+
+
+def answers_to(path):
+    return answer_questions(FakeModel(), read_questions(path), num_draws=128, batch_size=4)
+
+
+def test_completions_and_choices_are_scored(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        {"prompt": "ab", "completion": "xyz"},
+        "",
+        {"prompt": "", "choices": ["a", "z", "m"], "answer": 1},
+        {"prompt": "c", "choices": ["zz", "y"], "answer": 0},
+    )
+    answers = answers_to(path)
+    assert [answer.question.line for answer in answers] == [1, 3, 4]
+    found = [score for answer in answers for score in answer.log_likelihoods]
+    assert found == pytest.approx([log_probability(text) for text in ("xyz", "a", "z", "m", "zz", "y")], rel=1e-6)
+    summary = summarize(answers)
+    right = log_probability("xyz") + log_probability("z") + log_probability("zz")
+    assert summary["num_texts"] == 3
+    assert summary["num_questions"] == 2
+    assert summary["nats_per_token"] == pytest.approx(-right / 6, rel=1e-6)
+    assert summary["bits_per_byte"] == pytest.approx(-right / 6 / math.log(2), rel=1e-6)
+    # "zz" is less likely than "y", and likelier by the byte.
+    assert summary["accuracy"] == 0.5
+    assert summary["accuracy_by_byte"] == 1.0
+
+
+def test_bytes_are_those_of_utf_8():
+    answer = Answer(Question(1, "", ("\u00e9\u00e9", "abc"), 0), (-4.0, -3.5), (1, 1))
+    assert answer.num_bytes == (4, 3)
+    assert (answer.chosen, answer.chosen_by_byte) == (1, 0)
+
+
+def test_no_questions_no_accuracy(tmp_path):
+    summary = summarize(answers_to(write(tmp_path / "x.jsonl", {"prompt": "", "completion": "a"})))
+    assert summary["accuracy"] is None
+    assert summary["num_questions"] == 0
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        [],
+        {"prompt": "a"},
+        {"prompt": "a", "completion": ""},
+        {"prompt": 1, "completion": "a"},
+        {"prompt": "a", "completion": "b", "answer": 0},
+        {"prompt": "a", "choices": ["b"], "answer": 0},
+        {"prompt": "a", "choices": ["b", ""], "answer": 0},
+        {"prompt": "a", "choices": ["b", 3], "answer": 0},
+        {"prompt": "a", "choices": ["b", "c"], "answer": 2},
+        {"prompt": "a", "choices": ["b", "c"], "answer": -1},
+        {"prompt": "a", "choices": ["b", "c"], "answer": True},
+        {"prompt": "a", "choices": ["b", "c"]},
+    ],
+    ids=str,
+)
+def test_a_bad_line_is_named_with_what_it_must_be(tmp_path, record):
+    path = write(tmp_path / "x.jsonl", {"prompt": "", "completion": "a"}, record)
+    with pytest.raises(UserError, match=r"x.jsonl, line 2, is .*must be \{.prompt"):
+        read_questions(path)
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        read_questions(tmp_path / "absent")
+    with pytest.raises(UserError, match="has no lines"):
+        read_questions(write(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"line 1 has the mask token \(0\)"):
+        answers_to(write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b\0"}))
+    with pytest.raises(UserError, match=r"line 1 has 3 \+ 10 tokens, more than model.max_sequence_length = 12"):
+        answers_to(write(tmp_path / "x.jsonl", {"prompt": "abc", "completion": 10 * "a"}))

@@ -1,0 +1,278 @@
+"""The average of checkpoints is the naive one to the last bit, whatever layout saved them, and trains on as if it had been trained."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint
+
+from tests.distributed import run_distributed
+from tests.parallel.layouts import LEARNING_RATE, micro_batches, open_gates, train_layout, world_size
+from tests.parallel.test_layouts import layout_config
+from w1train.config.errors import UserError
+from w1train.runtime.distributed import distributed, initialize_process_group
+from w1train.training.averaging import average_steps, find_checkpoint
+from w1train.training.checkpoint import (
+    CheckpointError,
+    Progress,
+    complete_steps,
+    latest_step,
+    load_checkpoint,
+    load_model_weights,
+    read_progress,
+    save_checkpoint,
+    write_complete,
+)
+from w1train.training.forward import run_micro_batches
+from w1train.training.setup import build_trained_model
+from w1train.training.shards import Shards
+
+STEPS = (1, 2, 4)
+
+
+def whole(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together by torch's own reader."""
+    shards = Shards(path)
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in shards.tensors().items()}
+    torch.distributed.checkpoint.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def average_alone(directory: Path, steps=STEPS, output: Path | None = None) -> Path:
+    """On one process, as the command does."""
+
+    def average(_rank: int, _size: int) -> Path:
+        initialize_process_group(torch.device("cpu"))
+        return average_steps(directory, steps, output)
+
+    return run_distributed(average, 1, process_group=False)[0]
+
+
+def train_and_save(directory: Path, config, data_parallel: int = 1, *, steps=STEPS, load: Path | None = None) -> None:
+    """A short run that saves at some steps."""
+
+    def train(_rank: int, _size: int) -> None:
+        with distributed(config.parallel) as ranks:
+            model = build_trained_model(config)
+            open_gates(model)
+            first = load_checkpoint(load, model).step if load is not None else 0
+            for step in range(first, max(steps)):
+                batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
+                for chunk in model.chunks:
+                    chunk.zero_grad_buffer()
+                model.optimizer.zero_grad()
+                run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+                for group in model.optimizer.param_groups:
+                    group["lr"] = LEARNING_RATE
+                model.optimizer.step()
+                if step + 1 in steps:
+                    save_checkpoint(directory, model, Progress(step=step + 1), "", keep=100)
+
+    run_distributed(train, world_size(config, data_parallel), process_group=False)
+
+
+LAYOUTS = [
+    ({}, 1, "fp32"),
+    ({"tensor": 2, "sequence": True}, 2, "fp32"),
+    ({"distributed_optimizer": False}, 1, "bf16"),
+    ({"pipeline": 2, "virtual_pipeline": 2}, 1, "bf16"),
+]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def run(request, tmp_path_factory):
+    parallel, data_parallel, precision = request.param
+    config = layout_config("one-stream", **parallel)
+    config.training.precision = precision
+    directory = tmp_path_factory.mktemp("run")
+    train_and_save(directory, config, data_parallel)
+    return directory, config
+
+
+def masters_of(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """The fp32 weights behind a weight."""
+    for prefix in ("optimizer.state.param.", "optimizer.state.fp32_param."):
+        if prefix + key in tensors:
+            return tensors[prefix + key]
+    return tensors[key]
+
+
+def test_weights_and_masters_are_the_naive_average_to_the_last_bit(run):
+    directory, config = run
+    found = whole(average_alone(directory))
+    a, b, c = (whole(directory / f"step_{step:010d}") for step in STEPS)
+    weights = [key for key in found if not key.startswith("optimizer.")]
+    assert all(torch.equal(a[key], masters_of(a, key).to(a[key].dtype)) for key in weights), "what a member's weights are"
+    assert len(weights) > 10
+    for key in weights:
+        expected = (masters_of(a, key) + masters_of(b, key) + masters_of(c, key)) / 3
+        assert expected.dtype == torch.float32
+        assert torch.equal(masters_of(found, key).float(), expected), key
+        assert torch.equal(found[key], expected.to(found[key].dtype)), key
+        assert not torch.equal(masters_of(a, key), masters_of(c, key)), f"{key} was not trained: the test shows nothing"
+    moments = [key for key in found if ".exp_avg" in key]
+    assert len(moments) == 2 * len(weights)
+    assert all(torch.equal(found[key], c[key]) for key in moments)
+    if config.training.precision == "bf16":
+        assert found[weights[0]].dtype == torch.bfloat16
+        assert masters_of(found, weights[0]).dtype == torch.float32
+
+
+def test_the_ranks_of_a_group_share_the_work_and_agree_with_one_process(run, tmp_path):
+    directory, _ = run
+    alone = whole(average_alone(directory))
+
+    def average(_rank: int, _size: int) -> None:
+        average_steps(directory, STEPS, tmp_path / "together")
+
+    run_distributed(average, 3)
+    together = whole(tmp_path / "together")
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[key], alone[key]) for key in alone)
+    assert len(list((tmp_path / "together").glob("__*.distcp"))) == 3
+
+
+def test_training_goes_on_from_the_average(run):
+    """From its weights, not from the newest member's masters; and in another layout."""
+    directory, config = run
+    path = average_alone(directory)
+    single = layout_config("one-stream", distributed_optimizer=config.parallel.distributed_optimizer)
+    single.training.precision = config.training.precision
+    found = train_layout(single, load=path, num_steps=1)
+    newest = directory / f"step_{STEPS[-1]:010d}"
+
+    def take_weights(model) -> None:
+        load_model_weights(path, model.stages)
+        if config.training.precision == "fp32":  # in bf16 the weights do not know what the masters were rounded from
+            model.optimizer.reload_model_params()
+
+    expected = train_layout(single, load=newest, num_steps=1, mutate=take_weights)
+    stale = train_layout(single, load=newest, num_steps=1)
+    assert found.losses == expected.losses
+    assert found.losses != stale.losses
+    if config.training.precision == "fp32":
+        assert all(torch.equal(found.parameters[name], expected.parameters[name]) for name in expected.parameters)
+        assert not any(torch.equal(found.parameters[name], stale.parameters[name]) for name in expected.parameters)
+
+
+def test_it_stands_where_its_newest_member_stood(run):
+    directory, _ = run
+    path = average_alone(directory)
+    assert read_progress(path) == read_progress(directory / f"step_{STEPS[-1]:010d}")
+    assert latest_step(directory) == STEPS[-1]
+    assert complete_steps(directory) == list(STEPS)
+    assert find_checkpoint(directory, "average") == path
+    assert find_checkpoint(directory, path.name) == path
+    assert find_checkpoint(directory, None).name == find_checkpoint(directory, STEPS[-1]).name == f"step_{STEPS[-1]:010d}"
+    assert json.loads((path / "manifest.json").read_text())["average"]["steps"] == list(STEPS)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A run that was resumed in other layouts: its checkpoints have other shards."""
+    directory = tmp_path_factory.mktemp("mixed")
+    previous = None
+    for step, parallel in [(1, {"tensor": 2}), (2, {"pipeline": 2}), (3, {})]:
+        train_and_save(directory, layout_config("one-stream", **parallel), steps=(step,), load=previous)
+        previous = directory / f"step_{step:010d}"
+    return directory
+
+
+def test_members_of_other_layouts(mixed):
+    found = whole(average_alone(mixed, (1, 2, 3)))
+    a, b, c = (whole(mixed / f"step_{step:010d}") for step in (1, 2, 3))
+    assert all(torch.equal(found[key], (a[key] + b[key] + c[key]) / 3) for key in found if ".exp_avg" not in key)
+
+
+def test_it_is_written_once_and_again_when_its_members_have_changed(mixed, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(mixed, directory)
+    path = average_alone(directory, (1, 2))
+    written = (path / ".metadata").stat().st_mtime_ns
+    assert average_alone(directory, (2, 1)) == path
+    assert (path / ".metadata").stat().st_mtime_ns == written
+    before = whole(path)
+    shutil.rmtree(directory / "step_0000000002")
+    shutil.copytree(directory / "step_0000000003", directory / "step_0000000002")
+    assert average_alone(directory, (1, 2)) == path
+    key = "output_layer.weight"
+    assert not torch.equal(whole(path)[key], before[key])
+
+
+def test_a_damaged_or_foreign_member_is_refused(mixed, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(mixed, directory)
+    shard = next((directory / "step_0000000002").glob("__*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step_0000000002 is damaged: __0_0.distcp has changed"):
+        average_alone(directory, (1, 2))
+    shutil.rmtree(directory / "step_0000000002")
+    foreign = layout_config("one-stream")
+    foreign.model.ffn_hidden_size *= 2
+    train_and_save(directory, foreign, steps=(2,))
+    with pytest.raises(UserError, match=r"does not fit .* tensors differ in name or size, first decoder.layers.mlp.linear_fc1"):
+        average_alone(directory, (1, 2))
+    assert not list(directory.glob("average_0000000002_*"))
+    assert not list(directory.glob(".*"))
+
+
+def test_a_full_disk_leaves_nothing(mixed, tmp_path):
+    def average(_rank: int, _size: int) -> None:
+        initialize_process_group(torch.device("cpu"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        average_steps(mixed, (1, 2), tmp_path / "average")
+
+    with pytest.raises(CheckpointError, match=r"could not save .*average"):
+        run_distributed(average, 1, process_group=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+TENSOR_BYTES = 48 << 20
+
+
+def _fake_members(directory: Path, count: int) -> None:
+    """Checkpoints of a weight and its master, one shard each."""
+    initialize_process_group(torch.device("cpu"))
+    for step in range(1, count + 1):
+        names = ("weight", "optimizer.state.param.weight")
+        state = {name: torch.full((TENSOR_BYTES // 4 // 64, 64), float(step)) for name in names}
+        write = partial(torch.distributed.checkpoint.save, state, no_dist=True)
+        write_complete(directory / f"step_{step:010d}", lambda path, write=write: write(checkpoint_id=path), Progress(step), "", {})
+
+
+def _peak_bytes_above_start(action) -> int:
+    """Of resident memory, in a process of its own."""
+
+    def measure(_rank: int, _size: int) -> int:
+        initialize_process_group(torch.device("cpu"))
+        start = psutil.Process().memory_info().rss
+        action()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
+
+    return run_distributed(measure, 1, process_group=False)[0]
+
+
+def test_memory_stays_under_two_tensors_above_a_plain_load(tmp_path):
+    run_distributed(lambda _rank, _size: _fake_members(tmp_path, 3), 1, process_group=False)
+
+    def load_plainly() -> None:
+        state = {"weight": torch.empty(TENSOR_BYTES // 4 // 64, 64)}
+        torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path / "step_0000000001", no_dist=True)
+
+    plain = _peak_bytes_above_start(load_plainly)
+    averaging = _peak_bytes_above_start(lambda: average_steps(tmp_path, (1, 2, 3), tmp_path / "average"))
+    print(f"plain load of a tensor {plain / TENSOR_BYTES:.2f} tensors, average of three {averaging / TENSOR_BYTES:.2f} tensors")
+    assert plain >= TENSOR_BYTES
+    assert averaging < plain + 2 * TENSOR_BYTES
+    # The sum and the shard that is added to it; of the files' hashes a buffer of 16 MiB is left in the heap.
+    assert averaging < 2.5 * TENSOR_BYTES
+    assert torch.equal(whole(tmp_path / "average")["weight"], torch.full((TENSOR_BYTES // 4 // 64, 64), 2.0))

@@ -1,0 +1,78 @@
+"""Average a run's best checkpoints, and say whether the average is better than they are.
+
+    python -m w1train.average RUN --top-k 5
+    python -m w1train.average RUN --steps 100,200,300 --no-evaluate
+    python -m w1train.average RUN --top-k 3 --output runs/other/checkpoints/step_0000000300
+
+The average goes to RUN/checkpoints/average_..., where `--checkpoint average` of w1train.sample and w1train.evaluate finds it, and no
+resume picks it up; the comparison goes to RUN/metrics.jsonl and summary.json. Elsewhere (--output), nothing is recorded: a run that is
+still going on can be averaged so, and under the name of a step it is what another run goes on from, optimizer included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from w1train.config.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, or 2 for bad input, with its reason on stderr."""
+    args = _parse(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("w1train").setLevel(logging.INFO)
+    if not (args.run / "config.yaml").is_file():
+        print(f"error: {args.run} is not a run directory: it has no config.yaml", file=sys.stderr)
+        return 2
+    # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
+    from w1train.evaluation.averages import AverageRequest, average_run
+    from w1train.training.checkpoint import CheckpointError
+    from w1train.training.comparison import comparison_lines
+
+    request = AverageRequest(args.run, args.top_k, args.metric, args.steps, args.output, evaluate=not args.no_evaluate)
+    try:
+        path, comparison = average_run(request)
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result: dict[str, Any] = {"path": str(path), **(comparison or {})}
+    print(json.dumps(result) if args.json else "\n".join(comparison_lines(comparison) if comparison else [str(path)]))
+    return 0
+
+
+def _steps(text: str) -> list[int]:
+    steps = [int(part) for part in text.split(",")]
+    if len(set(steps)) < 2 or len(set(steps)) < len(steps):
+        raise argparse.ArgumentTypeError("two or more different steps, as in 100,200")
+    return sorted(steps)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m w1train.average", description="Average the best checkpoints of a run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
+    members = parser.add_mutually_exclusive_group()
+    members.add_argument("--top-k", type=int, metavar="K", help="how many of the best; checkpoint.keep_best if not given")
+    members.add_argument("--steps", type=_steps, metavar="N,N", help="the checkpoints of these steps instead")
+    parser.add_argument("--metric", choices=["elbo", "masked_cross_entropy"], help="what is best; checkpoint.best_metric if not given")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write instead of RUN/checkpoints/average_...")
+    parser.add_argument("--no-evaluate", action="store_true", help="write the average, and do not compare it with its members")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Deprecations inside the libraries are not the user's.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
+    sys.exit(main())

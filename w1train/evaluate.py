@@ -1,0 +1,137 @@
+"""How good a checkpoint is.
+
+    python -m w1train.evaluate RUN
+    python -m w1train.evaluate RUN --checkpoint average --validation data/other --json
+    python -m w1train.evaluate RUN --likelihood questions.jsonl --draws 128
+
+Without --likelihood: the validation of training (1/t ELBO in nats per token and bits per byte, masked cross-entropy, by t). With it:
+log-likelihoods of completions by LLaDA's exact-count estimator (w1train/evaluation/likelihood.py), and accuracy where there are choices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from w1train.config.errors import UserError
+from w1train.evaluation.likelihood import DEFAULT_DRAWS
+from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
+from w1train.sample import CHECKPOINT_HELP, checkpoint_name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
+    args = _parse(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        questions = None if args.likelihood is None else read_questions(args.likelihood)
+        if not (args.run / "config.yaml").is_file():
+            raise FileNotFoundError(f"{args.run} is not a run directory: it has no config.yaml")
+        result = _evaluate(args, questions)
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(_validation_lines(result) if questions is None else _likelihood_lines(result)))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dict[str, Any]:
+    # Imported here because megatron-core takes seconds to import, which a mistake on the command line should not wait for.
+    from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
+    from w1train.training.checkpoint import CheckpointError
+    from w1train.training.inference import load_for_inference
+
+    try:
+        model = load_for_inference(args.run, args.checkpoint)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    result = {"run": str(args.run), "checkpoint": model.checkpoint.name}
+    if questions is None:
+        record = validate_checkpoint(model, open_validation(model, args.validation))
+        return {**result, **record, "timesteps": model.config.validation.timesteps}
+    _warn_of_blocks(model.config.diffusion.block_size, model.config.data.sequence_length)
+    answers = answer_questions(model, questions, num_draws=args.draws, batch_size=args.batch_size)
+    return {**result, "draws": args.draws, **summarize(answers), "texts": [_as_json(answer) for answer in answers]}
+
+
+def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:
+    if block_size is not None and block_size < sequence_length:
+        logging.getLogger(__name__).warning(
+            "the run was trained with blocks of %d tokens after clean ones; here a completion is scored as one block, "
+            "with attention in both directions throughout",
+            block_size,
+        )
+
+
+def _validation_lines(result: dict[str, Any]) -> list[str]:
+    bits = result["elbo_bits_per_byte"]
+    lines = [
+        f"{result['run']}, {result['checkpoint']}",
+        f"ELBO                  {result['elbo']:.4f} nats per token",
+        *([] if bits is None else [f"                      {bits:.4f} bits per byte"]),
+        f"masked cross-entropy  {result['masked_cross_entropy']:.4f} nats per masked token",
+        "",
+        "     t  cross-entropy",
+    ]
+    return lines + [f"{t:6.3f}  {loss:13.4f}" for t, loss in zip(result["timesteps"], result["loss_by_t"], strict=True)]
+
+
+def _likelihood_lines(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{result['run']}, {result['checkpoint']}, {result['draws']} draws",
+        f"texts           {result['num_texts']}",
+        f"of right texts  {result['nats_per_token']:.4f} nats per token, {result['bits_per_byte']:.4f} bits per byte",
+    ]
+    if result["num_questions"]:
+        lines.append(
+            f"accuracy        {result['accuracy']:.2%} by likelihood, {result['accuracy_by_byte']:.2%} by likelihood per byte "
+            f"({result['num_questions']} questions)"
+        )
+    heading = ["", "  line   right  chosen  log-likelihoods"]
+    rows = []
+    for text in result["texts"]:
+        values = "  ".join(f"{value:.3f}" for value in text["log_likelihoods"])
+        chosen = str(text["chosen"]) if len(text["log_likelihoods"]) > 1 else ""
+        right = str(text["answer"]) if chosen else ""
+        rows.append(f"{text['line']:6d}  {right:>6}  {chosen:>6}  {values}")
+    return [*lines, *heading, *rows]
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "line": answer.question.line,
+        "answer": answer.question.answer,
+        "chosen": answer.chosen,
+        "chosen_by_byte": answer.chosen_by_byte,
+        "log_likelihoods": list(answer.log_likelihoods),
+        "num_tokens": list(answer.num_tokens),
+        "num_bytes": list(answer.num_bytes),
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m w1train.evaluate", description="How good a checkpoint is, on this process alone.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
+    parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--validation", metavar="PREFIX", help="another validation set than the run's")
+    what.add_argument("--likelihood", type=Path, metavar="FILE", help=f"score a JSONL file, each line {FORMATS}")
+    parser.add_argument("--draws", type=int, default=DEFAULT_DRAWS, metavar="N", help="masks drawn of each completion (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most rows of one forward pass (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Deprecations inside the libraries are not the user's.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""A run's checkpoints averaged from outside the run, on this process, and compared with one another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w1train.config.errors import UserError
+from w1train.config.schema import Config
+from w1train.config.serialization import config_from_yaml
+from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
+from w1train.runtime.cpu import redirect_cuda_to_cpu
+from w1train.runtime.device import select_device
+from w1train.runtime.distributed import initialize_process_group
+from w1train.runtime.files import write_text
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training.averaging import average_steps
+from w1train.training.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
+from w1train.training.comparison import average_summary, compare
+from w1train.training.inference import load_for_inference
+from w1train.training.metrics_log import MetricsLog, read_metrics
+from w1train.training.phases import phase_start
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_COUNT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class AverageRequest:
+    """What to average; what is None comes from the run's configuration."""
+
+    run: Path
+    top_k: int | None
+    metric: str | None
+    steps: list[int] | None
+    output: Path | None
+    evaluate: bool
+
+
+def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
+    """Write the average; the comparison with its members, if that is asked for, is recorded in the run unless the output is elsewhere.
+
+    Raises:
+        UserError: not enough checkpoints; the run is in use, and the average would go into it; no validation set to compare on.
+        CheckpointError: a member is damaged, or the average could not be written.
+    """
+    config = config_from_yaml(request.run / "config.yaml")
+    if request.evaluate and config.data.validation is None:
+        raise UserError(f"{request.run} has no data.validation to compare checkpoints on: give --no-evaluate")
+    metric = request.metric or config.checkpoint.best_metric
+    redirect_cuda_to_cpu()
+    initialize_process_group(select_device())
+    with _claimed(request):
+        steps = _members(request, config, metric)
+        if request.output is not None:
+            request.output.parent.mkdir(parents=True, exist_ok=True)
+        path = average_steps(request.run / "checkpoints", steps, request.output)
+        if not request.evaluate:
+            return path, None
+        comparison = _compare(request.run, path, steps, metric)
+        if request.output is None:
+            _record(request.run, config, read_progress(path).step, read_progress(path).samples, comparison)
+        return path, comparison
+
+
+@contextlib.contextmanager
+def _claimed(request: AverageRequest) -> Iterator[None]:
+    """Hold the run while its directory is written to: training would remove a member, or what is half written, at its next start."""
+    if request.output is not None:
+        yield
+        return
+    directory = RunDirectory(request.run)
+    directory.claim()
+    try:
+        remove_unfinished(directory.checkpoints)
+        yield
+    finally:
+        directory.release()
+
+
+def _members(request: AverageRequest, config: Config, metric: str) -> list[int]:
+    checkpoints = request.run / "checkpoints"
+    there = complete_steps(checkpoints)
+    listed = ", ".join(map(str, there)) or "none"
+    if request.steps is not None:
+        missing = [step for step in request.steps if step not in there]
+        if missing:
+            raise UserError(f"{request.run} has no checkpoint of step {', '.join(map(str, missing))}; it has: {listed}")
+        return request.steps
+    count = request.top_k if request.top_k is not None else config.checkpoint.keep_best or _DEFAULT_COUNT
+    if count < 2:
+        raise UserError(f"--top-k is {count}; it must be at least 2")
+    best = best_steps(checkpoints, count, metric, after=phase_start(config, there[-1]) if there else 0)
+    if len(best) < 2:
+        raise UserError(
+            f"{request.run} has {len(best)} checkpoints with {metric} of a validation at their step (all: {listed}), and an average "
+            "takes two. Set checkpoint.interval to a multiple of validation.interval, or give --steps"
+        )
+    if len(best) < count:
+        logger.warning("only %d checkpoints are there with a score, not %d: all of them are averaged", len(best), count)
+    return sorted(best)
+
+
+def _compare(run: Path, path: Path, steps: list[int], metric: str) -> dict[str, Any]:
+    """All on this process, so that the layout's rounding is the same for all."""
+    checkpoints = run / "checkpoints"
+    model = load_for_inference(run, steps[-1])
+    data = open_validation(model)
+    members = {step: validate_checkpoint(model, data, step_path(checkpoints, step)) for step in steps}
+    return compare(path.name, metric, validate_checkpoint(model, data, path), members)
+
+
+def _record(run: Path, config: Config, step: int, samples: int, comparison: dict[str, Any]) -> None:
+    directory = RunDirectory(run)
+    tokens = samples * config.data.sequence_length
+    with MetricsLog(directory.metrics) as log:
+        log.append({"kind": "average", "step": step, "tokens": tokens, **comparison})
+    if directory.summary.is_file():
+        summary = json.loads(directory.summary.read_bytes())
+        summary["average"] = average_summary(read_metrics(directory.metrics, kind="average"))
+        write_text(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,46 @@
+"""Validation of a run's checkpoints on this process: the samples, noise and timesteps of training's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from w1train.config.errors import UserError
+from w1train.runtime.distributed import current_ranks
+from w1train.training.checkpoint import load_model_weights
+from w1train.training.data import ValidationData
+from w1train.training.inference import InferenceModel
+from w1train.training.validation import validate
+
+
+def open_validation(model: InferenceModel, prefix: str | None = None) -> ValidationData:
+    """The run's validation set, or another.
+
+    Raises:
+        UserError: there is none, or it is damaged or does not fit the model.
+    """
+    data = replace(model.config.data, validation=prefix or model.config.data.validation)
+    if data.validation is None:
+        raise UserError("the run has no data.validation; give a dataset with --validation PREFIX")
+    try:
+        return ValidationData(replace(model.config, data=data), current_ranks(model.device))
+    except UserError:
+        raise
+    except ValueError as error:
+        # Its refusal of a mask token is a plain ValueError.
+        raise UserError(str(error)) from error
+
+
+def validate_checkpoint(model: InferenceModel, data: ValidationData, path: Path | None = None) -> dict[str, Any]:
+    """elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy, loss_by_t, as training's validation has them.
+
+    Args:
+        path: a checkpoint whose weights the model gets first; None = those it has.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    if path is not None:
+        load_model_weights(path, list(model.predict.chunks))
+    return validate(model.config, model.predict, data)

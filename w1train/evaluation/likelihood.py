@@ -1,0 +1,166 @@
+"""Conditional likelihood of a completion r of L tokens after a prompt p, by LLaDA's exact-count estimator (arXiv 2502.09992, eq. 6):
+
+    -log p(r | p) <= E over l ~ U{1..L}, S of l of the L places [ L / l * sum over i in S of -log p(r_i | p, r outside S) ]
+
+Exactly l tokens are masked, drawn without replacement, and the prompt never is: much less variance than masking each token with
+probability t. Three things lower it further and leave the expectation alone. The counts l of a completion's draws are stratified (one
+random offset, equal steps). Draws of the same l hide (or, beyond L / 2, show) consecutive pieces of one random order of the tokens, so
+that they have none in common. And where all 2^L - 1 masks are no more than the draws, each is taken once, with its probability: a
+single token costs one forward pass, and short answers are exact.
+
+The noise is a function of the tokens: it depends neither on the order of the texts, nor on batches, nor on the device.
+
+The t given to the model is the share of masked tokens in the whole sequence, for the reason in w1train/sampling/denoise.py.
+
+Shapes: b = rows of one batch, s = tokens of prompt and completion, L = tokens of the completion, n = masks of a completion,
+v = vocabulary, m = masked tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched
+
+import torch
+from torch import Tensor
+
+from w1train.config.errors import UserError
+from w1train.diffusion.philox import Purpose, random_words
+from w1train.sampling.denoise import Predict
+
+DEFAULT_DRAWS = 128
+"""LLaDA's number; the i.i.d. form needs over 1,000."""
+MAX_DRAWS = 1 << 16
+_MAX_LOGITS = 1 << 28
+"""Logits of one batch: 1 GiB of them in float32."""
+_TWO_32 = 1 << 32
+# The noise is the same for every run, whatever its seed: runs can be compared.
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt (which may be empty) and its completion, token ids without mask tokens."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + self.completion
+
+
+@torch.no_grad()
+def log_likelihoods(
+    predict: Predict,
+    pairs: Sequence[Pair],
+    *,
+    mask_token_id: int,
+    vocab_size: int,
+    num_draws: int = DEFAULT_DRAWS,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """Estimates of log p(completion | prompt), nats, in the order of the pairs; in expectation a lower bound.
+
+    Args:
+        predict: the model, as the sampler calls it.
+        vocab_size: of the logits; bounds the rows of a batch, as does ``batch_size``.
+        num_draws: masks of a completion; fewer where that is all there are.
+
+    Raises:
+        UserError: a completion is empty, or a pair has mask tokens.
+    """
+    _check(pairs, mask_token_id, num_draws)
+    totals = torch.zeros(len(pairs), dtype=torch.float64)
+    lengths = sorted({len(pair.tokens) for pair in pairs})
+    for length in lengths:
+        places = [place for place, pair in enumerate(pairs) if len(pair.tokens) == length]
+        num_rows = max(1, min(batch_size, _MAX_LOGITS // (length * vocab_size)))
+        for rows in batched(_rows(pairs, places, num_draws), num_rows):
+            owners = torch.tensor([row.place for row in rows])
+            tokens = torch.tensor([pairs[row.place].tokens for row in rows])  # [b, s]
+            masked = torch.stack([row.masked for row in rows])  # [b, s]
+            timesteps = masked.sum(dim=1, dtype=torch.float32) / length
+            logits = predict(tokens.masked_fill(masked, mask_token_id).to(device), timesteps.to(device))
+            cross_entropy = _cross_entropy(logits, tokens.to(device), masked.to(device)).double().cpu()  # [m]
+            weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)
+            owner = masked.nonzero()[:, 0]
+            totals.index_add_(0, owners[owner], -weights[owner] * cross_entropy)
+    return totals.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    place: int
+    """Which pair."""
+    masked: Tensor
+    """bool [s]."""
+    weight: float
+
+
+def _rows(pairs: Sequence[Pair], places: Sequence[int], num_draws: int) -> Iterator[_Row]:
+    for place in places:
+        pair = pairs[place]
+        masks, weights = completion_masks(pair, num_draws)
+        masks = torch.nn.functional.pad(masks, (len(pair.prompt), 0))
+        yield from (_Row(place, masked, weight) for masked, weight in zip(masks, weights.tolist(), strict=True))
+
+
+def completion_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Which tokens of the completion are masked, bool [n, L], and what each mask's sum of cross-entropies counts, float64 [n]."""
+    length = len(pair.completion)
+    # The shift alone would be a number of L bits.
+    if length <= num_draws.bit_length() and (1 << length) - 1 <= num_draws:
+        return _all_masks(length)
+    return _drawn_masks(pair, num_draws)
+
+
+def _all_masks(length: int) -> tuple[Tensor, Tensor]:
+    """Each mask with its probability 1 / (L * (L over l)) times L / l."""
+    codes = torch.arange(1, 1 << length)
+    masks = (codes[:, None] >> torch.arange(length)) & 1 == 1
+    weights = [1 / (count * math.comb(length, count)) for count in masks.sum(dim=1).tolist()]
+    return masks, torch.tensor(weights, dtype=torch.float64)
+
+
+def _drawn_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
+    length = len(pair.completion)
+    index = torch.tensor([_index(pair)])
+    offset = random_words(_SEED, index, draw=0, purpose=Purpose.LIKELIHOOD, num=1).item()
+    # l = 1 + floor(u L) with u = (draw + offset) / draws, in integers: each u is uniform, together they are evenly spaced.
+    counts = torch.tensor([1 + (draw * _TWO_32 + int(offset)) * length // (num_draws * _TWO_32) for draw in range(num_draws)])
+    words = random_words(_SEED, index, draw=1, purpose=Purpose.LIKELIHOOD, num=num_draws * length).reshape(num_draws, length)
+    ranks = words.argsort(dim=1, stable=True).argsort(dim=1)
+    # Counts ascend, so draws of one count are neighbours; as many of them as there are whole pieces share the order of the first.
+    size = torch.minimum(counts, length - counts)
+    draw = torch.arange(num_draws)
+    piece = (draw - torch.searchsorted(counts, counts)) % (length // size.clamp_min(1))
+    start = (piece * size)[:, None]
+    ranks = ranks[draw - piece]
+    chosen = (ranks >= start) & (ranks < start + size[:, None])
+    return chosen ^ (counts > size)[:, None], length / (num_draws * counts.double())
+
+
+def _index(pair: Pair) -> int:
+    """A 64-bit number of the tokens."""
+    text = f"{pair.prompt}{pair.completion}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """float32 [m] of logits [b, s, v] and tokens, masked [b, s]."""
+    return torch.nn.functional.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")
+
+
+def _check(pairs: Sequence[Pair], mask_token_id: int, num_draws: int) -> None:
+    if not 1 <= num_draws <= MAX_DRAWS:
+        raise UserError(f"the number of draws is {num_draws}; it must be between 1 and {MAX_DRAWS}")
+    for place, pair in enumerate(pairs):
+        if not pair.completion:
+            raise UserError(f"completion {place} has no tokens; there is nothing to score")
+        if mask_token_id in pair.tokens:
+            raise UserError(f"text {place} has the mask token ({mask_token_id}); prompt and completion must be clean tokens")

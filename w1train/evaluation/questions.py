@@ -1,0 +1,152 @@
+"""Texts to score: a JSONL file of completions, or of questions with several choices, and what a model makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from w1train.config.errors import UserError
+from w1train.evaluation.likelihood import Pair, log_likelihoods
+
+if TYPE_CHECKING:  # it imports megatron-core: seconds, which a mistake in the file need not wait for
+    from w1train.training.inference import InferenceModel
+
+FORMATS = '{"prompt": TEXT, "completion": TEXT} or {"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A line of the file."""
+
+    line: int
+    prompt: str
+    choices: tuple[str, ...]
+    """One, for a line with a completion."""
+    answer: int
+    """Index of the right one, from 0."""
+
+    @property
+    def has_choices(self) -> bool:
+        return len(self.choices) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model makes of a question."""
+
+    question: Question
+    log_likelihoods: tuple[float, ...]
+    """Of each choice, nats."""
+    num_tokens: tuple[int, ...]
+    """Of each choice."""
+
+    @property
+    def num_bytes(self) -> tuple[int, ...]:
+        """UTF-8 bytes of each choice."""
+        return tuple(len(choice.encode()) for choice in self.question.choices)
+
+    @property
+    def chosen(self) -> int:
+        """The likeliest choice."""
+        return _argmax(self.log_likelihoods)
+
+    @property
+    def chosen_by_byte(self) -> int:
+        """The likeliest per byte: a long choice is not less right for being long."""
+        return _argmax([value / size for value, size in zip(self.log_likelihoods, self.num_bytes, strict=True)])
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The lines of a file; empty ones are passed over.
+
+    Raises:
+        UserError: the file cannot be read, or is empty; a line is none of FORMATS (the message names it).
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    questions = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not questions:
+        raise UserError(f"{path} has no lines; each must be {FORMATS}")
+    return questions
+
+
+def _parse(path: Path, number: int, line: str) -> Question:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}, is not JSON ({error}); it must be {FORMATS}") from error
+    match record:
+        case {"prompt": str(prompt), "completion": str(completion)} if completion and len(record) == 2:
+            return Question(number, prompt, (completion,), 0)
+        case {"prompt": str(prompt), "choices": [_, _, *_] as choices, "answer": int(answer)} if len(record) == 3:
+            if all(isinstance(choice, str) and choice for choice in choices) and type(answer) is int and 0 <= answer < len(choices):
+                return Question(number, prompt, tuple(choices), answer)
+    raise UserError(f"{path}, line {number}, is {line[:80]!r}; it must be {FORMATS}, with no text but the prompt empty, answers from 0")
+
+
+def answer_questions(model: InferenceModel, questions: Sequence[Question], *, num_draws: int, batch_size: int) -> list[Answer]:
+    """Score every choice of every question. Prompt and choice are tokenized apart, as a model that goes on from a prompt sees them.
+
+    Raises:
+        UserError: a text is too long for the model, or has mask tokens.
+    """
+    pairs = [_tokenize(model, question, choice) for question in questions for choice in question.choices]
+    scores = log_likelihoods(
+        model.predict,
+        pairs,
+        mask_token_id=model.config.diffusion.mask_token_id,
+        vocab_size=model.config.model.vocab_size,
+        num_draws=num_draws,
+        batch_size=batch_size,
+        device=model.device,
+    )
+    scored = iter(zip(scores, pairs, strict=True))
+    answers = []
+    for question in questions:
+        own = [next(scored) for _ in question.choices]
+        answers.append(Answer(question, tuple(score for score, _ in own), tuple(len(pair.completion) for _, pair in own)))
+    return answers
+
+
+def _tokenize(model: InferenceModel, question: Question, choice: str) -> Pair:
+    pair = Pair(tuple(model.tokenizer.encode(question.prompt)), tuple(model.tokenizer.encode(choice)))
+    limit, mask = model.config.model.max_sequence_length, model.config.diffusion.mask_token_id
+    if mask in pair.tokens:
+        raise UserError(f"line {question.line} has the mask token ({mask}) in its text; only clean text can be scored")
+    if len(pair.tokens) > limit:
+        raise UserError(
+            f"line {question.line} has {len(pair.prompt)} + {len(pair.completion)} tokens, more than model.max_sequence_length = {limit}"
+        )
+    return pair
+
+
+def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Likelihood of the right completions in nats per token and bits per byte, and accuracy over the questions with choices."""
+    right = [
+        (answer.log_likelihoods[index], answer.num_tokens[index], answer.num_bytes[index])
+        for answer in answers
+        for index in [answer.question.answer]
+    ]
+    nats, num_tokens, num_bytes = (sum(values) for values in zip(*right, strict=True))
+    asked = [answer for answer in answers if answer.question.has_choices]
+    by_likelihood = sum(answer.chosen == answer.question.answer for answer in asked)
+    by_byte = sum(answer.chosen_by_byte == answer.question.answer for answer in asked)
+    return {
+        "num_texts": len(answers),
+        "num_tokens": num_tokens,
+        "nats_per_token": -nats / num_tokens,
+        "bits_per_byte": -nats / (num_bytes * math.log(2)),
+        "num_questions": len(asked),
+        "accuracy": by_likelihood / len(asked) if asked else None,
+        "accuracy_by_byte": by_byte / len(asked) if asked else None,
+    }
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda index: values[index])

@@ -1,0 +1,73 @@
+"""An average beside its members: the record of metrics.jsonl, and the table that says whether it is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS = {"elbo": "ELBO", "elbo_bits_per_byte": "bits/byte", "masked_cross_entropy": "masked CE"}
+"""What is compared, with its heading."""
+
+
+def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """What a record of kind "average" says beside its step.
+
+    Args:
+        checkpoint: the average's name.
+        metric: lower is better.
+        validation: the average's, as w1train.training.validation.validate gives it.
+        members: the same (at least the metrics) by step.
+    """
+    steps = sorted(members)
+    best = min(steps, key=lambda step: (members[step][metric], -step))
+    return {
+        "checkpoint": checkpoint,
+        "metric": metric,
+        "members": steps,
+        **{f"member_{name}": [members[step].get(name) for step in steps] for name in COLUMNS},
+        "best_member": best,
+        "is_better": validation[metric] < members[best][metric],
+        **validation,
+    }
+
+
+def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Heading, a row for each member and one for the average, as text."""
+    names = [name for name in COLUMNS if record.get(name) is not None]
+    heading = ["", *(COLUMNS[name] for name in names)]
+    columns = [record[f"member_{name}"] for name in names]
+    rows = [[f"step {step:,}", *(_text(column[index]) for column in columns)] for index, step in enumerate(record["members"])]
+    return [heading, *rows, ["average", *(_text(record[name]) for name in names)]]
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """One sentence: better than every member, or how many it beats."""
+    metric, members = record["metric"], record[f"member_{record['metric']}"]
+    value, best = record[metric], min(members)
+    num_beaten = sum(value < member for member in members)
+    than = f"{COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({value / best - 1:+.2%})"
+    if record["is_better"]:
+        return f"The average is better than each of its {len(members)} members: {than}."
+    return f"The average is not better than its best member, but than {num_beaten} of {len(members)}: {than}."
+
+
+def comparison_lines(record: Mapping[str, Any]) -> list[str]:
+    """The table and the verdict, for a console."""
+    rows = comparison_rows(record)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    table = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    return [f"average of {len(record['members'])} checkpoints: {record['checkpoint']}", *table, verdict(record)]
+
+
+def average_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """summary.json's word about the newest average; None if there is none."""
+    if not records:
+        return None
+    names = ("step", "checkpoint", "metric", "members", "best_member", "is_better", *COLUMNS, *(f"member_{name}" for name in COLUMNS))
+    return {name: records[-1][name] for name in names}
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
