@@ -11,6 +11,7 @@ import pytest
 from w1train.config.command_line import config_from_command_line, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
+from w1train.config.recipe_files import packaged_directory
 from w1train.config.serialization import config_from_yaml
 
 
@@ -53,7 +54,8 @@ def test_the_printed_configuration_reads_back(capsys: pytest.CaptureFixture[str]
 def test_list_names_recipes_and_says_what_they_are(capsys: pytest.CaptureFixture[str], user_directory: str) -> None:
     assert run("--list", "--config-dir", user_directory) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert [name for name, _ in lines] == ["demo", "llada_1b", "llada_8b", "mine", "w1_4b"]
+    packaged = [path.stem for path in (packaged_directory() / "recipe").glob("*.yaml")]
+    assert [name for name, _ in lines] == sorted([*packaged, "mine"])
     assert dict(lines)["mine"] == "My own run."  # type: ignore[arg-type]
     assert dict(lines)["llada_8b"].startswith("LLaDA 8B")  # type: ignore[arg-type]
 
