@@ -10,63 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-CORPUS="${CORPUS:-}"
-RUNS="${RUNS:-runs}"
-VENV="${VENV:-.venv}"
-python="$VENV/bin/python"
-data="$RUNS/demo-data"
+# shellcheck source=launch/demo_data.sh
+source launch/demo_data.sh
 run="$RUNS/demo"
 
-# The recipe's batch is 16 sequences in micro-batches of 8: two ranks at most.
-default_ranks() {
-  local num_gpus=0
-  if command -v nvidia-smi >/dev/null; then num_gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"; fi
-  if [[ "$num_gpus" == 1 ]]; then echo 1; else echo 2; fi
-}
-
-step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is there
-  local title="$1" output="$2" begin="$SECONDS"
-  shift 2
-  if [[ -n "$output" && -e "$output" ]]; then
-    printf '== %s: done before (%s)\n' "$title" "$output"
-    return
-  fi
-  printf '== %s\n' "$title"
-  "$@"
-  printf '== %s: %d s\n\n' "$title" $((SECONDS - begin))
-}
-
-# A run is bound to its tokenizer and data, so another corpus needs another place.
-check_corpus() {
-  local source="${CORPUS:-Python standard library}"
-  mkdir -p "$data"
-  if [[ -e "$data/source.txt" && "$(cat "$data/source.txt")" != "$source" ]]; then
-    printf 'error: %s was made from: %s\nChoose another place (make demo RUNS=other), or remove %s and %s.\n' \
-      "$data" "$(cat "$data/source.txt")" "$data" "$run" >&2
-    exit 1
-  fi
-  printf '%s\n' "$source" >"$data/source.txt"
-}
-
-NPROC="${NPROC:-$(default_ranks)}"
-# Ranks on CPU share the cores: with more than one thread each they would wait for one another. On GPUs it makes no difference.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-check_corpus
-if [[ -z "$CORPUS" ]]; then
-  step "1/5 corpus" "$data/corpus.jsonl" \
-    "$python" -m data_tools.python_corpus --output "$data/corpus.jsonl"
-  CORPUS="$data/corpus.jsonl"
-else
-  printf '== 1/5 corpus: %s\n' "$CORPUS"
-fi
-# 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges it stays at
-# the frequencies of the tokens for a thousand steps, until it has found its neighbours.
-step "2/5 tokenizer" "$data/tokenizer.json" \
-  "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size 272
-step "3/5 tokens" "$data/validation.json" \
-  "$python" -m data_tools.tokenize --input "$CORPUS" --tokenizer "$data/tokenizer.json" --output "$data/train" \
-  --validation-output "$data/validation" --validation-fraction 0.05 --overwrite
+prepare_data 5
 step "4/5 pretraining on $NPROC ranks" "" \
   "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=demo runs_dir="$RUNS" \
   data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"

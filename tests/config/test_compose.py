@@ -66,7 +66,10 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
     assert "Source" in comment or "this project's choice" in comment
     if group != "recipe":
         # An option for 4B parameters need not fit the demo, but it says nothing unknown or of a wrong type.
-        rejected = {key for key in rejected_keys(["recipe=demo", f"{group}={option}"]) if not key.endswith("diffusion.block_size")}
+        rejected = rejected_keys(["recipe=demo", f"{group}={option}"])
+        if group == "schedule":
+            # The demo's own stages, which are not among these, lack a rate; and long blocks do not divide its samples.
+            rejected = {key for key in rejected if not key.endswith((".diffusion.block_size", ".learning_rate"))}
         assert rejected <= {"data.sequence_length", "diffusion.mask_token_id", "parallel.tensor"}
 
 

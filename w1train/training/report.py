@@ -15,6 +15,7 @@ from w1train.training.comparison import comparison_rows, verdict
 from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import Values, bucket_means, finite, moving_average, scientific
 from w1train.training.report_page import page
+from w1train.training.report_phases import phases_table, stage_starts
 from w1train.training.sample_text import MASK_SYMBOL, continuation, shorten, split_masks
 from w1train.training.svg_chart import Chart, Line, heat_map, heat_range
 from w1train.training.units import duration, quantity
@@ -37,6 +38,8 @@ class Run:
     samples: list[Record]
     summary: Record
     config: str
+    other: Run | None = None
+    """A run to compare this one with."""
 
     @property
     def last_step(self) -> int:
@@ -59,13 +62,14 @@ class Run:
         return [record["step"] for record in self.train]
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``run_dir/report.html`` and return its path.
+def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
+    """Write ``run_dir/report.html``, with the validation curve of another run in it if one is given, and return its path.
 
     Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if that is broken anywhere but in its last line.
     """
     run = read_run(Path(run_dir))
-    parts = (_header, _headline, _tiles, _learning, _averages, _noise_levels, _machinery, _samples, _appendix)
+    run.other = None if other is None else read_run(Path(other))
+    parts = (_header, _headline, _tiles, _learning, phases_table, _averages, _noise_levels, _machinery, _samples, _appendix)
     path = Path(run_dir) / "report.html"
     write_text(path, page(run.name, "\n".join(part(run) for part in parts)))
     return path
@@ -165,8 +169,14 @@ def _learning(run: Run) -> str:
         Line(xs=run.steps, ys=moving_average(ys, window), css="accent", label=_end_label("training", ys, window)),
         Line(xs=validated_at, ys=validation, css="second", dots=True, label=_end_label("validation", validation)),
     ]
+    if run.other is not None:
+        others = [record.get(key) for record in run.other.validation]
+        lines.append(
+            Line(xs=[record["step"] for record in run.other.validation], ys=others, css="middle-run", label=run.other.name, dots=True)
+        )
     chart = Chart(
         title=f"ELBO, {unit}",
+        sections=stage_starts(run.train),
         lines=[line for line in lines if finite(line.ys)],
         x_range=run.x_range,
         height=340,

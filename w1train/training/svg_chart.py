@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from w1train.training.plot_data import (
@@ -61,6 +61,8 @@ class Chart:
     """A horizontal line: (value, label)."""
     label_width: int = 0
     """Pixels on the right for the labels of curves and reference."""
+    sections: Sequence[tuple[float, str]] = ()
+    """Vertical lines: (x of its begin, name) of each section of the axis."""
     marks: Sequence[float] = ()
     """x of what cannot be drawn (values that are not finite): ticks on the axis."""
     format: Callable[[float], str] = "{:.4g}".format
@@ -81,12 +83,18 @@ class Chart:
             f'<g clip-path="url(#{clip})">',
             *(_curve(line, x, y) for line in self.lines),
             "</g>",
+            *self._sections(x, bottom),
             *(f'<path class="mark" d="M{x(mark):.1f} {bottom}v-7"/>' for mark in self.marks),
             *self._labels(x, y),
             f'<path class="cross" d="M0 {_TOP}V{bottom}" visibility="hidden"/>',
             "</svg>",
         ]
         return "\n".join(parts)
+
+    def _sections(self, x: Scale, bottom: float) -> Iterator[str]:
+        for begin, name in self.sections:
+            yield f'<path class="reference" d="M{x(begin):.1f} {_TOP}V{bottom}"/>'
+            yield f'<text class="tick" x="{x(begin) + 4:.1f}" y="{_TOP + 9}">{html.escape(name)}</text>'
 
     def num_clipped(self) -> int:
         """Values outside the vertical axis."""

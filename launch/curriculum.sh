@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From an autoregressive model to block diffusion, by LLaDA2.0's block-size curriculum, beside block diffusion from scratch on as many
+# tokens: what `make curriculum` runs. Steps that are done are not repeated, and training resumes where it stopped.
+# Arguments are overrides of the recipe, for both runs.
+#
+# Environment variables: those of launch/demo.sh, whose corpus, tokenizer and tokens these are.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/demo_data.sh
+source launch/demo_data.sh
+run="$RUNS/curriculum"
+scratch="$RUNS/curriculum-scratch"
+
+train() { # train NAME SCHEDULE OVERRIDES...
+  local name="$1" schedule="$2"
+  shift 2
+  "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=curriculum schedule="$schedule" name="$name" \
+    runs_dir="$RUNS" data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
+}
+
+prepare_data 6
+step "4/6 the curriculum, on $NPROC ranks" "" train curriculum curriculum "$@"
+step "5/6 from scratch, on $NPROC ranks" "" train curriculum-scratch block_16 "$@"
+step "6/6 report" "" "$python" -m w1train.report "$run" --compare "$scratch"
+"$python" -m benchmarks.curriculum "$run" "$scratch"
+printf 'The whole curriculum: %d s. Look at %s\n' "$SECONDS" "$run/report.html"

@@ -1,0 +1,62 @@
+# Sourced by the scripts beside it: where things are, steps that are not repeated, and the corpus, tokenizer and tokens of the demo.
+# shellcheck shell=bash
+
+CORPUS="${CORPUS:-}"
+RUNS="${RUNS:-runs}"
+VENV="${VENV:-.venv}"
+python="$VENV/bin/python"
+data="$RUNS/demo-data"
+
+# The recipe's batch is 16 sequences in micro-batches of 8: two ranks at most.
+default_ranks() {
+  local num_gpus=0
+  if command -v nvidia-smi >/dev/null; then num_gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"; fi
+  if [[ "$num_gpus" == 1 ]]; then echo 1; else echo 2; fi
+}
+
+step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is there
+  local title="$1" output="$2" begin="$SECONDS"
+  shift 2
+  if [[ -n "$output" && -e "$output" ]]; then
+    printf '== %s: done before (%s)\n' "$title" "$output"
+    return
+  fi
+  printf '== %s\n' "$title"
+  "$@"
+  printf '== %s: %d s\n\n' "$title" $((SECONDS - begin))
+}
+
+# A run is bound to its tokenizer and data, so another corpus needs another place.
+check_corpus() {
+  local source="${CORPUS:-Python standard library}"
+  mkdir -p "$data"
+  if [[ -e "$data/source.txt" && "$(cat "$data/source.txt")" != "$source" ]]; then
+    printf 'error: %s was made from: %s\nChoose another place (RUNS=other), or remove %s and the runs in %s.\n' \
+      "$data" "$(cat "$data/source.txt")" "$data" "$RUNS" >&2
+    exit 1
+  fi
+  printf '%s\n' "$source" >"$data/source.txt"
+}
+
+prepare_data() { # prepare_data NUM_STEPS: the first three of so many steps
+  local num_steps="$1"
+  check_corpus
+  if [[ -z "$CORPUS" ]]; then
+    step "1/$num_steps corpus" "$data/corpus.jsonl" \
+      "$python" -m data_tools.python_corpus --output "$data/corpus.jsonl"
+    CORPUS="$data/corpus.jsonl"
+  else
+    printf '== 1/%s corpus: %s\n' "$num_steps" "$CORPUS"
+  fi
+  # 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges it stays at
+  # the frequencies of the tokens for a thousand steps, until it has found its neighbours.
+  step "2/$num_steps tokenizer" "$data/tokenizer.json" \
+    "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size 272
+  step "3/$num_steps tokens" "$data/validation.json" \
+    "$python" -m data_tools.tokenize --input "$CORPUS" --tokenizer "$data/tokenizer.json" --output "$data/train" \
+    --validation-output "$data/validation" --validation-fraction 0.05 --overwrite
+}
+
+NPROC="${NPROC:-$(default_ranks)}"
+# Ranks on CPU share the cores: with more than one thread each they would wait for one another. On GPUs it makes no difference.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

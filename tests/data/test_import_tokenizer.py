@@ -1,0 +1,63 @@
+"""A model's own tokenizer, made one to train with: ids stay, special tokens are there."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_tools import import_tokenizer
+from w1train.data.tokenizer import Tokenizer as TrainingTokenizer
+
+TEXT = "def main(argument):\n    return argument + 12  # a comment\n"
+
+
+@pytest.fixture
+def qwen_like(tmp_path):
+    """Byte-level BPE whose special tokens are added behind the merges, under names of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True), AddedToken("<|im_start|>", special=True)])
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def run(source, target, *options):
+    return import_tokenizer.main(["--input", str(source), "--output", str(target), *options])
+
+
+def test_ids_stay_and_special_tokens_are_there(qwen_like, tmp_path):
+    before = Tokenizer.from_file(str(qwen_like))
+    assert run(qwen_like, tmp_path / "new" / "tokenizer.json", "--eos", "<|endoftext|>") == 0
+    after = TrainingTokenizer.load(tmp_path / "new" / "tokenizer.json")
+    assert after.encode(TEXT) == before.encode(TEXT).ids
+    assert after.decode(after.encode(TEXT)) == TEXT
+    assert after.eos_token_id == before.token_to_id("<|endoftext|>")
+    size = before.get_vocab_size()
+    assert (after.mask_token_id, after.pad_token_id) == (size, size + 1)
+    assert after.encode("<mask> <eos>") != [after.mask_token_id], "special tokens are no text"
+    assert int(after.num_bytes_by_token()[after.encode(TEXT)].sum()) == len(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eos", "</s>"], r"has no special token </s>; it has: <|endoftext|>, <|im_start|>"),
+        (["--eos", "<|endoftext|>", "--mask-token-id", "5"], "--mask-token-id 5 is "),
+        (["--eos", "<|endoftext|>", "--mask-token-id", "9000"], "leaves ids without a token before it"),
+    ],
+)
+def test_mistakes_are_said(qwen_like, tmp_path, caplog, options, message):
+    assert run(qwen_like, tmp_path / "out.json", *options) == 1
+    assert message in caplog.text
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_broken_file_is_said(tmp_path, caplog):
+    source = tmp_path / "tokenizer.json"
+    source.write_text(json.dumps({"model": {}})[:5])
+    assert run(source, tmp_path / "out.json", "--eos", "x") == 1
+    assert "is no JSON" in caplog.text
