@@ -5,6 +5,8 @@ RUNS ?= runs
 CORPUS ?=
 NPROC ?=
 ARGS ?=
+# Processes that run tests; most tests run on one core, the distributed ones on all.
+WORKERS ?= 2
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
@@ -13,7 +15,7 @@ export VENV RUNS CORPUS NPROC
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "variables: VENV (.venv), PYTHON (the first >= 3.12 found), EXTRAS (dev)"
+	@echo "variables: VENV (.venv), PYTHON (the first >= 3.12 found), EXTRAS (dev), WORKERS (2)"
 
 install:  ## Create or update the environment in .venv
 	@launch/bootstrap.sh
@@ -25,7 +27,7 @@ curriculum: install  ## From autoregressive to block diffusion on the demo's tex
 	@launch/curriculum.sh $(ARGS)
 
 test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of them)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)

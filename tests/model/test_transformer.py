@@ -145,9 +145,7 @@ def test_a_pack_equals_its_documents_one_by_one():
         for row in range(2):
             for document in noisy.document_ids[row][noisy.document_ids[row] >= 0].unique():
                 places = (noisy.document_ids[row] == document).nonzero()[:, 0]
-                alone = corrupt_at(packed_batch([0]), config.diffusion, 0, 0.5, draw=1)
-                alone.input_ids = noisy.input_ids[row, places][None]
-                alone.positions = torch.arange(len(places))[None]
+                alone = corrupt_at(packed_batch([[0, 2][row]]), config.diffusion, 0, 0.5, draw=1).at(places[None])
                 alone.document_ids = torch.zeros((1, len(places)), dtype=torch.int32)
                 torch.testing.assert_close(_logits(model, config, alone)[0], packed[row, places], rtol=1e-5, atol=1e-5)
 
