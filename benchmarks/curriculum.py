@@ -65,9 +65,8 @@ def verdicts(run: Run, scratch: Run) -> list[tuple[str, bool]]:
         ("the curriculum ends below training from scratch", run.validation[-1]["elbo"] < scratch.validation[-1]["elbo"]),
     ]
     average = _average(run)
-    if average is not None:
-        claims.append(("the average is no worse than its best member", average["elbo"] <= min(average["member_elbo"])))
-    return claims
+    is_no_worse = average is not None and average["elbo"] <= min(average["member_elbo"])
+    return [*claims, ("the average of the best checkpoints is no worse than its best member", is_no_worse)]
 
 
 def _average(run: Run) -> dict | None:

@@ -48,7 +48,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
     # Imported here because megatron-core takes seconds to import, which a mistake on the command line should not wait for.
     from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
     from w1train.training.checkpoint import CheckpointError
-    from w1train.training.inference import load_for_inference
+    from w1train.training.inference import load_for_inference, require_diffusion
 
     try:
         model = load_for_inference(args.run, args.checkpoint)
@@ -58,6 +58,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
     if questions is None:
         record = validate_checkpoint(model, open_validation(model, args.validation))
         return {**result, **record, "timesteps": model.config.validation.timesteps}
+    require_diffusion(model)
     _warn_of_blocks(model.config.diffusion.block_size, model.config.data.sequence_length)
     answers = answer_questions(model, questions, num_draws=args.draws, batch_size=args.batch_size)
     return {**result, "draws": args.draws, **summarize(answers), "texts": [_as_json(answer) for answer in answers]}
@@ -78,6 +79,11 @@ def _validation_lines(result: dict[str, Any]) -> list[str]:
         f"{result['run']}, {result['checkpoint']}",
         f"ELBO                  {result['elbo']:.4f} nats per token",
         *([] if bits is None else [f"                      {bits:.4f} bits per byte"]),
+        *(
+            f"at block size {key.partition('/')[2]:<8}{value:.4f} nats per token"
+            for key, value in result.items()
+            if key.startswith("elbo_at_block_size/")
+        ),
         f"masked cross-entropy  {result['masked_cross_entropy']:.4f} nats per masked token",
         "",
         "     t  cross-entropy",

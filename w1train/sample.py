@@ -115,12 +115,14 @@ def checkpoint_name(text: str) -> int | str:
 def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
     from w1train.training.checkpoint import CheckpointError
-    from w1train.training.inference import load_for_inference
+    from w1train.training.inference import load_for_inference, require_diffusion
 
     try:
-        return load_for_inference(run, checkpoint)
+        model = load_for_inference(run, checkpoint)
     except CheckpointError as error:
         raise UserError(str(error)) from error
+    require_diffusion(model)
+    return model
 
 
 def _console() -> Console:

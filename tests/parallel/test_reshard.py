@@ -4,6 +4,7 @@ import pytest
 
 from tests.parallel.layouts import NUM_STEPS, train_layout
 from tests.parallel.test_layouts import GRID_STREAMS, layout_config
+from w1train.config.errors import ConfigurationError
 
 SAVED = ({"tensor": 2, "sequence": True, "pipeline": 2}, 2)
 LOADED = [
@@ -52,3 +53,28 @@ def test_virtual_stages_that_share_the_timestep_embedding(layout, distributed_op
     expected = _uninterrupted("one-stream")
     for loaded in (layout, ({}, 1)):
         _assert_goes_on(tmp_path / f"step_{NUM_STEPS:010d}", "one-stream", loaded, expected, **options)
+
+
+def test_frozen_layers_and_kinds_save_and_load(tmp_path):
+    """Some layers of a kind frozen, all of another kind, and the embedding: no hole in the stacked states of the layers."""
+    rates = {"embedding.*": 0.0, "decoder.layers.2.*": 0.0, "*.mlp.linear_fc1.*": 0.0}
+
+    def config(**parallel):
+        made = layout_config("one-stream", **parallel)
+        made.optimizer.rate_multipliers = rates
+        return made
+
+    straight = train_layout(config(), num_steps=4)
+    train_layout(config(tensor=2, sequence=True, pipeline=2), save=tmp_path, num_steps=2)
+    after = train_layout(config(context=2), load=tmp_path / "step_0000000002", num_steps=2)
+    assert after.losses == pytest.approx(straight.losses[2:], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"), [({"*": 0.0}, "nothing would be trained"), ({"*.mpl.*": 0.5}, "a pattern that fits no parameter")]
+)
+def test_rates_that_cannot_be_meant_are_refused(rates, message):
+    config = layout_config("one-stream")
+    config.optimizer.rate_multipliers = rates
+    with pytest.raises(ConfigurationError, match=message):
+        train_layout(config, num_steps=0)

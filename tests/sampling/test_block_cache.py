@@ -232,7 +232,11 @@ def test_blocks_can_be_appended_together_or_one_by_one(clean_attention):
     torch.testing.assert_close(together, one_by_one, **TOLERANCE)
 
 
-def test_the_shift_takes_each_token_from_the_place_before():
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(
+    "attention", [{}, {"clean_attention": "token_causal"}, {"clean_attention": "token_causal", "noisy_attention": "causal"}], ids=str
+)
+def test_the_shift_takes_each_token_from_the_place_before(attention, at_once):
     """The first of a block from the last of the block before, which stands without a mask at t = 0, as training may show it."""
     length = 2 * BLOCK_SIZE + 3
     clean, noisy, t = random_canvas(3, length)
@@ -250,6 +254,11 @@ def test_the_shift_takes_each_token_from_the_place_before():
             expected.append(training_logits(predictor, clean, shown, times)[:, before])
             if block < 2:
                 blocks.append(clean[:, part])
+        if at_once:
+            # A prompt of several blocks.
+            blocks.start(length, BLOCK_SIZE)
+            blocks.append(clean[:, : 2 * BLOCK_SIZE])
+            found[2] = blocks.predict_block(noisy[:, 2 * BLOCK_SIZE :], t[:, 2])
         blocks.select_rows(torch.tensor([2, 0]))
         fewer = blocks.predict_block(noisy[[2, 0], 16:], t[[2, 0], 2])
         whole_canvas = predictor(clean, torch.tensor([0.1, 0.5, 0.9]))
@@ -257,7 +266,7 @@ def test_the_shift_takes_each_token_from_the_place_before():
         unshifted = predictor(clean, torch.tensor([0.1, 0.5, 0.9]))
         return torch.cat(found, dim=1), torch.cat(expected, dim=1), fewer, whole_canvas, unshifted
 
-    found, expected, fewer, whole_canvas, unshifted = in_one_process(block_config({"shift": True}), body)
+    found, expected, fewer, whole_canvas, unshifted = in_one_process(block_config({"shift": True, **attention}), body)
     torch.testing.assert_close(found, expected, **TOLERANCE)
     torch.testing.assert_close(fewer, expected[[2, 0], 16:], **TOLERANCE)
     assert torch.equal(whole_canvas[:, 1:], unshifted[:, :-1])

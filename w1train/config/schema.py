@@ -120,7 +120,7 @@ class DiffusionConfig:
     token of a document then has nothing to predict it and is never masked. False: it predicts its own token (LLaDA, SDAR)."""
     complementary: bool = False
     """Samples come in pairs of the same text, masked at t and, where the first one is not, at 1 - t: each token is predicted once a
-    pair (LLaDA2.0, Fast-dLLM v2). Global batches are then even, and hold half as many texts."""
+    pair (LLaDA2.0, Fast-dLLM v2). t is drawn up to 1 - t_min at most. Global batches are even, and hold half as many texts."""
     num_strata: int = 64
     """u is stratified over each run of this many consecutive samples of the global order (a power of two),
     rotated at random; a global batch that is a multiple of it is stratified exactly."""
@@ -198,7 +198,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 = no clipping."""
     rate_multipliers: dict[str, float] = field(default_factory=dict)
     """Learning rates of some parameters as multiples of the schedule's, by patterns of their names, the first that fits:
-    {"*.mlp.*": 0.1, "embedding.*": 0}; 0 = frozen. Names are those of the whole model: embedding.word_embeddings.weight,
+    {"*.mlp.*": 0.1, "embedding.*": 0} in a recipe; 0 = frozen. Names are those of the whole model: embedding.word_embeddings.weight,
     decoder.layers.0.self_attention.linear_qkv.weight, ..."""
 
 
@@ -303,8 +303,8 @@ class CheckpointConfig:
     best_metric: BestMetric = "elbo"
     """What of the validation at a checkpoint's step ranks it; lower is better."""
     average_at_end: bool = False
-    """Average the weights of the keep_best best checkpoints at the end of the run and compare the average with them
-    (LLaDA2.0's merge; w1train.average does the same at any time)."""
+    """Average the weights of the keep_best best checkpoints at the end of the run and of each of its phases, and compare the average
+    with them (LLaDA2.0's merge; w1train.average does the same at any time). Averages are kept."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -76,6 +76,28 @@ def _autoregressive_rule(config: Config) -> Iterator[Problem]:
         yield Problem("diffusion.clean_attention", diffusion.clean_attention, valid, "diffusion.clean_attention=token_causal")
 
 
+def _causal_block_rule(config: Config) -> Iterator[Problem]:
+    diffusion, length = config.diffusion, config.data.sequence_length
+    if diffusion.noisy_attention == "bidirectional" or diffusion.objective == "autoregressive":
+        return
+    whole = diffusion.block_size is None or diffusion.block_size >= length
+    if whole or length in config.validation.block_sizes:
+        where = "diffusion.block_size" if whole else "validation.block_sizes"
+        valid = f"bidirectional, or block sizes below data.sequence_length ({length}): masked diffusion of the whole sees all of it"
+        yield Problem("diffusion.noisy_attention", f"causal with {where} of the whole sequence", valid)
+
+
+def _annealing_lasts_rule(config: Config) -> Iterator[Problem]:
+    if config.diffusion.attention_annealing != "none":
+        valid = "none for the run: it would begin anew in every stage. Set it in the stage that anneals"
+        yield Problem("diffusion.attention_annealing", config.diffusion.attention_annealing, valid, "schedule.stages.NAME.diffusion")
+    for name, stage in config.schedule.stages.items():
+        tokens = stage.diffusion.get("annealing_tokens", 0)
+        if 0 < stage.tokens < tokens:
+            key = f"schedule.stages.{name}.diffusion.annealing_tokens"
+            yield Problem(key, show(tokens), f"at most the stage's {stage.tokens} tokens, or the mask would jump at its end")
+
+
 def _annealing_rule(config: Config) -> Iterator[Problem]:
     diffusion = config.diffusion
     if diffusion.attention_annealing == "none":
@@ -93,6 +115,10 @@ def _annealing_rule(config: Config) -> Iterator[Problem]:
 def _complementary_rule(config: Config) -> Iterator[Problem]:
     if not config.diffusion.complementary:
         return
+    if config.diffusion.t_min + config.diffusion.t_max < 1:
+        found = f"{show(config.diffusion.t_max)} with diffusion.complementary"
+        valid = f"at least 1 - diffusion.t_min ({show(1 - config.diffusion.t_min)}): the partner's t is 1 - t, between the same bounds"
+        yield Problem("diffusion.t_max", found, valid)
     if config.diffusion.t_min >= 0.5:
         found = f"{show(config.diffusion.t_min)} with diffusion.complementary"
         yield Problem("diffusion.t_min", found, "a number below 0.5: the partner's t is 1 - t")
@@ -113,7 +139,17 @@ def _same_throughout_rule(config: Config) -> Iterator[Problem]:
 DIFFUSION_RULES: Iterable[Rule] = (
     *map(
         at_every_stage,
-        (_mask_token_rule, _timesteps_rule, _strata_rule, _block_rule, _autoregressive_rule, _annealing_rule, _complementary_rule),
+        (
+            _mask_token_rule,
+            _timesteps_rule,
+            _strata_rule,
+            _block_rule,
+            _causal_block_rule,
+            _autoregressive_rule,
+            _annealing_rule,
+            _complementary_rule,
+        ),
     ),
+    _annealing_lasts_rule,
     _same_throughout_rule,
 )

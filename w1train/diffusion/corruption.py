@@ -77,7 +77,7 @@ def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int
     keys = torch.div(batch.sample_indices, 2, rounding_mode="floor") if config.complementary else batch.sample_indices
     batch = cut_to_random_length(batch, config, seed, keys, draw=draw)
     if config.objective == "autoregressive":
-        return _next_tokens(batch)
+        return _next_tokens(batch, config)
     segment = _segments(batch, config)
     # One column for every possible segment would be l wide; the largest that occurs bounds it. The columns beyond a
     # sample's own segments are rows of the table that no token points to.
@@ -89,7 +89,7 @@ def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int
 def corrupt_at(batch: PackedBatch, config: DiffusionConfig, seed: int, timestep: float, *, draw: int) -> NoisyBatch:
     """Corruption of whole samples at one given t in (0, 1] with the fixed noise of ``draw``: for validation."""
     if config.objective == "autoregressive":
-        return _next_tokens(batch)
+        return _next_tokens(batch, config)
     timesteps = torch.full((len(batch.sample_indices), 1), timestep, dtype=torch.float64, device=batch.tokens.device)
     return _mask_tokens(batch, config, seed, timesteps, torch.zeros_like(batch.tokens), batch.sample_indices, draw, paired=False)
 
@@ -157,7 +157,7 @@ def _mask_tokens(
     weights = loss_weights(config, token_timesteps, masked, can_be_masked, segment)
     # What belongs to a token moves to the output that predicts it.
     moved = _next if config.shift else lambda tensor: tensor
-    next_mask = _next_mask(batch.document_ids) if config.autoregressive_weight > 0 else None
+    next_mask = _next_mask(batch, config) if config.autoregressive_weight > 0 else None
     rows = torch.arange(num_samples, device=segment.device)[:, None] * timesteps.shape[1]
     return NoisyBatch(
         input_ids=batch.tokens.masked_fill(masked, config.mask_token_id),
@@ -178,10 +178,10 @@ def _mask_tokens(
     )
 
 
-def _next_tokens(batch: PackedBatch) -> NoisyBatch:
+def _next_tokens(batch: PackedBatch, config: DiffusionConfig) -> NoisyBatch:
     """Autoregression as a batch like any other: clean text at t = 0 (one segment a sample), every token predicting the next one of its
     document, as the last step of a reverse process would: t = 1 for the loss."""
-    has_next = _next_mask(batch.document_ids)
+    has_next = _next_mask(batch, config)
     ones = torch.ones(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
     return NoisyBatch(
@@ -227,10 +227,10 @@ def _next(tensor: Tensor) -> Tensor:
     return torch.cat([tensor[:, 1:], torch.zeros_like(tensor[:, :1])], dim=1)
 
 
-def _next_mask(document_ids: Tensor) -> Tensor:
-    """bool [b, l]: whether the position behind is of the same document."""
-    real = document_ids >= 0
-    return _next(real & ~_starts_document(document_ids))
+def _next_mask(batch: PackedBatch, config: DiffusionConfig) -> Tensor:
+    """bool [b, l]: whether the position behind is of the same document, and no mask token, which has no probability."""
+    real = batch.document_ids >= 0
+    return _next(real & ~_starts_document(batch.document_ids) & (batch.tokens != config.mask_token_id))
 
 
 def _starts_document(document_ids: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     # Positions with a token of their document behind them.
     num_next = length - num_documents if autoregressive or diffusion.autoregressive_weight > 0 else 0
     of_noisy = 0.0 if autoregressive else 1.0
+    # While a mask anneals, fewer pairs are visible than at its end, which is what is counted.
+    annealed = diffusion.attention_annealing != "none"
     one_stream = document_pairs(length, document, causal=autoregressive)
     pairs = block_pairs(spans, document, diffusion) if has_clean_stream else one_stream
     return Workload(
@@ -79,7 +81,7 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
         most_logits=num_next + math.ceil(of_noisy * length * (1 - diffusion.t_min if diffusion.complementary else diffusion.t_max)),
         num_segments=num_segments,
         segment_indexed=not samples_are_segments(config),
-        may_need_mask=num_documents > 1 or has_clean_stream or autoregressive or diffusion.random_length_probability > 0,
+        may_need_mask=num_documents > 1 or has_clean_stream or autoregressive or annealed or diffusion.random_length_probability > 0,
         block_spans=spans if has_clean_stream else (),
     )
 

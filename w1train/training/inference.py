@@ -23,6 +23,7 @@ from torch import Tensor
 from w1train.attention.cache import Causality, KeyValueCache, cached_visibility
 from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import document_visibility
+from w1train.config.errors import UserError
 from w1train.config.schema import Config, ParallelConfig
 from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import at_stage
@@ -180,10 +181,21 @@ class BlockPredictor:
         """Finished blocks that follow those that came before: int64 [b, n], n a multiple of the block size."""
         assert tokens.shape[1] % self._block_size == 0, "a part of a block would be kept without what it sees of the rest"
         at_zero = torch.zeros(len(tokens), device=tokens.device)
-        # Under a token shift the next block's first token is predicted here, where training has a noisy block without a mask.
+        # Under a token shift the next block's first token is predicted by the end of this one, by a noisy block without a mask: what
+        # is kept is the clean stream's, which may see less of its own block.
+        as_noisy = self._shift and self._clean != self._noisy
+        if as_noisy and tokens.shape[1] > self._block_size:
+            self._keep(tokens[:, : -self._block_size], at_zero)
+            tokens = tokens[:, -self._block_size :]
+        noisy_output = self._pass(tokens, at_zero, self._noisy, num_logits=1) if as_noisy else None
+        clean_output = self._keep(tokens, at_zero)
+        if self._shift:
+            self._last_output = clean_output if noisy_output is None else noisy_output
+
+    def _keep(self, tokens: Tensor, at_zero: Tensor) -> Tensor:
         output = self._pass(tokens, at_zero, self._clean, num_logits=1 if self._shift else 0)
-        self._last_output = output if self._shift else None
         self._cache.keep(tokens.shape[1])
+        return output
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
         """The block after the finished ones, int64 [b, n], and t, float32 [b] -> float32 [b, n, v]."""
@@ -225,6 +237,15 @@ class InferenceModel:
     def blocks(self) -> BlockPredictor | None:
         """For generation by blocks; None for masked diffusion."""
         return block_predictor(self.predict)
+
+
+def require_diffusion(model: InferenceModel) -> None:
+    """Raise UserError for a model that was not trained to fill in masked text, and would be asked to do it without a word."""
+    if model.config.diffusion.objective == "autoregressive":
+        raise UserError(
+            f"{model.checkpoint} is of an autoregressive stage, which has never seen a mask token: it can neither fill in text nor score "
+            "it by filling in. Choose a checkpoint of a later stage (--checkpoint), or `python -m w1train.convert to-hf --format stock`"
+        )
 
 
 # Process groups of load_for_inference live until the process ends.

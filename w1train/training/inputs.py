@@ -98,8 +98,9 @@ def _travel(noisy: NoisyBatch, config: Config, streams: int) -> Travel:
 @cache
 def _say_that_noisy_keys_travel(block_size: int, chunk_size: int) -> None:
     logger.warning(
-        "blocks of %d tokens cross the borders of context-parallel chunks of %d positions, because documents begin between them: "
-        "noisy keys travel too, twice the bytes. Align document starts, or set diffusion.block_index=sample",
+        "blocks of %d tokens cross the borders of context-parallel chunks of %d positions: noisy keys travel too, twice the bytes. They "
+        "stay at home if parallel.context_chunk_size is a multiple of the block size and blocks begin at its multiples "
+        "(diffusion.block_index=sample, or documents that do)",
         block_size,
         chunk_size,
     )

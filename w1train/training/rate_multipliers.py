@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-from w1train.config.errors import ConfigurationError, Problem, listing
+from w1train.config.errors import Problem, listing, raise_if_any
 from w1train.model.initialization import global_named_parameters
 
 logger = logging.getLogger(__name__)
@@ -19,20 +20,22 @@ _MOST_NAMES = 20
 
 
 def freeze_and_mark(stages: list[torch.nn.Module], multipliers: dict[str, float]) -> None:
-    """Give each parameter its ``rate_multiplier``; one of 0 needs no gradient. Before the data-parallel wrapper, which counts gradients.
+    """Give each parameter its ``rate_multiplier``; one that is 0 in every layer needs no gradient. Before the data-parallel wrapper, which
+    counts gradients.
 
     Raises:
-        ConfigurationError: on every rank, for a pattern that fits no parameter of the model.
+        ConfigurationError: on every rank, for a pattern that fits no parameter of the model, and if nothing is left to train.
     """
-    names: set[str] = set()
-    for stage in stages:
-        for name, parameter in global_named_parameters(stage):
-            names.add(name)
-            parameter.rate_multiplier = _multiplier(name, multipliers)
-            if parameter.rate_multiplier == 0:
-                parameter.requires_grad_(False)
-    if multipliers:
-        _require_matches(names, multipliers)
+    named = [item for stage in stages for item in global_named_parameters(stage)]
+    names = _names_of_all_ranks({name for name, _ in named}) if multipliers else [name for name, _ in named]
+    _check(names, multipliers)
+    # Checkpoints stack the layers of one kind, states included: states that some of them lack would leave holes there. So where only
+    # some are frozen they have states and gradients (which count in the norm), and a rate of 0.
+    trained_kinds = {_kind(name) for name in names if _multiplier(name, multipliers) > 0}
+    for name, parameter in named:
+        parameter.rate_multiplier = _multiplier(name, multipliers)
+        if _kind(name) not in trained_kinds:
+            parameter.requires_grad_(False)
 
 
 def rate_overrides(stages: list[torch.nn.Module]) -> dict[ParamKey, dict[str, float]]:
@@ -50,15 +53,28 @@ def _multiplier(name: str, multipliers: dict[str, float]) -> float:
     return next((multiplier for pattern, multiplier in multipliers.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
 
 
-def _require_matches(names: set[str], multipliers: dict[str, float]) -> None:
-    # A stage has only its own layers.
+def _kind(name: str) -> str:
+    """The name without the number of its layer."""
+    return re.sub(r"\blayers\.\d+\.", "layers.", name)
+
+
+def _names_of_all_ranks(names: set[str]) -> list[str]:
+    """A pipeline stage has only its own layers."""
     everywhere: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everywhere, names)
-    all_names = sorted(set().union(*everywhere))
-    unused = [pattern for pattern in multipliers if not fnmatch.filter(all_names, pattern)]
-    if unused:
-        shown = listing([*all_names[:_MOST_NAMES], "..."])
-        found = "a pattern that fits no parameter"
-        raise ConfigurationError([Problem(f"{_KEY}.{pattern}", found, f"one that does: {shown}") for pattern in unused])
-    num_frozen = sum(_multiplier(name, multipliers) == 0 for name in all_names)
-    logger.info("%d of %d parameter tensors are frozen", num_frozen, len(all_names))
+    return sorted(set().union(*everywhere))
+
+
+def _check(names: list[str], multipliers: dict[str, float]) -> None:
+    shown = listing([*names[:_MOST_NAMES], "..."])
+    problems = [
+        Problem(f"{_KEY}.{pattern}", "a pattern that fits no parameter", f"one that does: {shown}")
+        for pattern in multipliers
+        if not fnmatch.filter(names, pattern)
+    ]
+    num_frozen = sum(_multiplier(name, multipliers) == 0 for name in names)
+    if num_frozen == len(names):
+        problems.append(Problem(_KEY, "0 for every parameter", "a number above 0 for some: nothing would be trained"))
+    raise_if_any(problems)
+    if multipliers:
+        logger.info("%d of %d parameter tensors have a learning rate of 0", num_frozen, len(names))

@@ -19,6 +19,7 @@ from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
 from w1train.training.data import ValidationData
 from w1train.training.forward import run_micro_batches
+from w1train.training.objective import block_size
 
 # The noise of validation is the same for every run, whatever its seed: runs can be compared.
 _NOISE_SEED = 0
@@ -36,7 +37,7 @@ def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str
 
     Returns:
         elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy (nats per masked token), loss_by_t (one per timestep), and
-        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B.
+        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B and elbo_bits_per_byte_at_block_size/B.
     """
     assert data.validation is not None
     started = time.perf_counter()
@@ -44,9 +45,11 @@ def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str
     for chunk in model.chunks:
         chunk.eval()
     scores = _score(config, model, batches)
-    others = {
-        f"elbo_at_block_size/{size}": _score(_with_blocks(config, size), model, batches)["elbo"] for size in config.validation.block_sizes
-    }
+    others: dict[str, float | None] = {}
+    # An autoregressive stage has not seen a mask token.
+    for size in config.validation.block_sizes if config.diffusion.objective == "diffusion" else ():
+        elbo = _score(_with_blocks(config, size), model, batches)["elbo"]
+        others |= {f"elbo_at_block_size/{size}": elbo, f"elbo_bits_per_byte_at_block_size/{size}": data.validation_bits_per_byte(elbo)}
     for chunk in model.chunks:
         chunk.train()
     return {
@@ -67,8 +70,9 @@ def _with_blocks(config: Config, block_size: int) -> Config:
 def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict[str, Any]:
     timesteps = config.validation.timesteps
     by_timestep = []
-    # Autoregression knows no t: one pass is all of them.
-    for draw, timestep in enumerate(timesteps if config.diffusion.objective == "diffusion" else timesteps[:1], start=1):
+    # One token at a time: the likelihood at t = 1 is the ELBO, with neither the noise of masks nor a t that such a stage may never
+    # have trained. One pass stands for all t.
+    for draw, timestep in enumerate(timesteps if block_size(config) > 1 else [1.0], start=1):
         noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
         sums, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
         by_timestep.append(sums.metrics(config.diffusion))
