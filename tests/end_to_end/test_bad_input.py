@@ -176,7 +176,7 @@ def test_what_a_high_rank_meets_before_there_are_groups_is_told_by_it(tiny_run):
 
 def test_an_error_of_a_library_keeps_its_traceback(tiny_run):
     def fail(rank: int) -> None:
-        def build(config: object) -> None:
+        def build(*_: object) -> None:
             raise ValueError("not enough values to unpack")
 
         loop.build_trained_model = build

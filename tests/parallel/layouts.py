@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
-from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
@@ -69,50 +69,71 @@ def train_layout(
 
     ``mutate`` breaks the built model on purpose; ``load`` is a checkpoint to go on from, ``save`` where to write one at the end.
     """
-    size = world_size(config, data_parallel)
-    results = run_distributed(_train, size, config, mutate, load, save, num_steps, process_group=False, timeout=timeout)
-    assert all(result.losses == results[0].losses for result in results), "every rank reports the same loss"
+    (outcome,) = train_layouts([config], data_parallel, mutate=mutate, load=load, save=save, num_steps=num_steps, timeout=timeout)
+    return outcome
+
+
+def train_layouts(
+    configs: Sequence[Config],
+    data_parallel: int = 1,
+    *,
+    mutate: Callable[[TrainedModel], None] | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+    num_steps: int = NUM_STEPS,
+    timeout: float = 240,
+) -> list[Outcome]:
+    """``train_layout`` for several configurations of one layout, on the same ranks: forking them and making their groups takes longer
+    than the steps."""
+    assert all(config.parallel == configs[0].parallel for config in configs)
+    size = world_size(configs[0], data_parallel)
+    results = run_distributed(_train_all, size, configs, mutate, load, save, num_steps, process_group=False, timeout=timeout)
+    for result in results:
+        assert [outcome.losses for outcome in result] == [outcome.losses for outcome in results[0]], "every rank reports the same loss"
     return results[0]
 
 
+def _train_all(_rank: int, _size: int, configs: Sequence[Config], *how: Any) -> list[Outcome]:
+    with distributed(configs[0].parallel) as ranks:
+        return [_train(ranks, config, *how) for config in configs]
+
+
 def _train(
-    _rank: int,
-    _size: int,
+    ranks: Ranks,
     config: Config,
     mutate: Callable[[TrainedModel], None] | None,
     load: Path | None,
     save: Path | None,
     num_steps: int,
 ) -> Outcome:
-    with distributed(config.parallel) as ranks:
-        model = build_trained_model(config)
-        open_gates(model)
-        first_step = load_checkpoint(load, model).step if load is not None else 0
-        if mutate is not None:
-            mutate(model)
-        losses, norms, works, noise = [], [], [], []
-        gradients: dict[str, torch.Tensor] = {}
-        travels: set[str] = set()
-        for step in range(first_step, first_step + num_steps):
-            batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
-            noise.append(_noise_hashes(batches))
-            plans = [rank_inputs(batch, config).model.attention_plan for batch in batches]
-            travels |= {plan.exchange.travel for plan in plans if plan.exchange is not None}
-            for chunk in model.chunks:
-                chunk.zero_grad_buffer()
-            model.optimizer.zero_grad()
-            sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
-            if step == first_step and not config.parallel.distributed_optimizer:
-                gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
-            for group in model.optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * group["lr_mult"]
-            norms.append(float(model.optimizer.step()[1]))
-            losses.append(sums.metrics(config.diffusion)["loss"])
-            works.append(work)
-        if save is not None:
-            save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
-        parameters = whole_tensors(model, lambda parameter: parameter.data)
-        return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
+    model = build_trained_model(config)
+    open_gates(model)
+    first_step = load_checkpoint(load, model).step if load is not None else 0
+    if mutate is not None:
+        mutate(model)
+    losses, norms, works, noise = [], [], [], []
+    gradients: dict[str, torch.Tensor] = {}
+    travels: set[str] = set()
+    for step in range(first_step, first_step + num_steps):
+        batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
+        noise.append(_noise_hashes(batches))
+        plans = [rank_inputs(batch, config).model.attention_plan for batch in batches]
+        travels |= {plan.exchange.travel for plan in plans if plan.exchange is not None}
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        model.optimizer.zero_grad()
+        sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+        if step == first_step and not config.parallel.distributed_optimizer:
+            gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
+        for group in model.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * group["lr_mult"]
+        norms.append(float(model.optimizer.step()[1]))
+        losses.append(sums.metrics(config.diffusion)["loss"])
+        works.append(work)
+    if save is not None:
+        save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
+    parameters = whole_tensors(model, lambda parameter: parameter.data)
+    return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
 
 
 def open_gates(model: TrainedModel) -> None:

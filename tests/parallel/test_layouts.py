@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.parallel.layouts import Outcome, train_layout
+from tests.parallel.layouts import Outcome, train_layout, train_layouts
 from tests.tiny import tiny_config
 
 STREAMS = {
@@ -49,17 +49,19 @@ _references: dict[str, Outcome] = {}
 
 
 def reference(streams: str) -> Outcome:
-    """The single process, computed once."""
+    """The single process, computed once, all in one fork."""
     if streams not in _references:
-        _references[streams] = train_layout(layout_config(streams, distributed_optimizer=False))
+        every = [*STREAMS, *OBJECTIVES]
+        outcomes = train_layouts([layout_config(name, distributed_optimizer=False) for name in every])
+        _references.update(zip(every, outcomes, strict=True))
     return _references[streams]
 
 
-def assert_equal_numbers(outcome: Outcome, expected: Outcome) -> None:
-    assert outcome.noise == expected.noise, "corruption is bit-identical"
+def assert_equal_numbers(outcome: Outcome, expected: Outcome, which: str = "") -> None:
+    assert outcome.noise == expected.noise, f"corruption is bit-identical {which}"
     for step, (loss, wanted) in enumerate(zip(outcome.losses, expected.losses, strict=True)):
-        assert abs(loss - wanted) <= 1e-6 * abs(wanted), f"loss of step {step}: {loss} instead of {wanted}"
-    assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
+        assert abs(loss - wanted) <= 1e-6 * abs(wanted), f"loss of step {step}: {loss} instead of {wanted} {which}"
+    assert outcome.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5), which
     for name, gradient in outcome.gradients.items():
         error = (gradient - expected.gradients[name]).norm() / expected.gradients[name].norm().clamp_min(1e-30)
         assert error <= 1e-5, f"gradient of {name}: relative error {error:.1e}"
@@ -69,22 +71,25 @@ def assert_equal_numbers(outcome: Outcome, expected: Outcome) -> None:
         assert error <= 1e-6, f"{name} after the last step: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("streams", GRID_STREAMS)
+def _assert_all_equal_the_single_process(names, parallel, data):
+    """Each of the streams or objectives, on the same ranks."""
+    outcomes = train_layouts([layout_config(name, **parallel, distributed_optimizer=False) for name in names], data)
+    for name, outcome in zip(names, outcomes, strict=True):
+        assert_equal_numbers(outcome, reference(name), name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
-def test_equals_the_single_process(layout, streams):
+def test_equals_the_single_process(layout):
+    """One stream and two."""
     parallel, data = layout
-    sequence = parallel["tensor"] > 1
-    outcome = train_layout(layout_config(streams, **parallel, sequence=sequence, distributed_optimizer=False), data)
-    assert_equal_numbers(outcome, reference(streams))
+    _assert_all_equal_the_single_process(GRID_STREAMS, {**parallel, "sequence": parallel["tensor"] > 1}, data)
 
 
 @pytest.mark.parametrize("method", ["all_gather", "all_to_all"])
-@pytest.mark.parametrize("streams", STREAMS)
-def test_context_parallel_methods(streams, method):
+def test_context_parallel_methods(method):
     """Together with tensor and sequence parallelism; heads can travel as well as keys."""
     parallel = {"tensor": 2, "sequence": True, "context": 2, "context_method": method}
-    outcome = train_layout(layout_config(streams, **parallel, distributed_optimizer=False), 2)
-    assert_equal_numbers(outcome, reference(streams))
+    _assert_all_equal_the_single_process(list(STREAMS), parallel, 2)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +100,8 @@ def test_context_parallel_methods(streams, method):
     ],
     ids=["tp2-pp2-vpp2-cp2", "cp2-dp2"],
 )
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objectives_keep_the_numbers(objective, parallel, data):
-    outcome = train_layout(layout_config(objective, **parallel, distributed_optimizer=False), data)
-    assert_equal_numbers(outcome, reference(objective))
+def test_objectives_keep_the_numbers(parallel, data):
+    _assert_all_equal_the_single_process(list(OBJECTIVES), parallel, data)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
