@@ -273,4 +273,6 @@ def test_memory_stays_under_two_tensors_above_a_plain_load(tmp_path):
     print(f"plain load of a tensor {plain / TENSOR_BYTES:.2f} tensors, average of three {averaging / TENSOR_BYTES:.2f} tensors")
     assert plain >= TENSOR_BYTES
     assert averaging < plain + 2 * TENSOR_BYTES
+    # The sum and the shard that is added to it; of the files' hashes a buffer of 16 MiB is left in the heap.
+    assert averaging < 2.5 * TENSOR_BYTES
     assert torch.equal(whole(tmp_path / "average")["weight"], torch.full((TENSOR_BYTES // 4 // 64, 64), 2.0))
