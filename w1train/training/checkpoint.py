@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _STEP_DIRECTORY = re.compile(r"step_\d{10}")
 _WRITING = ".writing-"
-_HASH_CHUNK = 1 << 24
 
 # "fully reshardable": optimizer state by parameter, so that a checkpoint loads under any other layout. megatron-core's
 # default ("dp_reshardable") refuses a change of tensor or pipeline sizes.
@@ -451,8 +450,5 @@ def _hash_files(paths: Any) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
