@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.config.config_trees import TREE, set_key
@@ -185,7 +185,6 @@ VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=40)
 @example({"sampling.prompts": ["\x85", "a\u2028b", "c\r\nd"]})
 @given(st.fixed_dictionaries({}, optional=VALID_VALUES))
 def test_yaml_reads_back_equal(changes: dict[str, Any]) -> None:

@@ -44,6 +44,13 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def copy_if_different(source: str | Path, target: str | Path) -> None:
+    """Give ``target`` the content of ``source`` through :func:`replace_file`; a target that has it already is not touched."""
+    content = Path(source).read_bytes()
+    if not Path(target).exists() or Path(target).read_bytes() != content:
+        write_bytes(target, content)
+
+
 def sync_directory(directory: str | Path) -> None:
     """Make renames in a directory survive a power cut (a rename alone may be lost, or come before the file's content)."""
     descriptor = os.open(directory, os.O_RDONLY)

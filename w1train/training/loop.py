@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +18,7 @@ from w1train.data.dataset import DatasetError
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
 from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
-from w1train.runtime.files import write_text
+from w1train.runtime.files import copy_if_different, write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
 from w1train.training.averaging import average_steps
@@ -66,7 +65,7 @@ class Trainer:
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         self.data = all_or_none(partial(TrainingData, config, ranks))
-        on_main_rank(partial(shutil.copyfile, config.data.tokenizer, run.tokenizer))
+        on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
         step = on_main_rank(partial(latest_step, run.checkpoints))
         load = InitialWeights(config).load if step is None and config.training.initial_weights is not None else None
         self.model = build_trained_model(config, load)
