@@ -27,7 +27,7 @@ NUM_VALIDATION_SAMPLES = (1, 3)
 
 def _on_ranks(function, parallel, streams="one-stream"):
     config = layout_config(streams, **parallel)
-    config.validation.timesteps = [0.25, 0.75]
+    config.training.micro_batch_size, config.validation.timesteps = 1, [0.25, 0.75]
     return run_distributed(function, world_size(config, 1), config, process_group=False, timeout=60)
 
 
