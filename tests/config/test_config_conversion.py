@@ -185,6 +185,7 @@ VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@example({"name": "0E0"})
 @example({"sampling.prompts": ["\x85", "a\u2028b", "c\r\nd"]})
 @given(st.fixed_dictionaries({}, optional=VALID_VALUES))
 def test_yaml_reads_back_equal(changes: dict[str, Any]) -> None:
