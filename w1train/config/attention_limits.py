@@ -95,7 +95,7 @@ def _te(case: AttentionCase) -> str | None:
     if case.channels % 8 or case.channels > _TE_LARGEST_CHANNELS:
         return f"its heads have a multiple of 8 channels up to {_TE_LARGEST_CHANNELS}, not {case.channels}"
     if case.keys_travel:
-        return "it takes whole sequences, of which context-parallel ranks have parts (parallel.context_method=all_to_all gives it whole ones)"
+        return "it takes whole sequences, and all_gather leaves each rank a part of them (all_to_all does not)"
     return None
 
 

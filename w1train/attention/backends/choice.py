@@ -39,7 +39,7 @@ def choose_backend(name: Literal["auto", BackendName], case: AttentionCase, devi
             raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes one that can")
         logger.info("attention of %s: %s, as attention.backend says", _describe(case), name)
         return BACKENDS[name](case)
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS.values():
         reason = backend.why_not(case, device)
         if reason is None:

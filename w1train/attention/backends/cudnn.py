@@ -77,9 +77,7 @@ class CudnnBackend(AttentionBackend):
                 tensor.record_stream(stream)
             plan.ready = None
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        output = flex_attn_func(
-            query, key, value, mask_plan=plan.mask_plan, softmax_scale=scale, deterministic=self._case.deterministic
-        )
+        output = flex_attn_func(query, key, value, mask_plan=plan.mask_plan, softmax_scale=scale, deterministic=self._case.deterministic)
         return output.transpose(1, 2)
 
 
@@ -97,19 +95,18 @@ def create_plan(visibility: Visibility, case: AttentionCase, *, backward: bool) 
 
 def missing_packages() -> str | None:
     """What to install, if something is."""
-    too_old = [
-        f"{name} >= {lowest}" for name, lowest in _PACKAGES.items() if _installed(name) is None or Version(_installed(name)) < Version(lowest)
-    ]
-    if too_old:
-        return f"it needs {' and '.join(too_old)} (pip install -e '.[cudnn]')"
+    wanted = [f"{name} >= {lowest}" for name, lowest in _PACKAGES.items() if _is_older(name, lowest)]
+    if wanted:
+        return f"it needs {' and '.join(wanted)} (pip install -e '.[cudnn]')"
     return None if find_spec("cudnn.flex_attention") else "the installed nvidia-cudnn-frontend has no cudnn.flex_attention"
 
 
-def _installed(package: str) -> str | None:
+def _is_older(package: str, lowest: str) -> bool:
+    """Or not there at all."""
     try:
-        return metadata.version(package)
+        return Version(metadata.version(package)) < Version(lowest)
     except metadata.PackageNotFoundError:
-        return None
+        return True
 
 
 @contextmanager

@@ -69,8 +69,10 @@ class TransformerEngineBackend(AttentionBackend):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan | BiasPlan, scale: float | None = None) -> Tensor:
         """As the interface says."""
-        attend = self._packed if isinstance(plan, PackedPlan) else self._biased
-        output = attend(query, key, value, plan, scale)
+        if isinstance(plan, PackedPlan):
+            output = self._packed(query, key, value, plan, scale)
+        else:
+            output = self._biased(query, key, value, plan, scale)
         return output.masked_fill(plan.blind_rows[:, None, :, None], 0.0)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scale: float | None) -> Tensor:
