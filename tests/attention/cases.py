@@ -30,11 +30,20 @@ VARIANTS: dict[str, tuple[VisibilityKind, Callable[[Tensor, int], Visibility]]] 
         "blocks",
         lambda documents, size: block_diffusion_visibility(documents, size, "document", "token_causal", "causal"),
     ),
+    # What no objective draws but context parallelism can make: rows in any order, more keys than rows.
+    "any intervals": ("blocks", lambda documents, size: _any_intervals(documents, size)),
     "scattered": (
         "scattered",
         lambda documents, size: scattered_visibility(documents, 1 / (1 + size), 0, torch.arange(len(documents))),
     ),
 }
+
+
+def _any_intervals(documents: Tensor, size: int) -> Visibility:
+    num_samples, length = documents.shape
+    generator = torch.Generator().manual_seed(size)
+    endpoints = torch.randint(0, length + size + 1, (5, num_samples, length), generator=generator, dtype=torch.int32).sort(dim=0).values
+    return Visibility(endpoints * (documents >= 0), length + size)
 
 
 @st.composite

@@ -1,8 +1,6 @@
 """The choice of a backend: the order of auto, the reasons in the log, and an error instead of another backend."""
 
 import logging
-from functools import partial
-from importlib import metadata
 
 import pytest
 import torch
@@ -22,12 +20,6 @@ def _case(kind="blocks", **fields):
     return AttentionCase(**{"kind": kind, "precision": "bf16", "num_heads": 24, "num_groups": 24, "channels": 128, **fields})
 
 
-def _version(packages, name):
-    if name not in packages:
-        raise metadata.PackageNotFoundError(name)
-    return packages[name]
-
-
 @pytest.fixture
 def machine(monkeypatch):
     """Pretends to be a machine with a GPU of some capability and some packages."""
@@ -35,24 +27,23 @@ def machine(monkeypatch):
     def pretend(capability, packages):
         choose_backend.cache_clear()
         monkeypatch.setattr(interface.torch.cuda, "get_device_capability", lambda _device: capability)
-        monkeypatch.setattr(cudnn.metadata, "version", partial(_version, packages))
-        monkeypatch.setattr(cudnn, "find_spec", lambda name: name)
-        monkeypatch.setattr(te, "find_spec", lambda name: name if name in packages else None)
+        for module in (cudnn, te):
+            monkeypatch.setattr(module, "find_spec", lambda name: name if name in packages else None)
 
     yield pretend
     choose_backend.cache_clear()
 
 
 HOPPER = (9, 0)
-CUDNN = {"nvidia-cudnn-frontend": "1.32.0", "nvidia-cutlass-dsl": "4.8.1"}
-ALL = {**CUDNN, "transformer_engine": "2.20"}
+CUDNN = {"cudnn", "cudnn.flex_attention", "cutlass"}
+ALL = {*CUDNN, "transformer_engine"}
 
 
 @pytest.mark.parametrize(
     ("capability", "packages", "case", "chosen"),
     [
         (HOPPER, ALL, _case(), "cudnn"),
-        (HOPPER, {}, _case(), "flex"),
+        (HOPPER, set(), _case(), "flex"),
         ((10, 3), CUDNN, _case(), "cudnn"),
         ((12, 0), CUDNN, _case(), "flex"),
         ((8, 0), ALL, _case(), "flex"),
@@ -72,12 +63,12 @@ def test_auto_takes_the_first_that_can(machine, capability, packages, case, chos
 
 
 def test_the_choice_is_logged_once_with_the_reasons(machine, caplog):
-    machine(HOPPER, {"nvidia-cudnn-frontend": "1.28.0", "nvidia-cutlass-dsl": "4.8.1"})
+    machine(HOPPER, CUDNN - {"cudnn.flex_attention"})
     with caplog.at_level(logging.INFO):
         assert choose_backend("auto", _case(), GPU) is choose_backend("auto", _case(), GPU)
     (record,) = caplog.records
     assert "block diffusion" in record.message
-    assert ": flex; not cudnn: it needs nvidia-cudnn-frontend >= 1.29 (pip install -e '.[cudnn]')" in record.message
+    assert ": flex; not cudnn: it needs nvidia-cudnn-frontend >= 1.29 and nvidia-cutlass-dsl (pip install -e '.[cudnn]')" in record.message
 
 
 @pytest.mark.parametrize(

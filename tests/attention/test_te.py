@@ -41,8 +41,9 @@ def test_bias_is_the_mask(kind_and_visibility, num_heads):
     plan = bias_plan(visibility)
     assert torch.equal((plan.bias[:, 0] == 0) & ~plan.blind_rows[..., None], visibility.dense())
     assert plan.bias.isfinite().all()
-    shape = (visibility.endpoints.shape[1], num_heads, visibility.num_keys, 8)
-    query, key, value = (torch.randn(shape) for _ in range(3))
+    _, num_samples, num_rows = visibility.endpoints.shape
+    query = torch.randn((num_samples, num_heads, num_rows, 8))
+    key, value = (torch.randn((num_samples, num_heads, visibility.num_keys, 8)) for _ in range(2))
     weights = (query @ key.transpose(-1, -2) * 8**-0.5 + plan.bias.float()).softmax(dim=-1)
     output = (weights @ value).masked_fill(plan.blind_rows[:, None, :, None], 0.0)
     torch.testing.assert_close(output, attend_reference(query, key, value, visibility.dense()))

@@ -9,19 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.visibility import Visibility
 from w1train.config.attention_limits import AttentionCase
 
-_PACKAGES = {"nvidia-cudnn-frontend": "1.29", "nvidia-cutlass-dsl": "4.6.2"}
 _CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
 
@@ -94,19 +91,10 @@ def create_plan(visibility: Visibility, case: AttentionCase, *, backward: bool) 
 
 
 def missing_packages() -> str | None:
-    """What to install, if something is."""
-    wanted = [f"{name} >= {lowest}" for name, lowest in _PACKAGES.items() if _is_older(name, lowest)]
-    if wanted:
-        return f"it needs {' and '.join(wanted)} (pip install -e '.[cudnn]')"
-    return None if find_spec("cudnn.flex_attention") else "the installed nvidia-cudnn-frontend has no cudnn.flex_attention"
-
-
-def _is_older(package: str, lowest: str) -> bool:
-    """Or not there at all."""
-    try:
-        return Version(metadata.version(package)) < Version(lowest)
-    except metadata.PackageNotFoundError:
-        return True
+    """What to install, if something is: cudnn.flex_attention came with 1.29 of its package."""
+    if all(find_spec(module) for module in ("cudnn", "cudnn.flex_attention", "cutlass")):
+        return None
+    return "it needs nvidia-cudnn-frontend >= 1.29 and nvidia-cutlass-dsl (pip install -e '.[cudnn]')"
 
 
 @contextmanager
