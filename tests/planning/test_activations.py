@@ -217,7 +217,7 @@ def _measure_on_fake_cuda(_rank, _world_size, config, masked):
         megatron.bias_activation_fusion = True
         inputs = _inputs(config).model
         if not masked:
-            inputs.attention_plan.mask = None
+            inputs.attention_plan.kernel_plan.mask = None
         with torch.device("meta"):
             stage = build_stage(config, megatron)
         num_logits = len(inputs.logit_positions)

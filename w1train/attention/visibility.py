@@ -33,11 +33,15 @@ class Visibility:
 
     def dense(self) -> Tensor:
         """The boolean mask, bool [b, q, k]; True = visible."""
-        keys = torch.arange(self.num_keys, device=self.endpoints.device, dtype=torch.int32)
+        mask = self.inside(torch.arange(self.num_keys, device=self.endpoints.device, dtype=torch.int32))
+        return mask if self.scattered is None else mask | self.scattered
+
+    def inside(self, keys: Tensor) -> Tensor:
+        """Which of some keys, int32 [j], lie in the intervals of each row, bool [b, q, j]."""
         mask = keys < self.endpoints[0][..., None]
         for start, end in zip(self.endpoints[1::2], self.endpoints[2::2], strict=True):
             mask |= (keys >= start[..., None]) & (keys < end[..., None])
-        return mask if self.scattered is None else mask | self.scattered
+        return mask
 
     def pairs_per_row(self) -> Tensor:
         """int64 [b, q]: keys that each query row sees."""

@@ -20,6 +20,7 @@ ALLOWED_ON_RESUME = (
     "data.prefetch",
     "parallel.[!d]*",  # all but distributed_optimizer: its states have another form in the checkpoint
     "training.micro_batch_size",
+    "attention.*",  # another kernel, the same function
     "validation.interval",
     "sampling.*",
     "checkpoint.*",

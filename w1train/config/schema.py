@@ -15,6 +15,7 @@ DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
 LossNormalizer = Literal["tokens", "masked_tokens"]
 BestMetric = Literal["elbo", "masked_cross_entropy"]
+BackendName = Literal["cudnn", "flex", "te", "sdpa", "reference"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,6 +184,17 @@ class ParallelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class AttentionConfig:
+    """The kernels of attention (docs/attention.md)."""
+
+    backend: Literal["auto", BackendName] = "auto"
+    """Who computes attention in training and validation: cudnn (interval kernels for Hopper and Blackwell), flex (torch's
+    FlexAttention), te (transformer-engine), sdpa (torch's dense kernels; on the CPU by rectangles where that is faster), reference
+    (explicit softmax in fp32). auto = the first of these that can serve on the device; a named one that cannot is an error. The choice,
+    and why others were passed over, is in the log. Generation always runs on sdpa."""
+
+
+@dataclass(slots=True, kw_only=True)
 class OptimizerConfig:
     """AdamW."""
 
@@ -335,6 +347,7 @@ class Config:
     data: DataConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig
     training: TrainingConfig

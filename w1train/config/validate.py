@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from w1train.config.attention_limits import attention_case, limit
 from w1train.config.convert import Conversion, join
 from w1train.config.divisibility import divisors, does_not_divide, near
 from w1train.config.errors import Problem, listing, show
@@ -389,6 +390,16 @@ def _context_rule(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.context", show(parallel.context), valid, "parallel.context_method=all_gather")
 
 
+def _attention_rule(config: Config) -> Iterator[Problem]:
+    """What no machine could do. What this one cannot is found when the run starts on it."""
+    backend = config.attention.backend
+    if backend == "auto":
+        return
+    reason = limit(backend, attention_case(config))
+    if reason is not None:
+        yield Problem("attention.backend", backend, f"auto, or a backend that can serve this run: {reason}", "attention.backend=auto")
+
+
 def _recompute_rule(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
     chunks = parallel.pipeline * parallel.virtual_pipeline
@@ -458,6 +469,7 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     _sequence_parallel_rule,
     _pipeline_rule,
     _context_rule,
+    at_every_stage(_attention_rule),
     _recompute_rule,
     _batch_rule,
 )

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from megatron.core import parallel_state
 
+from w1train.attention.backends.choice import choose_backend
 from w1train.attention.context_parallel import (
     KeyExchange,
     Ownership,
@@ -30,7 +31,9 @@ from w1train.attention.visibility import (
     document_visibility,
     scattered_visibility,
 )
+from w1train.config.attention_limits import attention_case
 from w1train.config.schema import Config
+from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.model.transformer import ModelInputs
@@ -54,15 +57,26 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     """The model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
     streams = num_streams(config)
     visibility = sequence_visibility(noisy, config, streams)
+    backend = choose_backend(config.attention.backend, attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
-        return RankInputs(_assemble(noisy, config, streams, plan_attention(visibility)), noisy, 1.0)
+        return RankInputs(_assemble(noisy, config, streams, plan_attention(visibility, backend)), noisy, 1.0)
     travel = _travel(noisy, config, streams)
     ownership = _ownership(visibility, config, streams, travel)
     rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
     local = local_visibility(visibility, ownership, rank, streams, travel)
     exchange: KeyExchange = key_exchange(ownership, streams, travel, group)
     own = noisy.at(ownership.positions[:, rank])
-    return RankInputs(_assemble(own, config, streams, plan_attention(local, exchange)), own, ownership.balance)
+    return RankInputs(_assemble(own, config, streams, plan_attention(local, backend, exchange=exchange)), own, ownership.balance)
+
+
+def choose_backends(config: Config, device: torch.device) -> None:
+    """Choose the attention backend of every stage, so that a stage to come cannot end the run days from now.
+
+    Raises:
+        UserError: attention.backend names one that cannot serve a stage on this device.
+    """
+    for name in config.schedule.stages:
+        choose_backend(config.attention.backend, attention_case(at_stage(config, name)), device)
 
 
 def sequence_visibility(noisy: NoisyBatch, config: Config, streams: int) -> Visibility:

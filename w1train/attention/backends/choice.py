@@ -1,0 +1,61 @@
+"""Which backend serves a case: the one that was named, or the first that can."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Literal
+
+import torch
+
+from w1train.attention.backends.cudnn import CudnnBackend
+from w1train.attention.backends.flex import FlexBackend
+from w1train.attention.backends.interface import AttentionBackend
+from w1train.attention.backends.reference import ReferenceBackend
+from w1train.attention.backends.sdpa import SdpaBackend
+from w1train.attention.backends.te import TransformerEngineBackend
+from w1train.config.attention_limits import AttentionCase
+from w1train.config.errors import UserError
+from w1train.config.schema import BackendName
+
+logger = logging.getLogger(__name__)
+
+# In the order of auto: kernels that skip what cannot be seen, then those that do for one stream only, then dense ones.
+BACKENDS: dict[BackendName, type[AttentionBackend]] = {
+    backend.name: backend for backend in (CudnnBackend, FlexBackend, TransformerEngineBackend, SdpaBackend, ReferenceBackend)
+}
+
+
+@cache
+def choose_backend(name: Literal["auto", BackendName], case: AttentionCase, device: torch.device) -> AttentionBackend:
+    """The backend of a phase; chosen, and said in the log, once for each case.
+
+    Raises:
+        UserError: the named backend cannot serve the case on this device. No other is taken instead.
+    """
+    if name != "auto":
+        reason = BACKENDS[name].why_not(case, device)
+        if reason is not None:
+            raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes one that can")
+        logger.info("attention of %s: %s, as attention.backend says", _describe(case), name)
+        return BACKENDS[name](case)
+    passed_over: list[tuple[str, str]] = []
+    for backend in BACKENDS.values():
+        reason = backend.why_not(case, device)
+        if reason is None:
+            others = "".join(f"; not {other}: {why}" for other, why in passed_over)
+            logger.info("attention of %s: %s%s", _describe(case), backend.name, others)
+            return backend(case)
+        passed_over.append((backend.name, reason))
+    raise AssertionError("the dense kernels serve everything")
+
+
+def _describe(case: AttentionCase) -> str:
+    kinds = {
+        "documents": "masked diffusion",
+        "causal": "autoregression",
+        "extent": "masked diffusion with a growing extent",
+        "scattered": "masked diffusion with pairs at random",
+        "blocks": "block diffusion",
+    }
+    return f"{kinds[case.kind]} ({case.num_heads} heads of {case.channels} on {case.num_groups}, {case.precision})"

@@ -1,0 +1,127 @@
+"""cudnn.flex_attention (nvidia-cudnn-frontend): kernels for Hopper and Blackwell whose masks are this project's endpoints.
+
+Shapes: b = samples, q = query rows, k = key columns, e = num_endpoints, n = query heads, g = key/value heads, d = channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w1train.attention.backends.interface import AttentionBackend, missing_cuda
+from w1train.attention.visibility import Visibility
+from w1train.config.attention_limits import AttentionCase
+
+_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
+
+
+@dataclass(slots=True)
+class CudnnPlan:
+    """A mask plan that may still be in the making on its stream."""
+
+    mask_plan: Any
+    ready: torch.cuda.Event | None
+    """None = it is finished."""
+    tensors: tuple[Tensor, ...]
+    """Its memory, which the streams that read it must be known to."""
+
+
+class CudnnBackend(AttentionBackend):
+    """Tiles are sorted into empty, full and partial by kernels, once a micro-batch; a row that sees nothing gives zero."""
+
+    name = "cudnn"
+
+    @classmethod
+    def missing(cls, device: torch.device) -> str | None:
+        """A GPU of the right generation, or the packages."""
+        reason = missing_cuda(device, min(_CAPABILITIES))
+        if reason is None and torch.cuda.get_device_capability(device) not in _CAPABILITIES:
+            known = ", ".join(f"{major}.{minor}" for major, minor in _CAPABILITIES)
+            reason = f"it has kernels for compute capabilities {known} alone"
+        return reason or missing_packages()
+
+    def __init__(self, case: AttentionCase | None = None) -> None:
+        super().__init__(case)
+        assert case is not None
+        self._case = case
+
+    def prepare(self, visibility: Visibility) -> CudnnPlan:
+        """Made on a stream of its own, for it ends in a copy to the host that would otherwise wait for all work before it. It waits for
+        what the caller's stream holds now, which had to make the endpoints."""
+        assert visibility.scattered is None
+        with _beside_the_caller(visibility.endpoints.device):
+            mask_plan = create_plan(visibility, self._case, backward=torch.is_grad_enabled())
+            ready = torch.cuda.Event()
+            ready.record()
+        return CudnnPlan(mask_plan, ready, tuple(_tensors(mask_plan)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: CudnnPlan, scale: float | None = None) -> Tensor:
+        """As the interface says."""
+        from cudnn.flex_attention import flex_attn_func
+
+        if plan.ready is not None:
+            stream = torch.cuda.current_stream(query.device)
+            stream.wait_event(plan.ready)
+            # Otherwise the plan's memory goes to the next plan while this stream may still read it.
+            for tensor in plan.tensors:
+                tensor.record_stream(stream)
+            plan.ready = None
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output = flex_attn_func(query, key, value, mask_plan=plan.mask_plan, softmax_scale=scale, deterministic=self._case.deterministic)
+        return output.transpose(1, 2)
+
+
+def create_plan(visibility: Visibility, case: AttentionCase, *, backward: bool) -> Any:
+    """cudnn.flex_attention's MaskPlan. It asks for query, key and value to read their shapes alone, so they get no memory."""
+    from cudnn.flex_attention import create_mask_plan
+
+    num_endpoints, num_samples, num_rows = visibility.endpoints.shape
+    channel = torch.empty(case.channels, dtype=torch.bfloat16, device=visibility.endpoints.device)
+    query = channel.expand(num_samples, num_rows, case.num_heads, -1)
+    key = channel.expand(num_samples, visibility.num_keys, case.num_groups, -1)
+    endpoints = visibility.endpoints.reshape(1, num_endpoints, num_samples * num_rows).contiguous()
+    return create_mask_plan(endpoints, query, key, key, build_backward=backward)
+
+
+def missing_packages() -> str | None:
+    """What to install, if something is: cudnn.flex_attention came with 1.29 of its package."""
+    if all(find_spec(module) for module in ("cudnn", "cudnn.flex_attention", "cutlass")):
+        return None
+    return "it needs nvidia-cudnn-frontend >= 1.29 and nvidia-cutlass-dsl (pip install -e '.[cudnn]')"
+
+
+@contextmanager
+def _beside_the_caller(device: torch.device) -> Iterator[None]:
+    stream = _plan_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+@cache
+def _plan_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor in a plan, whatever it is nested in: its fields are the library's own."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
+        names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
+        for name in names:
+            yield from _tensors(getattr(value, name, None), seen)

@@ -1,0 +1,236 @@
+"""Attention on the CPU that computes only what can be seen: rows that see much the same, against the keys they see.
+
+A micro-batch is cut into rectangles, stretches of rows with the union of their keys. Each is one call of torch's flash kernel, with a
+mask only where its rows differ. Neighbouring rows share a rectangle as long as the pairs that this adds cost less than another call;
+so documents, blocks and the staircase of a causal mask are cut by one rule.
+
+Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, r = n / g, d = channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w1train.attention.visibility import Visibility
+
+Intervals = tuple[tuple[int, int], ...]
+
+# The time of a call, forward and backward, as that of so many (row, key, channel) triples of the dense kernel on one core: 0.1 ms
+# at 0.24 ns each, measured by benchmarks.attention_cpu on an AMD EPYC (benchmarks/results/).
+_TRIPLES_PER_CALL = 400_000
+# Keys are copied, their gradients added, and few rows use the matrix units badly: as if there were so many rows more. Measured: 32 to 64
+# were best for blocks and causal masks at widths of 64 to 1,024, and 16 or 128 within 15 % of them.
+_EXTRA_ROWS = 48
+# The mask is read, and made anew in every layer.
+_MASKED_COST = 1.1
+# Less than this is not worth another order of summation.
+_LEAST_GAIN = 1.15
+
+
+@dataclass(slots=True)
+class Rectangle:
+    """Rows of one sample (of all, if they see alike) and the keys that any of them sees."""
+
+    samples: slice
+    rows: slice
+    keys: Intervals
+    """Disjoint, ascending."""
+    mask: Tensor | None
+    """bool [rows, keys], True = visible; None = every row sees every key."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Consecutive rows of one sample."""
+
+    start: int
+    end: int
+    keys: Intervals
+    num_visible: int
+    """Pairs, of those that are computed."""
+
+    @property
+    def num_keys(self) -> int:
+        return sum(end - start for start, end in self.keys)
+
+    @property
+    def num_computed(self) -> int:
+        return (self.end - self.start) * self.num_keys
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every row sees every key."""
+        return self.num_visible == self.num_computed
+
+    @property
+    def pair_cost(self) -> float:
+        """Of what is computed, in unmasked pairs."""
+        return self.num_computed * (1.0 if self.is_uniform else _MASKED_COST)
+
+    def call_cost(self, per_call: float) -> float:
+        """Of being a rectangle at all."""
+        return per_call + _EXTRA_ROWS * self.num_keys
+
+    def joined(self, other: _Group) -> _Group:
+        keys = self.keys if self.keys == other.keys else _union(self.keys + other.keys)
+        return _Group(self.start, other.end, keys, self.num_visible + other.num_visible)
+
+
+def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> list[Rectangle] | None:
+    """The rectangles of a micro-batch, or None if dense attention is estimated to be as fast.
+
+    Args:
+        width: query heads times channels: a call costs as much time as the fewer pairs, the wider they are.
+        num_threads: of the kernels; a call's own time is not shared among them.
+    """
+    if visibility.scattered is not None:
+        return None
+    endpoints = visibility.endpoints
+    num_samples, num_rows = endpoints.shape[1:]
+    per_call = _TRIPLES_PER_CALL * num_threads / width
+    groups = [_merge(_runs(endpoints[:, sample]), per_call) for sample in range(num_samples)]
+    dense = per_call + num_samples * (num_rows + _EXTRA_ROWS) * visibility.num_keys * _MASKED_COST
+    if _LEAST_GAIN * sum(group.call_cost(per_call) + group.pair_cost for of_sample in groups for group in of_sample) > dense:
+        return None
+    return [_rectangle(visibility, sample, group) for sample, of_sample in enumerate(groups) for group in of_sample]
+
+
+def _runs(endpoints: Tensor) -> Iterator[_Group]:
+    """Runs of rows with equal endpoints, int [e, q]; rows that see nothing are left out."""
+    changes = (endpoints[:, 1:] != endpoints[:, :-1]).any(dim=0)
+    starts = [0, *(changes.nonzero()[:, 0] + 1).tolist()]
+    bounds = torch.cat([torch.zeros_like(endpoints[:1]), endpoints])[:, starts].T.tolist()
+    for start, end, row in zip(starts, [*starts[1:], endpoints.shape[1]], bounds, strict=True):
+        keys = _union(tuple((first, last) for first, last in zip(row[::2], row[1::2], strict=True) if last > first))
+        if keys:
+            yield _Group(start, end, keys, (end - start) * sum(last - first for first, last in keys))
+
+
+def _merge(runs: Iterator[_Group], per_call: float) -> list[_Group]:
+    """Join runs until what that computes for nothing costs more than another call: at most twice what the best cuts would cost.
+
+    Asked for each run alone, a call of its own would never pay for the single rows of a causal mask.
+    """
+    groups: list[_Group] = []
+    for run in runs:
+        if groups and groups[-1].end == run.start:
+            joined = groups[-1].joined(run)
+            if joined.pair_cost - joined.num_visible <= run.call_cost(per_call):
+                groups[-1] = joined
+                continue
+        groups.append(run)
+    return groups
+
+
+def _union(intervals: Intervals) -> Intervals:
+    """Disjoint and ascending; intervals that touch become one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _rectangle(visibility: Visibility, sample: int, group: _Group) -> Rectangle:
+    rows = slice(group.start, group.end)
+    mask = None
+    if not group.is_uniform:
+        part = Visibility(visibility.endpoints[:, sample : sample + 1, rows], visibility.num_keys)
+        keys = torch.cat([torch.arange(start, end, dtype=torch.int32) for start, end in group.keys])
+        mask = part.inside(keys)[0]
+    # The endpoints of one sample stand for any number of them.
+    samples = slice(None) if visibility.endpoints.shape[1] == 1 else slice(sample, sample + 1)
+    return Rectangle(samples, rows, group.keys, mask)
+
+
+def attend_rectangles(query: Tensor, key: Tensor, value: Tensor, rectangles: Sequence[Rectangle], scale: float | None = None) -> Tensor:
+    """query [b, n, q, d], key and value [b, g, k, d] -> [b, n, q, d]; rows of no rectangle give zero."""
+    return _AttendRectangles.apply(query, key, value, rectangles, scale)
+
+
+class _AttendRectangles(torch.autograd.Function):
+    """By hand, for autograd would make a tensor of the size of all keys for the gradient of every rectangle's.
+
+    Calls the kernels of torch's CPU flash attention; heads that share keys are laid end to end as rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rectangles: Sequence[Rectangle], scale: float | None) -> Tensor:
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        output = torch.zeros_like(grouped, memory_format=torch.contiguous_format)
+        normalizers = []
+        for rectangle in rectangles:
+            rows, keys, values, mask = _operands(rectangle, grouped, key, value)
+            part, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows, keys, values, 0.0, False, attn_mask=mask, scale=scale
+            )
+            _write(rectangle, output, part)
+            normalizers.append(normalizer)
+        output = output.flatten(1, 2)
+        ctx.save_for_backward(query, key, value, output, *normalizers)
+        ctx.rectangles, ctx.scale = rectangles, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *normalizers = ctx.saved_tensors
+        query, output, gradient = (tensor.unflatten(1, (key.shape[1], -1)) for tensor in (query, output, gradient))
+        query_gradient = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)
+        for rectangle, normalizer in zip(ctx.rectangles, normalizers, strict=True):
+            rows, keys, values, mask = _operands(rectangle, query, key, value)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _rows_of(rectangle, gradient),
+                rows,
+                keys,
+                values,
+                _rows_of(rectangle, output),
+                normalizer,
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
+            _write(rectangle, query_gradient, parts[0])
+            _add(rectangle, key_gradient, parts[1])
+            _add(rectangle, value_gradient, parts[2])
+        return query_gradient.flatten(1, 2), key_gradient, value_gradient, None, None
+
+
+def _operands(rectangle: Rectangle, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the kernel reads: query [b, g, r, q, d], key and value [b, g, k, d] -> rows, keys, values and additive mask."""
+    bias = None
+    if rectangle.mask is not None:
+        bias = torch.zeros(rectangle.mask.shape, dtype=query.dtype).masked_fill_(~rectangle.mask, float("-inf"))
+        bias = bias.repeat(query.shape[2], 1)[None, None]
+    return _rows_of(rectangle, query), _keys_of(rectangle, key), _keys_of(rectangle, value), bias
+
+
+def _rows_of(rectangle: Rectangle, tensor: Tensor) -> Tensor:
+    """[b, g, r, q, d] -> [b, g, r * rows, d]."""
+    return tensor[rectangle.samples, :, :, rectangle.rows].flatten(2, 3)
+
+
+def _keys_of(rectangle: Rectangle, tensor: Tensor) -> Tensor:
+    """[b, g, k, d] -> [b, g, keys, d]."""
+    parts = [tensor[rectangle.samples, :, start:end] for start, end in rectangle.keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _write(rectangle: Rectangle, target: Tensor, part: Tensor) -> None:
+    """The inverse of _rows_of."""
+    target[rectangle.samples, :, :, rectangle.rows] = part.unflatten(2, (target.shape[2], -1))
+
+
+def _add(rectangle: Rectangle, target: Tensor, part: Tensor) -> None:
+    """Add the keys' gradients where _keys_of took the keys."""
+    sizes = [end - start for start, end in rectangle.keys]
+    for (start, end), piece in zip(rectangle.keys, part.split(sizes, dim=2), strict=True):
+        target[rectangle.samples, :, start:end] += piece

@@ -1,0 +1,118 @@
+"""What attention a run needs, and what each backend cannot serve on any machine.
+
+Here, and not beside the kernels, so that a configuration is refused before anything is imported or built. What a machine lacks (a GPU,
+a package) is asked by w1train.attention.backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from w1train.config.schema import BackendName, Config
+
+VisibilityKind = Literal["documents", "causal", "extent", "scattered", "blocks"]
+"""documents: masked diffusion. causal: autoregressive. extent, scattered: the two annealings. blocks: two streams, [x_t ; x_0]."""
+
+_CUDNN_LARGEST_CHANNELS = 128
+_CUDNN_OTHER_CHANNELS = 256
+_TE_LARGEST_CHANNELS = 256
+_FLEX_SMALLEST_CHANNELS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    """The attention of one phase on one rank; the same for all of its micro-batches."""
+
+    kind: VisibilityKind
+    precision: Literal["fp32", "bf16"]
+    num_heads: int
+    """Query heads of a rank in the kernel: under all_to_all those it has after the exchange."""
+    num_groups: int
+    """Key/value heads, likewise."""
+    channels: int
+    """Of one head."""
+    context_method: Literal["all_gather", "all_to_all"] | None = None
+    """How context-parallel ranks exchange keys; None without context parallelism."""
+    deterministic: bool = False
+
+    @property
+    def keys_travel(self) -> bool:
+        """Whether a rank computes some query rows against the keys of all."""
+        return self.context_method == "all_gather"
+
+
+def attention_case(config: Config) -> AttentionCase:
+    """The case of a configuration at one of its stages. Does not fail on sizes that other rules refuse."""
+    model, parallel = config.model, config.parallel
+    heads = max(model.num_attention_heads, 1)
+    exchanging = parallel.context > 1
+    ranks = parallel.tensor * (parallel.context if exchanging and parallel.context_method == "all_to_all" else 1)
+    return AttentionCase(
+        kind=_kind(config),
+        precision=config.training.precision,
+        num_heads=max(heads // max(ranks, 1), 1),
+        num_groups=max((model.num_query_groups or heads) // max(ranks, 1), 1),
+        channels=model.kv_channels or model.hidden_size // heads,
+        context_method=parallel.context_method if exchanging else None,
+        deterministic=config.training.deterministic,
+    )
+
+
+def _kind(config: Config) -> VisibilityKind:
+    diffusion = config.diffusion
+    if diffusion.objective == "autoregressive":
+        return "causal"
+    if diffusion.block_size is not None and diffusion.block_size < config.data.sequence_length:
+        return "blocks"
+    annealed: dict[str, VisibilityKind] = {"none": "documents", "extent": "extent", "random": "scattered"}
+    return annealed[diffusion.attention_annealing]
+
+
+def limit(name: BackendName, case: AttentionCase) -> str | None:
+    """Why a backend can serve the case on no machine; None = on some it can."""
+    return _LIMITS[name](case)
+
+
+def _cudnn(case: AttentionCase) -> str | None:
+    if case.precision != "bf16":
+        return "its kernels compute in bf16 (training.precision)"
+    if case.channels % 8 or (case.channels > _CUDNN_LARGEST_CHANNELS and case.channels != _CUDNN_OTHER_CHANNELS):
+        return f"its heads have a multiple of 8 channels up to {_CUDNN_LARGEST_CHANNELS}, or {_CUDNN_OTHER_CHANNELS}, not {case.channels}"
+    return _only_intervals(case)
+
+
+def _flex(case: AttentionCase) -> str | None:
+    if case.channels < _FLEX_SMALLEST_CHANNELS:
+        return f"its heads have at least {_FLEX_SMALLEST_CHANNELS} channels, not {case.channels}"
+    return _only_intervals(case)
+
+
+def _te(case: AttentionCase) -> str | None:
+    if case.precision != "bf16":
+        return "its fused kernels compute in bf16 (training.precision)"
+    if case.channels % 8 or case.channels > _TE_LARGEST_CHANNELS:
+        return f"its heads have a multiple of 8 channels up to {_TE_LARGEST_CHANNELS}, not {case.channels}"
+    if case.keys_travel:
+        return "it takes whole sequences, and all_gather leaves each rank a part of them (all_to_all does not)"
+    return None
+
+
+def _only_intervals(case: AttentionCase) -> str | None:
+    if case.kind == "scattered":
+        return "its masks are intervals of keys, and diffusion.attention_annealing=random scatters them"
+    return None
+
+
+def _anything(_case: AttentionCase) -> None:
+    return None
+
+
+_LIMITS: dict[str, Callable[[AttentionCase], str | None]] = {
+    "cudnn": _cudnn,
+    "flex": _flex,
+    "te": _te,
+    "sdpa": _anything,
+    "reference": _anything,
+}
