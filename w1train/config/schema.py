@@ -70,7 +70,7 @@ class ModelConfig:
     (the layer starts as if it had no adaLN)."""
     transformer_impl: Literal["local", "te"] = "local"
     """Linear layers of the Transformer: local = megatron-core's. te = transformer-engine's, which training.fp8 and
-    parallel.tp_comm_overlap need. Parameters and checkpoints are the same."""
+    parallel.tp_comm_overlap need. Parameters have the same names and shapes; transformer-engine's checkpoints have FP8 states besides."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
 
