@@ -235,7 +235,7 @@ def test_bf16_is_near():
 
 @pytest.mark.parametrize(
     "parallel",
-    [{}, {"tensor": 2}, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}],
+    [{"tensor": 2}, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}],
     ids=str,
 )
 def test_loss_in_chunks_keeps_the_numbers(parallel):
@@ -248,11 +248,10 @@ def test_loss_in_chunks_keeps_the_numbers(parallel):
         assert_equal_numbers(outcome, reference(name), name)
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_loss_in_chunks_of_a_tied_head(pipeline):
+def test_loss_in_chunks_of_a_tied_head():
     """One weight with two gradients, that of the head straight in the fp32 buffer and that of the embedding through autograd."""
     configs = [layout_config("one-stream", distributed_optimizer=False)]
-    configs.append(layout_config("one-stream", tensor=2, sequence=True, pipeline=pipeline, distributed_optimizer=False))
+    configs.append(layout_config("one-stream", tensor=2, sequence=True, distributed_optimizer=False))
     configs[1].training.loss_chunk_size = 5
     for config in configs:
         config.model.tie_embeddings = True
