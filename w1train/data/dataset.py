@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
+import time
+from bisect import bisect_right
 from pathlib import Path
+from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from w1train.data.indexed import DatasetError, Index, bin_path, file_size, idx_path, read_index
+from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, read_index
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX
@@ -18,23 +23,63 @@ __all__ = ["DatasetError", "TokenDataset"]
 
 logger = logging.getLogger(__name__)
 
+_PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+"""What a file system over a network says when it may well work again."""
+_RETRY_SECONDS = (0.1, 0.5, 2.0)
+
+
+class DocumentOffsets:
+    """First token of each document in PREFIX.bin, and behind the last one the number of tokens: read from the mapped index when asked
+    for, as no rank has gigabytes for those of a hundred million documents."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return self._index.num_documents + 1
+
+    @overload
+    def __getitem__(self, document: int) -> int: ...
+
+    @overload
+    def __getitem__(self, document: slice) -> NDArray[np.int64]: ...
+
+    def __getitem__(self, document: int | slice) -> int | NDArray[np.int64]:
+        if isinstance(document, slice):
+            return self._index.document_offsets(document)
+        index, sequence = self._index, self._index.document_indices[document]
+        if sequence == len(index.sequence_pointers):
+            return index.num_bin_bytes // index.dtype.itemsize
+        return int(index.sequence_pointers[sequence]) // index.dtype.itemsize
+
+    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[np.int64]:
+        return np.asarray(self[:], dtype=dtype)
+
+    def document_of(self, token: int) -> int:
+        """The document that a token belongs to, in O(log n) steps (NumPy's searchsorted would copy the index, which is not aligned)."""
+        return bisect_right(self, token, 0, len(self)) - 1
+
 
 class TokenDataset:
-    """Documents of token ids, memory-mapped: PREFIX.bin, PREFIX.idx and, unless foreign, PREFIX.json.
+    """Documents of token ids: PREFIX.bin, PREFIX.idx (memory-mapped) and, unless foreign, PREFIX.json.
 
-    Open with :meth:`open`, which checks; the constructor does not.
+    Open with :meth:`open`, which checks; the constructor does not. Tokens are read, not mapped: a mapped file that is cut short, or whose
+    file system fails, kills the process without a word. It may be used by several threads and by forked processes.
     """
 
     def __init__(self, prefix: str, index: Index, manifest: DatasetManifest | None, vocab_size: int | None) -> None:
         self.prefix = prefix
         self.manifest = manifest
         """None for a foreign dataset."""
-        self.document_offsets: NDArray[np.int64] = index.document_offsets()
-        """int64 [num_documents + 1]: first token of each document, and num_tokens."""
+        self.document_offsets = DocumentOffsets(index)
+        """num_documents + 1: first token of each document, and num_tokens."""
         self.num_documents: int = index.num_documents
-        self.num_tokens: int = int(self.document_offsets[-1])
+        self.num_tokens: int = index.num_bin_bytes // index.dtype.itemsize
+        self._dtype = index.dtype
         self._vocab_size = vocab_size
-        self._tokens: NDArray[np.integer] = np.memmap(bin_path(prefix), dtype=index.dtype, mode="r")
+        self._bin_file = open(bin_path(prefix), "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        self._idx_file = open(idx_path(prefix), "rb", buffering=0)  # noqa: SIM115
+        self._idx_num_bytes = len(index.content)
 
     @classmethod
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
@@ -74,14 +119,36 @@ class TokenDataset:
         Raises:
             DatasetError: if one of them is outside the vocabulary.
         """
-        first = int(self.document_offsets[document])
-        length = int(self.document_offsets[document + 1]) - first
+        first, end = self.document_offsets[document], self.document_offsets[document + 1]
+        length = end - first
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
-        tokens = self._tokens[first + start : first + stop]
+        return self.read(first + start, first + stop)
+
+    def read(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Tokens [start, stop) of PREFIX.bin, read-only, in the file's dtype.
+
+        Raises:
+            DatasetError: if one of them is outside the vocabulary, or the file is shorter than it was when it was opened.
+            OSError: if it cannot be read, which is tried again a few times where that may help.
+        """
+        itemsize = self._dtype.itemsize
+        content = _read(self._bin_file.fileno(), (stop - start) * itemsize, start * itemsize, str(bin_path(self.prefix)))
+        tokens = np.frombuffer(content, dtype=self._dtype)
         if self._vocab_size is not None and len(tokens):
-            self._check_vocabulary(tokens, self._vocab_size, document, start)
+            self._check_vocabulary(tokens, self._vocab_size, start)
         return tokens
+
+    def check_index(self) -> None:
+        """Look whether PREFIX.idx still has its length. Called before its mapped pages are read, for what is mapped beyond a file's end
+        cannot be read without the process being killed.
+
+        Raises:
+            DatasetError: if it was cut short.
+        """
+        found = os.fstat(self._idx_file.fileno()).st_size
+        if found < self._idx_num_bytes:
+            raise DatasetError(f"{idx_path(self.prefix)} was truncated while it was in use: {found} bytes, it had {self._idx_num_bytes}")
 
     def verify_hashes(self) -> None:
         """Read both files and compare their sha256 with the manifest's.
@@ -97,15 +164,43 @@ class TokenDataset:
             if found != expected:
                 raise DatasetError(f"{path} is corrupt: its sha256 is {found}, the manifest has {expected}")
 
-    def _check_vocabulary(self, tokens: NDArray[np.integer], vocab_size: int, document: int, start: int) -> None:
+    def _check_vocabulary(self, tokens: NDArray[np.integer], vocab_size: int, first: int) -> None:
         """Catches, before an embedding lookup reads past its table, what the manifest cannot: damage and foreign datasets."""
         if tokens.min() >= 0 and tokens.max() < vocab_size:
             return
         offset = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+        document = self.document_offsets.document_of(first + offset)
         raise DatasetError(
-            f"{bin_path(self.prefix)}: token {start + offset} of document {document} is {tokens[offset]}, "
-            f"outside the model's vocabulary of {vocab_size} ids"
+            f"{bin_path(self.prefix)}: token {first + offset - self.document_offsets[document]} of document {document} is "
+            f"{tokens[offset]}, outside the model's vocabulary of {vocab_size} ids"
         )
+
+
+def _read(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
+    """``num_bytes`` at ``offset`` of an open file. No shared position: threads and forked processes do not disturb each other."""
+    parts: list[bytes] = []
+    while num_bytes > 0:
+        part = _read_patiently(descriptor, num_bytes, offset, path)
+        if not part:
+            raise DatasetError(f"{path} was truncated while it was in use: nothing at byte {offset}, where it had {num_bytes} more")
+        parts.append(part)
+        num_bytes, offset = num_bytes - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_patiently(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
+    for seconds in _RETRY_SECONDS:
+        try:
+            return os.pread(descriptor, num_bytes, offset)
+        except OSError as error:
+            if error.errno not in _PASSING_FAULTS:
+                raise OSError(error.errno, error.strerror, path) from error
+            logger.warning("%s, bytes %d to %d: %s; trying again in %g s", path, offset, offset + num_bytes, error.strerror, seconds)
+            time.sleep(seconds)
+    try:
+        return os.pread(descriptor, num_bytes, offset)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, {len(_RETRY_SECONDS) + 1} times in a row", path) from error
 
 
 def _check_exists(prefix: str) -> None:
@@ -137,8 +232,10 @@ def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
         expected = getattr(manifest, name)
         if value != expected:
             raise DatasetError(f"{idx_path(prefix)} does not belong to {manifest_path(prefix)}: {name} is {value}, expected {expected}")
-    if not np.array_equal(index.document_indices, np.arange(index.num_documents + 1)):
-        raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
+    for chunk in chunks(index.num_documents + 1):
+        if not np.array_equal(index.document_indices[chunk], np.arange(chunk.start, chunk.stop)):
+            raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
+        index.release_pages()
 
 
 def _check_fits(prefix: str, manifest: DatasetManifest, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
