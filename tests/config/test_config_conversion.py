@@ -99,9 +99,9 @@ def test_names_of_mappings_must_be_strings() -> None:
 
 def test_missing_keys_are_reported_and_a_missing_section_once() -> None:
     tree = copy.deepcopy(TREE)
-    del tree["model"], tree["data"]["train"], tree["schedule"]["stages"]["stable"]["tokens"]
+    del tree["model"], tree["data"]["tokenizer"], tree["schedule"]["stages"]["stable"]["tokens"]
     problems = convert(tree).problems
-    assert [problem.key for problem in problems] == ["model", "data.train", "schedule.stages.stable.tokens"]
+    assert [problem.key for problem in problems] == ["model", "data.tokenizer", "schedule.stages.stable.tokens"]
     assert {problem.found for problem in problems} == {NOT_GIVEN}
 
 

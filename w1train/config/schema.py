@@ -261,7 +261,8 @@ class StageConfig:
     diffusion: Annotated[dict[str, Any], DiffusionConfig] = field(default_factory=dict)
     """Fields of diffusion that this stage sets otherwise, such as {block_size: 4}."""
     train: str | None = None
-    """Prefix of the training dataset of this stage; null = data.train or data.blend. A dataset used by several stages is read on, not again."""
+    """Prefix of the training dataset of this stage; null = data.train or data.blend. A dataset used by several stages is
+    read on, not again."""
     blend: dict[str, float] = field(default_factory=dict)
     """Weights of corpora of data.blend in this stage; those not named are left out. Empty = the weights that they have there."""
 

@@ -12,7 +12,7 @@ from w1train.config.schema import Config
 def _corpora_rule(config: Config) -> Iterator[Problem]:
     """One training dataset, or a blend."""
     data = config.data
-    if data.train is None and not data.blend:
+    if data.train is None and not data.blend and not all(stage.train for stage in config.schedule.stages.values()):
         yield Problem("data.train", NOT_GIVEN, "the prefix of the training dataset, or several corpora in data.blend")
     elif data.train is not None and data.blend:
         yield Problem("data.train", show(data.train), f"null with data.blend, which names {listing(data.blend)}", "data.train=null")
@@ -38,7 +38,9 @@ def _weights_rule(config: Config) -> Iterator[Problem]:
             yield Problem(f"{key}.{corpus}", "an unknown corpus", valid, f"did you mean {match}?" if match else None)
         weights = stage.blend or {corpus: its.weight for corpus, its in data.blend.items()}
         if weights and stage.train is None and not any(weight > 0 for weight in weights.values()):
-            yield Problem(key if stage.blend else "data.blend", show(weights), f"at least one weight above 0: stage {name} has nothing to read")
+            yield Problem(
+                key if stage.blend else "data.blend", show(weights), f"at least one weight above 0: stage {name} has nothing to read"
+            )
 
 
 def _validation_sets_rule(config: Config) -> Iterator[Problem]:

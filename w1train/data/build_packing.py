@@ -1,6 +1,6 @@
 """Packs a dataset ahead of a run with ``data.packing=best_fit``, which else does it at its start.
 
-    python -m w1train.data.build_packing data/train --sequence-length 4096
+python -m w1train.data.build_packing data/train --sequence-length 4096
 """
 
 from __future__ import annotations

@@ -152,7 +152,9 @@ class BestFitDataset(SampleSource):
         chosen = slice(int(index.first_pieces[slot]), int(index.first_pieces[slot + 1]))
         offsets = index.ordinals[chosen].astype(np.int64) * self.sequence_length
         documents = index.documents[chosen].tolist()
-        bounds = np.array([(self.dataset.document_offsets[document], self.dataset.document_offsets[document + 1]) for document in documents])
+        bounds = np.array(
+            [(self.dataset.document_offsets[document], self.dataset.document_offsets[document + 1]) for document in documents]
+        )
         lengths = np.minimum(bounds[:, 1] - bounds[:, 0] - self._drop_eos - offsets, self.sequence_length)
         sizes = -(-lengths // align) * align
         return Pieces(bounds[:, 0] + offsets, lengths, offsets, np.cumsum(sizes) - sizes)
