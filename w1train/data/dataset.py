@@ -52,7 +52,7 @@ class DocumentOffsets:
             return index.num_bin_bytes // index.dtype.itemsize
         return int(index.sequence_pointers[sequence]) // index.dtype.itemsize
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[np.int64]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.int64]:
         return np.asarray(self[:], dtype=dtype)
 
     def document_of(self, token: int) -> int:
@@ -119,11 +119,15 @@ class TokenDataset:
         Raises:
             DatasetError: if one of them is outside the vocabulary.
         """
-        first, end = self.document_offsets[document], self.document_offsets[document + 1]
+        first, end = self.document_bounds(document)
         length = end - first
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
         return self.read(first + start, first + stop)
+
+    def document_bounds(self, document: int) -> tuple[int, int]:
+        """First token of a document in PREFIX.bin, and one past its last."""
+        return self.document_offsets[document], self.document_offsets[document + 1]
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
         """Tokens [start, stop) of PREFIX.bin, read-only, in the file's dtype.

@@ -96,11 +96,9 @@ def open_packing(dataset: TokenDataset, options: PackingOptions, directory: str 
     path = packing_path(dataset, options, directory)
     found = _read_header(path)
     if found is None or found != _header(dataset, options):
+        arguments = f"--sequence-length {options.sequence_length} --align {options.align} --eos {options.eos} --seed {options.seed}"
         state = "is not there" if found is None else "belongs to another dataset or other options"
-        raise DatasetError(
-            f"{path} {state}; build it with `python -m w1train.data.build_packing {dataset.prefix} --sequence-length {options.sequence_length} "
-            f"--align {options.align} --eos {options.eos} --seed {options.seed}`"
-        )
+        raise DatasetError(f"{path} {state}; build it with `python -m w1train.data.build_packing {dataset.prefix} {arguments}`")
     content = np.memmap(path, dtype=np.uint8, mode="r")
     num_samples, num_pieces = np.frombuffer(content[_HEADER_BYTES - 16 : _HEADER_BYTES], dtype="<i8").tolist()
     document_type = _document_type(dataset)
@@ -151,10 +149,7 @@ class BestFitDataset(SampleSource):
             raise DatasetError(f"{index.path} was changed while it was in use")
         chosen = slice(int(index.first_pieces[slot]), int(index.first_pieces[slot + 1]))
         offsets = index.ordinals[chosen].astype(np.int64) * self.sequence_length
-        documents = index.documents[chosen].tolist()
-        bounds = np.array(
-            [(self.dataset.document_offsets[document], self.dataset.document_offsets[document + 1]) for document in documents]
-        )
+        bounds = np.array([self.dataset.document_bounds(document) for document in index.documents[chosen].tolist()])
         lengths = np.minimum(bounds[:, 1] - bounds[:, 0] - self._drop_eos - offsets, self.sequence_length)
         sizes = -(-lengths // align) * align
         return Pieces(bounds[:, 0] + offsets, lengths, offsets, np.cumsum(sizes) - sizes)

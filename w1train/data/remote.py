@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 16 << 20
 _ATTEMPTS = 3
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
+"""What storages call the version of a file, or the time of its last change."""
 
 
 def is_remote(prefix: str) -> bool:
@@ -71,9 +73,7 @@ def _fill(file_system: Any, remote: str, target: Path, required: bool) -> None:
         target.unlink(missing_ok=True)
         return
     stamp = target.with_name(f"{target.name}.version")
-    version = repr(
-        [info["size"], *(str(info[key]) for key in ("ETag", "etag", "md5Hash", "generation", "mtime", "created") if key in info)]
-    )
+    version = repr([info["size"], *(str(info[key]) for key in _VERSION_KEYS if key in info)])
     if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text() == version:
         return
     stamp.unlink(missing_ok=True)
