@@ -32,6 +32,11 @@ def open_loader(packed, workers, **options):
     return BatchLoader(packed, micro_batch_size=2, workers=workers, **{"num_workers": 2, "prefetch": 2, "read_timeout": 30.0, **options})
 
 
+def read(batches, count):
+    for _ in range(count):
+        next(batches)
+
+
 def children():
     return {process.pid for process in multiprocessing.active_children() if process.name.startswith("w1train-data")}
 
@@ -45,8 +50,7 @@ def test_a_killed_worker_is_named_in_seconds(dataset):
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(LoaderError, match=rf"data worker w1train-data-\d \(process {victim}\) died: signal SIGKILL"):
-            for _ in range(4):
-                next(batches)
+            read(batches, 4)
         assert time.monotonic() - began < 10
     assert not children()
 
@@ -59,23 +63,20 @@ def test_a_truncated_token_file(dataset, workers):
         next(batches)
         os.truncate(f"{dataset.prefix}.bin", 40)
         with pytest.raises(DatasetError, match=r"x\.bin was truncated while it was in use"):
-            for _ in range(packed.num_samples_per_epoch):
-                next(batches)
+            read(batches, packed.num_samples_per_epoch)
 
 
 @pytest.mark.parametrize("workers", KINDS)
 @pytest.mark.parametrize("suffix", [".idx", ".best_fit_16.pack"])
 def test_a_truncated_index(dataset, workers, suffix):
-    """Mapped, so that touching what is gone would kill the process."""
     options = PackingOptions(sequence_length=LENGTH)
     ensure_packing(dataset, options)
     with open_loader(BestFitDataset(dataset, options, seed=3), workers) as loader:
         batches = loader.micro_batches(0)
         next(batches)
         os.truncate(f"{dataset.prefix}{suffix}", 0)
-        with pytest.raises(DatasetError, match=r"truncated while it was in use|changed while it was in use"):
-            for _ in range(8):
-                next(batches)
+        with pytest.raises(DatasetError, match=r"truncated while it was in use"):
+            read(batches, 8)
 
 
 @pytest.mark.parametrize("workers", KINDS)
@@ -141,10 +142,10 @@ def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_not_hidden(dataset,
     assert np.array_equal(tokens, np.fromfile(f"{dataset.prefix}.bin", dtype=np.uint16, count=LENGTH))
     assert caplog.text.count("trying again") == 2
     faults += [errno.EIO] * 100
-    with pytest.raises(OSError, match=r"4 times in a row.*x\.bin"):
+    with pytest.raises(OSError, match=r"4 times in a row.*x\.idx"):
         packed.sample(0)
     faults[:] = [errno.EBADF]
-    with pytest.raises(OSError, match=r"x\.bin"):
+    with pytest.raises(OSError, match=r"x\.idx"):
         packed.sample(0)
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import overload
 
@@ -25,15 +26,25 @@ logger = logging.getLogger(__name__)
 
 _PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 """What a file system over a network says when it may well work again."""
+_LANDMARK_STEP = 512
+_LANDMARKS_AT_ONCE = 1 << 12
 _RETRY_SECONDS = (0.1, 0.5, 2.0)
 
 
 class DocumentOffsets:
-    """First token of each document in PREFIX.bin, and behind the last one the number of tokens: read from the mapped index when asked
-    for, as no rank has gigabytes for those of a hundred million documents."""
+    """First token of each document in PREFIX.bin, and behind the last one the number of tokens.
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    No rank has a gigabyte for those of a hundred million documents: every 512th is kept, and what is between is read when asked for (read,
+    not mapped: touched pages would add up to the whole, and a mapped file that is cut short kills the process). Only where documents
+    are several sequences, as in some foreign datasets, is the mapped index searched.
+    """
+
+    def __init__(self, index: Index, path: Path) -> None:
+        self._index, self._path = index, str(path)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        self.one_sequence_each = _documents_are_sequences(index)
+        """Whether every document is one sequence, as in all datasets made here."""
+        self._landmarks = _landmarks(index) if self.one_sequence_each else None
 
     def __len__(self) -> int:
         return self._index.num_documents + 1
@@ -46,40 +57,79 @@ class DocumentOffsets:
 
     def __getitem__(self, document: int | slice) -> int | NDArray[np.int64]:
         if isinstance(document, slice):
-            return self._index.document_offsets(document)
-        index, sequence = self._index, self._index.document_indices[document]
-        if sequence == len(index.sequence_pointers):
-            return index.num_bin_bytes // index.dtype.itemsize
-        return int(index.sequence_pointers[sequence]) // index.dtype.itemsize
+            start, stop, step = document.indices(len(self))
+            return self._between(start, stop)[::step] // self._index.dtype.itemsize
+        return int(self._between(document, document + 1)[0]) // self._index.dtype.itemsize
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.int64]:
         return np.asarray(self[:], dtype=dtype)
 
     def document_of(self, token: int) -> int:
-        """The document that a token belongs to, in O(log n) steps (NumPy's searchsorted would copy the index, which is not aligned)."""
-        return bisect_right(self, token, 0, len(self)) - 1
+        """The document that a token belongs to."""
+        if self._landmarks is None:
+            return bisect_right(self, token, 0, len(self)) - 1
+        place = token * self._index.dtype.itemsize
+        first = (int(np.searchsorted(self._landmarks, place, side="right")) - 1) * _LANDMARK_STEP
+        return first + int(np.searchsorted(self._between(first, min(first + _LANDMARK_STEP, len(self) - 1)), place, side="right")) - 1
+
+    def _between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Bytes of PREFIX.bin at which documents [start, stop) begin."""
+        if self._landmarks is None:
+            self._check_length()
+            return self._index.pointers_of(slice(start, stop))
+        num_inside = min(stop, len(self) - 1) - start
+        content = read_exactly(self._file.fileno(), 8 * num_inside, self._index.pointers_start + 8 * start, self._path)
+        inside = np.frombuffer(content, dtype="<i8")
+        return inside if start + num_inside == stop else np.append(inside, self._index.num_bin_bytes)
+
+    def _check_length(self) -> None:
+        """What is mapped beyond a file's end cannot be read without the process being killed."""
+        found = os.fstat(self._file.fileno()).st_size
+        if found < len(self._index.mapped):
+            raise DatasetError(f"{self._path} was truncated while it was in use: {found} bytes, it had {len(self._index.mapped)}")
+
+
+def _landmarks(index: Index) -> NDArray[np.int64]:
+    """Where every 512th sequence begins, in bytes."""
+    found = np.empty(-(-len(index.sequence_pointers) // _LANDMARK_STEP), dtype=np.int64)
+    for start in range(0, len(found), _LANDMARKS_AT_ONCE):
+        part = found[start : start + _LANDMARKS_AT_ONCE]
+        part[:] = index.sequence_pointers[start * _LANDMARK_STEP :: _LANDMARK_STEP][: len(part)]
+        index.release_pages()
+    return found
+
+
+def _documents_are_sequences(index: Index) -> bool:
+    if index.num_documents != len(index.sequence_lengths):
+        return False
+    for chunk in chunks(index.num_documents + 1):
+        if not np.array_equal(index.document_indices[chunk], np.arange(chunk.start, chunk.stop)):
+            return False
+        index.release_pages()
+    return True
 
 
 class TokenDataset:
-    """Documents of token ids: PREFIX.bin, PREFIX.idx (memory-mapped) and, unless foreign, PREFIX.json.
+    """Documents of token ids: PREFIX.bin, PREFIX.idx and, unless foreign, PREFIX.json.
 
     Open with :meth:`open`, which checks; the constructor does not. Tokens are read, not mapped: a mapped file that is cut short, or whose
     file system fails, kills the process without a word. It may be used by several threads and by forked processes.
     """
 
-    def __init__(self, prefix: str, index: Index, manifest: DatasetManifest | None, vocab_size: int | None) -> None:
+    def __init__(
+        self, prefix: str, index: Index, offsets: DocumentOffsets, manifest: DatasetManifest | None, vocab_size: int | None
+    ) -> None:
         self.prefix = prefix
         self.manifest = manifest
         """None for a foreign dataset."""
-        self.document_offsets = DocumentOffsets(index)
+        self.document_offsets = offsets
         """num_documents + 1: first token of each document, and num_tokens."""
         self.num_documents: int = index.num_documents
         self.num_tokens: int = index.num_bin_bytes // index.dtype.itemsize
         self._dtype = index.dtype
         self._vocab_size = vocab_size
-        self._bin_file = open(bin_path(prefix), "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
-        self._idx_file = open(idx_path(prefix), "rb", buffering=0)  # noqa: SIM115
-        self._idx_num_bytes = len(index.content)
+        self._bin_path = str(bin_path(prefix))
+        self._bin_file = open(self._bin_path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
 
     @classmethod
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
@@ -101,6 +151,7 @@ class TokenDataset:
         index = read_index(idx_path(prefix))
         if index.num_bin_bytes == 0:
             raise DatasetError(f"dataset {prefix} holds no tokens")
+        offsets = DocumentOffsets(index, idx_path(prefix))
         if manifest is None:
             _check_size(bin_path(prefix), index.num_bin_bytes, idx_path(prefix))
             logger.warning(
@@ -109,9 +160,13 @@ class TokenDataset:
                 manifest_path(prefix),
             )
         else:
-            _check_counts(prefix, manifest, index)
+            _check_counts(prefix, manifest, index, offsets)
             _check_fits(prefix, manifest, tokenizer, vocab_size)
-        return cls(prefix, index, manifest, vocab_size)
+        return cls(prefix, index, offsets, manifest, vocab_size)
+
+    def __reduce__(self) -> tuple[Callable[..., TokenDataset], tuple[object, ...]]:
+        """Another process opens the files again: open files cannot be sent, and mapped ones would be sent whole."""
+        return TokenDataset.open, (self.prefix, None, self._vocab_size)
 
     def document_tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
         """Tokens [start, stop) of a document, read-only, in the file's dtype; by default all of it.
@@ -127,7 +182,8 @@ class TokenDataset:
 
     def document_bounds(self, document: int) -> tuple[int, int]:
         """First token of a document in PREFIX.bin, and one past its last."""
-        return self.document_offsets[document], self.document_offsets[document + 1]
+        first, end = self.document_offsets[document : document + 2].tolist()
+        return first, end
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
         """Tokens [start, stop) of PREFIX.bin, read-only, in the file's dtype.
@@ -137,22 +193,11 @@ class TokenDataset:
             OSError: if it cannot be read, which is tried again a few times where that may help.
         """
         itemsize = self._dtype.itemsize
-        content = _read(self._bin_file.fileno(), (stop - start) * itemsize, start * itemsize, str(bin_path(self.prefix)))
+        content = read_exactly(self._bin_file.fileno(), (stop - start) * itemsize, start * itemsize, self._bin_path)
         tokens = np.frombuffer(content, dtype=self._dtype)
         if self._vocab_size is not None and len(tokens):
             self._check_vocabulary(tokens, self._vocab_size, start)
         return tokens
-
-    def check_index(self) -> None:
-        """Look whether PREFIX.idx still has its length. Called before its mapped pages are read, for what is mapped beyond a file's end
-        cannot be read without the process being killed.
-
-        Raises:
-            DatasetError: if it was cut short.
-        """
-        found = os.fstat(self._idx_file.fileno()).st_size
-        if found < self._idx_num_bytes:
-            raise DatasetError(f"{idx_path(self.prefix)} was truncated while it was in use: {found} bytes, it had {self._idx_num_bytes}")
 
     def verify_hashes(self) -> None:
         """Read both files and compare their sha256 with the manifest's.
@@ -180,8 +225,13 @@ class TokenDataset:
         )
 
 
-def _read(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
-    """``num_bytes`` at ``offset`` of an open file. No shared position: threads and forked processes do not disturb each other."""
+def read_exactly(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
+    """``num_bytes`` at ``offset`` of an open file. No shared position: threads and forked processes do not disturb each other.
+
+    Raises:
+        DatasetError: if the file ends before.
+        OSError: if it cannot be read, which is tried again a few times where that may help.
+    """
     parts: list[bytes] = []
     while num_bytes > 0:
         part = _read_patiently(descriptor, num_bytes, offset, path)
@@ -224,7 +274,7 @@ def _check_size(path: Path, expected: int, source: Path) -> None:
         raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} ({source.name} says so)")
 
 
-def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
+def _check_counts(prefix: str, manifest: DatasetManifest, index: Index, offsets: DocumentOffsets) -> None:
     """The manifest and the index must describe the same dataset, with one sequence a document."""
     found = {
         "dtype": index.dtype.name,
@@ -236,10 +286,8 @@ def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
         expected = getattr(manifest, name)
         if value != expected:
             raise DatasetError(f"{idx_path(prefix)} does not belong to {manifest_path(prefix)}: {name} is {value}, expected {expected}")
-    for chunk in chunks(index.num_documents + 1):
-        if not np.array_equal(index.document_indices[chunk], np.arange(chunk.start, chunk.stop)):
-            raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
-        index.release_pages()
+    if not offsets.one_sequence_each:
+        raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
 
 
 def _check_fits(prefix: str, manifest: DatasetManifest, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:

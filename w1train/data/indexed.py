@@ -70,8 +70,8 @@ class Index:
     """[num_sequences], bytes."""
     document_indices: NDArray[np.int64]
     """[num_documents + 1], sequences."""
-    content: np.memmap
-    """The mapped file, which the arrays are views of."""
+    mapped: np.memmap
+    """The file, which the arrays are views of."""
 
     @property
     def num_documents(self) -> int:
@@ -84,20 +84,25 @@ class Index:
             return 0
         return int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
 
-    def document_offsets(self, documents: slice) -> NDArray[np.int64]:
-        """First token in PREFIX.bin of some documents, of which one past the last begins where the tokens end; int64 [documents].
+    @property
+    def pointers_start(self) -> int:
+        """Byte of PREFIX.idx at which the pointers to sequences begin."""
+        return _HEADER.size + 4 * len(self.sequence_lengths)
+
+    def pointers_of(self, documents: slice) -> NDArray[np.int64]:
+        """First byte in PREFIX.bin of some documents, of which one past the last begins where the tokens end; int64 [documents].
 
         Of some only: all of them together would be gigabytes for a large index.
         """
-        sequences = np.array(self.document_indices[documents])
+        sequences = self.document_indices[documents]
         starts = np.full(len(sequences), self.num_bin_bytes, dtype=np.int64)
         inside = sequences < len(self.sequence_pointers)
         starts[inside] = self.sequence_pointers[sequences[inside]]
-        return starts // self.dtype.itemsize
+        return starts
 
     def release_pages(self) -> None:
         """Give back the memory of what has been read; it is mapped again when it is touched."""
-        self.content._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        self.mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def write_index(file: BinaryIO, dtype: np.dtype, sequence_lengths: NDArray[np.int32]) -> None:
@@ -125,7 +130,8 @@ def read_index(path: Path) -> Index:
     if num_bytes != expected:
         fault = "truncated" if num_bytes < expected else "longer than its header says"
         raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    content = mapped.view(np.ndarray)  # a memmap takes microseconds to give an item
     lengths_end = _HEADER.size + 4 * num_sequences
     pointers_end = lengths_end + 8 * num_sequences
     index = Index(
@@ -133,7 +139,7 @@ def read_index(path: Path) -> Index:
         sequence_lengths=content[_HEADER.size : lengths_end].view("<i4"),
         sequence_pointers=content[lengths_end:pointers_end].view("<i8"),
         document_indices=content[pointers_end:].view("<i8"),
-        content=content,
+        mapped=mapped,
     )
     _check_sequences(path, index)
     _check_documents(path, index)

@@ -98,26 +98,28 @@ class SampleSource(ABC):
         epoch, slot = divmod(global_index, self.num_samples_per_epoch)
         if self._shuffle:
             slot = permuted(slot, self.num_samples_per_epoch, self._seed, epoch)
-        self.dataset.check_index()
         return self._assemble(self._pieces(epoch, slot))
 
     def _assemble(self, pieces: Pieces) -> Sample:
         starts, lengths, offsets, places = pieces
         numbers = np.arange(len(starts))
-        before = np.cumsum(lengths) - lengths
-        where = np.arange(int(lengths.sum())) + np.repeat(places - before, lengths)
+        ends = np.cumsum(lengths)
+        where: slice | NDArray[np.int64] = slice(0, int(ends[-1]))
+        indices = np.arange(int(ends[-1]))
+        if places[-1] != ends[-1] - lengths[-1]:  # gaps between the pieces
+            where = indices = indices + np.repeat(places - (ends - lengths), lengths)
         tokens = np.zeros(self.sequence_length, dtype=np.int64)
         document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
         positions = np.zeros(self.sequence_length, dtype=np.int32)
         # Neighbours in the file that are neighbours in the sample are read at once.
         joined = (starts[1:] == starts[:-1] + lengths[:-1]) & (places[1:] == places[:-1] + lengths[:-1])
         firsts = np.flatnonzero(np.concatenate([[True], ~joined]))
-        ends = np.append(firsts[1:], len(starts)) - 1
-        for first, last in zip(firsts.tolist(), ends.tolist(), strict=True):
+        lasts = np.append(firsts[1:], len(starts)) - 1
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             start, stop, place = int(starts[first]), int(starts[last] + lengths[last]), int(places[first])
             tokens[place : place + stop - start] = self.dataset.read(start, stop)
         document_ids[where] = np.repeat(numbers, lengths)
-        positions[where] = where - np.repeat(places - self._first_positions(offsets), lengths)
+        positions[where] = indices - np.repeat(places - self._first_positions(offsets), lengths)
         return tokens, document_ids, positions
 
     def _first_positions(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,10 +1,11 @@
-"""Best-fit packing, built once and kept beside the dataset: PREFIX.best_fit_L.pack, a small file that every rank maps.
+"""Best-fit packing, built once and kept beside the dataset: PREFIX.best_fit_L.pack, a small file that every rank reads from.
 
-One line of JSON, filled up with blanks to 4,096 bytes, says what the file was made from; then come, little-endian:
+One line of JSON, filled up with blanks to 4,072 bytes, says what the file was made from; then come, little-endian:
 
-    int64 [num_samples + 1]      first piece of each sample, and num_pieces
-    uint32 or int64 [num_pieces] document of each piece
-    uint32 [num_pieces]          which part of its document a piece is; part k begins at its token k * sequence_length
+    int64 [3]                     num_samples, num_pieces, and the bytes of a document's number
+    int64 [num_samples + 1]       first piece of each sample, and num_pieces
+    uint32 or uint64 [num_pieces] document of each piece
+    uint32 [num_pieces]           which part of its document a piece is; part k begins at its token k * sequence_length
 
 The options are in the first line and decide whether a file is used; a file of other options is replaced.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w1train.data.best_fit import PackedPieces, pack_best_fit
-from w1train.data.dataset import DatasetError, TokenDataset
-from w1train.data.indexed import idx_path
+from w1train.data.dataset import DatasetError, TokenDataset, read_exactly
+from w1train.data.indexed import file_size, idx_path
 from w1train.data.packing import EndOfDocument, LongDocuments, Pieces, SampleSource
 from w1train.runtime.files import exclusive, replace_file
 
@@ -44,22 +44,35 @@ class PackingOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
 class PackingIndex:
-    """A mapped packing."""
+    """A packing's file, open for reading; a sample's pieces are read when asked for."""
 
-    path: Path
-    num_bytes: int
-    first_pieces: NDArray[np.int64]
-    """[num_samples + 1]."""
-    documents: NDArray[np.integer]
-    """[num_pieces]."""
-    ordinals: NDArray[np.uint32]
-    """[num_pieces]."""
+    def __init__(self, path: Path) -> None:
+        """Raises:
+        DatasetError: if the file has not the length that it says.
+        """
+        self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the packing is)
+        self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_HEADER_BYTES - 24, 24), dtype="<i8").tolist()
+        self._document_type = np.dtype(f"<u{item_bytes}")
+        self._documents_start = _HEADER_BYTES + 8 * (self.num_samples + 1)
+        self._ordinals_start = self._documents_start + item_bytes * self._num_pieces
+        found, expected = file_size(path), self._ordinals_start + 4 * self._num_pieces
+        if found != expected:
+            raise DatasetError(f"{path} is damaged: {found} bytes, expected {expected}; remove it, and it is built again")
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.first_pieces) - 1
+    def __reduce__(self) -> tuple[type[PackingIndex], tuple[Path]]:
+        """Another process opens the file again."""
+        return PackingIndex, (self._path,)
+
+    def pieces(self, sample: int) -> tuple[NDArray[np.integer], NDArray[np.uint32]]:
+        """Documents and ordinals of a sample's pieces."""
+        first, end = np.frombuffer(self._read(_HEADER_BYTES + 8 * sample, 16), dtype="<i8").tolist()
+        item_bytes, num = self._document_type.itemsize, end - first
+        documents = np.frombuffer(self._read(self._documents_start + item_bytes * first, item_bytes * num), dtype=self._document_type)
+        return documents, np.frombuffer(self._read(self._ordinals_start + 4 * first, 4 * num), dtype="<u4")
+
+    def _read(self, offset: int, num_bytes: int) -> bytes:
+        return read_exactly(self._file.fileno(), num_bytes, offset, str(self._path))
 
 
 def packing_path(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> Path:
@@ -99,18 +112,7 @@ def open_packing(dataset: TokenDataset, options: PackingOptions, directory: str 
         arguments = f"--sequence-length {options.sequence_length} --align {options.align} --eos {options.eos} --seed {options.seed}"
         state = "is not there" if found is None else "belongs to another dataset or other options"
         raise DatasetError(f"{path} {state}; build it with `python -m w1train.data.build_packing {dataset.prefix} {arguments}`")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    num_samples, num_pieces = np.frombuffer(content[_HEADER_BYTES - 16 : _HEADER_BYTES], dtype="<i8").tolist()
-    document_type = _document_type(dataset)
-    sections = ((np.dtype("<i8"), num_samples + 1), (document_type, num_pieces), (np.dtype("<u4"), num_pieces))
-    expected = _HEADER_BYTES + sum(dtype.itemsize * count for dtype, count in sections)
-    if len(content) != expected:
-        raise DatasetError(f"{path} is damaged: {len(content)} bytes, expected {expected}; remove it, and it is built again")
-    arrays, position = [], _HEADER_BYTES
-    for dtype, count in sections:
-        arrays.append(content[position : position + dtype.itemsize * count].view(dtype))
-        position += dtype.itemsize * count
-    return PackingIndex(path, expected, *arrays)
+    return PackingIndex(path)
 
 
 class BestFitDataset(SampleSource):
@@ -144,12 +146,10 @@ class BestFitDataset(SampleSource):
         )
 
     def _pieces(self, epoch: int, slot: int) -> Pieces:
-        index, align = self._index, self._options.align
-        if os.stat(index.path).st_size != index.num_bytes:
-            raise DatasetError(f"{index.path} was changed while it was in use")
-        chosen = slice(int(index.first_pieces[slot]), int(index.first_pieces[slot + 1]))
-        offsets = index.ordinals[chosen].astype(np.int64) * self.sequence_length
-        bounds = np.array([self.dataset.document_bounds(document) for document in index.documents[chosen].tolist()])
+        align = self._options.align
+        documents, ordinals = self._index.pieces(slot)
+        offsets = ordinals.astype(np.int64) * self.sequence_length
+        bounds = np.array([self.dataset.document_bounds(document) for document in documents.tolist()])
         lengths = np.minimum(bounds[:, 1] - bounds[:, 0] - self._drop_eos - offsets, self.sequence_length)
         sizes = -(-lengths // align) * align
         return Pieces(bounds[:, 0] + offsets, lengths, offsets, np.cumsum(sizes) - sizes)
@@ -179,8 +179,8 @@ def _write(path: Path, header: dict[str, object], packed: PackedPieces, document
     first_pieces = np.zeros(packed.num_samples + 1, dtype="<i8")
     np.cumsum(np.bincount(packed.sample_of_piece, minlength=packed.num_samples), out=first_pieces[1:])
     with replace_file(path) as file:
-        file.write(text.ljust(_HEADER_BYTES - 17) + b"\n")
-        file.write(np.array([packed.num_samples, len(packed.documents)], dtype="<i8").tobytes())
+        file.write(text.ljust(_HEADER_BYTES - 25) + b"\n")
+        file.write(np.array([packed.num_samples, len(packed.documents), document_type.itemsize], dtype="<i8").tobytes())
         file.write(first_pieces.tobytes())
         file.write(packed.documents.astype(document_type).tobytes())
         file.write(packed.ordinals.astype("<u4").tobytes())
@@ -203,7 +203,7 @@ def _read_header(path: Path) -> dict[str, object] | None:
     try:
         with open(path, "rb") as file:
             content = file.read(_HEADER_BYTES)
-        header = json.loads(content[: -16 or None].decode()) if len(content) == _HEADER_BYTES else None
+        header = json.loads(content[:-24].decode()) if len(content) == _HEADER_BYTES else None
     except FileNotFoundError:
         return None
     except ValueError:
@@ -213,4 +213,4 @@ def _read_header(path: Path) -> dict[str, object] | None:
 
 
 def _document_type(dataset: TokenDataset) -> np.dtype:
-    return np.dtype("<u4") if dataset.num_documents < 2**32 else np.dtype("<i8")
+    return np.dtype("<u4") if dataset.num_documents < 2**32 else np.dtype("<u8")
