@@ -186,9 +186,9 @@ def main(arguments: Sequence[str]) -> int:
         table.print()
     if options.report:
         notes = (
-            f"Samples of {options.length} tokens in micro-batches of {options.micro_batch_size}, documents of {options.document_length} tokens "
-            f"at the median; {options.rounds} rounds of {options.batches} micro-batches each, in turn. Processor time of one thread. The last "
-            "column is the median over rounds of the ratio to megatron-core's round beside it, which has no corruption."
+            f"Samples of {options.length} tokens in micro-batches of {options.micro_batch_size}, documents of {options.document_length} "
+            f"tokens at the median; {options.rounds} rounds of {options.batches} micro-batches each, in turn. Processor time of one "
+            "thread. The last column is the median over rounds of the ratio to megatron-core's round beside it, which has no corruption."
         )
         tables = [*tables, environment(shlex.join(["python", "-m", "benchmarks.loader", *arguments]))]
         print(f"wrote {write_report('loader', 'Speed of the data path', tables, notes)}")

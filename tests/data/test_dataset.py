@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.indexed import write_index
 from w1train.data.tokenizer import train_tokenizer
 from w1train.data.writer import DatasetWriter
 

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import overload
 
@@ -66,11 +66,25 @@ class DocumentOffsets:
 
     def document_of(self, token: int) -> int:
         """The document that a token belongs to."""
+        return self.around(token, token + 1)[0]
+
+    def around(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+        """The first of the documents that tokens [start, stop) belong to, and where it and the following ones up to the last of them begin,
+        and where that one ends."""
+        itemsize = self._index.dtype.itemsize
         if self._landmarks is None:
-            return bisect_right(self, token, 0, len(self)) - 1
-        place = token * self._index.dtype.itemsize
-        first = (int(np.searchsorted(self._landmarks, place, side="right")) - 1) * _LANDMARK_STEP
-        return first + int(np.searchsorted(self._between(first, min(first + _LANDMARK_STEP, len(self) - 1)), place, side="right")) - 1
+            first, last = (bisect_right(self, token, 0, len(self)) - 1 for token in (start, stop - 1))
+            return first, self[first : last + 2]
+        places = (start * itemsize, (stop - 1) * itemsize)
+        low, high = (self._landmarks.searchsorted(places, side="right") - 1).tolist()
+        begin = low * _LANDMARK_STEP
+        block = self._between(begin, min((high + 1) * _LANDMARK_STEP, len(self) - 1) + 1)
+        first, last = (block.searchsorted(places, side="right") - 1).tolist()
+        return begin + first, block[first : last + 2] // itemsize
+
+    def bounds(self, documents: Iterable[int]) -> NDArray[np.int64]:
+        """Where each document begins and ends, int64 [documents, 2]."""
+        return np.array([self._between(document, document + 2) for document in documents]) // self._index.dtype.itemsize
 
     def _between(self, start: int, stop: int) -> NDArray[np.int64]:
         """Bytes of PREFIX.bin at which documents [start, stop) begin."""
@@ -174,16 +188,11 @@ class TokenDataset:
         Raises:
             DatasetError: if one of them is outside the vocabulary.
         """
-        first, end = self.document_bounds(document)
+        first, end = self.document_offsets[document], self.document_offsets[document + 1]
         length = end - first
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
         return self.read(first + start, first + stop)
-
-    def document_bounds(self, document: int) -> tuple[int, int]:
-        """First token of a document in PREFIX.bin, and one past its last."""
-        first, end = self.document_offsets[document : document + 2].tolist()
-        return first, end
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
         """Tokens [start, stop) of PREFIX.bin, read-only, in the file's dtype.
@@ -232,14 +241,16 @@ def read_exactly(descriptor: int, num_bytes: int, offset: int, path: str) -> byt
         DatasetError: if the file ends before.
         OSError: if it cannot be read, which is tried again a few times where that may help.
     """
-    parts: list[bytes] = []
-    while num_bytes > 0:
-        part = _read_patiently(descriptor, num_bytes, offset, path)
+    content = _read_patiently(descriptor, num_bytes, offset, path)
+    while len(content) < num_bytes:
+        part = _read_patiently(descriptor, num_bytes - len(content), offset + len(content), path)
         if not part:
-            raise DatasetError(f"{path} was truncated while it was in use: nothing at byte {offset}, where it had {num_bytes} more")
-        parts.append(part)
-        num_bytes, offset = num_bytes - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+            missing = num_bytes - len(content)
+            raise DatasetError(
+                f"{path} was truncated while it was in use: it ends at byte {offset + len(content)}, {missing} before its end"
+            )
+        content += part
+    return content
 
 
 def _read_patiently(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:

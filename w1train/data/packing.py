@@ -167,7 +167,7 @@ class PackedDataset(SampleSource):
         parts = [self._documents_between(begin, min(end, num_tokens))]
         if end > num_tokens:
             parts.append(self._documents_between(0, end - num_tokens))
-        starts, ends, offsets, is_end = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        starts, ends, offsets, is_end = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         lengths = ends - starts
         if self._drop_eos:
             lengths = lengths - is_end
@@ -178,9 +178,7 @@ class PackedDataset(SampleSource):
     def _documents_between(self, begin: int, end: int) -> tuple[NDArray[np.int64], ...]:
         """The parts of documents in tokens [begin, end) of PREFIX.bin: where each begins and ends, where it begins in its document, and
         whether the document ends with it."""
-        offsets = self.dataset.document_offsets
-        first, last = offsets.document_of(begin), offsets.document_of(end - 1)
-        bounds = offsets[first : last + 2]
+        _, bounds = self.dataset.document_offsets.around(begin, end)
         starts, ends = np.maximum(bounds[:-1], begin), np.minimum(bounds[1:], end)
         return starts, ends, starts - bounds[:-1], (ends == bounds[1:]).astype(np.int64)
 

@@ -149,7 +149,7 @@ class BestFitDataset(SampleSource):
         align = self._options.align
         documents, ordinals = self._index.pieces(slot)
         offsets = ordinals.astype(np.int64) * self.sequence_length
-        bounds = np.array([self.dataset.document_bounds(document) for document in documents.tolist()])
+        bounds = self.dataset.document_offsets.bounds(documents.tolist())
         lengths = np.minimum(bounds[:, 1] - bounds[:, 0] - self._drop_eos - offsets, self.sequence_length)
         sizes = -(-lengths // align) * align
         return Pieces(bounds[:, 0] + offsets, lengths, offsets, np.cumsum(sizes) - sizes)
