@@ -27,20 +27,22 @@ def _corpora_rule(config: Config) -> Iterator[Problem]:
 
 def _weights_rule(config: Config) -> Iterator[Problem]:
     """Every stage must have a corpus to read."""
-    data = config.data
+    blend = config.data.blend
     for name, stage in config.schedule.stages.items():
         key = f"schedule.stages.{name}.blend"
         if stage.blend and stage.train is not None:
             yield Problem(key, show(dict(stage.blend)), f"empty when schedule.stages.{name}.train is set: one or the other")
-        for corpus in stage.blend.keys() - data.blend.keys():
-            match = closest(corpus, data.blend)
-            valid = f"names of data.blend: {listing(data.blend) or 'it is empty'}"
+            continue
+        for corpus in sorted(stage.blend.keys() - blend.keys()):
+            match = closest(corpus, blend)
+            valid = f"names of data.blend: {listing(blend) or 'it is empty'}"
             yield Problem(f"{key}.{corpus}", "an unknown corpus", valid, f"did you mean {match}?" if match else None)
-        weights = stage.blend or {corpus: its.weight for corpus, its in data.blend.items()}
-        if weights and stage.train is None and not any(weight > 0 for weight in weights.values()):
-            yield Problem(
-                key if stage.blend else "data.blend", show(weights), f"at least one weight above 0: stage {name} has nothing to read"
-            )
+        if stage.blend and not any(weight > 0 for weight in stage.blend.values()):
+            yield Problem(key, show(dict(stage.blend)), "at least one weight above 0: the stage has nothing to read")
+    idle = [name for name, stage in config.schedule.stages.items() if not stage.blend and stage.train is None]
+    if idle and blend and not any(corpus.weight > 0 for corpus in blend.values()):
+        valid = f"at least one weight above 0: stage {listing(idle)} has nothing to read"
+        yield Problem("data.blend", show({name: corpus.weight for name, corpus in blend.items()}), valid)
 
 
 def _validation_sets_rule(config: Config) -> Iterator[Problem]:

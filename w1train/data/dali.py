@@ -75,7 +75,7 @@ class DaliLoader:
             began = time.perf_counter()
             try:
                 outputs = self._pipelines[-1].run()
-            except RuntimeError as error:
+            except Exception as error:  # what a worker raises comes as a bare Exception, with the worker's traceback as its text
                 raise LoaderError(f"the DALI pipeline failed: {error}") from error
             batch = PackedBatch(**{name: self._tensor(output) for name, output in zip(_FIELDS, outputs, strict=True)})
             self.data_wait_seconds += time.perf_counter() - began
@@ -127,7 +127,7 @@ class _Source:
     def __init__(self, packed: Samples, micro_batch_size: int, first: int, stride: int) -> None:
         self._packed, self._micro_batch_size, self._first, self._stride = packed, micro_batch_size, first, stride
 
-    def __call__(self, info: Any) -> tuple[NDArray[Any], ...]:
-        """The arrays of micro-batch ``info.iteration``."""
-        batch = collate_run(self._packed, self._micro_batch_size, self._first + info.iteration * self._stride)
+    def __call__(self, iteration: int) -> tuple[NDArray[Any], ...]:
+        """The arrays of a micro-batch."""
+        batch = collate_run(self._packed, self._micro_batch_size, self._first + iteration * self._stride)
         return tuple(getattr(batch, name).numpy() for name in _FIELDS)
