@@ -53,7 +53,7 @@ def test_the_configurations(corpora, tmp_path):
     recipe["data"]["blend"]["web"]["prefix"] = "train2"
     for suffix in ("bin", "idx", "json"):
         shutil.copy(corpora / f"train.{suffix}", corpora / f"train2.{suffix}")
-    (corpora / "recipes/recipe/page.yaml").write_text("# @package _global_\n# The page's.\n" + yaml.safe_dump(recipe))
+    (corpora / "recipes/recipe/page.yaml").write_text("# @package _global_\n# The page's.\n" + yaml.safe_dump(recipe, sort_keys=False))
     run = TinyRun(corpora, tmp_path / "runs")
     run.train("recipe=page").require(0)
     records = run.train_records()
