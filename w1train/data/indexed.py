@@ -12,6 +12,7 @@ PREFIX.bin is the tokens of all sequences, one after another. PREFIX.idx is, lit
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -69,6 +70,8 @@ class Index:
     """[num_sequences], bytes."""
     document_indices: NDArray[np.int64]
     """[num_documents + 1], sequences."""
+    mapped: np.memmap
+    """The file, which the arrays are views of."""
 
     @property
     def num_documents(self) -> int:
@@ -81,10 +84,25 @@ class Index:
             return 0
         return int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
 
-    def document_offsets(self) -> NDArray[np.int64]:
-        """int64 [num_documents + 1]: first token of each document in PREFIX.bin, and the number of tokens."""
-        boundaries = np.append(self.sequence_pointers, self.num_bin_bytes)
-        return boundaries[self.document_indices] // self.dtype.itemsize
+    @property
+    def pointers_start(self) -> int:
+        """Byte of PREFIX.idx at which the pointers to sequences begin."""
+        return _HEADER.size + 4 * len(self.sequence_lengths)
+
+    def pointers_of(self, documents: slice) -> NDArray[np.int64]:
+        """First byte in PREFIX.bin of some documents, of which one past the last begins where the tokens end; int64 [documents].
+
+        Of some only: all of them together would be gigabytes for a large index.
+        """
+        sequences = self.document_indices[documents]
+        starts = np.full(len(sequences), self.num_bin_bytes, dtype=np.int64)
+        inside = sequences < len(self.sequence_pointers)
+        starts[inside] = self.sequence_pointers[sequences[inside]]
+        return starts
+
+    def release_pages(self) -> None:
+        """Give back the memory of what has been read; it is mapped again when it is touched."""
+        self.mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def write_index(file: BinaryIO, dtype: np.dtype, sequence_lengths: NDArray[np.int32]) -> None:
@@ -112,7 +130,8 @@ def read_index(path: Path) -> Index:
     if num_bytes != expected:
         fault = "truncated" if num_bytes < expected else "longer than its header says"
         raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    content = mapped.view(np.ndarray)  # a memmap takes microseconds to give an item
     lengths_end = _HEADER.size + 4 * num_sequences
     pointers_end = lengths_end + 8 * num_sequences
     index = Index(
@@ -120,6 +139,7 @@ def read_index(path: Path) -> Index:
         sequence_lengths=content[_HEADER.size : lengths_end].view("<i4"),
         sequence_pointers=content[lengths_end:pointers_end].view("<i8"),
         document_indices=content[pointers_end:].view("<i8"),
+        mapped=mapped,
     )
     _check_sequences(path, index)
     _check_documents(path, index)
@@ -144,7 +164,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     return DTYPES[code], num_sequences, num_boundaries
 
 
-def _chunks(num_items: int) -> Iterator[slice]:
+def chunks(num_items: int) -> Iterator[slice]:
     """Overlapping by one item, so that every pair of neighbours is in a chunk; keeps the check's memory flat."""
     for start in range(0, max(num_items, 1), _CHECK_CHUNK):
         yield slice(start, min(start + _CHECK_CHUNK + 1, num_items))
@@ -154,7 +174,7 @@ def _check_sequences(path: Path, index: Index) -> None:
     """Sequences must follow each other without holes: a flipped bit in a length or a pointer breaks this."""
     if len(index.sequence_pointers) and index.sequence_pointers[0] != 0:
         raise DatasetError(f"{path} is corrupt: its first sequence starts at byte {index.sequence_pointers[0]}, expected 0")
-    for chunk in _chunks(len(index.sequence_lengths)):
+    for chunk in chunks(len(index.sequence_lengths)):
         lengths, pointers = index.sequence_lengths[chunk], index.sequence_pointers[chunk]
         if (lengths < 0).any():
             raise DatasetError(f"{path} is corrupt: sequence {chunk.start + int(np.argmax(lengths < 0))} has a negative length")
@@ -164,6 +184,7 @@ def _check_sequences(path: Path, index: Index) -> None:
             raise DatasetError(
                 f"{path} is corrupt: sequence {chunk.start + i} ends at byte {ends[i]}, but the next starts at {pointers[i + 1]}"
             )
+        index.release_pages()
 
 
 def _check_documents(path: Path, index: Index) -> None:
@@ -172,11 +193,12 @@ def _check_documents(path: Path, index: Index) -> None:
         raise DatasetError(
             f"{path} is corrupt: its documents cover sequences {documents[0]} to {documents[-1]}, expected 0 to {num_sequences}"
         )
-    for chunk in _chunks(len(documents)):
+    for chunk in chunks(len(documents)):
         boundaries = documents[chunk]
         if (boundaries[1:] < boundaries[:-1]).any():
             first = chunk.start + int(np.argmax(boundaries[1:] < boundaries[:-1]))
             raise DatasetError(f"{path} is corrupt: document {first} ends before it starts")
+        index.release_pages()
 
 
 def file_size(path: Path) -> int:

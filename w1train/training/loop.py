@@ -38,7 +38,7 @@ from w1train.training.checkpoint import (
     step_path,
 )
 from w1train.training.comparison import average_summary, compare
-from w1train.training.data import TrainingData
+from w1train.training.data import TrainingData, prepare_data
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor, block_predictor
@@ -68,6 +68,7 @@ class Trainer:
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         all_or_none(partial(choose_backends, config, ranks.device))
+        on_main_rank(partial(prepare_data, config))
         self.data = all_or_none(partial(TrainingData, config, ranks))
         on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
         step = on_main_rank(partial(latest_step, run.checkpoints))
@@ -181,6 +182,7 @@ class Trainer:
                 **values,
                 "elbo_bits_per_byte": self.data.bits_per_byte(values["elbo"], self.progress.samples),
                 "epoch": self.data.samples.epoch(self.progress.samples),
+                **self.data.corpus_metrics(self.progress.samples),
                 **self.where(),
                 **times,
                 "time/memory_gib": memory_gib(self.ranks.device),
