@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_tools.command import add_corpus_options, corpus_from, run_command
+from data_tools.corpus import TextCorpus
 from data_tools.progress import ByteProgress
-from data_tools.text import TextCorpus
 from w1train.data.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def _train(options: argparse.Namespace) -> None:
     corpus = corpus_from(options)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("training a tokenizer of %d ids on %d files, %.1f MB", options.vocab_size, len(corpus.files), corpus.num_bytes / 1e6)
+    logger.info("training a tokenizer of %d ids on %s", options.vocab_size, corpus.summary())
     tokenizer = train_tokenizer(_texts(corpus), options.vocab_size, options.mask_token_id)
     tokenizer.save(output)
     logger.info("wrote %s: %d ids, mask %d, sha256 %s", output, tokenizer.vocab_size, tokenizer.mask_token_id, tokenizer.fingerprint)
@@ -51,7 +51,7 @@ def _texts(corpus: TextCorpus) -> Iterator[str]:
         for document in corpus:
             yield document.text
             progress.update(corpus.num_bytes_read)
-    logger.info("read %d documents; merging pairs", corpus.num_documents)
+    logger.info("read %d documents; merging pairs", corpus.log.counts.num_documents)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_bytes_are_counted_by_token(tokenizer, text):
 
 
 def test_bytes_of_another_kind_of_tokenizer_are_unknown(tokenizer):
-    record = json.loads(tokenizer._serialized)
+    record = json.loads(tokenizer.serialized)
     record["model"]["vocab"]["\N{LOWER ONE EIGHTH BLOCK}the"] = tokenizer.vocab_size
     assert Tokenizer(json.dumps(record).encode(), "sentencepiece").num_bytes_by_token() is None
 
@@ -142,7 +142,7 @@ def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
     path.write_bytes(b"\xff{")
     with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
         Tokenizer.load(path)
-    content = json.loads(tokenizer._serialized)
+    content = json.loads(tokenizer.serialized)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<mask>"]
     del content["model"]["vocab"]["<mask>"]
     path.write_text(json.dumps(content))
@@ -151,7 +151,7 @@ def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
 
 
 def test_truncation_saved_in_a_file_is_not_applied(tokenizer, tmp_path):
-    content = json.loads(tokenizer._serialized)
+    content = json.loads(tokenizer.serialized)
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))

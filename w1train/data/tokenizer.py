@@ -44,7 +44,8 @@ class Tokenizer:
 
     def __init__(self, serialized: bytes, origin: str) -> None:
         """``serialized`` is the content of a tokenizer.json, ``origin`` its name in error messages."""
-        self._serialized = serialized
+        self.serialized: bytes = serialized
+        """The file's content."""
         self._origin = origin
         self._backend = _parse(serialized, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
@@ -70,7 +71,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, complete or not at all; its fingerprint is this object's."""
-        write_bytes(path, self._serialized)
+        write_bytes(path, self.serialized)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS."""
