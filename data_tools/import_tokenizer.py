@@ -44,12 +44,9 @@ def _import(options: argparse.Namespace) -> None:
         raise TokenizerError(f"tokenizer {source} is no JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or not isinstance(content["model"].get("vocab"), dict):
         raise TokenizerError(f"tokenizer {source} has no vocabulary of tokens and ids")
-    renamed = {
-        options.eos: EOS_TOKEN,
-        **({options.mask: MASK_TOKEN} if options.mask else {}),
-        **({options.pad: PAD_TOKEN} if options.pad else {}),
-    }
-    if len(renamed) < 1 + bool(options.mask) + bool(options.pad):
+    wanted = [(options.eos, EOS_TOKEN), (options.mask, MASK_TOKEN), (options.pad, PAD_TOKEN)]
+    renamed = {text: name for text, name in wanted if text}
+    if len(renamed) < sum(bool(text) for text, _ in wanted):
         raise TokenizerError("--eos, --mask and --pad must be different tokens")
     converted = with_special_tokens(content, renamed, options.mask_token_id, str(source))
     tokenizer = Tokenizer(json.dumps(converted, ensure_ascii=False).encode(), origin=str(source))

@@ -38,7 +38,8 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
                     if row >= first_row:
                         yield row, share, _serialize(piece)
                     row += piece.num_rows
-    except (arrow.ArrowException, OSError, EOFError) as error:
+    # A damaged file may claim lengths that no memory has, and names that are no text.
+    except (arrow.ArrowException, OSError, EOFError, UnicodeDecodeError, MemoryError) as error:
         raise TableError(f"cannot be read after row {row}: {_first_line(error)}") from error
 
 
@@ -66,8 +67,7 @@ def _parquet_batches(file: Any, fields: Sequence[str]) -> Iterator[tuple[float, 
     num_rows = 0
     for batch in table.iter_batches(_ROWS_AT_ONCE, columns=list(fields), use_threads=False):
         num_rows += batch.num_rows
-        batch.validate(full=True)
-        yield num_rows / max(table.metadata.num_rows, 1), batch
+        yield num_rows / max(table.metadata.num_rows, 1), _checked(batch)
 
 
 def _arrow_batches(file: Any, fields: Sequence[str]) -> Iterator[tuple[float, pyarrow.RecordBatch]]:
@@ -83,9 +83,18 @@ def _arrow_batches(file: Any, fields: Sequence[str]) -> Iterator[tuple[float, py
     columns = [name for name in reader.schema.names if name in {_column(reader.schema, field) for field in fields}]
     batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if magic == b"ARROW1" else reader
     for batch in batches:
-        batch = batch.select(columns)
-        batch.validate(full=True)
-        yield file.tell() / num_bytes, batch
+        yield file.tell() / num_bytes, _checked(batch.select(columns))
+
+
+def _checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Without offsets that lead outside of it; strings as bytes, so that one that is not UTF-8 is one bad row, not a bad batch."""
+    import pyarrow
+
+    bytes_of = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    columns = [column.view(bytes_of[column.type]) if column.type in bytes_of else column for column in batch.columns]
+    batch = pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    batch.validate(full=True)
+    return batch
 
 
 def _check_columns(schema: pyarrow.Schema, fields: Sequence[str]) -> None:

@@ -155,7 +155,8 @@ class UnitReader:
         if isinstance(text, bytes):
             text = decode(text)
         if not isinstance(text, str):
-            raise CorpusError(f"no JSON object with a string {name!r}" if not isinstance(record, dict) else _no_string(name, text))
+            found = "" if text is None else f" (it is {type(text).__name__})"
+            raise CorpusError(f"no record with a string {name!r}{found}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # "\ud800" is JSON, but no character
@@ -197,14 +198,12 @@ def look_up(record: object, name: str) -> Any:
     return record
 
 
-def _no_string(name: str, value: object) -> str:
-    return f"no JSON object with a string {name!r}" + ("" if value is None else f" (it is {type(value).__name__})")
-
-
 def _as_text(value: object) -> str:
     """A field's value as a filter sees it: text as it is, nothing as nothing, all else as JSON writes it."""
     if value is None:
         return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -138,7 +138,8 @@ def _blocks(stream: BinaryIO, offset: int) -> Iterator[tuple[bytes, str]]:
     fault = ""
     try:
         stream.seek(offset)
-        while part := stream.read(_READ_BYTES):
+        # A block of exactly UNIT_BYTES is cut at its last line's end, so that where it ends depends on where it begins alone.
+        while part := stream.read(min(_READ_BYTES, UNIT_BYTES - size) if size < UNIT_BYTES else _READ_BYTES):
             parts.append(part)
             size += len(part)
             if size >= UNIT_BYTES and (cut := part.rfind(b"\n") + 1):
