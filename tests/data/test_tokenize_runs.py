@@ -88,7 +88,7 @@ def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path):
         deadline = time.monotonic() + 60
         while process.poll() is None and not any(tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.05 + 0.05 * num_kills))
+        time.sleep(generator.uniform(0, 0.1 + 0.15 * num_kills))
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
         num_resumed += "going on from an interrupted run" in errors

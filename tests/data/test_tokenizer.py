@@ -118,6 +118,23 @@ def test_every_digit_is_a_token(tokenizer):
     assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode("+ 1234")] == ["+", " ", "1", "2", "3", "4"]
 
 
+@pytest.mark.parametrize(
+    ("rules", "pieces"),
+    [
+        ({"digits": "triples"}, ["n", " =", " ", "123", "4", "\n\n   ", " x"]),
+        ({"digits": "runs"}, ["n", " =", " 1234", "\n\n   ", " x"]),
+        ({"whitespace": "lines"}, ["n", " =", " ", "1", "2", "3", "4", "\n\n", "   ", " x"]),
+    ],
+)
+def test_other_rules_cut_other_pieces(rules, pieces):
+    text = "n = 1234\n\n    x"
+    tokenizer = train_tokenizer([text] * 3, vocab_size=400, **rules)
+    encoded = [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text)]
+    assert encoded == pieces
+    for other in ("", "\r\n \t x", "a\u00a0\u2028b 12 345", "<mask>"):
+        assert tokenizer.decode(tokenizer.encode(other)) == other
+
+
 def test_file_round_trip(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
