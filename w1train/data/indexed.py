@@ -15,7 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -87,7 +87,7 @@ class Index:
     @property
     def pointers_start(self) -> int:
         """Byte of PREFIX.idx at which the pointers to sequences begin."""
-        return _HEADER.size + 4 * len(self.sequence_lengths)
+        return lengths_end(len(self.sequence_lengths))
 
     def pointers_of(self, documents: slice) -> NDArray[np.int64]:
         """First byte in PREFIX.bin of some documents, of which one past the last begins where the tokens end; int64 [documents].
@@ -107,15 +107,51 @@ class Index:
 
 def write_index(file: BinaryIO, dtype: np.dtype, sequence_lengths: NDArray[np.int32]) -> None:
     """Write the index of a dataset whose every sequence is a document."""
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    num_sequences = len(sequence_lengths)
-    ends = np.cumsum(sequence_lengths, dtype=np.int64) * dtype.itemsize
-    pointers = np.zeros(num_sequences, dtype="<i8")
-    pointers[1:] = ends[:-1]
-    file.write(_HEADER.pack(MAGIC, VERSION, code, num_sequences, num_sequences + 1))
+    begin_index(file)
     file.write(sequence_lengths.astype("<i4", copy=False).tobytes())
-    file.write(pointers.tobytes())
-    file.write(np.arange(num_sequences + 1, dtype="<i8").tobytes())
+    _finish_index(file, dtype, len(sequence_lengths), lambda start, stop: sequence_lengths[start:stop])
+
+
+def begin_index(file: BinaryIO) -> None:
+    """Leave room for the header, behind which int32 lengths of sequences may be written as they come."""
+    file.seek(0)
+    file.write(bytes(_HEADER.size))
+
+
+def lengths_end(num_sequences: int) -> int:
+    """Byte of the index at which the lengths of so many sequences end."""
+    return _HEADER.size + 4 * num_sequences
+
+
+def finish_index(file: BinaryIO, dtype: np.dtype, num_sequences: int) -> None:
+    """Complete an index that has its lengths: pointers, one document a sequence, and the header. Memory does not grow with it.
+
+    ``file`` is open for reading and writing, and holds nothing behind the lengths.
+    """
+
+    def read_lengths(start: int, stop: int) -> NDArray[np.int32]:
+        file.seek(lengths_end(start))
+        return np.frombuffer(file.read(4 * (stop - start)), dtype="<i4")
+
+    _finish_index(file, dtype, num_sequences, read_lengths)
+
+
+def _finish_index(file: BinaryIO, dtype: np.dtype, num_sequences: int, lengths: Callable[[int, int], NDArray[np.int32]]) -> None:
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    end = 0
+    for start in range(0, num_sequences, _CHECK_CHUNK):
+        stop = min(start + _CHECK_CHUNK, num_sequences)
+        ends = end + np.cumsum(lengths(start, stop), dtype=np.int64) * dtype.itemsize
+        pointers = np.concatenate([np.array([end], dtype="<i8"), ends[:-1].astype("<i8", copy=False)])
+        file.seek(lengths_end(num_sequences) + 8 * start)
+        file.write(pointers.tobytes())
+        end = int(ends[-1])
+    file.seek(lengths_end(num_sequences) + 8 * num_sequences)
+    for start in range(0, num_sequences + 1, _CHECK_CHUNK):
+        file.write(np.arange(start, min(start + _CHECK_CHUNK, num_sequences + 1), dtype="<i8").tobytes())
+    file.seek(0)
+    file.write(_HEADER.pack(MAGIC, VERSION, code, num_sequences, num_sequences + 1))
+    file.seek(0, os.SEEK_END)
 
 
 def read_index(path: Path) -> Index:
@@ -132,12 +168,12 @@ def read_index(path: Path) -> Index:
         raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
     content = mapped.view(np.ndarray)  # a memmap takes microseconds to give an item
-    lengths_end = _HEADER.size + 4 * num_sequences
-    pointers_end = lengths_end + 8 * num_sequences
+    pointers_start = lengths_end(num_sequences)
+    pointers_end = pointers_start + 8 * num_sequences
     index = Index(
         dtype=dtype,
-        sequence_lengths=content[_HEADER.size : lengths_end].view("<i4"),
-        sequence_pointers=content[lengths_end:pointers_end].view("<i8"),
+        sequence_lengths=content[_HEADER.size : pointers_start].view("<i4"),
+        sequence_pointers=content[pointers_start:pointers_end].view("<i8"),
         document_indices=content[pointers_end:].view("<i8"),
         mapped=mapped,
     )
