@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.command import run_command
-from w1train.data.dataset import DatasetError, TokenDataset
-from w1train.data.packing import permutation
+from w1train.data.best_fit import pack_best_fit
+from w1train.data.dataset import TokenDataset
 
 logger = logging.getLogger(__name__)
 
 POLICIES = ("cut", "best_fit")
-_COLUMNS = (
-    *("dataset", "policy", "length", "samples", "waste", "cut, though they fit"),
-    *("longer than a sample", "documents a sample", "left out"),
-)
+_COLUMNS = ("dataset", "policy", "length", "samples", "waste", "cut, though they fit", "longer than a sample", "documents a sample")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +41,6 @@ class PackReport:
     mean_documents: float
     """Documents, or parts of one, in a sample."""
     max_documents: int
-    num_left_out: int
-    """Tokens in no sample: the last, shorter one of an epoch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequence-length", type=int, nargs="+", default=[4096], metavar="L", help="tokens of a sample (default: 4096)")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="(default: all)")
     parser.add_argument("--align", type=int, default=1, help="best_fit: documents start at multiples of this (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the documents' order (default: %(default)s)")
     options = parser.parse_args(arguments)
     if min(options.sequence_length) < 1 or options.align < 1 or any(length % options.align for length in options.sequence_length):
         parser.error("--sequence-length must be at least 1, and a multiple of --align")
@@ -68,28 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     table = Table(title="Packing")
-    columns = (
-        "dataset",
-        "policy",
-        "length",
-        "samples",
-        "waste",
-        "cut, though they fit",
-        "longer than a sample",
-        "documents a sample",
-        "left out",
-    )
-    for number, name in enumerate(columns):
+    for number, name in enumerate(_COLUMNS):
         table.add_column(name, justify="right" if number > 1 else "left")
     for prefix in options.prefixes:
         lengths = np.diff(TokenDataset.open(prefix).document_offsets)
         lengths = lengths[lengths > 0]
         for sequence_length in options.sequence_length:
             for policy in options.policy:
-                if policy == "cut":
-                    report = report_cut(lengths, sequence_length, options.seed)
-                else:
-                    report = report_best_fit(lengths, sequence_length, options.align, _best_fit())
+                cut = policy == "cut"
+                report = report_cut(lengths, sequence_length) if cut else report_best_fit(lengths, sequence_length, options.align)
                 table.add_row(prefix, policy, str(sequence_length), *_cells(report, len(lengths)))
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
 
@@ -101,41 +81,32 @@ def _cells(report: PackReport, num_documents: int) -> list[str]:
         f"{report.num_cut:,} ({report.num_cut / num_documents:.1%})",
         f"{report.num_long:,} ({report.num_long / num_documents:.1%})",
         f"{report.mean_documents:.2f}, at most {report.max_documents}",
-        f"{report.num_left_out:,} tokens",
     ]
 
 
-def report_cut(lengths: NDArray[np.int64], sequence_length: int, seed: int) -> PackReport:
-    """Concatenate the documents in a random order and cut (w1train/data/packing.py, without its last, shorter sample).
-
-    Raises:
-        DatasetError: if there are fewer tokens than one sample has.
-    """
+def report_cut(lengths: NDArray[np.int64], sequence_length: int) -> PackReport:
+    """Concatenated and cut (w1train/data/packing.py): an epoch that begins at the first document; other epochs cut other documents."""
     num_tokens = int(lengths.sum())
-    num_samples = num_tokens // sequence_length
-    if num_samples == 0:
-        raise DatasetError(f"the dataset has {num_tokens} tokens, fewer than one sample of {sequence_length}")
-    shuffled = lengths[permutation(len(lengths), seed, 0, 0)]
-    ends = np.cumsum(shuffled)
-    first, last = (ends - shuffled) // sequence_length, (ends - 1) // sequence_length
+    num_samples = -(-num_tokens // sequence_length)
+    ends = np.cumsum(lengths)
+    first, last = (ends - lengths) // sequence_length, (ends - 1) // sequence_length
     # A sample holds what began in it and, if its first token is in the midst of a document, that one too.
-    per_sample = np.bincount(first, minlength=num_samples + 1)[:num_samples]
+    per_sample = np.bincount(first, minlength=num_samples)
     per_sample[1:] += ~np.isin(np.arange(1, num_samples) * sequence_length, ends, assume_unique=True)
-    fits = shuffled <= sequence_length
+    fits = lengths <= sequence_length
     return PackReport(
         num_samples=num_samples,
-        waste=0.0,
+        waste=1 - num_tokens / (num_samples * sequence_length),
         num_cut=int(((first != last) & fits).sum()),
         num_long=int((~fits).sum()),
         mean_documents=float(per_sample.mean()),
         max_documents=int(per_sample.max()),
-        num_left_out=num_tokens - num_samples * sequence_length,
     )
 
 
-def report_best_fit(lengths: NDArray[np.int64], sequence_length: int, align: int, pack: Callable[..., Any]) -> PackReport:
-    """``pack`` is w1train.data.best_fit.pack_best_fit, or something that returns as much: sample_of_piece [p], num_samples."""
-    packed = pack(lengths, sequence_length, align)
+def report_best_fit(lengths: NDArray[np.int64], sequence_length: int, align: int = 1) -> PackReport:
+    """As few samples as fit (w1train/data/best_fit.py): only documents longer than a sample are cut."""
+    packed = pack_best_fit(lengths, sequence_length, align)
     per_sample = np.bincount(packed.sample_of_piece, minlength=packed.num_samples)
     return PackReport(
         num_samples=packed.num_samples,
@@ -144,14 +115,7 @@ def report_best_fit(lengths: NDArray[np.int64], sequence_length: int, align: int
         num_long=int((lengths > sequence_length).sum()),
         mean_documents=float(per_sample.mean()),
         max_documents=int(per_sample.max()),
-        num_left_out=0,
     )
-
-
-def _best_fit() -> Callable[..., Any]:
-    from w1train.data.best_fit import pack_best_fit
-
-    return pack_best_fit
 
 
 if __name__ == "__main__":

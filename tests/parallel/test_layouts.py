@@ -26,12 +26,14 @@ OBJECTIVES = {
 
 
 def layout_config(streams: str, data_parallel: int = 1, **parallel):
-    """Four layers, so that two stages of two chunks have one each; eight samples, in four micro-batches at least on each rank."""
+    """Four layers, so that two stages of two chunks have one each; eight samples in four micro-batches on each rank, of the
+    objectives four in four (two on each of two ranks)."""
+    is_objective = streams in OBJECTIVES
     return tiny_config(
         model={"num_layers": 4, "qk_norm": True},
         parallel={"context_chunk_size": 4, **parallel},
         diffusion={**STREAMS, **OBJECTIVES}[streams],
-        training={"global_batch_size": 8, "micro_batch_size": 1 if streams in OBJECTIVES else 2 // data_parallel},
+        training={"global_batch_size": 4 if is_objective else 8, "micro_batch_size": 1 if is_objective else 2 // data_parallel},
     )
 
 
