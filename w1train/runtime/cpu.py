@@ -74,18 +74,29 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def import_megatron() -> Any:
-    """megatron.core, without the dozen warnings its import prints where transformer-engine, apex and CUDA are absent
-    ."""
+    """megatron.core, without the dozen warnings its import prints where transformer-engine, apex and CUDA are absent."""
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.nullcontext() if torch.cuda.is_available() else _nothing_compiled():
         warnings.simplefilter("ignore")
         import megatron.core
         import megatron.core.models.common.language_module.language_module
         import megatron.core.optimizer
     noisy.setLevel(level)
     return megatron.core
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """torch.compile leaves functions as they are. megatron-core's import calls it on fusions that only CUDA gets to run, and the call
+    loads torch's compiler: a third of the seconds that every process on a CPU takes to start."""
+    compiled = torch.compile
+    torch.compile = lambda function=None, **_options: function if function is not None else lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compiled
 
 
 def _is_cuda(device: Any) -> bool:
