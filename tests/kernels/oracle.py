@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,9 +77,13 @@ def check_norm(name: str, shape: tuple[int, int], size: int, dtype: torch.dtype,
     )
 
 
-def check_plain_norm(shape: tuple[int, ...], size: int, dtype: torch.dtype, implementation: Any, tolerance: float) -> None:
+def check_plain_norm(
+    shape: tuple[int, ...], size: int, dtype: torch.dtype, implementation: Any, tolerance: float, *, with_segments: bool = False
+) -> None:
+    """with_segments: as a model without conditioning has it in block diffusion, where tokens have segments that nothing modulates."""
+    segments = Segments(torch.arange(math.prod(shape)).reshape(shape) % 4) if with_segments else None
     compare(
-        lambda x, weight: rms_norm(x, weight, EPS, implementation=implementation),
+        lambda x, weight: rms_norm(x, weight, EPS, segments=segments, implementation=implementation),
         lambda x, weight: norm_by_autograd(x, weight, None, None, torch.zeros(1)),
         [tokens((*shape, size), dtype), tokens((size,), dtype)],
         tolerance,

@@ -30,8 +30,9 @@ def test_modulation(check, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_plain_norm(dtype):
-    oracle.check_plain_norm(SHAPE, 2048, dtype, "triton", TOLERANCE[dtype])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_plain_norm(with_segments, dtype):
+    oracle.check_plain_norm(SHAPE, 2048, dtype, "triton", TOLERANCE[dtype], with_segments=with_segments)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

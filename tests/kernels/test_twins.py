@@ -23,8 +23,9 @@ def test_modulation(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_plain_norm(dtype):
-    oracle.check_plain_norm((7, 3), 40, dtype, "torch", TOLERANCE[dtype])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_plain_norm(with_segments, dtype):
+    oracle.check_plain_norm((7, 3), 40, dtype, "torch", TOLERANCE[dtype], with_segments=with_segments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,8 +36,9 @@ def test_modulated_norm_of_several_pieces():
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("shape", [SHAPE, (PIECE_SIZE + 1,)], ids=str)
-def test_plain_norm(shape, dtype):
-    oracle.check_plain_norm(shape, 40, dtype, "triton", TOLERANCE[dtype])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_plain_norm(shape, with_segments, dtype):
+    oracle.check_plain_norm(shape, 40, dtype, "triton", TOLERANCE[dtype], with_segments=with_segments)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

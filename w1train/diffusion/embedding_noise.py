@@ -32,15 +32,19 @@ class EmbeddingNoise:
     places: Tensor
     """int64 [m]: position in the sample."""
 
-    def add_to(self, embedded: Tensor, first_column: int = 0) -> Tensor:
-        """The embeddings [s, b, h] of positions ``first_column`` and on, with the noise."""
+    def add_to(self, embedded: Tensor, first_column: int | None = None) -> Tensor:
+        """The embeddings [s, b, h] of positions ``first_column`` and on, with the noise; None = of all positions. Then none has to be
+        picked out, for whose number the host would wait until the GPU is done with all that is queued."""
+        if first_column is None:
+            noise = self._draw(self.sample_indices, self.places, embedded.shape[2]).to(embedded.dtype)
+            return embedded.index_put((self.columns, self.rows), noise, accumulate=True)
         here = (self.columns >= first_column) & (self.columns < first_column + len(embedded))
-        noise = self._draw(here, embedded.shape[2]).to(embedded.dtype)
+        noise = self._draw(self.sample_indices[here], self.places[here], embedded.shape[2]).to(embedded.dtype)
         return embedded.index_put((self.columns[here] - first_column, self.rows[here]), noise, accumulate=True)
 
-    def _draw(self, chosen: Tensor, size: int) -> Tensor:
+    def _draw(self, sample_indices: Tensor, places: Tensor, size: int) -> Tensor:
         """float64 [m, h], normal by inversion, as initial weights are."""
-        indices = self.sample_indices[chosen] * _PLACES + self.places[chosen]
+        indices = sample_indices * _PLACES + places
         if not len(indices):
             return torch.zeros((0, size), dtype=torch.float64, device=indices.device)
         words = random_words(self.seed, indices, draw=0, purpose=Purpose.EMBEDDING, num=size)

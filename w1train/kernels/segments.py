@@ -56,10 +56,14 @@ class Segments:
         return sums.index_add_(0, self.index.flatten(), values.reshape(-1, values.shape[-1]).to(dtype))
 
     def pieces(self, num_rows: int, num_segments: int, device: torch.device) -> Pieces:
-        """Cut once for each number of rows and segments, without waiting for the GPU."""
+        """Cut once for each number of rows and segments, without waiting for the GPU.
+
+        ``num_segments`` 1 = all rows together (a norm without modulation), whatever segments they are of: rows of the others would be in
+        no piece, and their gradients never written.
+        """
         key = (num_rows, num_segments)
         if key not in self._pieces:
-            if self.index is None:
+            if self.index is None or num_segments == 1:
                 index = torch.arange(num_rows, device=device) % num_segments
             else:
                 index = self.index.flatten()

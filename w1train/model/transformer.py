@@ -172,8 +172,8 @@ class DiffusionTransformer(LanguageModule):
             embedded.requires_grad_()
         if inputs.embedding_noise is None:
             return embedded
-        rank = get_pg_rank(self.tp_group) if self.config.sequence_parallel else 0
-        return inputs.embedding_noise.add_to(embedded, first_column=rank * len(embedded))
+        first_column = get_pg_rank(self.tp_group) * len(embedded) if self.config.sequence_parallel else None
+        return inputs.embedding_noise.add_to(embedded, first_column)
 
     def _local_segment_index(self, inputs: ModelInputs) -> Tensor | None:
         """[b, l] -> this rank's [s, b]."""

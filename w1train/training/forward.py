@@ -18,6 +18,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.loss import LossSums, denominator, diffusion_loss
+from w1train.runtime.streams import hand_over, side_stream
 from w1train.training.inputs import RankInputs, rank_inputs
 from w1train.training.objective import num_streams
 
@@ -49,6 +50,9 @@ def run_micro_batches(
     """
     # Each chunk of a virtual pipeline reads every micro-batch.
     iterators = list(tee(batches, len(chunks)))
+    if torch.cuda.is_available():
+        # Once a step: batches that lie on the GPU already (validation's) were put there by the model's stream.
+        _input_stream().wait_stream(torch.cuda.current_stream())
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, config),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -62,8 +66,27 @@ def run_micro_batches(
 
 
 def _forward_step(config: Config, batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-    inputs = rank_inputs(next(batches), config)
-    return model(inputs.model, inputs.targets), partial(_loss, config, inputs)
+    inputs, targets = _next_inputs(config, batches)
+    return model(inputs.model, targets), partial(_loss, config, inputs)
+
+
+def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInputs, Tensor]:
+    """The next micro-batch's inputs and targets. Corruption, visibility and the attention's plan ask the GPU for sizes (of segments, of
+    masked tokens, of tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would
+    then wait for the host; on a stream of their own they wait for themselves alone."""
+    if not torch.cuda.is_available():
+        inputs = rank_inputs(next(batches), config)
+        return inputs, inputs.targets
+    stream = _input_stream()
+    with torch.cuda.stream(stream):
+        inputs = rank_inputs(next(batches), config)
+        targets = inputs.targets
+    hand_over((inputs, targets), stream)
+    return inputs, targets
+
+
+def _input_stream() -> torch.cuda.Stream:
+    return side_stream("inputs", torch.device("cuda", torch.cuda.current_device()))
 
 
 def _loss(config: Config, inputs: RankInputs, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

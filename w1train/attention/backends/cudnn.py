@@ -5,10 +5,7 @@ Shapes: b = samples, q = query rows, k = key columns, e = num_endpoints, n = que
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.visibility import Visibility
 from w1train.config.attention_limits import AttentionCase
+from w1train.runtime.streams import keep_for, side_stream, tensors_in
 
 _CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
@@ -56,11 +54,14 @@ class CudnnBackend(AttentionBackend):
         """Made on a stream of its own, for it ends in a copy to the host that would otherwise wait for all work before it. It waits for
         what the caller's stream holds now, which had to make the endpoints."""
         assert visibility.scattered is None
-        with _beside_the_caller(visibility.endpoints.device):
+        device = visibility.endpoints.device
+        stream = side_stream("attention plan", device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             mask_plan = create_plan(visibility, self._case, backward=torch.is_grad_enabled())
             ready = torch.cuda.Event()
             ready.record()
-        return CudnnPlan(mask_plan, ready, tuple(_tensors(mask_plan)))
+        return CudnnPlan(mask_plan, ready, tuple(tensors_in(mask_plan)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: CudnnPlan, scale: float | None = None) -> Tensor:
         """As the interface says."""
@@ -69,9 +70,7 @@ class CudnnBackend(AttentionBackend):
         if plan.ready is not None:
             stream = torch.cuda.current_stream(query.device)
             stream.wait_event(plan.ready)
-            # Otherwise the plan's memory goes to the next plan while this stream may still read it.
-            for tensor in plan.tensors:
-                tensor.record_stream(stream)
+            keep_for(stream, plan.tensors)
             plan.ready = None
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output = flex_attn_func(query, key, value, mask_plan=plan.mask_plan, softmax_scale=scale, deterministic=self._case.deterministic)
@@ -95,33 +94,3 @@ def missing_packages() -> str | None:
     if all(find_spec(module) for module in ("cudnn", "cudnn.flex_attention", "cutlass")):
         return None
     return "it needs nvidia-cudnn-frontend >= 1.29 and nvidia-cutlass-dsl (pip install -e '.[cudnn]')"
-
-
-@contextmanager
-def _beside_the_caller(device: torch.device) -> Iterator[None]:
-    stream = _plan_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-
-
-@cache
-def _plan_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor in a plan, whatever it is nested in: its fields are the library's own."""
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item, seen)
-    elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
-        names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
-        for name in names:
-            yield from _tensors(getattr(value, name, None), seen)
