@@ -5,8 +5,8 @@ strings). Its layers, schedules, optimizer and checkpoints run unchanged over gl
 redirected, so the code that is tested on a laptop is the code that runs on a cluster. Everything redirected is in this
 file, and nothing is touched where CUDA is available.
 
-``redirect_cuda_to_cpu`` must run before megatron-core is used; it imports megatron-core first, because
-torch.compile, which that import sets up, takes stock of torch's functions and refuses replaced ones.
+``redirect_cuda_to_cpu`` must run before megatron-core is used; it imports megatron-core first, whose modules then take what they
+import by name from torch as it is.
 """
 
 from __future__ import annotations
