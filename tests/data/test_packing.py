@@ -134,6 +134,16 @@ def test_eos_can_be_left_out(make_dataset, tokenizer, tmp_path, packing):
         PackedDataset(numbered_dataset(tmp_path / "foreign", [3]), 2, 0, eos="drop")
 
 
+@pytest.mark.parametrize("sequence_length", [1, 3, 7, 21])
+def test_a_sample_of_an_eos_alone_is_padding(make_dataset, tmp_path, sequence_length):
+    """The last sample of an epoch is what is left over: with 22 tokens and samples of 3, 7 or 21, one EOS."""
+    packed = PackedDataset(make_dataset(tmp_path / "x", [[20] * 5, [21] * 4, [22] * 10]), sequence_length, 1, eos="drop")
+    for epoch in range(3):
+        samples = epoch_samples(packed, epoch)
+        assert any((document_ids == -1).all() for _, document_ids, _ in samples)
+        assert sorted(np.concatenate([real(sample)[0] for sample in samples]).tolist()) == [20] * 5 + [21] * 4 + [22] * 10
+
+
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=30))
 def test_a_sample_depends_on_its_index_alone(indices):
