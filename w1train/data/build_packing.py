@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="data.packing_seed (default: 0)")
     parser.add_argument("--directory", default=None, help="data.cache_directory, if the run has one (default: beside the dataset)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be in [0, 2^63), not {options.seed}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     packing = PackingOptions(sequence_length=options.sequence_length, align=options.align, eos=options.eos, seed=options.seed)
     try:
