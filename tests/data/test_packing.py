@@ -159,14 +159,14 @@ def test_a_damaged_packing_is_named_or_gives_whole_samples(packed_file, data):
     damaged = bytearray(content)
     damaged[data.draw(st.integers(4096 - 24, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(damaged)
+    message, samples = "", []
     try:
-        for tokens, document_ids, _ in epoch_samples(BestFitDataset(dataset, PackingOptions(sequence_length=8), 1)):
-            assert (document_ids >= 0).any()
-            assert len(tokens) == 8
+        samples = epoch_samples(BestFitDataset(dataset, PackingOptions(sequence_length=8), 1))
     except DatasetError as error:
-        assert str(path) in str(error)
+        message = str(error)
     finally:
         path.write_bytes(content)
+    assert str(path) in message or (samples and all((document_ids >= 0).any() for _, document_ids, _ in samples))
 
 
 @settings(max_examples=20)

@@ -161,10 +161,11 @@ class BestFitDataset(SampleSource):
             raise self._index.damage(f"document {last} of {self.dataset.num_documents} in sample {slot}")
         bounds = self.dataset.document_offsets.bounds(documents.tolist())
         lengths = np.minimum(bounds[:, 1] - bounds[:, 0] - self._drop_eos - offsets, self.sequence_length)
-        sizes = -(-lengths // align) * align
-        if lengths.min() < 1 or sizes.sum() > self.sequence_length:
+        sizes = lengths if align == 1 else -(-lengths // align) * align
+        ends = np.cumsum(sizes)
+        if lengths.min() < 1 or ends[-1] > self.sequence_length:
             raise self._index.damage(f"sample {slot} has pieces of {lengths.tolist()} tokens")
-        return Pieces(bounds[:, 0] + offsets, lengths, offsets, np.cumsum(sizes) - sizes)
+        return Pieces(bounds[:, 0] + offsets, lengths, offsets, ends - sizes)
 
 
 def _build(dataset: TokenDataset, options: PackingOptions, path: Path, header: dict[str, object]) -> None:
