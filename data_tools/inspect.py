@@ -21,7 +21,7 @@ from data_tools.command import run_command
 from data_tools.histogram import Histogram
 from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
-from w1train.data.indexed import bin_path
+from w1train.data.shards import open_dataset
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import write_text
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    dataset = TokenDataset.open(options.prefix, tokenizer)
+    dataset = open_dataset(options.prefix, tokenizer)
     lengths = np.diff(dataset.document_offsets)
     counts = count(dataset, lengths)
     histogram = Histogram.of(lengths)
@@ -140,7 +140,7 @@ def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
     ends_matter = dataset.manifest is not None
     name = f"every token is in the vocabulary of {vocab_size}, none a mask" + (", every document ended by EOS" if ends_matter else "")
     ends = dataset.document_offsets[1:][np.diff(dataset.document_offsets) > 0] - 1
-    with ByteProgress("reading", bin_path(dataset.prefix).stat().st_size) as progress:
+    with ByteProgress("reading", dataset.num_tokens * dataset.document_tokens(0, 0, 0).itemsize) as progress:
         for start, tokens in _chunks(dataset):
             if problem := _token_problem(tokens, start, vocab_size, facts.mask_token_id):
                 return Check(name, problem)
@@ -162,12 +162,8 @@ def _token_problem(tokens: NDArray[np.integer], start: int, vocab_size: int, mas
 
 def _chunks(dataset: TokenDataset) -> Iterator[tuple[int, NDArray[np.integer]]]:
     """(place, tokens) of the whole token file, read piece by piece: a memory map would count as memory."""
-    dtype = dataset.document_tokens(0, 0, 0).dtype
-    with open(bin_path(dataset.prefix), "rb") as file:
-        start = 0
-        while len(tokens := np.fromfile(file, dtype=dtype, count=_TOKENS_AT_ONCE)):
-            yield start, tokens
-            start += len(tokens)
+    for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
+        yield start, dataset.read(start, min(start + _TOKENS_AT_ONCE, dataset.num_tokens))
 
 
 def _page(

@@ -28,6 +28,7 @@ from data_tools.text import Counts
 from data_tools.units import Position
 from w1train.data.indexed import DatasetError, bin_path, idx_path
 from w1train.data.manifest import DatasetManifest, manifest_path
+from w1train.data.shards import shard_notes
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
@@ -283,10 +284,13 @@ class Outputs:
 
     def publish(self, corpus: dict[str, Any]) -> list[tuple[str, DatasetManifest]]:
         """Give the sealed datasets their names, with a word about the corpus in the manifests; (prefix, manifest) of each."""
-        published = [(name, replace(manifest, corpus=corpus)) for name, manifest in self._sealed(self.record)]
+        in_shards = self._options.shard_tokens is not None
+        notes = [note for output in self.record.outputs for note in (shard_notes(output.sealed) if in_shards else [{}])]
+        sealed = zip(self._sealed(self.record), notes, strict=True)
+        published = [(name, replace(manifest, corpus=corpus, shard=note)) for (name, manifest), note in sealed]
         for name, manifest in published:
             publish(name, manifest)
-        if self._options.shard_tokens is not None:
+        if in_shards:
             for prefix, output in zip(self._prefixes, self.record.outputs, strict=True):
                 _remove_old_shards(prefix, len(output.sealed))
         self._record_path.unlink()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from data_tools.command import run_command
 from w1train.data.best_fit import pack_best_fit
-from w1train.data.dataset import TokenDataset
+from w1train.data.shards import open_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _report(options: argparse.Namespace) -> None:
     for number, name in enumerate(_COLUMNS):
         table.add_column(name, justify="right" if number > 1 else "left")
     for prefix in options.prefixes:
-        lengths = np.diff(TokenDataset.open(prefix).document_offsets)
+        lengths = np.diff(open_dataset(prefix).document_offsets)
         lengths = lengths[lengths > 0]
         for sequence_length in options.sequence_length:
             for policy in options.policy:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from data_tools.command import run_command
-from w1train.data.dataset import TokenDataset
+from w1train.data.shards import open_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _verify(prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
-        TokenDataset.open(prefix).verify_hashes()
+        open_dataset(prefix).verify_hashes()
         logger.info("%s is as it was written", prefix)
 
 

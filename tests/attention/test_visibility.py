@@ -10,13 +10,17 @@ from w1train.data.documents import document_bounds
 
 @st.composite
 def packs(draw):
-    """document ids [b, l]: contiguous runs, a padded suffix."""
+    """document ids [b, l]: contiguous runs, padding at the end and, as data.align leaves it, at the ends of some documents or all over
+    them."""
     length = draw(st.integers(1, 40))
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         cuts = sorted(draw(st.sets(st.integers(1, length), max_size=5)))
         padding = draw(st.integers(0, length))
         row = [sum(position >= cut for cut in cuts) if position < length - padding else -1 for position in range(length)]
+        for cut in cuts:
+            gap = draw(st.integers(0, 3))
+            row[max(cut - gap, 0) : cut] = [-1] * min(gap, cut)
         rows.append(row)
     return torch.tensor(rows, dtype=torch.int32)
 

@@ -134,6 +134,41 @@ def test_eos_can_be_left_out(make_dataset, tokenizer, tmp_path, packing):
         PackedDataset(numbered_dataset(tmp_path / "foreign", [3]), 2, 0, eos="drop")
 
 
+@pytest.mark.parametrize("sequence_length", [1, 3, 7, 21])
+def test_a_sample_of_an_eos_alone_is_padding(make_dataset, tmp_path, sequence_length):
+    """The last sample of an epoch is what is left over: with 22 tokens and samples of 3, 7 or 21, one EOS."""
+    packed = PackedDataset(make_dataset(tmp_path / "x", [[20] * 5, [21] * 4, [22] * 10]), sequence_length, 1, eos="drop")
+    for epoch in range(3):
+        samples = epoch_samples(packed, epoch)
+        assert any((document_ids == -1).all() for _, document_ids, _ in samples)
+        assert sorted(np.concatenate([real(sample)[0] for sample in samples]).tolist()) == [20] * 5 + [21] * 4 + [22] * 10
+
+
+@pytest.fixture(scope="module")
+def packed_file(tmp_path_factory):
+    """A dataset, and the packing's file that is damaged and mended."""
+    dataset = numbered_dataset(tmp_path_factory.mktemp("damage"), [5, 4, 9, 20, 1, 7])
+    return dataset, ensure_packing(dataset, PackingOptions(sequence_length=8))
+
+
+@given(st.data())
+def test_a_damaged_packing_is_named_or_gives_whole_samples(packed_file, data):
+    """Bits of what follows the header's text; not every one of them can be noticed without reading the whole file."""
+    dataset, path = packed_file
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[data.draw(st.integers(4096 - 24, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(damaged)
+    message, samples = "", []
+    try:
+        samples = epoch_samples(BestFitDataset(dataset, PackingOptions(sequence_length=8), 1))
+    except DatasetError as error:
+        message = str(error)
+    finally:
+        path.write_bytes(content)
+    assert str(path) in message or (samples and all((document_ids >= 0).any() for _, document_ids, _ in samples))
+
+
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=30))
 def test_a_sample_depends_on_its_index_alone(indices):

@@ -11,6 +11,7 @@ import pytest
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun
 from tests.end_to_end.test_resume import require_equal
+from w1train.data import packing_index
 
 SETTINGS = [
     "data.train=null",
@@ -67,6 +68,25 @@ def test_a_killed_run_on_a_blend_goes_on_bit_for_bit(blend_data, tmp_path):
     limit = records[-1]["corpus_epochs/small"]
     assert 0.04 < limit <= 0.05
     assert records[-1]["corpus_tokens/big"] > 2.2 * records[-1]["corpus_tokens/small"], "dropped, and its place taken"
+
+
+def on_a_machine_of_its_own(rank: int) -> None:
+    """data.cache_directory is another directory on each rank."""
+    with_workers(rank)
+    path_of = packing_index.packing_path
+
+    def local_path(dataset, options, directory=None):
+        return path_of(dataset, options, f"{directory}/{rank}")
+
+    packing_index.packing_path = local_path
+
+
+def test_each_machine_has_packings_of_its_own(blend_data, tmp_path):
+    run = TinyRun(blend_data, tmp_path / "runs")
+    settings = blend("data.cache_directory=cache", "schedule.stages.stable.tokens=256")
+    run.train(*settings, world_size=2, sabotage=on_a_machine_of_its_own).require(0)
+    for rank in range(2):
+        assert len(list((blend_data / "cache" / str(rank)).glob("*.pack"))) == 2
 
 
 def test_what_is_refused_before_the_start(blend_data, tmp_path):

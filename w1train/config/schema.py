@@ -93,8 +93,8 @@ class DataConfig:
     """Where the tokens come from."""
 
     train: str | None = None
-    """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them; null with data.blend.
-    A prefix such as s3://bucket/train is copied to data.cache_directory first."""
+    """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them, or all of its shards
+    PREFIX_00000.bin and so on; null with data.blend. A prefix such as s3://bucket/train is copied to data.cache_directory first."""
     blend: dict[str, CorpusConfig] = field(default_factory=dict)
     """Several corpora instead of data.train, by name."""
     at_max_epochs: Literal["error", "drop"] = "error"
@@ -123,13 +123,13 @@ class DataConfig:
     loader: Literal["torch", "dali"] = "torch"
     """What reads ahead of the step: this project's workers, or an NVIDIA DALI pipeline (the dali extra)."""
     workers: Literal["thread", "process"] = "thread"
-    """What the workers are: processes do not share the interpreter with the training loop; threads start at once."""
+    """What the workers of loader=torch are: processes do not share the interpreter with the training loop; threads start at once."""
     num_workers: int = 1
     """Workers that prepare batches ahead of the step; 0 = in the training thread, where a read that hangs is not noticed."""
     prefetch: int = 4
     """Micro-batches kept ready by the workers."""
     read_timeout: float = 300.0
-    """Seconds after which a worker that gives no micro-batch stops the run with an error."""
+    """Seconds after which a worker that gives no micro-batch stops the run with an error; loader=dali waits for ever."""
     cache_directory: str | None = None
     """Local directory for datasets of object storage and for packings (null: these are beside their dataset); one for the ranks of a
     node, not one for each."""

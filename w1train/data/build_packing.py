@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from w1train.config.errors import UserError
-from w1train.data.dataset import TokenDataset
 from w1train.data.packing_index import PackingOptions, ensure_packing
+from w1train.data.shards import open_dataset
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,10 +25,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="data.packing_seed (default: 0)")
     parser.add_argument("--directory", default=None, help="data.cache_directory, if the run has one (default: beside the dataset)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be in [0, 2^63), not {options.seed}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     packing = PackingOptions(sequence_length=options.sequence_length, align=options.align, eos=options.eos, seed=options.seed)
     try:
-        print(ensure_packing(TokenDataset.open(options.prefix), packing, options.directory))
+        print(ensure_packing(open_dataset(options.prefix), packing, options.directory))
     except (UserError, ValueError) as error:
         print(f"w1train.data.build_packing: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -58,6 +58,8 @@ class DocumentOffsets:
     def __getitem__(self, document: int | slice) -> int | NDArray[np.int64]:
         if isinstance(document, slice):
             start, stop, step = document.indices(len(self))
+            if stop <= start:
+                return np.zeros(0, dtype=np.int64)
             return self._between(start, stop)[::step] // self._index.dtype.itemsize
         return int(self._between(document, document + 1)[0]) // self._index.dtype.itemsize
 
@@ -177,6 +179,11 @@ class TokenDataset:
             _check_counts(prefix, manifest, index, offsets)
             _check_fits(prefix, manifest, tokenizer, vocab_size)
         return cls(prefix, index, offsets, manifest, vocab_size)
+
+    @property
+    def parts(self) -> Sequence[TokenDataset]:
+        """Itself; of a dataset in shards, these."""
+        return [self]
 
     def __reduce__(self) -> tuple[Callable[..., TokenDataset], tuple[object, ...]]:
         """Another process opens the files again: open files cannot be sent, and mapped ones would be sent whole."""

@@ -58,6 +58,8 @@ class DatasetManifest:
     """Of the software that the tokens depend on, by name; absent from datasets made by version 0.1.0."""
     corpus: dict[str, Any] = field(default_factory=dict)
     """What data_tools.tokenize read: the options, files, bytes and a hash of their list, and what was left out, by reason."""
+    shard: dict[str, Any] = field(default_factory=dict)
+    """Of a dataset in shards: the number of this one, how many there are, and a hash of the hashes of their token files; else empty."""
 
     def write(self, path: Path) -> None:
         """Write the file, complete or not at all."""

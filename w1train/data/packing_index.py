@@ -53,12 +53,14 @@ class PackingIndex:
         """
         self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the packing is)
         self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_HEADER_BYTES - 24, 24), dtype="<i8").tolist()
+        if item_bytes not in (4, 8):
+            raise self.damage(f"a document's number has {item_bytes} bytes")
         self._document_type = np.dtype(f"<u{item_bytes}")
         self._documents_start = _HEADER_BYTES + 8 * (self.num_samples + 1)
         self._ordinals_start = self._documents_start + item_bytes * self._num_pieces
         found, expected = file_size(path), self._ordinals_start + 4 * self._num_pieces
         if found != expected:
-            raise DatasetError(f"{path} is damaged: {found} bytes, expected {expected}; remove it, and it is built again")
+            raise self.damage(f"{found} bytes, expected {expected}")
 
     def __reduce__(self) -> tuple[type[PackingIndex], tuple[Path]]:
         """Another process opens the file again."""
@@ -67,9 +69,15 @@ class PackingIndex:
     def pieces(self, sample: int) -> tuple[NDArray[np.integer], NDArray[np.uint32]]:
         """Documents and ordinals of a sample's pieces."""
         first, end = np.frombuffer(self._read(_HEADER_BYTES + 8 * sample, 16), dtype="<i8").tolist()
+        if not 0 <= first < end <= self._num_pieces:
+            raise self.damage(f"sample {sample} has pieces {first} to {end} of {self._num_pieces}")
         item_bytes, num = self._document_type.itemsize, end - first
         documents = np.frombuffer(self._read(self._documents_start + item_bytes * first, item_bytes * num), dtype=self._document_type)
         return documents, np.frombuffer(self._read(self._ordinals_start + 4 * first, 4 * num), dtype="<u4")
+
+    def damage(self, fault: str) -> DatasetError:
+        """The error of a file that is not what was written."""
+        return DatasetError(f"{self._path} is damaged: {fault}; remove it, and it is built again")
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
         return read_exactly(self._file.fileno(), num_bytes, offset, str(self._path))
@@ -149,10 +157,15 @@ class BestFitDataset(SampleSource):
         align = self._options.align
         documents, ordinals = self._index.pieces(slot)
         offsets = ordinals.astype(np.int64) * self.sequence_length
+        if (last := int(documents.max())) >= self.dataset.num_documents:
+            raise self._index.damage(f"document {last} of {self.dataset.num_documents} in sample {slot}")
         bounds = self.dataset.document_offsets.bounds(documents.tolist())
         lengths = np.minimum(bounds[:, 1] - bounds[:, 0] - self._drop_eos - offsets, self.sequence_length)
-        sizes = -(-lengths // align) * align
-        return Pieces(bounds[:, 0] + offsets, lengths, offsets, np.cumsum(sizes) - sizes)
+        sizes = lengths if align == 1 else -(-lengths // align) * align
+        ends = np.cumsum(sizes)
+        if lengths.min() < 1 or ends[-1] > self.sequence_length:
+            raise self._index.damage(f"sample {slot} has pieces of {lengths.tolist()} tokens")
+        return Pieces(bounds[:, 0] + offsets, lengths, offsets, ends - sizes)
 
 
 def _build(dataset: TokenDataset, options: PackingOptions, path: Path, header: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from w1train.data.indexed import DatasetError, bin_path, idx_path
 from w1train.data.manifest import manifest_path
+from w1train.data.shards import SHARD_PATTERN, shard_names
 from w1train.runtime.files import exclusive, replace_file
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,36 @@ def localize(prefix: str, cache_directory: str | None) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     local = directory / prefix.rsplit("/", 1)[1]
     file_system, path = _file_system(prefix)
+    datasets = _datasets(file_system, path)
+    for dataset in datasets:
+        _localize(file_system, dataset, directory / dataset.rsplit("/", 1)[1])
+    _forget_others(local, {dataset.rsplit("/", 1)[1] for dataset in datasets})
+    return str(local)
+
+
+def _datasets(file_system: Any, path: str) -> list[str]:
+    """The dataset of a prefix, or if there is none its shards."""
+    if file_system.exists(str(bin_path(path))):
+        return [path]
+    shards = sorted(file_system.glob(str(bin_path(f"{path}{SHARD_PATTERN}"))))
+    return [shard.removesuffix(".bin") for shard in shards] or [path]
+
+
+def _localize(file_system: Any, dataset: str, local: Path) -> None:
     # The manifest last: it is the sign of completeness here too.
     for name in (bin_path, idx_path, manifest_path):
-        remote, target = str(name(path)), name(local)
+        remote, target = str(name(dataset)), name(local)
         with exclusive(target):
             _fill(file_system, remote, target, required=name is not manifest_path)
-    return str(local)
+
+
+def _forget_others(local: Path, names: set[str]) -> None:
+    """Copies of what was there before under the same prefix: more shards, or a dataset that is in shards now."""
+    for manifest in [manifest_path(local), *map(manifest_path, shard_names(local))]:
+        other = str(manifest).removesuffix(".json")
+        if other.rsplit("/", 1)[1] not in names:
+            for path in (manifest, idx_path(other), bin_path(other)):
+                path.unlink(missing_ok=True)
 
 
 def _file_system(prefix: str) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypedDict
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
@@ -17,9 +18,10 @@ from w1train.data.dali import DaliLoader
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import DatasetError, bin_path, file_size
 from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
-from w1train.data.packing import PackedDataset, SampleSource
+from w1train.data.packing import LongDocuments, PackedDataset, SampleSource
 from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
 from w1train.data.remote import localize
+from w1train.data.shards import open_dataset
 from w1train.data.staged import StagedSamples, StageText, stretches
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
@@ -30,6 +32,13 @@ logger = logging.getLogger(__name__)
 
 MAX_VERIFIED_BYTES = 4 * 2**30
 """Token files up to this size are read and compared with their manifest at every start: seconds on one rank."""
+
+
+class PositionOptions(TypedDict):
+    """Arguments of ``SampleSource``."""
+
+    long_documents: LongDocuments
+    max_position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,9 @@ class ValidationSet:
 
     def __init__(self, prefix: str, config: Config, ranks: Ranks, tokenizer: Tokenizer) -> None:
         self._config, self._ranks, self._tokenizer = config, ranks, tokenizer
-        self.dataset = TokenDataset.open(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
-        self._packed = PackedDataset(self.dataset, config.data.sequence_length, seed=0)
+        self.dataset = open_dataset(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
+        # Cut whatever data.packing is: no padding is scored and nothing need be built. What is in a document is as in training.
+        self._packed = PackedDataset(self.dataset, config.data.sequence_length, seed=0, **position_options(config), eos=config.data.eos)
         # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
         if ranks.is_main:
             verify(self.dataset)
@@ -166,7 +176,10 @@ def training_prefixes(config: Config) -> list[str]:
 
 
 def prepare_data(config: Config) -> None:
-    """On rank 0, while the others wait: what takes long and is done once, the packing of the training datasets.
+    """What takes long and is done once on each machine: copies of the training datasets, and their packing.
+
+    Every rank calls it, and one of each machine does it while the others wait for its lock (not in a collective, which would give
+    up after minutes). The first rank of the run alone is not enough: data.cache_directory may be each machine's own.
 
     Raises:
         DatasetError: a dataset is missing or damaged.
@@ -176,7 +189,7 @@ def prepare_data(config: Config) -> None:
     if data.packing != "best_fit":
         return
     for prefix in training_prefixes(config):
-        dataset = TokenDataset.open(localize(prefix, data.cache_directory))
+        dataset = open_dataset(localize(prefix, data.cache_directory))
         ensure_packing(dataset, packing_options(config), data.cache_directory)
 
 
@@ -186,6 +199,12 @@ def packing_options(config: Config) -> PackingOptions:
     return PackingOptions(sequence_length=data.sequence_length, align=data.align, eos=data.eos, seed=data.packing_seed)
 
 
+def position_options(config: Config) -> PositionOptions:
+    """How positions of cut documents are counted."""
+    max_position = max(config.model.max_sequence_length, config.data.sequence_length)
+    return {"long_documents": config.data.long_documents, "max_position": max_position}
+
+
 def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
     """The training samples of a dataset, packed as the configuration says.
 
@@ -193,17 +212,9 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
         DatasetError: if its best-fit packing has not been built.
     """
     data, seed = config.data, config.training.seed
-    max_position = max(config.model.max_sequence_length, data.sequence_length)
     if data.packing == "best_fit":
-        return BestFitDataset(
-            dataset,
-            packing_options(config),
-            seed,
-            directory=data.cache_directory,
-            long_documents=data.long_documents,
-            max_position=max_position,
-        )
-    return PackedDataset(dataset, data.sequence_length, seed, long_documents=data.long_documents, max_position=max_position, eos=data.eos)
+        return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, **position_options(config))
+    return PackedDataset(dataset, data.sequence_length, seed, **position_options(config), eos=data.eos)
 
 
 class TrainingData(ValidationData):
@@ -225,7 +236,7 @@ class TrainingData(ValidationData):
         config = self.config
         texts, num_samples = stage_texts(config)
         self.train = {
-            prefix: TokenDataset.open(localize(prefix, config.data.cache_directory), self.tokenizer, config.model.vocab_size)
+            prefix: open_dataset(localize(prefix, config.data.cache_directory), self.tokenizer, config.model.vocab_size)
             for prefix in training_prefixes(config)
         }
         sources = {prefix: open_source(dataset, config) for prefix, dataset in self.train.items()}
@@ -255,13 +266,12 @@ class TrainingData(ValidationData):
 
     def _check_validation_is_apart(self) -> None:
         """What has been trained on says nothing about what has not."""
-        trained = {identity(dataset): dataset.prefix for dataset in self.train.values()}
+        trained = {identity(part): part.prefix for dataset in self.train.values() for part in dataset.parts}
         for validation in self.validation_sets.values():
-            twin = trained.get(identity(validation.dataset))
-            if twin is not None:
-                raise DatasetError(
-                    f"validation dataset {validation.dataset.prefix} is training dataset {twin}: the same tokens, by their hash"
-                )
+            for part in validation.dataset.parts:
+                twin = trained.get(identity(part))
+                if twin is not None:
+                    raise DatasetError(f"validation dataset {part.prefix} is training dataset {twin}: the same tokens, by their hash")
 
     def fingerprint(self, num_samples: int) -> str | None:
         """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
@@ -309,13 +319,13 @@ def verify(dataset: TokenDataset) -> None:
     """
     if dataset.manifest is None:
         return  # TokenDataset.open has said so
-    num_bytes = file_size(bin_path(dataset.prefix))
+    num_bytes = sum(file_size(bin_path(part.prefix)) for part in dataset.parts)
     if num_bytes <= MAX_VERIFIED_BYTES:
         dataset.verify_hashes()
     else:
         logger.warning(
-            "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
-            bin_path(dataset.prefix),
+            "dataset %s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+            dataset.prefix,
             num_bytes / 1e9,
             dataset.prefix,
         )

@@ -68,7 +68,7 @@ class Trainer:
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         all_or_none(partial(choose_backends, config, ranks.device))
-        on_main_rank(partial(prepare_data, config))
+        all_or_none(partial(prepare_data, config))
         self.data = all_or_none(partial(TrainingData, config, ranks))
         on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
         step = on_main_rank(partial(latest_step, run.checkpoints))
