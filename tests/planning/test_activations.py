@@ -81,7 +81,7 @@ def _measure_chunks(config):
             stage.set_input_tensor(torch.randn((num_positions, num_samples, config.model.hidden_size), requires_grad=True).bfloat16())
         saved = _SavedBytes(stage)
         with saved:
-            output = stage(inputs.model)
+            output = stage(inputs.model, inputs.targets)
             if stage.post_process:
                 _loss(config, inputs, output)
         results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))

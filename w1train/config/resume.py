@@ -20,6 +20,9 @@ ALLOWED_ON_RESUME = (
     "data.prefetch",
     "parallel.[!d]*",  # all but distributed_optimizer: its states have another form in the checkpoint
     "training.micro_batch_size",
+    "training.loss_chunk_size",
+    "model.transformer_impl",
+    "kernels.*",
     "validation.interval",
     "sampling.*",
     "checkpoint.*",

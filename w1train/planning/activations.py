@@ -133,10 +133,10 @@ def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is
     return statistics + copy + rows * size * FP32_BYTES
 
 
-def branch_input_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """Norm, modulation, and the input of the linear layer behind them. Without adaLN the norm feeds the linear layer."""
-    modulated = 1 if sizes.has_adaln else 0
-    return norm_bytes(sizes.residual_positions, sizes.hidden, sizes.element, kernels) + (1 + modulated) * sizes.residual
+def modulated_norm_bytes(rows: int, sizes: Sizes) -> int:
+    """The norms of the residual stream (w1train.kernels.modulation), with or without modulation, and the input of the linear layer behind
+    them: the input, 1/rms (fp32) a row, and the output. The twin on the CPU keeps the same."""
+    return rows * FP32_BYTES + 2 * rows * sizes.hidden * sizes.element
 
 
 def branch_output_bytes(sizes: Sizes) -> int:
@@ -203,7 +203,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
     """A whole layer."""
     attention_output = sizes.positions * sizes.query * sizes.element
     total = modulation_bytes(sizes, 6)
-    total += 2 * (branch_input_bytes(sizes, kernels) + branch_output_bytes(sizes))
+    total += 2 * (modulated_norm_bytes(sizes.residual_positions, sizes) + branch_output_bytes(sizes))
     total += query_key_value_bytes(sizes, kernels) + attention_output
     total += attention_input_bytes(sizes, kernels, recomputed=recompute_attention)
     total += 0 if recompute_attention else core_attention_bytes(sizes)
@@ -232,8 +232,7 @@ def head_bytes(sizes: Sizes, kernels: Kernels) -> int:
     for bf16 logits are a copy and for fp32 ones overwrite them."""
     rows = sizes.num_logits
     indices = rows * _INT64_BYTES * (3 if sizes.has_adaln else 2)
-    modulated = 1 if sizes.has_adaln else 0
-    inputs = norm_bytes(rows, sizes.hidden, sizes.element, kernels) + (1 + modulated) * rows * sizes.hidden * sizes.element
+    inputs = modulated_norm_bytes(rows, sizes)
     probabilities = rows * sizes.vocabulary * FP32_BYTES
     mask_and_weight = rows * (1 + FP32_BYTES)
     return indices + inputs + modulation_bytes(sizes, 2) + probabilities + mask_and_weight

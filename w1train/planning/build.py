@@ -114,7 +114,7 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
     from w1train.training.setup import build_stage
 
     place = layout.coordinates(rank)
-    megatron = transformer_config(config.model, config.parallel, config.training.precision)
+    megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
     # Parameters then follow torch's default device, on machines with a GPU too.
     megatron.use_cpu_initialization = True
     with torch.device("meta"):

@@ -272,7 +272,7 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
     config.parallel = ParallelConfig()
     tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
-    stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision))
+    stage = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8))
     load_model_weights(path, [stage])
     stage.eval()
     return InferenceModel(Predictor(config, [stage]), config, tokenizer, ranks.device, read_progress(path).step, path)

@@ -49,6 +49,15 @@ class RankInputs:
     balance: float
     """max / mean visible pairs over context-parallel ranks; 1 without context parallelism."""
 
+    @property
+    def targets(self) -> Tensor:
+        """int64 [m], the right tokens at ``model.logit_positions``: the noisy stream's, then the clean stream's next tokens."""
+        noisy = self.noisy
+        targets = noisy.targets[noisy.loss_mask]
+        if noisy.next_mask is None or noisy.next_targets is None:
+            return targets
+        return torch.cat([targets, noisy.next_targets[noisy.next_mask]])
+
 
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     """The model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
