@@ -132,6 +132,7 @@ def _train(
         works.append(work)
     if save is not None:
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
+    model.gather_parameters()
     parameters = whole_tensors(model, lambda parameter: parameter.data)
     return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
 

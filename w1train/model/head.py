@@ -57,7 +57,7 @@ class OutputHead(ColumnParallelLinear):
         """[m, h] -> logits [m, v]; with targets, int64 [m], cross-entropies in nats, float32 [m]."""
         if targets is not None and self.loss_chunk_size is not None:
             return linear_cross_entropy(rows, self.weight if weight is None else weight, targets, self._chunked(self.loss_chunk_size))
-        logits = self._exclude_mask_token(super().forward(rows[:, None], weight)[0])
+        logits = self._exclude_mask_token(super().forward(rows[:, None], weight=weight)[0])
         if targets is None:
             return logits[:, 0]
         # megatron-core's cross-entropy wants [sequence, batch, vocabulary].

@@ -162,7 +162,7 @@ class DiffusionTransformer(LanguageModule):
             return hidden
         rows = self._head_inputs(hidden, condition, inputs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(rows, weight, targets)
+        return self.output_layer(rows, weight=weight, targets=targets)
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
         embedded = self.embedding(inputs.input_ids)

@@ -28,6 +28,10 @@ from w1train.training.rate_multipliers import freeze_and_mark, rate_overrides
 
 logger = logging.getLogger(__name__)
 
+# Elements of a bucket of gradients: megatron-core's own choice, below which messages are bound by latency.
+MIN_BUCKET_SIZE = 40_000_000
+MIN_BUCKET_SIZE_PER_RANK = 1_000_000
+
 
 @dataclass(slots=True)
 class TrainedModel:
@@ -95,21 +99,21 @@ def _data_parallel(
 ) -> DistributedDataParallel:
     """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
     layout = None
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    bucket_size = _bucket_size(ddp_config, size)
     if ddp_config.use_distributed_optimizer:
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        layout = DistributedOptimizer.compute_full_param_layout(parameters, _bucket_size(ddp_config, size), size, ddp_config)
+        layout = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, size, ddp_config)
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
 
 
 def _bucket_size(ddp_config: DistributedDataParallelConfig, num_ranks: int) -> int | None:
-    """Elements of a bucket, as megatron-core's wrapper will have them: without overlap one bucket has all, and so it has on the later
-    pipeline stages, whose reduction is over before the first stage's begins. At least 40 million, and more for many ranks: smaller
-    messages are bound by latency."""
+    """Elements of a bucket, which megatron-core's wrapper takes from ``ddp_config`` too: without overlap one bucket has all, and so it has
+    on the later pipeline stages, whose reduction is over before the first stage's begins. More for many ranks: their messages get small.
+    """
     if not ddp_config.overlap_grad_reduce:
         return None
-    if ddp_config.bucket_size is None:
-        ddp_config.bucket_size = max(40_000_000, 1_000_000 * num_ranks)
+    ddp_config.bucket_size = max(MIN_BUCKET_SIZE, MIN_BUCKET_SIZE_PER_RANK * num_ranks)
     return ddp_config.bucket_size if parallel_state.get_pipeline_model_parallel_rank() == 0 else None
 
 
