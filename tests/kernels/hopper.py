@@ -45,7 +45,7 @@ KERNELS = {
         8,
     ),
     triton_cross_entropy._logits_to_gradient: (
-        {"logits": BF16, "targets": INT64, "normalizers": FP32, "gradient": FP32},
+        {"logits": BF16, "targets": INT64, "largest": FP32, "scale": FP32, "gradient": FP32},
         {"BLOCK": triton_cross_entropy.BLOCK},
         8,
     ),
@@ -58,4 +58,5 @@ for kernel, (pointers, constants, num_warps) in KERNELS.items():
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned)
     binary = triton.compile(source, target=HOPPER, options={"num_warps": num_warps})
     local = [line for line in binary.asm["ptx"].splitlines() if ".local" in line]
-    print(json.dumps({"kernel": kernel.__name__, "bytes": len(binary.asm["cubin"]), "local": local, "target": "sm_90a" in binary.asm["ptx"]}))
+    found = {"kernel": kernel.__name__, "bytes": len(binary.asm["cubin"]), "local": local, "target": "sm_90a" in binary.asm["ptx"]}
+    print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The Triton kernels on the CPU, interpreted; run by test_triton.py in a process of its own, as Triton must be imported under TRITON_INTERPRET=1."""
+"""The Triton kernels on the CPU, interpreted; run by test_triton.py in a process of its own, with TRITON_INTERPRET=1 from its start."""
 
 import os
 

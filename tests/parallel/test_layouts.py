@@ -235,7 +235,7 @@ def test_bf16_is_near():
 
 @pytest.mark.parametrize(
     "parallel",
-    [{}, {"tensor": 2}, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}, {"context": 2}],
+    [{}, {"tensor": 2}, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}],
     ids=str,
 )
 def test_loss_in_chunks_keeps_the_numbers(parallel):

@@ -1,14 +1,15 @@
 """Output head and vocabulary-parallel cross-entropy together, a chunk of rows at a time.
 
-The logits of a chunk exist in the run's precision while the chunk is worked on, and never all of them: a row keeps only its log-sum-exp
-for the backward pass, which computes the chunk's logits again (as in cut cross-entropy, arXiv 2411.09009; a third more FLOPs in the head)
-and turns them in place into their gradient.
+The logits of a chunk exist in the run's precision while the chunk is worked on, and never all of them: a row keeps only its largest
+logit and the sum of its exponentials for the backward pass, which computes the chunk's logits again (as in cut cross-entropy, arXiv
+2411.09009; a third more FLOPs in the head) and turns them in place into their gradient.
 
 Shapes: m = rows, k = rows of a chunk, h = hidden size, v = vocabulary of this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,32 +53,34 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, head: He
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, head: Head) -> Tensor:
-        normalizers, of_targets = [rows.new_zeros(0, dtype=torch.float32)], [rows.new_zeros(0, dtype=torch.float32)]
-        for chunk, wanted in zip(rows.split(head.chunk_size), targets.split(head.chunk_size), strict=True):
-            normalizer, of_target = _normalizers(_logits(chunk, weight, head), wanted - head.first_token, head)
-            normalizers.append(normalizer)
-            of_targets.append(of_target)
-        normalizer = torch.cat(normalizers)
-        ctx.save_for_backward(rows, weight, targets, normalizer)
+        largest, total = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device)
+        of_target = torch.empty_like(total)
+        for part in _parts(len(rows), head):
+            found = _softmax_terms(_logits(rows[part], weight, head), targets[part] - head.first_token, head)
+            largest[part], total[part], of_target[part] = found
+        ctx.save_for_backward(rows, weight, targets, largest, total)
         ctx.head = head
-        return normalizer - torch.cat(of_targets)
+        return total.log() - (of_target - largest)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        rows, weight, targets, normalizers = ctx.saved_tensors
+        rows, weight, targets, largest, total = ctx.saved_tensors
         head: Head = ctx.head
         grad_rows = torch.empty_like(rows)
         accumulator = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(rows), head.chunk_size):
-            part = slice(start, start + head.chunk_size)
+        for part in _parts(len(rows), head):
             grad_logits = _logits(rows[part], weight, head)
-            _to_gradient(grad_logits, targets[part] - head.first_token, normalizers[part], gradient[part], head)
+            _to_gradient(grad_logits, targets[part] - head.first_token, largest[part], gradient[part] / total[part], gradient[part], head)
             torch.mm(grad_logits, weight, out=grad_rows[part])
             if accumulator is not None:
                 accumulator.add(grad_logits, rows[part])
         if head.group is not None and head.sum_row_gradients:
             dist.all_reduce(grad_rows, group=head.group)
         return grad_rows, None if accumulator is None else accumulator.result(), None, None
+
+
+def _parts(num_rows: int, head: Head) -> Iterator[slice]:
+    return (slice(start, start + head.chunk_size) for start in range(0, num_rows, head.chunk_size))
 
 
 def _logits(rows: Tensor, weight: Tensor, head: Head) -> Tensor:
@@ -88,8 +91,12 @@ def _logits(rows: Tensor, weight: Tensor, head: Head) -> Tensor:
     return logits
 
 
-def _normalizers(logits: Tensor, columns: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Over the whole vocabulary: log-sum-exp and the target's logit, float32 [k]. ``columns``: the target's place on this rank."""
+def _softmax_terms(logits: Tensor, columns: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the whole vocabulary, float32 [k]: largest logit, sum of exp(logit - largest), the target's logit. Apart, because their
+    log-sum-exp, rounded, would be off by the same factor in every probability of a row.
+
+    ``columns``: the target's place on this rank.
+    """
     if runs_triton(logits, head.implementation):
         from w1train.kernels import triton_cross_entropy
 
@@ -103,7 +110,7 @@ def _normalizers(logits: Tensor, columns: Tensor, head: Head) -> tuple[Tensor, T
         sums = torch.stack([total * torch.exp(own - largest), of_target])
         dist.all_reduce(sums, group=head.group)
         total, of_target = sums.unbind()
-    return largest + total.log(), of_target
+    return largest, total, of_target
 
 
 def _row_statistics(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,17 +123,17 @@ def _row_statistics(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Te
     return largest, total, torch.where(here, of_target, 0.0)
 
 
-def _to_gradient(logits: Tensor, columns: Tensor, normalizers: Tensor, gradient: Tensor, head: Head) -> None:
-    """In place: (softmax - one-hot of the target) * gradient of the row's cross-entropy."""
+def _to_gradient(logits: Tensor, columns: Tensor, largest: Tensor, scale: Tensor, gradient: Tensor, head: Head) -> None:
+    """In place: exp(logit - largest) * scale, where scale = gradient / sum, less the row's gradient at the target."""
     if runs_triton(logits, head.implementation):
         from w1train.kernels import triton_cross_entropy
 
-        triton_cross_entropy.logits_to_gradient(logits, columns, normalizers, gradient)
+        triton_cross_entropy.logits_to_gradient(logits, columns, largest, scale, gradient)
         return
-    probabilities = logits.float().sub_(normalizers[:, None]).exp_()
+    wide = logits.float().sub_(largest[:, None]).exp_().mul_(scale[:, None])
     here = (columns >= 0) & (columns < logits.shape[-1])
-    probabilities.scatter_add_(-1, torch.where(here, columns, 0)[:, None], -here.float()[:, None])
-    logits.copy_(probabilities.mul_(gradient[:, None]))
+    wide.scatter_add_(-1, torch.where(here, columns, 0)[:, None], torch.where(here, -gradient, 0.0)[:, None])
+    logits.copy_(wide)
 
 
 class _WeightGradient:
@@ -151,5 +158,5 @@ class _WeightGradient:
         it where a tied embedding's own may be part of it (``zero_out_wgrad``), so there it is zero."""
         if not self.has_main_grad:
             return self.total.to(self.weight.dtype)
-        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        self.weight.grad_added_to_main_grad = True
         return torch.zeros_like(self.weight) if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like(self.weight)

@@ -20,7 +20,8 @@ def apply_rotary(t: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor
 
     The signature is that of transformer-engine's kernel in megatron-core's ``rope_utils``, whose place it takes.
     """
-    assert not interleaved and angles.shape[-1] == t.shape[-1]
+    assert not interleaved
+    assert angles.shape[-1] == t.shape[-1]
     return _Rotary.apply(t, angles)
 
 

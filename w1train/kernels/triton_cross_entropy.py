@@ -21,11 +21,11 @@ def row_statistics(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Ten
     return largest, total, of_target
 
 
-def logits_to_gradient(logits: Tensor, columns: Tensor, normalizers: Tensor, gradient: Tensor) -> None:
-    """In place: (exp(logit - normalizer) - [column is the target]) * gradient."""
+def logits_to_gradient(logits: Tensor, columns: Tensor, largest: Tensor, scale: Tensor, gradient: Tensor) -> None:
+    """In place: exp(logit - largest) * scale, less gradient where the column is the target."""
     num_rows, size = logits.shape
     grid = (num_rows, triton.cdiv(size, BLOCK))
-    _logits_to_gradient[grid](logits, columns, normalizers, gradient.contiguous(), size, logits.stride(0), BLOCK=BLOCK, num_warps=8)
+    _logits_to_gradient[grid](logits, columns, largest, scale, gradient.contiguous(), size, logits.stride(0), BLOCK=BLOCK, num_warps=8)
 
 
 @triton.jit
@@ -51,12 +51,11 @@ def _row_statistics(logits, targets, largest, total, of_target, size, stride, BL
 
 
 @triton.jit
-def _logits_to_gradient(logits, targets, normalizers, gradient, size, stride, BLOCK: tl.constexpr):
+def _logits_to_gradient(logits, targets, largest, scale, gradient, size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     values = tl.load(logits + row * stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    probabilities = tl.exp(values - tl.load(normalizers + row))
-    hit = tl.where(columns == tl.load(targets + row), 1.0, 0.0)
-    outcome = (probabilities - hit) * tl.load(gradient + row)
+    outcome = tl.exp(values - tl.load(largest + row)) * tl.load(scale + row)
+    outcome -= tl.where(columns == tl.load(targets + row), tl.load(gradient + row), 0.0)
     tl.store(logits + row * stride + columns, outcome.to(logits.dtype.element_ty), mask=inside)

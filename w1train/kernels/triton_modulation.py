@@ -15,7 +15,9 @@ from w1train.kernels.segments import Pieces
 COLUMNS_PER_REDUCTION = 256
 
 
-def norm_forward(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None, scale: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, weight: Tensor, eps: float, shift: Tensor | None, scale: Tensor | None, index: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """y as x [..., h], and 1 / rms, float32 [..., 1]."""
     size = x.shape[-1]
     y, rstd = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)

@@ -68,7 +68,7 @@ def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | 
     if not on_cuda:
         return "it needs CUDA"
     if find_spec("fused_weight_gradient_mlp_cuda") is None:
-        with_te = " (transformer-engine's linears alone are not enough: the head is megatron-core's)" if model.transformer_impl == "te" else ""
+        with_te = "; transformer-engine's linears do not suffice, as the head is megatron-core's" if model.transformer_impl == "te" else ""
         return f"apex's fused_weight_gradient_mlp_cuda is not installed{with_te}"
     return None
 

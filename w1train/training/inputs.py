@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from w1train.attention.context_parallel import (
     KeyExchange,
