@@ -44,6 +44,21 @@ def test_cross_entropy_of_nothing():
     assert weight.grad.count_nonzero() == 0
 
 
+def test_gradient_goes_into_the_fp32_buffer():
+    """On top of what is there, chunk by chunk, without a rounding to bf16; autograd gets zeros to add to a tied embedding's gradient."""
+    rows = torch.randn((40, 12), dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn((50, 12), dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 50, (40,))
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.ones((50, 12)), False, True
+    linear_cross_entropy(rows, weight, targets, Head(8, None, 0, None, sum_row_gradients=True)).sum().backward()
+    wide = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(rows.detach().double() @ wide.t(), targets, reduction="sum").backward()
+    error = (weight.main_grad - 1 - wide.grad).norm() / wide.grad.norm()
+    assert error < 1e-2
+    assert weight.grad_added_to_main_grad
+    assert weight.grad.count_nonzero() == 0
+
+
 def _saved(function):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):

@@ -130,9 +130,9 @@ def _train(
         norms.append(float(model.optimizer.step()[1]))
         losses.append(sums.metrics(config.diffusion)["loss"])
         works.append(work)
+    model.gather_parameters()
     if save is not None:
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
-    model.gather_parameters()
     parameters = whole_tensors(model, lambda parameter: parameter.data)
     return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
 

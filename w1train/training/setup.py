@@ -126,12 +126,16 @@ def initialize_tensor_overlap(config: Config) -> None:
     require_transformer_engine("parallel.tp_comm_overlap", "true", "false")
     if not torch.cuda.is_available():
         raise UserError("parallel.tp_comm_overlap is true, which needs NVLink between GPUs, and there is none; set it to false")
-    from transformer_engine.pytorch import initialize_ub
+    from transformer_engine.pytorch.module import base
 
     parallel, training = config.parallel, config.training
     positions = num_streams(config) * config.data.sequence_length * training.micro_batch_size // parallel.context
-    initialize_ub(
-        shape=[positions, config.model.hidden_size], tp_size=parallel.tensor, use_fp8=training.fp8 != "none", bootstrap_backend="nccl"
+    mode = base.UserBufferQuantizationMode
+    base.initialize_ub(
+        shape=[positions, config.model.hidden_size],
+        tp_size=parallel.tensor,
+        quantization_modes=[mode.NONE if training.fp8 == "none" else mode.FP8],
+        bootstrap_backend="nccl",
     )
 
 
