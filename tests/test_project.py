@@ -25,6 +25,7 @@ LAYERS = {
     "data": 2,
     "diffusion": 2,
     "attention": 3,
+    "kernels": 3,
     "model": 4,
     "training": 5,
     "sampling": 5,

@@ -40,3 +40,15 @@ def test_one_rank_goes_on_where_two_stopped(tiny_run, undisturbed):
     for found, record in zip(tiny_run.train_records(), expected, strict=True):
         assert found["loss"] == pytest.approx(record["loss"], rel=1e-4)
         assert found["mask_ratio"] == record["mask_ratio"]
+
+
+def test_collectives_in_flight_and_a_loss_in_chunks(tiny_run, undisturbed):
+    """Validation, samples (on the first rank alone) and checkpoints come while updated parameters wait to be gathered."""
+    overlap = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "training.loss_chunk_size=50")
+    assert tiny_run.train(*overlap, world_size=2, sabotage=traps.after_commit(2)).killed
+    tiny_run.train(*overlap, world_size=2).require(0)
+    expected = undisturbed(2, "fp32")
+    for found, record in zip(tiny_run.metrics(), expected.metrics(), strict=True):
+        assert (found["kind"], found["step"]) == (record["kind"], record["step"])
+        assert found["elbo"] == pytest.approx(record["elbo"], rel=1e-4)
+    assert len(tiny_run.samples()) == len(expected.samples()) > 0

@@ -130,6 +130,7 @@ def _train(
         norms.append(float(model.optimizer.step()[1]))
         losses.append(sums.metrics(config.diffusion)["loss"])
         works.append(work)
+    model.gather_parameters()
     if save is not None:
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
     parameters = whole_tensors(model, lambda parameter: parameter.data)

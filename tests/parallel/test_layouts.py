@@ -6,6 +6,7 @@ import pytest
 
 from tests.parallel.layouts import Outcome, train_layout, train_layouts
 from tests.tiny import tiny_config
+from w1train.training import setup
 
 STREAMS = {
     "one-stream": {"timestep_per": "document"},
@@ -230,3 +231,47 @@ def test_bf16_is_near():
         config.training.precision = "bf16"
         losses.append(train_layout(config, 1 if not parallel else 2).losses)
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"tensor": 2}, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}],
+    ids=str,
+)
+def test_loss_in_chunks_keeps_the_numbers(parallel):
+    """Chunks of five positions, the last of them shorter; next tokens of the clean stream among them."""
+    configs = [layout_config(name, **parallel, distributed_optimizer=False) for name in ("one-stream", "joint")]
+    for config in configs:
+        config.training.loss_chunk_size = 5
+    for config, outcome, name in zip(configs, train_layouts(configs), ("one-stream", "joint"), strict=True):
+        assert config.training.loss_chunk_size < outcome.work[0].num_logits / 8
+        assert_equal_numbers(outcome, reference(name), name)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_loss_in_chunks_of_a_tied_head(pipeline):
+    """One weight with two gradients, that of the head straight in the fp32 buffer and that of the embedding through autograd."""
+    configs = [layout_config("one-stream", distributed_optimizer=False)]
+    configs.append(layout_config("one-stream", tensor=2, sequence=True, pipeline=pipeline, distributed_optimizer=False))
+    configs[1].training.loss_chunk_size = 5
+    for config in configs:
+        config.model.tie_embeddings = True
+    assert_equal_numbers(train_layout(configs[1]), train_layout(configs[0]))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"distributed_optimizer": False, "overlap_grad_reduce": True},
+        {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+        {"overlap_grad_reduce": True, "overlap_param_gather": True, "tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
+    ],
+    ids=str,
+)
+def test_overlap_keeps_the_numbers(parallel, monkeypatch):
+    """Buckets of a few parameters each, in flight during backward and forward passes; the head's weight is gathered for its chunks too."""
+    monkeypatch.setattr(setup, "MIN_BUCKET_SIZE", 4000)
+    monkeypatch.setattr(setup, "MIN_BUCKET_SIZE_PER_RANK", 1)
+    config = layout_config("two-stream", **parallel)
+    config.training.loss_chunk_size = 5
+    assert_equal_numbers(train_layout(config, 2), reference("two-stream"))

@@ -17,7 +17,11 @@ from w1train.runtime.cpu import import_megatron
 
 import_megatron()
 
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
+
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.kernels import triton_modulation, triton_rotary  # noqa: E402
+from w1train.kernels.rotary import apply_rotary  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.runtime import cpu  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
@@ -81,7 +85,7 @@ def _measure_chunks(config):
             stage.set_input_tensor(torch.randn((num_positions, num_samples, config.model.hidden_size), requires_grad=True).bfloat16())
         saved = _SavedBytes(stage)
         with saved:
-            output = stage(inputs.model)
+            output = stage(inputs.model, inputs.targets)
             if stage.post_process:
                 _loss(config, inputs, output)
         results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))
@@ -208,13 +212,22 @@ def _move_parameters(stage):
         setattr(stage.get_submodule(owner), attribute, moved)
 
 
+def _replace_triton():
+    """Kernels that compute nothing, for tensors that hold nothing."""
+    triton_rotary.rotate = lambda t, angles, direction: torch.empty_like(t)
+    triton_modulation.gate_forward = lambda residual, gate, x, index: torch.empty_like(x)
+    triton_modulation.norm_forward = lambda x, *_: (torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32))
+
+
 def _measure_on_fake_cuda(_rank, _world_size, config, masked):
     F.scaled_dot_product_attention = _fused_attention
     # megatron-core puts torch.compile on SwiGLU, which does not take fake tensors from outside.
     torch.compiler.set_stance("force_eager")
     with distributed(config.parallel):
         megatron = transformer_config(config.model, config.parallel, config.training.precision)
-        megatron.bias_activation_fusion = True
+        megatron.bias_activation_fusion = megatron.apply_rope_fusion = True
+        rope_utils.fused_apply_rotary_pos_emb = apply_rotary
+        _replace_triton()
         inputs = _inputs(config).model
         if not masked:
             inputs.attention_plan.kernel_plan.mask = None

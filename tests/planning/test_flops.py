@@ -49,7 +49,7 @@ def _counted(_rank, _world_size, config, document_length):
         inputs = rank_inputs(noisy, config)
         # The fused kernels' backward computes the scores again, and the counter counts that; the plan does not.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            _loss(config, inputs, stage(inputs.model))[0].backward()
+            _loss(config, inputs, stage(inputs.model, inputs.targets))[0].backward()
         counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     parts = Counter()
     for part, names in PARTS.items():

@@ -13,10 +13,11 @@ SMALL = ["recipe=demo", "gpus=2"]
 KEYS = {
     "": {
         "format_version", "name", "num_parameters", "layout", "build", "work", "flops_per_token", "memory", "stages", "speed", "device",
-        "assumptions", "schedule",
+        "assumptions", "schedule", "suggested_recompute",
     },
     "build": {"num_ranks", "num_built", "num_parameters", "seconds"},
     "memory": {"device_bytes", "needed_bytes", "fits"},
+    "suggested_recompute": {"recompute", "recompute_num_layers", "needed_bytes", "step_seconds"},
     "speed": {"step_seconds", "bubble_fraction", "tokens_per_step", "tokens_per_second", "tflops_per_device", "mfu", "days"},
     "flops_per_token": {"attention_projections", "attention_core", "mlp", "adaln", "timestep_mlp", "output_head", "total"},
     "work": {"num_tokens", "num_streams", "num_positions", "num_documents", "visible_pairs", "visible_share", "num_logits", "num_segments"},
@@ -49,6 +50,7 @@ def test_tables_say_what_matters(capsys):
         "reduce-scatter",
         "MFU",
         "fits: the fullest device",
+        "cheapest recomputation that fits: parallel.recompute=none",
     ):
         assert words in " ".join(text.split()), words
     assert "built 1 of 2 ranks on meta tensors" in " ".join(text.split())

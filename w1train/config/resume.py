@@ -21,6 +21,9 @@ ALLOWED_ON_RESUME = (
     "parallel.[!d]*",  # all but distributed_optimizer: its states have another form in the checkpoint
     "training.micro_batch_size",
     "attention.*",  # another kernel, the same function
+    "training.loss_chunk_size",
+    "model.transformer_impl",
+    "kernels.*",
     "validation.interval",
     "sampling.*",
     "checkpoint.*",

@@ -69,6 +69,9 @@ class ModelConfig:
     adaln_init: Literal["zero", "identity"] = "zero"
     """zero: gates start at 0 (every layer starts as the identity). identity: gates start at 1, shift and scale at 0
     (the layer starts as if it had no adaLN)."""
+    transformer_impl: Literal["local", "te"] = "local"
+    """Linear layers of the Transformer: local = megatron-core's. te = transformer-engine's, which training.fp8 and
+    parallel.tp_comm_overlap need. Parameters and checkpoints are the same."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
 
@@ -181,6 +184,13 @@ class ParallelConfig:
     """Activation recomputation: selective = core attention only, full = every layer."""
     recompute_num_layers: int = 1
     """Layers per recomputed group when recompute is full."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks bucket by bucket while the backward pass of the last micro-batch goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters bucket by bucket during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
+    tp_comm_overlap: bool = False
+    """Tensor-parallel collectives behind the matrix products they feed (transformer-engine's user buffers); CUDA alone, needs sequence
+    and model.transformer_impl=te."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -258,8 +268,31 @@ class TrainingConfig:
     initial_weights: str | None = None
     """Where a new run takes its weights from: a Hugging Face directory (Llama, Qwen2 or Qwen3: config.json and *.safetensors), a run
     directory (its newest checkpoint) or one checkpoint; null = random. Not read on resume."""
+    loss_chunk_size: int | None = None
+    """Positions whose logits exist at once while the loss is computed, by each of which the head is computed twice (a third more
+    FLOPs in the head alone); null = all positions, once, with their probabilities kept in fp32."""
+    fp8: Literal["none", "tensorwise", "blockwise"] = "none"
+    """FP8 products in the layers' linears (head, embedding, attention and conditioning stay bf16): one scale a tensor (tensorwise), or
+    one for 1 x 128 and 128 x 128 blocks (blockwise, Hopper). Needs bf16 and model.transformer_impl=te."""
     deterministic: bool = False
     """Deterministic kernels on CUDA (slower). CPU runs always are."""
+
+
+@dataclass(slots=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation computes what; the numbers agree to rounding. auto = the fastest that this machine has; the log says what was
+    taken, and why not another."""
+
+    elementwise: Literal["auto", "triton", "torch"] = "auto"
+    """Modulated RMSNorm, gated residual, and the softmax of a chunked loss: this project's Triton kernels, or plain PyTorch."""
+    rope: Literal["auto", "fused", "unfused"] = "auto"
+    """Rotary embedding: fused = this project's Triton kernel, as libraries' take one angle a place and not one a token."""
+    swiglu: Literal["auto", "fused", "unfused"] = "auto"
+    """SwiGLU: fused = megatron-core's, through torch.compile."""
+    gradient_accumulation: Literal["auto", "fused", "unfused"] = "auto"
+    """Weight gradients added to the fp32 buffer inside the matrix product: apex's CUDA extension, or transformer-engine's linears."""
+    adamw: Literal["auto", "te", "apex", "torch"] = "auto"
+    """AdamW: transformer-engine's FusedAdam, apex's, or torch's fused kernel."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -351,6 +384,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig
     training: TrainingConfig
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

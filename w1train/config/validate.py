@@ -16,6 +16,7 @@ from w1train.config.errors import Problem, listing, show
 from w1train.config.schema import Config, SamplingConfig
 from w1train.config.stages import batch_sizes
 from w1train.config.validate_diffusion import DIFFUSION_RULES, at_every_stage
+from w1train.config.validate_speed import SPEED_RULES
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 _STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
@@ -102,6 +103,7 @@ RANGES: dict[str, Range] = {
     "schedule.stages.*.rewarm_tokens": NOT_NEGATIVE,
     "training.global_batch_size": AT_LEAST_ONE,
     "training.micro_batch_size": AT_LEAST_ONE,
+    "training.loss_chunk_size": AT_LEAST_ONE,
     "training.seed": Range(0, (1 << 63) - 1),
     "validation.interval": AT_LEAST_ONE,
     "validation.num_samples": AT_LEAST_ONE,
@@ -471,5 +473,6 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     _context_rule,
     at_every_stage(_attention_rule),
     _recompute_rule,
+    *SPEED_RULES,
     _batch_rule,
 )

@@ -1,17 +1,14 @@
-"""The timestep's way into the model: sinusoid, MLP, and modulation by segment.
+"""The timestep's way into the model: sinusoid, MLP, and the vectors that modulate the layers.
 
-A segment is a stretch of tokens that share a timestep. adaLN gives one row of shifts, scales and gates per segment; a
-layer gathers the rows by segment index inside its forward and again in its backward, so that no [s, b, h] modulation
-tensor is ever kept between the two.
+A segment is a stretch of tokens that share a timestep. adaLN gives one row of shifts, scales and gates per segment; what a layer does
+with them is in w1train.kernels.modulation.
 
-Shapes: s = tokens of this rank, b = samples, h = hidden size, g = segments of the micro-batch, c = condition size,
-f = frequency size.
+Shapes: h = hidden size, g = segments of the micro-batch, c = condition size, f = frequency size.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,59 +79,3 @@ class Modulation(MegatronModule):
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """[g, c] -> num_vectors tensors [g, h]."""
         return self.linear(F.silu(condition)).chunk(self.num_vectors, dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, segment_index: Tensor | None) -> Tensor:
-    """x * (1 + scale[segment]) + shift[segment].
-
-    Args:
-        x: [s, b, h] (or [m, h] with segment_index [m]).
-        shift, scale: [g, h].
-        segment_index: int64 [s, b]; None = segment i is sample i (one timestep per sequence).
-    """
-    return _Modulate.apply(x, shift, scale, segment_index)
-
-
-def gate_residual(residual: Tensor, gate: Tensor, x: Tensor, segment_index: Tensor | None) -> Tensor:
-    """residual + gate[segment] * x, shapes as in ``modulate``."""
-    return _GateResidual.apply(residual, gate, x, segment_index)
-
-
-def _rows(table: Tensor, segment_index: Tensor | None) -> Tensor:
-    """The table's row for each token; [1, b, h] (a view) when samples are segments."""
-    return table[None] if segment_index is None else table[segment_index]
-
-
-def _sum_by_segment(gradient: Tensor, table: Tensor, segment_index: Tensor | None) -> Tensor:
-    """Sum [s, b, h] over each segment's tokens in fp32 -> [g, h]."""
-    if segment_index is None:
-        return gradient.sum(dim=0, dtype=torch.float32).to(table.dtype)
-    sums = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
-    sums.index_add_(0, segment_index.flatten(), gradient.reshape(-1, gradient.shape[-1]).float())
-    return sums.to(table.dtype)
-
-
-class _Modulate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, segment_index: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, shift, scale, segment_index)
-        return torch.addcmul(_rows(shift, segment_index), x, 1 + _rows(scale, segment_index))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, shift, scale, segment_index = ctx.saved_tensors
-        grad_x = gradient * (1 + _rows(scale, segment_index))
-        grad_shift = _sum_by_segment(gradient, shift, segment_index)
-        return grad_x, grad_shift, _sum_by_segment(gradient * x, scale, segment_index), None
-
-
-class _GateResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, gate: Tensor, x: Tensor, segment_index: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, x, segment_index)
-        return torch.addcmul(residual, _rows(gate, segment_index), x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        gate, x, segment_index = ctx.saved_tensors
-        return gradient, _sum_by_segment(gradient * x, gate, segment_index), gradient * _rows(gate, segment_index), None

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -26,8 +25,11 @@ from torch import Tensor
 from w1train.attention.core_attention import CoreAttention
 from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import ModelConfig
-from w1train.model.conditioning import Modulation, gate_residual, modulate
-from w1train.model.norm import RMSNorm
+from w1train.kernels.modulation import gate_residual
+from w1train.kernels.segments import Segments
+from w1train.model.conditioning import Modulation
+from w1train.model.linears import Linears, linears
+from w1train.model.norm import ModulatedRMSNorm, RMSNorm
 
 
 @dataclass(slots=True)
@@ -39,8 +41,8 @@ class LayerInputs:
     """
 
     attention_plan: AttentionPlan
-    segment_index: Tensor | None
-    """int64 [s, b], rows of the condition table; None = segment i is sample i."""
+    segments: Segments
+    """Rows of the condition table, for this rank's tokens [s, b]."""
     qkv_format: ClassVar[str] = "sbhd"
     """Read by megatron-core's Attention; anything but "thd" leaves the tensors as they are."""
 
@@ -70,34 +72,38 @@ class DiffusionTransformerLayer(TransformerLayer):
         attention = partial(
             self.self_attention, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
+        segments = packed_seq_params.segments
         if self.modulation is None:
-            hidden_states = hidden_states + attention(self.input_layernorm(hidden_states))[0]
-            return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0], context
-        segment = packed_seq_params.segment_index
+            hidden_states = hidden_states + attention(self.input_layernorm(hidden_states, segments=segments))[0]
+            return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states, segments=segments))[0], context
+        gated = partial(gate_residual, segments=segments, implementation=self.config.elementwise_kernels)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context)
-        normed = modulate(self.input_layernorm(hidden_states), shift_a, scale_a, segment)
-        hidden_states = gate_residual(hidden_states, gate_a, attention(normed)[0], segment)
-        normed = modulate(self.pre_mlp_layernorm(hidden_states), shift_m, scale_m, segment)
-        return gate_residual(hidden_states, gate_m, self.mlp(normed)[0], segment), context
+        normed = self.input_layernorm(hidden_states, shift_a, scale_a, segments)
+        hidden_states = gated(hidden_states, gate_a, attention(normed)[0])
+        normed = self.pre_mlp_layernorm(hidden_states, shift_m, scale_m, segments)
+        return gated(hidden_states, gate_m, self.mlp(normed)[0]), context
 
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
     """The layer's parts. The linears are plain: modulation sits between norm and linear, so no fused norm-linear fits."""
+    linear: Linears = linears(model.transformer_impl)
     qk_norm = RMSNorm if model.qk_norm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=linear.column,
             core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=linear.row,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
-    mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row))
     return ModuleSpec(
         module=DiffusionTransformerLayer,
         params={"condition_size": model.condition_size if model.conditioning == "adaln" else None},
-        submodules=TransformerLayerSubmodules(input_layernorm=RMSNorm, self_attention=attention, pre_mlp_layernorm=RMSNorm, mlp=mlp),
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=ModulatedRMSNorm, self_attention=attention, pre_mlp_layernorm=ModulatedRMSNorm, mlp=mlp
+        ),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from w1train.config.schema import ModelConfig, ParallelConfig
+from w1train.config.schema import KernelsConfig, ModelConfig, ParallelConfig
+from w1train.model.fusions import choose_fusions, describe_elementwise, fp8_settings
 
+FP8 = Literal["none", "tensorwise", "blockwise"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -16,9 +20,22 @@ def parameter_device(config: TransformerConfig) -> torch.device | None:
     return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
-    """megatron-core's TransformerConfig for the model and layout."""
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    kernels: KernelsConfig | None = None,
+    fp8: FP8 = "none",
+) -> TransformerConfig:
+    """megatron-core's TransformerConfig for the model and layout; ``kernels`` None = the defaults.
+
+    Raises:
+        UserError: a kernel or an FP8 recipe is asked for that this machine cannot run.
+    """
     on_cuda = torch.cuda.is_available()
+    kernels = kernels or KernelsConfig()
+    fusions = choose_fusions(kernels, model, on_cuda=on_cuda)
+    describe_elementwise(kernels, on_cuda=on_cuda)
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -60,14 +77,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
         # The loss function returns a sum and its count; gradients are divided by the count of the whole global batch.
         calculate_per_token_loss=True,
-        # Fusions that need CUDA or apex; of these only SwiGLU's exists in plain megatron-core.
-        bias_activation_fusion=on_cuda,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        **fp8_settings(fp8),
+        bias_activation_fusion=fusions.swiglu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fusions.gradient_accumulation,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=fusions.rope,
     )
+    config.elementwise_kernels = kernels.elementwise
     # Asks finalize_model_grads to sum the timestep embedding's gradients over pipeline stages. It needs this attribute
     # AND param.pipeline_parallel; setting only the second (NeMo, DFM, Bridge) lets the stages' replicas drift.
     config.has_cond_embedder = model.conditioning == "adaln"

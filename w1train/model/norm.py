@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm, plain and modulated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from w1train.kernels.modulation import rms_norm
+from w1train.kernels.segments import Segments
 from w1train.model.megatron_config import parameter_device
 
 
@@ -26,3 +28,15 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ModulatedRMSNorm(RMSNorm):
+    """The norm before a layer's linears, with adaLN's shift and scale in the same kernel where there are any."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.implementation = config.elementwise_kernels
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, segments: Segments | None = None) -> Tensor:
+        """x [s, b, h], shift and scale [g, h] -> [s, b, h]; or x [m, h] with segments that have an index [m]."""
+        return rms_norm(x, self.weight, self.eps, shift, scale, segments, self.implementation)

@@ -13,7 +13,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -24,9 +24,11 @@ from torch import Tensor
 from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import ModelConfig
 from w1train.diffusion.embedding_noise import EmbeddingNoise
-from w1train.model.conditioning import Modulation, TimestepEmbedding, modulate
+from w1train.kernels.segments import Segments
+from w1train.model.conditioning import Modulation, TimestepEmbedding
+from w1train.model.head import OutputHead
 from w1train.model.layer import LayerInputs, layer_spec
-from w1train.model.norm import RMSNorm
+from w1train.model.norm import ModulatedRMSNorm
 from w1train.model.rotary import rotary_angles
 
 
@@ -83,15 +85,19 @@ class DiffusionTransformer(LanguageModule):
         model: ModelConfig,
         *,
         mask_token_id: int | None,
+        loss_chunk_size: int | None = None,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """mask_token_id: the token that is taken out of the softmax; None = none is."""
+        """
+        Args:
+            mask_token_id: the token that is taken out of the softmax; None = none is.
+            loss_chunk_size: positions whose logits exist at once while the loss is computed; None = all.
+        """
         super().__init__(config=config, pg_collection=pg_collection)
         self.model = model
-        self.mask_token_id = mask_token_id
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings
@@ -109,28 +115,19 @@ class DiffusionTransformer(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_norm = ModulatedRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
             self.final_modulation = Modulation(config, model.condition_size, num_vectors=2) if conditioned else None
-            self.output_layer = self._build_output_layer()
+            self.output_layer = OutputHead(
+                config,
+                model,
+                mask_token_id=mask_token_id,
+                loss_chunk_size=loss_chunk_size,
+                has_weight=not (pre_process and model.tie_embeddings),
+                tensor_group=self.tp_group,
+            )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
         self._mark_replicated_over_pipeline()
-
-    def _build_output_layer(self) -> ColumnParallelLinear:
-        """The head reads gathered rows, all of them on each rank, so it must not gather again. Under sequence parallelism
-        its input gradients stay partial sums: the gather's backward adds them up while it scatters."""
-        head = ColumnParallelLinear(
-            self.config.hidden_size,
-            self.model.vocab_size,
-            config=self.config,
-            init_method=self.config.init_method,
-            bias=False,
-            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
-            disable_grad_reduce=self.config.sequence_parallel,
-            tp_group=self.tp_group,
-        )
-        head.sequence_parallel = False
-        return head
 
     def _mark_replicated_over_pipeline(self) -> None:
         """Every stage has the timestep embedding: its gradients are summed over stages, and its norm is counted once."""
@@ -147,17 +144,25 @@ class DiffusionTransformer(LanguageModule):
         """Hidden states from the previous stage; called by megatron-core's schedules."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, inputs: ModelInputs) -> Tensor:
-        """Logits [m, v] on the last stage, hidden states [s, b, h] on the others."""
+    def forward(self, inputs: ModelInputs, targets: Tensor | None = None) -> Tensor:
+        """Cross-entropies in nats, float32 [m], or without targets logits [m, v] on the last stage, hidden states [s, b, h] on the others.
+
+        Args:
+            targets: int64 [m], the right tokens at ``inputs.logit_positions``.
+        """
         condition = None if self.timestep_embedding is None else self.timestep_embedding(inputs.segment_timesteps)
         hidden = self.decoder(
             hidden_states=self._embed(inputs) if self.pre_process else None,
             attention_mask=None,
             context=condition,
             rotary_pos_emb=rotary_angles(inputs.positions, self.config.kv_channels, self.model),
-            packed_seq_params=LayerInputs(inputs.attention_plan, self._local_segment_index(inputs)),
+            packed_seq_params=LayerInputs(inputs.attention_plan, Segments(self._local_segment_index(inputs))),
         )
-        return self._logits(hidden, condition, inputs) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        rows = self._head_inputs(hidden, condition, inputs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(rows, weight=weight, targets=targets)
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
         embedded = self.embedding(inputs.input_ids)
@@ -179,31 +184,19 @@ class DiffusionTransformer(LanguageModule):
             index = index.chunk(get_pg_size(self.tp_group))[get_pg_rank(self.tp_group)]
         return index.contiguous()
 
-    def _logits(self, hidden: Tensor, condition: Tensor | None, inputs: ModelInputs) -> Tensor:
-        """Final norm, final adaLN and head at ``logit_positions`` only: two thirds of the positions of a masked-diffusion
-        batch would cost a head's FLOPs and a vocabulary's memory for nothing."""
+    def _head_inputs(self, hidden: Tensor, condition: Tensor | None, inputs: ModelInputs) -> Tensor:
+        """[s, b, h] -> [m, h]: final norm and final adaLN at ``logit_positions`` only. At the others of a masked-diffusion batch the head
+        would cost its FLOPs and a vocabulary's memory for nothing."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         length, num_samples, size = hidden.shape
         sample = torch.div(inputs.logit_positions, length, rounding_mode="floor")
         position = inputs.logit_positions % length
-        rows = self.final_norm(hidden.reshape(-1, size).index_select(0, position * num_samples + sample))
-        if self.final_modulation is not None:
-            segment = sample if inputs.segment_index is None else inputs.segment_index.flatten()[inputs.logit_positions]
-            shift, scale = self.final_modulation(condition)
-            rows = modulate(rows, shift, scale, segment)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(rows[:, None], weight=weight)
-        return self._exclude_mask_token(logits[:, 0])
-
-    def _exclude_mask_token(self, logits: Tensor) -> Tensor:
-        if self.mask_token_id is None:
-            return logits
-        column = self.mask_token_id - get_pg_rank(self.tp_group) * logits.shape[-1]
-        if 0 <= column < logits.shape[-1]:
-            # In place and unseen by autograd: the cross-entropy's own gradient is zero where the probability is.
-            logits.detach()[:, column] = float("-inf")
-        return logits
+        rows = hidden.reshape(-1, size).index_select(0, position * num_samples + sample)
+        if self.final_modulation is None:
+            return self.final_norm(rows)
+        segment = sample if inputs.segment_index is None else inputs.segment_index.flatten()[inputs.logit_positions]
+        return self.final_norm(rows, *self.final_modulation(condition), Segments(segment))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """As megatron-core's, with one owner for the timestep embedding that every stage holds."""

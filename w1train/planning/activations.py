@@ -1,7 +1,8 @@
 """Bytes that autograd saves for the backward pass, layer by layer, with and without recomputation.
 
 Counted are unique storages, as ``torch.autograd.graph.saved_tensors_hooks`` sees them. Two sets of kernels save different
-things for the same layer: on CUDA RMSNorm and SwiGLU are fused; on the CPU they are chains of element-wise operations.
+things for the same layer: on CUDA RMSNorm, SwiGLU and the rotary embedding are fused; on the CPU they are chains of element-wise
+operations. The norms of the residual stream and the gates keep the same on both (w1train.kernels.modulation).
 
 Shapes: s = positions of a rank in the residual stream (divided under sequence parallelism), l = positions of a rank in
 attention and MLP, b = samples, h = hidden size, q and k = widths of queries and keys of a rank, f = FFN width of a rank, d = head
@@ -32,10 +33,12 @@ class Kernels:
     """Saves its input and one number a row; unfused also the normalised rows, and in bf16 an fp32 copy of its input."""
     fused_swiglu: bool
     """Saves its input; unfused also SiLU of one half and a copy of the other."""
+    fused_rotary: bool
+    """Saves the angles, which all layers share; unfused cosines and sines, for q and for k in each layer."""
 
 
-CUDA_KERNELS = Kernels(fused_norm=True, fused_swiglu=True)
-CPU_KERNELS = Kernels(fused_norm=False, fused_swiglu=False)
+CUDA_KERNELS = Kernels(fused_norm=True, fused_swiglu=True, fused_rotary=True)
+CPU_KERNELS = Kernels(fused_norm=False, fused_swiglu=False, fused_rotary=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Sizes:
     ffn: int
     vocabulary: int
     num_logits: int
+    loss_chunk: int | None
+    """Positions whose logits exist at once; None = all."""
     segments: int
     condition: int
     frequencies: int
@@ -95,6 +100,7 @@ def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Prec
         ffn=model.ffn_hidden_size // layout.tensor,
         vocabulary=model.vocab_size // layout.tensor,
         num_logits=samples * work.most_logits // layout.context if num_logits is None else num_logits,
+        loss_chunk=layout.loss_chunk_size,
         segments=samples * work.num_segments + work.num_clean_segments,
         condition=model.condition_size,
         frequencies=model.timestep_frequency_size,
@@ -133,10 +139,10 @@ def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is
     return statistics + copy + rows * size * FP32_BYTES
 
 
-def branch_input_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """Norm, modulation, and the input of the linear layer behind them. Without adaLN the norm feeds the linear layer."""
-    modulated = 1 if sizes.has_adaln else 0
-    return norm_bytes(sizes.residual_positions, sizes.hidden, sizes.element, kernels) + (1 + modulated) * sizes.residual
+def modulated_norm_bytes(rows: int, sizes: Sizes) -> int:
+    """The norms of the residual stream (w1train.kernels.modulation), with or without modulation, and the input of the linear layer behind
+    them: the input, 1/rms (fp32) a row, and the output. The twin on the CPU keeps the same."""
+    return rows * FP32_BYTES + 2 * rows * sizes.hidden * sizes.element
 
 
 def branch_output_bytes(sizes: Sizes) -> int:
@@ -145,9 +151,9 @@ def branch_output_bytes(sizes: Sizes) -> int:
 
 
 def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """What the projection and the rotary embedding keep: cosines and sines [l, b, 1, d] for q and for k, and what QK-norm reads (views
-    of the projection, and a copy of q if heads are grouped)."""
-    total = 4 * sizes.positions * sizes.channels * sizes.element
+    """What the projection and the rotary embedding keep: unfused cosines and sines [l, b, 1, d] for q and for k, and what QK-norm reads
+    (views of the projection, and a copy of q if heads are grouped)."""
+    total = 0 if kernels.fused_rotary else 4 * sizes.positions * sizes.channels * sizes.element
     if sizes.qk_norm:
         for width, copied in ((sizes.query, sizes.grouped_queries), (sizes.key, False)):
             rows = sizes.positions * width // sizes.channels
@@ -203,7 +209,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
     """A whole layer."""
     attention_output = sizes.positions * sizes.query * sizes.element
     total = modulation_bytes(sizes, 6)
-    total += 2 * (branch_input_bytes(sizes, kernels) + branch_output_bytes(sizes))
+    total += 2 * (modulated_norm_bytes(sizes.residual_positions, sizes) + branch_output_bytes(sizes))
     total += query_key_value_bytes(sizes, kernels) + attention_output
     total += attention_input_bytes(sizes, kernels, recomputed=recompute_attention)
     total += 0 if recompute_attention else core_attention_bytes(sizes)
@@ -211,12 +217,13 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
 
 
 def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int) -> int:
-    """All layers of a chunk. Fully recomputed, only the input of every group is kept, and the rotary angles (fp32) once."""
+    """All layers of a chunk. Fully recomputed, only the input of every group is kept; and the rotary angles (fp32) once."""
+    angles = sizes.positions * sizes.channels * FP32_BYTES
     if layout.recompute == "full":
         num_groups = -(-num_layers // layout.recompute_num_layers)
-        angles = sizes.positions * sizes.channels * FP32_BYTES
         return num_groups * sizes.residual + angles
-    return num_layers * layer_bytes(sizes, kernels, recompute_attention=layout.recompute == "selective")
+    of_layer = layer_bytes(sizes, kernels, recompute_attention=layout.recompute == "selective")
+    return num_layers * of_layer + (angles if kernels.fused_rotary else 0)
 
 
 def conditioning_bytes(sizes: Sizes) -> int:
@@ -227,16 +234,16 @@ def conditioning_bytes(sizes: Sizes) -> int:
     return sizes.segments * (sizes.frequencies + 3 * sizes.condition) * sizes.element + index
 
 
-def head_bytes(sizes: Sizes, kernels: Kernels) -> int:
+def head_bytes(sizes: Sizes) -> int:
     """At the positions with logits: index, norm, modulation, the head's input, and the cross-entropy's probabilities in fp32, which
-    for bf16 logits are a copy and for fp32 ones overwrite them."""
+    for bf16 logits are a copy and for fp32 ones overwrite them. In chunks, two numbers a row instead of probabilities."""
     rows = sizes.num_logits
     indices = rows * _INT64_BYTES * (3 if sizes.has_adaln else 2)
-    modulated = 1 if sizes.has_adaln else 0
-    inputs = norm_bytes(rows, sizes.hidden, sizes.element, kernels) + (1 + modulated) * rows * sizes.hidden * sizes.element
-    probabilities = rows * sizes.vocabulary * FP32_BYTES
-    mask_and_weight = rows * (1 + FP32_BYTES)
-    return indices + inputs + modulation_bytes(sizes, 2) + probabilities + mask_and_weight
+    inputs = modulated_norm_bytes(rows, sizes)
+    weights = rows * FP32_BYTES
+    # Beside the probabilities, which targets another rank has.
+    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 2 * rows * FP32_BYTES
+    return indices + inputs + modulation_bytes(sizes, 2) + of_softmax + weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,18 +266,27 @@ def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk
         layers=layers_bytes(sizes, kernels, layout, chunk.num_layers),
         conditioning=conditioning_bytes(sizes),
         embedding=sizes.positions * _INT64_BYTES if chunk.has_embedding else 0,
-        head=head_bytes(sizes, kernels) if chunk.has_head else 0,
+        head=head_bytes(sizes) if chunk.has_head else 0,
     )
+
+
+def logits_bytes(sizes: Sizes) -> int:
+    """The logits that exist at once, in the run's precision; in chunks with the gradients of all rows."""
+    if sizes.loss_chunk is None:
+        return sizes.num_logits * sizes.vocabulary * sizes.element
+    chunk = min(sizes.loss_chunk, sizes.num_logits)
+    return (chunk * sizes.vocabulary + sizes.num_logits * sizes.hidden) * sizes.element
 
 
 def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, largest_parameter: int) -> int:
     """The largest memory in use beside what is saved, while one micro-batch runs.
 
-    The last stage holds the logits or their gradient in the run's precision beside the probabilities; a fully recomputed group has its
+    The last stage holds the logits or their gradient in the run's precision beside the probabilities, or those of a chunk beside the
+    gradient of the head's input; a fully recomputed group has its
     layers' activations back; the dense mask (a byte a pair) lives as long as its micro-batch; a stage's output waits for its gradient;
     the gradient of the largest parameter (in elements) exists in the run's precision before it is added to the fp32 buffer.
     """
-    logits = sizes.num_logits * sizes.vocabulary * sizes.element if chunk.has_head else sizes.residual
+    logits = logits_bytes(sizes) if chunk.has_head else sizes.residual
     mask = sizes.samples * sizes.rows * sizes.keys if sizes.masked else 0
     recomputed = 0
     if layout.recompute == "full":

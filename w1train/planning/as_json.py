@@ -9,6 +9,7 @@ from w1train.planning.assumptions import described
 from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
+from w1train.planning.suggestion import suggest_recomputation
 from w1train.training.flops import num_parameters
 from w1train.training.objective import describe_objective
 
@@ -42,11 +43,25 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
             "needed_bytes": plan.needed_bytes,
             "fits": plan.fits,
         },
+        "suggested_recompute": _suggestion(plan),
         "stages": [_stage(plan, stage) for stage in plan.stages],
         "speed": speed_as_dict(plan),
         "schedule": [_stage_of_schedule(plan, name) for name in plan.run.schedule.stages],
         "device": asdict(plan.device),
         "assumptions": described(plan.assumptions),
+    }
+
+
+def _suggestion(plan: Plan) -> dict[str, Any] | None:
+    """The cheapest recomputation that fits; None if none does."""
+    cheapest = suggest_recomputation(plan)
+    if cheapest is None:
+        return None
+    return {
+        "recompute": cheapest.layout.recompute,
+        "recompute_num_layers": cheapest.layout.recompute_num_layers if cheapest.layout.recompute == "full" else None,
+        "needed_bytes": cheapest.needed_bytes,
+        "step_seconds": cheapest.step_seconds,
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,9 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
     from w1train.training.setup import build_stage
 
     place = layout.coordinates(rank)
+    # Kernels, FP8 and transformer-engine may be absent where a plan is made; none of them changes a parameter.
+    model = replace(config.model, transformer_impl="local")
+    config = replace(config, model=model, parallel=replace(config.parallel, tp_comm_overlap=False))
     megatron = transformer_config(config.model, config.parallel, config.training.precision)
     # Parameters then follow torch's default device, on machines with a GPU too.
     megatron.use_cpu_initialization = True

@@ -60,6 +60,7 @@ class Layout:
     context: int
     context_method: ContextMethod
     context_chunk_size: int
+    loss_chunk_size: int | None
 
     @property
     def num_optimizer_shards(self) -> int:
@@ -101,6 +102,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
         context=parallel.context,
         context_method=parallel.context_method,
         context_chunk_size=parallel.context_chunk_size,
+        loss_chunk_size=training.loss_chunk_size,
     )
 
 

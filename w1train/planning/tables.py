@@ -13,6 +13,7 @@ from w1train.planning.assumptions import described
 from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
+from w1train.planning.suggestion import suggest_recomputation
 from w1train.training.flops import num_parameters
 from w1train.training.objective import describe_objective
 from w1train.training.units import quantity
@@ -40,6 +41,7 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
     console.print("(sources: w1train/planning/assumptions.py; replace one with --assume NAME=VALUE)")
     console.print("\n" + build_text(build))
     console.print(verdict(plan))
+    console.print(suggestion(plan))
 
 
 def build_text(build: Build) -> str:
@@ -62,6 +64,22 @@ def verdict(plan: Plan) -> str:
     return (
         f"DOES NOT FIT: the fullest device needs {needed:.1f} GiB and has {there:.1f}. Less memory: a smaller training.micro_batch_size, "
         "parallel.recompute=full, parallel.tensor with parallel.sequence, parallel.pipeline; --search tries them all"
+    )
+
+
+def suggestion(plan: Plan) -> str:
+    """The cheapest recomputation that fits."""
+    cheapest = suggest_recomputation(plan)
+    if cheapest is None:
+        return "no recomputation makes this layout fit"
+    layout = cheapest.layout
+    groups = f" parallel.recompute_num_layers={layout.recompute_num_layers}" if layout.recompute == "full" else ""
+    gain = plan.step_seconds / cheapest.step_seconds - 1
+    same = layout.recompute == plan.layout.recompute
+    compared = "as planned" if same else f"{abs(gain):.1%} {'faster' if gain >= 0 else 'slower'} than as planned"
+    return (
+        f"cheapest recomputation that fits: parallel.recompute={layout.recompute}{groups} "
+        f"({cheapest.needed_bytes / GIB:.1f} of {plan.device.memory_bytes / GIB:.1f} GiB; {compared})"
     )
 
 

@@ -77,7 +77,8 @@ def compute_seconds(
     peak = device.peak_tflops * 1e12
     repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
     in_layers = flops.attention_projections + flops.mlp + flops.adaln
-    outside = flops.timestep_mlp + flops.output_head
+    # A loss in chunks computes its logits twice.
+    outside = flops.timestep_mlp + flops.output_head * (4 if layout.loss_chunk_size is not None else 3) / 3
     matmul = (in_layers * repeated[0] / 3 + outside) / (peak * assumptions.matmul_efficiency)
     pairs, efficiency = flops.attention_core * repeated[1] / 3, assumptions.attention_efficiency
     if work.is_masked:
@@ -88,20 +89,22 @@ def compute_seconds(
 def layer_elementwise_bytes(sizes: Sizes) -> int:
     """Bytes that a layer's element-wise kernels read and write, forward and backward, counted from the code.
 
-    In units of a residual tensor, for each of the two branches: RMSNorm 2 + 3, modulation 2 + 7, gated residual 3 + 6, sum of the
-    two gradients 3; without adaLN the residual sum 3 replaces modulation and gate. With a segment index the rows are gathered: 6 more
-    forward and 4 backward for modulation, 3 and 2 for the gate. The rotary embedding passes 12 + 12 times over q and k (multiply, rotate,
-    multiply, add, concatenate); SwiGLU 3 + 5 times over a tensor of its width.
+    In units of a residual tensor, for each of the two branches: modulated RMSNorm 2 + 3, gated residual 3 + 3, sum of the two gradients
+    3; without adaLN the residual sum 3 replaces the gate. The rotary embedding passes 2 + 2 times over q and k; SwiGLU 3 + 5 times over a
+    tensor of its width. These are the fused kernels'; what an unfused choice of ``kernels`` costs is not counted.
     """
-    branch = 26 if sizes.has_adaln else 11
-    if sizes.has_adaln and sizes.segment_indexed:
-        branch += 15
-    rotary = 24 * sizes.positions * (sizes.query + sizes.key) * sizes.element
+    branch = 14 if sizes.has_adaln else 11
+    rotary = 4 * sizes.positions * (sizes.query + sizes.key) * sizes.element
     return 2 * branch * sizes.residual + rotary + 8 * sizes.positions * sizes.ffn * sizes.element
 
 
 def head_elementwise_bytes(sizes: Sizes) -> int:
-    """The cross-entropy's passes over [m, v]: convert, maximum, subtract, exponentiate, sum, divide, scale in fp32 and convert back."""
+    """The cross-entropy's passes over [m, v]: convert, maximum, subtract, exponentiate, sum, divide, scale in fp32 and convert back. In
+    chunks, one reading for the sums and one and a writing for the gradient; and each chunk's addition to the weight's fp32 gradient."""
+    if sizes.loss_chunk is not None:
+        num_chunks = -(-sizes.num_logits // sizes.loss_chunk)
+        weight = num_chunks * sizes.vocabulary * sizes.hidden * 2 * FP32_BYTES
+        return 3 * sizes.num_logits * sizes.vocabulary * sizes.element + weight
     per_logit = 2 * sizes.element + (1 + 1 + 2 + 2 + 1 + 2 + 2 + 1) * FP32_BYTES
     return sizes.num_logits * sizes.vocabulary * per_logit
 

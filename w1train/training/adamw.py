@@ -7,22 +7,50 @@ this, which stands in for it where neither transformer-engine nor apex is instal
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
 
+from w1train.config.errors import UserError
 
-def install() -> None:
-    """Make megatron-core use this AdamW, and treat it as the FusedAdam it imitates, where NVIDIA's is not installed."""
-    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        return
+logger = logging.getLogger(__name__)
+
+Choice = Literal["auto", "te", "apex", "torch"]
+_MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+
+
+def install(choice: Choice = "auto") -> None:
+    """Make megatron-core use the chosen AdamW, and treat this one as the FusedAdam it imitates. "auto" = transformer-engine's, else
+    apex's, else this.
+
+    Raises:
+        UserError: one is asked for by name that is not installed.
+    """
+    found = {name: _import(module) for name, module in _MODULES.items()}
+    if choice in _MODULES and found[choice] is None:
+        raise UserError(f"kernels.adamw is {choice}, but {_MODULES[choice]} cannot be imported here; set kernels.adamw=auto or torch")
+    name = choice if choice != "auto" else next((name for name, adam in found.items() if adam is not None), "torch")
+    missing = [_MODULES[other] for other, adam in found.items() if adam is None]
+    reason = f" (not importable: {', '.join(missing)})" if missing and choice == "auto" and name == "torch" else ""
+    logger.info("kernels.adamw: %s%s", name, reason)
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    megatron_optimizer.Adam = AdamW
+    megatron_optimizer.Adam = found.get(name) or AdamW
     distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = name == "te"
+    distrib_optimizer.USING_APEX_OPTIMIZER = name != "te"
+
+
+def _import(module: str) -> Any:
+    """FusedAdam of a module; None where it is not installed, or not for this machine."""
+    try:
+        return importlib.import_module(module).FusedAdam
+    except ImportError:
+        return None
 
 
 class AdamW(torch.optim.Optimizer):

@@ -13,7 +13,6 @@ from itertools import tee
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from w1train.config.schema import Config
@@ -64,18 +63,16 @@ def run_micro_batches(
 
 def _forward_step(config: Config, batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
     inputs = rank_inputs(next(batches), config)
-    return model(inputs.model), partial(_loss, config, inputs)
+    return model(inputs.model, inputs.targets), partial(_loss, config, inputs)
 
 
-def _loss(config: Config, inputs: RankInputs, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept."""
+def _loss(config: Config, inputs: RankInputs, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
+
+    ``cross_entropy``: float32 [m], the noisy stream's and behind them, where the objective has them, the clean stream's.
+    """
     noisy = inputs.noisy
-    targets = noisy.targets[noisy.loss_mask]
-    num_noisy = len(targets)
-    if noisy.next_mask is not None and noisy.next_targets is not None:
-        targets = torch.cat([targets, noisy.next_targets[noisy.next_mask]])
-    # [m, 1, v]: megatron-core's cross-entropy wants [sequence, batch, vocabulary].
-    cross_entropy = vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]
+    num_noisy = len(cross_entropy) if noisy.next_mask is None else len(cross_entropy) - int(noisy.next_mask.sum())
     of_clean = None if noisy.next_mask is None else cross_entropy[num_noisy:]
     weighted, sums = diffusion_loss(cross_entropy[:num_noisy], noisy, config.diffusion, config.logging.num_t_bins, of_clean)
     kept = torch.cat([sums.values, _work(inputs)])

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from w1train.attention.backends.choice import choose_backend
 from w1train.attention.context_parallel import (
@@ -51,6 +52,15 @@ class RankInputs:
     """The rank's positions of the corrupted batch, [b, n]: targets and weights of its losses."""
     balance: float
     """max / mean visible pairs over context-parallel ranks; 1 without context parallelism."""
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [m], the right tokens at ``model.logit_positions``: the noisy stream's, then the clean stream's next tokens."""
+        noisy = self.noisy
+        targets = noisy.targets[noisy.loss_mask]
+        if noisy.next_mask is None or noisy.next_targets is None:
+            return targets
+        return torch.cat([targets, noisy.next_targets[noisy.next_mask]])
 
 
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:

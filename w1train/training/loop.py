@@ -188,6 +188,7 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation set, if there is one."""
         if self.data.validation is not None:
+            self.model.gather_parameters()
             record = {**validate(self.stage, self.model, self.data), **self.where()}
             self.watch.record("validation", record)
             self.scores = scores(record)
@@ -200,6 +201,8 @@ class Trainer:
 
     def sample(self) -> None:
         """Complete the prompts, on the first model replica."""
+        # On all ranks, though only some sample.
+        self.model.gather_parameters()
         if self.stage.diffusion.objective == "autoregressive":
             logger.info("no samples at step %d: an autoregressive stage has not seen a mask token", self.progress.step)
         elif self.ranks.data_parallel_rank == 0:
@@ -212,6 +215,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.model.gather_parameters()
         # The loss of this step was finite before its update; the next one will not be if the update was not.
         require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
         self.watch.sync()

@@ -15,15 +15,22 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.model.initialization import initialize_parameters
+from w1train.model.linears import require_transformer_engine
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.training import adamw
 from w1train.training.megatron_fixes import keep_bucket_padding_in_checkpoints
+from w1train.training.objective import num_streams
 from w1train.training.rate_multipliers import freeze_and_mark, rate_overrides
 
 logger = logging.getLogger(__name__)
+
+# Elements of a bucket of gradients: megatron-core's own choice, below which messages are bound by latency.
+MIN_BUCKET_SIZE = 40_000_000
+MIN_BUCKET_SIZE_PER_RANK = 1_000_000
 
 
 @dataclass(slots=True)
@@ -38,6 +45,14 @@ class TrainedModel:
     def stages(self) -> list[DiffusionTransformer]:
         """The bare modules."""
         return [chunk.module for chunk in self.chunks]
+
+    @torch.no_grad()
+    def gather_parameters(self) -> None:
+        """Make every rank's parameters those of the last optimizer step, before anything but the next training step reads them; called on
+        every rank. With parallel.overlap_param_gather they are otherwise gathered by the forward pass, module by module."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     @torch.no_grad()
     def largest_parameter(self) -> float:
@@ -55,19 +70,27 @@ def build_trained_model(config: Config, load: Callable[[list[DiffusionTransforme
 
     ``load`` comes before the optimizer copies the weights to fp32 masters, which would otherwise undo it at the first step.
     """
-    megatron = transformer_config(config.model, config.parallel, config.training.precision)
+    megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.deterministic_mode = config.training.deterministic
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
         check_for_nan_in_grad=False,
     )
+    if config.parallel.tp_comm_overlap:
+        initialize_tensor_overlap(config)
     stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(config.parallel.virtual_pipeline)]
     if load is not None:
         load(stages)
     freeze_and_mark(stages, config.optimizer.rate_multipliers)
     chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
+    if config.parallel.overlap_grad_reduce:
+        # Only the last micro-batch's backward pass may send a bucket; the schedules run the others under this.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
 
 
@@ -76,11 +99,44 @@ def _data_parallel(
 ) -> DistributedDataParallel:
     """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
     layout = None
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    bucket_size = _bucket_size(ddp_config, size)
     if ddp_config.use_distributed_optimizer:
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        layout = DistributedOptimizer.compute_full_param_layout(parameters, None, size, ddp_config)
+        layout = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, size, ddp_config)
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
+
+
+def _bucket_size(ddp_config: DistributedDataParallelConfig, num_ranks: int) -> int | None:
+    """Elements of a bucket, which megatron-core's wrapper takes from ``ddp_config`` too: without overlap one bucket has all, and so it has
+    on the later pipeline stages, whose reduction is over before the first stage's begins. More for many ranks: their messages get small.
+    """
+    if not ddp_config.overlap_grad_reduce:
+        return None
+    ddp_config.bucket_size = max(MIN_BUCKET_SIZE, MIN_BUCKET_SIZE_PER_RANK * num_ranks)
+    return ddp_config.bucket_size if parallel_state.get_pipeline_model_parallel_rank() == 0 else None
+
+
+def initialize_tensor_overlap(config: Config) -> None:
+    """transformer-engine's buffers for tensor-parallel collectives that run beside the matrix products.
+
+    Raises:
+        UserError: transformer-engine is not installed, or there is no GPU.
+    """
+    require_transformer_engine("parallel.tp_comm_overlap", "true", "false")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.tp_comm_overlap is true, which needs NVLink between GPUs, and there is none; set it to false")
+    from transformer_engine.pytorch.module import base
+
+    parallel, training = config.parallel, config.training
+    positions = num_streams(config) * config.data.sequence_length * training.micro_batch_size // parallel.context
+    mode = base.UserBufferQuantizationMode
+    base.initialize_ub(
+        shape=[positions, config.model.hidden_size],
+        tp_size=parallel.tensor,
+        quantization_modes=[mode.NONE if training.fp8 == "none" else mode.FP8],
+        bootstrap_backend="nccl",
+    )
 
 
 def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) -> DiffusionTransformer:
@@ -90,6 +146,7 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
         megatron,
         config.model,
         mask_token_id=config.diffusion.mask_token_id if config.diffusion.exclude_mask_logit else None,
+        loss_chunk_size=config.training.loss_chunk_size,
         pre_process=parallel_state.is_pipeline_first_stage(**chunk),
         post_process=parallel_state.is_pipeline_last_stage(**chunk),
         vp_stage=chunk["vp_stage"],
@@ -106,7 +163,7 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
-    adamw.install()
+    adamw.install(config.kernels.adamw)
     keep_bucket_padding_in_checkpoints()
     settings = config.optimizer
     optimizer_config = MegatronOptimizerConfig(
@@ -121,6 +178,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         bf16=config.training.precision == "bf16",
         params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,65 @@
+"""Rules of overlap, FP8 and the loss in chunks."""
+
+from __future__ import annotations
+
+import pytest
+
+from w1train.config.validate import validate
+
+TE = {"model.transformer_impl": "te"}
+# 16 divides every product of it: 64 = 4 heads x 16.
+DIVISIBLE = {
+    "model.hidden_size": 64,
+    "model.num_attention_heads": 4,
+    "model.kv_channels": 16,
+    "model.ffn_hidden_size": 128,
+    "model.num_query_groups": None,
+    "data.sequence_length": 64,
+    "training.precision": "bf16",
+    "training.fp8": "tensorwise",
+    **TE,
+}
+
+
+def _keys(config):
+    return {problem.key for problem in validate(config)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"parallel.overlap_param_gather": True}, "parallel.overlap_param_gather"),
+        (
+            {"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": True, "parallel.distributed_optimizer": False},
+            "parallel.overlap_param_gather",
+        ),
+        ({"parallel.tp_comm_overlap": True, **TE}, "parallel.tp_comm_overlap"),
+        ({"parallel.tp_comm_overlap": True, "parallel.tensor": 2, "parallel.sequence": True}, "parallel.tp_comm_overlap"),
+        ({"training.loss_chunk_size": 0}, "training.loss_chunk_size"),
+        ({**DIVISIBLE, "model.transformer_impl": "local"}, "training.fp8"),
+        ({**DIVISIBLE, "training.precision": "fp32"}, "training.fp8"),
+        ({**DIVISIBLE, "model.ffn_hidden_size": 120}, "model.ffn_hidden_size"),
+        ({**DIVISIBLE, "model.kv_channels": 10}, "model.kv_channels"),
+        ({**DIVISIBLE, "data.sequence_length": 40, "training.micro_batch_size": 1}, "data.sequence_length"),
+    ],
+    ids=str,
+)
+def test_is_refused(make_config, changes, key):
+    assert key in _keys(make_config(changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True},
+        {"parallel.overlap_grad_reduce": True, "parallel.distributed_optimizer": False},
+        {"parallel.tp_comm_overlap": True, "parallel.tensor": 2, "parallel.sequence": True, **TE},
+        {"training.loss_chunk_size": 1},
+        DIVISIBLE,
+        {**DIVISIBLE, "training.fp8": "blockwise"},
+    ],
+    ids=str,
+)
+def test_is_allowed(make_config, changes):
+    speed_keys = {"parallel.overlap_param_gather", "parallel.tp_comm_overlap", "training.loss_chunk_size", "training.fp8"}
+    assert not _keys(make_config(changes)) & (speed_keys | set(DIVISIBLE))

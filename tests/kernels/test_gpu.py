@@ -1,0 +1,63 @@
+"""The Triton kernels where they are meant to run, at W1-4B's width, against fp64; and twice, bit for bit."""
+
+import pytest
+import torch
+
+from tests.kernels import oracle
+from w1train.kernels.cross_entropy import Head, linear_cross_entropy
+from w1train.kernels.rotary import apply_rotary
+
+pytestmark = pytest.mark.gpu
+SHAPE = (300, 2)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _on_cuda():
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["one", "scattered", "uneven"])
+@pytest.mark.parametrize("check", [oracle.check_norm, oracle.check_gate])
+def test_modulation(check, name, dtype):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(check(name, SHAPE, 2048, dtype, "triton", TOLERANCE[dtype]))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_plain_norm(dtype):
+    oracle.check_plain_norm(SHAPE, 2048, dtype, "triton", TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cross_entropy(dtype):
+    oracle.check_cross_entropy(100, 64512, 33, 14, dtype, "triton", {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype])
+
+
+def test_gradient_goes_into_the_fp32_buffer():
+    """bf16 factors and an fp32 sum in one product, which the CPU has not."""
+    rows = torch.randn((64, 128), dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn((512, 128), dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 512, (64,))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones((512, 128)), False
+    linear_cross_entropy(rows, weight, targets, Head(16, None, 0, None, sum_row_gradients=True)).sum().backward()
+    wide = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(rows.detach().double() @ wide.t(), targets, reduction="sum").backward()
+    assert (weight.main_grad - 1 - wide.grad).norm() / wide.grad.norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rotary(dtype):
+    t = torch.randn((50, 2, 24, 128), dtype=torch.float64).to(dtype).requires_grad_()
+    angles = (torch.rand((50, 2, 1, 64)) * 4096).repeat(1, 1, 1, 2)
+
+    def by_autograd(wide):
+        first, second = wide.chunk(2, dim=-1)
+        return wide * angles.double().cos() + torch.cat([-second, first], dim=-1) * angles.double().sin()
+
+    oracle.compare(lambda x: apply_rotary(x, angles), by_autograd, [t], TOLERANCE[dtype])

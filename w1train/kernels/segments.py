@@ -1,0 +1,82 @@
+"""Segments: stretches of tokens that share a row of the condition table, and sums over them.
+
+Shapes: s = tokens of this rank, b = samples, n = rows (s * b, or m where there is no sample dimension), g = segments,
+h = hidden size, p = pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PIECE_SIZE = 32
+"""Rows that one program of a backward kernel adds up."""
+
+
+@dataclass(slots=True, frozen=True)
+class Pieces:
+    """Rows sorted by segment and cut into pieces of at most PIECE_SIZE rows, none with rows of two segments.
+
+    A program adds up a piece, in order; a second pass adds up a segment's pieces, in order: the same sums in every run, which atomic
+    additions would not give, and balanced however long the segments are.
+    """
+
+    order: Tensor
+    """int32 [n]: rows by segment."""
+    start: Tensor
+    """int32 [p]: each piece's first place in ``order``; those behind the last piece are empty."""
+    end: Tensor
+    """int32 [p]."""
+    segment: Tensor
+    """int32 [p]: the segment of each piece."""
+    first: Tensor
+    """int32 [g + 1]: the first piece of each segment."""
+
+
+@dataclass(slots=True)
+class Segments:
+    """The row of the condition table for each token of a micro-batch; shared by all layers, so that its pieces are cut once."""
+
+    index: Tensor | None
+    """int64 [s, b] (or [m]); None = segment i is sample i."""
+    _pieces: dict[tuple[int, int], Pieces] = field(default_factory=dict, repr=False)
+
+    def rows(self, table: Tensor) -> Tensor:
+        """The table's row for each token, [s, b, h]; [1, b, h] (a view) when samples are segments."""
+        return table[None] if self.index is None else table[self.index]
+
+    def sum(self, values: Tensor, num_segments: int) -> Tensor:
+        """Sum [s, b, h] over each segment's tokens, in fp32 (fp64 for fp64) -> [g, h]."""
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        if self.index is None:
+            return values.sum(dim=0, dtype=dtype)
+        sums = torch.zeros((num_segments, values.shape[-1]), dtype=dtype, device=values.device)
+        return sums.index_add_(0, self.index.flatten(), values.reshape(-1, values.shape[-1]).to(dtype))
+
+    def pieces(self, num_rows: int, num_segments: int, device: torch.device) -> Pieces:
+        """Cut once for each number of rows and segments, without waiting for the GPU."""
+        key = (num_rows, num_segments)
+        if key not in self._pieces:
+            if self.index is None:
+                index = torch.arange(num_rows, device=device) % num_segments
+            else:
+                index = self.index.flatten()
+            self._pieces[key] = cut_pieces(index, num_segments)
+        return self._pieces[key]
+
+
+def cut_pieces(index: Tensor, num_segments: int, size: int = PIECE_SIZE) -> Pieces:
+    """int64 [n], the segment of each row, in any order -> pieces of at most ``size`` rows. Each size is known without their lengths:
+    there can be no more than n / size pieces that are full and one of each segment that is not."""
+    ordered, order = index.sort(stable=True)
+    borders = torch.searchsorted(ordered, torch.arange(num_segments + 1, device=index.device))
+    counts = torch.div(borders.diff() + size - 1, size, rounding_mode="floor")
+    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    piece = torch.arange(len(index) // size + num_segments, device=index.device)
+    segment = (torch.searchsorted(first, piece, right=True) - 1).clamp(max=num_segments - 1)
+    last = borders[segment + 1]
+    start = torch.minimum(borders[segment] + (piece - first[segment]) * size, last)
+    end = torch.minimum(start + size, last)
+    return Pieces(*(part.int() for part in (order, start, end, segment, first)))

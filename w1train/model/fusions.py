@@ -1,0 +1,105 @@
+"""Which of the libraries' and this project's fused kernels a run uses, and why not the others."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+
+from w1train.config.errors import UserError
+from w1train.config.schema import KernelsConfig, ModelConfig
+from w1train.kernels.rotary import apply_rotary
+from w1train.kernels.selection import has_triton
+from w1train.model.linears import has_transformer_engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """On or off."""
+
+    rope: bool
+    swiglu: bool
+    gradient_accumulation: bool
+
+
+def choose_fusions(kernels: KernelsConfig, model: ModelConfig, *, on_cuda: bool) -> Fusions:
+    """What the configuration asks for and this machine has.
+
+    Raises:
+        UserError: a kernel is asked for by name that cannot run here.
+    """
+    # TransformerConfig refuses the fused rotary embedding where megatron-core has found none; ours takes its place.
+    rope = _chosen("rope", kernels.rope, _rope_obstacle(on_cuda))
+    if rope:
+        rope_utils.fused_apply_rotary_pos_emb = apply_rotary
+    return Fusions(
+        rope=rope,
+        swiglu=_chosen("swiglu", kernels.swiglu, None if on_cuda else "it is compiled for CUDA"),
+        gradient_accumulation=_chosen(
+            "gradient_accumulation", kernels.gradient_accumulation, _gradient_accumulation_obstacle(model, on_cuda)
+        ),
+    )
+
+
+def _chosen(name: str, choice: Literal["auto", "fused", "unfused"], obstacle: str | None) -> bool:
+    if choice == "fused" and obstacle is not None:
+        raise UserError(f"kernels.{name} is fused, but {obstacle}; set kernels.{name}=auto or unfused")
+    fused = choice != "unfused" and obstacle is None
+    reason = "" if fused else " (as configured)" if choice == "unfused" else f" ({obstacle})"
+    _say(f"kernels.{name}: {'fused' if fused else 'unfused'}{reason}")
+    return fused
+
+
+def _rope_obstacle(on_cuda: bool) -> str | None:
+    if not on_cuda:
+        return "Triton's kernels need CUDA"
+    return None if has_triton() else "triton is not installed"
+
+
+def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | None:
+    """transformer-engine's linears do it themselves; megatron-core's, and the head, through apex's extension."""
+    if not on_cuda:
+        return "it needs CUDA"
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:
+        with_te = "; transformer-engine's linears do not suffice, as the head is megatron-core's" if model.transformer_impl == "te" else ""
+        return f"apex's fused_weight_gradient_mlp_cuda is not installed{with_te}"
+    return None
+
+
+def describe_elementwise(kernels: KernelsConfig, *, on_cuda: bool) -> None:
+    """Say which kernels the modulated norm, the gate and the chunked loss take."""
+    triton = kernels.elementwise != "torch" and on_cuda and has_triton()
+    if kernels.elementwise == "triton" and not triton:
+        why = "triton is not installed" if on_cuda else "Triton's kernels need CUDA"
+        raise UserError(f"kernels.elementwise is triton, but {why}; set kernels.elementwise=auto or torch")
+    _say(f"kernels.elementwise: {'triton' if triton else 'plain PyTorch'}")
+
+
+@cache
+def _say(line: str) -> None:
+    """Once, however many models are built."""
+    logger.info(line)
+
+
+def fp8_settings(fp8: Literal["none", "tensorwise", "blockwise"]) -> dict[str, str | None]:
+    """TransformerConfig's fields for ``training.fp8``: E4M3 forward and, tensorwise, E5M2 gradients.
+
+    Raises:
+        UserError: transformer-engine is missing, or the GPU cannot.
+    """
+    if fp8 == "none":
+        return {"fp8": None}
+    if not has_transformer_engine():
+        raise UserError(f"training.fp8 is {fp8}, which needs transformer-engine, and it is not installed here; set training.fp8=none")
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    needed = (8, 9) if fp8 == "tensorwise" else (9, 0)
+    if capability is not None and capability < needed:
+        raise UserError(f"training.fp8 is {fp8}, which needs compute capability {needed[0]}.{needed[1]}, and this GPU has {capability}")
+    return {"fp8": "hybrid" if fp8 == "tensorwise" else "e4m3", "fp8_recipe": fp8}

@@ -1,0 +1,31 @@
+"""The cheapest recomputation that a device's memory allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from w1train.config.schema import Config
+from w1train.config.validate import validate
+from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
+
+
+def suggest_recomputation(plan: Plan) -> Plan | None:
+    """The plan's run with the recomputation that fits and takes least time, and among those (groups of layers of any size cost the same
+    time) least memory; None = not even the least memory fits."""
+    world_size = plan.layout.world_size
+    fitting = [
+        other
+        for config in _choices(plan.run)
+        if not validate(config, world_size)
+        and (other := predict(config, world_size, plan.device, plan.assumptions, plan.document_length)).fits
+    ]
+    return min(fitting, key=lambda other: (other.step_seconds, other.needed_bytes), default=None)
+
+
+def _choices(config: Config) -> Iterator[Config]:
+    """Groups of more layers keep fewer inputs and compute more layers again at once."""
+    for choice in RECOMPUTE_CHOICES:
+        for size in range(1, config.model.num_layers + 1) if choice == "full" else (config.parallel.recompute_num_layers,):
+            parallel = dataclasses.replace(config.parallel, recompute=choice, recompute_num_layers=size)
+            yield dataclasses.replace(config, parallel=parallel)
