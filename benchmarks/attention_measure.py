@@ -80,7 +80,7 @@ class _Runner:
 
     attend: Attend
     plan: Any
-    inputs: Sequence[Tensor]
+    inputs: tuple[Tensor, Tensor, Tensor]
     upstream: Tensor
     turns: int = 0
     output: Tensor | None = None
@@ -123,10 +123,8 @@ def measure_workload(
         # becomes a row, its trace is in the log, and the exit status says so.
         except Exception as error:
             logger.exception("%s cannot compute %s", side.name, workload.name)
-            row.reason, row.failed = (
-                f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}",
-                True,
-            )
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            row.reason, row.failed = f"failed: {type(error).__name__}: {first_line[:120]}", True
             _forget(device)
             continue
         if row.error is not None and not row.error <= LARGEST_ERROR:
@@ -137,7 +135,7 @@ def measure_workload(
     return rows
 
 
-def _random_inputs(visibility: Visibility, case: AttentionCase) -> tuple[list[Tensor], Tensor]:
+def _random_inputs(visibility: Visibility, case: AttentionCase) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Query, key and value [b, n or g, q or k, d] as views of megatron-core's layout, and the output's gradient."""
     generator = torch.Generator(visibility.endpoints.device).manual_seed(0)
     _, num_samples, num_rows = visibility.endpoints.shape
@@ -147,8 +145,9 @@ def _random_inputs(visibility: Visibility, case: AttentionCase) -> tuple[list[Te
         tensor = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
         return tensor.permute(1, 2, 0, 3)
 
-    sizes = [(case.num_heads, num_rows), *[(case.num_groups, visibility.num_keys)] * 2]
-    return [random(*size).requires_grad_() for size in sizes], random(case.num_heads, num_rows)
+    query = random(case.num_heads, num_rows)
+    key, value = (random(case.num_groups, visibility.num_keys) for _ in range(2))
+    return (query.requires_grad_(), key.requires_grad_(), value.requires_grad_()), random(case.num_heads, num_rows)
 
 
 def _forward_flops(visibility: Visibility, case: AttentionCase, everything: bool) -> float:
@@ -172,7 +171,7 @@ def _prepared(
     side: Side,
     case: AttentionCase,
     visibility: Visibility,
-    inputs: Sequence[Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
     upstream: Tensor,
     clock: Clock,
     device: torch.device,

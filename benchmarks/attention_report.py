@@ -16,11 +16,11 @@ flushed before each forward pass; medians, timed by events on the GPU. Packed sa
 4,096 tokens and more). Blocks have two streams, twice the rows.
 
 *Visible TFLOP/s* count the pairs that the mask lets through, 4 operations a pair, head and channel forward and 10 backward (the scores are
-computed again); those of a *dense* side count all pairs. *Of dense* is the ratio of a side's visible TFLOP/s to those of its own
-library's kernel without a mask on the same shapes, in this run. *cudnn* is cudnn.flex_attention, *cudnn full plan* the same where
-everything is visible, *cudnn dense* cuDNN's own kernel through torch. *cudnn bias* adds the mask to the scores, the way of LLaDA2.0; *te* does so
-for blocks. *unfused* keeps all scores in bf16. *Memory* is what a forward and backward pass held at most beyond its inputs, with the plan or mask.
-*Error* is the largest relative error of output and gradients against an explicit softmax in fp32."""
+computed again); those of a *dense* side count all pairs. *Of dense* is the ratio of a side's visible TFLOP/s to those of its own library's
+kernel without a mask on the same shapes, in this run. *cudnn* is cudnn.flex_attention, *cudnn full plan* the same where everything is
+visible, *cudnn dense* cuDNN's own kernel through torch. *cudnn bias* adds the mask to the scores, the way of LLaDA2.0; *te* does so for
+blocks. *unfused* keeps all scores in bf16. *Memory* is what a forward and backward pass held at most beyond its inputs, with the plan or
+mask. *Error* is the largest relative error of output and gradients against an explicit softmax in fp32."""
 
 _KEY = "blocks of 32, one document, 4096"
 _COLUMNS = ("side", "forward, ms", "backward, ms", "visible TFLOP/s", "of dense", "memory, GiB", "plan, ms", "error")
@@ -101,9 +101,8 @@ def verdicts(measured: Sequence[Measured], workload: str = _KEY) -> list[str]:
     cudnn = by_side.get("cudnn")
     if cudnn is None or cudnn.seconds is None:
         why = f"{workload} was not measured" if cudnn is None else f"cudnn has no numbers ({cudnn.reason})"
-        return [
-            f"not shown, as {why}: {what}" for what in ("1.5 x flex", "3 x the dense mask", "80 % of dense", "10 % of unfused's memory")
-        ]
+        claims = ("1.5 x flex", "3 x the dense mask", "80 % of dense", "10 % of unfused's memory")
+        return [f"not shown, as {why}: {claim}" for claim in claims]
     biased = [row for name in ("cudnn bias", "te") if (row := by_side.get(name)) is not None and row.seconds is not None]
     fastest = min(biased, key=lambda row: row.seconds or 0.0, default=None)
     return [

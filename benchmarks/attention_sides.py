@@ -45,7 +45,7 @@ class UnfusedBackend(AttentionBackend):
     """All scores in memory, in the run's precision: matrix product, mask, softmax, matrix product, as megatron-core's and
     transformer-engine's unfused attention. In the step's benchmark it takes the place of the fp32 reference."""
 
-    name: BackendName = "reference"
+    name = "reference"
 
     def prepare(self, visibility: Visibility) -> tuple[Tensor, Tensor]:
         """What is hidden, bool [b, 1, q, k], and which rows see nothing, bool [b, 1, q, 1]."""

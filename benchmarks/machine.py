@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,12 +94,15 @@ class Clock:
             part()
             event.record()
         torch.cuda.synchronize(self._device)
-        return [start.elapsed_time(end) / 1e3 for start, end in zip(events, events[1:], strict=False)]
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
     def wall_seconds(self, work: Callable[[], Any]) -> float:
         """Until the device has done it, launches and waiting of the host included."""
         self.synchronize()
-        return _wall_seconds(lambda: (work(), self.synchronize()))
+        started = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - started
 
     def synchronize(self) -> None:
         """Wait for all work."""
