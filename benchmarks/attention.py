@@ -41,22 +41,27 @@ _COMPILED_SHAPES = 64
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[list[Measured], list[str]]:
     """All sides of all workloads, and the names of workloads that there was no time for."""
-    torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_SHAPES
+    if device.type == "cuda":
+        torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
+        torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_SHAPES
     started = time.perf_counter()
     todo: list[Workload] = list(tiny_workloads() if options.tiny else workloads(options.lengths))
     case = AttentionCase("documents", "bf16", options.heads, options.groups or options.heads, options.channels)
     if options.tiny:
         case = AttentionCase("documents", "bf16", 2, 1 if options.groups else 2, 16)
-    measured, left = [], []
-    for workload in todo:
-        if time.perf_counter() - started > options.budget:
-            left.append(workload.name)
-            continue
-        logger.info("%s (%.0f s)", workload.name, time.perf_counter() - started)
-        of_workload = dataclasses.replace(case, kind=workload.kind)
-        measured += measure_workload(workload, of_workload, sides(), device, options.repetitions)
-    return measured, left
+    measured: list[Measured] = []
+    done = 0
+    try:
+        for workload in todo:
+            if time.perf_counter() - started > options.budget:
+                break
+            logger.info("%s (%.0f s)", workload.name, time.perf_counter() - started)
+            of_workload = dataclasses.replace(case, kind=workload.kind)
+            measured += measure_workload(workload, of_workload, sides(), device, options.repetitions)
+            done += 1
+    except KeyboardInterrupt:
+        logger.warning("interrupted; what is measured is reported")
+    return measured, [workload.name for workload in todo[done:]]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -216,7 +216,7 @@ def relative_errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[s
     """|found - wanted| / |wanted| by tensor, over the heads that ``wanted`` has; NaN counts as infinite."""
     errors = {}
     for name, one, other in zip(_TENSORS, found, wanted, strict=True):
-        error = float((one[:, : other.shape[1]].float() - other).norm() / other.norm())
+        error = float((one.detach()[:, : other.shape[1]].float() - other.detach()).norm() / other.detach().norm())
         errors[name] = error if error == error else float("inf")
     return errors
 

@@ -70,6 +70,8 @@ class Run:
     found: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     """Why it found nothing."""
+    failed: bool = False
+    """It should have, and did not."""
 
     @property
     def name(self) -> str:
@@ -164,15 +166,17 @@ def run_in_process(run: Run, options: argparse.Namespace, directory: Path, secon
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        run.reason = f"not done after {seconds:.0f} s"
+        run.reason, run.failed = f"not done after {seconds:.0f} s", True
         return
     if result.exists():
-        run.found = json.loads(result.read_text())
+        found = json.loads(result.read_text())
+        run.reason = found.get("cannot")
+        run.found = {} if run.reason else found
         return
     lines = [line for line in ended.stderr.strip().splitlines() if line.strip()] or [f"status {ended.returncode}"]
     logger.warning("%s failed:\n%s", run.name, "\n".join(lines[-25:]))
     # The last line of a trace that says what it was; NCCL and others may talk after it.
-    run.reason = next((line for line in reversed(lines) if "Error" in line), lines[-1])[:160]
+    run.reason, run.failed = next((line for line in reversed(lines) if "Error" in line), lines[-1])[:160], True
 
 
 def run_one(options: argparse.Namespace) -> int:
@@ -186,7 +190,10 @@ def run_one(options: argparse.Namespace) -> int:
 
     run = Run(**json.loads(options.one))
     config = step_config(run, options, options.directory)
-    found = measure_run(config, unfused=run.variant == "unfused attention", num_warmup=options.warmup, num_steps=options.steps)
+    try:
+        found = measure_run(config, unfused=run.variant == "unfused attention", num_warmup=options.warmup, num_steps=options.steps)
+    except UserError as error:
+        found = {"cannot": str(error)}
     (options.directory / "found.json").write_text(json.dumps(found))
     return 0
 
@@ -242,7 +249,7 @@ def main(arguments: Sequence[str], run_apart: Callable[[Run, argparse.Namespace,
         record = Record(benchmark="step", command=command, machine=machine, versions=software, results=key_results(runs), dry_run=dry_run)
         shown.append(gpu_environment(command, machine, software))
         print(f"wrote {publish(record, 'A training step of W1-4B', shown, notes(options, runs), chart(runs), options.output)}")
-    return 1 if any(run.reason not in (None, "out of time") for run in runs) else 0
+    return 1 if any(run.failed for run in runs) else 0
 
 
 if __name__ == "__main__":

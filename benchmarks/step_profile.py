@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity
 
 GROUPS = ("attention", "GEMM", "norm and modulation", "rotary and SwiGLU", "loss and head", "optimizer", "communication", "other")
 _PREFIX = "w1train: "
+_BACKWARD_SCOPE = 1  # at::RecordScope::BACKWARD_FUNCTION
 # The first that is found in a kernel's name; CPU operators have names too, for dry runs.
 _BY_NAME: tuple[tuple[str, str], ...] = (
     (r"nccl|all_reduce|allreduce|reduce_scatter|allgather", "communication"),
@@ -131,7 +132,8 @@ def _backward_ranges(events: list[Any]) -> dict[tuple[int, int], str]:
 
 
 def _is_backward(event: Any) -> bool:
-    return event.name.startswith("autograd::engine::evaluate_function")
+    """Both events that autograd has for a node show the number of the operator that it belongs to."""
+    return event.name.startswith("autograd::engine::evaluate_function") or event.scope == _BACKWARD_SCOPE
 
 
 def _enclosing_range(event: Any) -> str | None:
