@@ -152,7 +152,7 @@ def _norm_errors(device: torch.device, num_rows: int, size: int, _vocabulary: in
 def _gate_errors(device: torch.device, num_rows: int, size: int, _vocabulary: int) -> dict[str, float]:
     residual, gate, x = (torch.randn(shape, device=device) for shape in ((num_rows, 1, size), (3, size), (num_rows, 1, size)))
     segments = Segments(torch.randint(0, 3, (num_rows, 1), device=device))
-    triton, twin = (lambda *inputs, how=how: gate_residual(*inputs, segments, how) for how in ("triton", "torch"))
+    triton, twin = (lambda *inputs, how=how: gate_residual(inputs[0], inputs[1], inputs[2], segments, how) for how in ("triton", "torch"))
     return twin_errors(triton, twin, [residual, gate, x])
 
 

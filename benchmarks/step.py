@@ -40,12 +40,12 @@ from w1train.config.validate import validate
 
 logger = logging.getLogger(__name__)
 
-Variant = Literal["as the recipe", "flex", "unfused attention", "kernels off"]
+Variant = Literal["recipe", "flex", "unfused", "kernels off"]
 OVERRIDES: dict[Variant, list[str]] = {
-    "as the recipe": [],
+    "recipe": [],
     "flex": ["attention.backend=flex"],
     # Its scores fit only if they are computed again in the backward pass.
-    "unfused attention": ["attention.backend=reference", "parallel.recompute=selective"],
+    "unfused": ["attention.backend=reference", "parallel.recompute=selective"],
     "kernels off": ["kernels.elementwise=torch", "kernels.rope=unfused", "kernels.swiglu=unfused"],
 }
 TINY = [
@@ -76,7 +76,7 @@ class Run:
     @property
     def name(self) -> str:
         """In tables and results."""
-        return f"{'one stream' if self.streams == 1 else 'two streams'}, {self.variant}, {self.layers} layers"
+        return f"{self.streams} stream{'s' if self.streams > 1 else ''}, {self.variant}, {self.layers} layers"
 
 
 def step_config(run: Run, options: argparse.Namespace, directory: Path) -> Config:
@@ -109,7 +109,7 @@ def step_config(run: Run, options: argparse.Namespace, directory: Path) -> Confi
 
 def write_data(options: argparse.Namespace, directory: Path) -> None:
     """Random tokens in documents four samples long at the median."""
-    config = step_config(Run(1, "as the recipe", 1), options, directory)
+    config = step_config(Run(1, "recipe", 1), options, directory)
     tokenizer = make_tokenizer(config.model.vocab_size, config.diffusion.mask_token_id)
     tokenizer.save(directory / "tokenizer.json")
     length = config.data.sequence_length
@@ -133,14 +133,14 @@ def measure(options: argparse.Namespace, directory: Path, run_apart: Callable[[R
 
     some, half = options.side_layers, max(1, options.side_layers // 2)
     for streams in (1, 2):
-        side, smaller = (perform(Run(streams, "as the recipe", layers)) for layers in (some, half))
+        side, smaller = (perform(Run(streams, "recipe", layers)) for layers in (some, half))
         layers = min(options.layers, layers_that_fit(side, smaller))
         for _ in range(_ATTEMPTS if layers > some else 0):
-            largest = perform(Run(streams, "as the recipe", layers, largest=True))
+            largest = perform(Run(streams, "recipe", layers, largest=True))
             layers -= _FEWER_LAYERS
             if largest.reason is None or "OutOfMemory" not in largest.reason or layers <= some:
                 break
-    for variant in ("flex", "unfused attention", "kernels off"):
+    for variant in ("flex", "unfused", "kernels off"):
         for streams in (2, 1):
             perform(Run(streams, variant, some))
     return done
@@ -191,7 +191,7 @@ def run_one(options: argparse.Namespace) -> int:
     run = Run(**json.loads(options.one))
     config = step_config(run, options, options.directory)
     try:
-        found = measure_run(config, unfused=run.variant == "unfused attention", num_warmup=options.warmup, num_steps=options.steps)
+        found = measure_run(config, unfused=run.variant == "unfused", num_warmup=options.warmup, num_steps=options.steps)
     except UserError as error:
         found = {"cannot": str(error)}
     (options.directory / "found.json").write_text(json.dumps(found))

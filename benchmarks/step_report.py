@@ -96,7 +96,7 @@ samples long at the median; gates start at 1, as zeros would make the backward p
 which the profiled one ran any kernel. Streams may overlap, so shares need not add up to 1.
 
 MFU counts what must be computed (w1train/training/flops.py: visible pairs, logits where a loss is taken, nothing twice) against the
-device's dense bf16 peak. *Unfused attention* keeps its scores in bf16 and computes them again in the backward pass, as all layers' do not
+device's dense bf16 peak. *Unfused* keeps its scores in bf16 and computes them again in the backward pass, as all layers' do not
 fit. *Kernels off* has plain PyTorch for norms, modulation, gates, rotary embedding and SwiGLU. Memory is the peak of what tensors hold.
 
 {lines}"""

@@ -39,7 +39,8 @@ def found(tmp_path_factory):
 
     def measure(_rank, _size):
         results = {}
-        for variant in ("as the recipe", "flex", "unfused attention"):
+        # flex last: a refused run leaves its process groups.
+        for variant in ("recipe", "unfused", "flex"):
             options.one = json.dumps({"streams": 2, "variant": variant, "layers": 2})
             assert step.run_one(options) == 0
             results[variant] = json.loads((directory / "found.json").read_text())
@@ -49,23 +50,23 @@ def found(tmp_path_factory):
 
 
 def test_runs_train_and_are_broken_down(found):
-    assert (found["as the recipe"]["backend"], found["unfused attention"]["backend"]) == ("sdpa", "unfused")
+    assert (found["recipe"]["backend"], found["unfused"]["backend"]) == ("sdpa", "unfused")
     assert found["flex"]["cannot"].startswith("attention.backend is flex, which cannot serve")
-    for variant in ("as the recipe", "unfused attention"):
+    for variant in ("recipe", "unfused"):
         groups = found[variant]["groups"]
         assert groups.keys() == set(step_profile.GROUPS)
         assert all(groups[group] > 0 for group in ("attention", "GEMM", "norm and modulation", "loss and head", "optimizer"))
     # The same model, data and noise; bf16.
-    assert found["as the recipe"]["loss"] == pytest.approx(found["unfused attention"]["loss"], rel=1e-2)
+    assert found["recipe"]["loss"] == pytest.approx(found["unfused"]["loss"], rel=1e-2)
 
 
 def test_report_of_a_dry_run(found, tmp_path, capsys):
     def run_apart(run, *_arguments):
-        run.found = found.get(run.variant, found["as the recipe"])
+        run.found = found.get(run.variant, found["recipe"])
         run.reason = run.found.get("cannot")
 
     assert step.main([*SIZES, "--report", f"--output={tmp_path}"], run_apart=run_apart) == 0
-    assert "two streams, unfused attention" in capsys.readouterr().out
+    assert "2 streams, unfused" in capsys.readouterr().out
     (report,) = tmp_path.glob("*-step.md")
     assert "flex, 2 layers: attention.backend is flex, which cannot serve" in report.read_text()
     results = json.loads(report.with_suffix(".json").read_text())["results"]
@@ -107,7 +108,7 @@ def test_a_crash_is_a_reason(tmp_path, monkeypatch):
     python.write_text("#!/bin/sh\necho 'torch.OutOfMemoryError: CUDA out of memory' >&2\necho 'some more talk' >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(step.sys, "executable", str(python))
-    run = step.Run(1, "as the recipe", 2)
+    run = step.Run(1, "recipe", 2)
     step.run_in_process(run, step._parse(SIZES), tmp_path, 60)
     assert run.failed
     assert run.reason == "torch.OutOfMemoryError: CUDA out of memory"
@@ -117,12 +118,12 @@ def test_a_crash_is_a_reason(tmp_path, monkeypatch):
 
 
 def test_shares_and_verdicts():
-    runs = [step.Run(1, "as the recipe", 48, largest=True, found={**FOUND, "mfu": 0.61}), step.Run(2, "as the recipe", 30, True, FOUND)]
+    runs = [step.Run(1, "recipe", 48, largest=True, found={**FOUND, "mfu": 0.61}), step.Run(2, "recipe", 30, True, FOUND)]
     assert shares(runs[0]) == pytest.approx({"attention": 0.25, "GEMM": 0.5, "idle": 0.2})
     assert [line.partition(":")[0] for line in verdicts(runs)] == ["holds", "DOES NOT HOLD"]
     assert "30 of 48 layers" in verdicts(runs)[1]
     assert all(line.startswith("not shown") for line in verdicts([]))
-    assert key_results(runs)["two streams, as the recipe, most layers"]["layers"] == 30
+    assert key_results(runs)["2 streams, recipe, most layers"]["layers"] == 30
 
 
 class Model:
