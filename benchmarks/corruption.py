@@ -39,7 +39,7 @@ def open_loader(directory: Path, options: argparse.Namespace) -> BatchLoader:
     tokenizer = make_tokenizer(_VOCAB_SIZE, DiffusionConfig().mask_token_id)
     num_tokens = max(options.num_tokens, options.length)
     write_dataset(directory / "data", tokenizer, num_tokens=num_tokens, median_document_length=options.document_length)
-    packed = PackedDataset(TokenDataset.open(directory / "data", tokenizer, _VOCAB_SIZE), options.length, _SEED, shuffle_samples=True)
+    packed = PackedDataset(TokenDataset.open(directory / "data", tokenizer, _VOCAB_SIZE), options.length, _SEED)
     return BatchLoader(packed, micro_batch_size=options.micro_batch_size, num_workers=0)
 
 

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 from w1train.config.schema import Config
+from w1train.conversion.initial_weights import open_initial_weights
 from w1train.data.loader import BatchLoader
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.diffusion.loss import denominator
@@ -224,7 +225,7 @@ def compare(config: Config, *, num_steps: int, num_warmup: int) -> tuple[Measure
     with distributed(config.parallel) as ranks, open(Path(config.runs_dir) / "console.log", "w") as console:
         run.claim()
         with contextlib.redirect_stdout(console):
-            trainer = Trainer(config, ranks, run)
+            trainer = Trainer(config, ranks, run, open_initial_weights)
             framework, bare = FrameworkLoop(trainer), BareLoop(trainer)
             with trainer.watch, trainer.data.loader, framework.instrumented():
                 _alternate(framework, bare, range(num_warmup))

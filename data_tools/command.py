@@ -6,8 +6,11 @@ import argparse
 import logging
 from collections.abc import Callable
 
+from data_tools.corpus import TextCorpus
+from data_tools.files import KINDS
 from data_tools.progress import setup_logging
-from data_tools.text import BLANK_LINES, CorpusError, TextCorpus
+from data_tools.text import BLANK_LINES, CorpusError, Rules
+from data_tools.workers import WorkerError
 from w1train.data.indexed import DatasetError
 from w1train.data.tokenizer import TokenizerError
 
@@ -22,11 +25,28 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="text files (one document each), .jsonl/.ndjson files (one document a line), or directories of them, searched "
-        "recursively in sorted order, hidden entries left out",
+        help="text files (one document each), .jsonl/.ndjson (one document a line), .parquet or .arrow files (one document a row), all but "
+        "the last two also as .gz or .zst; directories of them, searched recursively in sorted order, hidden entries left out; or "
+        "datasets that Hugging Face's save_to_disk wrote",
     )
     group.add_argument("--extensions", nargs="+", default=[], metavar=".EXT", help="take only such files from directories (default: all)")
-    group.add_argument("--text-field", default="text", metavar="NAME", help="JSONL key that holds the text (default: %(default)s)")
+    group.add_argument("--format", choices=KINDS, help="what all files hold (default: as their names say, text if they do not)")
+    group.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="key or column of the text; a.b is b inside of a (default: %(default)s)",
+    )
+    group.add_argument(
+        "--filter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=REGEX",
+        help="take only records in which the field matches the regular expression somewhere ('^en$' = wholly); all of them, if several",
+    )
+    group.add_argument("--min-bytes", type=int, default=0, metavar="N", help="leave out shorter documents (UTF-8; default: %(default)s)")
+    group.add_argument("--max-bytes", type=int, metavar="N", help="leave out longer documents (default: none)")
     group.add_argument(
         "--split-on",
         metavar="REGEX",
@@ -37,27 +57,34 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=["fail", "skip"],
         default="fail",
-        help="files or lines that are not UTF-8 text or JSON: stop, or leave them out, logged and counted (default: %(default)s)",
+        help="files, lines or rows that are not UTF-8 text or JSON: stop, or leave them out, logged and counted (default: %(default)s)",
     )
 
 
 def corpus_from(options: argparse.Namespace) -> TextCorpus:
     """The corpus that the options of :func:`add_corpus_options` describe."""
-    return TextCorpus(
-        options.input,
-        extensions=options.extensions,
+    if bad := [text for text in options.filter if not text.partition("=")[0] or "=" not in text]:
+        raise CorpusError(f"--filter {bad[0]} is not FIELD=REGEX")
+    rules = Rules(
         text_field=options.text_field,
         split_on=options.split_on,
+        filters=tuple((field, pattern) for field, _, pattern in (text.partition("=") for text in options.filter)),
+        min_bytes=options.min_bytes,
+        max_bytes=options.max_bytes,
         on_error=options.on_error,
     )
+    return TextCorpus(options.input, rules, extensions=options.extensions, kind=options.format)
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Exit status of a command: 0, or 1 after logging what the user or the machine (a full disk, say) got wrong."""
+    """Exit status of a command: 0; 1 after logging what the user or the machine (a full disk, say) got wrong; 130 after Ctrl-C."""
     setup_logging()
     try:
         command()
-    except (CorpusError, DatasetError, TokenizerError, OSError) as error:
+    except (CorpusError, DatasetError, TokenizerError, WorkerError, OSError) as error:
         logger.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
     return 0

@@ -23,21 +23,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make a Hugging Face tokenizer.json one that w1train trains with: its end-of-text token becomes <eos> at the same id, "
         "<pad> and <mask> are added where nothing is. All other ids stay, so the model's embeddings fit.",
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help="the model's tokenizer.json")
+    parser.add_argument("--input", required=True, metavar="PATH", help="the model's tokenizer.json, or the directory that it is in")
     parser.add_argument("--output", required=True, metavar="FILE", help="where to write the new one")
     parser.add_argument("--eos", required=True, metavar="TOKEN", help="the token that ends a document, such as '<|endoftext|>'")
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="id of <mask>; the first free one if not given")
+    parser.add_argument("--mask", metavar="TOKEN", help="a special token that nothing uses, to become <mask> at its id")
+    parser.add_argument("--pad", metavar="TOKEN", help="one to become <pad> (default: a new one)")
     options = parser.parse_args(arguments)
+    if options.mask and options.mask_token_id is not None:
+        parser.error("--mask has an id already: --mask-token-id does not go with it")
     return run_command(lambda: _import(options))
 
 
 def _import(options: argparse.Namespace) -> None:
+    source = Path(options.input)
+    source = source / "tokenizer.json" if source.is_dir() else source
     try:
-        content = json.loads(Path(options.input).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"tokenizer {options.input} is no JSON: {error}") from error
-    converted = with_special_tokens(content, options.eos, options.mask_token_id, options.input)
-    tokenizer = Tokenizer(json.dumps(converted, ensure_ascii=False).encode(), origin=options.input)
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"tokenizer {source} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or not isinstance(content["model"].get("vocab"), dict):
+        raise TokenizerError(f"tokenizer {source} has no vocabulary of tokens and ids")
+    wanted = [(options.eos, EOS_TOKEN), (options.mask, MASK_TOKEN), (options.pad, PAD_TOKEN)]
+    renamed = {text: name for text, name in wanted if text}
+    if len(renamed) < sum(bool(text) for text, _ in wanted):
+        raise TokenizerError("--eos, --mask and --pad must be different tokens")
+    converted = with_special_tokens(content, renamed, options.mask_token_id, str(source))
+    tokenizer = Tokenizer(json.dumps(converted, ensure_ascii=False).encode(), origin=str(source))
+    if content.get("normalizer"):
+        logger.warning("%s normalises text (%s): not every text comes back as it went in", source, content["normalizer"].get("type"))
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
@@ -48,32 +62,30 @@ def _import(options: argparse.Namespace) -> None:
     )
 
 
-def with_special_tokens(content: dict[str, Any], eos: str, mask_token_id: int | None, origin: str) -> dict[str, Any]:
-    """The tokenizer.json with ``eos`` called <eos>, and <mask> and <pad> added.
+def with_special_tokens(content: dict[str, Any], renamed: dict[str, str], mask_token_id: int | None, origin: str) -> dict[str, Any]:
+    """The tokenizer.json with special tokens under new names (one becomes <eos>), and <mask> and <pad> added unless they are among those.
 
     Raises:
         TokenizerError: there is no such token among the added ones, or something is already at the mask's id.
     """
     added = content.get("added_tokens", [])
-    ends = [token for token in added if token["content"] == eos]
-    if not ends:
-        there = ", ".join(token["content"] for token in added) or "none"
-        raise TokenizerError(f"tokenizer {origin} has no special token {eos}; it has: {there}")
-    used = {token["id"]: token["content"] for token in added} | {number: text for text, number in content["model"]["vocab"].items()}
+    there = {token["content"]: token["id"] for token in added}
+    if missing := [text for text in renamed if text not in there]:
+        raise TokenizerError(f"tokenizer {origin} has no special token {missing[0]}; it has: {', '.join(there) or 'none'}")
+    used = {number: text for text, number in (content["model"]["vocab"] | there).items()}
+    new = [name for name in (MASK_TOKEN, PAD_TOKEN) if name not in renamed.values()]
     first_free = max(used) + 1
     mask = first_free if mask_token_id is None else mask_token_id
     if mask in used:
         raise TokenizerError(f"--mask-token-id {mask} is {used[mask]!r} in {origin}; the first free id is {first_free}")
     if mask > first_free:
         raise TokenizerError(f"--mask-token-id {mask} leaves ids without a token before it; the first free one is {first_free}")
-    renamed = [{**token, "content": EOS_TOKEN, "special": True} if token["content"] == eos else token for token in added]
-    vocabulary = {EOS_TOKEN if text == eos else text: number for text, number in content["model"]["vocab"].items()}
-    new = [_special_token(mask, MASK_TOKEN), _special_token(mask + 1, PAD_TOKEN)]
+    tokens = [{**token, "content": renamed[token["content"]], "special": True} if token["content"] in renamed else token for token in added]
     # A template that adds special tokens around texts would name the old one; documents get their EOS from the writer.
     return {
         **content,
-        "added_tokens": [*renamed, *new],
-        "model": {**content["model"], "vocab": vocabulary},
+        "added_tokens": [*tokens, *(_special_token(first_free + i, name) for i, name in enumerate(new))],
+        "model": {**content["model"], "vocab": {renamed.get(text, text): number for text, number in content["model"]["vocab"].items()}},
         "post_processor": _without_templates(content),
     }
 

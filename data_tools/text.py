@@ -1,28 +1,23 @@
-"""Documents from files, directory trees and JSONL."""
+"""Documents from raw input: what is text, what is left out, and why."""
 
 from __future__ import annotations
 
 import codecs
 import itertools
 import json
-import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from stat import S_ISREG
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-logger = logging.getLogger(__name__)
+from data_tools.files import CorpusError, damage, open_file
+from data_tools.tables import rows_of
+from data_tools.units import Unit
 
-JSONL_SUFFIXES = {".jsonl", ".ndjson"}
+__all__ = ["BLANK_LINES", "CorpusError", "Counts", "Document", "Rules"]
+
 BLANK_LINES = "blank-lines"
-_MAX_LOGGED = 20
-
-
-class CorpusError(ValueError):
-    """A corpus that is missing, empty or not text."""
+_MAX_MESSAGES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,149 +26,205 @@ class Document:
 
     text: str
     origin: str
-    """FILE, FILE:LINE in JSONL, with #PIECE after it if the text was split."""
+    """FILE, FILE:LINE in JSONL, FILE:ROW in a table (both from 1), with #PIECE after it if the text was split."""
     num_bytes: int
     """Length in UTF-8."""
 
 
-class TextCorpus:
-    """The documents of some files, in a fixed order: the paths as given, a directory's files sorted by path.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What documents are made of."""
 
-    A file is one document, unless its name ends in .jsonl or .ndjson: then each line is a JSON object with the document in
-    ``text_field``. Hidden files and directories (a leading dot) inside a directory are left out. Text is UTF-8; a byte order
-    mark at the start of a file is dropped. Documents of white space alone are left out and counted.
-    """
+    text_field: str = "text"
+    """Key or column that holds the text; a.b is b inside of a, unless there is a key "a.b"."""
+    split_on: str | None = None
+    """ "blank-lines" = texts are cut at blank lines, which are dropped; otherwise a regular expression (multi-line mode): a new
+    document begins at each match."""
+    filters: tuple[tuple[str, str], ...] = ()
+    """(field, regular expression): only records are taken in which each is found."""
+    min_bytes: int = 0
+    """Shorter documents are left out (UTF-8, after splitting)."""
+    max_bytes: int | None = None
+    """Longer ones too."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do with input that is not text: stop, or leave it out, counted and logged."""
 
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        *,
-        extensions: Sequence[str] = (),
-        text_field: str = "text",
-        split_on: str | None = None,
-        on_error: Literal["fail", "skip"] = "fail",
-    ) -> None:
+
+@dataclass(slots=True)
+class Counts:
+    """Of a part of a corpus, or of all of it."""
+
+    num_documents: int = 0
+    num_empty: int = 0
+    """Documents of white space alone, left out."""
+    num_bad: int = 0
+    """Files, lines and rows that are not text, left out."""
+    num_filtered: int = 0
+    """Records and documents that the filters and the bounds on the length left out."""
+    num_duplicates: int = 0
+    """Documents that had been there before, left out."""
+
+    def add(self, other: Counts) -> None:
+        """Count another part, too."""
+        for name in (counter.name for counter in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class UnitText:
+    """What a unit holds."""
+
+    documents: list[Document] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    messages: list[str] = field(default_factory=list)
+    """Of the first bad records, what is wrong with each."""
+    error: str | None = None
+    """With ``on_error`` "fail": the first bad record, at which reading stopped."""
+
+
+class _BadRecordError(Exception):
+    """Ends the reading of a unit."""
+
+
+class UnitReader:
+    """From units to documents, by some rules; each process has its own."""
+
+    def __init__(self, rules: Rules) -> None:
+        """Raises:
+        CorpusError: if ``split_on`` or a filter is no regular expression.
         """
-        Args:
-            extensions: endings of the files taken from directories, such as ".txt"; none = all files.
-            split_on: "blank-lines" = texts are cut at blank lines, which are dropped; otherwise a regular expression (multi-line
-                mode): a new document begins at each match.
-            on_error: what to do with a file or line that is not text: raise, or leave it out, counted and logged.
+        self._rules = rules
+        self._split_text = splitter(rules.split_on)
+        self._filters = [(name, _compile(pattern, f"cannot filter {name} by")) for name, pattern in rules.filters]
 
-        Raises:
-            CorpusError: if a path is missing, there is no file, or ``split_on`` is no regular expression.
-        """
-        self._text_field = text_field
-        self._split_text = _splitter(split_on)
-        self._on_error = on_error
-        self.files: list[Path] = [file for path in paths for file in _find_files(Path(path), tuple(extensions))]
-        if not self.files:
-            wanted = f" ending in {', '.join(extensions)}" if extensions else ""
-            raise CorpusError(f"the corpus is empty: no files{wanted} under {', '.join(map(str, paths))}")
-        self.num_bytes: int = sum(file.stat().st_size for file in self.files)
-        self._reset_counts()
-
-    def _reset_counts(self) -> None:
-        self.num_bytes_read: int = 0
-        """Bytes of the files read so far, for progress."""
-        self.num_documents: int = 0
-        self.num_empty: int = 0
-        """Documents without text, left out."""
-        self.num_bad: int = 0
-        """Files and lines that are not text, left out."""
-
-    def __iter__(self) -> Iterator[Document]:
-        """The documents; counts start anew with each pass.
-
-        Raises:
-            CorpusError: for input that is not text (unless skipped), naming file, line and byte; or if no document was found.
-        """
-        self._reset_counts()
-        for file in self.files:
-            documents = self._read_jsonl(file) if file.suffix in JSONL_SUFFIXES else self._read_text(file)
-            for document in documents:
-                yield from self._split(document)
-        self._log_counts()
-        if self.num_documents == 0:
-            raise CorpusError(
-                f"the corpus is empty: no text in {len(self.files)} files ({self.num_empty} empty documents, {self.num_bad} not text)"
-            )
-
-    def _read_text(self, file: Path) -> Iterator[Document]:
-        content = file.read_bytes()
-        self.num_bytes_read += len(content)
+    def read(self, unit: Unit) -> UnitText:
+        """The unit's documents, in order. Files that cannot be opened or read raise OSError."""
+        result = UnitText()
         try:
-            text = _decode(content)
-        except CorpusError as error:
-            self._reject(f"{file}: {error}")
+            if unit.fault:
+                self._reject(result, unit.fault)
+            elif unit.kind == "text":
+                for path in unit.paths:
+                    self._read_text(result, path)
+            elif unit.kind == "jsonl":
+                self._read_lines(result, unit)
+            else:
+                self._read_rows(result, unit)
+        except _BadRecordError as error:
+            result.error = str(error)
+        return result
+
+    def _read_text(self, result: UnitText, path: str) -> None:
+        stream, raw = open_file(path)
+        faults: tuple[type[Exception], ...] = (*damage(), CorpusError)
+        try:
+            with raw, stream:
+                text = decode(stream.read())
+        except faults as error:
+            self._reject(result, f"{path}: {error}")
         else:
-            yield Document(text, str(file), _num_bytes(text))
+            self._add(result, text, path)
 
-    def _read_jsonl(self, file: Path) -> Iterator[Document]:
-        offset = 0
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                self.num_bytes_read += len(line)
-                try:
-                    text = self._parse_line(line, offset)
-                except CorpusError as error:
-                    self._reject(f"{file}:{number}: {error}")
+    def _read_lines(self, result: UnitText, unit: Unit) -> None:
+        offset = unit.start.offset
+        for number, line in enumerate(split_lines(unit.content), unit.start.record + 1):
+            origin = f"{unit.paths[0]}:{number}"
+            try:
+                content = decode(line, offset)
+                if content.strip():
+                    self._add_record(result, _parse(content), origin)
                 else:
-                    yield Document(text, f"{file}:{number}", _num_bytes(text))
-                offset += len(line)
+                    result.counts.num_empty += 1
+            except CorpusError as error:
+                self._reject(result, f"{origin}: {error}")
+            offset += len(line)
 
-    def _parse_line(self, line: bytes, offset: int) -> str:
-        """The text of one JSONL line that starts at byte ``offset`` of its file; a blank line has none."""
-        content = _decode(line, offset)
-        if not content.strip():
-            return ""
-        try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"not JSON: {error}") from error
-        text = record.get(self._text_field) if isinstance(record, dict) else None
+    def _read_rows(self, result: UnitText, unit: Unit) -> None:
+        for number, row in enumerate(rows_of(unit.content), unit.start.record + 1):
+            origin = f"{unit.paths[0]}:{number}"
+            try:
+                if isinstance(row, str):
+                    raise CorpusError(row)
+                self._add_record(result, row, origin)
+            except CorpusError as error:
+                self._reject(result, f"{origin}: {error}")
+
+    def _add_record(self, result: UnitText, record: object, origin: str) -> None:
+        name = self._rules.text_field
+        text = look_up(record, name)
+        if isinstance(text, bytes):
+            text = decode(text)
         if not isinstance(text, str):
-            raise CorpusError(f"no JSON object with a string {self._text_field!r}")
+            found = "" if text is None else f" (it is {type(text).__name__})"
+            raise CorpusError(f"no record with a string {name!r}{found}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # "\ud800" is JSON, but no character
-            raise CorpusError(f"character {error.start} of {self._text_field!r} is a lone surrogate") from error
-        return text
+            raise CorpusError(f"character {error.start} of {name!r} is a lone surrogate") from error
+        if all(pattern.search(_as_text(look_up(record, name))) for name, pattern in self._filters):
+            self._add(result, text, origin)
+        else:
+            result.counts.num_filtered += 1
 
-    def _split(self, document: Document) -> Iterator[Document]:
-        """Pieces of a document, the empty ones left out."""
-        texts = self._split_text(document.text)
-        pieces = [Document(text, f"{document.origin}#{i}", _num_bytes(text)) for i, text in enumerate(texts)]
-        for piece in pieces if len(pieces) > 1 else [document]:
-            if piece.text.strip():
-                self.num_documents += 1
-                yield piece
+    def _add(self, result: UnitText, text: str, origin: str) -> None:
+        """A document or its pieces, without those that are empty or too short or long."""
+        texts = self._split_text(text)
+        for i, piece in enumerate(texts):
+            num_bytes = len(piece.encode("utf-8"))
+            if not piece.strip():
+                result.counts.num_empty += 1
+            elif num_bytes < self._rules.min_bytes or (self._rules.max_bytes is not None and num_bytes > self._rules.max_bytes):
+                result.counts.num_filtered += 1
             else:
-                self.num_empty += 1
+                result.counts.num_documents += 1
+                result.documents.append(Document(piece, f"{origin}#{i}" if len(texts) > 1 else origin, num_bytes))
 
-    def _reject(self, message: str) -> None:
-        if self._on_error == "fail":
-            raise CorpusError(f"{message} (--on-error skip leaves such input out)")
-        self.num_bad += 1
-        if self.num_bad <= _MAX_LOGGED:
-            logger.warning("left out: %s", message)
-
-    def _log_counts(self) -> None:
-        if self.num_bad > _MAX_LOGGED:
-            logger.warning("... and %d more files or lines that are not text", self.num_bad - _MAX_LOGGED)
-        if self.num_bad or self.num_empty:
-            logger.info("left out %d files or lines that are not text and %d empty documents", self.num_bad, self.num_empty)
+    def _reject(self, result: UnitText, message: str) -> None:
+        if self._rules.on_error == "fail":
+            raise _BadRecordError(f"{message} (--on-error skip leaves such input out)")
+        result.counts.num_bad += 1
+        if len(result.messages) < _MAX_MESSAGES:
+            result.messages.append(message)
 
 
-def _splitter(split_on: str | None) -> Callable[[str], list[str]]:
+def look_up(record: object, name: str) -> Any:
+    """The value of a field; of a nested one if there is none of the whole name. None if there is neither."""
+    if isinstance(record, dict) and name in record:
+        return record[name]
+    for part in name.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(part)
+    return record
+
+
+def _as_text(value: object) -> str:
+    """A field's value as a filter sees it: text as it is, nothing as nothing, all else as JSON writes it."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _parse(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"not JSON: {error}") from error
+
+
+def splitter(split_on: str | None) -> Callable[[str], list[str]]:
+    """Cuts a text into documents.
+
+    Raises:
+        CorpusError: if ``split_on`` is neither "blank-lines" nor a regular expression.
+    """
     if split_on is None:
         return lambda text: [text]
     if split_on == BLANK_LINES:
         return re.compile(r"\n[^\S\n]*\n\s*").split
-    try:
-        pattern = re.compile(split_on, re.MULTILINE)
-    except re.error as error:
-        raise CorpusError(f"cannot split on {split_on!r}: it is neither {BLANK_LINES} nor a regular expression ({error})") from error
+    pattern = _compile(split_on, "cannot split on", f"neither {BLANK_LINES} nor")
 
     def split_before(text: str) -> list[str]:
         starts = [0, *(match.start() for match in pattern.finditer(text) if match.start() > 0), len(text)]
@@ -182,12 +233,19 @@ def _splitter(split_on: str | None) -> Callable[[str], list[str]]:
     return split_before
 
 
-def _num_bytes(text: str) -> int:
-    return len(text.encode("utf-8"))
+def _compile(pattern: str, purpose: str, fault: str = "not") -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise CorpusError(f"{purpose} {pattern!r}: it is {fault} a regular expression ({error})") from error
 
 
-def _decode(content: bytes, offset: int = 0) -> str:
-    """UTF-8 to text; ``offset`` is where the bytes start in their file."""
+def decode(content: bytes, offset: int = 0) -> str:
+    """UTF-8 to text; ``offset`` is where the bytes start in their file, at whose start a byte order mark is dropped.
+
+    Raises:
+        CorpusError: naming the byte that is not UTF-8.
+    """
     if offset == 0 and content.startswith(codecs.BOM_UTF8):
         content, offset = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
     try:
@@ -196,28 +254,10 @@ def _decode(content: bytes, offset: int = 0) -> str:
         raise CorpusError(f"byte {offset + error.start} (0x{content[error.start]:02x}) is not UTF-8: {error.reason}") from error
 
 
-def _find_files(path: Path, extensions: tuple[str, ...]) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise CorpusError(f"corpus {path} does not exist" if not path.exists() else f"corpus {path} is neither a file nor a directory")
-    files = []
-    num_irregular = 0
-    for directory, subdirectories, names in os.walk(path, onerror=_raise):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or not name.endswith(extensions or ""):
-                continue
-            file = Path(directory, name)
-            if S_ISREG(file.stat().st_mode):  # reading a pipe would wait for ever
-                files.append(file)
-            else:
-                num_irregular += 1
-    if num_irregular:
-        logger.warning("left out %d entries of %s that are no regular files", num_irregular, path)
-    return sorted(files)
-
-
-def _raise(error: OSError) -> None:
-    """A directory that cannot be listed is an error (os.walk would pass over it)."""
-    raise error
+def split_lines(content: bytes) -> Iterator[bytes]:
+    """Lines with their ends; only a line feed ends one (bytes.splitlines also takes carriage returns, which JSONL may hold)."""
+    start = 0
+    while start < len(content):
+        stop = content.find(b"\n", start) + 1 or len(content)
+        yield content[start:stop]
+        start = stop

@@ -3,26 +3,40 @@
 A part of the documents can go to a validation dataset in the same run. Which ones is decided by a hash of their text, so a
 document's side depends on nothing else in the corpus, and equal documents never fall on both sides. A corpus of so few
 documents that one side would stay empty is cut instead: its last lines are held out.
+
+The corpus is read in units (data_tools/units.py), each of which some worker process tokenizes; they are written in the corpus's
+order, so the output depends on neither the number of workers nor interruptions.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
 
 from data_tools.command import add_corpus_options, corpus_from, run_command
+from data_tools.corpus import LeftOut, TextCorpus
+from data_tools.duplicates import SeenHashes
+from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
+from data_tools.outputs import OutputOptions, Outputs
 from data_tools.progress import ByteProgress
-from data_tools.split import HashSplit, TailSplit, choose_split
-from data_tools.text import Document, TextCorpus
+from data_tools.split import HashSplit, choose_split
+from data_tools.units import UNIT_BYTES, Unit
+from data_tools.workers import OrderedWorkers
+from w1train import __version__
 from w1train.data.tokenizer import Tokenizer
-from w1train.data.writer import DatasetWriter
 
 logger = logging.getLogger(__name__)
 
-_BATCH_BYTES = 1_000_000
+_UNITS_WORTH_A_WORKER = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.tokenize",
         description="Tokenize a corpus into PREFIX.bin and PREFIX.idx (Megatron's format) with a manifest PREFIX.json. Every document ends "
-        "with <eos>. The dataset appears under its name only when it is complete.",
+        "with <eos>. The dataset appears under its name only when it is complete; a run that was killed goes on when the command is given "
+        "again, and the result is the same to the byte.",
     )
     add_corpus_options(parser)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it")
@@ -43,6 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="share of documents, chosen by hash; of too few documents, the last lines (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="keep the first of documents of equal text (by a hash of 128 bits; takes 16 bytes of memory a document, up to 48 at times)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_positive,
+        metavar="TOKENS",
+        help="write datasets PREFIX_00000, PREFIX_00001, ..., each ended by the document that brings it to so many tokens (default: one "
+        "dataset)",
+    )
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenize (default: the cores)")
+    parser.add_argument(
+        "--record-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="time between records on the disk, from which a killed run goes on (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.validation_fraction < 1:
         parser.error(f"--validation-fraction must be in [0, 1), not {options.validation_fraction}")
@@ -51,17 +86,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _tokenize(options))
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
 def _tokenize(options: argparse.Namespace) -> None:
     corpus = corpus_from(options)
     tokenizer = Tokenizer.load(options.tokenizer)
-    logger.info("tokenizing %d files, %.1f MB", len(corpus.files), corpus.num_bytes / 1e6)
-    split = choose_split(corpus, options.validation_fraction)
+    logger.info("tokenizing %s", corpus.summary())
+    corpus_options = {
+        **dataclasses.asdict(corpus.rules),
+        "deduplicate": options.deduplicate,
+        "validation_fraction": options.validation_fraction,
+        "shard_tokens": options.shard_size,
+    }
+    run = _fingerprint(corpus, tokenizer, corpus_options)
     prefixes = [prefix for prefix in (options.output, options.validation_output) if prefix]
-    with ExitStack() as stack:
-        writers = [stack.enter_context(DatasetWriter(prefix, tokenizer, options.overwrite)) for prefix in prefixes]
-        write_documents(corpus, tokenizer, writers, split)
-        for prefix, writer in zip(prefixes, writers, strict=True):
-            manifest = writer.finalize()
+    output_options = OutputOptions(options.shard_size, options.overwrite, options.record_seconds)
+    with Outputs(prefixes, tokenizer, run, output_options) as outputs:
+        if not outputs.record.is_complete:
+            split = choose_split(corpus, options.validation_fraction)
+            encoding = Encoding(corpus.rules, tokenizer.serialized, split, options.deduplicate)
+            _write(corpus, encoding, outputs, _num_workers(options.workers, corpus, encoding))
+        for prefix, manifest in outputs.publish(_corpus_summary(corpus, corpus_options, outputs)):
             logger.info(
                 "wrote %s: %d documents, %d tokens, %.3f bytes a token, %.4f bits a byte as a unigram model",
                 prefix,
@@ -72,28 +122,60 @@ def _tokenize(options: argparse.Namespace) -> None:
             )
 
 
-def write_documents(corpus: TextCorpus, tokenizer: Tokenizer, writers: Sequence[DatasetWriter], split: HashSplit | TailSplit) -> None:
-    """Tokenize every document into ``writers[0]``, or ``writers[1]`` if it is held out."""
-    with ByteProgress("tokenizing", corpus.num_bytes) as progress:
-        for batch in _batches(corpus):
-            pieces = [piece for document in batch for piece in split(document)]
-            for (document, held_out), ids in zip(pieces, tokenizer.encode_batch([piece.text for piece, _ in pieces]), strict=True):
-                writers[held_out].add_document(ids, document.num_bytes)
-            progress.update(corpus.num_bytes_read)
+def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers: int) -> None:
+    """Tokenize every document from the record on into the outputs, and seal them."""
+    left_out = LeftOut(outputs.record.counts)
+    seen = SeenHashes() if encoding.deduplicate else None
+    if seen is not None:
+        seen.add(outputs.old_hashes())
+    position = outputs.record.position
+    # A cut through the corpus's tail depends on what came before: such a run, of few documents, leaves no record and begins anew.
+    may_record = isinstance(encoding.split, HashSplit)
+    with OrderedWorkers(num_workers, UnitTokenizer, encoding) as workers, ByteProgress("tokenizing", corpus.num_bytes) as progress:
+        unit: Unit
+        tokenized: TokenizedUnit
+        for unit, tokenized in workers.map(corpus.units(position)):
+            is_new = seen.add(tokenized.hashes) if seen is not None else None
+            if is_new is not None:
+                num_duplicates = len(is_new) - int(is_new.sum())
+                tokenized.text.counts.num_duplicates += num_duplicates
+                tokenized.text.counts.num_documents -= num_duplicates
+            left_out.add(tokenized.text)
+            outputs.add(tokenized, is_new)
+            position = unit.end
+            progress.update(unit.num_bytes_done)
+            if may_record and outputs.is_record_due():
+                outputs.write_record(position)
+    left_out.finish(len(corpus.files))
+    outputs.seal(position)
 
 
-def _batches(corpus: TextCorpus) -> Iterator[list[Document]]:
-    """Documents in lists large enough to keep all cores busy, small enough that memory does not grow with the corpus."""
-    batch: list[Document] = []
-    num_bytes = 0
-    for document in corpus:
-        batch.append(document)
-        num_bytes += document.num_bytes
-        if num_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
+def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> int:
+    """The cores, but no more than the corpus keeps busy; one where a document's side depends on those before it."""
+    if not isinstance(encoding.split, HashSplit):
+        return 1
+    if wanted is not None:
+        return wanted
+    return max(1, min(len(os.sched_getaffinity(0)), corpus.num_bytes // (_UNITS_WORTH_A_WORKER * UNIT_BYTES)))
+
+
+def _fingerprint(corpus: TextCorpus, tokenizer: Tokenizer, options: dict[str, Any]) -> str:
+    """Of everything that the datasets depend on; of the files, by their sizes and times."""
+    times = hashlib.sha256(json.dumps([os.stat(file).st_mtime_ns for file in corpus.files]).encode()).hexdigest()
+    software = [__version__, tokenizers.__version__]
+    parts = [corpus.fingerprint(), times, sorted(corpus.kinds.items()), tokenizer.fingerprint, options, software]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _corpus_summary(corpus: TextCorpus, options: dict[str, Any], outputs: Outputs) -> dict[str, Any]:
+    """For the manifests, of which each has the counts of the whole run."""
+    return {
+        "num_files": len(corpus.files),
+        "num_bytes": corpus.num_bytes,
+        "files_sha256": corpus.fingerprint(),
+        "options": options,
+        **dataclasses.asdict(outputs.record.counts),
+    }
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_tools.command import add_corpus_options, corpus_from, run_command
+from data_tools.corpus import TextCorpus
 from data_tools.progress import ByteProgress
-from data_tools.text import TextCorpus
 from w1train.data.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.train_tokenizer",
         description="Train a byte-level BPE tokenizer. Special tokens come first (<pad> 0, <eos> 1, <bos> 2, reserved ones, <mask>), "
-        "then the 256 bytes, then merges; every digit is a token of its own; any text comes back as it went in.",
+        "then the 256 bytes, then merges; any text comes back as it went in.",
     )
     add_corpus_options(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="where to write tokenizer.json")
@@ -32,6 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=14,
         help="id of <mask>, at least 3; one too high for the special tokens is alone at its place (default: %(default)s)",
     )
+    parser.add_argument(
+        "--digits",
+        choices=["single", "triples", "runs"],
+        default="single",
+        help="tokens of a number: single digits, up to three from the left, or any with a leading space (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--whitespace",
+        choices=["runs", "lines"],
+        default="runs",
+        help="tokens of white space: any run but its last character, or runs that end at line breaks (default: %(default)s)",
+    )
+    parser.add_argument("--max-corpus-bytes", type=int, metavar="N", help="train on the first documents of so many bytes (default: on all)")
     options = parser.parse_args(arguments)
     return run_command(lambda: _train(options))
 
@@ -40,18 +53,25 @@ def _train(options: argparse.Namespace) -> None:
     corpus = corpus_from(options)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("training a tokenizer of %d ids on %d files, %.1f MB", options.vocab_size, len(corpus.files), corpus.num_bytes / 1e6)
-    tokenizer = train_tokenizer(_texts(corpus), options.vocab_size, options.mask_token_id)
+    logger.info("training a tokenizer of %d ids on %s", options.vocab_size, corpus.summary())
+    tokenizer = train_tokenizer(
+        _texts(corpus, options.max_corpus_bytes), options.vocab_size, options.mask_token_id, options.digits, options.whitespace
+    )
     tokenizer.save(output)
     logger.info("wrote %s: %d ids, mask %d, sha256 %s", output, tokenizer.vocab_size, tokenizer.mask_token_id, tokenizer.fingerprint)
 
 
-def _texts(corpus: TextCorpus) -> Iterator[str]:
+def _texts(corpus: TextCorpus, max_bytes: int | None) -> Iterator[str]:
+    num_bytes = 0
     with ByteProgress("reading", corpus.num_bytes) as progress:
         for document in corpus:
+            num_bytes += document.num_bytes
+            if max_bytes is not None and num_bytes > max_bytes:
+                logger.info("%d bytes of text are enough: the rest of the corpus is not read", num_bytes)
+                break
             yield document.text
             progress.update(corpus.num_bytes_read)
-    logger.info("read %d documents; merging pairs", corpus.num_documents)
+    logger.info("read %d documents; merging pairs", corpus.log.counts.num_documents)
 
 
 if __name__ == "__main__":

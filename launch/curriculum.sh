@@ -3,9 +3,13 @@
 # tokens: what `make curriculum` runs. Steps that are done are not repeated, and training resumes where it stopped.
 # Arguments are overrides of the recipe, for both runs.
 #
-# Environment variables: those of launch/demo.sh, whose corpus, tokenizer and tokens these are.
+# Environment variables: those of launch/demo.sh, whose corpus this is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Merges instead of the demo's bytes: what stands next to what is then worth learning, and autoregression, in which the neighbour is the
+# input itself, learns it at once.
+data="${RUNS:-runs}/curriculum-data"
+vocab_size=1024
 # shellcheck source=launch/demo_data.sh
 source launch/demo_data.sh
 run="$RUNS/curriculum"

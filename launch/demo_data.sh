@@ -5,7 +5,9 @@ CORPUS="${CORPUS:-}"
 RUNS="${RUNS:-runs}"
 VENV="${VENV:-.venv}"
 python="$VENV/bin/python"
-data="$RUNS/demo-data"
+# The script that sources this may have chosen another place and vocabulary.
+data="${data:-$RUNS/demo-data}"
+vocab_size="${vocab_size:-272}"
 
 # The recipe's batch is 16 sequences in micro-batches of 8: two ranks at most.
 default_ranks() {
@@ -48,10 +50,10 @@ prepare_data() { # prepare_data NUM_STEPS: the first three of so many steps
   else
     printf '== 1/%s corpus: %s\n' "$num_steps" "$CORPUS"
   fi
-  # 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges it stays at
-  # the frequencies of the tokens for a thousand steps, until it has found its neighbours.
+  # 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges diffusion stays
+  # at the frequencies of the tokens for a thousand steps, until it has found its neighbours (autoregression does not: launch/curriculum.sh).
   step "2/$num_steps tokenizer" "$data/tokenizer.json" \
-    "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size 272
+    "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size "$vocab_size"
   step "3/$num_steps tokens" "$data/validation.json" \
     "$python" -m data_tools.tokenize --input "$CORPUS" --tokenizer "$data/tokenizer.json" --output "$data/train" \
     --validation-output "$data/validation" --validation-fraction 0.05 --overwrite

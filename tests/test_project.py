@@ -193,7 +193,8 @@ def test_imports_are_declared(requirements):
         if declared & {name.lower().replace("_", "-") for name in distributions}:
             provided.add(module)
     # Namespace packages, what a dependency brings and promises (omegaconf: hydra-core, triton: torch), and extras not installed here.
-    provided |= {"megatron", "omegaconf", "triton", "transformer_engine", "cudnn", "cutlass", "nvidia", "transformers", "safetensors"}
+    provided |= {"megatron", "omegaconf", "triton", "transformer_engine", "cudnn", "cutlass", "nvidia"}
+    provided |= {"transformers", "safetensors", "pyarrow"}
     undeclared = {
         f"{path.relative_to(REPOSITORY)}:{line} {module}"
         for path in python_files("w1train", "data_tools", "launch")

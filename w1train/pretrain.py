@@ -56,6 +56,7 @@ def run(config: Config) -> int:
     from w1train.runtime.run_directory import RunDirectory
 
     import_megatron()
+    from w1train.conversion.initial_weights import open_initial_weights
     from w1train.training.checkpoint import CheckpointError
     from w1train.training.loop import Trainer
 
@@ -66,7 +67,7 @@ def run(config: Config) -> int:
     try:
         with distributed(config.parallel) as ranks:
             on_main_rank(directory.claim)
-            Trainer(config, ranks, directory).fit()
+            Trainer(config, ranks, directory, open_initial_weights).fit()
     except UserError as error:
         return _fail(error, 2)
     except (CheckpointError, FloatingPointError, OSError) as error:

@@ -68,7 +68,11 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
         # An option for 4B parameters need not fit the demo, but it says nothing unknown or of a wrong type.
         # The demo changes stages of its own schedule; bd3lm takes the one it is given as it is.
         recipe = "bd3lm" if group == "schedule" and option != "wsd" else "demo"
-        assert rejected_keys([f"recipe={recipe}", f"{group}={option}"]) <= {"data.sequence_length", "diffusion.mask_token_id", "parallel.tensor"}
+        assert rejected_keys([f"recipe={recipe}", f"{group}={option}"]) <= {
+            "data.sequence_length",
+            "diffusion.mask_token_id",
+            "parallel.tensor",
+        }
 
 
 def rejected_keys(overrides: list[str]) -> set[str]:

@@ -70,6 +70,21 @@ def test_data_may_move_if_they_can_be_recognised(make_config: MakeConfig) -> Non
     assert [problem.key for problem in problems] == ["data.train", "data.tokenizer"]
 
 
+def test_the_blend_is_part_of_what_a_run_is(make_config: MakeConfig) -> None:
+    """Its files may move; its weights may change in stages to come alone."""
+    blend = {"a": {"prefix": "x", "weight": 1.0}, "b": {"prefix": "y"}}
+    base = {"data.train": None, "data.blend": blend}
+    moved = {**base, "data.blend": {"a": {"prefix": "elsewhere/x", "weight": 1.0}, "b": {"prefix": "y"}}}
+    heavier = {**base, "data.blend": {"a": {"prefix": "x", "weight": 2.0}, "b": {"prefix": "y"}}}
+    old = make_config(base)
+    assert check_resume(old, make_config(moved), 500) == []
+    assert [problem.key for problem in check_resume(old, make_config(heavier), 500)] == ["data.blend.a.weight"]
+    for stage, problems in (("decay", []), ("stable", ["schedule.stages.stable"])):
+        new = make_config({**base, f"schedule.stages.{stage}.blend": {"b": 1.0}})
+        assert [problem.key for problem in check_resume(old, new, 500)] == problems
+    assert check_resume(old, make_config({**base, "data.workers": "process", "data.cache_directory": "c"}), 500) == []
+
+
 def test_all_forbidden_changes_are_reported(make_config: MakeConfig) -> None:
     changes = {"model.qk_norm": True, "training.seed": 1, "schedule.stages.warmup.tokens": 50, "logging.interval": 1}
     problems = check_resume(make_config(), make_config(changes), 500)

@@ -29,7 +29,7 @@ def numeric_patterns(cls: Any = Config, prefix: str = "") -> set[str]:
             patterns |= numeric_patterns(annotation, f"{key}.")
         elif get_origin(annotation) is dict and get_args(annotation)[1] is float:
             patterns.add(f"{key}.*")
-        elif get_origin(annotation) is dict:
+        elif get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
             patterns |= numeric_patterns(get_args(annotation)[1], f"{key}.*.")
         elif get_origin(annotation) is list and arguments & {int, float}:
             patterns.add(f"{key}[*]")
@@ -58,7 +58,8 @@ def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: s
     for value in outside:
         key = pattern.replace("*", "stable").removesuffix("[stable]")
         inside = 0.5 if valid.high == 1 else 1
-        config = make_config({key: [inside, value] if pattern.endswith("]") else value})
+        required = {"data.blend.stable.prefix": "x"} if pattern.startswith("data.blend") else {}
+        config = make_config({**required, key: [inside, value] if pattern.endswith("]") else value})
         reported = [problem.key for problem in validate(config)]
         assert (f"{key}[1]" if pattern.endswith("]") else key) in reported, (pattern, value)
 
@@ -78,6 +79,26 @@ def field_annotation(pattern: str) -> Any:
         ({"name": ""}, "name", "directory name"),
         ({"runs_dir": ""}, "runs_dir", "a path"),
         ({"data.validation": ""}, "data.validation", "or null"),
+        ({"data.train": None}, "data.train", "or several corpora in data.blend"),
+        ({"data.blend": {"a": {"prefix": "x"}}}, "data.train", "null with data.blend"),
+        (
+            {"data.train": None, "data.blend": {"a": {"prefix": "x", "weight": 0}}},
+            "data.blend",
+            "stage warmup, stable, decay has nothing to read",
+        ),
+        ({"data.train": None, "data.blend": {"a": {"prefix": "x"}, "b": {"prefix": "x"}}}, "data.blend.b.prefix", "another dataset"),
+        ({"data.train": None, "data.blend": {"a": {"prefix": ""}}}, "data.blend.a.prefix", "a path"),
+        ({"schedule.stages.stable.blend": {"cod": 1.0}}, "schedule.stages.stable.blend.cod", "it is empty"),
+        (
+            {"schedule.stages.stable.blend": {"a": 1.0}, "schedule.stages.stable.train": "y"},
+            "schedule.stages.stable.blend",
+            "one or the other",
+        ),
+        ({"data.validation": None, "data.validation_sets": {"a": "x"}}, "data.validation_sets", "empty without data.validation"),
+        ({"data.align": 4}, "data.align", "1 unless data.packing is best_fit"),
+        ({"data.align": 5, "data.packing": "best_fit"}, "data.align", "a divisor of data.sequence_length (64)"),
+        ({"data.loader": "dali", "data.num_workers": 0}, "data.num_workers", "at least 1 with data.loader=dali"),
+        ({"data.train": "s3://bucket/x"}, "data.cache_directory", "the files of data.train"),
         ({"model.num_query_groups": 3}, "model.num_query_groups", "1, 2, 4"),
         ({"model.num_query_groups": 8}, "model.num_query_groups", "1, 2, 4"),
         ({"model.kv_channels": 7}, "model.kv_channels", "even"),

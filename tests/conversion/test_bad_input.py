@@ -10,7 +10,7 @@ from tests.conversion.tiny_models import VOCAB_SIZE, config_for, make
 from tests.tiny import tiny_config
 from w1train.config.errors import ConfigurationError, UserError
 from w1train.conversion.families import model_from_config, read_config
-from w1train.training.initial_weights import _open, find_checkpoint
+from w1train.conversion.initial_weights import _open, find_checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 

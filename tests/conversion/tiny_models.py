@@ -19,11 +19,11 @@ from w1train.attention.visibility import causal_visibility  # noqa: E402
 from w1train.config.schema import Config  # noqa: E402
 from w1train.config.serialization import config_to_yaml  # noqa: E402
 from w1train.conversion.families import model_from_config, read_config  # noqa: E402
+from w1train.conversion.initial_weights import InitialWeights  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training import inference  # noqa: E402
 from w1train.training.checkpoint import Progress, save_checkpoint  # noqa: E402
 from w1train.training.inference import Predictor  # noqa: E402
-from w1train.training.initial_weights import InitialWeights  # noqa: E402
 from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
 # A progress bar leaves a thread behind, beside which this process could fork no ranks.

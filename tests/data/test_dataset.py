@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.indexed import write_index
 from w1train.data.tokenizer import train_tokenizer
 from w1train.data.writer import DatasetWriter
 
@@ -266,3 +267,23 @@ def test_large_vocabularies_take_four_bytes(tmp_path, tokenizer, monkeypatch):
         wide.add_document([69_999, 20], 2)
         assert wide.finalize().dtype == "int32"
     assert np.array_equal(TokenDataset.open(tmp_path / "x").document_tokens(0), [69_999, 20, 1])
+
+
+def test_the_document_of_every_token(make_dataset, tmp_path):
+    """Over several landmarks, against counting; and in a foreign dataset whose documents are of several sequences or of none."""
+    dataset = make_dataset(tmp_path / "x", [[20] * (1 + 7 * i % 5) for i in range(1500)])
+    lengths = np.diff(dataset.document_offsets)
+    owners = np.repeat(np.arange(1500), lengths)
+    assert [dataset.document_offsets.document_of(token) for token in range(dataset.num_tokens)] == owners.tolist()
+    assert dataset.document_offsets[1499:].tolist() == [dataset.document_offsets[1499], dataset.num_tokens]
+    assert len(dataset.document_offsets[:]) == 1501
+
+    with open(tmp_path / "y.idx", "wb") as file:
+        write_index(file, np.dtype("int32"), np.array([2, 3, 4], dtype=np.int32))
+    content = bytearray((tmp_path / "y.idx").read_bytes())
+    content[-32:] = np.array([0, 2, 2, 3], dtype="<i8").tobytes()  # documents of two sequences, none and one
+    (tmp_path / "y.idx").write_bytes(content)
+    np.arange(9, dtype=np.int32).tofile(tmp_path / "y.bin")
+    foreign = TokenDataset.open(tmp_path / "y")
+    assert foreign.document_offsets[:].tolist() == [0, 5, 5, 9]
+    assert [foreign.document_offsets.document_of(token) for token in range(9)] == [0] * 5 + [2] * 4

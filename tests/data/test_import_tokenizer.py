@@ -42,9 +42,19 @@ def test_ids_stay_and_special_tokens_are_there(qwen_like, tmp_path):
     assert int(after.num_bytes_by_token()[after.encode(TEXT)].sum()) == len(TEXT)
 
 
+def test_a_token_that_nothing_uses_becomes_the_mask(qwen_like, tmp_path):
+    before = Tokenizer.from_file(str(qwen_like))
+    assert run(qwen_like.parent, tmp_path / "new.json", "--eos", "<|endoftext|>", "--mask", "<|im_start|>") == 0
+    after = TrainingTokenizer.load(tmp_path / "new.json")
+    assert (after.mask_token_id, after.pad_token_id) == (before.token_to_id("<|im_start|>"), before.get_vocab_size())
+    assert after.encode(TEXT) == before.encode(TEXT).ids
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--eos", "<|endoftext|>", "--mask", "<|endoftext|>"], "must be different tokens"),
+        (["--eos", "<|endoftext|>", "--pad", "[PAD]"], r"has no special token [PAD]"),
         (["--eos", "</s>"], r"has no special token </s>; it has: <|endoftext|>, <|im_start|>"),
         (["--eos", "<|endoftext|>", "--mask-token-id", "5"], "--mask-token-id 5 is "),
         (["--eos", "<|endoftext|>", "--mask-token-id", "9000"], "leaves ids without a token before it"),

@@ -49,16 +49,16 @@ def test_batches_are_the_samples_of_the_packed_dataset(packed):
     assert dtypes == [torch.int64, torch.int32, torch.int32, torch.int64]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 7])
 def test_ranks_share_one_global_order(packed, size):
-    """Over the end of the epoch: 24 micro-batches of 4 samples, 96 samples, in an epoch of fewer."""
-    num_batches = 48 // size
-    alone = rows(take(packed, 48))
-    assert packed.num_samples_per_epoch < 96
+    """Over the end of the epoch: 56 micro-batches of 2 samples, 112 samples, in an epoch of fewer."""
+    num_batches = 56 // size
+    alone = rows(take(packed, 56))
+    assert packed.num_samples_per_epoch < 112
     ranks = [take(packed, num_batches, data_parallel_rank=rank, data_parallel_size=size) for rank in range(size)]
     together = rows(ranks[rank][k] for k in range(num_batches) for rank in range(size))
     assert together == alone
-    assert [row[0] for row in alone] == list(range(96))
+    assert [row[0] for row in alone] == list(range(112))
 
 
 @pytest.mark.parametrize("first_sample", [1, 2, 50, 95])
@@ -71,9 +71,11 @@ def test_another_micro_batch_size_keeps_the_order(packed):
     assert rows(take(packed, 4, micro_batch_size=6)) == rows(take(packed, 12))
 
 
+@pytest.mark.parametrize("workers", ["thread", "process"])
 @pytest.mark.parametrize(("num_workers", "prefetch"), [(1, 1), (1, 4), (4, 2), (3, 16)])
-def test_workers_change_nothing(packed, num_workers, prefetch):
-    assert rows(take(packed, 30, num_workers=num_workers, prefetch=prefetch)) == rows(take(packed, 30, num_workers=0))
+def test_workers_change_nothing(packed, workers, num_workers, prefetch):
+    expected = rows(take(packed, 30, num_workers=0))
+    assert rows(take(packed, 30, workers=workers, num_workers=num_workers, prefetch=prefetch)) == expected
 
 
 class FailingDataset(PackedDataset):
@@ -85,10 +87,11 @@ class FailingDataset(PackedDataset):
         return super().sample(global_index)
 
 
+@pytest.mark.parametrize("workers", ["thread", "process"])
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_an_error_reaches_the_caller_at_its_place(packed, num_workers):
+def test_an_error_reaches_the_caller_at_its_place(packed, workers, num_workers):
     failing = FailingDataset(packed.dataset, LENGTH, seed=3)
-    with BatchLoader(failing, micro_batch_size=2, num_workers=num_workers) as loader:
+    with BatchLoader(failing, micro_batch_size=2, workers=workers, num_workers=num_workers) as loader:
         batches = loader.micro_batches(0)
         assert rows(itertools.islice(batches, 2)) == rows(take(packed, 2))
         began = time.monotonic()
@@ -151,7 +154,7 @@ def test_waiting_is_measured(packed, num_workers):
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("num_samples", [1, 7, 24, 10_000])
 def test_validation_takes_each_sample_once(packed, size, num_samples):
-    whole = PackedDataset(packed.dataset, LENGTH, seed=3, shuffle=False, drop_last=False)
+    whole = PackedDataset(packed.dataset, LENGTH, seed=3, shuffle=False)
     ranks = [list(validation_batches(whole, num_samples, 3, rank, size)) for rank in range(size)]
     assert len({len(batches) for batches in ranks}) == 1, "a rank with fewer micro-batches would hang the others"
     samples = [row for batches in ranks for row in rows(batches)]

@@ -1,8 +1,7 @@
-"""Packing against a naive concatenation: every token once an epoch, in order, with its document and position."""
+"""Samples against the documents that they are made of: every token once an epoch, with its document and position."""
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,18 +13,26 @@ from hypothesis import strategies as st
 
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import write_index
-from w1train.data.packing import PackedDataset, permutation
+from w1train.data.packing import PackedDataset
+from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
 
 document_lengths = st.lists(st.integers(0, 12), min_size=1, max_size=20).filter(any)
 
 
 def numbered_dataset(directory, lengths) -> TokenDataset:
     """Documents of the lengths given (0 as well), whose tokens are all different: 0, 1, 2, ..."""
+    Path(directory).mkdir(exist_ok=True)
     prefix = Path(directory, "x")
     with open(f"{prefix}.idx", "wb") as file:
         write_index(file, np.dtype("int32"), np.array(lengths, dtype=np.int32))
     np.arange(sum(lengths), dtype=np.int32).tofile(f"{prefix}.bin")
     return TokenDataset.open(prefix)
+
+
+def best_fit(dataset, sequence_length, seed, align=1, **options):
+    packing = PackingOptions(sequence_length=sequence_length, align=align)
+    ensure_packing(dataset, packing)
+    return BestFitDataset(dataset, packing, seed, **options)
 
 
 def epoch_samples(packed, epoch=0):
@@ -39,106 +46,129 @@ def real(sample):
     return tuple(array[mask] for array in sample)
 
 
-@given(document_lengths, st.integers(1, 15), st.integers(0, 2**64 - 1), st.integers(0, 3))
-def test_an_epoch_is_each_document_once_in_a_shuffled_order(lengths, sequence_length, seed, epoch):
+@given(document_lengths, st.integers(1, 15), st.integers(0, 2**64 - 1), st.integers(0, 3), st.sampled_from([PackedDataset, best_fit]))
+def test_every_token_once_an_epoch(lengths, sequence_length, seed, epoch, packing):
     with tempfile.TemporaryDirectory() as directory:
-        dataset = numbered_dataset(directory, lengths)
-        packed = PackedDataset(dataset, sequence_length, seed, drop_last=False)
-        concatenation = np.concatenate([real(sample)[0] for sample in epoch_samples(packed, epoch)])
-        documents = {int(dataset.document_offsets[i]): dataset.document_tokens(i).tolist() for i in range(len(lengths)) if lengths[i]}
-    # Cut the concatenation where documents begin: the pieces must be exactly the documents, whole and in one stretch each.
-    starts = [i for i, token in enumerate(concatenation) if token in documents]
-    pieces = [concatenation[i:j].tolist() for i, j in itertools.pairwise([*starts, len(concatenation)])]
-    assert sorted(pieces) == sorted(documents.values())
+        samples = epoch_samples(packing(numbered_dataset(directory, lengths), sequence_length, seed), epoch)
+    assert sorted(np.concatenate([real(sample)[0] for sample in samples]).tolist()) == list(range(sum(lengths)))
 
 
-@given(document_lengths, st.integers(1, 15), st.booleans())
-def test_samples_are_cut_from_the_concatenation(lengths, sequence_length, drop_last):
-    """Without shuffling, against the definition."""
+@given(document_lengths, st.integers(1, 15), st.booleans(), st.integers(0, 2))
+def test_cut_samples_follow_the_ring(lengths, sequence_length, shuffle, epoch):
+    """Against the definition: a ring of tokens, cut at a document's beginning, in stretches of the sequence length."""
     with tempfile.TemporaryDirectory() as directory:
         dataset = numbered_dataset(directory, lengths)
-        if drop_last and sum(lengths) < sequence_length:
-            with pytest.raises(DatasetError, match="fewer than one sample"):
-                PackedDataset(dataset, sequence_length, seed=0)
-            return
-        samples = epoch_samples(PackedDataset(dataset, sequence_length, seed=0, shuffle=False, drop_last=drop_last))
+        samples = epoch_samples(PackedDataset(dataset, sequence_length, seed=5, shuffle=shuffle), epoch)
+    num_tokens = sum(lengths)
+    short = [real(sample)[0].tolist() for sample in samples if len(real(sample)[0]) < sequence_length]
+    assert [len(tokens) for tokens in short] == [num_tokens % sequence_length] * (num_tokens % sequence_length > 0)
     document_of = np.repeat(np.arange(len(lengths)), lengths)
-    num_samples = sum(lengths) // sequence_length if drop_last else -(-sum(lengths) // sequence_length)
-    assert len(samples) == num_samples
-    for i, sample in enumerate(samples):
-        tokens, document_ids, positions = real(sample)
-        expected = np.arange(i * sequence_length, min((i + 1) * sequence_length, sum(lengths)))
-        assert tokens.tolist() == expected.tolist()
-        owners = document_of[expected]
-        assert document_ids.tolist() == [sorted(set(owners)).index(owner) for owner in owners]
-        assert positions.tolist() == [int(np.sum(owners[:k] == owner)) for k, owner in enumerate(owners)]
-        padding = sample[1] < 0
-        assert padding.tolist() == sorted(padding.tolist()), "padding is a suffix"
-        assert not sample[0][padding].any()
-        assert not sample[2][padding].any()
-        assert [array.dtype.name for array in sample] == ["int64", "int32", "int32"]
-        assert all(len(array) == sequence_length for array in sample)
+    starts = np.cumsum([0, *lengths])[:-1]
+    cuts = set()
+    for tokens, document_ids, positions in map(real, samples):
+        assert np.array_equal(np.diff(tokens) % num_tokens, np.ones(len(tokens) - 1)), "neighbours on the ring"
+        owners = document_of[tokens]
+        assert document_ids.tolist() == np.cumsum([0, *(np.diff(owners) != 0)]).tolist()
+        firsts = [int(np.argmax(document_ids == document)) for document in document_ids]
+        assert positions.tolist() == [place - first for place, first in enumerate(firsts)]
+        cuts.add(int(tokens[0]))
+    begins = {cut for cut in cuts if {(cut + k * sequence_length) % num_tokens for k in range(len(samples))} == cuts}
+    assert begins & set(starts.tolist())
+    if not shuffle:
+        assert [int(sample[0][0]) for sample in samples] == list(range(0, num_tokens, sequence_length))
 
 
-@given(document_lengths, st.integers(1, 15), st.integers(0, 2))
-def test_shuffled_samples_are_the_same_samples(lengths, sequence_length, epoch):
+@given(document_lengths, st.sampled_from([(12, 1), (12, 3), (12, 4), (5, 1)]))
+def test_best_fit_samples_hold_whole_documents(lengths, shape):
+    sequence_length, align = shape
     with tempfile.TemporaryDirectory() as directory:
         dataset = numbered_dataset(directory, lengths)
-        plain, mixed = (PackedDataset(dataset, sequence_length, 7, shuffle_samples=mix, drop_last=False) for mix in (False, True))
-        as_lists = [sorted([array.tolist() for array in sample] for sample in epoch_samples(packed, epoch)) for packed in (plain, mixed)]
-    assert as_lists[0] == as_lists[1]
+        samples = epoch_samples(best_fit(dataset, sequence_length, 3, align=align))
+    starts = np.repeat(np.cumsum([0, *lengths])[:-1], lengths)
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    for tokens, document_ids, positions in samples:
+        present = np.unique(document_ids[document_ids >= 0])
+        assert present.tolist() == list(range(len(present)))
+        for document in present:
+            places = np.flatnonzero(document_ids == document)
+            assert places[0] % align == 0
+            assert np.array_equal(places, np.arange(places[0], places[0] + len(places)))
+            assert np.array_equal(positions[places], np.arange(len(places)))
+            first = int(tokens[places[0]])
+            assert (first - starts[first]) % sequence_length == 0, "cut only where it must be"
+            assert np.array_equal(tokens[places], np.arange(first, min(ends[first], first + sequence_length)))
+        assert not tokens[document_ids < 0].any()
+        assert not positions[document_ids < 0].any()
+
+
+@pytest.mark.parametrize("packing", [PackedDataset, best_fit])
+def test_positions_of_long_documents(tmp_path, packing):
+    dataset = numbered_dataset(tmp_path, [50, 3])
+    for tokens, _, positions in map(real, epoch_samples(packing(dataset, 8, 1, long_documents="continue"))):
+        assert positions.tolist() == [token if token < 50 else token - 50 for token in tokens]
+    for sample in epoch_samples(packing(dataset, 8, 1, long_documents="continue", max_position=20)):
+        tokens, document_ids, positions = real(sample)
+        assert positions.max() < 20
+        for document in np.unique(document_ids):
+            assert (np.diff(positions[document_ids == document]) == 1).all()
+    for sample in epoch_samples(packing(dataset, 8, 1)):
+        _, document_ids, positions = real(sample)
+        assert all(positions[document_ids == document][0] == 0 for document in np.unique(document_ids))
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_eos_can_be_left_out(make_dataset, tokenizer, tmp_path, packing):
+    documents = [[20 + i] * (1 + 5 * i % 23) for i in range(30)]
+    dataset = make_dataset(tmp_path / "x", documents)
+    if packing == "cut":
+        samples = epoch_samples(PackedDataset(dataset, 10, 1, eos="drop"))
+    else:
+        options = PackingOptions(sequence_length=10, eos="drop")
+        ensure_packing(dataset, options)
+        samples = epoch_samples(BestFitDataset(dataset, options, 1))
+    tokens = np.concatenate([real(sample)[0] for sample in samples])
+    assert tokenizer.eos_token_id not in tokens
+    assert sorted(tokens.tolist()) == sorted(token for document in documents for token in document)
+    assert all((np.diff((sample[1] < 0).astype(int)) >= 0).all() for sample in samples), "padding is a suffix"
+    with pytest.raises(DatasetError, match="no manifest"):
+        PackedDataset(numbered_dataset(tmp_path / "foreign", [3]), 2, 0, eos="drop")
 
 
 @settings(max_examples=20)
-@given(st.lists(st.integers(0, 200), min_size=1, max_size=30))
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=30))
 def test_a_sample_depends_on_its_index_alone(indices):
     """Whatever was read before, in whatever order, from whatever thread: this is what makes resuming exact."""
     with tempfile.TemporaryDirectory() as directory:
         dataset = numbered_dataset(directory, [3, 8, 1, 5, 9])
-        fresh = [PackedDataset(dataset, 4, seed=5, shuffle_samples=True).sample(index) for index in indices]
-        packed = PackedDataset(dataset, 4, seed=5, shuffle_samples=True)
+        fresh = [PackedDataset(dataset, 4, seed=5).sample(index) for index in indices]
+        packed = PackedDataset(dataset, 4, seed=5)
         with ThreadPoolExecutor(4) as executor:
             threaded = list(executor.map(packed.sample, indices))
     for one, other in zip(fresh, threaded, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_epochs_and_seeds_differ(tmp_path):
+@pytest.mark.parametrize("packing", [PackedDataset, best_fit])
+def test_epochs_and_seeds_differ(tmp_path, packing):
     dataset = numbered_dataset(tmp_path, [5] * 40)
     orders = [
-        np.concatenate([tokens for tokens, _, _ in epoch_samples(PackedDataset(dataset, 5, seed), epoch)]).tolist()
+        np.concatenate([tokens for tokens, _, _ in epoch_samples(packing(dataset, 5, seed), epoch)]).tolist()
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
     ]
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_the_order_is_pinned():
-    """Changing it would silently change what a resumed run reads."""
-    assert permutation(8, seed=1234, epoch=3, stream=0).tolist() == PINNED[0]
-    assert permutation(8, seed=1234, epoch=3, stream=1).tolist() == PINNED[1]
+def test_epochs_are_cut_elsewhere(tmp_path):
+    """So that no document is cut in every epoch."""
+    packed = PackedDataset(numbered_dataset(tmp_path, [7] * 40), 10, seed=0)
+    cuts = [frozenset(int(sample[0][0]) for sample in epoch_samples(packed, epoch)) for epoch in range(4)]
+    assert len(set(cuts)) > 1
 
 
-PINNED = ([3, 5, 6, 4, 7, 1, 2, 0], [5, 4, 6, 3, 7, 2, 0, 1])
-
-
-def test_the_shuffle_is_uniform():
-    """Chi-squared of item against place over 6,000 epochs, 25 degrees of freedom: above 60 has probability 1e-4."""
-    counts = np.zeros((6, 6))
-    for epoch in range(6000):
-        counts[permutation(6, seed=99, epoch=epoch, stream=0), np.arange(6)] += 1
-    assert ((counts - 1000) ** 2 / 1000).sum() < 60
-
-
-def test_all_orders_of_three_are_equally_likely():
-    counts = np.zeros(27)
-    for seed in range(6000):
-        counts[permutation(3, seed=seed, epoch=0, stream=1) @ (9, 3, 1)] += 1
-    orders = counts[counts > 0]
-    assert len(orders) == 6
-    assert ((orders - 1000) ** 2 / 1000).sum() < 26  # 5 degrees of freedom: probability 1e-4
-
-
-@pytest.mark.parametrize(("sequence_length", "seed", "message"), [(0, 0, "sequence_length"), (4, -1, "seed"), (4, 2**64, "seed")])
-def test_arguments_out_of_range(tmp_path, sequence_length, seed, message):
+@pytest.mark.parametrize(
+    ("sequence_length", "seed", "options", "message"),
+    [(0, 0, {}, "sequence_length"), (4, -1, {}, "seed"), (4, 2**64, {}, "seed"), (4, 0, {"max_position": 3}, "max_position")],
+)
+def test_arguments_out_of_range(tmp_path, sequence_length, seed, options, message):
     with pytest.raises(ValueError, match=message):
-        PackedDataset(numbered_dataset(tmp_path, [5]), sequence_length, seed)
+        PackedDataset(numbered_dataset(tmp_path, [5]), sequence_length, seed, **options)

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.text import CorpusError, TextCorpus
+from data_tools.corpus import TextCorpus
+from data_tools.text import CorpusError, Rules, splitter
 
 
 def texts_of(*paths, **options):
-    return [document.text for document in TextCorpus(paths, **options)]
+    extensions = options.pop("extensions", ())
+    return [document.text for document in TextCorpus(paths, Rules(**options), extensions=extensions)]
 
 
 def test_directories_are_searched_in_sorted_order(tmp_path):
@@ -48,12 +50,12 @@ def test_undecodable_file(tmp_path, caplog):
     (tmp_path / "good.txt").write_text("good")
     with pytest.raises(CorpusError, match=r"bad\.txt: byte 3 \(0xe9\) is not UTF-8"):
         texts_of(tmp_path)
-    corpus = TextCorpus([tmp_path], on_error="skip")
+    corpus = TextCorpus([tmp_path], Rules(on_error="skip"))
     with caplog.at_level(logging.INFO):
         assert [document.text for document in corpus] == ["good"]
-    assert corpus.num_bad == 1
+    assert corpus.log.counts.num_bad == 1
     assert "bad.txt: byte 3" in caplog.text
-    assert "left out 1 files or lines" in caplog.text
+    assert "left out 1 files or records" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -62,9 +64,9 @@ def test_undecodable_file(tmp_path, caplog):
         (b'{"text": "a\xff"}', r"x\.jsonl:2: byte 26 \(0xff\) is not UTF-8"),
         (b'{"text": ', r"x\.jsonl:2: not JSON"),
         (b"[" * 100_000, r"x\.jsonl:2: not JSON"),
-        (b'{"body": "a"}', r"x\.jsonl:2: no JSON object with a string 'text'"),
-        (b'{"text": 3}', r"x\.jsonl:2: no JSON object with a string 'text'"),
-        (b"[1]", r"x\.jsonl:2: no JSON object"),
+        (b'{"body": "a"}', r"x\.jsonl:2: no record with a string 'text'"),
+        (b'{"text": 3}', r"x\.jsonl:2: no record with a string 'text'"),
+        (b"[1]", r"x\.jsonl:2: no record"),
         (b'{"text": "\\ud800"}', r"x\.jsonl:2: character 0 of 'text' is a lone surrogate"),
     ],
 )
@@ -73,9 +75,9 @@ def test_bad_jsonl_lines(tmp_path, line, message):
     path.write_bytes(b'{"text": "one"}' + b"\n" + line + b"\n\n" + b'{"text": "two"}')
     with pytest.raises(CorpusError, match=message.replace("26", str(len(b'{"text": "one"}\n') + line.find(b"\xff")))):
         texts_of(path)
-    corpus = TextCorpus([path], on_error="skip")
+    corpus = TextCorpus([path], Rules(on_error="skip"))
     assert [document.origin for document in corpus] == [f"{path}:1", f"{path}:4"]
-    assert (corpus.num_documents, corpus.num_bad, corpus.num_empty) == (2, 1, 1)
+    assert (corpus.log.counts.num_documents, corpus.log.counts.num_bad, corpus.log.counts.num_empty) == (2, 1, 1)
 
 
 @given(st.lists(st.text().filter(str.strip), min_size=1))
@@ -83,7 +85,7 @@ def test_jsonl_round_trip(texts):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "x.jsonl")
         path.write_text("".join(json.dumps({"id": i, "body": text}) + "\n" for i, text in enumerate(texts)))
-        documents = list(TextCorpus([path], text_field="body"))
+        documents = list(TextCorpus([path], Rules(text_field="body")))
     assert [document.text for document in documents] == texts
     assert [document.num_bytes for document in documents] == [len(text.encode()) for text in texts]
 
@@ -98,15 +100,17 @@ def test_arbitrary_bytes_are_text_or_counted(name, content):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, name)
         path.write_bytes(content)
-        corpus = TextCorpus([path], on_error="skip")
+        corpus = TextCorpus([path], Rules(on_error="skip"))
         try:
             num_documents = len(list(corpus))
         except CorpusError:
             num_documents = 0
     num_lines = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
-    assert num_documents == corpus.num_documents
+    assert num_documents == corpus.log.counts.num_documents
     assert corpus.num_bytes_read == corpus.num_bytes == len(content)
-    assert corpus.num_documents + corpus.num_empty + corpus.num_bad == (num_lines if name == "x.jsonl" else 1)
+    assert corpus.log.counts.num_documents + corpus.log.counts.num_empty + corpus.log.counts.num_bad == (
+        num_lines if name == "x.jsonl" else 1
+    )
 
 
 def test_byte_order_mark_is_dropped_and_newlines_are_kept(tmp_path):
@@ -120,18 +124,15 @@ def test_splitting(tmp_path):
     path.write_text(" = First = \n\n body \n = = Section = = \n\n = Second = \n more")
     pieces = [" = First = \n\n body \n = = Section = = \n\n", " = Second = \n more"]
     assert texts_of(path, split_on=r"^ = [^=].* = $") == pieces
-    assert [document.origin for document in TextCorpus([path], split_on="^ = Second")] == [f"{path}#0", f"{path}#1"]
+    assert [document.origin for document in TextCorpus([path], Rules(split_on="^ = Second"))] == [f"{path}#0", f"{path}#1"]
     assert texts_of(path, split_on="blank-lines") == [" = First = ", "body \n = = Section = = ", "= Second = \n more"]
     with pytest.raises(CorpusError, match=r"neither blank-lines nor a regular expression"):
-        TextCorpus([path], split_on="(")
+        TextCorpus([path], Rules(split_on="("))
 
 
 @given(st.text("ab\n", min_size=1), st.sampled_from(["a", "^", "b*", "$", r"\n"]))
 def test_splitting_at_a_pattern_loses_nothing(text, pattern):
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "x.txt")
-        path.write_text("x" + text)
-        pieces = TextCorpus([path], split_on=pattern)._split_text("x" + text)
+    pieces = splitter(pattern)("x" + text)
     assert "".join(pieces) == "x" + text
 
 

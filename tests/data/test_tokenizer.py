@@ -108,7 +108,7 @@ def test_bytes_are_counted_by_token(tokenizer, text):
 
 
 def test_bytes_of_another_kind_of_tokenizer_are_unknown(tokenizer):
-    record = json.loads(tokenizer._serialized)
+    record = json.loads(tokenizer.serialized)
     record["model"]["vocab"]["\N{LOWER ONE EIGHTH BLOCK}the"] = tokenizer.vocab_size
     assert Tokenizer(json.dumps(record).encode(), "sentencepiece").num_bytes_by_token() is None
 
@@ -116,6 +116,23 @@ def test_bytes_of_another_kind_of_tokenizer_are_unknown(tokenizer):
 def test_every_digit_is_a_token(tokenizer):
     """Numbers then have one spelling; the texts above are full of 'value + 12' that would otherwise merge."""
     assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode("+ 1234")] == ["+", " ", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "pieces"),
+    [
+        ({"digits": "triples"}, ["n", " =", " ", "123", "4", "\n\n   ", " x"]),
+        ({"digits": "runs"}, ["n", " =", " 1234", "\n\n   ", " x"]),
+        ({"whitespace": "lines"}, ["n", " =", " ", "1", "2", "3", "4", "\n\n", "   ", " x"]),
+    ],
+)
+def test_other_rules_cut_other_pieces(rules, pieces):
+    text = "n = 1234\n\n    x"
+    tokenizer = train_tokenizer([text] * 3, vocab_size=400, **rules)
+    encoded = [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text)]
+    assert encoded == pieces
+    for other in ("", "\r\n \t x", "a\u00a0\u2028b 12 345", "<mask>"):
+        assert tokenizer.decode(tokenizer.encode(other)) == other
 
 
 def test_file_round_trip(tokenizer, tmp_path):
@@ -142,7 +159,7 @@ def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
     path.write_bytes(b"\xff{")
     with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
         Tokenizer.load(path)
-    content = json.loads(tokenizer._serialized)
+    content = json.loads(tokenizer.serialized)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<mask>"]
     del content["model"]["vocab"]["<mask>"]
     path.write_text(json.dumps(content))
@@ -151,7 +168,7 @@ def test_files_that_are_no_tokenizer(tokenizer, tmp_path):
 
 
 def test_truncation_saved_in_a_file_is_not_applied(tokenizer, tmp_path):
-    content = json.loads(tokenizer._serialized)
+    content = json.loads(tokenizer.serialized)
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))

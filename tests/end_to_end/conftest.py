@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.runs import TinyRun, launch, make_data, output_to
+from w1train.config.compose import load_config
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     # In a process of its own: the tokenizer's threads would make forking from this one unsafe.
     assert launch(1, make) == [0], (directory / "log").read_text()
+    load_config(["recipe=tiny"], [str(directory / "recipes")])  # composed here for all ranks
     return directory
 
 

@@ -31,7 +31,7 @@ def test_on_the_cpu_nothing_is_fused_and_the_log_says_why(caplog):
     fusions._say.cache_clear()
     with caplog.at_level(logging.INFO):
         megatron = _megatron()
-    assert not (megatron.apply_rope_fusion or megatron.bias_activation_fusion or megatron.gradient_accumulation_fusion)
+    assert [megatron.apply_rope_fusion, megatron.bias_activation_fusion, megatron.gradient_accumulation_fusion] == [False] * 3
     assert "kernels.rope: unfused (Triton's kernels need CUDA)" in caplog.messages
     assert "kernels.elementwise: plain PyTorch" in caplog.messages
     assert len(caplog.messages) == 4

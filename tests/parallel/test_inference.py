@@ -27,7 +27,7 @@ NUM_VALIDATION_SAMPLES = (1, 3)
 
 def _on_ranks(function, parallel, streams="one-stream"):
     config = layout_config(streams, **parallel)
-    config.validation.timesteps = [0.25, 0.75]
+    config.training.micro_batch_size, config.validation.timesteps = 1, [0.25, 0.75]
     return run_distributed(function, world_size(config, 1), config, process_group=False, timeout=60)
 
 
@@ -73,7 +73,8 @@ def _validate(_rank, _size, config):
 def _data(config, count):
     batches = [packed_batch(range(sample, sample + 1), config.data.sequence_length) for sample in range(count)]
     dataset = SimpleNamespace(manifest=None)
-    return SimpleNamespace(validation=dataset, validation_batches=lambda: iter(batches), validation_bits_per_byte=lambda elbo: elbo)
+    validation = SimpleNamespace(dataset=dataset, batches=lambda: iter(batches), bits_per_byte=lambda elbo: elbo)
+    return SimpleNamespace(validation=validation, validation_sets={"": validation})
 
 
 def _without_time(metrics):

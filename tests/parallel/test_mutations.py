@@ -199,7 +199,7 @@ MUTATIONS += [
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.rule)
 def test_a_broken_rule_is_noticed(mutation, monkeypatch):
-    config = _with_vocabulary(layout_config(mutation.streams, **mutation.parallel), mutation)
+    config = _with_vocabulary(layout_config(mutation.streams, mutation.data_parallel, **mutation.parallel), mutation)
     single = _with_vocabulary(layout_config(mutation.streams, distributed_optimizer=False), mutation)
     expected = reference(mutation.streams)
     if mutation.vocab_size is not None:

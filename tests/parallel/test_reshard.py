@@ -27,13 +27,13 @@ def saved(request, tmp_path_factory):
     """(streams, checkpoint, the uninterrupted run of a single process)."""
     directory = tmp_path_factory.mktemp(request.param)
     parallel, data = SAVED
-    train_layout(layout_config(request.param, **parallel), data, save=directory)
+    train_layout(layout_config(request.param, data, **parallel), data, save=directory)
     return request.param, directory / f"step_{NUM_STEPS:010d}", _uninterrupted(request.param)
 
 
 def _assert_goes_on(path, streams, layout, expected, **options):
     parallel, data = layout
-    outcome = train_layout(layout_config(streams, **parallel, **options), data, load=path, timeout=60)
+    outcome = train_layout(layout_config(streams, data, **parallel, **options), data, load=path, timeout=60)
     assert outcome.losses == pytest.approx(expected.losses[NUM_STEPS:], rel=1e-6)
     assert outcome.gradient_norms == pytest.approx(expected.gradient_norms[NUM_STEPS:], rel=1e-5)
 
@@ -50,7 +50,7 @@ def test_virtual_stages_that_share_the_timestep_embedding(layout, distributed_op
     """Each chunk of a rank has a copy of it: saved once, loaded into both, which then go on apart."""
     parallel, data = layout
     options = {"distributed_optimizer": distributed_optimizer}
-    train_layout(layout_config("one-stream", **parallel, **options), data, save=tmp_path, timeout=60)
+    train_layout(layout_config("one-stream", data, **parallel, **options), data, save=tmp_path, timeout=60)
     expected = _uninterrupted("one-stream")
     for loaded in (layout, ({}, 1)):
         _assert_goes_on(tmp_path / f"step_{NUM_STEPS:010d}", "one-stream", loaded, expected, **options)

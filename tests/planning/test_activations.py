@@ -123,6 +123,7 @@ ONE_RANK = [
     _config(model={"tie_embeddings": True, "num_layers": 6}, parallel={"recompute": "full", "recompute_num_layers": 2}),
     _config(diffusion={"block_size": 4}),
     _config(diffusion={"block_size": 4, "timestep_per": "block"}, training={"precision": "bf16"}),
+    _config(training={"loss_chunk_size": 7}),
 ]
 TWO_RANKS = [
     *(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -16,13 +16,17 @@ from w1train.config.serialization import ABSENT, Difference, config_differences
 ALLOWED_ON_RESUME = (
     "name",
     "runs_dir",
+    "data.validation_sets*",
+    "data.loader",
+    "data.workers",
     "data.num_workers",
     "data.prefetch",
+    "data.read_timeout",
+    "data.cache_directory",
     "parallel.[!d]*",  # all but distributed_optimizer: its states have another form in the checkpoint
     "training.micro_batch_size",
     "attention.*",  # another kernel, the same function
     "training.loss_chunk_size",
-    "model.transformer_impl",
     "kernels.*",
     "validation.interval",
     "sampling.*",
@@ -31,7 +35,7 @@ ALLOWED_ON_RESUME = (
 )
 # Files may move while a run waits. Whether they still hold what the run began with is told by the hash of the training tokens that the
 # checkpoint has, and the hash of the tokenizer that the tokens have.
-_MAY_MOVE = ("data.train", "data.validation", "data.tokenizer")
+_MAY_MOVE = ("data.train", "data.blend.*.prefix", "data.validation", "data.tokenizer")
 _SCHEDULE_RULE = "the schedule of tokens not yet consumed: new or changed future stages, a longer or shorter running constant stage"
 
 
@@ -59,9 +63,9 @@ class _Piece:
         return f"{self.style} {rates} for tokens {self.start} to {self.end} in batches of {self.batch_size}{others}"
 
 
-def allowed_on_resume(key: str) -> bool:
+def allowed_on_resume(key: str, patterns: Iterable[str] = ALLOWED_ON_RESUME) -> bool:
     """Whether a key may change freely when a run directory is resumed."""
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in ALLOWED_ON_RESUME)
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_hashed: bool = True) -> list[Problem]:
@@ -72,8 +76,8 @@ def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_has
         data_are_hashed: whether the checkpoint knows the hash of its training tokens, which then may lie elsewhere.
     """
     changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
-    movable = _MAY_MOVE if data_are_hashed else ()
-    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key) and change.key not in movable]
+    patterns = ALLOWED_ON_RESUME + (_MAY_MOVE if data_are_hashed else ())
+    forbidden = [_forbidden(change) for change in changes if not allowed_on_resume(change.key, patterns)]
     return forbidden + list(_check_schedule(old, new.schedule, tokens_consumed))
 
 
@@ -112,8 +116,8 @@ def _begun(schedule: ScheduleConfig, default_batch_size: int, consumed: int) -> 
 
 
 def _others(stage: StageConfig) -> str:
-    others = {"rewarm_tokens": stage.rewarm_tokens, "train": stage.train, **stage.diffusion}
-    unset = {"rewarm_tokens": 0, "train": None}
+    others = {"rewarm_tokens": stage.rewarm_tokens, "train": stage.train, "blend": stage.blend, **stage.diffusion}
+    unset: dict[str, object] = {"rewarm_tokens": 0, "train": None, "blend": {}}
     return ", ".join(f"{key}={show(value)}" for key, value in others.items() if key in stage.diffusion or value != unset[key])
 
 

@@ -71,27 +71,68 @@ class ModelConfig:
     (the layer starts as if it had no adaLN)."""
     transformer_impl: Literal["local", "te"] = "local"
     """Linear layers of the Transformer: local = megatron-core's. te = transformer-engine's, which training.fp8 and
-    parallel.tp_comm_overlap need. Parameters and checkpoints are the same."""
+    parallel.tp_comm_overlap need. Parameters have the same names and shapes; transformer-engine's checkpoints have FP8 states besides."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CorpusConfig:
+    """One corpus of a blend."""
+
+    prefix: str
+    """Prefix of its dataset, as in data.train."""
+    weight: float = 1.0
+    """Its share of the samples, relative to the other corpora's weights; 0 = only in stages that give it a weight."""
+    max_epochs: float | None = None
+    """How often it may be read in the whole run (see data.at_max_epochs); null = as often as its weight asks for."""
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Where the tokens come from."""
 
-    train: str
-    """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them."""
+    train: str | None = None
+    """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them; null with data.blend.
+    A prefix such as s3://bucket/train is copied to data.cache_directory first."""
+    blend: dict[str, CorpusConfig] = field(default_factory=dict)
+    """Several corpora instead of data.train, by name."""
+    at_max_epochs: Literal["error", "drop"] = "error"
+    """When the schedule would read a corpus more often than its max_epochs. error: the run does not start. drop: the corpus is left out
+    from there on, and the others take its place."""
     validation: str | None = None
-    """Prefix of the validation dataset; null = no validation."""
+    """Prefix of the validation dataset; null = no validation. It may not be a training dataset."""
+    validation_sets: dict[str, str] = field(default_factory=dict)
+    """Prefixes of further validation datasets by name, scored beside data.validation; their metrics end in /NAME."""
     tokenizer: str
     """The tokenizer's file (tokenizer.json)."""
     sequence_length: int
     """Tokens of one packed sample."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """cut: documents are concatenated and cut into samples (Megatron's). best_fit: no document is cut unless it is longer than a sample;
+    the rest of each sample is padding. Built at the first start, or before by `python -m w1train.data.build_packing`."""
+    align: int = 1
+    """With best_fit, documents begin at multiples of this inside their sample, such as the block size; what is between is padding."""
+    packing_seed: int = 0
+    """Which of several equally long documents best_fit puts where; runs with the same one share the packing."""
+    long_documents: Literal["restart", "continue"] = "restart"
+    """Positions of what is cut from a document's beginning: restart at 0 as if the text began there, or continue, below
+    model.max_sequence_length."""
+    eos: Literal["keep", "drop"] = "keep"
+    """keep: a document ends with its EOS, which is learned like any token. drop: it is left out."""
+    loader: Literal["torch", "dali"] = "torch"
+    """What reads ahead of the step: this project's workers, or an NVIDIA DALI pipeline (the dali extra)."""
+    workers: Literal["thread", "process"] = "thread"
+    """What the workers are: processes do not share the interpreter with the training loop; threads start at once."""
     num_workers: int = 1
-    """Threads that prepare batches ahead of the step; 0 = in the training thread."""
+    """Workers that prepare batches ahead of the step; 0 = in the training thread, where a read that hangs is not noticed."""
     prefetch: int = 4
     """Micro-batches kept ready by the workers."""
+    read_timeout: float = 300.0
+    """Seconds after which a worker that gives no micro-batch stops the run with an error."""
+    cache_directory: str | None = None
+    """Local directory for datasets of object storage and for packings (null: these are beside their dataset); one for the ranks of a
+    node, not one for each."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -242,7 +283,10 @@ class StageConfig:
     diffusion: Annotated[dict[str, Any], DiffusionConfig] = field(default_factory=dict)
     """Fields of diffusion that this stage sets otherwise, such as {block_size: 4}."""
     train: str | None = None
-    """Prefix of the training dataset of this stage; null = data.train. A dataset used by several stages is read on, not again."""
+    """Prefix of the training dataset of this stage; null = data.train or data.blend. A dataset used by several stages is
+    read on, not again."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Weights of corpora of data.blend in this stage; those not named are left out. Empty = the weights that they have there."""
 
 
 @dataclass(slots=True, kw_only=True)

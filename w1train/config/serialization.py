@@ -48,9 +48,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
 class _Dumper(yaml.SafeDumper):
     """Safe YAML that writes line breaks other than \\n as escapes: read back in any other style, they come out as spaces."""
 
@@ -62,6 +59,12 @@ class _Dumper(yaml.SafeDumper):
 
 _LINE_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _Dumper.add_representer(str, _Dumper.represent_string)
+
+# Both sides must know it: the dumper quotes the string "0E0" because the loader would read a number.
+for side in (_Loader, _Dumper):
+    side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def config_to_yaml(config: Config) -> str:

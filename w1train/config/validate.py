@@ -15,6 +15,7 @@ from w1train.config.divisibility import divisors, does_not_divide, near
 from w1train.config.errors import Problem, listing, show
 from w1train.config.schema import Config, SamplingConfig
 from w1train.config.stages import batch_sizes
+from w1train.config.validate_data import DATA_RULES
 from w1train.config.validate_diffusion import DIFFUSION_RULES, at_every_stage
 from w1train.config.validate_speed import SPEED_RULES
 
@@ -72,8 +73,13 @@ RANGES: dict[str, Range] = {
     "model.timestep_scale": POSITIVE,
     "model.init_std": POSITIVE,
     "data.sequence_length": AT_LEAST_ONE,
+    "data.blend.*.weight": NOT_NEGATIVE,
+    "data.blend.*.max_epochs": POSITIVE,
+    "data.align": AT_LEAST_ONE,
+    "data.packing_seed": Range(0, (1 << 63) - 1),
     "data.num_workers": NOT_NEGATIVE,
     "data.prefetch": AT_LEAST_ONE,
+    "data.read_timeout": POSITIVE,
     "diffusion.mask_token_id": NOT_NEGATIVE,
     "diffusion.t_min": FRACTION,
     "diffusion.t_max": Range(0, 1, includes_low=False),
@@ -101,6 +107,7 @@ RANGES: dict[str, Range] = {
     "schedule.stages.*.learning_rate": NOT_NEGATIVE,
     "schedule.stages.*.global_batch_size": AT_LEAST_ONE,
     "schedule.stages.*.rewarm_tokens": NOT_NEGATIVE,
+    "schedule.stages.*.blend.*": NOT_NEGATIVE,
     "training.global_batch_size": AT_LEAST_ONE,
     "training.micro_batch_size": AT_LEAST_ONE,
     "training.loss_chunk_size": AT_LEAST_ONE,
@@ -174,8 +181,13 @@ def _run_rule(config: Config) -> Iterator[Problem]:
 
 
 def _paths_rule(config: Config) -> Iterator[Problem]:
-    paths = {"runs_dir": config.runs_dir, "data.train": config.data.train, "data.tokenizer": config.data.tokenizer}
-    optional = {"data.validation": config.data.validation, "training.initial_weights": config.training.initial_weights}
+    paths = {"runs_dir": config.runs_dir, "data.tokenizer": config.data.tokenizer}
+    optional = {
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+        "data.cache_directory": config.data.cache_directory,
+        "training.initial_weights": config.training.initial_weights,
+    }
     for key, path in {**paths, **optional}.items():
         if path == "":
             yield Problem(key, "''", "a path" + (" or null" if key in optional else ""))
@@ -460,6 +472,7 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     _rope_scaling_rule,
     _timestep_frequency_rule,
     _sequence_length_rule,
+    *DATA_RULES,
     *DIFFUSION_RULES,
     _stages_rule,
     _validation_rule,

@@ -5,6 +5,7 @@ Shapes: b = samples of the micro-batch, l = sequence_length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,8 +18,13 @@ class PackedBatch:
     tokens: Tensor
     """int64 [b, l]; anything on padding."""
     document_ids: Tensor
-    """int32 [b, l]: ordinal of the document inside its sample, nondecreasing from 0; -1 on padding (a suffix)."""
+    """int32 [b, l]: ordinal of the document inside its sample, ascending from 0; -1 on padding, which is behind the last document and,
+    with data.align, between documents."""
     positions: Tensor
     """int32 [b, l]: position inside the document (restarts at 0 with each); 0 on padding."""
     sample_indices: Tensor
     """int64 [b]: index of the sample in the run's global order; never repeats, not even over epochs."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The batch with each of its tensors changed."""
+        return PackedBatch(change(self.tokens), change(self.document_ids), change(self.positions), change(self.sample_indices))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from w1train.data.indexed import DatasetError, Index, bin_path, file_size, idx_path, read_index
+from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, read_index
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX
@@ -18,23 +24,126 @@ __all__ = ["DatasetError", "TokenDataset"]
 
 logger = logging.getLogger(__name__)
 
+_PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+"""What a file system over a network says when it may well work again."""
+_LANDMARK_STEP = 512
+_LANDMARKS_AT_ONCE = 1 << 12
+_RETRY_SECONDS = (0.1, 0.5, 2.0)
 
-class TokenDataset:
-    """Documents of token ids, memory-mapped: PREFIX.bin, PREFIX.idx and, unless foreign, PREFIX.json.
 
-    Open with :meth:`open`, which checks; the constructor does not.
+class DocumentOffsets:
+    """First token of each document in PREFIX.bin, and behind the last one the number of tokens.
+
+    No rank has a gigabyte for those of a hundred million documents: every 512th is kept, and what is between is read when asked for (read,
+    not mapped: touched pages would add up to the whole, and a mapped file that is cut short kills the process). Only where documents
+    are several sequences, as in some foreign datasets, is the mapped index searched.
     """
 
-    def __init__(self, prefix: str, index: Index, manifest: DatasetManifest | None, vocab_size: int | None) -> None:
+    def __init__(self, index: Index, path: Path) -> None:
+        self._index, self._path = index, str(path)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        self.one_sequence_each = _documents_are_sequences(index)
+        """Whether every document is one sequence, as in all datasets made here."""
+        self._landmarks = _landmarks(index) if self.one_sequence_each else None
+
+    def __len__(self) -> int:
+        return self._index.num_documents + 1
+
+    @overload
+    def __getitem__(self, document: int) -> int: ...
+
+    @overload
+    def __getitem__(self, document: slice) -> NDArray[np.int64]: ...
+
+    def __getitem__(self, document: int | slice) -> int | NDArray[np.int64]:
+        if isinstance(document, slice):
+            start, stop, step = document.indices(len(self))
+            return self._between(start, stop)[::step] // self._index.dtype.itemsize
+        return int(self._between(document, document + 1)[0]) // self._index.dtype.itemsize
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.int64]:
+        return np.asarray(self[:], dtype=dtype)
+
+    def document_of(self, token: int) -> int:
+        """The document that a token belongs to."""
+        return self.around(token, token + 1)[0]
+
+    def around(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+        """The first of the documents that tokens [start, stop) belong to, and where it and the following ones up to the last of them begin,
+        and where that one ends."""
+        itemsize = self._index.dtype.itemsize
+        if self._landmarks is None:
+            first, last = (bisect_right(self, token, 0, len(self)) - 1 for token in (start, stop - 1))
+            return first, self[first : last + 2]
+        places = (start * itemsize, (stop - 1) * itemsize)
+        low, high = (self._landmarks.searchsorted(places, side="right") - 1).tolist()
+        begin = low * _LANDMARK_STEP
+        block = self._between(begin, min((high + 1) * _LANDMARK_STEP, len(self) - 1) + 1)
+        first, last = (block.searchsorted(places, side="right") - 1).tolist()
+        return begin + first, block[first : last + 2] // itemsize
+
+    def bounds(self, documents: Iterable[int]) -> NDArray[np.int64]:
+        """Where each document begins and ends, int64 [documents, 2]."""
+        return np.array([self._between(document, document + 2) for document in documents]) // self._index.dtype.itemsize
+
+    def _between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Bytes of PREFIX.bin at which documents [start, stop) begin."""
+        if self._landmarks is None:
+            self._check_length()
+            return self._index.pointers_of(slice(start, stop))
+        num_inside = min(stop, len(self) - 1) - start
+        content = read_exactly(self._file.fileno(), 8 * num_inside, self._index.pointers_start + 8 * start, self._path)
+        inside = np.frombuffer(content, dtype="<i8")
+        return inside if start + num_inside == stop else np.append(inside, self._index.num_bin_bytes)
+
+    def _check_length(self) -> None:
+        """What is mapped beyond a file's end cannot be read without the process being killed."""
+        found = os.fstat(self._file.fileno()).st_size
+        if found < len(self._index.mapped):
+            raise DatasetError(f"{self._path} was truncated while it was in use: {found} bytes, it had {len(self._index.mapped)}")
+
+
+def _landmarks(index: Index) -> NDArray[np.int64]:
+    """Where every 512th sequence begins, in bytes."""
+    found = np.empty(-(-len(index.sequence_pointers) // _LANDMARK_STEP), dtype=np.int64)
+    for start in range(0, len(found), _LANDMARKS_AT_ONCE):
+        part = found[start : start + _LANDMARKS_AT_ONCE]
+        part[:] = index.sequence_pointers[start * _LANDMARK_STEP :: _LANDMARK_STEP][: len(part)]
+        index.release_pages()
+    return found
+
+
+def _documents_are_sequences(index: Index) -> bool:
+    if index.num_documents != len(index.sequence_lengths):
+        return False
+    for chunk in chunks(index.num_documents + 1):
+        if not np.array_equal(index.document_indices[chunk], np.arange(chunk.start, chunk.stop)):
+            return False
+        index.release_pages()
+    return True
+
+
+class TokenDataset:
+    """Documents of token ids: PREFIX.bin, PREFIX.idx and, unless foreign, PREFIX.json.
+
+    Open with :meth:`open`, which checks; the constructor does not. Tokens are read, not mapped: a mapped file that is cut short, or whose
+    file system fails, kills the process without a word. It may be used by several threads and by forked processes.
+    """
+
+    def __init__(
+        self, prefix: str, index: Index, offsets: DocumentOffsets, manifest: DatasetManifest | None, vocab_size: int | None
+    ) -> None:
         self.prefix = prefix
         self.manifest = manifest
         """None for a foreign dataset."""
-        self.document_offsets: NDArray[np.int64] = index.document_offsets()
-        """int64 [num_documents + 1]: first token of each document, and num_tokens."""
+        self.document_offsets = offsets
+        """num_documents + 1: first token of each document, and num_tokens."""
         self.num_documents: int = index.num_documents
-        self.num_tokens: int = int(self.document_offsets[-1])
+        self.num_tokens: int = index.num_bin_bytes // index.dtype.itemsize
+        self._dtype = index.dtype
         self._vocab_size = vocab_size
-        self._tokens: NDArray[np.integer] = np.memmap(bin_path(prefix), dtype=index.dtype, mode="r")
+        self._bin_path = str(bin_path(prefix))
+        self._bin_file = open(self._bin_path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
 
     @classmethod
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
@@ -56,6 +165,7 @@ class TokenDataset:
         index = read_index(idx_path(prefix))
         if index.num_bin_bytes == 0:
             raise DatasetError(f"dataset {prefix} holds no tokens")
+        offsets = DocumentOffsets(index, idx_path(prefix))
         if manifest is None:
             _check_size(bin_path(prefix), index.num_bin_bytes, idx_path(prefix))
             logger.warning(
@@ -64,9 +174,13 @@ class TokenDataset:
                 manifest_path(prefix),
             )
         else:
-            _check_counts(prefix, manifest, index)
+            _check_counts(prefix, manifest, index, offsets)
             _check_fits(prefix, manifest, tokenizer, vocab_size)
-        return cls(prefix, index, manifest, vocab_size)
+        return cls(prefix, index, offsets, manifest, vocab_size)
+
+    def __reduce__(self) -> tuple[Callable[..., TokenDataset], tuple[object, ...]]:
+        """Another process opens the files again: open files cannot be sent, and mapped ones would be sent whole."""
+        return TokenDataset.open, (self.prefix, None, self._vocab_size)
 
     def document_tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
         """Tokens [start, stop) of a document, read-only, in the file's dtype; by default all of it.
@@ -74,13 +188,24 @@ class TokenDataset:
         Raises:
             DatasetError: if one of them is outside the vocabulary.
         """
-        first = int(self.document_offsets[document])
-        length = int(self.document_offsets[document + 1]) - first
+        first, end = self.document_offsets[document], self.document_offsets[document + 1]
+        length = end - first
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
-        tokens = self._tokens[first + start : first + stop]
+        return self.read(first + start, first + stop)
+
+    def read(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Tokens [start, stop) of PREFIX.bin, read-only, in the file's dtype.
+
+        Raises:
+            DatasetError: if one of them is outside the vocabulary, or the file is shorter than it was when it was opened.
+            OSError: if it cannot be read, which is tried again a few times where that may help.
+        """
+        itemsize = self._dtype.itemsize
+        content = read_exactly(self._bin_file.fileno(), (stop - start) * itemsize, start * itemsize, self._bin_path)
+        tokens = np.frombuffer(content, dtype=self._dtype)
         if self._vocab_size is not None and len(tokens):
-            self._check_vocabulary(tokens, self._vocab_size, document, start)
+            self._check_vocabulary(tokens, self._vocab_size, start)
         return tokens
 
     def verify_hashes(self) -> None:
@@ -97,15 +222,50 @@ class TokenDataset:
             if found != expected:
                 raise DatasetError(f"{path} is corrupt: its sha256 is {found}, the manifest has {expected}")
 
-    def _check_vocabulary(self, tokens: NDArray[np.integer], vocab_size: int, document: int, start: int) -> None:
+    def _check_vocabulary(self, tokens: NDArray[np.integer], vocab_size: int, first: int) -> None:
         """Catches, before an embedding lookup reads past its table, what the manifest cannot: damage and foreign datasets."""
         if tokens.min() >= 0 and tokens.max() < vocab_size:
             return
         offset = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+        document = self.document_offsets.document_of(first + offset)
         raise DatasetError(
-            f"{bin_path(self.prefix)}: token {start + offset} of document {document} is {tokens[offset]}, "
-            f"outside the model's vocabulary of {vocab_size} ids"
+            f"{bin_path(self.prefix)}: token {first + offset - self.document_offsets[document]} of document {document} is "
+            f"{tokens[offset]}, outside the model's vocabulary of {vocab_size} ids"
         )
+
+
+def read_exactly(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
+    """``num_bytes`` at ``offset`` of an open file. No shared position: threads and forked processes do not disturb each other.
+
+    Raises:
+        DatasetError: if the file ends before.
+        OSError: if it cannot be read, which is tried again a few times where that may help.
+    """
+    content = _read_patiently(descriptor, num_bytes, offset, path)
+    while len(content) < num_bytes:
+        part = _read_patiently(descriptor, num_bytes - len(content), offset + len(content), path)
+        if not part:
+            missing = num_bytes - len(content)
+            raise DatasetError(
+                f"{path} was truncated while it was in use: it ends at byte {offset + len(content)}, {missing} before its end"
+            )
+        content += part
+    return content
+
+
+def _read_patiently(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
+    for seconds in _RETRY_SECONDS:
+        try:
+            return os.pread(descriptor, num_bytes, offset)
+        except OSError as error:
+            if error.errno not in _PASSING_FAULTS:
+                raise OSError(error.errno, error.strerror, path) from error
+            logger.warning("%s, bytes %d to %d: %s; trying again in %g s", path, offset, offset + num_bytes, error.strerror, seconds)
+            time.sleep(seconds)
+    try:
+        return os.pread(descriptor, num_bytes, offset)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, {len(_RETRY_SECONDS) + 1} times in a row", path) from error
 
 
 def _check_exists(prefix: str) -> None:
@@ -125,7 +285,7 @@ def _check_size(path: Path, expected: int, source: Path) -> None:
         raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} ({source.name} says so)")
 
 
-def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
+def _check_counts(prefix: str, manifest: DatasetManifest, index: Index, offsets: DocumentOffsets) -> None:
     """The manifest and the index must describe the same dataset, with one sequence a document."""
     found = {
         "dtype": index.dtype.name,
@@ -137,7 +297,7 @@ def _check_counts(prefix: str, manifest: DatasetManifest, index: Index) -> None:
         expected = getattr(manifest, name)
         if value != expected:
             raise DatasetError(f"{idx_path(prefix)} does not belong to {manifest_path(prefix)}: {name} is {value}, expected {expected}")
-    if not np.array_equal(index.document_indices, np.arange(index.num_documents + 1)):
+    if not offsets.one_sequence_each:
         raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
 
 

@@ -12,9 +12,10 @@ PREFIX.bin is the tokens of all sequences, one after another. PREFIX.idx is, lit
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -69,6 +70,8 @@ class Index:
     """[num_sequences], bytes."""
     document_indices: NDArray[np.int64]
     """[num_documents + 1], sequences."""
+    mapped: np.memmap
+    """The file, which the arrays are views of."""
 
     @property
     def num_documents(self) -> int:
@@ -81,23 +84,74 @@ class Index:
             return 0
         return int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
 
-    def document_offsets(self) -> NDArray[np.int64]:
-        """int64 [num_documents + 1]: first token of each document in PREFIX.bin, and the number of tokens."""
-        boundaries = np.append(self.sequence_pointers, self.num_bin_bytes)
-        return boundaries[self.document_indices] // self.dtype.itemsize
+    @property
+    def pointers_start(self) -> int:
+        """Byte of PREFIX.idx at which the pointers to sequences begin."""
+        return lengths_end(len(self.sequence_lengths))
+
+    def pointers_of(self, documents: slice) -> NDArray[np.int64]:
+        """First byte in PREFIX.bin of some documents, of which one past the last begins where the tokens end; int64 [documents].
+
+        Of some only: all of them together would be gigabytes for a large index.
+        """
+        sequences = self.document_indices[documents]
+        starts = np.full(len(sequences), self.num_bin_bytes, dtype=np.int64)
+        inside = sequences < len(self.sequence_pointers)
+        starts[inside] = self.sequence_pointers[sequences[inside]]
+        return starts
+
+    def release_pages(self) -> None:
+        """Give back the memory of what has been read; it is mapped again when it is touched."""
+        self.mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def write_index(file: BinaryIO, dtype: np.dtype, sequence_lengths: NDArray[np.int32]) -> None:
     """Write the index of a dataset whose every sequence is a document."""
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    num_sequences = len(sequence_lengths)
-    ends = np.cumsum(sequence_lengths, dtype=np.int64) * dtype.itemsize
-    pointers = np.zeros(num_sequences, dtype="<i8")
-    pointers[1:] = ends[:-1]
-    file.write(_HEADER.pack(MAGIC, VERSION, code, num_sequences, num_sequences + 1))
+    begin_index(file)
     file.write(sequence_lengths.astype("<i4", copy=False).tobytes())
-    file.write(pointers.tobytes())
-    file.write(np.arange(num_sequences + 1, dtype="<i8").tobytes())
+    _finish_index(file, dtype, len(sequence_lengths), lambda start, stop: sequence_lengths[start:stop])
+
+
+def begin_index(file: BinaryIO) -> None:
+    """Leave room for the header, behind which int32 lengths of sequences may be written as they come."""
+    file.seek(0)
+    file.write(bytes(_HEADER.size))
+
+
+def lengths_end(num_sequences: int) -> int:
+    """Byte of the index at which the lengths of so many sequences end."""
+    return _HEADER.size + 4 * num_sequences
+
+
+def finish_index(file: BinaryIO, dtype: np.dtype, num_sequences: int) -> None:
+    """Complete an index that has its lengths: pointers, one document a sequence, and the header. Memory does not grow with it.
+
+    ``file`` is open for reading and writing, and holds nothing behind the lengths.
+    """
+
+    def read_lengths(start: int, stop: int) -> NDArray[np.int32]:
+        file.seek(lengths_end(start))
+        return np.frombuffer(file.read(4 * (stop - start)), dtype="<i4")
+
+    _finish_index(file, dtype, num_sequences, read_lengths)
+
+
+def _finish_index(file: BinaryIO, dtype: np.dtype, num_sequences: int, lengths: Callable[[int, int], NDArray[np.int32]]) -> None:
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    end = 0
+    for start in range(0, num_sequences, _CHECK_CHUNK):
+        stop = min(start + _CHECK_CHUNK, num_sequences)
+        ends = end + np.cumsum(lengths(start, stop), dtype=np.int64) * dtype.itemsize
+        pointers = np.concatenate([np.array([end], dtype="<i8"), ends[:-1].astype("<i8", copy=False)])
+        file.seek(lengths_end(num_sequences) + 8 * start)
+        file.write(pointers.tobytes())
+        end = int(ends[-1])
+    file.seek(lengths_end(num_sequences) + 8 * num_sequences)
+    for start in range(0, num_sequences + 1, _CHECK_CHUNK):
+        file.write(np.arange(start, min(start + _CHECK_CHUNK, num_sequences + 1), dtype="<i8").tobytes())
+    file.seek(0)
+    file.write(_HEADER.pack(MAGIC, VERSION, code, num_sequences, num_sequences + 1))
+    file.seek(0, os.SEEK_END)
 
 
 def read_index(path: Path) -> Index:
@@ -112,14 +166,16 @@ def read_index(path: Path) -> Index:
     if num_bytes != expected:
         fault = "truncated" if num_bytes < expected else "longer than its header says"
         raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    lengths_end = _HEADER.size + 4 * num_sequences
-    pointers_end = lengths_end + 8 * num_sequences
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    content = mapped.view(np.ndarray)  # a memmap takes microseconds to give an item
+    pointers_start = lengths_end(num_sequences)
+    pointers_end = pointers_start + 8 * num_sequences
     index = Index(
         dtype=dtype,
-        sequence_lengths=content[_HEADER.size : lengths_end].view("<i4"),
-        sequence_pointers=content[lengths_end:pointers_end].view("<i8"),
+        sequence_lengths=content[_HEADER.size : pointers_start].view("<i4"),
+        sequence_pointers=content[pointers_start:pointers_end].view("<i8"),
         document_indices=content[pointers_end:].view("<i8"),
+        mapped=mapped,
     )
     _check_sequences(path, index)
     _check_documents(path, index)
@@ -144,7 +200,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     return DTYPES[code], num_sequences, num_boundaries
 
 
-def _chunks(num_items: int) -> Iterator[slice]:
+def chunks(num_items: int) -> Iterator[slice]:
     """Overlapping by one item, so that every pair of neighbours is in a chunk; keeps the check's memory flat."""
     for start in range(0, max(num_items, 1), _CHECK_CHUNK):
         yield slice(start, min(start + _CHECK_CHUNK + 1, num_items))
@@ -154,7 +210,7 @@ def _check_sequences(path: Path, index: Index) -> None:
     """Sequences must follow each other without holes: a flipped bit in a length or a pointer breaks this."""
     if len(index.sequence_pointers) and index.sequence_pointers[0] != 0:
         raise DatasetError(f"{path} is corrupt: its first sequence starts at byte {index.sequence_pointers[0]}, expected 0")
-    for chunk in _chunks(len(index.sequence_lengths)):
+    for chunk in chunks(len(index.sequence_lengths)):
         lengths, pointers = index.sequence_lengths[chunk], index.sequence_pointers[chunk]
         if (lengths < 0).any():
             raise DatasetError(f"{path} is corrupt: sequence {chunk.start + int(np.argmax(lengths < 0))} has a negative length")
@@ -164,6 +220,7 @@ def _check_sequences(path: Path, index: Index) -> None:
             raise DatasetError(
                 f"{path} is corrupt: sequence {chunk.start + i} ends at byte {ends[i]}, but the next starts at {pointers[i + 1]}"
             )
+        index.release_pages()
 
 
 def _check_documents(path: Path, index: Index) -> None:
@@ -172,11 +229,12 @@ def _check_documents(path: Path, index: Index) -> None:
         raise DatasetError(
             f"{path} is corrupt: its documents cover sequences {documents[0]} to {documents[-1]}, expected 0 to {num_sequences}"
         )
-    for chunk in _chunks(len(documents)):
+    for chunk in chunks(len(documents)):
         boundaries = documents[chunk]
         if (boundaries[1:] < boundaries[:-1]).any():
             first = chunk.start + int(np.argmax(boundaries[1:] < boundaries[:-1]))
             raise DatasetError(f"{path} is corrupt: document {first} ends before it starts")
+        index.release_pages()
 
 
 def file_size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Packed samples to micro-batches, read ahead by threads.
+"""Packed samples to micro-batches, read ahead by workers.
 
 The global order is arithmetic: global micro-batch k holds samples [first + k * b * d, first + (k + 1) * b * d), of which
 data-parallel rank r takes the r-th run of b. The number of workers changes nothing about it.
@@ -10,31 +10,39 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from w1train.data.batch import PackedBatch
-from w1train.data.packing import PackedDataset
-from w1train.data.staged import StagedSamples
+from w1train.data.packing import Sample, SampleSource
+from w1train.data.workers import ProcessWorkers, ThreadWorkers, Workers
 
 PADDING_SAMPLE = -1
+
+
+class Samples(Protocol):
+    """What a loader reads: ``SampleSource`` or ``StagedSamples``."""
+
+    sequence_length: int
+
+    def sample(self, global_index: int) -> Sample: ...
 
 
 class BatchLoader:
     """The training batches of one data-parallel rank, without end.
 
-    Close it (or use it in a ``with`` statement) to stop its threads.
+    Close it (or use it in a ``with`` statement) to stop its workers.
     """
 
     def __init__(
         self,
-        packed: PackedDataset | StagedSamples,
+        packed: Samples,
         *,
         micro_batch_size: int,
         data_parallel_rank: int = 0,
@@ -42,11 +50,14 @@ class BatchLoader:
         num_workers: int = 1,
         prefetch: int = 4,
         device: torch.device | str = "cpu",
+        workers: Literal["thread", "process"] = "thread",
+        read_timeout: float = 300.0,
     ) -> None:
         """
         Args:
-            num_workers: threads that prepare micro-batches; 0 = in the caller's thread.
+            num_workers: threads or processes that prepare micro-batches; 0 = in the caller's thread.
             prefetch: micro-batches ready or under way while the caller uses one; unused without workers.
+            read_timeout: seconds without a micro-batch after which the caller gets an error; unused without workers.
 
         Raises:
             ValueError: if a count is out of range.
@@ -60,30 +71,32 @@ class BatchLoader:
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
         self._size = data_parallel_size
+        self._num_workers = num_workers
+        self._kind = workers
         self._prefetch = prefetch
+        self._read_timeout = read_timeout
         self._device = torch.device(device)
         self._closed = False
-        self._executor: ThreadPoolExecutor | None = None
-        if num_workers:
-            self._executor = ThreadPoolExecutor(num_workers, "w1train-data", initializer=_enter_device, initargs=(self._device,))
+        self._open_workers: list[Workers] = []
 
     def micro_batches(self, first_sample: int = 0) -> Iterator[PackedBatch]:
         """Micro-batches from global sample ``first_sample`` on, for ever; an error in a worker is raised at its place in the order.
 
         Raises:
             ValueError: if ``first_sample`` is negative.
+            LoaderError: if a worker dies or gives nothing for ``read_timeout`` seconds, while iterating.
             RuntimeError: if the loader is closed, now or while iterating.
         """
-        if first_sample < 0:
-            raise ValueError(f"first_sample must be at least 0, not {first_sample}")
-        starts = itertools.count(first_sample + self._rank * self._micro_batch_size, self._size * self._micro_batch_size)
-        return self._read_inline(starts) if self._executor is None else self._read_ahead(self._executor, starts)
+        self._check_open()
+        starts = sample_starts(first_sample, self._micro_batch_size, self._rank, self._size)
+        return self._read_inline(starts) if self._num_workers == 0 else self._read_ahead(starts)
 
     def close(self) -> None:
-        """Stop the threads; iterators of this loader raise from now on."""
+        """Stop the workers; iterators of this loader raise from now on."""
         self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        for workers in self._open_workers:
+            workers.close()
+        self._open_workers.clear()
 
     def _read_inline(self, starts: Iterator[int]) -> Iterator[PackedBatch]:
         for start in starts:
@@ -91,26 +104,40 @@ class BatchLoader:
             began = time.perf_counter()
             batch = self._load(start)
             self.data_wait_seconds += time.perf_counter() - began
-            yield _to_device(batch, self._device)
+            yield to_device(batch, self._device)
 
-    def _read_ahead(self, executor: ThreadPoolExecutor, starts: Iterator[int]) -> Iterator[PackedBatch]:
+    def _read_ahead(self, starts: Iterator[int]) -> Iterator[PackedBatch]:
         self._check_open()
-        pending = deque(executor.submit(self._load, start) for start in itertools.islice(starts, self._prefetch))
+        workers = self._start_workers()
         try:
+            for start in itertools.islice(starts, self._prefetch):
+                workers.submit(start)
             while True:
                 self._check_open()
                 began = time.perf_counter()
-                batch = pending.popleft().result()
+                batch = workers.receive()
                 self.data_wait_seconds += time.perf_counter() - began
-                pending.append(executor.submit(self._load, next(starts)))
-                yield _to_device(batch, self._device)
+                workers.submit(next(starts))
+                yield to_device(batch, self._device)
         finally:
-            for future in pending:
-                future.cancel()
+            if workers in self._open_workers:
+                self._open_workers.remove(workers)
+                workers.close()
+
+    def _start_workers(self) -> Workers:
+        workers: Workers
+        if self._kind == "process":
+            load = partial(collate_run, self._packed, self._micro_batch_size)
+            shape = (self._micro_batch_size, self._packed.sequence_length)
+            workers = ProcessWorkers(load, self._num_workers, self._prefetch, self._read_timeout, shape)
+        else:
+            workers = ThreadWorkers(self._load, self._num_workers, self._read_timeout, partial(_enter_device, self._device))
+        self._open_workers.append(workers)
+        return workers
 
     def _load(self, start: int) -> PackedBatch:
-        batch = _collate(self._packed, np.arange(start, start + self._micro_batch_size))
-        return _pin(batch) if self._device.type == "cuda" else batch
+        batch = collate_run(self._packed, self._micro_batch_size, start)
+        return batch.map(torch.Tensor.pin_memory) if self._device.type == "cuda" else batch
 
     def _check_open(self) -> None:
         if self._closed:
@@ -123,8 +150,19 @@ class BatchLoader:
         self.close()
 
 
+def sample_starts(first_sample: int, micro_batch_size: int, rank: int, size: int) -> Iterator[int]:
+    """First sample of each of a data-parallel rank's micro-batches from global sample ``first_sample`` on.
+
+    Raises:
+        ValueError: if ``first_sample`` is negative.
+    """
+    if first_sample < 0:
+        raise ValueError(f"first_sample must be at least 0, not {first_sample}")
+    return itertools.count(first_sample + rank * micro_batch_size, size * micro_batch_size)
+
+
 def validation_batches(
-    packed: PackedDataset,
+    packed: SampleSource,
     num_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int = 0,
@@ -146,15 +184,15 @@ def validation_batches(
 
 
 def _validation_batches(
-    packed: PackedDataset, num_samples: int, micro_batch_size: int, rank: int, size: int, device: torch.device
+    packed: SampleSource, num_samples: int, micro_batch_size: int, rank: int, size: int, device: torch.device
 ) -> Iterator[PackedBatch]:
     num_samples = min(num_samples, packed.num_samples_per_epoch)
     for first in range(0, num_samples, micro_batch_size * size):
         indices = first + rank * micro_batch_size + np.arange(micro_batch_size)
-        yield _to_device(_collate(packed, np.where(indices < num_samples, indices, PADDING_SAMPLE)), device)
+        yield to_device(collate(packed, np.where(indices < num_samples, indices, PADDING_SAMPLE)), device)
 
 
-def validation_token_counts(packed: PackedDataset, num_samples: int, vocab_size: int) -> NDArray[np.int64]:
+def validation_token_counts(packed: SampleSource, num_samples: int, vocab_size: int) -> NDArray[np.int64]:
     """How often each id occurs in the samples of :func:`validation_batches` over all ranks, padding left out; int64 [vocab_size]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for index in range(min(num_samples, packed.num_samples_per_epoch)):
@@ -163,7 +201,7 @@ def validation_token_counts(packed: PackedDataset, num_samples: int, vocab_size:
     return counts
 
 
-def _collate(packed: PackedDataset | StagedSamples, sample_indices: NDArray[np.int64]) -> PackedBatch:
+def collate(packed: Samples, sample_indices: NDArray[np.int64]) -> PackedBatch:
     """The samples of the indices, int64 [b]; PADDING_SAMPLE stands for one of padding alone."""
     shape = (len(sample_indices), packed.sequence_length)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -180,31 +218,24 @@ def _collate(packed: PackedDataset | StagedSamples, sample_indices: NDArray[np.i
     )
 
 
+def collate_run(packed: Samples, micro_batch_size: int, start: int) -> PackedBatch:
+    """The micro-batch that begins at a global sample index."""
+    return collate(packed, np.arange(start, start + micro_batch_size))
+
+
 def _enter_device(device: torch.device) -> None:
     """A thread starts on GPU 0: pinning there would make every rank of a node open a context on that GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
-def _pin(batch: PackedBatch) -> PackedBatch:
-    """Page-locked copies, which the GPU can fetch while the CPU goes on."""
-    return PackedBatch(
-        tokens=batch.tokens.pin_memory(),
-        document_ids=batch.document_ids.pin_memory(),
-        positions=batch.positions.pin_memory(),
-        sample_indices=batch.sample_indices.pin_memory(),
-    )
-
-
-def _to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch on the device. The copy from page-locked memory runs while the CPU goes on."""
     if device.type == "cpu":
         return batch
-    return PackedBatch(
-        tokens=batch.tokens.to(device, non_blocking=True),
-        document_ids=batch.document_ids.to(device, non_blocking=True),
-        positions=batch.positions.to(device, non_blocking=True),
-        sample_indices=batch.sample_indices.to(device, non_blocking=True),
-    )
+    if not batch.tokens.is_pinned():
+        batch = batch.map(torch.Tensor.pin_memory)
+    return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _check_counts(micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int) -> None:

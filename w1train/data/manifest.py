@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class DatasetManifest:
     """Size of PREFIX.idx."""
     idx_sha256: str
     """Hash of PREFIX.idx."""
+    versions: dict[str, Any] = field(default_factory=dict)
+    """Of the software that the tokens depend on, by name; absent from datasets made by version 0.1.0."""
+    corpus: dict[str, Any] = field(default_factory=dict)
+    """What data_tools.tokenize read: the options, files, bytes and a hash of their list, and what was left out, by reason."""
 
     def write(self, path: Path) -> None:
         """Write the file, complete or not at all."""
@@ -78,10 +82,11 @@ class DatasetManifest:
 
 
 def _check_keys(path: Path, content: dict[str, Any]) -> None:
-    types = {"int": int, "float": (int, float), "str": str}
+    types = {"int": int, "float": (int, float), "str": str, "dict[str, Any]": dict}
     expected = {field.name: types[str(field.type)] for field in fields(DatasetManifest)}
-    for name in sorted(expected.keys() ^ content.keys()):
+    optional = {field.name for field in fields(DatasetManifest) if field.default_factory is not MISSING}
+    for name in sorted((expected.keys() ^ content.keys()) - optional):
         raise DatasetError(f"{path} is damaged: key {name!r} is {'missing' if name in expected else 'unknown'}")
     for name, value in content.items():
-        if not isinstance(value, expected[name]):  # type: ignore[arg-type]
+        if not isinstance(value, expected[name]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise DatasetError(f"{path} is damaged: {name} is {value!r}")

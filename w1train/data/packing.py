@@ -1,41 +1,44 @@
-"""Concatenate-and-cut packing: a sample is arithmetic on its global index; there is no state to save.
+"""Documents to samples of one length: a sample is arithmetic on its global index; there is no state to save.
 
-Shapes: n = documents, m = samples of an epoch, l = sequence_length.
+Shapes: k = pieces of a sample, l = sequence_length.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.order import Stream, permuted, random_words
 
-_DOCUMENT_STREAM, _SAMPLE_STREAM = 0, 1
-_NUM_EPOCHS_KEPT = 2
+LongDocuments = Literal["restart", "continue"]
+EndOfDocument = Literal["keep", "drop"]
+Sample = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]
+"""tokens int64 [l] (0 on padding), document_ids int32 [l] (from 0 in each sample; -1 on padding), positions int32 [l] (0 on padding)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _EpochOrder:
-    documents: NDArray[np.int64]
-    """[n]: the documents in the order of the epoch's concatenation."""
+class Pieces(NamedTuple):
+    """The stretches of documents that a sample is made of."""
+
     starts: NDArray[np.int64]
-    """[n + 1]: where each begins in the concatenation, in tokens; the last entry is its length."""
-    slots: NDArray[np.int64] | None
-    """[m]: the stretch of the concatenation that each sample of the epoch is; None = in order."""
+    """[k]: first token of each in PREFIX.bin."""
+    lengths: NDArray[np.int64]
+    """[k], tokens."""
+    offsets: NDArray[np.int64]
+    """[k]: where each begins inside its document."""
+    places: NDArray[np.int64]
+    """[k]: where each begins inside the sample."""
 
 
-class PackedDataset:
-    """Samples of exactly ``sequence_length`` tokens, cut from the concatenation of an epoch's shuffled documents.
+class SampleSource(ABC):
+    """Samples of ``sequence_length`` tokens, numbered on over epochs, in an order that is a pure function of (seed, epoch).
 
-    A document that is longer than what is left of a sample is cut, and the piece in the next sample counts as a document of
-    its own: it gets its own document id and its positions restart at 0, as if the text began there. Every document ends with
-    its EOS, which belongs to it.
-
-    The order is a pure function of (seed, epoch). It is drawn from the raw output of a counter-based generator (Philox),
-    which NumPy keeps the same on every platform and in every version, as it does not for its shuffles.
+    Every document ends with its EOS, which belongs to it. A document that is cut counts as several: each piece has a document id of
+    its own, for what is in another sample cannot be seen.
     """
 
     def __init__(
@@ -43,105 +46,149 @@ class PackedDataset:
         dataset: TokenDataset,
         sequence_length: int,
         seed: int,
+        *,
+        num_samples_per_epoch: int,
         shuffle: bool = True,
-        shuffle_samples: bool = False,
-        drop_last: bool = True,
+        long_documents: LongDocuments = "restart",
+        max_position: int | None = None,
+        eos: EndOfDocument = "keep",
     ) -> None:
         """
         Args:
-            shuffle: shuffle the documents of every epoch; otherwise they come in the dataset's order.
-            shuffle_samples: also shuffle the samples after cutting (as Megatron's GPTDataset does), so that the pieces of a long
-                document do not follow each other into the same batch.
-            drop_last: leave out the last, shorter sample of an epoch (training: other tokens fall into it in each epoch).
-                Otherwise it is padded (validation: every token counts).
+            shuffle: read the samples of every epoch in an order of its own; otherwise in the dataset's.
+            long_documents: positions of a piece that is not its document's beginning: "restart" at 0, as if the text began there, or
+                "continue" where the document was cut.
+            max_position: positions that go on stay below this, which a piece whose positions would not starts over for; None = no bound.
+            eos: "drop" leaves out the last token of every document.
 
         Raises:
-            DatasetError: if the dataset has fewer tokens than one sample, and ``drop_last`` is set.
-            ValueError: if ``sequence_length`` or ``seed`` is out of range.
+            ValueError: if ``sequence_length``, ``seed`` or ``max_position`` is out of range.
+            DatasetError: if ``eos`` is "drop" and no manifest says that documents end with one.
         """
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), not {seed}")
+        if max_position is not None and max_position < sequence_length:
+            raise ValueError(f"max_position must be at least the sequence length {sequence_length}, not {max_position}")
+        if eos == "drop" and dataset.manifest is None:
+            raise DatasetError(f"dataset {dataset.prefix} has no manifest: nothing says that its documents end with EOS, to be dropped")
         self.dataset = dataset
         self.sequence_length = sequence_length
-        num_tokens = dataset.num_tokens
-        self.num_samples_per_epoch: int = num_tokens // sequence_length if drop_last else -(-num_tokens // sequence_length)
-        if self.num_samples_per_epoch == 0:
-            raise DatasetError(f"dataset {dataset.prefix} has {num_tokens} tokens, fewer than one sample of {sequence_length}")
+        self.num_samples_per_epoch = num_samples_per_epoch
         self._seed = seed
         self._shuffle = shuffle
-        self._shuffle_samples = shuffle_samples
-        self._lengths: NDArray[np.int64] = np.diff(dataset.document_offsets)
-        self._orders: dict[int, _EpochOrder] = {}
-        self._lock = threading.Lock()
+        self._continue = long_documents == "continue"
+        self._position_period = None if max_position is None else max_position - sequence_length + 1
+        self._drop_eos = eos == "drop"
 
-    def sample(self, global_index: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    @abstractmethod
+    def _pieces(self, epoch: int, slot: int) -> Pieces:
+        """What sample ``slot`` of the packing is made of in an epoch."""
+
+    def sample(self, global_index: int) -> Sample:
         """The sample at an index that runs on over epochs: index // num_samples_per_epoch is the epoch.
 
-        Safe to call from several threads. Takes O(log n) steps to find, apart from the first sample of an epoch, which draws
-        its order in O(n log n).
-
-        Returns:
-            tokens int64 [l] (0 on padding), document_ids int32 [l] (from 0 in each sample; -1 on padding, a suffix), positions
-            int32 [l] (0 on padding).
+        Safe to call from several threads and processes; takes the same time wherever the index is.
 
         Raises:
-            DatasetError: if a token is outside the vocabulary.
+            DatasetError: if a token is outside the vocabulary, or a file was truncated.
+            OSError: if a file cannot be read.
         """
-        epoch, index = divmod(global_index, self.num_samples_per_epoch)
-        order = self._epoch_order(epoch)
-        slot = index if order.slots is None else int(order.slots[index])
-        begin = slot * self.sequence_length
-        pieces = self._pieces(order, begin, min(begin + self.sequence_length, self.dataset.num_tokens))
+        epoch, slot = divmod(global_index, self.num_samples_per_epoch)
+        if self._shuffle:
+            slot = permuted(slot, self.num_samples_per_epoch, self._seed, epoch)
+        return self._assemble(self._pieces(epoch, slot))
 
-        lengths = np.array([len(piece) for piece in pieces])
-        num_tokens = int(lengths.sum())
+    def _assemble(self, pieces: Pieces) -> Sample:
+        starts, lengths, offsets, places = pieces
+        numbers = np.arange(len(starts))
+        ends = np.cumsum(lengths)
+        where: slice | NDArray[np.int64] = slice(0, int(ends[-1]))
+        indices = np.arange(int(ends[-1]))
+        if places[-1] != ends[-1] - lengths[-1]:  # gaps between the pieces
+            where = indices = indices + np.repeat(places - (ends - lengths), lengths)
         tokens = np.zeros(self.sequence_length, dtype=np.int64)
         document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
         positions = np.zeros(self.sequence_length, dtype=np.int32)
-        tokens[:num_tokens] = np.concatenate(pieces)
-        document_ids[:num_tokens] = np.repeat(np.arange(len(pieces)), lengths)
-        positions[:num_tokens] = np.arange(num_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        # Neighbours in the file that are neighbours in the sample are read at once.
+        joined = (starts[1:] == starts[:-1] + lengths[:-1]) & (places[1:] == places[:-1] + lengths[:-1])
+        firsts = np.flatnonzero(np.concatenate([[True], ~joined]))
+        lasts = np.append(firsts[1:], len(starts)) - 1
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            start, stop, place = int(starts[first]), int(starts[last] + lengths[last]), int(places[first])
+            tokens[place : place + stop - start] = self.dataset.read(start, stop)
+        document_ids[where] = np.repeat(numbers, lengths)
+        positions[where] = indices - np.repeat(places - self._first_positions(offsets), lengths)
         return tokens, document_ids, positions
 
-    def _pieces(self, order: _EpochOrder, begin: int, end: int) -> list[NDArray[np.integer]]:
-        """The stretches of documents that make up tokens [begin, end) of the concatenation."""
-        first = int(np.searchsorted(order.starts, begin, side="right")) - 1
-        last = int(np.searchsorted(order.starts, end, side="left"))
-        pieces = []
-        for document, start, stop in zip(order.documents[first:last], order.starts[first:last], order.starts[first + 1 :], strict=False):
-            if start < stop:  # a foreign dataset may have documents without tokens
-                pieces.append(self.dataset.document_tokens(document, max(begin - start, 0), min(end, stop) - start))
-        return pieces
-
-    def _epoch_order(self, epoch: int) -> _EpochOrder:
-        """The order of an epoch; the two last used are kept, since prefetching straddles the end of an epoch."""
-        if not (self._shuffle or self._shuffle_samples):
-            epoch = 0
-        with self._lock:
-            order = self._orders.pop(epoch, None) or self._draw_order(epoch)
-            self._orders[epoch] = order
-            if len(self._orders) > _NUM_EPOCHS_KEPT:
-                del self._orders[next(iter(self._orders))]
-            return order
-
-    def _draw_order(self, epoch: int) -> _EpochOrder:
-        num_documents = self.dataset.num_documents
-        if self._shuffle:
-            documents = permutation(num_documents, self._seed, epoch, _DOCUMENT_STREAM)
-        else:
-            documents = np.arange(num_documents)
-        starts = np.zeros(num_documents + 1, dtype=np.int64)
-        np.cumsum(self._lengths[documents], out=starts[1:])
-        slots = permutation(self.num_samples_per_epoch, self._seed, epoch, _SAMPLE_STREAM) if self._shuffle_samples else None
-        return _EpochOrder(documents, starts, slots)
+    def _first_positions(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not self._continue:
+            return np.zeros_like(offsets)
+        return offsets if self._position_period is None else offsets % self._position_period
 
 
-def permutation(num_items: int, seed: int, epoch: int, stream: int) -> NDArray[np.int64]:
-    """A uniform permutation of range(num_items), int64 [num_items], that depends on the arguments alone.
+class PackedDataset(SampleSource):
+    """Concatenate-and-cut: the dataset as one ring of tokens, cut into samples of exactly ``sequence_length``.
 
-    Items are sorted by 64-bit random keys: Philox 4x64 with key (seed, epoch), its counter's top word being ``stream``.
+    Each epoch cuts the ring from another document on, so that other documents fall on the cuts, and reads the samples in another
+    order. The last sample of an epoch is filled up with padding: every token is seen exactly once an epoch.
     """
-    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=np.array([0, 0, 0, stream], dtype=np.uint64))
-    return np.argsort(generator.random_raw(num_items), kind="stable")
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        sequence_length: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        long_documents: LongDocuments = "restart",
+        max_position: int | None = None,
+        eos: EndOfDocument = "keep",
+    ) -> None:
+        """Arguments and errors are those of ``SampleSource``."""
+        super().__init__(
+            dataset,
+            sequence_length,
+            seed,
+            num_samples_per_epoch=-(-dataset.num_tokens // max(sequence_length, 1)),
+            shuffle=shuffle,
+            long_documents=long_documents,
+            max_position=max_position,
+            eos=eos,
+        )
+
+    def _pieces(self, epoch: int, slot: int) -> Pieces:
+        num_tokens, length = self.dataset.num_tokens, self.sequence_length
+        begin = slot * length
+        num_left = min(length, num_tokens - begin)
+        begin = (begin + self._ring_start(epoch)) % num_tokens
+        end = begin + num_left
+        parts = [self._documents_between(begin, min(end, num_tokens))]
+        if end > num_tokens:
+            parts.append(self._documents_between(0, end - num_tokens))
+        starts, ends, offsets, is_end = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        lengths = ends - starts
+        if self._drop_eos:
+            lengths = lengths - is_end
+        kept = lengths > 0  # a foreign dataset may have documents without tokens, and a piece may be its EOS alone
+        lengths = lengths[kept]
+        return Pieces(starts[kept], lengths, offsets[kept], np.cumsum(lengths) - lengths)
+
+    def _documents_between(self, begin: int, end: int) -> tuple[NDArray[np.int64], ...]:
+        """The parts of documents in tokens [begin, end) of PREFIX.bin: where each begins and ends, where it begins in its document, and
+        whether the document ends with it."""
+        _, bounds = self.dataset.document_offsets.around(begin, end)
+        starts, ends = np.maximum(bounds[:-1], begin), np.minimum(bounds[1:], end)
+        return starts, ends, starts - bounds[:-1], (ends == bounds[1:]).astype(np.int64)
+
+    def _ring_start(self, epoch: int) -> int:
+        """The token that the epoch's ring is cut at: a document's first, so that no document is cut for this."""
+        if not self._shuffle:
+            return 0
+        return self.dataset.document_offsets[_ring_document(self._seed, epoch, self.dataset.num_documents)] % self.dataset.num_tokens
+
+
+@lru_cache(maxsize=256)
+def _ring_document(seed: int, epoch: int, num_documents: int) -> int:
+    return random_words(seed, epoch, Stream.START, 1)[0] * num_documents >> 64

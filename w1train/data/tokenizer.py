@@ -2,9 +2,10 @@
 
 Layout of a vocabulary made here: special tokens first (``<pad>`` = 0, ``<eos>`` = 1, ``<bos>`` = 2, reserved ones, ``<mask>`` at
 a chosen id), then the 256 bytes, then the merges. A mask whose id is too high for that (LLaDA's 126336 of 126464) is alone at
-its id, among the merges. There is no normalisation, so any text comes back as it went in. Every
-digit is a token of its own; everything else is cut by the GPT-2 pattern (letters and symbols may carry one leading space,
-a run of white space is one piece but for its last character).
+its id, among the merges. There is no normalisation, so any text comes back as it went in.
+
+Merges stay inside pieces. By default every digit is a piece, and everything else is cut by the GPT-2 pattern: letters and symbols may
+carry one leading space, a run of white space is one piece but for its last character. :func:`train_tokenizer` has other rules.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from w1train.config.errors import UserError
 from w1train.runtime.files import write_bytes
@@ -44,7 +46,8 @@ class Tokenizer:
 
     def __init__(self, serialized: bytes, origin: str) -> None:
         """``serialized`` is the content of a tokenizer.json, ``origin`` its name in error messages."""
-        self._serialized = serialized
+        self.serialized: bytes = serialized
+        """The file's content."""
         self._origin = origin
         self._backend = _parse(serialized, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
@@ -70,7 +73,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, complete or not at all; its fingerprint is this object's."""
-        write_bytes(path, self._serialized)
+        write_bytes(path, self.serialized)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS."""
@@ -130,8 +133,19 @@ def _parse(serialized: bytes, origin: str) -> BackendTokenizer:
     return backend
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 14) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    mask_token_id: int = 14,
+    digits: Literal["single", "triples", "runs"] = "single",
+    whitespace: Literal["runs", "lines"] = "runs",
+) -> Tokenizer:
     """Train a byte-level BPE tokenizer; the same texts in the same order give the same file.
+
+    Args:
+        digits: pieces of a number: each digit, up to three from the left (Llama 3), or all of it with a leading space (GPT-2).
+        whitespace: "runs" = white space is one piece but for its last character (GPT-2); "lines" = the same, but line breaks end
+            a piece, with the white space before them, so that no token joins a line's end and the next one's indentation.
 
     The result has exactly ``vocab_size`` ids if the texts hold enough pairs seen at least twice, fewer (said in the log)
     otherwise; a model's vocabulary may still be ``vocab_size``.
@@ -150,9 +164,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 
             f"{len(special_tokens) + NUM_BYTES} ids"
         )
     backend = BackendTokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
+    backend.pre_tokenizer = _pre_tokenizer(digits, whitespace)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - mask_is_apart,
@@ -175,6 +187,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask_token_id: int = 
             "the corpus gave %d token ids of the %d asked for: it has no more pairs seen at least twice", tokenizer.vocab_size, vocab_size
         )
     return tokenizer
+
+
+def _pre_tokenizer(digits: str, whitespace: str) -> pre_tokenizers.PreTokenizer:
+    """What cuts text into the pieces that merges stay inside of."""
+    if (digits, whitespace) == ("single", "runs"):
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    pattern = "|".join(
+        [
+            r"'(?:[sdmt]|ll|ve|re)",
+            r" ?\p{L}+",
+            {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "runs": r" ?\p{N}+"}[digits],
+            r" ?[^\s\p{L}\p{N}]+",
+            *([r"\s*[\r\n]+"] if whitespace == "lines" else []),
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _insert_mask(serialized: str, mask_token_id: int) -> str:

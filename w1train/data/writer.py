@@ -1,60 +1,92 @@
-"""Writes a dataset that appears under its name only when it is complete."""
+"""Writes a dataset that appears under its name only when it is complete, and that a killed process can go on with."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import math
 import os
-from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from w1train import __version__
-from w1train.data.indexed import DatasetError, bin_path, idx_path, token_dtype, write_index
+from w1train.data.indexed import DatasetError, begin_index, bin_path, finish_index, idx_path, lengths_end, token_dtype
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, sync_directory
 
+__all__ = ["DatasetWriter", "ResumeError", "WriterProgress", "check_sealed", "open_exclusively", "partial_paths", "publish", "unigram_bits"]
+
 _FLUSH_TOKENS = 1 << 18
+_READ_BYTES = 1 << 20
+
+
+class ResumeError(DatasetError):
+    """The files of an interrupted run are not what its record says."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriterProgress:
+    """What a writer had on the disk at some moment; a writer that is given it goes on from there."""
+
+    num_documents: int
+    num_tokens: int
+    num_text_bytes: int
 
 
 class DatasetWriter:
-    """Documents in, PREFIX.bin, PREFIX.idx and PREFIX.json out, in constant memory but for 4 bytes a document.
+    """Documents in, PREFIX.bin, PREFIX.idx and PREFIX.json out, in constant memory.
 
-    Use as a context manager: leaving it without :meth:`finalize` throws away what was written. A killed process leaves at most
-    ``*.partial`` files, which the next writer of the same prefix replaces.
+    Use as a context manager: leaving it without :meth:`finalize` or :meth:`keep` throws away what was written. A killed process
+    leaves at most ``*.partial`` files, which the next writer of the same prefix replaces, or goes on with (``resume``).
     """
 
-    def __init__(self, prefix: str | Path, tokenizer: Tokenizer, overwrite: bool = False) -> None:
+    def __init__(self, prefix: str | Path, tokenizer: Tokenizer, overwrite: bool = False, resume: WriterProgress | None = None) -> None:
         """Raises:
         DatasetError: if the dataset exists and ``overwrite`` is not set, or another process is writing it.
+        ResumeError: if what ``resume`` says is on the disk is not.
         """
         self._prefix = str(prefix)
         self._tokenizer = tokenizer
         if not overwrite and manifest_path(prefix).exists():
             raise DatasetError(f"dataset {prefix} exists already; choose another name or overwrite it")
-        self._bin_partial = Path(f"{bin_path(prefix)}{PARTIAL_SUFFIX}")
-        self._idx_partial = Path(f"{idx_path(prefix)}{PARTIAL_SUFFIX}")
-        self._bin_partial.parent.mkdir(parents=True, exist_ok=True)
-        self._bin_file: BinaryIO | None = _open_exclusively(self._bin_partial)
-        self._bin_hash = hashlib.sha256()
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._buffer: list[NDArray[np.integer]] = []
         self._num_buffered = 0
-        self._lengths = array("i")
+        self._num_documents = self._num_tokens = self._num_text_bytes = 0
+        self._bin_hash = hashlib.sha256()
         self._token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-        self._num_text_bytes = 0
+        self._bin_partial, self._idx_partial = partial_paths(self._prefix)
+        self._bin_partial.parent.mkdir(parents=True, exist_ok=True)
+        self._bin_file: BinaryIO | None = open_exclusively(self._bin_partial)
+        try:
+            self._idx_file: BinaryIO = open(self._idx_partial, "r+b" if resume else "w+b")  # noqa: SIM115 (closed by _close)
+        except FileNotFoundError:
+            self._bin_file.close()
+            raise ResumeError(f"{self._idx_partial} is gone") from None
+        if resume is None:
+            self._bin_file.truncate(0)
+            begin_index(self._idx_file)
+        else:
+            self._go_on_from(resume)
 
     @property
     def num_documents(self) -> int:
         """Documents added so far."""
-        return len(self._lengths)
+        return self._num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return self._num_tokens
 
     def add_document(self, token_ids: Sequence[int], num_text_bytes: int) -> None:
         """Append a document's tokens (at least one, no mask) and EOS; ``num_text_bytes`` is the length of its text in UTF-8.
@@ -67,59 +99,106 @@ class DatasetWriter:
         tokens = np.empty(len(token_ids) + 1, dtype=self._dtype)
         tokens[:-1] = token_ids
         tokens[-1] = self._tokenizer.eos_token_id
-        if len(tokens) > np.iinfo(np.int32).max:
-            raise DatasetError(f"document {self.num_documents} of {self._prefix} has {len(tokens)} tokens; the format allows 2^31 - 1")
-        self._lengths.append(len(tokens))
+        self.add_documents(tokens, np.array([len(tokens)]), num_text_bytes)
+
+    def add_documents(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], num_text_bytes: int) -> None:
+        """Append documents at once: tokens [n], each document's EOS included, and how many of them each document has.
+
+        Raises:
+            DatasetError: if a document has more tokens than the index format can say (2^31 - 1).
+        """
+        assert int(lengths.sum()) == len(tokens), "lengths that are not the tokens'"
+        if len(lengths) and int(lengths.max()) > np.iinfo(np.int32).max:
+            number = self._num_documents + int(lengths.argmax())
+            raise DatasetError(f"document {number} of {self._prefix} has {lengths.max()} tokens; the format allows 2^31 - 1")
+        self._idx_file.write(lengths.astype("<i4").tobytes())
+        self._num_documents += len(lengths)
+        self._num_tokens += len(tokens)
         self._num_text_bytes += num_text_bytes
-        self._buffer.append(tokens)
+        self._buffer.append(tokens.astype(self._dtype, copy=False))
         self._num_buffered += len(tokens)
         if self._num_buffered >= _FLUSH_TOKENS:
             self._flush()
 
-    def finalize(self) -> DatasetManifest:
+    def progress(self) -> WriterProgress:
+        """Bring everything to the disk, where neither a kill nor a power cut can take it back, and say how much it is."""
+        self._flush()
+        assert self._bin_file is not None
+        for file in (self._bin_file, self._idx_file):
+            file.flush()
+            os.fsync(file.fileno())
+        return WriterProgress(self._num_documents, self._num_tokens, self._num_text_bytes)
+
+    def finalize(self, corpus: dict[str, Any] | None = None) -> DatasetManifest:
         """Make the dataset visible: flush both files to the disk, rename them, and write the manifest last.
 
         Raises:
             DatasetError: if no document was added.
             OSError: if the disk is full or fails; nothing is left under the dataset's name then.
         """
-        if not self._lengths:
-            raise DatasetError(f"dataset {self._prefix} would be empty")
-        assert self._bin_file is not None
-        self._flush()
-        self._bin_file.flush()
-        os.fsync(self._bin_file.fileno())
-        with open(self._idx_partial, "wb") as idx_file:
-            write_index(idx_file, self._dtype, np.asarray(self._lengths))
-            idx_file.flush()
-            os.fsync(idx_file.fileno())
-        manifest = self._manifest()
-        self._publish(manifest)
+        manifest = dataclasses.replace(self.seal(), corpus=corpus or {})
+        publish(self._prefix, manifest)
+        self.keep()
         return manifest
 
-    def _publish(self, manifest: DatasetManifest) -> None:
-        """An older dataset goes first, manifest before files, so that no mixture of the two ever counts as one."""
-        directory = self._bin_partial.parent
-        manifest_path(self._prefix).unlink(missing_ok=True)
-        idx_path(self._prefix).unlink(missing_ok=True)
-        sync_directory(directory)
-        os.replace(self._bin_partial, bin_path(self._prefix))
-        os.replace(self._idx_partial, idx_path(self._prefix))
-        sync_directory(directory)
-        manifest.write(manifest_path(self._prefix))
-        self._close()
+    def seal(self) -> DatasetManifest:
+        """Complete both files, still under their partial names; :func:`publish` makes them the dataset.
+
+        Raises:
+            DatasetError: if no document was added.
+        """
+        if not self._num_documents:
+            raise DatasetError(f"dataset {self._prefix} would be empty")
+        self._flush()
+        finish_index(self._idx_file, self._dtype, self._num_documents)
+        self.progress()
+        return self._manifest()
+
+    def keep(self) -> None:
+        """End without throwing away: for files that are published, or that a later writer goes on with."""
+        self._idx_file.close()
+        if self._bin_file is not None:
+            self._bin_file.close()
+            self._bin_file = None
+
+    def discard(self) -> None:
+        """End and throw away what was written, unless the writer has ended already."""
+        if self._bin_file is None:
+            return
+        self._bin_partial.unlink(missing_ok=True)
+        self._idx_partial.unlink(missing_ok=True)
+        self.keep()
+
+    def _go_on_from(self, resume: WriterProgress) -> None:
+        """Cut off what came after, and count again what is there: hashes and counts have no state that could be kept."""
+        assert self._bin_file is not None
+        num_bytes = {self._bin_partial: resume.num_tokens * self._dtype.itemsize, self._idx_partial: lengths_end(resume.num_documents)}
+        for path, wanted in num_bytes.items():
+            if (found := path.stat().st_size) < wanted:
+                self.keep()
+                raise ResumeError(f"{path} has {found} bytes, its progress record says {wanted}")
+            os.truncate(path, wanted)
+        self._idx_file.seek(0, os.SEEK_END)
+        with open(self._bin_partial, "rb") as file:
+            while content := file.read(_READ_BYTES):
+                self._bin_hash.update(content)
+                self._count(np.frombuffer(content, dtype=self._dtype.newbyteorder("<")))
+        self._num_documents, self._num_tokens, self._num_text_bytes = resume.num_documents, resume.num_tokens, resume.num_text_bytes
 
     def _flush(self) -> None:
         if not self._buffer:
             return
         assert self._bin_file is not None
         tokens = np.concatenate(self._buffer)
-        assert tokens.max() < len(self._token_counts), "a token id outside the tokenizer's vocabulary"
-        self._token_counts += np.bincount(tokens, minlength=len(self._token_counts))
+        self._count(tokens)
         content = tokens.astype(self._dtype.newbyteorder("<"), copy=False).tobytes()
         self._bin_hash.update(content)
         self._bin_file.write(content)
         self._buffer, self._num_buffered = [], 0
+
+    def _count(self, tokens: NDArray[np.integer]) -> None:
+        assert tokens.max() < len(self._token_counts), "a token id outside the tokenizer's vocabulary"
+        self._token_counts += np.bincount(tokens, minlength=len(self._token_counts))
 
     def _manifest(self) -> DatasetManifest:
         assert self._token_counts[self._tokenizer.mask_token_id] == 0, "a document holds the mask token"
@@ -141,22 +220,54 @@ class DatasetWriter:
             bin_sha256=self._bin_hash.hexdigest(),
             idx_num_bytes=self._idx_partial.stat().st_size,
             idx_sha256=idx_sha256,
+            versions={"tokenizers": tokenizers.__version__},
         )
-
-    def _close(self) -> None:
-        if self._bin_file is not None:
-            self._bin_file.close()
-            self._bin_file = None
 
     def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._bin_file is None:
-            return
-        self._bin_partial.unlink(missing_ok=True)
-        self._idx_partial.unlink(missing_ok=True)
-        self._close()
+        self.discard()
+
+
+def partial_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """The token file and the index while they are written."""
+    return Path(f"{bin_path(prefix)}{PARTIAL_SUFFIX}"), Path(f"{idx_path(prefix)}{PARTIAL_SUFFIX}")
+
+
+def publish(prefix: str | Path, manifest: DatasetManifest) -> None:
+    """Give sealed files the dataset's name. May be repeated: a kill between any two of its steps is made good by another call.
+
+    An older dataset goes first, manifest before files, so that no mixture of the two ever counts as one.
+
+    Raises:
+        ResumeError: if the files are not those of the manifest.
+    """
+    check_sealed(prefix, manifest)
+    directory = bin_path(prefix).parent
+    partials = dict(zip((bin_path(prefix), idx_path(prefix)), partial_paths(prefix), strict=True))
+    if partials[idx_path(prefix)].exists():  # it is renamed last: the index under the dataset's name is an older one's
+        manifest_path(prefix).unlink(missing_ok=True)
+        idx_path(prefix).unlink(missing_ok=True)
+        sync_directory(directory)
+    for path, partial in partials.items():
+        if partial.exists():
+            os.replace(partial, path)
+    sync_directory(directory)
+    manifest.write(manifest_path(prefix))
+
+
+def check_sealed(prefix: str | Path, manifest: DatasetManifest) -> None:
+    """Whether sealed files, under either name, have the sizes that they were written with.
+
+    Raises:
+        ResumeError: if not.
+    """
+    paths = zip((bin_path(prefix), idx_path(prefix)), partial_paths(prefix), strict=True)
+    for (path, partial), num_bytes in zip(paths, (manifest.bin_num_bytes, manifest.idx_num_bytes), strict=True):
+        there = partial if partial.exists() else path
+        if not there.exists() or there.stat().st_size != num_bytes:
+            raise ResumeError(f"{there} is not the file of {num_bytes} bytes that was written")
 
 
 def unigram_bits(token_counts: NDArray[np.int64]) -> float:
@@ -165,8 +276,8 @@ def unigram_bits(token_counts: NDArray[np.int64]) -> float:
     return float(math.fsum(counts * -np.log2(counts / counts.sum())))
 
 
-def _open_exclusively(path: Path) -> BinaryIO:
-    """Open a file for writing that no other process has open for writing through this function.
+def open_exclusively(path: Path) -> BinaryIO:
+    """Open a file for appending that no other process has open for writing through this function.
 
     The lock ends with the process, however it ends. The name is looked up again under the lock: the other writer may have
     finished and renamed the file in between, and emptying it then would destroy its dataset.
@@ -179,5 +290,4 @@ def _open_exclusively(path: Path) -> BinaryIO:
     except BlockingIOError:
         file.close()
         raise DatasetError(f"another process is writing {path}") from None
-    file.truncate(0)
     return file

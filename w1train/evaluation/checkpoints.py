@@ -20,7 +20,7 @@ def open_validation(model: InferenceModel, prefix: str | None = None) -> Validat
     Raises:
         UserError: there is none, or it is damaged or does not fit the model.
     """
-    data = replace(model.config.data, validation=prefix or model.config.data.validation)
+    data = model.config.data if prefix is None else replace(model.config.data, validation=prefix, validation_sets={})
     if data.validation is None:
         raise UserError("the run has no data.validation; give a dataset with --validation PREFIX")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,19 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def exclusive(path: str | Path) -> Iterator[None]:
+    """Hold the lock that stands for ``path`` (a file beside it): of several processes on a machine that would make the same file, one does,
+    while the others wait. The kernel frees the lock of a process that ends, however it ends.
+
+    Raises OSError if the file system has no locks.
+    """
+    path = Path(path)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

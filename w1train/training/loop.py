@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,16 @@ from w1train.training.checkpoint import (
     step_path,
 )
 from w1train.training.comparison import average_summary, compare
-from w1train.training.data import TrainingData
+from w1train.training.data import TrainingData, prepare_data
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.inference import Predictor, block_predictor
-from w1train.training.initial_weights import InitialWeights
 from w1train.training.inputs import choose_backends
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.phases import phase_ends, phase_start, stage_of_step
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
-from w1train.training.setup import build_trained_model
+from w1train.training.setup import LoadWeights, build_trained_model
 from w1train.training.summary import read_steps, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
 from w1train.training.validation import scores, validate
@@ -60,16 +59,20 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run, from its first step or from its newest checkpoint, to its last step."""
 
-    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory) -> None:
-        """The run directory is claimed. Raises what configuration, data and checkpoint raise, on every rank."""
+    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: Callable[[Config], LoadWeights]) -> None:
+        """The run directory is claimed. Raises what configuration, data and checkpoint raise, on every rank.
+
+        ``open_initial_weights`` is called if the run begins from other weights (handed in, for conversion is built on training).
+        """
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
         on_main_rank(partial(prepare_resume, config, run))
         all_or_none(partial(choose_backends, config, ranks.device))
+        on_main_rank(partial(prepare_data, config))
         self.data = all_or_none(partial(TrainingData, config, ranks))
         on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
         step = on_main_rank(partial(latest_step, run.checkpoints))
-        load = InitialWeights(config).load if step is None and config.training.initial_weights is not None else None
+        load = open_initial_weights(config) if step is None and config.training.initial_weights is not None else None
         self.model = build_trained_model(config, load)
         self.progress = self._load_progress(step)
         self.scores: dict[str, float] = {}
@@ -179,6 +182,7 @@ class Trainer:
                 **values,
                 "elbo_bits_per_byte": self.data.bits_per_byte(values["elbo"], self.progress.samples),
                 "epoch": self.data.samples.epoch(self.progress.samples),
+                **self.data.corpus_metrics(self.progress.samples),
                 **self.where(),
                 **times,
                 "time/memory_gib": memory_gib(self.ranks.device),

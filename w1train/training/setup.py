@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,11 @@ class TrainedModel:
         return largest.item()
 
 
-def build_trained_model(config: Config, load: Callable[[list[DiffusionTransformer]], None] | None = None) -> TrainedModel:
+LoadWeights = Callable[[Sequence[torch.nn.Module]], None]
+"""Writes the parameters of this rank's stages."""
+
+
+def build_trained_model(config: Config, load: LoadWeights | None = None) -> TrainedModel:
     """Model and optimizer for this rank, with random weights or, over them, what ``load`` writes.
 
     ``load`` comes before the optimizer copies the weights to fp32 masters, which would otherwise undo it at the first step.

@@ -17,12 +17,13 @@ from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
-from w1train.training.data import ValidationData
+from w1train.training.data import ValidationData, ValidationSet
 from w1train.training.forward import run_micro_batches
 from w1train.training.objective import block_size
 
 # The noise of validation is the same for every run, whatever its seed: runs can be compared.
 _NOISE_SEED = 0
+_NAMED_METRICS = ("elbo", "elbo_bits_per_byte", "masked_cross_entropy")
 
 
 class HasChunks(Protocol):
@@ -37,27 +38,31 @@ def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str
 
     Returns:
         elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy (nats per masked token), loss_by_t (one per timestep), and
-        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B and elbo_bits_per_byte_at_block_size/B.
+        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B and elbo_bits_per_byte_at_block_size/B. Of the further
+        validation sets elbo/NAME, elbo_bits_per_byte/NAME and masked_cross_entropy/NAME.
     """
     assert data.validation is not None
     started = time.perf_counter()
-    batches = _fill_last_group(config, list(data.validation_batches()))
     for chunk in model.chunks:
         chunk.eval()
+    found: dict[str, Any] = {}
+    for name, validation in data.validation_sets.items():
+        scored = _score_set(config, model, validation)
+        found |= scored if name == "" else {f"{key}/{name}": scored[key] for key in _NAMED_METRICS}
+    for chunk in model.chunks:
+        chunk.train()
+    return {**found, "time/seconds": time.perf_counter() - started}
+
+
+def _score_set(config: Config, model: HasChunks, validation: ValidationSet) -> dict[str, Any]:
+    batches = _fill_last_group(config, list(validation.batches()))
     scores = _score(config, model, batches)
     others: dict[str, float | None] = {}
     # An autoregressive stage has not seen a mask token.
     for size in config.validation.block_sizes if config.diffusion.objective == "diffusion" else ():
         elbo = _score(_with_blocks(config, size), model, batches)["elbo"]
-        others |= {f"elbo_at_block_size/{size}": elbo, f"elbo_bits_per_byte_at_block_size/{size}": data.validation_bits_per_byte(elbo)}
-    for chunk in model.chunks:
-        chunk.train()
-    return {
-        "elbo_bits_per_byte": data.validation_bits_per_byte(scores["elbo"]),
-        **scores,
-        **others,
-        "time/seconds": time.perf_counter() - started,
-    }
+        others |= {f"elbo_at_block_size/{size}": elbo, f"elbo_bits_per_byte_at_block_size/{size}": validation.bits_per_byte(elbo)}
+    return {"elbo_bits_per_byte": validation.bits_per_byte(scores["elbo"]), **scores, **others}
 
 
 def _with_blocks(config: Config, block_size: int) -> Config:

@@ -20,6 +20,7 @@ from w1train.conversion.tensors import checkpoint_parameters, hugging_face_param
 from w1train.runtime.distributed import all_or_none
 from w1train.training.checkpoint import MANIFEST, latest_step, verify_checkpoint
 from w1train.training.checkpoint import read_config as read_checkpoint_config
+from w1train.training.setup import LoadWeights
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,11 @@ class InitialWeights:
         mask = self.config.diffusion.mask_token_id
         if mask < stored.vocab_size:
             logger.info("the mask token %d keeps the row that it has in %s", mask, self.stored.origin)
+
+
+def open_initial_weights(config: Config) -> LoadWeights:
+    """What the training loop takes: opens and compares at once (see :class:`InitialWeights`), and loads when it is called."""
+    return InitialWeights(config).load
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -1,0 +1,125 @@
+"""A corpus: some files, and the rules by which they are documents."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_tools.files import CorpusError, Kind, find_files
+from data_tools.text import Counts, Document, Rules, UnitReader, UnitText
+from data_tools.units import FileUnits
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOGGED = 20
+_DEFAULT_RULES = Rules()
+
+
+class TextCorpus(FileUnits):
+    """The documents of some files, in a fixed order: the paths as given, a directory's files sorted by path.
+
+    What a file holds is told by its name: records a line (.jsonl, .ndjson), rows (.parquet, .arrow), otherwise one document;
+    .gz, .zst and .zstd are decompressed. Hidden files and directories (a leading dot) inside a directory are left out. Text is
+    UTF-8; a byte order mark at the start of a file is dropped. Documents of white space alone are left out and counted.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        rules: Rules = _DEFAULT_RULES,
+        *,
+        extensions: Sequence[str] = (),
+        kind: Kind | None = None,
+    ) -> None:
+        """
+        Args:
+            extensions: endings of the files taken from directories, such as ".txt"; none = all files.
+            kind: what all files hold, whatever their names.
+
+        Raises:
+            CorpusError: if a path is missing, there is no file, a rule is no regular expression, or text files are to be filtered
+                by a field.
+        """
+        self.rules = rules
+        self.reader = UnitReader(rules)
+        self.files: list[str] = [file for path in paths for file in find_files(Path(path), extensions)]
+        if not self.files:
+            wanted = f" ending in {', '.join(extensions)}" if extensions else ""
+            raise CorpusError(f"the corpus is empty: no files{wanted} under {', '.join(map(str, paths))}")
+        super().__init__(self.files, [rules.text_field, *(name for name, _ in rules.filters)], kind)
+        self.kinds = Counter(map(self.kind_of, self.files))
+        if rules.filters and self.kinds["text"]:
+            first = next(file for file in self.files if self.kind_of(file) == "text")
+            raise CorpusError(f"{first} is a text file, which has no fields to filter by; --extensions or --format say what to read")
+        self.log = LeftOut()
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents; counts start anew with each pass.
+
+        Raises:
+            CorpusError: for input that is not text (unless skipped), naming file, line and byte; or if no document was found.
+        """
+        self.log = LeftOut()
+        self.num_bytes_read = 0
+        for unit in self.units():
+            text = self.reader.read(unit)
+            self.log.add(text)
+            yield from text.documents
+            self.num_bytes_read = unit.num_bytes_done
+        self.log.finish(len(self.files))
+
+    def summary(self) -> str:
+        """What there is to read, for the log."""
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.kinds.items()))
+        return f"{len(self.files)} files ({kinds}), {self.num_bytes / 1e6:.1f} MB"
+
+    def fingerprint(self) -> str:
+        """sha256 of the files' names and sizes, in order."""
+        listing = hashlib.sha256()
+        for name, start in zip(self.files, self._starts[1:], strict=True):
+            listing.update(f"{name}\0{start}\n".encode("utf-8", "surrogateescape"))
+        return listing.hexdigest()
+
+
+class LeftOut:
+    """Counts of a corpus, and what the log says about what is no document."""
+
+    def __init__(self, counts: Counts | None = None) -> None:
+        self.counts = counts or Counts()
+
+    def add(self, text: UnitText) -> None:
+        """Count a unit and log its bad records, the first of the corpus in full.
+
+        Raises:
+            CorpusError: if the unit was not read to its end.
+        """
+        for number, message in enumerate(text.messages, self.counts.num_bad + 1):
+            if number <= _MAX_LOGGED:
+                logger.warning("left out: %s", message)
+        self.counts.add(text.counts)
+        if text.error is not None:
+            raise CorpusError(text.error)
+
+    def finish(self, num_files: int) -> None:
+        """Log the counts.
+
+        Raises:
+            CorpusError: if there was no document.
+        """
+        counts = self.counts
+        if counts.num_bad > _MAX_LOGGED:
+            logger.warning("... and %d more files or records that are not text", counts.num_bad - _MAX_LOGGED)
+        if counts.num_bad or counts.num_empty:
+            logger.info("left out %d files or records that are not text and %d empty documents", counts.num_bad, counts.num_empty)
+        if counts.num_filtered:
+            logger.info("left out %d records or documents by filters and length", counts.num_filtered)
+        if counts.num_duplicates:
+            logger.info("left out %d duplicates", counts.num_duplicates)
+        if counts.num_documents == 0:
+            raise CorpusError(
+                f"the corpus is empty: no text in {num_files} files ({counts.num_empty} empty documents, {counts.num_bad} not text, "
+                f"{counts.num_filtered} filtered out)"
+            )

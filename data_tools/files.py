@@ -1,0 +1,124 @@
+"""Which files a corpus is, what kind each is by its name, and how a compressed one is opened."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from stat import S_ISREG
+from types import ModuleType
+from typing import BinaryIO, Literal
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["text", "jsonl", "parquet", "arrow"]
+KINDS: tuple[Kind, ...] = ("text", "jsonl", "parquet", "arrow")
+_SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
+"""What Hugging Face's ``save_to_disk`` writes beside the .arrow files: of a dictionary of splits, of one dataset."""
+
+
+class CorpusError(ValueError):
+    """A corpus that is missing, empty or not text."""
+
+
+def kind_of(path: str) -> Kind:
+    """By the name's ending, that of a compression left out; text if it says nothing else."""
+    stem, suffix = os.path.splitext(path)
+    if suffix in _COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+    return _SUFFIXES.get(suffix, "text")
+
+
+def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
+    """A file itself; of a directory the files below it, sorted by path, hidden entries left out.
+
+    A directory that Hugging Face's ``save_to_disk`` wrote gives its .arrow files alone.
+
+    Raises:
+        CorpusError: if there is no such file or directory, or a dataset's split is not named.
+    """
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise CorpusError(f"corpus {path} does not exist" if not path.exists() else f"corpus {path} is neither a file nor a directory")
+    files: list[str] = []
+    num_irregular = 0
+    for directory, subdirectories, names in os.walk(path, onerror=_raise):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        if DATASET_SPLITS in names:
+            raise CorpusError(f"{directory} holds the splits {', '.join(sorted(subdirectories))} of a dataset: name the one to read")
+        if DATASET_STATE in names and any(name.endswith(".arrow") for name in names):
+            subdirectories[:], names = [], _dataset_files(Path(directory))
+        for name in names:
+            if name.startswith(".") or not name.endswith(tuple(extensions) or ""):
+                continue
+            file = os.path.join(directory, name)
+            if S_ISREG(os.stat(file).st_mode):  # reading a pipe would wait for ever
+                files.append(file)
+            else:
+                num_irregular += 1
+    if num_irregular:
+        logger.warning("left out %d entries of %s that are no regular files", num_irregular, path)
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def _dataset_files(directory: Path) -> list[str]:
+    """The .arrow files of a saved Hugging Face dataset; others in the directory are remains, or say how rows were chosen."""
+    try:
+        state = json.loads((directory / DATASET_STATE).read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+        chosen = state.get("_indices_data_files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorpusError(f"{directory / DATASET_STATE} is not what a Hugging Face dataset has there: {error!r}") from error
+    if chosen:
+        raise CorpusError(f"the dataset {directory} is a selection of its rows: save it again after flatten_indices()")
+    if bad := [name for name in names if not isinstance(name, str) or "/" in name or not (directory / name).is_file()]:
+        raise CorpusError(f"the dataset {directory} lacks {', '.join(map(str, bad))}")
+    return names
+
+
+def _raise(error: OSError) -> None:
+    """A directory that cannot be listed is an error (os.walk would pass over it)."""
+    raise error
+
+
+def open_file(path: str) -> tuple[BinaryIO, BinaryIO]:
+    """(the content, decompressed; the file itself, whose position is the progress). Close both.
+
+    Raises:
+        CorpusError: for Zstandard where there is no library for it.
+    """
+    raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    match _COMPRESSIONS.get(os.path.splitext(path)[1]):
+        case "gzip":
+            return gzip.GzipFile(fileobj=raw), raw  # type: ignore[return-value]
+        case "zstd":
+            return _zstandard(path).ZstdFile(raw), raw
+    return raw, raw
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """What decompressing a damaged file raises."""
+    kinds: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    return (*kinds, _zstandard("").ZstdError) if _has_zstandard() else kinds
+
+
+def _has_zstandard() -> bool:
+    return any(name in sys.modules for name in ("compression.zstd", "backports.zstd"))
+
+
+def _zstandard(path: str) -> ModuleType:
+    """Python's own from 3.14 on, its backport before."""
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise CorpusError(f"{path} is compressed by Zstandard, which needs {name}: pip install 'w1train[data]'") from None

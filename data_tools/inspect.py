@@ -1,0 +1,188 @@
+"""Look at a dataset: python -m data_tools.inspect PREFIX --tokenizer tokenizer.json
+
+Counts, a histogram of the documents' lengths, some documents as text, and checks: that the index is whole, the files have their
+hashes, and every token is in the vocabulary, no mask, and every document ended by its EOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.command import run_command
+from data_tools.histogram import Histogram
+from data_tools.progress import ByteProgress
+from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.indexed import bin_path
+from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.files import write_text
+
+logger = logging.getLogger(__name__)
+
+_TOKENS_AT_ONCE = 1 << 20
+_QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something that a dataset must be."""
+
+    name: str
+    problem: str = ""
+    """What is wrong; empty = nothing."""
+
+    def __str__(self) -> str:
+        return f"FAILED  {self.name}: {self.problem}" if self.problem else f"ok      {self.name}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status, 1 if a check failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.inspect",
+        description="Counts, lengths, samples and checks of a dataset. The exit status is 1 if a check fails.",
+    )
+    parser.add_argument("prefix", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")
+    parser.add_argument("--tokenizer", metavar="FILE", help="its tokenizer.json, to decode samples and to check the vocabulary")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to decode, drawn by --seed (default: %(default)s)")
+    parser.add_argument("--characters", type=int, default=300, metavar="N", help="of each, at most (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--no-scan", action="store_true", help="do not read the tokens: no check of hashes and of the vocabulary")
+    parser.add_argument("--svg", metavar="FILE", help="write the histogram as a picture")
+    parser.add_argument("--html", metavar="FILE", help="write everything as a page")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _inspect(options))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    dataset = TokenDataset.open(options.prefix, tokenizer)
+    lengths = np.diff(dataset.document_offsets)
+    counts = count(dataset, lengths)
+    histogram = Histogram.of(lengths)
+    samples = draw_samples(dataset, tokenizer, options.samples, options.characters, options.seed) if tokenizer else []
+    checks = [Check("the index is whole, and the files have its size")]
+    if not options.no_scan:
+        checks += [check_hashes(dataset), check_tokens(dataset, tokenizer)]
+    width = max(len(name) for name, _ in counts)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in counts), histogram.text(), sep="\n\n", end="\n\n")
+    for number, text in samples:
+        print(f"--- document {number}\n{text}\n")
+    print("\n".join(map(str, checks)))
+    if options.svg:
+        write_text(options.svg, histogram.svg())
+    if options.html:
+        write_text(options.html, _page(options.prefix, counts, histogram, samples, checks))
+    if failed := [check for check in checks if check.problem]:
+        raise DatasetError(f"dataset {options.prefix} is not as it should be: {failed[0].problem}")
+
+
+def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, str]]:
+    """(what, how much) of a dataset with documents of so many tokens, [n]."""
+    rows = [("documents", f"{dataset.num_documents:,}"), ("tokens", f"{dataset.num_tokens:,}")]
+    manifest = dataset.manifest
+    if manifest is not None:
+        rows += [
+            ("bytes of text", f"{manifest.num_bytes:,}"),
+            ("bytes a token", f"{manifest.num_bytes / manifest.num_tokens:.3f}"),
+            ("unigram bits a byte", f"{manifest.unigram_bits_per_byte:.4f}"),
+            ("token type", f"{manifest.dtype}, ids up to {manifest.max_token_id}"),
+            ("tokenizer", f"{manifest.tokenizer_vocab_size} ids, sha256 {manifest.tokenizer_fingerprint[:16]}..."),
+            ("made by", ", ".join([manifest.created_by, *(f"{name} {version}" for name, version in manifest.versions.items())])),
+        ]
+        left_out = [f"{manifest.corpus.get(f'num_{kind}', 0):,} {kind}" for kind in ("bad", "empty", "filtered", "duplicates")]
+        rows += [("left out of the corpus", ", ".join(left_out))] if manifest.corpus else []
+    quantiles = np.quantile(lengths, _QUANTILES, method="inverted_cdf")
+    rows.append(("tokens a document", f"mean {lengths.mean():,.1f}, least {lengths.min():,}, most {lengths.max():,}"))
+    rows.append(("   quantiles", ", ".join(f"{share:.0%} {value:,}" for share, value in zip(_QUANTILES, quantiles, strict=True))))
+    return rows
+
+
+def draw_samples(dataset: TokenDataset, tokenizer: Tokenizer, num: int, num_characters: int, seed: int) -> list[tuple[int, str]]:
+    """(number, the beginning of its text) of some documents, in the dataset's order."""
+    chosen = np.random.default_rng(seed).choice(dataset.num_documents, min(num, dataset.num_documents), replace=False)
+    samples = []
+    for document in sorted(chosen.tolist()):
+        # No token is longer than a few characters on average; four a character would be bytes of the rarest scripts.
+        length = int(dataset.document_offsets[document + 1] - dataset.document_offsets[document])
+        text = tokenizer.decode(dataset.document_tokens(document, 0, min(length, 4 * num_characters)).tolist())
+        samples.append((document, text if len(text) <= num_characters else text[:num_characters] + "..."))
+    return samples
+
+
+def check_hashes(dataset: TokenDataset) -> Check:
+    """Whether the files are what was written."""
+    name = "the files have the hashes of the manifest"
+    if dataset.manifest is None:
+        return Check(f"{name} (there is none: not checked)")
+    try:
+        dataset.verify_hashes()
+    except DatasetError as error:
+        return Check(name, str(error))
+    return Check(name)
+
+
+def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
+    """Whether all tokens are in the vocabulary, none is the mask, and EOS ends the documents."""
+    if tokenizer is None and dataset.manifest is None:
+        return Check("every token is in the vocabulary (which needs --tokenizer: not checked)")
+    facts = tokenizer or dataset.manifest
+    assert facts is not None
+    vocab_size = tokenizer.vocab_size if tokenizer else dataset.manifest.tokenizer_vocab_size  # type: ignore[union-attr]
+    # A foreign dataset's documents end as its makers liked.
+    ends_matter = dataset.manifest is not None
+    name = f"every token is in the vocabulary of {vocab_size}, none a mask" + (", every document ended by EOS" if ends_matter else "")
+    ends = dataset.document_offsets[1:][np.diff(dataset.document_offsets) > 0] - 1
+    with ByteProgress("reading", bin_path(dataset.prefix).stat().st_size) as progress:
+        for start, tokens in _chunks(dataset):
+            if problem := _token_problem(tokens, start, vocab_size, facts.mask_token_id):
+                return Check(name, problem)
+            inside = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + len(tokens))]
+            if ends_matter and len(open_ends := inside[tokens[inside - start] != facts.eos_token_id]):
+                return Check(name, f"token {open_ends[0]} is the last of its document, and no EOS")
+            progress.update((start + len(tokens)) * tokens.itemsize)
+    return Check(name)
+
+
+def _token_problem(tokens: NDArray[np.integer], start: int, vocab_size: int, mask_token_id: int) -> str:
+    bad = (tokens < 0) | (tokens >= vocab_size)
+    if bad.any():
+        place = int(bad.argmax())
+        return f"token {start + place} is {tokens[place]}, outside the vocabulary of {vocab_size} ids"
+    masks = tokens == mask_token_id
+    return f"token {start + int(masks.argmax())} is the mask" if masks.any() else ""
+
+
+def _chunks(dataset: TokenDataset) -> Iterator[tuple[int, NDArray[np.integer]]]:
+    """(place, tokens) of the whole token file, read piece by piece: a memory map would count as memory."""
+    dtype = dataset.document_tokens(0, 0, 0).dtype
+    with open(bin_path(dataset.prefix), "rb") as file:
+        start = 0
+        while len(tokens := np.fromfile(file, dtype=dtype, count=_TOKENS_AT_ONCE)):
+            yield start, tokens
+            start += len(tokens)
+
+
+def _page(
+    prefix: str, counts: Sequence[tuple[str, str]], histogram: Histogram, samples: Sequence[tuple[int, str]], checks: Sequence[Check]
+) -> str:
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in counts)
+    texts = "".join(f"<h3>document {number}</h3><pre>{html.escape(text)}</pre>" for number, text in samples)
+    results = html.escape("\n".join(map(str, checks)))
+    title = html.escape(Path(prefix).name)
+    style = "body{font-family:sans-serif;max-width:760px;margin:2em auto}th{text-align:left;padding-right:1em}pre{white-space:pre-wrap}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>'
+        f"<table>{rows}</table>{histogram.svg()}{texts}<h3>checks</h3><pre>{results}</pre></html>\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

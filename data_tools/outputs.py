@@ -1,0 +1,327 @@
+"""The datasets of a run of data_tools.tokenize, and the record from which a killed run goes on.
+
+While a run writes, everything has a partial name: PREFIX.bin.partial and PREFIX.idx.partial (PREFIX_00000..., in shards), and, of
+the first dataset alone, PREFIX.progress.partial and PREFIX.hashes.partial. A record says how much of the files is on the disk, which
+documents that is, and which run it belongs to; what came after it is cut off. When all documents are there, a last record says
+so, and the datasets get their names; a kill in between is made good by doing that again.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.duplicates import HASH_BYTES
+from data_tools.encode import TokenizedUnit
+from data_tools.text import Counts
+from data_tools.units import Position
+from w1train.data.indexed import DatasetError, bin_path, idx_path
+from w1train.data.manifest import DatasetManifest, manifest_path
+from w1train.data.tokenizer import Tokenizer
+from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
+from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """How datasets are written."""
+
+    shard_tokens: int | None = None
+    """Tokens of a shard; None = one dataset."""
+    overwrite: bool = False
+    """Replace existing datasets."""
+    seconds_between_records: float = 10.0
+
+
+@dataclass(slots=True)
+class OutputRecord:
+    """One dataset, or its shards so far."""
+
+    sealed: list[DatasetManifest] = field(default_factory=list)
+    """Shards that are complete, under their partial names."""
+    writer: WriterProgress | None = None
+    """What there is of the next; None = nothing."""
+
+
+@dataclass(slots=True)
+class Record:
+    """How far a run had come."""
+
+    run: str
+    """A hash of everything that the output depends on."""
+    position: Position = field(default_factory=Position)
+    """Where the next unit starts."""
+    counts: Counts = field(default_factory=Counts)
+    num_hashes: int = 0
+    outputs: list[OutputRecord] = field(default_factory=list)
+    is_complete: bool = False
+    """There are no more documents; what is left is to give the datasets their names."""
+
+    @classmethod
+    def read(cls, path: Path) -> Record | None:
+        """None if there is none, or it is not what this version writes."""
+        try:
+            content = json.loads(path.read_bytes())
+            outputs = [
+                OutputRecord(
+                    [DatasetManifest(**shard) for shard in output["sealed"]], output["writer"] and WriterProgress(**output["writer"])
+                )
+                for output in content.pop("outputs")
+            ]
+            position, counts = Position(**content.pop("position")), Counts(**content.pop("counts"))
+            return cls(position=position, counts=counts, outputs=outputs, **content)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("%s is no record of this version of data_tools.tokenize (%s): the run begins anew", path, error)
+            return None
+
+
+class Output:
+    """One dataset, or PREFIX_00000 and so on of ``shard_tokens`` tokens each, the last document of a shard included."""
+
+    def __init__(self, prefix: str, tokenizer: Tokenizer, shard_tokens: int | None, overwrite: bool, record: OutputRecord) -> None:
+        self._prefix = prefix
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._overwrite = overwrite
+        self.sealed = list(record.sealed)
+        """Manifests of the complete shards; of the dataset, once it is."""
+        for number, manifest in enumerate(self.sealed):
+            check_sealed(self.name(number), manifest)
+        self._writer = self._open(record.writer)
+
+    def _open(self, resume: WriterProgress | None) -> DatasetWriter:
+        return DatasetWriter(self.name(len(self.sealed)), self._tokenizer, self._overwrite, resume)
+
+    def name(self, number: int) -> str:
+        """Prefix of a shard, or of the dataset that is not in shards."""
+        return self._prefix if self._shard_tokens is None else f"{self._prefix}_{number:05d}"
+
+    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> None:
+        """Append documents; those that come after a shard is full go to the next one."""
+        while self._shard_tokens is not None and len(lengths):
+            ends = np.cumsum(lengths)
+            count = int(np.searchsorted(ends, self._shard_tokens - self._writer.num_tokens)) + 1
+            if count > len(lengths):
+                break
+            self._writer.add_documents(tokens[: ends[count - 1]], lengths[:count], int(num_bytes[:count].sum()))
+            self._seal_shard()
+            self._writer = self._open(None)
+            tokens, lengths, num_bytes = tokens[ends[count - 1] :], lengths[count:], num_bytes[count:]
+        if len(lengths):
+            self._writer.add_documents(tokens, lengths, int(num_bytes.sum()))
+
+    def seal(self) -> None:
+        """There are no more documents. A last shard without any is none.
+
+        Raises:
+            DatasetError: if there is no document at all.
+        """
+        if self.sealed and not self._writer.num_documents:
+            self._writer.discard()
+        else:
+            self._seal_shard()
+
+    def _seal_shard(self) -> None:
+        self.sealed.append(self._writer.seal())
+        self._writer.keep()
+
+    def record(self) -> OutputRecord:
+        """What is on the disk, after bringing it there."""
+        return OutputRecord(self.sealed, self._writer.progress())
+
+    def keep(self) -> None:
+        """Close the files, for a later run to go on with."""
+        self._writer.keep()
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._writer.discard()
+        for number in range(len(self.sealed)):
+            for path in partial_paths(self.name(number)):
+                path.unlink(missing_ok=True)
+
+
+class Outputs:
+    """The datasets of one run; use as a context manager.
+
+    Leaving it by a mistake of the user removes what was written; by anything else (Ctrl-C, a full disk), what a record covers stays.
+    """
+
+    def __init__(self, prefixes: Sequence[str], tokenizer: Tokenizer, run: str, options: OutputOptions) -> None:
+        """``run`` is a hash of everything that the datasets depend on; a record of another run is not gone on with.
+
+        Raises:
+            DatasetError: if a dataset exists and is not to be overwritten, or another process is writing it.
+        """
+        self._prefixes, self._tokenizer, self._options = prefixes, tokenizer, options
+        self._record_path, hashes_path = (Path(f"{prefixes[0]}.{name}{PARTIAL_SUFFIX}") for name in ("progress", "hashes"))
+        hashes_path.parent.mkdir(parents=True, exist_ok=True)
+        self._hashes_path = hashes_path
+        self._hashes = open_exclusively(hashes_path)
+        self._last_record = time.monotonic()
+        self._outputs: list[Output] = []
+        try:
+            self.record: Record = self._resumed(run) or self._begun(run)
+        except BaseException:
+            self._end_files(remove=not self._record_path.exists())
+            raise
+
+    def _resumed(self, run: str) -> Record | None:
+        """Everything as the record of an interrupted run says; None if there is none of this run, or the files do not fit it."""
+        record = Record.read(self._record_path)
+        if record is not None and record.run != run:
+            logger.warning("%s is of a run with other input or options: this one begins anew", self._record_path)
+            return None
+        if record is None:
+            return None
+        try:
+            self._check_hashes(record)
+            if not record.is_complete:
+                self._open_all(record.outputs)
+            else:
+                self._check_complete(record)
+        except ResumeError as error:
+            logger.warning("%s; the run begins anew", error)
+            return None
+        logger.info("going on from an interrupted run: %d documents are done", record.counts.num_documents)
+        return record
+
+    def _begun(self, run: str) -> Record:
+        for output in self._outputs:
+            output.keep()
+        self._outputs.clear()
+        self._record_path.unlink(missing_ok=True)
+        self._hashes.truncate(0)
+        if not self._options.overwrite:
+            self._refuse_old_shards()
+        record = Record(run, outputs=[OutputRecord() for _ in self._prefixes])
+        self._open_all(record.outputs)
+        return record
+
+    def _refuse_old_shards(self) -> None:
+        """Before the first document, not when the run arrives at the shard."""
+        for prefix in map(Path, self._prefixes):
+            pattern = f"{glob.escape(prefix.name)}_{'[0-9]' * 5}.json"
+            if self._options.shard_tokens and (old := sorted(prefix.parent.glob(pattern))):
+                raise DatasetError(f"dataset {old[0].with_suffix('')} exists already; choose another name or overwrite it")
+
+    def _open_all(self, records: Sequence[OutputRecord]) -> None:
+        for prefix, record in zip(self._prefixes, records, strict=True):
+            self._outputs.append(Output(prefix, self._tokenizer, self._options.shard_tokens, self._options.overwrite, record))
+
+    def _check_hashes(self, record: Record) -> None:
+        wanted = record.num_hashes * HASH_BYTES
+        if (found := self._hashes_path.stat().st_size) < wanted:
+            raise ResumeError(f"{self._hashes_path} has {found} bytes, its progress record says {wanted}")
+        self._hashes.truncate(wanted)
+
+    def _check_complete(self, record: Record) -> None:
+        for name, manifest in self._sealed(record):
+            check_sealed(name, manifest)
+
+    def _sealed(self, record: Record) -> Iterator[tuple[str, DatasetManifest]]:
+        for prefix, output in zip(self._prefixes, record.outputs, strict=True):
+            for number, manifest in enumerate(output.sealed):
+                yield prefix if self._options.shard_tokens is None else f"{prefix}_{number:05d}", manifest
+
+    def old_hashes(self) -> bytes:
+        """Of the documents that an interrupted run had, 16 bytes each."""
+        return self._hashes_path.read_bytes()
+
+    def add(self, unit: TokenizedUnit, is_new: NDArray[np.bool_] | None) -> None:
+        """Append a unit's documents, each to its dataset; ``is_new`` [n] leaves out the others."""
+        if is_new is not None:
+            new_hashes = np.frombuffer(unit.hashes, dtype=f"V{HASH_BYTES}")[is_new]
+            self._hashes.write(new_hashes.tobytes())
+            self.record.num_hashes += len(new_hashes)
+        for side, output in enumerate(self._outputs):
+            chosen = unit.held_out == bool(side)
+            if is_new is not None:
+                chosen &= is_new
+            if chosen.all():
+                output.add(unit.tokens, unit.lengths, unit.num_bytes)
+            elif chosen.any():
+                output.add(unit.tokens[np.repeat(chosen, unit.lengths)], unit.lengths[chosen], unit.num_bytes[chosen])
+
+    def is_record_due(self) -> bool:
+        """Whether the last record is old."""
+        return time.monotonic() - self._last_record >= self._options.seconds_between_records
+
+    def write_record(self, position: Position, is_complete: bool = False) -> None:
+        """Bring everything to the disk, and then the record of it."""
+        self._hashes.flush()
+        os.fsync(self._hashes.fileno())
+        self.record.outputs = [OutputRecord(o.sealed) if is_complete else o.record() for o in self._outputs]
+        self.record.position, self.record.is_complete = position, is_complete
+        write_bytes(self._record_path, json.dumps(asdict(self.record)).encode())
+        self._last_record = time.monotonic()
+
+    def seal(self, position: Position) -> None:
+        """There are no more documents: complete all files, still under their partial names.
+
+        Raises:
+            DatasetError: if a dataset would be empty.
+        """
+        for output in self._outputs:
+            output.seal()
+        self.write_record(position, is_complete=True)
+
+    def publish(self, corpus: dict[str, Any]) -> list[tuple[str, DatasetManifest]]:
+        """Give the sealed datasets their names, with a word about the corpus in the manifests; (prefix, manifest) of each."""
+        published = [(name, replace(manifest, corpus=corpus)) for name, manifest in self._sealed(self.record)]
+        for name, manifest in published:
+            publish(name, manifest)
+        if self._options.shard_tokens is not None:
+            for prefix, output in zip(self._prefixes, self.record.outputs, strict=True):
+                _remove_old_shards(prefix, len(output.sealed))
+        self._record_path.unlink()
+        self._end_files(remove=True)
+        return published
+
+    def _end_files(self, remove: bool) -> None:
+        if remove:
+            self._hashes_path.unlink(missing_ok=True)
+        self._hashes.close()
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._hashes.closed:
+            return
+        remove = isinstance(error, ValueError) or not self._record_path.exists()
+        for output in self._outputs:
+            if remove:
+                output.discard()
+            else:
+                output.keep()
+        if remove:
+            self._record_path.unlink(missing_ok=True)
+        else:
+            logger.info("the same command goes on from the last record")
+        self._end_files(remove)
+
+
+def _remove_old_shards(prefix: str, first: int) -> None:
+    """Of a dataset that was replaced, and had more shards than the new one."""
+    number = first
+    while manifest_path(name := f"{prefix}_{number:05d}").exists():
+        logger.info("removing %s, a shard of the dataset that is replaced", name)
+        for path in (manifest_path(name), idx_path(name), bin_path(name)):
+            path.unlink(missing_ok=True)
+        number += 1

@@ -1,0 +1,64 @@
+"""The keyed permutation: each item once, uniform, and the same for ever."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from w1train.data.order import Stream, permuted, random_words
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 700), st.integers(0, 2**64 - 1), st.integers(0, 2**40))
+def test_each_item_once(num_items, seed, epoch):
+    assert sorted(permuted(place, num_items, seed, epoch) for place in range(num_items)) == list(range(num_items))
+
+
+@pytest.mark.parametrize("num_items", [10**13, 2**43, 2**43 + 1])
+def test_any_place_of_a_huge_order(num_items):
+    """Distinct, inside, and on both sides of the middle equally often (binomial: four standard deviations)."""
+    places = [*range(1000), *range(num_items - 1000, num_items)]
+    items = [permuted(place, num_items, seed=1, epoch=2) for place in places]
+    assert len(set(items)) == 2000
+    assert all(0 <= item < num_items for item in items)
+    assert abs(sum(item < num_items // 2 for item in items) - 1000) < 4 * 500**0.5
+
+
+def test_the_order_is_pinned():
+    """Changing it would silently change what a resumed run reads."""
+    assert [permuted(place, 8, seed=1234, epoch=3) for place in range(8)] == [7, 6, 2, 1, 3, 5, 0, 4]
+    assert [permuted(place, 10**13, seed=1234, epoch=3) for place in range(2)] == [2131578583093, 6368357855980]
+    assert random_words(1234, 3, Stream.START, 1) == [18375297292529665263]
+
+
+@pytest.mark.parametrize("num_items", [6, 300])
+def test_every_item_is_as_likely_at_every_place(num_items):
+    """Chi-squared of item against place. The bound is five standard deviations above the mean."""
+    num_epochs, num_places = 30 * num_items, 6
+    counts = np.zeros((num_places, num_items))
+    for epoch in range(num_epochs):
+        for place in range(num_places):
+            counts[place, permuted(place * (num_items // num_places), num_items, seed=11, epoch=epoch)] += 1
+    expected = num_epochs / num_items
+    freedom = num_places * (num_items - 1)
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_all_orders_of_three_are_equally_likely():
+    counts = np.zeros(27)
+    for seed in range(1200):
+        counts[np.array([permuted(place, 3, seed, epoch=0) for place in range(3)]) @ (9, 3, 1)] += 1
+    orders = counts[counts > 0]
+    assert len(orders) == 6
+    assert ((orders - 200) ** 2 / 200).sum() < 26  # 5 degrees of freedom: probability 1e-4
+
+
+def test_what_follows_what_is_uniform():
+    """Chi-squared of the step from an item to the next one, in 16 bins of a permutation of 2^16: a weak network has favourite steps."""
+    num_items = 1 << 16
+    items = np.array([permuted(place, num_items, seed=5, epoch=0) for place in range(1 << 14)])
+    steps = np.bincount(np.diff(items) % num_items * 16 // num_items, minlength=16)
+    expected = steps.sum() / 16
+    assert ((steps - expected) ** 2 / expected).sum() < 45  # 15 degrees of freedom: probability 1e-4

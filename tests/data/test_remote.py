@@ -1,0 +1,106 @@
+"""Datasets of object storage: copied once, whole or not at all, by one process of a machine."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from w1train.data import remote
+from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.remote import localize
+
+
+@pytest.fixture
+def bucket(make_dataset, tmp_path):
+    """A dataset in fsspec's storage in memory; its prefix there, and a local copy."""
+    local = make_dataset(tmp_path / "x", [[20 + i] * 9 for i in range(30)])
+    storage = fsspec.filesystem("memory")
+    for suffix in ("bin", "idx", "json"):
+        storage.pipe_file(f"/bucket/{tmp_path.name}/x.{suffix}", Path(f"{local.prefix}.{suffix}").read_bytes())
+    return f"memory://bucket/{tmp_path.name}/x", local
+
+
+def test_a_copy_is_the_dataset(bucket, tmp_path, caplog):
+    prefix, local = bucket
+    with caplog.at_level(logging.INFO):
+        copy = TokenDataset.open(localize(prefix, str(tmp_path / "cache")))
+    copy.verify_hashes()
+    assert copy.read(0, copy.num_tokens).tolist() == local.read(0, local.num_tokens).tolist()
+    assert caplog.text.count("copied") == 3
+    localize(prefix, str(tmp_path / "cache"))
+    assert caplog.text.count("copied") == 3, "what is there is not copied again"
+
+
+def test_a_changed_file_is_copied_again(bucket, tmp_path):
+    prefix, _ = bucket
+    copy = Path(localize(prefix, str(tmp_path / "cache")))
+    storage = fsspec.filesystem("memory")
+    content = storage.cat_file(f"{prefix}.bin")[:-2]
+    storage.pipe_file(f"{prefix}.bin", content)
+    assert localize(prefix, str(tmp_path / "cache")) == str(copy)
+    assert Path(f"{copy}.bin").read_bytes() == content
+
+
+def test_local_datasets_stay_where_they_are():
+    assert localize("data/train", None) == "data/train"
+
+
+def test_processes_share_one_copy(make_dataset, tmp_path):
+    """Through file://, whose storage every process sees."""
+    local = make_dataset(tmp_path / "x", [[20 + i] * 9 for i in range(30)])
+    cache = tmp_path / "cache"
+    log = tmp_path / "log"
+
+    def fill():
+        logging.basicConfig(level=logging.INFO, filename=log, force=True)
+        localize(f"file://{local.prefix}", str(cache))
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fill) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert log.read_text().count("copied") == 3
+    assert not list(cache.rglob("*.partial"))
+
+
+class Breaking:
+    """A storage whose reads end early, or fail, a number of times."""
+
+    protocol = "breaking"
+
+    def __init__(self, content: bytes, num_failures: int) -> None:
+        self.content, self.num_failures = content, num_failures
+
+    def info(self, path):
+        return {"size": len(self.content)}
+
+    def open(self, path, mode):
+        self.num_failures -= 1
+        return fsspec.implementations.memory.MemoryFile(data=self.content if self.num_failures < 0 else self.content[:5])
+
+
+def test_a_copy_that_breaks_off_is_tried_again_and_never_half(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    target = tmp_path / "x.bin"
+    remote._fill(Breaking(b"0123456789", 2), "b/x.bin", target, required=True)
+    assert target.read_bytes() == b"0123456789"
+    assert caplog.text.count("5 bytes came, expected 10") == 2
+    target.unlink()
+    with pytest.raises(DatasetError, match="3 times in a row: 5 bytes came, expected 10"):
+        remote._fill(Breaking(b"0123456789", 3), "b/x.bin", target, required=True)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(("prefix", "message"), [("memory://nowhere/x", "does not exist"), ("nosuch://bucket/x", "nosuch")])
+def test_what_is_not_there_is_named(prefix, message, tmp_path):
+    with pytest.raises(DatasetError, match=message):
+        localize(prefix, str(tmp_path))
+    assert threading.active_count() == 1

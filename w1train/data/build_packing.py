@@ -1,0 +1,42 @@
+"""Packs a dataset ahead of a run with ``data.packing=best_fit``, which else does it at its start.
+
+python -m w1train.data.build_packing data/train --sequence-length 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from w1train.config.errors import UserError
+from w1train.data.dataset import TokenDataset
+from w1train.data.packing_index import PackingOptions, ensure_packing
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 built or there already, 1 the file cannot be written, 2 the dataset or an option is wrong."""
+    parser = argparse.ArgumentParser(prog="w1train.data.build_packing", description="Pack a dataset's documents into samples, best fit.")
+    parser.add_argument("prefix", help="the dataset: PREFIX.bin, PREFIX.idx")
+    parser.add_argument("--sequence-length", type=int, required=True, help="data.sequence_length")
+    parser.add_argument("--align", type=int, default=1, help="data.align (default: 1)")
+    parser.add_argument("--eos", choices=("keep", "drop"), default="keep", help="data.eos (default: keep)")
+    parser.add_argument("--seed", type=int, default=0, help="data.packing_seed (default: 0)")
+    parser.add_argument("--directory", default=None, help="data.cache_directory, if the run has one (default: beside the dataset)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    packing = PackingOptions(sequence_length=options.sequence_length, align=options.align, eos=options.eos, seed=options.seed)
+    try:
+        print(ensure_packing(TokenDataset.open(options.prefix), packing, options.directory))
+    except (UserError, ValueError) as error:
+        print(f"w1train.data.build_packing: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"w1train.data.build_packing: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

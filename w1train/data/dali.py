@@ -1,0 +1,133 @@
+"""Micro-batches through an NVIDIA DALI pipeline (``data.loader=dali``, the dali extra): the same batches in the same order.
+
+DALI's worker processes call the samples' source, hand batches over in shared memory, and the pipeline copies them to the GPU on a stream of
+its own. Without a GPU the pipeline is the same but for the copy, which is what the tests run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from w1train.config.errors import UserError
+from w1train.data.batch import PackedBatch
+from w1train.data.loader import Samples, collate_run
+from w1train.data.workers import LoaderError
+
+_FIELDS = ("tokens", "document_ids", "positions", "sample_indices")
+
+
+class DaliLoader:
+    """``BatchLoader`` by other means; close it (or use it in a ``with`` statement) to stop its processes."""
+
+    def __init__(
+        self,
+        packed: Samples,
+        *,
+        micro_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        num_workers: int = 1,
+        prefetch: int = 4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Arguments as ``BatchLoader``'s; ``num_workers`` is at least 1.
+
+        Raises:
+            UserError: if DALI is not installed.
+        """
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"data.loader=dali needs NVIDIA DALI ({error}): install the dali extra, or set data.loader=torch") from error
+        self.data_wait_seconds = 0.0
+        self._packed, self._micro_batch_size = packed, micro_batch_size
+        self._rank, self._size = data_parallel_rank, data_parallel_size
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._device = torch.device(device)
+        self._pipelines: list[Any] = []
+        self._closed = False
+
+    def micro_batches(self, first_sample: int = 0) -> Iterator[PackedBatch]:
+        """As ``BatchLoader.micro_batches``."""
+        if first_sample < 0:
+            raise ValueError(f"first_sample must be at least 0, not {first_sample}")
+        self._check_open()
+        stride = self._micro_batch_size * self._size
+        return self._run(_Source(self._packed, self._micro_batch_size, first_sample + self._rank * self._micro_batch_size, stride))
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._closed = True
+        # A pipeline ends its processes when it is destroyed; there is no other way to ask for that.
+        self._pipelines.clear()
+
+    def _run(self, source: _Source) -> Iterator[PackedBatch]:
+        self._pipelines.append(self._build(source))
+        while True:
+            self._check_open()
+            began = time.perf_counter()
+            try:
+                outputs = self._pipelines[-1].run()
+            except Exception as error:  # what a worker raises comes as a bare Exception, with the worker's traceback as its text
+                raise LoaderError(f"the DALI pipeline failed: {error}") from error
+            batch = PackedBatch(**{name: self._tensor(output) for name, output in zip(_FIELDS, outputs, strict=True)})
+            self.data_wait_seconds += time.perf_counter() - began
+            yield batch
+
+    def _build(self, source: _Source) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self._device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=self._micro_batch_size,
+            num_threads=1,
+            device_id=(self._device.index or 0) if on_gpu else None,
+            py_num_workers=self._num_workers,
+            # A new interpreter, not a fork: this process has threads of NCCL and CUDA, and DALI forks late.
+            py_start_method="spawn",
+            prefetch_queue_depth=self._prefetch,
+        )
+        dtypes = [types.INT64, types.INT32, types.INT32, types.INT64]
+        with pipeline:
+            outputs = fn.external_source(
+                source=source, num_outputs=len(_FIELDS), batch=True, parallel=True, dtype=dtypes, prefetch_queue_depth=self._prefetch
+            )
+            pipeline.set_outputs(*(output.gpu() if on_gpu else output for output in outputs))
+        pipeline.build()
+        return pipeline
+
+    def _tensor(self, output: Any) -> torch.Tensor:
+        dense = output.as_tensor()
+        if self._device.type == "cuda":
+            # Without the copy DALI would write the next batch into the same memory.
+            return torch.from_dlpack(dense).clone()
+        return torch.from_numpy(np.array(dense))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the batch loader is closed")
+
+    def __enter__(self) -> DaliLoader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class _Source:
+    """What DALI's processes call; sent to them by pickling."""
+
+    def __init__(self, packed: Samples, micro_batch_size: int, first: int, stride: int) -> None:
+        self._packed, self._micro_batch_size, self._first, self._stride = packed, micro_batch_size, first, stride
+
+    def __call__(self, iteration: int) -> tuple[NDArray[Any], ...]:
+        """The arrays of a micro-batch."""
+        batch = collate_run(self._packed, self._micro_batch_size, self._first + iteration * self._stride)
+        return tuple(getattr(batch, name).numpy() for name in _FIELDS)

@@ -1,0 +1,260 @@
+"""Workers that prepare micro-batches ahead of the step: threads, or processes that hand batches over in shared memory.
+
+Both answer in the order in which they were asked, whatever order they work in. A read that hangs, or a worker that dies, is an
+error with a name after seconds; neither can keep the run from ending.
+
+Shapes: b = micro_batch_size, l = sequence_length.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from w1train.data.batch import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[int], PackedBatch]
+"""The micro-batch that begins at a global sample index."""
+_STOP_SECONDS = 2.0
+_WATCH_SECONDS = 1.0
+
+
+class LoaderError(OSError):
+    """The data path stopped: a read hangs, or a worker died."""
+
+
+class Workers(Protocol):
+    """What reads ahead."""
+
+    def submit(self, start: int) -> None:
+        """Ask for the micro-batch that begins at a global sample index."""
+
+    def receive(self) -> PackedBatch:
+        """The micro-batch asked for longest ago; raises what its worker raised, or LoaderError."""
+        ...
+
+    def close(self) -> None:
+        """Stop working. What has been asked for is lost."""
+
+
+class ThreadWorkers:
+    """Threads of this process. They are daemons: one that hangs in a read cannot be stopped, and must not keep the process from ending."""
+
+    def __init__(self, load: Load, num_workers: int, timeout: float, enter: Callable[[], None]) -> None:
+        """
+        Args:
+            timeout: seconds to wait for a micro-batch.
+            enter: called in each thread before its first.
+        """
+        self._load, self._enter, self._timeout = load, enter, timeout
+        self._tasks: queue.SimpleQueue[tuple[int, Future[PackedBatch]] | None] = queue.SimpleQueue()
+        self._pending: deque[tuple[int, Future[PackedBatch]]] = deque()
+        names = (f"w1train-data-{number}" for number in range(num_workers))
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, start: int) -> None:
+        """As ``Workers``."""
+        task: tuple[int, Future[PackedBatch]] = (start, Future())
+        self._pending.append(task)
+        self._tasks.put(task)
+
+    def receive(self) -> PackedBatch:
+        """As ``Workers``."""
+        start, future = self._pending.popleft()
+        try:
+            return future.result(self._timeout)
+        except FutureTimeout:
+            if future.done():  # the worker's own error, of the same class
+                raise
+            raise hangs(start, self._timeout) from None
+        except CancelledError:
+            raise LoaderError(f"the micro-batch of sample {start} was given up when the loader was closed") from None
+
+    def close(self) -> None:
+        """As ``Workers``."""
+        for _, future in self._pending:
+            future.cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        deadline = time.monotonic() + _STOP_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        hanging = [thread.name for thread in self._threads if thread.is_alive()]
+        if hanging:
+            logger.warning("left behind, hanging in a read: %s", ", ".join(hanging))
+
+    def _work(self) -> None:
+        self._enter()
+        while (task := self._tasks.get()) is not None:
+            start, future = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._load(start))
+            except BaseException as error:  # whatever it is, the caller gets it
+                future.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Shared memory of one micro-batch: mapped before the fork, so both sides see it, and gone with the last of them."""
+
+    tokens: NDArray[np.int64]
+    document_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sample_indices: NDArray[np.int64]
+
+    @classmethod
+    def allocate(cls, batch_size: int, length: int) -> _Slot:
+        def shared(dtype: type[np.generic], *shape: int) -> NDArray[np.generic]:
+            memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+        shape = (batch_size, length)
+        return cls(shared(np.int64, *shape), shared(np.int32, *shape), shared(np.int32, *shape), shared(np.int64, batch_size))  # type: ignore[arg-type]
+
+    def write(self, batch: PackedBatch) -> None:
+        for name in self.__slots__:
+            getattr(self, name)[...] = getattr(batch, name).numpy()
+
+    def read(self) -> PackedBatch:
+        """A copy: the slot is written again."""
+        return PackedBatch(**{name: torch.from_numpy(getattr(self, name).copy()) for name in self.__slots__})
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    slots: Sequence[_Slot]
+    num_asked: int = 0
+
+
+class ProcessWorkers:
+    """Forked processes, asked in turn. Each has as many slots of shared memory as it may be ahead."""
+
+    def __init__(self, load: Load, num_workers: int, prefetch: int, timeout: float, shape: tuple[int, int]) -> None:
+        """
+        Args:
+            prefetch: micro-batches asked for at a time, over all workers.
+            timeout: seconds to wait for a micro-batch.
+            shape: (b, l).
+        """
+        self._timeout = timeout
+        self._pending: deque[tuple[int, _Worker]] = deque()
+        self._num_submitted = 0
+        context = multiprocessing.get_context("fork")
+        num_slots = -(-prefetch // num_workers)
+        self._workers: list[_Worker] = []
+        for number in range(num_workers):
+            ours, theirs = context.Pipe()
+            slots = [_Slot.allocate(*shape) for _ in range(num_slots)]
+            arguments = (load, theirs, slots, os.getpid())
+            process = context.Process(target=_work, args=arguments, name=f"w1train-data-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, ours, slots))
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the workers."""
+        return [worker.process.pid or 0 for worker in self._workers]
+
+    def submit(self, start: int) -> None:
+        """As ``Workers``; no more than ``prefetch`` at a time."""
+        worker = self._workers[self._num_submitted % len(self._workers)]
+        try:
+            worker.connection.send((start, worker.num_asked % len(worker.slots)))
+        except OSError:
+            raise self._died(worker) from None
+        self._pending.append((start, worker))
+        worker.num_asked += 1
+        self._num_submitted += 1
+
+    def receive(self) -> PackedBatch:
+        """As ``Workers``."""
+        start, worker = self._pending.popleft()
+        deadline = time.monotonic() + self._timeout
+        # Any worker's death is noticed at once, not only that of the one whose turn it is.
+        sentinels = {other.process.sentinel: other for other in self._workers}
+        while not worker.connection.poll():
+            ready = wait([worker.connection, *sentinels], timeout=max(0.0, deadline - time.monotonic()))
+            dead = next((sentinels[sentinel] for sentinel in sentinels if sentinel in ready), None)
+            if dead is not None and not worker.connection.poll():
+                raise self._died(dead)
+            if not ready:
+                raise hangs(start, self._timeout)
+        try:
+            answer = worker.connection.recv()
+        except (EOFError, OSError):
+            raise self._died(worker) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return worker.slots[answer].read()
+
+    def close(self) -> None:
+        """As ``Workers``: by SIGKILL, which a process that hangs in a read obeys too."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join(_STOP_SECONDS)
+            worker.connection.close()
+        self._pending.clear()
+
+    def _died(self, worker: _Worker) -> LoaderError:
+        worker.process.join(_STOP_SECONDS)
+        code = worker.process.exitcode
+        cause = "no exit status yet" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        advice = "; SIGKILL is most often the machine's lack of memory" if code == -signal.SIGKILL else ""
+        advice = advice or ("; SIGBUS means that a mapped file was cut short" if code == -signal.SIGBUS else "")
+        return LoaderError(f"data worker {worker.process.name} (process {worker.process.pid}) died: {cause}{advice}")
+
+
+def hangs(start: int, timeout: float) -> LoaderError:
+    """The error of a micro-batch that does not come."""
+    return LoaderError(
+        f"no micro-batch for {timeout:g} s (data.read_timeout), the one of sample {start}: its read hangs. Look at the file system of the "
+        "training data, or raise data.read_timeout"
+    )
+
+
+def _work(load: Load, connection: Connection, slots: Sequence[_Slot], parent: int) -> None:
+    """A worker's life. It ends with its parent, whose death no pipe tells it: its siblings have inherited the other end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
+    torch.set_num_threads(1)
+    while True:
+        while not connection.poll(_WATCH_SECONDS):
+            if os.getppid() != parent:
+                return
+        try:
+            start, slot = connection.recv()
+            answer: object = slot
+            try:
+                slots[slot].write(load(start))
+            except Exception as error:  # the parent raises it at its place in the order
+                answer = error
+            connection.send(answer)
+        except (EOFError, BrokenPipeError):
+            return
