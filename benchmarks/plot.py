@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from w1train.training.plot_data import Scale, linear_ticks, tick_labels
 
-_COLOURS = ("#1b5e8c", "#c4541a", "#3d8b5f", "#8a63a8", "#b8922a", "#a03c4c", "#5b8fb0", "#78736a")
+_COLOURS = (
+    *("#1b5e8c", "#c4541a", "#3d8b5f", "#8a63a8", "#b8922a", "#a03c4c", "#5b8fb0", "#78736a"),
+    *("#d5d0c6", "#7fb39a", "#d99a6c", "#b79cc9"),
+)
 _BAR, _GAP, _HEADING, _TOP, _BOTTOM, _LEFT, _RIGHT, _WIDTH = 14, 5, 26, 44, 34, 190, 60, 860
 _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #78736a; } .end { text-anchor: end; } .middle { text-anchor: middle; }
@@ -72,7 +75,7 @@ def _legend(title: str, colours: dict[str, str]) -> list[str]:
     for name, colour in colours.items():
         parts.append(f'<rect x="{left}" y="28" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{left + 14}" y="37">{html.escape(name)}</text>')
-        left += 28 + 7 * len(name)
+        left += 25 + round(6.5 * len(name))
     return parts
 
 

@@ -18,6 +18,7 @@ from benchmarks.step_profile import Breakdown, profile_step
 from w1train.attention.backends.choice import BACKENDS, choose_backend
 from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import Config
+from w1train.conversion.initial_weights import open_initial_weights
 from w1train.model import layer, norm
 from w1train.model.conditioning import Modulation
 from w1train.model.head import OutputHead
@@ -44,7 +45,7 @@ def measure_run(config: Config, *, unfused: bool, num_warmup: int, num_steps: in
         choose_backend.cache_clear()
     with distributed(config.parallel) as ranks, _backends_chosen() as backends:
         run.claim()
-        trainer = Trainer(config, ranks, run)
+        trainer = Trainer(config, ranks, run, open_initial_weights)
         with trainer.watch, trainer.data.loader:
             batches = trainer.noisy_batches()
             for _ in range(num_warmup + num_steps):
