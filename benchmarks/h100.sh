@@ -16,6 +16,8 @@ BUDGET="${BUDGET:-530}"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT" || exit 1
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+# Each run of the step is a process of its own: what one has compiled for cuDNN's kernels, the next need not compile again.
+export FLEX_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLEX_ATTENTION_CUTE_DSL_CACHE_DIR="${TMPDIR:-/tmp}/w1train-h100-cute"
 status=0
 
 # part NAME SECONDS COMMAND...: at most so long, and never beyond the budget. SIGINT first: Python then reports what it has.
