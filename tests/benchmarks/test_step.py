@@ -137,8 +137,12 @@ class Model:
 
 
 def test_backward_and_recomputed_work_goes_where_its_forward_pass_is():
-    model, weight = Model(), torch.randn((64, 64), requires_grad=True)
-    found = step_profile.profile_step(lambda: model.loss(weight).backward(), [("attention", model, "attend")], torch.device("cpu"))
+    def profile(_rank, _size):
+        model, weight = Model(), torch.randn((64, 64), requires_grad=True)
+        return step_profile.profile_step(lambda: model.loss(weight).backward(), [("attention", model, "attend")], torch.device("cpu"))
+
+    # In a fork, as the profiler leaves a thread.
+    found = run_distributed(profile, 1, process_group=False)[0]
     groups = {}
     for group, kernel, _ in found.largest:
         groups.setdefault(kernel, set()).add(group)
