@@ -22,6 +22,8 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
 GROUPS = ("attention", "GEMM", "norm and modulation", "rotary and SwiGLU", "loss and head", "optimizer", "communication", "other")
+NUM_LARGEST = 15
+"""Kernels that a report lists."""
 _PREFIX = "w1train: "
 _BACKWARD_SCOPE = 1  # at::RecordScope::BACKWARD_FUNCTION
 # The first that is found in a kernel's name; CPU operators have names too, for dry runs.
@@ -80,7 +82,7 @@ def break_down(events: list[Any], *, on_gpu: bool) -> Breakdown:
     for name, group, microseconds in _work(events, ranges, on_gpu):
         seconds[group] += microseconds / 1e6
         by_kernel[group, name] += microseconds / 1e6
-    largest = sorted(((group, name, value) for (group, name), value in by_kernel.items()), key=lambda row: -row[2])[:15]
+    largest = sorted(((group, name, value) for (group, name), value in by_kernel.items()), key=lambda row: -row[2])[:NUM_LARGEST]
     busy = _union(events) if on_gpu else sum(seconds.values())
     return Breakdown({group: seconds[group] for group in GROUPS}, busy, largest)
 
