@@ -31,7 +31,7 @@ from typing import Any, Literal
 from benchmarks.machine import describe, gpu_environment, open_device, versions
 from benchmarks.records import Record, publish, require_report_place
 from benchmarks.report import RESULTS
-from benchmarks.step_report import chart, key_results, notes, tables
+from benchmarks.step_report import chart, key_results, notes, tables, verdicts
 from benchmarks.synthetic import make_tokenizer, write_dataset
 from w1train.config.compose import load_config
 from w1train.config.errors import UserError, raise_if_any
@@ -56,6 +56,7 @@ _LENGTH_OF_BLOCKS = 32
 _SHARE_OF_MEMORY = 0.92
 _FEWER_LAYERS, _ATTEMPTS = 4, 3
 _LONGEST_RUN = 240.0
+_NOT_DONE = f"not done after {_LONGEST_RUN:.0f} s"
 
 
 @dataclass(slots=True)
@@ -126,6 +127,8 @@ def measure(options: argparse.Namespace, directory: Path, run_apart: Callable[[R
         if left > 0:
             logger.info("%s (%.0f s)", run.name, options.budget - left)
             run_apart(run, options, directory, min(left, _LONGEST_RUN))
+            if run.reason == _NOT_DONE and left < _LONGEST_RUN:
+                run.reason, run.failed = "out of time", False
         else:
             run.reason = "out of time"
         done.append(run)
@@ -166,7 +169,7 @@ def run_in_process(run: Run, options: argparse.Namespace, directory: Path, secon
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        run.reason, run.failed = f"not done after {seconds:.0f} s", True
+        run.reason, run.failed = _NOT_DONE, True
         return
     if result.exists():
         found = json.loads(result.read_text())
@@ -243,6 +246,7 @@ def main(arguments: Sequence[str], run_apart: Callable[[Run, argparse.Namespace,
     shown = tables(runs)
     for table in shown[:2]:
         table.print()
+    print("\n".join(verdicts(runs)))
     if options.report:
         command = shlex.join(["python", "-m", "benchmarks.step", *arguments])
         machine, software = describe(device), versions()

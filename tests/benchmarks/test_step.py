@@ -103,6 +103,15 @@ def test_out_of_time_is_said(tmp_path):
     assert not any(run.failed for run in runs)
 
 
+def test_a_run_that_the_budget_ends_has_not_failed(tmp_path):
+    def run_apart(run, _options, _directory, _seconds):
+        run.reason, run.failed = step._NOT_DONE, True
+
+    for budget, failed in ((100, False), (1000, True)):
+        runs = step.measure(step._parse([f"--budget={budget}"]), tmp_path, run_apart)
+        assert all(run.failed == failed for run in runs)
+
+
 def test_a_crash_is_a_reason(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'torch.OutOfMemoryError: CUDA out of memory' >&2\necho 'some more talk' >&2\nexit 1\n")
@@ -114,7 +123,7 @@ def test_a_crash_is_a_reason(tmp_path, monkeypatch):
     assert run.reason == "torch.OutOfMemoryError: CUDA out of memory"
     python.write_text("#!/bin/sh\nexec sleep 60\n")
     step.run_in_process(run, step._parse(SIZES), tmp_path, 0.2)
-    assert run.reason == "not done after 0 s"
+    assert run.reason == "not done after 240 s"
 
 
 def test_shares_and_verdicts():
