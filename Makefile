@@ -36,7 +36,7 @@ lint: install  ## Check style (ruff), types (mypy) and shell scripts (shellcheck
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/shellcheck -x launch/*.sh .ci/run && echo "shellcheck: no issues found"
+	@$(VENV)/bin/shellcheck -x launch/*.sh benchmarks/*.sh .ci/run && echo "shellcheck: no issues found"
 
 format: install  ## Format the code
 	@$(VENV)/bin/ruff check --fix

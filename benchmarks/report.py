@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 RESULTS = Path(__file__).parent / "results"
+_LOG_WIDTH = 160
 _PACKAGES = ("torch", "megatron-core", "numpy")
 
 
@@ -34,7 +36,9 @@ class Table:
             table.add_column(column, justify="right" if number else "left")
         for row in self.rows:
             table.add_row(*row)
-        Console(highlight=False, markup=False).print(table)
+        # A log has no width, and rich would take 80 columns.
+        width = None if sys.stdout.isatty() else _LOG_WIDTH
+        Console(highlight=False, markup=False, width=width).print(table)
 
     def markdown(self) -> str:
         """For a report."""
