@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import shutil
 
 import pytest
 
 from tests.end_to_end import traps
-from tests.end_to_end.runs import CHECKPOINT_INTERVAL, NUM_STEPS, Sabotage, TinyRun
+from tests.end_to_end.runs import CHECKPOINT_INTERVAL, NUM_STEPS, TinyRun
 
 
 def require_equal(run: TinyRun, expected: TinyRun) -> None:
@@ -80,21 +79,6 @@ def test_data_may_move_while_a_run_waits(tiny_run, undisturbed, tmp_path):
     places = [f"data.train={tmp_path}/train", f"data.validation={tmp_path}/validation", f"data.tokenizer={tmp_path}/tokenizer.json"]
     outcome = tiny_run.train(*places).require(0)
     assert f"configuration changed on resume: data.train: train -> {tmp_path}/train" in outcome.output
-    require_equal(tiny_run, undisturbed(1, "fp32"))
-
-
-def test_a_killed_runs_workers_do_not_hold_its_directory(tiny_run, undisturbed):
-    # They live until they notice that their parent is gone.
-    def with_workers(sabotage: Sabotage) -> Sabotage:
-        def enter(rank: int) -> None:
-            multiprocessing.current_process()._config["daemon"] = False  # a daemon may have no children
-            sabotage(rank)
-
-        return enter
-
-    workers = ["data.workers=process", "data.num_workers=2"]
-    assert tiny_run.train(*workers, sabotage=with_workers(traps.after_commit(2))).killed
-    tiny_run.train(*workers, sabotage=with_workers(lambda _rank: None)).require(0)
     require_equal(tiny_run, undisturbed(1, "fp32"))
 
 

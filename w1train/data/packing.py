@@ -102,15 +102,17 @@ class SampleSource(ABC):
 
     def _assemble(self, pieces: Pieces) -> Sample:
         starts, lengths, offsets, places = pieces
+        tokens = np.zeros(self.sequence_length, dtype=np.int64)
+        document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
+        positions = np.zeros(self.sequence_length, dtype=np.int32)
+        if len(starts) == 0:  # a short last sample, whose only token is an EOS that is left out
+            return tokens, document_ids, positions
         numbers = np.arange(len(starts))
         ends = np.cumsum(lengths)
         where: slice | NDArray[np.int64] = slice(0, int(ends[-1]))
         indices = np.arange(int(ends[-1]))
         if places[-1] != ends[-1] - lengths[-1]:  # gaps between the pieces
             where = indices = indices + np.repeat(places - (ends - lengths), lengths)
-        tokens = np.zeros(self.sequence_length, dtype=np.int64)
-        document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
-        positions = np.zeros(self.sequence_length, dtype=np.int32)
         # Neighbours in the file that are neighbours in the sample are read at once.
         joined = (starts[1:] == starts[:-1] + lengths[:-1]) & (places[1:] == places[:-1] + lengths[:-1])
         firsts = np.flatnonzero(np.concatenate([[True], ~joined]))
