@@ -10,6 +10,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+data="${RUNS:-runs}/demo-data"
+# 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges diffusion stays
+# at the frequencies of the tokens for a thousand steps, until it has found its neighbours (autoregression does not: launch/curriculum.sh).
+vocab_size=272
 # shellcheck source=launch/demo_data.sh
 source launch/demo_data.sh
 run="$RUNS/demo"

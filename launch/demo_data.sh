@@ -1,13 +1,12 @@
 # Sourced by the scripts beside it: where things are, steps that are not repeated, and the corpus, tokenizer and tokens of the demo.
+# They have set $data, where these go, and $vocab_size (and not the user's environment, which may have such names for its own ends).
 # shellcheck shell=bash
 
 CORPUS="${CORPUS:-}"
 RUNS="${RUNS:-runs}"
 VENV="${VENV:-.venv}"
 python="$VENV/bin/python"
-# The script that sources this may have chosen another place and vocabulary.
-data="${data:-$RUNS/demo-data}"
-vocab_size="${vocab_size:-272}"
+: "${data:?}" "${vocab_size:?}"
 
 # The recipe's batch is 16 sequences in micro-batches of 8: two ranks at most.
 default_ranks() {
@@ -50,8 +49,6 @@ prepare_data() { # prepare_data NUM_STEPS: the first three of so many steps
   else
     printf '== 1/%s corpus: %s\n' "$num_steps" "$CORPUS"
   fi
-  # 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges diffusion stays
-  # at the frequencies of the tokens for a thousand steps, until it has found its neighbours (autoregression does not: launch/curriculum.sh).
   step "2/$num_steps tokenizer" "$data/tokenizer.json" \
     "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size "$vocab_size"
   step "3/$num_steps tokens" "$data/validation.json" \

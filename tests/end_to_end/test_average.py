@@ -199,6 +199,17 @@ def one_token(_rank: int, _size: int, run: TinyRun) -> float:
     return logits[0, -1].log_softmax(dim=0)[model.tokenizer.encode("d")[0]].item()
 
 
+def test_kernels_of_the_training_machine_are_not_asked_for(averaged, tmp_path):
+    run = TinyRun(averaged.data, tmp_path)
+    shutil.copytree(averaged.path, run.path)
+    config = run.path / "config.yaml"
+    settings = config.read_text()
+    config.write_text(settings.replace("rope: auto", "rope: fused"))
+    assert "rope: fused" in config.read_text()
+    status, _, err = in_a_process(run, evaluate, "--json")
+    assert status == 0, err
+
+
 def test_another_validation_set(averaged):
     status, out, err = in_a_process(averaged, evaluate, "--validation", "train", "--json")
     assert status == 0, err

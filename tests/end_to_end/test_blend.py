@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
 from functools import partial
@@ -12,6 +13,7 @@ from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun
 from tests.end_to_end.test_resume import require_equal
 from w1train.data import packing_index
+from w1train.data.dataset import TokenDataset
 
 SETTINGS = [
     "data.train=null",
@@ -96,6 +98,17 @@ def test_what_is_refused_before_the_start(blend_data, tmp_path):
     outcome = run.train(*blend("data.at_max_epochs=error")).require(2)
     assert "validation: " in outcome.output
     assert "max_epochs allows" in outcome.output
+
+
+def test_eos_is_left_out_of_validation_too(blend_data, tmp_path):
+    """And out of the bits per byte of both: those of the documents' text."""
+    run = TinyRun(blend_data, tmp_path / "runs")
+    validation, train = (TokenDataset.open(blend_data / name) for name in ("validation", "train"))
+    run.train("data.eos=drop", f"validation.num_samples={validation.num_tokens}").require(0)
+    for record, dataset in ((run.metrics()[0], validation), (run.train_records()[0], train)):
+        num_tokens = dataset.num_tokens - dataset.num_documents
+        bits_per_token = record["elbo"] / math.log(2)
+        assert record["elbo_bits_per_byte"] == pytest.approx(bits_per_token * num_tokens / dataset.manifest.num_bytes)
 
 
 def test_validation_sets_have_their_own_metrics(blend_data, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parallel.layouts import Outcome, train_layout, train_layouts
 from tests.tiny import tiny_config
-from w1train.training import setup
+from w1train.training import buckets
 
 STREAMS = {
     "one-stream": {"timestep_per": "document"},
@@ -277,8 +277,8 @@ def test_loss_in_chunks_of_a_tied_head():
 )
 def test_overlap_keeps_the_numbers(parallel, monkeypatch):
     """Buckets of a few parameters each, in flight during backward and forward passes; the head's weight is gathered for its chunks too."""
-    monkeypatch.setattr(setup, "MIN_BUCKET_SIZE", 4000)
-    monkeypatch.setattr(setup, "MIN_BUCKET_SIZE_PER_RANK", 1)
+    monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
+    monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)
     config = layout_config("two-stream", **parallel)
     config.training.loss_chunk_size = 5
     assert_equal_numbers(train_layout(config, 2), reference("two-stream"))

@@ -5,7 +5,7 @@ import pytest
 from tests.parallel.layouts import NUM_STEPS, train_layout
 from tests.parallel.test_layouts import GRID_STREAMS, layout_config
 from w1train.config.errors import ConfigurationError
-from w1train.training import setup
+from w1train.training import buckets
 
 SAVED = ({"tensor": 2, "sequence": True, "pipeline": 2}, 2)
 LOADED = [
@@ -58,8 +58,8 @@ def test_virtual_stages_that_share_the_timestep_embedding(layout, distributed_op
 
 def test_checkpoint_of_buckets_in_flight(tmp_path, monkeypatch):
     """Parameters that were never gathered by a forward pass are saved as updated; states are cut at the borders of several buckets."""
-    monkeypatch.setattr(setup, "MIN_BUCKET_SIZE", 4000)
-    monkeypatch.setattr(setup, "MIN_BUCKET_SIZE_PER_RANK", 1)
+    monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
+    monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)
     overlapped = layout_config("one-stream", pipeline=2, overlap_grad_reduce=True, overlap_param_gather=True)
     train_layout(overlapped, 2, save=tmp_path, timeout=60)
     _assert_goes_on(tmp_path / f"step_{NUM_STEPS:010d}", "one-stream", ({}, 1), _uninterrupted("one-stream"))

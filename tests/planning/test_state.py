@@ -14,6 +14,7 @@ import_megatron()
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training import buckets  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 from w1train.training.setup import build_trained_model  # noqa: E402
 
@@ -28,6 +29,8 @@ CASES = {
     "pipeline 2, data 3, bf16": (6, {"pipeline": 2}, "bf16", {}),
     "pipeline 2, data 2, bf16, tied": (4, {"pipeline": 2}, "bf16", TIED),
     "pipeline 2, plain optimizer, data 2, fp32": (4, {"pipeline": 2, "distributed_optimizer": False}, "fp32", TIED),
+    "data 3, overlap, bf16": (3, {"overlap_grad_reduce": True, "overlap_param_gather": True}, "bf16", {}),
+    "pipeline 2, data 2, overlap, fp32": (4, {"pipeline": 2, "overlap_grad_reduce": True}, "fp32", {}),
     "pipeline 2, virtual 2, data 2, bf16, tied": (4, {"pipeline": 2, "virtual_pipeline": 2}, "bf16", TIED),
     "context 2, tensor 2, bf16": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2}, "bf16", {}),
     "pipeline 2, uneven, context 2, fp32": (
@@ -70,7 +73,9 @@ def _allocated(_rank, world_size, config):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_state_bytes_are_those_of_a_real_run(name):
+def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
+    monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
+    monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)
     world_size, parallel, precision, model = CASES[name]
     config = tiny_config(
         parallel=parallel,
@@ -84,7 +89,8 @@ def test_state_bytes_are_those_of_a_real_run(name):
         place = layout.coordinates(rank)
         chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, place.pipeline)]
         assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
-        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
+        size, distributed_optimizer = layout.bucket_size(place.pipeline), layout.distributed_optimizer
+        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=distributed_optimizer, bucket_size=size)
         predicted = predicted[place.context + layout.context * place.data]
         assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
 

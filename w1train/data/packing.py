@@ -102,6 +102,11 @@ class SampleSource(ABC):
 
     def _assemble(self, pieces: Pieces) -> Sample:
         starts, lengths, offsets, places = pieces
+        tokens = np.zeros(self.sequence_length, dtype=np.int64)
+        document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
+        positions = np.zeros(self.sequence_length, dtype=np.int32)
+        if len(starts) == 0:  # a short last sample, whose only token is an EOS that is left out
+            return tokens, document_ids, positions
         numbers = np.arange(len(starts))
         tokens = np.zeros(self.sequence_length, dtype=np.int64)
         document_ids = np.full(self.sequence_length, -1, dtype=np.int32)

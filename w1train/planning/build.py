@@ -128,19 +128,21 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
         if [(name, tuple(parameter.shape)) for name, parameter in parameters] != [(p.name, p.shape) for p in planned]:
             raise _PlanMismatchError(f"rank {rank}: the model's parameters are not those of w1train.planning.parameters")
         if layout.distributed_optimizer:
-            _check_buffer([parameter for _, parameter in parameters], buffer_layout(planned, layout.num_optimizer_shards)[-1].end, layout)
+            size = layout.bucket_size(place.pipeline)
+            numel = buffer_layout(planned, layout.num_optimizer_shards, size)[-1].end
+            _check_buffer([parameter for _, parameter in parameters], numel, layout.num_optimizer_shards, size)
         for name, parameter in parameters:
             is_split = bool(getattr(parameter, "tensor_model_parallel", False))
             found.setdefault(name, _Found(is_split, {})).by_tensor_rank[place.tensor] = parameter.numel()
 
 
-def _check_buffer(parameters: list[torch.nn.Parameter], numel: int, layout: Layout) -> None:
+def _check_buffer(parameters: list[torch.nn.Parameter], numel: int, num_shards: int, bucket_size: int | None) -> None:
     """megatron-core's own lay-out of the flat buffer has the planned length."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    layouts = DistributedOptimizer.compute_full_param_layout(parameters, None, layout.num_optimizer_shards, ddp_config).layouts
+    layouts = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, num_shards, ddp_config).layouts
     found = [buffer.bucket_indices[-1][1] for buffer in layouts.values()]
     if found != [numel]:
         raise _PlanMismatchError(f"the flat buffer has {found} elements, and w1train.planning.state says {numel}")

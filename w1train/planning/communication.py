@@ -99,7 +99,7 @@ def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout)
         yield Traffic("replicated parameters' gradients", "tensor", "all_reduce", layout.tensor, 1, size, True)
 
 
-def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: Precision) -> Iterator[Traffic]:
+def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: Precision, pipeline_rank: int) -> Iterator[Traffic]:
     """fp32 gradients, reduce-scattered, and updated parameters, gathered; without the distributed optimizer one all-reduce."""
     shards = layout.num_optimizer_shards
     if shards == 1:
@@ -108,7 +108,7 @@ def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, preci
         size = FP32_BYTES * sum(parameter.numel for parameter in parameters)
         yield Traffic("gradients", "data", "all_reduce", shards, 1, size, True)
         return
-    buckets = buffer_layout(parameters, shards)
+    buckets = buffer_layout(parameters, shards, layout.bucket_size(pipeline_rank))
     numel = buckets[-1].end
     yield Traffic("gradients", "data", "reduce_scatter", shards, len(buckets), FP32_BYTES * numel, True)
     yield Traffic("parameters", "data", "all_gather", shards, len(buckets), PRECISION_BYTES[precision] * numel, True)

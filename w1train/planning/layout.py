@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w1train.config.schema import Config, ModelConfig, ParallelConfig
+from w1train.training.buckets import bucket_size
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
@@ -61,11 +62,16 @@ class Layout:
     context_method: ContextMethod
     context_chunk_size: int
     loss_chunk_size: int | None
+    overlap_grad_reduce: bool
 
     @property
     def num_optimizer_shards(self) -> int:
         """Gradients are summed, and optimizer states sharded, over data- and context-parallel ranks alike."""
         return self.data * self.context
+
+    def bucket_size(self, pipeline_rank: int) -> int | None:
+        """Elements after which a bucket of gradients ends; None = one bucket has all."""
+        return bucket_size(self.num_optimizer_shards, pipeline_rank, overlap_grad_reduce=self.overlap_grad_reduce)
 
     def coordinates(self, rank: int) -> Coordinates:
         """The place of a global rank."""
@@ -103,6 +109,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
         context_method=parallel.context_method,
         context_chunk_size=parallel.context_chunk_size,
         loss_chunk_size=training.loss_chunk_size,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
     )
 
 

@@ -161,7 +161,13 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
     # Memory is for the most there can be, time for what is expected.
     most = setting.sizes()
     usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
-    states = state_bytes(parameters, precision, layout.num_optimizer_shards, distributed=layout.distributed_optimizer)
+    states = state_bytes(
+        parameters,
+        precision,
+        layout.num_optimizer_shards,
+        distributed=layout.distributed_optimizer,
+        bucket_size=layout.bucket_size(pipeline_rank),
+    )
     state = max(states, key=lambda bytes_of_rank: bytes_of_rank.total)
     traffic = _traffic(usual, layout, chunks, parameters, precision)
     held = _held(most, layout, chunks)
@@ -201,7 +207,7 @@ def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list
         traffic += communication.tensor_parallel_traffic(sizes, layout, chunk)
         traffic += communication.context_parallel_traffic(sizes, layout, chunk)
         traffic += communication.pipeline_traffic(sizes, layout, chunk)
-        traffic += communication.data_parallel_traffic(own, layout, precision)
+        traffic += communication.data_parallel_traffic(own, layout, precision, chunk.pipeline_rank)
     of_rank = [parameter for own in parameters for parameter in own]
     traffic += communication.replicated_gradient_traffic(of_rank, layout)
     traffic += communication.copied_gradient_traffic(of_rank, layout)

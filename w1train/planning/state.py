@@ -44,12 +44,12 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
-def buffer_layout(parameters: Sequence[Parameter], num_shards: int) -> list[Bucket]:
+def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size: int | None = None) -> list[Bucket]:
     """Where each parameter lies, as DistributedOptimizer.compute_full_param_layout puts it.
 
     Parameters go in reverse order, each from a multiple of 64 elements; a bucket ends at a multiple of lcm(shards, 128).
-    A parameter with a bucket of its own begins and ends one; everything else shares (gradients are not bucketed, because
-    their reduction does not overlap the backward pass).
+    A parameter with a bucket of its own begins and ends one; the others share, until a bucket has ``bucket_size`` elements (None =
+    there is no such bound, for their reduction does not overlap the backward pass).
     """
     buckets: list[Bucket] = []
     spans: list[tuple[int, int]] = []
@@ -68,7 +68,7 @@ def buffer_layout(parameters: Sequence[Parameter], num_shards: int) -> list[Buck
             start = position = close(position)
         spans.append((position, position + parameter.numel))
         position += parameter.numel
-        if parameter.has_own_bucket:
+        if parameter.has_own_bucket or (bucket_size is not None and position - start >= bucket_size):
             start = position = close(position)
     if spans:
         close(position)
@@ -87,7 +87,9 @@ def shard_numels(buckets: Sequence[Bucket], num_shards: int) -> list[int]:
     return numels
 
 
-def state_bytes(chunks: Sequence[Sequence[Parameter]], precision: Precision, num_shards: int, *, distributed: bool) -> list[StateBytes]:
+def state_bytes(
+    chunks: Sequence[Sequence[Parameter]], precision: Precision, num_shards: int, *, distributed: bool, bucket_size: int | None = None
+) -> list[StateBytes]:
     """Bytes of the ranks that share these chunks, by their place among the ``num_shards`` data- and context-parallel ranks.
 
     fp32 parameters are their own masters, so only the two moments are added to them.
@@ -97,7 +99,7 @@ def state_bytes(chunks: Sequence[Sequence[Parameter]], precision: Precision, num
     buffer, owned = 0, [0] * num_shards
     for parameters in chunks:
         if distributed:
-            buckets = buffer_layout(parameters, num_shards)
+            buckets = buffer_layout(parameters, num_shards, bucket_size)
             buffer += buckets[-1].end
             owned = [total + numel for total, numel in zip(owned, shard_numels(buckets, num_shards), strict=True)]
         else:

@@ -1,7 +1,7 @@
 """Seconds of a step, from counted work and assumed efficiencies.
 
-The stages run their micro-batches one after another; nothing is assumed to overlap (the framework starts no collective before the
-work it follows is done). What a rank does once a step (gradients, optimizer) comes on top.
+The stages run their micro-batches one after another; nothing is assumed to overlap, not even where ``parallel.overlap_*`` will hide a
+collective behind computation: the time is an upper bound in this. What a rank does once a step (gradients, optimizer) comes on top.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ class RunDirectory:
         json.dump({"host": socket.gethostname(), "pid": os.getpid()}, lock)
         lock.flush()
         self._lock = lock
+        # A forked data worker has a copy of the open file, and would keep the lock of a run that was killed until it ends too.
+        os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
         """Give the directory up."""

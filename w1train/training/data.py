@@ -18,7 +18,7 @@ from w1train.data.dali import DaliLoader
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import DatasetError, bin_path, file_size
 from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
-from w1train.data.packing import LongDocuments, PackedDataset, SampleSource
+from w1train.data.packing import EndOfDocument, LongDocuments, PackedDataset, SampleSource
 from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
 from w1train.data.remote import localize
 from w1train.data.shards import open_dataset
@@ -286,7 +286,8 @@ class TrainingData(ValidationData):
     def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
         """Nats per token in bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from: of a blend, on average."""
         weights = self.samples.part(max(num_samples - 1, 0)).weights
-        return bits_per_byte(nats_per_token, {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0})
+        datasets = {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0}
+        return bits_per_byte(nats_per_token, datasets, self.config.data.eos)
 
     def corpus_metrics(self, num_samples: int) -> dict[str, float]:
         """Of each corpus of a blend after ``num_samples`` of the run: tokens seen (in samples begun) and passes through it."""
@@ -331,11 +332,12 @@ def verify(dataset: TokenDataset) -> None:
         )
 
 
-def bits_per_byte(nats_per_token: float, datasets: Mapping[TokenDataset, float]) -> float | None:
+def bits_per_byte(nats_per_token: float, datasets: Mapping[TokenDataset, float], eos: EndOfDocument = "keep") -> float | None:
     """Nats per token in bits per UTF-8 byte of datasets by weight; None unless all have a manifest, which knows the bytes."""
     num_bytes, total = 0.0, sum(datasets.values())
     for dataset, weight in datasets.items():
         if dataset.manifest is None:
             return None
-        num_bytes += weight / total * dataset.manifest.num_bytes / dataset.manifest.num_tokens
+        num_tokens = dataset.manifest.num_tokens - (dataset.manifest.num_documents if eos == "drop" else 0)
+        num_bytes += weight / total * dataset.manifest.num_bytes / num_tokens
     return nats_per_token / (num_bytes * math.log(2))

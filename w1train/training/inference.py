@@ -24,7 +24,7 @@ from w1train.attention.cache import Causality, KeyValueCache, cached_visibility
 from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import document_visibility
 from w1train.config.errors import UserError
-from w1train.config.schema import AttentionConfig, Config, ParallelConfig
+from w1train.config.schema import AttentionConfig, Config, KernelsConfig, ParallelConfig
 from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import at_stage
 from w1train.data.tokenizer import Tokenizer
@@ -269,7 +269,8 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
     path = find_checkpoint(run_dir / "checkpoints", checkpoint)
     config = config_from_yaml(config_path)
     config = at_stage(config, stage_of_step(config, read_progress(path).step))
-    config.parallel, config.attention = ParallelConfig(), AttentionConfig()
+    # What the training's machines had, this one may not have.
+    config.parallel, config.attention, config.kernels = ParallelConfig(), AttentionConfig(), KernelsConfig()
     tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)

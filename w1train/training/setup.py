@@ -22,15 +22,12 @@ from w1train.model.linears import require_transformer_engine
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.training import adamw
+from w1train.training.buckets import bucket_size
 from w1train.training.megatron_fixes import keep_bucket_padding_in_checkpoints
 from w1train.training.objective import num_streams
 from w1train.training.rate_multipliers import freeze_and_mark, rate_overrides
 
 logger = logging.getLogger(__name__)
-
-# Elements of a bucket of gradients: megatron-core's own choice, below which messages are bound by latency.
-MIN_BUCKET_SIZE = 40_000_000
-MIN_BUCKET_SIZE_PER_RANK = 1_000_000
 
 
 @dataclass(slots=True)
@@ -104,21 +101,15 @@ def _data_parallel(
     """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
     layout = None
     size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    bucket_size = _bucket_size(ddp_config, size)
+    overlaps = ddp_config.overlap_grad_reduce
+    # The wrapper takes this one, which is the same on all pipeline stages, and leaves it out on the later ones.
+    ddp_config.bucket_size = bucket_size(size, 0, overlap_grad_reduce=overlaps)
     if ddp_config.use_distributed_optimizer:
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        layout = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, size, ddp_config)
+        layout = DistributedOptimizer.compute_full_param_layout(
+            parameters, bucket_size(size, parallel_state.get_pipeline_model_parallel_rank(), overlap_grad_reduce=overlaps), size, ddp_config
+        )
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
-
-
-def _bucket_size(ddp_config: DistributedDataParallelConfig, num_ranks: int) -> int | None:
-    """Elements of a bucket, which megatron-core's wrapper takes from ``ddp_config`` too: without overlap one bucket has all, and so it has
-    on the later pipeline stages, whose reduction is over before the first stage's begins. More for many ranks: their messages get small.
-    """
-    if not ddp_config.overlap_grad_reduce:
-        return None
-    ddp_config.bucket_size = max(MIN_BUCKET_SIZE, MIN_BUCKET_SIZE_PER_RANK * num_ranks)
-    return ddp_config.bucket_size if parallel_state.get_pipeline_model_parallel_rank() == 0 else None
 
 
 def initialize_tensor_overlap(config: Config) -> None:
