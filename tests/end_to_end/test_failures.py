@@ -102,7 +102,7 @@ def test_no_space_left_for_a_record(tiny_run, undisturbed):
 
 def test_damage_that_one_rank_meets_in_its_samples_is_told_by_that_rank(tiny_run):
     def damage(rank: int) -> None:
-        original, calls = loader._collate, 0
+        original, calls = loader.collate, 0
 
         def collate(*args: object) -> object:
             nonlocal calls
@@ -112,7 +112,7 @@ def test_damage_that_one_rank_meets_in_its_samples_is_told_by_that_rank(tiny_run
             return original(*args)
 
         if rank == 1:
-            loader._collate = collate
+            loader.collate = collate
 
     outcome = tiny_run.train(world_size=2, sabotage=damage)
     assert outcome.statuses == [1, 2]
