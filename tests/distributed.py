@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # optimizers import it at their first step: seconds in each rank, if not here
 import torch.distributed
 
 # torch creates its thread pool at the first operation; a forked child would inherit the pool's locks without its threads.

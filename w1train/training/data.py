@@ -324,9 +324,10 @@ def verify(dataset: TokenDataset) -> None:
     if num_bytes <= MAX_VERIFIED_BYTES:
         dataset.verify_hashes()
     else:
+        first, others = bin_path(dataset.parts[0].prefix), len(dataset.parts) - 1
         logger.warning(
-            "dataset %s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
-            dataset.prefix,
+            "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+            f"{first} and {others} more" if others else first,
             num_bytes / 1e9,
             dataset.prefix,
         )
