@@ -41,15 +41,15 @@ def ends(run: Run, scratch: Run) -> Table:
     rows = []
     for name, each in (("curriculum", run), ("from scratch", scratch)):
         last = each.validation[-1]
-        rows.append((name, f"{each.train[-1]['tokens']:,}", *_scores(last), f"{each.summary['wall_seconds']:.0f} s"))
+        rows.append((name, f"{each.train[-1]['tokens']:,}", *_scores(last)))
     average = _average(run)
     if average is not None:
         best = min(average["member_elbo"])
-        rows.append(("average of the curriculum's best", "", *_scores(average), ""))
+        rows.append(("average of the curriculum's best", "", *_scores(average)))
         rows.append(
-            (f"its best member (step {average['best_member']})", "", f"{best:.4f}", f"{min(average['member_elbo_bits_per_byte']):.4f}", "")
+            (f"its best member (step {average['best_member']})", "", f"{best:.4f}", f"{min(average['member_elbo_bits_per_byte']):.4f}")
         )
-    return Table("At the end, on validation text", ("", "tokens", "block ELBO, nats a token", "bits per byte", "wall"), rows)
+    return Table("At the end, on validation text", ("", "tokens", "block ELBO, nats a token", "bits per byte"), rows)
 
 
 def verdicts(run: Run, scratch: Run) -> list[tuple[str, bool]]:
