@@ -18,7 +18,8 @@ from w1train.config.validate import RANGES
 _INTRODUCTION = """\
 # Configuration reference
 
-Written by `python -m w1train.config.reference docs/configuration.md` from `w1train/config/schema.py`; a test keeps it up to date.
+Written by `python -m w1train.config.reference docs/configuration.md` from `w1train/config/schema.py` and `schema_operation.py`;
+a test keeps it up to date.
 
 A run is chosen with `recipe=NAME`, its parts with `GROUP=OPTION`, single values with `KEY=VALUE`, where KEY is one of those below.
 `~KEY` goes back to the default. `python -m w1train.pretrain recipe=NAME --cfg job` prints every value of a run."""

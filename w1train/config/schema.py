@@ -2,6 +2,7 @@
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
 objects, and ``w1train.config.validate`` checks the whole. The rest of the package sees nothing but these classes.
+Those of how a run is operated (checkpoints, logging) are in ``schema_operation.py``.
 A field without a default must be set by a recipe. The string under each field is its documentation
 (``docs/configuration.md`` is written from it).
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from w1train.config.schema_operation import CheckpointConfig, LoggingConfig
+
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
 LossNormalizer = Literal["tokens", "masked_tokens"]
-BestMetric = Literal["elbo", "masked_cross_entropy"]
 BackendName = Literal["cudnn", "flex", "te", "sdpa", "reference"]
 
 
@@ -377,39 +379,6 @@ class SamplingConfig:
     """Which predictions are kept at each step."""
     seed: int = 0
     """Seed of the sampler's noise."""
-
-
-@dataclass(slots=True, kw_only=True)
-class CheckpointConfig:
-    """When state is saved and how much of it is kept."""
-
-    interval: int = 1000
-    """Steps between checkpoints; one more is written at the end."""
-    keep: int = 3
-    """Newest checkpoints kept."""
-    keep_best: int = 0
-    """Beside the newest, as many of the best by checkpoint.best_metric are kept; every checkpoint must then be at a validation."""
-    best_metric: BestMetric = "elbo"
-    """What of the validation at a checkpoint's step ranks it; lower is better."""
-    average_at_end: bool = False
-    """Average the weights of the keep_best best checkpoints at the end of the run and of each of its phases, and compare the average
-    with them (LLaDA2.0's merge; w1train.average does the same at any time). Averages are kept."""
-
-
-@dataclass(slots=True, kw_only=True)
-class LoggingConfig:
-    """What is written while training."""
-
-    interval: int = 10
-    """Steps between console lines; metrics.jsonl has every step."""
-    num_t_bins: int = 10
-    """Equal bins of t for the loss by t."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto = online if WANDB_API_KEY is set, else offline."""
-    wandb_project: str = "w1train"
-    """Weights & Biases project."""
-    peak_tflops: float | None = None
-    """Dense bf16 peak of the device for MFU, TFLOP/s; null = from the device's name (none on CPU)."""
 
 
 @dataclass(slots=True, kw_only=True)
