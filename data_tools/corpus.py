@@ -111,9 +111,9 @@ class LeftOut:
         """
         counts = self.counts
         if counts.num_bad > _MAX_LOGGED:
-            logger.warning("... and %d more files or records that are not text", counts.num_bad - _MAX_LOGGED)
+            logger.warning("... and %d more files or lines that are not text", counts.num_bad - _MAX_LOGGED)
         if counts.num_bad or counts.num_empty:
-            logger.info("left out %d files or records that are not text and %d empty documents", counts.num_bad, counts.num_empty)
+            logger.info("left out %d files or lines that are not text and %d empty documents", counts.num_bad, counts.num_empty)
         if counts.num_filtered:
             logger.info("left out %d records or documents by filters and length", counts.num_filtered)
         if counts.num_duplicates:

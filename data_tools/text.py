@@ -132,7 +132,7 @@ class UnitReader:
             try:
                 content = decode(line, offset)
                 if content.strip():
-                    self._add_record(result, _parse(content), origin)
+                    self._add_record(result, _parse(content), origin, "JSON object")
                 else:
                     result.counts.num_empty += 1
             except CorpusError as error:
@@ -145,18 +145,18 @@ class UnitReader:
             try:
                 if isinstance(row, str):
                     raise CorpusError(row)
-                self._add_record(result, row, origin)
+                self._add_record(result, row, origin, "record")
             except CorpusError as error:
                 self._reject(result, f"{origin}: {error}")
 
-    def _add_record(self, result: UnitText, record: object, origin: str) -> None:
+    def _add_record(self, result: UnitText, record: object, origin: str, kind: str) -> None:
         name = self._rules.text_field
         text = look_up(record, name)
         if isinstance(text, bytes):
             text = decode(text)
         if not isinstance(text, str):
             found = "" if text is None else f" (it is {type(text).__name__})"
-            raise CorpusError(f"no record with a string {name!r}{found}")
+            raise CorpusError(f"no {kind} with a string {name!r}{found}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # "\ud800" is JSON, but no character

@@ -206,7 +206,7 @@ def test_skipped_input_is_counted(tokenizer_file, tmp_path, caplog):
     (tmp_path / "b.txt").write_bytes(b"coffee")
     with caplog.at_level("INFO"):
         assert tokenize.main(tokenize_arguments(tmp_path, tokenizer_file, tmp_path / "out/x", "--on-error", "skip")) == 0
-    assert "left out 1 files or records that are not text" in caplog.text
+    assert "left out 1 files or lines that are not text" in caplog.text
     assert read_texts(tmp_path / "out/x", Tokenizer.load(tokenizer_file)) == ["coffee"]
 
 

@@ -46,13 +46,21 @@ def test_every_item_is_as_likely_at_every_place(num_items):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_the_shuffle_is_uniform():
+    """Chi-squared of item against place over 6,000 epochs, 25 degrees of freedom: above 60 has probability 1e-4."""
+    counts = np.zeros((6, 6))
+    for epoch in range(6000):
+        counts[[permuted(place, 6, seed=99, epoch=epoch) for place in range(6)], np.arange(6)] += 1
+    assert ((counts - 1000) ** 2 / 1000).sum() < 60
+
+
 def test_all_orders_of_three_are_equally_likely():
     counts = np.zeros(27)
-    for seed in range(1200):
+    for seed in range(6000):
         counts[np.array([permuted(place, 3, seed, epoch=0) for place in range(3)]) @ (9, 3, 1)] += 1
     orders = counts[counts > 0]
     assert len(orders) == 6
-    assert ((orders - 200) ** 2 / 200).sum() < 26  # 5 degrees of freedom: probability 1e-4
+    assert ((orders - 1000) ** 2 / 1000).sum() < 26  # 5 degrees of freedom: probability 1e-4
 
 
 def test_what_follows_what_is_uniform():

@@ -169,12 +169,6 @@ def test_a_damaged_packing_is_named_or_gives_whole_samples(packed_file, data):
     assert str(path) in message or (samples and all((document_ids >= 0).any() for _, document_ids, _ in samples))
 
 
-def test_a_sample_of_a_dropped_eos_alone_is_padding(make_dataset, tmp_path):
-    """11 tokens in samples of 5: the last one has the EOS of the last document, and nothing else."""
-    packed = PackedDataset(make_dataset(tmp_path / "x", [[20] * 4, [21] * 5]), 5, 0, shuffle=False, eos="drop")
-    assert [int((document_ids >= 0).sum()) for _, document_ids, _ in epoch_samples(packed)] == [4, 5, 0]
-
-
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=30))
 def test_a_sample_depends_on_its_index_alone(indices):

@@ -55,7 +55,7 @@ def test_undecodable_file(tmp_path, caplog):
         assert [document.text for document in corpus] == ["good"]
     assert corpus.log.counts.num_bad == 1
     assert "bad.txt: byte 3" in caplog.text
-    assert "left out 1 files or records" in caplog.text
+    assert "left out 1 files or lines" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_undecodable_file(tmp_path, caplog):
         (b'{"text": "a\xff"}', r"x\.jsonl:2: byte 26 \(0xff\) is not UTF-8"),
         (b'{"text": ', r"x\.jsonl:2: not JSON"),
         (b"[" * 100_000, r"x\.jsonl:2: not JSON"),
-        (b'{"body": "a"}', r"x\.jsonl:2: no record with a string 'text'"),
-        (b'{"text": 3}', r"x\.jsonl:2: no record with a string 'text'"),
-        (b"[1]", r"x\.jsonl:2: no record"),
+        (b'{"body": "a"}', r"x\.jsonl:2: no JSON object with a string 'text'"),
+        (b'{"text": 3}', r"x\.jsonl:2: no JSON object with a string 'text'"),
+        (b"[1]", r"x\.jsonl:2: no JSON object"),
         (b'{"text": "\\ud800"}', r"x\.jsonl:2: character 0 of 'text' is a lone surrogate"),
     ],
 )

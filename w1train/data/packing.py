@@ -105,14 +105,9 @@ class SampleSource(ABC):
         tokens = np.zeros(self.sequence_length, dtype=np.int64)
         document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
         positions = np.zeros(self.sequence_length, dtype=np.int32)
-        if len(starts) == 0:  # a short last sample, whose only token is an EOS that is left out
-            return tokens, document_ids, positions
-        numbers = np.arange(len(starts))
-        tokens = np.zeros(self.sequence_length, dtype=np.int64)
-        document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
-        positions = np.zeros(self.sequence_length, dtype=np.int32)
         if len(starts) == 0:  # the rest of an epoch was an EOS alone, which is left out
             return tokens, document_ids, positions
+        numbers = np.arange(len(starts))
         ends = np.cumsum(lengths)
         where: slice | NDArray[np.int64] = slice(0, int(ends[-1]))
         indices = np.arange(int(ends[-1]))

@@ -209,9 +209,12 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
     """The training samples of a dataset, packed as the configuration says.
 
     Raises:
-        DatasetError: if its best-fit packing has not been built.
+        DatasetError: if it does not fill one sample, or its best-fit packing has not been built.
     """
     data, seed = config.data, config.training.seed
+    if dataset.num_tokens < data.sequence_length:
+        # Training on the padding would work, at a cost that nobody meant to pay: the wrong file, or the wrong length.
+        raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
     if data.packing == "best_fit":
         return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, **position_options(config))
     return PackedDataset(dataset, data.sequence_length, seed, **position_options(config), eos=data.eos)
