@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiny import LENGTH, tiny_config
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import write_index
 from w1train.data.packing import PackedDataset
 from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
+from w1train.training.data import open_source, packing_options
 
 document_lengths = st.lists(st.integers(0, 12), min_size=1, max_size=20).filter(any)
 
@@ -167,6 +169,17 @@ def test_a_damaged_packing_is_named_or_gives_whole_samples(packed_file, data):
     finally:
         path.write_bytes(content)
     assert str(path) in message or (samples and all((document_ids >= 0).any() for _, document_ids, _ in samples))
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_a_training_dataset_fills_a_sample_at_least(make_dataset, tmp_path, packing):
+    config = tiny_config(data={"packing": packing})
+    with pytest.raises(DatasetError, match=f"x has {LENGTH - 1} tokens, fewer than one sample of {LENGTH}"):
+        open_source(make_dataset(tmp_path / "x", [[20] * (LENGTH - 2)]), config)
+    enough = make_dataset(tmp_path / "y", [[20] * (LENGTH - 1)])
+    if packing == "best_fit":
+        ensure_packing(enough, packing_options(config))
+    assert open_source(enough, config).num_samples_per_epoch == 1
 
 
 @settings(max_examples=20)
