@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.attention.cases import VARIANTS, inputs_of, long_pack, to_device, visibilities
+from tests.tiny import packed_batch
 from w1train.attention.backends import rectangles
 from w1train.attention.backends.choice import BACKENDS
 from w1train.attention.backends.reference import ReferenceBackend, attend_reference
@@ -100,6 +101,27 @@ def test_on_a_gpu(name, groups, kind):
     for padding in (0, 40):
         visibility = to_device(long_pack(700, kind, padding=padding), "cuda")
         _check(BACKENDS[name](case), case, visibility, torch.bfloat16, 1e-2, device="cuda")
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_matches_the_reference_on_packs_with_padding(groups, dtype, tolerance):
+    """Without allowance for rounding, through the plan that a model is given."""
+    documents = packed_batch(range(6)).document_ids
+    documents[3] = -1  # a sample of padding alone
+    visibility = document_visibility(documents)
+    inputs = inputs_of(visibility, _case("documents", groups), dtype)
+    output = plan_attention(visibility).attend(*inputs)
+    upstream = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, inputs, upstream)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = attend_reference(*exact, visibility.dense())
+    expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
+    for actual, wanted in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        assert torch.isfinite(actual).all()
+        assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+    assert (output[3] == 0).all()
+    assert all((gradient[3] == 0).all() for gradient in gradients)
 
 
 def test_no_mask_where_everything_is_visible():
