@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def attention_checks(device: torch.device, length: int, channels: int) -> Iterat
                 case = AttentionCase(kind, "bf16", 4, groups, channels)
                 check = Check(name, f"{mask}, {groups} key/value heads", reason=BACKENDS[name].why_not(case, device))
                 if check.reason is None:
-                    _run(check, lambda name=name, case=case, seen=visibility: _attention_errors(name, case, seen))  # type: ignore[misc]
+                    _run(check, partial(_attention_errors, name, case, visibility))
                 yield check
 
 
@@ -122,7 +123,7 @@ def kernel_checks(device: torch.device, num_rows: int, size: int, vocabulary: in
     for name, errors in _KERNELS.items():
         check = Check(name, f"{num_rows} rows of {size}", reason=reason)
         if reason is None:
-            _run(check, lambda errors=errors: errors(device, num_rows, size, vocabulary))  # type: ignore[misc]
+            _run(check, partial(errors, device, num_rows, size, vocabulary))
         yield check
 
 

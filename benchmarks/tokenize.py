@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,7 @@ def measure_speed(directory: Path, tokenizer_path: Path, texts: Sequence[str], o
         command = ["--input", str(corpus), "--tokenizer", str(tokenizer_path), "--output", str(directory / "speed"), "--overwrite"]
         ways: list[Callable[[], object]] = [
             lambda: _library_alone(tokenizer, content),
-            lambda command=command, workers=workers: tokenize.main([*command, "--workers", str(workers)]),  # type: ignore[misc]
+            partial(tokenize.main, [*command, "--workers", str(workers)]),
         ]
         # Read at each call: one thread, or as many as there are cores.
         os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"

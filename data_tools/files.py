@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import json
 import logging
 import os
@@ -90,7 +91,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def open_file(path: str) -> tuple[BinaryIO, BinaryIO]:
+def open_file(path: str) -> tuple[io.BufferedIOBase, BinaryIO]:
     """(the content, decompressed; the file itself, whose position is the progress). Close both.
 
     Raises:
@@ -99,7 +100,7 @@ def open_file(path: str) -> tuple[BinaryIO, BinaryIO]:
     raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
     match _COMPRESSIONS.get(os.path.splitext(path)[1]):
         case "gzip":
-            return gzip.GzipFile(fileobj=raw), raw  # type: ignore[return-value]
+            return gzip.GzipFile(fileobj=raw), raw
         case "zstd":
             return _zstandard(path).ZstdFile(raw), raw
     return raw, raw

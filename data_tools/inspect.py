@@ -131,11 +131,10 @@ def check_hashes(dataset: TokenDataset) -> Check:
 
 def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
     """Whether all tokens are in the vocabulary, none is the mask, and EOS ends the documents."""
-    if tokenizer is None and dataset.manifest is None:
-        return Check("every token is in the vocabulary (which needs --tokenizer: not checked)")
     facts = tokenizer or dataset.manifest
-    assert facts is not None
-    vocab_size = tokenizer.vocab_size if tokenizer else dataset.manifest.tokenizer_vocab_size  # type: ignore[union-attr]
+    if facts is None:
+        return Check("every token is in the vocabulary (which needs --tokenizer: not checked)")
+    vocab_size = facts.vocab_size if isinstance(facts, Tokenizer) else facts.tokenizer_vocab_size
     # A foreign dataset's documents end as its makers liked.
     ends_matter = dataset.manifest is not None
     name = f"every token is in the vocabulary of {vocab_size}, none a mask" + (", every document ended by EOS" if ends_matter else "")

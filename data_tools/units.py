@@ -10,8 +10,8 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import accumulate
-from typing import BinaryIO
 
 from data_tools.files import Kind, damage, kind_of, open_file
 from data_tools.tables import TableError, read_pieces
@@ -131,7 +131,7 @@ class FileUnits:
             yield Unit(kind, (path,), start, end, after, fault=f"{path}: {error}")
 
 
-def _blocks(stream: BinaryIO, offset: int) -> Iterator[tuple[bytes, str]]:
+def _blocks(stream: BufferedIOBase, offset: int) -> Iterator[tuple[bytes, str]]:
     """(whole lines, "") from an offset on, and ("", fault) at the end of a damaged file, with the lines before the damage."""
     parts: list[bytes] = []
     size = 0
