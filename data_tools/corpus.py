@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_tools.files import CorpusError, Kind, find_files
 from data_tools.text import Counts, Document, Rules, UnitReader, UnitText
@@ -75,6 +77,16 @@ class TextCorpus(FileUnits):
         """What there is to read, for the log."""
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.kinds.items()))
         return f"{len(self.files)} files ({kinds}), {self.num_bytes / 1e6:.1f} MB"
+
+    def facts(self, options: dict[str, Any], counts: Counts) -> dict[str, Any]:
+        """For a manifest: what was read, how, and what was left out."""
+        return {
+            "num_files": len(self.files),
+            "num_bytes": self.num_bytes,
+            "files_sha256": self.fingerprint(),
+            "options": options,
+            **dataclasses.asdict(counts),
+        }
 
     def fingerprint(self) -> str:
         """sha256 of the files' names and sizes, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.command import run_command
+from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _import(options: argparse.Namespace) -> None:
     source = Path(options.input)
     source = source / "tokenizer.json" if source.is_dir() else source
+    serialized = source.read_bytes()
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json.loads(serialized)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"tokenizer {source} is no JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or not isinstance(content["model"].get("vocab"), dict):
@@ -55,6 +58,8 @@ def _import(options: argparse.Namespace) -> None:
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
+    origin = {"source": str(source), "source_sha256": hashlib.sha256(serialized).hexdigest(), "renamed": renamed}
+    write_tokenizer_manifest(output, tokenizer, "data_tools.import_tokenizer", origin)
     logger.info(
         "wrote %s: %d ids, <eos> %d, <mask> %d (diffusion.mask_token_id), <pad> %d; model.vocab_size must be at least %d",
         *(output, tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id),

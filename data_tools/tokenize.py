@@ -111,7 +111,7 @@ def _tokenize(options: argparse.Namespace) -> None:
             split = choose_split(corpus, options.validation_fraction)
             encoding = Encoding(corpus.rules, tokenizer.serialized, split, options.deduplicate)
             _write(corpus, encoding, outputs, _num_workers(options.workers, corpus, encoding))
-        for prefix, manifest in outputs.publish(_corpus_summary(corpus, corpus_options, outputs)):
+        for prefix, manifest in outputs.publish(corpus.facts(corpus_options, outputs.record.counts)):
             logger.info(
                 "wrote %s: %d documents, %d tokens, %.3f bytes a token, %.4f bits a byte as a unigram model",
                 prefix,
@@ -165,17 +165,6 @@ def _fingerprint(corpus: TextCorpus, tokenizer: Tokenizer, options: dict[str, An
     software = [__version__, tokenizers.__version__]
     parts = [corpus.fingerprint(), times, sorted(corpus.kinds.items()), tokenizer.fingerprint, options, software]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _corpus_summary(corpus: TextCorpus, options: dict[str, Any], outputs: Outputs) -> dict[str, Any]:
-    """For the manifests, of which each has the counts of the whole run."""
-    return {
-        "num_files": len(corpus.files),
-        "num_bytes": corpus.num_bytes,
-        "files_sha256": corpus.fingerprint(),
-        "options": options,
-        **dataclasses.asdict(outputs.record.counts),
-    }
 
 
 if __name__ == "__main__":

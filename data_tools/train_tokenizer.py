@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from data_tools.command import add_corpus_options, corpus_from, run_command
 from data_tools.corpus import TextCorpus
 from data_tools.progress import ByteProgress
+from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,9 @@ def _train(options: argparse.Namespace) -> None:
         _texts(corpus, options.max_corpus_bytes), options.vocab_size, options.mask_token_id, options.digits, options.whitespace
     )
     tokenizer.save(output)
+    rules = {"digits": options.digits, "whitespace": options.whitespace, "max_corpus_bytes": options.max_corpus_bytes}
+    corpus_options = {**dataclasses.asdict(corpus.rules), **rules}
+    write_tokenizer_manifest(output, tokenizer, "data_tools.train_tokenizer", {"corpus": corpus.facts(corpus_options, corpus.log.counts)})
     logger.info("wrote %s: %d ids, mask %d, sha256 %s", output, tokenizer.vocab_size, tokenizer.mask_token_id, tokenizer.fingerprint)
 
 

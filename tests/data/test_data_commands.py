@@ -57,6 +57,16 @@ def test_the_standard_library_is_a_corpus(corpus):
     assert not any("site-packages" in path or path.startswith("test/") for path, _ in again)
 
 
+def test_a_tokenizer_says_what_it_was_trained_on(corpus, tokenizer_file):
+    manifest = json.loads((tokenizer_file.parent / "tokenizer.manifest.json").read_text())
+    assert manifest["sha256"] == Tokenizer.load(tokenizer_file).fingerprint
+    assert manifest["vocab_size"] == 600
+    facts = manifest["corpus"]
+    assert facts["num_bytes"] == corpus.stat().st_size
+    assert facts["num_documents"] + facts["num_empty"] == len(corpus.read_text().splitlines())
+    assert facts["options"]["digits"] == "single"
+
+
 def test_from_text_to_datasets_and_back(corpus, tokenizer_file, tmp_path):
     """Train and validation together hold every document, unchanged, once."""
     options = ["--validation-output", str(tmp_path / "new/validation"), "--validation-fraction", "0.2"]

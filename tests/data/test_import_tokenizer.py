@@ -1,5 +1,6 @@
 """A model's own tokenizer, made one to train with: ids stay, special tokens are there."""
 
+import hashlib
 import json
 
 import pytest
@@ -40,6 +41,9 @@ def test_ids_stay_and_special_tokens_are_there(qwen_like, tmp_path):
     assert (after.mask_token_id, after.pad_token_id) == (size, size + 1)
     assert after.encode("<mask> <eos>") != [after.mask_token_id], "special tokens are no text"
     assert int(after.num_bytes_by_token()[after.encode(TEXT)].sum()) == len(TEXT)
+    manifest = json.loads((tmp_path / "new" / "tokenizer.manifest.json").read_text())
+    assert (manifest["sha256"], manifest["mask_token_id"], manifest["vocab_size"]) == (after.fingerprint, size, after.vocab_size)
+    assert manifest["source_sha256"] == hashlib.sha256(qwen_like.read_bytes()).hexdigest()
 
 
 def test_a_token_that_nothing_uses_becomes_the_mask(qwen_like, tmp_path):
