@@ -22,9 +22,9 @@ class GarbageCollection:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # What is frozen stays so: the process ends soon.
         if self._interval:
             gc.enable()
-            gc.unfreeze()
 
     def step_done(self, step: int) -> None:
         """Collect, if it is time."""
