@@ -16,6 +16,7 @@ import torch.distributed as dist
 from w1train.config.schema import ParallelConfig
 from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
+from w1train.runtime.rendezvous import store_of_this_start
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ def initialize_process_group(device: torch.device, timeout: datetime.timedelta =
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    options: dict[str, Any] = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
+    if (start := store_of_this_start(timeout)) is not None:
+        options.update(zip(("store", "rank", "world_size"), start, strict=True))
+    dist.init_process_group(backend, **options)
 
 
 def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
@@ -109,10 +113,17 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+# gloo's words when the other side ends while they talk, and when it has ended before they meet; NCCL's; the store's.
+_LOST_CONNECTION = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed"),
+    *("remote process exited", "Did the remote server shutdown"),
+)
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone. gloo says so in words alone; under NCCL the ranks that are left
-    wait until the launcher ends them."""
-    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
+    """Whether a collective failed because another rank is gone. Libraries say so in words alone; under NCCL, which often says nothing,
+    the ranks that are left wait until the launcher or their watchdog ends them."""
+    return any(words in str(error) for words in _LOST_CONNECTION)
 
 
 # What comes out on all ranks when one meets it: mistakes of users, files, checkpoints.
