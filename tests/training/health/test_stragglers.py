@@ -69,7 +69,7 @@ def test_stages_are_not_compared_with_each_other():
 
 @pytest.mark.parametrize(("interval", "collected"), [(3, [False, False, True, False, False, True]), (0, [False] * 6)])
 def test_garbage_is_collected_at_its_steps_alone(monkeypatch, interval, collected):
-    was_enabled = gc.isenabled()
+    was_enabled, num_frozen = gc.isenabled(), gc.get_freeze_count()
     calls: list[int] = []
     with GarbageCollection(interval) as garbage:
         assert gc.isenabled() == (interval == 0)
@@ -82,4 +82,4 @@ def test_garbage_is_collected_at_its_steps_alone(monkeypatch, interval, collecte
         monkeypatch.undo()
     assert found == collected
     assert gc.isenabled() == was_enabled
-    gc.unfreeze()
+    assert gc.get_freeze_count() == num_frozen
