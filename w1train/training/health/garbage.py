@@ -12,23 +12,19 @@ class GarbageCollection:
     def __init__(self, interval: int) -> None:
         """``interval``: steps; 0 = Python's own way."""
         self._interval = interval
-        self._has_frozen = False
 
     def __enter__(self) -> GarbageCollection:
         if self._interval:
             gc.collect()
-            # Model, optimizer and modules stay to the end: no collection need look at them again. What somebody else has frozen (a
-            # process that forks its ranks: what is its own) is not ours to thaw.
-            self._has_frozen = gc.get_freeze_count() == 0
+            # Model, optimizer and modules stay to the end: no collection need look at them again.
             gc.freeze()
             gc.disable()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """The process ends soon, and collects what there is as it does: frozen, that would be leaks to the libraries it belongs to. A
+        forked process, which does not, has garbage of its parent that no collection here may touch: so none is enabled."""
         if self._interval:
-            gc.enable()
-        if self._has_frozen:
-            # Frozen, it would outlive the interpreter, and libraries complain of leaks.
             gc.unfreeze()
 
     def step_done(self, step: int) -> None:
