@@ -22,7 +22,7 @@ if [[ -n "${TORCH_INDEX:-}" ]]; then
 fi
 # Each round sees the requirements of what the one before has installed.
 for ((round = 1; round <= num_rounds; round++)); do
-  needed="$("$prefix/bin/python" "$here/needed_packages.py" "$pyproject" "$extras" "$constraints" "$@")"
+  needed="$("$prefix/bin/python" "$here/../../launch/needed_packages.py" "$pyproject" "$extras" "$constraints" "$@")"
   if [[ -z "$needed" ]]; then
     echo "install_packages: all requirements are met after $((round - 1)) rounds"
     exit

@@ -96,19 +96,18 @@ def link_kinds(topology: str) -> dict[str, int]:
 
 def bandwidths(device: torch.device) -> Iterator[Finding]:
     """Copies to and from the GPU (pinned memory), inside it, and a matrix product; on a CPU the last two."""
-    size = _COPY_BYTES[device.type]
-    here, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    num_bytes = _COPY_BYTES[device.type]
+    here, there = (torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     here.zero_()
     there.zero_()
     if device.type == "cuda":
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        yield _speed("copy to the GPU", size, best_seconds(lambda: here.copy_(host, non_blocking=True), device))
-        yield _speed("copy from the GPU", size, best_seconds(lambda: host.copy_(here, non_blocking=True), device))
+        host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        yield _speed("copy to the GPU", num_bytes, best_seconds(lambda: here.copy_(host, non_blocking=True), device))
+        yield _speed("copy from the GPU", num_bytes, best_seconds(lambda: host.copy_(here, non_blocking=True), device))
     # Read once and written once.
-    yield _speed("copy in memory", 2 * size, best_seconds(lambda: here.copy_(there), device))
-    yield Finding(
-        "matrix product, bf16", f"{matmul_tflops(device):,.2f} TFLOP/s", detail=f"{_MATMUL_SIZE[device.type]} x {_MATMUL_SIZE[device.type]}"
-    )
+    yield _speed("copy in memory", 2 * num_bytes, best_seconds(lambda: here.copy_(there), device))
+    size = _MATMUL_SIZE[device.type]
+    yield Finding("matrix product, bf16", f"{matmul_tflops(device):,.2f} TFLOP/s", detail=f"{size} x {size}")
 
 
 def matmul_tflops(device: torch.device) -> float:

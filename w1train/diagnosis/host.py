@@ -27,9 +27,7 @@ def host_section(runs_dir: Path, *, quick: bool) -> Section:
     memory = psutil.virtual_memory()
     findings = [
         Finding("host", socket.gethostname(), detail=" ".join(os.uname()[:3:2])),
-        Finding(
-            "cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}", detail=f"torch computes with {torch.get_num_threads()} threads"
-        ),
+        Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}", detail=f"{torch.get_num_threads()} threads of torch"),
         Finding("memory", f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"),
         _open_files(),
         _locked_memory(),
@@ -49,9 +47,7 @@ def _locked_memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("locked memory", "unlimited")
-    return Finding(
-        "locked memory", f"{soft / 2**20:.0f} MiB", "note", "NCCL over InfiniBand wants it unlimited (docker run --ulimit memlock=-1)"
-    )
+    return Finding("locked memory", f"{soft / 2**20:.0f} MiB", "note", "InfiniBand wants it unlimited (docker run --ulimit memlock=-1)")
 
 
 def _limit(value: int) -> str:
@@ -82,10 +78,5 @@ def disk_finding(runs_dir: Path) -> Finding:
     except OSError as error:
         return Finding("runs_dir", str(folder), "failed", f"cannot be written to: {error}")
     speed, free = _DISK_BYTES / seconds / 1e6, shutil.disk_usage(folder).free / 2**30
-    slow = speed < _MIN_DISK_MB_PER_SECOND
-    return Finding(
-        "runs_dir",
-        f"{speed:,.0f} MB/s",
-        "warning" if slow else "ok",
-        f"one file of {_DISK_BYTES >> 20} MiB in {folder}, {free:,.0f} GiB free",
-    )
+    detail = f"one file of {_DISK_BYTES >> 20} MiB in {folder}, {free:,.0f} GiB free"
+    return Finding("runs_dir", f"{speed:,.0f} MB/s", "warning" if speed < _MIN_DISK_MB_PER_SECOND else "ok", detail)

@@ -16,13 +16,14 @@ def kernel_section(device: torch.device) -> Section:
     on_gpu = device.type == "cuda"
     length, channels, sizes = (512, 64, (512, 1024, 4096)) if on_gpu else (128, 16, (64, 32, 96))
     torch.manual_seed(0)
-    attention = [
-        summarize(name, checks) for name, checks in groupby(attention_checks(device, length, channels), lambda check: check.kernel)
-    ]
-    kernels = [summarize(name, checks) for name, checks in groupby(kernel_checks(device, *sizes), lambda check: check.kernel)]
+    attention = _by_kernel(attention_checks(device, length, channels))
     for finding in attention:
         finding.name = f"attention.backend={finding.name}"
-    return Section(f"kernels on {device.type}, against references", [*attention, *kernels])
+    return Section(f"kernels on {device.type}, against references", [*attention, *_by_kernel(kernel_checks(device, *sizes))])
+
+
+def _by_kernel(checks: Iterable[Check]) -> list[Finding]:
+    return [summarize(name, of_kernel) for name, of_kernel in groupby(checks, lambda check: check.kernel)]
 
 
 def summarize(name: str, checks: Iterable[Check]) -> Finding:
@@ -33,10 +34,8 @@ def summarize(name: str, checks: Iterable[Check]) -> Finding:
     worst = max((error for check in ran for error in check.errors.values()), default=0.0)
     reasons = list(dict.fromkeys(check.reason for check in checks if check.reason))
     if wrong:
-        cases = ", ".join(check.case for check in wrong)
-        return Finding(
-            name, f"WRONG in {len(wrong)} of {len(checks)} cases", "failed", "; ".join([f"{cases} (error {worst:.1e})", *reasons])
-        )
+        cases = f"{', '.join(check.case for check in wrong)} (error {worst:.1e})"
+        return Finding(name, f"WRONG in {len(wrong)} of {len(checks)} cases", "failed", "; ".join([cases, *reasons]))
     if not ran:
         return Finding(name, "cannot serve", "note", "; ".join(reasons))
     served = f"right in {len(ran)} cases" if len(ran) == len(checks) else f"right in {len(ran)} of {len(checks)} cases"

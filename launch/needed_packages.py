@@ -75,10 +75,8 @@ def needed(requirements: Sequence[Requirement], pins: dict[str, str], protected:
     for requirement, source, installed in unmet(requirements):
         name = canonicalize_name(requirement.name)
         if name in map(canonicalize_name, protected):
-            found = "it has none" if installed is None else f"it has {installed}"
-            raise PackageError(
-                f"{source} requires {requirement}, which comes with the base image alone, and {found}: take another base image"
-            )
+            found = installed or "none"
+            raise PackageError(f"{source} requires {requirement}, which the base image alone may bring; it has {found}: take another one")
         if name not in pins or not requirement.specifier.contains(pins[name], prereleases=True):
             pin = f"is pinned to {pins[name]}" if name in pins else "has no pin"
             raise PackageError(f"{source} requires {requirement}, which {pin}: run docker/compile_constraints.sh")
