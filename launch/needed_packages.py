@@ -31,10 +31,11 @@ def read_pins(constraints: Path) -> dict[str, str]:
 
 
 def project_requirements(pyproject: Path, extras: Sequence[str]) -> list[Requirement]:
-    """Of the project and of its named extras."""
+    """Of the project and of its named extras, those for this Python."""
     project = tomllib.loads(pyproject.read_text())["project"]
     groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
-    return [Requirement(text) for group in groups for text in group]
+    requirements = [Requirement(text) for group in groups for text in group]
+    return [requirement for requirement in requirements if requirement.marker is None or requirement.marker.evaluate()]
 
 
 def unmet(requirements: Sequence[Requirement]) -> Iterator[tuple[Requirement, str, str | None]]:
