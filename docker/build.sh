@@ -4,7 +4,7 @@
 #   docker/build.sh gpu|cpu [ARGUMENTS OF docker build...]
 #
 # Environment variables:
-#   IMAGE   the name to give it   (default: w1train:VERSION, w1train:VERSION-cpu)
+#   IMAGE   the name to give it   (default: w1train:VERSION and w1train:latest; both end in -cpu for that one)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,6 +22,8 @@ command -v docker >/dev/null || fail "there is no docker on PATH. Without Docker
 docker info >/dev/null 2>&1 || fail "docker is here, but no daemon answers 'docker info': start it, or join the group that may use it"
 
 version="$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)"
-image="${IMAGE:-w1train:$version$suffix}"
-docker build --file "$file" --build-arg "CODE_VERSION=$version" --tag "$image" "$@" .
-printf 'built %s. Look at it: docker run --rm %s%s\n' "$image" "$([[ "$kind" == gpu ]] && echo '--gpus all --ipc=host ')" "$image"
+names=("w1train:$version$suffix" "w1train:latest$suffix")
+if [[ -n "${IMAGE:-}" ]]; then names=("$IMAGE"); fi
+docker build --file "$file" --build-arg "CODE_VERSION=$version" "${names[@]/#/--tag=}" "$@" .
+if [[ "$kind" == gpu ]]; then flags="--gpus=all --ipc=host "; fi
+printf 'built %s. Look at it: docker run --rm %s%s\n' "${names[*]}" "${flags:-}" "${names[0]}"

@@ -66,7 +66,7 @@ def examine(runs_dir: Path, *, quick: bool, seconds: float) -> list[Section]:
 
 def _together(device: torch.device, seconds: float, kernels: Section) -> Section:
     """A rank that is gone or does not come is a finding of the others."""
-    same = {name: installed_version(name) for name in _SAME_EVERYWHERE} | {"device": device_name(device)}
+    same = {name: installed_version(name) or "absent" for name in _SAME_EVERYWHERE} | {"device": device_name(device)}
     try:
         initialize(device)
         section = collective_section(device, seconds, same, [finding.name for finding in failures([kernels])])

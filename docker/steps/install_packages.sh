@@ -13,8 +13,10 @@ prefix="$1" pyproject="$2" constraints="$3" extras="$4"
 shift 4
 num_rounds=12
 
-install() { # install UV_ARGUMENTS...: --no-deps, because a resolver would replace torch to please a dependency
-  "$prefix/bin/uv" pip install --python "$prefix/bin/python" --no-deps --compile-bytecode "$@"
+# --no-deps, because a resolver would replace torch to please a dependency. --no-build-isolation: what has no wheel is built by the
+# pinned setuptools, not by the newest.
+install() { # install UV_ARGUMENTS...
+  "$prefix/bin/uv" pip install --python "$prefix/bin/python" --no-deps --no-build-isolation --compile-bytecode "$@"
 }
 
 if [[ -n "${TORCH_INDEX:-}" ]]; then

@@ -136,8 +136,8 @@ def test_the_command_that_builds(docker, kind, file, suffix):
     docker.stand_in(daemon=True)
     line = docker.build(kind, "--build-arg", "USER_ID=1001").stdout.splitlines()[0]
     match = re.fullmatch(
-        rf"docker build --file {file} --build-arg CODE_VERSION=(\S+) --tag w1train:(\S+) --build-arg USER_ID=1001 \.", line
+        rf"docker build --file {file} --build-arg CODE_VERSION=(\S+) --tag=(\S+) --tag=(\S+) --build-arg USER_ID=1001 .", line
     )
     assert match
-    assert match[2] == match[1] + suffix
-    assert "--tag mine" in docker.build(kind, IMAGE="mine").stdout
+    assert match.groups()[1:] == (f"w1train:{match[1]}{suffix}", f"w1train:latest{suffix}")
+    assert "--tag=mine " in docker.build(kind, IMAGE="mine").stdout
