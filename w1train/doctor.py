@@ -24,7 +24,7 @@ from rich.console import Console
 
 from w1train.config.errors import UserError
 from w1train.diagnosis.collectives import collective_section, initialize
-from w1train.diagnosis.devices import device_section
+from w1train.diagnosis.devices import device_section, driver_version
 from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
 from w1train.diagnosis.host import host_section
 from w1train.diagnosis.kernels import kernel_section
@@ -55,21 +55,27 @@ def examine(runs_dir: Path, *, quick: bool, seconds: float) -> list[Section]:
     """Everything. Under torchrun every rank tries its kernels and the collectives, and rank 0 alone looks at the rest, last: what it times
     is then disturbed by nobody, and disturbs nobody."""
     if quick:
-        return [package_section(), device_section(torch.device("cpu"), quick=True), host_section(runs_dir, quick=True)]
+        return [package_section(quick=True), device_section(torch.device("cpu"), quick=True), host_section(runs_dir, quick=True)]
     device = select_device()
     kernels = kernel_section(device)
-    together = [] if os.environ.get("WORLD_SIZE", "1") == "1" else [_together(device, seconds, kernels)]
+    together = [] if os.environ.get("WORLD_SIZE", "1") == "1" else [_together(device, seconds, runs_dir, kernels)]
     if os.environ.get("RANK", "0") != "0":
         return [kernels, *together]
-    return [package_section(), device_section(device, quick=False), kernels, host_section(runs_dir, quick=False), *together]
+    return [package_section(quick=False), device_section(device, quick=False), kernels, host_section(runs_dir, quick=False), *together]
 
 
-def _together(device: torch.device, seconds: float, kernels: Section) -> Section:
+def _together(device: torch.device, seconds: float, runs_dir: Path, kernels: Section) -> Section:
     """A rank that is gone or does not come is a finding of the others."""
-    same = {name: installed_version(name) or "absent" for name in _SAME_EVERYWHERE} | {"device": device_name(device)}
+    same = {name: installed_version(name) or "absent" for name in _SAME_EVERYWHERE}
+    same |= {"device": device_name(device), "driver": driver_version()}
+    failed = [finding.name for finding in failures([kernels])]
+    # Rank 0 shows all of its own host.
+    looks = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ["RANK"] != "0"
+    findings = host_section(runs_dir, quick=True).findings if looks else []
+    warned = [f"{finding.name} {finding.value}" for finding in findings if finding.status == "warning"]
     try:
         initialize(device)
-        section = collective_section(device, seconds, same, [finding.name for finding in failures([kernels])])
+        section = collective_section(device, seconds, same, failed, warned)
         dist.destroy_process_group()
     except RuntimeError as error:
         first_line = (str(error).strip().splitlines() or [""])[0]

@@ -118,6 +118,25 @@ def test_a_required_package_that_is_missing_or_broken_is_a_failure(tmp_path, mon
     assert "something_that_is_not_there" in packages._required("broken-one", {}).detail
 
 
+def test_a_health_check_beside_a_training_imports_nothing_that_opens_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(packages, "import_megatron", lambda: pytest.fail("transformer-engine comes with it"))
+    finding = packages._megatron({}, quick=True)
+    assert (finding.status, finding.detail) == ("ok", "not imported: a training may be using the GPU")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ImportError("libcuda.so.1: cannot open"), "warning"), (ImportError("no einops"), "failed"), (OSError("x"), "failed")],
+)
+def test_only_a_missing_driver_excuses_megatron(monkeypatch, error, status):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(packages, "import_megatron", fail)
+    assert packages._megatron({}, quick=True).status == status
+
+
 def test_the_version_of_an_image_is_said(monkeypatch):
     monkeypatch.setenv("W1TRAIN_CODE_VERSION", "abc123-dirty")
     assert packages.code_version().endswith("built from abc123-dirty")
@@ -136,8 +155,11 @@ def test_gpus_as_nvidia_smi_describes_them(tmp_path, monkeypatch):
     (finding,) = devices._nvidia_smi()
     assert (finding.name, finding.value) == ("GPU 0", "NVIDIA H100 80GB HBM3")
     assert "power limit 700.00 W" in finding.detail
+    program.write_text("#!/bin/sh\necho 580.95\necho 580.95\n")
+    assert devices.driver_version() == "580.95"
     program.write_text("#!/bin/sh\nexit 9\n")
     assert list(devices._nvidia_smi()) == []
+    assert devices.driver_version() == "absent"
 
 
 def test_a_disk_that_cannot_be_written_to(tmp_path, monkeypatch):

@@ -142,6 +142,16 @@ def test_an_environment_over_a_base_image(tmp_path, wheels):
     assert refused.returncode == 1
     assert "which the base image alone may bring; it has none" in refused.stderr
 
+    # The CPU image's torch comes from an index of its own, where versions end in +cpu.
+    write_wheel(tmp_path / "index" / "torch", "torch", "2.15.0+cpu")
+    (tmp_path / "index" / "torch" / "index.html").write_text('<a href="torch-2.15.0+cpu-py3-none-any.whl">torch</a>')
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=2.11"]\n')
+    (tmp_path / "pins.txt").write_text("torch==2.15.0\n")
+    from_index = step("install_packages.sh", *arguments[:4], TORCH_INDEX=f"file://{tmp_path}/index", UV_NO_CACHE="1")
+    assert from_index.returncode == 0, from_index.stderr
+    assert "after 0 rounds" in from_index.stdout
+    assert (site / "torch-2.15.0+cpu.dist-info").is_dir()
+
 
 def test_the_health_check_is_the_doctors_and_bounded(tmp_path):
     python = tmp_path / "bin" / "python"

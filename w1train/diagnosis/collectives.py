@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from w1train.diagnosis.devices import matmul_tflops
-from w1train.diagnosis.findings import Finding, Section
+from w1train.diagnosis.findings import Finding, Section, Status
 
 TIMEOUT = datetime.timedelta(seconds=120)
 """Until a rank that does not come ends the test of the others."""
@@ -49,18 +49,19 @@ def initialize(device: torch.device) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
 
 
-def collective_section(device: torch.device, seconds: float, same: dict[str, Any], failed: list[str]) -> Section:
+def collective_section(device: torch.device, seconds: float, same: dict[str, Any], failed: list[str], warned: list[str]) -> Section:
     """All of it, in about so many seconds.
 
     Args:
         same: what should be the same on all ranks (versions, the kind of GPU).
         failed: what does not work on this rank.
+        warned: what is amiss on its host; of one rank a host.
 
     Raises RuntimeError where a rank is gone or does not come within TIMEOUT.
     """
     sizes = _SIZES[device.type]
     share = seconds / (3 * len(sizes))
-    findings = [*_agreement(same), _everywhere(failed)]
+    findings = [*_agreement(same), _everywhere("kernels", failed, "failed"), _everywhere("hosts", warned, "warning")]
     for size in sizes:
         findings += [_measure(collective, size, device, share) for collective in collectives(size, device)]
     findings += [*rank_speeds(device)]
@@ -77,11 +78,12 @@ def _agreement(values: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(f"{name} of all ranks", str(value), "failed" if others else "ok", detail)
 
 
-def _everywhere(failed: list[str]) -> Finding:
+def _everywhere(what: str, complaints: list[str], status: Status) -> Finding:
+    """What each rank has to complain of."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, failed)
-    wrong = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everyone) if names]
-    return Finding("kernels of all ranks", "WRONG" if wrong else "right", "failed" if wrong else "ok", "; ".join(wrong))
+    dist.all_gather_object(everyone, (socket.gethostname(), complaints))
+    found = [f"rank {rank} ({host}): {', '.join(texts)}" for rank, (host, texts) in enumerate(everyone) if texts]
+    return Finding(f"{what} of all ranks", "not right" if found else "right", status if found else "ok", "; ".join(found))
 
 
 def collectives(num_bytes: int, device: torch.device) -> Iterator[Collective]:

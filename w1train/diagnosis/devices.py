@@ -48,6 +48,12 @@ def ask_nvidia_smi(*arguments: str) -> str | None:
         return None
 
 
+def driver_version() -> str:
+    """Of NVIDIA's driver."""
+    lines = (ask_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") or "").split()
+    return lines[0] if lines else "absent"
+
+
 def _nvidia_smi() -> Iterator[Finding]:
     answer = ask_nvidia_smi(f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader")
     if answer is None:
@@ -145,7 +151,7 @@ def _clock_under_load(device: torch.device) -> Finding:
     one = torch.ones((size, size), dtype=torch.bfloat16, device=device)
     for _ in range(1000):  # more than a second of an H100: nvidia-smi needs some of it to start
         one @ one
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     answer = ask_nvidia_smi("--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}")
     _wait(device)
     clocks = re.findall(r"\d+", answer or "")

@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 import w1train
-from w1train.diagnosis.findings import Finding, Section
+from w1train.diagnosis.findings import Finding, Section, Status
 from w1train.runtime.cpu import import_megatron
 
 _REQUIRED = ("numpy", "hydra-core", "tokenizers", "wandb", "fsspec", "psutil", "rich")
@@ -32,14 +32,14 @@ _OPTIONAL = {
 }
 
 
-def package_section() -> Section:
-    """Versions, ranges, impostors."""
+def package_section(*, quick: bool) -> Section:
+    """Versions, ranges, impostors. quick: without imports that may put something on a GPU."""
     ranges = declared_ranges()
     findings = [
         Finding("w1train", w1train.__version__, detail=code_version()),
         Finding("python", platform.python_version(), detail=sys.executable),
         *_torch(ranges),
-        _megatron(ranges),
+        _megatron(ranges, quick=quick),
         *(_required(name, ranges) for name in _REQUIRED),
         *(_optional(name, ranges) for name in _OPTIONAL),
         apex_finding(),
@@ -91,13 +91,18 @@ def _torch(ranges: dict[str, Requirement]) -> Iterator[Finding]:
     yield Finding("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def _megatron(ranges: dict[str, Requirement]) -> Finding:
+def _megatron(ranges: dict[str, Requirement], *, quick: bool) -> Finding:
+    version = installed_version("megatron-core") or "absent"
+    wrong = out_of_range("megatron-core", version, ranges) if version != "absent" else "w1train does not run without it"
+    # With it comes transformer-engine, which may open the GPU.
+    if quick and torch.cuda.is_available():
+        return Finding("megatron-core", version, "failed" if wrong else "ok", wrong or "not imported: a training may be using the GPU")
     try:
         import_megatron()
-    except ImportError as error:
-        return Finding("megatron-core", installed_version("megatron-core") or "absent", "failed", f"cannot be imported: {error}")
-    version = installed_version("megatron-core") or "unknown"
-    wrong = out_of_range("megatron-core", version, ranges)
+    except (ImportError, OSError) as error:
+        # An image is built where there is no driver.
+        status: Status = "warning" if "libcuda.so" in str(error) and not torch.cuda.is_available() else "failed"
+        return Finding("megatron-core", version, status, f"cannot be imported: {error}")
     return Finding("megatron-core", version, "failed" if wrong else "ok", wrong)
 
 
