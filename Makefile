@@ -10,7 +10,7 @@ WORKERS ?= 2
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curriculum test test-gpu lint format clean
+.PHONY: help install demo curriculum docker docker-cpu test test-gpu lint format clean
 
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -26,17 +26,24 @@ demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS
 curriculum: install  ## From autoregressive to block diffusion on the demo's text, beside training from scratch (same variables)
 	@launch/curriculum.sh $(ARGS)
 
+docker:  ## Build the image for clusters, on NVIDIA's PyTorch (IMAGE=name, ARGS="arguments of docker build")
+	@docker/build.sh gpu $(ARGS)
+
+docker-cpu:  ## Build the image for CPUs (same variables)
+	@docker/build.sh cpu $(ARGS)
+
 test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of them)
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-lint: install  ## Check style (ruff), types (mypy) and shell scripts (shellcheck)
+lint: install  ## Check style (ruff), types (mypy), shell scripts (shellcheck) and Dockerfiles (hadolint)
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/shellcheck -x launch/*.sh benchmarks/*.sh .ci/run && echo "shellcheck: no issues found"
+	@$(VENV)/bin/shellcheck -x launch/*.sh benchmarks/*.sh docker/*.sh docker/steps/*.sh .ci/run && echo "shellcheck: no issues found"
+	@$(VENV)/bin/hadolint docker/Dockerfile docker/Dockerfile.cpu && echo "hadolint: no issues found"
 
 format: install  ## Format the code
 	@$(VENV)/bin/ruff check --fix

@@ -20,6 +20,7 @@ from benchmarks.machine import Clock, allocated_bytes, peak_bytes
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility
 from w1train.config.attention_limits import AttentionCase
+from w1train.diagnosis.correctness import relative_errors
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ LARGEST_ERROR = 2e-2
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 10
 _SECONDS_A_SIDE, _FEWEST_TURNS, _PLAN_TURNS = 2.0, 3, 3
 _CHECKED_ROWS = 2048
-_TENSORS = ("output", "query's gradient", "key's gradient", "value's gradient")
 
 
 @dataclass(slots=True)
@@ -210,15 +210,6 @@ def _expected(inputs: Sequence[Tensor], upstream: Tensor, visibility: Visibility
 
 def _largest_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return max(relative_errors(found, wanted).values())
-
-
-def relative_errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, float]:
-    """|found - wanted| / |wanted| by tensor, over the heads that ``wanted`` has; NaN counts as infinite."""
-    errors = {}
-    for name, one, other in zip(_TENSORS, found, wanted, strict=True):
-        error = float((one.detach()[:, : other.shape[1]].float() - other.detach()).norm() / other.detach().norm())
-        errors[name] = error if error == error else float("inf")
-    return errors
 
 
 def _take_turns(rows: dict[str, Measured], runners: dict[str, _Runner], clock: Clock, repetitions: int) -> None:

@@ -32,6 +32,7 @@ LAYERS = {
     "evaluation": 5,
     "conversion": 5,
     "planning": 5,
+    "diagnosis": 5,
 }
 COMMANDS = max(LAYERS.values()) + 1
 BUILT_ON_THE_LIBRARY = ("data_tools", "launch", "recipes", "benchmarks", "tests")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -27,6 +28,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGURED = {"w1train.pretrain"}
 """Modules whose command line is recipes and overrides; all others use argparse."""
+DISTRIBUTED = {"w1train.doctor"}
+"""Modules with argparse that torchrun may start."""
 RECIPES_OF_EXAMPLES = {"mine", "NAME"}
 
 # Runs a module's own argparse and nothing after it.
@@ -114,6 +117,9 @@ def check_torchrun(words: list[str]) -> None:
             options = get_args_parser().parse_args(words)
     except SystemExit:
         raise CommandError(f"torchrun: {complaint.getvalue().strip()}") from None
+    if options.module and options.training_script in DISTRIBUTED:
+        check_python(["-m", options.training_script, *options.training_script_args])
+        return
     if not options.module or options.training_script not in CONFIGURED:
         raise CommandError(f"don't know how to check what torchrun starts: {options.training_script}")
     module_path(options.training_script)
@@ -124,10 +130,30 @@ def check_torchrun(words: list[str]) -> None:
         raise CommandError(str(ConfigurationError(problems)))
 
 
+def check_docker(words: list[str]) -> None:
+    """`docker run --OPTION=VALUE... IMAGE COMMAND`: the command, which runs in the image; without one, the image's own does."""
+    if words[:1] != ["run"]:
+        raise CommandError(f"don't know how to check: docker {' '.join(words)}")
+    _, *command = without_options(words[1:])
+    if command:
+        check(shlex.join(command))
+
+
+def check_srun(words: list[str]) -> None:
+    check(shlex.join(without_options(words)))
+
+
+def without_options(words: list[str]) -> list[str]:
+    """From the first word that is no option; options have their values after `=`."""
+    return list(itertools.dropwhile(lambda word: word.startswith("-"), words))
+
+
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
     "torchrun": check_torchrun,
+    "docker": check_docker,
+    "srun": check_srun,
 }
 
 
@@ -189,6 +215,9 @@ def test_the_two_commands_come_first():
         ("torchrun --standalone --nproc-per-node 2 -m data_tools.tokenize", "don't know how to check what torchrun starts"),
         ("torchrun --standalone --nproc-per-node 4 -m w1train.pretrain recipe=demo parallel.pipeline=3", "in a world of 4"),
         ("torchrun --standalone --nproc-per-node 3 -m w1train.pretrain recipe=demo", "global_batch_size"),
+        ("docker build .", "don't know how to check: docker build"),
+        ("docker run --gpus=all image python -m w1train.doctor --nonesuch", "unrecognized arguments: --nonesuch"),
+        ("srun --nodes=2 torchrun --standalone --nproc-per-node 2 -m w1train.pretrain recipe=nonesuch", "nonesuch"),
         ("python -m w1train.plan recipe=w1_4b gpus=many", "a whole number"),
         ("python -m w1train.plan recipe=w1_4b gpus=10 parallel.tensor=4", "in a world of 10"),
     ],

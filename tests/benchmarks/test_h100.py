@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import correctness
+from w1train.diagnosis.correctness import Check, run_check
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "h100.sh"
 
@@ -70,13 +71,13 @@ def test_correctness_dry_run(tmp_path, capsys):
 
 
 def test_a_wrong_kernel_is_seen():
-    wrong = correctness.Check("kernel", "case", {"output": 1e-3, "gradient 1": 2e-2})
+    wrong = Check("kernel", "case", {"output": 1e-3, "gradient 1": 2e-2})
     assert wrong.row()[1] == "WRONG"
     assert not wrong.passed
-    assert correctness.Check("kernel", "case", {"output": 1e-3}).row()[1] == "right"
-    assert not correctness.Check("kernel", "case", {"output": float("nan")}).passed
-    raising = correctness.Check("kernel", "case")
-    correctness._run(raising, lambda: 1 / 0)
+    assert Check("kernel", "case", {"output": 1e-3}).row()[1] == "right"
+    assert not Check("kernel", "case", {"output": float("nan")}).passed
+    raising = Check("kernel", "case")
+    run_check(raising, lambda: 1 / 0)
     assert raising.row()[1] == "WRONG"
     assert "ZeroDivisionError" in raising.row()[0]
-    assert correctness.Check("kernel", "case", reason="no GPU").row()[1] == "not run"
+    assert Check("kernel", "case", reason="no GPU").row()[1] == "not run"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Install Debian's or Ubuntu's packages, of the release that the base image's digest fixes.
+#
+#   system_packages.sh NAME...
+#
+# Environment variables:
+#   DRY_RUN   1: only say what apt would do   (default: 0)
+set -euo pipefail
+
+(($# > 0)) || { echo "system_packages: name at least one package" >&2; exit 1; }
+export DEBIAN_FRONTEND=noninteractive
+if [[ "${DRY_RUN:-0}" == 1 ]]; then
+  apt-get install --simulate --no-install-recommends "$@"
+  exit
+fi
+apt-get update
+apt-get install --yes --no-install-recommends "$@"
+# The lists are as large as the packages, and stale tomorrow.
+rm -rf /var/lib/apt/lists/*

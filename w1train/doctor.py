@@ -1,0 +1,97 @@
+"""What is installed, what works on this machine, and how fast; with torchrun, whether all ranks work together.
+
+    python -m w1train.doctor
+    python -m w1train.doctor --quick
+    torchrun --standalone --nproc-per-node 8 -m w1train.doctor --json
+
+Exit status: 0, or 1 where something does not work; what is merely absent or slow is said, and is no failure. --quick is for health
+checks: it only imports and asks, and puts nothing on a GPU that may be training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from w1train.config.errors import UserError
+from w1train.diagnosis.collectives import collective_section, initialize
+from w1train.diagnosis.devices import device_section, driver_version
+from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
+from w1train.diagnosis.host import host_section
+from w1train.diagnosis.kernels import kernel_section
+from w1train.diagnosis.packages import installed_version, package_section
+from w1train.runtime.device import device_name, select_device
+
+_SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "nvidia-cudnn-frontend")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 where something does not work, 2 for a mistake in how it was started."""
+    args = _parse(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
+    try:
+        sections = examine(args.runs_dir, quick=args.quick, seconds=args.seconds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        if args.json:
+            print(json.dumps(as_dict(sections)))
+        else:
+            show(sections, Console(highlight=False))
+    return 1 if any(failures(sections)) else 0
+
+
+def examine(runs_dir: Path, *, quick: bool, seconds: float) -> list[Section]:
+    """Everything. Under torchrun every rank tries its kernels and the collectives, and rank 0 alone looks at the rest, last: what it times
+    is then disturbed by nobody, and disturbs nobody."""
+    if quick:
+        return [package_section(quick=True), device_section(torch.device("cpu"), quick=True), host_section(runs_dir, quick=True)]
+    device = select_device()
+    kernels = kernel_section(device)
+    together = [] if os.environ.get("WORLD_SIZE", "1") == "1" else [_together(device, seconds, runs_dir, kernels)]
+    if os.environ.get("RANK", "0") != "0":
+        return [kernels, *together]
+    return [package_section(quick=False), device_section(device, quick=False), kernels, host_section(runs_dir, quick=False), *together]
+
+
+def _together(device: torch.device, seconds: float, runs_dir: Path, kernels: Section) -> Section:
+    """A rank that is gone or does not come is a finding of the others."""
+    same = {name: installed_version(name) or "absent" for name in _SAME_EVERYWHERE}
+    same |= {"device": device_name(device), "driver": driver_version()}
+    failed = [finding.name for finding in failures([kernels])]
+    # Rank 0 shows all of its own host.
+    looks = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ["RANK"] != "0"
+    findings = host_section(runs_dir, quick=True).findings if looks else []
+    warned = [f"{finding.name} {finding.value}" for finding in findings if finding.status == "warning"]
+    try:
+        initialize(device)
+        section = collective_section(device, seconds, same, failed, warned)
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        finding = Finding("collectives", f"failed on rank {os.environ['RANK']}", "failed", f"{type(error).__name__}: {first_line}")
+        return Section(f"{os.environ['WORLD_SIZE']} ranks on {device.type}", [finding])
+    return section
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m w1train.doctor", description="What works on this machine, and how fast.")
+    parser.add_argument("--quick", action="store_true", help="only import and ask, for health checks; nothing runs on a GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="PATH", help="whose disk is timed (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for the collectives, under torchrun (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
