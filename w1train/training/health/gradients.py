@@ -40,15 +40,18 @@ def step_with_prepared_gradients(optimizer: MegatronOptimizer, grad_norm: Any) -
 
 
 class LocalGradients:
-    """Whether this rank's own gradients were numbers before they were added to those of other ranks, after which nobody can tell."""
+    """Whether each rank's own gradients were numbers before they were added to those of other ranks, after which nobody can tell whose.
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel], *, enabled: bool) -> None:
+    The norm does not tell all: of parameters that tensor-parallel ranks hold alike it counts the first rank's gradient alone, so what goes
+    wrong with another one's would reach that rank's weights.
+    """
+
+    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Wraps the call that sends a bucket, on every rank."""
         self._sums: list[Tensor] = []
-        self._groups = [group for chunk in chunks for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
-        self.enabled = enabled
-        for group in self._groups if enabled else ():
-            group.start_grad_sync = self._noted(group)
+        for chunk in chunks:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.start_grad_sync = self._noted(group)
 
     def begin(self) -> None:
         """A step begins."""
@@ -65,11 +68,24 @@ class LocalGradients:
 
         return noted
 
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether all ranks' gradients of this step are. Called on every rank."""
+        is_bad = self._is_bad()
+        dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
+        return is_bad.item() == 0
+
+    def _is_bad(self) -> Tensor:
+        """float32 [1], on the device: 0 or 1."""
+        total = torch.zeros(1, device=torch.cuda.current_device())
+        for each in self._sums:
+            total += each
+        return (~torch.isfinite(total)).float()
+
     def nonfinite_ranks(self) -> list[str]:
         """The ranks, with their machines, whose own gradients of this step were no numbers. Called on every rank."""
-        is_finite = all(torch.isfinite(total).item() for total in self._sums)
         found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if is_finite else f"rank {dist.get_rank()} on {socket.gethostname()}")
+        dist.all_gather_object(found, f"rank {dist.get_rank()} on {socket.gethostname()}" if self._is_bad().item() else None)
         return [name for name in found if name is not None]
 
 
