@@ -19,7 +19,7 @@ NUM_STEPS = 24
 CHECKPOINT_INTERVAL = 4
 LENGTH_OF_A_STEP = 0.1
 """Seconds, roughly: a moment is a step and a random time after it, up to this."""
-SECONDS_TO_START = 2.0
+SECONDS_TO_START = 1.0
 """The same for the first step: reading the configuration, building the model, the first validation."""
 
 

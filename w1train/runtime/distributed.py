@@ -16,6 +16,7 @@ import torch.distributed as dist
 from w1train.config.schema import ParallelConfig
 from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
+from w1train.runtime.rendezvous import store_of_this_start
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ def initialize_process_group(device: torch.device) -> None:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT, "device_id": device if device.type == "cuda" else None}
+    if (start := store_of_this_start(COLLECTIVE_TIMEOUT)) is not None:
+        options.update(zip(("store", "rank", "world_size"), start, strict=True))
+    dist.init_process_group(backend, **options)
 
 
 def initialize_model_parallel(parallel: ParallelConfig) -> None:
