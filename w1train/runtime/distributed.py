@@ -40,21 +40,21 @@ class Ranks:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig) -> Iterator[Ranks]:
-    """Process groups for the run, torn down at a clean end.
+def distributed(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Ranks]:
+    """Process groups for the run, torn down at a clean end; ``timeout`` is how long a collective waits for another rank.
 
     The caller has validated that the world size fits the layout. After an error the groups stay as they are until the process ends:
     peers may sit in a collective, and NCCL's teardown would wait for them; the sockets that close then tell them.
     """
     redirect_cuda_to_cpu()
     device = select_device()
-    initialize_process_group(device)
-    initialize_model_parallel(parallel)
+    initialize_process_group(device, timeout)
+    initialize_model_parallel(parallel, timeout)
     yield current_ranks(device)
     destroy()
 
 
-def initialize_process_group(device: torch.device) -> None:
+def initialize_process_group(device: torch.device, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
     """The default group: NCCL for CUDA tensors and gloo for CPU ones; gloo alone without CUDA."""
     if dist.is_initialized():
         return
@@ -63,13 +63,13 @@ def initialize_process_group(device: torch.device) -> None:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT, "device_id": device if device.type == "cuda" else None}
-    if (start := store_of_this_start(COLLECTIVE_TIMEOUT)) is not None:
+    options: dict[str, Any] = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
+    if (start := store_of_this_start(timeout)) is not None:
         options.update(zip(("store", "rank", "world_size"), start, strict=True))
     dist.init_process_group(backend, **options)
 
 
-def initialize_model_parallel(parallel: ParallelConfig) -> None:
+def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
     """megatron-core's groups for the layout."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -80,7 +80,7 @@ def initialize_model_parallel(parallel: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
     # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
