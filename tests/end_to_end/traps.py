@@ -200,21 +200,10 @@ def wait_at_step(step: int, here: Any, go_on: Any) -> Sabotage:
 def fill_disk(directory: Any, num_bytes_left: int, number: int) -> Sabotage:
     """A file takes all but so many bytes of a disk, right before the ``number``-th save."""
 
-    def sabotage(rank: int) -> None:
-        original = loop.save_checkpoint
-        calls = 0
+    def fill() -> None:
+        (directory / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(directory).free - num_bytes_left)))
 
-        def trapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                (directory / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(directory).free - num_bytes_left)))
-            return original(*args, **kwargs)
-
-        if rank == 0:
-            loop.save_checkpoint = trapped
-
-    return sabotage
+    return _at_call(loop.Trainer, "save", number, after=False, action=fill)
 
 
 def at_average_commit() -> Sabotage:

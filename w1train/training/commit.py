@@ -21,7 +21,6 @@ from w1train.runtime.files import sync_directory, write_text
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
 from w1train.training.shard_files import describe_error
 
-
 WriteShards = Callable[[Path], Mapping[str, Any]]
 """Writes torch's distributed files into the directory it is given, and returns the manifest's entries of them (on rank 0)."""
 

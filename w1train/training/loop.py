@@ -21,20 +21,16 @@ from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different, write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
+from w1train.training.async_save import CheckpointSaver
 from w1train.training.averaging import average_steps
 from w1train.training.checkpoint import (
     Progress,
     best_steps,
-    latest_step,
     load_checkpoint,
     load_model_weights,
     read_config,
     read_progress,
     read_scores,
-    remove_old,
-    remove_unfinished,
-    require_manifests,
-    save_checkpoint,
     step_path,
 )
 from w1train.training.comparison import average_summary, compare
@@ -46,6 +42,7 @@ from w1train.training.inputs import choose_backends
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.phases import phase_ends, phase_start, stage_of_step
+from w1train.training.recovery import choose_checkpoint
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import LoadWeights, build_trained_model
 from w1train.training.summary import read_steps, write_summary
@@ -66,18 +63,26 @@ class Trainer:
         """
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
-        on_main_rank(partial(prepare_resume, config, run))
+        step = choose_checkpoint(run.checkpoints, config.checkpoint)
+        on_main_rank(partial(prepare_resume, config, run, step))
         all_or_none(partial(choose_backends, config, ranks.device))
         all_or_none(partial(prepare_data, config))
         self.data = all_or_none(partial(TrainingData, config, ranks))
         on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
-        step = on_main_rank(partial(latest_step, run.checkpoints))
         load = open_initial_weights(config) if step is None and config.training.initial_weights is not None else None
         self.model = build_trained_model(config, load)
         self.progress = self._load_progress(step)
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
+        self.saver = CheckpointSaver(
+            run.checkpoints,
+            self.model,
+            config.checkpoint,
+            config_to_yaml(config),
+            before_commit=self.watch.sync,
+            is_resumed=step is not None,
+        )
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
         self.phase_ends = phase_ends(config)
@@ -98,7 +103,7 @@ class Trainer:
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
             return
         self.started = time.perf_counter() - self.progress.seconds
-        with self.watch, self.data.loader:
+        with self.watch, self.data.loader, self.saver:
             self._print_header()
             if self.progress.step == 0:
                 self.validate()
@@ -108,6 +113,7 @@ class Trainer:
             batches = self.noisy_batches()
             while self.progress.step < self.num_steps:
                 self.train_step(batches)
+                self.saver.poll()
                 if self.is_due(self.config.validation.interval):
                     self.validate()
                 if self.is_due(self.config.sampling.interval):
@@ -116,6 +122,7 @@ class Trainer:
                     self.save()
                 if self.progress.step in self.phase_ends:
                     self.end_phase()
+            self.saver.close()
             self.progress.seconds = time.perf_counter() - self.started
             self.summarize()
 
@@ -185,6 +192,7 @@ class Trainer:
                 **self.data.corpus_metrics(self.progress.samples),
                 **self.where(),
                 **times,
+                **self.saver.step_times(times["time/step_seconds"]),
                 "time/memory_gib": memory_gib(self.ranks.device),
             },
         )
@@ -218,35 +226,29 @@ class Trainer:
         self.timer.restart()
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        self.model.gather_parameters()
-        # The loss of this step was finite before its update; the next one will not be if the update was not.
-        require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
-        self.watch.sync()
-        started = time.perf_counter()
-        self.progress.seconds = started - self.started
-        self.progress.dataset = self.data.fingerprint(self.progress.samples)
-        settings = self.config.checkpoint
-        path = save_checkpoint(
-            self.run.checkpoints,
-            self.model,
-            self.progress,
-            config_to_yaml(self.config),
-            keep=settings.keep,
-            keep_best=settings.keep_best,
-            best_metric=settings.best_metric,
-            phase_start=phase_start(self.config, self.progress.step),
-            scores=self.scores if self.scored_step == self.progress.step else None,
-        )
-        logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        """Begin to write a checkpoint; ``self.saver`` says when it is there."""
+        with self.saver.times.stalling():
+            self.model.gather_parameters()
+            # The loss of this step was finite before its update; the next one will not be if the update was not.
+            require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
+            self.progress.seconds = time.perf_counter() - self.started
+            self.progress.dataset = self.data.fingerprint(self.progress.samples)
+            self.saver.save(
+                self.progress,
+                phase_start=phase_start(self.config, self.progress.step),
+                scores=self.scores if self.scored_step == self.progress.step else None,
+            )
         self.timer.restart()
 
     def end_phase(self) -> None:
         """After the last step of a phase was saved: keep its best checkpoints alone, and average them if that is asked for."""
         settings = self.config.checkpoint
         after = phase_start(self.config, self.progress.step)
+        if settings.average_at_end or self.progress.step >= self.num_steps:
+            self.saver.require_saved()
+        self.saver.wait()
         # Again, for a run that was killed between the save and this.
-        on_main_rank(partial(remove_old, self.run.checkpoints, settings.keep, settings.keep_best, settings.best_metric, after))
+        on_main_rank(partial(self.saver.remove_old, after))
         if settings.average_at_end:
             self.average(after)
 
@@ -302,7 +304,8 @@ class Trainer:
             return Progress()
         path = step_path(self.run.checkpoints, step)
         logger.info("resuming from %s", path)
-        progress = load_checkpoint(path, self.model)
+        # It was verified when it was chosen.
+        progress = load_checkpoint(path, self.model, verify=False)
         all_or_none(partial(self._require_dataset, progress, path))
         return progress
 
@@ -332,16 +335,13 @@ class Trainer:
         )
 
 
-def prepare_resume(config: Config, run: RunDirectory) -> None:
-    """On rank 0, before anything is built: clean up after a kill, compare with the checkpoint's configuration, write the new one.
+def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
+    """On rank 0, before anything is built: compare with the configuration of the checkpoint of ``step``, write the new one.
 
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
-        CheckpointError: a checkpoint has lost its manifest, or its configuration is not what it was.
+        CheckpointError: the configuration is not what it was when it was saved.
     """
-    remove_unfinished(run.checkpoints)
-    require_manifests(run.checkpoints)
-    step = latest_step(run.checkpoints)
     if step is not None:
         checkpoint = step_path(run.checkpoints, step)
         old = read_config(checkpoint)
