@@ -26,6 +26,10 @@ _OVERRIDES = (
     f"schedule.stages.stable.tokens={(NUM_STEPS - 2) * BATCH * LENGTH}",
     f"checkpoint.interval={CHECKPOINT_INTERVAL}",
     "checkpoint.keep=3",
+    "health.hang_timeout=6",
+    "health.start_timeout=15",
+    "health.stop_timeout=15",
+    "health.heartbeat_interval=0.5",
 )
 _UNDISTURBED = Fault(name="none", title="nothing", strike=lambda scene: iter(()), max_restarts=0)
 

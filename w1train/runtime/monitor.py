@@ -21,6 +21,8 @@ def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator
     """For the run directory's holder (rank 0) and the ranks that know it is held. An exception that ends the block is told in the
     status; a clean end is told by the caller, who knows which."""
     status = StatusFile(directory, ranks.world_size, active=ranks.is_main)
+    # The silence that the watchdog measures begins now, not when the process did: its thread looks at once.
+    pulse.beat()
     with StopSignals() as signals, Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals):
         pulse.observer = lambda: _show(status)
         pulse.beat()
