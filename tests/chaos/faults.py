@@ -33,6 +33,8 @@ class Fault:
     """More of them, and the run did not get over its fault at once."""
     statuses: frozenset[int] = frozenset({1, -signal.SIGKILL, -signal.SIGTERM})
     """How ranks of a start that did not finish may end. SIGTERM is the launcher's, for the others of a rank that has failed."""
+    evidence: str = ""
+    """A regular expression for what the ranks must have said: proof that the fault hit what it was aimed at, and was understood."""
     overrides: Sequence[str] = ()
     hook: Callable[[Scene], Sabotage] | None = None
     torchrun: bool = False
@@ -96,8 +98,8 @@ def _damage(harm: Callable[[Path, Scene], None]) -> Strike:
         yield from until(lambda: len(scene.complete_checkpoints()) >= 2 and bool(scene.pids))
         scene.strike()
         scene.signal(signal.SIGKILL, _ALL)
-        for pid in scene.pids.values():
-            psutil.Process(pid).wait(10)
+        while scene.pids:  # without letting the supervisor start the next ones
+            time.sleep(0.001)
         *_, older, newest = scene.complete_checkpoints()
         assert scene.blow is not None
         scene.blow.saved = int(older.name.removeprefix("step_"))
@@ -182,16 +184,19 @@ def _kill_worker(scene: Scene) -> Iterator[None]:
 
 _STOPPED = frozenset({75, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGKILL, 1})
 
+_HUNG = r"no progress for \d+ s at step \d+ \(health.hang_timeout\): rank [01] .*(is missing|is behind)"
+_DAMAGED = r"is damaged and is now damaged-step_\d+; training goes on from step"
+
 FAULTS = [
     Fault(name="kill", title="SIGKILL of one rank", strike=_kill_one),
     Fault(name="kill-all", title="SIGKILL of all ranks", strike=_kill_all),
-    Fault(name="freeze", title="SIGSTOP of one rank", strike=_freeze),
+    Fault(name="freeze", title="SIGSTOP of one rank", strike=_freeze, evidence=_HUNG),
     Fault(name="term", title="SIGTERM", strike=_ask_to_stop(signal.SIGTERM), statuses=_STOPPED),
     Fault(name="usr1", title="SIGUSR1", strike=_ask_to_stop(signal.SIGUSR1), statuses=_STOPPED),
     Fault(name="save", title="SIGKILL during a save", strike=_kill_in_save),
-    Fault(name="truncate", title="a truncated shard", strike=_damage(_truncate)),
-    Fault(name="flip", title="a flipped bit in a shard", strike=_damage(_flip_bit)),
-    Fault(name="disk", title="a full disk", strike=_fill_disk, small_disk=True),
+    Fault(name="truncate", title="a truncated shard", strike=_damage(_truncate), evidence=_DAMAGED),
+    Fault(name="flip", title="a flipped bit in a shard", strike=_damage(_flip_bit), evidence=_DAMAGED),
+    Fault(name="disk", title="a full disk", strike=_fill_disk, small_disk=True, evidence="could not save|No space left|File too large"),
     Fault(
         name="nan", title="NaN in a gradient, once", strike=_marked("nan"), hook=lambda scene: nan_hook(scene, once=True), max_restarts=0
     ),
@@ -201,8 +206,15 @@ FAULTS = [
         strike=_marked("nan", _kill_later),
         hook=lambda scene: nan_hook(scene, once=False),
         skips=True,
+        evidence=r"step \d+ is left out",
     ),
-    Fault(name="worker", title="SIGKILL of a data worker", strike=_kill_worker, overrides=("data.workers=process",)),
-    Fault(name="hang", title="a hung collective", strike=_marked("hang"), hook=_hang_hook),
+    Fault(
+        name="worker",
+        title="SIGKILL of a data worker",
+        strike=_kill_worker,
+        overrides=("data.workers=process",),
+        evidence="data worker .* died",
+    ),
+    Fault(name="hang", title="a hung collective", strike=_marked("hang"), hook=_hang_hook, evidence=_HUNG),
     Fault(name="torchrun", title="SIGKILL of one rank under torchrun", strike=_kill_one, torchrun=True),
 ]

@@ -50,7 +50,7 @@ class Job(Protocol):
         """End everything at once."""
 
     def log(self) -> str:
-        """What rank 0 has written."""
+        """What the ranks have written."""
         ...
 
 
@@ -104,7 +104,7 @@ class ForkedJob:
 
     def log(self) -> str:
         """As ``Job``."""
-        return self._logs[0].read_text(errors="replace") if self._logs[0].exists() else ""
+        return "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
 
 
 def _rank_main(arguments: list[str], directory: Path, log: Path, hook: Sabotage | None, rank: int, port: int) -> None:
@@ -169,5 +169,5 @@ class TorchrunJob:
         self._agent.wait()
 
     def log(self) -> str:
-        """As ``Job``; both ranks' and torchrun's own."""
+        """As ``Job``; and torchrun's own."""
         return self._log.read_text(errors="replace")

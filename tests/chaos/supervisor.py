@@ -32,7 +32,7 @@ class Story:
     hung: bool = False
     """Its time was over; everything was killed."""
     log: str = ""
-    """Of rank 0, over all starts."""
+    """Of all ranks, over all starts."""
 
 
 def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], timeout: float) -> Story:
