@@ -158,10 +158,12 @@ def _kill_later(scene: Scene) -> Iterator[None]:
     scene.signal(signal.SIGKILL, _ALL)
 
 
-def nan_hook(scene: Scene, *, once: bool, victim: int | None = None) -> Sabotage:
-    """NaN in a gradient at a step that the campaign has chosen for the layout."""
-    rank = scene.random.choice(_ALL) if victim is None else victim
-    return nan_in_gradient(scene.marks / "nan", victim=rank, step=scene.nan_step, parameter=scene.random.randrange(1000), once=once)
+def nan_hook(scene: Scene, *, once: bool) -> Sabotage:
+    """NaN in a gradient; where it stays, at the step that the campaign has chosen for the layout, whose undisturbed run has it there too."""
+    step = scene.random.randint(1, NUM_STEPS - 6) if once else scene.nan_step
+    victim, parameter = scene.random.choice(_ALL), scene.random.randrange(1000)
+    scene.notes.append(f"in parameter {parameter} of rank {victim} at step {step}")
+    return nan_in_gradient(scene.marks / "nan", victim=victim, step=step, parameter=parameter, once=once)
 
 
 def _hang_hook(scene: Scene) -> Sabotage:

@@ -45,7 +45,7 @@ class Scene:
     """A directory for the hooks' marks and the starts' logs, on another disk than the run's."""
     random: random.Random
     nan_step: int = 0
-    """Where hooks put a NaN."""
+    """Where a NaN that stays is."""
     job: Job | None = None
     """The present start's ranks."""
     blow: Blow | None = None
