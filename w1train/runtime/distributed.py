@@ -113,10 +113,17 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+# gloo's words when the other side ends while they talk, and when it has ended before they meet; NCCL's; the store's.
+_LOST_CONNECTION = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed"),
+    *("remote process exited", "Did the remote server shutdown"),
+)
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone. gloo says so in words alone; under NCCL the ranks that are left
-    wait until the launcher ends them."""
-    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
+    """Whether a collective failed because another rank is gone. Libraries say so in words alone; under NCCL, which often says nothing,
+    the ranks that are left wait until the launcher or their watchdog ends them."""
+    return any(words in str(error) for words in _LOST_CONNECTION)
 
 
 # What comes out on all ranks when one meets it: mistakes of users, files, checkpoints.

@@ -22,8 +22,9 @@ class GarbageCollection:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """The process ends soon, and collects what there is as it does: frozen, that would be leaks to the libraries it belongs to. A
+        forked process, which does not, has garbage of its parent that no collection here may touch: so none is enabled."""
         if self._interval:
-            gc.enable()
             gc.unfreeze()
 
     def step_done(self, step: int) -> None:
