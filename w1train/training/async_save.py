@@ -89,7 +89,8 @@ class CheckpointSaver:
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
         self.times = SaveTimes(clock)
         self._before_commit, self._is_restarting, self._clock = before_commit, is_resumed, clock
-        self._staging, self._plan = Staging(), None
+        self._staging = Staging()
+        self._plan: Plan | None = None
         self._save: _Save | None = None
         self._failure: CheckpointError | None = None
         """Of the newest save, if that failed."""
@@ -212,12 +213,14 @@ class CheckpointSaver:
                 if self._save is not None:
                     time.sleep(_POLL_SECONDS)
 
-    def step_times(self, seconds: float) -> dict[str, float]:
+    def step_times(self, times: Mapping[str, float | None]) -> dict[str, float]:
         """What the record of a step says of saving (SaveTimes).
 
         Args:
-            seconds: what the step took.
+            times: the record's ``time/`` part.
         """
+        seconds = times["time/step_seconds"]
+        assert seconds is not None
         self.times.step(seconds, is_saving=self.is_saving)
         if self._is_restarting:
             self._is_restarting = False

@@ -192,7 +192,7 @@ class Trainer:
                 **self.data.corpus_metrics(self.progress.samples),
                 **self.where(),
                 **times,
-                **self.saver.step_times(times["time/step_seconds"]),
+                **self.saver.step_times(times),
                 "time/memory_gib": memory_gib(self.ranks.device),
             },
         )
