@@ -90,7 +90,8 @@ class CheckpointSaver:
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
         self.times = SaveTimes(clock)
         self._before_commit, self._is_restarting, self._clock = before_commit, is_resumed, clock
-        self._staging, self._plan = Staging(), None
+        self._staging = Staging()
+        self._plan: Plan | None = None
         self._save: _Save | None = None
         self._failure: CheckpointError | None = None
         """Of the newest save, if that failed."""
@@ -140,11 +141,13 @@ class CheckpointSaver:
         logger.info("saved %s in %.1f s", final, self._clock() - started)
 
     def poll(self) -> None:
-        """At a step boundary: take the save under way as far as it goes without waiting.
+        """At a step boundary: take the save under way as far as it goes without waiting. At the first one, get ready for the first save.
 
         Raises:
             CheckpointError: on every rank; it failed, and the settings want the run to stop.
         """
+        if self._plan is None:
+            self._prepare()
         save = self._save
         if save is None:
             return
@@ -165,6 +168,14 @@ class CheckpointSaver:
             dip = self.times.saved(seconds)
             slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
             logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
+
+    def _prepare(self) -> None:
+        """Not before the first step, which makes the optimizer's states."""
+        with self.times.stalling():
+            state = collect_state(self.model, Progress())
+            self._plan = make_plan(state)
+            if self.settings.asynchronous:
+                self._staging.prepare(tensors_of(self._plan, state.boxes))
 
     def _finish(self, save: _Save) -> None:
         """On rank 0, in the background."""
@@ -213,12 +224,14 @@ class CheckpointSaver:
                 if self._save is not None:
                     time.sleep(_POLL_SECONDS)
 
-    def step_times(self, seconds: float) -> dict[str, float]:
+    def step_times(self, times: Mapping[str, float | None]) -> dict[str, float]:
         """What the record of a step says of saving (SaveTimes).
 
         Args:
-            seconds: what the step took.
+            times: the record's ``time/`` part.
         """
+        seconds = times["time/step_seconds"]
+        assert seconds is not None
         self.times.step(seconds, is_saving=self.is_saving)
         if self._is_restarting:
             self._is_restarting = False
@@ -243,9 +256,11 @@ class CheckpointSaver:
 
     def _look_at_space(self) -> None:
         """Say beforehand that a save may fail. Rank 0 only."""
+        newest = latest_step(self.directory)
+        if newest is None:
+            return
         try:
-            newest = latest_step(self.directory)
-            needed = size_of(step_path(self.directory, newest)) if newest is not None else 0
+            needed = size_of(step_path(self.directory, newest))
         except CheckpointError as error:
             logger.warning("how much space a save takes is not known: %s", error)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import ChainMap
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
-from w1train.training.shard_files import describe_error
+from w1train.training.shard_files import FREE_BYTES, describe_error
 
 WriteShards = Callable[[Path], Mapping[str, Any]]
 """Writes torch's distributed files into the directory it is given, and returns the manifest's entries of them (on rank 0)."""
@@ -108,7 +109,8 @@ def raise_together(error: OSError | None) -> None:
 
 def explain_failure(final: Path, error: BaseException) -> str:
     """What went wrong and what is left, once the half-written files (which may be what fills the disk) are gone. Rank 0 only."""
-    free = shutil.disk_usage(final.parent).free
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    free = min(shutil.disk_usage(final.parent).free, *(getattr(cause, FREE_BYTES, math.inf) for cause in causes))
     shutil.rmtree(writing_path(final), ignore_errors=True)
     kept = latest_step(final.parent)
     older = "There is no older one" if kept is None else f"The one of step {kept} is untouched: the same command goes on from it"

@@ -275,7 +275,7 @@ class Trainer:
                 **times,
                 "health/skipped_steps": self.guard.num_skipped,
                 **self.stragglers.metrics,
-                **self.saver.step_times(times["time/step_seconds"]),
+                **self.saver.step_times(times),
                 "time/memory_gib": memory_gib(self.ranks.device),
             },
         )

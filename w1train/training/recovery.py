@@ -162,7 +162,7 @@ def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
         fetch_checkpoint(remote, step, directory)
         if _is_good(step_path(directory, step), hashes=True):
             return step
-        on_main_rank(lambda step=step: _set_aside(directory, [step_path(directory, step)], _DAMAGED))
+        on_main_rank(partial(_set_aside, directory, [step_path(directory, step)], _DAMAGED))
     return None
 
 

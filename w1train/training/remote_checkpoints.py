@@ -125,7 +125,8 @@ def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> N
 
     for name in on_main_rank(begin):
         on_main_rank(partial(remote.fetch_file, step, name, partial_copy))
-    on_main_rank(lambda: partial_copy.rename(final) and sync_directory(directory))
+    on_main_rank(partial(partial_copy.rename, final))
+    on_main_rank(partial(sync_directory, directory))
 
 
 class Uploader:

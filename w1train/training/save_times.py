@@ -12,7 +12,7 @@ _NUM_STEPS = 50
 
 
 class SaveTimes:
-    """The ``checkpoint/`` part of training records. Each number appears once, in the record of the first step that ends after it is known."""
+    """The ``checkpoint/`` part of training records: each number once, in the record of the first step that ends after it is known."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,6 +28,7 @@ from w1train.runtime.files import replace_file, write_text
 from w1train.training.shard_plan import Box, Entries
 
 METADATA = ".metadata"
+FREE_BYTES = "free_bytes"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,7 +70,7 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
         Bytes written.
 
     Raises:
-        OSError: with what the operating system says.
+        OSError: with what the operating system says; its ``FREE_BYTES`` are what the disk had left before the removal.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path, note = directory / f"__{rank}_0.distcp", _note(directory, rank)
@@ -81,7 +83,8 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
             os.fsync(file.fileno())
             size = file.tell()
         _leave_note(note, {path.name: {"size": size, "sha256": stream.hexdigest()}}, places)
-    except OSError:
+    except OSError as error:
+        error.__dict__[FREE_BYTES] = shutil.disk_usage(directory).free if directory.exists() else 0
         with contextlib.suppress(OSError):  # the first error is the one to tell; the next start removes the rest
             path.unlink(missing_ok=True)
             note.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from w1train.runtime.background import in_background, nothing
 from w1train.runtime.streams import side_stream
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,18 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
+        self._touched = nothing()
 
     @property
     def num_bytes(self) -> int:
         """Of host memory held."""
         return sum(buffer.numel() * buffer.itemsize for buffer in self._buffers)
+
+    def prepare(self, tensors: Sequence[Tensor]) -> None:
+        """Take the memory for tensors like these; the kernel makes its pages beside what goes on."""
+        assert not self._buffers
+        memory, self._buffers = _allocate(tensors)
+        self._touched = in_background(memory.zero_, "checkpoint memory")
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -36,7 +44,8 @@ class Staging:
         On CUDA the copy runs on a stream of its own, after what is queued on the model's; the host waits for it.
         """
         if not self._buffers:
-            self._buffers = _allocate(tensors)
+            self.prepare(tensors)
+        self._touched.result()
         assert len(self._buffers) == len(tensors)
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         if device is None:
@@ -55,9 +64,8 @@ def _copy(buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         buffer.copy_(tensor, non_blocking=True)
 
 
-def _allocate(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Empty tensors like the given ones, cut out of one piece of memory. Each has a storage of its own, for torch.save writes storages
-    whole."""
+def _allocate(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Memory, and empty tensors like the given ones cut out of it. Each has a storage of its own, for torch.save writes storages whole."""
     ends, total = [], 0
     for tensor in tensors:
         start = -(-total // _ALIGNMENT) * _ALIGNMENT
@@ -67,7 +75,7 @@ def _allocate(tensors: Sequence[Tensor]) -> list[Tensor]:
     if any(tensor.is_cuda for tensor in tensors):
         _pin(memory)
     pieces = memory.numpy()
-    return [
+    return memory, [
         torch.from_numpy(pieces[start:end]).view(tensor.dtype).view(tensor.shape)
         for (start, end), tensor in zip(ends, tensors, strict=True)
     ]
