@@ -159,7 +159,7 @@ def _kill_later(scene: Scene) -> Iterator[None]:
 
 
 def nan_hook(scene: Scene, *, once: bool) -> Sabotage:
-    """NaN in a gradient; where it stays, at the step that the campaign has chosen for the layout, whose undisturbed run has it there too."""
+    """NaN in a gradient; one that stays is at the step that was chosen for the layout, and the run to be compared with has it there too."""
     step = scene.random.randint(1, NUM_STEPS - 6) if once else scene.nan_step
     victim, parameter = scene.random.choice(_ALL), scene.random.randrange(1000)
     scene.notes.append(f"in parameter {parameter} of rank {victim} at step {step}")
