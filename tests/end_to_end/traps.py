@@ -221,3 +221,8 @@ def at_average_commit() -> Sabotage:
             commit._commit = trapped
 
     return sabotage
+
+
+def after_call_of_save(number: int, action: Callable[[], None]) -> Sabotage:
+    """Do something when the ``number``-th save has returned."""
+    return _at_call(loop.Trainer, "save", number, after=True, action=action)
