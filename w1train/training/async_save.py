@@ -13,12 +13,13 @@ One save is under way at a time: the next one waits for it, and so do the ends o
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -125,7 +126,7 @@ class CheckpointSaver:
             # Staged under the plan's order; the state itself is not touched after this line.
             staged = self._staging.copy(tensors_of(self._plan, state.boxes))
             write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, staged, state.objects)
-            self._save = _Save(final, replace(progress), remarks, phase_start, self._clock(), in_background(write, "checkpoint"))
+            self._save = _Save(final, copy.deepcopy(progress), remarks, phase_start, self._clock(), in_background(write, "checkpoint"))
 
     def _save_now(self, plan: Plan, state: LocalState, final: Path, progress: Progress, remarks: dict[str, Any], phase_start: int) -> None:
         started = self._clock()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Progress:
     """Wall time up to here over all starts of the run; work that a kill undid is not in it."""
     dataset: str | None = None
     """SHA-256 of the training tokens: ``samples`` is a place in the order of these. None for a foreign dataset, which has none."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What the guard of the steps (w1train.training.health.guard) goes by: JSON. Checkpoints of before it have none."""
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -99,9 +101,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, or no manifest.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = {"health": {}, **json.loads((path / MANIFEST).read_bytes())}
         missing = {*(field.name for field in fields(Progress)), "files"} - manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
     if missing:
         raise damaged(path, [f"{MANIFEST} lacks {', '.join(sorted(missing))}"])
