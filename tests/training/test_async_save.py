@@ -229,6 +229,8 @@ def test_the_next_save_waits_and_that_is_stall(tmp_path):
         training.step()
         saver.save(Progress(step=2))
         assert complete_steps(tmp_path) == [1]
+        saver.save(Progress(step=2))  # as when a signal comes at a step that is saved anyway
+        assert not saver.is_saving
         second = saver.times.take()["checkpoint/stall_seconds"]
         saver.close()
         assert complete_steps(tmp_path) == [1, 2]
