@@ -295,3 +295,8 @@ def hang_at_step(step: int, rank: int, number: signal.Signals | None = None) -> 
             loop.Trainer.compute_step = hang  # type: ignore[method-assign]
 
     return sabotage
+
+
+def after_call_of_save(number: int, action: Callable[[], None]) -> Sabotage:
+    """Do something when the ``number``-th save has returned."""
+    return _at_call(loop.Trainer, "save", number, after=True, action=action)

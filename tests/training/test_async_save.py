@@ -16,10 +16,11 @@ from tests.distributed import run_distributed
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, world_size
 from tests.parallel.test_layouts import layout_config
 from w1train.config.schema_operation import CheckpointConfig
+from w1train.planning.state import PRECISION_BYTES, StateBytes, staging_bytes
 from w1train.runtime.distributed import distributed
 from w1train.training import async_save
 from w1train.training.async_save import CheckpointSaver
-from w1train.training.checkpoint import CheckpointError, Progress, complete_steps, load_checkpoint, save_checkpoint
+from w1train.training.checkpoint import CheckpointError, Progress, complete_steps, load_checkpoint, read_progress, save_checkpoint
 from w1train.training.forward import run_micro_batches
 from w1train.training.setup import build_trained_model
 
@@ -46,10 +47,10 @@ class Steps:
         self.model.gather_parameters()
 
 
-def on_ranks(function: Callable[[Steps], Any], data_parallel: int = 2, **parallel: Any) -> list[Any]:
+def on_ranks(function: Callable[[Steps], Any], data_parallel: int = 2, precision: Any = "bf16", **parallel: Any) -> list[Any]:
     """``function(training)`` on the ranks of a layout."""
     config = layout_config("one-stream", data_parallel, **parallel)
-    config.training.precision = "bf16"
+    config.training.precision = precision
 
     def main(_rank: int, _size: int) -> Any:
         logging.basicConfig(level=logging.INFO)
@@ -93,10 +94,11 @@ def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is
             gate.is_open.clear()
             training.step()
             saver.poll()
-            progress = Progress(step=training.number)
+            progress = Progress(step=training.number, health={"window": [1.0]})
             saver.save(progress)
             save_checkpoint(tmp_path / "waited", training.model, progress, "", keep=9)
             progress.step = 999  # the saver has its own
+            progress.health["window"].append(2.0)
             training.step(2)
             saver.poll()
             assert saver.is_saving
@@ -109,6 +111,7 @@ def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is
     for step in (1, 4):
         name = f"step_{step:010d}"
         assert shards(tmp_path / "background" / name) == shards(tmp_path / "waited" / name)
+        assert read_progress(tmp_path / "background" / name) == Progress(step=step, health={"window": [1.0]})
     assert shards(tmp_path / "waited/step_0000000001") != shards(tmp_path / "waited/step_0000000004")
     assert not list((tmp_path / "background").glob(".*"))
 
@@ -226,6 +229,8 @@ def test_the_next_save_waits_and_that_is_stall(tmp_path):
         training.step()
         saver.save(Progress(step=2))
         assert complete_steps(tmp_path) == [1]
+        saver.save(Progress(step=2))  # as when a signal comes at a step that is saved anyway
+        assert not saver.is_saving
         second = saver.times.take()["checkpoint/stall_seconds"]
         saver.close()
         assert complete_steps(tmp_path) == [1, 2]
@@ -285,3 +290,22 @@ def test_checkpoints_go_away_and_come_back(tmp_path):
     assert complete_steps(tmp_path / "new") == [5]
     assert [path.name for path in (tmp_path / "new").glob("damaged-*")] == ["damaged-step_0000000006"]
     shutil.rmtree(remote)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_planned_host_memory_is_what_is_taken(tmp_path, precision, sharded):
+    def save(training: Steps) -> tuple[int, int]:
+        saver = CheckpointSaver(tmp_path, training.model, CheckpointConfig(), "")
+        training.step()
+        saver.poll()
+        saver._staging._touched.result()
+        return saver._staging.num_bytes, sum(parameter.numel() for parameter in training.model.chunks[0].parameters())
+
+    found = on_ranks(save, precision=precision, distributed_optimizer=sharded)
+    numel, size = found[0][1], PRECISION_BYTES[precision]
+    copies = 3 if precision == "bf16" else 2
+    state = StateBytes(size * numel, 4 * numel, 4 * copies * numel // (2 if sharded else 1))
+    planned = staging_bytes(state, precision, 2, distributed=sharded)
+    assert sum(staged for staged, _ in found) == 2 * planned
+    assert all(staged == pytest.approx(planned, rel=0.05) for staged, _ in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import random
 
@@ -19,6 +20,8 @@ import_megatron()
 
 from torch.distributed.checkpoint import load  # noqa: E402
 
+from w1train.training import commit  # noqa: E402
+from w1train.training.manifest import CheckpointError, verify_checkpoint  # noqa: E402
 from w1train.training.optimizer_slices import boxes_of_range  # noqa: E402
 from w1train.training.retention import kept_steps, rank_steps  # noqa: E402
 from w1train.training.save_times import SaveTimes  # noqa: E402
@@ -92,6 +95,31 @@ def test_a_part_that_does_not_fit_leaves_nothing_and_says_why(tmp_path):
     (text,) = run_distributed(write, 1, process_group=False)
     assert "disk full, or a quota or file size limit reached" in text
     assert list((tmp_path / "part").iterdir()) == []
+
+
+def test_sizes_alone_are_compared_if_hashes_are_not(tmp_path):
+    shard = tmp_path / "__0_0.distcp"
+    shard.write_bytes(b"abc")
+    files = {shard.name: {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+    manifest = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    verify_checkpoint(tmp_path)
+    shard.write_bytes(b"abd")
+    verify_checkpoint(tmp_path, hashes=False)
+    with pytest.raises(CheckpointError, match="has changed"):
+        verify_checkpoint(tmp_path)
+    shard.write_bytes(b"ab")
+    with pytest.raises(CheckpointError, match="has 2 bytes, expected 3"):
+        verify_checkpoint(tmp_path, hashes=False)
+
+
+def test_a_checkpoint_in_the_way_is_set_aside(tmp_path):
+    for content in ("first", "second", "third"):
+        (tmp_path / "writing").mkdir()
+        (tmp_path / "writing" / "file").write_text(content)
+        commit._commit(tmp_path / "writing", tmp_path / "step_0000000001")
+    found = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert found == {"step_0000000001": "third", "undone-step_0000000001": "first", "undone-step_0000000001.2": "second"}
 
 
 def test_staged_copies_hold_their_values_in_storages_of_their_own():

@@ -93,6 +93,8 @@ class CheckpointSaver:
         self._staging = Staging()
         self._plan: Plan | None = None
         self._save: _Save | None = None
+        self._saved_step: int | None = None
+        """The step at whose boundary a save succeeded, until training goes on."""
         self._failure: CheckpointError | None = None
         """Of the newest save, if that failed."""
         self._uploader = Uploader(settings.upload) if settings.upload is not None and dist.get_rank() == 0 else None
@@ -103,7 +105,8 @@ class CheckpointSaver:
         return self._save is not None
 
     def save(self, progress: Progress, *, phase_start: int = 0, scores: Mapping[str, float] | None = None) -> None:
-        """Save the state as it is now, in the background if the settings have it so; first waits for the save before.
+        """Save the state as it is now, in the background if the settings have it so; first waits for the save before, and does nothing more
+        if that was of this very step.
 
         Args:
             phase_start: the best checkpoints are sought among later steps than this.
@@ -113,6 +116,8 @@ class CheckpointSaver:
             CheckpointError: on every rank; this save (or in the background, the one before) failed, and the settings want the run to stop.
         """
         self.wait()
+        if progress.step == self._saved_step:
+            return
         with self.times.stalling():
             state = collect_state(self.model, progress)
             if self._plan is None:
@@ -137,7 +142,7 @@ class CheckpointSaver:
             self._failed(error)
             return
         on_main_rank(partial(self._clean_up, final, phase_start))
-        self._failure = None
+        self._failure, self._saved_step = None, progress.step
         logger.info("saved %s in %.1f s", final, self._clock() - started)
 
     def poll(self) -> None:
@@ -146,13 +151,18 @@ class CheckpointSaver:
         Raises:
             CheckpointError: on every rank; it failed, and the settings want the run to stop.
         """
+        self._saved_step = None
         if self._plan is None:
             self._prepare()
+        self._go_on()
+
+    def _go_on(self) -> None:
         save = self._save
         if save is None:
             return
-        error = _error_of(save.work)
-        is_running, has_failed = agree([not save.work.done(), error is not None])
+        is_done = save.work.done()
+        error = _error_of(save.work) if is_done else None
+        is_running, has_failed = agree([not is_done, error is not None])
         if is_running:
             # Also where a rank has failed: the files are removed when nobody writes there any more.
             return
@@ -163,7 +173,7 @@ class CheckpointSaver:
             save.is_finishing = True
             save.work = in_background(partial(self._finish, save), "checkpoint") if dist.get_rank() == 0 else nothing()
         else:
-            self._save, self._failure = None, None
+            self._save, self._failure, self._saved_step = None, None, save.progress.step
             seconds = self._clock() - save.started
             dip = self.times.saved(seconds)
             slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
@@ -220,7 +230,7 @@ class CheckpointSaver:
             return
         with self.times.stalling():
             while self._save is not None:
-                self.poll()
+                self._go_on()
                 if self._save is not None:
                     time.sleep(_POLL_SECONDS)
 
@@ -280,8 +290,8 @@ class CheckpointSaver:
 
 
 def _error_of(work: Future[None]) -> OSError | None:
-    """What the disk said. Anything else is a mistake of ours, and is raised on the rank that made it."""
-    error = work.exception() if work.done() else None
+    """What the disk said to work that is done. Anything else is a mistake of ours, and is raised on the rank that made it."""
+    error = work.exception()
     if error is not None and not isinstance(error, OSError):
         raise error
     return error

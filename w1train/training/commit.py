@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,6 +22,12 @@ from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
 from w1train.training.shard_files import FREE_BYTES, describe_error
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = "damaged-"
+UNDONE = "undone-"
+"""Begin the names of what was set aside."""
 
 WriteShards = Callable[[Path], Mapping[str, Any]]
 """Writes torch's distributed files into the directory it is given, and returns the manifest's entries of them (on rank 0)."""
@@ -90,8 +97,22 @@ def _write_manifest(writing: Path, files: Mapping[str, Any], progress: Progress,
 
 
 def _commit(writing: Path, final: Path) -> None:
+    if final.exists():
+        # Of steps that were undone without a word to whoever keeps checkpoints; a rename does not replace a directory.
+        logger.warning("%s was there already and is now %s", final, set_aside(final, UNDONE).name)
     os.rename(writing, final)
     sync_directory(final.parent)
+
+
+def set_aside(path: Path, prefix: str) -> Path:
+    """Rename a checkpoint, so that nothing takes it for one, and nothing removes it. Returns its new path."""
+    target, number = path.with_name(f"{prefix}{path.name}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{prefix}{path.name}.{number}")
+    os.rename(path, target)
+    sync_directory(path.parent)
+    return target
 
 
 def raise_together(error: OSError | None) -> None:

@@ -6,8 +6,6 @@ What is found damaged is set aside (renamed, so that nothing takes it for a chec
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +14,9 @@ import torch.distributed as dist
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.distributed import on_main_rank
-from w1train.runtime.files import sync_directory, write_text
+from w1train.runtime.files import write_text
 from w1train.training.checkpoint import remove_unfinished, require_position
+from w1train.training.commit import DAMAGED, UNDONE, set_aside
 from w1train.training.manifest import (
     CheckpointError,
     complete_steps,
@@ -32,8 +31,6 @@ from w1train.training.remote_checkpoints import RemoteCheckpoints, fetch_checkpo
 
 logger = logging.getLogger(__name__)
 
-_DAMAGED = "damaged-"
-_UNDONE = "undone-"
 _RETURNED = ".resume_step"
 """Holds the checkpoint.resume_step that was obeyed: the same command again goes on, not back again."""
 
@@ -96,24 +93,9 @@ def _newest_or_stop(directory: Path, *, hashes: bool) -> int | None:
 
 
 def _set_aside_damaged(directory: Path, good: int) -> None:
-    damaged = [path for path in step_directories(directory) if _step(path) > good or not is_complete(path)]
-    for path, target in _set_aside(directory, damaged, _DAMAGED):
-        logger.warning("%s is damaged and is now %s; training goes on from step %d", path, target.name, good)
-
-
-def _set_aside(directory: Path, paths: Iterable[Path], prefix: str) -> list[tuple[Path, Path]]:
-    """Rename checkpoints. Returns (old, new) paths."""
-    renamed = []
-    for path in sorted(paths):
-        target, number = directory / f"{prefix}{path.name}", 1
-        while target.exists():
-            number += 1
-            target = directory / f"{prefix}{path.name}.{number}"
-        os.rename(path, target)
-        renamed.append((path, target))
-    if renamed:
-        sync_directory(directory)
-    return renamed
+    for path in step_directories(directory):
+        if _step(path) > good or not is_complete(path):
+            logger.warning("%s is damaged and is now %s; training goes on from step %d", path, set_aside(path, DAMAGED).name, good)
 
 
 def _chosen_step(directory: Path, settings: CheckpointConfig) -> int | None:
@@ -147,9 +129,9 @@ def _require_step(directory: Path, step: int) -> None:
 
 
 def _return_to(directory: Path, step: int) -> None:
-    later = [path for path in step_directories(directory) if _step(path) > step]
-    for path, target in _set_aside(directory, later, _UNDONE):
-        logger.warning("%s is now %s: checkpoint.resume_step=%d", path, target.name, step)
+    for path in step_directories(directory):
+        if _step(path) > step:
+            logger.warning("%s is now %s: checkpoint.resume_step=%d", path, set_aside(path, UNDONE).name, step)
     write_text(directory / _RETURNED, str(step))
 
 
@@ -157,12 +139,12 @@ def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
     """The newest good checkpoint of object storage, copied here; what is here already is damaged, and is set aside."""
     steps = on_main_rank(remote.steps)
     if steps:
-        on_main_rank(lambda: _set_aside(directory, step_directories(directory), _DAMAGED))
+        on_main_rank(lambda: [set_aside(path, DAMAGED) for path in step_directories(directory)])
     for step in reversed(steps):
         fetch_checkpoint(remote, step, directory)
         if _is_good(step_path(directory, step), hashes=True):
             return step
-        on_main_rank(partial(_set_aside, directory, [step_path(directory, step)], _DAMAGED))
+        on_main_rank(partial(set_aside, step_path(directory, step), DAMAGED))
     return None
 
 
@@ -172,7 +154,7 @@ def _require_none_lost(directory: Path) -> None:
     Raises:
         CheckpointError: there are damaged ones.
     """
-    damaged = sorted({*step_directories(directory), *directory.glob(f"{_DAMAGED}*")})
+    damaged = sorted({*step_directories(directory), *directory.glob(f"{DAMAGED}*")})
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise CheckpointError(

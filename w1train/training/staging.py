@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Staging:
         """Take the memory for tensors like these; the kernel makes its pages beside what goes on."""
         assert not self._buffers
         memory, self._buffers = _allocate(tensors)
-        self._touched = in_background(memory.zero_, "checkpoint memory")
+        device = _device_of(tensors)
+        self._touched = in_background(partial(_make_ready, memory, device), "checkpoint memory")
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -47,7 +49,7 @@ class Staging:
             self.prepare(tensors)
         self._touched.result()
         assert len(self._buffers) == len(tensors)
-        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        device = _device_of(tensors)
         if device is None:
             _copy(self._buffers, tensors)
             return self._buffers
@@ -72,8 +74,6 @@ def _allocate(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         total = start + tensor.numel() * tensor.itemsize
         ends.append((start, total))
     memory = torch.empty(max(total, 1), dtype=torch.uint8)
-    if any(tensor.is_cuda for tensor in tensors):
-        _pin(memory)
     pieces = memory.numpy()
     return memory, [
         torch.from_numpy(pieces[start:end]).view(tensor.dtype).view(tensor.shape)
@@ -81,9 +81,19 @@ def _allocate(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     ]
 
 
-def _pin(memory: Tensor) -> None:
-    """Make it memory that the GPU can copy to without help. Not through torch's pool of pinned memory, which takes powers of two."""
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+def _device_of(tensors: Sequence[Tensor]) -> torch.device | None:
+    """The GPU that they are on, if they are on one."""
+    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+
+
+def _make_ready(memory: Tensor, device: torch.device | None) -> None:
+    """Let the kernel make its pages, and let the GPU copy to them without help. Not through torch's pool of pinned memory, which takes
+    powers of two."""
+    memory.zero_()
+    if device is None:
+        return
+    with torch.cuda.device(device):
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(status) != 0:
         size = memory.numel() / 2**30
         logger.warning("%.1f GiB of buffers for checkpoints could not be pinned (CUDA error %d): saves stall longer", size, int(status))
