@@ -10,7 +10,7 @@ WORKERS ?= 2
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curriculum docker docker-cpu test test-gpu lint format clean
+.PHONY: help install demo curriculum docker docker-cpu test test-gpu chaos lint format clean
 
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -37,6 +37,9 @@ test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of the
 
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+chaos: install  ## Disturb 60 trainings on two ranks at random moments, and compare with undisturbed ones (ARGS="--only hang --seed 3")
+	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 lint: install  ## Check style (ruff), types (mypy), shell scripts (shellcheck) and Dockerfiles (hadolint)
 	@$(VENV)/bin/ruff check

@@ -159,6 +159,8 @@ def field_annotation(pattern: str) -> Any:
             "a multiple of validation.interval (100)",
         ),
         ({"checkpoint.average_at_end": True}, "checkpoint.average_at_end", "keep_best of at least 2"),
+        ({"checkpoint.keep_every": 150, "checkpoint.interval": 100}, "checkpoint.keep_every", "a multiple of checkpoint.interval"),
+        ({"checkpoint.upload": "bucket/runs"}, "checkpoint.upload", "a URL that fsspec knows"),
         (
             {"checkpoint.average_at_end": True, "checkpoint.keep_best": 1, "data.validation": "v"},
             "checkpoint.average_at_end",

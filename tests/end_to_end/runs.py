@@ -57,6 +57,8 @@ def _compose_once(choices: Mapping[str, str], directories: Sequence[Path]) -> di
 
 compose._compose = _compose_once
 
+_BY_THE_CLOCK = ("time/", "checkpoint/")
+"""Begin the names of metrics that are measured."""
 VOCAB_SIZE = 320
 LENGTH = 32
 BATCH = 8
@@ -156,7 +158,7 @@ class TinyRun:
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what is measured by the clock: everything in it must survive a kill."""
         lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if not key.startswith("time/")} for line in lines]
+        return [{key: value for key, value in json.loads(line).items() if not key.startswith(_BY_THE_CLOCK)} for line in lines]
 
     def train_records(self) -> list[dict[str, Any]]:
         return [record for record in self.metrics() if record["kind"] == "train"]

@@ -54,7 +54,8 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
     shards, metadata = sum(map(blocks, saved.glob("__*"))), blocks(saved / ".metadata")
     # Fails in: some shard, .metadata, metadata.json, manifest.json.
     for num_bytes_left in (shards // 2, shards, shards + metadata, shards + metadata + 8192):
-        outcome = run.train(world_size=2, sabotage=traps.fill_disk(small_disk, num_bytes_left, number=1)).require(1)
+        trap = traps.fill_disk(small_disk, num_bytes_left, number=1)
+        outcome = run.train("checkpoint.asynchronous=false", "checkpoint.on_error=stop", world_size=2, sabotage=trap).require(1)
         message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
         assert "No space left on device" in message or "disk full" in message
         assert "The one of step 6 is untouched: the same command goes on from it" in message
@@ -71,7 +72,7 @@ def test_one_rank_cannot_write(tiny_run, undisturbed):
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    outcome = tiny_run.train(world_size=2, sabotage=limit).require(1)
+    outcome = tiny_run.train("checkpoint.on_error=stop", world_size=2, sabotage=limit).require(1)
     message = one_line(outcome.output, "could not save")
     assert "rank 1: a file could not be written to its end (disk full, or a quota or file size limit reached" in message
     assert "rank 0: " not in message
@@ -151,7 +152,7 @@ def test_a_damaged_checkpoint_is_named(tiny_data, undisturbed, tmp_path, damage)
     act, words = DAMAGES[damage]
     act(run.checkpoints / "step_0000000012")
     before = run.metrics()
-    outcome = run.train(world_size=2).require(1)
+    outcome = run.train("checkpoint.on_damage=stop", world_size=2).require(1)
     message = one_line(outcome.output, f"w1train.pretrain: {run.checkpoints}/step_0000000012 is damaged: ")
     assert re.search(words, message), message
     assert message.endswith("Remove this directory to resume from an older checkpoint.")

@@ -23,6 +23,7 @@ def require_equal(run: TinyRun, expected: TinyRun) -> None:
 
 @pytest.mark.parametrize(("world_size", "precision"), [(1, "fp32"), (2, "bf16")])
 def test_killed_at_the_worst_places(tiny_run, undisturbed, world_size, precision):
+    options = (f"training.precision={precision}", "checkpoint.asynchronous=false")  # so that each save is done before what comes next
     # Each start goes on from where the one before it was killed; numbers count calls in one process.
     deaths = [
         ("step 1, nothing saved", traps.before_record(1), []),
@@ -40,7 +41,7 @@ def test_killed_at_the_worst_places(tiny_run, undisturbed, world_size, precision
         ("the end without summary", traps.before_summary(), [9, 12]),
     ]
     for where, trap, saved in deaths:
-        outcome = tiny_run.train(f"training.precision={precision}", world_size=world_size, sabotage=trap)
+        outcome = tiny_run.train(*options, world_size=world_size, sabotage=trap)
         assert outcome.killed, f"was not killed at {where}:\n{outcome.output}"
         assert tiny_run.steps_saved() == saved, where
     tiny_run.train(f"training.precision={precision}", world_size=world_size).require(0)

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed.checkpoint
-
 from tests.end_to_end.runs import Sabotage
-from w1train.training import checkpoint, loop, metrics_log, watch
+from w1train.training import commit, loop, metrics_log, retention, shard_files, watch
 
 
 def die() -> None:
@@ -82,21 +80,21 @@ def after_samples(number: int) -> Sabotage:
 
 def after_shards(number: int, rank: int) -> Sabotage:
     """The rank's shard is written, the checkpoint's metadata and manifest are not."""
-    return _at_call(torch.distributed.checkpoint.FileSystemWriter, "write_data", number, after=True, rank=rank)
+    return _at_call(shard_files, "_leave_note", number, after=True, rank=rank)
 
 
 def before_manifest(number: int) -> Sabotage:
-    return _at_call(checkpoint, "_write_manifest", number, after=False)
+    return _at_call(commit, "_write_manifest", number, after=False)
 
 
 def before_commit(number: int) -> Sabotage:
     """Everything is written; the rename is all that lacks."""
-    return _at_call(checkpoint, "_commit", number, after=False)
+    return _at_call(commit, "_commit", number, after=False)
 
 
 def after_commit(number: int) -> Sabotage:
     """The new checkpoint is there, and more old ones than are kept."""
-    return _at_call(checkpoint, "_commit", number, after=True)
+    return _at_call(commit, "_commit", number, after=True)
 
 
 def while_removing(number: int) -> Sabotage:
@@ -115,7 +113,7 @@ def while_removing(number: int) -> Sabotage:
             original(path, *args, **kwargs)
 
         if rank == 0:
-            checkpoint.shutil.rmtree = trapped
+            retention.shutil.rmtree = trapped
 
     return sabotage
 
@@ -203,28 +201,17 @@ def wait_at_step(step: int, here: Any, go_on: Any) -> Sabotage:
 def fill_disk(directory: Any, num_bytes_left: int, number: int) -> Sabotage:
     """A file takes all but so many bytes of a disk, right before the ``number``-th save."""
 
-    def sabotage(rank: int) -> None:
-        original = loop.save_checkpoint
-        calls = 0
+    def fill() -> None:
+        (directory / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(directory).free - num_bytes_left)))
 
-        def trapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                (directory / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(directory).free - num_bytes_left)))
-            return original(*args, **kwargs)
-
-        if rank == 0:
-            loop.save_checkpoint = trapped
-
-    return sabotage
+    return _at_call(loop.Trainer, "save", number, after=False, action=fill)
 
 
 def at_average_commit() -> Sabotage:
     """The average of checkpoints is written aside; the rename is all that lacks."""
 
     def sabotage(rank: int) -> None:
-        original = checkpoint._commit
+        original = commit._commit
 
         def trapped(writing: Any, final: Any) -> None:
             if final.name.startswith("average_"):
@@ -232,7 +219,7 @@ def at_average_commit() -> Sabotage:
             original(writing, final)
 
         if rank == 0:
-            checkpoint._commit = trapped
+            commit._commit = trapped
 
     return sabotage
 
@@ -308,3 +295,8 @@ def hang_at_step(step: int, rank: int, number: signal.Signals | None = None) -> 
             loop.Trainer.compute_step = hang  # type: ignore[method-assign]
 
     return sabotage
+
+
+def after_call_of_save(number: int, action: Callable[[], None]) -> Sabotage:
+    """Do something when the ``number``-th save has returned."""
+    return _at_call(loop.Trainer, "save", number, after=True, action=action)

@@ -17,6 +17,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 3
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Beside these, checkpoints of every so many steps are kept for ever; 0 = none are."""
     keep_best: int = 0
     """Beside the newest, as many of the best by checkpoint.best_metric are kept; every checkpoint must then be at a validation."""
     best_metric: BestMetric = "elbo"
@@ -24,6 +26,21 @@ class CheckpointConfig:
     average_at_end: bool = False
     """Average the weights of the keep_best best checkpoints at the end of the run and of each of its phases, and compare the average
     with them (LLaDA2.0's merge; w1train.average does the same at any time). Averages are kept."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false = training waits until it is written, and needs no memory
+    for the copy."""
+    on_error: Literal["warn", "stop"] = "warn"
+    """What a save that fails (no space left, a quota) does to the run: warn = old checkpoints stay and training goes on, stop = it stops.
+    The last save of a run must succeed either way."""
+    verify: bool = True
+    """Compare a checkpoint's files with their hashes before it is loaded; false = their sizes alone."""
+    on_damage: Literal["fall_back", "stop"] = "fall_back"
+    """What a start does about a damaged newest checkpoint: fall_back = set it aside and go on from the newest good one, stop = nothing."""
+    resume_step: int | None = None
+    """Go on from the checkpoint of this step; later ones are set aside. Obeyed once: the same command again goes on from the newest."""
+    upload: str | None = None
+    """Where complete checkpoints are copied to in the background, such as s3://bucket/runs/NAME, under the same rules of what is kept. A
+    start that has no good checkpoint of its own fetches the newest from there."""
 
 
 @dataclass(slots=True, kw_only=True)

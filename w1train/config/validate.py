@@ -15,6 +15,7 @@ from w1train.config.errors import Problem, listing, show
 from w1train.config.ranges import AT_LEAST_ONE, BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Range
 from w1train.config.schema import Config, SamplingConfig
 from w1train.config.stages import batch_sizes
+from w1train.config.validate_checkpoint import CHECKPOINT_RULES
 from w1train.config.validate_data import DATA_RULES
 from w1train.config.validate_diffusion import DIFFUSION_RULES, at_every_stage
 from w1train.config.validate_health import HEALTH_RANGES, HEALTH_RULES
@@ -98,7 +99,9 @@ RANGES: dict[str, Range] = {
     "sampling.seed": NOT_NEGATIVE,
     "checkpoint.interval": AT_LEAST_ONE,
     "checkpoint.keep": AT_LEAST_ONE,
+    "checkpoint.keep_every": NOT_NEGATIVE,
     "checkpoint.keep_best": NOT_NEGATIVE,
+    "checkpoint.resume_step": AT_LEAST_ONE,
     "logging.interval": AT_LEAST_ONE,
     "logging.num_t_bins": AT_LEAST_ONE,
     "logging.peak_tflops": POSITIVE,
@@ -276,20 +279,6 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
             yield Problem("sampling.num_steps", show(sampling.num_steps), valid, near(sampling.num_steps, num_blocks))
 
 
-def _best_checkpoints_rule(config: Config) -> Iterator[Problem]:
-    """A checkpoint's score is the validation at its own step: one between two validations would have none, and could never be kept."""
-    checkpoint, interval = config.checkpoint, config.validation.interval
-    if checkpoint.average_at_end and checkpoint.keep_best < 2:
-        yield Problem("checkpoint.average_at_end", "true", "false, or checkpoint.keep_best of at least 2: of one there is no average")
-    if checkpoint.keep_best < 1:
-        return
-    if config.data.validation is None:
-        yield Problem("checkpoint.keep_best", show(checkpoint.keep_best), "0 without data.validation: nothing says which are the best")
-    elif does_not_divide(interval, checkpoint.interval):
-        valid = f"with checkpoint.keep_best, a multiple of validation.interval ({interval})"
-        yield Problem("checkpoint.interval", show(checkpoint.interval), valid, near(checkpoint.interval, interval))
-
-
 def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:
     tensor = config.parallel.tensor
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
@@ -453,7 +442,7 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     _validation_blocks_rule,
     _sampling_rule,
     at_every_stage(_denoising_rule),
-    _best_checkpoints_rule,
+    *CHECKPOINT_RULES,
     _tensor_parallel_rule,
     _sequence_parallel_rule,
     _pipeline_rule,

@@ -109,5 +109,13 @@ def state_bytes(
     return [StateBytes(element * buffer, FP32_BYTES * buffer, FP32_BYTES * fp32_copies * numel) for numel in owned]
 
 
+def staging_bytes(state: StateBytes, precision: Precision, num_shards: int, *, distributed: bool) -> float:
+    """Bytes of host memory that a rank copies its part of a checkpoint to, about: weights are dealt out to the ranks that have the same
+    ones, and so are states that are not sharded. In fp32 the distributed optimizer saves the weights as masters too."""
+    if not distributed:
+        return (state.parameters + state.optimizer) / num_shards
+    return state.parameters / num_shards + state.optimizer * (3 / 2 if precision == "fp32" else 1)
+
+
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

@@ -13,6 +13,7 @@ from w1train.planning.assumptions import described
 from w1train.planning.communication import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
+from w1train.planning.state import staging_bytes
 from w1train.planning.suggestion import suggest_recomputation
 from w1train.training.flops import num_parameters
 from w1train.training.objective import describe_objective
@@ -107,6 +108,11 @@ def memory_table(plan: Plan) -> Table:
     table.add_section()
     row("total", [stage.total_bytes + reserved for stage in stages])
     row("device", [plan.device.memory_bytes for _ in stages])
+    if plan.config.checkpoint.asynchronous:
+        table.add_section()
+        distributed, shards = plan.layout.distributed_optimizer, plan.layout.num_optimizer_shards
+        staged = [staging_bytes(stage.state, plan.config.training.precision, shards, distributed=distributed) for stage in stages]
+        row("host memory beside it, for checkpoints in the background", staged)
     return table
 
 

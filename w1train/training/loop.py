@@ -24,20 +24,16 @@ from w1train.runtime.pulse import SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
 from w1train.training.agreement import Agreement, StepFlags
+from w1train.training.async_save import CheckpointSaver
 from w1train.training.averaging import average_steps
 from w1train.training.checkpoint import (
     Progress,
     best_steps,
-    latest_step,
     load_checkpoint,
     load_model_weights,
     read_config,
     read_progress,
     read_scores,
-    remove_old,
-    remove_unfinished,
-    require_manifests,
-    save_checkpoint,
     step_path,
 )
 from w1train.training.comparison import average_summary, compare
@@ -54,6 +50,7 @@ from w1train.training.inputs import choose_backends
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.phases import phase_ends, phase_start, stage_of_step
+from w1train.training.recovery import choose_checkpoint, newest_good_step
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import LoadWeights, build_trained_model
 from w1train.training.summary import read_steps, write_summary
@@ -74,18 +71,26 @@ class Trainer:
         """
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
-        on_main_rank(partial(prepare_resume, config, run))
+        step = choose_checkpoint(run.checkpoints, config.checkpoint)
+        on_main_rank(partial(prepare_resume, config, run, step))
         all_or_none(partial(choose_backends, config, ranks.device))
         all_or_none(partial(prepare_data, config))
         self.data = all_or_none(partial(TrainingData, config, ranks))
         on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
-        step = on_main_rank(partial(latest_step, run.checkpoints))
         load = open_initial_weights(config) if step is None and config.training.initial_weights is not None else None
         self.model = build_trained_model(config, load)
         self.progress = self._load_progress(step)
         self.scores: dict[str, float] = {}
         self.scored_step = -1
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
+        self.saver = CheckpointSaver(
+            run.checkpoints,
+            self.model,
+            config.checkpoint,
+            config_to_yaml(config),
+            before_commit=self.watch.sync,
+            is_resumed=step is not None,
+        )
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         self.timer = StepTimer(ranks.world_size, peak)
         self.phase_ends = phase_ends(config)
@@ -115,7 +120,7 @@ class Trainer:
         self.started = time.perf_counter() - self.progress.seconds
         pulse.num_steps, pulse.total_tokens = self.num_steps, total_tokens(self.config.schedule)
         self._tell_progress()
-        with self.watch, self.data.loader, self.garbage:
+        with self.watch, self.data.loader, self.saver, self.garbage:
             self._print_header()
             pulse.activity = TRAINING
             pulse.beat()
@@ -133,6 +138,7 @@ class Trainer:
                     batches.close()
                     self.rewind(error)
                     batches = self.noisy_batches()
+            self.saver.close()
             self.progress.seconds = time.perf_counter() - self.started
             if not self.stopped:
                 self.summarize()
@@ -140,6 +146,7 @@ class Trainer:
     def after_step(self, flags: StepFlags) -> None:
         """What is due at the boundary between two steps."""
         self.garbage.step_done(self.progress.step)
+        self.saver.poll()
         if self.is_due(self.config.validation.interval):
             self.validate()
         if self.is_due(self.config.sampling.interval):
@@ -161,7 +168,8 @@ class Trainer:
             FloatingPointError: ``error``, if there is no checkpoint or the run may not go back (any more).
         """
         health = self.config.health
-        step = on_main_rank(partial(latest_step, self.run.checkpoints))
+        self.saver.wait()
+        step = newest_good_step(self.run.checkpoints, hashes=self.config.checkpoint.verify)
         if health.on_nonfinite == "stop" or step is None or self.num_rewinds >= health.max_rewinds:
             raise error
         self.num_rewinds += 1
@@ -267,6 +275,7 @@ class Trainer:
                 **times,
                 "health/skipped_steps": self.guard.num_skipped,
                 **self.stragglers.metrics,
+                **self.saver.step_times(times),
                 "time/memory_gib": memory_gib(self.ranks.device),
             },
         )
@@ -301,35 +310,29 @@ class Trainer:
         self.timer.restart()
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        self.model.gather_parameters()
-        # The loss of this step was finite before its update; the next one will not be if the update was not.
-        require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
-        self.watch.sync()
-        started = time.perf_counter()
-        self.progress.seconds = started - self.started
-        self.progress.dataset = self.data.fingerprint(self.progress.samples)
-        settings = self.config.checkpoint
-        path = save_checkpoint(
-            self.run.checkpoints,
-            self.model,
-            self.progress,
-            config_to_yaml(self.config),
-            keep=settings.keep,
-            keep_best=settings.keep_best,
-            best_metric=settings.best_metric,
-            phase_start=phase_start(self.config, self.progress.step),
-            scores=self.scores if self.scored_step == self.progress.step else None,
-        )
-        logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        """Begin to write a checkpoint; ``self.saver`` says when it is there."""
+        with self.saver.times.stalling():
+            self.model.gather_parameters()
+            # The loss of this step was finite before its update; the next one will not be if the update was not.
+            require_finite(self.progress.step, {"the largest parameter": self.model.largest_parameter()})
+            self.progress.seconds = time.perf_counter() - self.started
+            self.progress.dataset = self.data.fingerprint(self.progress.samples)
+            self.saver.save(
+                self.progress,
+                phase_start=phase_start(self.config, self.progress.step),
+                scores=self.scores if self.scored_step == self.progress.step else None,
+            )
         self.timer.restart()
 
     def end_phase(self) -> None:
         """After the last step of a phase was saved: keep its best checkpoints alone, and average them if that is asked for."""
         settings = self.config.checkpoint
         after = phase_start(self.config, self.progress.step)
+        if settings.average_at_end or self.progress.step >= self.num_steps:
+            self.saver.require_saved()
+        self.saver.wait()
         # Again, for a run that was killed between the save and this.
-        on_main_rank(partial(remove_old, self.run.checkpoints, settings.keep, settings.keep_best, settings.best_metric, after))
+        on_main_rank(partial(self.saver.remove_old, after))
         if settings.average_at_end:
             self.average(after)
 
@@ -389,7 +392,8 @@ class Trainer:
             return Progress()
         path = step_path(self.run.checkpoints, step)
         logger.info("resuming from %s", path)
-        progress = load_checkpoint(path, self.model)
+        # It was verified when it was chosen.
+        progress = load_checkpoint(path, self.model, verify=False)
         all_or_none(partial(self._require_dataset, progress, path))
         return progress
 
@@ -419,16 +423,13 @@ class Trainer:
         )
 
 
-def prepare_resume(config: Config, run: RunDirectory) -> None:
-    """On rank 0, before anything is built: clean up after a kill, compare with the checkpoint's configuration, write the new one.
+def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
+    """On rank 0, before anything is built: compare with the configuration of the checkpoint of ``step``, write the new one.
 
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
-        CheckpointError: a checkpoint has lost its manifest, or its configuration is not what it was.
+        CheckpointError: the configuration is not what it was when it was saved.
     """
-    remove_unfinished(run.checkpoints)
-    require_manifests(run.checkpoints)
-    step = latest_step(run.checkpoints)
     if step is not None:
         checkpoint = step_path(run.checkpoints, step)
         old = read_config(checkpoint)

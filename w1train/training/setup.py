@@ -23,8 +23,9 @@ from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.training import adamw
 from w1train.training.buckets import bucket_size
-from w1train.training.megatron_fixes import keep_bucket_padding_in_checkpoints
+from w1train.training.megatron_fixes import give_padded_places_for_loading
 from w1train.training.objective import num_streams
+from w1train.training.optimizer_slices import save_optimizer_states_in_slices
 from w1train.training.rate_multipliers import freeze_and_mark, rate_overrides
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,8 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
     adamw.install(config.kernels.adamw)
-    keep_bucket_padding_in_checkpoints()
+    give_padded_places_for_loading()
+    save_optimizer_states_in_slices()
     settings = config.optimizer
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",

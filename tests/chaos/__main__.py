@@ -1,0 +1,85 @@
+"""``python -m tests.chaos``: the campaign, a table of what it survived, and exit status 1 unless that is all of it."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch, as in tests/conftest.py: one thread a process, no GPU, nothing uploaded.
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
+
+import argparse
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import Table, environment, write_report
+from tests.chaos.campaign import Campaign, Result, draw
+from tests.chaos.faults import FAULTS
+
+NUM_RUNS = 60
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 0 if every run survived, else 1."""
+    options = parse(arguments)
+    directory = Path(tempfile.mkdtemp(prefix="w1train-chaos-"))
+    began, results = time.monotonic(), []
+    campaign = Campaign(directory, options.seed, options.overrides)
+    for number, fault, layout in draw(options.num_runs, options.only):
+        results.append(campaign.run(number, fault, layout))
+        print(results[-1].line(), flush=True)
+    tables = [summary(results)]
+    for table in tables:
+        table.print()
+    failed = [result for result in results if result.problems]
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(results) - len(failed)} of {len(results)} runs recovered, in {minutes:.1f} minutes")
+    if failed:
+        print(f"what the others left: {directory}")
+    else:
+        shutil.rmtree(directory)
+    if options.report:
+        tables.append(environment(shlex.join(["python", "-m", "tests.chaos", *arguments])))
+        print(f"wrote {write_report('chaos', 'Campaign of faults', tables, notes(results, minutes))}")
+    return 1 if failed else 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    names = [fault.name for fault in FAULTS]
+    parser = argparse.ArgumentParser(prog="tests.chaos", description="Disturb trainings on two ranks, and compare with undisturbed ones.")
+    parser.add_argument("--num-runs", type=int, default=NUM_RUNS, help=f"default: {NUM_RUNS}")
+    parser.add_argument("--seed", type=int, default=0, help="of steps, delays, victims and places (default: 0)")
+    parser.add_argument("--only", action="append", default=[], choices=names, metavar="FAULT", help=f"may be repeated: {', '.join(names)}")
+    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="on every run's command line")
+    return parser.parse_args(arguments)
+
+
+def summary(results: Sequence[Result]) -> Table:
+    """One row a fault, and the sum."""
+    columns = ("fault", "runs", "recovered", "restarts", "steps redone, most", "worst recovery, s")
+    rows = []
+    for fault in FAULTS:
+        if of_fault := [result for result in results if result.fault is fault]:
+            rows.append((fault.title, *_numbers(of_fault)))
+    return Table("Faults", columns, [*rows, ("all", *_numbers(results))])
+
+
+def _numbers(results: Sequence[Result]) -> tuple[str, ...]:
+    recovered = [result for result in results if not result.problems]
+    restarts = sum(max(0, result.story.num_starts - 1) for result in results)
+    redone = max((result.story.lost for result in recovered), default=0)
+    worst = max((result.story.recovery_seconds or 0.0 for result in recovered), default=0.0)
+    return str(len(results)), str(len(recovered)), str(restarts), str(redone), f"{worst:.1f}"
+
+
+def notes(results: Sequence[Result], minutes: float) -> str:
+    return f"{len(results)} runs in {minutes:.1f} minutes."
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,173 @@
+"""The ranks of one start of a training: forked from this process, or torchrun's.
+
+Two fresh interpreters that import torch and megatron-core cost 12 seconds of CPU, forks of a process that has imported them nothing: most
+runs are forked, with torchrun's environment variables; a few go through the real torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from tests.distributed import PR_SET_PDEATHSIG, free_port
+from tests.end_to_end.runs import Sabotage, output_to
+from w1train import pretrain
+
+WORLD_SIZE = 2
+GRACE_SECONDS = 3.0
+"""Between the SIGTERM and the SIGKILL that the other ranks get when one has failed. torchrun waits 30 s."""
+TORCHRUN_RESTARTS = 3
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Job(Protocol):
+    """Ranks that run."""
+
+    num_starts: int
+    """How often ranks have been started: more than once only where the launcher does it by itself."""
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process, of those that are there now."""
+        ...
+
+    def poll(self) -> list[int] | None:
+        """Exit statuses once all have ended (negative: the signal that did it), else None. Ends the rest when one has failed."""
+        ...
+
+    def kill(self) -> None:
+        """End everything at once."""
+
+    def log(self) -> str:
+        """What the ranks have written."""
+        ...
+
+
+class ForkedJob:
+    """Ranks forked from this process, ended as torchrun ends them."""
+
+    num_starts = 1
+
+    def __init__(self, arguments: list[str], directory: Path, logs: Path, hook: Sabotage | None) -> None:
+        """
+        Args:
+            arguments: of w1train.pretrain.
+            directory: where the ranks start in.
+            logs: a directory of this start's own.
+        """
+        logs.mkdir(parents=True)
+        self._logs = [logs / f"rank-{rank}.log" for rank in range(WORLD_SIZE)]
+        self._kill_at: float | None = None
+        port, context = free_port(), multiprocessing.get_context("fork")
+        # Not daemons: those may not have children, and data.workers=process has.
+        self._ranks: list[ForkProcess] = []
+        for rank, log in enumerate(self._logs):
+            self._ranks.append(context.Process(target=_rank_main, args=(arguments, directory, log, hook, rank, port)))
+        for process in self._ranks:
+            process.start()
+
+    def ranks(self) -> dict[int, int]:
+        """As ``Job``."""
+        return {rank: process.pid or 0 for rank, process in enumerate(self._ranks) if process.is_alive()}
+
+    def poll(self) -> list[int] | None:
+        """As ``Job``."""
+        alive = [process for process in self._ranks if process.is_alive()]
+        if not alive:
+            return [process.exitcode or 0 for process in self._ranks]
+        now = time.monotonic()
+        if self._kill_at is None and any(process.exitcode for process in self._ranks):
+            self._kill_at = now + GRACE_SECONDS
+            for process in alive:
+                process.terminate()
+        if self._kill_at is not None and now > self._kill_at:
+            self.kill()
+        return None
+
+    def kill(self) -> None:
+        """As ``Job``."""
+        for process in self._ranks:
+            process.kill()
+        for process in self._ranks:
+            process.join()
+
+    def log(self) -> str:
+        """As ``Job``."""
+        return "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
+
+
+def _rank_main(arguments: list[str], directory: Path, log: Path, hook: Sabotage | None, rank: int, port: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a campaign that is killed leaves no ranks behind
+    gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE), LOCAL_WORLD_SIZE=str(WORLD_SIZE))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.chdir(directory)
+    with output_to(log):
+        if hook is not None:
+            hook(rank)
+        status = pretrain.main(arguments)
+    sys.exit(status)
+
+
+class TorchrunJob:
+    """``torchrun --max-restarts``, which starts the ranks again by itself."""
+
+    def __init__(self, arguments: list[str], directory: Path, logs: Path) -> None:
+        """As ``ForkedJob``."""
+        logs.mkdir(parents=True)
+        self._log = logs / "torchrun.log"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+        options = [f"--max-restarts={TORCHRUN_RESTARTS}", "--monitor-interval=0.1", f"--shutdown-timeout={GRACE_SECONDS:.0f}"]
+        environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        with self._log.open("w") as log:
+            self._agent = subprocess.Popen(
+                [*launcher, *options, "-m", "w1train.pretrain", *arguments], cwd=directory, env=environment, stdout=log, stderr=log
+            )
+        self._seen: set[int] = set()
+
+    @property
+    def num_starts(self) -> int:
+        """As ``Job``: counted by the processes seen."""
+        return len(self._seen) // WORLD_SIZE
+
+    def ranks(self) -> dict[int, int]:
+        """As ``Job``."""
+        found = {}
+        try:
+            for child in psutil.Process(self._agent.pid).children():
+                if "w1train.pretrain" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                    found[int(child.environ()["RANK"])] = child.pid
+        except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):  # between its fork and its exec, or ending
+            pass
+        self._seen.update(found.values())
+        return found
+
+    def poll(self) -> list[int] | None:
+        """As ``Job``; the status is torchrun's."""
+        status = self._agent.poll()
+        if status is None:
+            self.ranks()
+            return None
+        return [status]
+
+    def kill(self) -> None:
+        """As ``Job``."""
+        for pid in [*self.ranks().values(), self._agent.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._agent.wait()
+
+    def log(self) -> str:
+        """As ``Job``; and torchrun's own."""
+        return self._log.read_text(errors="replace")

@@ -1,0 +1,119 @@
+"""A run as it is seen from outside, and the bookkeeping of the fault that strikes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.chaos.jobs import Job
+from tests.end_to_end.runs import TinyRun
+
+LAYOUTS = {"tensor": ("parallel.tensor=2",), "pipeline": ("parallel.pipeline=2",), "data": ()}
+"""Command line of each layout of two ranks."""
+NUM_STEPS = 24
+CHECKPOINT_INTERVAL = 4
+LENGTH_OF_A_STEP = 0.1
+"""Seconds, roughly: a moment is a step and a random time after it, up to this."""
+SECONDS_TO_START = 1.0
+"""The same for the first step: reading the configuration, building the model, the first validation."""
+
+
+@dataclass(slots=True)
+class Blow:
+    """When a fault struck, and what the run had then."""
+
+    time: float
+    """time.monotonic()."""
+    reached: int
+    """The newest recorded step."""
+    saved: int
+    """The newest complete checkpoint's step that a restart must find, 0 without one."""
+
+
+@dataclass(slots=True)
+class Scene:
+    """What a fault sees and may touch."""
+
+    run: TinyRun
+    layout: str
+    marks: Path
+    """A directory for the hooks' marks and the starts' logs, on another disk than the run's."""
+    random: random.Random
+    nan_step: int = 0
+    """Where a NaN that stays is."""
+    job: Job | None = None
+    """The present start's ranks."""
+    blow: Blow | None = None
+    recovered_at: float | None = None
+    _signature: tuple[int, ...] = ()
+    _newest: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What the fault did, for whoever reads about a failure."""
+
+    # What can be seen
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Rank -> process."""
+        return self.job.ranks() if self.job is not None else {}
+
+    def newest_step(self) -> int:
+        """The last training step in metrics.jsonl."""
+        path = self.run.path / "metrics.jsonl"
+        try:
+            status = path.stat()
+            signature = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if signature != self._signature:
+                lines = path.read_bytes().splitlines(keepends=True)
+                records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+                self._newest = max((record["step"] for record in records if record["kind"] == "train"), default=0)
+                self._signature = signature
+        except FileNotFoundError:
+            self._newest = 0
+        return self._newest
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Under their final names, the oldest first."""
+        return sorted(path for path in self.run.checkpoints.glob("step_*") if (path / "manifest.json").is_file())
+
+    def newest_saved(self) -> int:
+        """The step of the newest complete checkpoint, 0 without one."""
+        checkpoints = self.complete_checkpoints()
+        return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is half written at this moment."""
+        return any(self.run.checkpoints.glob(".writing-step_*"))
+
+    # What a fault does
+
+    def moment(self, first: int = 0, last: int = NUM_STEPS - 6) -> Iterator[None]:
+        """Wait for a random moment of the run: some time after a random step of these."""
+        step = self.random.randint(first, last)
+        yield from until(lambda: self.newest_step() >= step)
+        delay = self.random.uniform(0.0, LENGTH_OF_A_STEP if step else SECONDS_TO_START)
+        self.notes.append(f"{delay:.2f} s after step {step}")
+        end = time.monotonic() + delay
+        yield from until(lambda: time.monotonic() >= end)
+        yield from until(lambda: bool(self.pids))
+
+    def strike(self, when: float | None = None) -> None:
+        """Note that the fault strikes now, or struck at a time of the monotonic clock."""
+        self.blow = Blow(when or time.monotonic(), self.newest_step(), self.newest_saved())
+
+    def signal(self, number: int, ranks: list[int]) -> None:
+        """Send a signal to ranks that are there."""
+        for rank in ranks:
+            if rank in self.pids:
+                os.kill(self.pids[rank], number)
+
+
+def until(condition: Callable[[], bool]) -> Iterator[None]:
+    """Wait, in a fault: the supervisor goes on meanwhile."""
+    while not condition():
+        yield

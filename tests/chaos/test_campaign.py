@@ -1,0 +1,118 @@
+"""The campaign itself, in short: one fault of each kind of recovery; and that it sees what it looks for."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.chaos.campaign import Campaign, draw
+from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.scene import LAYOUTS, NUM_STEPS, Scene
+from tests.chaos.supervisor import supervise
+from tests.chaos.verdict import first_difference
+from tests.end_to_end.runs import TinyRun
+from w1train.training import loop
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    return Campaign(tmp_path_factory.mktemp("chaos") / "campaign", seed=0)
+
+
+def run(campaign: Campaign, name: str, layout: str) -> str:
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    number = FAULTS.index(fault)
+    return campaign.run(number, fault, layout).line()
+
+
+# A restart, a fall-back to an older checkpoint, the watchdog, and the guard of a step.
+@pytest.mark.parametrize("name", ["save", "flip", "hang", "nan"])
+def test_a_fault_of_each_kind(campaign, name):
+    # In one layout, whose undisturbed run is made once.
+    line = run(campaign, name, "pipeline")
+    assert "recovered" in line, line
+
+
+def change_one_bit(rank: int) -> None:
+    """Of one moment of Adam's on rank 1, before the last step: what a recovery might get wrong without a trace in the metrics."""
+    original = loop.Trainer.train_step
+
+    def train_step(trainer: loop.Trainer, batches: object) -> None:
+        if rank == 1 and trainer.progress.step == NUM_STEPS - 1:
+            (optimizer,) = trainer.model.optimizer.chained_optimizers[:1]
+            moment = next(iter(optimizer.optimizer.state.values()))["exp_avg"]
+            moment.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
+        original(trainer, batches)
+
+    loop.Trainer.train_step = train_step
+
+
+def test_one_changed_bit_is_seen(campaign):
+    def strike(scene: Scene):
+        yield from scene.moment(last=3)
+        scene.strike()
+
+    fault = Fault(name="bit", title="one changed bit", strike=strike, hook=lambda scene: change_one_bit, max_restarts=0)
+    (problem,) = campaign.run(900, fault, "pipeline").problems
+    assert "tensors of the last checkpoint differ" in problem
+
+
+def test_the_first_difference_is_named():
+    records = [{"kind": "train", "step": step, "loss": step / 7} for step in (1, 2, 3)]
+    assert first_difference(records, records) is None
+    changed = [records[0], {**records[1], "loss": math.nextafter(2 / 7, 1.0)}, records[2]]
+    assert first_difference(changed, records) == (
+        "metrics differ first at train step 2: loss is 0.28571428571428575, expected 0.2857142857142857"
+    )
+    assert first_difference(records[:2], records) == "2 records in metrics.jsonl, expected 3"
+
+
+class Endless:
+    """A job that never ends, as one that hangs and is not noticed."""
+
+    num_starts = 1
+
+    def __init__(self) -> None:
+        self.was_killed = False
+
+    def ranks(self) -> dict[int, int]:
+        return {0: os.getpid()}
+
+    def poll(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.was_killed = True
+
+    def log(self) -> str:
+        return ""
+
+
+def test_a_run_that_hangs_is_killed_when_its_time_is_over(tmp_path):
+    job = Endless()
+    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, None)
+    began = time.monotonic()
+    story = supervise(lambda number: job, scene, iter(()), timeout=0.2)
+    assert story.hung
+    assert job.was_killed
+    assert time.monotonic() - began < 5.0
+
+
+def test_every_fault_meets_every_layout():
+    runs = list(draw(60))
+    assert [number for number, _, _ in runs] == list(range(60))
+    met = Counter((fault.name, layout) for _, fault, layout in runs)
+    assert set(met) == {(fault.name, layout) for fault in FAULTS for layout in LAYOUTS}
+    assert {fault.name for _, fault, _ in draw(5, ["hang", "nan"])} == {"hang", "nan"}
+
+
+def test_signals_are_not_sent_to_ranks_that_are_gone(tmp_path):
+    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, None)
+    scene.job = Endless()
+    scene.signal(signal.SIGCONT, [0, 1])

@@ -1,0 +1,102 @@
+"""Whether a run ended as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from tests.chaos.faults import Fault
+from tests.chaos.scene import NUM_STEPS, Scene
+from tests.chaos.supervisor import Story
+from tests.end_to_end.runs import TinyRun
+from w1train.training.shards import Shards
+
+MEASURED = ("time/", "checkpoint/", "health/slowest_rank", "health/rank_spread")
+"""Beginnings of what a clock measures; everything else in a record must be the undisturbed run's, bit for bit."""
+
+
+def records(run: TinyRun) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured by a clock."""
+    return [{key: value for key, value in record.items() if not key.startswith(MEASURED)} for record in run.metrics()]
+
+
+def state(run: TinyRun) -> dict[str, str]:
+    """SHA-256 of every tensor of the last checkpoint, by name and place: weights, masters and moments. (Of a whole file it depends on how
+    pickle happened to refer to equal strings.)"""
+    last = run.checkpoints / f"step_{NUM_STEPS:010d}"
+    if not (last / "manifest.json").is_file():
+        return {}
+    shards, hashes = Shards(last), {}
+    for key, entry in shards.tensors().items():
+        for chunk in entry.chunks:
+            stream = io.BytesIO()
+            shards.copy(MetadataIndex(key, chunk.offsets), stream)
+            stream.seek(0)
+            tensor = torch.load(stream, weights_only=True).contiguous().view(torch.uint8)
+            hashes[f"{key} at {tuple(chunk.offsets)}"] = hashlib.sha256(tensor.numpy()).hexdigest()
+    return hashes
+
+
+def problems(fault: Fault, scene: Scene, story: Story, expected: TinyRun, bound: float) -> list[str]:
+    """What is wrong with a run, nothing if it survived.
+
+    Args:
+        expected: the run that must be equal.
+        bound: seconds for the recovery.
+    """
+    if story.hung:
+        return [f"it hung: ranks {sorted(scene.pids) or 'none'} were left at step {scene.newest_step()}"]
+    if scene.blow is None:
+        return ["the fault never came"]
+    return [*_story_problems(fault, scene, story, bound), *_result_problems(scene, expected)]
+
+
+def _story_problems(fault: Fault, scene: Scene, story: Story, bound: float) -> list[str]:
+    found = []
+    assert scene.blow is not None
+    *failed, last = story.endings
+    if any(last):
+        found.append(f"it did not end well: statuses {story.endings}")
+    wrong = {status for ending in failed for status in ending} - fault.statuses - {0}
+    if wrong:
+        found.append(f"ranks ended with {sorted(wrong)}")
+    if story.num_starts - 1 > fault.max_restarts:
+        found.append(f"{story.num_starts - 1} restarts, {fault.max_restarts} expected: {story.endings}")
+    if story.resumed_at is not None and story.resumed_at < scene.blow.saved:
+        found.append(f"it went on from step {story.resumed_at}, though the checkpoint of step {scene.blow.saved} was complete")
+    if not re.search(fault.evidence, story.log):
+        found.append(f"nobody said {fault.evidence!r}")
+    if story.recovery_seconds is not None and story.recovery_seconds > bound:
+        found.append(f"{story.recovery_seconds:.1f} s until it had recovered, {bound:g} are allowed")
+    return found
+
+
+def _result_problems(scene: Scene, expected: TinyRun) -> list[str]:
+    run, found = scene.run, []
+    if difference := first_difference(records(run), records(expected)):
+        found.append(difference)
+    if run.samples() != expected.samples():
+        found.append("samples.jsonl differs")
+    ours, theirs = state(run), state(expected)
+    if different := [name for name in theirs if ours.get(name) != theirs[name]]:
+        found.append(f"{len(different)} of {len(theirs)} tensors of the last checkpoint differ, the first is {different[0]}")
+    if left := [path.name for path in run.checkpoints.glob(".*")]:
+        found.append(f"left behind: {', '.join(left)}")
+    return found
+
+
+def first_difference(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> str | None:
+    """The first record, and the field of it, in which two runs differ."""
+    for ours, theirs in zip(found, expected, strict=False):
+        if ours != theirs:
+            names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+            values = "; ".join(f"{name} is {ours.get(name)}, expected {theirs.get(name)}" for name in names[:3])
+            return f"metrics differ first at {theirs['kind']} step {theirs['step']}: {values}"
+    if len(found) != len(expected):
+        return f"{len(found)} records in metrics.jsonl, expected {len(expected)}"
+    return None

@@ -1,0 +1,297 @@
+"""Saving while training goes on.
+
+At a step boundary each rank copies its part of the state into host memory that it has for that (staging.py): this is what training waits
+for. A thread then writes and hashes the part. At every later boundary the ranks agree, by one all-reduce of two numbers, whether all
+parts are there; then a thread of rank 0 writes metadata and manifest, renames the directory and removes old checkpoints, and at a
+boundary after that the ranks agree that the checkpoint is there.
+
+The threads talk to no other rank: collectives of two threads would meet in another order on another rank. What rank 0's thread must know
+of the other parts lies beside them in notes.
+
+One save is under way at a time: the next one waits for it, and so do the ends of a phase and of the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from w1train.config.schema_operation import CheckpointConfig
+from w1train.runtime.background import in_background, nothing
+from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
+from w1train.training.checkpoint import collect_state, write_shards
+from w1train.training.commit import explain_failure, finish, raise_together, write_hashed, writing_path
+from w1train.training.manifest import CheckpointError, Progress, latest_step, size_of, step_path
+from w1train.training.remote_checkpoints import Uploader
+from w1train.training.retention import remove_old
+from w1train.training.save_times import SaveTimes
+from w1train.training.setup import TrainedModel
+from w1train.training.shard_files import write_metadata, write_part
+from w1train.training.shard_plan import LocalState, Plan, make_plan, tensors_of
+from w1train.training.staging import Staging
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.01
+
+
+def agree(values: list[int]) -> list[int]:
+    """The largest of each value over all ranks, through host memory. Called on every rank."""
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+@dataclass(slots=True)
+class _Save:
+    """The save that is under way."""
+
+    final: Path
+    progress: Progress
+    remarks: dict[str, Any]
+    phase_start: int
+    started: float
+    work: Future[None]
+    """This rank's present part of it; done at once where another rank has to work."""
+    is_finishing: bool = False
+    """All parts are written, and rank 0 makes a checkpoint of them."""
+
+
+class CheckpointSaver:
+    """The saves of one run. Every method is called on every rank, at the same step boundaries."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: TrainedModel,
+        settings: CheckpointConfig,
+        config_yaml: str,
+        *,
+        before_commit: Callable[[], None] = lambda: None,
+        is_resumed: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``before_commit`` is called on rank 0, in any thread, before a checkpoint becomes visible: what it says happened must be on the
+        disk by then."""
+        self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
+        self.times = SaveTimes(clock)
+        self._before_commit, self._is_restarting, self._clock = before_commit, is_resumed, clock
+        self._staging = Staging()
+        self._plan: Plan | None = None
+        self._save: _Save | None = None
+        self._saved_step: int | None = None
+        """The step at whose boundary a save succeeded, until training goes on."""
+        self._failure: CheckpointError | None = None
+        """Of the newest save, if that failed."""
+        self._uploader = Uploader(settings.upload) if settings.upload is not None and dist.get_rank() == 0 else None
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._save is not None
+
+    def save(self, progress: Progress, *, phase_start: int = 0, scores: Mapping[str, float] | None = None) -> None:
+        """Save the state as it is now, in the background if the settings have it so; first waits for the save before, and does nothing more
+        if that was of this very step.
+
+        Args:
+            phase_start: the best checkpoints are sought among later steps than this.
+            scores: the validation of this very step by metric, if there was one.
+
+        Raises:
+            CheckpointError: on every rank; this save (or in the background, the one before) failed, and the settings want the run to stop.
+        """
+        self.wait()
+        if progress.step == self._saved_step:
+            return
+        with self.times.stalling():
+            state = collect_state(self.model, progress)
+            if self._plan is None:
+                self._plan = make_plan(state)
+            if dist.get_rank() == 0:
+                self._look_at_space()
+            final, remarks = step_path(self.directory, progress.step), {"validation": dict(scores or {})}
+            if not self.settings.asynchronous:
+                self._save_now(self._plan, state, final, progress, remarks, phase_start)
+                return
+            # Staged under the plan's order; the state itself is not touched after this line.
+            staged = self._staging.copy(tensors_of(self._plan, state.boxes))
+            write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, staged, state.objects)
+            self._save = _Save(final, copy.deepcopy(progress), remarks, phase_start, self._clock(), in_background(write, "checkpoint"))
+
+    def _save_now(self, plan: Plan, state: LocalState, final: Path, progress: Progress, remarks: dict[str, Any], phase_start: int) -> None:
+        started = self._clock()
+        try:
+            on_main_rank(self._before_commit)
+            write_hashed(final, partial(write_shards, plan, state), progress, self.config_yaml, remarks)
+        except CheckpointError as error:
+            self._failed(error)
+            return
+        on_main_rank(partial(self._clean_up, final, phase_start))
+        self._failure, self._saved_step = None, progress.step
+        logger.info("saved %s in %.1f s", final, self._clock() - started)
+
+    def poll(self) -> None:
+        """At a step boundary: take the save under way as far as it goes without waiting. At the first one, get ready for the first save.
+
+        Raises:
+            CheckpointError: on every rank; it failed, and the settings want the run to stop.
+        """
+        self._saved_step = None
+        if self._plan is None:
+            self._prepare()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        save = self._save
+        if save is None:
+            return
+        is_done = save.work.done()
+        error = _error_of(save.work) if is_done else None
+        is_running, has_failed = agree([not is_done, error is not None])
+        if is_running:
+            # Also where a rank has failed: the files are removed when nobody writes there any more.
+            return
+        if has_failed:
+            self._save = None
+            self._failed(self._explain(save, error))
+        elif not save.is_finishing:
+            save.is_finishing = True
+            save.work = in_background(partial(self._finish, save), "checkpoint") if dist.get_rank() == 0 else nothing()
+        else:
+            self._save, self._failure, self._saved_step = None, None, save.progress.step
+            seconds = self._clock() - save.started
+            dip = self.times.saved(seconds)
+            slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
+            logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
+
+    def _prepare(self) -> None:
+        """Not before the first step, which makes the optimizer's states."""
+        with self.times.stalling():
+            state = collect_state(self.model, Progress())
+            self._plan = make_plan(state)
+            if self.settings.asynchronous:
+                self._staging.prepare(tensors_of(self._plan, state.boxes))
+
+    def _finish(self, save: _Save) -> None:
+        """On rank 0, in the background."""
+        assert self._plan is not None
+        assert self._plan.entries is not None
+        files = write_metadata(writing_path(save.final), self._plan.entries, dist.get_world_size())
+        self._before_commit()
+        finish(save.final, files, save.progress, self.config_yaml, save.remarks)
+        self._clean_up(save.final, save.phase_start)
+
+    def _clean_up(self, final: Path, phase_start: int) -> None:
+        """After a checkpoint has become visible: send it away, and remove what it takes the place of. Rank 0 only."""
+        if self._uploader is not None:
+            self._uploader.upload(final, self.settings, phase_start)
+        self.remove_old(phase_start)
+
+    def remove_old(self, phase_start: int) -> None:
+        """Remove the checkpoints that the settings do not keep. Rank 0 only, while nothing is being saved."""
+        in_use = () if self._uploader is None else self._uploader.steps_in_use()
+        settings = self.settings
+        keep = (settings.keep, settings.keep_best, settings.best_metric)
+        remove_old(self.directory, *keep, phase_start, keep_every=settings.keep_every, in_use=in_use)
+
+    def _explain(self, save: _Save, error: OSError | None) -> CheckpointError:
+        """Remove what is left of a failed save, and say why it failed."""
+        try:
+            raise_together(error)
+        except CheckpointException as failure:
+            return agreed(CheckpointError(on_main_rank(partial(explain_failure, save.final, failure))))
+        raise AssertionError("a save failed on no rank")
+
+    def _failed(self, error: CheckpointError) -> None:
+        self._failure = error
+        if self.settings.on_error == "stop":
+            raise error
+        if dist.get_rank() == 0:
+            logger.warning("%s Training goes on, and saves again when the next checkpoint is due (checkpoint.on_error=warn)", error)
+
+    def wait(self) -> None:
+        """Until no save is under way. Raises as ``poll`` does."""
+        if self._save is None:
+            return
+        with self.times.stalling():
+            while self._save is not None:
+                self._go_on()
+                if self._save is not None:
+                    time.sleep(_POLL_SECONDS)
+
+    def step_times(self, times: Mapping[str, float | None]) -> dict[str, float]:
+        """What the record of a step says of saving (SaveTimes).
+
+        Args:
+            times: the record's ``time/`` part.
+        """
+        seconds = times["time/step_seconds"]
+        assert seconds is not None
+        self.times.step(seconds, is_saving=self.is_saving)
+        if self._is_restarting:
+            self._is_restarting = False
+            self.times.restarted(time.time() - psutil.Process().create_time())
+        return self.times.take()
+
+    def require_saved(self) -> None:
+        """Wait, and insist: what comes next builds on the newest save.
+
+        Raises:
+            CheckpointError: on every rank; it failed.
+        """
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """``require_saved``, and wait for what is being uploaded."""
+        self.require_saved()
+        while any(agree([self._uploader is not None and self._uploader.is_busy])):
+            time.sleep(_POLL_SECONDS)
+
+    def _look_at_space(self) -> None:
+        """Say beforehand that a save may fail. Rank 0 only."""
+        newest = latest_step(self.directory)
+        if newest is None:
+            return
+        try:
+            needed = size_of(step_path(self.directory, newest))
+        except CheckpointError as error:
+            logger.warning("how much space a save takes is not known: %s", error)
+            return
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            sizes = f"{free / 2**20:.1f} MiB are free, and the last one took {needed / 2**20:.1f} MiB"
+            logger.warning("the next checkpoint may not fit into %s: %s", self.directory, sizes)
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """After an error of all ranks, finish the save under way: it is of a step before the error. After an error of this rank alone the
+        others cannot be asked."""
+        if error is not None and is_agreed(error):
+            self.wait()
+
+
+def _error_of(work: Future[None]) -> OSError | None:
+    """What the disk said to work that is done. Anything else is a mistake of ours, and is raised on the rank that made it."""
+    error = work.exception()
+    if error is not None and not isinstance(error, OSError):
+        raise error
+    return error

@@ -1,0 +1,163 @@
+"""Which rank writes what of a checkpoint, decided once for a run: tensors, and so boxes and places, are the same at every save.
+
+A tensor of the model is one entry of the checkpoint under its global name, whatever the layout (all layers of a pipeline stacked); a
+rank holds boxes of it. Where several hold the same box, the one with the fewest bytes so far writes it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box of a tensor of the checkpoint."""
+
+    key: str
+    global_sizes: tuple[int, ...]
+    dtype: torch.dtype
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+    @property
+    def index(self) -> MetadataIndex:
+        """Its name in torch's metadata."""
+        return MetadataIndex(self.key, torch.Size(self.offset))
+
+
+Entries = dict[str, TensorStorageMetadata | BytesStorageMetadata]
+"""What is in a checkpoint, by key, as torch's metadata have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A rank's part of every save."""
+
+    boxes: tuple[Box, ...]
+    """What this rank writes, in order."""
+    entries: Entries | None
+    """Of the whole checkpoint; on rank 0, which writes the metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """What a rank has of a state at a step."""
+
+    boxes: dict[Box, Tensor]
+    objects: dict[str, bytes]
+    """Pickled, by key: taken at the step, for they are small and change."""
+
+    @classmethod
+    def of(cls, state: Any) -> LocalState:
+        """From megatron-core's sharded state, after its factories were applied. Of replicas over tensor- and pipeline-parallel ranks the
+        first counts; those over data-parallel ranks all do."""
+        boxes: dict[Box, Tensor] = {}
+        objects: dict[str, bytes] = {}
+        for value in nested_values(state):
+            if isinstance(value, ShardedTensor):
+                if _is_first_of_model_parallel(value.replica_id):
+                    # A box twice: what several chunks of a virtual pipeline hold.
+                    boxes.setdefault(_box(value), value.data.detach().view((1,) * value.prepend_axis_num + tuple(value.local_shape)))
+            else:
+                assert isinstance(value, ShardedObject), type(value)
+                if is_main_replica(value.replica_id):
+                    objects[value.unique_key] = _pickle([value.data])
+        return cls(boxes, objects)
+
+
+def _is_first_of_model_parallel(replica: int | tuple[int, ...]) -> bool:
+    """Of (pipeline, tensor, data) all but the last; a lone number is of data-parallel ranks."""
+    return isinstance(replica, int) or not any(replica[:-1])
+
+
+def _box(shard: ShardedTensor) -> Box:
+    sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+    return Box(shard.key, tuple(shard.global_shape), shard.dtype, tuple(shard.global_offset), sizes)
+
+
+def _pickle(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def make_plan(state: LocalState) -> Plan:
+    """Deal out what the ranks hold. Called on every rank."""
+    held: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object((list(state.boxes), list(state.objects)), held)
+    dealt: list[Any] = [None] * dist.get_world_size()
+    entries = None
+    if held is not None:
+        parts = deal([boxes for boxes, _ in held])
+        entries = checkpoint_entries([box for part in parts for box in part], [key for _, keys in held for key in keys])
+        # Places in each rank's own list, which is short to send.
+        numbers = [{box: number for number, box in enumerate(boxes)} for boxes, _ in held]
+        dealt = [[number[box] for box in part] for number, part in zip(numbers, parts, strict=True)]
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, dealt if held is not None else None)
+    own = list(state.boxes)
+    return Plan(tuple(own[number] for number in mine[0]), entries)
+
+
+def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
+    """Each box to one of the ranks that hold it: large ones first, to the rank with the fewest bytes."""
+    holders: dict[Box, list[int]] = defaultdict(list)
+    for rank, boxes in enumerate(held):
+        for box in boxes:
+            holders[box].append(rank)
+    # What only one rank has is not for choice: it counts before anything is dealt.
+    order = sorted(holders, key=lambda box: (len(holders[box]) > 1, -box.num_bytes, box.key, box.offset))
+    loads = [0] * len(held)
+    parts: list[list[Box]] = [[] for _ in held]
+    for box in order:
+        rank = min(holders[box], key=lambda rank: (loads[rank], rank))
+        loads[rank] += box.num_bytes
+        parts[rank].append(box)
+    return parts
+
+
+def checkpoint_entries(boxes: Iterable[Box], objects: Iterable[str]) -> Entries:
+    """torch's metadata of all boxes of a checkpoint, which must be whole tensors together."""
+    by_key: dict[str, list[Box]] = defaultdict(list)
+    for box in boxes:
+        by_key[box.key].append(box)
+    entries: Entries = {key: _tensor_entry(parts) for key, parts in sorted(by_key.items())}
+    return {**entries, **{key: BytesStorageMetadata() for key in objects}}
+
+
+def _tensor_entry(boxes: list[Box]) -> TensorStorageMetadata:
+    first = boxes[0]
+    assert all((box.global_sizes, box.dtype) == (first.global_sizes, first.dtype) for box in boxes), f"ranks disagree on {first.key}"
+    volume = sum(math.prod(box.sizes) for box in boxes)
+    assert volume == math.prod(first.global_sizes), f"{first.key}: {volume} elements are held, of {first.global_sizes}"
+    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.sizes)) for box in sorted(boxes, key=lambda box: box.offset)]
+    return TensorStorageMetadata(TensorProperties(dtype=first.dtype), torch.Size(first.global_sizes), chunks)
+
+
+def tensors_of(plan: Plan, state: Mapping[Box, Tensor]) -> list[Tensor]:
+    """The tensors of a plan's boxes at a later step."""
+    missing = [box for box in plan.boxes if box not in state]
+    assert not missing, f"the state has changed since its first save: {missing[0]} is no more"
+    return [state[box] for box in plan.boxes]
