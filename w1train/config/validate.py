@@ -129,6 +129,8 @@ RANGES: dict[str, Range] = {
     "logging.interval": AT_LEAST_ONE,
     "logging.num_t_bins": AT_LEAST_ONE,
     "logging.peak_tflops": POSITIVE,
+    "profiling.steps[*]": AT_LEAST_ONE,
+    "profiling.ranks[*]": NOT_NEGATIVE,
 }
 
 

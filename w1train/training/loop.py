@@ -37,6 +37,7 @@ from w1train.training.checkpoint import (
     save_checkpoint,
     step_path,
 )
+from w1train.training.communication import communication_timer
 from w1train.training.comparison import average_summary, compare
 from w1train.training.data import TrainingData, prepare_data
 from w1train.training.flops import model_flops, num_parameters
@@ -79,7 +80,8 @@ class Trainer:
         self.scored_step = -1
         self.watch = Watch(config, ranks, run, self.progress, self.num_steps, total_tokens(config.schedule))
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
-        self.timer = StepTimer(ranks.world_size, peak)
+        communication = communication_timer(self.model, ranks.device).take if config.logging.communication else None
+        self.timer = StepTimer(ranks.world_size, peak, communication=communication)
         self.phase_ends = phase_ends(config)
         self.stage_name = stage_of_step(config, self.progress.step)
         self.stage = at_stage(config, self.stage_name)
@@ -239,6 +241,7 @@ class Trainer:
             scores=self.scores if self.scored_step == self.progress.step else None,
         )
         logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self.watch.event("checkpoint", seconds=time.perf_counter() - started)
         self.timer.restart()
 
     def end_phase(self) -> None:
