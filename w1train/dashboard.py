@@ -31,14 +31,17 @@ def create(entity: str | None, project: str) -> str:
     """Create the workspace and return its address.
 
     Raises:
-        UserError: no key, or wandb-workspaces is not installed.
+        UserError: no key, no entity, or wandb-workspaces is not installed.
     """
     if not os.environ.get("WANDB_API_KEY"):
         raise UserError("WANDB_API_KEY is not set, and W&B stores workspaces on its servers alone; --print shows what would be created")
     try:
         import wandb
 
-        made = workspace(entity or wandb.Api().default_entity, project)
+        owner = entity or wandb.Api().default_entity
+        if owner is None:
+            raise UserError("the key has no default entity: name one with --entity")
+        made = workspace(owner, project)
     except ImportError as error:
         raise UserError(f"{error}: pip install 'w1train[dashboard]'") from error
     made.save()

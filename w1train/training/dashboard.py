@@ -91,9 +91,7 @@ def workspace(entity: str, project: str) -> Any:
             name=section.name,
             is_open=True,
             panels=[
-                reports.LinePlot(
-                    title=panel.title, x=panel.x, y=list(panel.metrics), metric_regex=panel.pattern, log_y=panel.log or None
-                )
+                reports.LinePlot(title=panel.title, x=panel.x, y=list(panel.metrics), metric_regex=panel.pattern, log_y=panel.log or None)
                 for panel in section.panels
             ],
         )

@@ -47,6 +47,7 @@ from w1train.training.inputs import choose_backends
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.phases import phase_ends, phase_start, stage_of_step
+from w1train.training.profiling import Profiler
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import LoadWeights, build_trained_model
 from w1train.training.summary import read_steps, write_summary
@@ -82,6 +83,7 @@ class Trainer:
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         communication = communication_timer(self.model, ranks.device).take if config.logging.communication else None
         self.timer = StepTimer(ranks.world_size, peak, communication=communication)
+        self.profiler = Profiler(config.profiling, ranks, run.profile, self.model, self)
         self.phase_ends = phase_ends(config)
         self.stage_name = stage_of_step(config, self.progress.step)
         self.stage = at_stage(config, self.stage_name)
@@ -100,7 +102,7 @@ class Trainer:
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
             return
         self.started = time.perf_counter() - self.progress.seconds
-        with self.watch, self.data.loader:
+        with self.watch, self.data.loader, self.profiler:
             self._print_header()
             if self.progress.step == 0:
                 self.validate()
@@ -109,6 +111,7 @@ class Trainer:
                 self.end_phase()
             batches = self.noisy_batches()
             while self.progress.step < self.num_steps:
+                self.profiler.step_begins(self.progress.step + 1, self.timer)
                 self.train_step(batches)
                 if self.is_due(self.config.validation.interval):
                     self.validate()
