@@ -159,8 +159,8 @@ def resolve_mode(mode: Mode) -> ResolvedMode:
 def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] = (), stages: Sequence[str] = ()) -> dict[str, float]:
     """The W&B metrics of a record: loss, elbo, loss_by_t/0.05, tokens_per_second, mfu, ..., validation/elbo, ...
 
-    Nulls are left out (W&B would draw them as text). Training's bins of t are named by their middle. A stage, a name, becomes a number
-    that can be drawn: ``phase``, its place among ``stages``, counted from 1.
+    What is no number is left out (W&B would draw nulls as text). Training's bins of t are named by their middle. A stage, a name, becomes a
+    number that can be drawn: ``phase``, its place among ``stages``, counted from 1.
     """
     prefix = _PREFIXES[record["kind"]]
     metrics: dict[str, float] = {}
@@ -173,7 +173,7 @@ def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] 
             metrics[prefix + _RENAMED.get(key, key)] = value
     if not prefix and record.get("stage") in stages:
         metrics["phase"] = stages.index(record["stage"]) + 1
-    return {key: value for key, value in metrics.items() if value is not None}
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _bin_centers(num_bins: int) -> list[float]:
