@@ -112,24 +112,24 @@ def test_events(watched):
 
 def documented() -> dict[str, str | None]:
     """{key of metrics.jsonl: W&B name} of the tables in docs/watching.md."""
-    rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`)?", (REPOSITORY / "docs" / "watching.md").read_text(), re.MULTILINE)
+    page = (REPOSITORY / "docs" / "watching.md").read_text().partition("## Training records")[2]
+    rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`)?", page, re.MULTILINE)
     return {key: name or None for key, name in rows}
 
 
 def test_the_page_explains_every_metric_of_a_run(watched):
-    """And under the names that W&B has; those that only other runs write are marked so there."""
-    found: dict[str, str | None] = {}
-    for record in read_metrics(watched.path / "metrics.jsonl", kind="train"):
-        for key in record:
-            names = wandb_metrics({"kind": "train", key: record[key]}, (), ("warmup", "stable"))
-            if key == "loss_by_t":
-                found[key] = "loss_by_t/0.05"
-            elif record[key] is not None:
-                found[key] = next(iter(names), None)
+    """Under the names that metrics.jsonl and W&B have, and no others but those of blends."""
+    prefixes, found = {"train": "", "validation": "validation/"}, {}
+    for record in read_metrics(watched.path / "metrics.jsonl"):
+        kind = record["kind"]
+        for key in record.keys() - ({"kind", "step", "tokens", "stage", "block_size"} if kind == "validation" else set()):
+            if record[key] is not None:
+                names = wandb_metrics({"kind": kind, key: record[key]}, [0.25, 0.75], ("warmup", "stable")).keys() - {None}
+                first = f"{prefixes[kind]}loss_by_t/{'0.25' if kind == 'validation' else '0.05'}"
+                found[prefixes[kind] + key] = first if key == "loss_by_t" else next(iter(names), None)
     page = documented()
-    assert {key: page.get(key) for key in found} == found
-    only_elsewhere = {key for key in page if key not in found and not key.startswith(("profiling.", "validation/"))}
-    assert only_elsewhere == {"corpus/NAME/epochs"} or only_elsewhere == set(), only_elsewhere
+    assert {key: page.get(key, "not on the page") for key in found} == found
+    assert page.keys() - found.keys() == {"corpus_tokens/NAME", "corpus_epochs/NAME"}
 
 
 def delayed_on_the_other_rank(rank: int) -> None:
