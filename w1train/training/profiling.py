@@ -112,7 +112,8 @@ class _Profile:
 
     def end(self, *, write: bool) -> None:
         """Put everything back, and write trace, snapshot and table."""
-        parts = self.clock.stop()
+        # After an error the GPU may never come to the end of its work: not waited for.
+        parts = self.clock.stop() if write else {}
         if self.records_memory and write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(f"{self.path}_memory.pickle")

@@ -11,6 +11,7 @@ from w1train.training.report_run import Run
 from w1train.training.svg_chart import Chart, Event, Line
 
 NARROW, WIDE = 350, 920
+_MAX_EVENTS = 150
 
 # Shown elsewhere in the report, or counts that say nothing as a curve.
 _SHOWN = {
@@ -101,8 +102,17 @@ def _is_number(value: object) -> bool:
 
 def events_of(run: Run) -> list[Event]:
     """What is marked in the large chart."""
-    kinds: dict[str, Sequence[int]] = {"restart": run.restarts, "checkpoint": run.checkpoints, "skipped": run.skipped}
-    return [Event(at, kind) for kind, steps in kinds.items() for at in steps]
+    return [
+        *(Event(step, "restart") for step in _apart(run.restarts, run.last_step)),
+        *(Event(step, "checkpoint") for step in _apart(run.checkpoints, run.last_step)),
+        *(Event(step, "skipped") for step in _apart(run.skipped, run.last_step)),
+    ]
+
+
+def _apart(steps: Sequence[int], last_step: int) -> list[int]:
+    """Without those that would lie on one another: of a long run's thousands of checkpoints, some hundred are drawn."""
+    by_place = {step * _MAX_EVENTS // max(1, last_step): step for step in steps}
+    return list(by_place.values())
 
 
 def event_note(run: Run) -> str:
