@@ -21,11 +21,11 @@ from w1train.training.step_parts import Part, PartClock, parts_table
 
 @pytest.fixture(scope="module")
 def profiled(tiny_data, tmp_path_factory):
-    """(run, output): step 3 ends with a save, step 12 is the last; rank 7 is not there."""
+    """(run, output): step 3 ends with a save, step 12 is the last; step 13 and rank 7 are not there."""
     from tests.end_to_end.runs import TinyRun
 
     run = TinyRun(tiny_data, tmp_path_factory.mktemp("profiled"))
-    outcome = run.train("profiling={steps: [3, 12], ranks: [1, 0, 7]}", world_size=2).require(0)
+    outcome = run.train("profiling={steps: [3, 12, 13], ranks: [1, 0, 7]}", world_size=2).require(0)
     return run, outcome
 
 
@@ -61,6 +61,7 @@ def test_the_table_adds_up(profiled):
     assert min(parts) > -1e-3
     assert "no memory snapshot" in outcome.output
     assert "there is no rank 7 among 2" in outcome.output
+    assert "profiling.steps: this start did not come to 13" in outcome.output
 
 
 def test_nothing_is_touched_when_off(profiled):
@@ -80,7 +81,9 @@ def test_nsys_needs_a_gpu(caplog):
     assert "NVTX ranges need a GPU" in caplog.text
 
 
-def test_nsys_records_from_the_first_to_the_last_step(monkeypatch):
+@pytest.mark.parametrize(("first", "expected"), [(1, [1, 2, "start", 3, 4, 5, "stop", 6, 7]), (4, ["start", 4, 5, "stop", 6, 7])])
+def test_nsys_records_from_the_first_to_the_last_step(monkeypatch, first, expected):
+    """A resumed run, from where it is."""
     calls: list[object] = []
     cudart = SimpleNamespace(cudaProfilerStart=lambda: calls.append("start"), cudaProfilerStop=lambda: calls.append("stop"))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
@@ -88,10 +91,10 @@ def test_nsys_records_from_the_first_to_the_last_step(monkeypatch):
     monkeypatch.setattr(profiling, "part_targets", lambda model, trainer: [])
     ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cuda"))
     with Profiler(ProfilingConfig(tool="nsys", steps=[5, 3]), ranks, None, SimpleNamespace(), SimpleNamespace()) as profiler:
-        for step in range(1, 8):
+        for step in range(first, 8):
             profiler.step_begins(step, SimpleNamespace())
             calls.append(step)
-    assert calls == [1, 2, "start", 3, 4, 5, "stop", 6, 7]
+    assert calls == expected
 
 
 def test_a_part_inside_another_belongs_to_that():

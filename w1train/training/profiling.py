@@ -43,6 +43,7 @@ class Profiler:
         self._steps = set(config.steps) if is_here and config.tool == "torch" else set()
         self._marks = is_here and config.tool == "nsys" and self._has_gpu()
         self._marked = contextlib.ExitStack()
+        self._records = False
         self._running: _Profile | None = None
 
     def _is_here(self) -> bool:
@@ -67,6 +68,8 @@ class Profiler:
         if self._running is not None:
             self._running.end(write=error is None)
         self._marked.close()
+        if self._steps and error is None:
+            logger.warning("profiling.steps: this start did not come to %s", ", ".join(map(str, sorted(self._steps))))
 
     def step_begins(self, step: int, timer: StepTimer) -> None:
         """Step ``step`` begins, and the one before it is over. The time that writing its profile takes is no step's."""
@@ -77,15 +80,19 @@ class Profiler:
             self._running = None
             timer.restart()
         if step in self._steps:
+            self._steps.remove(step)
             self._running = _Profile(self, step)
             timer.restart()
 
     def _bound_for_nsys(self, step: int) -> None:
         """The profiled steps are what nsys records with --capture-range=cudaProfilerApi."""
-        if self.config.steps and step == min(self.config.steps):
+        steps = self.config.steps
+        if not self._records and steps and min(steps) <= step <= max(steps):
+            self._records = True
             torch.cuda.synchronize(self.ranks.device)
             torch.cuda.cudart().cudaProfilerStart()
-        if self.config.steps and step == max(self.config.steps) + 1:
+        if self._records and step > max(steps):
+            self._records = False
             torch.cuda.synchronize(self.ranks.device)
             torch.cuda.cudart().cudaProfilerStop()
 

@@ -90,7 +90,7 @@ def _rows(runs: Sequence[Run]) -> list[Row]:
         Row("validation, bits per byte", each(lambda run: _last(run.validation, "elbo_bits_per_byte")), exact, lower_is_better=True),
         Row("validation ELBO, nats per token", each(lambda run: _last(run.validation, "elbo")), exact, lower_is_better=True),
         Row("best validation ELBO", each(lambda run: min(finite(record["elbo"] for record in run.validation), default=None)), exact),
-        Row("training ELBO at the end", each(lambda run: _mean_at_end(run, "elbo")), exact, lower_is_better=True),
+        Row("training ELBO at the end", each(lambda run: _mean_at_end(run, "elbo")), exact),
         Row("tokens seen", each(lambda run: _last(run.train, "tokens")), quantity),
         Row("steps", each(lambda run: float(run.last_step))),
         Row("parameters", each(lambda run: run.summary.get("num_parameters")), quantity),

@@ -81,7 +81,8 @@ td:first-child { color: var(--muted); white-space: nowrap; }
 .dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; background: currentColor; margin-right: 8px; }
 .sideways { overflow-x: auto; margin-top: 14px; padding-bottom: 4px; }
 .compared th, .compared td { padding: 7px 28px 7px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
-.compared th { color: var(--ink); font-weight: 600; white-space: normal; min-width: 92px; max-width: 220px; overflow-wrap: anywhere; }
+.compared th { vertical-align: bottom; color: var(--ink); font-weight: 600; }
+.compared th { white-space: normal; min-width: 92px; max-width: 220px; overflow-wrap: anywhere; }
 .compared th:first-child, .compared td:first-child { text-align: left; }
 .compared td:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 108px; max-width: 150px;
   padding-right: 16px; overflow-wrap: break-word; }
