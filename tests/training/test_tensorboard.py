@@ -46,13 +46,17 @@ def test_every_metric_at_its_step(tmp_path):
 
 
 @needs_tensorboard
-def test_steps_that_are_done_again_are_shown_once(tmp_path):
-    """As a kill after step 5 and a resume from the checkpoint of step 3."""
-    first, second = start(tmp_path, 0), None
+@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "rewound"])
+def test_steps_that_are_done_again_are_shown_once(tmp_path, is_killed):
+    """After step 5, from the checkpoint of step 3."""
+    second = first = start(tmp_path, 0)
     for step in range(1, 6):
         first.log(train_record(step))
-    first.close()
-    second = start(tmp_path, 4)
+    if is_killed:
+        first.close()
+        second = start(tmp_path, 4)
+    else:
+        first.go_back(4)
     for step in range(4, 7):
         second.log(train_record(step, seed=1))
     second.close()

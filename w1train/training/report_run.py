@@ -50,8 +50,8 @@ class Run:
 
     @property
     def restarts(self) -> list[int]:
-        """The steps that later starts went on from."""
-        return [event["step"] for event in self.events if event["event"] in ("start", "resume")][1:]
+        """The steps that later starts, and rewinds, went on from."""
+        return [event["step"] for event in self.events if event["event"] in ("start", "resume", "rewind")][1:]
 
     @property
     def checkpoints(self) -> list[int]:

@@ -28,13 +28,21 @@ class TensorBoardLogger:
     def __init__(self, run_dir: str | Path, *, first_step: int, validation_timesteps: Sequence[float], stages: Sequence[str]) -> None:
         """Each start writes a file of its own. ``first_step`` is the first step that this start may write: TensorBoard then shows none of
         what an earlier start wrote from there on, for it is done again."""
+        self._directory = Path(run_dir) / "tensorboard"
+        self._names = (tuple(validation_timesteps), tuple(stages))
+        self._open(first_step)
+        logger.info("look at it with: tensorboard --logdir %s", self._directory)
+
+    def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        directory = Path(run_dir) / "tensorboard"
-        self._names = (tuple(validation_timesteps), tuple(stages))
         # Written out every few seconds by a thread of its own: a run that is killed loses those.
-        self._writer = SummaryWriter(str(directory), purge_step=first_step, flush_secs=10)
-        logger.info("look at it with: tensorboard --logdir %s", directory)
+        self._writer = SummaryWriter(str(self._directory), purge_step=first_step, flush_secs=10)
+
+    def go_back(self, first_step: int) -> None:
+        """Steps from this one on are done again without a new start, after a rewind."""
+        self.close()
+        self._open(first_step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record of metrics.jsonl at its own step."""
