@@ -1,166 +1,32 @@
-"""Where the time of a training step goes: the kernels of one step, by what they are for.
-
-A kernel's group is that of the range which launched it, or whose backward pass did; outside all ranges, what its name says.
-Ranges are put around a few functions of the model for the time of the profile. A backward kernel is traced to its range by
-autograd's sequence numbers, which torch gives to both passes.
-"""
+"""One step under the profiler, its kernels put in groups (w1train/training/kernel_times.py)."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.autograd import DeviceType
-from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
-GROUPS = ("attention", "GEMM", "norm and modulation", "rotary and SwiGLU", "loss and head", "optimizer", "communication", "other")
+from w1train.training import kernel_times
+from w1train.training.kernel_times import GROUPS, Breakdown, Target, group_by_name, ranges_around
+
+__all__ = ["GROUPS", "NUM_LARGEST", "Breakdown", "break_down", "group_by_name", "profile_step"]
+
 NUM_LARGEST = 15
 """Kernels that a report lists."""
-_PREFIX = "w1train: "
-_BACKWARD_SCOPE = 1  # at::RecordScope::BACKWARD_FUNCTION
-# The first that is found in a kernel's name; CPU operators have names too, for dry runs.
-_BY_NAME: tuple[tuple[str, str], ...] = (
-    (r"nccl|all_reduce|allreduce|reduce_scatter|allgather", "communication"),
-    (r"flash|fmha|flex_att|flexatt|attention|sdpa", "attention"),
-    (r"gemm|nvjet|cublas|cutlass|wgmma|splitk|aten::(mm|addmm|bmm|matmul|linear)", "GEMM"),
-    (r"norm|gate|modulat", "norm and modulation"),
-    (r"rotate|rotary|swiglu|silu", "rotary and SwiGLU"),
-    (r"cross_entropy|softmax_terms|nll_loss", "loss and head"),
-    (r"adam|multi_tensor|l2norm", "optimizer"),
-)
 
 
-@dataclass(slots=True, frozen=True)
-class Breakdown:
-    """Seconds of one step by group, and those in which any kernel ran (streams may overlap)."""
-
-    seconds: dict[str, float]
-    busy: float
-    largest: list[tuple[str, str, float]]
-    """(group, kernel, seconds) of what takes most."""
-
-
-def profile_step(step: Callable[[], Any], targets: Iterable[tuple[str, Any, str]], device: torch.device) -> Breakdown:
-    """Profile one step.
-
-    Args:
-        targets: (group, owner, name of a function) to put ranges around.
-    """
+def profile_step(step: Callable[[], Any], targets: Iterable[Target], device: torch.device) -> Breakdown:
+    """Profile one step, with ranges around ``targets``."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with contextlib.ExitStack() as stack:
-        for group, owner, name in targets:
-            stack.enter_context(mock.patch.object(owner, name, _in_range(group, getattr(owner, name))))
-        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
+    with ranges_around(targets), torch.profiler.profile(activities=activities) as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return break_down(list(profiler.events() or []), on_gpu=device.type == "cuda")
 
 
-def _in_range(group: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_PREFIX + group):
-            return function(*args, **kwargs)
-
-    return call
-
-
 def break_down(events: list[Any], *, on_gpu: bool) -> Breakdown:
-    """Of the profiler's events: kernels on a GPU, operators' own time on the CPU."""
-    ranges = _backward_ranges(events)
-    seconds: defaultdict[str, float] = defaultdict(float)
-    by_kernel: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for name, group, microseconds in _work(events, ranges, on_gpu):
-        seconds[group] += microseconds / 1e6
-        by_kernel[group, name] += microseconds / 1e6
-    largest = sorted(((group, name, value) for (group, name), value in by_kernel.items()), key=lambda row: -row[2])[:NUM_LARGEST]
-    busy = _union(events) if on_gpu else sum(seconds.values())
-    return Breakdown({group: seconds[group] for group in GROUPS}, busy, largest)
-
-
-def _work(events: list[Any], ranges: dict[tuple[int, int], str], on_gpu: bool) -> Iterator[tuple[str, str, float]]:
-    """(name, group, microseconds) of each piece of work."""
-    launched: defaultdict[str, float] = defaultdict(float)
-    for event in events:
-        if event.device_type != DeviceType.CPU:
-            continue
-        group = _range_of(event, ranges)
-        if not on_gpu and not event.name.startswith(_PREFIX):
-            yield event.name, group or group_by_name(event.name), event.self_cpu_time_total
-        for kernel in event.kernels:
-            launched[kernel.name] += kernel.duration
-            yield kernel.name, group or group_by_name(kernel.name), kernel.duration
-    # Kernels that no operator is known for.
-    on_device: defaultdict[str, float] = defaultdict(float)
-    for event in _device_events(events):
-        on_device[event.name] += event.time_range.elapsed_us()
-    for name, microseconds in on_device.items():
-        if microseconds > launched[name] + 1.0:
-            yield name, group_by_name(name), microseconds - launched[name]
-
-
-def _device_events(events: list[Any]) -> Iterator[Any]:
-    """Kernels and copies; ranges have a shadow on the device that is no work."""
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(_PREFIX) and not getattr(event, "is_user_annotation", False):
-            yield event
-
-
-def group_by_name(name: str) -> str:
-    """The group of a kernel that was launched outside all ranges."""
-    for pattern, group in _BY_NAME:
-        if re.search(pattern, name, re.IGNORECASE):
-            return group
-    return "other"
-
-
-def _backward_ranges(events: list[Any]) -> dict[tuple[int, int], str]:
-    """(thread, sequence number) of the operators inside ranges -> group; what they were recorded under, their backward pass has too."""
-    found: dict[tuple[int, int], str | None] = {}
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.device_type == DeviceType.CPU and event.sequence_nr >= 0 and not _is_backward(event):
-            # An operator without a backward pass shows the number of the next one that has: the last of a number is right.
-            found[event.thread, event.sequence_nr] = _enclosing_range(event)
-    return {key: group for key, group in found.items() if group is not None}
-
-
-def _is_backward(event: Any) -> bool:
-    """Both events that autograd has for a node show the number of the operator that it belongs to."""
-    return event.name.startswith("autograd::engine::evaluate_function") or event.scope == _BACKWARD_SCOPE
-
-
-def _enclosing_range(event: Any) -> str | None:
-    while event is not None:
-        if event.name.startswith(_PREFIX):
-            return str(event.name[len(_PREFIX) :])
-        event = event.cpu_parent
-    return None
-
-
-def _range_of(event: Any, ranges: dict[tuple[int, int], str]) -> str | None:
-    """The innermost range, or the one whose backward pass this is (recomputation has ranges inside a backward pass)."""
-    while event is not None:
-        if event.name.startswith(_PREFIX):
-            return str(event.name[len(_PREFIX) :])
-        if _is_backward(event) and (group := ranges.get((event.fwd_thread, event.sequence_nr))) is not None:
-            return group
-        event = event.cpu_parent
-    return None
-
-
-def _union(events: list[Any]) -> float:
-    """Seconds in which at least one kernel ran."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted((event.time_range.start, event.time_range.end) for event in _device_events(events)):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total / 1e6
+    """Of the profiler's events, with the NUM_LARGEST longest."""
+    return kernel_times.break_down(events, on_gpu=on_gpu, num_largest=NUM_LARGEST)

@@ -10,23 +10,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.transformer import attention as megatron_attention
-from megatron.core.transformer import mlp as megatron_mlp
 
 from benchmarks.attention_sides import UnfusedBackend
 from benchmarks.step_profile import Breakdown, profile_step
 from w1train.attention.backends.choice import BACKENDS, choose_backend
-from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import Config
 from w1train.conversion.initial_weights import open_initial_weights
-from w1train.model import layer, norm
-from w1train.model.conditioning import Modulation
-from w1train.model.head import OutputHead
 from w1train.runtime.distributed import distributed
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training import forward, inputs, loop
+from w1train.training import inputs
 from w1train.training.loop import Trainer
 from w1train.training.metrics_log import read_metrics
+from w1train.training.profiling_targets import kernel_targets
 
 
 def measure_run(config: Config, *, unfused: bool, num_warmup: int, num_steps: int) -> dict[str, Any]:
@@ -52,7 +47,7 @@ def measure_run(config: Config, *, unfused: bool, num_warmup: int, num_steps: in
                 trainer.train_step(batches)
             # Its record would count the profiler's time.
             with mock.patch.object(trainer, "record_step"):
-                breakdown = profile_step(lambda: trainer.train_step(batches), _targets(trainer), ranks.device)
+                breakdown = profile_step(lambda: trainer.train_step(batches), kernel_targets(trainer.model), ranks.device)
         run.release()
         capacity = torch.cuda.get_device_properties(ranks.device).total_memory / 2**30 if ranks.device.type == "cuda" else None
     records = read_metrics(run.metrics, kind="train")[num_warmup : num_warmup + num_steps]
@@ -72,23 +67,6 @@ def _backends_chosen() -> Iterator[set[str]]:
 
     with mock.patch.object(inputs, "choose_backend", noted):
         yield found
-
-
-def _targets(trainer: Trainer) -> list[tuple[str, Any, str]]:
-    """Where the profile's ranges go; the rest is named by its kernels."""
-    return [
-        ("attention", AttentionPlan, "attend"),
-        ("norm and modulation", norm, "rms_norm"),
-        ("norm and modulation", layer, "gate_residual"),
-        ("norm and modulation", Modulation, "forward"),
-        ("rotary and SwiGLU", megatron_attention, "apply_rotary_pos_emb"),
-        ("rotary and SwiGLU", megatron_mlp, "bias_swiglu_impl"),
-        ("loss and head", OutputHead, "forward"),
-        ("loss and head", forward, "_loss"),
-        ("optimizer", loop, "prepare_gradients"),
-        ("optimizer", trainer.model.optimizer, "step"),
-        *(("optimizer", chunk, "zero_grad_buffer") for chunk in trainer.model.chunks),
-    ]
 
 
 def _medians(records: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -62,7 +62,7 @@ def thorough(tiny_data, tmp_path_factory):
         f"schedule.stages.stable.tokens={10 * 64 * LENGTH}",
         f"schedule.stages.warmup.tokens={2 * 64 * LENGTH}",
         "sampling={interval: 100, prompts: ['a b', '']}",
-        "logging.wandb=offline",
+        "logging={wandb: offline, communication: false}",
         world_size=2,
     ).require(0)
     return run, time.perf_counter() - begin

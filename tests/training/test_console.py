@@ -116,6 +116,29 @@ def test_a_terminal_gets_a_bar_with_everything(monkeypatch):
         assert piece in text, piece
 
 
+def test_a_narrow_terminal_gets_what_matters_most(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    shown = {}
+    for width in (200, 100, 60, 30):
+        monkeypatch.setenv("COLUMNS", str(width))
+        with TrainingConsole(1_310_720, 1200, 0, True, 10, stream=Terminal(), clock=Clock()) as console:
+            console.update(record(1) | {"stage": "stable", "epoch": 0.25})
+            shown[width] = console._metrics_line.plain
+    assert all(len(line) <= width for width, line in shown.items())
+    assert "grad" in shown[200]
+    assert "32.8k / 1.31M tokens" in shown[200]
+    assert shown[100] == "loss  3.2500  1.4000 bits/byte   38.9k tokens/s  MFU  41.2%  stage stable  epoch 0.25"
+    assert shown[60] == "loss  3.2500   38.9k tokens/s  MFU  41.2%  stage stable"
+    assert shown[30] == "loss  3.2500   38.9k tokens/s"
+
+
+def test_stage_and_epoch_stand_behind_the_times_of_a_line():
+    stream = io.StringIO()
+    with TrainingConsole(100, 10, 0, True, 1, stream=stream, clock=Clock()) as console:
+        console.update(record(1) | {"stage": "stable", "epoch": 0.254})
+    assert stream.getvalue().endswith("left  stage stable  epoch 0.25\n")
+
+
 def test_log_lines_go_above_the_bar(monkeypatch):
     """A handler made before the bar must not write into it, and must get its stream back."""
     monkeypatch.setenv("TERM", "xterm")

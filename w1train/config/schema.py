@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig
+from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
@@ -403,3 +403,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

@@ -3,7 +3,7 @@ it does when something goes wrong. None of it changes what an undisturbed run co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 BestMetric = Literal["elbo", "masked_cross_entropy"]
@@ -57,6 +57,25 @@ class LoggingConfig:
     """Weights & Biases project."""
     peak_tflops: float | None = None
     """Dense bf16 peak of the device for MFU, TFLOP/s; null = from the device's name (none on CPU)."""
+    communication: bool = True
+    """Time each step's gradient reduction and parameter gather (time/communication_seconds)."""
+    tensorboard: bool = False
+    """Write the same metrics and samples for TensorBoard, to tensorboard/ in the run directory (extra: tensorboard)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ProfilingConfig:
+    """Which steps are looked into, and with what (docs/profiling.md)."""
+
+    steps: list[int] = field(default_factory=list)
+    """Steps to profile, counted from 1; each is slower than the others, and so are its times in metrics.jsonl."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that profile."""
+    tool: Literal["torch", "nsys"] = "torch"
+    """torch: PyTorch's profiler, traces and a table of time by part in profile/ of the run directory. nsys: NVTX ranges at every step, and
+    the steps from the first to the last of profiling.steps marked for nsys profile --capture-range=cudaProfilerApi."""
+    memory: bool = True
+    """With torch, on GPUs: a snapshot of the allocator's memory for each profiled step."""
 
 
 @dataclass(slots=True, kw_only=True)

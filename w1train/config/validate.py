@@ -106,6 +106,8 @@ RANGES: dict[str, Range] = {
     "logging.num_t_bins": AT_LEAST_ONE,
     "logging.peak_tflops": POSITIVE,
     **HEALTH_RANGES,
+    "profiling.steps[*]": AT_LEAST_ONE,
+    "profiling.ranks[*]": NOT_NEGATIVE,
 }
 
 

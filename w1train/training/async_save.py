@@ -82,14 +82,16 @@ class CheckpointSaver:
         config_yaml: str,
         *,
         before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[int, float], None] = lambda step, seconds: None,
         is_resumed: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``before_commit`` is called on rank 0, in any thread, before a checkpoint becomes visible: what it says happened must be on the
-        disk by then."""
+        disk by then. ``after_commit`` gets the step of a checkpoint that is there and the seconds it took, at a step boundary."""
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
         self.times = SaveTimes(clock)
-        self._before_commit, self._is_restarting, self._clock = before_commit, is_resumed, clock
+        self._before_commit, self._after_commit = before_commit, after_commit
+        self._is_restarting, self._clock = is_resumed, clock
         self._staging = Staging()
         self._plan: Plan | None = None
         self._save: _Save | None = None
@@ -143,7 +145,9 @@ class CheckpointSaver:
             return
         on_main_rank(partial(self._clean_up, final, phase_start))
         self._failure, self._saved_step = None, progress.step
-        logger.info("saved %s in %.1f s", final, self._clock() - started)
+        seconds = self._clock() - started
+        logger.info("saved %s in %.1f s", final, seconds)
+        self._after_commit(progress.step, seconds)
 
     def poll(self) -> None:
         """At a step boundary: take the save under way as far as it goes without waiting. At the first one, get ready for the first save.
@@ -178,6 +182,7 @@ class CheckpointSaver:
             dip = self.times.saved(seconds)
             slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
             logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
+            self._after_commit(save.progress.step, seconds)
 
     def _prepare(self) -> None:
         """Not before the first step, which makes the optimizer's states."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
@@ -84,11 +84,12 @@ class TrainingConsole:
             return
         if self.live:
             tokens = f"{quantity(record['tokens'])} / {quantity(self.total_tokens)} tokens"
-            self._metrics_line = Text("  ".join([*describe(record), tokens]))
+            self._metrics_line = Text(fitted([*_parts(record), *_places(record), (6, tokens)], self._console.width))
             self._progress.update(self._task, completed=step, times=self._eta.describe())
         elif step % self.interval == 0 or step == self.total_steps:
             width = len(f"{self.total_steps:,}")
-            columns = [f"step {step:>{width},}/{self.total_steps:,}", *describe(record), self._eta.describe()]
+            places = [text for _, text in _places(record)] if "stage" in record else []
+            columns = [f"step {step:>{width},}/{self.total_steps:,}", *describe(record), self._eta.describe(), *places]
             self._print(Text("  ".join(columns)))
 
     def print_line(self, text: str) -> None:
@@ -147,23 +148,49 @@ class _RemainingTime:
         return f"{duration(self._clock() - self._start)} elapsed  {eta} left"
 
 
+_Part = tuple[int, str]
+"""(how soon it is left out where there is little room: the smallest last, a few words)."""
+
+
 def describe(record: Mapping[str, Any]) -> list[str]:
     """The numbers of a record worth watching, each with its unit, of a constant width."""
+    return [text for _, text in _parts(record)]
+
+
+def _parts(record: Mapping[str, Any]) -> list[_Part]:
     parts = []
     if "loss" in record:
-        parts.append(f"loss {record['loss']:7.4f}")
-    parts.append(f"ELBO {record['elbo']:7.4f} nats/token")
+        parts.append((0, f"loss {record['loss']:7.4f}"))
+    parts.append((7, f"ELBO {record['elbo']:7.4f} nats/token"))
     if record.get("elbo_bits_per_byte") is not None:
-        parts.append(f"{record['elbo_bits_per_byte']:6.4f} bits/byte")
+        parts.append((4, f"{record['elbo_bits_per_byte']:6.4f} bits/byte"))
     if "learning_rate" in record:
-        parts.append(f"lr {record['learning_rate']:.2e}")
+        parts.append((8, f"lr {record['learning_rate']:.2e}"))
     if record.get("grad_norm") is not None:
-        parts.append(f"grad {record['grad_norm']:7.3g}")
+        parts.append((9, f"grad {record['grad_norm']:7.3g}"))
     if record.get("time/tokens_per_second") is not None:
-        parts.append(f"{quantity(record['time/tokens_per_second']):>6} tokens/s")
+        parts.append((1, f"{quantity(record['time/tokens_per_second']):>6} tokens/s"))
     if record.get("time/mfu") is not None:
-        parts.append(f"MFU {record['time/mfu']:6.1%}")
+        parts.append((2, f"MFU {record['time/mfu']:6.1%}"))
     return parts
+
+
+def _places(record: Mapping[str, Any]) -> list[_Part]:
+    """Where the run is in its schedule and in its data."""
+    places = []
+    if "stage" in record:
+        places.append((3, f"stage {record['stage']}"))
+    if record.get("epoch") is not None:
+        places.append((5, f"epoch {record['epoch']:.2f}"))
+    return places
+
+
+def fitted(parts: Sequence[_Part], width: int) -> str:
+    """As many of the parts as one line of a terminal has room for: a line that is broken in two makes the display jump."""
+    kept = list(parts)
+    while len(kept) > 1 and len("  ".join(text for _, text in kept)) > width:
+        kept.remove(max(kept))
+    return "  ".join(text for _, text in kept)
 
 
 def _one_line(text: str) -> str:

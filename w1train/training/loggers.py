@@ -32,6 +32,7 @@ _RENAMED = {
     "time/tflops_per_second": "tflops",
     "time/mfu": "mfu",
     "time/data_wait_seconds": "data_wait_seconds",
+    "time/communication_seconds": "communication_seconds",
     "time/memory_gib": "memory_gib",
     "time/seconds": "seconds",
 }
@@ -60,12 +61,14 @@ class WandbLogger:
         name: str,
         config: dict[str, Any],
         validation_timesteps: Sequence[float],
+        stages: Sequence[str] = (),
     ) -> None:
         """Start (or, in a run directory that has one already, continue) the W&B run.
 
-        Files go to ``run_dir/wandb``; ``config`` is attached whole; ``validation_timesteps`` name validation's loss_by_t.
+        Files go to ``run_dir/wandb``; ``config`` is attached whole; ``validation_timesteps`` name validation's loss_by_t; ``stages`` are
+        the names of the schedule's, in its order.
         """
-        self._validation_timesteps = tuple(validation_timesteps)
+        self._validation_timesteps, self._stages = tuple(validation_timesteps), tuple(stages)
         self._run: Any = None
         self._first_step = 0
         self._samples: list[list[Any]] = []
@@ -81,7 +84,7 @@ class WandbLogger:
     def log(self, record: dict[str, Any]) -> None:
         """Send a record of metrics.jsonl at its own step."""
         if self.active and record["step"] >= self._first_step:
-            metrics = wandb_metrics(record, self._validation_timesteps)
+            metrics = wandb_metrics(record, self._validation_timesteps, self._stages)
             self._guarded("log", lambda: self._run.log(metrics, step=record["step"]))
 
     def log_samples(self, samples: Sequence[dict[str, Any]]) -> None:
@@ -153,10 +156,11 @@ def resolve_mode(mode: Mode) -> ResolvedMode:
     return mode
 
 
-def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] = ()) -> dict[str, float]:
+def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] = (), stages: Sequence[str] = ()) -> dict[str, float]:
     """The W&B metrics of a record: loss, elbo, loss_by_t/0.05, tokens_per_second, mfu, ..., validation/elbo, ...
 
-    Nulls are left out (W&B would draw them as text). Training's bins of t are named by their middle.
+    What is no number is left out (W&B would draw nulls as text). Training's bins of t are named by their middle. A stage, a name, becomes a
+    number that can be drawn: ``phase``, its place among ``stages``, counted from 1.
     """
     prefix = _PREFIXES[record["kind"]]
     metrics: dict[str, float] = {}
@@ -167,7 +171,9 @@ def wandb_metrics(record: dict[str, Any], validation_timesteps: Sequence[float] 
                 metrics[f"{prefix}loss_by_t/{center:.3g}"] = item
         elif key not in _LEFT_OUT[record["kind"]]:
             metrics[prefix + _RENAMED.get(key, key)] = value
-    return {key: value for key, value in metrics.items() if value is not None}
+    if not prefix and record.get("stage") in stages:
+        metrics["phase"] = stages.index(record["stage"]) + 1
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _bin_centers(num_bins: int) -> list[float]:

@@ -36,6 +36,7 @@ from w1train.training.checkpoint import (
     read_scores,
     step_path,
 )
+from w1train.training.communication import communication_timer
 from w1train.training.comparison import average_summary, compare
 from w1train.training.data import TrainingData, prepare_data
 from w1train.training.flops import model_flops, num_parameters
@@ -50,6 +51,7 @@ from w1train.training.inputs import choose_backends
 from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.phases import phase_ends, phase_start, stage_of_step
+from w1train.training.profiling import Profiler
 from w1train.training.recovery import choose_checkpoint, newest_good_step
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import LoadWeights, build_trained_model
@@ -89,10 +91,13 @@ class Trainer:
             config.checkpoint,
             config_to_yaml(config),
             before_commit=self.watch.sync,
+            after_commit=lambda saved_step, seconds: self.watch.event("checkpoint", step=saved_step, seconds=seconds),
             is_resumed=step is not None,
         )
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
-        self.timer = StepTimer(ranks.world_size, peak)
+        communication = communication_timer(self.model, ranks.device).take if config.logging.communication else None
+        self.timer = StepTimer(ranks.world_size, peak, communication=communication)
+        self.profiler = Profiler(config.profiling, ranks, run.profile, self.model, self)
         self.phase_ends = phase_ends(config)
         self.stage_name = stage_of_step(config, self.progress.step)
         self.stage = at_stage(config, self.stage_name)
@@ -120,7 +125,7 @@ class Trainer:
         self.started = time.perf_counter() - self.progress.seconds
         pulse.num_steps, pulse.total_tokens = self.num_steps, total_tokens(self.config.schedule)
         self._tell_progress()
-        with self.watch, self.data.loader, self.saver, self.garbage:
+        with self.watch, self.data.loader, self.saver, self.profiler, self.garbage:
             self._print_header()
             pulse.activity = TRAINING
             pulse.beat()
@@ -132,6 +137,7 @@ class Trainer:
             batches = self.noisy_batches()
             while self.progress.step < self.num_steps and not self.stopped:
                 try:
+                    self.profiler.step_begins(self.progress.step + 1, self.timer)
                     self.train_step(batches)
                     self.after_step(self.agreement.wait())
                 except FloatingPointError as error:

@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 import html
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from w1train.runtime.files import write_text
 from w1train.training.comparison import comparison_rows, verdict
-from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import Values, bucket_means, finite, moving_average, scientific
+from w1train.training.report_metrics import (
+    NARROW,
+    WIDE,
+    curve_figure,
+    end_label,
+    event_note,
+    events_of,
+    figure,
+    not_finite,
+    other_metrics,
+    smoothing_width,
+    waiting,
+)
 from w1train.training.report_page import page
 from w1train.training.report_phases import phases_table, stage_starts
+from w1train.training.report_run import Record, Run, median, read_run
 from w1train.training.sample_text import MASK_SYMBOL, continuation, shorten, split_masks
 from w1train.training.svg_chart import Chart, Line, heat_map, heat_range
 from w1train.training.units import duration, quantity
 
-_NARROW, _TWO_COLUMNS, _WIDE = 350, 709, 920
+_TWO_COLUMNS = 709
 _MAX_SAMPLE_STEPS, _MAX_SAMPLE_CHARACTERS = 8, 1500
 _MAX_HEAT_COLUMNS = 60
-
-Record = dict[str, Any]
-
-
-@dataclass(slots=True)
-class Run:
-    """What a run directory holds; empty where a file is not there (yet)."""
-
-    name: str
-    train: list[Record]
-    validation: list[Record]
-    averages: list[Record]
-    samples: list[Record]
-    summary: Record
-    config: str
-    other: Run | None = None
-    """A run to compare this one with."""
-
-    @property
-    def last_step(self) -> int:
-        return max([0, *(record["step"] for record in self.train[-1:] + self.validation[-1:])])
-
-    @property
-    def finished(self) -> bool:
-        """A summary older than the metrics is that of an earlier, shorter run."""
-        return bool(self.summary) and self.summary.get("steps", 0) >= self.last_step
-
-    @property
-    def x_range(self) -> tuple[float, float]:
-        return 0.0, float(max(1, self.last_step))
-
-    def column(self, key: str) -> list[float | None]:
-        return [record.get(key) for record in self.train]
-
-    @property
-    def steps(self) -> list[float]:
-        return [record["step"] for record in self.train]
 
 
 def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
@@ -69,28 +41,10 @@ def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
-    parts = (_header, _headline, _tiles, _learning, phases_table, _averages, _noise_levels, _machinery, _samples, _appendix)
+    parts = (_header, _headline, _tiles, _learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, _samples, _appendix)
     path = Path(run_dir) / "report.html"
     write_text(path, page(run.name, "\n".join(part(run) for part in parts)))
     return path
-
-
-def read_run(run_dir: Path) -> Run:
-    """Read what is there of metrics.jsonl, samples.jsonl, summary.json and config.yaml."""
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.exists():
-        raise FileNotFoundError(f"{run_dir} is no run directory: it has no metrics.jsonl")
-    records = read_metrics(metrics)
-    samples, summary, config = run_dir / "samples.jsonl", run_dir / "summary.json", run_dir / "config.yaml"
-    return Run(
-        name=run_dir.resolve().name,
-        train=[record for record in records if record.get("kind") == "train"],
-        validation=[record for record in records if record.get("kind") == "validation"],
-        averages=[record for record in records if record.get("kind") == "average"],
-        samples=read_metrics(samples) if samples.exists() else [],
-        summary=json.loads(summary.read_text()) if summary.exists() else {},
-        config=config.read_text() if config.exists() else "",
-    )
 
 
 def _header(run: Run) -> str:
@@ -138,7 +92,7 @@ def _tiles(run: Run) -> str:
     last = run.train[-1] if run.train else {}
     summary = run.summary
     world = summary.get("world_size")
-    speed = summary.get("tokens_per_second") if run.finished else _median(run.column("time/tokens_per_second"))
+    speed = summary.get("tokens_per_second") if run.finished else median(run.column("time/tokens_per_second"))
     tokens = last.get("tokens", summary.get("tokens_seen"))
     wall = summary.get("wall_seconds") if run.finished else None
     tiles = [
@@ -147,8 +101,9 @@ def _tiles(run: Run) -> str:
         ("steps", f"{run.last_step:,}"),
         ("epochs", _text(last.get("epoch"), "{:.2f}".format)),
         ("tokens per second", _text(speed, quantity)),
-        ("model FLOPs utilisation", _text(_median(run.column("time/mfu")), "{:.1%}".format)),
+        ("model FLOPs utilisation", _text(median(run.column("time/mfu")), "{:.1%}".format)),
         ("wall time", _text(wall, duration)),
+        ("memory of rank 0", _text(last.get("time/memory_gib"), "{:.2f} GiB".format)),
         ("device", f"{world} x {summary.get('device')}" if world else ""),
     ]
     cells = "".join(f"<div><dt>{title}</dt><dd>{html.escape(value)}</dd></div>" for title, value in tiles if value)
@@ -160,14 +115,14 @@ def _learning(run: Run) -> str:
     in_bits = bool(finite(record.get("elbo_bits_per_byte") for record in [*run.train, *run.validation]))
     key, unit = ("elbo_bits_per_byte", "bits per byte") if in_bits else ("elbo", "nats per token")
     unigram = _unigram(run) if in_bits else None
-    window = _window(len(run.train))
+    window = smoothing_width(len(run.train))
     ys = run.column(key)
     validated_at = [record["step"] for record in run.validation]
     validation = [record.get(key) for record in run.validation]
     lines = [
         Line(xs=run.steps, ys=ys, css="accent", raw=True),
-        Line(xs=run.steps, ys=moving_average(ys, window), css="accent", label=_end_label("training", ys, window)),
-        Line(xs=validated_at, ys=validation, css="second", dots=True, label=_end_label("validation", validation)),
+        Line(xs=run.steps, ys=moving_average(ys, window), css="accent", label=end_label("training", ys, window)),
+        Line(xs=validated_at, ys=validation, css="second", dots=True, label=end_label("validation", validation)),
     ]
     if run.other is not None:
         others = [record.get(key) for record in run.other.validation]
@@ -182,17 +137,18 @@ def _learning(run: Run) -> str:
         height=340,
         reference=(unigram, f"unigram {unigram:.2f}") if unigram is not None else None,
         label_width=104,
-        marks=_not_finite(run, key),
+        marks=not_finite(run, key),
+        events=events_of(run),
         format="{:.4f}".format,
     )
-    wide = _figure(chart, f"{unit}, ELBO", "", "span", _WIDE)
+    wide = figure(chart, f"{unit}, ELBO", "", "span", WIDE)
     small = [
-        _curve_figure(run, "loss", "Training loss", "nats"),
-        _curve_figure(run, "masked_cross_entropy", "Masked cross-entropy", "nats"),
-        _curve_figure(run, "mask_ratio", "Mask ratio", "of tokens"),
+        curve_figure(run, "loss", "Training loss", "nats"),
+        curve_figure(run, "masked_cross_entropy", "Masked cross-entropy", "nats"),
+        curve_figure(run, "mask_ratio", "Mask ratio", "of tokens"),
     ]
     note = f"Bold lines are means over {window} steps." if window > 1 else ""
-    return f'<h2>Learning</h2><p class="note">{note}</p><div class="charts">{wide}{"".join(small)}</div>'
+    return f'<h2>Learning</h2><p class="note">{note}</p>{event_note(run)}<div class="charts">{wide}{"".join(small)}</div>'
 
 
 def _averages(run: Run) -> str:
@@ -228,7 +184,7 @@ def _heat_figure(run: Run) -> str:
         return ""
     low, high = heat_range(columns)
     centers = [(index + 0.5) / num_bins for index in range(num_bins)]
-    wide, narrow = (heat_map("Training loss by t over steps", columns, run.x_range, centers, width) for width in (_TWO_COLUMNS, _NARROW))
+    wide, narrow = (heat_map("Training loss by t over steps", columns, run.x_range, centers, width) for width in (_TWO_COLUMNS, NARROW))
     caption = f'<b>Training</b><span>{low:.1f}<span class="ramp"></span>{high:.1f} nats</span>'
     drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     return f'<figure class="span2"><figcaption>{caption}</figcaption>{drawn}</figure>'
@@ -250,7 +206,7 @@ def _profile_figure(run: Run) -> str:
         losses, label = records[index]["loss_by_t"], f"step {quantity(records[index]['step'])}"
         lines.append(Line(xs=_timesteps(run, len(losses)), ys=losses, css=css, label=label, dots=css == "accent"))
     chart = Chart(title="Validation loss by t", lines=lines, x_range=(0.0, 1.0), x_label="t", height=250, label_width=66)
-    return _figure(chart, "Validation", "", "", None)
+    return figure(chart, "Validation", "", "", None)
 
 
 def _timesteps(run: Run, count: int) -> list[float]:
@@ -264,49 +220,13 @@ def _timesteps(run: Run, count: int) -> list[float]:
 
 def _machinery(run: Run) -> str:
     figures = [
-        _curve_figure(run, "grad_norm", "Gradient norm", "", log=True),
-        _curve_figure(run, "learning_rate", "Learning rate", "", smooth=False, from_zero=True, format_value=scientific),
-        _curve_figure(run, "time/tokens_per_second", "Throughput", "tokens/s", from_zero=True, format_value=quantity),
-        _curve_figure(run, "time/mfu", "Model FLOPs utilisation", "", from_zero=True, format_value="{:.1%}".format),
+        curve_figure(run, "grad_norm", "Gradient norm", "", log=True),
+        curve_figure(run, "learning_rate", "Learning rate", "", smooth=False, from_zero=True, format_value=scientific),
+        curve_figure(run, "time/tokens_per_second", "Throughput", "tokens/s", from_zero=True, format_value=quantity),
+        curve_figure(run, "time/mfu", "Model FLOPs utilisation", "", from_zero=True, format_value="{:.1%}".format),
+        waiting(run),
     ]
     return f'<h2>Optimisation and speed</h2><div class="charts">{"".join(figures)}</div>'
-
-
-def _curve_figure(
-    run: Run,
-    key: str,
-    title: str,
-    unit: str,
-    *,
-    log: bool = False,
-    from_zero: bool = False,
-    smooth: bool = True,
-    format_value: Callable[[float], str] = "{:.4g}".format,
-) -> str:
-    """One quantity over the steps; nothing if it was never measured."""
-    ys = run.column(key)
-    if not finite(ys):
-        return ""
-    window = _window(len(ys)) if smooth else 1
-    lines = [Line(xs=run.steps, ys=ys, css="accent", raw=True)] if window > 1 else []
-    averaged = moving_average(ys, window)
-    lines.append(Line(xs=run.steps, ys=averaged, css="accent"))
-    marks = _not_finite(run, key)
-    chart = Chart(title=title, lines=lines, x_range=run.x_range, log=log, from_zero=from_zero, marks=marks, format=format_value)
-    value = f"{format_value(finite(averaged)[-1])} {unit}".strip()
-    notes = [f"{len(marks)} not finite"] if marks else []
-    if num_clipped := chart.num_clipped():
-        notes.append(f"{num_clipped} off axis")
-    return _figure(chart, title, ", ".join([value, *notes]), "", None)
-
-
-def _figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> str:
-    """A chart with its caption; drawn twice if it is wide on a wide screen."""
-    caption = f'<figcaption><b>{html.escape(title)}</b><span class="value">{html.escape(value)}</span></figcaption>'
-    if wide is None:
-        return f"<figure>{caption}{chart.svg(_NARROW)}</figure>"
-    drawn = f'<div class="wide">{chart.svg(wide)}</div><div class="narrow">{chart.svg(_NARROW)}</div>'
-    return f'<figure class="{css}">{caption}{drawn}</figure>'
 
 
 def _samples(run: Run) -> str:
@@ -339,25 +259,6 @@ def _appendix(run: Run) -> str:
         rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in found.items() if value)
         parts.append(f"<details><summary>Versions</summary><table>{rows}</table></details>")
     return f"<h2>How it was made</h2>{''.join(parts)}" if parts else ""
-
-
-def _window(num_values: int) -> int:
-    """Odd width of the smoothing: about a fiftieth of the run."""
-    return 1 if num_values < 20 else num_values // 50 // 2 * 2 + 3
-
-
-def _not_finite(run: Run, key: str) -> list[float]:
-    return [record["step"] for record in run.train if record.get(key) is not None and not math.isfinite(record[key])]
-
-
-def _end_label(name: str, ys: Values, window: int = 1) -> str:
-    known = finite(ys[-window:]) or finite(ys)
-    return f"{name} {math.fsum(known) / len(known):.2f}" if known else ""
-
-
-def _median(values: Values) -> float | None:
-    ordered = sorted(finite(values))
-    return ordered[len(ordered) // 2] if ordered else None
 
 
 def _text(value: float | None, format_value: Callable[[float], str]) -> str:

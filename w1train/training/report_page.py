@@ -6,10 +6,14 @@ import html
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf9; --ink: #1d1c1a; --muted: #78736a; --rule: #e7e3db; --soft: #f3f0ea;
-  --accent: #1b5e8c; --second: #c4541a; --bad: #b3261e; }
+  --accent: #1b5e8c; --second: #c4541a; --bad: #b3261e;
+  --series-0: #1b5e8c; --series-1: #c4541a; --series-2: #2f7d4f; --series-3: #8a3ffc; --series-4: #b0851a; --series-5: #c0307a;
+  --series-6: #3b9aa8; --series-7: #6b6660; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #131417; --ink: #e9e6e0; --muted: #98948c; --rule: #2c2e33; --soft: #1b1d21;
-    --accent: #71b4e3; --second: #f19a5f; --bad: #ff8a80; } }
+    --accent: #71b4e3; --second: #f19a5f; --bad: #ff8a80;
+    --series-0: #71b4e3; --series-1: #f19a5f; --series-2: #7fcf9d; --series-3: #c3a0ff; --series-4: #e3c15f; --series-5: #f58fc0;
+    --series-6: #7fd6e0; --series-7: #b5b0a8; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
@@ -34,7 +38,7 @@ p { margin: 0; }
 .charts { display: grid; gap: 32px; margin-top: 20px; grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; min-width: 0; }
 figcaption { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; margin-bottom: 4px; min-height: 20px; }
-figcaption b { color: var(--ink); font-weight: 600; white-space: nowrap; }
+figcaption b { color: var(--ink); font-weight: 600; flex-shrink: 0; max-width: 100%; }
 figcaption .value { text-align: right; }
 svg.chart { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
 svg text { font-size: 12px; fill: var(--muted); }
@@ -49,6 +53,9 @@ svg .label { font-weight: 600; } svg .label.accent { fill: var(--accent); } svg 
 svg .label.middle-run { fill: var(--accent); opacity: .7; }
 .accent { color: var(--accent); } .second { color: var(--second); } .early { color: var(--muted); }
 svg .middle-run { color: var(--accent); opacity: .5; }
+svg .restart { stroke: var(--second); stroke-dasharray: 2 4; stroke-width: 1.5; } svg .checkpoint { fill: var(--muted); }
+svg .skipped { stroke: var(--bad); stroke-width: 1.75; fill: none; }
+.key { white-space: nowrap; margin-right: 14px; } .key .restart { color: var(--second); } .key .skipped { color: var(--bad); }
 svg .mark { stroke: var(--bad); stroke-width: 1.5; }
 svg .cross { stroke: var(--ink); stroke-opacity: .45; }
 svg.heat rect { fill: var(--accent); shape-rendering: crispEdges; }
@@ -67,14 +74,29 @@ table { border-collapse: collapse; font-size: 14px; } td { padding: 3px 24px 3px
 td:first-child { color: var(--muted); white-space: nowrap; }
 .numbers { margin-top: 10px; } th { font-weight: 400; color: var(--muted); padding: 3px 24px 3px 0; text-align: right; }
 .numbers td + td { text-align: right; }
+.series-0 { color: var(--series-0); } .series-1 { color: var(--series-1); } .series-2 { color: var(--series-2); }
+.series-3 { color: var(--series-3); } .series-4 { color: var(--series-4); } .series-5 { color: var(--series-5); }
+.series-6 { color: var(--series-6); } .series-7 { color: var(--series-7); }
+.legend { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 18px; font-size: 15px; overflow-wrap: anywhere; }
+.dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; background: currentColor; margin-right: 8px; }
+.sideways { overflow-x: auto; margin-top: 14px; padding-bottom: 4px; }
+.compared th, .compared td { padding: 7px 28px 7px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+.compared th { vertical-align: bottom; color: var(--ink); font-weight: 600; }
+.compared th { white-space: normal; min-width: 92px; max-width: 220px; overflow-wrap: anywhere; }
+.compared th:first-child, .compared td:first-child { text-align: left; }
+.compared td:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 108px; max-width: 150px;
+  padding-right: 16px; overflow-wrap: break-word; }
+.compared .best { font-weight: 700; }
 @media (min-width: 720px) {
   main { padding: 56px 40px 96px; }
   .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .span { grid-column: 1 / -1; } .span .wide { display: block; } .span .narrow { display: none; }
-  .samples { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+  .samples { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .compared td:first-child { max-width: none; white-space: nowrap; } }
 @media (min-width: 1000px) {
   .headline { grid-template-columns: auto 1fr; }
   .headline .number { font-size: 96px; }
+  .tiles { grid-template-columns: repeat(5, minmax(0, 1fr)); }
   .charts { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .span2 { grid-column: span 2; } .span2 .wide { display: block; } .span2 .narrow { display: none; } }
 """

@@ -68,6 +68,19 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def code_versions() -> dict[str, str | bool | None]:
+    """:func:`versions` in more detail: whether the checkout was clean, and the packages that decide on speed and numbers."""
+    found = versions()
+    commit = found["git_commit"]
+    packages = ("numpy", "triton", "tokenizers", "wandb", "transformer-engine", "nvidia-cudnn-frontend", "nvidia-nccl-cu13")
+    return {
+        **found,
+        "git_commit": commit and commit.removesuffix("-dirty"),
+        "git_dirty": commit and commit.endswith("-dirty"),
+        **{name: _installed(name) for name in packages},
+    }
+
+
 def _installed(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

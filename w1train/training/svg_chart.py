@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from w1train.training.plot_data import (
     Scale,
@@ -25,6 +26,7 @@ from w1train.training.plot_data import (
     tick_labels,
     without_outliers,
 )
+from w1train.training.units import quantity
 
 _MAX_POINTS = 400
 _LABEL_HEIGHT = 15
@@ -46,6 +48,14 @@ class Line:
     """Values as they came, behind a smoothed line: thinned to a band between their extremes; the axis may leave outliers out."""
 
 
+@dataclass(slots=True, frozen=True)
+class Event:
+    """Something that happened at ``x``."""
+
+    x: float
+    kind: Literal["restart", "checkpoint", "skipped"]
+
+
 @dataclass(slots=True, kw_only=True)
 class Chart:
     """Curves over one horizontal axis; :meth:`svg` draws them at a width."""
@@ -65,8 +75,12 @@ class Chart:
     """Vertical lines: (x of its begin, name) of each section of the axis."""
     marks: Sequence[float] = ()
     """x of what cannot be drawn (values that are not finite): ticks on the axis."""
+    events: Sequence[Event] = ()
+    """A restart is a line, a checkpoint a tick on the axis, a skipped step a cross at the top."""
     format: Callable[[float], str] = "{:.4g}".format
     """How a value reads when the pointer is on it."""
+    hover_names: Sequence[str] = ()
+    """Under the pointer, every curve's value behind its name, not the last curve's alone."""
 
     def svg(self, width: int) -> str:
         bottom = self.height - _BOTTOM
@@ -84,6 +98,7 @@ class Chart:
             *(_curve(line, x, y) for line in self.lines),
             "</g>",
             *self._sections(x, bottom),
+            *(_event(event.kind, x(event.x), bottom) for event in self.events),
             *(f'<path class="mark" d="M{x(mark):.1f} {bottom}v-7"/>' for mark in self.marks),
             *self._labels(x, y),
             f'<path class="cross" d="M0 {_TOP}V{bottom}" visibility="hidden"/>',
@@ -126,14 +141,39 @@ class Chart:
         return parts
 
     def _hover(self, x: Scale) -> str:
-        """What the page's script shows for the last curve under the pointer."""
+        """What the page's script shows for the last curve, or for all of them, under the pointer."""
         if not self.lines:
             return ""
-        xs, ys = bucket_means(self.lines[-1].xs, self.lines[-1].ys, _MAX_POINTS)
-        points = [(at, value) for at, value in zip(xs, ys, strict=True) if value is not None]
-        texts = [f"{self.x_label} {f'{at:,.0f}' if self.x_label == 'step' else f'{at:.3g}'}: {self.format(value)}" for at, value in points]
+        curves = [_points(line) for line in (self.lines if self.hover_names else self.lines[-1:])]
+        points = max(curves, key=len)
+        texts = [f"{self._place(at)}: {self._values(at, curves)}" for at, _ in points]
         data = json.dumps([[round(x(at), 1) for at, _ in points], texts], separators=(",", ":"))
         return f' data-hover="{html.escape(data)}"'
+
+    def _place(self, at: float) -> str:
+        shown = {"step": f"{at:,.0f}", "tokens": quantity(at)}.get(self.x_label, f"{at:.3g}")
+        return f"{self.x_label} {shown}"
+
+    def _values(self, at: float, curves: list[list[tuple[float, float]]]) -> str:
+        """Of each curve the value nearest to ``at``, of those that reach so far."""
+        if not self.hover_names:
+            return self.format(min(curves[0], key=lambda point: abs(point[0] - at))[1])
+        named = [(name, curve) for name, curve in zip(self.hover_names, curves, strict=True) if curve]
+        found = [(name, min(curve, key=lambda point: abs(point[0] - at))[1]) for name, curve in named]
+        return ", ".join(f"{name} {self.format(value)}" for name, value in found)
+
+
+def _points(line: Line) -> list[tuple[float, float]]:
+    xs, ys = bucket_means(line.xs, line.ys, _MAX_POINTS)
+    return [(at, value) for at, value in zip(xs, ys, strict=True) if value is not None]
+
+
+def _event(kind: str, x: float, bottom: float) -> str:
+    if kind == "restart":
+        return f'<path class="restart" d="M{x:.1f} {_TOP}V{bottom}"/>'
+    if kind == "checkpoint":
+        return f'<path class="checkpoint" d="M{x:.1f} {bottom - 6}l3.5 6h-7z"/>'
+    return f'<path class="skipped" d="M{x - 3.5:.1f} {_TOP}l7 7m0 -7l-7 7"/>'
 
 
 def heat_map(title: str, columns: list[Values], x_range: tuple[float, float], rows: Sequence[float], width: int, height: int = 250) -> str:
@@ -141,16 +181,19 @@ def heat_map(title: str, columns: list[Values], x_range: tuple[float, float], ro
     low, high = heat_range(columns)
     bottom = height - _BOTTOM
     x = Scale(*x_range, _LEFT, width - _RIGHT)
-    cell_width, cell_height = (x.end - x.start) / max(1, len(columns)), (bottom - _TOP) / len(rows)
+    cell_height = (bottom - _TOP) / len(rows)
+    # Whole numbers, so that neighbours have one edge: a hundredth between them is a white line on some screens.
+    edges = [round(_LEFT + (x.end - x.start) * index / max(1, len(columns))) for index in range(len(columns) + 1)]
+    heights = [round(bottom - index * cell_height) for index in range(len(rows) + 1)]
     parts = [f'<svg class="chart heat" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
     for column_index, column in enumerate(columns):
         for row_index, value in enumerate(column):
             if value is None or not finite([value]):
                 continue
-            left, top = _LEFT + column_index * cell_width, bottom - (row_index + 1) * cell_height
+            left, top = edges[column_index], heights[row_index + 1]
             opacity = 0.04 + 0.96 * (value - low) / (high - low)
-            size = f'width="{cell_width:.2f}" height="{cell_height:.2f}"'
-            parts.append(f'<rect x="{left:.2f}" y="{top:.2f}" {size} fill-opacity="{opacity:.2f}"/>')
+            size = f'width="{edges[column_index + 1] - left}" height="{heights[row_index] - top}"'
+            parts.append(f'<rect x="{left}" y="{top}" {size} fill-opacity="{opacity:.2f}"/>')
     for row_index, row in enumerate(rows):
         if len(rows) <= 6 or row_index in (0, len(rows) // 2, len(rows) - 1):
             middle = bottom - (row_index + 0.5) * cell_height

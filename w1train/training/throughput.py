@@ -58,16 +58,25 @@ class StepTimer:
     no part of a step (validation, samples, checkpoints) is followed by :meth:`restart`.
     """
 
-    def __init__(self, world_size: int, peak_tflops: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        peak_tflops: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+        communication: Callable[[], float] | None = None,
+    ) -> None:
+        """``communication`` gives the seconds of it since its last call, if it is timed."""
         self.world_size = world_size
         self.peak_tflops = peak_tflops
-        self._clock = clock
+        self._clock, self._communication = clock, communication
         self.restart()
 
     def restart(self) -> None:
         """The next step starts now."""
         self._start = self._clock()
         self._data_wait = 0.0
+        if self._communication is not None:
+            self._communication()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -83,6 +92,7 @@ class StepTimer:
         fraction, None where the peak is not known.
         """
         seconds, data_wait = self._clock() - self._start, self._data_wait
+        communication = {} if self._communication is None else {"time/communication_seconds": self._communication()}
         self.restart()
         tflops_per_second = flops / seconds / self.world_size / 1e12
         return {
@@ -91,5 +101,6 @@ class StepTimer:
             "time/tflops_per_second": tflops_per_second,
             "time/mfu": tflops_per_second / self.peak_tflops if self.peak_tflops else None,
             "time/data_wait_seconds": data_wait,
+            **communication,
             "time/memory_gib": memory_bytes / 2**30,
         }

@@ -1,22 +1,26 @@
-"""Everything a run shows and records: console, metrics.jsonl, samples.jsonl, W&B, summary.json. Active on rank 0 only."""
+"""Everything a run shows and records: console, metrics.jsonl, samples.jsonl, events.jsonl, W&B, TensorBoard. Active on rank 0 only."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import socket
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from w1train.config.schema import Config
 from w1train.config.serialization import flatten
-from w1train.runtime.distributed import Ranks, agreed
+from w1train.runtime.distributed import Ranks, agreed, all_or_none
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import Progress
 from w1train.training.comparison import comparison_lines
 from w1train.training.console import TrainingConsole
 from w1train.training.loggers import WandbLogger
 from w1train.training.metrics_log import MetricsLog
+from w1train.training.summary import code_versions
+from w1train.training.tensorboard import TensorBoardLogger, require_tensorboard
 
 
 class Watch:
@@ -24,7 +28,9 @@ class Watch:
 
     def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int, num_tokens: int) -> None:
         self.config, self.progress = config, progress
-        self.active = ranks.is_main
+        self.active, self.world_size = ranks.is_main, ranks.world_size
+        if config.logging.tensorboard:
+            all_or_none(require_tensorboard)
         self.console = TrainingConsole(
             total_tokens=num_tokens,
             total_steps=num_steps,
@@ -50,15 +56,36 @@ class Watch:
         kept = self.progress.step if self.progress.step > 0 else -1
         self.metrics.truncate_after(kept)
         self.samples.truncate_after(kept)
+        self.events = stack.enter_context(MetricsLog(self.run.events))
+        versions = code_versions()
+        # Never cut back: what happened, happened.
+        what = "resume" if self.progress.step > 0 else "start"
+        self.event(what, host=socket.gethostname(), world_size=self.world_size, git_commit=versions["git_commit"])
+        self._open_wandb(stack, versions)
+        self.tensorboard: TensorBoardLogger | None = None
+        if self.config.logging.tensorboard:
+            self._open_tensorboard(stack, kept + 1)
+
+    def _open_wandb(self, stack: contextlib.ExitStack, versions: dict[str, Any]) -> None:
         self.wandb = WandbLogger(
             self.run.path,
             mode=self.config.logging.wandb,
             project=self.config.logging.wandb_project,
             name=self.config.name,
-            config=flatten(self.config),
+            config={**flatten(self.config), **{f"versions.{name}": value for name, value in versions.items()}},
             validation_timesteps=self.config.validation.timesteps,
+            stages=tuple(self.config.schedule.stages),
         )
         stack.push(self._close_wandb)
+
+    def _open_tensorboard(self, stack: contextlib.ExitStack, first_step: int) -> None:
+        self.tensorboard = TensorBoardLogger(
+            self.run.path,
+            first_step=first_step,
+            validation_timesteps=self.config.validation.timesteps,
+            stages=tuple(self.config.schedule.stages),
+        )
+        stack.callback(self.tensorboard.close)
 
     def _close_wandb(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.wandb.close(exit_code=0 if error is None else 1)
@@ -75,6 +102,8 @@ class Watch:
         record = {"kind": kind, "step": self.progress.step, **consumed, **values}
         self.metrics.append(record)
         self.wandb.log(record)
+        if self.tensorboard is not None:
+            self.tensorboard.log(record)
         if kind == "train":
             self.console.update(record)
         elif kind == "validation":
@@ -88,12 +117,23 @@ class Watch:
         if self.active:
             self.metrics.truncate_after(self.progress.step)
             self.samples.truncate_after(self.progress.step)
+            if self.tensorboard is not None:
+                self.tensorboard.go_back(self.progress.step + 1)
+            self.event("rewind")
+
+    def event(self, name: str, **values: Any) -> None:
+        """Something that happened, at the run's present step unless ``values`` has another, and is no measurement (a start, a checkpoint):
+        a line of events.jsonl."""
+        if self.active:
+            self.events.append({"step": self.progress.step, "event": name, "time": time.time(), **values})
 
     def sync(self) -> None:
         """Get the records to the disk: before a checkpoint says that its steps are done."""
         if self.active:
             self.metrics.sync()
             self.samples.sync()
+            if self.tensorboard is not None:
+                self.tensorboard.sync()
 
     def record_samples(self, samples: Sequence[tuple[str, str]]) -> None:
         """(prompt, text) pairs."""
@@ -105,6 +145,8 @@ class Watch:
             self.samples.append(record)
             self.console.print_sample(record)
         self.wandb.log_samples(records)
+        if self.tensorboard is not None:
+            self.tensorboard.log_samples(records)
 
 
 def require_finite(step: int, values: dict[str, float]) -> None:

@@ -1,0 +1,52 @@
+"""python -m w1train.dashboard: create the W&B workspace that shows runs of this framework, or print what would be in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from w1train.config.errors import UserError
+from w1train.config.schema_operation import LoggingConfig
+from w1train.training.dashboard import definition, workspace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m w1train.dashboard", description="Create a W&B workspace with this framework's charts.")
+    parser.add_argument("--project", default=LoggingConfig().wandb_project, help="logging.wandb_project of the runs (default: %(default)s)")
+    parser.add_argument("--entity", help="user or team that the project belongs to (default: that of the key)")
+    parser.add_argument("--print", action="store_true", help="print the definition as JSON and create nothing")
+    arguments = parser.parse_args()
+    if arguments.print:
+        print(json.dumps(definition(arguments.project), indent=2))
+        return
+    try:
+        print(create(arguments.entity, arguments.project))
+    except UserError as error:
+        sys.exit(f"w1train.dashboard: {error}")
+
+
+def create(entity: str | None, project: str) -> str:
+    """Create the workspace and return its address.
+
+    Raises:
+        UserError: no key, no entity, or wandb-workspaces is not installed.
+    """
+    if not os.environ.get("WANDB_API_KEY"):
+        raise UserError("WANDB_API_KEY is not set, and W&B stores workspaces on its servers alone; --print shows what would be created")
+    try:
+        import wandb
+
+        owner = entity or wandb.Api().default_entity
+        if owner is None:
+            raise UserError("the key has no default entity: name one with --entity")
+        made = workspace(owner, project)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install 'w1train[dashboard]'") from error
+    made.save()
+    return str(made.url)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The dashboard of a W&B project: which charts, of which metrics, in which order. Plain data; :func:`workspace` makes W&B's form of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+NAME = "w1train"
+_BY_TOKENS, _BY_STEP = "tokens", "Step"
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Panel:
+    """One chart: ``metrics`` by their W&B names, or all whose names match ``pattern``."""
+
+    title: str
+    metrics: tuple[str, ...] = ()
+    pattern: str | None = None
+    x: str = _BY_TOKENS
+    log: bool = False
+    """Logarithmic vertical axis."""
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Section:
+    """Charts that stand together."""
+
+    name: str
+    panels: tuple[Panel, ...]
+
+
+SECTIONS = (
+    Section(
+        name="Learning",
+        panels=(
+            Panel(title="Loss", metrics=("loss",)),
+            Panel(title="ELBO, nats per token", metrics=("elbo",)),
+            Panel(title="ELBO, bits per byte", metrics=("elbo_bits_per_byte",)),
+            Panel(title="Masked cross-entropy, nats", metrics=("masked_cross_entropy",)),
+            Panel(title="Loss by noise level t", pattern="^loss_by_t/"),
+            Panel(title="Mask ratio", metrics=("mask_ratio",)),
+        ),
+    ),
+    # At its step, where the tokens of the start are not known to W&B.
+    Section(
+        name="Validation",
+        panels=(
+            Panel(title="Validation ELBO, nats per token", metrics=("validation/elbo",), x=_BY_STEP),
+            Panel(title="Validation ELBO, bits per byte", metrics=("validation/elbo_bits_per_byte",), x=_BY_STEP),
+            Panel(title="Validation loss by noise level t", pattern="^validation/loss_by_t/", x=_BY_STEP),
+        ),
+    ),
+    Section(
+        name="Optimisation",
+        panels=(
+            Panel(title="Gradient norm", metrics=("grad_norm",), log=True),
+            Panel(title="Learning rate", metrics=("learning_rate",)),
+            Panel(title="Phase: stage of the schedule", metrics=("phase",)),
+            Panel(title="Block size", metrics=("block_size",), log=True),
+            Panel(title="Batch size, samples", metrics=("batch_size",)),
+            Panel(title="Epoch", metrics=("epoch",)),
+        ),
+    ),
+    Section(
+        name="Speed",
+        panels=(
+            Panel(title="Tokens per second", metrics=("tokens_per_second",)),
+            Panel(title="Model FLOPs utilisation", metrics=("mfu",)),
+            Panel(title="Model TFLOP/s per device", metrics=("tflops",)),
+            Panel(title="Seconds a step", metrics=("step_seconds",)),
+            Panel(title="Seconds waiting for data and communication", metrics=("data_wait_seconds", "communication_seconds")),
+            Panel(title="Peak memory, GiB", metrics=("memory_gib",)),
+            Panel(title="Balance over context-parallel ranks, max / mean", metrics=("context_balance",)),
+        ),
+    ),
+)
+
+
+def definition(project: str) -> dict[str, Any]:
+    """The dashboard as JSON holds it."""
+    return {"name": NAME, "project": project, "sections": [asdict(section) for section in SECTIONS]}
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The dashboard as wandb-workspaces' Workspace; ``save()`` creates it in the project. Raises ImportError without that package."""
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+
+    sections = [
+        workspaces.Section(
+            name=section.name,
+            is_open=True,
+            panels=[
+                reports.LinePlot(title=panel.title, x=panel.x, y=list(panel.metrics), metric_regex=panel.pattern, log_y=panel.log or None)
+                for panel in section.panels
+            ],
+        )
+        for section in SECTIONS
+    ]
+    return workspaces.Workspace(entity=entity, project=project, name=NAME, sections=sections)

@@ -1,0 +1,64 @@
+"""TensorBoard: the same metrics under the same names as W&B's, in RUN/tensorboard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from w1train.config.errors import UserError
+from w1train.training.loggers import wandb_metrics
+
+logger = logging.getLogger(__name__)
+
+
+def require_tensorboard() -> None:
+    """Raises UserError if its package is not there: whoever asked for the files should not miss them at the end of a run."""
+    if find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard is true, but tensorboard is not installed: pip install 'w1train[tensorboard]', or set it to false"
+        )
+
+
+class TensorBoardLogger:
+    """Writes records and samples as event files. Rank 0 only."""
+
+    def __init__(self, run_dir: str | Path, *, first_step: int, validation_timesteps: Sequence[float], stages: Sequence[str]) -> None:
+        """Each start writes a file of its own. ``first_step`` is the first step that this start may write: TensorBoard then shows none of
+        what an earlier start wrote from there on, for it is done again."""
+        self._directory = Path(run_dir) / "tensorboard"
+        self._names = (tuple(validation_timesteps), tuple(stages))
+        self._open(first_step)
+        logger.info("look at it with: tensorboard --logdir %s", self._directory)
+
+    def _open(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Written out every few seconds by a thread of its own: a run that is killed loses those.
+        self._writer = SummaryWriter(str(self._directory), purge_step=first_step, flush_secs=10)
+
+    def go_back(self, first_step: int) -> None:
+        """Steps from this one on are done again without a new start, after a rewind."""
+        self.close()
+        self._open(first_step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a record of metrics.jsonl at its own step."""
+        for name, value in wandb_metrics(record, *self._names).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def log_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Write records of samples.jsonl, all of one step, as text."""
+        for number, sample in enumerate(samples, start=1):
+            # Indented by four: Markdown's code, in which nothing is markup.
+            text = "\n".join("    " + line for line in sample["text"].splitlines())
+            self._writer.add_text(f"samples/{number}", text.encode("utf-8", "replace").decode(), sample["step"])
+
+    def sync(self) -> None:
+        """Hand everything to the operating system."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
