@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -106,3 +108,21 @@ def test_the_rank_of_a_nonfinite_gradient_is_known_and_its_parameter(sections):
         assert [name.split(" on ")[0] for name in ranks] == ["rank 1"]
         assert not is_finite
     assert {name for result in results for name in result[2]} == {"decoder.layers.1.mlp.linear_fc2.weight"}
+
+
+def norm_with_nan(rank: int, world_size: int, name: str, bad_rank: int) -> float:
+    config = tiny_config(parallel={"tensor": 2})
+    with distributed(config.parallel) as ranks:
+        model = build_trained_model(config)
+        if rank == bad_rank:
+            dict(model.stages[0].named_parameters())[name].register_hook(lambda gradient: gradient * float("nan"))
+        compute(model, config, ranks.data_parallel_rank, ranks.data_parallel_size, 0)
+        return float(prepare_gradients(model.optimizer))
+
+
+@pytest.mark.parametrize("name", ["decoder.layers.0.input_layernorm.weight", "timestep_embedding.linear_in.bias"])
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_no_copy_of_a_replicated_parameter_is_left_out(name, bad_rank):
+    """megatron-core takes the norm of the first tensor-parallel rank's copy alone."""
+    norms = run_distributed(norm_with_nan, 2, name, bad_rank)
+    assert all(math.isnan(norm) for norm in norms)

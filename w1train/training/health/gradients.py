@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,37 @@ from w1train.model.initialization import global_named_parameters
 @torch.no_grad()
 def prepare_gradients(optimizer: MegatronOptimizer) -> Any:
     """What the optimizer's step does first: gradients into the form it wants, and their norm over all ranks, which is the same on each.
-    Nothing is updated."""
+    Nothing is updated.
+
+    megatron-core counts what tensor-parallel ranks hold alike on the first of them alone; a NaN in another's copy would be missed, and
+    would be in the weights. Here the norm is no number then, and else megatron-core's, bit for bit.
+    """
     # Others take their norm inside clip_grad_norm, and would take it twice.
     assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
     found_overflow = optimizer.prepare_grads()
     assert not found_overflow, "only fp16 scales its loss"
-    return optimizer.get_grad_norm()
+    for part in optimizer.chained_optimizers:
+        part.get_grads_for_grad_norm = partial(_grads_for_norm, part)
+    try:
+        return optimizer.get_grad_norm()
+    finally:
+        for part in optimizer.chained_optimizers:
+            del part.get_grads_for_grad_norm
+
+
+def _grads_for_norm(optimizer: MegatronOptimizer, group: str | None = None) -> list[Tensor]:
+    """megatron-core's list; what it leaves out adds zero to the smallest of it, or NaN. So no further collective is needed."""
+    counted = type(optimizer).get_grads_for_grad_norm(optimizer, group)
+    known = {id(gradient) for gradient in counted}
+    gradients = [getattr(weight, "grad", None) for weight in optimizer.get_parameters()]
+    left_out = [gradient for gradient in gradients if gradient is not None and id(gradient) not in known]
+    if not left_out:
+        return counted
+    nothing = 0.0 * torch.stack(torch._foreach_norm(left_out)).sum()
+    if not counted:
+        return [nothing.reshape(1)]
+    smallest = min(range(len(counted)), key=lambda place: counted[place].numel())
+    return [gradient + nothing if place == smallest else gradient for place, gradient in enumerate(counted)]
 
 
 def step_with_prepared_gradients(optimizer: MegatronOptimizer, grad_norm: Any) -> None:
