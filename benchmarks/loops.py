@@ -135,6 +135,7 @@ class FrameworkLoop:
             ("gradients", model.chunks[0], "zero_grad_buffer"),
             ("gradients", model.optimizer, "zero_grad"),
             ("gradients", model.config, "finalize_model_grads_func"),
+            ("optimizer", loop, "prepare_gradients"),
             ("optimizer", model.optimizer, "step"),
             ("metrics", forward, "_sum_over_ranks"),
             ("metrics", self.trainer, "record_step"),

@@ -24,7 +24,7 @@ from w1train.model.conditioning import Modulation
 from w1train.model.head import OutputHead
 from w1train.runtime.distributed import distributed
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training import forward, inputs
+from w1train.training import forward, inputs, loop
 from w1train.training.loop import Trainer
 from w1train.training.metrics_log import read_metrics
 
@@ -85,6 +85,7 @@ def _targets(trainer: Trainer) -> list[tuple[str, Any, str]]:
         ("rotary and SwiGLU", megatron_mlp, "bias_swiglu_impl"),
         ("loss and head", OutputHead, "forward"),
         ("loss and head", forward, "_loss"),
+        ("optimizer", loop, "prepare_gradients"),
         ("optimizer", trainer.model.optimizer, "step"),
         *(("optimizer", chunk, "zero_grad_buffer") for chunk in trainer.model.chunks),
     ]

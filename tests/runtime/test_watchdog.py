@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -235,4 +236,6 @@ def test_an_activity_is_for_a_while():
     one.observer = lambda: calls.append(one.activity)
     with one.during("saving"):
         pass
-    assert calls == ["saving", TRAINING]
+    with contextlib.suppress(FloatingPointError), one.during("saving"):
+        raise FloatingPointError("and the run goes back")
+    assert calls == ["saving", TRAINING] * 2

@@ -69,9 +69,6 @@ class HealthConfig:
     """As many steps in a row may be left out for non-finite values; one more, and the run goes back to its newest checkpoint."""
     max_rewinds: int = 1
     """How often a start of the run may go back to a checkpoint before it stops."""
-    check_local_gradients: bool = True
-    """Look at each rank's own gradients before they are added up, so that a non-finite one has a rank's name: one more read of the
-    gradient buffer a step."""
     spike_sigma: float | None = 6.0
     """A step whose masked cross-entropy is so many standard deviations above the median of the last spike_window is left out;
     null = never."""

@@ -44,9 +44,11 @@ class Pulse:
         """Do something else than before for a while."""
         before, self.activity = self.activity, activity
         self.beat()
-        yield
-        self.activity = before
-        self.beat()
+        try:
+            yield
+        finally:
+            self.activity = before
+            self.beat()
 
 
 pulse = Pulse()

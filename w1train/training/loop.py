@@ -119,6 +119,7 @@ class Trainer:
             return
         self.started = time.perf_counter() - self.progress.seconds
         pulse.num_steps, pulse.total_tokens = self.num_steps, total_tokens(self.config.schedule)
+        self._tell_progress()
         with self.watch, self.data.loader, self.saver, self.garbage:
             self._print_header()
             pulse.activity = TRAINING
@@ -224,9 +225,8 @@ class Trainer:
         num_samples = self.stage.training.global_batch_size
         self.progress.step += 1
         self.progress.samples += num_samples
-        length = self.config.data.sequence_length
-        pulse.step, pulse.tokens = self.progress.step, self.progress.samples * length
-        self.record_step(computed.values, num_samples * length, computed.work)
+        self._tell_progress()
+        self.record_step(computed.values, num_samples * self.config.data.sequence_length, computed.work)
 
     def compute_step(self, batches: Iterator[NoisyBatch]) -> ComputedStep:
         """Loss and gradients of one global batch, ready for the optimizer."""
@@ -245,7 +245,7 @@ class Trainer:
         values = {**sums.metrics(self.stage.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
         if self.config.parallel.context > 1:
             values["context_balance"] = work.context_balance
-        return ComputedStep(values, grad_norm, work)
+        return ComputedStep(values, grad_norm, self.guard.local_gradients.are_finite(), work)
 
     def compute_step_again(self, kept: list[NoisyBatch]) -> ComputedStep:
         """The step that has just been computed, from the same batch, which is added to ``kept``. The run's own batches stand behind it."""
@@ -382,6 +382,10 @@ class Trainer:
                 "unigram_bits_per_byte": self.data.validation_unigram_bits_per_byte,
             },
         )
+
+    def _tell_progress(self) -> None:
+        """To those who look from outside."""
+        pulse.step, pulse.tokens = self.progress.step, self.progress.samples * self.config.data.sequence_length
 
     def _load_progress(self, step: int | None) -> Progress:
         if step is None:

@@ -82,47 +82,43 @@ def test_a_step_in_two_parts_is_the_whole_step(layout):
         assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
-def find_nonfinite(rank: int, world_size: int, sections: dict, bad_rank: int) -> tuple[list[str], list[str], list[str], bool]:
+LAST = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+def find_nonfinite(rank: int, world_size: int, sections: dict, name: str) -> tuple[list[str], list[str], list[str], bool, bool]:
+    """A gradient of rank 1 becomes infinite."""
     config = tiny_config(**sections)
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
-        local = LocalGradients(model.chunks, enabled=True)
+        local = LocalGradients(model.chunks)
         place = ranks.data_parallel_rank, ranks.data_parallel_size
         local.begin()
         compute(model, config, *place, 0)
         before = local.nonfinite_ranks()
-        parameter = dict(model.stages[0].named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
-        if rank == bad_rank:
+        assert local.are_finite()
+        parameter = dict(model.stages[0].named_parameters())[name]
+        if rank == 1:
             parameter.register_hook(lambda gradient: gradient * float("inf"))
         local.begin()
         compute(model, config, *place, 1)
         found = local.nonfinite_ranks(), nonfinite_parameters(model.chunks)
-        return before, *found, bool(torch.isfinite(torch.tensor(float(prepare_gradients(model.optimizer)))))
+        return before, *found, local.are_finite(), math.isfinite(prepare_gradients(model.optimizer))
 
 
 @pytest.mark.parametrize("sections", [{}, {"parallel": {"overlap_grad_reduce": True}}, {"parallel": {"distributed_optimizer": False}}])
 def test_the_rank_of_a_nonfinite_gradient_is_known_and_its_parameter(sections):
-    results = run_distributed(find_nonfinite, 2, sections, 1)
-    for before, ranks, _, is_finite in results:
+    results = run_distributed(find_nonfinite, 2, sections, LAST)
+    for before, ranks, _, are_finite, norm_is_finite in results:
         assert before == []
         assert [name.split(" on ")[0] for name in ranks] == ["rank 1"]
-        assert not is_finite
-    assert {name for result in results for name in result[2]} == {"decoder.layers.1.mlp.linear_fc2.weight"}
+        assert not are_finite
+        assert not norm_is_finite
+    assert {name for result in results for name in result[2]} == {LAST}
 
 
-def norm_with_nan(rank: int, world_size: int, name: str, bad_rank: int) -> float:
-    config = tiny_config(parallel={"tensor": 2})
-    with distributed(config.parallel) as ranks:
-        model = build_trained_model(config)
-        if rank == bad_rank:
-            dict(model.stages[0].named_parameters())[name].register_hook(lambda gradient: gradient * float("nan"))
-        compute(model, config, ranks.data_parallel_rank, ranks.data_parallel_size, 0)
-        return float(prepare_gradients(model.optimizer))
-
-
-@pytest.mark.parametrize("name", ["decoder.layers.0.input_layernorm.weight", "timestep_embedding.linear_in.bias"])
-@pytest.mark.parametrize("bad_rank", [0, 1])
-def test_no_copy_of_a_replicated_parameter_is_left_out(name, bad_rank):
-    """megatron-core takes the norm of the first tensor-parallel rank's copy alone."""
-    norms = run_distributed(norm_with_nan, 2, name, bad_rank)
-    assert all(math.isnan(norm) for norm in norms)
+def test_a_gradient_that_the_norm_leaves_out_is_seen():
+    """Tensor-parallel ranks hold the timestep embedding alike, and the norm counts the first one's."""
+    name = "timestep_embedding.linear_out.weight"
+    results = run_distributed(find_nonfinite, 2, {"parallel": {"tensor": 2}}, name)
+    assert [(result[3], result[4]) for result in results] == [(False, True)] * 2, "(gradients, their norm)"
+    assert [result[2] for result in results] == [[], [name]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,37 +18,12 @@ from w1train.model.initialization import global_named_parameters
 @torch.no_grad()
 def prepare_gradients(optimizer: MegatronOptimizer) -> Any:
     """What the optimizer's step does first: gradients into the form it wants, and their norm over all ranks, which is the same on each.
-    Nothing is updated.
-
-    megatron-core counts what tensor-parallel ranks hold alike on the first of them alone; a NaN in another's copy would be missed, and
-    would be in the weights. Here the norm is no number then, and else megatron-core's, bit for bit.
-    """
+    Nothing is updated."""
     # Others take their norm inside clip_grad_norm, and would take it twice.
     assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
     found_overflow = optimizer.prepare_grads()
     assert not found_overflow, "only fp16 scales its loss"
-    for part in optimizer.chained_optimizers:
-        part.get_grads_for_grad_norm = partial(_grads_for_norm, part)
-    try:
-        return optimizer.get_grad_norm()
-    finally:
-        for part in optimizer.chained_optimizers:
-            del part.get_grads_for_grad_norm
-
-
-def _grads_for_norm(optimizer: MegatronOptimizer, group: str | None = None) -> list[Tensor]:
-    """megatron-core's list; what it leaves out adds zero to the smallest of it, or NaN. So no further collective is needed."""
-    counted = type(optimizer).get_grads_for_grad_norm(optimizer, group)
-    known = {id(gradient) for gradient in counted}
-    gradients = [getattr(weight, "grad", None) for weight in optimizer.get_parameters()]
-    left_out = [gradient for gradient in gradients if gradient is not None and id(gradient) not in known]
-    if not left_out:
-        return counted
-    nothing = 0.0 * torch.stack(torch._foreach_norm(left_out)).sum()
-    if not counted:
-        return [nothing.reshape(1)]
-    smallest = min(range(len(counted)), key=lambda place: counted[place].numel())
-    return [gradient + nothing if place == smallest else gradient for place, gradient in enumerate(counted)]
+    return optimizer.get_grad_norm()
 
 
 def step_with_prepared_gradients(optimizer: MegatronOptimizer, grad_norm: Any) -> None:
@@ -66,15 +40,18 @@ def step_with_prepared_gradients(optimizer: MegatronOptimizer, grad_norm: Any) -
 
 
 class LocalGradients:
-    """Whether this rank's own gradients were numbers before they were added to those of other ranks, after which nobody can tell."""
+    """Whether each rank's own gradients were numbers before they were added to those of other ranks, after which nobody can tell whose.
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel], *, enabled: bool) -> None:
+    The norm does not tell all: of parameters that tensor-parallel ranks hold alike it counts the first rank's gradient alone, so what goes
+    wrong with another one's would reach that rank's weights.
+    """
+
+    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Wraps the call that sends a bucket, on every rank."""
         self._sums: list[Tensor] = []
-        self._groups = [group for chunk in chunks for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
-        self.enabled = enabled
-        for group in self._groups if enabled else ():
-            group.start_grad_sync = self._noted(group)
+        for chunk in chunks:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.start_grad_sync = self._noted(group)
 
     def begin(self) -> None:
         """A step begins."""
@@ -91,11 +68,24 @@ class LocalGradients:
 
         return noted
 
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether all ranks' gradients of this step are. Called on every rank."""
+        is_bad = self._is_bad()
+        dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
+        return is_bad.item() == 0
+
+    def _is_bad(self) -> Tensor:
+        """float32 [1], on the device: 0 or 1."""
+        total = torch.zeros(1, device=torch.cuda.current_device())
+        for each in self._sums:
+            total += each
+        return (~torch.isfinite(total)).float()
+
     def nonfinite_ranks(self) -> list[str]:
         """The ranks, with their machines, whose own gradients of this step were no numbers. Called on every rank."""
-        is_finite = all(torch.isfinite(total).item() for total in self._sums)
         found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if is_finite else f"rank {dist.get_rank()} on {socket.gethostname()}")
+        dist.all_gather_object(found, f"rank {dist.get_rank()} on {socket.gethostname()}" if self._is_bad().item() else None)
         return [name for name in found if name is not None]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,6 @@ from w1train.training.watch import require_finite
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = ("loss", "grad_norm")
-
 
 @dataclass(slots=True)
 class ComputedStep:
@@ -37,6 +35,8 @@ class ComputedStep:
     """For the record."""
     grad_norm: Any
     """As the optimizer gave it, and wants it back."""
+    gradients_are_finite: bool
+    """Every rank's own: the norm does not count all of them."""
     work: StepWork
 
 
@@ -53,7 +53,7 @@ class StepGuard:
 
     def __init__(self, settings: HealthConfig, progress: Progress, model: TrainedModel, bad_batches: Path) -> None:
         self._settings, self._progress, self._model, self._bad_batches = settings, progress, model, bad_batches
-        self.local_gradients = LocalGradients(model.chunks, enabled=settings.check_local_gradients)
+        self.local_gradients = LocalGradients(model.chunks)
 
     @property
     def num_skipped(self) -> int:
@@ -69,20 +69,20 @@ class StepGuard:
         Raises:
             FloatingPointError: on every rank; the step, and too many before it, are not finite.
         """
-        problem = self._problem(computed.values, stage)
+        problem = self._problem(computed, stage)
         if problem is not None:
             problem = self._second_look(computed, problem, compute_again, stage)
         if problem is None:
             self._accept(computed.values, stage)
             return True
-        self._leave_out(computed.values, problem)
+        self._leave_out(computed, problem)
         return False
 
-    def _problem(self, values: dict[str, Any], stage: str) -> Problem | None:
-        bad = [f"{name} is {values[name]}" for name in _LOOKED_AT if not math.isfinite(values[name])]
+    def _problem(self, computed: ComputedStep, stage: str) -> Problem | None:
+        bad = [f"{name} is {value}" for name, value in _looked_at(computed).items() if not math.isfinite(value)]
         if bad:
             return Problem("nonfinite", ", ".join(bad))
-        spike = self._window().spike(values, stage)
+        spike = self._window().spike(computed.values, stage)
         return None if spike is None else Problem("spike", spike)
 
     def _window(self) -> SpikeWindow:
@@ -99,8 +99,9 @@ class StepGuard:
         logger.warning("step %d: %s%s; computing it once more", step, problem.text, where)
         batches: list[NoisyBatch] = []
         again = compute_again(batches)
-        still = self._problem(again.values, stage)
-        computed.values, computed.grad_norm, computed.work = again.values, again.grad_norm, again.work
+        still = self._problem(again, stage)
+        for field in fields(ComputedStep):
+            setattr(computed, field.name, getattr(again, field.name))
         if still is None:
             logger.warning(
                 "step %d: a transient fault%s: the second time all is well, and the run goes on as if nothing had been", step, where
@@ -112,7 +113,7 @@ class StepGuard:
 
     def _where(self, problem: Problem) -> str:
         """The ranks that a non-finite value came from."""
-        if problem.kind == "spike" or not self.local_gradients.enabled:
+        if problem.kind == "spike":
             return ""
         ranks = self.local_gradients.nonfinite_ranks()
         return f" (the gradients of {', '.join(ranks)})" if ranks else " (each rank's own gradients are finite, not their sum)"
@@ -121,17 +122,25 @@ class StepGuard:
         self._window().add(values, stage)
         self._progress.health["in_a_row"] = 0
 
-    def _leave_out(self, values: dict[str, Any], problem: Problem) -> None:
+    def _leave_out(self, computed: ComputedStep, problem: Problem) -> None:
         state, step = self._progress.health, self._progress.step + 1
         in_a_row = state.get("in_a_row", 0)
         if problem.kind == "nonfinite" and (self._settings.on_nonfinite == "stop" or in_a_row >= self._settings.max_skips):
-            require_finite(step, {name: values[name] for name in _LOOKED_AT})
+            require_finite(step, _looked_at(computed))
         state["in_a_row"] = in_a_row + 1
         state["skipped"] = self.num_skipped + 1
-        values["skipped"] = problem.kind
+        computed.values["skipped"] = problem.kind
         logger.warning("step %d is left out: %s again; its batch is in %s", step, problem.text, self._bad_batches / f"step_{step}")
         if problem.kind == "spike" and state["in_a_row"] >= self._settings.max_skips:
             logger.warning(
                 "so many spikes in a row are a new level: no step is a spike until %d have been seen", self._settings.spike_window // 2
             )
             self._window().clear()
+
+
+def _looked_at(computed: ComputedStep) -> dict[str, float]:
+    """What must be finite; a gradient alone where nothing else tells of it."""
+    values = {name: computed.values[name] for name in ("loss", "grad_norm")}
+    if not computed.gradients_are_finite and all(map(math.isfinite, values.values())):
+        values["a gradient of some rank"] = math.nan
+    return values
