@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -53,7 +52,6 @@ def on_ranks(function: Callable[[Steps], Any], data_parallel: int = 2, precision
     config.training.precision = precision
 
     def main(_rank: int, _size: int) -> Any:
-        logging.basicConfig(level=logging.INFO)
         with distributed(config.parallel) as ranks:
             return function(Steps(config, ranks))
 
