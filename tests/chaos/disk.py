@@ -20,6 +20,13 @@ SIZE = "12m"
 """Ten checkpoints of the tiny run."""
 
 
+def how_a_disk_fills() -> str:
+    """In words, for the report."""
+    if os.geteuid() == 0:
+        return f"a tmpfs of {SIZE} for the run directory, on which another file takes the rest"
+    return "a limit on the size of files (RLIMIT_FSIZE), set from outside on running ranks; a small tmpfs takes root to mount"
+
+
 @contextlib.contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
     """``directory``, on a tmpfs of its own where that may be mounted."""

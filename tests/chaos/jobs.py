@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Protocol
@@ -107,8 +108,13 @@ class ForkedJob:
         return "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
 
 
+def _die_with_parent(number: int) -> None:
+    """A campaign that is killed leaves no ranks behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 def _rank_main(arguments: list[str], directory: Path, log: Path, hook: Sabotage | None, rank: int, port: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a campaign that is killed leaves no ranks behind
+    _die_with_parent(signal.SIGKILL)
     gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE), LOCAL_WORLD_SIZE=str(WORLD_SIZE))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -132,7 +138,12 @@ class TorchrunJob:
         environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with self._log.open("w") as log:
             self._agent = subprocess.Popen(
-                [*launcher, *options, "-m", "w1train.pretrain", *arguments], cwd=directory, env=environment, stdout=log, stderr=log
+                [*launcher, *options, "-m", "w1train.pretrain", *arguments],
+                cwd=directory,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=partial(_die_with_parent, signal.SIGTERM),  # torchrun ends its ranks then
             )
         self._seen: set[int] = set()
 

@@ -51,7 +51,11 @@ def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], 
         finally:
             job.kill()
         newest, log = scene.newest_step(), job.log()
-        _count_loss(story, log, reached)
+        resumed = [int(step) for step in _RESUMING.findall(log)] or [0]
+        if job.num_starts > 1 and scene.blow is not None:
+            _count_loss(story, resumed[-1], scene.blow.reached)  # torchrun's restarts, all in one log
+        elif story.endings:
+            _count_loss(story, resumed[0], reached)
         reached = max(reached, newest)
         story.log += log
         story.num_starts += job.num_starts
@@ -90,12 +94,8 @@ def _not_recovered(scene: Scene, reached: int) -> None:
         scene.blow.reached = max(scene.blow.reached, reached)
 
 
-def _count_loss(story: Story, log: str, reached: int) -> None:
-    """From what the starts said about where they go on, and what had been recorded before this one."""
-    if not story.endings:
-        return
-    found = _RESUMING.findall(log)
-    resumed = int(found[0]) if found else 0
+def _count_loss(story: Story, resumed: int, reached: int) -> None:
+    """A start goes on from the step ``resumed``, though ``reached`` was recorded before."""
     if story.resumed_at is None:
         story.resumed_at = resumed
     story.lost += max(0, reached - resumed)
