@@ -19,6 +19,9 @@ from w1train.config.command_line import config_from_command_line, wait_for_main_
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
+from w1train.runtime.cluster import discover_ranks
+
+logger = logging.getLogger(__name__)
 
 # Beginnings of warnings that are no news: of megatron-core about its own defaults and its own shards of the parameters, and of
 # torch about the way that megatron-core reads a checkpoint's metadata.
@@ -36,8 +39,15 @@ def main(arguments: list[str]) -> int:
     SIGTERM keeps its default effect, the end at once without a word: it is how schedulers stop ranks that wait in a collective,
     where no handler would run; the checkpoints are made for it.
     """
+    try:
+        # Before anything asks for RANK: the command line does, to say its mistakes once.
+        discovery = discover_ranks()
+    except ConfigurationError as error:
+        return _fail_alone(str(error), 2)
     config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
     set_up_logging()
+    if discovery is not None:
+        logger.info("%s", discovery)
     try:
         raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigurationError as error:
