@@ -32,6 +32,7 @@ ALLOWED_ON_RESUME = (
     "sampling.*",
     "checkpoint.*",
     "logging.*",
+    "health.*",
 )
 # Files may move while a run waits. Whether they still hold what the run began with is told by the hash of the training tokens that the
 # checkpoint has, and the hash of the tokenizer that the tokens have.

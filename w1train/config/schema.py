@@ -2,7 +2,7 @@
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
 objects, and ``w1train.config.validate`` checks the whole. The rest of the package sees nothing but these classes.
-Those of how a run is operated (checkpoints, logging) are in ``schema_operation.py``.
+Those of how a run is operated (checkpoints, logging, health) are in ``schema_operation.py``.
 A field without a default must be set by a recipe. The string under each field is its documentation
 (``docs/configuration.md`` is written from it).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from w1train.config.schema_operation import CheckpointConfig, LoggingConfig
+from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
@@ -402,3 +402,4 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)

@@ -6,51 +6,24 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from w1train.config.attention_limits import attention_case, limit
 from w1train.config.convert import Conversion, join
 from w1train.config.divisibility import divisors, does_not_divide, near
 from w1train.config.errors import Problem, listing, show
+from w1train.config.ranges import AT_LEAST_ONE, BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Range
 from w1train.config.schema import Config, SamplingConfig
 from w1train.config.stages import batch_sizes
 from w1train.config.validate_data import DATA_RULES
 from w1train.config.validate_diffusion import DIFFUSION_RULES, at_every_stage
+from w1train.config.validate_health import HEALTH_RANGES, HEALTH_RULES
 from w1train.config.validate_speed import SPEED_RULES
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 _STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 _MIDPOINT_TOLERANCE = 1e-6
 
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """An interval of valid numbers."""
-
-    low: float
-    high: float = math.inf
-    includes_low: bool = True
-    includes_high: bool = True
-
-    def __contains__(self, value: float) -> bool:
-        # Positive conditions, so that NaN is outside.
-        above = value >= self.low if self.includes_low else value > self.low
-        below = value <= self.high if self.includes_high else value < self.high
-        return math.isfinite(value) and above and below
-
-    def __str__(self) -> str:
-        bounds = [f"{'>=' if self.includes_low else '>'} {self.low}"]
-        if self.high != math.inf:
-            bounds.append(f"{'<=' if self.includes_high else '<'} {self.high}")
-        return " and ".join(bounds)
-
-
-POSITIVE = Range(0, includes_low=False)
-NOT_NEGATIVE = Range(0)
-AT_LEAST_ONE = Range(1)
-FRACTION = Range(0, 1)
-BELOW_ONE = Range(0, 1, includes_high=False)
 
 # Every numeric field of the schema is here (a test holds the two together). Null is left to the types.
 RANGES: dict[str, Range] = {
@@ -129,6 +102,7 @@ RANGES: dict[str, Range] = {
     "logging.interval": AT_LEAST_ONE,
     "logging.num_t_bins": AT_LEAST_ONE,
     "logging.peak_tflops": POSITIVE,
+    **HEALTH_RANGES,
 }
 
 
@@ -487,5 +461,6 @@ RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
     at_every_stage(_attention_rule),
     _recompute_rule,
     *SPEED_RULES,
+    *HEALTH_RULES,
     _batch_rule,
 )

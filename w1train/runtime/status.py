@@ -1,0 +1,144 @@
+"""``status.json`` and the heartbeats: what a run is doing, for people and scripts that look from outside.
+
+Reading needs no torch; the files are small, replaced whole, and never waited for: a status that cannot be written is a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "running", "saving", "validating", "finished", "stopped", "failed"]
+STATUS_FILE = "status.json"
+HEARTBEATS = "heartbeats"
+_SECONDS_BETWEEN_WRITES = 1.0
+
+
+@dataclass(slots=True)
+class Status:
+    """The run as rank 0 sees it."""
+
+    state: State
+    step: int
+    num_steps: int
+    tokens: int
+    total_tokens: int
+    time: float
+    """Unix seconds of the last sign of progress: what hangs does not write."""
+    pid: int
+    host: str
+    world_size: int
+    message: str | None = None
+    """Why it stopped or failed, and what else a reader should know."""
+
+
+@dataclass(slots=True)
+class Heartbeat:
+    """A rank as it sees itself."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    activity: str
+    """What it does: starting, training, saving, ..."""
+    time: float
+    """Unix seconds when this was written: the process lives."""
+    progress: float
+    """Unix seconds of its last sign of progress: a process that lives may hang."""
+    place: str
+    """Innermost Python function of its main thread."""
+
+
+class StatusFile:
+    """Writes a run's status on rank 0; on other ranks it keeps quiet."""
+
+    def __init__(self, directory: Path, world_size: int, *, active: bool) -> None:
+        """A run that has finished stays so until it trains on: starting it once more changes nothing."""
+        self.path, self._active = directory / STATUS_FILE, active
+        self._status = Status("starting", 0, 0, 0, 0, 0.0, os.getpid(), socket.gethostname(), world_size)
+        old = read_status(directory) if active else None
+        self._held = old is not None and old.state == "finished"
+        self._written = float("-inf")
+
+    def update(self, state: State | None = None, **values: Any) -> None:
+        """Change some fields. Written at once if the state or the message is another, otherwise at most once a second."""
+        status = self._status
+        changed = (state or status.state, values.get("message", status.message)) != (status.state, status.message)
+        status.state = state or status.state
+        for name, value in values.items():
+            setattr(status, name, value)
+        status.time = time.time()
+        self._held = self._held and status.state == "starting"
+        now = time.monotonic()
+        if self._active and not self._held and (changed or now - self._written >= _SECONDS_BETWEEN_WRITES):
+            self._written = now
+            write_json(self.path, asdict(status))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing is written yet."""
+        return self._held
+
+
+def read_status(directory: Path) -> Status | None:
+    """The status of a run; None if it has none that can be read."""
+    values = _read_json(directory / STATUS_FILE)
+    return None if values is None else _from_values(Status, values)
+
+
+def heartbeat_path(directory: Path, rank: int) -> Path:
+    """The file of a rank, there or not."""
+    return directory / HEARTBEATS / f"rank_{rank:05d}.json"
+
+
+def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
+    """Replace the rank's file."""
+    write_json(heartbeat_path(directory, heartbeat.rank), asdict(heartbeat))
+
+
+def read_heartbeats(directory: Path, world_size: int) -> dict[int, Heartbeat]:
+    """The heartbeats of a run's ranks that can be read, by rank."""
+    found = {}
+    for rank in range(world_size):
+        values = _read_json(heartbeat_path(directory, rank))
+        if values is not None and (heartbeat := _from_values(Heartbeat, values)) is not None:
+            found[rank] = heartbeat
+    return found
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a small file. Not waited for until it is on the disk: after a power cut the run is over anyway. What cannot be written is
+    a warning: a full disk is told by the checkpoint that needs it."""
+    # The watchdog's thread may write while the main one hangs in the middle of the same file.
+    partial = path.with_name(f".{path.name}.{threading.current_thread().name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(values))
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning("could not write %s: %s", path, error)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _from_values[Record](kind: type[Record], values: dict[str, Any]) -> Record | None:
+    try:
+        return kind(**values)
+    except TypeError:
+        return None
