@@ -80,7 +80,6 @@ def render(job: Job, run: RunPlace, arguments: Sequence[str]) -> str:
         "set -uo pipefail",
         "",
         *_variables(job, run, arguments),
-        "",
         *_environment(job),
         "",
         _source("settings.sh"),
