@@ -47,7 +47,7 @@ run_ranks() {
   logs="$run/logs/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}_$attempt"
   mkdir -p "$logs"
   ln -sfn "${logs##*/}" "$run/logs/latest"
-  export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$logs/nccl_trace_rank_"
+  export TORCH_FR_DUMP_TEMP_FILE="$logs/nccl_trace_rank_"
   say "attempt $attempt from ${before:-the start}; each rank's log is in $logs"
   srun "${srun_options[@]}" --output="$logs/rank_%5t.log" "${command[@]}" &
   step=$!

@@ -22,5 +22,5 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 # The flight recorder: the last collectives of each rank, with their Python stacks, kept in memory and written out when one times out.
 # `torchfrtrace` compares the files of all ranks and names the rank that is missing or in another collective.
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
-export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"

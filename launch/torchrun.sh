@@ -71,17 +71,19 @@ fi
 
 logs="$run/logs/torchrun_$(date '+%Y%m%d_%H%M%S')_node_$NODE_RANK"
 mkdir -p "$logs"
-export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$logs/nccl_trace_rank_}"
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$logs/nccl_trace_rank_}"
 command=(-m w1train.pretrain)
 if [[ -n "$nsys" ]]; then command=(-m launch.nsys --ranks "$nsys" --output "$run/nsys" -- "${command[@]}"); fi
 
-# All output goes to files (attempt, rank, stdout and stderr apart), that of the node's first rank to the console too: on node 0
-# that is rank 0, elsewhere one that speaks only when something is wrong. Signals go on to the ranks, which have
-# health.stop_timeout to save; torchrun by itself would not know SIGUSR1, and kill after 30 s.
+# All output goes to files (attempt, rank, stdout and stderr apart), that of the node's first rank to the console too: on one node
+# that is rank 0, on the others one that speaks only when something is wrong (c10d numbers nodes by their sorted names). Signals go on to the ranks, which have
+# health.stop_timeout to save; torchrun by itself would not know SIGUSR1, and kill after 30 s (before torch 2.12 it always does).
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$(printf '%.0f' "$stop_timeout")"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC)) "$NPROC" "$logs"
 "$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
   --log-dir "$logs" --redirects 3 --tee 0:3 \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$(printf '%.0f' "$stop_timeout")" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   "${command[@]}" "$@" &
 torchrun=$!
 trap 'kill -TERM "$torchrun"' TERM
