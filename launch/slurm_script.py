@@ -120,7 +120,7 @@ def _variables(job: Job, run: RunPlace, arguments: Sequence[str]) -> list[str]:
     gpu_options = ["--gpu-bind=none"] if job.gpus_per_node else []
     ranks = ["--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *gpu_options, *container]
     train = [job.python, *nsys_command(job.nsys, run.directory), "-m", "w1train.pretrain", *arguments]
-    alone = ["srun", "--nodes=1", "--ntasks=1", *container] if container else []
+    alone = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *container] if container else []
     return [
         f"run={shlex.quote(str(run.directory))}",
         f"max_failures={job.max_failures}",
@@ -157,7 +157,9 @@ def _environment(job: Job) -> list[str]:
 
 def _array(name: str, words: Sequence[str]) -> str:
     """One word a line: a changed option is a changed line."""
-    return "\n".join([f"{name}=(", *(f"  {shlex.quote(word)}" for word in words), ")"])
+    # shellcheck takes a bare comma for one between elements.
+    quoted = [f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words]
+    return "\n".join([f"{name}=(", *(f"  {word}" for word in quoted), ")"])
 
 
 def _directive(option: str) -> str:
