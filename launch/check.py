@@ -35,7 +35,9 @@ def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, required=True, help="of the whole run")
     parser.add_argument("arguments", nargs="*", help="of w1train.pretrain, behind --")
     options = parser.parse_args(arguments)

@@ -36,7 +36,9 @@ def nsys_command(ranks: str | None, run: Path) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Becomes the rank (exec), so that signals and the exit status are the rank's own. Exit status 2: nsys is not there."""
-    parser = argparse.ArgumentParser(prog="python -m launch.nsys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.nsys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", required=True, help="numbers separated by commas, or all")
     parser.add_argument("--output", required=True, type=Path, help="directory for the reports")
     parser.add_argument("command", nargs="+", help="arguments for Python, behind --")

@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--job-name", help="default: the run's")
     slurm.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive; may be repeated")
     again = parser.add_argument_group("again and again")
-    again.add_argument("--chain", default="1", metavar="N", help="submit N jobs, each waiting for the one before, instead of requeueing one")
+    again.add_argument(
+        "--chain", default="1", metavar="N", help="submit N jobs, each waiting for the one before, instead of requeueing one"
+    )
     again.add_argument("--no-requeue", action="store_true", help="for clusters that do not allow it")
     again.add_argument("--max-failures", default="3", metavar="N", help="attempts in a row without a new checkpoint (default: 3)")
     inside = parser.add_argument_group("in the job")
@@ -168,7 +170,9 @@ def _problems_of_texts(known: argparse.Namespace) -> list[Problem]:
             problems.append(Problem("--env", text, "NAME=VALUE", "--env NCCL_DEBUG=INFO"))
     for text in known.container_mounts:
         if not re.fullmatch(r"[^:,]+:/[^:,]*(:[^:,]+)?", text):
-            problems.append(Problem("--container-mounts", text, "FROM:TO or FROM:TO:FLAGS; one mount each, the option repeated", "/data:/data:ro"))
+            problems.append(
+                Problem("--container-mounts", text, "FROM:TO or FROM:TO:FLAGS; one mount each, the option repeated", "/data:/data:ro")
+            )
     for option in known.sbatch:
         name = option.partition("=")[0]
         if not name.startswith("--") or " " in name:

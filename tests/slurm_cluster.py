@@ -87,7 +87,7 @@ class SlurmCluster:
         words = self.run("scontrol", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 100.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 200.0) -> None:
         """Ask again and again; AssertionError with the daemons' logs after so many seconds."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -151,7 +151,9 @@ def _start(cluster: SlurmCluster, daemons: list[subprocess.Popen[bytes]], name: 
     assert program is not None
     # A session of its own: Ctrl-C in the tests must reach them through the cleanup only, which needs them.
     with (cluster.directory / f"{name}.log").open("w") as log:
-        daemons.append(subprocess.Popen([program, *options], env=cluster.environment, stdout=log, stderr=log, user=user, start_new_session=True))
+        daemons.append(
+            subprocess.Popen([program, *options], env=cluster.environment, stdout=log, stderr=log, user=user, start_new_session=True)
+        )
 
 
 def _answer(cluster: SlurmCluster, *command: str) -> str:

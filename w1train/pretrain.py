@@ -13,6 +13,8 @@ import os
 import re
 import sys
 import warnings
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from w1train.config.command_line import config_from_command_line, wait_for_main_rank
@@ -20,6 +22,7 @@ from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
 from w1train.runtime.cluster import discover_ranks
+from w1train.runtime.exit_status import ExitStatus
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +37,13 @@ _LIBRARY_CHATTER = (
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 trained, 1 stopped by what happened, 2 by a mistake of configuration or data, 130 by Ctrl-C.
-
-    SIGTERM keeps its default effect, the end at once without a word: it is how schedulers stop ranks that wait in a collective,
-    where no handler would run; the checkpoints are made for it.
-    """
+    """Exit status: see w1train.runtime.exit_status. SIGTERM and SIGUSR1 end the run after the step that is under way, with a checkpoint;
+    before it holds its run directory, at once."""
     try:
         # Before anything asks for RANK: the command line does, to say its mistakes once.
         discovery = discover_ranks()
     except ConfigurationError as error:
-        return _fail_alone(str(error), 2)
+        return _fail_alone(str(error), ExitStatus.MISTAKE)
     config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
     set_up_logging()
     if discovery is not None:
@@ -51,11 +51,11 @@ def main(arguments: list[str]) -> int:
     try:
         raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigurationError as error:
-        return _fail_together(str(error), 2)
+        return _fail_together(str(error), ExitStatus.MISTAKE)
     try:
         return run(config)
     except KeyboardInterrupt:
-        return _fail_together("interrupted; the same command goes on from the last checkpoint", 130)
+        return _fail_together("interrupted; the same command goes on from the last checkpoint", ExitStatus.INTERRUPTED)
 
 
 def run(config: Config) -> int:
@@ -63,7 +63,9 @@ def run(config: Config) -> int:
     from w1train.runtime.cpu import import_megatron
     from w1train.runtime.device import make_deterministic
     from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
+    from w1train.runtime.monitor import monitored
     from w1train.runtime.run_directory import RunDirectory
+    from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
     from w1train.conversion.initial_weights import open_initial_weights
@@ -73,22 +75,28 @@ def run(config: Config) -> int:
     if config.training.deterministic:
         make_deterministic()
     directory = RunDirectory(Path(config.runs_dir) / config.name)
+    # The watchdog ends a run that hangs, and says who holds it up; a collective's own timeout would only say that it waits.
+    timeout = timedelta(seconds=2 * max(config.health.hang_timeout, config.health.start_timeout))
     # Around the process groups, not inside: they are torn down at a clean end only.
     try:
-        with distributed(config.parallel) as ranks:
+        with distributed(config.parallel, timeout) as ranks:
             on_main_rank(directory.claim)
-            Trainer(config, ranks, directory, open_initial_weights).fit()
+            on_main_rank(partial(put_stacks_aside, directory.path))
+            with monitored(directory.path, ranks, config.health) as status:
+                trainer = Trainer(config, ranks, directory, open_initial_weights)
+                trainer.fit()
+                status.update("stopped" if trainer.stopped else "finished")
     except UserError as error:
-        return _fail(error, 2)
+        return _fail(error, ExitStatus.MISTAKE)
     except (CheckpointError, FloatingPointError, OSError) as error:
-        return _fail(error, 1)
+        return _fail(error, ExitStatus.FAILED)
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        return _fail_alone("lost the connection to another rank, which says why if it could", 1)
+        return _fail_alone("lost the connection to another rank, which says why if it could", ExitStatus.FAILED)
     finally:
         directory.release()
-    return 0
+    return ExitStatus.STOPPED if trainer.stopped else ExitStatus.FINISHED
 
 
 def set_up_logging() -> None:

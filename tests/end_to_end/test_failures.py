@@ -206,7 +206,7 @@ def test_a_run_directory_has_one_user(tiny_run, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_nan_stops_the_run_before_a_checkpoint(tiny_run, world_size):
-    outcome = tiny_run.train(world_size=world_size, sabotage=traps.nan_gradient(6)).require(1)
+    outcome = tiny_run.train("health.on_nonfinite=stop", world_size=world_size, sabotage=traps.nan_gradient(6)).require(1)
     assert "loss is nan at step 6; training stops before this reaches a checkpoint" in one_line(outcome.output, "nan")
     assert tiny_run.steps_saved() == [3]
     assert tiny_run.metrics()[-1]["step"] == 5
@@ -215,7 +215,7 @@ def test_a_nan_stops_the_run_before_a_checkpoint(tiny_run, world_size):
 
 def test_an_update_that_overflows_reaches_no_checkpoint(tiny_run):
     """The loss of the step, taken before the update, is finite."""
-    outcome = tiny_run.train(world_size=2, sabotage=traps.infinite_parameter(6, rank=1)).require(1)
+    outcome = tiny_run.train("health.on_nonfinite=stop", world_size=2, sabotage=traps.infinite_parameter(6, rank=1)).require(1)
     one_line(outcome.output, "the largest parameter is inf at step 6; training stops before this reaches a checkpoint")
     assert outcome.outputs[1] == ""
     assert tiny_run.steps_saved() == [3]
@@ -228,6 +228,7 @@ def test_a_learning_rate_that_is_much_too_high(tiny_run):
         "checkpoint.interval=100",
         "validation.interval=100",
         "sampling.interval=0",
+        "health.on_nonfinite=stop",
     ).require(1)
     one_line(outcome.output, "training stops before this reaches a checkpoint")
     assert tiny_run.steps_saved() == []

@@ -38,7 +38,7 @@ TRAIN_KEYS = {
         "time/tflops_per_second",
         "time/mfu",
     ),
-    *("time/data_wait_seconds", "time/memory_gib"),
+    *("time/data_wait_seconds", "time/memory_gib", "health/skipped_steps"),
 }
 VALIDATION_KEYS = {
     *("kind", "step", "tokens", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "loss_by_t", "time/seconds", "stage", "block_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +39,11 @@ class DemoRun(TinyRun):
             *("logging.wandb=disabled", *overrides),
         ]
 
-    def newest_step(self) -> int:
-        """As metrics.jsonl has it, 0 before the first."""
-        return self.train_records()[-1]["step"] if (self.path / "metrics.jsonl").exists() and self.train_records() else 0
+    def num_steps_done(self) -> int:
+        """Whole lines only: the run is writing."""
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        return sum(line.endswith("\n") and json.loads(line)["kind"] == "train" for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +60,29 @@ def submit(cluster: SlurmCluster, run: TinyRun) -> str:
     return cluster.run(*command, cwd=REPOSITORY).partition("job ")[2].partition(",")[0]
 
 
+@pytest.mark.timeout(900)
 def test_warned_preempted_and_requeued_it_is_the_undisturbed_run(cluster, tiny_data, tmp_path):
     run = DemoRun(tiny_data, tmp_path / "runs")
     job = submit(cluster, run)
-    cluster.wait_until(lambda: run.newest_step() >= 2, "the first steps")
+    cluster.wait_until(lambda: run.num_steps_done() >= 2, "the first steps")
 
     # Slurm's warning before the time limit, which comes to the shell of the job alone; whole minutes of waiting are spared.
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1", "requeued by its own script")
-    warned_at = run.newest_step()
-    cluster.wait_until(lambda: run.newest_step() >= warned_at + 2, "steps after the first requeue")
+    warned_at = run.num_steps_done()
+    cluster.wait_until(lambda: run.num_steps_done() >= warned_at + 2, "steps after the first requeue")
 
     # One task is enough: the node has no CPU left.
     other = cluster.run("sbatch", "--parsable", "--partition=high", "--output=/dev/null", "--wrap=true")
     cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "2", "preempted")
     cluster.wait_until(lambda: cluster.job(other)["JobState"] == "COMPLETED", "the other job")
-    preempted_at = run.newest_step()
+    preempted_at = run.num_steps_done()
     assert preempted_at < NUM_STEPS, "the run was over before it could be preempted"
     cluster.wait_until(lambda: cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the end")
 
     log = (run.path / f"logs/slurm_{job}.log").read_text()
     assert cluster.job(job)["JobState"] == "COMPLETED", log
+    assert log.count("the ranks ended with status 75") == 2
     assert "Slurm's warning (SIGUSR1)" in log
     assert "SIGTERM: Slurm ends the job" in log
     assert "restart 2" in log

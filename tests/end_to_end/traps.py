@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -232,5 +233,78 @@ def at_average_commit() -> Sabotage:
 
         if rank == 0:
             checkpoint._commit = trapped
+
+    return sabotage
+
+
+def nan_in_gradient(rank: int, steps: list[int], times: int) -> Sabotage:
+    """One element of a rank's gradients becomes NaN, the first so many times that each of the steps is computed."""
+
+    def sabotage(this_rank: int) -> None:
+        calls: dict[int, int] = {}
+        original = loop.Trainer.compute_step
+
+        def compute_step(trainer: loop.Trainer, batches: Any) -> Any:
+            step = trainer.progress.step + 1
+            calls[step] = calls.get(step, 0) + 1
+            # In the backward pass, where a fault of the machine is: also before buckets that travel during it.
+            parameter = next(trainer.model.stages[0].parameters())
+            bad = step in steps and calls[step] <= times
+            hook = (
+                parameter.register_hook(lambda gradient: gradient.index_fill(0, gradient.new_zeros(1).long(), float("nan")))
+                if bad
+                else None
+            )
+            result = original(trainer, batches)
+            if hook is not None:
+                hook.remove()
+            return result
+
+        if this_rank == rank:
+            loop.Trainer.compute_step = compute_step  # type: ignore[method-assign]
+
+    return sabotage
+
+
+def scaled_gradient(steps: list[int], factor: float) -> Sabotage:
+    """The gradients of some steps are so many times too large, however often they are computed."""
+
+    def sabotage(rank: int) -> None:
+        original = loop.Trainer.compute_step
+
+        def compute_step(trainer: loop.Trainer, batches: Any) -> Any:
+            bad = trainer.progress.step + 1 in steps
+            parameters = [*trainer.model.stages[0].parameters()]
+            hooks = [parameter.register_hook(lambda gradient: gradient * factor) for parameter in parameters] if bad else []
+            result = original(trainer, batches)
+            for hook in hooks:
+                hook.remove()
+            return result
+
+        loop.Trainer.compute_step = compute_step  # type: ignore[method-assign]
+
+    return sabotage
+
+
+def signal_after_record(number: int, which: signal.Signals, rank: int) -> Sabotage:
+    """A rank gets a signal at a step boundary."""
+    return _at_call(loop.Trainer, "record_step", number, after=True, rank=rank, action=lambda: os.kill(os.getpid(), which))
+
+
+def hang_at_step(step: int, rank: int, number: signal.Signals | None = None) -> Sabotage:
+    """A rank never gets to the collectives of a step; it may have got a signal right before."""
+
+    def sabotage(this_rank: int) -> None:
+        original = loop.Trainer.compute_step
+
+        def hang(trainer: loop.Trainer, batches: Any) -> Any:
+            if trainer.progress.step + 1 == step:
+                if number is not None:
+                    os.kill(os.getpid(), number)
+                time.sleep(3600)
+            return original(trainer, batches)
+
+        if this_rank == rank:
+            loop.Trainer.compute_step = hang  # type: ignore[method-assign]
 
     return sabotage

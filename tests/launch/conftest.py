@@ -19,7 +19,8 @@ class Slurm:
     def command(self, name: str, body: str) -> None:
         """Put a command on PATH; ``body`` is bash."""
         path = self.directory / name
-        path.write_text(f'#!/bin/bash\nprintf "%s" "{name}" >>{self.calls_file}; printf " %q" "$@" >>{self.calls_file}; echo >>{self.calls_file}\n{body}\n')
+        note = f'{{ printf %s {name}; printf " %q" "$@"; echo; }} >>{self.calls_file}'
+        path.write_text(f"#!/bin/bash\n{note}\n{body}\n")
         path.chmod(0o755)
 
     def calls(self, name: str) -> list[list[str]]:

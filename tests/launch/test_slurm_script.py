@@ -66,7 +66,9 @@ def test_words_reach_the_ranks_as_they_were_typed():
     typed = ["recipe=demo", "name=small", 'sampling.prompts=["def \'main\'(", "$HOME"]']
     text = script("--gpus-per-node", "0", "--", *typed)
     array = text[text.index("command=(") : text.index("status_command=(")]
-    printed = subprocess.run(["bash", "-c", array + "\nprintf '%s\\0' \"${command[@]}\""], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        ["bash", "-c", array + "\nprintf '%s\\0' \"${command[@]}\""], capture_output=True, text=True, check=True
+    ).stdout
     assert printed.split("\0")[3:-1] == typed
 
 
@@ -78,7 +80,10 @@ def test_words_reach_the_ranks_as_they_were_typed():
         (["--nodes", "3", "--", "recipe=w1_4b"], ["data-parallel ranks (", "x 24 = "]),
         (["--nodez", "2", "--", "recipe=w1_4b"], ["--nodez", "did you mean --nodes?"]),
         (["recipe=w1_4b"], ["recipe and overrides behind --", "recipe=w1_4b"]),
-        (["--time", "1 day", "--nodes", "x", "--", "recipe=w1_4b", "model.hiden_size=3"], ["3 problems", "--time", "--nodes", "hidden_size"]),
+        (
+            ["--time", "1 day", "--nodes", "x", "--", "recipe=w1_4b", "model.hiden_size=3"],
+            ["3 problems", "--time", "--nodes", "hidden_size"],
+        ),
         (["--time", "2", "--", "recipe=w1_4b"], ["more than the 160 s before its end"]),
         (["--env", "NCCL", "--", "recipe=w1_4b"], ["NAME=VALUE"]),
         (["--container-mounts", "/data:/data", "--", "recipe=w1_4b"], ["only with --container-image"]),
@@ -98,7 +103,16 @@ def test_mistakes_are_told_before_anything_is_submitted(words, complaints):
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
-    [("30", 1800), ("30:15", 1815), ("2:30:15", 9015), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:15", 95415), ("1h", None), ("1:2:3:4", None)],
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("2:30:15", 9015),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("1-2:30:15", 95415),
+        ("1h", None),
+        ("1:2:3:4", None),
+    ],
 )
 def test_times_are_slurms(time, seconds):
     assert _seconds(time) == seconds

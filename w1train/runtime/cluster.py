@@ -81,4 +81,6 @@ def _unused_tasks(environment: Mapping[str, str]) -> str | None:
 def _contradiction(environment: Mapping[str, str]) -> ConfigurationError:
     names = ("SLURM_PROCID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
     found = ", ".join(f"{name}={environment[name]}" for name in names)
-    return ConfigurationError([Problem("Slurm's environment", found, "variables of one step, as srun sets them", "start with srun, or set RANK")])
+    return ConfigurationError(
+        [Problem("Slurm's environment", found, "variables of one step, as srun sets them", "start with srun, or set RANK")]
+    )

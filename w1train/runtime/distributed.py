@@ -16,6 +16,7 @@ import torch.distributed as dist
 from w1train.config.schema import ParallelConfig
 from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
+from w1train.runtime.rendezvous import store_of_this_start
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +40,21 @@ class Ranks:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig) -> Iterator[Ranks]:
-    """Process groups for the run, torn down at a clean end.
+def distributed(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Ranks]:
+    """Process groups for the run, torn down at a clean end; ``timeout`` is how long a collective waits for another rank.
 
     The caller has validated that the world size fits the layout. After an error the groups stay as they are until the process ends:
     peers may sit in a collective, and NCCL's teardown would wait for them; the sockets that close then tell them.
     """
     redirect_cuda_to_cpu()
     device = select_device()
-    initialize_process_group(device)
-    initialize_model_parallel(parallel)
+    initialize_process_group(device, timeout)
+    initialize_model_parallel(parallel, timeout)
     yield current_ranks(device)
     destroy()
 
 
-def initialize_process_group(device: torch.device) -> None:
+def initialize_process_group(device: torch.device, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
     """The default group: NCCL for CUDA tensors and gloo for CPU ones; gloo alone without CUDA."""
     if dist.is_initialized():
         return
@@ -62,10 +63,13 @@ def initialize_process_group(device: torch.device) -> None:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    options: dict[str, Any] = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
+    if (start := store_of_this_start(timeout)) is not None:
+        options.update(zip(("store", "rank", "world_size"), start, strict=True))
+    dist.init_process_group(backend, **options)
 
 
-def initialize_model_parallel(parallel: ParallelConfig) -> None:
+def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
     """megatron-core's groups for the layout."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -76,7 +80,7 @@ def initialize_model_parallel(parallel: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
     # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
@@ -109,10 +113,17 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+# gloo's words when the other side ends while they talk, and when it has ended before they meet; NCCL's; the store's.
+_LOST_CONNECTION = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed"),
+    *("remote process exited", "Did the remote server shutdown"),
+)
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone. gloo says so in words alone; under NCCL the ranks that are left
-    wait until the launcher ends them."""
-    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
+    """Whether a collective failed because another rank is gone. Libraries say so in words alone; under NCCL, which often says nothing,
+    the ranks that are left wait until the launcher or their watchdog ends them."""
+    return any(words in str(error) for words in _LOST_CONNECTION)
 
 
 # What comes out on all ranks when one meets it: mistakes of users, files, checkpoints.

@@ -17,7 +17,8 @@ class RunDirectoryError(UserError):
 
 
 class RunDirectory:
-    """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, summary.json, report.html, wandb/."""
+    """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, summary.json, report.html, wandb/,
+    status.json, heartbeats/; and of what went wrong stacks/ and bad_batches/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,6 +28,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.summary = path / "summary.json"
+        self.bad_batches = path / "bad_batches"
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:

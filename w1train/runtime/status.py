@@ -66,7 +66,7 @@ class StatusFile:
         """A run that has finished stays so until it trains on: starting it once more changes nothing."""
         self.path, self._active = directory / STATUS_FILE, active
         self._status = Status("starting", 0, 0, 0, 0, 0.0, os.getpid(), socket.gethostname(), world_size)
-        old = read_status(directory) if active else None
+        old = read_status(directory)
         self._held = old is not None and old.state == "finished"
         self._written = float("-inf")
 
@@ -78,7 +78,7 @@ class StatusFile:
         for name, value in values.items():
             setattr(status, name, value)
         status.time = time.time()
-        self._held = self._held and status.state == "starting"
+        self._held = self._held and status.state in ("starting", "finished", "failed")
         now = time.monotonic()
         if self._active and not self._held and (changed or now - self._written >= _SECONDS_BETWEEN_WRITES):
             self._written = now
@@ -86,7 +86,7 @@ class StatusFile:
 
     @property
     def is_held(self) -> bool:
-        """Whether nothing is written yet."""
+        """Whether the run has finished before, and nothing of this start is written yet, on any rank."""
         return self._held
 
 

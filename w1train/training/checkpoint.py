@@ -19,7 +19,7 @@ import re
 import shutil
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Progress:
     """Wall time up to here over all starts of the run; work that a kill undid is not in it."""
     dataset: str | None = None
     """SHA-256 of the training tokens: ``samples`` is a place in the order of these. None for a foreign dataset, which has none."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What the guard of the steps (w1train.training.health.guard) goes by: JSON. Checkpoints of before it have none."""
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
@@ -369,9 +371,9 @@ def _position(progress: Progress) -> dict[str, int]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = {"health": {}, **json.loads((path / MANIFEST).read_bytes())}
         missing = {*(field.name for field in fields(Progress)), "files"} - manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
     if missing:
         raise _damaged(path, [f"{MANIFEST} lacks {', '.join(sorted(missing))}"])

@@ -18,6 +18,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.loss import LossSums, denominator, diffusion_loss
+from w1train.runtime.pulse import beat
 from w1train.runtime.streams import hand_over, side_stream
 from w1train.training.inputs import RankInputs, rank_inputs
 from w1train.training.objective import num_streams
@@ -74,6 +75,7 @@ def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInp
     """The next micro-batch's inputs and targets. Corruption, visibility and the attention's plan ask the GPU for sizes (of segments, of
     masked tokens, of tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would
     then wait for the host; on a stream of their own they wait for themselves alone."""
+    beat()
     if not torch.cuda.is_available():
         inputs = rank_inputs(next(batches), config)
         return inputs, inputs.targets

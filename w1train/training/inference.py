@@ -31,6 +31,7 @@ from w1train.data.tokenizer import Tokenizer
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.runtime.distributed import distributed
+from w1train.runtime.pulse import beat
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.averaging import find_checkpoint
 from w1train.training.checkpoint import load_model_weights, read_progress
@@ -92,6 +93,7 @@ class Predictor:
             float32 [b, num_logits, v].
         """
         parallel = self.config.parallel
+        beat()
         inputs = _inference_inputs(tokens, timesteps, plan, self.padded(tokens.shape[1]), first_position, num_logits)
         # The schedule of virtual stages works on groups of as many micro-batches as there are stages, so here on copies.
         batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)

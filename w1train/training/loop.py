@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
 from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different, write_text
+from w1train.runtime.pulse import SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
+from w1train.training.agreement import Agreement, StepFlags
 from w1train.training.averaging import average_steps
 from w1train.training.checkpoint import (
     Progress,
@@ -41,6 +44,11 @@ from w1train.training.comparison import average_summary, compare
 from w1train.training.data import TrainingData, prepare_data
 from w1train.training.flops import model_flops, num_parameters
 from w1train.training.forward import StepWork, run_micro_batches
+from w1train.training.health.bad_batches import keep
+from w1train.training.health.garbage import GarbageCollection
+from w1train.training.health.gradients import prepare_gradients, step_with_prepared_gradients
+from w1train.training.health.guard import ComputedStep, StepGuard
+from w1train.training.health.stragglers import StragglerClock
 from w1train.training.inference import Predictor, block_predictor
 from w1train.training.inputs import choose_backends
 from w1train.training.metrics_log import read_metrics
@@ -84,9 +92,16 @@ class Trainer:
         self.stage_name = stage_of_step(config, self.progress.step)
         self.stage = at_stage(config, self.stage_name)
         logger.info("stage %s: %s", self.stage_name, describe_objective(self.stage))
+        health = config.health
+        self.guard = StepGuard(health, self.progress, self.model, run.bad_batches)
+        self.stragglers = StragglerClock(self.model.config, health.straggler_interval, health.straggler_share)
+        self.garbage = GarbageCollection(health.gc_interval)
+        self.num_rewinds = 0
+        self.stopped = False
+        """Whether a signal has ended training before its last step, after a checkpoint."""
 
     def fit(self) -> None:
-        """Train to the end of the schedule.
+        """Train to the end of the schedule, or to the step at which a signal asks for the end.
 
         Raises:
             CheckpointError, FloatingPointError: on every rank.
@@ -98,26 +113,67 @@ class Trainer:
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.num_steps)
             return
         self.started = time.perf_counter() - self.progress.seconds
-        with self.watch, self.data.loader:
+        pulse.num_steps, pulse.total_tokens = self.num_steps, total_tokens(self.config.schedule)
+        with self.watch, self.data.loader, self.garbage:
             self._print_header()
+            pulse.activity = TRAINING
+            pulse.beat()
             if self.progress.step == 0:
                 self.validate()
             elif self.progress.step in self.phase_ends:
                 # Killed between the phase's last save and what follows it.
                 self.end_phase()
             batches = self.noisy_batches()
-            while self.progress.step < self.num_steps:
-                self.train_step(batches)
-                if self.is_due(self.config.validation.interval):
-                    self.validate()
-                if self.is_due(self.config.sampling.interval):
-                    self.sample()
-                if self.is_due(self.config.checkpoint.interval):
-                    self.save()
-                if self.progress.step in self.phase_ends:
-                    self.end_phase()
+            while self.progress.step < self.num_steps and not self.stopped:
+                try:
+                    self.train_step(batches)
+                    self.after_step(self.agreement.wait())
+                except FloatingPointError as error:
+                    batches.close()
+                    self.rewind(error)
+                    batches = self.noisy_batches()
             self.progress.seconds = time.perf_counter() - self.started
-            self.summarize()
+            if not self.stopped:
+                self.summarize()
+
+    def after_step(self, flags: StepFlags) -> None:
+        """What is due at the boundary between two steps."""
+        self.garbage.step_done(self.progress.step)
+        if self.is_due(self.config.validation.interval):
+            self.validate()
+        if self.is_due(self.config.sampling.interval):
+            self.sample()
+        self.stopped = flags.stop_requested and self.progress.step < self.num_steps
+        # Also where it is stopped at: what the resumed run does next is the next step.
+        if self.is_due(self.config.checkpoint.interval) or self.stopped:
+            with pulse.during(SAVING):
+                self.save()
+        if self.progress.step in self.phase_ends:
+            self.end_phase()
+        if self.stopped:
+            logger.info("stopped by a signal at step %d; the same command goes on from there", self.progress.step)
+
+    def rewind(self, error: FloatingPointError) -> None:
+        """Go back to the newest checkpoint, in the hope that what the run met there was the machine's fault.
+
+        Raises:
+            FloatingPointError: ``error``, if there is no checkpoint or the run may not go back (any more).
+        """
+        health = self.config.health
+        step = on_main_rank(partial(latest_step, self.run.checkpoints))
+        if health.on_nonfinite == "stop" or step is None or self.num_rewinds >= health.max_rewinds:
+            raise error
+        self.num_rewinds += 1
+        logger.warning("%s. Going back to the checkpoint of step %d (%d of %d times)", error, step, self.num_rewinds, health.max_rewinds)
+        self.model.gather_parameters()
+        progress = self._load_progress(step)
+        # In place: what counts the run's steps elsewhere counts with this one.
+        for field in fields(Progress):
+            setattr(self.progress, field.name, getattr(progress, field.name))
+        self.started = time.perf_counter() - self.progress.seconds
+        self.scored_step = -1
+        self.watch.go_back()
+        self.timer.restart()
 
     def is_due(self, interval: int) -> bool:
         """Every ``interval`` steps and at the end of each phase; 0 = never."""
@@ -133,7 +189,7 @@ class Trainer:
         annealing_tokens = self.stage.diffusion.annealing_tokens
         self.annealed = min(1.0, fraction * self.config.schedule.stages[name].tokens / annealing_tokens) if annealing_tokens else 1.0
 
-    def noisy_batches(self) -> Iterator[NoisyBatch]:
+    def noisy_batches(self) -> Generator[NoisyBatch]:
         """This rank's corrupted micro-batches from where the run is."""
         batches = self.data.loader.micro_batches(self.progress.samples)
         while True:
@@ -145,25 +201,50 @@ class Trainer:
             yield noisy
 
     def train_step(self, batches: Iterator[NoisyBatch]) -> None:
-        """One optimizer step on one global batch."""
+        """One optimizer step on one global batch, if its loss and gradients are good.
+
+        Raises:
+            FloatingPointError: on every rank; they are not, and the run cannot go on without the batch.
+        """
         self.enter_stage()
+        self.stragglers.begin(self.progress.step + 1)
+        computed = self.compute_step(batches)
+        is_good = self.guard.checked(computed, self.compute_step_again, self.stage_name)
+        self.agreement = Agreement(StepFlags(stop_requested=pulse.stop_requested))
+        if is_good:
+            step_with_prepared_gradients(self.model.optimizer, computed.grad_norm)
+        num_samples = self.stage.training.global_batch_size
+        self.progress.step += 1
+        self.progress.samples += num_samples
+        length = self.config.data.sequence_length
+        pulse.step, pulse.tokens = self.progress.step, self.progress.samples * length
+        self.record_step(computed.values, num_samples * length, computed.work)
+
+    def compute_step(self, batches: Iterator[NoisyBatch]) -> ComputedStep:
+        """Loss and gradients of one global batch, ready for the optimizer."""
         training, model = self.stage.training, self.model
-        length, num_samples = self.config.data.sequence_length, training.global_batch_size
-        rate = learning_rate(self.config.schedule, (self.progress.samples + num_samples) * length)
+        num_samples = training.global_batch_size
+        rate = learning_rate(self.config.schedule, (self.progress.samples + num_samples) * self.config.data.sequence_length)
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
+        self.guard.local_gradients.begin()
         num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
         sums, work = run_micro_batches(self.stage, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
             group["lr"] = rate * group["lr_mult"]
-        _, grad_norm, _ = model.optimizer.step()
-        self.progress.step += 1
-        self.progress.samples += num_samples
+        grad_norm = prepare_gradients(model.optimizer)
         values = {**sums.metrics(self.stage.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
         if self.config.parallel.context > 1:
             values["context_balance"] = work.context_balance
-        self.record_step(values, num_samples * length, work)
+        return ComputedStep(values, grad_norm, work)
+
+    def compute_step_again(self, kept: list[NoisyBatch]) -> ComputedStep:
+        """The step that has just been computed, from the same batch, which is added to ``kept``. The run's own batches stand behind it."""
+        batches = self.noisy_batches()
+        computed = self.compute_step(keep(batches, kept))
+        batches.close()
+        return computed
 
     def record_step(self, values: dict[str, Any], num_tokens: int, work: StepWork) -> None:
         """Add what follows from the step's values, and its times."""
@@ -175,7 +256,6 @@ class Trainer:
             num_segments=work.num_segments,
         )
         times = self.timer.finish(num_tokens, flops.total)
-        require_finite(self.progress.step, {name: values[name] for name in ("loss", "grad_norm")})
         self.watch.record(
             "train",
             {
@@ -185,6 +265,8 @@ class Trainer:
                 **self.data.corpus_metrics(self.progress.samples),
                 **self.where(),
                 **times,
+                "health/skipped_steps": self.guard.num_skipped,
+                **self.stragglers.metrics,
                 "time/memory_gib": memory_gib(self.ranks.device),
             },
         )
@@ -193,7 +275,8 @@ class Trainer:
         """Score the validation set, if there is one."""
         if self.data.validation is not None:
             self.model.gather_parameters()
-            record = {**validate(self.stage, self.model, self.data), **self.where()}
+            with pulse.during(VALIDATING):
+                record = {**validate(self.stage, self.model, self.data), **self.where()}
             self.watch.record("validation", record)
             self.scores = scores(record)
             self.scored_step = self.progress.step

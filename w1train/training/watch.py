@@ -83,6 +83,12 @@ class Watch:
             for line in comparison_lines(record):
                 self.console.print_line(line)
 
+    def go_back(self) -> None:
+        """Forget what is recorded of later steps than the run's present one: it is done again."""
+        if self.active:
+            self.metrics.truncate_after(self.progress.step)
+            self.samples.truncate_after(self.progress.step)
+
     def sync(self) -> None:
         """Get the records to the disk: before a checkpoint says that its steps are done."""
         if self.active:

@@ -1,0 +1,108 @@
+"""The step that is judged first is megatron-core's own, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.tiny import packed_batch, tiny_config
+from w1train.runtime.cpu import import_megatron
+
+import_megatron()
+
+from w1train.config.schema import Config  # noqa: E402
+from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.forward import run_micro_batches  # noqa: E402
+from w1train.training.health.gradients import (  # noqa: E402
+    LocalGradients,
+    nonfinite_parameters,
+    prepare_gradients,
+    step_with_prepared_gradients,
+)
+from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
+
+
+def compute(model: TrainedModel, config: Config, rank: int, num_ranks: int, step: int) -> None:
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    each = config.training.global_batch_size // num_ranks
+    first = step * config.training.global_batch_size + rank * each
+    size = config.training.micro_batch_size
+    batches = [corrupt(packed_batch(range(start, start + size)), config.diffusion, seed=0) for start in range(first, first + each, size)]
+    run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+
+
+def train(rank: int, world_size: int, sections: dict, ready: bool) -> list:
+    """Norms and weights after three steps."""
+    config = tiny_config(**sections)
+    with distributed(config.parallel) as ranks:
+        model = build_trained_model(config)
+        norms = []
+        for step in range(3):
+            compute(model, config, ranks.data_parallel_rank, ranks.data_parallel_size, step)
+            for group in model.optimizer.param_groups:
+                group["lr"] = 1e-2
+            if ready:
+                norm = prepare_gradients(model.optimizer)
+                step_with_prepared_gradients(model.optimizer, norm)
+            else:
+                _, norm, _ = model.optimizer.step()
+            norms.append(float(norm))
+        model.gather_parameters()
+        return [norms, [parameter.detach().float().clone() for stage in model.stages for parameter in stage.parameters()]]
+
+
+LAYOUTS = {
+    "fp32": {},
+    "bf16": {"training": {"precision": "bf16"}},
+    "without the distributed optimizer": {"parallel": {"distributed_optimizer": False}},
+    "overlap": {
+        "training": {"precision": "bf16"},
+        "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    },
+    "tensor": {"parallel": {"tensor": 2}},
+    "pipeline": {"parallel": {"pipeline": 2}},
+    "hardly clipped": {"optimizer": {"clip_grad": 1e9}},
+    "not clipped": {"optimizer": {"clip_grad": 0.0}},
+    "all clipped": {"optimizer": {"clip_grad": 1e-3}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_in_two_parts_is_the_whole_step(layout):
+    whole = run_distributed(train, 2, LAYOUTS[layout], False)
+    parts = run_distributed(train, 2, LAYOUTS[layout], True)
+    for one, other in zip(whole, parts, strict=True):
+        assert one[0] == other[0]
+        assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+def find_nonfinite(rank: int, world_size: int, sections: dict, bad_rank: int) -> tuple[list[str], list[str], list[str], bool]:
+    config = tiny_config(**sections)
+    with distributed(config.parallel) as ranks:
+        model = build_trained_model(config)
+        local = LocalGradients(model.chunks, enabled=True)
+        place = ranks.data_parallel_rank, ranks.data_parallel_size
+        local.begin()
+        compute(model, config, *place, 0)
+        before = local.nonfinite_ranks()
+        parameter = dict(model.stages[0].named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
+        if rank == bad_rank:
+            parameter.register_hook(lambda gradient: gradient * float("inf"))
+        local.begin()
+        compute(model, config, *place, 1)
+        found = local.nonfinite_ranks(), nonfinite_parameters(model.chunks)
+        return before, *found, bool(torch.isfinite(torch.tensor(float(prepare_gradients(model.optimizer)))))
+
+
+@pytest.mark.parametrize("sections", [{}, {"parallel": {"overlap_grad_reduce": True}}, {"parallel": {"distributed_optimizer": False}}])
+def test_the_rank_of_a_nonfinite_gradient_is_known_and_its_parameter(sections):
+    results = run_distributed(find_nonfinite, 2, sections, 1)
+    for before, ranks, _, is_finite in results:
+        assert before == []
+        assert [name.split(" on ")[0] for name in ranks] == ["rank 1"]
+        assert not is_finite
+    assert {name for result in results for name in result[2]} == {"decoder.layers.1.mlp.linear_fc2.weight"}

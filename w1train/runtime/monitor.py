@@ -1,0 +1,45 @@
+"""Around a rank's run: status.json, heartbeats, signals and the watchdog, from the claim of the run directory to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from w1train.config.schema import HealthConfig
+from w1train.runtime.distributed import Ranks
+from w1train.runtime.pulse import SAVING, STARTING, VALIDATING, pulse
+from w1train.runtime.status import State, StatusFile
+from w1train.runtime.stop_signals import StopSignals
+from w1train.runtime.watchdog import Watchdog
+
+_STATES: dict[str, State] = {STARTING: "starting", SAVING: "saving", VALIDATING: "validating"}
+
+
+@contextmanager
+def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator[StatusFile]:
+    """For the run directory's holder (rank 0) and the ranks that know it is held. An exception that ends the block is told in the
+    status; a clean end is told by the caller, who knows which."""
+    status = StatusFile(directory, ranks.world_size, active=ranks.is_main)
+    # The silence that the watchdog measures begins now, not when the process did: its thread looks at once.
+    pulse.beat()
+    with StopSignals() as signals, Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals):
+        pulse.observer = lambda: _show(status)
+        pulse.beat()
+        try:
+            yield status
+        except BaseException as error:
+            status.update("failed", message=str(error).partition("\n")[0] or type(error).__name__)
+            raise
+        finally:
+            pulse.observer = None
+
+
+def _show(status: StatusFile) -> None:
+    status.update(
+        _STATES.get(pulse.activity, "running"),
+        step=pulse.step,
+        num_steps=pulse.num_steps,
+        tokens=pulse.tokens,
+        total_tokens=pulse.total_tokens,
+    )

@@ -1,0 +1,57 @@
+"""What this process is doing, and whether it gets on: one record a process, written by the training loop, read by the watchdog's thread
+(w1train.runtime.watchdog) and shown in status.json.
+
+A global, as the signals that end up here are: what computes (a micro-batch, a pass of the sampler) says :func:`beat` without having to be
+handed anything. Without a watchdog nobody reads it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+STARTING, TRAINING, VALIDATING, SAVING = "starting", "training", "validating", "saving"
+
+
+@dataclass(slots=True)
+class Pulse:
+    """Of one process."""
+
+    activity: str = STARTING
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    num_steps: int = 0
+    total_tokens: int = 0
+    progress: float = field(default_factory=time.monotonic)
+    """When it last got on."""
+    stop_requested: bool = False
+    """A signal asks for the end, at the next step's boundary."""
+    observer: Callable[[], None] | None = None
+    """Called at each sign of progress."""
+
+    def beat(self) -> None:
+        """A sign of progress."""
+        self.progress = time.monotonic()
+        if self.observer is not None:
+            self.observer()
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        """Do something else than before for a while."""
+        before, self.activity = self.activity, activity
+        self.beat()
+        yield
+        self.activity = before
+        self.beat()
+
+
+pulse = Pulse()
+
+
+def beat() -> None:
+    """This process gets on."""
+    pulse.beat()

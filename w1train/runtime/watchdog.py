@@ -1,0 +1,220 @@
+"""A thread in each rank that looks whether the main one gets on: heartbeats, and the end of a run that hangs or does not stop in time.
+
+A collective waits for the slowest rank, so one that hangs, or is stopped, holds all of them without a word. When a rank has not got on
+for ``health.hang_timeout`` seconds it leaves a mark in the run directory; every rank whose thread still runs sees it, writes the stacks
+of its threads to ``stacks/rank_R.txt``, and ends with status 1, so that the launcher can start anew. A rank that leaves no stacks is
+missing; of the others those are named that are behind. All of it goes through files: what the ranks would talk through is what hangs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from w1train.config.schema import HealthConfig
+from w1train.runtime.exit_status import ExitStatus
+from w1train.runtime.pulse import STARTING, pulse
+from w1train.runtime.status import Heartbeat, StatusFile, read_heartbeats, write_heartbeat, write_json
+from w1train.runtime.stop_signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+STACKS = "stacks"
+_HANG = "hang.json"
+_FEWEST_SECONDS, _MOST_SECONDS = 0.05, 1.0
+_PAUSE_SECONDS = 5.0
+# Where a rank that waits for others is: torch's collectives, megatron-core's pipeline messages, this project's exchange of flags.
+_WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "w1train/training/agreement.py")
+_MOST_NAMED = 16
+
+
+class Watchdog:
+    """A context manager around a rank's run; its thread ends with it."""
+
+    def __init__(
+        self, directory: Path, rank: int, world_size: int, settings: HealthConfig, status: StatusFile, signals: StopSignals
+    ) -> None:
+        """``directory`` is the run's, which all ranks see; rank 0 has called :func:`put_stacks_aside`."""
+        self._directory, self._rank, self._world_size, self._settings = directory, rank, world_size, settings
+        self._status, self._signals = status, signals
+        self._tick = max(_FEWEST_SECONDS, min(_MOST_SECONDS, settings.heartbeat_interval, settings.hang_timeout / 10))
+        self._main = threading.main_thread().ident or 0
+        self._stopped = False
+        self._thread = threading.Thread(target=self._watch, name="w1train-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._signals.wake()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        """The thread."""
+        last_heartbeat, last_look = float("-inf"), time.monotonic()
+        while not self._stopped:
+            now = time.monotonic()
+            if now - last_look > self._tick + _PAUSE_SECONDS:
+                # The whole process was stopped, and with it, as a rule, all of them: a suspended job is none that hangs.
+                pulse.progress = now
+            last_look = now
+            is_due = now - last_heartbeat >= self._settings.heartbeat_interval
+            if is_due:
+                last_heartbeat = now
+                self._write_heartbeat()
+            self._end_if_not_stopped_in_time(now)
+            self._end_if_hanging(now, look_for_others=is_due)
+            self._signals.wait(self._tick)
+
+    def _write_heartbeat(self) -> None:
+        if not self._status.is_held:
+            write_heartbeat(self._directory, self._heartbeat())
+
+    def _heartbeat(self) -> Heartbeat:
+        now = time.time()
+        silence = time.monotonic() - pulse.progress
+        place = describe_place(sys._current_frames().get(self._main))
+        host = socket.gethostname()
+        return Heartbeat(self._rank, host, os.getpid(), pulse.step, pulse.activity, now, now - silence, place)
+
+    # Signals
+
+    def _end_if_not_stopped_in_time(self, now: float) -> None:
+        signals = self._signals
+        if signals.requested_at is None:
+            return
+        if signals.is_urgent:
+            self._end(f"a second signal after {signals.name}: ended at once, without a checkpoint of step {pulse.step}")
+        if now - signals.requested_at > self._settings.stop_timeout:
+            self._write_stacks()
+            self._end(
+                f"not stopped {self._settings.stop_timeout:g} s after {signals.name} (health.stop_timeout), at step {pulse.step}, "
+                f"{pulse.activity}: ended as it is; stacks are in {self._directory / STACKS}"
+            )
+
+    # Hangs
+
+    def _end_if_hanging(self, now: float, *, look_for_others: bool) -> None:
+        limit = self._settings.start_timeout if pulse.activity == STARTING else self._settings.hang_timeout
+        silence = now - pulse.progress
+        mark = self._directory / STACKS / _HANG
+        if silence <= limit and not (look_for_others and mark.exists()):
+            return
+        if silence > limit:
+            write_json(mark, {"rank": self._rank, "time": time.time(), "seconds": silence})
+        self._write_stacks()
+        self._wait_for_stacks()
+        if self._is_lowest_with_stacks():
+            self._end(self._describe_hang(silence))
+        time.sleep(_MOST_SECONDS)  # the rank that says why is not cut off
+        os._exit(ExitStatus.FAILED)
+
+    def _write_stacks(self) -> None:
+        heartbeat = self._heartbeat()
+        write_heartbeat(self._directory, heartbeat)
+        path = self._stacks_path(self._rank)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.with_suffix(".partial").open("w") as file:
+                file.write(f"rank {self._rank} on {heartbeat.host}, process {heartbeat.pid}: step {heartbeat.step}, {heartbeat.activity}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            os.replace(path.with_suffix(".partial"), path)
+        except OSError as error:
+            logger.warning("could not write %s: %s", path, error)
+
+    def _stacks_path(self, rank: int) -> Path:
+        return self._directory / STACKS / f"rank_{rank}.txt"
+
+    def _wait_for_stacks(self) -> None:
+        """Other ranks look for the mark with each heartbeat."""
+        deadline = time.monotonic() + 2 * self._settings.heartbeat_interval + _MOST_SECONDS
+        while self._missing() and time.monotonic() < deadline:
+            time.sleep(self._tick)
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self._world_size) if not self._stacks_path(rank).exists()]
+
+    def _is_lowest_with_stacks(self) -> bool:
+        return not any(self._stacks_path(rank).exists() for rank in range(self._rank))
+
+    def _describe_hang(self, silence: float) -> str:
+        """One sentence: who holds the others up, as far as can be told from outside."""
+        heartbeats = read_heartbeats(self._directory, self._world_size)
+        text = describe_hang(heartbeats, self._missing(), self._world_size)
+        return (
+            f"no progress for {silence:.0f} s at step {pulse.step} (health.hang_timeout): {text}; stacks are in {self._directory / STACKS}"
+        )
+
+    def _end(self, message: str) -> None:
+        """Where the main thread cannot."""
+        self._status.update("failed", message=message)
+        print(f"w1train.pretrain, rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(ExitStatus.FAILED)
+
+
+def put_stacks_aside(directory: Path) -> None:
+    """Before a start's watchdogs, on rank 0: the stacks of an earlier start stay readable, and are not taken for this one's."""
+    stacks, previous = directory / STACKS, directory / f"{STACKS}.previous"
+    if stacks.is_dir():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(stacks, previous)
+
+
+def describe_hang(heartbeats: dict[int, Heartbeat], missing: list[int], world_size: int) -> str:
+    """Which ranks hold the others up: those that are missing, or else those of the lowest step, or else those that wait for nobody."""
+    if missing:
+        return f"{_listing(missing, heartbeats)} of {world_size} {_is_are(missing)} missing (stopped, or the machine is gone)"
+    if not heartbeats:
+        return "no rank could write a heartbeat"
+    lowest = min(heartbeat.step for heartbeat in heartbeats.values())
+    behind = [rank for rank, heartbeat in heartbeats.items() if heartbeat.step == lowest]
+    if len(behind) == len(heartbeats):
+        behind = [rank for rank, heartbeat in heartbeats.items() if not is_waiting(heartbeat.place)]
+    if 0 < len(behind) < len(heartbeats):
+        return f"{_listing(behind, heartbeats)} {_is_are(behind)} behind, the other ranks wait"
+    return f"all {len(heartbeats)} ranks are equally far; rank 0 is in {heartbeats[min(heartbeats)].place}"
+
+
+def is_waiting(place: str) -> bool:
+    """Whether a rank at this place waits for other ranks."""
+    return any(part in place for part in _WAITING)
+
+
+def describe_place(frame: FrameType | None) -> str:
+    """``path/to/file.py:12 function`` of the innermost Python function of a thread."""
+    if frame is None:
+        return ""
+    path = frame.f_code.co_filename
+    # From the package on: enough to find it, and the same on all machines.
+    for root in ("/site-packages/", "/w1train/"):
+        _, found, after = path.rpartition(root)
+        if found:
+            path = after if root == "/site-packages/" else f"w1train/{after}"
+            break
+    return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def _listing(ranks: list[int], heartbeats: dict[int, Heartbeat]) -> str:
+    words = [_describe_rank(rank, heartbeats.get(rank)) for rank in ranks[:_MOST_NAMED]]
+    return ", ".join(words) + (f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else "")
+
+
+def _describe_rank(rank: int, heartbeat: Heartbeat | None) -> str:
+    if heartbeat is None:
+        return f"rank {rank} (no heartbeat)"
+    return f"rank {rank} on {heartbeat.host} (process {heartbeat.pid}, step {heartbeat.step}, {heartbeat.activity}, in {heartbeat.place})"
+
+
+def _is_are(ranks: list[int]) -> str:
+    return "is" if len(ranks) == 1 else "are"

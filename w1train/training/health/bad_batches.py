@@ -1,0 +1,66 @@
+"""A batch that was left out is written aside, to be looked at: ``bad_batches/step_N/rank_R.npz`` and a readable ``rank_R.json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from w1train.diffusion.corruption import NoisyBatch
+
+logger = logging.getLogger(__name__)
+
+
+def keep(batches: Iterable[NoisyBatch], kept: list[NoisyBatch]) -> Iterator[NoisyBatch]:
+    """The batches, each of them kept as it goes by."""
+    for batch in batches:
+        kept.append(batch)
+        yield batch
+
+
+def write_bad_batch(
+    directory: Path, step: int, reason: str, values: Mapping[str, Any], batches: Sequence[NoisyBatch], parameters: Sequence[str]
+) -> None:
+    """This rank's part of a step that is left out. That it cannot be written is a warning.
+
+    Args:
+        directory: the run's ``bad_batches``.
+        batches: this rank's micro-batches; arrays of all of them have their samples below each other.
+        parameters: names of those whose gradients are no numbers.
+    """
+    path = directory / f"step_{step}" / f"rank_{dist.get_rank()}"
+    samples = torch.cat([batch.sample_indices for batch in batches])
+    description = {
+        "step": step,
+        "reason": reason,
+        "rank": dist.get_rank(),
+        "host": socket.gethostname(),
+        # JSON has no NaN.
+        **{name: value if math.isfinite(value) else str(value) for name in ("loss", "grad_norm") for value in (float(values[name]),)},
+        "sample_indices": samples.tolist(),
+        "timesteps": [batch.segment_timesteps.tolist() for batch in batches],
+        "nonfinite_parameters": list(parameters),
+    }
+    arrays: dict[str, Any] = {
+        name: _all_samples(batches, name) for name in ("tokens", "input_ids", "document_ids", "target_timesteps", "loss_mask")
+    }
+    arrays["sample_indices"] = samples.cpu().numpy()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path.with_suffix(".npz"), **arrays)
+        path.with_suffix(".json").write_text(json.dumps(description, indent=1))
+    except OSError as error:
+        logger.warning("could not write the bad batch of step %d aside: %s", step, error)
+
+
+def _all_samples(batches: Sequence[NoisyBatch], name: str) -> np.ndarray:
+    """[samples, l]"""
+    return torch.cat([getattr(batch, name) for batch in batches]).cpu().numpy()

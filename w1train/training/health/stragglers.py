@@ -1,0 +1,93 @@
+"""Which rank the others wait for: now and then all ranks meet before the gradients are added up, and say how long they waited.
+
+The slowest waits least. Only ranks of the same pipeline stage are compared, for stages end their backward passes one after the other.
+With parallel.overlap_grad_reduce ranks have waited for each other in the backward pass already, and the differences come out smaller.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+logger = logging.getLogger(__name__)
+
+_RANK_BITS = 20
+_NOTHING = (1 << 62) - 1
+
+
+class StragglerClock:
+    """Measures inside megatron-core's finalize_model_grads, at the steps it is told to."""
+
+    def __init__(
+        self, config: TransformerConfig, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """
+        Args:
+            config: the model's; its finalize_model_grads_func is wrapped.
+            interval: steps; 0 = never.
+            warning_share: of a step's time that ranks may wait without a warning.
+        """
+        self._interval, self._warning_share, self._clock = interval, warning_share, clock
+        self._finalize = config.finalize_model_grads_func
+        self._is_due = False
+        self.metrics: dict[str, float] = {}
+        """Of the present step; empty if it is not measured."""
+        if interval:
+            config.finalize_model_grads_func = self._measured
+
+    def begin(self, step: int) -> None:
+        """The step of this number (from 1) begins."""
+        self.metrics = {}
+        self._is_due = self._interval > 0 and step % self._interval == 0
+        self._start = self._clock()
+
+    def _measured(self, *arguments: Any, **keywords: Any) -> None:
+        if not self._is_due:
+            self._finalize(*arguments, **keywords)
+            return
+        self._is_due = False
+        # Kernels that are under way belong to this rank's work.
+        torch.cuda.synchronize()
+        arrived = self._clock()
+        dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier that does not wait for a GPU
+        together = self._clock()
+        slowest, spread = _compare(together - arrived)
+        self._finalize(*arguments, **keywords)
+        torch.cuda.synchronize()
+        self.metrics = {
+            "health/slowest_rank": slowest,
+            "health/rank_spread": spread,
+            "time/communication_seconds": self._clock() - together,
+        }
+        self._warn(slowest, spread, together - self._start)
+
+    def _warn(self, slowest: int, spread: float, seconds: float) -> None:
+        """By the rank that is meant, which knows its machine."""
+        if slowest == dist.get_rank() and spread > self._warning_share * seconds:
+            logger.warning(
+                "rank %d on %s is the slowest: others of its stage wait %.3f s for it in %.3f s of a step (health.straggler_share)",
+                *(slowest, socket.gethostname(), spread, seconds),
+            )
+
+
+def _compare(waited: float) -> tuple[int, float]:
+    """(the rank that waited least, how much longer another of its pipeline stage did), of the stage where that is longest; the same on
+    all ranks."""
+    microseconds = min(round(waited * 1e6), 1 << 40)
+    stage, num_stages = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+    least = torch.full((2, num_stages), _NOTHING, dtype=torch.int64)
+    # One minimum gives the shortest wait and whose it was, the other (of negatives) the longest.
+    least[0, stage] = (microseconds << _RANK_BITS) | dist.get_rank()
+    least[1, stage] = -microseconds
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    spreads = -least[1] - (least[0] >> _RANK_BITS)
+    worst = int(spreads.argmax())
+    return int(least[0, worst]) & ((1 << _RANK_BITS) - 1), int(spreads[worst]) / 1e6
