@@ -15,7 +15,7 @@ from tests.slurm_cluster import SlurmCluster, slurm_cluster, why_not
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEP = 16 * 128
 """Tokens."""
-NUM_STEPS = 60
+NUM_STEPS = 40
 NUM_RANKS = 2
 
 
@@ -60,6 +60,7 @@ def submit(cluster: SlurmCluster, run: TinyRun) -> str:
     return cluster.run(*command, cwd=REPOSITORY).partition("job ")[2].partition(",")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_warned_preempted_and_requeued_it_is_the_undisturbed_run(cluster, tiny_data, tmp_path):
     run = DemoRun(tiny_data, tmp_path / "runs")
