@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--time", help=f"limit of a job: {_TIME_FORMS}")
     slurm.add_argument("--job-name", help="default: the run's")
     slurm.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive; may be repeated")
+    slurm.add_argument("--srun", action="append", default=[], metavar="OPTION", help="the same for the ranks: --srun=--cpu-bind=none")
     again = parser.add_argument_group("again and again")
     again.add_argument(
         "--chain", default="1", metavar="N", help="submit N jobs, each waiting for the one before, instead of requeueing one"
@@ -145,6 +146,7 @@ def _job(known: argparse.Namespace, problems: list[Problem]) -> Job:
         environment=tuple(known.env),
         setup=tuple(known.setup),
         sbatch=tuple(known.sbatch),
+        srun=tuple(known.srun),
         chain=_count("--chain", known.chain, problems),
         requeue=not known.no_requeue,
         max_failures=_count("--max-failures", known.max_failures, problems),
@@ -173,11 +175,11 @@ def _problems_of_texts(known: argparse.Namespace) -> list[Problem]:
             problems.append(
                 Problem("--container-mounts", text, "FROM:TO or FROM:TO:FLAGS; one mount each, the option repeated", "/data:/data:ro")
             )
-    for option in known.sbatch:
+    for program, option in [*(("sbatch", option) for option in known.sbatch), *(("srun", option) for option in known.srun)]:
         name = option.partition("=")[0]
         if not name.startswith("--") or " " in name:
-            problems.append(Problem("--sbatch", option, "one long option of sbatch", "--sbatch=--exclusive"))
-        elif name in _OWN_DIRECTIVES:
+            problems.append(Problem(f"--{program}", option, f"one long option of {program}", f"--{program}=--exclusive"))
+        elif program == "sbatch" and name in _OWN_DIRECTIVES:
             problems.append(Problem("--sbatch", option, f"an option that {PROGRAM} does not write itself", f"use {_OWN_DIRECTIVES[name]}"))
     return problems
 

@@ -15,8 +15,9 @@ from launch.nsys import nsys_command
 
 # Slurm sends the warning up to a minute early, and asks for no more than it needs: saving has health.stop_timeout seconds.
 _SPARE_SECONDS = 60
-# After one rank has ended, the others may say why and write their part; NCCL's would wait for its own timeout.
-_LAST_RANK_SECONDS = 60
+# After one rank has ended, the others may say why and write their part; what waits in a collective
+# for a rank that is dead would wait for its timeout.
+_LAST_RANK_SECONDS = 120
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Job:
     """Shell lines that run before the ranks, on the first node."""
     sbatch: tuple[str, ...] = ()
     """Further options, as sbatch takes them."""
+    srun: tuple[str, ...] = ()
+    """The same of srun, for the ranks."""
     chain: int = 1
     """Jobs submitted at once, each waiting for the one before."""
     requeue: bool = True
@@ -118,7 +121,7 @@ def _variables(job: Job, run: RunPlace, arguments: Sequence[str]) -> list[str]:
     container = _container_options(job, run)
     # Without binding each rank sees its node's GPUs and takes the one of its local rank; NCCL needs to see those of its neighbours.
     gpu_options = ["--gpu-bind=none"] if job.gpus_per_node else []
-    ranks = ["--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *gpu_options, *container]
+    ranks = ["--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *gpu_options, *container, *job.srun]
     train = [job.python, *nsys_command(job.nsys, run.directory), "-m", "w1train.pretrain", *arguments]
     alone = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *container] if container else []
     return [

@@ -1,6 +1,7 @@
 """A real Slurm on this machine: munged, slurmctld and slurmd as children of the test, in a directory and on ports of their own.
 
-One node with two CPUs; a partition `low` whose jobs are requeued when one in `high` wants their place.
+One node with two CPUs; partitions `low` and `graceful` whose jobs make room for those in `high`: at once, and when their ranks have ended
+or a minute is over.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1
+PartitionName=graceful Nodes=ALL PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 

@@ -21,11 +21,12 @@ requeue=yes
 chain=no
 srun_options=(
   --kill-on-bad-exit=0
-  --wait=60
+  --wait=120
   --gpu-bind=none
   --container-image=/images/w1train.sqsh
   '--container-mounts=/home/me/w1train:/home/me/w1train,/scratch/me/runs:/scratch/me/runs,/data:/data:ro'
   --container-workdir=/home/me/w1train
+  --container-env=NCCL_DEBUG
 )
 command=(
   python
@@ -129,7 +130,7 @@ run_ranks() {
   say "attempt $attempt from ${before:-the start}; each rank's log is in $logs"
   srun "${srun_options[@]}" --output="$logs/rank_%5t.log" "${command[@]}" &
   step=$!
-  tail --follow=name --retry --lines=+1 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
+  tail --follow=name --retry --lines=+1 --sleep-interval=0.5 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
   console=$!
   # A trap ends `wait` early, with a status that is not srun's.
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done

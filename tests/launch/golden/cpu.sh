@@ -17,7 +17,7 @@ requeue=no
 chain=no
 srun_options=(
   --kill-on-bad-exit=0
-  --wait=60
+  --wait=120
 )
 command=(
   /home/me/.venv/bin/python
@@ -111,7 +111,7 @@ run_ranks() {
   say "attempt $attempt from ${before:-the start}; each rank's log is in $logs"
   srun "${srun_options[@]}" --output="$logs/rank_%5t.log" "${command[@]}" &
   step=$!
-  tail --follow=name --retry --lines=+1 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
+  tail --follow=name --retry --lines=+1 --sleep-interval=0.5 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
   console=$!
   # A trap ends `wait` early, with a status that is not srun's.
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
