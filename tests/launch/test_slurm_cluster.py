@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import SlurmCluster, slurm_cluster, why_not
+from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # "Python" in the job. Attempts are counted by rank 0; the next line of the plan says how they end: the statuses of both ranks
@@ -35,8 +35,6 @@ exit "$status"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    if (reason := why_not()) is not None:
-        pytest.skip(f"no Slurm here: {reason}")
     with slurm_cluster() as cluster:
         yield cluster
 
