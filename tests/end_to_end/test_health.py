@@ -45,7 +45,10 @@ def test_a_transient_nan_changes_nothing_and_names_its_rank(tiny_run, undisturbe
 
 
 def test_a_persistent_nan_is_left_out_and_written_aside(tiny_run, undisturbed):
-    outcome = tiny_run.train(world_size=2, sabotage=traps.nan_in_gradient(rank=1, steps=[5], times=2)).require(0)
+    often = ("health.straggler_interval=8", "health.gc_interval=1")
+    outcome = tiny_run.train(*often, world_size=2, sabotage=traps.nan_in_gradient(rank=1, steps=[5], times=2)).require(0)
+    measured = [record["step"] for record in tiny_run.train_records() if {"health/slowest_rank", "health/rank_spread"} <= record.keys()]
+    assert measured == [8]
     records, expected = tiny_run.train_records(), undisturbed(2, "fp32").train_records()
     assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
     assert records[:4] == expected[:4]

@@ -73,6 +73,6 @@ class HealthConfig:
     straggler_interval: int = 100
     """Steps between measurements of how long ranks wait for the slowest; 0 = never."""
     straggler_share: float = 0.1
-    """A warning names the slowest rank if the others wait longer than this share of a step."""
+    """A warning names the slowest rank if the others have waited longer than this share of a step three times in a row."""
     gc_interval: int = 100
     """Steps between garbage collections, at the same step on all ranks; 0 = whenever Python thinks fit."""

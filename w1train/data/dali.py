@@ -51,7 +51,8 @@ class DaliLoader:
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._num_workers, self._prefetch = num_workers, prefetch
         self._device = torch.device(device)
-        self._pipelines: list[Any] = []
+        self._pipelines: dict[_Source, Any] = {}
+        """Of each iterator that is in use. Held here alone: closing the loader must destroy them."""
         self._closed = False
 
     def micro_batches(self, first_sample: int = 0) -> Iterator[PackedBatch]:
@@ -69,17 +70,20 @@ class DaliLoader:
         self._pipelines.clear()
 
     def _run(self, source: _Source) -> Iterator[PackedBatch]:
-        self._pipelines.append(self._build(source))
-        while True:
-            self._check_open()
-            began = time.perf_counter()
-            try:
-                outputs = self._pipelines[-1].run()
-            except Exception as error:  # what a worker raises comes as a bare Exception, with the worker's traceback as its text
-                raise LoaderError(f"the DALI pipeline failed: {error}") from error
-            batch = PackedBatch(**{name: self._tensor(output) for name, output in zip(_FIELDS, outputs, strict=True)})
-            self.data_wait_seconds += time.perf_counter() - began
-            yield batch
+        self._pipelines[source] = self._build(source)
+        try:
+            while True:
+                self._check_open()
+                began = time.perf_counter()
+                try:
+                    outputs = self._pipelines[source].run()
+                except Exception as error:  # what a worker raises comes as a bare Exception, with the worker's traceback as its text
+                    raise LoaderError(f"the DALI pipeline failed: {error}") from error
+                batch = PackedBatch(**{name: self._tensor(output) for name, output in zip(_FIELDS, outputs, strict=True)})
+                self.data_wait_seconds += time.perf_counter() - began
+                yield batch
+        finally:
+            self._pipelines.pop(source, None)
 
     def _build(self, source: _Source) -> Any:
         from nvidia.dali import Pipeline, fn, types

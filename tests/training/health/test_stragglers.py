@@ -36,7 +36,7 @@ def steps_with_a_slow_rank(rank: int, world_size: int, pipeline: int, seconds: d
         config = SimpleNamespace(finalize_model_grads_func=finalize)
         clock = StragglerClock(config, interval=2, warning_share=0.1)
         found = []
-        for step in range(1, 5):
+        for step in range(1, 7):
             clock.begin(step)
             time.sleep(seconds.get(rank, 0.0))
             config.finalize_model_grads_func([], None)
@@ -46,7 +46,7 @@ def steps_with_a_slow_rank(rank: int, world_size: int, pipeline: int, seconds: d
 
 def test_the_slowest_rank_is_found_every_other_step():
     results = run_distributed(steps_with_a_slow_rank, 2, 1, {1: 0.3})
-    assert [calls for _, _, calls in results] == [4, 4]
+    assert [calls for _, _, calls in results] == [6, 6]
     for metrics, _, _ in results:
         assert metrics[0] == metrics[2] == {}
         for measured in (metrics[1], metrics[3]):
@@ -55,6 +55,7 @@ def test_the_slowest_rank_is_found_every_other_step():
             assert 0 <= measured["time/communication_seconds"] < 0.3
     assert results[0][0][1]["health/rank_spread"] == results[1][0][1]["health/rank_spread"]
     assert results[0][1] == []
+    assert len(results[1][1]) == 1, "twice may be chance"
     assert "rank 1 on " in results[1][1][0]
     assert "is the slowest" in results[1][1][0]
 
@@ -69,7 +70,6 @@ def test_stages_are_not_compared_with_each_other():
 
 @pytest.mark.parametrize(("interval", "collected"), [(3, [False, False, True, False, False, True]), (0, [False] * 6)])
 def test_garbage_is_collected_at_its_steps_alone(monkeypatch, interval, collected):
-    was_enabled = gc.isenabled()
     calls: list[int] = []
     with GarbageCollection(interval) as garbage:
         assert gc.isenabled() == (interval == 0)
@@ -81,5 +81,5 @@ def test_garbage_is_collected_at_its_steps_alone(monkeypatch, interval, collecte
             calls.clear()
         monkeypatch.undo()
     assert found == collected
-    assert gc.isenabled() == was_enabled
-    gc.unfreeze()
+    assert gc.isenabled() == (interval == 0), "the process ends"
+    gc.enable()

@@ -22,9 +22,10 @@ class GarbageCollection:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # What is frozen stays so: the process ends soon.
+        """The process ends soon, and collects what there is as it does: frozen, that would be leaks to the libraries it belongs to. A
+        forked process, which does not, has garbage of its parent that no collection here may touch: so none is enabled."""
         if self._interval:
-            gc.enable()
+            gc.unfreeze()
 
     def step_done(self, step: int) -> None:
         """Collect, if it is time."""

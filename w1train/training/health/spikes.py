@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _MEDIAN_DEVIATION_TO_SIGMA = 1.4826  # of a normal distribution
-_SMALLEST_SIGMA = {"masked_cross_entropy": 0.01, "grad_norm": 0.05}
-"""Of the median, and of a logarithm: a window of almost equal values makes nothing a spike that one would not see in a plot."""
+_SMALLEST_SIGMA = {"masked_cross_entropy": 0.03, "grad_norm": 0.05}
+"""Of the median, and of a logarithm: what hurts a run is far larger than a batch of odd text, however equal the others were."""
 
 
 class SpikeWindow:

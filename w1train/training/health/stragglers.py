@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _RANK_BITS = 20
 _NOTHING = (1 << 62) - 1
+_TIMES_BEFORE_WARNING = 3
 
 
 class StragglerClock:
@@ -38,6 +39,7 @@ class StragglerClock:
         self._interval, self._warning_share, self._clock = interval, warning_share, clock
         self._finalize = config.finalize_model_grads_func
         self._is_due = False
+        self._times_in_a_row = 0
         self.metrics: dict[str, float] = {}
         """Of the present step; empty if it is not measured."""
         if interval:
@@ -70,8 +72,10 @@ class StragglerClock:
         self._warn(slowest, spread, together - self._start)
 
     def _warn(self, slowest: int, spread: float, seconds: float) -> None:
-        """By the rank that is meant, which knows its machine."""
-        if slowest == dist.get_rank() and spread > self._warning_share * seconds:
+        """By the rank that is meant, which knows its machine; once is chance."""
+        is_slow = slowest == dist.get_rank() and spread > self._warning_share * seconds
+        self._times_in_a_row = self._times_in_a_row + 1 if is_slow else 0
+        if self._times_in_a_row >= _TIMES_BEFORE_WARNING:
             logger.warning(
                 "rank %d on %s is the slowest: others of its stage wait %.3f s for it in %.3f s of a step (health.straggler_share)",
                 *(slowest, socket.gethostname(), spread, seconds),
