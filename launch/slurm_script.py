@@ -80,10 +80,11 @@ def render(job: Job, run: RunPlace, arguments: Sequence[str]) -> str:
         "#!/bin/bash",
         f"# Trains {run.name} with w1train; written by python -m launch.slurm, which submits it. By hand: sbatch THIS_FILE",
         *(f"#SBATCH {_directive(option)}" for option in _directives(job, run)),
-        "set -uo pipefail",
         "",
-        *_variables(job, run, arguments),
+        # Before `set -u`: the scripts of environment modules and conda do not stand it.
         *_environment(job),
+        "set -uo pipefail",
+        *_variables(job, run, arguments),
         "",
         _source("settings.sh"),
         _source("job.sh"),

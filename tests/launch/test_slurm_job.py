@@ -10,11 +10,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.slurm_arguments import parse
-from launch.slurm_script import render
+from launch.slurm_script import Job, RunPlace, render
 
 SRUN = """\
 number=$(grep -c '^srun' CALLS)
@@ -60,15 +60,19 @@ class JobRun:
             body = body.replace(name, str(path))
         self.stand_in.command("srun", body)
 
-    def start(self, *options: str, restart: int = 0, job: int = 7) -> subprocess.Popen[str]:
-        submission = parse(["--gpus-per-node", "0", "--python", "python", *options, "--", "recipe=demo"], self.directory)
+    def start(self, restart: int = 0, number: int = 7, **options: Any) -> subprocess.Popen[str]:
+        """``options``: fields of Job."""
+        job = Job(nodes=1, gpus_per_node=0, ranks_per_node=1, python="python", **options)
         script = self.directory / "job.sh"
-        script.write_text(render(submission.job, submission.run, submission.arguments))
-        variables = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node1"} | ({"SLURM_RESTART_COUNT": str(restart)} if restart else {})
+        script.write_text(render(job, RunPlace("demo", self.run, self.directory, stop_timeout=100.0), ["recipe=demo"]))
+        variables = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "node1"} | (
+            {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
+        )
         return subprocess.Popen(["bash", script], env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def end(self, *options: str, restart: int = 0, job: int = 7) -> tuple[int, str]:
-        process = self.start(*options, restart=restart, job=job)
+    def end(self, restart: int = 0, number: int = 7, **options: Any) -> tuple[int, str]:
+        """(exit status, output)."""
+        process = self.start(restart, number, **options)
         output = process.communicate(timeout=60)[0]
         return process.returncode, output
 
@@ -133,7 +137,7 @@ def test_a_failure_is_started_again_in_place(job):
 
 def test_failures_without_progress_end_it(job):
     job.plan("1 0000000003", "1 -", "1 -", "0 -")
-    status, output = job.end("--max-failures", "2")
+    status, output = job.end(max_failures=2)
     assert status == 1
     assert job.num_starts == 3
     assert "given up: 2 attempts in a row without a new checkpoint" in output
@@ -142,9 +146,9 @@ def test_failures_without_progress_end_it(job):
 def test_failures_are_counted_over_jobs(job):
     """A run that is stopped before its first checkpoint each time would be requeued for ever."""
     job.plan("75 -", "75 -", "75 -")
-    assert job.end("--max-failures", "2")[0] == 75
+    assert job.end(max_failures=2)[0] == 75
     assert job.requeued
-    status, output = job.end("--max-failures", "2", restart=1)
+    status, output = job.end(max_failures=2, restart=1)
     assert status == 1, output
     assert "given up" in output
 
@@ -185,7 +189,7 @@ def test_stopped_ranks_in_a_job_that_goes_on_are_requeued(job):
 
 def test_without_requeue_it_says_what_to_do(job):
     job.plan("75 0000000005")
-    status, output = job.end("--no-requeue")
+    status, output = job.end(requeue=False)
     assert status == 75
     assert not job.stand_in.calls("scontrol")
     assert "submit this job again" in output
@@ -194,12 +198,12 @@ def test_without_requeue_it_says_what_to_do(job):
 def test_a_chain_hands_over_and_its_rest_is_cancelled_at_the_end(job):
     (job.run / "logs/chain").write_text("7\n8\n9\n")
     job.plan("75 0000000005", "0 0000000010")
-    status, output = job.end("--chain", "3")
+    status, output = job.end(chain=3)
     assert status == 75
     assert "the next job of the chain goes on" in output
     assert not job.requeued
     assert not job.stand_in.calls("scancel")
-    assert job.end("--chain", "3", job=8)[0] == 0
+    assert job.end(chain=3, number=8)[0] == 0
     assert job.stand_in.calls("scancel") == [["--state=PENDING", "7"], ["--state=PENDING", "9"]]
 
 
@@ -208,9 +212,9 @@ def test_a_job_of_a_chain_that_comes_too_late_does_nothing(job):
     (job.run / "logs/chain").write_text("7\n8\n")
     job.stand_in.command("python", '[ "$2" = w1train.status ] && exit 0; exit 9')
     job.plan("75 0000000005", "0 0000000010")
-    assert job.end("--chain", "2")[0] == 75
+    assert job.end(chain=2)[0] == 75
     assert job.num_starts == 1
-    status, output = job.end("--chain", "2", job=8)
+    status, output = job.end(chain=2, number=8)
     assert status == 0
     assert job.num_starts == 1
     assert "nothing is left to do" in output

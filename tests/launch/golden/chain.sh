@@ -10,8 +10,8 @@
 #SBATCH --output=/home/me/w1train/runs/llada_1b/logs/slurm_%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-set -uo pipefail
 
+set -uo pipefail
 run=/home/me/w1train/runs/llada_1b
 max_failures=2
 requeue=yes

@@ -13,8 +13,11 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --exclusive
-set -uo pipefail
 
+export NCCL_DEBUG=INFO
+export NOTE='it'"'"'s two words'
+module load slurm
+set -uo pipefail
 run=/scratch/me/runs/w1_4b
 max_failures=3
 requeue=yes
@@ -48,9 +51,6 @@ status_command=(
   -m
   w1train.status
 )
-export NCCL_DEBUG=INFO
-export NOTE='it'"'"'s two words'
-module load slurm
 
 # What the ranks find in their environment. launch/torchrun.sh sources this file, launch/slurm.py copies it into the job's script.
 # A value of yours wins: export it before, or give it to launch.slurm with --env.

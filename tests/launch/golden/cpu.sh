@@ -9,8 +9,9 @@
 #SBATCH --output=/home/me/w1train/runs/small/logs/slurm_%j.log
 #SBATCH --open-mode=append
 #SBATCH --no-requeue
-set -uo pipefail
 
+export SRUN_CPUS_PER_TASK=4
+set -uo pipefail
 run=/home/me/w1train/runs/small
 max_failures=3
 requeue=no
@@ -31,7 +32,6 @@ status_command=(
   -m
   w1train.status
 )
-export SRUN_CPUS_PER_TASK=4
 
 # What the ranks find in their environment. launch/torchrun.sh sources this file, launch/slurm.py copies it into the job's script.
 # A value of yours wins: export it before, or give it to launch.slurm with --env.

@@ -11,8 +11,8 @@
 #SBATCH --output=/home/me/w1train/runs/w1_4b/logs/slurm_%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-set -uo pipefail
 
+set -uo pipefail
 run=/home/me/w1train/runs/w1_4b
 max_failures=3
 requeue=yes
