@@ -101,6 +101,18 @@ def test_a_cancelled_job_saves_and_stays_cancelled(place):
     assert run.cluster.job(job)["Restarts"] == "0"
 
 
+def test_warned_before_the_limit_it_saves_and_requeues_itself(place):
+    """The signal of --signal=B:USR1, sent as Slurm sends it: to the shell of the job alone."""
+    run = place("WAIT WAIT 0000000001", "0 0 0000000002")
+    (job,) = run.submit()
+    run.wait_for_ranks(job)
+    run.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert run.wait_for_end(job) == ["COMPLETED"], run.log(job)
+    assert run.cluster.job(job)["Restarts"] == "1"
+    assert "Slurm's warning (SIGUSR1)" in run.log(job)
+    assert "the ranks ended with status 75" in run.log(job)
+
+
 def test_a_job_that_saves_nothing_is_given_up(place):
     run = place("1 1 -", "1 1 -", "0 0 0000000001")
     (job,) = run.submit("--max-failures", "2")

@@ -5,6 +5,7 @@ The stand-in for srun ends as the next line of a plan says: a status, after whic
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,7 +69,14 @@ class JobRun:
         variables = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "node1"} | (
             {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
         )
-        return subprocess.Popen(["bash", script], env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(["bash", script], env=os.environ | variables, start_new_session=True, **output)
+        return self.process
+
+    def kill(self) -> None:
+        """What a failed test has left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self, restart: int = 0, number: int = 7, **options: Any) -> tuple[int, str]:
         """(exit status, output)."""
@@ -87,7 +95,9 @@ class JobRun:
 
 @pytest.fixture
 def job(stand_in, tmp_path):
-    return JobRun(stand_in, tmp_path)
+    job = JobRun(stand_in, tmp_path)
+    yield job
+    job.kill()
 
 
 def test_finished(job):
