@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm_arguments import parse as parse_slurm
 from w1train.config.command_line import CommandLine, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
@@ -66,7 +67,7 @@ def check(command: str) -> None:
     while re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
     folder, _, program = words[0].rpartition("/")
-    if program not in PROGRAMS or folder not in ("", ".venv/bin"):
+    if program not in PROGRAMS or folder not in (("launch",) if program.endswith(".sh") else ("", ".venv/bin")):
         raise CommandError(f"don't know how to check: {command}")
     PROGRAMS[program](words[1:])
 
@@ -89,6 +90,8 @@ def check_python(words: list[str]) -> None:
             raise CommandError(f"prints nothing: {module} {' '.join(arguments)}")
     elif module == "w1train.plan":
         check_plan(arguments)
+    elif module == "launch.slurm" and not {"-h", "--help"} & set(arguments):
+        check_slurm(arguments)
     elif {"-h", "--help"} & set(arguments):
         run(sys.executable, "-m", module, *arguments)
     elif "ArgumentParser" in path.read_text():
@@ -106,6 +109,19 @@ def check_plan(arguments: list[str]) -> None:
         raise CommandError(str(error)) from error
     if not request.search and (problems := validate(request.config, request.num_gpus)):
         raise CommandError(str(ConfigurationError(problems)))
+
+
+def check_slurm(words: list[str]) -> None:
+    """Read as launch.slurm reads it; what it then does is tested in tests/launch."""
+    try:
+        parse_slurm(words, REPOSITORY)
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from error
+
+
+def check_torchrun_script(words: list[str]) -> None:
+    """launch/torchrun.sh's own word, and then what w1train.pretrain takes."""
+    compose([word for word in words if not word.startswith("--nsys")])
 
 
 def check_torchrun(words: list[str]) -> None:
@@ -154,6 +170,8 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "torchrun": check_torchrun,
     "docker": check_docker,
     "srun": check_srun,
+    "slurm.sh": check_slurm,
+    "torchrun.sh": check_torchrun_script,
 }
 
 
@@ -219,6 +237,10 @@ def test_the_two_commands_come_first():
         ("docker run --gpus=all image python -m w1train.doctor --nonesuch", "unrecognized arguments: --nonesuch"),
         ("srun --nodes=2 torchrun --standalone --nproc-per-node 2 -m w1train.pretrain recipe=nonesuch", "nonesuch"),
         ("python -m w1train.plan recipe=w1_4b gpus=many", "a whole number"),
+        ("launch/slurm.sh --nodez 2 -- recipe=w1_4b", "did you mean --nodes"),
+        ("python -m launch.slurm --nodes 3 -- recipe=w1_4b", "data-parallel ranks"),
+        ("launch/torchrun.sh recipe=nonesuch", "nonesuch"),
+        ("slurm.sh -- recipe=w1_4b", "don't know how to check"),
         ("python -m w1train.plan recipe=w1_4b gpus=10 parallel.tensor=4", "in a world of 10"),
     ],
 )

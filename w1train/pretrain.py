@@ -21,7 +21,10 @@ from w1train.config.command_line import config_from_command_line, wait_for_main_
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
+from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.exit_status import ExitStatus
+
+logger = logging.getLogger(__name__)
 
 # Beginnings of warnings that are no news: of megatron-core about its own defaults and its own shards of the parameters, and of
 # torch about the way that megatron-core reads a checkpoint's metadata.
@@ -36,8 +39,15 @@ _LIBRARY_CHATTER = (
 def main(arguments: list[str]) -> int:
     """Exit status: see w1train.runtime.exit_status. SIGTERM and SIGUSR1 end the run after the step that is under way, with a checkpoint;
     before it holds its run directory, at once."""
+    try:
+        # Before anything asks for RANK: the command line does, to say its mistakes once.
+        discovery = discover_ranks()
+    except ConfigurationError as error:
+        return _fail_alone(str(error), ExitStatus.MISTAKE)
     config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
     set_up_logging()
+    if discovery is not None:
+        logger.info("%s", discovery)
     try:
         raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigurationError as error:

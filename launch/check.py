@@ -1,0 +1,55 @@
+"""What launchers must know of a run before they start it: that it is valid on so many ranks, and where it goes.
+
+    python -m launch.check --ranks 16 -- recipe=w1_4b
+
+prints two lines, the run directory and the seconds that its ranks may take to stop on a signal (health.stop_timeout). A mistake in the
+recipe is told once, before a rank is started or a job waits in a queue for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from w1train.config.command_line import parse_command_line
+from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.schema import Config
+from w1train.config.validate import validate
+
+
+def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
+    """The configuration that these arguments of w1train.pretrain give.
+
+    Raises:
+        ConfigurationError: every problem, those of the layout on ``num_ranks`` ranks too (None: not known).
+    """
+    command_line = parse_command_line(arguments)
+    if command_line.config is None or command_line.action != "run":
+        flag = next(word for word in arguments if word.startswith("-"))
+        raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", "python -m w1train.pretrain " + flag)])
+    raise_if_any(validate(command_line.config, num_ranks))
+    return command_line.config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0, or 2 for a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, required=True, help="of the whole run")
+    parser.add_argument("arguments", nargs="*", help="of w1train.pretrain, behind --")
+    options = parser.parse_args(arguments)
+    try:
+        config = checked_config(options.arguments, options.ranks)
+    except ConfigurationError as error:
+        print(f"w1train.pretrain: {error}\n\n'python -m w1train.pretrain --help' explains the command line.", file=sys.stderr)
+        return 2
+    print(Path(config.runs_dir) / config.name)
+    print(config.health.stop_timeout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

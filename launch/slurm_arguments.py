@@ -1,0 +1,206 @@
+"""The command line of launch.slurm: Slurm's side before `--`, w1train.pretrain's behind it. All mistakes of both are told at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.check import checked_config
+from launch.slurm_script import Job, RunPlace, warning_seconds
+from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
+from w1train.config.schema import Config
+
+PROGRAM = "launch.slurm"
+DESCRIPTION = """Submit a run to Slurm: one task a rank, saved before the time limit, requeued until its tokens are trained.
+
+  python -m launch.slurm --nodes 8 --partition gpu --time 24:00:00 -- recipe=w1_4b
+  python -m launch.slurm --nodes 8 --container-image w1train.sqsh --dry-run -- recipe=w1_4b
+
+Behind -- are the arguments of w1train.pretrain, checked against nodes x ranks before anything is submitted. The script that is
+submitted is kept as logs/job.sh in the run directory."""
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+_TIME_FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS"
+# Directives that launch.slurm writes itself, by the option that changes them.
+_OWN_DIRECTIVES = {
+    "--job-name": "--job-name",
+    "--nodes": "--nodes",
+    "--ntasks": "--nodes and --ranks-per-node",
+    "--ntasks-per-node": "--ranks-per-node",
+    "--gpus-per-node": "--gpus-per-node",
+    "--cpus-per-task": "--cpus-per-rank",
+    "--partition": "--partition",
+    "--account": "--account",
+    "--qos": "--qos",
+    "--time": "--time",
+    "--signal": "health.stop_timeout, from which it follows",
+    "--requeue": "nothing: it is the default",
+    "--no-requeue": "--no-requeue",
+    "--output": "runs_dir and name: logs are in the run directory",
+    "--error": "runs_dir and name: logs are in the run directory",
+    "--open-mode": "nothing: a requeued job appends",
+    "--chdir": "the directory in which launch.slurm is called",
+    "--dependency": "--chain",
+    "--array": "nothing: one job is one run",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Submission:
+    """What a command line asks for."""
+
+    job: Job
+    run: RunPlace
+    arguments: list[str]
+    """Of w1train.pretrain."""
+    dry_run: bool
+
+
+def parse(words: Sequence[str], directory: Path) -> Submission:
+    """Read the command line; ``directory`` is where relative paths begin. Does not return for --help.
+
+    Raises:
+        ConfigurationError: every problem of the options, the recipe and the overrides, and of the layout on the nodes.
+    """
+    before, arguments = _split(words)
+    known, unknown = _parser().parse_known_args(before)
+    problems = [_unknown(word) for word in unknown]
+    job = _job(known, problems)
+    try:
+        config: Config | None = checked_config(arguments, job.num_ranks if job.num_ranks > 0 else None)
+    except ConfigurationError as error:
+        problems += error.problems
+        config = None
+    if config is not None and (seconds := _seconds(job.time)) is not None and seconds <= warning_seconds(config.health.stop_timeout):
+        valid = f"more than the {warning_seconds(config.health.stop_timeout)} s before its end at which the ranks begin to save"
+        problems.append(Problem("--time", str(job.time), valid, "health.stop_timeout=30, for a small model"))
+    raise_if_any(problems)
+    assert config is not None
+    run_directory = directory / config.runs_dir / config.name
+    return Submission(job, RunPlace(config.name, run_directory, directory, config.health.stop_timeout), arguments, known.dry_run)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    words = list(words)
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Values are text here: a wrong one shall be told together with the others."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    size = parser.add_argument_group("size")
+    size.add_argument("--nodes", default="1")
+    size.add_argument("--gpus-per-node", default="8", help="0 for a run on CPUs (default: 8)")
+    size.add_argument("--ranks-per-node", help="default: one a GPU, or 1")
+    size.add_argument("--cpus-per-rank", help="default: the cluster's")
+    slurm = parser.add_argument_group("Slurm")
+    slurm.add_argument("--partition")
+    slurm.add_argument("--account")
+    slurm.add_argument("--qos")
+    slurm.add_argument("--time", help=f"limit of a job: {_TIME_FORMS}")
+    slurm.add_argument("--job-name", help="default: the run's")
+    slurm.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive; may be repeated")
+    slurm.add_argument("--srun", action="append", default=[], metavar="OPTION", help="the same for the ranks: --srun=--cpu-bind=none")
+    again = parser.add_argument_group("again and again")
+    again.add_argument(
+        "--chain", default="1", metavar="N", help="submit N jobs, each waiting for the one before, instead of requeueing one"
+    )
+    again.add_argument("--no-requeue", action="store_true", help="for clusters that do not allow it")
+    again.add_argument("--max-failures", default="3", metavar="N", help="attempts in a row without a new checkpoint (default: 3)")
+    inside = parser.add_argument_group("in the job")
+    inside.add_argument("--container-image", help="run in this image, by pyxis and enroot: a .sqsh file or REGISTRY#IMAGE:TAG")
+    inside.add_argument("--container-mounts", action="append", default=[], metavar="FROM:TO[:FLAGS]", help="beside code and run directory")
+    inside.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
+    inside.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell line before the ranks: 'module load cuda'")
+    inside.add_argument("--python", help="default: the one that runs this; python in a container")
+    inside.add_argument("--nsys", nargs="?", const="0", metavar="RANKS", help="profile these ranks with Nsight Systems (default: 0)")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    return parser
+
+
+def _job(known: argparse.Namespace, problems: list[Problem]) -> Job:
+    gpus = _count("--gpus-per-node", known.gpus_per_node, problems, least=0)
+    in_container = known.container_image is not None
+    if known.container_mounts and not in_container:
+        problems.append(Problem("--container-mounts", listing(known.container_mounts), "only with --container-image"))
+    problems += _problems_of_texts(known)
+    return Job(
+        nodes=_count("--nodes", known.nodes, problems),
+        gpus_per_node=gpus,
+        ranks_per_node=gpus or 1 if known.ranks_per_node is None else _count("--ranks-per-node", known.ranks_per_node, problems),
+        cpus_per_rank=None if known.cpus_per_rank is None else _count("--cpus-per-rank", known.cpus_per_rank, problems),
+        python=known.python or ("python" if in_container else sys.executable),
+        job_name=known.job_name,
+        partition=known.partition,
+        account=known.account,
+        qos=known.qos,
+        time=known.time,
+        container_image=known.container_image,
+        container_mounts=tuple(known.container_mounts),
+        environment=tuple(known.env),
+        setup=tuple(known.setup),
+        sbatch=tuple(known.sbatch),
+        srun=tuple(known.srun),
+        chain=_count("--chain", known.chain, problems),
+        requeue=not known.no_requeue,
+        max_failures=_count("--max-failures", known.max_failures, problems),
+        nsys=known.nsys,
+    )
+
+
+def _count(option: str, text: str, problems: list[Problem], least: int = 1) -> int:
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    problems.append(Problem(option, text, f"a whole number >= {least}"))
+    return 0
+
+
+def _problems_of_texts(known: argparse.Namespace) -> list[Problem]:
+    problems = []
+    if known.time is not None and _seconds(known.time) is None:
+        problems.append(Problem("--time", known.time, _TIME_FORMS, "24:00:00"))
+    if known.nsys is not None and not re.fullmatch(r"all|\d+(,\d+)*", known.nsys):
+        problems.append(Problem("--nsys", known.nsys, "ranks separated by commas, or all", "--nsys=0,8"))
+    for text in known.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", text, re.DOTALL):
+            problems.append(Problem("--env", text, "NAME=VALUE", "--env NCCL_DEBUG=INFO"))
+    for text in known.container_mounts:
+        if not re.fullmatch(r"[^:,]+:/[^:,]*(:[^:,]+)?", text):
+            problems.append(
+                Problem("--container-mounts", text, "FROM:TO or FROM:TO:FLAGS; one mount each, the option repeated", "/data:/data:ro")
+            )
+    for program, option in [*(("sbatch", option) for option in known.sbatch), *(("srun", option) for option in known.srun)]:
+        name = option.partition("=")[0]
+        if not name.startswith("--") or " " in name:
+            problems.append(Problem(f"--{program}", option, f"one long option of {program}", f"--{program}=--exclusive"))
+        elif program == "sbatch" and name in _OWN_DIRECTIVES:
+            problems.append(Problem("--sbatch", option, f"an option that {PROGRAM} does not write itself", f"use {_OWN_DIRECTIVES[name]}"))
+    return problems
+
+
+def _unknown(word: str) -> Problem:
+    if not word.startswith("-"):
+        return Problem(word, "an argument before --", "options here; recipe and overrides behind --", f"python -m {PROGRAM} ... -- {word}")
+    options = [option for action in _parser()._actions for option in action.option_strings]
+    match = closest(word.partition("=")[0], options)
+    suggestion = f"did you mean {match}?" if match else f"--sbatch={word}, if it is an option of sbatch"
+    return Problem(word, "an unknown option", "those that --help lists", suggestion)
+
+
+def _seconds(time: str | None) -> int | None:
+    """Of Slurm's forms of a time; None if it has none of them. Without days, one number is minutes and two are minutes and seconds."""
+    match = _TIME.fullmatch(time or "")
+    if match is None:
+        return None
+    numbers = [int(number) for number in match["rest"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = numbers + [0] * (3 - len(numbers))
+        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    hours, minutes, seconds = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+    return (hours * 60 + minutes) * 60 + seconds

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Train on this machine, or as one of many, with torchrun: it starts a rank for each GPU, and all ranks anew when one has died.
+#
+#   launch/torchrun.sh recipe=w1_4b                                          one node
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu1 launch/torchrun.sh recipe=w1_4b    the same on every node, with its NODE_RANK
+#   srun --ntasks-per-node=1 launch/torchrun.sh recipe=w1_4b                 Slurm says which node this is
+#   launch/torchrun.sh --nsys=0,8 recipe=w1_4b profiling.tool=nsys           ranks 0 and 8 under Nsight Systems
+#
+# Arguments are those of w1train.pretrain. Ends as it does: 0 finished, 75 stopped on a signal after saving (the same command goes on),
+# 2 a mistake of the user, 1 failed more than MAX_RESTARTS times.
+#
+# Environment variables, beside those of launch/settings.sh:
+#   NPROC         ranks on this node                              (default: its GPUs, or 1)
+#   NNODES        nodes                                           (default: 1, or Slurm's)
+#   NODE_RANK     this node's number; node 0 hosts the rendezvous (default: 0, or Slurm's)
+#   MASTER_ADDR   node 0, reachable from all                      (default: localhost with one node, or Slurm's first)
+#   MASTER_PORT   a free port there                               (default: 29400)
+#   MAX_RESTARTS  how often all ranks are started anew            (default: 3)
+#   NSYS          ranks under nsys, as --nsys=; 1 means rank 0
+#   VENV          the environment of launch/bootstrap.sh          (default: .venv)
+set -euo pipefail
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$repository"
+# shellcheck source=launch/settings.sh
+source launch/settings.sh
+VENV="${VENV:-.venv}"
+python="$VENV/bin/python"
+
+fail() {
+  printf 'launch/torchrun.sh: %s\n' "$*" >&2
+  exit 2
+}
+
+nsys="${NSYS:-}"
+if [[ "$nsys" == 1 ]]; then nsys=0; fi
+case "${1:-}" in
+--nsys) nsys=0 && shift ;;
+--nsys=*) nsys="${1#--nsys=}" && shift ;;
+esac
+
+# Under srun, one task a node: Slurm's step says how many nodes there are, and which is the first.
+if [[ -n "${SLURM_STEP_NUM_NODES:-}" && -z "${NNODES:-}" ]]; then
+  if [[ "$SLURM_STEP_NUM_TASKS" != "$SLURM_STEP_NUM_NODES" ]]; then
+    fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES nodes, and torchrun wants one a node: --ntasks-per-node=1"
+  fi
+  NNODES="$SLURM_STEP_NUM_NODES"
+  NODE_RANK="$SLURM_NODEID"
+  MASTER_ADDR="${MASTER_ADDR:-$("$python" -c 'import sys; from w1train.runtime.cluster import first_host; print(first_host(sys.argv[1]))' \
+    "$SLURM_STEP_NODELIST")}"
+  if [[ "$NNODES" == 1 ]]; then MASTER_ADDR=localhost; fi
+fi
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+MASTER_PORT="${MASTER_PORT:-29400}"
+NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+if [[ "$NNODES" != 1 && -z "${MASTER_ADDR:-}" ]]; then fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of node 0"; fi
+
+# A mistake in the recipe is told once, here, not by every rank of every node.
+answer="$("$python" -m launch.check --ranks $((NNODES * NPROC)) -- "$@")"
+{ read -r run && read -r stop_timeout; } <<<"$answer"
+
+if [[ "$NNODES" == 1 ]]; then
+  # A port that is free, so that two runs can share the machine.
+  rendezvous=(--standalone)
+else
+  # c10d, not static: when a rank dies on one node, the agents of the others notice and start theirs anew too. Who hosts is said, not
+  # guessed from names: a node's name for itself may not be the one that others have for it.
+  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
+    --rdzv-id "${SLURM_JOB_ID:-${run##*/}}" --rdzv-conf "is_host=$([[ "$NODE_RANK" == 0 ]] && echo true || echo false),join_timeout=1800")
+fi
+
+logs="$run/logs/torchrun_$(date '+%Y%m%d_%H%M%S')_node_$NODE_RANK"
+mkdir -p "$logs"
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$logs/nccl_trace_rank_}"
+command=(-m w1train.pretrain)
+if [[ -n "$nsys" ]]; then command=(-m launch.nsys --ranks "$nsys" --output "$run/nsys" -- "${command[@]}"); fi
+
+# All output goes to files (attempt, rank, stdout and stderr apart), that of the node's first rank to the console too: on one node
+# that is rank 0, on the others one that speaks only when something is wrong (c10d numbers nodes by their sorted names). Signals go on to the ranks, which have
+# health.stop_timeout to save; torchrun by itself would not know SIGUSR1, and kill after 30 s (before torch 2.12 it always does).
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$(printf '%.0f' "$stop_timeout")"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC)) "$NPROC" "$logs"
+"$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
+  --log-dir "$logs" --redirects 3 --tee 0:3 \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+  "${command[@]}" "$@" &
+torchrun=$!
+trap 'kill -TERM "$torchrun"' TERM
+trap 'kill -USR1 "$torchrun"' USR1
+while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
+status=0
+wait "$torchrun" || status=$?
+if [[ "$status" == 0 ]]; then exit 0; fi
+# torchrun ends with 1 whatever its ranks end with; the run itself says whether it was stopped or has failed.
+status=0
+"$python" -m w1train.status "$run" || status=$?
+if [[ "$status" == 75 ]]; then exit 75; fi
+exit 1

@@ -1,0 +1,160 @@
+"""What launch.slurm prints and refuses. The golden scripts are whole files: a changed line is a reviewed change (UPDATE_GOLDEN=1)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from launch.slurm_arguments import _seconds, parse
+from launch.slurm_script import render
+from w1train.config.errors import ConfigurationError
+
+GOLDEN = Path(__file__).parent / "golden"
+HOME = Path("/home/me/w1train")
+
+CASES = {
+    "plain": ["--nodes", "2", "--partition", "gpu", "--time", "24:00:00", "--", "recipe=w1_4b"],
+    "cpu": ["--gpus-per-node", "0", "--ranks-per-node", "2", "--cpus-per-rank", "4", "--no-requeue", "--", "recipe=demo", "name=small"],
+    "container": [
+        *("--nodes", "8", "--account", "llm", "--qos", "high", "--time", "2-0"),
+        *("--python", "python", "--container-image", "/images/w1train.sqsh", "--container-mounts", "/data:/data:ro"),
+        *(
+            "--env",
+            "NCCL_DEBUG=INFO",
+            "--env",
+            "NOTE=it's two words",
+            "--setup",
+            "module load slurm",
+            "--sbatch=--exclusive",
+            "--srun=--container-env=NCCL_DEBUG",
+        ),
+        *("--", "recipe=w1_4b", "parallel.tensor=4", "runs_dir=/scratch/me/runs"),
+    ],
+    "chain": ["--nodes", "4", "--chain", "5", "--time", "12:00:00", "--max-failures", "2", "--nsys=0,8", "--", "recipe=llada_1b"],
+}
+
+
+def script(*words: str) -> str:
+    submission = parse(["--python", "/home/me/.venv/bin/python", *words], HOME)
+    return render(submission.job, submission.run, submission.arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name):
+    path = GOLDEN / f"{name}.sh"
+    text = script(*CASES[name])
+    if "UPDATE_GOLDEN" in os.environ:
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} is not what launch.slurm renders: look at the difference, then UPDATE_GOLDEN=1"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shellcheck_has_nothing_to_say(name):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    result = subprocess.run([shellcheck, GOLDEN / f"{name}.sh"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_dry_run_prints_the_script_that_would_be_submitted(capsys, monkeypatch, tmp_path):
+    """To the byte, and it writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--python", "python", "--partition", "gpu"]
+    assert slurm.main([*words, "--dry-run", "--", "recipe=w1_4b"]) == 0
+    submission = parse([*words, "--", "recipe=w1_4b"], tmp_path)
+    assert capsys.readouterr().out == render(submission.job, submission.run, submission.arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_reach_the_ranks_as_they_were_typed():
+    """Through quoting, and bash."""
+    typed = ["recipe=demo", "name=small", 'sampling.prompts=["def \'main\'(", "$HOME"]']
+    text = script("--gpus-per-node", "0", "--", *typed)
+    array = text[text.index("command=(") : text.index("status_command=(")]
+    printed = subprocess.run(
+        ["bash", "-c", array + "\nprintf '%s\\0' \"${command[@]}\""], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split("\0")[3:-1] == typed
+
+
+@pytest.mark.parametrize(
+    ("words", "complaints"),
+    [
+        (["--nodes", "0", "--", "recipe=w1_4b"], ["--nodes", "a whole number >= 1"]),
+        (["--gpus-per-node", "3", "--", "recipe=w1_4b", "parallel.tensor=2"], ["in a world of 3"]),
+        (["--nodes", "3", "--", "recipe=w1_4b"], ["data-parallel ranks (", "x 24 = "]),
+        (["--nodez", "2", "--", "recipe=w1_4b"], ["--nodez", "did you mean --nodes?"]),
+        (["recipe=w1_4b"], ["recipe and overrides behind --", "recipe=w1_4b"]),
+        (
+            ["--time", "1 day", "--nodes", "x", "--", "recipe=w1_4b", "model.hiden_size=3"],
+            ["3 problems", "--time", "--nodes", "hidden_size"],
+        ),
+        (["--time", "2", "--", "recipe=w1_4b"], ["more than the 160 s before its end"]),
+        (["--env", "NCCL", "--", "recipe=w1_4b"], ["NAME=VALUE"]),
+        (["--container-mounts", "/data:/data", "--", "recipe=w1_4b"], ["only with --container-image"]),
+        (["--container-image", "x", "--container-mounts", "/a:/a,/b:/b", "--", "recipe=w1_4b"], ["one mount each"]),
+        (["--sbatch=--signal=USR2@30", "--", "recipe=w1_4b"], ["--signal=USR2@30", "health.stop_timeout"]),
+        (["--sbatch=-C", "--", "recipe=w1_4b"], ["one long option"]),
+        (["--srun=label", "--", "recipe=w1_4b"], ["one long option of srun"]),
+        (["--nsys=first", "--", "recipe=w1_4b"], ["ranks separated by commas"]),
+        (["--", "recipe=w1_4b", "--cfg", "job"], ["a flag that only prints"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_submitted(words, complaints):
+    with pytest.raises(ConfigurationError) as error:
+        parse(words, HOME)
+    for complaint in complaints:
+        assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("2:30:15", 9015),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("1-2:30:15", 95415),
+        ("1h", None),
+        ("1:2:3:4", None),
+    ],
+)
+def test_times_are_slurms(time, seconds):
+    assert _seconds(time) == seconds
+
+
+def test_a_chain_is_submitted_job_by_job(stand_in, tmp_path, capsys):
+    stand_in.command("sbatch", f"echo $(($(grep -c ^sbatch {stand_in.calls_file}) + 40))';cluster'")
+    assert slurm.main(["--gpus-per-node", "0", "--chain", "3", "--", "recipe=demo"]) == 0
+    logs = tmp_path / "runs/demo/logs"
+    job = str(logs / "job.sh")
+    assert stand_in.calls("sbatch") == [
+        ["--parsable", job],
+        ["--parsable", "--dependency=afterany:41", job],
+        ["--parsable", "--dependency=afterany:42", job],
+    ]
+    assert (logs / "chain").read_text() == "41\n42\n43\n"
+    assert "job 41, 42, 43, 1 ranks on 1 nodes" in capsys.readouterr().out
+    assert slurm.main(["--gpus-per-node", "0", "--dry-run", "--chain", "3", "--", "recipe=demo"]) == 0
+    assert capsys.readouterr().out == Path(job).read_text()
+
+
+def test_a_refused_chain_leaves_no_half(stand_in, capsys):
+    stand_in.command("sbatch", f"[ $(grep -c ^sbatch {stand_in.calls_file}) = 2 ] && {{ echo 'invalid dependency' >&2; exit 1; }}; echo 41")
+    stand_in.command("scancel", "")
+    assert slurm.main(["--gpus-per-node", "0", "--chain", "3", "--", "recipe=demo"]) == 1
+    assert "invalid dependency" in capsys.readouterr().err
+    assert stand_in.calls("scancel") == [["41"]]
+
+
+def test_without_slurm_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert slurm.main(["--gpus-per-node", "0", "--", "recipe=demo"]) == 1
+    assert "sbatch is not on PATH" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,178 @@
+"""launch/torchrun.sh with a stand-in for torchrun that writes down how it was called, and launch.nsys with one for nsys."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import check_torchrun
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Everything but the arithmetic of ranks is real: the check of the recipe, first_host.
+PYTHON = f"""\
+case "$2" in
+  w1train.status) exit "${{RUN_STATUS:-0}}" ;;
+  *cuda*) echo 2; exit ;;
+esac
+exec {sys.executable} "$@"
+"""
+
+
+class Torchrun:
+    """Calls of the script, in an environment whose torchrun is a stand-in."""
+
+    def __init__(self, stand_in, directory: Path) -> None:
+        self.stand_in = stand_in
+        self.runs_dir = directory / "runs"
+        (directory / "venv").mkdir()
+        (directory / "venv/bin").symlink_to(stand_in.directory)
+        self.variables = {"VENV": str(directory / "venv")}
+        stand_in.command("python", PYTHON)
+        self.ends("exit 0")
+
+    def ends(self, body: str) -> None:
+        """What the stand-in does."""
+        self.stand_in.command("torchrun", body)
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        command = [str(REPOSITORY / "launch/torchrun.sh"), *arguments, "recipe=demo", f"runs_dir={self.runs_dir}"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | self.variables | variables
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
+        process = self.start(*arguments, **variables)
+        return process.wait(60), process.communicate()[0]
+
+    @property
+    def options(self) -> list[str]:
+        """Of the one start of torchrun."""
+        (words,) = self.stand_in.calls("torchrun")
+        return words
+
+    def option(self, name: str) -> str:
+        return self.options[self.options.index(name) + 1]
+
+
+@pytest.fixture
+def torchrun(stand_in, tmp_path):
+    return Torchrun(stand_in, tmp_path)
+
+
+def test_one_node(torchrun):
+    status, output = torchrun.run("training.seed=7")
+    assert status == 0, output
+    check_torchrun(torchrun.options)  # torchrun takes the options, and the run its layout
+    assert "--standalone" in torchrun.options
+    assert torchrun.option("--nproc-per-node") == "2"  # the stand-in's GPUs
+    assert torchrun.options[-5:-3] == ["-m", "w1train.pretrain"]
+    logs = Path(torchrun.option("--log-dir"))
+    assert logs.parent == torchrun.runs_dir / "demo/logs"
+    assert logs.is_dir()
+
+
+def test_many_nodes(torchrun):
+    status, output = torchrun.run(NNODES="2", NODE_RANK="1", NPROC="1", MASTER_ADDR="gpu1")
+    assert status == 0, output
+    check_torchrun(torchrun.options)
+    assert torchrun.option("--rdzv-endpoint") == "gpu1:29400"
+    assert torchrun.option("--rdzv-conf").startswith("is_host=false,")
+    assert "2 ranks, 1 on this node" in output
+
+
+def slurm_step(node: int, **others: str) -> dict[str, str]:
+    names = {"SLURM_JOB_ID": "12", "SLURM_NODEID": str(node), "SLURM_STEP_NODELIST": "gpu[007-008]"}
+    return names | {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "NPROC": "1"} | others
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_nodes_from_slurm(torchrun, node):
+    status, output = torchrun.run(**slurm_step(node))
+    assert status == 0, output
+    assert torchrun.option("--nnodes") == "2"
+    assert torchrun.option("--rdzv-endpoint") == "gpu007:29400"
+    assert torchrun.option("--rdzv-id") == "12"
+    assert torchrun.option("--rdzv-conf").startswith(f"is_host={'true' if node == 0 else 'false'},")
+
+
+def test_a_task_for_each_gpu_is_a_mistake(torchrun):
+    status, output = torchrun.run(**slurm_step(0, SLURM_STEP_NUM_TASKS="16"))
+    assert status == 2
+    assert "--ntasks-per-node=1" in output
+
+
+def test_many_nodes_need_a_meeting_place(torchrun):
+    status, output = torchrun.run(NNODES="2")
+    assert status == 2
+    assert "NNODES=2 needs MASTER_ADDR" in output
+
+
+def test_a_mistake_is_told_once_before_ranks_start(torchrun):
+    status, output = torchrun.run("parallel.pipeline=3")
+    assert status == 2
+    assert output.count("in a world of 2") == 1
+    assert torchrun.stand_in.calls("torchrun") == []
+
+
+@pytest.mark.parametrize(("run_status", "expected"), [("75", 75), ("1", 1), ("3", 1), ("0", 1)])
+def test_how_the_run_ended_is_asked_of_the_run(torchrun, run_status, expected):
+    """torchrun ends with 1 whatever its ranks end with."""
+    torchrun.ends("exit 1")
+    status, output = torchrun.run(RUN_STATUS=run_status)
+    assert status == expected, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_go_on_to_torchrun(torchrun, tmp_path, number):
+    ready, got = tmp_path / "ready", tmp_path / "got"
+    torchrun.ends(f"trap 'touch {got}; exit 1' {number.name[3:]}; touch {ready}; while true; do sleep 0.05; done")
+    process = torchrun.start(RUN_STATUS="75")
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert got.exists()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "ranks"),
+    [(["--nsys"], {}, "0"), (["--nsys=0,8"], {}, "0,8"), ([], {"NSYS": "1"}, "0"), ([], {"NSYS": "all"}, "all")],
+)
+def test_ranks_under_nsys(torchrun, arguments, variables, ranks):
+    assert torchrun.run(*arguments, **variables)[0] == 0
+    place = torchrun.options.index("launch.nsys")
+    expected = ["--ranks", ranks, "--output", str(torchrun.runs_dir / "demo/nsys"), "--", "-m", "w1train.pretrain", "recipe=demo"]
+    assert torchrun.options[place + 1 : place + 9] == expected
+
+
+def run_nsys(rank: str, ranks: str, output: Path) -> subprocess.CompletedProcess[str]:
+    """launch.nsys around a Python that prints its arguments and ends with 75."""
+    command = [sys.executable, "-m", "launch.nsys", "--ranks", ranks, "--output", str(output), "--"]
+    rest = ["-c", "import sys; print(sys.argv[1:]); sys.exit(75)", "recipe=demo", "--list"]
+    return subprocess.run([*command, *rest], env=os.environ | {"RANK": rank}, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_nsys_starts_the_chosen_ranks(stand_in, tmp_path):
+    stand_in.command("nsys", 'while [ "$1" != "-c" ]; do last="$1"; shift; done; exec "$last" "$@"')
+    for rank in ("0", "8"):
+        result = run_nsys(rank, "0,8", tmp_path / "out")
+        assert (result.returncode, result.stdout) == (75, "['recipe=demo', '--list']\n"), result.stderr
+    calls = stand_in.calls("nsys")
+    assert [f"--output={tmp_path}/out/rank_{rank:05d}" in words for rank, words in zip((0, 8), calls, strict=True)] == [True, True]
+    result = run_nsys("1", "0,8", tmp_path / "out")
+    assert (result.returncode, result.stdout) == (75, "['recipe=demo', '--list']\n")
+    assert len(stand_in.calls("nsys")) == 2
+
+
+def test_without_nsys_it_says_so(stand_in, tmp_path):
+    result = run_nsys("0", "all", tmp_path / "out")
+    assert result.returncode == 2
+    assert "nsys is not on PATH" in result.stderr

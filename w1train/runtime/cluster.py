@@ -1,0 +1,86 @@
+"""Who this process is on a cluster: from Slurm, where no launcher has said so.
+
+torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets. Under plain
+`srun`, one task a rank, they are made here from Slurm's variables. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+
+from w1train.config.errors import ConfigurationError, Problem
+
+# Below the ports that Linux hands out by itself (32768 and up) and above most services.
+_FIRST_PORT, _NUM_PORTS = 12_000, 20_000
+
+
+def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str | None:
+    """Set torch.distributed's variables from Slurm's, if this process is one of several tasks that `srun` started.
+
+    What is set already stays: torchrun's variables, or a MASTER_ADDR and MASTER_PORT of the user's. Returns a line for the log (where
+    the ranks came from, or that an allocation has more tasks than this one process uses), or None where there is nothing to say.
+
+    A process that was started in a shell of `sbatch` or `salloc`, without `srun`, is alone: Slurm describes the whole allocation there
+    (SLURM_NTASKS=16, SLURM_PROCID=0), and a rank 0 of 16 would wait for fifteen that nobody starts. Slurm's variables of a *step* tell
+    the two apart.
+
+    Raises:
+        ConfigurationError: Slurm's variables contradict each other.
+    """
+    environment = os.environ if environment is None else environment
+    if "RANK" in environment or "SLURM_JOB_ID" not in environment:
+        return None
+    num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if num_tasks == 1:
+        return _unused_tasks(environment)
+    rank, node = int(environment["SLURM_PROCID"]), int(environment["SLURM_NODEID"])
+    per_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    if sum(per_node) != num_tasks or node >= len(per_node) or rank >= num_tasks:
+        raise _contradiction(environment)
+    environment.update(
+        RANK=str(rank), WORLD_SIZE=str(num_tasks), LOCAL_RANK=environment["SLURM_LOCALID"], LOCAL_WORLD_SIZE=str(per_node[node])
+    )
+    # One node needs no name service, which is the first thing to be missing in a container.
+    address = "127.0.0.1" if len(per_node) == 1 else first_host(environment["SLURM_STEP_NODELIST"])
+    environment.setdefault("MASTER_ADDR", address)
+    environment.setdefault("MASTER_PORT", str(rendezvous_port(environment)))
+    meeting_place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    return f"rank {rank} of {num_tasks} on {len(per_node)} nodes, from Slurm; they meet at {meeting_place}"
+
+
+def rendezvous_port(environment: Mapping[str, str]) -> int:
+    """A port that all ranks of a step know without talking, another one for each job and step: jobs may share a node."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    return _FIRST_PORT + (job * 7 + step) % _NUM_PORTS
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's short form of a list: ``gpu001`` for ``gpu[001-004,007],login1``. Rank 0 runs there."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form of a list of counts: ``8(x2),4`` is 8, 8, 4."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or "1")
+    return counts
+
+
+def _unused_tasks(environment: Mapping[str, str]) -> str | None:
+    in_step = "SLURM_STEP_NUM_TASKS" in environment
+    num_tasks = environment.get("SLURM_NTASKS", "1")
+    if in_step or num_tasks == "1":
+        return None
+    return f"this one process is the whole run, in a Slurm allocation of {num_tasks} tasks: `srun` starts one rank a task"
+
+
+def _contradiction(environment: Mapping[str, str]) -> ConfigurationError:
+    names = ("SLURM_PROCID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
+    found = ", ".join(f"{name}={environment[name]}" for name in names)
+    return ConfigurationError(
+        [Problem("Slurm's environment", found, "variables of one step, as srun sets them", "start with srun, or set RANK")]
+    )
