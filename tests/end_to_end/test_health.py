@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from w1train import status
 
-HANG = ("health.hang_timeout=3", "health.heartbeat_interval=0.5")
+# Longer than a busy machine makes a tiny step take.
+HANG = ("health.hang_timeout=6", "health.heartbeat_interval=0.5")
 
 
 def state(run: TinyRun) -> dict[str, Any]:
@@ -106,9 +108,8 @@ def test_a_spike_is_left_out_and_the_window_survives_a_kill(tiny_data, tmp_path)
     assert not [record for record in run.train_records() if record.get("skipped") == "nonfinite"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tiny_run, undisturbed, number, capsys):
-    trap = traps.signal_after_record(7, number, rank=1)
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tiny_run, undisturbed, capsys):
+    trap = traps.signal_after_record(7, signal.SIGTERM, rank=1)
     outcome = tiny_run.train(world_size=2, sabotage=trap).require(75)
     saved = tiny_run.steps_saved()[-1]
     assert saved in (7, 8)
@@ -124,10 +125,10 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tiny_run, undisturbed, 
 def test_a_signal_in_a_step_that_does_not_end(tiny_run):
     """The main thread sits where no handler runs."""
     outcome = tiny_run.train(
-        "health.stop_timeout=1", "health.heartbeat_interval=0.5", sabotage=traps.hang_at_step(5, rank=0, number=signal.SIGTERM)
+        "health.stop_timeout=1", "health.heartbeat_interval=0.5", sabotage=traps.hang_at_step(5, rank=0, number=signal.SIGUSR1)
     )
     assert outcome.statuses == [1]
-    assert "not stopped 1 s after SIGTERM (health.stop_timeout), at step 4, training: ended as it is" in outcome.output.splitlines()[-1]
+    assert "not stopped 1 s after SIGUSR1 (health.stop_timeout), at step 4, training: ended as it is" in outcome.output.splitlines()[-1]
     assert "in hang" in (tiny_run.path / "stacks/rank_0.txt").read_text()
     assert state(tiny_run)["state"] == "failed"
     tiny_run.train().require(0)
@@ -138,7 +139,7 @@ def test_a_rank_that_hangs_is_named(tiny_run, undisturbed):
     """It sleeps before a collective in which the other waits: both are equally far."""
     outcome = tiny_run.train(*HANG, world_size=2, sabotage=traps.hang_at_step(5, rank=1)).require(1)
     last = outcome.output.splitlines()[-1]
-    assert "no progress for 3 s at step 4 (health.hang_timeout): rank 1 on " in last or "no progress for 4 s at step 4" in last
+    assert re.search(r"no progress for \d+ s at step 4 \(health.hang_timeout\): rank 1 on ", last), last
     assert "is behind, the other ranks wait; stacks are in" in last
     assert "hang" in (tiny_run.path / "stacks/rank_1.txt").read_text()
     assert "distributed_c10d.py" in (tiny_run.path / "stacks/rank_0.txt").read_text()

@@ -41,7 +41,8 @@ class StopSignals:
         self._owner = os.getpid()
         # Schedulers signal every process of a job. A forked data worker must neither die of it, before the rank has saved, nor write to
         # our pipe; it ends with its parent.
-        os.register_at_fork(after_in_child=self._forget)
+        # Blocked meanwhile: the child has our handlers until it has got rid of them.
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock, after_in_child=self._forget)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,8 +76,17 @@ class StopSignals:
         """At once, where the main thread can: whether it is a second signal is the pipe's to say, for this may come late."""
         pulse.stop_requested = True
 
+    def _block(self) -> None:
+        if self._owner == os.getpid():
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def _unblock(self) -> None:
+        if self._owner == os.getpid():
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
     def _forget(self) -> None:
         if self._owner == os.getppid():
             signal.set_wakeup_fd(-1)
             for handled in STOP_SIGNALS:
                 signal.signal(handled, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
