@@ -10,6 +10,7 @@ Loading is megatron-core's: it asks for whole parameters, whatever boxes they ar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,22 +23,24 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+_FORMAT = "fully_reshardable"
 _NOT_STATES = ("step",)  # a count per parameter group, which is saved with the groups
 
 
 def save_optimizer_states_in_slices() -> None:
     """Make megatron-core's distributed optimizer save so; done once."""
-    original = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if hasattr(original, "saves_slices"):
+    original = DistributedOptimizer.sharded_state_dict
+    if hasattr(original, "__wrapped__"):
         return
 
-    def sharded_states(self: DistributedOptimizer, model_state: Any, is_loading: bool = False, metadata: dict | None = None) -> Any:
+    @functools.wraps(original)
+    def sharded_state_dict(self: DistributedOptimizer, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading:
-            return original(self, model_state, is_loading, metadata)
-        return dict(enumerate(state_shards(self, model_state)))
+            return original(self, model_state, is_loading, *args, **kwargs)
+        # All that the original does beside gathering is to collect garbage: a quarter of a second in which training would wait.
+        return {**self.state_dict(), "param_state": dict(enumerate(state_shards(self, model_state))), "param_state_sharding_type": _FORMAT}
 
-    sharded_states.saves_slices = True  # type: ignore[attr-defined]
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_states
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
 
 
 def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[ShardedTensor]:
