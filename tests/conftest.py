@@ -40,11 +40,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _root_logger_as_it_was() -> Iterator[None]:
-    """A command that a test runs in this process sets logging up; the next test must not find the root logger at that level."""
-    level = logging.getLogger().level
+def _loggers_as_they_were() -> Iterator[None]:
+    """A command that a test runs in this process sets logging up; the next test must not find the loggers at its levels."""
+    loggers = [logging.getLogger(), logging.getLogger("w1train")]
+    levels = [each.level for each in loggers]
     yield
-    logging.getLogger().setLevel(level)
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ def watched(tiny_data, tmp_path_factory) -> TinyRun:
         run.train(
             f"logging={{wandb: offline, peak_tflops: 1.0, tensorboard: {'true' if HAS_TENSORBOARD else 'false'}}}",
             "parallel={context: 2, context_chunk_size: 8}",
+            "health.straggler_interval=4",
             f"schedule.stages.stable.tokens={(num_steps - 2) * BATCH * LENGTH}",
             world_size=2,
         ).require(0)

@@ -40,11 +40,15 @@ def test_versions_name_what_ran():
     assert found["megatron-core"].startswith("0.19")
 
 
-def test_the_commit_is_that_of_this_checkout_only(tmp_path):
+def test_the_commit_is_that_of_this_checkout_only(tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
+    monkeypatch.delenv("W1TRAIN_CODE_VERSION", raising=False)
     assert _git_commit(tmp_path) is None
+    monkeypatch.setenv("W1TRAIN_CODE_VERSION", "v1-3-gabc")
+    assert _git_commit(tmp_path) == "v1-3-gabc", "what an image says it was built from"
+    monkeypatch.delenv("W1TRAIN_CODE_VERSION")
     git("init", "-q")
     (tmp_path / "file").write_text("1")
     git("add", "file")

@@ -73,6 +73,18 @@ SECTIONS = (
             Panel(title="Balance over context-parallel ranks, max / mean", metrics=("context_balance",)),
         ),
     ),
+    Section(
+        name="Health",
+        panels=(
+            Panel(title="Steps left out", metrics=("health/skipped_steps",)),
+            Panel(title="Slowest rank", metrics=("health/slowest_rank",), x=_BY_STEP),
+            Panel(title="Seconds that other ranks wait for the slowest", metrics=("health/rank_spread",), x=_BY_STEP),
+            Panel(title="Seconds that training stood still for a checkpoint", metrics=("checkpoint/stall_seconds",), x=_BY_STEP),
+            Panel(title="Seconds of a save in the background", metrics=("checkpoint/background_seconds",), x=_BY_STEP),
+            Panel(title="Steps beside a save, longer by", metrics=("checkpoint/background_dip",), x=_BY_STEP),
+            Panel(title="Seconds of a restart", metrics=("checkpoint/restart_seconds",), x=_BY_STEP),
+        ),
+    ),
 )
 
 

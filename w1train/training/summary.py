@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -89,13 +90,13 @@ def _installed(distribution: str) -> str | None:
 
 
 def _git_commit(root: Path) -> str | None:
-    """The commit that ``root`` is a checkout of, with "-dirty" when tracked files differ from it.
+    """The commit that ``root`` is a checkout of, with "-dirty" when tracked files differ from it; without one, what the image says.
 
     Only if ``root`` itself is the checkout: for an installed package, git would find whichever repository of the user's
     happens to lie around site-packages.
     """
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("W1TRAIN_CODE_VERSION")
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)

@@ -52,7 +52,6 @@ def test_the_slowest_rank_is_found_every_other_step():
         for measured in (metrics[1], metrics[3]):
             assert measured["health/slowest_rank"] == 1
             assert 0.15 < measured["health/rank_spread"] < 0.6
-            assert 0 <= measured["time/communication_seconds"] < 0.3
     assert results[0][0][1]["health/rank_spread"] == results[1][0][1]["health/rank_spread"]
     assert results[0][1] == []
     assert len(results[1][1]) == 1, "twice may be chance"

@@ -62,13 +62,8 @@ class StragglerClock:
         dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier that does not wait for a GPU
         together = self._clock()
         slowest, spread = _compare(together - arrived)
+        self.metrics = {"health/slowest_rank": slowest, "health/rank_spread": spread}
         self._finalize(*arguments, **keywords)
-        torch.cuda.synchronize()
-        self.metrics = {
-            "health/slowest_rank": slowest,
-            "health/rank_spread": spread,
-            "time/communication_seconds": self._clock() - together,
-        }
         self._warn(slowest, spread, together - self._start)
 
     def _warn(self, slowest: int, spread: float, seconds: float) -> None:
