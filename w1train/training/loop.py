@@ -144,12 +144,12 @@ class Trainer:
                     batches.close()
                     self.rewind(error)
                     batches = self.noisy_batches()
-            self.progress.seconds = time.perf_counter() - self.started
             if self.stopped:
                 # Not for its upload: the time until the end by force is short, and the next start goes on from here.
                 self.saver.require_saved()
             else:
                 self.saver.close()
+                self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
 
     def after_step(self, flags: StepFlags) -> None:
