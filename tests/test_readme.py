@@ -6,13 +6,20 @@ it here, or leave the command out.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import io
 import itertools
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,17 +39,6 @@ CONFIGURED = {"w1train.pretrain"}
 DISTRIBUTED = {"w1train.doctor"}
 """Modules with argparse that torchrun may start."""
 RECIPES_OF_EXAMPLES = {"mine", "NAME"}
-
-# Runs a module's own argparse and nothing after it.
-PARSE_ONLY = """
-import argparse, runpy, sys
-parse_args = argparse.ArgumentParser.parse_args
-def parse_and_stop(self, *args, **kwargs):
-    parse_args(self, *args, **kwargs)
-    sys.exit("parsed")
-argparse.ArgumentParser.parse_args = parse_and_stop
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
 
 
 class CommandError(Exception):
@@ -95,10 +91,56 @@ def check_python(words: list[str]) -> None:
     elif {"-h", "--help"} & set(arguments):
         run(sys.executable, "-m", module, *arguments)
     elif "ArgumentParser" in path.read_text():
-        if (end := run(sys.executable, "-c", PARSE_ONLY, module, *arguments, status=1)).strip() != "parsed":
+        if (end := parse_only(module, arguments)).strip() != "parsed":
             raise CommandError(f"{module} {' '.join(arguments)}: {end}")
     else:
         raise CommandError(f"don't know how to check the arguments of {module}")
+
+
+def parse_only(module: str, arguments: list[str]) -> str:
+    """What the module prints when its own argparse runs and nothing after it, which ends with "parsed" alone if nothing was wrong.
+
+    In a fork, so that what all these modules import takes its seconds once, here.
+    """
+    from w1train.runtime.cpu import import_megatron
+
+    import_megatron()
+    importlib.import_module("w1train.training.loop")
+    with tempfile.TemporaryFile() as output:
+        process = multiprocessing.get_context("fork").Process(target=_parse_and_stop, args=(module, arguments, output.fileno()))
+        process.start()
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        output.seek(0)
+        return output.read().decode() or f"ended without a word, with {process.exitcode}"
+
+
+def _parse_and_stop(module: str, arguments: list[str], output: int) -> None:
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        parse_args(self, *args, **kwargs)
+        sys.exit("parsed")
+
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 (pytest has put its own there)
+    os.chdir(REPOSITORY)
+    argparse.ArgumentParser.parse_args = parse_and_stop
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # runpy warns of one that is imported already
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def check_plan(arguments: list[str]) -> None:
