@@ -73,6 +73,24 @@ def test_a_persistent_nan_is_left_out_and_written_aside(tiny_run, undisturbed):
     assert f"its batch is in {directory}" in outcome.output
 
 
+@pytest.mark.parametrize("overrides", [(), ("parallel.distributed_optimizer=false",), ("checkpoint.interval=1",)], ids=str)
+def test_a_first_step_that_is_left_out_costs_no_checkpoint(tiny_data, tmp_path, overrides):
+    """The optimizer has no moments yet when it is first looked at for what a save holds."""
+    run, expected = TinyRun(tiny_data, tmp_path / "runs"), TinyRun(tiny_data, tmp_path / "expected")
+    trap = traps.nan_in_gradient(rank=1, steps=[1], times=2)
+    expected.train(*overrides, world_size=2, sabotage=trap).require(0)
+    assert [record["step"] for record in expected.train_records() if record.get("skipped")] == [1]
+
+    def killed(rank: int) -> None:
+        trap(rank)
+        traps.after_commit(1)(rank)
+
+    assert run.train(*overrides, world_size=2, sabotage=killed).killed
+    outcome = run.train(*overrides, world_size=2).require(0)
+    assert "resuming from" in outcome.output
+    assert run.metrics() == expected.metrics()
+
+
 def test_after_too_many_skips_the_run_goes_back_and_is_undisturbed(tiny_run, undisturbed):
     """The fault, in step 5 and on, is gone the second time."""
     trap = traps.nan_in_gradient(rank=0, steps=[5, 6, 7], times=2)

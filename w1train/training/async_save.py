@@ -185,7 +185,6 @@ class CheckpointSaver:
             self._after_commit(save.progress.step, seconds)
 
     def _prepare(self) -> None:
-        """Not before the first step, which makes the optimizer's states."""
         with self.times.stalling():
             state = collect_state(self.model, Progress())
             self._plan = make_plan(state)
