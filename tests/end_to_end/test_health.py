@@ -16,6 +16,7 @@ import pytest
 
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
+from tests.end_to_end.test_failures import flip
 from w1train import status
 
 # Longer than a busy machine makes a tiny step take.
@@ -102,6 +103,21 @@ def test_after_too_many_skips_the_run_goes_back_and_is_undisturbed(tiny_run, und
     outcome = again.train("health.max_skips=1", world_size=2, sabotage=traps.nan_in_gradient(rank=0, steps=[4, 5], times=2)).require(0)
     assert "Going back to the checkpoint of step 3 (1 of 1 times)" in outcome.output
     require_undisturbed(again, undisturbed(2, "fp32"))
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint(tiny_run, undisturbed):
+    nan = traps.nan_in_gradient(rank=0, steps=[8], times=2)
+
+    def sabotage(rank: int) -> None:
+        nan(rank)
+        traps.act_after_record(7, lambda: flip(next((tiny_run.checkpoints / "step_0000000006").glob("__0_*"))))(rank)
+
+    overrides = ("health.max_skips=0", "checkpoint.asynchronous=false")
+    outcome = tiny_run.train(*overrides, world_size=2, sabotage=sabotage).require(0)
+    assert "is now damaged-step_0000000006; training goes on from step 3" in outcome.output
+    assert "Going back to the checkpoint of step 3 (1 of 1 times)" in outcome.output
+    require_undisturbed(tiny_run, undisturbed(2, "fp32"))
+    assert [path.name for path in tiny_run.checkpoints.glob("*-step_*")] == ["damaged-step_0000000006"]
 
 
 def test_weights_that_are_lost_come_back_from_a_checkpoint_but_not_for_ever(tiny_run, undisturbed):

@@ -287,6 +287,16 @@ def test_checkpoints_go_away_and_come_back(tmp_path):
     assert on_ranks(fetch) == [5, 5]
     assert complete_steps(tmp_path / "new") == [5]
     assert [path.name for path in (tmp_path / "new").glob("damaged-*")] == ["damaged-step_0000000006"]
+
+    def go_back(_training: Steps) -> int | None:
+        from w1train.training.recovery import choose_checkpoint
+
+        choose_checkpoint(tmp_path / "run", CheckpointConfig(upload=f"file://{remote}", resume_step=3))
+        shutil.rmtree(tmp_path / "run")  # before a step that is done again has been copied
+        (tmp_path / "run").mkdir()
+        return choose_checkpoint(tmp_path / "run", CheckpointConfig(upload=f"file://{remote}"))
+
+    assert on_ranks(go_back, data_parallel=1) == [3]
     shutil.rmtree(remote)
 
 
