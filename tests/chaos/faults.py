@@ -68,6 +68,10 @@ def _ask_to_stop(number: signal.Signals) -> Strike:
     def strike(scene: Scene) -> Iterator[None]:
         yield from scene.moment()
         scene.strike()
+        assert scene.blow is not None
+        if scene.blow.reached > 0:
+            # Before the first step it may come before the ranks listen; from then on it must not simply kill them.
+            scene.evidence = r"stopped by a signal at step \d+; the same command goes on from there"
         scene.signal(number, scene.random.choice([_ALL, _ALL, [0], [1]]))
 
     return strike

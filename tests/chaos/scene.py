@@ -50,6 +50,8 @@ class Scene:
     """The present start's ranks."""
     blow: Blow | None = None
     recovered_at: float | None = None
+    evidence: str = ""
+    """What the ranks must say beside the fault's own evidence, as a regular expression: of this blow alone."""
     _signature: tuple[int, ...] = ()
     _newest: int = 0
     notes: list[str] = field(default_factory=list)

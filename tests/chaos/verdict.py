@@ -74,8 +74,7 @@ def _story_problems(fault: Fault, scene: Scene, story: Story, bound: float) -> l
         found.append(f"{story.num_starts - 1} restarts, {fault.max_restarts} expected: {story.endings}")
     if story.resumed_at is not None and story.resumed_at < scene.blow.saved:
         found.append(f"it went on from step {story.resumed_at}, though the checkpoint of step {scene.blow.saved} was complete")
-    if not re.search(fault.evidence, story.log):
-        found.append(f"nobody said {fault.evidence!r}")
+    found += [f"nobody said {evidence!r}" for evidence in (fault.evidence, scene.evidence) if not re.search(evidence, story.log)]
     if story.recovery_seconds is not None and story.recovery_seconds > bound:
         found.append(f"{story.recovery_seconds:.1f} s until it had recovered, {bound:g} are allowed")
     return found

@@ -16,6 +16,7 @@ import pytest
 
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
+from tests.end_to_end.test_failures import flip
 from w1train import status
 
 # Longer than a busy machine makes a tiny step take.
@@ -73,6 +74,24 @@ def test_a_persistent_nan_is_left_out_and_written_aside(tiny_run, undisturbed):
     assert f"its batch is in {directory}" in outcome.output
 
 
+@pytest.mark.parametrize("overrides", [(), ("parallel.distributed_optimizer=false",), ("checkpoint.interval=1",)], ids=str)
+def test_a_first_step_that_is_left_out_costs_no_checkpoint(tiny_data, tmp_path, overrides):
+    """The optimizer has no moments yet when it is first looked at for what a save holds."""
+    run, expected = TinyRun(tiny_data, tmp_path / "runs"), TinyRun(tiny_data, tmp_path / "expected")
+    trap = traps.nan_in_gradient(rank=1, steps=[1], times=2)
+    expected.train(*overrides, world_size=2, sabotage=trap).require(0)
+    assert [record["step"] for record in expected.train_records() if record.get("skipped")] == [1]
+
+    def killed(rank: int) -> None:
+        trap(rank)
+        traps.after_commit(1)(rank)
+
+    assert run.train(*overrides, world_size=2, sabotage=killed).killed
+    outcome = run.train(*overrides, world_size=2).require(0)
+    assert "resuming from" in outcome.output
+    assert run.metrics() == expected.metrics()
+
+
 def test_after_too_many_skips_the_run_goes_back_and_is_undisturbed(tiny_run, undisturbed):
     """The fault, in step 5 and on, is gone the second time."""
     trap = traps.nan_in_gradient(rank=0, steps=[5, 6, 7], times=2)
@@ -84,6 +103,21 @@ def test_after_too_many_skips_the_run_goes_back_and_is_undisturbed(tiny_run, und
     outcome = again.train("health.max_skips=1", world_size=2, sabotage=traps.nan_in_gradient(rank=0, steps=[4, 5], times=2)).require(0)
     assert "Going back to the checkpoint of step 3 (1 of 1 times)" in outcome.output
     require_undisturbed(again, undisturbed(2, "fp32"))
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint(tiny_run, undisturbed):
+    nan = traps.nan_in_gradient(rank=0, steps=[8], times=2)
+
+    def sabotage(rank: int) -> None:
+        nan(rank)
+        traps.act_after_record(7, lambda: flip(next((tiny_run.checkpoints / "step_0000000006").glob("__0_*"))))(rank)
+
+    overrides = ("health.max_skips=0", "checkpoint.asynchronous=false")
+    outcome = tiny_run.train(*overrides, world_size=2, sabotage=sabotage).require(0)
+    assert "is now damaged-step_0000000006; training goes on from step 3" in outcome.output
+    assert "Going back to the checkpoint of step 3 (1 of 1 times)" in outcome.output
+    require_undisturbed(tiny_run, undisturbed(2, "fp32"))
+    assert [path.name for path in tiny_run.checkpoints.glob("*-step_*")] == ["damaged-step_0000000006"]
 
 
 def test_weights_that_are_lost_come_back_from_a_checkpoint_but_not_for_ever(tiny_run, undisturbed):

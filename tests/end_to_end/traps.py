@@ -65,6 +65,11 @@ def after_record(number: int) -> Sabotage:
     return _at_call(loop.Trainer, "record_step", number, after=True)
 
 
+def act_after_record(number: int, action: Callable[[], None]) -> Sabotage:
+    """At a step boundary, on rank 0."""
+    return _at_call(loop.Trainer, "record_step", number, after=True, action=action)
+
+
 def interrupt(number: int) -> Sabotage:
     """Ctrl-C, which a terminal sends to all ranks."""
     return _at_call(loop.Trainer, "record_step", number, after=True, rank=None, action=lambda: os.kill(os.getpid(), signal.SIGINT))

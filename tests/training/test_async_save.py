@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +17,7 @@ from tests.parallel.test_layouts import layout_config
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.planning.state import PRECISION_BYTES, StateBytes, staging_bytes
 from w1train.runtime.distributed import distributed
+from w1train.runtime.pulse import pulse
 from w1train.training import async_save
 from w1train.training.async_save import CheckpointSaver
 from w1train.training.checkpoint import CheckpointError, Progress, complete_steps, load_checkpoint, read_progress, save_checkpoint
@@ -287,7 +288,39 @@ def test_checkpoints_go_away_and_come_back(tmp_path):
     assert on_ranks(fetch) == [5, 5]
     assert complete_steps(tmp_path / "new") == [5]
     assert [path.name for path in (tmp_path / "new").glob("damaged-*")] == ["damaged-step_0000000006"]
+
+    def go_back(_training: Steps) -> int | None:
+        from w1train.training.recovery import choose_checkpoint
+
+        choose_checkpoint(tmp_path / "run", CheckpointConfig(upload=f"file://{remote}", resume_step=3))
+        shutil.rmtree(tmp_path / "run")  # before a step that is done again has been copied
+        (tmp_path / "run").mkdir()
+        return choose_checkpoint(tmp_path / "run", CheckpointConfig(upload=f"file://{remote}"))
+
+    assert on_ranks(go_back, data_parallel=1) == [3]
     shutil.rmtree(remote)
+
+
+def test_a_last_upload_that_gets_on_is_no_hang(tmp_path):
+    class Upload:
+        """Every second look finds another file sent."""
+
+        looks = num_sent = 0
+
+        @property
+        def is_busy(self) -> bool:
+            self.looks += 1
+            self.num_sent = self.looks // 2
+            return self.looks < 6
+
+    def close(training: Steps) -> int:
+        saver, beats = CheckpointSaver(tmp_path, training.model, CheckpointConfig(), ""), list[int]()
+        saver._uploader = cast(Any, Upload())
+        pulse.observer = lambda: beats.append(1)
+        saver.close()
+        return len(beats)
+
+    assert on_ranks(close, data_parallel=1) == [2]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

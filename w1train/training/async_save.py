@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.background import in_background, nothing
 from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
+from w1train.runtime.pulse import beat
 from w1train.training.checkpoint import collect_state, write_shards
 from w1train.training.commit import explain_failure, finish, raise_together, write_hashed, writing_path
 from w1train.training.manifest import CheckpointError, Progress, latest_step, size_of, step_path
@@ -185,7 +186,6 @@ class CheckpointSaver:
             self._after_commit(save.progress.step, seconds)
 
     def _prepare(self) -> None:
-        """Not before the first step, which makes the optimizer's states."""
         with self.times.stalling():
             state = collect_state(self.model, Progress())
             self._plan = make_plan(state)
@@ -266,7 +266,16 @@ class CheckpointSaver:
     def close(self) -> None:
         """``require_saved``, and wait for what is being uploaded."""
         self.require_saved()
-        while any(agree([self._uploader is not None and self._uploader.is_busy])):
+        num_sent = 0
+        while True:
+            uploader = self._uploader
+            is_busy, now_sent = agree([uploader.is_busy, uploader.num_sent] if uploader is not None else [0, 0])
+            if not is_busy:
+                return
+            if now_sent > num_sent:
+                # Hours, perhaps: a hang is an upload in which no file gets through.
+                num_sent = now_sent
+                beat()
             time.sleep(_POLL_SECONDS)
 
     def _look_at_space(self) -> None:

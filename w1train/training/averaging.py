@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
+from w1train.runtime.pulse import beat
 from w1train.training.checkpoint import MANIFEST, complete_steps, is_complete, read_progress, step_path, verify_checkpoint, write_complete
 from w1train.training.shards import Place, Shards
 
@@ -155,6 +156,7 @@ def _write_file(path: Path, indices: list[MetadataIndex], sources: list[Shards])
         for index in indices:
             start = stream.tell()
             _write_shard(index, sources, stream)
+            beat()  # at the end of a phase a watchdog looks on, and this may take long
             places[index] = Place(path.name, start, stream.tell() - start)
         stream.flush()
         os.fsync(stream.fileno())

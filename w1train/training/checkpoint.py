@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from w1train.runtime.distributed import agreed, all_or_none, on_main_rank
 from w1train.training.commit import raise_together, write_complete, write_hashed
@@ -228,7 +229,19 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     models = {_model_key(index): _model_state(stage) for index, stage in enumerate(model.stages)}
     # The optimizer finds its parameters' places through the model's state; with several stages it wants them all in one.
     model_state = models if len(models) > 1 else next(iter(models.values()))
+    if not is_loading:
+        _make_states(model.optimizer)
     return {**models, "optimizer": model.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())}
+
+
+def _make_states(optimizer: MegatronOptimizer) -> None:
+    """The optimizer makes its moments (zeros) at its first update. A save before that (a first step that was left out) would have none,
+    and could not be loaded: it asks for all."""
+    assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
+    for each in optimizer.chained_optimizers:
+        # None where a rank has nothing to train.
+        if each.init_state_fn is not None:
+            each.init_state_fn(each.optimizer, each.config)
 
 
 def _model_state(stage: torch.nn.Module) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from w1train.training.metrics_log import read_metrics
 from w1train.training.objective import block_size, describe_objective
 from w1train.training.phases import phase_ends, phase_start, stage_of_step
 from w1train.training.profiling import Profiler
-from w1train.training.recovery import choose_checkpoint, newest_good_step
+from w1train.training.recovery import choose_checkpoint, newest_good_step, set_aside_damaged
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import LoadWeights, build_trained_model
 from w1train.training.summary import read_steps, write_summary
@@ -183,6 +183,8 @@ class Trainer:
             raise error
         self.num_rewinds += 1
         logger.warning("%s. Going back to the checkpoint of step %d (%d of %d times)", error, step, self.num_rewinds, health.max_rewinds)
+        # A damaged one that is later would count among the newest, and good ones be removed for it.
+        on_main_rank(partial(set_aside_damaged, self.run.checkpoints, step))
         self.model.gather_parameters()
         progress = self._load_progress(step)
         # In place: what counts the run's steps elsewhere counts with this one.

@@ -52,7 +52,7 @@ def choose_checkpoint(directory: Path, settings: CheckpointConfig) -> int | None
     else:
         step = newest_good_step(directory, hashes=settings.verify)
         if step is not None:
-            on_main_rank(partial(_set_aside_damaged, directory, step))
+            on_main_rank(partial(set_aside_damaged, directory, step))
     if step is None and settings.upload is not None:
         step = _fetch_newest(RemoteCheckpoints(settings.upload), directory)
     if step is None:
@@ -92,7 +92,8 @@ def _newest_or_stop(directory: Path, *, hashes: bool) -> int | None:
     return step
 
 
-def _set_aside_damaged(directory: Path, good: int) -> None:
+def set_aside_damaged(directory: Path, good: int) -> None:
+    """Set aside what is newer than the newest good checkpoint: its step is done again. Rank 0 only."""
     for path in step_directories(directory):
         if _step(path) > good or not is_complete(path):
             logger.warning("%s is damaged and is now %s; training goes on from step %d", path, set_aside(path, DAMAGED).name, good)
@@ -106,6 +107,9 @@ def _chosen_step(directory: Path, settings: CheckpointConfig) -> int | None:
     assert step is not None
     on_main_rank(partial(_require_step, directory, step))
     verify_checkpoint(step_path(directory, step), rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=settings.verify)
+    if settings.upload is not None:
+        # First: were it left out by a failure, a later start that has lost its disk would fetch what is undone here.
+        on_main_rank(partial(RemoteCheckpoints(settings.upload).undo_after, step))
     on_main_rank(partial(_return_to, directory, step))
     return step
 

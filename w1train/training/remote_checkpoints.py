@@ -26,6 +26,7 @@ from w1train.training.retention import kept_steps, rank_steps
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_UNDONE_MANIFEST = "undone-manifest.json"
 
 
 class RemoteCheckpoints:
@@ -51,8 +52,21 @@ class RemoteCheckpoints:
         steps = [int(name.removeprefix("step_")) for name in names if STEP_DIRECTORY.fullmatch(name)]
         return sorted(step for step in steps if self._files.exists(f"{self._path(step)}/{MANIFEST}"))
 
-    def send(self, checkpoint: Path) -> None:
-        """Copy a complete checkpoint; what is there of one of its step is replaced.
+    def undo_after(self, step: int) -> None:
+        """Make the later checkpoints none, for their steps are done again: their manifests get another name (a directory's cannot be
+        changed without copying it). They go when copies of the same steps come.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        for later in self.steps():
+            if later > step:
+                logger.warning("%s of step %d is a checkpoint no more: checkpoint.resume_step=%d", self.url, later, step)
+                path = self._path(later)
+                _attempt(partial(self._files.mv, f"{path}/{MANIFEST}", f"{path}/{_UNDONE_MANIFEST}"))
+
+    def send(self, checkpoint: Path, after_file: Callable[[], None] = lambda: None) -> None:
+        """Copy a complete checkpoint; what is there of one of its step is replaced. ``after_file`` is called after each of its files.
 
         Raises:
             OSError: a file could not be read or sent.
@@ -63,6 +77,7 @@ class RemoteCheckpoints:
         self._files.makedirs(self._path(step), exist_ok=True)
         for name in names:
             _attempt(partial(self._files.put_file, str(checkpoint / name), f"{self._path(step)}/{name}"))
+            after_file()
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint, or what is there of it; the sign of completeness first."""
@@ -139,6 +154,8 @@ class Uploader:
         self._queued: tuple[Path, CheckpointConfig, int] | None = None
         self._sending: Path | None = None
         self.is_busy = False
+        self.num_sent = 0
+        """Files."""
 
     def upload(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
         """Send a complete checkpoint soon, and then remove old ones there. Returns at once."""
@@ -172,10 +189,13 @@ class Uploader:
             self.is_busy = job is not None
             return job
 
+    def _count(self) -> None:
+        self.num_sent += 1
+
     def _send(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
         started = time.perf_counter()
         try:
-            self._remote.send(checkpoint)
+            self._remote.send(checkpoint, self._count)
             logger.info("uploaded %s to %s in %.1f s", checkpoint.name, self._remote.url, time.perf_counter() - started)
             self._remote.remove_old(settings, phase_start)
         except (OSError, RuntimeError, ValueError) as error:

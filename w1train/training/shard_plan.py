@@ -57,6 +57,8 @@ class Plan:
 
     boxes: tuple[Box, ...]
     """What this rank writes, in order."""
+    num_held: int
+    """Boxes that this rank had when the plan was made, its own and those that other ranks write."""
     entries: Entries | None
     """Of the whole checkpoint; on rank 0, which writes the metadata."""
 
@@ -118,7 +120,7 @@ def make_plan(state: LocalState) -> Plan:
     mine: list[Any] = [None]
     dist.scatter_object_list(mine, dealt if held is not None else None)
     own = list(state.boxes)
-    return Plan(tuple(own[number] for number in mine[0]), entries)
+    return Plan(tuple(own[number] for number in mine[0]), len(own), entries)
 
 
 def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
@@ -160,4 +162,6 @@ def tensors_of(plan: Plan, state: Mapping[Box, Tensor]) -> list[Tensor]:
     """The tensors of a plan's boxes at a later step."""
     missing = [box for box in plan.boxes if box not in state]
     assert not missing, f"the state has changed since its first save: {missing[0]} is no more"
+    # What the plan does not know of would be left out without a word.
+    assert len(state) == plan.num_held, f"the state has changed since its first save: {len(state)} boxes, {plan.num_held} were planned"
     return [state[box] for box in plan.boxes]
