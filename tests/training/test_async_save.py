@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.parallel.test_layouts import layout_config
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.planning.state import PRECISION_BYTES, StateBytes, staging_bytes
 from w1train.runtime.distributed import distributed
+from w1train.runtime.pulse import pulse
 from w1train.training import async_save
 from w1train.training.async_save import CheckpointSaver
 from w1train.training.checkpoint import CheckpointError, Progress, complete_steps, load_checkpoint, read_progress, save_checkpoint
@@ -307,3 +309,16 @@ def test_planned_host_memory_is_what_is_taken(tmp_path, precision, sharded):
     planned = staging_bytes(state, precision, 2, distributed=sharded)
     assert sum(staged for staged, _ in found) == 2 * planned
     assert all(staged == pytest.approx(planned, rel=0.05) for staged, _ in found)
+
+
+def test_waiting_for_the_last_upload_is_no_hang(monkeypatch):
+    """It may take longer than the watchdog is patient."""
+    polls = iter([1, 1, 0])
+    saver = object.__new__(CheckpointSaver)
+    saver._save = saver._failure = None
+    saver._uploader = SimpleNamespace(is_busy=False)
+    monkeypatch.setattr(async_save, "agree", lambda _: [next(polls)])
+    monkeypatch.setattr(pulse, "progress", float("-inf"))
+    monkeypatch.setattr(pulse, "observer", None)
+    saver.close()
+    assert pulse.progress > 0.0

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.background import in_background, nothing
 from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
+from w1train.runtime.pulse import beat
 from w1train.training.checkpoint import collect_state, write_shards
 from w1train.training.commit import explain_failure, finish, raise_together, write_hashed, writing_path
 from w1train.training.manifest import CheckpointError, Progress, latest_step, size_of, step_path
@@ -267,6 +268,9 @@ class CheckpointSaver:
         """``require_saved``, and wait for what is being uploaded."""
         self.require_saved()
         while any(agree([self._uploader is not None and self._uploader.is_busy])):
+            # All ranks have just answered. An upload may take longer than health.hang_timeout, and a run that is ended here
+            # never sends its last checkpoint.
+            beat()
             time.sleep(_POLL_SECONDS)
 
     def _look_at_space(self) -> None:
