@@ -33,16 +33,35 @@ def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
     return command_line.config
 
 
+def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
+    """Why nsys around these ranks (numbers separated by commas, or all; None: around none) would record nothing: it records only what
+    the run marks."""
+    profiling = config.profiling
+    wanted = 'profiling.tool=nsys "profiling.steps=[20,24]"'
+    if ranks is None:
+        return []
+    if profiling.tool != "nsys" or not profiling.steps:
+        found = f"profiling.tool={profiling.tool}, profiling.steps={profiling.steps}"
+        return [Problem("--nsys", found, "a run that marks the steps to be recorded", wanted)]
+    silent = [] if ranks == "all" else [rank for rank in ranks.split(",") if int(rank) not in profiling.ranks]
+    if not silent:
+        return []
+    found = f"{ranks}, with profiling.ranks={profiling.ranks}"
+    return [Problem("--nsys", found, "ranks that mark their steps", f'"profiling.ranks=[{ranks}]"')]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, required=True, help="of the whole run")
+    parser.add_argument("--nsys", metavar="RANKS", help="that will run under nsys: numbers separated by commas, or all")
     parser.add_argument("arguments", nargs="*", help="of w1train.pretrain, behind --")
     options = parser.parse_args(arguments)
     try:
         config = checked_config(options.arguments, options.ranks)
+        raise_if_any(nsys_problems(options.nsys, config))
     except ConfigurationError as error:
         print(f"w1train.pretrain: {error}\n\n'python -m w1train.pretrain --help' explains the command line.", file=sys.stderr)
         return 2

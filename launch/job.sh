@@ -49,7 +49,8 @@ run_ranks() {
   ln -sfn "${logs##*/}" "$run/logs/latest"
   export TORCH_FR_DUMP_TEMP_FILE="$logs/nccl_trace_rank_"
   say "attempt $attempt from ${before:-the start}; each rank's log is in $logs"
-  srun "${srun_options[@]}" --output="$logs/rank_%5t.log" "${command[@]}" &
+  # In --output a percent sign begins a field.
+  srun "${srun_options[@]}" --output="${logs//%/%%}/rank_%5t.log" "${command[@]}" &
   step=$!
   tail --follow=name --retry --lines=+1 --sleep-interval=0.5 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
   console=$!

@@ -8,4 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
+if [[ ! -x "$VENV/bin/python" ]]; then
+  printf 'launch/slurm.sh: there is no %s/bin/python: make the environment with launch/bootstrap.sh, or name yours with VENV=\n' "$VENV" >&2
+  exit 2
+fi
 exec "$VENV/bin/python" -m launch.slurm "$@"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.check import checked_config
+from launch.check import checked_config, nsys_problems
 from launch.slurm_script import Job, RunPlace, warning_seconds
 from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
 from w1train.config.schema import Config
@@ -68,7 +68,7 @@ def parse(words: Sequence[str], directory: Path) -> Submission:
     before, arguments = _split(words)
     known, unknown = _parser().parse_known_args(before)
     problems = [_unknown(word) for word in unknown]
-    job = _job(known, problems)
+    job = _job(known, directory, problems)
     try:
         config: Config | None = checked_config(arguments, job.num_ranks if job.num_ranks > 0 else None)
     except ConfigurationError as error:
@@ -77,6 +77,8 @@ def parse(words: Sequence[str], directory: Path) -> Submission:
     if config is not None and (seconds := _seconds(job.time)) is not None and seconds <= warning_seconds(config.health.stop_timeout):
         valid = f"more than the {warning_seconds(config.health.stop_timeout)} s before its end at which the ranks begin to save"
         problems.append(Problem("--time", str(job.time), valid, "health.stop_timeout=30, for a small model"))
+    if config is not None and known.nsys is not None and _is_ranks(known.nsys):
+        problems += nsys_problems(known.nsys, config)
     raise_if_any(problems)
     assert config is not None
     run_directory = directory / config.runs_dir / config.name
@@ -124,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(known: argparse.Namespace, problems: list[Problem]) -> Job:
+def _job(known: argparse.Namespace, directory: Path, problems: list[Problem]) -> Job:
     gpus = _count("--gpus-per-node", known.gpus_per_node, problems, least=0)
     in_container = known.container_image is not None
     if known.container_mounts and not in_container:
@@ -141,7 +143,7 @@ def _job(known: argparse.Namespace, problems: list[Problem]) -> Job:
         account=known.account,
         qos=known.qos,
         time=known.time,
-        container_image=known.container_image,
+        container_image=_image(known.container_image, directory),
         container_mounts=tuple(known.container_mounts),
         environment=tuple(known.env),
         setup=tuple(known.setup),
@@ -165,7 +167,7 @@ def _problems_of_texts(known: argparse.Namespace) -> list[Problem]:
     problems = []
     if known.time is not None and _seconds(known.time) is None:
         problems.append(Problem("--time", known.time, _TIME_FORMS, "24:00:00"))
-    if known.nsys is not None and not re.fullmatch(r"all|\d+(,\d+)*", known.nsys):
+    if known.nsys is not None and not _is_ranks(known.nsys):
         problems.append(Problem("--nsys", known.nsys, "ranks separated by commas, or all", "--nsys=0,8"))
     for text in known.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", text, re.DOTALL):
@@ -182,6 +184,17 @@ def _problems_of_texts(known: argparse.Namespace) -> list[Problem]:
         elif program == "sbatch" and name in _OWN_DIRECTIVES:
             problems.append(Problem("--sbatch", option, f"an option that {PROGRAM} does not write itself", f"use {_OWN_DIRECTIVES[name]}"))
     return problems
+
+
+def _is_ranks(text: str) -> bool:
+    return re.fullmatch(r"all|\d+(,\d+)*", text) is not None
+
+
+def _image(name: str | None, directory: Path) -> str | None:
+    """pyxis takes for a file only what begins with a slash or a dot; ``w1train.sqsh`` would be pulled from Docker's registry."""
+    if name is None or "#" in name or not name.endswith((".sqsh", ".sqfs", ".squashfs")):
+        return name
+    return str(directory / name)
 
 
 def _unknown(word: str) -> Problem:

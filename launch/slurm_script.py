@@ -141,8 +141,8 @@ def _container_options(job: Job, run: RunPlace) -> list[str]:
     if job.container_image is None:
         return []
     own = [run.working_directory]
-    if not run.directory.is_relative_to(run.working_directory):
-        own.append(run.directory.parent)
+    # Also where runs/ is a link to another file system: inside, it would lead nowhere.
+    own += [path for path in dict.fromkeys([run.directory.parent, run.directory.parent.resolve()]) if not path.is_relative_to(own[0])]
     mounts = [*(f"{path}:{path}" for path in own), *job.container_mounts]
     return [
         f"--container-image={job.container_image}",

@@ -4,7 +4,7 @@
 #   launch/torchrun.sh recipe=w1_4b                                          one node
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu1 launch/torchrun.sh recipe=w1_4b    the same on every node, with its NODE_RANK
 #   srun --ntasks-per-node=1 launch/torchrun.sh recipe=w1_4b                 Slurm says which node this is
-#   launch/torchrun.sh --nsys=0,8 recipe=w1_4b profiling.tool=nsys           ranks 0 and 8 under Nsight Systems
+#   launch/torchrun.sh --nsys recipe=w1_4b profiling.tool=nsys "profiling.steps=[20,24]"      rank 0 under Nsight Systems
 #
 # Arguments are those of w1train.pretrain. Ends as it does: 0 finished, 75 stopped on a signal after saving (the same command goes on),
 # 2 a mistake of the user, 1 failed more than MAX_RESTARTS times.
@@ -31,6 +31,7 @@ fail() {
   exit 2
 }
 
+if [[ ! -x "$python" ]]; then fail "there is no $python: make the environment with launch/bootstrap.sh, or name yours with VENV="; fi
 nsys="${NSYS:-}"
 if [[ "$nsys" == 1 ]]; then nsys=0; fi
 case "${1:-}" in
@@ -56,7 +57,8 @@ NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(
 if [[ "$NNODES" != 1 && -z "${MASTER_ADDR:-}" ]]; then fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of node 0"; fi
 
 # A mistake in the recipe is told once, here, not by every rank of every node.
-answer="$("$python" -m launch.check --ranks $((NNODES * NPROC)) -- "$@")"
+if [[ -n "$nsys" && ! "$nsys" =~ ^(all|[0-9]+(,[0-9]+)*)$ ]]; then fail "--nsys=$nsys: ranks separated by commas, or all"; fi
+answer="$("$python" -m launch.check --ranks $((NNODES * NPROC)) ${nsys:+"--nsys=$nsys"} -- "$@")"
 { read -r run && read -r stop_timeout; } <<<"$answer"
 
 if [[ "$NNODES" == 1 ]]; then

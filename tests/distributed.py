@@ -20,6 +20,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -226,7 +227,13 @@ def _describe_hang(hung: list[int], job: _Job) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nothing listens on at the moment, below those that the system deals out to connections: one of
+    these may be gone before it is used (Linux: from 32768 on)."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 32000)))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise RuntimeError("no free port between 20000 and 32000 in 100 tries")

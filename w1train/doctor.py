@@ -1,8 +1,9 @@
-"""What is installed, what works on this machine, and how fast; with torchrun, whether all ranks work together.
+"""What is installed, what works on this machine, and how fast; with torchrun or srun, whether all ranks work together.
 
     python -m w1train.doctor
     python -m w1train.doctor --quick
     torchrun --standalone --nproc-per-node 8 -m w1train.doctor --json
+    srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none python -m w1train.doctor
 
 Exit status: 0, or 1 where something does not work; what is merely absent or slow is said, and is no failure. --quick is for health
 checks: it only imports and asks, and puts nothing on a GPU that may be training.
@@ -29,6 +30,7 @@ from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
 from w1train.diagnosis.host import host_section
 from w1train.diagnosis.kernels import kernel_section
 from w1train.diagnosis.packages import installed_version, package_section
+from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.device import device_name, select_device
 
 _SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "nvidia-cudnn-frontend")
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     try:
+        discover_ranks()
         sections = examine(args.runs_dir, quick=args.quick, seconds=args.seconds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

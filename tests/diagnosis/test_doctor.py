@@ -196,3 +196,16 @@ def test_a_local_rank_without_a_gpu_is_a_mistake_of_the_user(monkeypatch, capsys
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert doctor.main([]) == 2
     assert "LOCAL_RANK is 3" in capsys.readouterr().err
+
+
+def test_under_srun_a_task_is_a_rank(monkeypatch, tmp_path, capsys):
+    """Else each of sixteen tasks would take itself for the whole machine, all on the first GPU."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "gpu1"}
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "1", **step}.items():
+        monkeypatch.setenv(name, value)
+    assert doctor.main(["--quick", f"--runs-dir={tmp_path}"]) == 0
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("1", "2", "1")
+    assert capsys.readouterr().out == "", "rank 0 speaks for all"

@@ -229,3 +229,12 @@ def test_a_job_of_a_chain_that_comes_too_late_does_nothing(job):
     assert job.num_starts == 1
     assert "nothing is left to do" in output
     assert job.stand_in.calls("python") == [["-m", "w1train.status", str(job.run)]]
+
+
+def test_a_percent_sign_of_a_path_is_no_field_of_slurms(stand_in, tmp_path):
+    (tmp_path / "100%j").mkdir()
+    job = JobRun(stand_in, tmp_path / "100%j")
+    stand_in.command("srun", "exit 0")
+    assert job.end()[0] == 0
+    (output,) = [word for word in stand_in.calls("srun")[0] if word.startswith("--output=")]
+    assert output.removeprefix("--output=") == f"{tmp_path}/100%%j/runs/demo/logs/job_7_0_1/rank_%5t.log"

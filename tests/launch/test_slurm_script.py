@@ -17,6 +17,7 @@ from w1train.config.errors import ConfigurationError
 GOLDEN = Path(__file__).parent / "golden"
 HOME = Path("/home/me/w1train")
 
+PROFILED = ["profiling.tool=nsys", "profiling.steps=[20,24]", "profiling.ranks=[0,8]"]
 CASES = {
     "plain": ["--nodes", "2", "--partition", "gpu", "--time", "24:00:00", "--", "recipe=w1_4b"],
     "cpu": ["--gpus-per-node", "0", "--ranks-per-node", "2", "--cpus-per-rank", "4", "--no-requeue", "--", "recipe=demo", "name=small"],
@@ -35,7 +36,10 @@ CASES = {
         ),
         *("--", "recipe=w1_4b", "parallel.tensor=4", "runs_dir=/scratch/me/runs"),
     ],
-    "chain": ["--nodes", "4", "--chain", "5", "--time", "12:00:00", "--max-failures", "2", "--nsys=0,8", "--", "recipe=llada_1b"],
+    "chain": [
+        *("--nodes", "4", "--chain", "5", "--time", "12:00:00", "--max-failures", "2", "--nsys=0,8"),
+        *("--", "recipe=llada_1b", *PROFILED),
+    ],
 }
 
 
@@ -101,6 +105,9 @@ def test_words_reach_the_ranks_as_they_were_typed():
         (["--sbatch=-C", "--", "recipe=w1_4b"], ["one long option"]),
         (["--srun=label", "--", "recipe=w1_4b"], ["one long option of srun"]),
         (["--nsys=first", "--", "recipe=w1_4b"], ["ranks separated by commas"]),
+        (["--nsys", "--", "recipe=w1_4b"], ["profiling.tool=torch, profiling.steps=[]", "profiling.tool=nsys"]),
+        (["--nsys", "--", "recipe=w1_4b", "profiling.steps=[3]"], ["profiling.tool=torch"]),
+        (["--nsys=0,1", "--", "recipe=w1_4b", *PROFILED], ["--nsys", "profiling.ranks=[0, 8]"]),
         (["--", "recipe=w1_4b", "--cfg", "job"], ["a flag that only prints"]),
     ],
 )
@@ -109,6 +116,30 @@ def test_mistakes_are_told_before_anything_is_submitted(words, complaints):
         parse(words, HOME)
     for complaint in complaints:
         assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("w1train.sqsh", "/home/me/w1train/w1train.sqsh"),
+        ("./images/w1train.sqsh", "/home/me/w1train/images/w1train.sqsh"),
+        ("/images/w1train.sqsh", "/images/w1train.sqsh"),
+        ("nvcr.io#nvidia/pytorch:26.07-py3", "nvcr.io#nvidia/pytorch:26.07-py3"),
+        ("ubuntu", "ubuntu"),
+    ],
+)
+def test_an_image_file_is_no_name_in_a_registry(name, image):
+    """pyxis tells them apart by the first character alone."""
+    assert f"  --container-image={image}\n" in script("--container-image", name, "--", "recipe=w1_4b").replace("'", "")
+
+
+def test_a_runs_folder_that_is_a_link_is_mounted_where_it_leads(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "code/runs").symlink_to(tmp_path / "scratch")
+    submission = parse(["--container-image", "x", "--", "recipe=w1_4b"], tmp_path / "code")
+    text = render(submission.job, submission.run, submission.arguments)
+    assert f"--container-mounts={tmp_path}/code:{tmp_path}/code,{tmp_path}/scratch:{tmp_path}/scratch" in text
 
 
 @pytest.mark.parametrize(

@@ -147,10 +147,32 @@ def test_signals_go_on_to_torchrun(torchrun, tmp_path, number):
     [(["--nsys"], {}, "0"), (["--nsys=0,8"], {}, "0,8"), ([], {"NSYS": "1"}, "0"), ([], {"NSYS": "all"}, "all")],
 )
 def test_ranks_under_nsys(torchrun, arguments, variables, ranks):
-    assert torchrun.run(*arguments, **variables)[0] == 0
+    profiled = ["profiling.tool=nsys", "profiling.steps=[2]", "profiling.ranks=[0,8]"]
+    assert torchrun.run(*arguments, *profiled, **variables)[0] == 0
     place = torchrun.options.index("launch.nsys")
-    expected = ["--ranks", ranks, "--output", str(torchrun.runs_dir / "demo/nsys"), "--", "-m", "w1train.pretrain", "recipe=demo"]
+    expected = ["--ranks", ranks, "--output", str(torchrun.runs_dir / "demo/nsys"), "--", "-m", "w1train.pretrain", profiled[0]]
     assert torchrun.options[place + 1 : place + 9] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--nsys"], "profiling.tool=nsys"),
+        (["--nsys=1", "profiling.tool=nsys", "profiling.steps=[2]"], "profiling.ranks=[1]"),
+        (["--nsys=first"], "ranks separated by commas"),
+    ],
+)
+def test_a_profile_of_nothing_is_a_mistake(torchrun, arguments, complaint):
+    status, output = torchrun.run(*arguments)
+    assert status == 2
+    assert complaint in output
+    assert torchrun.stand_in.calls("torchrun") == []
+
+
+def test_without_an_environment_it_says_how_to_make_one(torchrun, tmp_path):
+    status, output = torchrun.run(VENV=str(tmp_path / "nowhere"))
+    assert status == 2
+    assert "launch/bootstrap.sh" in output
 
 
 def run_nsys(rank: str, ranks: str, output: Path) -> subprocess.CompletedProcess[str]:

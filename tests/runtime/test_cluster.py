@@ -69,6 +69,14 @@ def test_a_shell_in_an_allocation_is_alone_and_hears_of_it(in_sbatch):
     assert environment == before
 
 
+@pytest.mark.parametrize("around", [{}, task(0, 0, 0, SLURM_STEP_NUM_TASKS="3", SLURM_STEP_TASKS_PER_NODE="1(x3)")])
+def test_mpirun_is_refused(around):
+    """Its processes have the variables of the step that its daemons are: four of one node would all be the same rank."""
+    with pytest.raises(ConfigurationError, match="mpirun with 16 processes"):
+        discover_ranks(around | {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "5"})
+    assert discover_ranks({"RANK": "5", "OMPI_COMM_WORLD_SIZE": "16"}) is None
+
+
 def test_what_the_user_set_stays():
     environment = task(0, 0, 0, MASTER_ADDR="10.0.0.7", MASTER_PORT="5000")
     discover_ranks(environment)

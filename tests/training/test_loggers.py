@@ -12,6 +12,8 @@ import pytest
 
 from tests.training.fake_run import train_record, validation_record
 from tests.training.wandb_file import read_history, read_run
+from w1train.config.schema import HealthConfig
+from w1train.training import loggers
 from w1train.training.comparison import compare
 from w1train.training.loggers import WandbLogger, resolve_mode, wandb_metrics
 
@@ -125,6 +127,17 @@ def test_a_dead_service_ends_the_logging_once(tmp_path, caplog):
     for step in (1, 2):
         run.log(train_record(step=step))
     assert caplog.text.count("the service is gone") == 1
+
+
+def test_the_end_does_not_wait_for_a_network_for_ever(tmp_path, monkeypatch, caplog):
+    run = start(tmp_path)
+    settings = run._run.settings
+    if not hasattr(settings, "finish_timeout"):
+        pytest.skip("this release of wandb waits as long as it takes")
+    assert 0 < settings.finish_timeout == loggers._FINISH_SECONDS < HealthConfig().stop_timeout
+    monkeypatch.setattr(loggers, "_FINISH_SECONDS", 0.0)
+    run.close()
+    assert f"send the rest with: wandb sync {tmp_path}" in caplog.text
 
 
 def test_our_own_mistakes_are_not_swallowed(tmp_path):

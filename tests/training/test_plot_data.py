@@ -26,6 +26,13 @@ moderate = st.floats(-1e9, 1e9).map(lambda value: round(value, 6))
 series = st.lists(st.none() | moderate, min_size=1, max_size=300)
 
 
+@pytest.mark.parametrize("value", [1e-9, 3e-13, 1e-15, 1e-200])
+def test_ticks_of_very_small_numbers_differ(value):
+    ticks = linear_ticks(*padded_range([value]), 5)
+    assert len(set(ticks)) == len(ticks) >= 2
+    assert all(tick_labels(ticks))
+
+
 @given(moderate, moderate, st.integers(2, 12))
 def test_linear_ticks_are_round_few_and_inside(low, high, max_ticks):
     assume(high - low > 1e-3 and high - low > 1e-6 * max(abs(low), abs(high)))

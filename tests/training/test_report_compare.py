@@ -97,6 +97,13 @@ def test_empty_runs(tmp_path):
     assert compare(tmp_path, write_log(tmp_path / "a"), write_log(tmp_path / "b")).words
 
 
+def test_steps_that_took_no_time(tmp_path):
+    """A clock that stands still is no reason to have no page."""
+    still = {"time/step_seconds": 0.0, "time/data_wait_seconds": 0.0}
+    runs = [write_log(tmp_path / name, train_record(1) | still) for name in "ab"]
+    assert "waiting for data" not in compare(tmp_path, *runs).words
+
+
 def test_the_command(tmp_path):
     runs = [str(write_log(tmp_path / name, train_record(1))) for name in ("a", "b")]
 

@@ -27,10 +27,15 @@ def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str |
     the two apart.
 
     Raises:
-        ConfigurationError: Slurm's variables contradict each other.
+        ConfigurationError: Slurm's variables contradict each other, or `mpirun` started this: each process would take itself for a whole
+            run, and within Slurm for a rank of the step that mpirun starts its own daemons with.
     """
     environment = os.environ if environment is None else environment
-    if "RANK" in environment or "SLURM_JOB_ID" not in environment:
+    if "RANK" in environment:
+        return None
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        raise _mpirun(environment)
+    if "SLURM_JOB_ID" not in environment:
         return None
     num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks == 1:
@@ -76,6 +81,12 @@ def _unused_tasks(environment: Mapping[str, str]) -> str | None:
     if in_step or num_tasks == "1":
         return None
     return f"this one process is the whole run, in a Slurm allocation of {num_tasks} tasks: `srun` starts one rank a task"
+
+
+def _mpirun(environment: Mapping[str, str]) -> ConfigurationError:
+    found = f"mpirun with {environment['OMPI_COMM_WORLD_SIZE']} processes, and no RANK"
+    valid = "torchrun, srun with one task a rank, or RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand"
+    return ConfigurationError([Problem("the launcher", found, valid, "launch/torchrun.sh")])
 
 
 def _contradiction(environment: Mapping[str, str]) -> ConfigurationError:

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import string
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,9 @@ _LEFT_OUT = {
 _PREFIXES = {"train": "", "validation": "validation/", "average": "average/"}
 
 _TABLE_COLUMNS = ("step", "tokens", "prompt", "text")
+# Without it wandb waits for a network that is down as long as that is: longer than a stopped run has (health.stop_timeout), and than
+# srun leaves the last rank. What is not sent by then stays on the disk.
+_FINISH_SECONDS = 60.0
 # A table is sent whole each time it grows.
 _MAX_TABLE_ROWS = 200
 
@@ -71,6 +75,7 @@ class WandbLogger:
         self._validation_timesteps, self._stages = tuple(validation_timesteps), tuple(stages)
         self._run: Any = None
         self._first_step = 0
+        self._place = ""
         self._samples: list[list[Any]] = []
         resolved = resolve_mode(mode)
         if resolved != "disabled":
@@ -96,10 +101,13 @@ class WandbLogger:
             self._guarded("log samples", lambda: self._log_table(samples[-1]["step"]))
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the run; ``exit_code`` other than 0 marks it as failed. Waits for uploads when online."""
+        """Finish the run; ``exit_code`` other than 0 marks it as failed. Waits for uploads when online, a minute at most."""
         if self.active:
             run, self._run = self._run, None
+            started = time.monotonic()
             self._guarded("finish", lambda: run.finish(exit_code=exit_code))
+            if time.monotonic() - started >= _FINISH_SECONDS:
+                logger.warning("W&B may not have sent all within %.0f s; send the rest with: wandb sync %s", _FINISH_SECONDS, self._place)
 
     def _start(self, run_dir: Path, mode: ResolvedMode, project: str, name: str, config: dict[str, Any]) -> None:
         # wandb falls back to a temporary directory without a word that would be seen; better to know.
@@ -120,11 +128,15 @@ class WandbLogger:
             # Reading the machine's description may ask the cloud's metadata address: not when offline.
             x_disable_machine_info=mode == "offline",
         )
+        # Not in all releases that will do.
+        if hasattr(settings, "finish_timeout"):
+            settings.finish_timeout = _FINISH_SECONDS
         self._run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", mode=mode, dir=str(run_dir), config=config, settings=settings
         )
         # A run killed after its last checkpoint repeats steps that W&B has: it refuses them, one warning each.
         self._first_step = self._run.step
+        self._place = self._run.settings.sync_dir
         _say_what_is_done(self._run, mode, is_restart)
 
     def _log_table(self, step: int) -> None:

@@ -66,7 +66,9 @@ def linear_ticks(low: float, high: float, max_ticks: int, integer: bool = False)
     if integer:
         step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    # Twelve digits behind the step's own: at a fixed place, the ticks of very small numbers would all be 0.
+    digits = max(12, 12 - math.floor(math.log10(step)))
+    return [round(index * step, digits) for index in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:

@@ -135,7 +135,7 @@ def _mean_at_end(run: Run, key: str) -> float | None:
 def _share(run: Run, key: str) -> float | None:
     """Of the time of all steps."""
     spent, whole = finite(run.column(key)), finite(run.column("time/step_seconds"))
-    return sum(spent) / sum(whole) if spent and whole else None
+    return sum(spent) / sum(whole) if spent and sum(whole) > 0 else None
 
 
 def _device(run: Run) -> str | None:
