@@ -82,6 +82,7 @@ if [[ -n "$nsys" ]]; then command=(-m launch.nsys --ranks "$nsys" --output "$run
 # health.stop_timeout to save; torchrun by itself would not know SIGUSR1, and kill after 30 s (before torch 2.12 it always does).
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$(printf '%.0f' "$stop_timeout")"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+before="$(cat "$run/status.json" 2>/dev/null || true)"
 printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC)) "$NPROC" "$logs"
 "$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
   --log-dir "$logs" --redirects 3 --tee 0:3 \
@@ -94,7 +95,9 @@ while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
 status=0
 wait "$torchrun" || status=$?
 if [[ "$status" == 0 ]]; then exit 0; fi
-# torchrun ends with 1 whatever its ranks end with; the run itself says whether it was stopped or has failed.
+# torchrun ends with 1 whatever its ranks end with; the run itself says whether it was stopped or has failed. What it says from the start
+# before does not count: ranks that never came to say anything would be started again for ever.
+if [[ "$(cat "$run/status.json" 2>/dev/null || true)" == "$before" ]]; then exit 1; fi
 status=0
 "$python" -m w1train.status "$run" || status=$?
 if [[ "$status" == 75 ]]; then exit 75; fi

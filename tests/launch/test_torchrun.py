@@ -36,6 +36,16 @@ class Torchrun:
         stand_in.command("python", PYTHON)
         self.ends("exit 0")
 
+    @property
+    def status_file(self) -> Path:
+        """Of the run."""
+        return self.runs_dir / "demo/status.json"
+
+    @property
+    def says_status(self) -> str:
+        """What a stand-in does in place of ranks that say how they ended."""
+        return f"date +%s%N >{self.status_file}"
+
     def ends(self, body: str) -> None:
         """What the stand-in does."""
         self.stand_in.command("torchrun", body)
@@ -122,15 +132,24 @@ def test_a_mistake_is_told_once_before_ranks_start(torchrun):
 @pytest.mark.parametrize(("run_status", "expected"), [("75", 75), ("1", 1), ("3", 1), ("0", 1)])
 def test_how_the_run_ended_is_asked_of_the_run(torchrun, run_status, expected):
     """torchrun ends with 1 whatever its ranks end with."""
-    torchrun.ends("exit 1")
+    torchrun.ends(f"{torchrun.says_status}; exit 1")
     status, output = torchrun.run(RUN_STATUS=run_status)
     assert status == expected, output
+
+
+def test_what_an_earlier_start_said_does_not_count(torchrun):
+    """Ranks that never came to write their status would be started again for ever."""
+    torchrun.status_file.parent.mkdir(parents=True)
+    torchrun.status_file.write_text("stopped, by the start before")
+    torchrun.ends("exit 1")
+    status, output = torchrun.run(RUN_STATUS="75")
+    assert status == 1, output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_go_on_to_torchrun(torchrun, tmp_path, number):
     ready, got = tmp_path / "ready", tmp_path / "got"
-    torchrun.ends(f"trap 'touch {got}; exit 1' {number.name[3:]}; touch {ready}; while true; do sleep 0.05; done")
+    torchrun.ends(f"trap 'touch {got}; {torchrun.says_status}; exit 1' {number.name[3:]}; touch {ready}; while true; do sleep 0.05; done")
     process = torchrun.start(RUN_STATUS="75")
     deadline = time.monotonic() + 60
     while not ready.exists():
