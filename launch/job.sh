@@ -6,6 +6,7 @@
 attempt=0
 failures=0
 stopping=no
+warning=none
 step=""
 status=0
 
@@ -14,8 +15,17 @@ say() { printf '== %s job %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$SLURM_JOB_I
 # --signal=B:USR1 comes to this shell alone; srun hands it on. Slurm signals every process of a step, the helpers of the ranks too.
 before_the_limit() {
   stopping=yes
+  warning=pending
   say "Slurm's warning (SIGUSR1): the time is nearly over, the ranks save and stop"
-  if [[ -n "$step" ]]; then kill -USR1 "$step" 2>/dev/null; fi
+  hand_on
+}
+
+# Once: ranks end without a checkpoint at a second one. What has just been forked may lose a signal, so it gets a second to begin.
+hand_on() {
+  if [[ -z "$step" || "$warning" != pending ]]; then return; fi
+  warning=none
+  sleep 1
+  kill -USR1 "$step" 2>/dev/null
 }
 
 # Preempted, requeued or cancelled: Slurm sends SIGTERM to the ranks itself, and kills what is left after KillWait.
@@ -52,6 +62,7 @@ run_ranks() {
   # In --output a percent sign begins a field.
   srun "${srun_options[@]}" --output="${logs//%/%%}/rank_%5t.log" "${command[@]}" &
   step=$!
+  hand_on
   tail --follow=name --retry --lines=+1 --sleep-interval=0.5 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
   console=$!
   # A trap ends `wait` early, with a status that is not srun's.
@@ -66,9 +77,15 @@ run_ranks() {
 start_again() {
   if [[ "$chain" == yes ]]; then
     say "the next job of the chain goes on"
-  elif [[ "$requeue" == no ]]; then
+    exit 75
+  fi
+  if [[ "$requeue" == no ]]; then
     say "to go on, submit this job again"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+    exit 75
+  fi
+  # Slurm ends what it requeues, as a rule before scontrol is back: that is no preemption.
+  trap '' TERM
+  if scontrol requeue "$SLURM_JOB_ID"; then
     say "requeued"
   else
     say "could not be requeued: submit this job again"
@@ -105,6 +122,7 @@ main() {
   fi
   [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint)" ]] && first=yes
   while true; do
+    if [[ "$stopping" == yes ]]; then start_again; fi
     before="$(newest_checkpoint)"
     run_ranks
     say "the ranks ended with status $status"

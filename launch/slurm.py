@@ -46,12 +46,14 @@ def submit(submission: Submission, script: str) -> list[str]:
     """Hand the script to sbatch, once for each job of the chain; the numbers of the jobs.
 
     Raises:
-        SubmissionError: there is no sbatch, or it refused. Jobs of a chain that it had taken are cancelled.
+        SubmissionError: there is no sbatch, or it refused; jobs of a chain that it had taken are cancelled. Or an earlier chain of the
+            run has not ended: it could neither tell its own jobs from these, nor end itself.
     """
     if shutil.which("sbatch") is None:
         raise SubmissionError("sbatch is not on PATH: call this on a login node, or see the script with --dry-run")
     logs = submission.run.directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)  # Slurm would not make it, and the job would fail without a word
+    _require_no_other_jobs(logs / "chain")
     path = logs / "job.sh"
     path.write_text(script)
     # What counts the failures of an earlier submission must not end this one.
@@ -70,6 +72,17 @@ def submit(submission: Submission, script: str) -> list[str]:
     print(f"submitted: job {', '.join(jobs)}, {submission.job.num_ranks} ranks on {submission.job.nodes} nodes")
     print(f"run directory: {submission.run.directory}\nlog: {logs}/slurm_{jobs[0]}.log (rank 0; all ranks: {logs}/latest/)")
     return jobs
+
+
+def _require_no_other_jobs(chain: Path) -> None:
+    if not chain.exists():
+        return
+    jobs = ",".join(chain.read_text().split())
+    # It refuses numbers that it has forgotten if they are alone, and leaves them out among others.
+    result = subprocess.run(["squeue", "--noheader", "--format=%i", f"--jobs={jobs}"], capture_output=True, text=True)
+    if result.returncode == 0 and result.stdout.strip():
+        alive = result.stdout.split()
+        raise SubmissionError(f"jobs of an earlier chain of this run have not ended; to replace them: scancel {' '.join(alive)}")
 
 
 def _sbatch(script: Path, after: str | None) -> str:

@@ -7,7 +7,7 @@
 #   launch/torchrun.sh --nsys recipe=w1_4b profiling.tool=nsys "profiling.steps=[20,24]"      rank 0 under Nsight Systems
 #
 # Arguments are those of w1train.pretrain. Ends as it does: 0 finished, 75 stopped on a signal after saving (the same command goes on),
-# 2 a mistake of the user, 1 failed more than MAX_RESTARTS times.
+# 2 a mistake of the user, 130 after Ctrl-C, 1 failed more than MAX_RESTARTS times.
 #
 # Environment variables, beside those of launch/settings.sh:
 #   NPROC         ranks on this node                              (default: its GPUs, or 1)
@@ -91,14 +91,18 @@ printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC))
 torchrun=$!
 trap 'kill -TERM "$torchrun"' TERM
 trap 'kill -USR1 "$torchrun"' USR1
+# Ctrl-C comes to the whole foreground; this shell waits until the ranks have gone.
+interrupted=no
+trap 'interrupted=yes' INT
 while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
 status=0
 wait "$torchrun" || status=$?
 if [[ "$status" == 0 ]]; then exit 0; fi
+if [[ "$interrupted" == yes ]]; then exit 130; fi
 # torchrun ends with 1 whatever its ranks end with; the run itself says whether it was stopped or has failed. What it says from the start
 # before does not count: ranks that never came to say anything would be started again for ever.
 if [[ "$(cat "$run/status.json" 2>/dev/null || true)" == "$before" ]]; then exit 1; fi
 status=0
 "$python" -m w1train.status "$run" || status=$?
-if [[ "$status" == 75 ]]; then exit 75; fi
+if [[ "$status" == 75 || "$status" == 2 ]]; then exit "$status"; fi
 exit 1

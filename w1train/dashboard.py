@@ -31,20 +31,22 @@ def create(entity: str | None, project: str) -> str:
     """Create the workspace and return its address.
 
     Raises:
-        UserError: no key, no entity, or wandb-workspaces is not installed.
+        UserError: no key, no entity, wandb-workspaces is not installed, or W&B cannot be reached or refuses.
     """
     if not os.environ.get("WANDB_API_KEY"):
         raise UserError("WANDB_API_KEY is not set, and W&B stores workspaces on its servers alone; --print shows what would be created")
-    try:
-        import wandb
+    import wandb
 
+    try:
         owner = entity or wandb.Api().default_entity
         if owner is None:
             raise UserError("the key has no default entity: name one with --entity")
         made = workspace(owner, project)
+        made.save()
     except ImportError as error:
         raise UserError(f"{error}: pip install 'w1train[dashboard]'") from error
-    made.save()
+    except (wandb.Error, OSError) as error:
+        raise UserError(f"W&B did not create it: {error}") from error
     return str(made.url)
 
 

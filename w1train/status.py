@@ -3,7 +3,8 @@
     python -m w1train.status runs/demo
     python -m w1train.status runs/*
 
-Exit status, for scripts: 0 finished, 75 to be run again (stopped on a signal after saving), 3 running, 1 failed or died, 2 not a run.
+Exit status, for scripts: 0 finished, 75 to be run again (stopped on a signal after saving), 3 running, 1 failed or died, 2 not a run, or
+ended by a mistake of configuration or data.
 Of several runs the first of 2, 1, 3, 75 that one of them has.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.status import Heartbeat, Status, read_heartbeats, read_status
 
-_STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "failed": ExitStatus.FAILED}
+_STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "failed": ExitStatus.FAILED, "mistake": ExitStatus.MISTAKE}
 _WORST_FIRST = (ExitStatus.MISTAKE, ExitStatus.FAILED, ExitStatus.RUNNING, ExitStatus.STOPPED, ExitStatus.FINISHED)
 _SILENT_SECONDS = 1200.0
 _SLOW_SECONDS = 30.0
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="w1train.status", description="What runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(
-        "--silent", type=float, default=_SILENT_SECONDS, metavar="SECONDS", help="a run without progress for so long has died (1200)"
+        "--silent", type=float, default=_SILENT_SECONDS, metavar="SECONDS", help="a run that gives no sign of life so long has died (1200)"
     )
     options = parser.parse_args(arguments)
     found = []
@@ -50,7 +51,10 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
     if status is None:
         return "no status.json: not a run directory, or never started", ExitStatus.MISTAKE
     age = max(0.0, time.time() - status.time)
-    died = status.state not in _STATUSES and (_is_gone(status) or age > silent_seconds)
+    heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
+    # What lives and does not get on is for its own watchdog, which knows how long a start or a step may take.
+    last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values())])
+    died = status.state not in _STATUSES and (_is_gone(status) or time.time() - last_sign > silent_seconds)
     share = status.step / status.num_steps if status.num_steps else 0.0
     parts = [
         "died" if died else status.state,
@@ -60,7 +64,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
         f"last progress {_duration(age)} ago",
     ]
     if status.state not in _STATUSES and not died:
-        slow = _slow(read_heartbeats(directory, status.world_size))
+        slow = _slow(heartbeats)
         if slow:
             parts.append(f"slow: {', '.join(slow)}")
     if status.message:

@@ -32,6 +32,8 @@ from tests.end_to_end import traps
 from tests.end_to_end.runs import VOCAB_SIZE, TinyRun, launch, output_to
 from w1train.config.errors import UserError
 from w1train.runtime import distributed
+from w1train.runtime.exit_status import ExitStatus
+from w1train.status import describe_run
 from w1train.training import loop
 
 WRONG_LAYOUTS = {
@@ -154,6 +156,7 @@ def test_data_missing_on_one_rank_alone_ends_all_ranks(tiny_run, tmp_path):
     outcome = tiny_run.train(world_size=2, sabotage=elsewhere).require(2)
     require_message(outcome.output, r"w1train.pretrain: tokenizer .*cannot be read: No such file.*\nmet by rank 1 of 2 ranks\n")
     assert outcome.outputs[1] == ""
+    assert describe_run(tiny_run.path)[1] == ExitStatus.MISTAKE  # what launch/torchrun.sh ends with
 
 
 def test_what_a_high_rank_meets_before_there_are_groups_is_told_by_it(tiny_run):

@@ -197,6 +197,16 @@ def test_stopped_ranks_in_a_job_that_goes_on_are_requeued(job):
     assert job.requeued
 
 
+def test_after_a_warning_no_ranks_are_started(job):
+    """It comes with the script's first words, which ask for the date."""
+    job.stand_in.command("date", f'[ $(grep -c ^date {job.stand_in.calls_file}) = 1 ] && kill -USR1 "$PPID"; exec /usr/bin/date "$@"')
+    job.plan("0 0000000005")
+    status, output = job.end()
+    assert status == 75, output
+    assert job.num_starts == 0
+    assert job.requeued
+
+
 def test_without_requeue_it_says_what_to_do(job):
     job.plan("75 0000000005")
     status, output = job.end(requeue=False)

@@ -1,4 +1,7 @@
-"""What launch.slurm prints and refuses. The golden scripts are whole files: a changed line is a reviewed change (UPDATE_GOLDEN=1)."""
+"""What launch.slurm prints and refuses. A changed line of a golden script is a reviewed change (UPDATE_GOLDEN=1).
+
+plain.sh is a whole script; the other files are the half that says what to run, for the half that runs it is the same in all.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
 
 GOLDEN = Path(__file__).parent / "golden"
+SECOND_HALF = "# The second half of a job's script"
+"""Its first line."""
 HOME = Path("/home/me/w1train")
 
 PROFILED = ["profiling.tool=nsys", "profiling.steps=[20,24]", "profiling.ranks=[0,8]"]
@@ -48,19 +53,27 @@ def script(*words: str) -> str:
     return render(submission.job, submission.run, submission.arguments)
 
 
+def golden(name: str) -> str:
+    """The whole script that must be rendered."""
+    plain = (GOLDEN / "plain.sh").read_text()
+    if name == "plain":
+        return plain
+    return (GOLDEN / f"{name}.sh").read_text() + plain[plain.index(SECOND_HALF) :]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name):
     path = GOLDEN / f"{name}.sh"
     text = script(*CASES[name])
     if "UPDATE_GOLDEN" in os.environ:
-        path.write_text(text)
-    assert text == path.read_text(), f"{path} is not what launch.slurm renders: look at the difference, then UPDATE_GOLDEN=1"
+        path.write_text(text if name == "plain" else text[: text.index(SECOND_HALF)])
+    assert text == golden(name), f"{path} is not what launch.slurm renders: look at the difference, then UPDATE_GOLDEN=1"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_shellcheck_has_nothing_to_say(name):
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    result = subprocess.run([shellcheck, GOLDEN / f"{name}.sh"], capture_output=True, text=True)
+    result = subprocess.run([shellcheck, "-"], input=golden(name), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -181,6 +194,19 @@ def test_a_refused_chain_leaves_no_half(stand_in, capsys):
     assert slurm.main(["--gpus-per-node", "0", "--chain", "3", "--", "recipe=demo"]) == 1
     assert "invalid dependency" in capsys.readouterr().err
     assert stand_in.calls("scancel") == [["41"]]
+
+
+def test_no_second_chain_beside_a_living_one(stand_in, tmp_path, capsys):
+    """Each would cancel, and count, only what is in the list."""
+    stand_in.command("sbatch", "echo 41")
+    words = ["--gpus-per-node", "0", "--chain", "2", "--", "recipe=demo"]
+    assert slurm.main(words) == 0
+    stand_in.command("squeue", "echo 41")
+    assert slurm.main(words) == 1
+    assert "scancel 41" in capsys.readouterr().err
+    assert len(stand_in.calls("sbatch")) == 2
+    stand_in.command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
+    assert slurm.main(words) == 0
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch, capsys):

@@ -69,6 +69,13 @@ class Torchrun:
         return self.options[self.options.index(name) + 1]
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def torchrun(stand_in, tmp_path):
     return Torchrun(stand_in, tmp_path)
@@ -129,7 +136,7 @@ def test_a_mistake_is_told_once_before_ranks_start(torchrun):
     assert torchrun.stand_in.calls("torchrun") == []
 
 
-@pytest.mark.parametrize(("run_status", "expected"), [("75", 75), ("1", 1), ("3", 1), ("0", 1)])
+@pytest.mark.parametrize(("run_status", "expected"), [("75", 75), ("2", 2), ("1", 1), ("3", 1), ("0", 1)])
 def test_how_the_run_ended_is_asked_of_the_run(torchrun, run_status, expected):
     """torchrun ends with 1 whatever its ranks end with."""
     torchrun.ends(f"{torchrun.says_status}; exit 1")
@@ -151,13 +158,22 @@ def test_signals_go_on_to_torchrun(torchrun, tmp_path, number):
     ready, got = tmp_path / "ready", tmp_path / "got"
     torchrun.ends(f"trap 'touch {got}; {torchrun.says_status}; exit 1' {number.name[3:]}; touch {ready}; while true; do sleep 0.05; done")
     process = torchrun.start(RUN_STATUS="75")
-    deadline = time.monotonic() + 60
-    while not ready.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(ready)
     process.send_signal(number)
     assert process.wait(30) == 75
     assert got.exists()
+    process.communicate()
+
+
+def test_after_ctrl_c_it_waits_for_the_ranks(torchrun, tmp_path):
+    """A terminal sends SIGINT to the script and to torchrun, which does not end at once."""
+    ready, ended = tmp_path / "ready", tmp_path / "ended"
+    torchrun.ends(f"touch {ready}; sleep 1; touch {ended}; exit 1")
+    process = torchrun.start(RUN_STATUS="75")
+    wait_for(ready)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert ended.exists()
     process.communicate()
 
 

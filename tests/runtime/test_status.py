@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_heartbeats_are_read_back_but_for_what_is_torn(tmp_path):
         ({"state": "finished"}, 0, "finished, step 5/20 (25.0%), 1,000 of 4,000 tokens, 4 ranks"),
         ({"state": "stopped"}, 75, "stopped"),
         ({"state": "failed", "message": "no space left"}, 1, "no space left"),
+        ({"state": "mistake", "message": "no such corpus"}, 2, "no such corpus"),
         ({"state": "running"}, 3, "running"),
         ({"state": "saving"}, 3, "saving"),
         ({"state": "running", "time": 0.0}, 1, "died"),
@@ -110,6 +112,18 @@ def test_the_command(tmp_path, capsys, changes, expected, words):
     (tmp_path / "status.json").write_text(json.dumps(values))
     assert command.main([str(tmp_path)]) == expected
     assert words in capsys.readouterr().out
+
+
+def test_a_long_start_that_beats_is_none_that_died(tmp_path, monkeypatch):
+    """health.start_timeout is longer than what a reader bears from a run of which nothing is heard."""
+    started = time.time() - 3000
+    monkeypatch.setattr(time, "time", lambda: started)
+    StatusFile(tmp_path, world_size=2, active=True).update("starting")
+    monkeypatch.undo()
+    write_heartbeat(tmp_path, heartbeat(1))
+    assert command.main([str(tmp_path)]) == ExitStatus.RUNNING
+    write_heartbeat(tmp_path, replace(heartbeat(1), time=started))
+    assert command.main([str(tmp_path)]) == ExitStatus.FAILED
 
 
 def test_of_several_runs_the_worst_counts(tmp_path, capsys):

@@ -48,6 +48,20 @@ def test_without_a_key_it_says_so(monkeypatch, capsys):
         dashboard.main()
 
 
+@needs_workspaces
+def test_a_refusal_is_told(monkeypatch):
+    import wandb_workspaces.workspaces as workspaces
+    from wandb.errors import CommError
+
+    def refuse(self):
+        raise CommError("permission denied")
+
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setattr(workspaces.Workspace, "save", refuse)
+    with pytest.raises(dashboard.UserError, match="permission denied"):
+        dashboard.create("somebody", "a-project")
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from w1train.config.errors import UserError
 from w1train.config.schema import HealthConfig
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.pulse import SAVING, STARTING, VALIDATING, pulse
@@ -29,7 +30,8 @@ def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator
         try:
             yield status
         except BaseException as error:
-            status.update("failed", message=str(error).partition("\n")[0] or type(error).__name__)
+            state: State = "mistake" if isinstance(error, UserError) else "failed"
+            status.update(state, message=str(error).partition("\n")[0] or type(error).__name__)
             raise
         finally:
             pulse.observer = None

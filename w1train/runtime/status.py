@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "running", "saving", "validating", "finished", "stopped", "failed"]
+State = Literal["starting", "running", "saving", "validating", "finished", "stopped", "failed", "mistake"]
 STATUS_FILE = "status.json"
 HEARTBEATS = "heartbeats"
 _SECONDS_BETWEEN_WRITES = 1.0
@@ -78,7 +78,7 @@ class StatusFile:
         for name, value in values.items():
             setattr(status, name, value)
         status.time = time.time()
-        self._held = self._held and status.state in ("starting", "finished", "failed")
+        self._held = self._held and status.state in ("starting", "finished", "failed", "mistake")
         now = time.monotonic()
         if self._active and not self._held and (changed or now - self._written >= _SECONDS_BETWEEN_WRITES):
             self._written = now
