@@ -5,8 +5,8 @@ RUNS ?= runs
 CORPUS ?=
 NPROC ?=
 ARGS ?=
-# Processes that run tests; most tests run on one core, the distributed ones on all.
-WORKERS ?= 2
+# Processes that run tests: one more than two cores, for some tests wait for processes of theirs.
+WORKERS ?= 3
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
@@ -15,7 +15,7 @@ export VENV RUNS CORPUS NPROC
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "variables: VENV (.venv), PYTHON (the first >= 3.12 found), EXTRAS (dev), WORKERS (2)"
+	@echo "variables: VENV (.venv), PYTHON (the first >= 3.12 found), EXTRAS (dev), WORKERS (3)"
 
 install:  ## Create or update the environment in .venv
 	@launch/bootstrap.sh

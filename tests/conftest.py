@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -16,6 +17,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A key in the developer's environment would upload the tests' runs.
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
+
+# Each process that a test starts would otherwise compile this package anew, and each of pytest's workers all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Python's own threshold of 700 new objects spends a tenth of the suite's time on looking for garbage; forked ranks inherit this one.
+gc.set_threshold(100_000, 50, 100)
 
 # Other processes share the machine, so a slow example is no failure; CI draws the same examples every time.
 hypothesis.settings.register_profile("w1train", deadline=None, derandomize="CI" in os.environ)
