@@ -24,6 +24,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Python's own threshold of 700 new objects spends a tenth of the suite's time on looking for garbage; forked ranks inherit this one.
 gc.set_threshold(100_000, 50, 100)
 
+if sys.platform == "linux":
+    # Ranks exchange thousands of short messages on few cores: woken ones wait their turn instead of pushing the sender aside, which
+    # would double the switches between processes.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
 # Other processes share the machine, so a slow example is no failure; CI draws the same examples every time.
 hypothesis.settings.register_profile("w1train", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("w1train")

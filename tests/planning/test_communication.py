@@ -55,21 +55,26 @@ class _CountCollectives(TorchDispatchMode):
             self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in counted)
 
 
-def _one_step(_rank, _world_size, config):
-    with distributed(config.parallel) as ranks:
-        model = build_trained_model(config)
-        num_samples = config.training.global_batch_size // ranks.data_parallel_size
-        size = config.training.micro_batch_size
-        first = ranks.data_parallel_rank * num_samples
-        # Multiples of 3 have no padding, so that every position has logits.
-        batches = (
-            corrupt(packed_batch([3 * index for index in range(start, start + size)]), config.diffusion, 0)
-            for start in range(first, first + num_samples, size)
-        )
-        with _CountCollectives() as count:
-            run_micro_batches(config, model.chunks, batches, num_samples // size, training=True)
-            model.optimizer.step()
-        return dict(count.bytes)
+def _one_step_each(_rank, _world_size, configs):
+    """On the same ranks: forking them and making their groups takes longer than a step."""
+    with distributed(configs[0].parallel) as ranks:
+        return [_one_step(ranks, config) for config in configs]
+
+
+def _one_step(ranks, config):
+    model = build_trained_model(config)
+    num_samples = config.training.global_batch_size // ranks.data_parallel_size
+    size = config.training.micro_batch_size
+    first = ranks.data_parallel_rank * num_samples
+    # Multiples of 3 have no padding, so that every position has logits.
+    batches = (
+        corrupt(packed_batch([3 * index for index in range(start, start + size)]), config.diffusion, 0)
+        for start in range(first, first + num_samples, size)
+    )
+    with _CountCollectives() as count:
+        run_micro_batches(config, model.chunks, batches, num_samples // size, training=True)
+        model.optimizer.step()
+    return dict(count.bytes)
 
 
 LAYOUTS = {
@@ -85,26 +90,31 @@ LAYOUTS = {
 }
 
 
+MODELS = {
+    "blocks": ({}, {"block_size": 4, "block_index": "sample"}),
+    "tied": ({"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}, {}),
+}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(
-    ("model", "blocks"),
-    [({}, {"block_size": 4, "block_index": "sample"}), ({"qk_norm": True, "tie_embeddings": True, "num_query_groups": 2}, {})],
-    ids=["blocks", "tied"],
-)
-def test_bytes_are_those_of_a_real_step(name, model, blocks):
+def test_bytes_are_those_of_a_real_step(name):
     world_size, parallel = LAYOUTS[name]
-    config = tiny_config(
-        parallel=parallel,
-        model={"num_layers": 4, **model},
-        training={"global_batch_size": 8, "micro_batch_size": 2},
-        # Every token is masked, so that the number of logits is known.
-        diffusion={"random_length_probability": 0.0, "t_min": 1.0 - 1e-9, "t_max": 1.0, **blocks},
-    )
-    plan = predict(config, world_size, DEVICES["h100"], Assumptions())
-    results = run_distributed(_one_step, world_size, config, timeout=120, process_group=False)
-    for rank, measured in enumerate(results):
-        stage = plan.stages[plan.layout.coordinates(rank).pipeline]
-        predicted = Counter()
-        for item in stage.traffic:
-            predicted[item.collective] += item.tensor_bytes
-        assert dict(predicted) == measured, rank
+    configs = [
+        tiny_config(
+            parallel=parallel,
+            model={"num_layers": 4, **model},
+            training={"global_batch_size": 8, "micro_batch_size": 2},
+            # Every token is masked, so that the number of logits is known.
+            diffusion={"random_length_probability": 0.0, "t_min": 1.0 - 1e-9, "t_max": 1.0, **blocks},
+        )
+        for model, blocks in MODELS.values()
+    ]
+    plans = [predict(config, world_size, DEVICES["h100"], Assumptions()) for config in configs]
+    results = run_distributed(_one_step_each, world_size, configs, timeout=120, process_group=False)
+    for rank, steps in enumerate(results):
+        for model, plan, measured in zip(MODELS, plans, steps, strict=True):
+            stage = plan.stages[plan.layout.coordinates(rank).pipeline]
+            predicted = Counter()
+            for item in stage.traffic:
+                predicted[item.collective] += item.tensor_bytes
+            assert dict(predicted) == measured, (model, rank)
