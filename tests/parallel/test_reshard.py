@@ -1,5 +1,7 @@
 """A checkpoint of one layout loads under any other, optimizer included: the next losses are those of the run that never stopped."""
 
+from functools import cache
+
 import pytest
 
 from tests.parallel.layouts import NUM_STEPS, train_layout
@@ -18,6 +20,7 @@ LOADED = [
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
 
 
+@cache
 def _uninterrupted(streams):
     return train_layout(layout_config(streams, distributed_optimizer=False), num_steps=2 * NUM_STEPS)
 
