@@ -179,13 +179,20 @@ def _hang_hook(scene: Scene) -> Sabotage:
 def _kill_worker(scene: Scene) -> Iterator[None]:
     """A process that reads ahead; by whom the kernel takes memory from."""
 
-    def workers() -> list[psutil.Process]:
-        return [child for pid in scene.pids.values() for child in psutil.Process(pid).children()]
+    def killed() -> bool:
+        try:
+            # Forked, so that they show their parent's command line; git, which is asked for the version of the code, does not.
+            ranks = [psutil.Process(pid) for pid in scene.pids.values()]
+            workers = [child for rank in ranks for child in rank.children() if child.cmdline() == rank.cmdline()]
+            if workers:
+                scene.random.choice(workers).kill()
+        except psutil.NoSuchProcess:
+            return False  # validation has workers of its own, which end with it
+        return bool(workers)
 
     yield from scene.moment()
-    yield from until(lambda: bool(workers()))
+    yield from until(killed)
     scene.strike()
-    scene.random.choice(workers()).kill()
 
 
 _STOPPED = frozenset({75, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGKILL, 1})
