@@ -53,7 +53,7 @@ def submit(submission: Submission, script: str) -> list[str]:
         raise SubmissionError("sbatch is not on PATH: call this on a login node, or see the script with --dry-run")
     logs = submission.run.directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)  # Slurm would not make it, and the job would fail without a word
-    _require_no_other_jobs(logs / "chain")
+    _require_no_living_chain(logs / "chain", submission.job.job_name or submission.run.name)
     path = logs / "job.sh"
     path.write_text(script)
     # What counts the failures of an earlier submission must not end this one.
@@ -74,15 +74,19 @@ def submit(submission: Submission, script: str) -> list[str]:
     return jobs
 
 
-def _require_no_other_jobs(chain: Path) -> None:
-    if not chain.exists():
+def _require_no_living_chain(chain: Path, job_name: str) -> None:
+    jobs = chain.read_text().split() if chain.exists() else []
+    if not jobs:
         return
-    jobs = ",".join(chain.read_text().split())
-    # It refuses numbers that it has forgotten if they are alone, and leaves them out among others.
-    result = subprocess.run(["squeue", "--noheader", "--format=%i", f"--jobs={jobs}"], capture_output=True, text=True)
+    # Of this name and user: the numbers may be another cluster's. One that Slurm has forgotten is an error where it is asked for alone.
+    command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={job_name}", f"--jobs={','.join(jobs)}"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise SubmissionError(f"squeue, which knows whether jobs {', '.join(jobs)} of this run have ended: {error}") from error
     if result.returncode == 0 and result.stdout.strip():
-        alive = result.stdout.split()
-        raise SubmissionError(f"jobs of an earlier chain of this run have not ended; to replace them: scancel {' '.join(alive)}")
+        alive = " ".join(result.stdout.split())
+        raise SubmissionError(f"an earlier chain of this run has not ended; to replace it: scancel {alive}")
 
 
 def _sbatch(script: Path, after: str | None) -> str:

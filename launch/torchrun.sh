@@ -84,13 +84,17 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$(printf '%.0f' "$stop_timeout")"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 before="$(cat "$run/status.json" 2>/dev/null || true)"
 printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC)) "$NPROC" "$logs"
-"$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
-  --log-dir "$logs" --redirects 3 --tee 0:3 \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  "${command[@]}" "$@" &
+(
+  # What bash starts in the background would not hear Ctrl-C before it has a handler of its own.
+  trap - INT
+  exec "$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
+    --log-dir "$logs" --redirects 3 --tee 0:3 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    "${command[@]}" "$@"
+) &
 torchrun=$!
-trap 'kill -TERM "$torchrun"' TERM
-trap 'kill -USR1 "$torchrun"' USR1
+trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM
+trap 'kill -USR1 "$torchrun" 2>/dev/null || true' USR1
 # Ctrl-C comes to the whole foreground; this shell waits until the ranks have gone.
 interrupted=no
 trap 'interrupted=yes' INT
@@ -98,11 +102,16 @@ while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
 status=0
 wait "$torchrun" || status=$?
 if [[ "$status" == 0 ]]; then exit 0; fi
-if [[ "$interrupted" == yes ]]; then exit 130; fi
 # torchrun ends with 1 whatever its ranks end with; the run itself says whether it was stopped or has failed. What it says from the start
 # before does not count: ranks that never came to say anything would be started again for ever.
-if [[ "$(cat "$run/status.json" 2>/dev/null || true)" == "$before" ]]; then exit 1; fi
-status=0
-"$python" -m w1train.status "$run" || status=$?
-if [[ "$status" == 75 || "$status" == 2 ]]; then exit "$status"; fi
+status=1
+after="$(cat "$run/status.json" 2>/dev/null || true)"
+if [[ -n "$after" && "$after" != "$before" ]]; then
+  status=0
+  "$python" -m w1train.status "$run" || status=$?
+fi
+if [[ "$status" == 75 ]]; then exit 75; fi
+if [[ "$interrupted" == yes ]]; then exit 130; fi
+# Configuration and data that have worked before are no mistake: then something else is wrong, a disk that is not there.
+if [[ "$status" == 2 ]] && ! compgen -G "$run/checkpoints/step_*" >/dev/null; then exit 2; fi
 exit 1

@@ -26,6 +26,7 @@ _STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "fa
 _WORST_FIRST = (ExitStatus.MISTAKE, ExitStatus.FAILED, ExitStatus.RUNNING, ExitStatus.STOPPED, ExitStatus.FINISHED)
 _SILENT_SECONDS = 1200.0
 _SLOW_SECONDS = 30.0
+_CLOCKS_SECONDS = 60.0
 _MOST_NAMED = 8
 
 
@@ -53,8 +54,10 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
     age = max(0.0, time.time() - status.time)
     heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
     # What lives and does not get on is for its own watchdog, which knows how long a start or a step may take.
-    last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values())])
-    died = status.state not in _STATUSES and (_is_gone(status) or time.time() - last_sign > silent_seconds)
+    now = time.time()
+    # A machine whose clock is ahead would seem to live for as long as that after its end.
+    last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values() if heartbeat.time <= now + _CLOCKS_SECONDS)])
+    died = status.state not in _STATUSES and (_is_gone(status) or now - last_sign > silent_seconds)
     share = status.step / status.num_steps if status.num_steps else 0.0
     parts = [
         "died" if died else status.state,

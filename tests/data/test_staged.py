@@ -81,7 +81,7 @@ def test_each_corpus_is_read_in_its_own_order_and_no_more_than_allowed(drawn, li
         assert numbers == list(range(len(numbers)))
         assert len(numbers) <= limits.get(name, first)
     share_of_d = sum(length * 0.5 / sum(stage.weights.values()) for (length, _, _), stage in zip(drawn, stages, strict=True))
-    assert len(read["d"]) > share_of_d - 1.7 * len(samples.parts), "its share at least, to within what Interleave promises of each part"
+    assert len(read["d"]) > share_of_d - 1.7 * len(samples.parts), "its share, to within what Interleave promises of each part"
 
 
 def test_a_corpus_read_too_often_is_an_error_before_the_start():

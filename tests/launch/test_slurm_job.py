@@ -205,6 +205,17 @@ def test_after_a_warning_no_ranks_are_started(job):
     assert status == 75, output
     assert job.num_starts == 0
     assert job.requeued
+    assert (job.run / "logs/failures").read_text() == "1\n", "again and again, it is given up"
+
+
+def test_cancelled_before_the_ranks_start_it_stays_so(job):
+    job.stand_in.command("date", f'[ $(grep -c ^date {job.stand_in.calls_file}) = 1 ] && kill -TERM "$PPID"; exec /usr/bin/date "$@"')
+    job.state("COMPLETING")
+    job.plan("0 0000000005")
+    status, output = job.end()
+    assert status == 75, output
+    assert job.num_starts == 0
+    assert not job.requeued
 
 
 def test_without_requeue_it_says_what_to_do(job):

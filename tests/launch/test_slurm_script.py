@@ -205,8 +205,20 @@ def test_no_second_chain_beside_a_living_one(stand_in, tmp_path, capsys):
     assert slurm.main(words) == 1
     assert "scancel 41" in capsys.readouterr().err
     assert len(stand_in.calls("sbatch")) == 2
+    assert stand_in.calls("squeue") == [["--me", "--noheader", "--format=%i", "--name=demo", "--jobs=41,41"]]
     stand_in.command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
     assert slurm.main(words) == 0
+
+
+def test_without_squeue_a_living_chain_cannot_be_ruled_out(stand_in, tmp_path, monkeypatch, capsys):
+    stand_in.command("sbatch", "echo 41")
+    words = ["--gpus-per-node", "0", "--chain", "2", "--", "recipe=demo"]
+    assert slurm.main(words) == 0
+    monkeypatch.setenv("PATH", str(stand_in.directory))
+    assert slurm.main(words) == 1
+    assert "squeue" in capsys.readouterr().err
+    (tmp_path / "runs/demo/logs/chain").write_text("")
+    assert slurm.main(words) == 0, "nothing to ask for"
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,9 @@ class Torchrun:
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         command = [str(REPOSITORY / "launch/torchrun.sh"), *arguments, "recipe=demo", f"runs_dir={self.runs_dir}"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | self.variables | variables
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        # A group of its own, as a terminal gives it, with Ctrl-C as it is where nobody has said to ignore it.
+        return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_hear_ctrl_c, **pipes)
 
     def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
         process = self.start(*arguments, **variables)
@@ -67,6 +70,10 @@ class Torchrun:
 
     def option(self, name: str) -> str:
         return self.options[self.options.index(name) + 1]
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(path: Path) -> None:
@@ -168,13 +175,27 @@ def test_signals_go_on_to_torchrun(torchrun, tmp_path, number):
 def test_after_ctrl_c_it_waits_for_the_ranks(torchrun, tmp_path):
     """A terminal sends SIGINT to the script and to torchrun, which does not end at once."""
     ready, ended = tmp_path / "ready", tmp_path / "ended"
-    torchrun.ends(f"touch {ready}; sleep 1; touch {ended}; exit 1")
-    process = torchrun.start(RUN_STATUS="75")
+    torchrun.ends(f"trap 'sleep 1; touch {ended}; exit 1' INT; touch {ready}; while true; do sleep 0.05; done")
+    process = torchrun.start(RUN_STATUS="1")
     wait_for(ready)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == 130
     assert ended.exists()
     process.communicate()
+
+
+def test_a_mistake_after_checkpoints_is_none(torchrun):
+    """Such as data on a disk that is not there any more."""
+    (torchrun.runs_dir / "demo/checkpoints/step_0000000005").mkdir(parents=True)
+    torchrun.ends(f"{torchrun.says_status}; exit 1")
+    assert torchrun.run(RUN_STATUS="2")[0] == 1
+
+
+def test_a_status_that_is_gone_is_no_mistake(torchrun):
+    torchrun.status_file.parent.mkdir(parents=True)
+    torchrun.status_file.write_text("of the start before")
+    torchrun.ends(f"rm {torchrun.status_file}; exit 1")
+    assert torchrun.run(RUN_STATUS="2")[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"
 attempt=0
 failures=0
 stopping=no
-warning=none
+warning=none # then pending, then given
 step=""
 status=0
 
@@ -76,7 +76,7 @@ say() { printf '== %s job %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$SLURM_JOB_I
 # --signal=B:USR1 comes to this shell alone; srun hands it on. Slurm signals every process of a step, the helpers of the ranks too.
 before_the_limit() {
   stopping=yes
-  warning=pending
+  if [[ "$warning" == none ]]; then warning=pending; fi
   say "Slurm's warning (SIGUSR1): the time is nearly over, the ranks save and stop"
   hand_on
 }
@@ -84,7 +84,7 @@ before_the_limit() {
 # Once: ranks end without a checkpoint at a second one. What has just been forked may lose a signal, so it gets a second to begin.
 hand_on() {
   if [[ -z "$step" || "$warning" != pending ]]; then return; fi
-  warning=none
+  warning=given
   sleep 1
   kill -USR1 "$step" 2>/dev/null
 }
@@ -183,19 +183,21 @@ main() {
   fi
   [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint)" ]] && first=yes
   while true; do
-    if [[ "$stopping" == yes ]]; then start_again; fi
     before="$(newest_checkpoint)"
-    run_ranks
-    say "the ranks ended with status $status"
-    if [[ "$status" == 0 ]]; then
-      say "finished"
-      end_chain
-      exit 0
-    fi
-    # A mistake of configuration or data would be one again, unless these have worked before: then something else is wrong.
-    if [[ "$status" == 2 && "$first" == yes && "$attempt" == 1 ]]; then
-      end_chain
-      exit 2
+    # The end may be asked for before there are ranks.
+    if [[ "$stopping" == no ]]; then
+      run_ranks
+      say "the ranks ended with status $status"
+      if [[ "$status" == 0 ]]; then
+        say "finished"
+        end_chain
+        exit 0
+      fi
+      # A mistake of configuration or data would be one again, unless these have worked before: then something else is wrong.
+      if [[ "$status" == 2 && "$first" == yes && "$attempt" == 1 ]]; then
+        end_chain
+        exit 2
+      fi
     fi
     state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)"
     if [[ "${state:-RUNNING}" != RUNNING ]]; then
