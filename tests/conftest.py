@@ -27,7 +27,7 @@ gc.set_threshold(100_000, 50, 100)
 
 if sys.platform == "linux":
     # Ranks exchange thousands of short messages on few cores: woken ones wait their turn instead of pushing the sender aside, which
-    # would double the switches between processes.
+    # costs a tenth of the time of the tests of layouts.
     with contextlib.suppress(OSError):  # some sandboxes have one way of scheduling only
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
