@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end import traps
-from tests.end_to_end.runs import NUM_STEPS, TinyRun
+from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_failures import DAMAGES, flip, one_line, small_disk
 from tests.end_to_end.test_resume import require_equal
 
@@ -41,8 +41,10 @@ def test_killed_while_a_save_is_in_the_background(tiny_run, undisturbed):
 
 
 def test_what_saving_costs_is_in_the_records(tiny_run):
-    tiny_run.train(sabotage=traps.after_commit(2))
-    outcome = tiny_run.train().require(0)
+    # Three steps more than usual: the save of step 12 waits for that of step 9, however slow, and the record of step 13 tells of it.
+    longer = f"schedule.stages.stable.tokens={13 * BATCH * LENGTH}"
+    tiny_run.train(longer, sabotage=traps.after_commit(2))
+    outcome = tiny_run.train(longer).require(0)
     lines = [json.loads(line) for line in (tiny_run.path / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in lines if record["kind"] == "train"]
     assert all(record["checkpoint/stall_seconds"] > 0 for record in records if record["step"] in (4, 10))
