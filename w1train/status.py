@@ -26,7 +26,7 @@ _STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "fa
 _WORST_FIRST = (ExitStatus.MISTAKE, ExitStatus.FAILED, ExitStatus.RUNNING, ExitStatus.STOPPED, ExitStatus.FINISHED)
 _SILENT_SECONDS = 1200.0
 _SLOW_SECONDS = 30.0
-_CLOCKS_SECONDS = 60.0
+_MOST_CLOCKS_DIFFER = 60.0
 _MOST_NAMED = 8
 
 
@@ -51,12 +51,12 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
     status = read_status(directory)
     if status is None:
         return "no status.json: not a run directory, or never started", ExitStatus.MISTAKE
-    age = max(0.0, time.time() - status.time)
+    now = time.time()
+    age = max(0.0, now - status.time)
     heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
     # What lives and does not get on is for its own watchdog, which knows how long a start or a step may take.
-    now = time.time()
     # A machine whose clock is ahead would seem to live for as long as that after its end.
-    last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values() if heartbeat.time <= now + _CLOCKS_SECONDS)])
+    last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values() if heartbeat.time <= now + _MOST_CLOCKS_DIFFER)])
     died = status.state not in _STATUSES and (_is_gone(status) or now - last_sign > silent_seconds)
     share = status.step / status.num_steps if status.num_steps else 0.0
     parts = [

@@ -84,6 +84,13 @@ def test_each_corpus_is_read_in_its_own_order_and_no_more_than_allowed(drawn, li
     assert len(read["d"]) > share_of_d - 1.7 * len(samples.parts), "its share, to within what Interleave promises of each part"
 
 
+def test_each_corpus_gets_its_share():
+    """To the sample, where the shares are whole numbers."""
+    samples = staged([StageText(0, {"a": 1.0, "b": 1.0, "d": 0.5}), StageText(50, {"a": 0.5, "d": 0.5}, 2)], 90)
+    assert samples.num_read(50) == {"a": 20, "b": 20, "d": 10}
+    assert samples.num_read(90) == {"a": 30, "b": 20, "d": 20}
+
+
 def test_a_corpus_read_too_often_is_an_error_before_the_start():
     stages = [StageText(0, {"a": 0.5, "b": 0.5})]
     assert len(stretches(stages, 20, {"a": 10})) == 1
