@@ -4,7 +4,7 @@ A part of the documents can go to a validation dataset in the same run. Which on
 document's side depends on nothing else in the corpus, and equal documents never fall on both sides. A corpus of so few
 documents that one side would stay empty is cut instead: its last lines are held out.
 
-The corpus is read in units (data_tools/units.py), each of which some worker process tokenizes; they are written in the corpus's
+The corpus is read in units (data_tools/units.py), each of which some worker tokenizes; they are written in the corpus's
 order, so the output depends on neither the number of workers nor interruptions.
 """
 
@@ -30,7 +30,7 @@ from data_tools.outputs import OutputOptions, Outputs
 from data_tools.progress import ByteProgress
 from data_tools.split import HashSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
-from data_tools.workers import OrderedWorkers
+from data_tools.workers import ordered_workers
 from w1train import __version__
 from w1train.data.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write datasets PREFIX_00000, PREFIX_00001, ..., each ended by the document that brings it to so many tokens (default: one "
         "dataset)",
     )
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenize (default: the cores)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="threads, if more than 8 processes, that tokenize (default: the cores)")
     parser.add_argument(
         "--record-seconds",
         type=float,
@@ -131,10 +131,10 @@ def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers
     position = outputs.record.position
     # A cut through the corpus's tail depends on what came before: such a run, of few documents, leaves no record and begins anew.
     may_record = isinstance(encoding.split, HashSplit)
-    with OrderedWorkers(num_workers, UnitTokenizer, encoding) as workers, ByteProgress("tokenizing", corpus.num_bytes) as progress:
+    with ordered_workers(num_workers, UnitTokenizer, encoding) as tokenize, ByteProgress("tokenizing", corpus.num_bytes) as progress:
         unit: Unit
         tokenized: TokenizedUnit
-        for unit, tokenized in workers.map(corpus.units(position)):
+        for unit, tokenized in tokenize(corpus.units(position)):
             is_new = seen.add(tokenized.hashes) if seen is not None else None
             if is_new is not None:
                 num_duplicates = len(is_new) - int(is_new.sum())

@@ -1,4 +1,4 @@
-"""A function on every item of a sequence, in processes of their own, with the results in the sequence's order."""
+"""A function on every item of a sequence, on several cores, with the results in the sequence's order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,85 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 _ITEMS_AHEAD = 2
 _SECONDS_TO_END = 5.0
+MAX_THREADS = 8
+"""More threads would wait for each other: about a fourteenth of tokenizing is Python, which one thread at a time runs."""
+
+
+@contextmanager
+def ordered_workers[Setting, Item, Result](
+    num_workers: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting
+) -> Iterator[Callable[[Iterable[Item]], Iterator[tuple[Item, Result]]]]:
+    """Workers that each make a function from a setting once: what is yielded maps items to (item, result), in the order of the items.
+
+    One worker is this thread, a few are threads (the tokenizer library lets others run while it works), more are processes.
+    """
+    if num_workers > MAX_THREADS:
+        with OrderedWorkers(num_workers, make, setting) as workers:
+            yield workers.map
+    else:
+        with _one_thread_a_tokenizer(), OrderedThreads(num_workers, make, setting) as threads:
+            yield threads.map
+
+
+@contextmanager
+def _one_thread_a_tokenizer() -> Iterator[None]:
+    """The library's own threads off, which would be as many as there are cores, whatever was asked for."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class OrderedThreads[Item, Result]:
+    """Threads of this process; use as a context manager. Memory does not depend on how many items there are to come."""
+
+    def __init__[Setting](self, num_threads: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting) -> None:
+        self._num_threads = num_threads
+        self._make: Callable[[], Callable[[Item], Result]] = lambda: make(setting)
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+
+    def map(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Each item with its result, in the order of the items; what the function raises is raised in its item's place."""
+        if self._pool is None:
+            yield from ((item, self._apply(item)) for item in items)
+            return
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            if len(waiting) == _ITEMS_AHEAD * self._num_threads:
+                first, future = waiting.popleft()
+                yield first, future.result()
+            waiting.append((item, self._pool.submit(self._apply, item)))
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+
+    def _apply(self, item: Item) -> Result:
+        if not hasattr(self._own, "function"):
+            self._own.function = self._make()
+        result: Result = self._own.function(item)
+        return result
+
+    def __enter__(self) -> OrderedThreads[Item, Result]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 class WorkerError(RuntimeError):
@@ -24,14 +97,13 @@ class WorkerError(RuntimeError):
 class OrderedWorkers[Item, Result]:
     """Worker processes, each of which makes its function from a setting once; use as a context manager.
 
-    With one worker everything happens in this process. Otherwise items go round the workers, each of which holds at most
-    two, so that memory does not depend on how many there are to come. Workers end with this process, however it ends.
+    Items go round the workers, each of which holds at most two, so that memory does not depend on how many there are to come.
+    Workers end with this process, however it ends.
     """
 
     def __init__[Setting](self, num_workers: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting) -> None:
         """``make`` and ``setting`` are sent to the processes: they must be picklable."""
-        self._function = make(setting) if num_workers == 1 else None
-        self._workers = [] if num_workers == 1 else [_start(make, setting) for _ in range(num_workers)]
+        self._workers = [_start(make, setting) for _ in range(num_workers)]
 
     def map(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Each item with its result, in the order of the items.
@@ -39,9 +111,6 @@ class OrderedWorkers[Item, Result]:
         Raises:
             WorkerError: naming the items that a worker had when it died.
         """
-        if self._function is not None:
-            yield from ((item, self._function(item)) for item in items)
-            return
         waiting: deque[tuple[Item, _Worker]] = deque()
         for number, item in enumerate(items):
             if len(waiting) == _ITEMS_AHEAD * len(self._workers):

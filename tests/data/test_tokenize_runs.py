@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import inspect, tokenize
+from data_tools import inspect, tokenize, workers
 from data_tools.duplicates import SeenHashes, hash_of
-from data_tools.workers import OrderedWorkers, WorkerError
+from data_tools.workers import MAX_THREADS, OrderedWorkers, WorkerError, ordered_workers
 from tests.data.conftest import TEXTS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -73,7 +73,9 @@ def test_what_was_read_and_left_out_is_in_the_manifest(expected):
     assert all(size >= 15_000 for size in sizes[:-1])
 
 
-def test_two_workers_write_the_same(corpus, tokenizer_file, expected, tmp_path):
+@pytest.mark.parametrize("max_threads", [1, 2], ids=["processes", "threads"])
+def test_two_workers_write_the_same(corpus, tokenizer_file, expected, tmp_path, monkeypatch, max_threads):
+    monkeypatch.setattr(workers, "MAX_THREADS", max_threads)
     assert tokenize.main(arguments(corpus, tokenizer_file, tmp_path, "--workers", "2")) == 0
     assert content(tmp_path) == expected
 
@@ -188,10 +190,41 @@ def make_worker(setting):
 
 
 def test_workers_keep_the_order_and_say_what_killed_them():
-    with OrderedWorkers(2, make_worker, "s") as workers:
-        assert list(workers.map(range(20))) == [(i, ("s", i)) for i in range(20)]
+    with OrderedWorkers(2, make_worker, "s") as processes:
+        assert list(processes.map(range(20))) == [(i, ("s", i)) for i in range(20)]
         with pytest.raises(WorkerError, match=r"died \(signal 9, Killed\) while it had: .*die"):
-            list(workers.map(["a", "b", "c", "die", "d", "e"]))
+            list(processes.map(["a", "b", "c", "die", "d", "e"]))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, MAX_THREADS, MAX_THREADS + 1])
+def test_workers_are_processes_when_they_are_many(num_workers):
+    with ordered_workers(num_workers, make_namer, "s") as name_process:
+        found = list(name_process(range(40)))
+    assert [item for item, _ in found] == [item for item, (_, item) in found] == list(range(40))
+    processes = {process for _, (process, _) in found}
+    assert processes == {os.getpid()} if num_workers <= MAX_THREADS else len(processes - {os.getpid()}) == num_workers
+
+
+def make_namer(setting):
+    return lambda item: (os.getpid(), item)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_threads_raise_a_fault_in_its_place_and_hold_few_items(num_workers, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    taken = []
+    with ordered_workers(num_workers, make_divider, 12) as divide:
+        results = divide(taken.append(item) or item for item in (1, 2, 3, 0, *range(4, 100)))
+        assert [next(results) for _ in range(3)] == [(1, (12.0, "false")), (2, (6.0, "false")), (3, (4.0, "false"))]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    assert len(taken) <= 4 + 2 * num_workers
+    # The library would use all cores with each worker; what the caller had set comes back.
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def make_divider(setting):
+    return lambda item: (setting / item, os.environ["TOKENIZERS_PARALLELISM"])
 
 
 def test_duplicates_are_found_as_a_set_finds_them():

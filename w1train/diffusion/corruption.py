@@ -80,8 +80,9 @@ def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int
         return _next_tokens(batch, config)
     segment = _segments(batch, config)
     # One column for every possible segment would be l wide; the largest that occurs bounds it. The columns beyond a
-    # sample's own segments are rows of the table that no token points to.
-    fractions = draw_fractions(config, seed, keys, int(segment.max()) + 1, draw)
+    # sample's own segments are rows of the table that no token points to. (Asking a GPU for the largest waits for it.)
+    num_segments = 1 if config.timestep_per == "sequence" else int(segment.max()) + 1
+    fractions = draw_fractions(config, seed, keys, num_segments, draw)
     timesteps = timesteps_from_fractions(config, fractions)
     return _mask_tokens(batch, config, seed, timesteps, segment, keys, draw)
 
@@ -121,8 +122,8 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
     beyond = torch.arange(length, device=batch.tokens.device)[None, :] >= kept[:, None]
     return PackedBatch(
         tokens=batch.tokens,
-        document_ids=batch.document_ids.masked_fill(beyond, -1),
-        positions=batch.positions.masked_fill(beyond, 0),
+        document_ids=torch.where(beyond, -1, batch.document_ids),
+        positions=torch.where(beyond, 0, batch.positions),
         sample_indices=batch.sample_indices,
     )
 
@@ -144,7 +145,7 @@ def _mask_tokens(
     """
     num_samples, length = batch.tokens.shape
     words = random_words(seed, keys, draw=draw, purpose=Purpose.MASK, num=length)
-    masked = words < mask_thresholds(timesteps).gather(1, segment)
+    masked = words < _at_tokens(mask_thresholds(timesteps), segment)
     if config.complementary and paired:
         is_partner = (batch.sample_indices % 2 == 1)[:, None]
         masked, timesteps = masked ^ is_partner, torch.where(is_partner, 1 - timesteps, timesteps)
@@ -153,14 +154,14 @@ def _mask_tokens(
         can_be_masked &= ~_starts_document(batch.document_ids)
     # A mask token in the data can be no target: its probability is zero.
     masked &= can_be_masked & (batch.tokens != config.mask_token_id)
-    token_timesteps = timesteps.gather(1, segment).float()
+    token_timesteps = _at_tokens(timesteps.float(), segment).contiguous()
     weights = loss_weights(config, token_timesteps, masked, can_be_masked, segment)
     # What belongs to a token moves to the output that predicts it.
     moved = _next if config.shift else lambda tensor: tensor
     next_mask = _next_mask(batch, config) if config.autoregressive_weight > 0 else None
     rows = torch.arange(num_samples, device=segment.device)[:, None] * timesteps.shape[1]
     return NoisyBatch(
-        input_ids=batch.tokens.masked_fill(masked, config.mask_token_id),
+        input_ids=torch.where(masked, config.mask_token_id, batch.tokens),
         tokens=batch.tokens,
         targets=moved(batch.tokens),
         loss_mask=moved(masked),
@@ -176,6 +177,11 @@ def _mask_tokens(
         segment_timesteps=timesteps.flatten().float(),
         sample_indices=batch.sample_indices,
     )
+
+
+def _at_tokens(values: Tensor, segment: Tensor) -> Tensor:
+    """What each token's segment has: [b, g] to [b, l]."""
+    return values.expand(segment.shape) if values.shape[1] == 1 else values.gather(1, segment)
 
 
 def _next_tokens(batch: PackedBatch, config: DiffusionConfig) -> NoisyBatch:
