@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write datasets PREFIX_00000, PREFIX_00001, ..., each ended by the document that brings it to so many tokens (default: one "
         "dataset)",
     )
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads, if more than 8 processes, that tokenize (default: the cores)")
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads, or processes if more than 8, that tokenize (default: the cores)"
+    )
     parser.add_argument(
         "--record-seconds",
         type=float,

@@ -40,16 +40,15 @@ def ordered_workers[Setting, Item, Result](
 @contextmanager
 def _one_thread_a_tokenizer() -> Iterator[None]:
     """The library's own threads off, which would be as many as there are cores, whatever was asked for."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ["TOKENIZERS_PARALLELISM"]
         else:
-            os.environ[name] = before
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class OrderedThreads[Item, Result]:

@@ -25,7 +25,7 @@ from w1train.kernels.rotary import apply_rotary  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.runtime import cpu  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.forward import _loss  # noqa: E402
+from w1train.training.forward import _loss, _work  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
 from w1train.training.setup import build_stage  # noqa: E402
 
@@ -87,7 +87,7 @@ def _measure_chunks(config):
         with saved:
             output = stage(inputs.model, inputs.targets)
             if stage.post_process:
-                _loss(config, inputs, output)
+                _loss(config, inputs, _work(inputs), output)
         results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))
     return results
 

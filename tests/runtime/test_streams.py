@@ -81,9 +81,12 @@ def test_inputs_are_made_on_their_own_stream_and_handed_over(monkeypatch):
         events.append("corruption")
         yield noisy
 
-    inputs, targets = forward._next_inputs(config, batches())
+    prepared = forward._next_inputs(config, batches())
     assert events == [("enter", "inputs"), "corruption", ("leave", "inputs"), ("model", "waits for", "inputs")]
-    assert set(recorded) == {(id(tensor), "model") for tensor in tensors_in((inputs, targets))}
+    handed_over = {id(tensor) for tensor in tensors_in(prepared)}
+    inputs, targets, work = prepared
+    assert {id(tensor) for tensor in (targets, work, *inputs.noisy.of_losses())} <= handed_over
+    assert set(recorded) == {(tensor, "model") for tensor in handed_over}
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ Shapes: b = samples, l = sequence_length, g = segments per sample (stretches of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -53,10 +53,19 @@ class NoisyBatch:
     """int64 [b]."""
     annealed: float = 1.0
     """How far the mask is on its way from causal to the whole document."""
+    _of_losses: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def of_losses(self) -> tuple[Tensor, Tensor]:
+        """(t of the targets, weights), float32 [m], where a loss is taken. Kept, for picking them asks a GPU how many there are: asked
+        for before the forward pass, they are at hand when the loss wants them."""
+        if self._of_losses is None:
+            where = self.loss_mask.nonzero(as_tuple=True)
+            self._of_losses = self.target_timesteps[where], self.weights[where]
+        return self._of_losses
 
     def at(self, positions: Tensor) -> NoisyBatch:
         """The batch at some positions of each sample, int64 [b, n]: a context-parallel rank's part of one global draw."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
         shared = ("segment_timesteps", "sample_indices", "annealed")
         return NoisyBatch(
             **{name: value if name in shared or value is None else value.gather(1, positions) for name, value in values.items()}

@@ -58,13 +58,14 @@ def diffusion_loss(
         cross_entropy: float32 [m], nats, at the positions of ``noisy.loss_mask``.
         next_cross_entropy: float32, nats, at the positions of ``noisy.next_mask``, of the clean stream; None without such a loss.
     """
-    timesteps, weights = noisy.target_timesteps[noisy.loss_mask], noisy.weights[noisy.loss_mask]
+    timesteps, weights = noisy.of_losses()
     weighted = (cross_entropy * weights).sum()
     if next_cross_entropy is None:
         next_cross_entropy = cross_entropy.new_zeros(0)
     else:
         weighted = weighted + config.autoregressive_weight * next_cross_entropy.sum()
     with torch.no_grad():
+        # Nothing here asks a GPU for a value (bincount would): the host would wait for the forward pass before it launches the backward.
         # Double: float32 sums of 10^6 terms would make the logged loss depend on the order of the ranks.
         detached, inverse = cross_entropy.double(), 1.0 / timesteps.double()
         scalars = torch.stack(
@@ -75,10 +76,10 @@ def diffusion_loss(
                 noisy.loss_mask.sum().double(),
                 noisy.num_tokens.double(),
                 next_cross_entropy.double().sum(),
-                detached.new_tensor(float(len(next_cross_entropy))),
+                detached.new_full((), len(next_cross_entropy)),
             ]
         )
         bins = (timesteps * num_t_bins).long().clamp(0, num_t_bins - 1)
         totals = detached.new_zeros(num_t_bins).index_add_(0, bins, detached)
-        counts = torch.bincount(bins, minlength=num_t_bins).double()
+        counts = torch.zeros_like(totals).index_add_(0, bins, torch.ones_like(detached))
     return weighted, LossSums(torch.cat([scalars, totals, counts]), num_t_bins)

@@ -100,7 +100,9 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,8 +125,9 @@ def _redirect_tensor_methods() -> None:
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
     def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        args = tuple("cpu" if _is_cuda(argument) else argument for argument in args)
-        if _is_cuda(kwargs.get("device")):
+        if args and _is_cuda(args[0]):  # the device comes first, or by name
+            args = ("cpu", *args[1:])
+        if kwargs and _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
         return original_to(self, *args, **kwargs)
 

@@ -67,40 +67,44 @@ def run_micro_batches(
 
 
 def _forward_step(config: Config, batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-    inputs, targets = _next_inputs(config, batches)
-    return model(inputs.model, targets), partial(_loss, config, inputs)
+    inputs, targets, work = _next_inputs(config, batches)
+    return model(inputs.model, targets), partial(_loss, config, inputs, work)
 
 
-def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInputs, Tensor]:
-    """The next micro-batch's inputs and targets. Corruption, visibility and the attention's plan ask the GPU for sizes (of segments, of
-    masked tokens, of tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would
-    then wait for the host; on a stream of their own they wait for themselves alone."""
+def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInputs, Tensor, Tensor]:
+    """The next micro-batch's inputs, targets and work. Corruption, visibility, the attention's plan and the choice of where losses are
+    taken ask the GPU for sizes (of segments, of masked tokens, of tiles). On the model's stream each answer would come after the backward
+    pass that is under way, and the GPU would then wait for the host; on a stream of their own they wait for themselves alone."""
     beat()
     if not torch.cuda.is_available():
-        inputs = rank_inputs(next(batches), config)
-        return inputs, inputs.targets
+        return _prepare(next(batches), config)
     stream = _input_stream()
     with torch.cuda.stream(stream):
-        inputs = rank_inputs(next(batches), config)
-        targets = inputs.targets
-    hand_over((inputs, targets), stream)
-    return inputs, targets
+        prepared = _prepare(next(batches), config)
+    hand_over(prepared, stream)
+    return prepared
+
+
+def _prepare(noisy: NoisyBatch, config: Config) -> tuple[RankInputs, Tensor, Tensor]:
+    inputs = rank_inputs(noisy, config)
+    inputs.noisy.of_losses()
+    return inputs, inputs.targets, _work(inputs)
 
 
 def _input_stream() -> torch.cuda.Stream:
     return side_stream("inputs", torch.device("cuda", torch.cuda.current_device()))
 
 
-def _loss(config: Config, inputs: RankInputs, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
 
     ``cross_entropy``: float32 [m], the noisy stream's and behind them, where the objective has them, the clean stream's.
     """
     noisy = inputs.noisy
-    num_noisy = len(cross_entropy) if noisy.next_mask is None else len(cross_entropy) - int(noisy.next_mask.sum())
+    num_noisy = len(noisy.of_losses()[0])
     of_clean = None if noisy.next_mask is None else cross_entropy[num_noisy:]
     weighted, sums = diffusion_loss(cross_entropy[:num_noisy], noisy, config.diffusion, config.logging.num_t_bins, of_clean)
-    kept = torch.cat([sums.values, _work(inputs)])
+    kept = torch.cat([sums.values, work])
     return weighted, denominator(config.diffusion, noisy).to(torch.int), kept
 
 
