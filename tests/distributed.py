@@ -39,6 +39,8 @@ import torch
 import torch._dynamo  # optimizers import it at their first step: seconds in each rank, if not here
 import torch.distributed
 
+from tests.huge_pages import use_huge_pages
+
 # torch creates its thread pool at the first operation; a forked child would inherit the pool's locks without its threads.
 torch.set_num_threads(1)
 
@@ -76,6 +78,7 @@ def run_distributed(
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     assert not torch.distributed.is_initialized(), "the threads of this process's own group make forking unsafe"
     assert not torch.cuda.is_initialized(), "a process that has touched CUDA cannot fork ranks"
+    use_huge_pages()
     context = multiprocessing.get_context("fork")
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import free_port
+from tests.huge_pages import use_huge_pages
 from w1train.runtime.cpu import import_megatron
 
 import_megatron()
@@ -181,6 +182,7 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
     tests.distributed.run_distributed keeps all ranks until each has answered. Here a rank that ends is gone, as under torchrun,
     and the others have to notice; but when one is killed, so are the others.
     """
+    use_huge_pages()
     port = free_port()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_enter_rank, args=(main, rank, world_size, port), daemon=True) for rank in range(world_size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from megatron.core import parallel_state  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
+from w1train.training import forward  # noqa: E402
 from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
-from w1train.training.inputs import rank_inputs  # noqa: E402
+from w1train.training.inputs import RankInputs  # noqa: E402
 from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
 NUM_STEPS = 3
@@ -117,12 +119,11 @@ def _train(
     for step in range(first_step, first_step + num_steps):
         batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
         noise.append(_noise_hashes(batches))
-        plans = [rank_inputs(batch, config).model.attention_plan for batch in batches]
-        travels |= {plan.exchange.travel for plan in plans if plan.exchange is not None}
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
-        sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+        with _exchanges(travels):
+            sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
         if step == first_step and not config.parallel.distributed_optimizer:
             gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
         for group in model.optimizer.param_groups:
@@ -135,6 +136,24 @@ def _train(
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
     parameters = whole_tensors(model, lambda parameter: parameter.data)
     return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
+
+
+@contextmanager
+def _exchanges(travels: set[str]) -> Iterator[None]:
+    """Note what the context-parallel ranks exchange in the micro-batches that run."""
+    original = forward.rank_inputs
+
+    def noted(noisy: NoisyBatch, config: Config) -> RankInputs:
+        inputs = original(noisy, config)
+        exchange = inputs.model.attention_plan.exchange
+        travels.update([] if exchange is None else [exchange.travel])
+        return inputs
+
+    forward.rank_inputs = noted
+    try:
+        yield
+    finally:
+        forward.rank_inputs = original
 
 
 def open_gates(model: TrainedModel) -> None:
