@@ -33,7 +33,7 @@ docker-cpu:  ## Build the image for CPUs (same variables)
 	@docker/build.sh cpu $(ARGS)
 
 test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of them)
-	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -40,6 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs unless they are asked for, so that the same tests run the same way on every machine."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+_LONG = ("parallel", "end_to_end", "training", "planning", "conversion", "chaos")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first, so that in the end no worker has minutes left while the others have nothing (`make test` has pytest-xdist
+    hand the files out in this order)."""
+    directory = Path(__file__).parent
+    parts = {item: item.path.relative_to(directory).parts[0] for item in items}
+    items.sort(key=lambda item: _LONG.index(parts[item]) if parts[item] in _LONG else len(_LONG))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

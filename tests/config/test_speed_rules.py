@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from w1train.config.compose import load_config
+from w1train.config.errors import ConfigurationError
 from w1train.config.validate import validate
 
 TE = {"model.transformer_impl": "te"}
@@ -63,3 +65,15 @@ def test_is_refused(make_config, changes, key):
 def test_is_allowed(make_config, changes):
     speed_keys = {"parallel.overlap_param_gather", "parallel.tp_comm_overlap", "training.loss_chunk_size", "training.fp8"}
     assert not _keys(make_config(changes)) & (speed_keys | set(DIVISIBLE))
+
+
+def test_the_recipe_of_all_overlaps_asks_for_transformer_engine():
+    overrides = ["recipe=llada_8b", "parallel=tensor_4_te"]
+    with pytest.raises(ConfigurationError, match=r"parallel\.tp_comm_overlap") as refusal:
+        load_config(overrides)
+    assert {problem.key for problem in refusal.value.problems} == {"parallel.tp_comm_overlap"}
+    config = load_config([*overrides, "model.transformer_impl=te"])
+    assert not _keys(config)
+    parallel = config.parallel
+    assert (parallel.tensor, parallel.sequence) == (4, True)
+    assert all([parallel.overlap_grad_reduce, parallel.overlap_param_gather, parallel.tp_comm_overlap])
