@@ -21,6 +21,9 @@ DIVISIBLE = {
     "training.fp8": "tensorwise",
     **TE,
 }
+# 80 positions in two streams, 40 in one.
+TWO_STREAMS = {"data.sequence_length": 40, "training.micro_batch_size": 1, "diffusion.block_size": 8}
+ONE_STREAM_AT_LAST = {"schedule.stages.decay.diffusion": {"block_size": None}}
 
 
 def _keys(config):
@@ -43,6 +46,8 @@ def _keys(config):
         ({**DIVISIBLE, "model.ffn_hidden_size": 120}, "model.ffn_hidden_size"),
         ({**DIVISIBLE, "model.kv_channels": 10}, "model.kv_channels"),
         ({**DIVISIBLE, "data.sequence_length": 40, "training.micro_batch_size": 1}, "data.sequence_length"),
+        ({**DIVISIBLE, **TWO_STREAMS, **ONE_STREAM_AT_LAST}, "data.sequence_length"),
+        ({**DIVISIBLE, **TWO_STREAMS, "diffusion.block_size": 40}, "data.sequence_length"),
     ],
     ids=str,
 )
@@ -59,6 +64,7 @@ def test_is_refused(make_config, changes, key):
         {"training.loss_chunk_size": 1},
         DIVISIBLE,
         {**DIVISIBLE, "training.fp8": "blockwise"},
+        {**DIVISIBLE, **TWO_STREAMS},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from w1train.runtime.cpu import import_megatron
 
 import_megatron()
 
+from w1train.kernels.selection import MAX_ROW  # noqa: E402
 from w1train.model import fusions  # noqa: E402
 from w1train.model.linears import linears  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
@@ -57,6 +58,21 @@ def test_on_cuda_what_is_there_is_fused(monkeypatch):
     assert fusions.choose_fusions(unfused, tiny_config().model, on_cuda=True) == fusions.Fusions(False, False, False)
     monkeypatch.setattr(fusions, "find_spec", lambda name: name)
     assert fusions.choose_fusions(KernelsConfig(), tiny_config().model, on_cuda=True).gradient_accumulation
+
+
+def test_rows_that_no_program_holds_are_said_and_refused(monkeypatch, caplog):
+    monkeypatch.setattr(fusions, "has_triton", lambda: True)
+    fusions._say.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for hidden_size in (MAX_ROW, MAX_ROW + 8):
+            fusions.describe_elementwise(KernelsConfig(), hidden_size, on_cuda=True)
+    why = f"model.hidden_size is {MAX_ROW + 8}, and a program holds {MAX_ROW} elements at most"
+    assert caplog.messages == [
+        "kernels.elementwise: triton",
+        f"kernels.elementwise: triton in the loss, plain PyTorch in norms and gates ({why})",
+    ]
+    with pytest.raises(UserError, match=r"kernels\.elementwise is triton, but model\.hidden_size is 16392"):
+        fusions.describe_elementwise(KernelsConfig(elementwise="triton"), MAX_ROW + 8, on_cuda=True)
 
 
 @without_te

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from w1train.config.attention_limits import attention_case
 from w1train.config.errors import Problem
 from w1train.config.schema import Config
+from w1train.config.stages import at_stage
 
 
 def _overlap_rule(config: Config) -> Iterator[Problem]:
@@ -33,8 +35,8 @@ def _fp8_rule(config: Config) -> Iterator[Problem]:
         yield Problem("training.fp8", training.fp8, f"none with training.precision={training.precision}", "training.precision=bf16")
     channels = model.kv_channels or (model.hidden_size // model.num_attention_heads if model.num_attention_heads > 0 else 0)
     groups = model.num_query_groups or model.num_attention_heads
-    ranks, streams = parallel.tensor, 2 if config.diffusion.block_size is not None else 1
-    positions = streams * config.data.sequence_length * training.micro_batch_size
+    ranks = parallel.tensor
+    positions = _fewest_streams(config) * config.data.sequence_length * training.micro_batch_size
     sizes = {
         "model.hidden_size": (model.hidden_size, 1),
         "model.ffn_hidden_size": (model.ffn_hidden_size, ranks),
@@ -46,6 +48,12 @@ def _fp8_rule(config: Config) -> Iterator[Problem]:
         if split > 0 and size % (16 * split):
             found = f"a product of size {size}{f' over {split} ranks' if split > 1 else ''}"
             yield Problem(key, found, f"a multiple of 16 on every rank with training.fp8={training.fp8}", "training.fp8=none")
+
+
+def _fewest_streams(config: Config) -> int:
+    """Of all stages: what their one stream is divided by, two streams are too."""
+    kinds = {attention_case(at_stage(config, name)).kind for name in config.schedule.stages}
+    return 2 if kinds == {"blocks"} else 1
 
 
 SPEED_RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (_overlap_rule, _fp8_rule)

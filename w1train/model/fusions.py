@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from w1train.config.errors import UserError
 from w1train.config.schema import KernelsConfig, ModelConfig
 from w1train.kernels.rotary import apply_rotary
-from w1train.kernels.selection import has_triton
+from w1train.kernels.selection import MAX_ROW, has_triton
 from w1train.model.linears import has_transformer_engine
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,21 @@ def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | 
     return None
 
 
-def describe_elementwise(kernels: KernelsConfig, *, on_cuda: bool) -> None:
-    """Say which kernels the modulated norm, the gate and the chunked loss take."""
+def describe_elementwise(kernels: KernelsConfig, hidden_size: int, *, on_cuda: bool) -> None:
+    """Say which kernels the modulated norm, the gate and the chunked loss take.
+
+    Raises:
+        UserError: ``kernels.elementwise`` is triton, which cannot run here.
+    """
     triton = kernels.elementwise != "torch" and on_cuda and has_triton()
-    if kernels.elementwise == "triton" and not triton:
-        why = "triton is not installed" if on_cuda else "Triton's kernels need CUDA"
+    too_wide = f"model.hidden_size is {hidden_size}, and a program holds {MAX_ROW} elements at most" if hidden_size > MAX_ROW else None
+    if kernels.elementwise == "triton" and (too_wide or not triton):
+        why = "Triton's kernels need CUDA" if not on_cuda else "triton is not installed" if not triton else too_wide
         raise UserError(f"kernels.elementwise is triton, but {why}; set kernels.elementwise=auto or torch")
-    _say(f"kernels.elementwise: {'triton' if triton else 'plain PyTorch'}")
+    if triton and too_wide:
+        _say(f"kernels.elementwise: triton in the loss, plain PyTorch in norms and gates ({too_wide})")
+    else:
+        _say(f"kernels.elementwise: {'triton' if triton else 'plain PyTorch'}")
 
 
 @cache

@@ -35,7 +35,7 @@ def transformer_config(
     on_cuda = torch.cuda.is_available()
     kernels = kernels or KernelsConfig()
     fusions = choose_fusions(kernels, model, on_cuda=on_cuda)
-    describe_elementwise(kernels, on_cuda=on_cuda)
+    describe_elementwise(kernels, model.hidden_size, on_cuda=on_cuda)
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
