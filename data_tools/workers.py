@@ -7,16 +7,19 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 _ITEMS_AHEAD = 2
 _SECONDS_TO_END = 5.0
+_SECONDS_OF_AN_ITEM = 1.0
+"""Longer than a unit takes."""
 MAX_THREADS = 8
 """More threads would wait for each other: about a fourteenth of tokenizing is Python, which one thread at a time runs."""
 
@@ -55,38 +58,56 @@ class OrderedThreads[Item, Result]:
     """Threads of this process; use as a context manager. Memory does not depend on how many items there are to come."""
 
     def __init__[Setting](self, num_threads: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting) -> None:
-        self._num_threads = num_threads
         self._make: Callable[[], Callable[[Item], Result]] = lambda: make(setting)
-        self._own = threading.local()
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._function = make(setting) if num_threads == 1 else None
+        self._inbox: queue.SimpleQueue[tuple[Item, Future[Result]] | None] = queue.SimpleQueue()
+        # Daemons, unlike those of concurrent.futures: Ctrl-C would wait for a document of 50 MB for half a minute.
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_threads if num_threads > 1 else 0)]
+        for thread in self._threads:
+            thread.start()
 
     def map(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Each item with its result, in the order of the items; what the function raises is raised in its item's place."""
-        if self._pool is None:
-            yield from ((item, self._apply(item)) for item in items)
+        if self._function is not None:
+            for item in items:
+                yield item, self._function(item)
             return
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
-            if len(waiting) == _ITEMS_AHEAD * self._num_threads:
+            if len(waiting) == _ITEMS_AHEAD * len(self._threads):
                 first, future = waiting.popleft()
                 yield first, future.result()
-            waiting.append((item, self._pool.submit(self._apply, item)))
+            future = Future()
+            waiting.append((item, future))
+            self._inbox.put((item, future))
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
 
-    def _apply(self, item: Item) -> Result:
-        if not hasattr(self._own, "function"):
-            self._own.function = self._make()
-        result: Result = self._own.function(item)
-        return result
+    def _work(self) -> None:
+        function: Callable[[Item], Result] | None = None
+        while (task := self._inbox.get()) is not None:
+            item, future = task
+            try:
+                function = function or self._make()
+                future.set_result(function(item))
+            except BaseException as error:  # raised again where the result is wanted
+                future.set_exception(error)
+            del task, item, future  # or an idle thread would keep its last item and result
 
     def __enter__(self) -> OrderedThreads[Item, Result]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()
+        for _ in self._threads:
+            self._inbox.put(None)
+        # After a fault, a thread that has a long item is left to end by itself, or with this process.
+        until = time.monotonic() + _SECONDS_OF_AN_ITEM
+        for thread in self._threads:
+            thread.join(None if kind is None else max(0.0, until - time.monotonic()))
 
 
 class WorkerError(RuntimeError):

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -221,6 +222,30 @@ def test_threads_raise_a_fault_in_its_place_and_hold_few_items(num_workers, monk
     assert len(taken) <= 4 + 2 * num_workers
     # The library would use all cores with each worker; what the caller had set comes back.
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_threads_with_a_long_item_hold_up_no_interruption():
+    """Ctrl-C while a document of many megabytes is tokenized: the call into the library cannot be stopped, nor must it be waited for."""
+    before, release, begun = threading.enumerate(), threading.Event(), time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _interrupt_after_the_first(release)
+        assert time.monotonic() - begun < 10
+    finally:
+        release.set()
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def _interrupt_after_the_first(release):
+    with ordered_workers(2, make_waiter, release) as wait:
+        next(wait(item for item in ("short", "long", "long", "never", "never")))
+        raise KeyboardInterrupt
+
+
+def make_waiter(release):
+    return lambda item: item == "short" or release.wait(30)
 
 
 def make_divider(setting):
