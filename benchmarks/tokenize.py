@@ -76,9 +76,8 @@ def measure_speed(directory: Path, tokenizer_path: Path, texts: Sequence[str], o
             lambda: _library_alone(tokenizer_path, content),
             partial(tokenize.main, [*command, "--workers", str(workers)]),
         ]
-        # Read at each call: one thread, or as many as there are cores.
+        # Read at each call: one thread, or as many as main() has made the library start.
         os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
         times: list[list[tuple[float, float]]] = [[], []]
         for number in range(options.rounds):
             for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -166,6 +165,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--vocab-size", type=int, default=16000, help="of the tokenizer (default: 16000)")
     parser.add_argument("--report", action="store_true", help="write the dated report")
     options = parser.parse_args(arguments)
+    if len({1, *options.workers}) > 2:
+        parser.error("--workers: one number beside 1, for the library starts its threads once a process")
+    # Read when the library first uses several threads: when it trains the tokenizer.
+    os.environ["RAYON_NUM_THREADS"] = str(max(options.workers))
     texts = make_texts(10**7)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

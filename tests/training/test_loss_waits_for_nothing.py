@@ -1,5 +1,7 @@
 """On a GPU the host must not wait between a forward pass and its backward pass: the loss asks for no value and copies none over."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +42,7 @@ def _noisy(config):
     return corrupt(batch, config.diffusion, 0)
 
 
-@pytest.mark.parametrize(
+objectives = pytest.mark.parametrize(
     "diffusion",
     [
         {},
@@ -49,6 +51,9 @@ def _noisy(config):
     ],
     ids=["masked", "by_document", "joint"],
 )
+
+
+@objectives
 def test_the_loss_asks_the_device_for_nothing(diffusion):
     config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
     with _WaitsOf() as before:
@@ -58,3 +63,23 @@ def test_the_loss_asks_the_device_for_nothing(diffusion):
     with _WaitsOf() as loss:
         _loss(config, inputs, work, cross_entropy)[0].backward()
     assert loss.found == []
+
+
+@objectives
+def test_the_loss_is_computed_of_tensors_without_values(diffusion):
+    """Tensors of the meta device refuse what no dispatched operation shows on a CPU: tolist, numpy, copies to the host."""
+    config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
+    inputs, targets, work = _prepare(_noisy(config), config)
+    noisy = replace(inputs.noisy)
+    for entry in fields(noisy):
+        setattr(noisy, entry.name, _without_values(getattr(inputs.noisy, entry.name)))
+    cross_entropy = torch.rand(len(targets), device="meta", requires_grad=True)
+    weighted, denominator, kept = _loss(config, replace(inputs, noisy=noisy), work.to("meta"), cross_entropy)
+    weighted.backward()
+    assert {tensor.device.type for tensor in (weighted, denominator, kept, cross_entropy.grad)} == {"meta"}
+
+
+def _without_values(value):
+    if isinstance(value, tuple):
+        return tuple(_without_values(tensor) for tensor in value)
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
