@@ -73,8 +73,9 @@ def test_is_allowed(make_config, changes):
     assert not _keys(make_config(changes)) & (speed_keys | set(DIVISIBLE))
 
 
-def test_the_recipe_of_all_overlaps_asks_for_transformer_engine():
-    overrides = ["recipe=llada_8b", "parallel=tensor_4_te"]
+def test_all_overlaps_ask_for_transformer_engine():
+    """The command of docs/performance.md."""
+    overrides = ["recipe=llada_8b", "parallel=tensor_4", "parallel.tp_comm_overlap=true"]
     with pytest.raises(ConfigurationError, match=r"parallel\.tp_comm_overlap") as refusal:
         load_config(overrides)
     assert {problem.key for problem in refusal.value.problems} == {"parallel.tp_comm_overlap"}
