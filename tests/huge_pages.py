@@ -1,7 +1,7 @@
 """This process's memory in huge pages: a fork copies an entry for each page, and with torch and megatron imported there are 100,000.
 
-In huge pages a rank costs a fifth of the kernel's time to fork and to end: 50 ms less on the machine where this was written, for each
-of some 1,500 ranks. What a rank writes to is still copied by small pages.
+In huge pages eight ranks that do nothing cost the kernel 0.11 s to fork and to end instead of 0.36 s, on the machine where this was
+written. What a rank writes to is still copied by small pages.
 """
 
 from __future__ import annotations
