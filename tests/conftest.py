@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-_LONG = ("parallel", "end_to_end", "training", "planning", "conversion", "chaos")
+_DIRECTORIES_OF_LONG_TESTS = ("parallel", "end_to_end", "training", "planning", "conversion", "chaos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,7 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     hand the files out in this order)."""
     directory = Path(__file__).parent
     parts = {item: item.path.relative_to(directory).parts[0] for item in items}
-    items.sort(key=lambda item: _LONG.index(parts[item]) if parts[item] in _LONG else len(_LONG))
+    items.sort(
+        key=lambda item: (
+            _DIRECTORIES_OF_LONG_TESTS.index(parts[item]) if parts[item] in _DIRECTORIES_OF_LONG_TESTS else len(_DIRECTORIES_OF_LONG_TESTS)
+        )
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

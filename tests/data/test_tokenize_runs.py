@@ -81,9 +81,10 @@ def test_two_workers_write_the_same(corpus, tokenizer_file, expected, tmp_path, 
     assert content(tmp_path) == expected
 
 
-def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path):
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path, num_workers):
     """Each time a little later, until a run comes to its end."""
-    command = [sys.executable, "-m", "data_tools.tokenize", *arguments(corpus, tokenizer_file, tmp_path, "--workers", "1")]
+    command = [sys.executable, "-m", "data_tools.tokenize", *arguments(corpus, tokenizer_file, tmp_path, "--workers", num_workers)]
     generator = random.Random(0)
     num_kills = num_resumed = 0
     for _ in range(30):
@@ -101,7 +102,7 @@ def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path):
         assert process.returncode == -signal.SIGKILL, errors
         num_kills += 1
     else:
-        assert tokenize.main(arguments(corpus, tokenizer_file, tmp_path, "--workers", "1")) == 0
+        assert tokenize.main(arguments(corpus, tokenizer_file, tmp_path, "--workers", num_workers)) == 0
     assert content(tmp_path) == expected
     assert num_kills > 0
 

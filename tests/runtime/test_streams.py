@@ -85,7 +85,7 @@ def test_inputs_are_made_on_their_own_stream_and_handed_over(monkeypatch):
     assert events == [("enter", "inputs"), "corruption", ("leave", "inputs"), ("model", "waits for", "inputs")]
     handed_over = {id(tensor) for tensor in tensors_in(prepared)}
     inputs, targets, work = prepared
-    assert {id(tensor) for tensor in (targets, work, *inputs.noisy.of_losses())} <= handed_over
+    assert {id(tensor) for tensor in (targets, work, *inputs.noisy.loss_timesteps_and_weights())} <= handed_over
     assert set(recorded) == {(tensor, "model") for tensor in handed_over}
 
 

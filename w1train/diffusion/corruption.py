@@ -53,15 +53,15 @@ class NoisyBatch:
     """int64 [b]."""
     annealed: float = 1.0
     """How far the mask is on its way from causal to the whole document."""
-    _of_losses: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _loss_timesteps_and_weights: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
-    def of_losses(self) -> tuple[Tensor, Tensor]:
+    def loss_timesteps_and_weights(self) -> tuple[Tensor, Tensor]:
         """(t of the targets, weights), float32 [m], where a loss is taken. Kept, for picking them asks a GPU how many there are: asked
         for before the forward pass, they are at hand when the loss wants them."""
-        if self._of_losses is None:
+        if self._loss_timesteps_and_weights is None:
             where = self.loss_mask.nonzero(as_tuple=True)
-            self._of_losses = self.target_timesteps[where], self.weights[where]
-        return self._of_losses
+            self._loss_timesteps_and_weights = self.target_timesteps[where], self.weights[where]
+        return self._loss_timesteps_and_weights
 
     def at(self, positions: Tensor) -> NoisyBatch:
         """The batch at some positions of each sample, int64 [b, n]: a context-parallel rank's part of one global draw."""

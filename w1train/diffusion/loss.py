@@ -58,7 +58,7 @@ def diffusion_loss(
         cross_entropy: float32 [m], nats, at the positions of ``noisy.loss_mask``.
         next_cross_entropy: float32, nats, at the positions of ``noisy.next_mask``, of the clean stream; None without such a loss.
     """
-    timesteps, weights = noisy.of_losses()
+    timesteps, weights = noisy.loss_timesteps_and_weights()
     weighted = (cross_entropy * weights).sum()
     if next_cross_entropy is None:
         next_cross_entropy = cross_entropy.new_zeros(0)

@@ -87,7 +87,7 @@ def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInp
 
 def _prepare(noisy: NoisyBatch, config: Config) -> tuple[RankInputs, Tensor, Tensor]:
     inputs = rank_inputs(noisy, config)
-    inputs.noisy.of_losses()
+    inputs.noisy.loss_timesteps_and_weights()  # picked here, for the loss to find
     return inputs, inputs.targets, _work(inputs)
 
 
@@ -101,7 +101,7 @@ def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tenso
     ``cross_entropy``: float32 [m], the noisy stream's and behind them, where the objective has them, the clean stream's.
     """
     noisy = inputs.noisy
-    num_noisy = len(noisy.of_losses()[0])
+    num_noisy = len(noisy.loss_timesteps_and_weights()[0])
     of_clean = None if noisy.next_mask is None else cross_entropy[num_noisy:]
     weighted, sums = diffusion_loss(cross_entropy[:num_noisy], noisy, config.diffusion, config.logging.num_t_bins, of_clean)
     kept = torch.cat([sums.values, work])
