@@ -39,7 +39,7 @@ import torch
 import torch._dynamo  # optimizers import it at their first step: seconds in each rank, if not here
 import torch.distributed
 
-from tests.huge_pages import use_huge_pages
+from tests.forking import prepare_to_fork, rank_environment
 
 # torch creates its thread pool at the first operation; a forked child would inherit the pool's locks without its threads.
 torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def run_distributed(
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     assert not torch.distributed.is_initialized(), "the threads of this process's own group make forking unsafe"
     assert not torch.cuda.is_initialized(), "a process that has touched CUDA cannot fork ranks"
-    use_huge_pages()
+    prepare_to_fork()
     context = multiprocessing.get_context("fork")
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
@@ -150,16 +150,7 @@ def _rank_main(job: _Job, rank: int, connection: Connection) -> None:
 
 
 def _initialize_rank(job: _Job, rank: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(job.world_size),
-        LOCAL_WORLD_SIZE=str(job.world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(job.port),
-    )
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo otherwise looks up the host's name, which need not resolve
+    os.environ.update(rank_environment(rank, job.world_size, job.port))
     if job.process_group:
         torch.distributed.init_process_group(
             "gloo",

@@ -24,6 +24,7 @@ import psutil
 
 from tests.distributed import PR_SET_PDEATHSIG, free_port
 from tests.end_to_end.runs import Sabotage, output_to
+from tests.forking import prepare_to_fork, rank_environment
 from w1train import pretrain
 
 WORLD_SIZE = 2
@@ -70,6 +71,7 @@ class ForkedJob:
         logs.mkdir(parents=True)
         self._logs = [logs / f"rank-{rank}.log" for rank in range(WORLD_SIZE)]
         self._kill_at: float | None = None
+        prepare_to_fork()
         port, context = free_port(), multiprocessing.get_context("fork")
         # Not daemons: those may not have children, and data.workers=process has.
         self._ranks: list[ForkProcess] = []
@@ -116,8 +118,7 @@ def _die_with_parent(number: int) -> None:
 def _rank_main(arguments: list[str], directory: Path, log: Path, hook: Sabotage | None, rank: int, port: int) -> None:
     _die_with_parent(signal.SIGKILL)
     gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE), LOCAL_WORLD_SIZE=str(WORLD_SIZE))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(rank_environment(rank, WORLD_SIZE, port))
     os.chdir(directory)
     with output_to(log):
         if hook is not None:

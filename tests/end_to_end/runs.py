@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import free_port
-from tests.huge_pages import use_huge_pages
+from tests.forking import prepare_to_fork, rank_environment
 from w1train.runtime.cpu import import_megatron
 
 import_megatron()
@@ -35,13 +35,20 @@ import_megatron()
 import psutil  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402, F401
 
+import w1train.conversion.initial_weights  # noqa: E402, F401
+import w1train.evaluation.averages  # noqa: E402, F401
+import w1train.evaluation.checkpoints  # noqa: E402, F401
+import w1train.runtime.monitor  # noqa: E402, F401
+import w1train.runtime.watchdog  # noqa: E402, F401
 import w1train.training.loop  # noqa: E402, F401
 from data_tools import tokenize, train_tokenizer  # noqa: E402
 from w1train import pretrain  # noqa: E402
 from w1train.config import compose  # noqa: E402
 from w1train.config.command_line import parse_command_line  # noqa: E402
+from w1train.training.summary import code_versions  # noqa: E402
 
-parse_command_line(["recipe=demo"])
+parse_command_line(["recipe=demo", "name=a_b", "runs_dir=/tmp/runs-0", "training.precision=bf16", "checkpoint.interval=1"])
+code_versions()
 
 _compose = compose._compose
 _composed: dict[tuple, dict[str, Any]] = {}
@@ -182,7 +189,7 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
     tests.distributed.run_distributed keeps all ranks until each has answered. Here a rank that ends is gone, as under torchrun,
     and the others have to notice; but when one is killed, so are the others.
     """
-    use_huge_pages()
+    prepare_to_fork()
     port = free_port()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_enter_rank, args=(main, rank, world_size, port), daemon=True) for rank in range(world_size)]
@@ -204,8 +211,7 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
 
 def _enter_rank(main: Callable[[int], int], rank: int, world_size: int, port: int) -> None:
     gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(rank_environment(rank, world_size, port))
     sys.exit(main(rank))
 
 

@@ -26,14 +26,15 @@ OBJECTIVES = {
 
 
 def layout_config(streams: str, data_parallel: int = 1, *, num_layers: int = 4, **parallel):
-    """Four layers, so that two stages of two chunks have one each; eight samples in four micro-batches on each rank, of the
-    objectives four in four (two on each of two ranks)."""
-    is_objective = streams in OBJECTIVES
+    """Four layers, so that two stages of two chunks have one each; eight samples, of the objectives four, in as many micro-batches as the
+    schedule needs on each rank: two to accumulate over, four to fill a pipeline (if there are samples for them)."""
+    num_samples = 4 if streams in OBJECTIVES else 8
+    num_micro_batches = 4 if parallel.get("pipeline", 1) > 1 else 2
     return tiny_config(
         model={"num_layers": num_layers, "qk_norm": True},
         parallel={"context_chunk_size": 4, **parallel},
         diffusion={**STREAMS, **OBJECTIVES}[streams],
-        training={"global_batch_size": 4 if is_objective else 8, "micro_batch_size": 1 if is_objective else 2 // data_parallel},
+        training={"global_batch_size": num_samples, "micro_batch_size": max(1, num_samples // (data_parallel * num_micro_batches))},
     )
 
 

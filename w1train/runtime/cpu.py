@@ -164,7 +164,7 @@ def _redirect_cuda_module() -> None:
         "stream": device_context,
         "Stream": _NullStream,
         "Event": _NullStream,
-        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "manual_seed": torch.default_generator.manual_seed,
         "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     }

@@ -38,6 +38,9 @@ class StepWork:
 
 _NUM_WORK = 6
 
+type Prepared = tuple[RankInputs, Tensor, Tensor]
+"""Of a micro-batch: inputs, targets at ``logit_positions``, and _work's numbers."""
+
 
 def run_micro_batches(
     config: Config, chunks: list[torch.nn.Module], batches: Iterator[NoisyBatch], num_micro_batches: int, *, training: bool
@@ -49,8 +52,8 @@ def run_micro_batches(
     Returns:
         Sums over the whole global batch, the same on every rank.
     """
-    # Each chunk of a virtual pipeline reads every micro-batch.
-    iterators = list(tee(batches, len(chunks)))
+    # Each chunk of a virtual pipeline reads every micro-batch; all of them share its visibility and the attention's plan.
+    iterators = list(tee(_all_inputs(config, batches, num_micro_batches), len(chunks)))
     if torch.cuda.is_available():
         # Once a step: batches that lie on the GPU already (validation's) were put there by the model's stream.
         _input_stream().wait_stream(torch.cuda.current_stream())
@@ -66,16 +69,21 @@ def run_micro_batches(
     return _sum_over_ranks(results, config.logging.num_t_bins)
 
 
-def _forward_step(config: Config, batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-    inputs, targets, work = _next_inputs(config, batches)
+def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
+    beat()
+    inputs, targets, work = next(prepared)
     return model(inputs.model, targets), partial(_loss, config, inputs, work)
 
 
-def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInputs, Tensor, Tensor]:
+def _all_inputs(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int) -> Iterator[Prepared]:
+    for _ in range(num_micro_batches):
+        yield _next_inputs(config, batches)
+
+
+def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
     """The next micro-batch's inputs, targets and work. Corruption, visibility, the attention's plan and the choice of where losses are
     taken ask the GPU for sizes (of segments, of masked tokens, of tiles). On the model's stream each answer would come after the backward
     pass that is under way, and the GPU would then wait for the host; on a stream of their own they wait for themselves alone."""
-    beat()
     if not torch.cuda.is_available():
         return _prepare(next(batches), config)
     stream = _input_stream()
@@ -85,7 +93,7 @@ def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> tuple[RankInp
     return prepared
 
 
-def _prepare(noisy: NoisyBatch, config: Config) -> tuple[RankInputs, Tensor, Tensor]:
+def _prepare(noisy: NoisyBatch, config: Config) -> Prepared:
     inputs = rank_inputs(noisy, config)
     inputs.noisy.loss_timesteps_and_weights()  # picked here, for the loss to find
     return inputs, inputs.targets, _work(inputs)

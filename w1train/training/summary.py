@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -58,8 +59,10 @@ def read_steps(path: Path) -> int | None:
         return None
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
-    """What the run was made with; None for what is not installed, and for the commit outside a checkout."""
+    """What the run was made with; None for what is not installed, and for the commit outside a checkout. As they were at the first call:
+    a checkout that changes under a long run is not what runs."""
     return {
         "python": platform.python_version(),
         "torch": _installed("torch"),
@@ -69,6 +72,7 @@ def versions() -> dict[str, str | None]:
     }
 
 
+@functools.cache
 def code_versions() -> dict[str, str | bool | None]:
     """:func:`versions` in more detail: whether the checkout was clean, and the packages that decide on speed and numbers."""
     found = versions()

@@ -1,0 +1,39 @@
+"""What forked ranks start from: their environment, and what their parent does once so that none of them has to."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from functools import cache
+
+from tests.huge_pages import use_huge_pages
+
+
+@cache
+def prepare_to_fork() -> None:
+    """Do in this process what each rank would: 30 ms of imports and of looking for plugins, of a second that most ranks take."""
+    if "torch.distributed" in sys.modules:
+        # The first process group looks through all installed packages for a backend of its name.
+        distributed = importlib.import_module("torch.distributed.distributed_c10d")
+        distributed.BackendConfig(distributed.Backend("gloo"))
+    if "megatron.core.optimizer" in sys.modules:
+        with warnings.catch_warnings(action="ignore"):  # of being experimental: nobody here uses it
+            importlib.import_module("megatron.core.models.mimo.optimizer")  # imported by whoever builds an optimizer
+    use_huge_pages()
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # gloo otherwise looks up the host's name, which need not resolve.
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+        # The record of the last collectives has the Python stack of each, and below a test that is deep.
+        "TORCH_FR_BUFFER_SIZE": "0",
+    }
