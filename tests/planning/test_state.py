@@ -1,5 +1,7 @@
 """Predicted bytes of parameters, gradients and optimizer states against a real run's storages, to the byte."""
 
+import math
+
 import pytest
 
 from tests.distributed import run_distributed
@@ -77,10 +79,11 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)
     world_size, parallel, precision, model = CASES[name]
+    data = world_size // math.prod(parallel.get(name, 1) for name in ("tensor", "pipeline", "context"))
     config = tiny_config(
         parallel=parallel,
         model={"num_layers": 4, **model},
-        training={"precision": precision, "global_batch_size": 12, "micro_batch_size": 1},
+        training={"precision": precision, "global_batch_size": 12, "micro_batch_size": 12 // (2 * data)},
         diffusion={"num_strata": 4},
     )
     layout = layout_of(config, world_size)
