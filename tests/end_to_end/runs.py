@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,6 @@ from w1train import pretrain  # noqa: E402
 from w1train.config import compose  # noqa: E402
 from w1train.config.command_line import parse_command_line  # noqa: E402
 from w1train.training.summary import code_versions  # noqa: E402
-
-parse_command_line(["recipe=demo", "name=a_b", "runs_dir=/tmp/runs-0", "training.precision=bf16", "checkpoint.interval=1"])
-code_versions()
 
 _compose = compose._compose
 _composed: dict[tuple, dict[str, Any]] = {}
@@ -189,6 +186,7 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
     tests.distributed.run_distributed keeps all ranks until each has answered. Here a rank that ends is gone, as under torchrun,
     and the others have to notice; but when one is killed, so are the others.
     """
+    _prepare()
     prepare_to_fork()
     port = free_port()
     context = multiprocessing.get_context("fork")
@@ -207,6 +205,13 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
             rank.kill()
             rank.join()
     return [rank.exitcode or 0 for rank in ranks]
+
+
+@cache
+def _prepare() -> None:
+    """Once, for all ranks: Hydra's imports and the parser's tables, and what is installed."""
+    parse_command_line(["recipe=demo", "name=a_b", "runs_dir=/tmp/runs-0", "training.precision=bf16", "checkpoint.interval=1"])
+    code_versions()
 
 
 def _enter_rank(main: Callable[[int], int], rank: int, world_size: int, port: int) -> None:
