@@ -35,11 +35,11 @@ import_megatron()
 import psutil  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402, F401
 
-import w1train.conversion.initial_weights  # noqa: E402, F401
-import w1train.evaluation.averages  # noqa: E402, F401
-import w1train.evaluation.checkpoints  # noqa: E402, F401
-import w1train.runtime.monitor  # noqa: E402, F401
-import w1train.runtime.watchdog  # noqa: E402, F401
+import w1train.conversion.initial_weights  # noqa: E402
+import w1train.evaluation.averages  # noqa: E402
+import w1train.evaluation.checkpoints  # noqa: E402
+import w1train.runtime.monitor  # noqa: E402
+import w1train.runtime.watchdog  # noqa: E402
 import w1train.training.loop  # noqa: E402, F401
 from data_tools import tokenize, train_tokenizer  # noqa: E402
 from w1train import pretrain  # noqa: E402
