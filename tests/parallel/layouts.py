@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ LEARNING_RATE = 1e-4
 
 
 @dataclass
+class Inputs:
+    """What was made for the model."""
+
+    count: int = 0
+    """Micro-batches, of all steps."""
+    travels: set[str] = field(default_factory=set)
+    """What the context-parallel ranks exchange in them; empty without context parallelism."""
+
+
+@dataclass
 class Outcome:
     """What a layout computed."""
 
@@ -47,8 +57,7 @@ class Outcome:
     noise: str
     """Hash of every corrupted input of every step, in sample order."""
     work: list[StepWork]
-    travels: set[str]
-    """What the context-parallel ranks exchanged in these micro-batches; empty without context parallelism."""
+    inputs: Inputs
 
 
 def world_size(config: Config, data_parallel: int) -> int:
@@ -115,14 +124,14 @@ def _train(
         mutate(model)
     losses, norms, works, noise = [], [], [], []
     gradients: dict[str, torch.Tensor] = {}
-    travels: set[str] = set()
+    inputs = Inputs()
     for step in range(first_step, first_step + num_steps):
         batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
         noise.append(_noise_hashes(batches))
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
-        with _exchanges(travels):
+        with _noted(inputs):
             sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
         if step == first_step and not config.parallel.distributed_optimizer:
             gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
@@ -135,18 +144,19 @@ def _train(
     if save is not None:
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
     parameters = whole_tensors(model, lambda parameter: parameter.data)
-    return Outcome(losses, norms, gradients, parameters, _join(noise), works, travels)
+    return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs)
 
 
 @contextmanager
-def _exchanges(travels: set[str]) -> Iterator[None]:
-    """Note what the context-parallel ranks exchange in the micro-batches that run."""
+def _noted(notes: Inputs) -> Iterator[None]:
+    """Note the inputs of the micro-batches that run."""
     original = forward.rank_inputs
 
     def noted(noisy: NoisyBatch, config: Config) -> RankInputs:
         inputs = original(noisy, config)
         exchange = inputs.model.attention_plan.exchange
-        travels.update([] if exchange is None else [exchange.travel])
+        notes.count += 1
+        notes.travels.update([] if exchange is None else [exchange.travel])
         return inputs
 
     forward.rank_inputs = noted

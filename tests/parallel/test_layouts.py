@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.parallel.layouts import Outcome, train_layout, train_layouts
+from tests.parallel.layouts import NUM_STEPS, Outcome, train_layout, train_layouts
 from tests.tiny import tiny_config
 from w1train.training import buckets
 
@@ -85,8 +85,11 @@ def _assert_all_equal_the_single_process(names, parallel, data):
     """Each of the streams or objectives, on the same ranks. Without a pipeline two layers do: a first and a last one."""
     num_layers = 4 if parallel.get("pipeline", 1) > 1 else 2
     configs = [layout_config(name, data, num_layers=num_layers, **parallel, distributed_optimizer=False) for name in names]
+    training = configs[0].training
+    num_inputs = NUM_STEPS * training.global_batch_size // (training.micro_batch_size * data)
     for name, outcome, expected in zip(names, train_layouts(configs, data), references(names, num_layers), strict=True):
         assert_equal_numbers(outcome, expected, name)
+        assert outcome.inputs.count == num_inputs, "the chunks of a stage share a micro-batch's inputs"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
@@ -122,7 +125,7 @@ def test_several_heads_a_rank_travel(streams, micro_batch_size):
     config = layout_config(streams, context=2, context_method="all_to_all", distributed_optimizer=False)
     config.training.micro_batch_size = micro_batch_size
     outcome = train_layout(config)
-    assert outcome.travels == {"heads"}
+    assert outcome.inputs.travels == {"heads"}
     assert_equal_numbers(outcome, reference(streams))
 
 
@@ -139,14 +142,14 @@ def test_several_heads_a_rank_travel(streams, micro_batch_size):
 )
 def test_clean_keys_alone_travel_where_blocks_stay_home(parallel, data):
     outcome = train_layout(layout_config("two-stream-aligned", data, **parallel, distributed_optimizer=False), data)
-    assert outcome.travels == {"clean"}
+    assert outcome.inputs.travels == {"clean"}
     assert_equal_numbers(outcome, reference("two-stream-aligned"))
 
 
 def test_noisy_keys_travel_where_blocks_cross_chunks():
     """Blocks of 4 from unaligned document starts, chunks of 2: no chunk border is a block border."""
     outcome = train_layout(layout_config("two-stream", context=2, context_chunk_size=2, distributed_optimizer=False))
-    assert outcome.travels == {"all"}
+    assert outcome.inputs.travels == {"all"}
     assert_equal_numbers(outcome, reference("two-stream"))
 
 
