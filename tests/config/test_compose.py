@@ -333,6 +333,16 @@ def test_many_processes_compose_at_once_and_write_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_named_recipes_beside_the_command(tmp_path: Path) -> None:
+    """Which Python takes for the package of that name, where w1train is installed from a checkout."""
+    write(tmp_path / "recipes", "recipe/mine.yaml", "# @package _global_\ndefaults: [demo]\nname: mine\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "w1train.pretrain", "--config-dir", "recipes", "recipe=mine", "--cfg", "job"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert config_from_yaml(result.stdout).name == "mine"
+
+
 def test_every_recipe_file_is_plain_yaml() -> None:
     for path in packaged_directory().rglob("*.yaml"):
         text = path.read_text(encoding="utf-8")

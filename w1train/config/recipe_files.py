@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import w1train
 from w1train.config.errors import Problem, listing
 
 ROOT_NAME = "config"
@@ -16,8 +16,9 @@ GLOBAL_HEADER = "# @package _global_"
 
 @functools.cache
 def packaged_directory() -> Path:
-    """The directory of the ``recipes`` package, in a checkout as in an installed wheel."""
-    directory = Path(str(importlib.resources.files("recipes")))
+    """The directory of the ``recipes`` package, beside this one in a checkout as in an installed wheel. Python's own search would find the
+    user's ``recipes`` first, where a command starts beside a directory of that name."""
+    directory = Path(w1train.__file__).resolve().parent.parent / "recipes"
     assert directory.is_dir(), f"the recipes package is not a directory: {directory}"
     return directory
 
