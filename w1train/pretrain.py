@@ -8,6 +8,7 @@ The same command again resumes the run. The loop is in w1train/training/loop.py.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
 
 def run(config: Config) -> int:
     """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
+    gc.disable()  # imports leave no garbage, and looking for it takes an eighth of a start
     from w1train.runtime.cpu import import_megatron
     from w1train.runtime.device import make_deterministic
     from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
@@ -72,6 +74,7 @@ def run(config: Config) -> int:
     from w1train.training.checkpoint import CheckpointError
     from w1train.training.loop import Trainer
 
+    gc.enable()
     if config.training.deterministic:
         make_deterministic()
     directory = RunDirectory(Path(config.runs_dir) / config.name)
