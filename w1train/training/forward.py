@@ -5,10 +5,10 @@ Shapes: m = positions where a loss is taken.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import tee
 
 import torch
 from megatron.core import parallel_state
@@ -52,8 +52,7 @@ def run_micro_batches(
     Returns:
         Sums over the whole global batch, the same on every rank.
     """
-    # Each chunk of a virtual pipeline reads every micro-batch; all of them share its visibility and the attention's plan.
-    iterators = list(tee(_all_inputs(config, batches, num_micro_batches), len(chunks)))
+    iterators = _inputs_of_chunks(config, batches, num_micro_batches, len(chunks))
     if torch.cuda.is_available():
         # Once a step: batches that lie on the GPU already (validation's) were put there by the model's stream.
         _input_stream().wait_stream(torch.cuda.current_stream())
@@ -75,9 +74,21 @@ def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.
     return model(inputs.model, targets), partial(_loss, config, inputs, work)
 
 
-def _all_inputs(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int) -> Iterator[Prepared]:
-    for _ in range(num_micro_batches):
-        yield _next_inputs(config, batches)
+def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
+    """For each chunk of a virtual pipeline every micro-batch: all of them share its visibility and the attention's plan. Not
+    itertools.tee, which keeps up to 57 items that every chunk has had, and their masks would fill the GPU."""
+    waiting: list[deque[Prepared]] = [deque() for _ in range(num_chunks)]
+
+    def draw(own: deque[Prepared]) -> Iterator[Prepared]:
+        for _ in range(num_micro_batches):
+            if not own:
+                prepared = _next_inputs(config, batches)
+                for each in waiting:
+                    each.append(prepared)
+                del prepared
+            yield own.popleft()
+
+    return [draw(own) for own in waiting]
 
 
 def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
