@@ -83,4 +83,5 @@ def _loggers_as_they_were() -> Iterator[None]:
 def _fixed_seed() -> None:
     """Tests that draw from torch's global generator draw the same numbers in any order of tests."""
     if (torch := sys.modules.get("torch")) is not None:
-        torch.default_generator.manual_seed(1234)  # torch.manual_seed notes the stack for each kind of device that is absent
+        # torch.manual_seed seeds the GPUs too, and notes the stack for each kind of device that is absent.
+        (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(1234)
