@@ -334,9 +334,10 @@ def test_many_processes_compose_at_once_and_write_nothing(tmp_path: Path) -> Non
 
 
 def test_a_directory_named_recipes_beside_the_command(tmp_path: Path) -> None:
-    """Which Python takes for the package of that name, where w1train is installed from a checkout."""
+    """Which Python takes for the package of that name: with an __init__.py always, without where w1train is installed from a checkout."""
     write(tmp_path / "recipes", "recipe/mine.yaml", "# @package _global_\ndefaults: [demo]\nname: mine\n")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (tmp_path / "recipes/__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(packaged_directory().parent)}
     command = [sys.executable, "-m", "w1train.pretrain", "--config-dir", "recipes", "recipe=mine", "--cfg", "job"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr

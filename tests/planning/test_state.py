@@ -79,7 +79,7 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)
     world_size, parallel, precision, model = CASES[name]
-    data = world_size // math.prod(parallel.get(name, 1) for name in ("tensor", "pipeline", "context"))
+    data = world_size // math.prod(parallel.get(kind, 1) for kind in ("tensor", "pipeline", "context"))
     config = tiny_config(
         parallel=parallel,
         model={"num_layers": 4, **model},
