@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import w1train
 from w1train.config.errors import Problem, listing
 
 ROOT_NAME = "config"
@@ -16,9 +15,10 @@ GLOBAL_HEADER = "# @package _global_"
 
 @functools.cache
 def packaged_directory() -> Path:
-    """The directory of the ``recipes`` package, beside this one in a checkout as in an installed wheel. Python's own search would find the
-    user's ``recipes`` first, where a command starts beside a directory of that name."""
-    directory = Path(w1train.__file__).resolve().parent.parent / "recipes"
+    """The directory of the ``recipes`` package, beside w1train in a checkout as in an installed wheel. Python's own search would find the
+    user's ``recipes`` first, where a command starts beside a directory of that name; nor is w1train itself asked, which has no
+    ``__file__`` where a command starts beside the checkout that it is installed from."""
+    directory = Path(__file__).resolve().parents[2] / "recipes"
     assert directory.is_dir(), f"the recipes package is not a directory: {directory}"
     return directory
 
