@@ -31,8 +31,8 @@ from data_tools.progress import ByteProgress
 from data_tools.split import HashSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
-from w1train import __version__
 from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import tokenizers
 
-from w1train import __version__
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import write_bytes
+from w1train.runtime.version import __version__
 
 
 def tokenizer_manifest_path(output: Path) -> Path:

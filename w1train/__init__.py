@@ -1,3 +1,3 @@
 """w1train: pretraining of diffusion language models on megatron-core."""
 
-__version__ = "0.1.0"
+from w1train.runtime.version import __version__ as __version__

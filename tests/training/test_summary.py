@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 import w1train
 from tests.training.fake_run import write_fake_run
 from w1train.training.summary import REQUIRED_FIELDS, _git_commit, versions, write_summary
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_the_keys_scripts_rely_on(tmp_path):
@@ -38,6 +42,20 @@ def test_versions_name_what_ran():
     assert found["w1train"] == w1train.__version__
     assert found["torch"]
     assert found["megatron-core"].startswith("0.19")
+
+
+def test_a_directory_that_passes_for_the_package():
+    """Where a command starts in the parent of a checkout named w1train, its ``__init__.py`` does not run."""
+    script = (
+        f"import sys, types; package = types.ModuleType('w1train'); package.__path__ = [{str(REPOSITORY / 'w1train')!r}];"
+        "sys.modules['w1train'] = package; import data_tools.tokenize, w1train.data.writer, w1train.diagnosis.packages;"
+        "from w1train.config.recipe_files import packaged_directory; from w1train.training.summary import versions;"
+        "print(versions()['w1train'], packaged_directory().name)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [w1train.__version__, "recipes"]
 
 
 def test_the_commit_is_that_of_this_checkout_only(tmp_path, monkeypatch):

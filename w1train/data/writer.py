@@ -17,11 +17,11 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from w1train import __version__
 from w1train.data.indexed import DatasetError, begin_index, bin_path, finish_index, idx_path, lengths_end, token_dtype
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, sync_directory
+from w1train.runtime.version import __version__
 
 __all__ = ["DatasetWriter", "ResumeError", "WriterProgress", "check_sealed", "open_exclusively", "partial_paths", "publish", "unigram_bits"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-import w1train
 from w1train.diagnosis.findings import Finding, Section, Status
 from w1train.runtime.cpu import import_megatron
+from w1train.runtime.version import __version__
 
 _REQUIRED = ("numpy", "hydra-core", "tokenizers", "wandb", "fsspec", "psutil", "rich")
 _MODULES = {"hydra-core": "hydra"}
@@ -36,7 +36,7 @@ def package_section(*, quick: bool) -> Section:
     """Versions, ranges, impostors. quick: without imports that may put something on a GPU."""
     ranges = declared_ranges()
     findings = [
-        Finding("w1train", w1train.__version__, detail=code_version()),
+        Finding("w1train", __version__, detail=code_version()),
         Finding("python", platform.python_version(), detail=sys.executable),
         *_torch(ranges),
         _megatron(ranges, quick=quick),
@@ -51,7 +51,7 @@ def package_section(*, quick: bool) -> Section:
 def code_version() -> str:
     """Of an image (docker/), otherwise of where the package lies."""
     version = os.environ.get("W1TRAIN_CODE_VERSION")
-    return f"{Path(w1train.__path__[0])}{f', built from {version}' if version else ''}"
+    return f"{Path(__file__).resolve().parents[1]}{f', built from {version}' if version else ''}"
 
 
 def declared_ranges() -> dict[str, Requirement]:

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import w1train
 from w1train.runtime.files import write_text
+from w1train.runtime.version import __version__
 
 REQUIRED_FIELDS = (
     "name",
@@ -67,8 +67,8 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": _installed("torch"),
         "megatron-core": _installed("megatron-core"),
-        "w1train": w1train.__version__,
-        "git_commit": _git_commit(Path(w1train.__file__).resolve().parent.parent),
+        "w1train": __version__,
+        "git_commit": _git_commit(Path(__file__).resolve().parents[2]),
     }
 
 
