@@ -23,8 +23,8 @@ from typing import Protocol
 import psutil
 
 from tests.distributed import PR_SET_PDEATHSIG, free_port
-from tests.end_to_end.runs import Sabotage, output_to
-from tests.forking import prepare_to_fork, rank_environment
+from tests.end_to_end.runs import Sabotage, output_to, prepare_to_train
+from tests.forking import rank_environment
 from w1train import pretrain
 
 WORLD_SIZE = 2
@@ -71,7 +71,7 @@ class ForkedJob:
         logs.mkdir(parents=True)
         self._logs = [logs / f"rank-{rank}.log" for rank in range(WORLD_SIZE)]
         self._kill_at: float | None = None
-        prepare_to_fork()
+        prepare_to_train()
         port, context = free_port(), multiprocessing.get_context("fork")
         # Not daemons: those may not have children, and data.workers=process has.
         self._ranks: list[ForkProcess] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import json
 import logging
 import multiprocessing
@@ -31,21 +32,11 @@ from w1train.runtime.cpu import import_megatron
 
 import_megatron()
 
-# Imported and done once here for the ranks: what the parent has, they need not import.
-import psutil  # noqa: E402, F401
-import torch.distributed.checkpoint  # noqa: E402, F401
-
-import w1train.conversion.initial_weights  # noqa: E402
-import w1train.evaluation.averages  # noqa: E402
-import w1train.evaluation.checkpoints  # noqa: E402
-import w1train.runtime.monitor  # noqa: E402
-import w1train.runtime.watchdog  # noqa: E402
-import w1train.training.loop  # noqa: E402, F401
 from data_tools import tokenize, train_tokenizer  # noqa: E402
 from w1train import pretrain  # noqa: E402
 from w1train.config import compose  # noqa: E402
 from w1train.config.command_line import parse_command_line  # noqa: E402
-from w1train.training.summary import code_versions  # noqa: E402
+from w1train.training import summary  # noqa: E402
 
 _compose = compose._compose
 _composed: dict[tuple, dict[str, Any]] = {}
@@ -62,6 +53,14 @@ def _compose_once(choices: Mapping[str, str], directories: Sequence[Path]) -> di
 
 compose._compose = _compose_once
 
+_IMPORTED_BY_RANKS = (
+    "psutil",
+    "torch.distributed.checkpoint",
+    "w1train.conversion.initial_weights",
+    "w1train.runtime.monitor",
+    "w1train.runtime.watchdog",
+    "w1train.training.loop",
+)
 _BY_THE_CLOCK = ("time/", "checkpoint/")
 """Begin the names of metrics that are measured."""
 VOCAB_SIZE = 320
@@ -186,8 +185,7 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
     tests.distributed.run_distributed keeps all ranks until each has answered. Here a rank that ends is gone, as under torchrun,
     and the others have to notice; but when one is killed, so are the others.
     """
-    _prepare()
-    prepare_to_fork()
+    prepare_to_train()
     port = free_port()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_enter_rank, args=(main, rank, world_size, port), daemon=True) for rank in range(world_size)]
@@ -208,10 +206,13 @@ def launch(world_size: int, main: Callable[[int], int]) -> list[int]:
 
 
 @cache
-def _prepare() -> None:
-    """Once, for all ranks: Hydra's imports and the parser's tables, and what is installed."""
+def prepare_to_train() -> None:
+    """Do in this process what each forked rank of a run would: imports, the tables of Hydra's parser, the versions of what is installed."""
+    for name in _IMPORTED_BY_RANKS:
+        importlib.import_module(name)
     parse_command_line(["recipe=demo", "name=a_b", "runs_dir=/tmp/runs-0", "training.precision=bf16", "checkpoint.interval=1"])
-    code_versions()
+    summary.code_versions()
+    prepare_to_fork()
 
 
 def _enter_rank(main: Callable[[int], int], rank: int, world_size: int, port: int) -> None:
