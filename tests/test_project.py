@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from w1train.runtime.version import __version__
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
@@ -153,6 +155,10 @@ def test_every_folder_with_modules_is_a_package():
 def test_nothing_built_is_tracked():
     built = [path for path in tracked_files() if "__pycache__" in path.parts or path.suffix in (".pyc", ".so", ".bin", ".idx")]
     assert built == []
+
+
+def test_the_version_is_the_one_that_is_declared():
+    assert tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"] == __version__
 
 
 def test_licence_is_the_one_that_is_declared():
