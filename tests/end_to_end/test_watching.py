@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.training.wandb_file import read_history, read_run
-from w1train.training import forward
+from w1train.training import async_save, forward
 from w1train.training.dashboard import SECTIONS
 from w1train.training.loggers import wandb_metrics
 from w1train.training.metrics_log import read_metrics
@@ -30,6 +31,19 @@ HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 FIRST_STEPS = 6
 
 
+def waiting_for_writers(rank: int) -> None:
+    """Each step boundary finds done what was being written before: on a slow disk, a save may otherwise last beyond the run's last
+    record, which then says nothing of it."""
+    poll = async_save.CheckpointSaver.poll
+
+    def wait_and_poll(saver: async_save.CheckpointSaver) -> None:
+        if saver._save is not None:
+            wait([saver._save.work], timeout=60)
+        poll(saver)
+
+    async_save.CheckpointSaver.poll = wait_and_poll
+
+
 @pytest.fixture(scope="module")
 def watched(tiny_data, tmp_path_factory) -> TinyRun:
     """Six steps, and on a second start six more, with every metric switched on that a run can have."""
@@ -41,6 +55,7 @@ def watched(tiny_data, tmp_path_factory) -> TinyRun:
             "health.straggler_interval=4",
             f"schedule.stages.stable.tokens={(num_steps - 2) * BATCH * LENGTH}",
             world_size=2,
+            sabotage=waiting_for_writers,
         ).require(0)
     # W&B's own process writes the files, on a busy machine a moment after finish() has returned.
     deadline = time.monotonic() + 30
