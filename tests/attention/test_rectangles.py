@@ -74,6 +74,24 @@ def test_not_where_calls_cost_more_than_they_save():
     assert rectangles_of(uneven, width=3072) is None
 
 
+@given(visibilities(kinds=INTERVAL_KINDS), st.sampled_from([10, 100, 1000, 10**4, 10**5]))
+@settings(max_examples=200)
+def test_where_nothing_is_sought_nothing_would_be_found(kind_and_visibility, triples_per_call):
+    _, visibility = kind_and_visibility
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rectangles, "_TRIPLES_PER_CALL", triples_per_call)
+        is_found = rectangles_of(visibility, width=8) is not None
+        patch.setattr(rectangles, "_least_cost", lambda *_: 0.0)
+        assert (rectangles_of(visibility, width=8) is not None) == is_found
+
+
+def test_nothing_is_sought_in_samples_too_short_for_a_call_each(monkeypatch):
+    monkeypatch.setattr(rectangles, "_runs", None)
+    documents = torch.tensor([[0] * 20 + [1] * 12] * 4, dtype=torch.int32)
+    assert rectangles_of(document_visibility(documents), width=64) is None
+    assert rectangles_of(block_diffusion_visibility(documents, 4, "document"), width=48) is None
+
+
 def test_scattered_pairs_are_no_rectangles():
     assert rectangles_of(long_pack(700, "scattered"), width=10**9) is None
 

@@ -93,11 +93,21 @@ def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> l
     endpoints = visibility.endpoints
     num_samples, num_rows = endpoints.shape[1:]
     per_call = _TRIPLES_PER_CALL * num_threads / width
-    groups = [_merge(_runs(endpoints[:, sample]), per_call) for sample in range(num_samples)]
     dense = per_call + num_samples * (num_rows + _EXTRA_ROWS) * visibility.num_keys * _MASKED_COST
+    # Looking for rectangles takes as long as a layer of a small model, where there is nothing to be gained.
+    if _LEAST_GAIN * _least_cost(visibility, per_call) > dense:
+        return None
+    groups = [_merge(_runs(endpoints[:, sample]), per_call) for sample in range(num_samples)]
     if _LEAST_GAIN * sum(group.call_cost(per_call) + group.pair_cost for of_sample in groups for group in of_sample) > dense:
         return None
     return [_rectangle(visibility, sample, group) for sample, of_sample in enumerate(groups) for group in of_sample]
+
+
+def _least_cost(visibility: Visibility, per_call: float) -> float:
+    """What no choice of rectangles is cheaper than: one call for each sample that sees anything, without a pair too many."""
+    pairs = visibility.pairs_per_row()
+    most = pairs.amax(dim=1)
+    return float(((most > 0) * per_call + _EXTRA_ROWS * most).sum() + pairs.sum())
 
 
 def _runs(endpoints: Tensor) -> Iterator[_Group]:
