@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from w1train.runtime.cpu import unless_alone
+from tests.distributed import run_distributed
+from w1train.runtime.cpu import unless_alone, unless_alone_in_place
 
 
 @dataclass
@@ -33,3 +34,47 @@ def test_collective_is_left_out_only_where_it_changes_nothing(num_ranks, in_plac
     assert [(args[0] is output, args[1] is buffer, kwargs) for args, kwargs in calls] == (
         [(True, True, {"op": "sum", "group": group, "async_op": async_op})] if is_called else []
     )
+
+
+def _sums(rank: int, world_size: int) -> dict[str, tuple[float, bool, bool]]:
+    """(all_reduce of 1, whether gloo was asked for it, whether there is a handle) by how it was called."""
+    alone = [torch.distributed.new_group([member]) for member in range(world_size)][rank]
+    plus = torch.distributed.ReduceOp.SUM
+    sums = {}
+    for how, args, kwargs in (
+        ("alone", (), {"group": alone}),
+        ("alone, with an operation", (plus,), {"group": alone}),
+        ("alone, not waited for", (), {"group": alone, "async_op": True}),
+        ("alone, by position", (plus, alone), {}),
+        ("all", (), {}),
+        ("all, named", (plus,), {"group": None}),
+    ):
+        asked = []
+
+        def noted(*args, asked=asked, **kwargs):
+            asked.append(args)
+            return torch.distributed.all_reduce(*args, **kwargs)
+
+        value = torch.ones(1)
+        handle = unless_alone_in_place(noted)(value, *args, **kwargs)
+        if handle is not None:
+            handle.wait()
+        sums[how] = (value.item(), bool(asked), handle is not None)
+    return sums
+
+
+def test_sum_over_one_rank_asks_nobody():
+    for sums in run_distributed(_sums, 2):
+        assert sums == {
+            "alone": (1.0, False, False),
+            "alone, with an operation": (1.0, False, False),
+            "alone, not waited for": (1.0, True, True),
+            "alone, by position": (1.0, True, False),
+            "all": (2.0, True, False),
+            "all, named": (2.0, True, False),
+        }
+
+
+def test_without_a_group_the_error_is_torchs():
+    with pytest.raises(ValueError, match="process group"):
+        unless_alone_in_place(torch.distributed.all_reduce)(torch.ones(1))

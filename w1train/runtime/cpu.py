@@ -186,11 +186,14 @@ def _redirect_rng_tracker(megatron_random: Any) -> None:
 
 
 def _skip_collectives_of_one() -> None:
-    """gloo copies the whole buffer of gradients, and then of parameters, to share it out over a single rank; NCCL leaves it."""
+    """gloo copies the whole buffer of gradients, and then of parameters, to share it out over a single rank; NCCL leaves it. And it wakes
+    two threads to find that a sum over one rank is what it was: an eighth of a small model's step."""
     from megatron.core.distributed import param_and_grad_buffer
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
+    for name in ("all_reduce", "broadcast"):
+        setattr(torch.distributed, name, unless_alone_in_place(getattr(torch.distributed, name)))
 
 
 def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,5 +205,19 @@ def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
         if group.size() == 1 and not async_op and output.data_ptr() == input_.data_ptr():
             return None
         return collective(output, input_, group=group, async_op=async_op, **kwargs)
+
+    return wrapped
+
+
+def unless_alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``collective(tensor, ..., group=...)`` that does nothing in a group of one rank, where the result is the tensor as it is."""
+
+    @functools.wraps(collective)
+    def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group") or torch.distributed.group.WORLD
+        is_by_name = len(args) < 2  # the group comes third
+        if is_by_name and isinstance(group, torch.distributed.ProcessGroup) and group.size() == 1 and not kwargs.get("async_op"):
+            return None
+        return collective(tensor, *args, **kwargs)
 
     return wrapped
