@@ -43,12 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-_DIRECTORIES_OF_LONG_TESTS = ("parallel", "end_to_end", "training", "planning", "conversion", "chaos")
+_DIRECTORIES_OF_LONG_TESTS = ("parallel", "launch", "end_to_end", "training", "planning", "conversion", "chaos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of long tests first, so that in the end no worker has minutes left while the others have nothing (`make test` has pytest-xdist
-    hand the files out in this order)."""
+    hand the files out in this order). Those that wait for launchers early: meanwhile, the other workers compute."""
     directory = Path(__file__).parent
     parts = {item: item.path.relative_to(directory).parts[0] for item in items}
     items.sort(
