@@ -1,9 +1,11 @@
 """Philox4x32-10 against the known-answer vectors published with Random123."""
 
+import numpy as np
 import pytest
 import torch
 
-from w1train.diffusion.philox import Purpose, philox_4x32, random_words, random_words_of_streams
+from w1train.diffusion import philox
+from w1train.diffusion.philox import Purpose, philox_4x32, philox_4x32_numpy, random_words, random_words_of_streams
 
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -16,10 +18,20 @@ def _words(text):
     return [int(word, 16) for word in text.split()]
 
 
+def _of_arrays(counter, key):
+    """What the CPU draws with, called as ``philox_4x32`` is."""
+    words = torch.from_numpy(philox_4x32_numpy([lane.numpy().astype(np.uint32) for lane in counter], key))
+    return words.unbind(dim=-1)
+
+
+both = pytest.mark.parametrize("implementation", [philox_4x32, _of_arrays], ids=["tensors", "arrays"])
+
+
+@both
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_known_answers(counter, key, expected):
+def test_known_answers(counter, key, expected, implementation):
     tensors = tuple(torch.tensor([word], dtype=torch.int64) for word in _words(counter))
-    result = philox_4x32(tensors, tuple(_words(key)))
+    result = implementation(tensors, tuple(_words(key)))
     assert [int(word) for word in result] == _words(expected)
 
 
@@ -50,12 +62,13 @@ def _philox_of_integers(counter, key):
     return c0, c1, c2, c3
 
 
+@both
 @pytest.mark.parametrize("key", [(0, 0), (2**32 - 1, 2**31), (1, 7)])
-def test_every_element_is_what_integers_give(key):
+def test_every_element_is_what_integers_give(key, implementation):
     columns, rows, one = torch.randint(2**32, (1, 7)), torch.randint(2**32, (3, 1)), torch.tensor([[2**32 - 1]])
     counter = (columns, rows, one, torch.randint(2**32, (3, 7)))
     before = [lane.clone() for lane in counter]
-    words = torch.stack(philox_4x32(counter, key), dim=-1)
+    words = torch.stack(implementation(counter, key), dim=-1)
     elements = torch.stack(torch.broadcast_tensors(*counter), dim=-1)
     expected = [[_philox_of_integers(element, key) for element in row] for row in elements.tolist()]
     assert words.tolist() == [[list(element) for element in row] for row in expected]
@@ -67,6 +80,19 @@ def test_several_streams_at_once_are_those_drawn_one_by_one():
     together = random_words_of_streams(9, streams, draw=2, num=6)
     for words, (purpose, indices) in zip(together, streams, strict=True):
         assert torch.equal(words, random_words(9, indices, draw=2, purpose=purpose, num=6))
+
+
+@pytest.mark.parametrize("num", [1, 4, 37])
+def test_devices_draw_the_same_words(num, monkeypatch):
+    """What a GPU draws with, on the CPU; indices of 64 bits, and seeds."""
+    streams = [(Purpose.MASK, torch.tensor([0, -1, 2**62 + 5])), (Purpose.LENGTH, torch.tensor([2**32 - 1, 2**32]))]
+    for seed in (0, 1234, 2**64 - 1):
+        arrays = random_words_of_streams(seed, streams, draw=2**24 - 1, num=num)
+        with monkeypatch.context() as patch:
+            patch.setattr(philox, "_words_on_cpu", philox._words_on_device)
+            tensors = random_words_of_streams(seed, streams, draw=2**24 - 1, num=num)
+        assert [words.shape for words in arrays] == [(3, num), (2, num)]
+        assert all(torch.equal(*pair) for pair in zip(arrays, tensors, strict=True))
 
 
 def test_words_are_uniform():
