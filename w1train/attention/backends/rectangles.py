@@ -107,7 +107,7 @@ def _least_cost(visibility: Visibility, per_call: float) -> float:
     """What no choice of rectangles is cheaper than: one call for each sample that sees anything, without a pair too many."""
     pairs = visibility.pairs_per_row()
     most = pairs.amax(dim=1)
-    return float(((most > 0) * per_call + _EXTRA_ROWS * most).sum() + pairs.sum())
+    return per_call * int((most > 0).sum()) + _EXTRA_ROWS * int(most.sum()) + int(pairs.sum())
 
 
 def _runs(endpoints: Tensor) -> Iterator[_Group]:
