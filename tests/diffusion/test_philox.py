@@ -95,6 +95,15 @@ def test_devices_draw_the_same_words(num, monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(arrays, tensors, strict=True))
 
 
+@pytest.mark.parametrize("counters_at_once", [1, 6, 9])
+def test_blocks_of_counters_are_drawn_as_one(counters_at_once, monkeypatch):
+    streams = [(Purpose.MASK, torch.tensor([7, -1, 2**40, 3])), (Purpose.LENGTH, torch.tensor([7, 2**62]))]
+    whole = random_words_of_streams(5, streams, draw=3, num=10)
+    monkeypatch.setattr(philox, "_COUNTERS_AT_ONCE", counters_at_once)
+    blocks = random_words_of_streams(5, streams, draw=3, num=10)
+    assert all(torch.equal(*pair) for pair in zip(blocks, whole, strict=True))
+
+
 def test_words_are_uniform():
     words = random_words(1, torch.arange(512), draw=0, purpose=Purpose.MASK, num=512)
     assert words.min() >= 0
