@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_distributed
-from w1train.runtime.cpu import unless_alone, unless_alone_in_place
+from w1train.runtime.cpu import redirect_cuda_to_cpu, unless_alone, unless_alone_in_place
 
 
 @dataclass
@@ -73,6 +74,35 @@ def test_sum_over_one_rank_asks_nobody():
             "all": (2.0, True, False),
             "all, named": (2.0, True, False),
         }
+
+
+class _Asked(TorchDispatchMode):
+    """Names of the collectives that reach torch's process groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def _asked_where_redirected(rank: int, world_size: int) -> tuple[list[str], bool]:
+    redirect_cuda_to_cpu()
+    value = torch.ones(1)
+    with _Asked() as asked:
+        torch.distributed.all_reduce(value)
+        torch.distributed.broadcast(value, 0)
+    handle = torch.distributed.all_reduce(value, torch.distributed.ReduceOp.SUM, None, True)  # async_op by position
+    return asked.names, handle is not None and handle.wait()
+
+
+def test_torchs_own_functions_ask_nobody_in_a_world_of_one():
+    assert run_distributed(_asked_where_redirected, 1) == [([], True)]
+    (names, _), _ = run_distributed(_asked_where_redirected, 2)
+    assert names == ["c10d::allreduce_", "c10d::broadcast_"]
 
 
 def test_without_a_group_the_error_is_torchs():
