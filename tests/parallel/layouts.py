@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,13 +122,12 @@ def _train(
     first_step = load_checkpoint(load, model).step if load is not None else 0
     if mutate is not None:
         mutate(model)
-    losses, norms, works = [], [], []
+    losses, norms, works, noise = [], [], [], []
     gradients: dict[str, torch.Tensor] = {}
     inputs = Inputs()
-    steps = range(first_step, first_step + num_steps)
-    batches_of_steps = [list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size)) for step in steps]
-    noise = _noise(batches_of_steps)
-    for step, batches in zip(steps, batches_of_steps, strict=True):
+    for step in range(first_step, first_step + num_steps):
+        batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
+        noise.append(_noise_hashes(batches))
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
@@ -146,7 +144,7 @@ def _train(
     if save is not None:
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
     parameters = whole_tensors(model, lambda parameter: parameter.data)
-    return Outcome(losses, norms, gradients, parameters, noise, works, inputs)
+    return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs)
 
 
 @contextmanager
@@ -231,13 +229,16 @@ def _whole(name: str, parts: dict) -> torch.Tensor:
     return joined[0]
 
 
-def _noise(batches_of_steps: list[list[NoisyBatch]]) -> str:
-    """One hash of the corrupted samples of all steps and ranks, however they were dealt to ranks and micro-batches; asserts that the ranks
-    of a replica corrupt alike."""
-    mine = [[row.numpy().tobytes() for batch in batches for row in batch.input_ids] for batches in batches_of_steps]
+def _noise_hashes(batches: list[NoisyBatch]) -> list[str]:
+    """Hashes of the corrupted samples of all data-parallel ranks; asserts that the ranks of a replica corrupt alike."""
+    mine = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for batch in batches for row in batch.input_ids]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (parallel_state.get_data_parallel_rank(), mine))
     by_rank = dict(gathered)
-    assert all(by_rank[rank] == rows for rank, rows in gathered), "model-parallel ranks corrupt alike"
-    steps = zip(*by_rank.values(), strict=True)
-    return hashlib.sha256(b"".join(row for step in steps for row in sorted(itertools.chain(*step)))).hexdigest()
+    assert all(by_rank[rank] == hashes for rank, hashes in gathered), "model-parallel ranks corrupt alike"
+    return [text for rank in sorted(by_rank) for text in by_rank[rank]]
+
+
+def _join(noise: list[list[str]]) -> str:
+    """One hash that does not depend on how the samples were dealt to ranks and micro-batches."""
+    return hashlib.sha256("".join(text for step in noise for text in sorted(step)).encode()).hexdigest()
