@@ -28,7 +28,7 @@ def prepare_to_fork() -> None:
 
 def _share_gloo_device(distributed: Any) -> None:
     """One thread of a rank for the sockets of all its groups. By itself gloo starts one for each of the twenty that megatron-core makes:
-    eight ranks on two cores spend a tenth of their time on handing over from thread to thread."""
+    with these, a layout of eight ranks took 4.6 to 4.9 s of CPU, without 3.8 to 4.4 (three pairs, on two cores)."""
     plugin = distributed.Backend._plugins.get("GLOO")
     if plugin is None:
         return  # an older torch has no hook for it

@@ -187,7 +187,7 @@ def _redirect_rng_tracker(megatron_random: Any) -> None:
 
 def _skip_collectives_of_one() -> None:
     """gloo copies the whole buffer of gradients, and then of parameters, to share it out over a single rank; NCCL leaves it. And it wakes
-    two threads to find that a sum over one rank is what it was: an eighth of a small model's step."""
+    two threads to find that a sum over one rank is what it was, three times a micro-batch."""
     from megatron.core.distributed import param_and_grad_buffer
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
@@ -210,7 +210,8 @@ def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unless_alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """``collective(tensor, ..., group=...)`` that does nothing in a group of one rank, where the result is the tensor as it is."""
+    """``collective(tensor, ..., group=...)`` that does nothing in a group of one rank, where the result is the tensor as it is. (Mistakes
+    in its arguments then go unnoticed there.)"""
 
     @functools.wraps(collective)
     def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
