@@ -36,7 +36,6 @@ from data_tools import tokenize, train_tokenizer  # noqa: E402
 from w1train import pretrain  # noqa: E402
 from w1train.config import compose  # noqa: E402
 from w1train.config.command_line import parse_command_line  # noqa: E402
-from w1train.training import summary  # noqa: E402
 
 _compose = compose._compose
 _composed: dict[tuple, dict[str, Any]] = {}
@@ -211,7 +210,7 @@ def prepare_to_train() -> None:
     for name in _IMPORTED_BY_RANKS:
         importlib.import_module(name)
     parse_command_line(["recipe=demo", "name=a_b", "runs_dir=/tmp/runs-0", "training.precision=bf16", "checkpoint.interval=1"])
-    summary.code_versions()
+    importlib.import_module("w1train.training.summary").code_versions()
     prepare_to_fork()
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
+from types import ModuleType
 
 import pytest
 
 from tests.tiny import tiny_config
 from w1train.runtime.cpu import import_megatron
-
-import_megatron()
-
-from w1train.training import forward  # noqa: E402
 
 NUM_MICRO_BATCHES = 6
 
@@ -27,8 +25,14 @@ class _Inputs:
 ORDERS = {1: [0] * NUM_MICRO_BATCHES, 2: [0, 0, 1, 1] * (NUM_MICRO_BATCHES // 2), 3: [0, 0, 1, 1, 2, 2] * (NUM_MICRO_BATCHES // 2)}
 
 
+@pytest.fixture
+def forward() -> ModuleType:
+    import_megatron()
+    return importlib.import_module("w1train.training.forward")
+
+
 @pytest.mark.parametrize("num_chunks", ORDERS)
-def test_inputs_are_made_once_and_let_go(num_chunks, monkeypatch):
+def test_inputs_are_made_once_and_let_go(num_chunks, forward, monkeypatch):
     made: list[weakref.ref] = []
 
     def next_inputs(_config, batches):

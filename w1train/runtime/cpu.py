@@ -215,10 +215,16 @@ def unless_alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(collective)
     def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        group = kwargs.get("group") or torch.distributed.group.WORLD
-        is_by_name = len(args) < 2  # the group comes third
-        if is_by_name and isinstance(group, torch.distributed.ProcessGroup) and group.size() == 1 and not kwargs.get("async_op"):
+        # Group and async_op come third and fourth: whoever does not name them gets the real one. So does an asynchronous caller, who waits
+        # for what is returned.
+        if len(args) < 2 and not kwargs.get("async_op") and _is_alone(kwargs.get("group")):
             return None
         return collective(tensor, *args, **kwargs)
 
     return wrapped
+
+
+def _is_alone(group: Any) -> bool:
+    """Whether a group (None = the world) is of one rank: not where this rank is no member, nor before there are groups."""
+    group = group or torch.distributed.group.WORLD
+    return isinstance(group, torch.distributed.ProcessGroup) and group.size() == 1
