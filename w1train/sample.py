@@ -114,6 +114,9 @@ def checkpoint_name(text: str) -> int | str:
 
 def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
+    from w1train.runtime.cpu import import_megatron
+
+    import_megatron()
     from w1train.training.checkpoint import CheckpointError
     from w1train.training.inference import load_for_inference, require_diffusion
 

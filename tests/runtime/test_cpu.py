@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -108,3 +111,40 @@ def test_torchs_own_functions_ask_nobody_in_a_world_of_one():
 def test_without_a_group_the_error_is_torchs():
     with pytest.raises(ValueError, match="process group"):
         unless_alone_in_place(torch.distributed.all_reduce)(torch.ones(1))
+
+
+FIRST_IMPORT_OF_MEGATRON = """
+import importlib, json, pathlib, sys, traceback
+
+class Imported(BaseException):
+    pass
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "megatron":
+            raise Imported("import_megatron" in [frame.name for frame in traceback.extract_stack()])
+
+sys.meta_path.insert(0, Finder())
+run = pathlib.Path(sys.argv[1])
+for command in json.loads(sys.argv[2]):
+    module, *arguments = command.replace("RUN", str(run)).split()
+    try:
+        importlib.import_module(module).main(arguments)
+    except Imported as imported:
+        print(module, imported)
+"""
+
+
+def test_commands_import_megatron_without_its_compiler_and_warnings(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    commands = [
+        "w1train.average RUN",
+        "w1train.convert to-hf RUN out",
+        "w1train.evaluate RUN",
+        "w1train.plan recipe=demo gpus=2",
+        "w1train.pretrain recipe=demo runs_dir=RUN",
+        "w1train.sample RUN",
+    ]
+    arguments = [sys.executable, "-c", FIRST_IMPORT_OF_MEGATRON, str(tmp_path), json.dumps(commands)]
+    output = subprocess.run(arguments, timeout=120, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == [f"{command.split()[0]} True" for command in commands]
