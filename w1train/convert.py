@@ -85,7 +85,8 @@ def to_hugging_face(args: argparse.Namespace) -> int:
 
     import_megatron()
     from w1train.conversion.export import export
-    from w1train.training.checkpoint import CheckpointError, complete_steps, read_config, verify_checkpoint
+    from w1train.runtime.run_directory import RunDirectory
+    from w1train.training.checkpoint import CheckpointError, complete_steps, verify_checkpoint
 
     steps = complete_steps(args.run / "checkpoints")
     if not steps or args.step not in (None, *steps):
@@ -94,7 +95,7 @@ def to_hugging_face(args: argparse.Namespace) -> int:
     checkpoint = args.run / "checkpoints" / f"step_{steps[-1] if args.step is None else args.step:010d}"
     try:
         verify_checkpoint(checkpoint)
-        exported = export(checkpoint, read_config(checkpoint), args.output, args.format, args.max_shard_size)
+        exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size)
     except CheckpointError as error:
         raise UserError(str(error)) from error
     print(f"{checkpoint} -> {args.output}: {exported.model_type}, {exported.num_parameters:,} parameters, {len(exported.files)} files")

@@ -164,7 +164,9 @@ def test_exported_code_needs_nothing_of_w1train():
         assert not [line for line in text.splitlines() if line.startswith(("import", "from")) and ("w1train" in line or "megatron" in line)]
 
 
-def test_the_tokenizer_goes_along(tmp_path):
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_the_tokenizer_goes_along(tmp_path, has_moved):
+    """Also on a machine that has only the run, with its copy."""
     run, output, path, text = tmp_path / "run", tmp_path / "output", tmp_path / "tokenizer.json", "some text to train on"
 
     # Tokenizers have threads, beside which this process could fork no ranks.
@@ -179,6 +181,8 @@ def test_the_tokenizer_goes_along(tmp_path):
 
     expected = run_distributed(encode_here, 1, process_group=False)
     on_ranks(_trained, tiny_config(data={"tokenizer": str(path)}), run)
+    if has_moved:
+        path.rename(run / "tokenizer.json")
     export(run, output)
     assert run_distributed(encode_there, 1, process_group=False) == expected
     hugging_face = json.loads((output / "config.json").read_text())

@@ -26,11 +26,15 @@ OPTIONS = ("validation.interval=3", "checkpoint.keep=1", "checkpoint.keep_best=2
 TOO_FAST = ("schedule.stages.stable.learning_rate=0.1", "training.seed=5")
 
 
-def in_a_process(run: TinyRun, command, *arguments: str) -> tuple[int, str, str]:
-    """(status, stdout, stderr) of a command, in a forked process as its process group cannot be left."""
+def in_a_process(run: TinyRun, command, *arguments: str, directory: Path | None = None) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a command, in a forked process as its process group cannot be left.
+
+    Args:
+        directory: where it is typed; None = where the run was started.
+    """
 
     def call(_rank: int, _size: int) -> tuple[int, str, str]:
-        os.chdir(run.data)
+        os.chdir(directory or run.data)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name)
         out, err = io.StringIO(), io.StringIO()
@@ -208,6 +212,12 @@ def test_kernels_of_the_training_machine_are_not_asked_for(averaged, tmp_path):
     assert "rope: fused" in config.read_text()
     status, _, err = in_a_process(run, evaluate, "--json")
     assert status == 0, err
+
+
+def test_from_another_directory_with_the_runs_own_tokenizer(averaged, tmp_path):
+    status, out, err = in_a_process(averaged, evaluate, "--validation", str(averaged.data / "validation"), "--json", directory=tmp_path)
+    assert status == 0, err
+    assert json.loads(out)["elbo"] == pytest.approx(records(averaged, "validation")[-1]["elbo"], rel=1e-5)
 
 
 def test_another_validation_set(averaged):

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError, listing
-from w1train.config.schema import Config
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
 from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_text
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training.checkpoint import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +41,18 @@ class Exported:
     num_parameters: int
 
 
-def export(checkpoint: Path, config: Config, output: Path, model_format: str, max_shard_bytes: int) -> Exported:
+def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str, max_shard_bytes: int) -> Exported:
     """Write ``output``, complete or not at all; one tensor of the model is in memory at a time.
 
     Args:
-        checkpoint: verified by the caller; ``config`` is its configuration.
+        checkpoint: of the run, verified by the caller.
         model_format: one of FORMATS.
 
     Raises:
         UserError: ``output`` holds something, or the stock class asked for is not this model.
         OSError: it cannot be written.
     """
+    config = read_config(checkpoint)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
         raise UserError(f"this model is no {model_type}: {listing(problems)}; export it with --format {W1}")
@@ -63,7 +65,7 @@ def export(checkpoint: Path, config: Config, output: Path, model_format: str, ma
     entries = list(_entries(source, parameters))
     write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
     (dtype,) = {entry.dtype for entry in entries}
-    special = _tokenizer_files(Path(config.data.tokenizer), partial)
+    special = _tokenizer_files(run.tokenizer, Path(config.data.tokenizer), partial)
     if model_type == W1:
         special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
         for name in _REMOTE_CODE:
@@ -95,16 +97,21 @@ def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
             yield part.tensor, piece.reshape(part.num_rows, *parameter.shape[1:])
 
 
-def _tokenizer_files(path: Path, output: Path) -> dict[str, Any]:
-    """Copy the tokenizer and what transformers keeps beside it; the ids of its special tokens for config.json."""
-    if not path.is_file():
-        logger.warning("the run's tokenizer %s is not there: the export goes without one", path)
+def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]:
+    """Write the tokenizer and what transformers keeps beside it; the ids of its special tokens for config.json.
+
+    Args:
+        copy: the run's own, for the original may be on another machine by now.
+    """
+    path = next((path for path in (copy, original) if path.is_file()), None)
+    if path is None:
+        logger.warning("the run's tokenizer is neither %s nor %s: the export goes without one", copy, original)
         return {}
     tokenizer = Tokenizer.load(path)
     shutil.copyfile(path, output / "tokenizer.json")
     for name in _COMPANIONS:
-        if (path.parent / name).is_file():
-            shutil.copyfile(path.parent / name, output / name)
+        if (original.parent / name).is_file():
+            shutil.copyfile(original.parent / name, output / name)
     if not (output / "tokenizer_config.json").is_file():
         tokens = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}

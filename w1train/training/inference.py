@@ -273,7 +273,8 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
     config = at_stage(config, stage_of_step(config, read_progress(path).step))
     # What the training's machines had, this one may not have.
     config.parallel, config.attention, config.kernels = ParallelConfig(), AttentionConfig(), KernelsConfig()
-    tokenizer = Tokenizer.load(RunDirectory(run_dir).tokenizer)
+    config.data.tokenizer = str(RunDirectory(run_dir).tokenizer)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
     ranks = _open_groups.enter_context(distributed(config.parallel))
     megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
     stage = build_stage(config, megatron)
