@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from w1train.config.command_line import config_from_command_line, wait_for_main_rank
+from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
     try:
         return run(config)
     except KeyboardInterrupt:
-        return _fail_together("interrupted; the same command goes on from the last checkpoint", ExitStatus.INTERRUPTED)
+        # Ctrl-C goes to torchrun too, and whoever typed it waits.
+        return _fail_together("interrupted; the same command goes on from the last checkpoint", ExitStatus.INTERRUPTED, seconds=1.0)
 
 
 def run(config: Config) -> int:
@@ -122,11 +123,11 @@ def _fail(error: Exception, status: int) -> int:
     return _fail_together(message, status) if is_agreed(error) else _fail_alone(message, status)
 
 
-def _fail_together(message: str, status: int) -> int:
-    """For what ends all ranks alike."""
+def _fail_together(message: str, status: int, seconds: float = PATIENCE_SECONDS) -> int:
+    """For what ends all ranks alike. The others give rank 0 some seconds to say it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"w1train.pretrain: {message}", file=sys.stderr, flush=True)
-    wait_for_main_rank()
+    wait_for_main_rank(seconds)
     return status
 
 

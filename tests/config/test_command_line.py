@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from w1train import pretrain
 from w1train.config.command_line import config_from_command_line, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
 from w1train.config.recipe_files import packaged_directory
+from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 
 
@@ -134,3 +136,18 @@ def test_under_torchrun_other_ranks_let_the_first_one_speak(
         config_from_command_line(["recipe=nonsense"], program="w1train.pretrain", description="")
     assert caught.value.code == 2
     assert bool(slept) == waits
+
+
+def test_after_ctrl_c_they_do_not_keep_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun, which has been interrupted too, waits for all ranks."""
+
+    def interrupted(_config: Config) -> int:
+        raise KeyboardInterrupt
+
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(pretrain, "run", interrupted)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "torchrun"}.items():
+        monkeypatch.setenv(name, value)
+    assert pretrain.main(["recipe=demo"]) == 130
+    assert sum(slept) <= 2

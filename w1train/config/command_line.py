@@ -23,7 +23,7 @@ _FLAGS = {
     "--help": ("", "show this text and exit"),
 }
 _USAGE_ERROR = 2
-_PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 20.0
 
 
 @dataclass(slots=True)
@@ -164,8 +164,8 @@ def _exit_with(text: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def wait_for_main_rank() -> None:
+def wait_for_main_rank(seconds: float = PATIENCE_SECONDS) -> None:
     """Before a failure that rank 0 reports: torchrun ends all ranks as soon as one has failed, and would cut rank 0 off if another
-    one were quicker. It also ends this wait."""
+    one were quicker. It also ends this wait, unless it has been interrupted itself: then it waits for all ranks."""
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(_PATIENCE_SECONDS)
+        time.sleep(seconds)

@@ -159,6 +159,7 @@ def require_finite(step: int, values: dict[str, float]) -> None:
         if not math.isfinite(value):
             error = FloatingPointError(
                 f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
-                "Run the same command to go on from the last one, with a lower learning rate or more clipping"
+                "The same command goes on from the last one. To change the learning rate from there on, end the running stage there and "
+                "add one after it (schedule.stages); any other change, such as optimizer.clip_grad, takes a run of another name"
             )
             raise agreed(error)
