@@ -45,6 +45,9 @@ class InferenceModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def step(self) -> int: ...
+
 
 Load = Callable[[Path, int | str | None], InferenceModel]
 """(run directory, step or name of the checkpoint, or None for the newest) -> model."""
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(_as_json(args, config.sampling, samples, speed)))
+        print(json.dumps(_as_json(args, model, config.sampling, samples, speed)))
     else:
         print_samples(_console(), samples)
         print(speed, file=sys.stderr)
@@ -153,12 +156,14 @@ def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingCon
     )
 
 
-def _as_json(args: argparse.Namespace, sampling: SamplingConfig, samples: list[TextSample], speed: Speed) -> dict[str, object]:
+def _as_json(
+    args: argparse.Namespace, model: InferenceModel, sampling: SamplingConfig, samples: list[TextSample], speed: Speed
+) -> dict[str, object]:
     settings = asdict(sampling)
     del settings["interval"], settings["prompts"]
     return {
         "run": str(args.run),
-        "checkpoint": args.checkpoint,
+        "checkpoint": model.step if args.checkpoint is None else args.checkpoint,
         "sampling": settings,
         "samples": [asdict(sample) for sample in samples],
         "speed": asdict(speed),

@@ -32,6 +32,12 @@ def test_special_tokens_in_text_stay_text(tokenizer, text):
     assert tokenizer.encode_batch([text, text]) == [ids, ids]
 
 
+def test_text_that_is_not_unicode_is_refused(tokenizer):
+    """As an argument in Latin-1 comes."""
+    with pytest.raises(TokenizerError, match=r"'a.udcff' is not Unicode: character 1 is a lone surrogate"):
+        tokenizer.encode("a\udcff")
+
+
 def test_every_byte_has_a_token(tokenizer):
     """Bytes that the corpus never showed, too: no text can be out of vocabulary."""
     vocabulary = tokenizer._backend.get_vocab()

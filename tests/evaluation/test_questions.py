@@ -88,6 +88,7 @@ def test_no_questions_no_accuracy(tmp_path):
     "record",
     [
         "{",
+        '{"prompt": "a", "completion": "\\ud800"}',
         [],
         {"prompt": "a"},
         {"prompt": "a", "completion": ""},
@@ -107,6 +108,11 @@ def test_a_bad_line_is_named_with_what_it_must_be(tmp_path, record):
     path = write(tmp_path / "x.jsonl", {"prompt": "", "completion": "a"}, record)
     with pytest.raises(UserError, match=r"x.jsonl, line 2, is .*must be \{.prompt"):
         read_questions(path)
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"prompt": "a\u2028", "completion": "b"}', {"prompt": "c", "completion": "d"})
+    assert [question.prompt for question in read_questions(path)] == ["a\u2028", "c"]
 
 
 def test_files_that_cannot_be_used(tmp_path):

@@ -95,6 +95,7 @@ class FakeModel:
     config: Config = field(default_factory=run_config)
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    step: int = 90
 
 
 @pytest.fixture
@@ -165,6 +166,10 @@ def test_long_lines_tabs_and_markup_are_printed_as_they_are(sample):
     assert status == 0
     assert out.startswith("[red]\tx[/red]nopq")
     assert out.count("\n") == 1
+
+
+def test_json_names_the_newest_checkpoint(sample):
+    assert json.loads(sample("--json")[1])["checkpoint"] == 90
 
 
 def test_json(sample, run_dir):

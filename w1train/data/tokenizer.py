@@ -34,7 +34,7 @@ NUM_BYTES = 256
 
 
 class TokenizerError(UserError):
-    """A tokenizer file that cannot be used, or a vocabulary that cannot be built."""
+    """A tokenizer file that cannot be used, a vocabulary that cannot be built, or a text that has no tokens."""
 
 
 class Tokenizer:
@@ -76,7 +76,16 @@ class Tokenizer:
         write_bytes(path, self.serialized)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS."""
+        """Token ids of a text, without EOS.
+
+        Raises:
+            TokenizerError: it is not Unicode.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # An argument whose bytes are not UTF-8 comes with these.
+            raise TokenizerError(f"{text[:80]!r} is not Unicode: character {error.start} is a lone surrogate") from error
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

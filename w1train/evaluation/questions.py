@@ -67,7 +67,7 @@ def read_questions(path: Path) -> list[Question]:
         UserError: the file cannot be read, or is empty; a line is none of FORMATS (the message names it).
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     questions = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -79,6 +79,7 @@ def read_questions(path: Path) -> list[Question]:
 def _parse(path: Path, number: int, line: str) -> Question:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode("utf-8")  # which a lone \ud800 has no bytes in
     except ValueError as error:
         raise UserError(f"{path}, line {number}, is not JSON ({error}); it must be {FORMATS}") from error
     match record:
