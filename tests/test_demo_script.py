@@ -92,6 +92,17 @@ def test_another_corpus_in_the_same_place_is_refused(demo):
     assert commands[0][commands[0].index("--input") + 1] == "my/corpus"
 
 
+def test_a_corpus_that_gave_nothing_binds_nothing(demo):
+    demo.write_stand_ins(failing="data_tools.train_tokenizer")
+    demo.run(NPROC="2", CORPUS="mistyped")
+    demo.write_stand_ins()
+    result, commands = demo.run(NPROC="2", CORPUS="my/corpus")
+    assert result.returncode == 0, result.stderr
+    assert commands[0][commands[0].index("--input") + 1] == "my/corpus"
+    result, _ = demo.run(NPROC="2", CORPUS="mistyped")
+    assert "was made from: my/corpus" in result.stderr
+
+
 def test_a_step_that_fails_ends_the_demo(demo):
     demo.write_stand_ins(failing="data_tools.train_tokenizer")
     result, commands = demo.run(NPROC="2")

@@ -140,6 +140,8 @@ def test_the_command_averages_evaluates_and_records(averaged, tmp_path):
     assert evaluated["checkpoint"] == Path(result["path"]).name
     assert evaluated["elbo"] == result["elbo"]
     assert evaluated["loss_by_t"] == result["loss_by_t"]
+    assert in_a_process(averaged, average, "--top-k", "3")[0] == 0
+    assert [record["checkpoint"] for record in records(averaged, "average")].count(evaluated["checkpoint"]) == 1
     status, out, err = in_a_process(averaged, evaluate, "--checkpoint", "6")
     assert (status, out) == (2, "")
     assert "has no checkpoint of step 6; it has: 3, 9, 12, average_" in err
@@ -163,6 +165,7 @@ def test_an_output_elsewhere_leaves_the_run_alone(averaged, tmp_path):
     [
         (["--steps", "12,77"], "has no checkpoint of step 77; it has:"),
         (["--top-k", "1"], "--top-k is 1; it must be at least 2"),
+        (["--steps", "9,12", "--output", "again/step_0000000009"], "is of step 12, as its newest member: call it step_0000000012"),
     ],
 )
 def test_what_cannot_be_averaged_is_said(averaged, arguments, message):

@@ -92,3 +92,26 @@ def test_a_resume_does_no_step_twice(tiny_run):
     assert f"resuming from {tiny_run.checkpoints}/step_{2 * CHECKPOINT_INTERVAL:010d}" in outcome.output
     steps = [line.split("/")[0].split()[1] for line in outcome.output.splitlines() if line.startswith("step ")]
     assert [int(step) for step in steps] == list(range(2 * CHECKPOINT_INTERVAL + 1, NUM_STEPS + 1))
+
+
+def test_from_the_last_checkpoint_alone(tiny_run, undisturbed):
+    """Such as an average under the name of a step: nothing is left to train, and nothing is known of what came before."""
+    last = tiny_run.checkpoints / f"step_{NUM_STEPS:010d}"
+    shutil.copytree(undisturbed(1, "fp32").checkpoints / last.name, last)
+    misnamed = last.rename(last.with_name("step_0000000009"))
+    assert f"{misnamed} is a checkpoint of step 12, by its manifest: rename it to {last.name}" in tiny_run.train().require(2).output
+    misnamed.rename(last)
+    outcome = tiny_run.train().require(0)
+    assert "has no records of 12 of the 12 steps before this start (step 1 to 12)" in outcome.output
+    summary = tiny_run.summary()
+    assert (summary["steps"], summary["tokens_per_second"], summary["validation"]) == (NUM_STEPS, None, None)
+
+
+def test_records_that_are_lost_are_said_to_be(tiny_run):
+    tiny_run.train(sabotage=traps.after_commit(2))
+    (tiny_run.path / "metrics.jsonl").unlink()
+    outcome = tiny_run.train().require(0)
+    assert "has no records of 6 of the 6 steps before this start (step 1 to 6)" in outcome.output
+    validation = tiny_run.summary()["validation"]
+    assert (validation["start"], validation["end"]["step"]) == (None, NUM_STEPS)
+    assert tiny_run.summary()["tokens_per_second"] > 0

@@ -23,6 +23,7 @@ from w1train.training.averaging import average_steps
 from w1train.training.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
 from w1train.training.comparison import average_summary, compare
 from w1train.training.inference import load_for_inference
+from w1train.training.manifest import STEP_DIRECTORY
 from w1train.training.metrics_log import MetricsLog, read_metrics
 from w1train.training.phases import phase_start
 
@@ -59,12 +60,14 @@ def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
     with _claimed(request):
         steps = _members(request, config, metric)
         if request.output is not None:
+            if not request.output.exists():
+                _require_name(request.output, max(steps))
             request.output.parent.mkdir(parents=True, exist_ok=True)
         path = average_steps(request.run / "checkpoints", steps, request.output)
         if not request.evaluate:
             return path, None
         comparison = _compare(request.run, path, steps, metric)
-        if request.output is None:
+        if request.output is None and not _is_recorded(request.run, comparison):
             _record(request.run, config, read_progress(path).step, read_progress(path).samples, comparison)
         return path, comparison
 
@@ -107,6 +110,13 @@ def _members(request: AverageRequest, config: Config, metric: str) -> list[int]:
     return sorted(best)
 
 
+def _require_name(output: Path, step: int) -> None:
+    """Under the name of another step training would not go on from it."""
+    name = step_path(output.parent, step).name
+    if STEP_DIRECTORY.fullmatch(output.name) and output.name != name:
+        raise UserError(f"--output is {output}; the average is of step {step}, as its newest member: call it {name}")
+
+
 def _compare(run: Path, path: Path, steps: list[int], metric: str) -> dict[str, Any]:
     """All on this process, so that the layout's rounding is the same for all."""
     checkpoints = run / "checkpoints"
@@ -114,6 +124,13 @@ def _compare(run: Path, path: Path, steps: list[int], metric: str) -> dict[str, 
     data = open_validation(model)
     members = {step: validate_checkpoint(model, data, step_path(checkpoints, step)) for step in steps}
     return compare(path.name, metric, validate_checkpoint(model, data, path), members)
+
+
+def _is_recorded(run: Path, comparison: dict[str, Any]) -> bool:
+    """By an earlier call, but for what the clock measures."""
+    expected = {name: value for name, value in comparison.items() if not name.startswith("time/")}
+    there = read_metrics(RunDirectory(run).metrics, kind="average")
+    return any(expected.items() <= record.items() for record in there)
 
 
 def _record(run: Path, config: Config, step: int, samples: int, comparison: dict[str, Any]) -> None:

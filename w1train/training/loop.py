@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w1train.config.errors import raise_if_any
+from w1train.config.errors import UserError, raise_if_any
 from w1train.config.resume import check_resume
 from w1train.config.schema import Config
 from w1train.config.serialization import config_differences, config_to_yaml
@@ -55,7 +55,7 @@ from w1train.training.profiling import Profiler
 from w1train.training.recovery import choose_checkpoint, newest_good_step, set_aside_damaged
 from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.training.setup import LoadWeights, build_trained_model
-from w1train.training.summary import read_steps, write_summary
+from w1train.training.summary import read_steps, tokens_per_second, validation_summary, write_summary
 from w1train.training.throughput import StepTimer, device_peak_tflops
 from w1train.training.validation import scores, validate
 from w1train.training.watch import Watch, require_finite
@@ -372,9 +372,6 @@ class Trainer:
         if not self.ranks.is_main:
             return
         steps = read_metrics(self.run.metrics, kind="train")
-        validations = read_metrics(self.run.metrics, kind="validation")
-        names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
-        scored = [{name: record[name] for name in names} for record in validations]
         write_summary(
             self.run.path,
             {
@@ -384,11 +381,9 @@ class Trainer:
                 "device": device_name(self.ranks.device),
                 "steps": self.progress.step,
                 "tokens_seen": self.progress.samples * self.config.data.sequence_length,
-                "tokens_per_second": sum(record["batch_size"] for record in steps)
-                * self.config.data.sequence_length
-                / sum(record["time/step_seconds"] for record in steps),
+                "tokens_per_second": tokens_per_second(steps, self.config.data.sequence_length),
                 "wall_seconds": self.progress.seconds,
-                "validation": {"start": scored[0], "end": scored[-1]} if scored else None,
+                "validation": validation_summary(read_metrics(self.run.metrics, kind="validation")),
                 "average": average_summary(read_metrics(self.run.metrics, kind="average")),
                 "unigram_bits_per_byte": self.data.validation_unigram_bits_per_byte,
             },
@@ -440,11 +435,15 @@ def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
         CheckpointError: the configuration is not what it was when it was saved.
+        UserError: the checkpoint was given the name of another step.
     """
     if step is not None:
         checkpoint = step_path(run.checkpoints, step)
         old = read_config(checkpoint)
         progress = read_progress(checkpoint)
+        if progress.step != step:
+            name = step_path(run.checkpoints, progress.step).name
+            raise UserError(f"{checkpoint} is a checkpoint of step {progress.step}, by its manifest: rename it to {name}")
         tokens = progress.samples * old.data.sequence_length
         raise_if_any(check_resume(old, config, tokens, data_are_hashed=progress.dataset is not None))
         for change in config_differences(old, config):

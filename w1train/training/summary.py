@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,23 @@ REQUIRED_FIELDS = (
 )
 
 
+def tokens_per_second(steps: Sequence[Mapping[str, Any]], sequence_length: int) -> float | None:
+    """Over training's records; None if there is none, as in a run that began with the last checkpoint of another."""
+    seconds = sum(record["time/step_seconds"] for record in steps)
+    return sum(record["batch_size"] for record in steps) * sequence_length / seconds if seconds else None
+
+
+def validation_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The validations of step 0 (None if its record is lost) and of the last step that has one; None for a run without validation."""
+    names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
+    scored = [{name: record[name] for name in names} for record in records]
+    return {"start": scored[0] if scored[0]["step"] == 0 else None, "end": scored[-1]} if scored else None
+
+
 def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
     """Write ``run_dir/summary.json`` in one rename.
 
-    ``fields`` has at least REQUIRED_FIELDS. ``validation`` is {"start": record, "end": record} with elbo (nats per token),
+    ``fields`` has at least REQUIRED_FIELDS. ``validation`` is {"start": record or None, "end": record} with elbo (nats per token),
     elbo_bits_per_byte and masked_cross_entropy (nats per masked token), or None for a run without validation; the two
     ``validation_elbo_bits_per_byte_*`` are taken from it, and ``versions`` from :func:`versions` unless given. What is not
     finite becomes null.
@@ -42,7 +56,7 @@ def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
     validation = fields["validation"] or {}
     summary = {
         **fields,
-        "validation_elbo_bits_per_byte_start": validation.get("start", {}).get("elbo_bits_per_byte"),
+        "validation_elbo_bits_per_byte_start": (validation.get("start") or {}).get("elbo_bits_per_byte"),
         "validation_elbo_bits_per_byte_end": validation.get("end", {}).get("elbo_bits_per_byte"),
         "versions": fields.get("versions") or versions(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import socket
 import time
@@ -18,9 +19,11 @@ from w1train.training.checkpoint import Progress
 from w1train.training.comparison import comparison_lines
 from w1train.training.console import TrainingConsole
 from w1train.training.loggers import WandbLogger
-from w1train.training.metrics_log import MetricsLog
+from w1train.training.metrics_log import MetricsLog, read_metrics
 from w1train.training.summary import code_versions
 from w1train.training.tensorboard import TensorBoardLogger, require_tensorboard
+
+logger = logging.getLogger(__name__)
 
 
 class Watch:
@@ -56,6 +59,7 @@ class Watch:
         kept = self.progress.step if self.progress.step > 0 else -1
         self.metrics.truncate_after(kept)
         self.samples.truncate_after(kept)
+        self._tell_missing_records()
         self.events = stack.enter_context(MetricsLog(self.run.events))
         versions = code_versions()
         # Never cut back: what happened, happened.
@@ -65,6 +69,20 @@ class Watch:
         self.tensorboard: TensorBoardLogger | None = None
         if self.config.logging.tensorboard:
             self._open_tensorboard(stack, kept + 1)
+
+    def _tell_missing_records(self) -> None:
+        """A resume writes the steps after its checkpoint, not those before it."""
+        recorded = {record["step"] for record in read_metrics(self.run.metrics, kind="train")}
+        missing = [step for step in range(1, self.progress.step + 1) if step not in recorded]
+        if missing:
+            logger.warning(
+                "%s has no records of %d of the %d steps before this start (step %d to %d): they are lost, or another run's",
+                self.run.metrics,
+                len(missing),
+                self.progress.step,
+                missing[0],
+                missing[-1],
+            )
 
     def _open_wandb(self, stack: contextlib.ExitStack, versions: dict[str, Any]) -> None:
         self.wandb = WandbLogger(
