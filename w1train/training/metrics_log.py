@@ -139,6 +139,11 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[Record]:
     return [record for _, record in _iter_lines(Path(path)) if kind is None or record.get("kind") == kind]
 
 
+def recorded_steps(path: str | Path, kind: str) -> set[int]:
+    """Of the records of one ``kind``, without holding them all: a run of months has gigabytes."""
+    return {record["step"] for _, record in _iter_lines(Path(path)) if record.get("kind") == kind}
+
+
 def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
     """(line with its newline, record) for every whole record of the file."""
     with open(path, "rb") as file:

@@ -19,7 +19,7 @@ from w1train.training.checkpoint import Progress
 from w1train.training.comparison import comparison_lines
 from w1train.training.console import TrainingConsole
 from w1train.training.loggers import WandbLogger
-from w1train.training.metrics_log import MetricsLog, read_metrics
+from w1train.training.metrics_log import MetricsLog, recorded_steps
 from w1train.training.summary import code_versions
 from w1train.training.tensorboard import TensorBoardLogger, require_tensorboard
 
@@ -72,7 +72,7 @@ class Watch:
 
     def _tell_missing_records(self) -> None:
         """A resume writes the steps after its checkpoint, not those before it."""
-        recorded = {record["step"] for record in read_metrics(self.run.metrics, kind="train")}
+        recorded = recorded_steps(self.run.metrics, kind="train")
         missing = [step for step in range(1, self.progress.step + 1) if step not in recorded]
         if missing:
             logger.warning(
