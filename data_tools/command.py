@@ -23,13 +23,21 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="PATH",
         help="text files (one document each), .jsonl/.ndjson (one document a line), .parquet or .arrow files (one document a row), all but "
         "the last two also as .gz or .zst; directories of them, searched recursively in sorted order, hidden entries left out; or "
         "datasets that Hugging Face's save_to_disk wrote",
     )
-    group.add_argument("--extensions", nargs="+", default=[], metavar=".EXT", help="take only such files from directories (default: all)")
+    group.add_argument(
+        "--extensions",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar=".EXT",
+        help="take only such files from directories (default: all)",
+    )
     group.add_argument("--format", choices=KINDS, help="what all files hold (default: as their names say, text if they do not)")
     group.add_argument(
         "--text-field",

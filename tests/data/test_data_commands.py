@@ -211,6 +211,18 @@ def test_unusable_corpora_end_with_a_message(tokenizer_file, tmp_path, caplog, c
     assert [entry for entry in tmp_path.iterdir() if entry != path] == []
 
 
+def test_options_of_the_corpus_may_be_repeated(tokenizer_file, tmp_path):
+    """Each adds to those before it."""
+    for name in ("a.txt", "b.md", "c.rst"):
+        (tmp_path / name).write_text(name)
+    output = tmp_path / "out/x"
+    assert tokenize.main(tokenize_arguments(tmp_path / "a.txt", tokenizer_file, output, "--input", str(tmp_path / "c.rst"))) == 0
+    assert read_texts(output, Tokenizer.load(tokenizer_file)) == ["a.txt", "c.rst"]
+    extensions = ["--extensions", ".txt", "--extensions", ".md", "--overwrite"]
+    assert tokenize.main(tokenize_arguments(tmp_path, tokenizer_file, output, *extensions)) == 0
+    assert read_texts(output, Tokenizer.load(tokenizer_file)) == ["a.txt", "b.md"]
+
+
 def test_skipped_input_is_counted(tokenizer_file, tmp_path, caplog):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.txt").write_bytes(b"coffee")
