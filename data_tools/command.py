@@ -22,6 +22,7 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("corpus")
     group.add_argument(
         "--input",
+        type=input_path,
         nargs="+",
         action="extend",
         required=True,
@@ -67,6 +68,14 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="files, lines or rows that are not UTF-8 text or JSON: stop, or leave them out, logged and counted (default: %(default)s)",
     )
+
+
+def input_path(text: str) -> str:
+    """The type of options that name what is read. An unset variable of the shell is no path; Python would take it for the directory
+    that the command runs in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty (an unset variable?)")
+    return text
 
 
 def corpus_from(options: argparse.Namespace) -> TextCorpus:

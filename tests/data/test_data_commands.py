@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import python_corpus, split, tokenize, train_tokenizer, verify
+from data_tools import import_tokenizer, python_corpus, split, tokenize, train_tokenizer, verify
 from data_tools.corpus import TextCorpus
 from data_tools.text import Document
 from w1train.data.dataset import TokenDataset
@@ -190,6 +190,24 @@ def test_options_that_do_not_go_together(options, message, capsys):
     with pytest.raises(SystemExit):
         tokenize.main(tokenize_arguments("c", "t", "p", *options))
     assert message in capsys.readouterr().err
+
+
+INPUTS = {
+    "tokenize": (tokenize, "--input", ["--tokenizer", "t", "--output", "p"]),
+    "tokenize, the tokenizer": (tokenize, "--tokenizer", ["--input", "c", "--output", "p"]),
+    "train_tokenizer": (train_tokenizer, "--input", ["--output", "t.json"]),
+    "import_tokenizer": (import_tokenizer, "--input", ["--output", "t.json", "--eos", "e"]),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS.values(), ids=INPUTS)
+def test_an_empty_path_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch, capsys, case):
+    command, option, others = case
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("not meant")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*others, option, ""])
+    assert f"argument {option}: the path is empty (an unset variable?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
