@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 
 from data_tools.corpus import TextCorpus
@@ -15,6 +16,9 @@ from w1train.data.indexed import DatasetError
 from w1train.data.tokenizer import TokenizerError
 
 logger = logging.getLogger(__name__)
+
+_EMPTY = "the path is empty (an unset variable?)"
+_NO_NAMES = ("", os.curdir, os.pardir)
 
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +78,22 @@ def input_path(text: str) -> str:
     """The type of options that name what is read. An unset variable of the shell is no path; Python would take it for the directory
     that the command runs in."""
     if not text:
-        raise argparse.ArgumentTypeError("the path is empty (an unset variable?)")
+        raise argparse.ArgumentTypeError(_EMPTY)
+    return text
+
+
+def output_file(text: str) -> str:
+    """The type of options that name the file to write: asked before the work is done, not after."""
+    if os.path.basename(text) in _NO_NAMES or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory: the name of a file is needed" if text else _EMPTY)
+    return text
+
+
+def output_prefix(text: str) -> str:
+    """The type of options that name the dataset to write. PREFIX.bin of a directory would be a hidden file inside of it."""
+    if os.path.basename(text) in _NO_NAMES:
+        example = os.path.join(os.path.dirname(text), "train")
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory: a name behind it is needed, such as {example}" if text else _EMPTY)
     return text
 
 

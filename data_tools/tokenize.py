@@ -22,7 +22,7 @@ from typing import Any
 
 import tokenizers
 
-from data_tools.command import add_corpus_options, corpus_from, input_path, run_command
+from data_tools.command import add_corpus_options, corpus_from, input_path, output_prefix, run_command
 from data_tools.corpus import LeftOut, TextCorpus
 from data_tools.duplicates import SeenHashes
 from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
@@ -51,8 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer", type=input_path, required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it"
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="the dataset")
-    parser.add_argument("--validation-output", metavar="PREFIX", help="a second dataset that gets --validation-fraction of the documents")
+    parser.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX", help="the dataset")
+    parser.add_argument(
+        "--validation-output",
+        type=output_prefix,
+        metavar="PREFIX",
+        help="a second dataset that gets --validation-fraction of the documents",
+    )
     parser.add_argument(
         "--validation-fraction",
         type=float,

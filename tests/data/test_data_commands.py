@@ -211,6 +211,36 @@ def test_an_empty_path_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("path", "message"),
+    [("", "the path is empty"), ("o/", "'o/' is a directory"), (".", "'.' is a directory"), ("o/..", "'o/..' is a directory")],
+)
+def test_outputs_have_a_name(tmp_path, monkeypatch, capsys, path, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some text")
+    commands = {
+        tokenize: tokenize_arguments("a.txt", "t", path),
+        train_tokenizer: ["--input", "a.txt", "--output", path],
+        import_tokenizer: ["--input", "t", "--eos", "e", "--output", path],
+        python_corpus: ["--output", path, "--max-bytes", "1000"],
+    }
+    for command, arguments in commands.items():
+        with pytest.raises(SystemExit, match="2"):
+            command.main(arguments)
+        assert f"argument --output: {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tokenize.main(tokenize_arguments("a.txt", "t", "p", "--validation-output", path, "--validation-fraction", "0.1"))
+    assert f"argument --validation-output: {message}" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_directory_is_no_tokenizer_to_write(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(SystemExit, match="2"):
+        train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path)])
+    assert "is a directory: the name of a file is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [(None, "does not exist"), (b"", "the corpus is empty"), (b"caf\xe9", r"byte 3 (0xe9) is not UTF-8")],
 )
