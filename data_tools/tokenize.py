@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--validation-fraction must be in [0, 1), not {options.validation_fraction}")
     if bool(options.validation_output) != (options.validation_fraction > 0):
         parser.error("--validation-output and a --validation-fraction above 0 belong together")
+    if options.validation_output and os.path.realpath(options.validation_output) == os.path.realpath(options.output):
+        parser.error(f"--output {options.output} and --validation-output {options.validation_output} are the same dataset")
     return run_command(lambda: _tokenize(options))
 
 

@@ -240,6 +240,15 @@ def test_a_directory_is_no_tokenizer_to_write(tmp_path, capsys):
     assert "is a directory: the name of a file is needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["o/x", "./o//x", "o/../o/x", "link/x"])
+def test_one_dataset_cannot_be_both(tmp_path, monkeypatch, capsys, other):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("o")
+    with pytest.raises(SystemExit, match="2"):
+        tokenize.main(tokenize_arguments("c", "t", "o/x", "--validation-output", other, "--validation-fraction", "0.1"))
+    assert f"--output o/x and --validation-output {other} are the same dataset" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "does not exist"), (b"", "the corpus is empty"), (b"caf\xe9", r"byte 3 (0xe9) is not UTF-8")],
