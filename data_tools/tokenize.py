@@ -172,7 +172,8 @@ def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> 
 
 def _fingerprint(corpus: TextCorpus, tokenizer: Tokenizer, options: dict[str, Any]) -> str:
     """Of everything that the datasets depend on; of the files, by their sizes and times."""
-    times = hashlib.sha256(json.dumps([os.stat(file).st_mtime_ns for file in corpus.files]).encode()).hexdigest()
+    stats = [os.stat(file, follow_symlinks=file not in corpus.broken) for file in corpus.files]
+    times = hashlib.sha256(json.dumps([stat.st_mtime_ns for stat in stats]).encode()).hexdigest()
     software = [__version__, tokenizers.__version__]
     parts = [corpus.fingerprint(), times, sorted(corpus.kinds.items()), tokenizer.fingerprint, options, software]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -268,6 +268,30 @@ def test_unusable_corpora_end_with_a_message(tokenizer_file, tmp_path, caplog, c
     assert [entry for entry in tmp_path.iterdir() if entry != path] == []
 
 
+def test_a_link_that_leads_nowhere(tokenizer_file, tmp_path, caplog):
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for name in ("a.txt", "c.txt"):
+        (directory / name).write_text(name)
+    (directory / "b.txt").symlink_to("gone.txt")
+    (directory / "d.jsonl").symlink_to("d.jsonl")
+    arguments = tokenize_arguments(directory, tokenizer_file, tmp_path / "x")
+    for command in ((tokenize, arguments), (train_tokenizer, ["--input", str(directory), "--output", str(tmp_path / "t.json")])):
+        caplog.clear()
+        assert command[0].main(command[1]) == 1
+        message = f"{directory}/b.txt is a symbolic link to gone.txt, which is not there (--on-error skip leaves such input out)"
+        assert message in caplog.text
+        with caplog.at_level("INFO"):
+            assert command[0].main([*command[1], "--on-error", "skip"]) == 0
+        assert f"left out: {directory}/b.txt is a symbolic link to gone.txt, which is not there" in caplog.text
+        assert f"left out: {directory}/d.jsonl is a symbolic link to d.jsonl" in caplog.text
+        assert "left out 2 files or lines that are not text" in caplog.text
+    assert read_texts(tmp_path / "x", Tokenizer.load(tokenizer_file)) == ["a.txt", "c.txt"]
+    assert json.loads((tmp_path / "x.json").read_text())["corpus"]["num_bad"] == 2
+    assert tokenize.main(tokenize_arguments(directory / "b.txt", tokenizer_file, tmp_path / "y", "--on-error", "skip")) == 1
+    assert f"corpus {directory}/b.txt is a symbolic link to gone.txt" in caplog.text
+
+
 def test_options_of_the_corpus_may_be_repeated(tokenizer_file, tmp_path):
     """Each adds to those before it."""
     for name in ("a.txt", "b.md", "c.rst"):
