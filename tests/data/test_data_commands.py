@@ -184,9 +184,11 @@ def test_the_search_for_both_sides_ends_with_them():
         (["--validation-fraction", "0.1"], "belong together"),
         (["--validation-output", "v"], "belong together"),
         (["--validation-output", "v", "--validation-fraction", "1.5"], r"must be in [0, 1), not 1.5"),
+        (["--shard-size", "1e3"], "argument --shard-size: must be a whole number, at least 1 and in digits alone, not '1e3'"),
+        (["--workers", "0"], "argument --workers: must be a whole number, at least 1 and in digits alone, not '0'"),
     ],
 )
-def test_options_that_do_not_go_together(options, message, capsys):
+def test_options_that_are_wrong_or_do_not_go_together(options, message, capsys):
     with pytest.raises(SystemExit):
         tokenize.main(tokenize_arguments("c", "t", "p", *options))
     assert message in capsys.readouterr().err
