@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 
 from data_tools.corpus import TextCorpus
@@ -16,20 +17,32 @@ from w1train.data.tokenizer import TokenizerError
 
 logger = logging.getLogger(__name__)
 
+_EMPTY = "the path is empty (an unset variable?)"
+_NO_NAMES = ("", os.curdir, os.pardir)
+
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     """Options that :func:`corpus_from` reads."""
     group = parser.add_argument_group("corpus")
     group.add_argument(
         "--input",
+        type=input_path,
         nargs="+",
+        action="extend",
         required=True,
         metavar="PATH",
         help="text files (one document each), .jsonl/.ndjson (one document a line), .parquet or .arrow files (one document a row), all but "
         "the last two also as .gz or .zst; directories of them, searched recursively in sorted order, hidden entries left out; or "
         "datasets that Hugging Face's save_to_disk wrote",
     )
-    group.add_argument("--extensions", nargs="+", default=[], metavar=".EXT", help="take only such files from directories (default: all)")
+    group.add_argument(
+        "--extensions",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar=".EXT",
+        help="take only such files from directories (default: all)",
+    )
     group.add_argument("--format", choices=KINDS, help="what all files hold (default: as their names say, text if they do not)")
     group.add_argument(
         "--text-field",
@@ -59,6 +72,29 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="files, lines or rows that are not UTF-8 text or JSON: stop, or leave them out, logged and counted (default: %(default)s)",
     )
+
+
+def input_path(text: str) -> str:
+    """The type of options that name what is read. An unset variable of the shell is no path; Python would take it for the directory
+    that the command runs in."""
+    if not text:
+        raise argparse.ArgumentTypeError(_EMPTY)
+    return text
+
+
+def output_file(text: str) -> str:
+    """The type of options that name the file to write: asked before the work is done, not after."""
+    if os.path.basename(text) in _NO_NAMES or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory: the name of a file is needed" if text else _EMPTY)
+    return text
+
+
+def output_prefix(text: str) -> str:
+    """The type of options that name the dataset to write. PREFIX.bin of a directory would be a hidden file inside of it."""
+    if os.path.basename(text) in _NO_NAMES:
+        example = os.path.join(os.path.dirname(text), "train")
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory: a name behind it is needed, such as {example}" if text else _EMPTY)
+    return text
 
 
 def corpus_from(options: argparse.Namespace) -> TextCorpus:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.files import CorpusError, Kind, find_files
-from data_tools.text import Counts, Document, Rules, UnitReader, UnitText
+from data_tools.text import SKIP_HINT, Counts, Document, Rules, UnitReader, UnitText
 from data_tools.units import FileUnits
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class TextCorpus(FileUnits):
             kind: what all files hold, whatever their names.
 
         Raises:
-            CorpusError: if a path is missing, there is no file, a rule is no regular expression, or text files are to be filtered
-                by a field.
+            CorpusError: if a path is missing, there is no file, a link leads nowhere (unless skipped), a rule is no regular expression,
+                or text files are to be filtered by a field.
         """
         self.rules = rules
         self.reader = UnitReader(rules)
@@ -52,9 +52,12 @@ class TextCorpus(FileUnits):
             wanted = f" ending in {', '.join(extensions)}" if extensions else ""
             raise CorpusError(f"the corpus is empty: no files{wanted} under {', '.join(map(str, paths))}")
         super().__init__(self.files, [rules.text_field, *(name for name, _ in rules.filters)], kind)
-        self.kinds = Counter(map(self.kind_of, self.files))
+        if self.broken and rules.on_error == "fail":  # now, not when all that comes before it has been read
+            raise CorpusError(f"{next(iter(self.broken.values()))} {SKIP_HINT}")
+        whole = [file for file in self.files if file not in self.broken]
+        self.kinds = Counter(map(self.kind_of, whole))
         if rules.filters and self.kinds["text"]:
-            first = next(file for file in self.files if self.kind_of(file) == "text")
+            first = next(file for file in whole if self.kind_of(file) == "text")
             raise CorpusError(f"{first} is a text file, which has no fields to filter by; --extensions or --format say what to read")
         self.log = LeftOut()
 
@@ -76,7 +79,7 @@ class TextCorpus(FileUnits):
     def summary(self) -> str:
         """What there is to read, for the log."""
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.kinds.items()))
-        return f"{len(self.files)} files ({kinds}), {self.num_bytes / 1e6:.1f} MB"
+        return f"{self.kinds.total()} files ({kinds}), {self.num_bytes / 1e6:.1f} MB"
 
     def facts(self, options: dict[str, Any], counts: Counts) -> dict[str, Any]:
         """For a manifest: what was read, how, and what was left out."""

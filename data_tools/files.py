@@ -38,8 +38,15 @@ def kind_of(path: str) -> Kind:
     return _SUFFIXES.get(suffix, "text")
 
 
+def broken_link(path: str | Path) -> str | None:
+    """What is wrong with a symbolic link that leads nowhere; None if the path is none."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"{path} is a symbolic link to {os.readlink(path)}, which is not there"
+    return None
+
+
 def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
-    """A file itself; of a directory the files below it, sorted by path, hidden entries left out.
+    """A file itself; of a directory the files below it, and links that lead nowhere, sorted by path, hidden entries left out.
 
     A directory that Hugging Face's ``save_to_disk`` wrote gives its .arrow files alone.
 
@@ -49,6 +56,8 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
+        if fault := broken_link(path):
+            raise CorpusError(f"corpus {fault}")
         raise CorpusError(f"corpus {path} does not exist" if not path.exists() else f"corpus {path} is neither a file nor a directory")
     files: list[str] = []
     num_irregular = 0
@@ -62,7 +71,7 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
             if name.startswith(".") or not name.endswith(tuple(extensions) or ""):
                 continue
             file = os.path.join(directory, name)
-            if S_ISREG(os.stat(file).st_mode):  # reading a pipe would wait for ever
+            if broken_link(file) or S_ISREG(os.stat(file).st_mode):  # reading a pipe would wait for ever
                 files.append(file)
             else:
                 num_irregular += 1

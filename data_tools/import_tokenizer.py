@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import run_command
+from data_tools.command import input_path, output_file, run_command
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError
 
@@ -25,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make a Hugging Face tokenizer.json one that w1train trains with: its end-of-text token becomes <eos> at the same id, "
         "<pad> and <mask> are added where nothing is. All other ids stay, so the model's embeddings fit.",
     )
-    parser.add_argument("--input", required=True, metavar="PATH", help="the model's tokenizer.json, or the directory that it is in")
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to write the new one")
+    parser.add_argument(
+        "--input", type=input_path, required=True, metavar="PATH", help="the model's tokenizer.json, or the directory that it is in"
+    )
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="where to write the new one")
     parser.add_argument("--eos", required=True, metavar="TOKEN", help="the token that ends a document, such as '<|endoftext|>'")
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="id of <mask>; the first free one if not given")
     parser.add_argument("--mask", metavar="TOKEN", help="a special token that nothing uses, to become <mask> at its id")

@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.command import run_command
+from data_tools.command import output_file, run_command
 from data_tools.text import CorpusError
 from w1train.runtime.files import write_bytes
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Collect the sources of the running Python's standard library as JSONL (keys path and text), without installed "
         "packages, tests and generated documentation.",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="the .jsonl file to write")
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--max-bytes", type=int, help="keep at most this much text, files chosen by a hash of their path (default: all)")
     options = parser.parse_args(arguments)
     return run_command(lambda: _write(Path(options.output), options.max_bytes))

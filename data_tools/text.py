@@ -17,6 +17,7 @@ from data_tools.units import Unit
 __all__ = ["BLANK_LINES", "CorpusError", "Counts", "Document", "Rules"]
 
 BLANK_LINES = "blank-lines"
+SKIP_HINT = "(--on-error skip leaves such input out)"
 _MAX_MESSAGES = 20
 
 
@@ -181,7 +182,7 @@ class UnitReader:
 
     def _reject(self, result: UnitText, message: str) -> None:
         if self._rules.on_error == "fail":
-            raise _BadRecordError(f"{message} (--on-error skip leaves such input out)")
+            raise _BadRecordError(f"{message} {SKIP_HINT}")
         result.counts.num_bad += 1
         if len(result.messages) < _MAX_MESSAGES:
             result.messages.append(message)

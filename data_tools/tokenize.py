@@ -22,7 +22,7 @@ from typing import Any
 
 import tokenizers
 
-from data_tools.command import add_corpus_options, corpus_from, run_command
+from data_tools.command import add_corpus_options, corpus_from, input_path, output_prefix, run_command
 from data_tools.corpus import LeftOut, TextCorpus
 from data_tools.duplicates import SeenHashes
 from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
@@ -48,9 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "again, and the result is the same to the byte.",
     )
     add_corpus_options(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="the dataset")
-    parser.add_argument("--validation-output", metavar="PREFIX", help="a second dataset that gets --validation-fraction of the documents")
+    parser.add_argument(
+        "--tokenizer", type=input_path, required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it"
+    )
+    parser.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX", help="the dataset")
+    parser.add_argument(
+        "--validation-output",
+        type=output_prefix,
+        metavar="PREFIX",
+        help="a second dataset that gets --validation-fraction of the documents",
+    )
     parser.add_argument(
         "--validation-fraction",
         type=float,
@@ -85,14 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--validation-fraction must be in [0, 1), not {options.validation_fraction}")
     if bool(options.validation_output) != (options.validation_fraction > 0):
         parser.error("--validation-output and a --validation-fraction above 0 belong together")
+    if options.validation_output and os.path.realpath(options.validation_output) == os.path.realpath(options.output):
+        parser.error(f"--output {options.output} and --validation-output {options.validation_output} are the same dataset")
     return run_command(lambda: _tokenize(options))
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1 and in digits alone, not {text!r}")
+    return int(text)
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -163,7 +171,8 @@ def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> 
 
 def _fingerprint(corpus: TextCorpus, tokenizer: Tokenizer, options: dict[str, Any]) -> str:
     """Of everything that the datasets depend on; of the files, by their sizes and times."""
-    times = hashlib.sha256(json.dumps([os.stat(file).st_mtime_ns for file in corpus.files]).encode()).hexdigest()
+    stats = [os.stat(file, follow_symlinks=file not in corpus.broken) for file in corpus.files]
+    times = hashlib.sha256(json.dumps([stat.st_mtime_ns for stat in stats]).encode()).hexdigest()
     software = [__version__, tokenizers.__version__]
     parts = [corpus.fingerprint(), times, sorted(corpus.kinds.items()), tokenizer.fingerprint, options, software]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_tools.command import add_corpus_options, corpus_from, run_command
+from data_tools.command import add_corpus_options, corpus_from, output_file, run_command
 from data_tools.corpus import TextCorpus
 from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "then the 256 bytes, then merges; any text comes back as it went in.",
     )
     add_corpus_options(parser)
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to write tokenizer.json")
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="where to write tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=64512, help="ids, special tokens included (default: %(default)s)")
     parser.add_argument(
         "--mask-token-id",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import accumulate
 
-from data_tools.files import Kind, damage, kind_of, open_file
+from data_tools.files import Kind, broken_link, damage, kind_of, open_file
 from data_tools.tables import TableError, read_pieces
 
 UNIT_BYTES = 1 << 19
@@ -66,7 +66,9 @@ class FileUnits:
         self._files = files
         self._fields = fields
         self._kind = kind
-        sizes = array("q", (os.stat(file).st_size for file in files))
+        self.broken: dict[str, str] = {file: fault for file in files if (fault := broken_link(file))}
+        """Files that are none: what is wrong with each."""
+        sizes = array("q", (0 if file in self.broken else os.stat(file).st_size for file in files))
         self._starts = array("q", accumulate(sizes, initial=0))
         self.num_bytes: int = self._starts[-1]
 
@@ -77,7 +79,13 @@ class FileUnits:
     def units(self, start: Position = Position()) -> Iterator[Unit]:
         """From a unit's start on, by default all."""
         while start.file < len(self._files):
-            kind = self.kind_of(self._files[start.file])
+            file = self._files[start.file]
+            kind = self.kind_of(file)
+            if file in self.broken:
+                end = Position(start.file + 1)
+                yield Unit(kind, (file,), start, end, self._starts[end.file], fault=self.broken[file])
+                start = end
+                continue
             if kind == "text":
                 unit = self._text_unit(start.file)
                 yield unit
@@ -90,7 +98,7 @@ class FileUnits:
         """Text files from one on: as many as make up a unit."""
         last = first + 1
         while last < len(self._files) and self._starts[last + 1] - self._starts[first] <= UNIT_BYTES:
-            if self.kind_of(self._files[last]) != "text":
+            if self.kind_of(self._files[last]) != "text" or self._files[last] in self.broken:
                 break
             last += 1
         return Unit("text", tuple(self._files[first:last]), Position(first), Position(last), self._starts[last])

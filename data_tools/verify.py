@@ -6,8 +6,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from data_tools.command import run_command
+from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing
 from w1train.data.shards import open_dataset
 
 logger = logging.getLogger(__name__)
@@ -17,18 +19,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a dataset is damaged."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify",
-        description="Read the files of datasets and compare them with the hashes in their manifests. Training does so by itself for files "
-        "of up to 4 GiB.",
+        description="Read the files of datasets and compare them with the hashes in their manifests, and the best-fit packings beside them "
+        "with the hashes in these. Training does so by itself for files of up to 4 GiB.",
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize writes it")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize writes it; or one packing, *.pack")
     options = parser.parse_args(arguments)
     return run_command(lambda: _verify(options.prefixes))
 
 
 def _verify(prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
-        open_dataset(prefix).verify_hashes()
-        logger.info("%s is as it was written", prefix)
+        packings = [Path(prefix)]
+        if not prefix.endswith(PACKING_SUFFIX):
+            open_dataset(prefix).verify_hashes()
+            logger.info("%s is as it was written", prefix)
+            packings = packings_beside(prefix)
+        for packing in packings:
+            verify_packing(packing)
+            logger.info("%s is as it was written", packing)
 
 
 if __name__ == "__main__":

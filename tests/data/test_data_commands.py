@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import python_corpus, split, tokenize, train_tokenizer, verify
+from data_tools import import_tokenizer, python_corpus, split, tokenize, train_tokenizer, verify
 from data_tools.corpus import TextCorpus
 from data_tools.text import Document
 from w1train.data.dataset import TokenDataset
@@ -184,12 +184,71 @@ def test_the_search_for_both_sides_ends_with_them():
         (["--validation-fraction", "0.1"], "belong together"),
         (["--validation-output", "v"], "belong together"),
         (["--validation-output", "v", "--validation-fraction", "1.5"], r"must be in [0, 1), not 1.5"),
+        (["--shard-size", "1e3"], "argument --shard-size: must be a whole number, at least 1 and in digits alone, not '1e3'"),
+        (["--workers", "0"], "argument --workers: must be a whole number, at least 1 and in digits alone, not '0'"),
     ],
 )
-def test_options_that_do_not_go_together(options, message, capsys):
+def test_options_that_are_wrong_or_do_not_go_together(options, message, capsys):
     with pytest.raises(SystemExit):
         tokenize.main(tokenize_arguments("c", "t", "p", *options))
     assert message in capsys.readouterr().err
+
+
+INPUTS = {
+    "tokenize": (tokenize, "--input", ["--tokenizer", "t", "--output", "p"]),
+    "tokenize, the tokenizer": (tokenize, "--tokenizer", ["--input", "c", "--output", "p"]),
+    "train_tokenizer": (train_tokenizer, "--input", ["--output", "t.json"]),
+    "import_tokenizer": (import_tokenizer, "--input", ["--output", "t.json", "--eos", "e"]),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS.values(), ids=INPUTS)
+def test_an_empty_path_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch, capsys, case):
+    command, option, others = case
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("not meant")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*others, option, ""])
+    assert f"argument {option}: the path is empty (an unset variable?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", "the path is empty"), ("o/", "'o/' is a directory"), (".", "'.' is a directory"), ("o/..", "'o/..' is a directory")],
+)
+def test_outputs_have_a_name(tmp_path, monkeypatch, capsys, path, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some text")
+    commands = {
+        tokenize: tokenize_arguments("a.txt", "t", path),
+        train_tokenizer: ["--input", "a.txt", "--output", path],
+        import_tokenizer: ["--input", "t", "--eos", "e", "--output", path],
+        python_corpus: ["--output", path, "--max-bytes", "1000"],
+    }
+    for command, arguments in commands.items():
+        with pytest.raises(SystemExit, match="2"):
+            command.main(arguments)
+        assert f"argument --output: {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tokenize.main(tokenize_arguments("a.txt", "t", "p", "--validation-output", path, "--validation-fraction", "0.1"))
+    assert f"argument --validation-output: {message}" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_directory_is_no_tokenizer_to_write(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(SystemExit, match="2"):
+        train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path)])
+    assert "is a directory: the name of a file is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["o/x", "./o//x", "o/../o/x", "link/x"])
+def test_one_dataset_cannot_be_both(tmp_path, monkeypatch, capsys, other):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("o")
+    with pytest.raises(SystemExit, match="2"):
+        tokenize.main(tokenize_arguments("c", "t", "o/x", "--validation-output", other, "--validation-fraction", "0.1"))
+    assert f"--output o/x and --validation-output {other} are the same dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,6 +268,42 @@ def test_unusable_corpora_end_with_a_message(tokenizer_file, tmp_path, caplog, c
         assert command.main(arguments) == 1
         assert message in caplog.text
     assert [entry for entry in tmp_path.iterdir() if entry != path] == []
+
+
+def test_a_link_that_leads_nowhere(tokenizer_file, tmp_path, caplog):
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for name in ("a.txt", "c.txt"):
+        (directory / name).write_text(name)
+    (directory / "b.txt").symlink_to("gone.txt")
+    (directory / "d.jsonl").symlink_to("d.jsonl")
+    arguments = tokenize_arguments(directory, tokenizer_file, tmp_path / "x")
+    for command in ((tokenize, arguments), (train_tokenizer, ["--input", str(directory), "--output", str(tmp_path / "t.json")])):
+        caplog.clear()
+        assert command[0].main(command[1]) == 1
+        message = f"{directory}/b.txt is a symbolic link to gone.txt, which is not there (--on-error skip leaves such input out)"
+        assert message in caplog.text
+        with caplog.at_level("INFO"):
+            assert command[0].main([*command[1], "--on-error", "skip"]) == 0
+        assert f"left out: {directory}/b.txt is a symbolic link to gone.txt, which is not there" in caplog.text
+        assert f"left out: {directory}/d.jsonl is a symbolic link to d.jsonl" in caplog.text
+        assert "left out 2 files or lines that are not text" in caplog.text
+    assert read_texts(tmp_path / "x", Tokenizer.load(tokenizer_file)) == ["a.txt", "c.txt"]
+    assert json.loads((tmp_path / "x.json").read_text())["corpus"]["num_bad"] == 2
+    assert tokenize.main(tokenize_arguments(directory / "b.txt", tokenizer_file, tmp_path / "y", "--on-error", "skip")) == 1
+    assert f"corpus {directory}/b.txt is a symbolic link to gone.txt" in caplog.text
+
+
+def test_options_of_the_corpus_may_be_repeated(tokenizer_file, tmp_path):
+    """Each adds to those before it."""
+    for name in ("a.txt", "b.md", "c.rst"):
+        (tmp_path / name).write_text(name)
+    output = tmp_path / "out/x"
+    assert tokenize.main(tokenize_arguments(tmp_path / "a.txt", tokenizer_file, output, "--input", str(tmp_path / "c.rst"))) == 0
+    assert read_texts(output, Tokenizer.load(tokenizer_file)) == ["a.txt", "c.rst"]
+    extensions = ["--extensions", ".txt", "--extensions", ".md", "--overwrite"]
+    assert tokenize.main(tokenize_arguments(tmp_path, tokenizer_file, output, *extensions)) == 0
+    assert read_texts(output, Tokenizer.load(tokenizer_file)) == ["a.txt", "b.md"]
 
 
 def test_skipped_input_is_counted(tokenizer_file, tmp_path, caplog):

@@ -81,6 +81,8 @@ def test_a_mask_above_what_the_corpus_gives():
         (300, 2, "mask_token_id must be at least 3, not 2"),
         (271, 14, "vocab_size 271 is too small"),
         (300, 100, "need 357 ids"),
+        (999_999_999, 14, "vocab_size 999999999 is too large: at most 16777216"),
+        (300, 999_999_999, "mask_token_id 999999999 is too large: at most 16777215"),
     ],
 )
 def test_impossible_vocabularies_are_refused(vocab_size, mask_token_id, message):

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 PAD_TOKEN, EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<pad>", "<eos>", "<bos>", "<mask>"
 MIN_NUM_SPECIAL_TOKENS = 16
 NUM_BYTES = 256
+MAX_VOCAB_SIZE = 2**24
+"""Dozens of times the largest vocabularies in use. The library takes memory for all ids before it has a text, and aborts without it."""
 
 
 class TokenizerError(UserError):
@@ -160,9 +162,12 @@ def train_tokenizer(
     otherwise; a model's vocabulary may still be ``vocab_size``.
 
     Raises:
-        TokenizerError: if the special tokens and the bytes do not fit in ``vocab_size``, ``mask_token_id`` is taken by
-            another special token or too high for the corpus, or there is no text.
+        TokenizerError: if the special tokens and the bytes do not fit in ``vocab_size``, that is above ``MAX_VOCAB_SIZE``,
+            ``mask_token_id`` is taken by another special token or too high for the corpus, or there is no text.
     """
+    for name, number, limit in (("vocab_size", vocab_size, MAX_VOCAB_SIZE), ("mask_token_id", mask_token_id, MAX_VOCAB_SIZE - 1)):
+        if number > limit:
+            raise TokenizerError(f"{name} {number} is too large: at most {limit}, for memory is taken for all ids at once")
     special_tokens = special_token_names(mask_token_id)
     mask_is_apart = MIN_NUM_SPECIAL_TOKENS + NUM_BYTES <= mask_token_id < vocab_size < len(special_tokens) + NUM_BYTES
     if mask_is_apart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import DatasetError, bin_path, file_size
 from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
 from w1train.data.packing import EndOfDocument, LongDocuments, PackedDataset, SampleSource
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
+from w1train.data.packing_index import BestFitDataset, PackingIndex, PackingOptions, ensure_packing
 from w1train.data.remote import localize
 from w1train.data.shards import open_dataset
 from w1train.data.staged import StagedSamples, StageText, stretches
@@ -31,7 +32,7 @@ from w1train.training.schedule import stage_steps
 logger = logging.getLogger(__name__)
 
 MAX_VERIFIED_BYTES = 4 * 2**30
-"""Token files up to this size are read and compared with their manifest at every start: seconds on one rank."""
+"""Token files, and packings, up to this size are read and compared with their manifest at every start: seconds on one rank."""
 
 
 class PositionOptions(TypedDict):
@@ -253,6 +254,11 @@ class TrainingData(ValidationData):
         if self.ranks.is_main:
             for dataset in self.train.values():
                 verify(dataset)
+        # A cache directory may be each machine's own, with a packing that was built there.
+        own_cache = config.data.cache_directory is not None and os.environ.get("LOCAL_RANK", "0") == "0"
+        for source in sources.values():
+            if isinstance(source, BestFitDataset) and (self.ranks.is_main or own_cache):
+                verify_packing(source.index)
 
     def _open_loader(self) -> BatchLoader | DaliLoader:
         data, ranks = self.config.data, self.ranks
@@ -333,6 +339,23 @@ def verify(dataset: TokenDataset) -> None:
             f"{first} and {others} more" if others else first,
             num_bytes / 1e9,
             dataset.prefix,
+        )
+
+
+def verify_packing(packing: PackingIndex) -> None:
+    """As :func:`verify`, of a best-fit packing with the hash in its file.
+
+    Raises:
+        DatasetError: if the file is not what was written.
+    """
+    if packing.num_bytes <= MAX_VERIFIED_BYTES:
+        packing.verify_hash()
+    else:
+        logger.warning(
+            "%s has %.1f GB: not compared with the hash in it; `python -m data_tools.verify %s` compares it",
+            packing.path,
+            packing.num_bytes / 1e9,
+            packing.path,
         )
 
 
