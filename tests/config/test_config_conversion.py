@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.config.config_trees import TREE, set_key
 from w1train.config.convert import convert
 from w1train.config.errors import NOT_GIVEN, ConfigurationError, Problem
+from w1train.config.ranges import LARGEST_FLOAT
 from w1train.config.schema import Config, StageConfig
 from w1train.config.serialization import ABSENT, Difference, config_differences, config_from_yaml, config_to_yaml, flatten
 
@@ -67,6 +68,8 @@ def test_valid_values(key: str, given: Any, expected: Any) -> None:
         ("model.kv_channels", "12", "an integer or null", "without quotes: model.kv_channels=12"),
         ("model.norm_epsilon", False, "a number", None),
         ("model.norm_epsilon", 10**400, "a number", None),
+        ("data.read_timeout", 2**63, "a number (as an integer, up to 9007199254740992)", None),
+        ("data.prefetch", 1e300, "an integer (as a number, up to 9007199254740992)", None),
         ("model.norm_epsilon", "1e-6", "a number", "without quotes: model.norm_epsilon=1e-6"),
         ("parallel.sequence", 1, "true or false", None),
         ("parallel.sequence", "yes", "true or false", "parallel.sequence=true"),
@@ -167,7 +170,7 @@ def config_text(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree)
 
 
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+POSITIVE = st.floats(min_value=0, max_value=LARGEST_FLOAT, exclude_min=True, allow_nan=False)
 VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", fullmatch=True),
     "runs_dir": st.text(min_size=1),
@@ -180,7 +183,7 @@ VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "training.seed": st.integers(0, 2**63 - 1),
     "validation.timesteps": st.integers(1, 8).map(lambda bins: [(index + 0.5) / bins for index in range(bins)]),
     "sampling.prompts": st.lists(st.text()),
-    "schedule.stages.stable.tokens": st.integers(min_value=1),
+    "schedule.stages.stable.tokens": st.integers(1, 10**18),
     "logging.peak_tflops": st.none() | POSITIVE,
 }
 

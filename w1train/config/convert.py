@@ -157,7 +157,15 @@ def _convert_scalar(annotation: Any, value: Any) -> Any:
 
 def _wrong_type(annotation: Any, value: Any, key: str) -> Problem:
     found = "null" if value is None else f"{show(value)}, {_type_name(value)}"
-    return Problem(key, found, describe_type(annotation), _repair(annotation, value, key))
+    return Problem(key, found, describe_type(annotation) + _written(annotation, value), _repair(annotation, value, key))
+
+
+def _written(annotation: Any, value: Any) -> str:
+    """Why a number is not taken for the other kind of number."""
+    kind = _without_none(annotation) if _is_optional(annotation) else annotation
+    if {kind, type(value)} != {int, float} or abs(value) <= _LARGEST_EXACT_FLOAT:
+        return ""
+    return f" (as {_TYPE_NAMES[type(value)]}, up to {_LARGEST_EXACT_FLOAT})"
 
 
 def _repair(annotation: Any, value: Any, key: str) -> str | None:
