@@ -170,11 +170,12 @@ def config_text(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree)
 
 
+PATHS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
 POSITIVE = st.floats(min_value=0, max_value=LARGEST_FLOAT, exclude_min=True, allow_nan=False)
 VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", fullmatch=True),
-    "runs_dir": st.text(min_size=1),
-    "data.validation": st.none() | st.text(min_size=1),
+    "runs_dir": PATHS,
+    "data.validation": st.none() | PATHS,
     "model.rope_base": POSITIVE,
     "model.norm_epsilon": POSITIVE,
     "model.qk_norm": st.booleans(),

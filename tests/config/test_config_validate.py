@@ -244,6 +244,33 @@ def test_rules(make_config: MakeConfig, changes: dict[str, Any], key: str, words
     assert words in problem.valid
 
 
+PATH_CHANGES: dict[str, dict[str, Any]] = {
+    "runs_dir": {},
+    "data.train": {},
+    "data.blend.a.prefix": {"data.train": None},
+    "data.validation": {},
+    "data.validation_sets.a": {"data.validation": "x"},
+    "data.tokenizer": {},
+    "data.cache_directory": {},
+    "schedule.stages.stable.train": {},
+    "training.initial_weights": {},
+    "checkpoint.upload": {},
+}
+
+
+@pytest.mark.parametrize(("path", "words"), [("", ""), ("s3://a\0b", "without the character NUL"), ("s3://a\udcffb", "in UTF-8")])
+@pytest.mark.parametrize("key", PATH_CHANGES)
+def test_what_is_no_path_is_reported(make_config: MakeConfig, key: str, path: str, words: str) -> None:
+    config = make_config({"data.cache_directory": "x", **PATH_CHANGES[key], key: path})
+    (problem,) = validate(config)
+    assert (problem.key, problem.found) == (key, repr(path))
+    assert words in problem.valid
+
+
+def test_paths_may_have_any_other_character(make_config: MakeConfig) -> None:
+    assert validate(make_config({"runs_dir": "a b/\n\x01é\U0001f600", "data.tokenizer": "\u2028"})) == []
+
+
 def test_blocks_of_block_diffusion_need_not_divide(make_config: MakeConfig) -> None:
     changes = {"sampling.block_size": 48, "sampling.num_steps": 5}
     assert validate(make_config({**changes, "diffusion.block_size": 16})) == []

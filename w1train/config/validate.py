@@ -35,7 +35,21 @@ from w1train.config.validate_speed import SPEED_RULES
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 _STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+# What a path cannot be: NUL ends it, and a lone surrogate (Python's form of a byte that is not UTF-8) cannot be written to a file.
+_NO_PATH_PATTERN = re.compile("[\0\ud800-\udfff]")
 _MIDPOINT_TOLERANCE = 1e-6
+_PATHS = {
+    "runs_dir": "a path",
+    "data.train": "a path or null",
+    "data.blend.*.prefix": "a path",
+    "data.validation": "a path or null",
+    "data.validation_sets.*": "a path",
+    "data.tokenizer": "a path",
+    "data.cache_directory": "a path or null",
+    "schedule.stages.*.train": "a path or null",
+    "training.initial_weights": "a path or null",
+    "checkpoint.upload": "a URL that fsspec knows, such as s3://bucket/runs/NAME; or null",
+}
 
 
 # Every numeric field of the schema is here (a test holds the two together). Null is left to the types.
@@ -172,16 +186,12 @@ def _run_rule(config: Config) -> Iterator[Problem]:
 
 
 def _paths_rule(config: Config) -> Iterator[Problem]:
-    paths = {"runs_dir": config.runs_dir, "data.tokenizer": config.data.tokenizer}
-    optional = {
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
-        "data.cache_directory": config.data.cache_directory,
-        "training.initial_weights": config.training.initial_weights,
-    }
-    for key, path in {**paths, **optional}.items():
-        if path == "":
-            yield Problem(key, "''", "a path" + (" or null" if key in optional else ""))
+    for pattern, valid in _PATHS.items():
+        for key, path in _matching(config, pattern):
+            if path == "":
+                yield Problem(key, "''", valid)
+            elif path is not None and _NO_PATH_PATTERN.search(path):
+                yield Problem(key, show(path), f"{valid}, in UTF-8 and without the character NUL")
 
 
 def _query_groups_rule(config: Config) -> Iterator[Problem]:
@@ -234,8 +244,6 @@ def _stages_rule(config: Config) -> Iterator[Problem]:
         if 0 < stage.tokens < stage.rewarm_tokens:
             valid = f"at most the stage's {stage.tokens} tokens"
             yield Problem(f"schedule.stages.{name}.rewarm_tokens", show(stage.rewarm_tokens), valid)
-        if stage.train == "":
-            yield Problem(f"schedule.stages.{name}.train", "''", "a path or null")
 
 
 def _validation_rule(config: Config) -> Iterator[Problem]:
