@@ -73,6 +73,8 @@ def test_valid_values(key: str, given: Any, expected: Any) -> None:
         ("model.norm_epsilon", "1e-6", "a number", "without quotes: model.norm_epsilon=1e-6"),
         ("parallel.sequence", 1, "true or false", None),
         ("parallel.sequence", "yes", "true or false", "parallel.sequence=true"),
+        ("name", 1e3, "a string", "the text in quotes"),
+        ("name", True, "a string", "the text in quotes"),
         ("name", 7, "a string", """in quotes; on a command line: name='"7"'"""),
         ("training.precision", "bf61", "one of: fp32, bf16", "did you mean bf16?"),
         ("training.precision", 16, "one of: fp32, bf16", None),
@@ -93,6 +95,12 @@ def test_wrong_types(key: str, given: Any, valid: str, suggestion: str | None) -
 def test_wrong_list_items_are_named_by_index() -> None:
     problems = problems_of({"validation.timesteps": [0.5, "x", True]})
     assert [problem.key for problem in problems] == ["validation.timesteps[1]", "validation.timesteps[2]"]
+
+
+def test_no_override_of_a_list_item_is_suggested() -> None:
+    changes = {"validation.timesteps": ["0.5"], "validation.block_sizes": [2.5], "sampling.prompts": [7]}
+    suggestions = [problem.suggestion for problem in problems_of(changes)]
+    assert suggestions == ["without quotes: 0.5", "2", "the text in quotes"]
 
 
 def test_names_of_mappings_must_be_strings() -> None:
