@@ -253,6 +253,14 @@ def test_what_cannot_be_read_is_named(override: str, found: str, suggestion: str
     assert problem.suggestion == suggestion
 
 
+@pytest.mark.parametrize("value", ["1" + 5000 * "0", f"[{5000 * '7'}]"])
+def test_an_integer_that_python_does_not_read_hides_nothing(value: str) -> None:
+    problems = problems_of("recipe=demo", f"profiling.steps={value}", "name=a/b")
+    assert set(problems) == {"profiling.steps", "name"}
+    assert problems["profiling.steps"].valid == "an integer of at most 9223372036854775807"
+    assert len(problems["profiling.steps"].found) < 200
+
+
 @pytest.mark.parametrize("value", ["[small,w1_4b]", "[]", "''", ""])
 def test_a_group_takes_one_name(value: str) -> None:
     problem = problems_of("recipe=demo", f"model={value}")["model"]

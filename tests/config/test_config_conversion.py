@@ -226,6 +226,7 @@ def test_yaml_files_may_be_written_by_hand(tmp_path: Path) -> None:
         (b"", "NoneType at the top"),
         (b"- 1\n", "list at the top"),
         (b"name: \xff\xfe\n", "not YAML"),
+        (b"name: " + 5000 * b"7" + b"\n", "not YAML"),
         (b"name: !!python/object/apply:os.getcwd []\n", "not YAML"),
     ],
 )

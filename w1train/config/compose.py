@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from w1train.config.convert import convert
 from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, raise_if_any, show
+from w1train.config.ranges import LARGEST_INTEGER
 from w1train.config.recipe_files import (
     GLOBAL_HEADER,
     RECIPE_GROUP,
@@ -89,6 +90,10 @@ def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str
             override = parser.parse_override(text)
         except HydraException as error:
             request.problems.append(_syntax_problem(text, error, options))
+            continue
+        except ValueError as error:
+            # Python's own, which Hydra lets through: an integer of thousands of digits is not even read.
+            request.problems.append(Problem(text.partition("=")[0], f"a number: {error}", f"an integer of at most {LARGEST_INTEGER}"))
             continue
         key = override.key_or_group
         if not key or override.package is not None:
