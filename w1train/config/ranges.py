@@ -50,7 +50,7 @@ FRACTION = Range(0, 1)
 BELOW_ONE = Range(0, 1, includes_high=False)
 # A year: far more than any wait, and a time that every clock and every timedelta can hold.
 SECONDS = Range(0, 31_536_000, includes_low=False)
-# Widths, layers, ranks, things in memory: a million is beyond any machine.
+# Widths, layers, ranks: a million is beyond any machine.
 SIZE = Range(1, 1 << 20)
 # Places of a sequence and samples of a batch are counted in 32 bits.
 LENGTH = Range(1, (1 << 31) - 1)
