@@ -221,6 +221,59 @@ def test_odd_overrides_are_reported(override: str) -> None:
     assert set(problems_of("recipe=demo", override)) == {key}
 
 
+@pytest.mark.parametrize("text", ["nan", "1e3", "1_000", "1.50", "True", " -inf"])
+def test_what_was_typed_for_a_text_is_suggested_in_quotes(text: str) -> None:
+    problem = problems_of("recipe=demo", "name=2", f"name={text}")["name"]
+    assert problem.suggestion == f"""in quotes; on a command line: name='"{text.strip()}"'"""
+
+
+def test_what_was_typed_before_a_mapping_is_no_suggestion() -> None:
+    corpora = ["recipe=demo", "data.train=null", "data.blend.a.prefix=1e3", "data.blend={a: {prefix: 2.5}}"]
+    assert problems_of(*corpora)["data.blend.a.prefix"].suggestion == "the text in quotes"
+
+
+@pytest.mark.parametrize(
+    ("override", "found", "suggestion"),
+    [
+        ("validation.timesteps[0]=0.5", "a key with an index", "validation.timesteps=[VALUE, VALUE, ...]"),
+        ("+profiling.steps[]=3", "a key with an index", "profiling.steps=[VALUE, VALUE, ...]"),
+        ("[0]=1", "the key '[0]'", None),
+        ("a..b=1", "the key 'a..b'", None),
+        ("~a..b", "the key '~a..b'", None),
+        ("model.=1", "the key 'model.'", None),
+        ("data.train=(", "text that cannot be read", """data.train='"("'"""),
+        ("data.train='a'b", "text that cannot be read", None),
+        ("data.train=${", "text that cannot be read", None),
+        ("data.train=a\udcffb", "text that cannot be read", None),
+    ],
+)
+def test_what_cannot_be_read_is_named(override: str, found: str, suggestion: str | None) -> None:
+    problem = problems_of("recipe=demo", override)[override]
+    assert problem.found.startswith(found)
+    assert problem.suggestion == suggestion
+
+
+@pytest.mark.parametrize("value", ["1" + 5000 * "0", f"[{5000 * '7'}]"])
+def test_an_integer_that_python_does_not_read_hides_nothing(value: str) -> None:
+    problems = problems_of("recipe=demo", f"profiling.steps={value}", "name=a/b")
+    assert set(problems) == {"profiling.steps", "name"}
+    assert problems["profiling.steps"].valid == "an integer of at most 9223372036854775807"
+    assert len(problems["profiling.steps"].found) < 200
+
+
+@pytest.mark.parametrize("value", ["[small,w1_4b]", "[]", "''", ""])
+def test_a_group_takes_one_name(value: str) -> None:
+    problem = problems_of("recipe=demo", f"model={value}")["model"]
+    assert problem.valid.startswith("one name: bd3lm, llada_1b")
+    assert problem.suggestion is None
+
+
+@pytest.mark.parametrize("name", ["mine", "1e3", "true"])
+def test_a_file_of_the_name_that_was_typed_is_suggested(name: str) -> None:
+    suggestion = problems_of("recipe=demo", f"model={name}")["model"].suggestion
+    assert suggestion == f"a file of yours: DIR/model/{name}.yaml with --config-dir DIR"
+
+
 @pytest.mark.parametrize("value", ["${nope}", "${oc.env:NO_SUCH_VARIABLE_HERE}", "${"])
 def test_interpolations_that_fail_are_reported(value: str) -> None:
     with pytest.raises(ConfigurationError, match=r"interpolation|cannot be read"):

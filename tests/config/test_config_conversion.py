@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.config.config_trees import TREE, set_key
 from w1train.config.convert import convert
 from w1train.config.errors import NOT_GIVEN, ConfigurationError, Problem
+from w1train.config.ranges import LARGEST_FLOAT
 from w1train.config.schema import Config, StageConfig
 from w1train.config.serialization import ABSENT, Difference, config_differences, config_from_yaml, config_to_yaml, flatten
 
@@ -67,9 +68,13 @@ def test_valid_values(key: str, given: Any, expected: Any) -> None:
         ("model.kv_channels", "12", "an integer or null", "without quotes: model.kv_channels=12"),
         ("model.norm_epsilon", False, "a number", None),
         ("model.norm_epsilon", 10**400, "a number", None),
+        ("data.read_timeout", 2**63, "a number (as an integer, up to 9007199254740992)", None),
+        ("data.prefetch", 1e300, "an integer (as a number, up to 9007199254740992)", None),
         ("model.norm_epsilon", "1e-6", "a number", "without quotes: model.norm_epsilon=1e-6"),
         ("parallel.sequence", 1, "true or false", None),
         ("parallel.sequence", "yes", "true or false", "parallel.sequence=true"),
+        ("name", 1e3, "a string", "the text in quotes"),
+        ("name", True, "a string", "the text in quotes"),
         ("name", 7, "a string", """in quotes; on a command line: name='"7"'"""),
         ("training.precision", "bf61", "one of: fp32, bf16", "did you mean bf16?"),
         ("training.precision", 16, "one of: fp32, bf16", None),
@@ -90,6 +95,12 @@ def test_wrong_types(key: str, given: Any, valid: str, suggestion: str | None) -
 def test_wrong_list_items_are_named_by_index() -> None:
     problems = problems_of({"validation.timesteps": [0.5, "x", True]})
     assert [problem.key for problem in problems] == ["validation.timesteps[1]", "validation.timesteps[2]"]
+
+
+def test_no_override_of_a_list_item_is_suggested() -> None:
+    changes = {"validation.timesteps": ["0.5"], "validation.block_sizes": [2.5], "sampling.prompts": [7]}
+    suggestions = [problem.suggestion for problem in problems_of(changes)]
+    assert suggestions == ["without quotes: 0.5", "2", "the text in quotes"]
 
 
 def test_names_of_mappings_must_be_strings() -> None:
@@ -167,11 +178,12 @@ def config_text(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree)
 
 
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+PATHS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+POSITIVE = st.floats(min_value=0, max_value=LARGEST_FLOAT, exclude_min=True, allow_nan=False)
 VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", fullmatch=True),
-    "runs_dir": st.text(min_size=1),
-    "data.validation": st.none() | st.text(min_size=1),
+    "runs_dir": PATHS,
+    "data.validation": st.none() | PATHS,
     "model.rope_base": POSITIVE,
     "model.norm_epsilon": POSITIVE,
     "model.qk_norm": st.booleans(),
@@ -180,7 +192,7 @@ VALID_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "training.seed": st.integers(0, 2**63 - 1),
     "validation.timesteps": st.integers(1, 8).map(lambda bins: [(index + 0.5) / bins for index in range(bins)]),
     "sampling.prompts": st.lists(st.text()),
-    "schedule.stages.stable.tokens": st.integers(min_value=1),
+    "schedule.stages.stable.tokens": st.integers(1, 10**18),
     "logging.peak_tflops": st.none() | POSITIVE,
 }
 
@@ -214,6 +226,7 @@ def test_yaml_files_may_be_written_by_hand(tmp_path: Path) -> None:
         (b"", "NoneType at the top"),
         (b"- 1\n", "list at the top"),
         (b"name: \xff\xfe\n", "not YAML"),
+        (b"name: " + 5000 * b"7" + b"\n", "not YAML"),
         (b"name: !!python/object/apply:os.getcwd []\n", "not YAML"),
     ],
 )

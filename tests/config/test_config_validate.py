@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.config.config_trees import TREE
+from tests.config.config_trees import TREE, set_key
 from w1train.config.convert import Conversion, convert, field_types
+from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
 from w1train.config.schema import Config
 from w1train.config.validate import RANGES, validate, validate_conversion
 
@@ -62,6 +64,54 @@ def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: s
         config = make_config({**required, key: [inside, value] if pattern.endswith("]") else value})
         reported = [problem.key for problem in validate(config)]
         assert (f"{key}[1]" if pattern.endswith("]") else key) in reported, (pattern, value)
+
+
+@pytest.mark.parametrize("value", [2**63, 10**400, 1e300])
+@pytest.mark.parametrize("pattern", RANGES)
+def test_numbers_too_large_for_anything_are_reported(pattern: str, value: float) -> None:
+    """Beside every other problem, whatever the rules between keys compute with them."""
+    tree, key = copy.deepcopy(TREE), pattern.replace("*", "stable").removesuffix("[stable]")
+    if pattern.startswith("data.blend"):
+        set_key(tree, "data.blend.stable.prefix", "x")
+    set_key(tree, key, [value] if pattern.endswith("]") else value)
+    set_key(tree, "name", "a b")
+    conversion = convert(tree)
+    reported = [problem.key for problem in conversion.problems + validate_conversion(conversion)]
+    assert (f"{key}[0]" if pattern.endswith("]") else key) in reported
+    assert "name" in reported
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "valid"),
+    [
+        ("data.read_timeout", 1e10, "a number > 0 and <= 31536000"),
+        ("health.start_timeout", 1e300, "a number > 0 and <= 31536000"),
+        ("model.condition_size", 2**63 - 1, "a number >= 1 and <= 1048576"),
+        ("data.num_workers", 1025, "a number >= 0 and <= 1024"),
+        ("data.prefetch", 10_001, "a number >= 1 and <= 10000"),
+        ("logging.num_t_bins", 10_001, "a number >= 1 and <= 10000"),
+        ("logging.interval", 2**63, "a number >= 1 and <= 9223372036854775807"),
+        ("optimizer.clip_grad", 1e39, "a number >= 0 and <= 1e+38"),
+        ("optimizer.clip_grad", math.inf, "a finite number >= 0"),
+        ("optimizer.clip_grad", math.nan, "a finite number >= 0"),
+        ("optimizer.clip_grad", -1.0, "a number >= 0"),
+    ],
+)
+def test_a_bound_is_said_where_it_is_crossed(make_config: MakeConfig, key: str, value: float, valid: str) -> None:
+    (problem,) = validate(make_config({key: value}))
+    assert (problem.key, problem.valid) == (key, valid)
+
+
+def test_the_largest_numbers_are_allowed(make_config: MakeConfig) -> None:
+    assert validate(make_config({"logging.interval": LARGEST_INTEGER, "optimizer.clip_grad": LARGEST_FLOAT})) == []
+
+
+@pytest.mark.parametrize("digits", [18, 400])
+def test_divisors_of_an_enormous_number_are_found_soon(make_config: MakeConfig, digits: int) -> None:
+    problems = validate(make_config({"model.num_attention_heads": 10**digits, "model.num_query_groups": 3}))
+    valid = [problem.valid for problem in problems if problem.key == "model.num_query_groups"]
+    assert len(valid) == 1
+    assert "1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50, ..." in valid[0]
 
 
 def field_annotation(pattern: str) -> Any:
@@ -195,6 +245,33 @@ def test_rules(make_config: MakeConfig, changes: dict[str, Any], key: str, words
     (problem,) = validate(make_config(changes))
     assert problem.key == key
     assert words in problem.valid
+
+
+PATH_CHANGES: dict[str, dict[str, Any]] = {
+    "runs_dir": {},
+    "data.train": {},
+    "data.blend.a.prefix": {"data.train": None},
+    "data.validation": {},
+    "data.validation_sets.a": {"data.validation": "x"},
+    "data.tokenizer": {},
+    "data.cache_directory": {},
+    "schedule.stages.stable.train": {},
+    "training.initial_weights": {},
+    "checkpoint.upload": {},
+}
+
+
+@pytest.mark.parametrize(("path", "words"), [("", ""), ("s3://a\0b", "without the character NUL"), ("s3://a\udcffb", "in UTF-8")])
+@pytest.mark.parametrize("key", PATH_CHANGES)
+def test_what_is_no_path_is_reported(make_config: MakeConfig, key: str, path: str, words: str) -> None:
+    config = make_config({"data.cache_directory": "x", **PATH_CHANGES[key], key: path})
+    (problem,) = validate(config)
+    assert (problem.key, problem.found) == (key, repr(path))
+    assert words in problem.valid
+
+
+def test_paths_may_have_any_other_character(make_config: MakeConfig) -> None:
+    assert validate(make_config({"runs_dir": "a b/\n\x01é\U0001f600", "data.tokenizer": "\u2028"})) == []
 
 
 def test_blocks_of_block_diffusion_need_not_divide(make_config: MakeConfig) -> None:

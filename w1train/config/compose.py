@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from w1train.config.convert import convert
 from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, raise_if_any, show
+from w1train.config.ranges import LARGEST_INTEGER
 from w1train.config.recipe_files import (
     GLOBAL_HEADER,
     RECIPE_GROUP,
@@ -75,7 +76,7 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     tree = {section: value for section, value in tree.items() if section not in unknown_sections}
     problems += _apply(request.edits, tree, unknown_sections)
     tree, unresolved = _resolve(tree)
-    conversion = convert(tree, unknown_sections)
+    conversion = convert(tree, unknown_sections, _typed_texts(request.edits))
     problems += unresolved + _no_recipe(request.choices, conversion.problems, options) + conversion.problems
     raise_if_any(problems + validate_conversion(conversion))
     return conversion.config
@@ -89,6 +90,10 @@ def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str
             override = parser.parse_override(text)
         except HydraException as error:
             request.problems.append(_syntax_problem(text, error, options))
+            continue
+        except ValueError as error:
+            # Python's own, which Hydra lets through: an integer of thousands of digits is not even read.
+            request.problems.append(Problem(text.partition("=")[0], f"a number: {error}", f"an integer of at most {LARGEST_INTEGER}"))
             continue
         key = override.key_or_group
         if not key or override.package is not None:
@@ -104,11 +109,14 @@ def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str
 
 
 def _choose(request: _Request, group: str, override: Override, options: Sequence[str], directories: Sequence[Path]) -> None:
-    option = "null" if override.value() is None else str(override.value())
-    if option != "null" and option not in options:
+    value = override.value()
+    option = "null" if value is None else value if isinstance(value, str) else _typed_text(override)
+    if isinstance(value, list) or not option:
+        problem = Problem(group, show(value), f"one name: {listing(options)}")
+    elif option != "null" and option not in options:
         match = closest(option.removesuffix(".yaml"), options)
         suggestion = f"{group}={match}" if match else f"a file of yours: DIR/{group}/{option}.yaml with --config-dir DIR"
-        problem = Problem(group, show(override.value()), f"one of: {listing(options)}", suggestion)
+        problem = Problem(group, show(value), f"one of: {listing(options)}", suggestion)
     elif group == RECIPE_GROUP and option != "null" and not recipe_is_global(directories, option):
         found = f"a first line other than '{GLOBAL_HEADER}', so its keys would be set below the key '{RECIPE_GROUP}'"
         problem = Problem(f"{RECIPE_GROUP}/{option}.yaml", found, f"'{GLOBAL_HEADER}' as the first line")
@@ -119,13 +127,40 @@ def _choose(request: _Request, group: str, override: Override, options: Sequence
     request.unknown_sections |= _ALL_SECTIONS if group == RECIPE_GROUP else {group}
 
 
+def _typed_text(override: Override) -> str:
+    return (override.input_line or "").partition("=")[2].strip()
+
+
 def _syntax_problem(text: str, error: HydraException, options: Mapping[str, Sequence[str]]) -> Problem:
-    if "=" not in text:
+    if "=" not in text and not text.startswith("~"):
         recipe = closest(text, options[RECIPE_GROUP])
         return Problem(text, "no '='", "KEY=VALUE or GROUP=OPTION", f"{RECIPE_GROUP}={recipe}" if recipe else None)
     key, _, value = text.partition("=")
+    if not _is_readable(f"{key}=0"):
+        return _key_problem(text, key)
     reason = str(error).splitlines()[0]
-    return Problem(text, f"text that cannot be read ({reason})", "KEY=VALUE; special characters in quotes", f"""{key}='"{value}"'""")
+    return Problem(text, f"text that cannot be read ({reason})", "KEY=VALUE; special characters in quotes", _in_quotes(key, value))
+
+
+def _key_problem(text: str, key: str) -> Problem:
+    name, bracket, _ = key.lstrip("+~").partition("[")
+    if name and bracket and _is_readable(f"{name}=0"):
+        return Problem(text, "a key with an index", "the key of the whole list", f"{name}=[VALUE, VALUE, ...]")
+    return Problem(text, f"the key {show(key)}", "KEY=VALUE with names and single dots in the key, such as model.hidden_size")
+
+
+def _in_quotes(key: str, value: str) -> str | None:
+    """The value as a string, if quotes are all that it lacks, for Hydra and for a shell."""
+    is_plain = value.isprintable() and "'" not in value and "${" not in value
+    return f"""{key}='"{value}"'""" if is_plain and _is_readable(f'{key}="{value}"') else None
+
+
+def _is_readable(text: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return False
+    return True
 
 
 @contextmanager
@@ -185,6 +220,18 @@ def _apply(edits: Sequence[Override], tree: dict[str, Any], unknown_sections: fr
         elif edit.key_or_group.partition(".")[0] not in unknown_sections:
             problems.append(_nothing_to_remove(edit.key_or_group, name, node))
     return problems
+
+
+def _typed_texts(edits: Sequence[Override]) -> dict[str, str]:
+    """What was typed for numbers and booleans, by key: of the value alone it cannot be told (1e3 is 1000.0)."""
+    texts: dict[str, str] = {}
+    for edit in edits:
+        key = edit.key_or_group
+        # What was set below a key before it was set itself is no longer what was typed.
+        texts = {other: text for other, text in texts.items() if not f"{other}.".startswith(f"{key}.")}
+        if isinstance(edit.value(), int | float):
+            texts[key] = _typed_text(edit)
+    return texts
 
 
 def _nothing_to_remove(key: str, name: str, node: Mapping[str, Any]) -> Problem:

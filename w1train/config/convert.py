@@ -33,13 +33,13 @@ class Conversion:
     """Whether every field is set."""
 
 
-def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset()) -> Conversion:
+def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset(), typed: Mapping[str, str] | None = None) -> Conversion:
     """Convert a plain tree (mappings, lists, scalars) to a ``Config``.
 
     ``unknown_sections`` are top-level keys whose values are not known because the recipe that sets them was not found: what they
-    lack is neither reported nor filled with a default.
+    lack is neither reported nor filled with a default. ``typed`` is the text of numbers and booleans by their keys, for suggestions.
     """
-    converter = _Converter(unknown_sections)
+    converter = _Converter(unknown_sections, typed or {})
     config = converter.dataclass(Config, tree, "")
     return Conversion(config, converter.problems, complete=not converter.problems and not unknown_sections)
 
@@ -77,8 +77,8 @@ def describe_type(annotation: Any) -> str:
 class _Converter:
     """Walks the tree beside the types and notes what does not fit."""
 
-    def __init__(self, unknown_sections: frozenset[str]):
-        self.unknown_sections = unknown_sections
+    def __init__(self, unknown_sections: frozenset[str], typed: Mapping[str, str]):
+        self.unknown_sections, self.typed = unknown_sections, typed
         self.problems: list[Problem] = []
 
     def value(self, annotation: Any, value: Any, key: str) -> Any:
@@ -95,7 +95,7 @@ class _Converter:
             return self.mapping(get_args(annotation)[1], value, key)
         converted = _convert_scalar(annotation, value)
         if converted is _INVALID:
-            self.problems.append(_wrong_type(annotation, value, key))
+            self.problems.append(_wrong_type(annotation, value, key, self.typed.get(key)))
         return converted
 
     def dataclass(self, cls: Any, tree: Mapping[Any, Any], key: str) -> Any:
@@ -155,26 +155,38 @@ def _convert_scalar(annotation: Any, value: Any) -> Any:
     return value if type(value) is annotation else _INVALID
 
 
-def _wrong_type(annotation: Any, value: Any, key: str) -> Problem:
+def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Problem:
     found = "null" if value is None else f"{show(value)}, {_type_name(value)}"
-    return Problem(key, found, describe_type(annotation), _repair(annotation, value, key))
+    return Problem(key, found, describe_type(annotation) + _written(annotation, value), _repair(annotation, value, key, typed))
 
 
-def _repair(annotation: Any, value: Any, key: str) -> str | None:
+def _written(annotation: Any, value: Any) -> str:
+    """Why a number is not taken for the other kind of number."""
+    kind = _without_none(annotation) if _is_optional(annotation) else annotation
+    if {kind, type(value)} != {int, float} or abs(value) <= _LARGEST_EXACT_FLOAT:
+        return ""
+    return f" (as {_TYPE_NAMES[type(value)]}, up to {_LARGEST_EXACT_FLOAT})"
+
+
+def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | None:
     """How a value of the wrong type could be written instead."""
+    # No override sets an item of a list.
+    prefix = "" if key.endswith("]") else f"{key}="
     inner = _without_none(annotation) if _is_optional(annotation) else annotation
     if isinstance(value, str):
         if get_origin(inner) is Literal:
             match = closest(value, get_args(inner))
             return f"did you mean {match}?" if match else None
         if inner in (int, float) and _reads_as_number(value):
-            return f"without quotes: {key}={value}"
+            return f"without quotes: {prefix}{value}"
         if inner is bool and value.lower() in ("yes", "on", "no", "off"):
-            return f"{key}={'true' if value.lower() in ('yes', 'on') else 'false'}"
+            return f"{prefix}{'true' if value.lower() in ('yes', 'on') else 'false'}"
     if inner is str and isinstance(value, int | float):
-        return f"""in quotes; on a command line: {key}='"{show(value)}"'"""
+        # 1e3 has become 1000.0, and yes true: only what was typed is what was meant. Integers are written as they are.
+        text = show(value) if typed is None and type(value) is int else typed
+        return f"""in quotes; on a command line: {prefix}'"{text}"'""" if text and prefix else "the text in quotes"
     if inner is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
-        return f"{key}={round(value)}"
+        return f"{prefix}{round(value)}"
     return None
 
 

@@ -7,6 +7,8 @@ import math
 from w1train.config.errors import listing
 
 _MOST_EXAMPLES = 12
+# What is looked through for divisors: all of them for numbers up to 10^12. A mistyped one of 20 digits would take for ever.
+_LARGEST_TRIED = 1_000_000
 
 
 def does_not_divide(divisor: int, number: int) -> bool:
@@ -16,7 +18,10 @@ def does_not_divide(divisor: int, number: int) -> bool:
 
 def divisors(number: int) -> str:
     """The divisors of a positive number, the smallest ones if there are many."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    root = math.isqrt(number)
+    small = [divisor for divisor in range(1, min(root, _LARGEST_TRIED) + 1) if number % divisor == 0]
+    if root > _LARGEST_TRIED:
+        return listing([*small[:_MOST_EXAMPLES], "..."])
     divisors = sorted({*small, *(number // divisor for divisor in small)})
     return listing(divisors if len(divisors) <= _MOST_EXAMPLES else [*divisors[:_MOST_EXAMPLES], "..."])
 

@@ -13,16 +13,18 @@ from typing import Any, get_args, get_origin
 from w1train.config import schema
 from w1train.config.convert import describe_type, field_types, is_required, join
 from w1train.config.errors import show
+from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
 from w1train.config.validate import RANGES
 
-_INTRODUCTION = """\
+_INTRODUCTION = f"""\
 # Configuration reference
 
 Written by `python -m w1train.config.reference docs/configuration.md` from `w1train/config/schema.py` and `schema_operation.py`;
 a test keeps it up to date.
 
 A run is chosen with `recipe=NAME`, its parts with `GROUP=OPTION`, single values with `KEY=VALUE`, where KEY is one of those below.
-`~KEY` goes back to the default. `python -m w1train.pretrain recipe=NAME --cfg job` prints every value of a run."""
+`~KEY` goes back to the default. `python -m w1train.pretrain recipe=NAME --cfg job` prints every value of a run.
+Where no upper bound is given, integers are at most {LARGEST_INTEGER} and other numbers at most {LARGEST_FLOAT}."""
 
 
 def field_docstrings(cls: type) -> dict[str, str]:

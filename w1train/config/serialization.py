@@ -110,7 +110,8 @@ def _read_mapping(source: str | Path, name: str) -> Mapping[Any, Any]:
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         tree = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: bytes that are not UTF-8, or an integer of more digits than Python reads.
         raise ConfigurationError([Problem(name, f"text that is not YAML: {error}", "the YAML of a configuration")]) from error
     if not isinstance(tree, Mapping):
         raise ConfigurationError([Problem(name, f"{type(tree).__name__} at the top", "a mapping with the keys of a configuration")])

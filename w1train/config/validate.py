@@ -12,7 +12,19 @@ from w1train.config.attention_limits import attention_case, limit
 from w1train.config.convert import Conversion, join
 from w1train.config.divisibility import divisors, does_not_divide, near
 from w1train.config.errors import Problem, listing, show
-from w1train.config.ranges import AT_LEAST_ONE, BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Range
+from w1train.config.ranges import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    FRACTION,
+    LARGEST_INTEGER,
+    LENGTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SECONDS,
+    SIZE,
+    TOKENS,
+    Range,
+)
 from w1train.config.schema import Config, SamplingConfig
 from w1train.config.stages import batch_sizes
 from w1train.config.validate_checkpoint import CHECKPOINT_RULES
@@ -23,78 +35,92 @@ from w1train.config.validate_speed import SPEED_RULES
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 _STAGE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+# What a path cannot be: NUL ends it, and a lone surrogate (Python's form of a byte that is not UTF-8) cannot be written to a file.
+_NO_PATH_PATTERN = re.compile("[\0\ud800-\udfff]")
 _MIDPOINT_TOLERANCE = 1e-6
+_PATHS = {
+    "runs_dir": "a path",
+    "data.train": "a path or null",
+    "data.blend.*.prefix": "a path",
+    "data.validation": "a path or null",
+    "data.validation_sets.*": "a path",
+    "data.tokenizer": "a path",
+    "data.cache_directory": "a path or null",
+    "schedule.stages.*.train": "a path or null",
+    "training.initial_weights": "a path or null",
+    "checkpoint.upload": "a URL that fsspec knows, such as s3://bucket/runs/NAME; or null",
+}
 
 
 # Every numeric field of the schema is here (a test holds the two together). Null is left to the types.
 RANGES: dict[str, Range] = {
-    "model.vocab_size": Range(2),
-    "model.num_layers": AT_LEAST_ONE,
-    "model.hidden_size": AT_LEAST_ONE,
-    "model.num_attention_heads": AT_LEAST_ONE,
-    "model.ffn_hidden_size": AT_LEAST_ONE,
-    "model.num_query_groups": AT_LEAST_ONE,
-    "model.kv_channels": AT_LEAST_ONE,
-    "model.max_sequence_length": AT_LEAST_ONE,
+    "model.vocab_size": Range(2, 1 << 24),
+    "model.num_layers": SIZE,
+    "model.hidden_size": SIZE,
+    "model.num_attention_heads": SIZE,
+    "model.ffn_hidden_size": SIZE,
+    "model.num_query_groups": SIZE,
+    "model.kv_channels": SIZE,
+    "model.max_sequence_length": LENGTH,
     "model.rope_base": POSITIVE,
     "model.rope_scaling_factor": AT_LEAST_ONE,
     "model.rope_low_frequency_factor": POSITIVE,
     "model.rope_high_frequency_factor": POSITIVE,
-    "model.rope_original_length": AT_LEAST_ONE,
+    "model.rope_original_length": LENGTH,
     "model.norm_epsilon": POSITIVE,
-    "model.condition_size": AT_LEAST_ONE,
-    "model.timestep_frequency_size": AT_LEAST_ONE,
+    "model.condition_size": SIZE,
+    "model.timestep_frequency_size": SIZE,
     "model.timestep_scale": POSITIVE,
     "model.init_std": POSITIVE,
-    "data.sequence_length": AT_LEAST_ONE,
+    "data.sequence_length": LENGTH,
     "data.blend.*.weight": NOT_NEGATIVE,
     "data.blend.*.max_epochs": POSITIVE,
-    "data.align": AT_LEAST_ONE,
-    "data.packing_seed": Range(0, (1 << 63) - 1),
-    "data.num_workers": NOT_NEGATIVE,
-    "data.prefetch": AT_LEAST_ONE,
-    "data.read_timeout": POSITIVE,
+    "data.align": LENGTH,
+    "data.packing_seed": Range(0, LARGEST_INTEGER),
+    "data.num_workers": Range(0, 1024),
+    "data.prefetch": Range(1, 10_000),
+    "data.read_timeout": SECONDS,
     "diffusion.mask_token_id": NOT_NEGATIVE,
     "diffusion.t_min": FRACTION,
     "diffusion.t_max": Range(0, 1, includes_low=False),
-    "diffusion.block_size": AT_LEAST_ONE,
+    "diffusion.block_size": LENGTH,
     "diffusion.num_strata": Range(1, 1 << 20),
     "diffusion.random_length_probability": FRACTION,
     "diffusion.autoregressive_weight": NOT_NEGATIVE,
     "diffusion.annealing_tokens": NOT_NEGATIVE,
     "diffusion.mask_embedding_noise": NOT_NEGATIVE,
-    "parallel.tensor": AT_LEAST_ONE,
-    "parallel.pipeline": AT_LEAST_ONE,
-    "parallel.virtual_pipeline": AT_LEAST_ONE,
-    "parallel.num_layers_in_first_stage": AT_LEAST_ONE,
-    "parallel.num_layers_in_last_stage": AT_LEAST_ONE,
-    "parallel.context": AT_LEAST_ONE,
-    "parallel.context_chunk_size": AT_LEAST_ONE,
-    "parallel.recompute_num_layers": AT_LEAST_ONE,
+    "parallel.tensor": SIZE,
+    "parallel.pipeline": SIZE,
+    "parallel.virtual_pipeline": SIZE,
+    "parallel.num_layers_in_first_stage": SIZE,
+    "parallel.num_layers_in_last_stage": SIZE,
+    "parallel.context": SIZE,
+    "parallel.context_chunk_size": LENGTH,
+    "parallel.recompute_num_layers": SIZE,
     "optimizer.beta1": BELOW_ONE,
     "optimizer.beta2": BELOW_ONE,
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
     "optimizer.rate_multipliers.*": NOT_NEGATIVE,
-    "schedule.stages.*.tokens": AT_LEAST_ONE,
+    "schedule.stages.*.tokens": TOKENS,
     "schedule.stages.*.learning_rate": NOT_NEGATIVE,
-    "schedule.stages.*.global_batch_size": AT_LEAST_ONE,
+    "schedule.stages.*.global_batch_size": LENGTH,
     "schedule.stages.*.rewarm_tokens": NOT_NEGATIVE,
     "schedule.stages.*.blend.*": NOT_NEGATIVE,
-    "training.global_batch_size": AT_LEAST_ONE,
-    "training.micro_batch_size": AT_LEAST_ONE,
-    "training.loss_chunk_size": AT_LEAST_ONE,
-    "training.seed": Range(0, (1 << 63) - 1),
+    "training.global_batch_size": LENGTH,
+    "training.micro_batch_size": SIZE,
+    "training.loss_chunk_size": LENGTH,
+    "training.seed": Range(0, LARGEST_INTEGER),
     "validation.interval": AT_LEAST_ONE,
     "validation.num_samples": AT_LEAST_ONE,
     "validation.timesteps[*]": Range(0, 1, includes_low=False),
-    "validation.block_sizes[*]": AT_LEAST_ONE,
+    "validation.block_sizes[*]": LENGTH,
     "sampling.interval": NOT_NEGATIVE,
-    "sampling.num_tokens": AT_LEAST_ONE,
-    "sampling.num_steps": AT_LEAST_ONE,
+    "sampling.num_tokens": LENGTH,
+    "sampling.num_steps": LENGTH,
     "sampling.threshold": Range(0, 1, includes_low=False),
-    "sampling.block_size": AT_LEAST_ONE,
+    "sampling.block_size": LENGTH,
     "sampling.temperature": NOT_NEGATIVE,
     "sampling.seed": NOT_NEGATIVE,
     "checkpoint.interval": AT_LEAST_ONE,
@@ -103,7 +129,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep_best": NOT_NEGATIVE,
     "checkpoint.resume_step": AT_LEAST_ONE,
     "logging.interval": AT_LEAST_ONE,
-    "logging.num_t_bins": AT_LEAST_ONE,
+    "logging.num_t_bins": Range(1, 10_000),
     "logging.peak_tflops": POSITIVE,
     **HEALTH_RANGES,
     "profiling.steps[*]": AT_LEAST_ONE,
@@ -136,7 +162,7 @@ def _ranges(pattern: str, valid: Range) -> Callable[[Config], Iterator[Problem]]
     def rule(config: Config) -> Iterator[Problem]:
         for key, value in _matching(config, pattern):
             if value is not None and value not in valid:
-                yield Problem(key, show(value), f"a {'' if math.isfinite(value) else 'finite '}number {valid}")
+                yield Problem(key, show(value), valid.words(value))
 
     return rule
 
@@ -160,16 +186,12 @@ def _run_rule(config: Config) -> Iterator[Problem]:
 
 
 def _paths_rule(config: Config) -> Iterator[Problem]:
-    paths = {"runs_dir": config.runs_dir, "data.tokenizer": config.data.tokenizer}
-    optional = {
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
-        "data.cache_directory": config.data.cache_directory,
-        "training.initial_weights": config.training.initial_weights,
-    }
-    for key, path in {**paths, **optional}.items():
-        if path == "":
-            yield Problem(key, "''", "a path" + (" or null" if key in optional else ""))
+    for pattern, valid in _PATHS.items():
+        for key, path in _matching(config, pattern):
+            if path == "":
+                yield Problem(key, "''", valid)
+            elif path is not None and _NO_PATH_PATTERN.search(path):
+                yield Problem(key, show(path), f"{valid}, in UTF-8 and without the character NUL")
 
 
 def _query_groups_rule(config: Config) -> Iterator[Problem]:
@@ -222,8 +244,6 @@ def _stages_rule(config: Config) -> Iterator[Problem]:
         if 0 < stage.tokens < stage.rewarm_tokens:
             valid = f"at most the stage's {stage.tokens} tokens"
             yield Problem(f"schedule.stages.{name}.rewarm_tokens", show(stage.rewarm_tokens), valid)
-        if stage.train == "":
-            yield Problem(f"schedule.stages.{name}.train", "''", "a path or null")
 
 
 def _validation_rule(config: Config) -> Iterator[Problem]:

@@ -33,7 +33,7 @@ def _keep_every_rule(config: Config) -> Iterator[Problem]:
 
 def _upload_rule(config: Config) -> Iterator[Problem]:
     upload = config.checkpoint.upload
-    if upload is not None and "://" not in upload:
+    if upload and "://" not in upload:
         yield Problem("checkpoint.upload", show(upload), "a URL that fsspec knows, such as s3://bucket/runs/NAME; or null")
 
 

@@ -17,8 +17,6 @@ def _corpora_rule(config: Config) -> Iterator[Problem]:
     elif data.train is not None and data.blend:
         yield Problem("data.train", show(data.train), f"null with data.blend, which names {listing(data.blend)}", "data.train=null")
     for name, corpus in data.blend.items():
-        if corpus.prefix == "":
-            yield Problem(f"data.blend.{name}.prefix", "''", "a path")
         twins = [other for other, its in data.blend.items() if its.prefix == corpus.prefix and other < name]
         if twins:
             valid = f"another dataset than that of {listing(twins)}: two corpora of one dataset would read the same samples"
@@ -49,9 +47,6 @@ def _validation_sets_rule(config: Config) -> Iterator[Problem]:
     sets = config.data.validation_sets
     if sets and config.data.validation is None:
         yield Problem("data.validation_sets", listing(sets), "empty without data.validation: put the first of them there")
-    for name, prefix in sets.items():
-        if prefix == "":
-            yield Problem(f"data.validation_sets.{name}", "''", "a path")
 
 
 def _packing_rule(config: Config) -> Iterator[Problem]:

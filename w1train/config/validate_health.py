@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from w1train.config.errors import Problem, show
-from w1train.config.ranges import NOT_NEGATIVE, POSITIVE, Range
+from w1train.config.ranges import NOT_NEGATIVE, POSITIVE, SECONDS, SIZE, Range
 from w1train.config.schema import Config
 
 HEALTH_RANGES = {
@@ -13,11 +13,11 @@ HEALTH_RANGES = {
     "health.max_rewinds": NOT_NEGATIVE,
     "health.spike_sigma": POSITIVE,
     "health.spike_gradient_sigma": POSITIVE,
-    "health.spike_window": Range(2),
-    "health.heartbeat_interval": POSITIVE,
-    "health.hang_timeout": POSITIVE,
-    "health.start_timeout": POSITIVE,
-    "health.stop_timeout": POSITIVE,
+    "health.spike_window": Range(2, SIZE.high),
+    "health.heartbeat_interval": SECONDS,
+    "health.hang_timeout": SECONDS,
+    "health.start_timeout": SECONDS,
+    "health.stop_timeout": SECONDS,
     "health.straggler_interval": NOT_NEGATIVE,
     "health.straggler_share": POSITIVE,
     "health.gc_interval": NOT_NEGATIVE,
