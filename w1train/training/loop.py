@@ -18,7 +18,7 @@ from w1train.config.stages import at_stage
 from w1train.data.dataset import DatasetError
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
-from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
+from w1train.runtime.distributed import Ranks, agreed, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different, write_text
 from w1train.runtime.pulse import SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.run_directory import RunDirectory
@@ -400,6 +400,9 @@ class Trainer:
         logger.info("resuming from %s", path)
         # It was verified when it was chosen.
         progress = load_checkpoint(path, self.model, verify=False)
+        if progress.step != step:
+            name = step_path(self.run.checkpoints, progress.step).name
+            raise agreed(UserError(f"{path} is a checkpoint of step {progress.step}, by its manifest: rename it to {name}"))
         all_or_none(partial(self._require_dataset, progress, path))
         return progress
 
@@ -435,15 +438,11 @@ def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
         CheckpointError: the configuration is not what it was when it was saved.
-        UserError: the checkpoint was given the name of another step.
     """
     if step is not None:
         checkpoint = step_path(run.checkpoints, step)
         old = read_config(checkpoint)
         progress = read_progress(checkpoint)
-        if progress.step != step:
-            name = step_path(run.checkpoints, progress.step).name
-            raise UserError(f"{checkpoint} is a checkpoint of step {progress.step}, by its manifest: rename it to {name}")
         tokens = progress.samples * old.data.sequence_length
         raise_if_any(check_resume(old, config, tokens, data_are_hashed=progress.dataset is not None))
         for change in config_differences(old, config):
