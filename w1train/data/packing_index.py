@@ -57,7 +57,7 @@ class PackingIndex:
         """Raises:
         DatasetError: if the file has not the length that it says.
         """
-        self.path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the packing is)
+        self.path, self._file = path, path.open("rb", buffering=0)  # open as long as the packing is
         self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_COUNTS_START, 24), dtype="<i8").tolist()
         if item_bytes not in (4, 8):
             raise self.damage(f"a document's number has {item_bytes} bytes")
