@@ -60,13 +60,14 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
             raise CorpusError(f"corpus {fault}")
         raise CorpusError(f"corpus {path} does not exist" if not path.exists() else f"corpus {path} is neither a file nor a directory")
     files: list[str] = []
-    num_irregular = 0
+    num_irregular, links = 0, []
     for directory, subdirectories, names in os.walk(path, onerror=_raise):
         subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         if DATASET_SPLITS in names:
             raise CorpusError(f"{directory} holds the splits {', '.join(sorted(subdirectories))} of a dataset: name the one to read")
         if DATASET_STATE in names and any(name.endswith(".arrow") for name in names):
             subdirectories[:], names = [], _dataset_files(Path(directory))
+        links += [link for name in subdirectories if os.path.islink(link := os.path.join(directory, name))]
         for name in names:
             if name.startswith(".") or not name.endswith(tuple(extensions) or ""):
                 continue
@@ -77,6 +78,8 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
                 num_irregular += 1
     if num_irregular:
         logger.warning("left out %d entries of %s that are no regular files", num_irregular, path)
+    if links:  # followed, one to a directory above it would never end
+        logger.warning("left out %d links to directories, such as %s: name them with --input to read them", len(links), min(links))
     return sorted(files, key=lambda file: file.split(os.sep))
 
 

@@ -136,6 +136,15 @@ def test_splitting_at_a_pattern_loses_nothing(text, pattern):
     assert "".join(pieces) == "x" + text
 
 
+def test_links_to_directories_are_left_out_and_said_to_be(tmp_path, caplog):
+    (tmp_path / "corpus/inner").mkdir(parents=True)
+    (tmp_path / "corpus/inner/a.txt").write_text("text")
+    for name in ("up", "inner/up"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path, target_is_directory=True)
+    assert texts_of(tmp_path / "corpus") == ["text"]
+    assert f"left out 2 links to directories, such as {tmp_path}/corpus/inner/up" in caplog.text
+
+
 def test_pipes_in_a_directory_are_left_out(tmp_path, caplog):
     os.mkfifo(tmp_path / "a.txt")
     (tmp_path / "b.txt").write_text("b")
