@@ -98,9 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1 and in digits alone, not {text!r}")
-    return int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1 and in digits alone, not {text[:80]!r}")
+    return number
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.command import run_command
+from w1train.data.indexed import bin_path
 from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing
 from w1train.data.shards import open_dataset
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _verify(prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
         packings = [Path(prefix)]
-        if not prefix.endswith(PACKING_SUFFIX):
+        if not prefix.endswith(PACKING_SUFFIX) or bin_path(prefix).exists():
             open_dataset(prefix).verify_hashes()
             logger.info("%s is as it was written", prefix)
             packings = packings_beside(prefix)

@@ -27,12 +27,12 @@ step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is t
   printf '== %s: %d s\n\n' "$title" $((SECONDS - begin))
 }
 
-# A run is bound to its tokenizer and data, so another corpus needs another place; until there is a tokenizer, nothing is bound to a
+# A run is bound to its tokenizer and data, so another corpus needs another place; until there is one of them, nothing is bound to a
 # corpus, which may have been mistyped.
 check_corpus() {
   local source="${CORPUS:-Python standard library}"
   mkdir -p "$data"
-  if [[ -e "$data/tokenizer.json" && -e "$data/source.txt" && "$(cat "$data/source.txt")" != "$source" ]]; then
+  if [[ (-e "$data/tokenizer.json" || -e "$data/validation.json") && -e "$data/source.txt" && "$(cat "$data/source.txt")" != "$source" ]]; then
     printf 'error: %s was made from: %s\nChoose another place (RUNS=other), or remove %s and the runs in %s.\n' \
       "$data" "$(cat "$data/source.txt")" "$data" "$RUNS" >&2
     exit 1

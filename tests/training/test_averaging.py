@@ -284,5 +284,5 @@ def test_memory_stays_under_two_tensors_above_a_plain_load(tmp_path):
     assert plain >= TENSOR_BYTES
     assert averaging < plain + 2 * TENSOR_BYTES
     # The sum and the shard that is added to it.
-    assert averaging < 2.5 * TENSOR_BYTES
+    assert averaging < 2.1 * TENSOR_BYTES
     assert torch.equal(whole(large / "average")["weight"], torch.full((TENSOR_BYTES // 4 // 64, 64), 2.0))

@@ -93,7 +93,8 @@ def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str
             continue
         except ValueError as error:
             # Python's own, which Hydra lets through: an integer of thousands of digits is not even read.
-            request.problems.append(Problem(text.partition("=")[0], f"a number: {error}", f"an integer of at most {LARGEST_INTEGER}"))
+            key = text.lstrip("+~").partition("=")[0]
+            request.problems.append(Problem(key, f"a number: {error}", f"an integer of at most {LARGEST_INTEGER}, or text in quotes"))
             continue
         key = override.key_or_group
         if not key or override.package is not None:
@@ -145,7 +146,7 @@ def _syntax_problem(text: str, error: HydraException, options: Mapping[str, Sequ
 def _key_problem(text: str, key: str) -> Problem:
     name, bracket, _ = key.lstrip("+~").partition("[")
     if name and bracket and _is_readable(f"{name}=0"):
-        return Problem(text, "a key with an index", "the key of the whole list", f"{name}=[VALUE, VALUE, ...]")
+        return Problem(text, "a key with an index", "names with dots between them; a list is set as a whole, KEY=[VALUE, ...]")
     return Problem(text, f"the key {show(key)}", "KEY=VALUE with names and single dots in the key, such as model.hidden_size")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -157,15 +158,15 @@ def _convert_scalar(annotation: Any, value: Any) -> Any:
 
 def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Problem:
     found = "null" if value is None else f"{show(value)}, {_type_name(value)}"
-    return Problem(key, found, describe_type(annotation) + _written(annotation, value), _repair(annotation, value, key, typed))
+    return Problem(key, found, describe_type(annotation) + _too_large(annotation, value), _repair(annotation, value, key, typed))
 
 
-def _written(annotation: Any, value: Any) -> str:
-    """Why a number is not taken for the other kind of number."""
+def _too_large(annotation: Any, value: Any) -> str:
+    """Why a number is not taken for the other kind of number, which it is not exactly."""
     kind = _without_none(annotation) if _is_optional(annotation) else annotation
-    if {kind, type(value)} != {int, float} or abs(value) <= _LARGEST_EXACT_FLOAT:
+    if {kind, type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return f" (as {_TYPE_NAMES[type(value)]}, up to {_LARGEST_EXACT_FLOAT})"
+    return " (this one is too large)" if abs(value) > _LARGEST_EXACT_FLOAT else ""
 
 
 def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | None:

@@ -54,5 +54,5 @@ SECONDS = Range(0, 31_536_000, includes_low=False)
 SIZE = Range(1, 1 << 20)
 # Places of a sequence and samples of a batch are counted in 32 bits.
 LENGTH = Range(1, (1 << 31) - 1)
-# Several stages together stay within 64 bits.
+# Some stages together stay within 64 bits.
 TOKENS = Range(1, 10**18)

@@ -125,7 +125,7 @@ def verify_packing(path: Path) -> None:
     if not path.exists():
         raise DatasetError(f"{path} does not exist")
     if not _is_of_this_version(path):
-        raise DatasetError(f"{path} is no packing of this version of w1train; remove it, and it is built again")
+        raise DatasetError(f"{path} is no packing of this version of w1train; the next run that needs it builds it again")
     PackingIndex(path).verify_hash()
 
 

@@ -177,7 +177,7 @@ def require_finite(step: int, values: dict[str, float]) -> None:
         if not math.isfinite(value):
             error = FloatingPointError(
                 f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
-                "The same command goes on from the last one. To change the learning rate from there on, end the running stage there and "
-                "add one after it (schedule.stages); any other change, such as optimizer.clip_grad, takes a run of another name"
+                "The same command goes on from the last one, if there is one. A lower learning rate or more clipping takes a run of "
+                "another name, which may start from the weights of this one (training.initial_weights)"
             )
             raise agreed(error)
