@@ -103,6 +103,14 @@ def test_a_corpus_that_gave_nothing_binds_nothing(demo):
     assert "was made from: my/corpus" in result.stderr
 
 
+def test_tokens_bind_to_their_corpus_too(demo):
+    demo.run(NPROC="2", CORPUS="my/corpus")
+    (demo.directory / "runs/demo-data/tokenizer.json").unlink()
+    result, commands = demo.run(NPROC="2", CORPUS="another")
+    assert (result.returncode, commands) == (1, [])
+    assert "was made from: my/corpus" in result.stderr
+
+
 def test_a_step_that_fails_ends_the_demo(demo):
     demo.write_stand_ins(failing="data_tools.train_tokenizer")
     result, commands = demo.run(NPROC="2")

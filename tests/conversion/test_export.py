@@ -164,10 +164,11 @@ def test_exported_code_needs_nothing_of_w1train():
         assert not [line for line in text.splitlines() if line.startswith(("import", "from")) and ("w1train" in line or "megatron" in line)]
 
 
-@pytest.mark.parametrize("has_moved", [False, True])
-def test_the_tokenizer_goes_along(tmp_path, has_moved):
-    """Also on a machine that has only the run, with its copy."""
+@pytest.mark.parametrize("place", ["original", "copy", "copy, and another original"])
+def test_the_tokenizer_goes_along(tmp_path, place):
+    """Also on a machine that has only the run, with its copy, or where another tokenizer has taken the original's place."""
     run, output, path, text = tmp_path / "run", tmp_path / "output", tmp_path / "tokenizer.json", "some text to train on"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
 
     # Tokenizers have threads, beside which this process could fork no ranks.
     def encode_here(_rank, _size):
@@ -181,9 +182,12 @@ def test_the_tokenizer_goes_along(tmp_path, has_moved):
 
     expected = run_distributed(encode_here, 1, process_group=False)
     on_ranks(_trained, tiny_config(data={"tokenizer": str(path)}), run)
-    if has_moved:
+    if place != "original":
         path.rename(run / "tokenizer.json")
+    if place == "copy, and another original":
+        run_distributed(lambda _rank, _size: train_tokenizer(["another text"] * 9, 280).save(path), 1, process_group=False)
     export(run, output)
+    assert (output / "chat_template.jinja").read_text() == "{{ messages }}"
     assert run_distributed(encode_there, 1, process_group=False) == expected
     hugging_face = json.loads((output / "config.json").read_text())
     assert [hugging_face[name] for name in ("eos_token_id", "pad_token_id", "mask_token_id")] == list(expected[0][1:])

@@ -11,6 +11,7 @@ import torch
 
 from data_tools import verify
 from tests.tiny import LENGTH, tiny_config
+from w1train.config.schema import CorpusConfig
 from w1train.data.dataset import DatasetError
 from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
 from w1train.runtime.distributed import Ranks
@@ -42,7 +43,8 @@ def spoil(path, num_pieces):
     path.write_bytes(content)
 
 
-def test_a_run_does_not_start_on_it_and_builds_another_when_it_is_gone(dataset, config):
+def test_a_run_does_not_start_on_it_and_builds_another_when_it_is_gone(dataset, config, monkeypatch):
+    monkeypatch.setattr("w1train.data.packing_index._HASH_AT_ONCE", 100)
     prepare_data(config)
     options = PackingOptions(sequence_length=LENGTH)
     path = ensure_packing(dataset, options)
@@ -58,6 +60,16 @@ def test_a_run_does_not_start_on_it_and_builds_another_when_it_is_gone(dataset, 
     prepare_data(config)
     assert path.read_bytes() == whole
     TrainingData(config, RANKS)
+
+
+def test_each_corpus_of_a_blend_is_compared(dataset, config, make_dataset, tmp_path):
+    other = make_dataset(tmp_path / "y", [[60 + i] * (LENGTH // 2 - 1) for i in range(40)])
+    config.data.train = None
+    config.data.blend = {name: CorpusConfig(prefix=str(tmp_path / name), weight=0.5) for name in ("x", "y")}
+    prepare_data(config)
+    spoil(ensure_packing(other, PackingOptions(sequence_length=LENGTH)), other.num_documents)
+    with pytest.raises(DatasetError, match=DAMAGED.replace("x", "y", 1)):
+        TrainingData(config, RANKS)
 
 
 def test_one_rank_reads_it_and_one_of_each_machine_if_it_may_be_the_machines_own(dataset, config, monkeypatch, tmp_path):
@@ -94,6 +106,17 @@ def test_verify_reads_those_beside_a_dataset_and_others_by_name(dataset, tmp_pat
         assert verify.main([name]) == 1
         assert f"{path} is damaged: its sha256" in caplog.text
         assert "remove it, and it is built again" in caplog.text
+
+
+def test_names_that_mislead(make_dataset, tmp_path, caplog):
+    """A dataset may be called like a packing, or like a pattern."""
+    for name in ("x.pack", "x[1]"):
+        dataset = make_dataset(tmp_path / name, [[20 + i] * (LENGTH // 2 - 1) for i in range(40)])
+        path = ensure_packing(dataset, PackingOptions(sequence_length=LENGTH))
+        assert verify.main([dataset.prefix]) == 0
+        spoil(path, dataset.num_documents)
+        assert verify.main([dataset.prefix]) == 1
+        assert f"{path} is damaged" in caplog.text
 
 
 def test_one_of_an_older_version_is_built_again(dataset, caplog):

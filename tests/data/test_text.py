@@ -145,6 +145,15 @@ def test_links_to_directories_are_left_out_and_said_to_be(tmp_path, caplog):
     assert f"left out 2 links to directories, such as {tmp_path}/corpus/inner/up" in caplog.text
 
 
+def test_a_link_that_leads_nowhere_is_no_text_file(tmp_path):
+    """Which could not be filtered by a field, and is not counted as read."""
+    (tmp_path / "a.txt").symlink_to("gone")
+    (tmp_path / "b.jsonl").write_text('{"text": "b", "language": "en"}\n{"text": "c", "language": "de"}\n')
+    corpus = TextCorpus([tmp_path], Rules(filters=(("language", "en"),), on_error="skip"))
+    assert [document.text for document in corpus] == ["b"]
+    assert corpus.summary().startswith("1 files (1 jsonl)")
+
+
 def test_pipes_in_a_directory_are_left_out(tmp_path, caplog):
     os.mkfifo(tmp_path / "a.txt")
     (tmp_path / "b.txt").write_text("b")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.fake_run import sample_record, train_record, validation_record
-from w1train.training.metrics_log import MetricsLog, decode_record, encode_record, read_metrics
+from w1train.training.metrics_log import MetricsLog, decode_record, encode_record, read_metrics, recorded_steps
 
 numbers = st.none() | st.integers(-(2**63), 2**63) | st.floats()
 values = numbers | st.text(st.characters(codec=None)) | st.lists(numbers, max_size=5)
@@ -67,6 +67,8 @@ def test_reading_by_kind(tmp_path):
     write(tmp_path / "m", fake_records())
     assert [record["step"] for record in read_metrics(tmp_path / "m", "validation")] == [0, 3, 6]
     assert len(read_metrics(tmp_path / "m", "train")) == 6
+    assert recorded_steps(tmp_path / "m", "validation") == {0, 3, 6}
+    assert recorded_steps(tmp_path / "m", "train") == {1, 2, 3, 4, 5, 6}
 
 
 @settings(max_examples=200, deadline=None)

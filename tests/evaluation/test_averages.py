@@ -1,0 +1,20 @@
+"""What is recorded of an average by the command."""
+
+from __future__ import annotations
+
+from w1train.runtime.cpu import import_megatron
+from w1train.training.metrics_log import MetricsLog
+
+import_megatron()
+
+
+def test_an_average_is_recorded_again_if_it_is_scored_otherwise(tmp_path):
+    from w1train.evaluation.averages import _is_recorded
+
+    comparison = {"checkpoint": "average_1", "members": [1, 2], "elbo": 3.0, "time/seconds": 1.0}
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.append({"kind": "train", "step": 2, **comparison, "elbo": 4.0})
+        log.append({"kind": "average", "step": 2, "tokens": 64, **comparison})
+    assert _is_recorded(tmp_path, {**comparison, "time/seconds": 2.0})
+    assert not _is_recorded(tmp_path, {**comparison, "elbo": 4.0})
+    assert not _is_recorded(tmp_path, {**comparison, "checkpoint": "average_2"})
