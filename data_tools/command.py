@@ -85,7 +85,7 @@ def input_path(text: str) -> str:
 def output_file(text: str) -> str:
     """The type of options that name the file to write: asked before the work is done, not after."""
     if os.path.basename(text) in _NO_NAMES or os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is a directory: the name of a file is needed" if text else _EMPTY)
+        raise argparse.ArgumentTypeError(f"{text!r} names a directory: the name of a file is needed" if text else _EMPTY)
     return text
 
 
@@ -93,7 +93,7 @@ def output_prefix(text: str) -> str:
     """The type of options that name the dataset to write. PREFIX.bin of a directory would be a hidden file inside of it."""
     if os.path.basename(text) in _NO_NAMES:
         example = os.path.join(os.path.dirname(text), "train")
-        raise argparse.ArgumentTypeError(f"{text!r} is a directory: a name behind it is needed, such as {example}" if text else _EMPTY)
+        raise argparse.ArgumentTypeError(f"{text!r} names a directory: a name behind it is needed, such as {example}" if text else _EMPTY)
     return text
 
 

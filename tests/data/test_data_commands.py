@@ -214,7 +214,7 @@ def test_an_empty_path_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("", "the path is empty"), ("o/", "'o/' is a directory"), (".", "'.' is a directory"), ("o/..", "'o/..' is a directory")],
+    [("", "the path is empty"), ("o/", "'o/' names a directory"), (".", "'.' names a directory"), ("o/..", "'o/..' names a directory")],
 )
 def test_outputs_have_a_name(tmp_path, monkeypatch, capsys, path, message):
     monkeypatch.chdir(tmp_path)
@@ -239,7 +239,7 @@ def test_a_directory_is_no_tokenizer_to_write(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(SystemExit, match="2"):
         train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path)])
-    assert "is a directory: the name of a file is needed" in capsys.readouterr().err
+    assert "names a directory: the name of a file is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["o/x", "./o//x", "o/../o/x", "link/x"])
