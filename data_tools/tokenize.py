@@ -103,7 +103,7 @@ def _positive(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1 and in digits alone, not {text[:80]!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text[:80]!r}")
     return number
 
 

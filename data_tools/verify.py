@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_tools.command import run_command
 from w1train.data.indexed import bin_path
-from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing
+from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing_file
 from w1train.data.shards import open_dataset
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def _verify(prefixes: Sequence[str]) -> None:
             logger.info("%s is as it was written", prefix)
             packings = packings_beside(prefix)
         for packing in packings:
-            verify_packing(packing)
+            verify_packing_file(packing)
             logger.info("%s is as it was written", packing)
 
 

@@ -184,8 +184,8 @@ def test_the_search_for_both_sides_ends_with_them():
         (["--validation-fraction", "0.1"], "belong together"),
         (["--validation-output", "v"], "belong together"),
         (["--validation-output", "v", "--validation-fraction", "1.5"], r"must be in [0, 1), not 1.5"),
-        (["--shard-size", "1e3"], "argument --shard-size: must be a whole number, at least 1 and in digits alone, not '1e3'"),
-        (["--workers", "0"], "argument --workers: must be a whole number, at least 1 and in digits alone, not '0'"),
+        (["--shard-size", "1e3"], "argument --shard-size: must be a whole number, at least 1, not '1e3'"),
+        (["--workers", "0"], "argument --workers: must be a whole number, at least 1, not '0'"),
     ],
 )
 def test_options_that_are_wrong_or_do_not_go_together(options, message, capsys):
@@ -268,6 +268,11 @@ def test_unusable_corpora_end_with_a_message(tokenizer_file, tmp_path, caplog, c
         assert command.main(arguments) == 1
         assert message in caplog.text
     assert [entry for entry in tmp_path.iterdir() if entry != path] == []
+
+
+def test_sizes_may_have_underscores(tokenizer_file, tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    assert tokenize.main(tokenize_arguments(tmp_path / "a.txt", tokenizer_file, tmp_path / "x", "--shard-size", "5_000")) == 0
 
 
 def test_a_link_that_leads_nowhere(tokenizer_file, tmp_path, caplog):

@@ -36,7 +36,7 @@ def directory(tokenizer, tmp_path_factory):
     tokenizer.save(directory / "tokenizer.json")
     command = ["--input", str(directory / "corpus.jsonl"), "--tokenizer", str(directory / "tokenizer.json"), "--workers", "1"]
     assert tokenize.main([*command, "--output", str(directory / "data/x")]) == 0
-    assert tokenize.main([*command, "--output", str(directory / "data/s"), "--shard-size", "5_000"]) == 0
+    assert tokenize.main([*command, "--output", str(directory / "data/s"), "--shard-size", "5000"]) == 0
     return directory
 
 

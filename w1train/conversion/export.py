@@ -109,6 +109,8 @@ def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]
         return {}
     tokenizer = Tokenizer.load(path)
     shutil.copyfile(path, output / "tokenizer.json")
+    if not original.parent.is_dir():
+        logger.warning("%s is not there: what transformers keeps beside a tokenizer is written anew", original.parent)
     for name in _COMPANIONS:
         if (original.parent / name).is_file():
             shutil.copyfile(original.parent / name, output / name)

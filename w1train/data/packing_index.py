@@ -116,7 +116,7 @@ def packings_beside(prefix: str) -> list[Path]:
     return [packing for packing in packings if _is_of_this_version(packing)]
 
 
-def verify_packing(path: Path) -> None:
+def verify_packing_file(path: Path) -> None:
     """Compare a packing's file with the hash in it.
 
     Raises:
