@@ -110,7 +110,7 @@ def _damage(harm: Callable[[Path, Scene], None]) -> Strike:
         *_, older, newest = scene.complete_checkpoints()
         assert scene.blow is not None
         scene.blow.saved = int(older.name.removeprefix("step_"))
-        shard = scene.random.choice(sorted(newest.glob("__*.distcp")))
+        shard = scene.random.choice(sorted(newest.glob("*.shards")))
         scene.notes.append(f"{newest.name}/{shard.name}")
         harm(shard, scene)
 

@@ -232,7 +232,7 @@ def test_places_that_are_wrong(conditioned_run, tmp_path, capsys):
 def test_a_damaged_checkpoint_is_not_exported(tmp_path, capfd):
     run = tmp_path / "run"
     on_ranks(_trained, tiny_config(), run)
-    shard = next(run.glob("checkpoints/*/*.distcp"))
+    shard = next(run.glob("checkpoints/*/*.shards"))
     shard.write_bytes(shard.read_bytes()[:-100])
     assert run_distributed(lambda _rank, _size: convert.main(["to-hf", str(run), str(tmp_path / "o")]), 1, process_group=False) == [2]
     assert "is damaged" in capfd.readouterr().err

@@ -71,7 +71,7 @@ def test_without_a_good_checkpoint_a_run_does_not_begin_again(undisturbed, tmp_p
     run = copy_of(undisturbed(2, "fp32"), tmp_path)
     records = run.metrics()
     for step in (9, 12):
-        os.truncate(next((run.checkpoints / f"step_{step:010d}").glob("__1_*")), 100)
+        os.truncate(next((run.checkpoints / f"step_{step:010d}").glob("rank_00001.*")), 100)
     for _ in range(2):  # nothing is set aside, so the second start says the same
         outcome = run.train(world_size=2).require(1)
         one_line(outcome.output, "has no good checkpoint, only damaged ones: step_0000000009, step_0000000012.")
@@ -85,7 +85,7 @@ def test_copies_elsewhere_replace_damaged_checkpoints(undisturbed, tmp_path):
     shutil.copytree(run.checkpoints, tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "elsewhere" / "step_0000000012")
     for step in (9, 12):
-        flip(next((run.checkpoints / f"step_{step:010d}").glob("__0_*")))
+        flip(next((run.checkpoints / f"step_{step:010d}").glob("rank_00000.*")))
     outcome = run.train(f"checkpoint.upload=file://{tmp_path}/elsewhere", world_size=2).require(0)
     assert "fetching the checkpoint of step 9" in outcome.output
     require_equal(run, expected)

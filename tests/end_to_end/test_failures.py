@@ -51,9 +51,9 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
     run = TinyRun(tiny_data, small_disk / "runs")
     run.train(world_size=2, sabotage=traps.after_commit(2))
     saved = run.checkpoints / "step_0000000006"
-    shards, metadata = sum(map(blocks, saved.glob("__*"))), blocks(saved / ".metadata")
-    # Fails in: some shard, .metadata, metadata.json, manifest.json.
-    for num_bytes_left in (shards // 2, shards, shards + metadata, shards + metadata + 8192):
+    shards, index = sum(map(blocks, saved.glob("*.shards"))), blocks(saved / "shards.json")
+    # Fails in: some shard, shards.json, config.yaml, manifest.json.
+    for num_bytes_left in (shards // 2, shards, shards + index, shards + index + 8192):
         trap = traps.fill_disk(small_disk, num_bytes_left, number=1)
         outcome = run.train("checkpoint.asynchronous=false", "checkpoint.on_error=stop", world_size=2, sabotage=trap).require(1)
         message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
@@ -122,10 +122,13 @@ def test_damage_that_one_rank_meets_in_its_samples_is_told_by_that_rank(tiny_run
 
 
 DAMAGES = {
-    "a flipped bit": (lambda path: flip(next(path.glob("__1_*"))), r"__1_0.distcp has changed \(SHA-256 differs\)"),
-    "a truncated shard": (lambda path: os.truncate(next(path.glob("__0_*")), 1000), r"__0_0.distcp has 1000 bytes, expected \d+"),
-    "a missing shard": (lambda path: next(path.glob("__0_*")).unlink(), "__0_0.distcp is missing"),
-    "missing metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "a flipped bit": (lambda path: flip(next(path.glob("rank_00001.*"))), r"rank_00001.shards has changed \(SHA-256 differs\)"),
+    "a truncated shard": (
+        lambda path: os.truncate(next(path.glob("rank_00000.*")), 1000),
+        r"rank_00000.shards has 1000 bytes, expected \d+",
+    ),
+    "a missing shard": (lambda path: next(path.glob("rank_00000.*")).unlink(), "rank_00000.shards is missing"),
+    "a missing index": (lambda path: (path / "shards.json").unlink(), "shards.json is missing"),
     "changed configuration": (lambda path: flip(path / "config.yaml"), "config.yaml has changed"),
     "a missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "a torn manifest": (lambda path: os.truncate(path / "manifest.json", 40), "manifest.json cannot be read"),
@@ -173,7 +176,7 @@ def test_without_the_damaged_checkpoint_the_older_one_serves(tiny_data, undistur
 def test_sampling_from_a_damaged_checkpoint(tiny_data, undisturbed, tmp_path):
     shutil.copytree(undisturbed(1, "fp32").runs_dir, tmp_path / "runs")
     run = TinyRun(tiny_data, tmp_path / "runs")
-    flip(next((run.checkpoints / "step_0000000012").glob("__0_*")))
+    flip(next((run.checkpoints / "step_0000000012").glob("rank_00000.*")))
 
     def main(rank: int) -> int:
         with output_to(tmp_path / "log"):
@@ -181,7 +184,7 @@ def test_sampling_from_a_damaged_checkpoint(tiny_data, undisturbed, tmp_path):
             return sample.main([str(run.path)])
 
     assert launch(1, main) == [2]
-    one_line((tmp_path / "log").read_text(), "is damaged: __0_0.distcp has changed")
+    one_line((tmp_path / "log").read_text(), "is damaged: rank_00000.shards has changed")
 
 
 def test_a_run_directory_has_one_user(tiny_run, undisturbed, tmp_path):

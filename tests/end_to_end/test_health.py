@@ -110,7 +110,7 @@ def test_a_run_goes_back_past_a_damaged_checkpoint(tiny_run, undisturbed):
 
     def sabotage(rank: int) -> None:
         nan(rank)
-        traps.act_after_record(7, lambda: flip(next((tiny_run.checkpoints / "step_0000000006").glob("__0_*"))))(rank)
+        traps.act_after_record(7, lambda: flip(next((tiny_run.checkpoints / "step_0000000006").glob("rank_00000.*"))))(rank)
 
     overrides = ("health.max_skips=0", "checkpoint.asynchronous=false")
     outcome = tiny_run.train(*overrides, world_size=2, sabotage=sabotage).require(0)

@@ -76,7 +76,7 @@ class Gate:
 def shards(path: Path) -> dict[str, Any]:
     """Hashes of the files that hold the state."""
     files = json.loads((path / "manifest.json").read_text())["files"]
-    return {name: entry for name, entry in files.items() if name.startswith("__")}
+    return {name: entry for name, entry in files.items() if name.endswith(".shards")}
 
 
 def poll_until_done(saver: CheckpointSaver) -> None:
@@ -283,7 +283,7 @@ def test_checkpoints_go_away_and_come_back(tmp_path):
         (tmp_path / "new").mkdir(exist_ok=True)
         return choose_checkpoint(tmp_path / "new", CheckpointConfig(upload=f"file://{remote}"))
 
-    shard = next((remote / "step_0000000006").glob("__1_*"))
+    shard = next((remote / "step_0000000006").glob("rank_00001.*"))
     shard.write_bytes(bytes(shard.stat().st_size))  # the copy is damaged: the one before it serves
     assert on_ranks(fetch) == [5, 5]
     assert complete_steps(tmp_path / "new") == [5]

@@ -6,14 +6,13 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import torch.distributed.checkpoint
 
+from tests.checkpoint_files import whole_tensors
 from tests.distributed import run_distributed
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, open_gates, train_layout, world_size
 from tests.parallel.test_layouts import layout_config
@@ -33,17 +32,11 @@ from w1train.training.checkpoint import (
 )
 from w1train.training.forward import run_micro_batches
 from w1train.training.setup import build_trained_model
+from w1train.training.shard_files import write_index, write_part
+from w1train.training.shard_plan import Box
 from w1train.training.shards import Shards
 
 STEPS = (1, 2, 4)
-
-
-def whole(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, put together by torch's own reader."""
-    shards = Shards(path)
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in shards.tensors().items()}
-    torch.distributed.checkpoint.load(state, checkpoint_id=path, no_dist=True)
-    return state
 
 
 def average_alone(directory: Path, steps=STEPS, output: Path | None = None) -> Path:
@@ -107,8 +100,8 @@ def masters_of(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 
 def test_weights_and_masters_are_the_naive_average_to_the_last_bit(run):
     directory, config = run
-    found = whole(average_alone(directory))
-    a, b, c = (whole(directory / f"step_{step:010d}") for step in STEPS)
+    found = whole_tensors(average_alone(directory))
+    a, b, c = (whole_tensors(directory / f"step_{step:010d}") for step in STEPS)
     weights = [key for key in found if not key.startswith("optimizer.")]
     assert all(torch.equal(a[key], masters_of(a, key).to(a[key].dtype)) for key in weights), "what a member's weights are"
     assert len(weights) > 10
@@ -128,16 +121,16 @@ def test_weights_and_masters_are_the_naive_average_to_the_last_bit(run):
 
 def test_the_ranks_of_a_group_share_the_work_and_agree_with_one_process(run, tmp_path):
     directory, _ = run
-    alone = whole(average_alone(directory))
+    alone = whole_tensors(average_alone(directory))
 
     def average(_rank: int, _size: int) -> None:
         average_steps(directory, STEPS, tmp_path / "together")
 
     run_distributed(average, 3)
-    together = whole(tmp_path / "together")
+    together = whole_tensors(tmp_path / "together")
     assert together.keys() == alone.keys()
     assert all(torch.equal(together[key], alone[key]) for key in alone)
-    assert len(list((tmp_path / "together").glob("__*.distcp"))) == 3
+    assert len(list((tmp_path / "together").glob("*.shards"))) == 3
 
 
 def test_training_goes_on_from_the_average(run):
@@ -187,8 +180,8 @@ def mixed(tmp_path_factory):
 
 
 def test_members_of_other_layouts(mixed):
-    found = whole(average_alone(mixed, (1, 2, 3)))
-    a, b, c = (whole(mixed / f"step_{step:010d}") for step in (1, 2, 3))
+    found = whole_tensors(average_alone(mixed, (1, 2, 3)))
+    a, b, c = (whole_tensors(mixed / f"step_{step:010d}") for step in (1, 2, 3))
     assert all(torch.equal(found[key], (a[key] + b[key] + c[key]) / 3) for key in found if ".exp_avg" not in key)
 
 
@@ -196,25 +189,25 @@ def test_it_is_written_once_and_again_when_its_members_have_changed(mixed, tmp_p
     directory = tmp_path / "checkpoints"
     shutil.copytree(mixed, directory)
     path = average_alone(directory, (1, 2))
-    written = (path / ".metadata").stat().st_mtime_ns
+    written = (path / "shards.json").stat().st_mtime_ns
     assert average_alone(directory, (2, 1)) == path
-    assert (path / ".metadata").stat().st_mtime_ns == written
-    before = whole(path)
+    assert (path / "shards.json").stat().st_mtime_ns == written
+    before = whole_tensors(path)
     shutil.rmtree(directory / "step_0000000002")
     shutil.copytree(directory / "step_0000000003", directory / "step_0000000002")
     assert average_alone(directory, (1, 2)) == path
     key = "output_layer.weight"
-    assert not torch.equal(whole(path)[key], before[key])
+    assert not torch.equal(whole_tensors(path)[key], before[key])
 
 
 def test_a_damaged_or_foreign_member_is_refused(mixed, tmp_path):
     directory = tmp_path / "checkpoints"
     shutil.copytree(mixed, directory)
-    shard = next((directory / "step_0000000002").glob("__*.distcp"))
+    shard = next((directory / "step_0000000002").glob("*.shards"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"step_0000000002 is damaged: __0_0.distcp has changed"):
+    with pytest.raises(CheckpointError, match=r"step_0000000002 is damaged: rank_00000.shards has changed"):
         average_alone(directory, (1, 2))
     shutil.rmtree(directory / "step_0000000002")
     foreign = layout_config("one-stream")
@@ -247,10 +240,15 @@ def _fake_members(directory: Path, tensor_bytes: int) -> Path:
     def write_them(_rank: int, _size: int) -> None:
         initialize_process_group(torch.device("cpu"))
         for step in (1, 2, 3):
-            names = ("weight", "optimizer.state.param.weight")
-            state = {name: torch.full((tensor_bytes // 4 // 64, 64), float(step)) for name in names}
-            write = partial(torch.distributed.checkpoint.save, state, no_dist=True)
-            write_complete(directory / f"step_{step:010d}", lambda path, write=write: write(checkpoint_id=path), Progress(step), "", {})
+            sizes = (tensor_bytes // 4 // 64, 64)
+            boxes = [Box(name, sizes, torch.float32, (0, 0), sizes) for name in ("weight", "optimizer.state.param.weight")]
+            tensors = [torch.full(sizes, float(step))] * 2
+
+            def write(path: Path, boxes=boxes, tensors=tensors) -> None:
+                write_part(path, 0, boxes, tensors, {})
+                write_index(path, 1)
+
+            write_complete(directory / f"step_{step:010d}", write, Progress(step), "", {})
 
     run_distributed(write_them, 1, process_group=False)
     return directory
@@ -271,9 +269,8 @@ def _peak_bytes_above_start(action: Callable[[Path], object], directory: Path, t
 
 
 def _load_plainly(directory: Path) -> None:
-    path = directory / "step_0000000001"
-    sizes = Shards(path).tensors()["weight"].size
-    torch.distributed.checkpoint.load({"weight": torch.empty(sizes)}, checkpoint_id=path, no_dist=True)
+    shards = Shards(directory / "step_0000000001")
+    shards.read("weight", shards.tensors["weight"].shards[0])
 
 
 def test_memory_stays_under_two_tensors_above_a_plain_load(tmp_path):
@@ -281,8 +278,8 @@ def test_memory_stays_under_two_tensors_above_a_plain_load(tmp_path):
     plain = _peak_bytes_above_start(_load_plainly, large, tiny)
     averaging = _peak_bytes_above_start(lambda directory: average_steps(directory, (1, 2, 3), directory / "average"), large, tiny)
     print(f"plain load of a tensor {plain / TENSOR_BYTES:.2f} tensors, average of three {averaging / TENSOR_BYTES:.2f} tensors")
-    assert plain >= TENSOR_BYTES
+    assert plain >= 0.95 * TENSOR_BYTES
     assert averaging < plain + 2 * TENSOR_BYTES
     # The sum and the shard that is added to it.
     assert averaging < 2.1 * TENSOR_BYTES
-    assert torch.equal(whole(large / "average")["weight"], torch.full((TENSOR_BYTES // 4 // 64, 64), 2.0))
+    assert torch.equal(whole_tensors(large / "average")["weight"], torch.full((TENSOR_BYTES // 4 // 64, 64), 2.0))

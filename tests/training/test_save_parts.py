@@ -13,20 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.checkpoint_files import whole_tensors
 from tests.distributed import run_distributed
 from w1train.runtime.cpu import import_megatron
 
 import_megatron()
-
-from torch.distributed.checkpoint import load  # noqa: E402
 
 from w1train.training import commit  # noqa: E402
 from w1train.training.manifest import CheckpointError, verify_checkpoint  # noqa: E402
 from w1train.training.optimizer_slices import boxes_of_range  # noqa: E402
 from w1train.training.retention import kept_steps, rank_steps  # noqa: E402
 from w1train.training.save_times import SaveTimes  # noqa: E402
-from w1train.training.shard_files import describe_error, write_metadata, write_part  # noqa: E402
-from w1train.training.shard_plan import Box, checkpoint_entries, deal  # noqa: E402
+from w1train.training.shard_files import describe_error, write_index, write_part  # noqa: E402
+from w1train.training.shard_plan import Box, deal, require_whole  # noqa: E402
 from w1train.training.staging import Staging  # noqa: E402
 
 
@@ -60,24 +59,22 @@ def test_each_box_is_written_once_by_one_that_holds_it(numbers, seed):
 def test_a_tensor_with_a_hole_is_no_checkpoint():
     half = Box("weight", (4, 2), torch.float32, (0, 0), (2, 2))
     with pytest.raises(AssertionError, match=r"weight: 4 elements are held, of \(4, 2\)"):
-        checkpoint_entries([half], [])
+        require_whole([half])
 
 
-def test_files_are_read_by_torch_and_hashed_as_they_are(tmp_path):
+def test_files_hold_the_boxes_alone_and_are_hashed_as_they_are(tmp_path):
     whole = torch.arange(24, dtype=torch.float32).view(6, 4)
     boxes = [Box("weight", (6, 4), torch.float32, (row, 0), (3, 4)) for row in (0, 3)]
     for rank, box in enumerate(boxes):
         # A view of memory that holds more: only the view may reach the file.
         write_part(tmp_path, rank, [box], [whole[box.offset[0] : box.offset[0] + 3]], {})
-    files = write_metadata(tmp_path, checkpoint_entries(boxes, []), 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    files = write_index(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.shards", "rank_00001.shards", "shards.json"]
     for name, entry in files.items():
         content = (tmp_path / name).read_bytes()
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert all(entry["size"] < 2000 for entry in files.values())
-    found = {"weight": torch.empty(6, 4)}
-    load(found, checkpoint_id=tmp_path, no_dist=True)
-    assert torch.equal(found["weight"], whole)
+    assert [entry["size"] for entry in files.values()] == [3 * 4 * 4] * 2
+    assert torch.equal(whole_tensors(tmp_path)["weight"], whole)
 
 
 def test_a_part_that_does_not_fit_leaves_nothing_and_says_why(tmp_path):
@@ -98,7 +95,7 @@ def test_a_part_that_does_not_fit_leaves_nothing_and_says_why(tmp_path):
 
 
 def test_sizes_alone_are_compared_if_hashes_are_not(tmp_path):
-    shard = tmp_path / "__0_0.distcp"
+    shard = tmp_path / "rank_00000.shards"
     shard.write_bytes(b"abc")
     files = {shard.name: {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
     manifest = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}

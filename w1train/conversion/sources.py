@@ -5,21 +5,16 @@ Nothing is read but what is asked for: a rank takes its slices, one after anothe
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from w1train.config.errors import UserError, listing
+from w1train.training.shards import Shards
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -121,21 +116,17 @@ class CheckpointDirectory:
     _STACKED = "decoder.layers."
 
     def __init__(self, directory: Path) -> None:
-        """Reads the metadata; the caller has verified the files.
+        """Read the index; the caller has verified the files.
 
         Raises:
-            OSError: the metadata cannot be read.
+            CheckpointError: the index cannot be read.
         """
-        self._reader = FileSystemReader(directory)
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._stored: dict[str, TensorStorageMetadata] = {}
+        self._shards = Shards(directory)
         self.tensors: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for key, stored in metadata.state_dict_metadata.items():
-            if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer."):
-                self._stored[key] = stored
-                self._list(key, tuple(stored.size), stored.properties.dtype)
+        for key, stored in self._shards.tensors.items():
+            if not key.startswith("optimizer."):
+                self._list(key, stored.sizes, stored.dtype)
 
     def _list(self, key: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
         if not key.startswith(self._STACKED):
@@ -151,43 +142,7 @@ class CheckpointDirectory:
         if stacked := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.*)", name):
             layer = int(stacked.group(2))
             key, squeezed = stacked.group(1) + stacked.group(3), (slice(layer, layer + 1), *box)
-        stored = self._stored[key]
-        sizes = torch.Size([part.stop - part.start for part in squeezed])
-        chunk = ChunkStorageMetadata(torch.Size([part.start for part in squeezed]), sizes)
-        items = create_read_items_for_chunk_list(key, stored, [chunk])
-        assert sum(math.prod(item.lengths) for item in items) == math.prod(sizes), f"{key} is not whole in the checkpoint"
-        target = torch.empty(sizes, dtype=stored.properties.dtype)
-        self._reader.read_data(LoadPlan(items), _OneTensor(target)).wait()
+        target = torch.empty([part.stop - part.start for part in squeezed], dtype=self._shards.tensors[key].dtype)
+        num_read = self._shards.read_into(target, key, [part.start for part in squeezed])
+        assert num_read == target.numel(), f"{key} is not whole in the checkpoint"
         return target[0] if squeezed is not box else target
-
-
-class _OneTensor(LoadPlanner):
-    """torch's reader into one tensor; the plan is made by the caller, so the steps of planning are never called."""
-
-    def __init__(self, target: Tensor) -> None:
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The place that a stored chunk fills."""
-        view = self.target
-        for dimension, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            view = view.narrow(dimension, start, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: the reader has copied into the target."""
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        raise AssertionError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise AssertionError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise AssertionError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise AssertionError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError

@@ -2,7 +2,7 @@
 
 At a step boundary each rank copies its part of the state into host memory that it has for that (staging.py): this is what training waits
 for. A thread then writes and hashes the part. At every later boundary the ranks agree, by one all-reduce of two numbers, whether all
-parts are there; then a thread of rank 0 writes metadata and manifest, renames the directory and removes old checkpoints, and at a
+parts are there; then a thread of rank 0 writes index and manifest, renames the directory and removes old checkpoints, and at a
 boundary after that the ranks agree that the checkpoint is there.
 
 The threads talk to no other rank: collectives of two threads would meet in another order on another rank. What rank 0's thread must know
@@ -41,7 +41,7 @@ from w1train.training.remote_checkpoints import Uploader
 from w1train.training.retention import remove_old
 from w1train.training.save_times import SaveTimes
 from w1train.training.setup import TrainedModel
-from w1train.training.shard_files import write_metadata, write_part
+from w1train.training.shard_files import write_index, write_part
 from w1train.training.shard_plan import LocalState, Plan, make_plan, tensors_of
 from w1train.training.staging import Staging
 
@@ -133,7 +133,7 @@ class CheckpointSaver:
                 return
             # Staged under the plan's order; the state itself is not touched after this line.
             staged = self._staging.copy(tensors_of(self._plan, state.boxes))
-            write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, staged, state.objects)
+            write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, staged, state.values)
             self._save = _Save(final, copy.deepcopy(progress), remarks, phase_start, self._clock(), in_background(write, "checkpoint"))
 
     def _save_now(self, plan: Plan, state: LocalState, final: Path, progress: Progress, remarks: dict[str, Any], phase_start: int) -> None:
@@ -194,9 +194,7 @@ class CheckpointSaver:
 
     def _finish(self, save: _Save) -> None:
         """On rank 0, in the background."""
-        assert self._plan is not None
-        assert self._plan.entries is not None
-        files = write_metadata(writing_path(save.final), self._plan.entries, dist.get_world_size())
+        files = write_index(writing_path(save.final), dist.get_world_size())
         self._before_commit()
         finish(save.final, files, save.progress, self.config_yaml, save.remarks)
         self._clean_up(save.final, save.phase_start)

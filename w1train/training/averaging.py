@@ -17,22 +17,23 @@ import logging
 import os
 import shutil
 import zlib
-from collections import ChainMap
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
 from w1train.runtime.pulse import beat
 from w1train.training.checkpoint import MANIFEST, complete_steps, is_complete, read_progress, step_path, verify_checkpoint, write_complete
-from w1train.training.shards import Place, Shards
+from w1train.training.shard_files import shard_path, write_elements
+from w1train.training.shard_index import Shard, ShardIndex, StoredTensor
+from w1train.training.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +129,9 @@ def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str,
 
 def _open(members: Sequence[Path]) -> list[Shards]:
     sources = [Shards(member) for member in members]
-    expected = {key: entry.size for key, entry in sources[-1].tensors().items()}
+    expected = {key: tensor.sizes for key, tensor in sources[-1].tensors.items()}
     for source in sources:
-        found = {key: entry.size for key, entry in source.tensors().items()}
+        found = {key: tensor.sizes for key, tensor in source.tensors.items()}
         if found != expected:
             different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
             raise UserError(
@@ -141,45 +142,42 @@ def _open(members: Sequence[Path]) -> list[Shards]:
 
 
 def _write_shards(sources: list[Shards], writing: Path) -> None:
-    """This rank's share of the newest member's shards: large ones first, dealt out in turn."""
+    """Write this rank's share of the newest member's shards: large ones first, dealt out in turn."""
     newest = sources[-1]
-    order = sorted(newest.places, key=lambda index: (-newest.places[index].length, index.fqn, index.offset or ()))
-    mine = order[dist.get_rank() :: dist.get_world_size()]
-    written = on_every_rank(partial(_write_file, writing / f"__{dist.get_rank()}_0.distcp", mine, sources))
-    on_main_rank(lambda: newest.write_metadata(writing, ChainMap(*written)))
+    all_of_them = [(key, tensor, shard) for key, tensor in newest.tensors.items() for shard in tensor.shards]
+    order = sorted(all_of_them, key=lambda part: (-part[1].num_bytes(part[2]), part[0], part[2].offset))
+    path = shard_path(writing, dist.get_rank())
+    written = on_every_rank(partial(_write_file, path, order[dist.get_rank() :: dist.get_world_size()], sources))
+    on_main_rank(lambda: ShardIndex.join([*written, ShardIndex({}, newest.index.values)]).write(writing))
 
 
-def _write_file(path: Path, indices: list[MetadataIndex], sources: list[Shards]) -> dict[MetadataIndex, Place]:
-    """Not torch's FileSystemWriter, which keeps the last shard of every key it has written until the file ends."""
-    places = {}
+def _write_file(path: Path, parts: Sequence[tuple[str, StoredTensor, Shard]], sources: list[Shards]) -> ShardIndex:
+    tensors: dict[str, StoredTensor] = {}
     with path.open("wb") as stream:
-        for index in indices:
-            start = stream.tell()
-            _write_shard(index, sources, stream)
+        for key, tensor, shard in parts:
+            before = tensors[key].shards if key in tensors else ()
+            moved = replace(shard, file=path.name, start=stream.tell(), archive_bytes=None)
+            tensors[key] = replace(tensor, shards=(*before, moved))
+            write_elements(stream, _averaged(key, tensor, shard, sources))
             beat()  # at the end of a phase a watchdog looks on, and this may take long
-            places[index] = Place(path.name, start, stream.tell() - start)
         stream.flush()
         os.fsync(stream.fileno())
-    return places
+    return ShardIndex(tensors)
 
 
-def _write_shard(index: MetadataIndex, sources: list[Shards], stream: BinaryIO) -> None:
-    """Weights and masters averaged; all else (moments, step counts, progress) the newest member's."""
+def _averaged(key: str, tensor: StoredTensor, shard: Shard, sources: list[Shards]) -> Tensor:
+    """Average weights and masters; take all else (moments) from the newest member."""
     newest = sources[-1]
-    entry = newest.tensors().get(index.fqn)
-    is_average = entry is not None and entry.properties.dtype.is_floating_point
-    if not is_average or (index.fqn.startswith(_OPTIMIZER) and not index.fqn.startswith(_MASTERS)):
-        newest.copy(index, stream)
-        return
-    assert entry is not None
-    key = next((master for prefix in _MASTERS if (master := prefix + index.fqn) in newest.tensors()), index.fqn)
-    torch.save(_average(sources, key, index).to(entry.properties.dtype), stream)
+    if not tensor.dtype.is_floating_point or (key.startswith(_OPTIMIZER) and not key.startswith(_MASTERS)):
+        return newest.read(key, shard)
+    averaged = next((master for prefix in _MASTERS if (master := prefix + key) in newest.tensors), key)
+    return _average(sources, averaged, shard).to(tensor.dtype)
 
 
-def _average(sources: list[Shards], key: str, index: MetadataIndex) -> Tensor:
-    """fp32, of the box of a shard of the newest member's: (a + b + c) / k, in this order."""
-    box = sources[-1].box(index)
-    total = torch.empty(box.sizes, dtype=torch.float32)
+def _average(sources: list[Shards], key: str, shard: Shard) -> Tensor:
+    """Return (a + b + c) / k of a box in fp32, added in this order."""
+    total = torch.empty(shard.sizes, dtype=torch.float32)
     for number, source in enumerate(sources):
-        source.read_into(total, key, box, Tensor.copy_ if number == 0 else Tensor.add_)
+        num_read = source.read_into(total, key, shard.offset, Tensor.copy_ if number == 0 else Tensor.add_)
+        assert num_read == total.numel(), f"{source.path} has {num_read} of {total.numel()} elements of {key} at {shard.offset}"
     return total.div_(len(sources))

@@ -1,9 +1,9 @@
 """Checkpoints: sharded, complete or absent, hashed.
 
-A save writes into ``checkpoints/.writing-step_X``: each rank its shards, hashed on the way, in torch's distributed format
-(w1train/training/shard_files.py); rank 0 then writes the manifest and makes all of it visible by one rename (commit.py). A process
-killed at any moment leaves either the finished directory or a hidden one, which the next start removes. Training saves in the background
-(async_save.py) what is collected here.
+A save writes into ``checkpoints/.writing-step_X``: each rank writes its shards, hashed on the way (w1train/training/shard_files.py); rank 0
+then writes the index and the manifest, and makes all of it visible by one rename (commit.py). A process killed at any moment leaves either
+the finished directory or a hidden one, which the next start removes. Training saves in the background (async_save.py) what is collected
+here. Nothing in a checkpoint is code, and nothing that is read from one is executed (docs/security.md).
 
 There is no random state to save: the noise is a function of the sample index (w1train.diffusion.philox), and the model
 has no dropout.
@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
-from w1train.runtime.distributed import agreed, all_or_none, on_main_rank
+from w1train.runtime.distributed import all_or_none, on_main_rank
 from w1train.training.commit import raise_together, write_complete, write_hashed
 from w1train.training.manifest import (
     MANIFEST,
@@ -45,10 +44,13 @@ from w1train.training.manifest import (
     step_path,
     verify_checkpoint,
 )
+from w1train.training.plain_values import first_unlike
 from w1train.training.retention import best_steps, remove_old
 from w1train.training.setup import TrainedModel
-from w1train.training.shard_files import write_metadata, write_part
+from w1train.training.shard_files import write_index, write_part
+from w1train.training.shard_loading import load_state
 from w1train.training.shard_plan import LocalState, Plan, make_plan, tensors_of
+from w1train.training.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +80,11 @@ __all__ = [
     "write_complete",
 ]
 
-_COMMON = "common_state"
 """megatron-core's name of what is no tensor."""
 
 # "fully reshardable": optimizer state by parameter, so that a checkpoint loads under any other layout. megatron-core's
 # default ("dp_reshardable") refuses a change of tensor or pipeline sizes.
+_OPTIMIZER, _PROGRESS = "optimizer", "progress"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 
@@ -124,24 +126,23 @@ def write_shards(plan: Plan, state: LocalState, writing: Path) -> Mapping[str, A
 
     Raises:
         CheckpointException: on every rank if any failed to write.
-        OSError: on every rank if rank 0 could not write the metadata.
+        OSError: on every rank if rank 0 could not write the index.
     """
     failure = None
     try:
-        write_part(writing, dist.get_rank(), plan.boxes, tensors_of(plan, state.boxes), state.objects)
+        write_part(writing, dist.get_rank(), plan.boxes, tensors_of(plan, state.boxes), state.values)
     except OSError as error:
         failure = error
     raise_together(failure)
-    return on_main_rank(lambda: write_metadata(writing, plan.entries or {}, dist.get_world_size()))
+    return on_main_rank(lambda: write_index(writing, dist.get_world_size()))
 
 
 def collect_state(model: TrainedModel, progress: Progress) -> LocalState:
     """What this rank has of model and optimizer: the tensors themselves, which the next step changes. Talks to no other rank."""
     state = sharded_state(model, is_loading=False)
-    state["progress"] = _position(progress)
+    state[_PROGRESS] = _position(progress)
     shards, common = save_preprocess(state, validate_access_integrity=False)
-    shards[_COMMON] = ShardedObject(_COMMON, common, global_shape=(1,), global_offset=(0,), replica_id=dist.get_rank())
-    return LocalState.of(shards)
+    return LocalState.of(shards, common)
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -162,22 +163,30 @@ def load_checkpoint(path: Path, model: TrainedModel, *, verify: bool = True) -> 
     """
     progress = all_or_none(partial(read_progress, path))
     verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=verify)
+    shards = all_or_none(partial(Shards, path))
     state = sharded_state(model, is_loading=True)
-    state["progress"] = {}
-    loaded = _read_shards(state, path)
-    if loaded["progress"] != _position(progress):
-        raise agreed(_disagreement(path, progress, loaded["progress"]))
+    values = all_or_none(partial(_values_of, shards, progress, state))
+    # Each rank of a data- and context-parallel group reads its part of what all of them need and sends it to the others.
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    loaded = _unshare(load_state(state, shards, values, group), set())
     for index, stage in enumerate(model.stages):
         stage.load_state_dict(loaded[_model_key(index)], strict=True)
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    model.optimizer.load_state_dict(loaded[_OPTIMIZER])
     return progress
 
 
-def _read_shards(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Each rank of a data- and context-parallel group reads its part of what all of them need and sends it to the others."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    loaded = dist_checkpointing.load(state, str(path), FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group))
-    return _unshare(loaded, set())
+def _values_of(shards: Shards, progress: Progress, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the optimizer's step counts and parameter groups.
+
+    Raises:
+        CheckpointError: they are not what this model's optimizer has, or the manifest is of another step.
+    """
+    values = shards.values()
+    _require_position(shards.path, progress, values)
+    _, expected = extract_sharded_base(state)
+    if problem := first_unlike(expected.get(_OPTIMIZER, {}), values.get(_OPTIMIZER), _OPTIMIZER):
+        raise damaged(shards.path, [problem])
+    return {_OPTIMIZER: values[_OPTIMIZER]}
 
 
 def _unshare(value: Any, seen: set[int]) -> Any:
@@ -198,7 +207,7 @@ def load_model_weights(path: Path, stages: list[torch.nn.Module]) -> None:
     """Load the model alone (for sampling and evaluation). Called on every rank."""
     verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     state = {_model_key(index): _model_state(stage) for index, stage in enumerate(stages)}
-    loaded = dist_checkpointing.load(state, str(path))
+    loaded = load_state(state, all_or_none(partial(Shards, path)), {})
     for index, stage in enumerate(stages):
         stage.load_state_dict(loaded[_model_key(index)], strict=True)
 
@@ -209,14 +218,12 @@ def require_position(path: Path) -> None:
     Raises:
         CheckpointError: they differ.
     """
-    stored = dist_checkpointing.load_common_state_dict(str(path))["progress"]
-    progress = read_progress(path)
-    if stored != _position(progress):
-        raise _disagreement(path, progress, stored)
+    _require_position(path, read_progress(path), Shards(path).values())
 
 
-def _disagreement(path: Path, progress: Progress, stored: Mapping[str, int]) -> CheckpointError:
-    return damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {stored}"])
+def _require_position(path: Path, progress: Progress, values: Mapping[str, Any]) -> None:
+    if values.get(_PROGRESS) != _position(progress):
+        raise damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {values.get(_PROGRESS)!r:.80}"])
 
 
 def _position(progress: Progress) -> dict[str, int]:
@@ -231,7 +238,7 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     model_state = models if len(models) > 1 else next(iter(models.values()))
     if not is_loading:
         _make_states(model.optimizer)
-    return {**models, "optimizer": model.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())}
+    return {**models, _OPTIMIZER: model.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())}
 
 
 def _make_states(optimizer: MegatronOptimizer) -> None:

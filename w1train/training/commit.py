@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import CheckpointException
 
 from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
-from w1train.training.shard_files import FREE_BYTES, describe_error
+from w1train.training.shard_files import FREE_BYTES, describe_error, shard_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +29,13 @@ UNDONE = "undone-"
 """Begin the names of what was set aside."""
 
 WriteShards = Callable[[Path], Mapping[str, Any]]
-"""Writes torch's distributed files into the directory it is given, and returns the manifest's entries of them (on rank 0)."""
+"""Writes shards and their index into the directory it is given, and returns the manifest's entries of them (on rank 0)."""
 
 
 def write_complete(
     final: Path, write_shards: Callable[[Path], object], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]
 ) -> None:
-    """``write_hashed`` for files that are not hashed yet; rank r's are called ``__r_*``."""
+    """``write_hashed`` for files that are not hashed yet; each rank has written the one of its number."""
 
     def write(writing: Path) -> Mapping[str, Any]:
         write_shards(writing)
@@ -60,7 +59,7 @@ def write_hashed(final: Path, write_shards: WriteShards, progress: Progress, con
 
 
 def _hash_shards(writing: Path) -> dict[str, Any]:
-    parts = on_every_rank(lambda: hash_files(path for path in writing.iterdir() if path.name.startswith(f"__{dist.get_rank()}_")))
+    parts = on_every_rank(lambda: hash_files([shard_path(writing, dist.get_rank())]))
     return dict(ChainMap(*parts))
 
 
@@ -89,7 +88,6 @@ def finish(final: Path, files: Mapping[str, Any], progress: Progress, config_yam
 
 
 def _write_manifest(writing: Path, files: Mapping[str, Any], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]) -> None:
-    save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(writing))
     write_text(writing / "config.yaml", config_yaml)
     others = hash_files(path for path in writing.iterdir() if path.name not in files)
     manifest = {**asdict(progress), "world_size": dist.get_world_size(), **remarks, "files": {**files, **others}}

@@ -5,21 +5,30 @@ Reading only; w1train/training/checkpoint.py writes and loads.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.runtime.distributed import agreed, on_every_rank
+from w1train.runtime.names import is_plain_name, open_inside
 
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
 """Begins the names of directories that are being written or removed. The next start removes them."""
+_MAXIMUM_BYTES = 64 << 20
+"""Of a manifest: an entry takes some 130 bytes, so that this is about half a million files."""
+_MOST_PROBLEMS = 5
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 STEP_DIRECTORY = re.compile(r"step_\d{10}")
 
 
@@ -101,16 +110,69 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, or no manifest.
     """
     try:
-        manifest = {"health": {}, **json.loads((path / MANIFEST).read_bytes())}
-        missing = {*(field.name for field in fields(Progress)), "files"} - manifest.keys()
-    except (OSError, ValueError, TypeError) as error:
+        with open_inside(path, MANIFEST) as file:
+            content = file.read(_MAXIMUM_BYTES + 1)
+    except OSError as error:
         raise damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
-    if missing:
+    return check_manifest(content, path)
+
+
+def check_manifest(content: bytes, path: Path | str) -> dict[str, Any]:
+    """Check a manifest that may come from anybody, and parse it.
+
+    Args:
+        path: of its checkpoint, for the message.
+
+    Raises:
+        CheckpointError: it is no manifest, lacks a part, or names a file that is not in its directory.
+    """
+    try:
+        if len(content) > _MAXIMUM_BYTES:
+            raise ValueError(f"it has more than {_MAXIMUM_BYTES} bytes")
+        manifest = {"health": {}, **json.loads(content)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
+    if missing := {*(field.name for field in fields(Progress)), "files"} - manifest.keys():
         raise damaged(path, [f"{MANIFEST} lacks {', '.join(sorted(missing))}"])
+    if problems := [*_value_problems(manifest), *_entry_problems(manifest["files"])]:
+        raise damaged(path, problems[:_MOST_PROBLEMS])
     return manifest
 
 
-def damaged(path: Path, problems: list[str]) -> CheckpointError:
+def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
+    is_right = {
+        "step": _is_count(manifest["step"]),
+        "samples": _is_count(manifest["samples"]),
+        "seconds": _is_number(manifest["seconds"]) and math.isfinite(manifest["seconds"]),
+        "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
+        "health": isinstance(manifest["health"], dict),
+        "validation": _is_table(manifest.get("validation", {})) and all(map(_is_number, manifest.get("validation", {}).values())),
+        "files": _is_table(manifest["files"]),
+    }
+    yield from (f"{MANIFEST} says {name}: {manifest[name]!r:.60}" for name, is_valid in is_right.items() if not is_valid)
+
+
+def _entry_problems(files: Any) -> Iterator[str]:
+    for name, entry in files.items() if _is_table(files) else ():
+        if not is_plain_name(name) or name == MANIFEST:
+            yield f"{MANIFEST} names {name!r:.80}, which is not the name of another file in its directory"
+        elif not (_is_table(entry) and _is_count(entry.get("size")) and _SHA256.fullmatch(str(entry.get("sha256")))):
+            yield f"{MANIFEST} has no size and SHA-256 for {name}"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def damaged(path: Path | str, problems: list[str]) -> CheckpointError:
     """What is said of a checkpoint that is not what its manifest says."""
     return CheckpointError(f"{path} is damaged: {'; '.join(problems)}. Remove this directory to resume from an older checkpoint.")
 
@@ -159,20 +221,32 @@ def size_of(path: Path) -> int:
 
 def _file_problems(file: Path, expected: dict[str, Any], *, hashes: bool = True) -> list[str]:
     """What is wrong with a file whose size and hash are known; at most one thing."""
-    if not file.is_file():
+    if not file.exists() and not file.is_symlink():
         return [f"{file.name} is missing"]
-    if file.stat().st_size != expected["size"]:
-        return [f"{file.name} has {file.stat().st_size} bytes, expected {expected['size']}"]
-    if hashes and _sha256(file) != expected["sha256"]:
-        return [f"{file.name} has changed (SHA-256 differs)"]
+    try:
+        with open_inside(file.parent, file.name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != expected["size"]:
+                return [f"{file.name} has {size} bytes, expected {expected['size']}"]
+            if hashes and _sha256(stream) != expected["sha256"]:
+                return [f"{file.name} has changed (SHA-256 differs)"]
+    except OSError as error:
+        return [f"{file.name} cannot be read ({_why(error, file)})"]
     return []
+
+
+def _why(error: OSError, file: Path) -> str:
+    return "it is a link, and may lead out of the checkpoint" if error.errno == errno.ELOOP else error.strerror or str(error)
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, Any]:
     """The manifest's entries of files that are there, by name."""
-    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    entries = {}
+    for path in paths:
+        with path.open("rb") as file:
+            entries[path.name] = {"size": path.stat().st_size, "sha256": _sha256(file)}
+    return entries
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()

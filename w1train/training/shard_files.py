@@ -1,8 +1,7 @@
-"""The files of a checkpoint's shards: one for each rank, hashed on the way to the disk, and the metadata that says where everything is.
+"""The files of a checkpoint's shards: one for each rank, hashed on the way to the disk, and the index that says where everything is.
 
-The format is torch's distributed checkpoint's (torch.distributed.checkpoint.FileSystemReader reads it): a shard is a piece of a file that
-``torch.load`` understands. Nothing here talks to other ranks: a rank leaves a note of its part beside its file, and rank 0 reads the notes
-when all ranks have said that they are done.
+Nothing here talks to other ranks: a rank leaves a note of its part beside its file, and rank 0 puts the notes together when all ranks have
+said that they are done.
 """
 
 from __future__ import annotations
@@ -12,24 +11,22 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
-from torch.distributed.checkpoint.filesystem import _StorageInfo as Place
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from w1train.runtime.files import replace_file, write_text
-from w1train.training.shard_plan import Box, Entries
+from w1train.runtime.files import write_text
+from w1train.training.shard_index import Shard, ShardIndex, StoredTensor
+from w1train.training.shard_plan import Box
 
-METADATA = ".metadata"
 FREE_BYTES = "free_bytes"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK_BYTES = 16 << 20
+"""Handed to the disk at once: a slow disk takes one such piece in seconds, and every piece is a sign of progress."""
 
 
 class _HashedFile:
@@ -38,19 +35,10 @@ class _HashedFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
-        self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
-        # torch's archive writer, called back into from C++, forgets why a write failed.
-        try:
-            self._hash.update(data)
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
+    def write(self, data: memoryview) -> None:
+        self._hash.update(data)
+        self._file.write(data)
 
     def tell(self) -> int:
         return self._file.tell()
@@ -59,12 +47,13 @@ class _HashedFile:
         return self._hash.hexdigest()
 
 
-def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequence[Tensor], objects: dict[str, bytes]) -> int:
+def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequence[Tensor], values: dict[str, Any]) -> int:
     """Write a rank's shards into ``directory`` and wait until they are on the disk; on failure what was written is removed, to free the
     space for what else writes there.
 
     Args:
         tensors: of the boxes; on any device, of any strides.
+        values: what this rank adds to the index beside tensors.
 
     Returns:
         Bytes written.
@@ -73,16 +62,15 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
         OSError: with what the operating system says; its ``FREE_BYTES`` are what the disk had left before the removal.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path, note = directory / f"__{rank}_0.distcp", _note(directory, rank)
+    path, note = shard_path(directory, rank), _note(directory, rank)
     try:
         with path.open("wb") as file:
             stream = _HashedFile(file)
-            with _as_os_error(stream):
-                places = list(_write_shards(stream, path.name, boxes, tensors, objects))
-                file.flush()
+            index = ShardIndex(write_boxes(stream, path.name, boxes, tensors), values)
+            file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        _leave_note(note, {path.name: {"size": size, "sha256": stream.hexdigest()}}, places)
+        _leave_note(note, {path.name: {"size": size, "sha256": stream.hexdigest()}}, index)
     except OSError as error:
         error.__dict__[FREE_BYTES] = shutil.disk_usage(directory).free if directory.exists() else 0
         with contextlib.suppress(OSError):  # the first error is the one to tell; the next start removes the rest
@@ -92,66 +80,48 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
     return size
 
 
-def _leave_note(path: Path, files: dict[str, Any], places: Sequence[tuple[Any, ...]]) -> None:
-    write_text(path, json.dumps({"files": files, "places": places}))
+def shard_path(directory: Path, rank: int) -> Path:
+    """Return the path of a rank's file."""
+    return directory / f"rank_{rank:05d}.shards"
 
 
-def _write_shards(
-    stream: _HashedFile, name: str, boxes: Sequence[Box], tensors: Sequence[Tensor], objects: dict[str, bytes]
-) -> Iterator[tuple[Any, ...]]:
-    """(key, offset, file, start, length) of each shard."""
-    for key, content in objects.items():
-        start = stream.tell()
-        stream.write(content)
-        yield key, None, name, start, stream.tell() - start
+def _leave_note(path: Path, files: dict[str, Any], index: ShardIndex) -> None:
+    write_text(path, json.dumps({"files": files, "index": index.as_json()}))
+
+
+def write_boxes(stream: _HashedFile, name: str, boxes: Sequence[Box], tensors: Sequence[Tensor]) -> dict[str, StoredTensor]:
+    """Write the elements of boxes one after another, and return where they are."""
+    stored: dict[str, StoredTensor] = {}
     for box, tensor in zip(boxes, tensors, strict=True):
-        start = stream.tell()
-        torch.save(_alone(tensor), cast(BinaryIO, stream))
-        yield box.key, box.offset, name, start, stream.tell() - start
+        before = stored[box.key].shards if box.key in stored else ()
+        shard = Shard(box.offset, box.sizes, name, stream.tell())
+        stored[box.key] = StoredTensor(box.dtype, box.global_sizes, (*before, shard))
+        write_elements(stream, tensor)
+    return stored
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """On the host, in memory that holds nothing else: torch.save writes all of the memory that a tensor is a view of."""
-    host = tensor.detach().cpu()
-    is_alone = host.is_contiguous() and host.untyped_storage().nbytes() == host.numel() * host.itemsize
-    return host if is_alone else host.clone(memory_format=torch.contiguous_format)
+def write_elements(stream: _HashedFile | BinaryIO, tensor: Tensor) -> None:
+    """Write a tensor's elements in row-major order, some megabytes at a time."""
+    elements = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for start in range(0, len(elements), _CHUNK_BYTES):
+        stream.write(elements[start : start + _CHUNK_BYTES])
 
 
-@contextlib.contextmanager
-def _as_os_error(stream: _HashedFile) -> Iterator[None]:
-    """The error of a write, whatever torch has made of it."""
-    try:
-        yield
-    except RuntimeError:
-        if stream.error is None:
-            raise
-    if stream.error is not None:
-        raise stream.error
-
-
-def write_metadata(directory: Path, entries: Entries, num_ranks: int) -> dict[str, Any]:
+def write_index(directory: Path, num_ranks: int) -> dict[str, Any]:
     """Put the notes of all ranks together. Rank 0 only, when all are written.
 
     Returns:
         The manifest's entries of the ranks' files.
 
     Raises:
-        OSError: a note cannot be read, or the metadata not be written.
+        OSError: a note cannot be read, or the index not be written.
     """
-    files: dict[str, Any] = {}
-    places: dict[MetadataIndex, Place] = {}
-    notes = [_note(directory, rank) for rank in range(num_ranks)]
-    for path in notes:
-        note = json.loads(path.read_bytes())
-        files.update(note["files"])
-        for key, offset, name, start, length in note["places"]:
-            places[MetadataIndex(key, None if offset is None else torch.Size(offset))] = Place(name, start, length)
-    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
-    with replace_file(directory / METADATA) as file:
-        pickle.dump(metadata, file)
-    for path in notes:
+    paths = [_note(directory, rank) for rank in range(num_ranks)]
+    notes = [json.loads(path.read_bytes()) for path in paths]
+    ShardIndex.join(ShardIndex.from_json(note["index"]) for note in notes).write(directory)
+    for path in paths:
         path.unlink()
-    return files
+    return {name: entry for note in notes for name, entry in note["files"].items()}
 
 
 def _note(directory: Path, rank: int) -> Path:

@@ -6,7 +6,6 @@ rank holds boxes of it. Where several hold the same box, the one with the fewest
 
 from __future__ import annotations
 
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,15 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+
+from w1train.training.shard_index import encode_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +35,6 @@ class Box:
     def num_bytes(self) -> int:
         return math.prod(self.sizes) * self.dtype.itemsize
 
-    @property
-    def index(self) -> MetadataIndex:
-        """Its name in torch's metadata."""
-        return MetadataIndex(self.key, torch.Size(self.offset))
-
-
-Entries = dict[str, TensorStorageMetadata | BytesStorageMetadata]
-"""What is in a checkpoint, by key, as torch's metadata have it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -59,8 +44,6 @@ class Plan:
     """What this rank writes, in order."""
     num_held: int
     """Boxes that this rank had when the plan was made, its own and those that other ranks write."""
-    entries: Entries | None
-    """Of the whole checkpoint; on rank 0, which writes the metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +51,20 @@ class LocalState:
     """What a rank has of a state at a step."""
 
     boxes: dict[Box, Tensor]
-    objects: dict[str, bytes]
-    """Pickled, by key: taken at the step, for they are small and change."""
+    values: dict[str, Any]
+    """What is no tensor, as JSON; on rank 0. Copied at the step, for these values are small and change."""
 
     @classmethod
-    def of(cls, state: Any) -> LocalState:
-        """From megatron-core's sharded state, after its factories were applied. Of replicas over tensor- and pipeline-parallel ranks the
-        first counts; those over data-parallel ranks all do."""
+    def of(cls, state: Any, values: dict[str, Any]) -> LocalState:
+        """Take megatron-core's sharded state, after its factories were applied. Of replicas over tensor- and pipeline-parallel ranks the
+        first counts; all replicas over data-parallel ranks do."""
         boxes: dict[Box, Tensor] = {}
-        objects: dict[str, bytes] = {}
         for value in nested_values(state):
-            if isinstance(value, ShardedTensor):
-                if _is_first_of_model_parallel(value.replica_id):
-                    # A box twice: what several chunks of a virtual pipeline hold.
-                    boxes.setdefault(_box(value), value.data.detach().view((1,) * value.prepend_axis_num + tuple(value.local_shape)))
-            else:
-                assert isinstance(value, ShardedObject), type(value)
-                if is_main_replica(value.replica_id):
-                    objects[value.unique_key] = _pickle([value.data])
-        return cls(boxes, objects)
+            assert isinstance(value, ShardedTensor), type(value)
+            if _is_first_of_model_parallel(value.replica_id):
+                # A box twice: what several chunks of a virtual pipeline hold.
+                boxes.setdefault(_box(value), value.data.detach().view((1,) * value.prepend_axis_num + tuple(value.local_shape)))
+        return cls(boxes, encode_values(values) if dist.get_rank() == 0 else {})
 
 
 def _is_first_of_model_parallel(replica: int | tuple[int, ...]) -> bool:
@@ -99,28 +77,21 @@ def _box(shard: ShardedTensor) -> Box:
     return Box(shard.key, tuple(shard.global_shape), shard.dtype, tuple(shard.global_offset), sizes)
 
 
-def _pickle(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
 def make_plan(state: LocalState) -> Plan:
     """Deal out what the ranks hold. Called on every rank."""
     held: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object((list(state.boxes), list(state.objects)), held)
+    dist.gather_object(list(state.boxes), held)
     dealt: list[Any] = [None] * dist.get_world_size()
-    entries = None
     if held is not None:
-        parts = deal([boxes for boxes, _ in held])
-        entries = checkpoint_entries([box for part in parts for box in part], [key for _, keys in held for key in keys])
+        parts = deal(held)
+        require_whole(box for part in parts for box in part)
         # Places in each rank's own list, which is short to send.
-        numbers = [{box: number for number, box in enumerate(boxes)} for boxes, _ in held]
+        numbers = [{box: number for number, box in enumerate(boxes)} for boxes in held]
         dealt = [[number[box] for box in part] for number, part in zip(numbers, parts, strict=True)]
     mine: list[Any] = [None]
     dist.scatter_object_list(mine, dealt if held is not None else None)
     own = list(state.boxes)
-    return Plan(tuple(own[number] for number in mine[0]), len(own), entries)
+    return Plan(tuple(own[number] for number in mine[0]), len(own))
 
 
 def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
@@ -140,22 +111,16 @@ def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
     return parts
 
 
-def checkpoint_entries(boxes: Iterable[Box], objects: Iterable[str]) -> Entries:
-    """torch's metadata of all boxes of a checkpoint, which must be whole tensors together."""
+def require_whole(boxes: Iterable[Box]) -> None:
+    """Assert that the boxes of a checkpoint are whole tensors together: at the first step, not at the first save."""
     by_key: dict[str, list[Box]] = defaultdict(list)
     for box in boxes:
         by_key[box.key].append(box)
-    entries: Entries = {key: _tensor_entry(parts) for key, parts in sorted(by_key.items())}
-    return {**entries, **{key: BytesStorageMetadata() for key in objects}}
-
-
-def _tensor_entry(boxes: list[Box]) -> TensorStorageMetadata:
-    first = boxes[0]
-    assert all((box.global_sizes, box.dtype) == (first.global_sizes, first.dtype) for box in boxes), f"ranks disagree on {first.key}"
-    volume = sum(math.prod(box.sizes) for box in boxes)
-    assert volume == math.prod(first.global_sizes), f"{first.key}: {volume} elements are held, of {first.global_sizes}"
-    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.sizes)) for box in sorted(boxes, key=lambda box: box.offset)]
-    return TensorStorageMetadata(TensorProperties(dtype=first.dtype), torch.Size(first.global_sizes), chunks)
+    for key, parts in by_key.items():
+        first = parts[0]
+        assert all((box.global_sizes, box.dtype) == (first.global_sizes, first.dtype) for box in parts), f"ranks disagree on {key}"
+        volume = sum(math.prod(box.sizes) for box in parts)
+        assert volume == math.prod(first.global_sizes), f"{key}: {volume} elements are held, of {first.global_sizes}"
 
 
 def tensors_of(plan: Plan, state: Mapping[Box, Tensor]) -> list[Tensor]:

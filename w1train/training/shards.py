@@ -1,91 +1,110 @@
-"""The files of a torch distributed checkpoint by key and shard, without a model: for what is done with checkpoints alone.
+"""The shards of a checkpoint by key and box, without a model: the one way to read what a checkpoint holds.
 
-A key is a whole tensor of the model, under its global name (all layers of a pipeline stacked); a shard is one box of it, as one rank
-saved it, and its place a file, an offset and a length. Boxes of one checkpoint do not overlap. Nothing but the shard in hand is in memory.
+Nothing but the shard in hand is in memory.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo as Place
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
-_COPY_CHUNK = 1 << 24
-_METADATA = ".metadata"
+from w1train.runtime.names import open_inside
+from w1train.training.legacy_index import read_archive
+from w1train.training.manifest import damaged
+from w1train.training.plain_values import decode
+from w1train.training.shard_index import Shard, StoredTensor, read_index
 
 
 class Shards:
     """A complete checkpoint's shards, to be read."""
 
     def __init__(self, path: Path) -> None:
+        """Read the index.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or names what is not in the checkpoint's directory.
+        """
         self.path = path
-        self.metadata = FileSystemReader(path).read_metadata()
-        self.places: dict[MetadataIndex, Place] = self.metadata.storage_data
+        self.index = read_index(path)
 
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """What is a tensor, by key; the rest is pickled objects."""
-        entries = self.metadata.state_dict_metadata
-        return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Tensors by key."""
+        return self.index.tensors
 
-    def box(self, index: MetadataIndex) -> ChunkStorageMetadata:
-        """Where a shard lies in its tensor."""
-        entry = self.metadata.state_dict_metadata[index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        return next(chunk for chunk in entry.chunks if chunk.offsets == index.offset)
+    def values(self) -> dict[str, Any]:
+        """Return a copy of the plain values that are stored beside the tensors."""
+        return decode(self.index.values)
 
-    def read_into(self, target: Tensor, key: str, box: ChunkStorageMetadata, combine: Callable[[Tensor, Tensor], object]) -> None:
-        """``combine(part of target, what is stored there)`` for each shard that overlaps a box of a tensor, whatever layout saved it.
+    def read(self, key: str, shard: Shard) -> Tensor:
+        """Read one shard; on the CPU.
+
+        Raises:
+            CheckpointError: its file is missing, too short or cannot be read, or is a link.
+        """
+        tensor = self.tensors[key]
+        try:
+            if shard.archive_bytes is not None:
+                return _read_archive(self.path, tensor, shard)
+            return _read_elements(self.path, tensor, shard)
+        except (OSError, ValueError) as error:
+            raise damaged(self.path, [f"{key} in {shard.file} cannot be read: {error}"]) from error
+
+    def read_into(self, target: Tensor, key: str, offset: Sequence[int], combine: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> int:
+        """Call ``combine(part of target, what is stored there)`` for each shard that overlaps a box, whatever layout saved it.
 
         Args:
-            target: of the box's sizes.
+            target: as large as the box; on any device.
+            offset: where the box begins in the stored tensor.
+
+        Returns:
+            The number of elements of ``target`` that are stored: fewer than it has if the box reaches beyond the stored tensor.
+
+        Raises:
+            CheckpointError: as ``read`` does.
         """
         num_read = 0
-        entry = self.tensors()[key]
-        for shard in entry.chunks:
-            low = [max(a, b) for a, b in zip(box.offsets, shard.offsets, strict=True)]
-            high = [min(a, b) for a, b in zip(_ends(box), _ends(shard), strict=True)]
+        for shard in self.tensors[key].shards:
+            low = [max(a, b) for a, b in zip(offset, shard.offset, strict=True)]
+            high = [min(a, b) for a, b in zip(_ends(offset, target.shape), _ends(shard.offset, shard.sizes), strict=True)]
             if any(start >= end for start, end in zip(low, high, strict=True)):
                 continue
-            there = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, box.offsets, strict=True))
-            here = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, shard.offsets, strict=True))
+            there = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, offset, strict=True))
+            here = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, shard.offset, strict=True))
             num_read += target[there].numel()
             # No name for what is loaded: it would keep this shard while the next one is read.
-            combine(target[there], self._load(MetadataIndex(key, shard.offsets))[here])
-        assert num_read == target.numel(), f"{self.path} has {num_read} of {target.numel()} elements of {key} at {box.offsets}"
-
-    def _load(self, index: MetadataIndex) -> Tensor:
-        place = self.places[index]
-        with (self.path / place.relative_path).open("rb") as file:
-            view = cast(BinaryIO, _create_file_view(file, place.offset, place.length))
-            return torch.load(view, map_location="cpu", weights_only=True)
-
-    def copy(self, index: MetadataIndex, stream: BinaryIO) -> None:
-        """Append a shard's bytes to a file, as they are."""
-        place = self.places[index]
-        with (self.path / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            left = place.length
-            while left > 0:
-                chunk = file.read(min(left, _COPY_CHUNK))
-                assert chunk, f"{self.path / place.relative_path} ends inside {index}"
-                stream.write(chunk)
-                left -= len(chunk)
-
-    def write_metadata(self, directory: Path, places: Mapping[MetadataIndex, Place]) -> None:
-        """Write the metadata of a checkpoint with the same tensors in the same boxes, kept at other places."""
-        assert places.keys() == self.places.keys()
-        with (directory / _METADATA).open("wb") as file:
-            pickle.dump(replace(self.metadata, storage_data=dict(places), storage_meta=None), file)
+            combine(target[there], self.read(key, shard)[here])
+        return num_read
 
 
-def _ends(box: ChunkStorageMetadata) -> list[int]:
-    return [offset + size for offset, size in zip(box.offsets, box.sizes, strict=True)]
+def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard) -> Tensor:
+    num_bytes = tensor.num_bytes(shard)
+    with open_inside(directory, shard.file) as file:
+        # Before memory is taken: an index may claim any size.
+        if shard.start + num_bytes > file.seek(0, 2):
+            raise ValueError(f"the file ends before byte {shard.start + num_bytes}")
+        target = torch.empty(shard.sizes, dtype=tensor.dtype)
+        file.seek(shard.start)
+        if num_bytes and file.readinto(target.view(-1).view(torch.uint8).numpy()) != num_bytes:
+            raise ValueError("the file ended while it was read")
+    return target
+
+
+def _read_archive(directory: Path, tensor: StoredTensor, shard: Shard) -> Tensor:
+    assert shard.archive_bytes is not None
+    with open_inside(directory, shard.file) as file:
+        if shard.archive_bytes > file.seek(0, 2):
+            raise ValueError(f"the file has fewer than {shard.archive_bytes} bytes")
+        file.seek(shard.start)
+        value = read_archive(file.read(shard.archive_bytes))
+    if not isinstance(value, Tensor) or value.dtype != tensor.dtype or tuple(value.shape) != shard.sizes:
+        raise ValueError(f"it is not a tensor of {tensor.dtype} and sizes {list(shard.sizes)}")
+    return value
+
+
+def _ends(offset: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    return [start + size for start, size in zip(offset, sizes, strict=True)]

@@ -1,0 +1,32 @@
+"""Names that come out of a file, and the files that they may name: nothing outside the directory that they were read in."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,199}")
+
+
+def is_plain_name(name: object) -> bool:
+    """Tell whether a value is the name of a file in its own directory: no separator, no drive, no blank, no control character."""
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None and name not in (".", "..")
+
+
+def open_inside(directory: Path, name: str) -> BufferedReader:
+    """Open a regular file of a directory for reading.
+
+    Raises:
+        OSError: the file is not there, cannot be read, or is a link, a pipe or a device: whoever wrote the directory could otherwise
+            have us read (and copy into a log or an export) any file that we may read, or wait for ever.
+    """
+    assert is_plain_name(name), name
+    # O_NONBLOCK: opening a pipe would wait for somebody who writes into it.
+    descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{directory / name} is not a regular file")
+    return os.fdopen(descriptor, "rb")

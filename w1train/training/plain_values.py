@@ -1,0 +1,85 @@
+"""Plain Python values as JSON, and back, equal in value and type: what a checkpoint holds beside tensors (step counts, parameter groups).
+
+JSON has no tuples and only text as keys, so that both are written as objects with one key that begins with a dollar sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TUPLE, _ITEMS = "$tuple", "$items"
+_SCALARS = (bool, int, float, str)
+
+
+def encode(value: Any) -> Any:
+    """Copy a value into what ``json.dumps`` keeps.
+
+    Raises:
+        TypeError: the value, or something inside it, is neither None, bool, int, float or str nor a list, tuple or dict of such values.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [encode(item) for item in value]
+    if type(value) is tuple:
+        return {_TUPLE: [encode(item) for item in value]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: encode(item) for key, item in value.items()}
+        return {_ITEMS: [[encode(key), encode(item)] for key, item in value.items()]}
+    raise TypeError(f"a checkpoint cannot hold a value of type {type(value).__name__}: {value!r}")
+
+
+def decode(value: Any) -> Any:
+    """Undo ``encode``.
+
+    Raises:
+        ValueError: ``encode`` does not write such values.
+    """
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {_TUPLE}:
+        return tuple(_list(value[_TUPLE]))
+    if set(value) == {_ITEMS}:
+        pairs = _list(value[_ITEMS])
+        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (str, int, float, tuple)) for pair in pairs):
+            raise ValueError(f"{_ITEMS} needs pairs of a key and a value")
+        return dict(pairs)
+    if any(key.startswith("$") for key in value):
+        raise ValueError(f"the keys {sorted(value)} are not known")
+    return {key: decode(item) for key, item in value.items()}
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"a list was expected, found {type(value).__name__}")
+    return [decode(item) for item in value]
+
+
+def first_unlike(expected: Any, found: Any, name: str) -> str | None:
+    """Describe the first place where a value lacks a scalar of an example, or is of another kind. Numbers of any kind are alike. What is
+    neither a scalar nor a container is not compared: a parameter group has its parameters, which are not saved with it.
+
+    Args:
+        expected: the example. Of a list, its first item is the example of all items.
+        name: of the value, for the description.
+    """
+    if isinstance(expected, dict):
+        if not isinstance(found, dict):
+            return f"{name} is {found!r:.60}, expected a table"
+        missing = [key for key, example in expected.items() if key not in found and isinstance(example, _SCALARS)]
+        if missing:
+            return f"{name} lacks {missing[0]}"
+        parts = ((example, found[key], f"{name}.{key}") for key, example in expected.items() if key in found)
+        return next((problem for part in parts if (problem := first_unlike(*part))), None)
+    if isinstance(expected, (list, tuple)):
+        if not isinstance(found, type(expected)):
+            return f"{name} is {found!r:.60}, expected a {type(expected).__name__}"
+        items = ((expected[0], item, f"{name}[{number}]") for number, item in enumerate(found)) if expected else ()
+        return next((problem for part in items if (problem := first_unlike(*part))), None)
+    if not isinstance(expected, _SCALARS):
+        return None
+    kinds = (bool, int, float) if isinstance(expected, (bool, int, float)) else str
+    return None if isinstance(found, kinds) else f"{name} is {found!r:.60}, expected {expected!r:.60}"
