@@ -46,8 +46,8 @@ class ContentReader:
         self._compression = compression_of(path)
         self._zstandard = _zstandard(path) if self._compression == "zstd" else None
         self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
-        self.num_bytes_on_disk: int | None = None if self._compression else os.fstat(self._file.fileno()).st_size
-        """Length of the content where the file system knows it; None for a compressed file."""
+        self.num_bytes: int | None = None if self._compression else os.fstat(self._file.fileno()).st_size
+        """Length of the content; None for a compressed file, which does not say it reliably."""
 
     @property
     def num_bytes_read(self) -> int:

@@ -17,7 +17,7 @@ _ELEMENT_BYTES = 8
 def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
     """int64 [rows]: bytes of the text in each row, with what it refers to (an entry of a dictionary, say) as often as it refers to it."""
     import pyarrow
-    from pyarrow import types
+    from pyarrow import compute, types
 
     kind = array.type
     if not len(array):
@@ -30,7 +30,7 @@ def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
         places = np.arange(array.offset, array.offset + len(array))
         return text_sizes(array.values)[np.searchsorted(array.run_ends.to_numpy(), places, side="right")]
     if any(is_kind(kind) for is_kind in (types.is_binary, types.is_string, types.is_large_binary, types.is_large_string)):
-        return _numbers(pyarrow.compute.binary_length(array))
+        return _numbers(compute.binary_length(array))
     if types.is_binary_view(kind) or types.is_string_view(kind):
         return _view_lengths(array)
     if types.is_fixed_size_binary(kind):

@@ -342,14 +342,14 @@ def _check_dictionaries(messages: Sequence[Message | None], limits: Limits) -> N
 def _plain(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     """With each value by itself: a dictionary, or what views refer to, would go with every piece. The batch is small already."""
     import pyarrow
-    from pyarrow import types
+    from pyarrow import compute, types
 
     columns = []
     for column in batch.columns:
         if types.is_dictionary(column.type):
             column = column.dictionary_decode()
         elif types.is_run_end_encoded(column.type):
-            column = pyarrow.compute.run_end_decode(column)
+            column = compute.run_end_decode(column)
         if types.is_string_view(column.type) or types.is_binary_view(column.type):
             column = column.cast(pyarrow.large_binary())
         columns.append(_as_bytes(column))

@@ -126,26 +126,26 @@ class UnitReader:
         faults: tuple[type[Exception], ...] = (*damage(), CorpusError)
         limit = self._rules.limits.document
         try:
-            content, is_whole = self._content(path)
-            num_bytes = len(content) - len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
+            content, num_bytes = self._content(path)
             result.num_bytes_decoded += len(content)
-            if not is_whole or num_bytes > limit:
-                self._reject(result, f"{path}: {document_fault(num_bytes if is_whole else None, limit)}", 1)
+            if num_bytes is None or num_bytes > limit:
+                self._reject(result, f"{path}: {document_fault(num_bytes, limit)}", 1)
             else:
                 self._add(result, decode(content), path)
         except faults as error:
             self._reject(result, f"{path}: {error}")
 
-    def _content(self, path: str) -> tuple[bytes, bool]:
-        """(the content of a file, whether it is all of it): no more is read than shows that the file is over the limit."""
+    def _content(self, path: str) -> tuple[bytes, int | None]:
+        """(the content of a file, its length without a byte order mark): no more is read than shows that the file is over the limit, and
+        then its length is None where the file does not say it."""
         most = self._rules.limits.document + len(codecs.BOM_UTF8)
         content = bytearray()
         with ContentReader(path) as stream:
             for chunk in stream.chunks():
                 content += chunk
                 if len(content) > most:
-                    return bytes(content), False
-        return bytes(content), True
+                    return bytes(content), stream.num_bytes
+        return bytes(content), len(content) - len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
 
     def _read_lines(self, result: UnitText, unit: Unit) -> None:
         offset = unit.start.offset

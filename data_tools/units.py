@@ -126,7 +126,6 @@ class FileUnits:
         before, after = self._starts[start.file], self._starts[start.file + 1]
         with ContentReader(path) as stream:
             for block in LineBlocks(stream, start.offset, UNIT_BYTES, self._limits.document):
-                done = min(before + stream.num_bytes_read, after)
                 if block.announces_long_line and not self._passes_over:
                     fault = f"{path}:{start.record + 1}: {document_fault(None, self._limits.document)}"
                     yield Unit("jsonl", (path,), start, Position(start.file + 1), after, fault=fault, num_too_large=1)
@@ -139,7 +138,8 @@ class FileUnits:
                 fault = f"{path}:{start.record + 1}: {document_fault(block.long_line, self._limits.document)}" if num_long else ""
                 num_lines = block.content.count(b"\n") + num_long
                 end = Position(start.file, start.offset + block.length, start.record + num_lines)
-                yield Unit("jsonl", (path,), start, end, done, block.content, fault, num_long, block.num_bytes_passed)
+                done = end.offset if block.length and stream.num_bytes is not None else stream.num_bytes_read
+                yield Unit("jsonl", (path,), start, end, min(before + done, after), block.content, fault, num_long, block.num_bytes_passed)
                 start = end
 
     def _row_units(self, start: Position, kind: Kind) -> Iterator[Unit]:
