@@ -77,7 +77,7 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-document-size",
         type=size,
-        default="64M",
+        default="32M",
         metavar="SIZE",
         help="most bytes of a text file, a line of JSONL or a cell of a table, decompressed and before it is split; K, M or G after the "
         "number multiply by 1024, 1024^2 or 1024^3 (default: %(default)s)",

@@ -29,9 +29,9 @@ class CorpusError(ValueError):
 class Limits:
     """How much of a corpus may have to be in memory at once, in bytes, decompressed."""
 
-    document: int = 64 << 20
-    """Of a text file, a line of JSONL or a cell of a table. The longest books and source files stay below this default, and the
-    tokenizer library needs about a hundred times the size of a text in memory."""
+    document: int = 32 << 20
+    """Of a text file, a line of JSONL or a cell of a table. The tokenizer library needs about 130 times the length of a text in memory,
+    which makes this default 4 GB for each worker; the longest books have a third of it."""
     row_group: int = 2 << 30
     """Of a row group of Parquet or a record batch of Arrow, counting the columns that are read. The default is what the 32-bit offsets
     of a column of strings reach."""

@@ -161,7 +161,7 @@ def run_tokenize(path, tokenizer_file, output, mode, num_workers):
     logging.getLogger("data_tools").setLevel(logging.INFO)
     limits = ["--max-document-size", "1M", "--max-row-group-size", "8M"]
     command = ["--input", str(path), "--tokenizer", str(tokenizer_file), "--output", str(output), "--on-error", mode, *limits]
-    exit_status = tokenize.main([*command, "--workers", str(num_workers), "--record-seconds", "0", "--overwrite"])
+    exit_status = tokenize.main([*command, "--workers", str(num_workers), "--overwrite"])
     logging.getLogger().removeHandler(handler)
     manifest = output.with_suffix(".json")
     corpus = json.loads(manifest.read_bytes())["corpus"] if exit_status == 0 else {}
@@ -245,7 +245,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_what_is_read_and_what_is_skipped_is_all_there_is(kind, data):
     some = st.text(min_size=1).filter(str.strip) | st.integers(1, 300).map("a".__mul__)
@@ -271,7 +271,7 @@ def test_what_is_read_and_what_is_skipped_is_all_there_is(kind, data):
 def test_an_interrupted_run_goes_on_behind_what_it_skipped(tmp_path, tokenizer_file, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 200)
     monkeypatch.setattr(decompress, "CHUNK_BYTES", 64)
-    texts = [f"document {i} " * (i % 40 + 1) for i in range(60)]
+    texts = [f"document {i} " * (i % 40 + 1) for i in range(40)]
     for kind in ("jsonl.gz", "parquet"):
         write_texts(tmp_path, kind, texts)
     command = ["--tokenizer", str(tokenizer_file), "--record-seconds", "0", "--on-error", "skip", "--max-document-size", "300"]
@@ -289,14 +289,14 @@ def test_an_interrupted_run_goes_on_behind_what_it_skipped(tmp_path, tokenizer_f
     monkeypatch.setattr(tokenize.Outputs, "write_record", interrupted)
     num_runs = 0
     while not (tmp_path / "parts.json").exists():
-        left[0] = 9
+        left[0] = 20
         tokenize.main([*command, "--output", str(tmp_path / "parts")])
         num_runs += 1
         assert num_runs < 50
-    assert num_runs > 5
+    assert num_runs > 2
     for ending in ("bin", "idx", "json"):
         assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
-    assert json.loads((tmp_path / "whole.json").read_bytes())["corpus"]["num_too_large"] > 20
+    assert json.loads((tmp_path / "whole.json").read_bytes())["corpus"]["num_too_large"] > 10
 
 
 def test_progress_is_shown_while_a_line_is_passed_over(tmp_path, monkeypatch):
@@ -325,6 +325,7 @@ def test_progress_is_shown_while_frames_decode_to_nothing(tmp_path, compression,
 
 
 @pytest.mark.parametrize("compression", PACK)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_framing_and_any_pieces_give_the_content(compression, data):
     parts = data.draw(st.lists(st.binary(max_size=300) | st.integers(0, 5000).map(b"a".__mul__), max_size=5))
@@ -434,6 +435,7 @@ def size_of(value) -> int:
     return 0
 
 
+@settings(max_examples=60)
 @given(array=arrays(), start=st.integers(0, 3))
 def test_rows_are_as_large_as_their_values(array, start):
     rows = array.slice(start)
