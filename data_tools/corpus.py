@@ -113,6 +113,7 @@ class LeftOut:
 
     def __init__(self, counts: Counts | None = None) -> None:
         self.counts = counts or Counts()
+        self._num_faults = 0
 
     def add(self, text: UnitText) -> None:
         """Count a unit and log its bad records, the first of the corpus in full.
@@ -120,9 +121,10 @@ class LeftOut:
         Raises:
             CorpusError: if the unit was not read to its end.
         """
-        for number, message in enumerate(text.messages, self.counts.num_bad + self.counts.num_too_large + 1):
+        for number, message in enumerate(text.messages, self._num_faults + 1):
             if number <= _MAX_LOGGED:
                 logger.warning("left out: %s", message)
+        self._num_faults += text.num_faults
         self.counts.add(text.counts)
         if text.error is not None:
             raise CorpusError(text.error)
@@ -134,9 +136,8 @@ class LeftOut:
             CorpusError: if there was no document.
         """
         counts = self.counts
-        if counts.num_bad + counts.num_too_large > _MAX_LOGGED:
-            num_more = counts.num_bad + counts.num_too_large - _MAX_LOGGED
-            logger.warning("... and %d more files or lines that are not text or over a limit", num_more)
+        if self._num_faults > _MAX_LOGGED:
+            logger.warning("... and so %d more times", self._num_faults - _MAX_LOGGED)
         if counts.num_bad or counts.num_empty:
             logger.info("left out %d files or lines that are not text and %d empty documents", counts.num_bad, counts.num_empty)
         if counts.num_too_large:

@@ -83,7 +83,9 @@ class UnitText:
     documents: list[Document] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     messages: list[str] = field(default_factory=list)
-    """Of the first records that are bad or too large, what is wrong with each."""
+    """Of the first things that are left out, what is wrong with each; a row group is one of them."""
+    num_faults: int = 0
+    """How many messages there would be if all were kept."""
     num_bytes_decoded: int = 0
     """What the unit's part of the files comes to, decompressed; for the progress."""
     error: str | None = None
@@ -212,6 +214,7 @@ class UnitReader:
             raise _BadRecordError(f"{message} {SKIP_HINT}")
         result.counts.num_too_large += num_too_large
         result.counts.num_bad += not num_too_large
+        result.num_faults += 1
         if len(result.messages) < _MAX_MESSAGES:
             result.messages.append(message)
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import decompress, lines, tokenize, units
+from data_tools import decompress, encode, lines, tokenize, units
 from data_tools.command import size
 from data_tools.corpus import TextCorpus
 from data_tools.decompress import ContentReader, damage
@@ -297,6 +297,24 @@ def test_an_interrupted_run_goes_on_behind_what_it_skipped(tmp_path, tokenizer_f
     for ending in ("bin", "idx", "json"):
         assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
     assert json.loads((tmp_path / "whole.json").read_bytes())["corpus"]["num_too_large"] > 10
+
+
+def test_pieces_of_a_text_go_to_the_library_a_few_at_a_time(tmp_path, tokenizer, tokenizer_file, monkeypatch):
+    (tmp_path / "x.txt").write_text("".join(f"def f{i}\n" + "return " * (i % 30) + "\n" for i in range(200)))
+    command = ["--input", str(tmp_path / "x.txt"), "--split-on", "^def", "--tokenizer", str(tokenizer_file), "--workers", "1"]
+    encode_batch = type(tokenizer).encode_batch
+    batches = []
+    monkeypatch.setattr(type(tokenizer), "encode_batch", lambda self, texts: batches.append(texts) or encode_batch(self, texts))
+    assert tokenize.main([*command, "--output", str(tmp_path / "at_once")]) == 0
+    assert len(batches) == 1
+    monkeypatch.setattr(encode, "_CHARACTERS_AT_ONCE", 150)
+    assert tokenize.main([*command, "--output", str(tmp_path / "in_parts")]) == 0
+    sizes = [sum(map(len, batch)) for batch in batches[1:]]
+    assert len(sizes) > 100
+    assert all(size <= 150 or len(batch) == 1 for size, batch in zip(sizes, batches[1:], strict=True))
+    assert [text for batch in batches[1:] for text in batch] == batches[0]
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"in_parts.{ending}").read_bytes() == (tmp_path / f"at_once.{ending}").read_bytes()
 
 
 def test_progress_is_shown_while_a_line_is_passed_over(tmp_path, monkeypatch):
