@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 from collections.abc import Callable
 
 from data_tools.corpus import TextCorpus
-from data_tools.files import KINDS
+from data_tools.files import KINDS, Limits
 from data_tools.progress import setup_logging
 from data_tools.text import BLANK_LINES, CorpusError, Rules
 from data_tools.workers import WorkerError
@@ -70,8 +71,32 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=["fail", "skip"],
         default="fail",
-        help="files, lines or rows that are not UTF-8 text or JSON: stop, or leave them out, logged and counted (default: %(default)s)",
+        help="files, lines or rows that are not UTF-8 text or JSON, or are over one of the next two limits: stop, or leave them out, "
+        "logged and counted (default: %(default)s)",
     )
+    group.add_argument(
+        "--max-document-size",
+        type=size,
+        default="32M",
+        metavar="SIZE",
+        help="most bytes of a document, decompressed: a text file (with --split-on, a piece of one), a line of JSONL or a cell of a table; "
+        "K, M or G after the number multiply by 1024, 1024^2 or 1024^3 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-row-group-size",
+        type=size,
+        default="2G",
+        metavar="SIZE",
+        help="most bytes of a record batch of Arrow or, in the columns that are read, of a row group of Parquet, decoded, and of a text "
+        "file with --split-on (default: %(default)s)",
+    )
+
+
+def size(text: str) -> int:
+    """The type of options that are a number of bytes, such as 500000, 64M or 2G."""
+    if not (found := re.fullmatch(r"([0-9]{1,15})([KMG]?)", text)) or not (number := int(found[1])):
+        raise argparse.ArgumentTypeError(f"must be a whole number of bytes, at least 1, such as 500000, 64M or 2G, not {text[:80]!r}")
+    return number << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
 
 
 def input_path(text: str) -> str:
@@ -108,6 +133,7 @@ def corpus_from(options: argparse.Namespace) -> TextCorpus:
         min_bytes=options.min_bytes,
         max_bytes=options.max_bytes,
         on_error=options.on_error,
+        limits=Limits(options.max_document_size, options.max_row_group_size),
     )
     return TextCorpus(options.input, rules, extensions=options.extensions, kind=options.format)
 

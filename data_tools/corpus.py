@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class TextCorpus(FileUnits):
         if not self.files:
             wanted = f" ending in {', '.join(extensions)}" if extensions else ""
             raise CorpusError(f"the corpus is empty: no files{wanted} under {', '.join(map(str, paths))}")
-        super().__init__(self.files, [rules.text_field, *(name for name, _ in rules.filters)], kind)
+        fields = [rules.text_field, *(name for name, _ in rules.filters)]
+        super().__init__(self.files, fields, kind, limits=rules.limits, passes_over=rules.on_error == "skip")
         if self.broken and rules.on_error == "fail":  # now, not when all that comes before it has been read
             raise CorpusError(f"{next(iter(self.broken.values()))} {SKIP_HINT}")
         whole = [file for file in self.files if file not in self.broken]
@@ -62,10 +63,17 @@ class TextCorpus(FileUnits):
         self.log = LeftOut()
 
     def __iter__(self) -> Iterator[Document]:
+        return self.documents(lambda num_bytes_done, num_bytes_decoded: None)
+
+    def documents(self, show_progress: Callable[[int, int], None]) -> Iterator[Document]:
         """The documents; counts start anew with each pass.
 
+        ``show_progress`` is called again and again, even where there is no document for a long time, with the bytes of the files that are
+        done and the bytes decoded since the call before.
+
         Raises:
-            CorpusError: for input that is not text (unless skipped), naming file, line and byte; or if no document was found.
+            CorpusError: for input that is not text or is over a limit (unless skipped), naming file, line and byte; or if no document was
+                found.
         """
         self.log = LeftOut()
         self.num_bytes_read = 0
@@ -74,6 +82,7 @@ class TextCorpus(FileUnits):
             self.log.add(text)
             yield from text.documents
             self.num_bytes_read = unit.num_bytes_done
+            show_progress(unit.num_bytes_done, text.num_bytes_decoded)
         self.log.finish(len(self.files))
 
     def summary(self) -> str:
@@ -104,6 +113,7 @@ class LeftOut:
 
     def __init__(self, counts: Counts | None = None) -> None:
         self.counts = counts or Counts()
+        self._num_faults = 0
 
     def add(self, text: UnitText) -> None:
         """Count a unit and log its bad records, the first of the corpus in full.
@@ -111,9 +121,10 @@ class LeftOut:
         Raises:
             CorpusError: if the unit was not read to its end.
         """
-        for number, message in enumerate(text.messages, self.counts.num_bad + 1):
+        for number, message in enumerate(text.messages, self._num_faults + 1):
             if number <= _MAX_LOGGED:
                 logger.warning("left out: %s", message)
+        self._num_faults += text.num_faults
         self.counts.add(text.counts)
         if text.error is not None:
             raise CorpusError(text.error)
@@ -125,10 +136,12 @@ class LeftOut:
             CorpusError: if there was no document.
         """
         counts = self.counts
-        if counts.num_bad > _MAX_LOGGED:
-            logger.warning("... and %d more files or lines that are not text", counts.num_bad - _MAX_LOGGED)
+        if self._num_faults > _MAX_LOGGED:
+            logger.warning("... and so %d more times", self._num_faults - _MAX_LOGGED)
         if counts.num_bad or counts.num_empty:
             logger.info("left out %d files or lines that are not text and %d empty documents", counts.num_bad, counts.num_empty)
+        if counts.num_too_large:
+            logger.info("left out %d files, lines or rows over --max-document-size or --max-row-group-size", counts.num_too_large)
         if counts.num_filtered:
             logger.info("left out %d records or documents by filters and length", counts.num_filtered)
         if counts.num_duplicates:
@@ -136,5 +149,5 @@ class LeftOut:
         if counts.num_documents == 0:
             raise CorpusError(
                 f"the corpus is empty: no text in {num_files} files ({counts.num_empty} empty documents, {counts.num_bad} not text, "
-                f"{counts.num_filtered} filtered out)"
+                f"{counts.num_too_large} over a limit, {counts.num_filtered} filtered out)"
             )

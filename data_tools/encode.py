@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from data_tools.duplicates import hash_of
 from data_tools.text import Document, Rules, UnitReader, UnitText
-from data_tools.units import Unit
+from data_tools.units import UNIT_BYTES, Unit
 from w1train.data.indexed import token_dtype
 from w1train.data.tokenizer import Tokenizer
+
+_CHARACTERS_AT_ONCE = UNIT_BYTES
 
 
 class Split(Protocol):
@@ -66,21 +68,47 @@ class UnitTokenizer:
         """Read and tokenize. A piece that has no token (there are tokenizers that drop characters) counts as empty."""
         text = self._reader.read(unit)
         pieces = [piece for document in text.documents for piece in self._split(document)]
-        encoded = self._tokenizer.encode_batch([document.text for document, _ in pieces])
-        if not all(encoded):
-            text.counts.num_empty += sum(not ids for ids in encoded)
-            text.counts.num_documents -= sum(not ids for ids in encoded)
-            pieces, encoded = [p for p, ids in zip(pieces, encoded, strict=True) if ids], [ids for ids in encoded if ids]
+        tokens, lengths = self._encode([document.text for document, _ in pieces])
+        if not lengths.all():
+            pieces = [piece for piece, length in zip(pieces, lengths, strict=True) if length]
+            text.counts.num_empty += len(lengths) - len(pieces)
+            text.counts.num_documents -= len(lengths) - len(pieces)
         text.documents = []
         return TokenizedUnit(
-            tokens=self._concatenate(encoded),
-            lengths=np.array([len(ids) + 1 for ids in encoded], dtype=np.int64),
+            tokens=tokens,
+            lengths=lengths[lengths > 0],
             num_bytes=np.array([document.num_bytes for document, _ in pieces], dtype=np.int64),
             held_out=np.array([held_out for _, held_out in pieces], dtype=bool),
             hashes=b"".join(hash_of(document.text) for document, _ in pieces) if self._deduplicate else b"",
             text=text,
         )
 
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """(tokens of all texts, each one's number of them with its EOS, or 0 if it has no token).
+
+        The library holds a hundred times the size of what it is given at once: a large text in many pieces goes to it bit by bit.
+        """
+        tokens, lengths = [self._concatenate([])], [np.zeros(0, dtype=np.int64)]
+        for batch in _batches(texts):
+            encoded = self._tokenizer.encode_batch(batch)
+            tokens.append(self._concatenate([ids for ids in encoded if ids]))
+            lengths.append(np.array([len(ids) + 1 if ids else 0 for ids in encoded], dtype=np.int64))
+        return np.concatenate(tokens), np.concatenate(lengths)
+
     def _concatenate(self, encoded: Sequence[Sequence[int]]) -> NDArray[np.integer]:
         eos = (self._tokenizer.eos_token_id,)
         return np.fromiter(chain.from_iterable(chain.from_iterable((ids, eos) for ids in encoded)), dtype=self._dtype)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists of at most about as many characters as a unit has bytes, or of one text that is longer."""
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if batch and num_characters + len(text) > _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, num_characters = [], 0
+        batch.append(text)
+        num_characters += len(text)
+    if batch:
+        yield batch

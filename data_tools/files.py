@@ -1,20 +1,15 @@
-"""Which files a corpus is, what kind each is by its name, and how a compressed one is opened."""
+"""Which files a corpus is, what kind each is by its name, and how large a part of one may be."""
 
 from __future__ import annotations
 
-import gzip
-import importlib
-import io
 import json
 import logging
 import os
-import sys
-import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from types import ModuleType
-from typing import BinaryIO, Literal
+from typing import Literal
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +25,41 @@ class CorpusError(ValueError):
     """A corpus that is missing, empty or not text."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a corpus may have to be in memory at once, in bytes, decompressed."""
+
+    document: int = 32 << 20
+    """Of a document: a text file or a piece of one that is split, a line of JSONL or a cell of a table. The tokenizer library needs about
+    130 times the length of a text in memory, which makes this default 4 GB for each worker; the longest books have a third of it."""
+    row_group: int = 2 << 30
+    """Of a row group of Parquet or a record batch of Arrow, counting the columns that are read, or of a text file that is split. The
+    default is what the 32-bit offsets of a column of strings reach."""
+
+
+def document_fault(num_bytes: int | None, limit: int) -> str:
+    """What is wrong with a text file, a line or a cell over the limit; ``num_bytes`` is None where its length is not known."""
+    found = f"more than the limit of {limit} bytes" if num_bytes is None else f"{num_bytes} bytes, over the limit of {limit}"
+    return f"the document has {found} (--max-document-size)"
+
+
+def split_text_fault(num_bytes: int | None, limit: int) -> str:
+    """Describe what is wrong with a text file that is split and over the limit."""
+    found = f"more than the limit of {limit} bytes" if num_bytes is None else f"{num_bytes} bytes, over the limit of {limit}"
+    return f"the file has {found} (--max-row-group-size)"
+
+
 def kind_of(path: str) -> Kind:
     """By the name's ending, that of a compression left out; text if it says nothing else."""
     stem, suffix = os.path.splitext(path)
     if suffix in _COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
     return _SUFFIXES.get(suffix, "text")
+
+
+def compression_of(path: str) -> str | None:
+    """gzip or zstd, by the name's ending; None for a file that is not compressed."""
+    return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
 def broken_link(path: str | Path) -> str | None:
@@ -101,37 +125,3 @@ def _dataset_files(directory: Path) -> list[str]:
 def _raise(error: OSError) -> None:
     """A directory that cannot be listed is an error (os.walk would pass over it)."""
     raise error
-
-
-def open_file(path: str) -> tuple[io.BufferedIOBase, BinaryIO]:
-    """(the content, decompressed; the file itself, whose position is the progress). Close both.
-
-    Raises:
-        CorpusError: for Zstandard where there is no library for it.
-    """
-    raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
-    match _COMPRESSIONS.get(os.path.splitext(path)[1]):
-        case "gzip":
-            return gzip.GzipFile(fileobj=raw), raw
-        case "zstd":
-            return _zstandard(path).ZstdFile(raw), raw
-    return raw, raw
-
-
-def damage() -> tuple[type[Exception], ...]:
-    """What decompressing a damaged file raises."""
-    kinds: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
-    return (*kinds, _zstandard("").ZstdError) if _has_zstandard() else kinds
-
-
-def _has_zstandard() -> bool:
-    return any(name in sys.modules for name in ("compression.zstd", "backports.zstd"))
-
-
-def _zstandard(path: str) -> ModuleType:
-    """Python's own from 3.14 on, its backport before."""
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise CorpusError(f"{path} is compressed by Zstandard, which needs {name}: pip install 'w1train[data]'") from None

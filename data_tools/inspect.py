@@ -97,7 +97,8 @@ def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, 
             ("tokenizer", f"{manifest.tokenizer_vocab_size} ids, sha256 {manifest.tokenizer_fingerprint[:16]}..."),
             ("made by", ", ".join([manifest.created_by, *(f"{name} {version}" for name, version in manifest.versions.items())])),
         ]
-        left_out = [f"{manifest.corpus.get(f'num_{kind}', 0):,} {kind}" for kind in ("bad", "empty", "filtered", "duplicates")]
+        kinds = ("bad", "too_large", "empty", "filtered", "duplicates")
+        left_out = [f"{manifest.corpus.get(f'num_{kind}', 0):,} {kind.replace('_', ' ')}" for kind in kinds]
         rows += [("left out of the corpus", ", ".join(left_out))] if manifest.corpus else []
     quantiles = np.quantile(lengths, _QUANTILES, method="inverted_cdf")
     rows.append(("tokens a document", f"mean {lengths.mean():,.1f}, least {lengths.min():,}, most {lengths.max():,}"))

@@ -31,22 +31,29 @@ class ByteProgress:
         self._description = description
         self._num_bytes = num_bytes
         self._began = self._logged = time.monotonic()
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._num_decoded = 0
+        decoded = TextColumn("{task.fields[decoded]}")
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), decoded, TimeRemainingColumn()
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(description, total=num_bytes)
+        self._task = self._bar.add_task(description, total=num_bytes, decoded="")
 
-    def update(self, num_bytes_done: int) -> None:
-        """Show that this many bytes are done."""
-        self._bar.update(self._task, completed=num_bytes_done)
+    def update(self, num_bytes_done: int, num_bytes_decoded: int = 0) -> None:
+        """Show that this many bytes are done, and so many more of what they hold, decompressed."""
+        self._num_decoded += num_bytes_decoded
         now = time.monotonic()
+        seconds = max(now - self._began, 1e-9)
+        decoded = ""
+        if self._num_decoded > num_bytes_done:  # compressed, or passed over
+            decoded = f"decoded {self._num_decoded / 1e6:.1f} MB, {self._num_decoded / seconds / 1e6:.2f} MB/s"
+        self._bar.update(self._task, completed=num_bytes_done, decoded=decoded)
         if console.is_terminal or now - self._logged < _LOG_SECONDS:
             return
         self._logged = now
-        rate = num_bytes_done / (now - self._began)
+        rate = num_bytes_done / seconds
         left = (self._num_bytes - num_bytes_done) / rate if rate else float("inf")
-        logger.info(
-            "%s: %.1f of %.1f MB, %.2f MB/s, %.0f s left", self._description, num_bytes_done / 1e6, self._num_bytes / 1e6, rate / 1e6, left
-        )
+        done, total = num_bytes_done / 1e6, self._num_bytes / 1e6
+        message = f"{done:.1f} of {total:.1f} MB, {rate / 1e6:.2f} MB/s, {left:.0f} s left"
+        logger.info("%s: %s", self._description, f"{message}; {decoded}" if decoded else message)
 
     def __enter__(self) -> ByteProgress:
         self._bar.start()

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from data_tools.files import CorpusError, damage, open_file
+from data_tools.decompress import ContentReader, damage
+from data_tools.files import CorpusError, Limits, document_fault, split_text_fault
 from data_tools.tables import rows_of
 from data_tools.units import Unit
 
@@ -48,7 +49,14 @@ class Rules:
     max_bytes: int | None = None
     """Longer ones too."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do with input that is not text: stop, or leave it out, counted and logged."""
+    """What to do with input that is not text or is over a limit: stop, or leave it out, counted and logged."""
+    limits: Limits = field(default_factory=Limits)
+    """How large a document and a row group may be."""
+
+    @property
+    def file_limit(self) -> int:
+        """Most bytes of a text file. A file that is split is held whole while its pieces, which are the documents, are taken one by one."""
+        return self.limits.document if self.split_on is None else self.limits.row_group
 
 
 @dataclass(slots=True)
@@ -60,6 +68,8 @@ class Counts:
     """Documents of white space alone, left out."""
     num_bad: int = 0
     """Files, lines and rows that are not text, left out."""
+    num_too_large: int = 0
+    """Files, lines and rows over a limit, left out; of a row group over its limit, each row."""
     num_filtered: int = 0
     """Records and documents that the filters and the bounds on the length left out."""
     num_duplicates: int = 0
@@ -78,7 +88,11 @@ class UnitText:
     documents: list[Document] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     messages: list[str] = field(default_factory=list)
-    """Of the first bad records, what is wrong with each."""
+    """Of the first things that are left out, what is wrong with each; a row group is one of them."""
+    num_faults: int = 0
+    """How many messages there would be if all were kept."""
+    num_bytes_decoded: int = 0
+    """What the unit's part of the files comes to, decompressed; for the progress."""
     error: str | None = None
     """With ``on_error`` "fail": the first bad record, at which reading stopped."""
 
@@ -100,10 +114,10 @@ class UnitReader:
 
     def read(self, unit: Unit) -> UnitText:
         """The unit's documents, in order. Files that cannot be opened or read raise OSError."""
-        result = UnitText()
+        result = UnitText(num_bytes_decoded=len(unit.content) + unit.num_bytes_passed)
         try:
             if unit.fault:
-                self._reject(result, unit.fault)
+                self._reject(result, unit.fault, unit.num_too_large)
             elif unit.kind == "text":
                 for path in unit.paths:
                     self._read_text(result, path)
@@ -116,21 +130,42 @@ class UnitReader:
         return result
 
     def _read_text(self, result: UnitText, path: str) -> None:
-        stream, raw = open_file(path)
         faults: tuple[type[Exception], ...] = (*damage(), CorpusError)
         try:
-            with raw, stream:
-                text = decode(stream.read())
+            content, num_bytes = self._content(path)
+            result.num_bytes_decoded += len(content)
+            if num_bytes is None or num_bytes > self._rules.file_limit:
+                self._reject(result, f"{path}: {self._file_fault(num_bytes)}", 1)
+            else:
+                self._add(result, decode(content), path)
         except faults as error:
             self._reject(result, f"{path}: {error}")
-        else:
-            self._add(result, text, path)
+
+    def _file_fault(self, num_bytes: int | None) -> str:
+        fault = document_fault if self._rules.split_on is None else split_text_fault
+        return fault(num_bytes, self._rules.file_limit)
+
+    def _content(self, path: str) -> tuple[bytes, int | None]:
+        """(the content of a file, its length without a byte order mark): no more is read than shows that the file is over the limit, and
+        then its length is None where the file does not say it."""
+        most = self._rules.file_limit + len(codecs.BOM_UTF8)
+        content = bytearray()
+        with ContentReader(path) as stream:
+            for chunk in stream.chunks():
+                content += chunk
+                if len(content) > most:
+                    return bytes(content), stream.num_bytes
+        return bytes(content), len(content) - len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
 
     def _read_lines(self, result: UnitText, unit: Unit) -> None:
         offset = unit.start.offset
         for number, line in enumerate(split_lines(unit.content), unit.start.record + 1):
             origin = f"{unit.paths[0]}:{number}"
+            num_bytes = len(line) - line.endswith(b"\n")
             try:
+                if num_bytes > self._rules.limits.document:
+                    self._reject(result, f"{origin}: {document_fault(num_bytes, self._rules.limits.document)}", 1)
+                    continue
                 content = decode(line, offset)
                 if content.strip():
                     self._add_record(result, _parse(content), origin, "JSON object")
@@ -138,7 +173,8 @@ class UnitReader:
                     result.counts.num_empty += 1
             except CorpusError as error:
                 self._reject(result, f"{origin}: {error}")
-            offset += len(line)
+            finally:
+                offset += len(line)
 
     def _read_rows(self, result: UnitText, unit: Unit) -> None:
         for number, row in enumerate(rows_of(unit.content), unit.start.record + 1):
@@ -176,14 +212,19 @@ class UnitReader:
                 result.counts.num_empty += 1
             elif num_bytes < self._rules.min_bytes or (self._rules.max_bytes is not None and num_bytes > self._rules.max_bytes):
                 result.counts.num_filtered += 1
+            elif num_bytes > self._rules.limits.document:
+                self._reject(result, f"{origin}#{i}: {document_fault(num_bytes, self._rules.limits.document)}", 1)
             else:
                 result.counts.num_documents += 1
                 result.documents.append(Document(piece, f"{origin}#{i}" if len(texts) > 1 else origin, num_bytes))
 
-    def _reject(self, result: UnitText, message: str) -> None:
+    def _reject(self, result: UnitText, message: str, num_too_large: int = 0) -> None:
+        """Count what is left out, a bad record unless so many are over a limit."""
         if self._rules.on_error == "fail":
             raise _BadRecordError(f"{message} {SKIP_HINT}")
-        result.counts.num_bad += 1
+        result.counts.num_too_large += num_too_large
+        result.counts.num_bad += not num_too_large
+        result.num_faults += 1
         if len(result.messages) < _MAX_MESSAGES:
             result.messages.append(message)
 

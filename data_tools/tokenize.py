@@ -28,7 +28,7 @@ from data_tools.duplicates import SeenHashes
 from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
 from data_tools.outputs import OutputOptions, Outputs
 from data_tools.progress import ByteProgress
-from data_tools.split import HashSplit, choose_split
+from data_tools.split import HashSplit, TailSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
 from w1train.data.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     output_options = OutputOptions(options.shard_size, options.overwrite, options.record_seconds)
     with Outputs(prefixes, tokenizer, run, output_options) as outputs:
         if not outputs.record.is_complete:
-            split = choose_split(corpus, options.validation_fraction)
+            split = _split(corpus, options.validation_fraction)
             encoding = Encoding(corpus.rules, tokenizer.serialized, split, options.deduplicate)
             _write(corpus, encoding, outputs, _num_workers(options.workers, corpus, encoding))
         for prefix, manifest in outputs.publish(corpus.facts(corpus_options, outputs.record.counts)):
@@ -134,6 +134,13 @@ def _tokenize(options: argparse.Namespace) -> None:
                 manifest.num_bytes / manifest.num_tokens,
                 manifest.unigram_bits_per_byte,
             )
+
+
+def _split(corpus: TextCorpus, fraction: float) -> HashSplit | TailSplit:
+    if fraction == 0:
+        return HashSplit(0)
+    with ByteProgress("choosing what to hold out", corpus.num_bytes) as progress:
+        return choose_split(corpus.documents(progress.update), fraction)
 
 
 def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers: int) -> None:
@@ -157,7 +164,7 @@ def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers
             left_out.add(tokenized.text)
             outputs.add(tokenized, is_new)
             position = unit.end
-            progress.update(unit.num_bytes_done)
+            progress.update(unit.num_bytes_done, tokenized.text.num_bytes_decoded)
             if may_record and outputs.is_record_due():
                 outputs.write_record(position)
     left_out.finish(len(corpus.files))

@@ -69,13 +69,12 @@ def _train(options: argparse.Namespace) -> None:
 def _texts(corpus: TextCorpus, max_bytes: int | None) -> Iterator[str]:
     num_bytes = 0
     with ByteProgress("reading", corpus.num_bytes) as progress:
-        for document in corpus:
+        for document in corpus.documents(progress.update):
             num_bytes += document.num_bytes
             if max_bytes is not None and num_bytes > max_bytes:
                 logger.info("%d bytes of text are enough: the rest of the corpus is not read", num_bytes)
                 break
             yield document.text
-            progress.update(corpus.num_bytes_read)
     logger.info("read %d documents; merging pairs", corpus.log.counts.num_documents)
 
 

@@ -10,14 +10,15 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
 from itertools import accumulate
 
-from data_tools.files import Kind, broken_link, damage, kind_of, open_file
-from data_tools.tables import TableError, read_pieces
+from data_tools.decompress import ContentReader
+from data_tools.files import Kind, Limits, broken_link, compression_of, document_fault, kind_of
+from data_tools.lines import LineBlocks
+from data_tools.tables import Piece, TableError, read_pieces
 
 UNIT_BYTES = 1 << 19
-_READ_BYTES = 1 << 16
+_DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,7 +35,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Some text files, which the reader opens; or lines or rows of a file."""
+    """Some text files, which the reader opens; or lines or rows of a file; or nothing but progress, where its end is its start."""
 
     kind: Kind
     paths: tuple[str, ...]
@@ -46,7 +47,11 @@ class Unit:
     content: bytes = b""
     """Whole lines, or rows as an Arrow stream; nothing for text files."""
     fault: str = ""
-    """Instead of content: why the rest of the file cannot be read."""
+    """Instead of content: why the rest of the file cannot be read, or what is too large."""
+    num_too_large: int = 0
+    """Lines or rows that the fault leaves out since they, or their row group, are over a limit."""
+    num_bytes_passed: int = 0
+    """Decoded and dropped since the unit before."""
 
     @property
     def name(self) -> str:
@@ -57,12 +62,23 @@ class Unit:
 class FileUnits:
     """The units of some files, in order."""
 
-    def __init__(self, files: Sequence[str], fields: Sequence[str], kind: Kind | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[str],
+        fields: Sequence[str],
+        kind: Kind | None = None,
+        *,
+        limits: Limits = _DEFAULT_LIMITS,
+        passes_over: bool = False,
+    ) -> None:
         """
         Args:
             fields: those that are needed of a table.
             kind: of all files; None = by their names.
+            passes_over: what is over a limit is passed over, to read on behind it; otherwise a file ends there.
         """
+        self._limits = limits
+        self._passes_over = passes_over
         self._files = files
         self._fields = fields
         self._kind = kind
@@ -95,68 +111,59 @@ class FileUnits:
             start = Position(start.file + 1)
 
     def _text_unit(self, first: int) -> Unit:
-        """Text files from one on: as many as make up a unit."""
+        """Text files from one on: as many as make up a unit. A compressed one, whose content may be of any size, is a unit."""
         last = first + 1
-        while last < len(self._files) and self._starts[last + 1] - self._starts[first] <= UNIT_BYTES:
-            if self.kind_of(self._files[last]) != "text" or self._files[last] in self.broken:
+        is_alone = compression_of(self._files[first]) is not None
+        while not is_alone and last < len(self._files) and self._starts[last + 1] - self._starts[first] <= UNIT_BYTES:
+            name = self._files[last]
+            if self.kind_of(name) != "text" or name in self.broken or compression_of(name) is not None:
                 break
             last += 1
         return Unit("text", tuple(self._files[first:last]), Position(first), Position(last), self._starts[last])
 
     def _line_units(self, start: Position) -> Iterator[Unit]:
         path = self._files[start.file]
-        stream, raw = open_file(path)
-        with raw, stream:
-            blocks = _blocks(stream, start.offset)
-            for content, fault in blocks:
-                done = self._starts[start.file] + raw.tell()
-                if content:
-                    end = Position(start.file, start.offset + len(content), start.record + content.count(b"\n"))
-                    yield Unit("jsonl", (path,), start, end, done, content)
-                    start = end
-                if fault:
-                    end = Position(start.file + 1)
-                    yield Unit("jsonl", (path,), start, end, self._starts[start.file + 1], fault=f"{path}:{start.record + 1}: {fault}")
+        before, after = self._starts[start.file], self._starts[start.file + 1]
+        with ContentReader(path) as stream:
+            for block in LineBlocks(stream, start.offset, UNIT_BYTES, self._limits.document):
+                if block.announces_long_line and not self._passes_over:
+                    fault = f"{path}:{start.record + 1}: {document_fault(None, self._limits.document)}"
+                    yield Unit("jsonl", (path,), start, Position(start.file + 1), after, fault=fault, num_too_large=1)
+                    return
+                if block.fault:
+                    fault = f"{path}:{start.record + 1}: {block.fault}"
+                    yield Unit("jsonl", (path,), start, Position(start.file + 1), after, fault=fault)
+                    return
+                num_long = int(block.long_line is not None)
+                fault = f"{path}:{start.record + 1}: {document_fault(block.long_line, self._limits.document)}" if num_long else ""
+                num_lines = block.content.count(b"\n") + num_long
+                end = Position(start.file, start.offset + block.length, start.record + num_lines)
+                done = end.offset if block.length and stream.num_bytes is not None else stream.num_bytes_read
+                yield Unit("jsonl", (path,), start, end, min(before + done, after), block.content, fault, num_long, block.num_bytes_passed)
+                start = end
 
     def _row_units(self, start: Position, kind: Kind) -> Iterator[Unit]:
         path = self._files[start.file]
         before, after = self._starts[start.file], self._starts[start.file + 1]
-        pending: tuple[int, float, bytes] | None = None
+        pending: Piece | None = None
+        fault = ""
         try:
-            for piece in read_pieces(path, kind, self._fields, start.record, UNIT_BYTES):
+            for piece in read_pieces(path, kind, self._fields, start.record, UNIT_BYTES, self._limits):
                 if pending:
-                    end = Position(start.file, 0, piece[0])
-                    yield Unit(kind, (path,), start, end, before + int((after - before) * pending[1]), pending[2])
+                    end = Position(start.file, 0, piece.first_row)
+                    yield self._row_unit(path, start, end, before + int((after - before) * pending.share), pending)
                     start = end
                 pending = piece
-            end = Position(start.file + 1)
-            if pending:
-                yield Unit(kind, (path,), start, end, after, pending[2])
+                if piece.fault and not self._passes_over:
+                    break
         except TableError as error:
-            end = Position(start.file + 1)
-            if pending:
-                yield Unit(kind, (path,), start, end, after, pending[2])
-            yield Unit(kind, (path,), start, end, after, fault=f"{path}: {error}")
+            fault = f"{path}: {error}"
+        end = Position(start.file + 1)
+        if pending:
+            yield self._row_unit(path, start, end, after, pending)
+        if fault:
+            yield Unit(kind, (path,), start, end, after, fault=fault)
 
-
-def _blocks(stream: BufferedIOBase, offset: int) -> Iterator[tuple[bytes, str]]:
-    """(whole lines, "") from an offset on, and ("", fault) at the end of a damaged file, with the lines before the damage."""
-    parts: list[bytes] = []
-    size = 0
-    fault = ""
-    try:
-        stream.seek(offset)
-        # A block of exactly UNIT_BYTES is cut at its last line's end, so that where it ends depends on where it begins alone.
-        while part := stream.read(min(_READ_BYTES, UNIT_BYTES - size) if size < UNIT_BYTES else _READ_BYTES):
-            parts.append(part)
-            size += len(part)
-            if size >= UNIT_BYTES and (cut := part.rfind(b"\n") + 1):
-                rest = part[cut:]
-                yield b"".join([*parts[:-1], part[:cut]]), ""
-                parts, size = [rest], len(rest)
-    except damage() as error:
-        fault = f"the compressed file is damaged here: {error}"
-    content = b"".join(parts)
-    if fault:  # the last line is cut
-        content = content[: content.rfind(b"\n") + 1]
-    yield content, fault
+    def _row_unit(self, path: str, start: Position, end: Position, num_bytes_done: int, piece: Piece) -> Unit:
+        fault = f"{path}{piece.fault}" if piece.fault else ""
+        return Unit(self.kind_of(path), (path,), start, end, num_bytes_done, piece.content, fault, piece.num_too_large)

@@ -78,7 +78,7 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
 def test_units_can_be_begun_at_each_of_them(tmp_path, kind, monkeypatch):
     """What a resumed run relies on."""
     monkeypatch.setattr("data_tools.units.UNIT_BYTES", 400)
-    monkeypatch.setattr("data_tools.units._READ_BYTES", 150)
+    monkeypatch.setattr("data_tools.decompress.CHUNK_BYTES", 150)
     corpus = TextCorpus([write(tmp_path, kind)])
     units = list(corpus.units())
     assert len(units) > 4
@@ -95,7 +95,7 @@ def test_text_files_are_grouped_and_may_be_compressed(tmp_path):
     (tmp_path / "6.jsonl").write_bytes(jsonl(RECORDS[:2]))
     corpus = TextCorpus([tmp_path])
     units = list(corpus.units())
-    assert [len(unit.paths) for unit in units] == [2, 2, 2, 1]
+    assert [len(unit.paths) for unit in units] == [2, 2, 1, 1, 1]
     for number, unit in enumerate(units):
         assert list(corpus.units(unit.start)) == units[number:]
     assert [document.text for document in corpus][5:] == ["compressed", *TEXTS[:2]]

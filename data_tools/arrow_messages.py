@@ -1,0 +1,150 @@
+"""How large the record batches of an Arrow file are, from the messages' own headers, before anything is decoded.
+
+The headers are FlatBuffers (github.com/apache/arrow, format/Message.fbs and File.fbs), of which only what is asked for is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+MAX_METADATA_BYTES = 16 << 20
+"""Of one message's header or a file's footer, which hold no data."""
+BYTES_PER_VALUE = 8
+"""What a value takes at least while its length is counted, even an absent one."""
+_CONTINUATION = 0xFFFFFFFF
+_DICTIONARY, _RECORD_BATCH = 2, 3
+
+
+class MessageError(ValueError):
+    """A header that is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a stream."""
+
+    is_batch: bool
+    is_dictionary: bool
+    num_rows: int
+    decoded_bytes: int
+    """Of all buffers, decompressed, and BYTES_PER_VALUE for each value."""
+    end: int
+    """Where the next message begins."""
+
+
+def read_message(file: BinaryIO, place: int) -> Message | None:
+    """The message at a place of the file; None at the end of the stream.
+
+    Raises:
+        MessageError: for a header that is none.
+    """
+    file.seek(place)
+    length = int.from_bytes(head := file.read(4), "little")
+    if length == _CONTINUATION:
+        length = int.from_bytes(head := file.read(4), "little")
+    if len(head) < 4 or length == 0:
+        return None
+    if length > MAX_METADATA_BYTES:
+        raise MessageError(f"a message's header has {length} bytes, over the limit of {MAX_METADATA_BYTES}")
+    metadata = file.read(length)
+    body = file.tell()
+    try:
+        table = _Table.root(metadata)
+        kind, body_length = table.number(1, "<B"), table.number(3, "<q")
+        if body_length < 0:
+            raise MessageError("a message's header is damaged")
+        if kind not in (_DICTIONARY, _RECORD_BATCH):
+            return Message(False, False, 0, body_length, body + body_length)
+        batch = table.table(2) if kind == _RECORD_BATCH else table.table(2).table(1)
+        num_rows = batch.number(0, "<q")
+        num_values = sum(max(0, length) for length, _ in batch.structs(1, "<qq"))
+        buffers = list(batch.structs(2, "<qq"))
+        is_compressed = batch.has(3)
+    except struct.error as error:
+        raise MessageError("a message's header is damaged") from error
+    decoded = _decompressed_bytes(file, body, buffers) if is_compressed else body_length
+    decoded += BYTES_PER_VALUE * max(num_values, num_rows)
+    return Message(kind == _RECORD_BATCH, kind == _DICTIONARY, max(0, num_rows), decoded, body + body_length)
+
+
+def _decompressed_bytes(file: BinaryIO, body: int, buffers: list[tuple[int, ...]]) -> int:
+    """A compressed buffer begins with its length in memory; -1 stands for one that is stored as it is."""
+    total = 0
+    for offset, length in buffers:
+        if length > 0:
+            file.seek(body + max(0, offset))
+            said = int.from_bytes(file.read(8), "little", signed=True)
+            total += max(length, said)
+    return total
+
+
+def footer_blocks(file: BinaryIO, num_bytes: int) -> tuple[list[int], list[int]]:
+    """Where the (dictionaries, record batches) of a file in the file format begin.
+
+    Raises:
+        MessageError: for a footer that is none.
+    """
+    file.seek(max(0, num_bytes - 10))
+    length = int.from_bytes(file.read(4), "little", signed=True)
+    if not 0 < length <= min(MAX_METADATA_BYTES, num_bytes - 10):
+        raise MessageError(f"the footer has {length} bytes, which is no length or over the limit of {MAX_METADATA_BYTES}")
+    file.seek(num_bytes - 10 - length)
+    try:
+        footer = _Table.root(file.read(length))
+        dictionaries, batches = ([offset for offset, _, _ in footer.structs(field, "<qi4xq")] for field in (2, 3))
+    except struct.error as error:
+        raise MessageError("the footer is damaged") from error
+    if any(place < 0 for place in (*dictionaries, *batches)):
+        raise MessageError("the footer is damaged")
+    return dictionaries, batches
+
+
+class _Table:
+    """A FlatBuffers table; what leads outside of the bytes raises struct.error."""
+
+    def __init__(self, content: bytes, place: int) -> None:
+        self._content = content
+        self._place = place
+        self._fields = place - self._unpack("<i", place)[0]
+
+    @classmethod
+    def root(cls, content: bytes) -> _Table:
+        return cls(content, struct.unpack_from("<I", content, 0)[0])
+
+    def _unpack(self, kind: str, place: int) -> tuple[int, ...]:
+        if place < 0:
+            raise struct.error("outside of the header")
+        return struct.unpack_from(kind, self._content, place)
+
+    def _field(self, number: int) -> int:
+        """Where a field is; 0 if the table has it not."""
+        entry = 4 + 2 * number
+        if entry + 2 > self._unpack("<H", self._fields)[0]:
+            return 0
+        offset = self._unpack("<H", self._fields + entry)[0]
+        return self._place + offset if offset else 0
+
+    def has(self, number: int) -> bool:
+        return self._field(number) != 0
+
+    def number(self, number: int, kind: str) -> int:
+        place = self._field(number)
+        return self._unpack(kind, place)[0] if place else 0
+
+    def table(self, number: int) -> _Table:
+        if not (place := self._field(number)):
+            raise struct.error("no such table")
+        return _Table(self._content, place + self._unpack("<I", place)[0])
+
+    def structs(self, number: int, kind: str) -> Iterator[tuple[int, ...]]:
+        """The structures of a vector; a vector that is not there has no structure."""
+        if not (place := self._field(number)):
+            return
+        start = place + self._unpack("<I", place)[0]
+        length = self._unpack("<I", start)[0]
+        if start + 4 + length * struct.calcsize(kind) > len(self._content):
+            raise struct.error("outside of the header")
+        yield from struct.iter_unpack(kind, self._content[start + 4 : start + 4 + length * struct.calcsize(kind)])

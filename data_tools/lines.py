@@ -1,0 +1,115 @@
+"""Whole lines of a file in blocks of about one size; a line over the limit is passed over without being held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from data_tools.decompress import ContentReader, damage
+
+_QUIET_BYTES = 1 << 26
+"""So much is decoded at most without a block, so that progress is shown while a long line is passed over."""
+_EMPTY_CHUNK_BYTES = 1 << 12
+"""What an empty chunk counts of them: the time of this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Whole lines; or a line that is over the limit, after a block that announces it; or nothing but progress."""
+
+    content: bytes = b""
+    """The last line of the file may lack its end."""
+    num_bytes_passed: int = 0
+    """Decoded and dropped since the block before."""
+    announces_long_line: bool = False
+    """The next line is over the limit, and its end is still to be found."""
+    long_line: int | None = None
+    """Length of the line over the limit, without its end, if the block is this line."""
+    length: int = 0
+    """Bytes of the file that the block stands for, decompressed."""
+    fault: str = ""
+    """Why the rest of the file cannot be read."""
+
+
+class LineBlocks:
+    """The blocks of a file, from the beginning of a line on.
+
+    A block ends with the last line that ends within ``block_bytes``, or with the first line where none does: that depends on
+    nothing but where the block begins.
+    """
+
+    def __init__(self, stream: ContentReader, offset: int, block_bytes: int, max_line_bytes: int) -> None:
+        self._chunks = stream.chunks(offset)
+        self._block_bytes = block_bytes
+        self._most = max(block_bytes, max_line_bytes)
+        """Bytes in which a line must end; a shorter line over the limit is in a block like others, for the reader to leave out."""
+        self._pending = bytearray()
+        self._searched = 0
+        self._num_quiet = 0
+        self._num_passed = 0
+
+    def __iter__(self) -> Iterator[Block]:
+        fault = ""
+        try:
+            for chunk in chain(self._chunks, [b""]):
+                self._pending += chunk
+                yield from self._blocks()
+                if self._is_quiet(chunk):
+                    yield self._progress()
+        except damage() as error:
+            fault = f"the compressed file is damaged here: {error}"
+            del self._pending[self._pending.rfind(b"\n") + 1 :]  # the last line is cut
+        if self._pending:
+            yield Block(bytes(self._pending), length=len(self._pending))
+        if fault:
+            yield Block(fault=fault)
+
+    def _blocks(self) -> Iterator[Block]:
+        while True:
+            if stop := self._end():
+                yield Block(bytes(self._pending[:stop]), length=stop)
+                del self._pending[:stop]
+            elif len(self._pending) > self._most:
+                yield from self._pass_over()
+            else:
+                return
+            self._searched = self._num_quiet = 0
+
+    def _end(self) -> int:
+        """Where the first block of what is pending ends; 0 if it does not end there."""
+        size = self._block_bytes
+        if len(self._pending) < size:
+            return 0
+        stop = self._pending.rfind(b"\n", 0, size) + 1 if self._searched < size else 0
+        stop = stop or self._pending.find(b"\n", max(self._searched, size), self._most + 1) + 1
+        self._searched = len(self._pending)
+        return stop
+
+    def _pass_over(self) -> Iterator[Block]:
+        """Drop the rest of a line, and yield the block of the line."""
+        yield Block(announces_long_line=True)
+        num_bytes = num_ends = 0
+        for chunk in chain([bytes(self._pending)], self._chunks):
+            self._pending.clear()
+            stop = chunk.find(b"\n")
+            dropped = stop if stop >= 0 else len(chunk)
+            num_bytes += dropped
+            self._num_passed += dropped
+            if stop >= 0:
+                self._pending += chunk[stop + 1 :]
+                num_ends = 1
+                break
+            if self._is_quiet(chunk):
+                yield self._progress()
+        yield Block(num_bytes_passed=self._num_passed, long_line=num_bytes, length=num_bytes + num_ends)
+        self._num_passed = 0
+
+    def _is_quiet(self, chunk: bytes) -> bool:
+        self._num_quiet += max(len(chunk), _EMPTY_CHUNK_BYTES)
+        return self._num_quiet >= _QUIET_BYTES
+
+    def _progress(self) -> Block:
+        block = Block(num_bytes_passed=self._num_passed)
+        self._num_quiet = self._num_passed = 0
+        return block

@@ -1,0 +1,94 @@
+"""How large the rows of an Arrow array are as Python values, however little memory the array itself takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ELEMENT_BYTES = 8
+"""What an element of a list counts beside its text: lists of absent values take memory, too."""
+
+
+def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
+    """int64 [rows]: bytes of the text in each row, with what it refers to (an entry of a dictionary, say) as often as it refers to it."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    kind = array.type
+    if not len(array):
+        return np.zeros(0, dtype=np.int64)
+    if isinstance(array, pyarrow.ExtensionArray):
+        return text_sizes(array.storage)
+    if types.is_dictionary(kind):
+        return _taken(text_sizes(array.dictionary), array.indices)
+    if types.is_run_end_encoded(kind):
+        places = np.arange(array.offset, array.offset + len(array))
+        return text_sizes(array.values)[np.searchsorted(array.run_ends.to_numpy(), places, side="right")]
+    if any(is_kind(kind) for is_kind in (types.is_binary, types.is_string, types.is_large_binary, types.is_large_string)):
+        return _numbers(compute.binary_length(array))
+    if types.is_binary_view(kind) or types.is_string_view(kind):
+        return _view_lengths(array)
+    if types.is_fixed_size_binary(kind):
+        return np.full(len(array), kind.byte_width, dtype=np.int64)
+    if types.is_struct(kind):
+        return sum((text_sizes(child) for child in array.flatten()), np.zeros(len(array), dtype=np.int64))
+    if types.is_union(kind):
+        return sum((_union_child(array, i) for i in range(kind.num_fields)), np.zeros(len(array), dtype=np.int64))
+    if types.is_nested(kind):
+        return _list_sizes(array)
+    return np.zeros(len(array), dtype=np.int64)
+
+
+def _numbers(array: pyarrow.Array) -> NDArray[np.int64]:
+    numbers: NDArray[np.int64] = array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return numbers
+
+
+def _taken(sizes: NDArray[np.int64], indices: pyarrow.Array) -> NDArray[np.int64]:
+    return np.append(sizes, 0)[np.where(indices.is_valid(), _numbers(indices), len(sizes))]
+
+
+def _view_lengths(array: pyarrow.Array) -> NDArray[np.int64]:
+    """A view is 16 bytes, of which the first four are the length."""
+    views = np.frombuffer(array.buffers()[1], dtype=np.int32).reshape(-1, 4)[array.offset : array.offset + len(array), 0]
+    return np.where(array.is_valid(), views, 0).astype(np.int64)
+
+
+def _union_child(array: pyarrow.Array, number: int) -> NDArray[np.int64]:
+    """The largest row of a child stands for each: which rows are the child's is not looked at."""
+    child = array.field(number)
+    return np.full(len(array), text_sizes(child).max(initial=0))
+
+
+def _list_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
+    from pyarrow import types
+
+    if types.is_fixed_size_list(array.type):
+        width = array.type.list_size
+        starts = (array.offset + np.arange(len(array))) * width
+        stops = starts + width
+    elif types.is_list(array.type) or types.is_large_list(array.type) or types.is_map(array.type):
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        starts, stops = offsets[:-1], offsets[1:]
+    else:  # a list view
+        starts = array.offsets.to_numpy().astype(np.int64)
+        stops = starts + array.sizes.to_numpy()
+    first, last = int(starts.min()), int(stops.max())
+    values = _elements(array).slice(first, last - first)
+    ends = np.concatenate([[0], np.cumsum(text_sizes(values) + _ELEMENT_BYTES)])
+    return np.where(array.is_valid(), ends[stops - first] - ends[starts - first], 0)
+
+
+def _elements(array: pyarrow.Array) -> pyarrow.Array:
+    """What the lists consist of; of a map, pairs of a key and a value."""
+    import pyarrow
+    from pyarrow import types
+
+    if not types.is_map(array.type):
+        return array.values
+    return pyarrow.StructArray.from_arrays([array.keys, array.items], names=["key", "value"])
