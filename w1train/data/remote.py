@@ -16,7 +16,7 @@ from typing import Any
 from w1train.data.indexed import DatasetError, bin_path, idx_path
 from w1train.data.manifest import manifest_path
 from w1train.data.shards import SHARD_PATTERN, shard_names
-from w1train.runtime.files import exclusive, replace_file
+from w1train.runtime.files import exclusive, replace_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _fill(file_system: Any, remote: str, target: Path, required: bool) -> None:
         return
     stamp.unlink(missing_ok=True)
     _copy(file_system, remote, target, info["size"])
-    stamp.write_text(version)
+    write_text(stamp, version)
 
 
 def _copy(file_system: Any, remote: str, target: Path, num_bytes: int) -> None:

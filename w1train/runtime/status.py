@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from w1train.runtime.files import open_new
+
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "running", "saving", "validating", "finished", "stopped", "failed", "mistake"]
@@ -123,7 +125,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{threading.current_thread().name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values))
+        with open_new(partial) as file:
+            file.write(json.dumps(values).encode())
         os.replace(partial, path)
     except OSError as error:
         logger.warning("could not write %s: %s", path, error)
