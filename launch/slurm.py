@@ -18,6 +18,7 @@ from launch.slurm_arguments import PROGRAM, Submission, parse
 from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
 from w1train.runtime.files import write_text
+from w1train.runtime.masking import mask_output
 
 
 class SubmissionError(Exception):
@@ -26,6 +27,7 @@ class SubmissionError(Exception):
 
 def main(words: Sequence[str]) -> int:
     """Exit status: 0, 1 where sbatch fails or is not there, 2 for a mistake in what was asked."""
+    mask_output()
     try:
         submission = parse(words, Path.cwd())
     except ConfigurationError as error:

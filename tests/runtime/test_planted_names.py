@@ -84,7 +84,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
 def test_what_is_not_our_file_is_refused_where_a_file_is_kept(name, plant, tmp_path, victim):
     path = tmp_path / name
     plant(victim, path)
-    with pytest.raises((UnsafeFileError, RunDirectoryError), match="link|regular") as caught:
+    with pytest.raises((UnsafeFileError, RunDirectoryError), match=r"link|regular") as caught:
         REFUSED[name](path)
     assert str(path) in str(caught.value)
     assert "remove it" in str(caught.value)
@@ -169,9 +169,14 @@ def test_modes_and_permissions_are_those_of_open(tmp_path):
 def test_a_library_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), replace_by_library(path) as written:
-        written.write_bytes(b"half")
-        raise KeyboardInterrupt
+
+    def write_half():
+        with replace_by_library(path) as written:
+            written.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
 
@@ -197,7 +202,9 @@ def writes(call: ast.Call) -> bool:
     if name == "open":
         texts = [node.value for argument in [*call.args, *call.keywords] for node in ast.walk(argument) if isinstance(node, ast.Constant)]
         flags = {node.attr for argument in call.args for node in ast.walk(argument) if isinstance(node, ast.Attribute)}
-        is_mode = any(isinstance(text, str) and 0 < len(text) <= 3 and set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts)
+        is_mode = any(
+            isinstance(text, str) and 0 < len(text) <= 3 and set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts
+        )
         return is_mode or bool(flags & {"O_CREAT", "O_WRONLY", "O_RDWR"})
     if not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Name | ast.Attribute | ast.Call | ast.BinOp):
         return False

@@ -66,7 +66,8 @@ def _open_no_link(path: str, flags: int) -> int:
 
 
 def _unsafe(path: str, reason: str) -> UnsafeFileError:
-    return UnsafeFileError(f"{path} {reason}. Look where it comes from (ls -li {path}), and remove it or put a copy of its content in its place")
+    advice = f"Look where it comes from (ls -li {path}), and remove it, or put a copy of its content in its place"
+    return UnsafeFileError(f"{path} {reason}. {advice}")
 
 
 @contextmanager
@@ -105,8 +106,8 @@ def exclusive(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def replace_by_library(path: str | Path) -> Iterator[Path]:
-    """Give a library that opens its file by itself a path in a new directory, which nobody else may write to; what it has written there takes
-    ``path``'s place when the block ends without an exception."""
+    """Give a library that opens its file by itself a path in a new directory, to which nobody else may write. The file takes the place of
+    ``path`` when the block ends without an exception."""
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / path.name

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from w1train.runtime.files import open_new
+from w1train.runtime.masking import mask
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class StatusFile:
         changed = (state or status.state, values.get("message", status.message)) != (status.state, status.message)
         status.state = state or status.state
         for name, value in values.items():
-            setattr(status, name, value)
+            setattr(status, name, mask(value) if isinstance(value, str) else value)
         status.time = time.time()
         self._held = self._held and status.state in ("starting", "finished", "failed", "mistake")
         now = time.monotonic()
