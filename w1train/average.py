@@ -72,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     members.add_argument("--steps", type=_steps, metavar="N,N", help="the checkpoints of these steps instead")
     parser.add_argument("--metric", choices=["elbo", "masked_cross_entropy"], help="what is best; checkpoint.best_metric if not given")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write instead of RUN/checkpoints/average_...")
-    parser.add_argument("--validation", metavar="PREFIX", help="compare them on another validation set than the run's")
+    parser.add_argument("--validation", metavar="PREFIX", help="compare on another validation set than the run's, and do not record it")
     parser.add_argument("--no-evaluate", action="store_true", help="write the average, and do not compare it with its members")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
     return parser.parse_args(arguments)

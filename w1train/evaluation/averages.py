@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
@@ -48,7 +49,8 @@ class AverageRequest:
 
 
 def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
-    """Write the average; the comparison with its members, if that is asked for, is recorded in the run unless the output is elsewhere.
+    """Write the average; the comparison with its members, if that is asked for, is recorded in the run unless the output or the validation
+    set is elsewhere.
 
     Raises:
         UserError: not enough checkpoints; the run is in use, and the average would go into it; no validation set to compare on.
@@ -70,7 +72,7 @@ def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
         if not request.evaluate:
             return path, None
         comparison = _compare(request, path, steps, metric)
-        if request.output is None and not _is_recorded(request.run, comparison):
+        if request.output is None and _is_own(request, config) and not _is_recorded(request.run, comparison):
             _record(request.run, config, read_progress(path).step, read_progress(path).samples, comparison)
         return path, comparison
 
@@ -80,6 +82,11 @@ def _require_validation(request: AverageRequest, config: Config) -> None:
     if prefix is None:
         raise UserError(f"{request.run} has no data.validation to compare checkpoints on: give --validation PREFIX or --no-evaluate")
     require_password(prefix)
+
+
+def _is_own(request: AverageRequest, config: Config) -> bool:
+    """Whether the comparison is on the run's validation set, whose URL the run has without its password."""
+    return request.validation is None or mask_urls(request.validation) == config.data.validation
 
 
 @contextlib.contextmanager
