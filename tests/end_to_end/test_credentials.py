@@ -162,6 +162,12 @@ def test_what_fails_before_a_run_shows_no_secret(tiny_run, tmp_path):
     assert secrets_in(tmp_path, SECRETS) == []
 
 
+def test_the_printed_configuration_has_no_secret(tiny_run, tmp_path):
+    output = tiny_run.train("--cfg", "job", *given(tiny_run, tmp_path, PASSWORDS[1])).require(0).output
+    assert output.count("amelie:***@host") == 3
+    assert secrets_in(tmp_path, SECRETS) == []
+
+
 def test_a_traceback_shows_no_secret(tiny_run, tmp_path):
     """A fault of the program itself keeps its traceback, with the text of the exception."""
 
