@@ -24,6 +24,7 @@ from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.shards import open_dataset
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import write_text
+from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Check:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a check failed."""
+    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.inspect",
         description="Counts, lengths, samples and checks of a dataset. The exit status is 1 if a check fails.",

@@ -17,6 +17,7 @@ from w1train.config.command_line import parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
+from w1train.runtime.masking import mask_output
 
 
 def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
@@ -52,6 +53,7 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 for a mistake."""
+    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -37,6 +37,7 @@ check_corpus() {
       "$data" "$(cat "$data/source.txt")" "$data" "$RUNS" >&2
     exit 1
   fi
+  rm -f "$data/source.txt" # it may be a link to a file of somebody else's
   printf '%s\n' "$source" >"$data/source.txt"
 }
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from launch.slurm_arguments import PROGRAM, Submission, parse
 from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
+from w1train.runtime.files import write_text
+from w1train.runtime.masking import mask_output
 
 
 class SubmissionError(Exception):
@@ -25,6 +27,7 @@ class SubmissionError(Exception):
 
 def main(words: Sequence[str]) -> int:
     """Exit status: 0, 1 where sbatch fails or is not there, 2 for a mistake in what was asked."""
+    mask_output()
     try:
         submission = parse(words, Path.cwd())
     except ConfigurationError as error:
@@ -55,7 +58,7 @@ def submit(submission: Submission, script: str) -> list[str]:
     logs.mkdir(parents=True, exist_ok=True)  # Slurm would not make it, and the job would fail without a word
     _require_no_living_chain(logs / "chain", submission.job.job_name or submission.run.name)
     path = logs / "job.sh"
-    path.write_text(script)
+    write_text(path, script)
     # What counts the failures of an earlier submission must not end this one.
     for name in ("failures", "chain"):
         (logs / name).unlink(missing_ok=True)
@@ -68,7 +71,7 @@ def submit(submission: Submission, script: str) -> list[str]:
             subprocess.run(["scancel", *jobs], check=False)
         raise
     if len(jobs) > 1:
-        (logs / "chain").write_text("".join(f"{job}\n" for job in jobs))
+        write_text(logs / "chain", "".join(f"{job}\n" for job in jobs))
     print(f"submitted: job {', '.join(jobs)}, {submission.job.num_ranks} ranks on {submission.job.nodes} nodes")
     print(f"run directory: {submission.run.directory}\nlog: {logs}/slurm_{jobs[0]}.log (rank 0; all ranks: {logs}/latest/)")
     return jobs

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.check import checked_config, nsys_problems
 from launch.slurm_script import Job, RunPlace, warning_seconds
+from w1train.config.credentials import mask_urls
 from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
 from w1train.config.schema import Config
 
@@ -67,7 +68,7 @@ def parse(words: Sequence[str], directory: Path) -> Submission:
     """
     before, arguments = _split(words)
     known, unknown = _parser().parse_known_args(before)
-    problems = [_unknown(word) for word in unknown]
+    problems = [_unknown(word) for word in unknown] + [_with_password(word) for word in words if mask_urls(word) != word]
     job = _job(known, directory, problems)
     try:
         config: Config | None = checked_config(arguments, job.num_ranks if job.num_ranks > 0 else None)
@@ -89,6 +90,13 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(words)
     end = words.index("--") if "--" in words else len(words)
     return words[:end], words[end + 1 :]
+
+
+def _with_password(word: str) -> Problem:
+    """Others may read the script, and Slurm keeps a copy of it. The environment of launch.slurm goes to the job another way."""
+    valid = "no password of a URL on this command line, which the job's script would hold"
+    key = word.partition("=")[0]
+    return Problem(key, word, valid, f"export VARIABLE=URL in this shell, and behind -- {key}='${{oc.env:VARIABLE}}', if it is a key")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError
+from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, or 2 for bad input, with its reason on stderr."""
+    mask_output()
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from w1train.training.checkpoint import CheckpointError
     from w1train.training.comparison import comparison_lines
 
-    request = AverageRequest(args.run, args.top_k, args.metric, args.steps, args.output, evaluate=not args.no_evaluate)
+    request = AverageRequest(args.run, args.top_k, args.metric, args.steps, args.output, not args.no_evaluate, args.validation)
     try:
         path, comparison = average_run(request)
     except (UserError, FileNotFoundError) as error:
@@ -70,6 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     members.add_argument("--steps", type=_steps, metavar="N,N", help="the checkpoints of these steps instead")
     parser.add_argument("--metric", choices=["elbo", "masked_cross_entropy"], help="what is best; checkpoint.best_metric if not given")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write instead of RUN/checkpoints/average_...")
+    parser.add_argument("--validation", metavar="PREFIX", help="compare on another validation set than the run's, and do not record it")
     parser.add_argument("--no-evaluate", action="store_true", help="write the average, and do not compare it with its members")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
     return parser.parse_args(arguments)

@@ -21,6 +21,8 @@ import yaml
 
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
+from w1train.runtime.files import write_text
+from w1train.runtime.masking import mask_output
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Written even where they are the default: a reader of the recipe looks for them.
@@ -29,6 +31,7 @@ _ALWAYS = ("num_query_groups", "kv_channels", "max_sequence_length", "rope_base"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 if something could not be read or written, or 2 for bad input."""
+    mask_output()
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)
@@ -53,7 +56,7 @@ def from_hugging_face(args: argparse.Namespace) -> int:
     if args.output.exists():
         raise UserError(f"{args.output} is there already: remove it, or choose another name")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text)
+    write_text(args.output, text)
     print(f"wrote {args.output}: choose it with --config-dir {args.output.parent.parent} model={args.output.stem}", file=sys.stderr)
     return 0
 

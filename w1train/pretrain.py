@@ -21,9 +21,11 @@ from pathlib import Path
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
+from w1train.config.serialization import leaves
 from w1train.config.validate import validate
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.exit_status import ExitStatus
+from w1train.runtime.masking import mask_output, remember_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,14 @@ _LIBRARY_CHATTER = (
 def main(arguments: list[str]) -> int:
     """Exit status: see w1train.runtime.exit_status. SIGTERM and SIGUSR1 end the run after the step that is under way, with a checkpoint;
     before it holds its run directory, at once."""
+    mask_output()
     try:
         # Before anything asks for RANK: the command line does, to say its mistakes once.
         discovery = discover_ranks()
     except ConfigurationError as error:
         return _fail_alone(str(error), ExitStatus.MISTAKE)
     config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
+    remember_passwords(str(value) for _, value in leaves(config))  # a recipe or a variable of the environment may have brought them
     set_up_logging()
     if discovery is not None:
         logger.info("%s", discovery)

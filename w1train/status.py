@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w1train.runtime.exit_status import ExitStatus
+from w1train.runtime.masking import mask_output
 from w1train.runtime.status import Heartbeat, Status, read_heartbeats, read_status
 
 _STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "failed": ExitStatus.FAILED, "mistake": ExitStatus.MISTAKE}
@@ -32,6 +33,7 @@ _MOST_NAMED = 8
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line a run; the exit status is the module's."""
+    mask_output()
     parser = argparse.ArgumentParser(prog="w1train.status", description="What runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(

@@ -105,3 +105,20 @@ def test_what_is_not_there_is_named(prefix, message, tmp_path):
     with pytest.raises(DatasetError, match=message):
         localize(prefix, str(tmp_path))
     assert threading.active_count() == num_threads
+
+
+def test_another_password_finds_the_same_copy_and_none_at_all_is_said(bucket, tmp_path, monkeypatch):
+    prefix, _ = bucket
+    asked = []
+
+    def file_system(url: str):
+        asked.append(url)
+        return fsspec.core.url_to_fs(url.replace("user:first@", "").replace("user:second@", ""))
+
+    monkeypatch.setattr(remote, "_file_system", file_system)
+    urls = [prefix.replace("://", f"://user:{password}@") for password in ("first", "second", "***")]
+    cache = str(tmp_path / "cache")
+    assert localize(urls[0], cache) == localize(urls[1], cache)
+    assert asked == urls[:2], "the storage is asked with the password"
+    with pytest.raises(DatasetError, match=r"\*\*\* stands for a password.*--validation"):
+        localize(urls[2], cache)

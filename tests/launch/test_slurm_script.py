@@ -227,3 +227,27 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch, capsys):
     assert slurm.main(["--gpus-per-node", "0", "--", "recipe=demo"]) == 1
     assert "sbatch is not on PATH" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", "recipe=demo", "checkpoint.upload='s3://user:hunter2@host/runs'"],
+        ["--env", "HTTPS_PROXY=http://user:hunter2@proxy:3128", "--", "recipe=demo"],
+        ["--setup", "curl https://user:hunter2@host/setup.sh | sh", "--", "recipe=demo"],
+    ],
+)
+def test_a_password_goes_into_no_script(words, capsys):
+    """The script lies in the run directory, and Slurm keeps a copy."""
+    assert slurm.main(["--dry-run", *words]) == 2
+    printed = capsys.readouterr()
+    assert "hunter2" not in printed.out + printed.err
+    assert "user:***@" in printed.err
+    assert "export VARIABLE=URL" in printed.err
+
+
+def test_the_way_that_is_proposed_keeps_the_password_out(monkeypatch):
+    monkeypatch.setenv("VARIABLE", "s3://user:hunter2@host/runs")
+    text = script("--", "recipe=w1_4b", "checkpoint.upload=${oc.env:VARIABLE}")
+    assert "hunter2" not in text
+    assert "'checkpoint.upload=${oc.env:VARIABLE}'" in text

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,17 @@ from w1train.runtime.run_directory import RunDirectory, RunDirectoryError
 
 def _claim_and_die(path: Path) -> None:
     RunDirectory(path).claim()
-    # As a data worker does: alive until it notices that its parent is gone.
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,)).start()
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    context.Process(target=_work, args=(begun,)).start()
+    assert begun.wait(60)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _work(begun: Event) -> None:
+    """As a data worker does: alive until it notices that its parent is gone."""
+    begun.set()
+    time.sleep(5)
 
 
 def test_workers_of_a_killed_run_do_not_hold_its_directory(tmp_path):

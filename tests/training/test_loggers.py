@@ -152,3 +152,19 @@ def test_disabled_writes_nothing(tmp_path):
     run.log(train_record(step=1))
     run.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_sees_no_password_on_the_command_line(tmp_path, monkeypatch):
+    """It keeps the command line in the run's metadata, and sends it."""
+    seen = []
+
+    import wandb
+
+    def init(settings: wandb.Settings, **_: object) -> None:
+        seen.extend(settings._args)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(sys, "argv", ["w1train.pretrain", "recipe=demo", "checkpoint.upload=s3://user:hunter2@host/runs"])
+    monkeypatch.setattr(wandb, "init", init)
+    WandbLogger(tmp_path, mode="online", project="p", name="n", config={}, validation_timesteps=[])
+    assert seen == ["recipe=demo", "checkpoint.upload=s3://user:***@host/runs"]

@@ -37,6 +37,7 @@ from w1train.config.recipe_files import (
     recipe_is_global,
 )
 from w1train.config.schema import Config
+from w1train.config.serialization import find_masked
 from w1train.config.validate import validate_conversion
 
 _ALL_SECTIONS = frozenset(config_field.name for config_field in dataclasses.fields(Config))
@@ -78,6 +79,7 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     tree, unresolved = _resolve(tree)
     conversion = convert(tree, unknown_sections, _typed_texts(request.edits))
     problems += unresolved + _no_recipe(request.choices, conversion.problems, options) + conversion.problems
+    problems += find_masked(conversion.config) if conversion.complete else []
     raise_if_any(problems + validate_conversion(conversion))
     return conversion.config
 

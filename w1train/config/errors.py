@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import yaml
 
+from w1train.config.credentials import mask_tree, mask_urls
+
 NOT_GIVEN = "(not given)"
 _LONGEST_VALUE = 80
 
@@ -29,11 +31,15 @@ class Problem:
         lines = [self.key, f"   found: {self.found}", f"   valid: {self.valid}"]
         if self.suggestion:
             lines.append(f"   try:   {self.suggestion}")
-        return "\n".join(lines)
+        return mask_urls("\n".join(lines))
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. Commands show its text alone; any other error is one of the program and keeps its traceback."""
+    """A mistake in what the user gave. Commands show its text alone; any other error is one of the program and keeps its traceback.
+    The text has no passwords of URLs."""
+
+    def __str__(self) -> str:
+        return mask_urls(super().__str__())
 
 
 class ConfigurationError(UserError):
@@ -58,7 +64,8 @@ def raise_if_any(problems: Sequence[Problem]) -> None:
 
 
 def show(value: object) -> str:
-    """A value as it would be written in YAML, on one line and shortened."""
+    """A value as it would be written in YAML, on one line and shortened, without passwords of URLs."""
+    value = mask_tree(value)  # before it is shortened: what is left of a URL may end in the middle of its password
     if isinstance(value, str):
         text = repr(value)
     else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from w1train.config.convert import convert, join
+from w1train.config.credentials import is_masked, mask_tree
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate_conversion
@@ -68,8 +69,9 @@ for side in (_Loader, _Dumper):
 
 
 def config_to_yaml(config: Config) -> str:
-    """The complete tree, every default included, in the schema's order. Reading it back gives an equal configuration."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """The complete tree, every default included, in the schema's order. Reading it back gives an equal configuration, but for the passwords
+    of URLs, which are written as ``***``."""
+    return yaml.dump(mask_tree(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_from_yaml(source: str | Path) -> Config:
@@ -84,22 +86,35 @@ def config_from_yaml(source: str | Path) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every value by its full key, in the schema's order; a list is one value."""
-    flat: dict[str, Any] = {}
+    """Every value by its full key, in the schema's order, the passwords of URLs as ``***``; a list is one value."""
+    return {key: mask_tree(value) for key, value in leaves(config)}
 
-    def visit(value: Any, key: str) -> None:
-        if isinstance(value, Mapping):
-            for name, child in value.items():
-                visit(child, join(key, name))
-        else:
-            flat[key] = value
 
-    visit(dataclasses.asdict(config), "")
-    return flat
+def find_masked(config: Config) -> list[Problem]:
+    """The URLs that have come without their passwords, out of a run's config.yaml or the output of --cfg job."""
+    valid = "the whole URL: *** stands for a password, which w1train writes nowhere"
+    return [
+        Problem(key, value, valid, f"export the URL, and give {key}='${{oc.env:VARIABLE}}'")
+        for key, value in leaves(config)
+        if isinstance(value, str) and is_masked(value)
+    ]
+
+
+def leaves(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every full key and its value as it is, with passwords."""
+    return _leaves(dataclasses.asdict(config), "")
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, child in value.items():
+            yield from _leaves(child, join(key, name))
+    else:
+        yield key, value
 
 
 def config_differences(old: Config, new: Config) -> list[Difference]:
-    """What changed, in the order of ``new``, then what only ``old`` has."""
+    """What changed, in the order of ``new``, then what only ``old`` has. Another password in a URL is no change: stored ones have none."""
     before, after = flatten(old), flatten(new)
     keys = [*after, *(key for key in before if key not in after)]
     pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from w1train.config.credentials import is_masked, mask_urls
 from w1train.data.indexed import DatasetError, bin_path, idx_path
 from w1train.data.manifest import manifest_path
 from w1train.data.shards import SHARD_PATTERN, shard_names
-from w1train.runtime.files import exclusive, replace_file
+from w1train.runtime.files import exclusive, replace_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ def localize(prefix: str, cache_directory: str | None) -> str:
     """
     if not is_remote(prefix):
         return prefix
+    require_password(prefix)
     assert cache_directory is not None, "the configuration was not validated"
     # Two buckets may have a dataset of the same name.
-    directory = Path(cache_directory) / hashlib.sha256(prefix.encode()).hexdigest()[:16]
+    directory = Path(cache_directory) / hashlib.sha256(mask_urls(prefix).encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
     local = directory / prefix.rsplit("/", 1)[1]
     file_system, path = _file_system(prefix)
@@ -52,6 +54,14 @@ def localize(prefix: str, cache_directory: str | None) -> str:
         _localize(file_system, dataset, directory / dataset.rsplit("/", 1)[1])
     _forget_others(local, {dataset.rsplit("/", 1)[1] for dataset in datasets})
     return str(local)
+
+
+def require_password(prefix: str) -> None:
+    """Raises DatasetError if the prefix is a URL out of a config.yaml, which has no passwords."""
+    if is_masked(prefix):
+        raise DatasetError(
+            f"{prefix}: *** stands for a password, which a run's config.yaml does not have. Give the dataset's whole URL with --validation"
+        )
 
 
 def _datasets(file_system: Any, path: str) -> list[str]:
@@ -103,7 +113,7 @@ def _fill(file_system: Any, remote: str, target: Path, required: bool) -> None:
         return
     stamp.unlink(missing_ok=True)
     _copy(file_system, remote, target, info["size"])
-    stamp.write_text(version)
+    write_text(stamp, version)
 
 
 def _copy(file_system: Any, remote: str, target: Path, num_bytes: int) -> None:

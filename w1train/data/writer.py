@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from w1train.data.indexed import DatasetError, begin_index, bin_path, finish_index, idx_path, lengths_end, token_dtype
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.tokenizer import Tokenizer
-from w1train.runtime.files import PARTIAL_SUFFIX, sync_directory
+from w1train.runtime.files import PARTIAL_SUFFIX, open_in_place, open_new, sync_directory
 from w1train.runtime.version import __version__
 
 __all__ = ["DatasetWriter", "ResumeError", "WriterProgress", "check_sealed", "open_exclusively", "partial_paths", "publish", "unigram_bits"]
@@ -68,9 +68,11 @@ class DatasetWriter:
         self._bin_partial.parent.mkdir(parents=True, exist_ok=True)
         self._bin_file: BinaryIO | None = open_exclusively(self._bin_partial)
         try:
-            self._idx_file: BinaryIO = open(self._idx_partial, "r+b" if resume else "w+b")  # noqa: SIM115 (closed by _close)
-        except FileNotFoundError:
+            self._idx_file = open_in_place(self._idx_partial, "r+b") if resume else open_new(self._idx_partial)
+        except OSError as error:
             self._bin_file.close()
+            if not isinstance(error, FileNotFoundError):
+                raise
             raise ResumeError(f"{self._idx_partial} is gone") from None
         if resume is None:
             self._bin_file.truncate(0)
@@ -172,12 +174,12 @@ class DatasetWriter:
     def _go_on_from(self, resume: WriterProgress) -> None:
         """Cut off what came after, and count again what is there: hashes and counts have no state that could be kept."""
         assert self._bin_file is not None
-        num_bytes = {self._bin_partial: resume.num_tokens * self._dtype.itemsize, self._idx_partial: lengths_end(resume.num_documents)}
-        for path, wanted in num_bytes.items():
-            if (found := path.stat().st_size) < wanted:
+        num_bytes = {self._bin_file: resume.num_tokens * self._dtype.itemsize, self._idx_file: lengths_end(resume.num_documents)}
+        for file, wanted in num_bytes.items():
+            if (found := os.fstat(file.fileno()).st_size) < wanted:
                 self.keep()
-                raise ResumeError(f"{path} has {found} bytes, its progress record says {wanted}")
-            os.truncate(path, wanted)
+                raise ResumeError(f"{file.name} has {found} bytes, its progress record says {wanted}")
+            file.truncate(wanted)
         self._idx_file.seek(0, os.SEEK_END)
         with open(self._bin_partial, "rb") as file:
             while content := file.read(_READ_BYTES):
@@ -280,9 +282,10 @@ def open_exclusively(path: Path) -> BinaryIO:
     """Open a file for appending that no other process has open for writing through this function.
 
     The lock ends with the process, however it ends. The name is looked up again under the lock: the other writer may have
-    finished and renamed the file in between, and emptying it then would destroy its dataset.
+    finished and renamed the file in between, and emptying it then would destroy its dataset. Raises DatasetError, and OSError as
+    :func:`open_in_place` does.
     """
-    file = open(path, "ab")  # noqa: SIM115 (the lock lives as long as the file is open)
+    file = open_in_place(path, "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.exists() or os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:

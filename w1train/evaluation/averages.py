@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
+from w1train.data.remote import require_password
 from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
 from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
@@ -42,18 +44,21 @@ class AverageRequest:
     steps: list[int] | None
     output: Path | None
     evaluate: bool
+    validation: str | None = None
+    """Prefix of a validation set; None = the run's."""
 
 
 def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
-    """Write the average; the comparison with its members, if that is asked for, is recorded in the run unless the output is elsewhere.
+    """Write the average; the comparison with its members, if that is asked for, is recorded in the run unless the output or the validation
+    set is elsewhere.
 
     Raises:
         UserError: not enough checkpoints; the run is in use, and the average would go into it; no validation set to compare on.
         CheckpointError: a member is damaged, or the average could not be written.
     """
     config = config_from_yaml(request.run / "config.yaml")
-    if request.evaluate and config.data.validation is None:
-        raise UserError(f"{request.run} has no data.validation to compare checkpoints on: give --no-evaluate")
+    if request.evaluate:
+        _require_validation(request, config)
     metric = request.metric or config.checkpoint.best_metric
     redirect_cuda_to_cpu()
     initialize_process_group(select_device())
@@ -66,10 +71,22 @@ def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
         path = average_steps(request.run / "checkpoints", steps, request.output)
         if not request.evaluate:
             return path, None
-        comparison = _compare(request.run, path, steps, metric)
-        if request.output is None and not _is_recorded(request.run, comparison):
+        comparison = _compare(request, path, steps, metric)
+        if request.output is None and _is_own(request, config) and not _is_recorded(request.run, comparison):
             _record(request.run, config, read_progress(path).step, read_progress(path).samples, comparison)
         return path, comparison
+
+
+def _require_validation(request: AverageRequest, config: Config) -> None:
+    prefix = request.validation or config.data.validation
+    if prefix is None:
+        raise UserError(f"{request.run} has no data.validation to compare checkpoints on: give --validation PREFIX or --no-evaluate")
+    require_password(prefix)
+
+
+def _is_own(request: AverageRequest, config: Config) -> bool:
+    """Whether the comparison is on the run's validation set, whose URL the run has without its password."""
+    return request.validation is None or mask_urls(request.validation) == config.data.validation
 
 
 @contextlib.contextmanager
@@ -117,11 +134,11 @@ def _require_name(output: Path, step: int) -> None:
         raise UserError(f"--output is {output}; the average is of step {step}, as its newest member: call it {name}")
 
 
-def _compare(run: Path, path: Path, steps: list[int], metric: str) -> dict[str, Any]:
+def _compare(request: AverageRequest, path: Path, steps: list[int], metric: str) -> dict[str, Any]:
     """All on this process, so that the layout's rounding is the same for all."""
-    checkpoints = run / "checkpoints"
-    model = load_for_inference(run, steps[-1])
-    data = open_validation(model)
+    checkpoints = request.run / "checkpoints"
+    model = load_for_inference(request.run, steps[-1])
+    data = open_validation(model, request.validation)
     members = {step: validate_checkpoint(model, data, step_path(checkpoints, step)) for step in steps}
     return compare(path.name, metric, validate_checkpoint(model, data, path), members)
 

@@ -1,16 +1,73 @@
-"""Files that are either the old one or the new one, never half of either; neither a kill nor a power cut makes it otherwise."""
+"""Files that are either the old one or the new one, never half of either; neither a kill nor a power cut makes it otherwise.
+
+Every file that w1train writes at a name that somebody else can guess is opened here. In a directory that others may write to (/tmp, the
+runs of a group), such a name may hold a link that somebody has put there, and a plain ``open(path, "w")`` would empty the file behind it.
+Directories, and links to directories, are followed as ever: a run may lie on a scratch disk behind a link.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is being written. The name is fixed, so that what a kill leaves is overwritten, not collected."""
+
+
+class UnsafeFileError(OSError):
+    """A name at which w1train would write holds something other than a file of that name alone; the message says what to do."""
+
+
+def open_new(path: str | Path) -> BinaryIO:
+    """Open an empty file for reading and writing; a file, link or FIFO of that name is removed first, and what it led to is not touched.
+
+    Raises OSError (no permission; the name is a directory's).
+    """
+    Path(path).unlink(missing_ok=True)
+    # "x": what somebody puts there between the removal and the opening is refused by the kernel.
+    return open(path, "x+b", opener=_open_no_link)
+
+
+def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> BinaryIO:
+    """Open a file for writing without emptying it; it is made if it is not there, but for "r+b".
+
+    Raises:
+        UnsafeFileError: it is a symbolic link, has a second name (a hard link), or is no regular file.
+        OSError: it cannot be opened.
+    """
+    return open(path, mode, opener=_open_no_link)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """What ``open`` calls instead of ``os.open``."""
+    try:
+        # Without O_NONBLOCK, opening a FIFO that nobody reads would wait for ever. It changes nothing for a regular file.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _unsafe(path, "is a symbolic link, and writing would change the file that it leads to") from None
+        if error.errno == errno.ENXIO:
+            raise _unsafe(path, "is no regular file") from None
+        raise
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        raise _unsafe(path, f"has {status.st_nlink} names (hard links), and writing would change the file under the other names too")
+    raise _unsafe(path, "is no regular file")
+
+
+def _unsafe(path: str, reason: str) -> UnsafeFileError:
+    advice = f"Look where it comes from (ls -li {path}), and remove it, or put a copy of its content in its place"
+    return UnsafeFileError(f"{path} {reason}. {advice}")
 
 
 @contextmanager
@@ -22,7 +79,7 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     partial = path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
     try:
-        with open(partial, "wb") as file:
+        with open_new(partial) as file:
             yield file
             file.flush()
             # Without this a power loss can leave the new name on a file whose bytes never reached the disk.
@@ -39,12 +96,23 @@ def exclusive(path: str | Path) -> Iterator[None]:
     """Hold the lock that stands for ``path`` (a file beside it): of several processes on a machine that would make the same file, one does,
     while the others wait. The kernel frees the lock of a process that ends, however it ends.
 
-    Raises OSError if the file system has no locks.
+    Raises OSError if the file system has no locks, UnsafeFileError if something other than a file has the lock's name.
     """
     path = Path(path)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+    with open_in_place(path.with_name(f".{path.name}.lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def replace_by_library(path: str | Path) -> Iterator[Path]:
+    """Give a library that opens its file by itself a path in a new directory, to which nobody else may write. The file takes the place of
+    ``path`` when the block ends without an exception."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        yield written
+        os.replace(written, path)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -7,9 +7,10 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from w1train.config.errors import UserError
+from w1train.runtime.files import UnsafeFileError, open_in_place
 
 
 class RunDirectoryError(UserError):
@@ -31,17 +32,19 @@ class RunDirectory:
         self.profile = path / "profile"
         self.summary = path / "summary.json"
         self.bad_batches = path / "bad_batches"
-        self._lock: IO[str] | None = None
+        self._lock: BinaryIO | None = None
 
     def claim(self) -> None:
         """Create the directory and lock it until this process ends (the kernel frees the lock of a killed process).
 
         Raises:
-            RunDirectoryError: another process holds it, or it cannot be created.
+            RunDirectoryError: another process holds it, it cannot be created, or its lock is a link to another file.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+")
+            lock = open_in_place(self.path / ".lock", "a+b")
+        except UnsafeFileError as error:
+            raise RunDirectoryError(f"cannot lock run directory {self.path}: {error}") from error
         except OSError as error:
             raise RunDirectoryError(f"cannot use run directory {self.path}: {error}; set runs_dir to a writable place") from error
         try:
@@ -56,7 +59,7 @@ class RunDirectory:
                 "or set runs_dir to another place"
             ) from error
         lock.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, lock)
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         lock.flush()
         self._lock = lock
         # A forked data worker has a copy of the open file, and would keep the lock of a run that was killed until it ends too.
@@ -69,7 +72,7 @@ class RunDirectory:
             self._lock = None
 
 
-def _holder(lock: IO[str]) -> str:
+def _holder(lock: BinaryIO) -> str:
     lock.seek(0)
     try:
         holder = json.loads(lock.read())

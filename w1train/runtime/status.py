@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from w1train.runtime.files import open_new
+from w1train.runtime.masking import mask
+
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "running", "saving", "validating", "finished", "stopped", "failed", "mistake"]
@@ -76,7 +79,7 @@ class StatusFile:
         changed = (state or status.state, values.get("message", status.message)) != (status.state, status.message)
         status.state = state or status.state
         for name, value in values.items():
-            setattr(status, name, value)
+            setattr(status, name, mask(value) if isinstance(value, str) else value)
         status.time = time.time()
         self._held = self._held and status.state in ("starting", "finished", "failed", "mistake")
         now = time.monotonic()
@@ -123,7 +126,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{threading.current_thread().name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values))
+        with open_new(partial) as file:
+            file.write(json.dumps(values).encode())
         os.replace(partial, path)
     except OSError as error:
         logger.warning("could not write %s: %s", path, error)

@@ -21,6 +21,7 @@ from types import FrameType
 
 from w1train.config.schema import HealthConfig
 from w1train.runtime.exit_status import ExitStatus
+from w1train.runtime.files import open_new
 from w1train.runtime.pulse import STARTING, pulse
 from w1train.runtime.status import Heartbeat, StatusFile, read_heartbeats, write_heartbeat, write_json
 from w1train.runtime.stop_signals import StopSignals
@@ -125,8 +126,9 @@ class Watchdog:
         path = self._stacks_path(self._rank)
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.with_suffix(".partial").open("w") as file:
-                file.write(f"rank {self._rank} on {heartbeat.host}, process {heartbeat.pid}: step {heartbeat.step}, {heartbeat.activity}\n")
+            with open_new(path.with_suffix(".partial")) as file:
+                head = f"rank {self._rank} on {heartbeat.host}, process {heartbeat.pid}: step {heartbeat.step}, {heartbeat.activity}\n"
+                file.write(head.encode())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             os.replace(path.with_suffix(".partial"), path)

@@ -10,12 +10,14 @@ import logging
 import os
 import secrets
 import string
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from w1train.runtime.files import write_text
+from w1train.runtime.masking import mask
 from w1train.training.comparison import COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,8 @@ class WandbLogger:
         # wandb reports its own crashes to its makers; a training cluster did not ask for that.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
+        # wandb keeps the command line.
+        sys.argv[1:] = map(mask, sys.argv[1:])
         import wandb
 
         settings = wandb.Settings(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from w1train.config.errors import UserError
-from w1train.runtime.files import replace_file
+from w1train.runtime.files import open_in_place, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._drop_torn_tail()
-        self._file = open(self.path, "ab")  # noqa: SIM115 - open for the life of the run
+        self._file = open_in_place(self.path, "ab")
 
     def append(self, record: Record) -> None:
         """Write one record and hand it to the operating system: it survives the death of this process.
@@ -102,7 +102,7 @@ class MetricsLog:
                     kept.write(line)
                 else:
                     num_dropped += 1
-        self._file = open(self.path, "ab")  # noqa: SIM115 - open for the life of the run
+        self._file = open_in_place(self.path, "ab")
         if num_dropped:
             where = f"after step {step}" if step >= 0 else "of a start that saved nothing"
             logger.info("%s: dropped %d records %s; they are written again", self.path, num_dropped, where)
@@ -119,7 +119,7 @@ class MetricsLog:
 
     def _drop_torn_tail(self) -> None:
         """Make the file end in a newline: cut a torn last line, complete one that lacks only its newline."""
-        with open(self.path, "r+b") as file:
+        with open_in_place(self.path, "r+b") as file:
             start, tail = _last_line(file)
             if not tail or tail.endswith(b"\n"):
                 return

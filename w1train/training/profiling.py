@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity
 from w1train.config.schema_operation import ProfilingConfig
 from w1train.runtime.device import device_name
 from w1train.runtime.distributed import Ranks
-from w1train.runtime.files import write_text
+from w1train.runtime.files import replace_by_library, write_text
 from w1train.training.kernel_times import Breakdown, break_down, ranges_around
 from w1train.training.profiling_targets import PARTS, kernel_targets, part_targets
 from w1train.training.setup import TrainedModel
@@ -123,14 +123,16 @@ class _Profile:
         parts = self.clock.stop() if write else {}
         if self.records_memory and write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(f"{self.path}_memory.pickle")
+            with replace_by_library(f"{self.path}_memory.pickle") as path:
+                torch.cuda.memory._dump_snapshot(str(path))
         if self.records_memory:
             torch.cuda.memory._record_memory_history(enabled=None)
         self.stack.close()
         if not write:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(f"{self.path}.json.gz")
+        with replace_by_library(f"{self.path}.json.gz") as path:
+            self.profiler.export_chrome_trace(str(path))
         breakdown = break_down(list(self.profiler.events() or []), on_gpu=self.on_gpu, num_largest=_NUM_LARGEST)
         table = "\n".join(self._table(parts, breakdown))
         write_text(Path(f"{self.path}.txt"), table + "\n")

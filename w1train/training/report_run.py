@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from w1train.config.credentials import mask_urls
 from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import finite
 
@@ -85,7 +86,7 @@ def read_run(run_dir: Path) -> Run:
         averages=[record for record in records if record.get("kind") == "average"],
         samples=read_metrics(samples) if samples.exists() else [],
         summary=json.loads(summary.read_text()) if summary.exists() else {},
-        config=config.read_text() if config.exists() else "",
+        config=mask_urls(config.read_text()) if config.exists() else "",
         events=read_metrics(events) if events.exists() else [],
     )
 

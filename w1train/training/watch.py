@@ -14,6 +14,7 @@ from typing import Any
 from w1train.config.schema import Config
 from w1train.config.serialization import flatten
 from w1train.runtime.distributed import Ranks, agreed, all_or_none
+from w1train.runtime.masking import mask
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import Progress
 from w1train.training.comparison import comparison_lines
@@ -143,7 +144,8 @@ class Watch:
         """Something that happened, at the run's present step unless ``values`` has another, and is no measurement (a start, a checkpoint):
         a line of events.jsonl."""
         if self.active:
-            self.events.append({"step": self.progress.step, "event": name, "time": time.time(), **values})
+            shown = {key: mask(value) if isinstance(value, str) else value for key, value in values.items()}
+            self.events.append({"step": self.progress.step, "event": name, "time": time.time(), **shown})
 
     def sync(self) -> None:
         """Get the records to the disk: before a checkpoint says that its steps are done."""

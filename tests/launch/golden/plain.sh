@@ -171,7 +171,9 @@ count_failures() {
     if [[ -f "$run/logs/failures" ]]; then failures="$(<"$run/logs/failures")"; fi
     failures=$((failures + 1))
   fi
-  printf '%s\n' "$failures" >"$run/logs/failures"
+  # Not through a link of that name: noclobber makes a new file or none.
+  rm -f "$run/logs/failures"
+  (set -o noclobber && printf '%s\n' "$failures" >"$run/logs/failures")
 }
 
 main() {

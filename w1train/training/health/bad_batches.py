@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from w1train.diffusion.corruption import NoisyBatch
+from w1train.runtime.files import replace_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def write_bad_batch(
     arrays["sample_indices"] = samples.cpu().numpy()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".npz"), **arrays)
-        path.with_suffix(".json").write_text(json.dumps(description, indent=1))
+        with replace_file(path.with_suffix(".npz")) as file:
+            np.savez(file, **arrays)
+        write_text(path.with_suffix(".json"), json.dumps(description, indent=1))
     except OSError as error:
         logger.warning("could not write the bad batch of step %d aside: %s", step, error)
 

@@ -1,0 +1,152 @@
+"""Passwords of URLs in texts, configurations and errors."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.tiny import tiny_config
+from w1train.config.compose import load_config
+from w1train.config.credentials import MASK, find_passwords, is_masked, mask_tree, mask_urls
+from w1train.config.errors import ConfigurationError, Problem, UserError, show
+from w1train.config.resume import check_resume
+from w1train.config.schema import StageConfig
+from w1train.config.serialization import config_differences, config_from_yaml, config_to_yaml, flatten
+
+UPLOAD = "s3://user:hunter2@host/runs"
+
+# What a URL may hold unencoded in its user and password (RFC 3986), and what people write there nevertheless.
+PASSWORD = st.text(st.characters(codec="utf-8", exclude_characters='"<>', exclude_categories=("Z", "C")), min_size=1, max_size=12)
+NAME = st.text("abcXYZ019-_.", min_size=1, max_size=8)
+
+
+@given(user=NAME, password=PASSWORD, path=NAME, words=st.lists(NAME, max_size=3))
+@example(user="u", password="pa@ss", path="p@1", words=[])
+@example(user="u", password="1/2", path="p", words=[])
+def test_an_encoded_password_is_masked_and_nothing_else(user, password, path, words):
+    words = " ".join(words)
+    encoded = quote(password, safe="!$&'()*+,;=")  # the standard's
+    text = f"{words} (s3://{user}:{encoded}@host:80/{path}@2), {words}"
+    expected = f"{words} (s3://{user}:{MASK}@host:80/{path}@2), {words}"
+    assert mask_urls(text) == expected
+    assert mask_urls(expected) == expected
+    url = f"s3://{user}:{encoded}@host/"
+    assert find_passwords(url) == {encoded, password} - {MASK}
+    assert is_masked(mask_urls(url))
+
+
+@given(user=NAME, password=PASSWORD.filter(lambda password: not password[0].isdecimal() and password[0] not in "/?#'"), path=NAME)
+def test_a_password_that_nobody_encoded_is_masked_too(user, password, path):
+    masked = mask_urls(f"s3://{user}:{password}@host/{path}")
+    assert masked.startswith(f"s3://{user}:{MASK}@")
+    # Only behind an @ in the password may something be left of one that has / ? or # too.
+    if "@" not in password:
+        assert masked == f"s3://{user}:{MASK}@host/{path}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12:30@home, a:b@c, C:\\x@y",
+        "s3://bucket/a:b@c",
+        "http://host:8080/a@b",
+        "http://[::1]:80/x@y",
+        "http://host:8080?q=a@b",
+        "http://host:80",
+        "sftp://user@host/path",
+        "https://host/?max_tokens=5&keys=2&monkey=3&page=1",
+        "https://wandb.ai/entity/project/runs/abc",
+        "s3://",
+        "://a:b",
+    ],
+)
+def test_what_is_no_password_stays(text):
+    assert mask_urls(text) == text
+    assert find_passwords(text) == set()
+    assert not is_masked(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("redis://:secret@host", "redis://:***@host"),
+        ("simplecache::https://u:p@host", "simplecache::https://u:***@host"),
+        ("['s3://a:b@c', 's3://d:e@f']", "['s3://a:***@c', 's3://d:***@f']"),
+        ("https://host/x?X-Amz-Signature=ab%2Fc&X-Amz-Date=1", "https://host/x?X-Amz-Signature=***&X-Amz-Date=1"),
+        ("https://host/?a=1&access_token=t#top", "https://host/?a=1&access_token=***#top"),
+        ("https://u:p@host/?sig=s;Key=k", "https://u:***@host/?sig=***;Key=***"),
+        ("'https://host/?token=t'", "'https://host/?token=***'"),
+        ('u="https://u:p@[::1]:8080/"', 'u="https://u:***@[::1]:8080/"'),
+        ("s3://AKIA:ab/cd+e@bucket", "s3://AKIA:***@bucket"),
+    ],
+)
+def test_the_forms_that_are_covered(text, expected):
+    assert mask_urls(text) == expected
+    assert is_masked(expected)
+
+
+def test_a_configuration_is_written_without_passwords_and_keeps_them_in_memory():
+    config = tiny_config(
+        checkpoint={"upload": UPLOAD},
+        data={"train": None, "blend": {"books": {"prefix": "s3://c:hunter2@d/books"}}, "cache_directory": "/cache"},
+    )
+    assert "hunter2" not in config_to_yaml(config)
+    assert "hunter2" not in str(flatten(config))
+    assert config.checkpoint.upload == UPLOAD
+    stored = config_from_yaml(config_to_yaml(config))
+    assert stored.checkpoint.upload == "s3://user:***@host/runs"
+    assert stored.data.blend["books"].prefix == "s3://c:***@d/books"
+
+
+def test_another_password_is_no_change_and_another_user_is_one():
+    stored = config_from_yaml(config_to_yaml(tiny_config(training={"initial_weights": UPLOAD})))
+    other = tiny_config(training={"initial_weights": UPLOAD.replace("hunter2", "other")})
+    assert config_differences(stored, other) == []
+    assert check_resume(stored, other, 10) == []
+    other = tiny_config(training={"initial_weights": UPLOAD.replace("user", "other")})
+    assert [problem.key for problem in check_resume(stored, other, 10)] == ["training.initial_weights"]
+    assert "hunter2" not in str(check_resume(stored, other, 10)[0])
+
+
+def test_a_stage_with_another_password_is_the_same_stage():
+    def with_password(password: str):
+        stage = StageConfig(tokens=1024, learning_rate=1e-3, train=f"s3://user:{password}@host/train")
+        return tiny_config(schedule={"stages": {"only": stage}}, data={"cache_directory": "/cache"})
+
+    assert check_resume(config_from_yaml(config_to_yaml(with_password("first"))), with_password("second"), 512) == []
+
+
+def test_a_run_is_not_begun_with_a_masked_url():
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(["recipe=demo", "checkpoint.upload='s3://user:***@host/runs'"])
+    (problem,) = caught.value.problems
+    assert problem.key == "checkpoint.upload"
+    assert problem.suggestion == "export the URL, and give checkpoint.upload='${oc.env:VARIABLE}'"
+
+
+def test_the_way_that_is_proposed_works(monkeypatch):
+    monkeypatch.setenv("VARIABLE", UPLOAD)
+    config = load_config(["recipe=demo", "checkpoint.upload=${oc.env:VARIABLE}"])
+    assert config.checkpoint.upload == UPLOAD
+
+
+def test_errors_show_no_password():
+    assert (
+        str(UserError(f"checkpoint.upload: {UPLOAD}: no such protocol")) == "checkpoint.upload: s3://user:***@host/runs: no such protocol"
+    )
+    problem = Problem(f"a={UPLOAD}", UPLOAD, "a path", f"--flag {UPLOAD}")
+    assert "hunter2" not in f"{problem} {ConfigurationError([problem])}"
+
+
+def test_a_shortened_value_does_not_end_inside_a_password():
+    assert "hunter2" not in show(f"s3://user:{'hunter2' * 30}@host")
+    assert "hunter2" not in show({"a": [f"s3://user:{'hunter2' * 30}@host"]})
+
+
+def test_a_tree_keeps_what_is_no_text():
+    tree = {"a": [1, None, {"b": UPLOAD}], "c": 2.5, "d": True}
+    assert mask_tree(tree) == {"a": [1, None, {"b": "s3://user:***@host/runs"}], "c": 2.5, "d": True}
+    assert tree["a"][2]["b"] == UPLOAD

@@ -1,0 +1,64 @@
+"""What a process shows has none of the passwords that it was given inside of URLs, whoever shows it: a log, a library's exception, a print.
+
+Most quote the URL, and are found by its form. Some storages take it apart and quote a piece; so the passwords of the command line, the
+environment and the configuration are remembered, and found wherever they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from w1train.config.credentials import MASK, find_passwords, mask_urls
+
+_LEAST_ALONE = 8
+"""Characters of a password that is masked where it stands alone; a shorter one may be a part of any word."""
+_passwords: set[str] = set()
+
+
+def remember_passwords(texts: Iterable[str]) -> None:
+    """From now on, :func:`mask` knows the passwords of the URLs in these texts."""
+    for text in texts:
+        _passwords.update(find_passwords(text))
+
+
+def mask(text: str) -> str:
+    """The text without passwords of URLs, and without those that are remembered."""
+    text = mask_urls(text)
+    # The longest first: one may be the beginning of another.
+    for password in sorted(_passwords, key=len, reverse=True):
+        text = text.replace(password, MASK) if len(password) >= _LEAST_ALONE else text.replace(f":{password}@", f":{MASK}@")
+    return text
+
+
+def mask_output() -> None:
+    """Remember the passwords of the command line and the environment, and mask what this process writes to stdout and stderr from now on.
+    Every command calls this first: a log handler keeps the stream that it has found."""
+    remember_passwords([*sys.argv, *os.environ.values()])
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _MaskedStream):
+            setattr(sys, name, _MaskedStream(stream))
+
+
+class _MaskedStream:
+    """A text stream in all but ``write``."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(mask(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __iter__(self) -> Any:
+        return iter(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
