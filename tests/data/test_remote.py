@@ -13,6 +13,8 @@ import pytest
 from w1train.data import remote
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.remote import localize
+from w1train.runtime import object_storage
+from w1train.runtime.object_storage import ObjectStorage, WrongSizeError
 
 
 @pytest.fixture
@@ -74,10 +76,11 @@ def test_processes_share_one_copy(make_dataset, tmp_path):
 class Breaking:
     """A storage whose reads end early, or fail, a number of times."""
 
-    protocol = "breaking"
-
     def __init__(self, content: bytes, num_failures: int) -> None:
         self.content, self.num_failures = content, num_failures
+
+    def invalidate_cache(self):
+        pass
 
     def info(self, path):
         return {"size": len(self.content)}
@@ -88,15 +91,17 @@ class Breaking:
 
 
 def test_a_copy_that_breaks_off_is_tried_again_and_never_half(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    target = tmp_path / "x.bin"
-    remote._fill(Breaking(b"0123456789", 2), "b/x.bin", target, required=True)
+    monkeypatch.setattr(object_storage, "retry_seconds", 0.0)
+    target, storage = tmp_path / "x.bin", ObjectStorage("breaking://b/x")
+    storage.__dict__["_opened"] = Breaking(b"0123456789", 4), "b/x"
+    remote._fill(storage, "b/x.bin", target, required=True)
     assert target.read_bytes() == b"0123456789"
-    assert caplog.text.count("5 bytes came, expected 10") == 2
+    assert caplog.text.count("5 bytes came, expected 10") == 4
     target.unlink()
-    with pytest.raises(DatasetError, match="3 times in a row: 5 bytes came, expected 10"):
-        remote._fill(Breaking(b"0123456789", 3), "b/x.bin", target, required=True)
-    assert not target.exists()
+    storage.__dict__["_opened"] = Breaking(b"0123456789", 5), "b/x"
+    with pytest.raises(WrongSizeError, match="breaking://b/x: could not fetch b/x.bin, 5 times in a row: 5 bytes came, expected 10"):
+        remote._fill(storage, "b/x.bin", target, required=True)
+    assert not list(tmp_path.glob("x.bin*"))
 
 
 @pytest.mark.parametrize(("prefix", "message"), [("memory://nowhere/x", "does not exist"), ("nosuch://bucket/x", "nosuch")])
