@@ -103,7 +103,7 @@ def test_a_download_is_as_long_as_it_should_be(bucket):
 
 
 def test_a_full_local_disk_is_not_the_storages_fault(bucket):
-    directory, storage, waits = bucket
+    _, storage, waits = bucket
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         storage._do("fetch", "x", lambda files: object_storage._copy(files, f"{storage.root}/x", Full(full), 10))
     assert waits == []
