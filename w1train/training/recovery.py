@@ -18,7 +18,7 @@ from w1train.config.errors import UserError
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.distributed import agreed, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
-from w1train.runtime.object_storage import StorageError, require_protocol
+from w1train.runtime.object_storage import require_protocol
 from w1train.training.checkpoint import remove_unfinished, require_position
 from w1train.training.commit import DAMAGED, UNDONE, set_aside
 from w1train.training.manifest import (
@@ -72,8 +72,6 @@ def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path 
         step = _fetch_newest(RemoteCheckpoints(settings.upload), directory)
     if step is None:
         on_main_rank(partial(_require_none_lost, directory, events))
-        if settings.upload is not None:
-            on_main_rank(partial(_mark, RemoteCheckpoints(settings.upload)))
     return step
 
 
@@ -263,14 +261,6 @@ def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> 
         f"{url} has no good checkpoint, but {why}. Check that it is the right place and shows all that is in it, or bring back a copy of a "
         f"checkpoint. To begin again at step 0, move what is there away, {MARKER} too, or choose another checkpoint.upload"
     )
-
-
-def _mark(remote: RemoteCheckpoints) -> None:
-    """Leave a sign in object storage that this run has been there. Rank 0 only."""
-    try:
-        remote.mark()
-    except (StorageError, FileNotFoundError) as error:
-        logger.warning("checkpoints can probably not be sent to %s: %s. Training goes on", remote.url, error)
 
 
 def _require_none_lost(directory: Path, events: Path | None) -> None:

@@ -67,7 +67,6 @@ class RemoteCheckpoints:
         self._storage = ObjectStorage(url)
         self.url = self._storage.url
         """The URL as messages show it."""
-        self._is_marked = False
 
     def contents(self) -> Contents:
         """What a start can choose from."""
@@ -85,10 +84,9 @@ class RemoteCheckpoints:
         return [step for step in self._listed() if self._has(step, MANIFEST)]
 
     def mark(self) -> None:
-        """Write the marker of a run that has sent nothing, unless there is a marker."""
-        if not self._is_marked and not self._storage.exists(self._marker_path):
-            self._write_marker(Marker())
-        self._is_marked = True
+        """Write the marker, unless there is one: a sign that a run sends its checkpoints here, before the first one is sent."""
+        if not self._storage.exists(self._marker_path):
+            self._write_marker(Marker(max(self.steps(), default=None)))
 
     def undo_after(self, step: int) -> None:
         """Make the later checkpoints none, for their steps are done again: their manifests get another name (a directory's cannot be
@@ -122,7 +120,6 @@ class RemoteCheckpoints:
         names = [*read_manifest(checkpoint)["files"], MANIFEST]
         self.remove(step)
         self._storage.make_directory(self._path(step))
-        self.mark()
         for name in names:
             self._storage.upload(checkpoint / name, f"{self._path(step)}/{name}", on_progress)
         self._write_marker(Marker(step))
@@ -218,7 +215,6 @@ class RemoteCheckpoints:
     def _write_marker(self, marker: Marker) -> None:
         self._storage.make_directory(self._storage.root)
         self._storage.write(self._marker_path, json.dumps(asdict(marker)).encode())
-        self._is_marked = True
 
     def _read_marker(self) -> Marker | None:
         try:

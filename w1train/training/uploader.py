@@ -36,10 +36,15 @@ class Uploader:
         self._present: _Job | None = None
         self._failed: _Job | None = None
         """The newest one, if it failed."""
-        self._is_abandoned = False
+        self._is_marked = self._is_abandoned = False
         self.is_busy = False
         self.num_sent = 0
         """Files, and parts of files where the storage's library reports them: the sign that an upload gets on."""
+
+    def begin(self) -> None:
+        """Leave a sign in the storage that this run has been there. Returns at once."""
+        with self._lock:
+            self._start()
 
     def upload(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
         """Send a complete checkpoint soon, and then remove old ones there. Returns at once."""
@@ -68,31 +73,43 @@ class Uploader:
         """Wait no longer for a storage that takes nothing. The thread ends with the process."""
         with self._lock:
             self._is_abandoned = True
-            waiting = [str(job.checkpoint) for job in (self._present, self._queued) if job is not None]
-        logger.warning(
-            "%s took nothing for %.0f s: the run ends without a copy of %s there", self._remote.url, seconds, " and ".join(waiting)
-        )
+        logger.warning("%s took nothing for %.0f s: the run ends without a copy of its newest checkpoint there", self._remote.url, seconds)
 
     def describe(self) -> str:
         """What is being sent, for whoever waits for it."""
         steps = ", ".join(map(str, self.steps_in_use()))
-        return f"the upload of step {steps} to {self._remote.url}"
+        return f"the upload of step {steps} to {self._remote.url}" if steps else f"an answer from {self._remote.url}"
 
     def _queue(self, job: _Job) -> None:
         """Called with the lock held."""
         self._queued = job
+        self._start()
+
+    def _start(self) -> None:
+        """Called with the lock held."""
         if not self.is_busy:
             self.is_busy = True
             in_background(self._run, "checkpoint upload")
 
     def _run(self) -> None:
         try:
+            self._mark()
             while (job := self._next()) is not None:
                 self._failed = None if self._succeeds(job) else job
         except BaseException:
             logger.exception("checkpoints are uploaded no more")
             self.is_busy = False
             raise
+
+    def _mark(self) -> None:
+        if not self._is_marked:
+            try:
+                self._remote.mark()
+                self._is_marked = True
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be written to, and will probably take no checkpoints: %s. Training goes on", self._remote.url, error
+                )
 
     def _next(self) -> _Job | None:
         with self._lock:
