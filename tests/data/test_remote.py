@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.faulty_storage import FaultyFileSystem, create, set_faults
 from w1train.data import remote
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.remote import localize
@@ -110,3 +111,53 @@ def test_what_is_not_there_is_named(prefix, message, tmp_path):
     with pytest.raises(DatasetError, match=message):
         localize(prefix, str(tmp_path))
     assert threading.active_count() == num_threads
+
+
+@pytest.fixture
+def faulty(make_dataset, tmp_path, monkeypatch):
+    """A dataset in a storage with faults: its URL, and the storage's directory."""
+    monkeypatch.setattr(object_storage, "retry_seconds", 0.0)
+    url = create(tmp_path / "bucket")
+    make_dataset(tmp_path / "bucket/x", [[20 + i] * 9 for i in range(30)])
+    return f"{url}/x", tmp_path / "bucket"
+
+
+@pytest.mark.parametrize("kind", ["info", "get"])
+@pytest.mark.parametrize("error", ["OSError", "ClientError", "HttpError denied", "KeyError"])
+def test_a_storage_that_fails_is_one_error_of_the_dataset(faulty, tmp_path, kind, error):
+    """And not a dataset that does not exist, which fsspec makes of a storage that cannot be reached."""
+    url, bucket = faulty
+    set_faults(bucket, failing={kind: 1.0}, error=error)
+    with pytest.raises(DatasetError, match=f"^{url}: could not .*Check the ") as raised:
+        localize(url, str(tmp_path / "cache"))
+    assert "\n" not in str(raised.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    set_faults(bucket, failing={kind: 1.0}, error="ClientError", num_failures=4)
+    TokenDataset.open(localize(url, str(tmp_path / "cache"))).verify_hashes()
+
+
+@pytest.mark.parametrize(
+    "listed", ["/etc/x_00000.bin", "{root}/../../y_00000.bin", "{root}_00000/../z.bin", "{root}_a.bin", "{root}_00000.bin.bin"]
+)
+def test_what_a_listing_has_of_elsewhere_is_refused(faulty, tmp_path, monkeypatch, listed):
+    url, bucket = faulty
+    monkeypatch.setattr(ObjectStorage, "glob", lambda self, pattern: [f"{bucket}/s_00000.bin", listed.format(root=f"{bucket}/s")])
+    with pytest.raises(DatasetError, match=r"the storage lists '.*', which is no shard of this dataset"):
+        localize(url.replace("/x", "/s"), str(tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(10**18, "does not fit into"), (None, "does not say how long"), (-1, "does not say how long")]
+)
+def test_sizes_that_are_none_or_too_large_are_refused(faulty, tmp_path, monkeypatch, size, message):
+    url, _ = faulty
+    monkeypatch.setattr(FaultyFileSystem, "info", lambda self, path: {"name": path, "size": size, "type": "file"})
+    with pytest.raises(DatasetError, match=message):
+        localize(url, str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("url", ["faulty:///", "faulty:///a/.."])
+def test_a_url_without_a_name_is_refused(url, tmp_path):
+    with pytest.raises(DatasetError, match="does not end in the name of a dataset"):
+        localize(url, str(tmp_path / "cache"))

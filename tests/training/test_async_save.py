@@ -336,7 +336,7 @@ def test_a_last_upload_that_gets_on_is_no_hang(tmp_path):
 
 
 def test_the_checkpoints_that_stay_do_not_depend_on_the_storage(tmp_path):
-    """What is being sent stays for that, and goes at the end, although the storage takes nothing: the end is not waited for without bound."""
+    """What is being sent stays for that, and goes at the end. A storage that takes nothing holds the end up for a bounded time."""
     url = create(tmp_path / "bucket")
     faults: dict[str, dict[str, Any]] = {"held": {"held": ["put"]}, "slow": {"slow_seconds": 0.02}}
 

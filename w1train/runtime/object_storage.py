@@ -77,7 +77,8 @@ class ObjectStorage:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        # Not the slashes of "://".
+        self._url = re.sub(r"(?<![:/])/+$", "", url)
 
     @property
     def url(self) -> str:
