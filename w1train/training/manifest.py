@@ -25,7 +25,7 @@ from w1train.runtime.names import is_plain_name, open_inside
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
 """Begins the names of directories that are being written or removed. The next start removes them."""
-_MAXIMUM_BYTES = 64 << 20
+MAXIMUM_BYTES = 64 << 20
 """Of a manifest: an entry takes some 130 bytes, so that this is about half a million files."""
 _MOST_PROBLEMS = 5
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -111,31 +111,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         with open_inside(path, MANIFEST) as file:
-            content = file.read(_MAXIMUM_BYTES + 1)
+            return check_manifest(file.read(MAXIMUM_BYTES + 1))
     except OSError as error:
         raise damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
-    return check_manifest(content, path)
+    except ValueError as error:
+        raise damaged(path, [str(error)]) from error
 
 
-def check_manifest(content: bytes, path: Path | str) -> dict[str, Any]:
+def check_manifest(content: bytes) -> dict[str, Any]:
     """Check a manifest that may come from anybody, and parse it.
 
-    Args:
-        path: of its checkpoint, for the message.
-
     Raises:
-        CheckpointError: it is no manifest, lacks a part, or names a file that is not in its directory.
+        ValueError: it is no manifest, lacks a part, or names a file that is not in its directory.
     """
     try:
-        if len(content) > _MAXIMUM_BYTES:
-            raise ValueError(f"it has more than {_MAXIMUM_BYTES} bytes")
+        if len(content) > MAXIMUM_BYTES:
+            raise ValueError(f"it has more than {MAXIMUM_BYTES >> 20} MiB")
         manifest = {"health": {}, **json.loads(content)}
     except (ValueError, TypeError, RecursionError) as error:
-        raise damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if missing := {*(field.name for field in fields(Progress)), "files"} - manifest.keys():
-        raise damaged(path, [f"{MANIFEST} lacks {', '.join(sorted(missing))}"])
+        raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
     if problems := [*_value_problems(manifest), *_entry_problems(manifest["files"])]:
-        raise damaged(path, problems[:_MOST_PROBLEMS])
+        raise ValueError("; ".join(problems[:_MOST_PROBLEMS]))
     return manifest
 
 
