@@ -86,7 +86,7 @@ def test_uploads_that_never_succeed_change_nothing_but_warnings(tiny_run, undist
 
 
 def test_a_lost_run_goes_on_from_the_newest_good_copy(lost, undisturbed, bucket):
-    shard = next((bucket / "step_0000000012").glob("__0_*"))
+    shard = next((bucket / "step_0000000012").glob("rank_00000.*"))
     os.truncate(shard, 100)
     (bucket / "step_0000000015").mkdir()
     outcome = train(lost, bucket).require(0)

@@ -114,10 +114,7 @@ def damages() -> dict[str, tuple[Callable[[Path], Any], str]]:
         "a negative size": (of_manifest(set_entry(size=-1)), "has no size and SHA-256 for"),
         "a size beyond all disks": (of_manifest(set_entry(size=10**18)), "bytes, expected 1000000000000000000"),
         "no hash": (of_manifest(set_entry(sha256=None)), "has no size and SHA-256 for"),
-        **{
-            f"the name {name[:20]!r}": (of_manifest(rename_a_file(name)), "is not the name of another file in its directory")
-            for name in HOSTILE_NAMES
-        },
+        **{f"the name {name[:20]!r}": (of_manifest(rename_a_file(name)), "is not the name of another file") for name in HOSTILE_NAMES},
     }
 
 
@@ -312,7 +309,7 @@ def test_any_json_is_a_manifest_or_is_refused(value):
 
 @hypothesis.given(st.binary(max_size=50))
 def test_any_bytes_are_refused(content):
-    with pytest.raises(ValueError, match="manifest.json (cannot be read|lacks)"):
+    with pytest.raises(ValueError, match=r"manifest.json (cannot be read|lacks)"):
         check_manifest(content)
 
 
