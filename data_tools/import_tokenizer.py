@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.command import input_path, output_file, run_command
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
-from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError
+from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError, parse_tokenizer_json, read_tokenizer_file
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _import(options: argparse.Namespace) -> None:
     source = Path(options.input)
     source = source / "tokenizer.json" if source.is_dir() else source
-    serialized = source.read_bytes()
-    try:
-        content = json.loads(serialized)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"tokenizer {source} is no JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or not isinstance(content["model"].get("vocab"), dict):
+    serialized = read_tokenizer_file(source)
+    content = parse_tokenizer_json(serialized, f"tokenizer {source}")
+    if not isinstance(content["model"]["vocab"], dict):
         raise TokenizerError(f"tokenizer {source} has no vocabulary of tokens and ids")
     wanted = [(options.eos, EOS_TOKEN), (options.mask, MASK_TOKEN), (options.pad, PAD_TOKEN)]
     renamed = {text: name for text, name in wanted if text}

@@ -33,6 +33,7 @@ from w1train.config.recipe_files import (
     ROOT_NAME,
     check_user_directories,
     groups,
+    oversized,
     packaged_directory,
     recipe_is_global,
 )
@@ -63,6 +64,9 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     replace everything else; ``~key`` goes back to the default. Raises ``ConfigurationError`` with every problem there is.
     """
     user_directories, problems = check_user_directories(config_dirs)
+    if too_large := list(oversized(user_directories)):
+        # Hydra would not come to an end with these.
+        raise_if_any(problems + too_large)
     directories = [packaged_directory(), *user_directories]
     options = groups(directories)
     request = _read_overrides(overrides, options, directories)
