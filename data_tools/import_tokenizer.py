@@ -72,7 +72,7 @@ def with_special_tokens(content: dict[str, Any], renamed: dict[str, str], mask_t
     Raises:
         TokenizerError: there is no such token among the added ones, or something is already at the mask's id.
     """
-    added = content.get("added_tokens", [])
+    added = content.get("added_tokens") or []
     there = {token["content"]: token["id"] for token in added}
     if missing := [text for text in renamed if text not in there]:
         raise TokenizerError(f"tokenizer {origin} has no special token {missing[0]}; it has: {', '.join(there) or 'none'}")
@@ -100,7 +100,7 @@ def _special_token(number: int, text: str) -> dict[str, Any]:
 
 def _without_templates(content: dict[str, Any]) -> dict[str, Any] | None:
     processor = content.get("post_processor")
-    return None if processor is None or processor.get("type") in ("TemplateProcessing", "Sequence") else processor
+    return None if isinstance(processor, dict) and processor.get("type") in ("TemplateProcessing", "Sequence") else processor
 
 
 if __name__ == "__main__":

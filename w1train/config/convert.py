@@ -127,7 +127,9 @@ class _Converter:
         for path, leaf in _leaves(str(name), value):
             # Looking for the key that was meant takes milliseconds, which a file of thousands of unknown keys should not cost.
             intended = _intended(parent, path, siblings) if len(self.problems) < MOST_PROBLEMS else None
-            self.problems.append(Problem(join(parent, path), f"an unknown key (value {show(leaf)})", f"{where}: {listing(siblings)}", intended))
+            self.problems.append(
+                Problem(join(parent, path), f"an unknown key (value {show(leaf)})", f"{where}: {listing(siblings)}", intended)
+            )
 
     def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
         """The default of a field that the tree does not have."""

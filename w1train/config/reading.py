@@ -79,7 +79,7 @@ def read_json_object(path: Path, what: str, largest: int = LARGEST_JSON) -> dict
     """The JSON object that a file holds.
 
     Args:
-        what: what the file should be, for messages: "a dataset manifest".
+        what: what the file should be, for messages: "dataset manifest".
 
     Raises:
         FileContentError: the file is too large, not JSON, or has no object at its top.
@@ -89,9 +89,9 @@ def read_json_object(path: Path, what: str, largest: int = LARGEST_JSON) -> dict
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise FileContentError(f"{path} is not {what}: {error}") from error
+        raise FileContentError(f"{path} is no {what}: {error}") from error
     if not isinstance(value, dict):
-        raise FileContentError(f"{path} is not {what}: it has no JSON object at its top but a {type(value).__name__}")
+        raise FileContentError(f"{path} is no {what}: it has no JSON object at its top but a {type(value).__name__}")
     return value
 
 

@@ -23,6 +23,7 @@ from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, 
 from w1train.runtime.files import PARTIAL_SUFFIX, write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import read_config
+from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         OSError: it cannot be written.
     """
     config = read_config(checkpoint)
+    require_stored(checkpoint, config.model)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
         raise UserError(f"this model is no {model_type}: {listing(problems)}; export it with --format {W1}")

@@ -160,6 +160,9 @@ def read_index(path: Path) -> Index:
     Raises:
         DatasetError: naming the file and what is wrong with it.
     """
+    if not path.is_file():
+        # Opening a pipe would wait for ever.
+        raise DatasetError(f"{path} is not a regular file")
     dtype, num_sequences, num_boundaries = _read_header(path)
     num_bytes = path.stat().st_size
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries

@@ -38,6 +38,8 @@ MAX_VOCAB_SIZE = 2**24
 
 LARGEST_TOKENIZER = 64 << 20
 """Bytes of a tokenizer.json; those of the largest vocabularies in use have half of it."""
+MOST_GROWTH = 10_000
+"""Characters that the replacements of a tokenizer.json may make of one. Those of published tokenizers make one."""
 _PROBE = "Some text, 42 words.\n\tÜ \U0001f600"
 
 
@@ -182,8 +184,26 @@ def parse_tokenizer_json(serialized: bytes, origin: str) -> dict[str, Any]:
         raise TokenizerError(f"{origin} is not a tokenizer.json: added_tokens is no list of tokens with a content")
     for token, number in chain(ids.items(), ((token["content"], token.get("id")) for token in added)):
         if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:
-            raise TokenizerError(f"{origin}: the id of {shorten(token)} is {shorten(number)}; ids are numbers from 0 to {MAX_VOCAB_SIZE - 1}")
+            raise TokenizerError(
+                f"{origin}: the id of {shorten(token)} is {shorten(number)}; ids are numbers from 0 to {MAX_VOCAB_SIZE - 1}"
+            )
+    _check_growth(content, origin)
     return content
+
+
+def _check_growth(content: dict[str, Any], origin: str) -> None:
+    """Replacements by longer texts multiply each other: ten of a hundred characters would make 10^20 of one."""
+    growth, parts = 1, [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if part.get("type") == "Replace" and isinstance(part.get("content"), str):
+                growth *= max(1, len(part["content"]))
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    if growth > MOST_GROWTH:
+        raise TokenizerError(f"tokenizer {origin} replaces a character by as many as {growth:.3g}; at most {MOST_GROWTH} are supported")
 
 
 @contextlib.contextmanager
