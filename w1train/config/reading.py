@@ -7,7 +7,6 @@ Every JSON file that a command reads comes through here, and every YAML file's b
 from __future__ import annotations
 
 import json
-import os
 import reprlib
 import stat
 from collections.abc import Iterable
@@ -39,6 +38,17 @@ def shorten(value: object) -> str:
     return _short.repr(value)
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is no file: opening a pipe to which nobody writes would wait for ever, and a device has no end.
+
+    Raises:
+        FileContentError: it is a directory, a pipe or a device.
+        OSError: there is nothing at the path.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FileContentError(f"{path} is not a regular file")
+
+
 def read_bounded(path: Path, largest: int) -> bytes:
     """The content of a regular file of at most ``largest`` bytes.
 
@@ -46,11 +56,8 @@ def read_bounded(path: Path, largest: int) -> bytes:
         FileContentError: the file is larger, or it is a directory, a pipe or a device.
         OSError: it cannot be opened or read.
     """
-    # Opening a pipe to which nobody writes would wait for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileContentError(f"{path} is not a regular file")
+    require_regular(path)
+    with path.open("rb") as file:
         # The size that the system tells is no bound: a file under /proc has size 0.
         content = file.read(largest + 1)
     if len(content) > largest:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from w1train.config.errors import UserError
 from w1train.config.ranges import LARGEST_INTEGER
-from w1train.config.reading import LARGEST_JSON, parse_json, shorten
+from w1train.config.reading import LARGEST_JSON, parse_json, require_regular, shorten
 from w1train.runtime.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ def recorded_steps(path: str | Path, kind: str) -> set[int]:
 
 def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
     """(line with its newline, record) for every whole record of the file."""
+    require_regular(path)
     with open(path, "rb") as file:
         # One byte more than is allowed: a file without line breaks is not read whole.
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):

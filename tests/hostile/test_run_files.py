@@ -1,0 +1,303 @@
+"""Files of a run directory that somebody else has written: every command that reads one says what is wrong with it, and ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.commands import (
+    Main,
+    answer,
+    make_run,
+    report_main,
+    require_refusal,
+    run_config,
+    status_main,
+    write_checkpoint,
+)
+from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, directory, put
+from tests.training.fake_run import sample_record, train_record, validation_record
+from w1train import average, convert, evaluate, sample
+from w1train.config.serialization import config_to_yaml
+from w1train.evaluation import averages
+from w1train.runtime.cpu import import_megatron
+
+import_megatron()
+
+MARKUP = "<script>alert(1)</script>"
+
+MODEL_COMMANDS: dict[str, tuple[Main, list[str]]] = {
+    "sample": (sample.main, []),
+    "evaluate": (evaluate.main, []),
+    "average": (average.main, ["--steps", "4,8", "--no-evaluate"]),
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group(monkeypatch):
+    """Averaging would open one in the process of all tests."""
+    for name in ("initialize_process_group", "select_device", "redirect_cuda_to_cpu"):
+        monkeypatch.setattr(averages, name, lambda *_: None)
+
+
+def refused(run: Path, name: str, capture: pytest.CaptureFixture[str]) -> str:
+    main, options = MODEL_COMMANDS[name]
+    return require_refusal(main, [str(run), *options], capture, 2)
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+@pytest.mark.parametrize("content", [name for name in NOT_CONFIGURATIONS if name not in ("pipe", "directory")])
+def test_a_configuration(run, command, content, capsys):
+    put(run / "config.yaml", NOT_CONFIGURATIONS[content])
+    assert str(run / "config.yaml") in refused(run, command, capsys)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", [name for name in NOT_CONFIGURATIONS if name not in NOT_FILES])
+def test_the_configuration_of_a_checkpoint(run, content, capsys):
+    text = NOT_CONFIGURATIONS[content]
+    assert isinstance(text, bytes)
+    checkpoint = write_checkpoint(run, 8, text.decode("utf-8", "surrogateescape").encode("utf-8", "replace").decode())
+    arguments = ["to-hf", str(run), str(run.parent / "exported")]
+    require_refusal(convert.main, arguments, capsys, 2, str(checkpoint / "config.yaml"))
+
+
+LARGE_MODELS = {
+    "a million layers": {"num_layers": 1_000_000},
+    "a vocabulary of 10^12": {"vocab_size": 10**12},
+    "many parameters within the ranges": {"num_layers": 4096, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 20, "vocab_size": 1 << 24},
+    "a large vocabulary": {"vocab_size": 1 << 24},
+    "a wide condition": {"condition_size": 1 << 20},
+}
+
+
+@pytest.mark.parametrize("command", [*MODEL_COMMANDS, "to-hf"])
+@pytest.mark.parametrize("model", LARGE_MODELS)
+def test_a_model_that_its_checkpoint_cannot_hold(run, command, model, capsys):
+    config = run_config()
+    for name, value in LARGE_MODELS[model].items():
+        setattr(config.model, name, value)
+    text = config_to_yaml(config)
+    (run / "config.yaml").write_text(text)
+    for step in (4, 8):
+        write_checkpoint(run, step, text)
+    if command == "average":
+        # Averaging needs no model: it takes tensors as they are. Its comparison of the average with the members does.
+        if model.startswith("a million") or "10^12" in model:
+            refused(run, command, capsys)
+        return
+    if command == "to-hf":
+        said = require_refusal(convert.main, ["to-hf", str(run), str(run.parent / "exported")], capsys, 2)
+    else:
+        said = refused(run, command, capsys)
+    assert "config.yaml" in said
+
+
+TOKENIZERS: dict[str, Content] = {
+    **NOT_JSON_OBJECTS,
+    "no model": as_json({"version": "1.0"}),
+    "unknown model": as_json({"version": "1.0", "model": {"type": "Oracle", "vocab": {}, "merges": []}}),
+}
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize("content", TOKENIZERS)
+def test_a_tokenizer(run, command, content, capsys, monkeypatch):
+    # The checkpoint of this run has no weights, which would be found first.
+    monkeypatch.setattr("w1train.training.inference.require_stored", lambda *_: None, raising=False)
+    put(run / "tokenizer.json", TOKENIZERS[content])
+    assert str(run / "tokenizer.json") in refused(run, command, capsys)
+
+
+STATUSES: dict[str, Content] = {
+    **NOT_JSON_OBJECTS,
+    "no fields": b"{}",
+}
+
+
+@pytest.mark.parametrize("content", STATUSES)
+def test_a_status(run, content, capsys):
+    put(run / "status.json", STATUSES[content])
+    require_refusal(status_main, [str(run)], capsys, 2, str(run), "status.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"world_size": "many"},
+        {"step": None},
+        {"num_steps": -1},
+        {"tokens": [1]},
+        {"time": "now"},
+        {"time": float("nan")},
+        {"state": ["running"]},
+        {"state": "dancing"},
+        {"host": {"a": 1}},
+        {"message": 7},
+        {"pid": True},
+        {"step": 10**30},
+        {"extra": 1},
+    ],
+)
+def test_a_status_of_other_values(run, changes, capsys):
+    path = run / "status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    require_refusal(status_main, [str(run)], capsys, 2, str(run), "status.json")
+
+
+def test_a_status_that_asks_for_too_much(run, capsys):
+    path = run / "status.json"
+    values = {**json.loads(path.read_text()), "world_size": 10**18, "message": "\x1b[2J" + "x" * 100_000}
+    path.write_text(json.dumps(values))
+    found, said = answer(status_main, [str(run)], capsys)
+    assert found == 3
+    assert "\x1b" not in said
+    assert len(said) < 5000
+    import socket
+
+    path.write_text(json.dumps({**values, "host": socket.gethostname(), "pid": 10**15}))
+    assert answer(status_main, [str(run)], capsys)[0] == 1
+
+
+@pytest.mark.parametrize("content", NOT_JSON_OBJECTS)
+def test_a_heartbeat_is_left_out(run, content, capsys):
+    put(run / "heartbeats/rank_00000.json", NOT_JSON_OBJECTS[content])
+    found, said = answer(status_main, [str(run)], capsys)
+    assert (found, "Traceback" in said) == (3, False)
+
+
+def line(record: object) -> bytes:
+    return as_json(record) + b"\n"
+
+
+TRAINED = line(train_record(1))
+LINES: dict[str, bytes] = {
+    **{name: content + b"\n" for name, content in NOT_JSON_OBJECTS.items() if isinstance(content, bytes) and name != "empty"},
+    "no step": line({"kind": "train"}),
+    "text as a step": line({"kind": "train", "step": "1"}),
+    "a boolean as a step": line({"kind": "train", "step": True}),
+    "a step of 40 digits": line({"kind": "train", "step": 10**39}),
+    "a negative step": line({"kind": "train", "step": -1}),
+    "nonfinite of nothing": line({"step": 1, "nonfinite": {"loss": "nan"}}),
+    "nonfinite beyond a list": line({"step": 1, "loss_by_t": [1], "nonfinite": {"loss_by_t/7": "nan"}}),
+    "nonfinite that is a list": line({"step": 1, "nonfinite": ["loss"]}),
+    "nonfinite that is text": line({"step": 1, "loss": None, "nonfinite": {"loss": "much"}}),
+    "seventeen megabytes": b'{"step": 1, "kind": "' + b"x" * (17 << 20) + b'"}\n',
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("content", LINES)
+def test_a_line(run, name, content, capsys):
+    path = run / name
+    path.write_bytes(path.read_bytes() + LINES[content] + TRAINED)
+    require_refusal(report_main, [str(run)], capsys, 1, str(path))
+
+
+METRICS = {
+    **{f"text as {key}": {**train_record(1), key: "much"} for key in ("loss", "elbo", "tokens", "grad_norm", "time/mfu", "learning_rate")},
+    **{f"a list as {key}": {**train_record(1), key: [1]} for key in ("loss", "tokens", "time/step_seconds", "block_size")},
+    **{f"a number as {key}": {**train_record(1), key: 1} for key in ("loss_by_t",)},
+    "texts in loss_by_t": {**train_record(1), "loss_by_t": ["a"]},
+    "no tokens": {name: value for name, value in train_record(1).items() if name != "tokens"},
+    "text as a validation's ELBO": {**validation_record(1), "elbo": "low"},
+    "an average of nothing": {"kind": "average", "step": 1},
+    "an average by an unknown metric": {"kind": "average", "step": 1, "metric": "x", "members": [1], "best_member": 1, "is_better": True},
+}
+
+
+@pytest.mark.parametrize("content", METRICS)
+def test_metrics_of_other_types(run, content, capsys):
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + line(METRICS[content]))
+    require_refusal(report_main, [str(run)], capsys, 1, str(path))
+    other = make_run(run.parent / "other")
+    require_refusal(report_main, [str(other), str(run), "--output", str(run / "c.html")], capsys, 1, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("samples.jsonl", {"step": 1, "tokens": 1}),
+        ("samples.jsonl", {"step": 1, "tokens": 1, "prompt": 1, "text": "a"}),
+        ("samples.jsonl", {"step": 1, "tokens": "a", "prompt": "a", "text": "a"}),
+        ("events.jsonl", {"step": 1}),
+        ("events.jsonl", {"step": 1, "event": ["start"]}),
+    ],
+)
+def test_other_records_of_other_types(run, name, record, capsys):
+    (run / name).write_bytes(line(record))
+    require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+
+
+@pytest.mark.parametrize("content", {**NOT_JSON_OBJECTS, "types": b""})
+@pytest.mark.parametrize("name", ["summary.json"])
+def test_a_summary(run, name, content, capsys):
+    put(run / name, {**NOT_JSON_OBJECTS, "types": b'{"steps": "many"}'}[content])
+    if content == "integer of 400 digits":
+        return
+    require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_parameters": "1"}, {"wall_seconds": float("inf")}, {"versions": [1]}, {"versions": {"git_commit": 7}}, {"steps": [1]}],
+)
+def test_a_summary_of_other_types(run, changes, capsys):
+    path = run / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    require_refusal(report_main, [str(run)], capsys, 1, str(path))
+
+
+@pytest.mark.parametrize("content", [name for name in NOT_CONFIGURATIONS if name not in ("unknown keys",)])
+def test_a_configuration_in_a_report(run, content, capsys):
+    """A page shows any mapping: only what cannot be read at all is refused."""
+    put(run / "config.yaml", NOT_CONFIGURATIONS[content])
+    found, said = answer(report_main, [str(run)], capsys)
+    mappings = ("wrong types", "a key that steers the terminal", "not a number", "text where numbers are", "a Python object")
+    assert "Traceback" not in said
+    assert found == 1 or content in mappings
+    assert found == 0 or str(run / "config.yaml") in said
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("content", NOT_FILES)
+def test_records_that_are_no_files(run, name, content, capsys):
+    (run / name).unlink()
+    put(run / name, NOT_FILES[content])
+    require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+
+
+def test_a_page_holds_any_numbers_and_no_markup(run, capsys):
+    numbers = [1e308, -1e308, 5e-324, 0.0, float("nan"), float("inf"), 10**39, None]
+    with (run / "metrics.jsonl").open("ab") as file:
+        for step, number in enumerate(numbers, start=30):
+            values = dict.fromkeys(("loss", "elbo", "elbo_bits_per_byte", "grad_norm", "learning_rate", "time/mfu", "other"), number)
+            file.write(line({**train_record(step), **values, "stage": MARKUP, MARKUP: 1.0, "block_size": step % 2}))
+            file.write(line({**validation_record(step), "tokens": 7, **values}))
+    (run / "samples.jsonl").write_bytes(line({**sample_record(1), "prompt": MARKUP, "text": MARKUP + "<|mask|>" + MARKUP}))
+    (run / "events.jsonl").write_bytes(line({"step": 1, "event": MARKUP}) + line({"step": 2, "event": "start"}))
+    summary = {**json.loads((run / "summary.json").read_text()), "device": MARKUP, "unigram_bits_per_byte": 0, "name": MARKUP}
+    (run / "summary.json").write_text(json.dumps({**summary, "versions": {"git_commit": MARKUP, MARKUP: MARKUP}}))
+    (run / "config.yaml").write_text(f"name: {MARKUP}\n'{MARKUP}': '{MARKUP}'\nvalidation: [1]\n")
+    other = make_run(run.parent / MARKUP.replace("/", "|"))
+    assert answer(report_main, [str(run)], capsys)[0] == 0
+    assert answer(report_main, [str(run), "--compare", str(other)], capsys)[0] == 0
+    assert answer(report_main, [str(run), str(other), "--output", str(run / "c.html")], capsys)[0] == 0
+    for page in (run / "report.html", run / "c.html"):
+        assert "<script>alert" not in page.read_text()
+
+
+MANIFESTS: dict[str, Content] = {
+    **NOT_JSON_OBJECTS,
+    "files that are a list": as_json({"step": 8, "samples": 1, "seconds": 1.0, "dataset": None, "files": []}),
+    "a number as a file": as_json({"step": 8, "samples": 1, "seconds": 1.0, "dataset": None, "files": {"config.yaml": 1}}),
+}
