@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from tests.hostile.commands import (
     status_main,
     write_checkpoint,
 )
-from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, directory, put
+from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
 from tests.training.fake_run import sample_record, train_record, validation_record
 from w1train import average, convert, evaluate, sample
 from w1train.config.serialization import config_to_yaml
@@ -35,9 +37,15 @@ MODEL_COMMANDS: dict[str, tuple[Main, list[str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("template") / "run")
+
+
 @pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path / "run")
+def run(template, tmp_path):
+    """A run to damage."""
+    return shutil.copytree(template, tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +60,23 @@ def refused(run: Path, name: str, capture: pytest.CaptureFixture[str]) -> str:
     return require_refusal(main, [str(run), *options], capture, 2)
 
 
-@pytest.mark.parametrize("command", MODEL_COMMANDS)
+SOME = ("list", "billion laughs", "wrong types")
+"""Where the command is what differs: the other contents come through the same door."""
+
+
 @pytest.mark.parametrize("content", [name for name in NOT_CONFIGURATIONS if name not in ("pipe", "directory")])
-def test_a_configuration(run, command, content, capsys):
+def test_a_configuration(run, content, capsys):
     put(run / "config.yaml", NOT_CONFIGURATIONS[content])
-    assert str(run / "config.yaml") in refused(run, command, capsys)
+    for command in MODEL_COMMANDS if content in SOME else ["sample"]:
+        assert str(run / "config.yaml") in refused(run, command, capsys)
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("content", [name for name in NOT_CONFIGURATIONS if name not in NOT_FILES])
+@pytest.mark.parametrize("content", SOME)
 def test_the_configuration_of_a_checkpoint(run, content, capsys):
     text = NOT_CONFIGURATIONS[content]
     assert isinstance(text, bytes)
-    checkpoint = write_checkpoint(run, 8, text.decode("utf-8", "surrogateescape").encode("utf-8", "replace").decode())
+    checkpoint = write_checkpoint(run, 8, text.decode())
     arguments = ["to-hf", str(run), str(run.parent / "exported")]
     require_refusal(convert.main, arguments, capsys, 2, str(checkpoint / "config.yaml"))
 
@@ -78,9 +90,8 @@ LARGE_MODELS = {
 }
 
 
-@pytest.mark.parametrize("command", [*MODEL_COMMANDS, "to-hf"])
 @pytest.mark.parametrize("model", LARGE_MODELS)
-def test_a_model_that_its_checkpoint_cannot_hold(run, command, model, capsys):
+def test_a_model_that_its_checkpoint_cannot_hold(run, model, capsys):
     config = run_config()
     for name, value in LARGE_MODELS[model].items():
         setattr(config.model, name, value)
@@ -88,16 +99,10 @@ def test_a_model_that_its_checkpoint_cannot_hold(run, command, model, capsys):
     (run / "config.yaml").write_text(text)
     for step in (4, 8):
         write_checkpoint(run, step, text)
-    if command == "average":
-        # Averaging needs no model: it takes tensors as they are. Its comparison of the average with the members does.
-        if model.startswith("a million") or "10^12" in model:
-            refused(run, command, capsys)
-        return
-    if command == "to-hf":
-        said = require_refusal(convert.main, ["to-hf", str(run), str(run.parent / "exported")], capsys, 2)
-    else:
-        said = refused(run, command, capsys)
-    assert "config.yaml" in said
+    # Averaging builds no model: it takes tensors as they are.
+    for command in ("sample", "evaluate"):
+        assert "config.yaml" in refused(run, command, capsys)
+    require_refusal(convert.main, ["to-hf", str(run), str(run.parent / "exported")], capsys, 2, "config.yaml")
 
 
 TOKENIZERS: dict[str, Content] = {
@@ -107,13 +112,13 @@ TOKENIZERS: dict[str, Content] = {
 }
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize("content", TOKENIZERS)
-def test_a_tokenizer(run, command, content, capsys, monkeypatch):
+def test_a_tokenizer(run, content, capsys, monkeypatch):
     # The checkpoint of this run has no weights, which would be found first.
     monkeypatch.setattr("w1train.training.inference.require_stored", lambda *_: None, raising=False)
     put(run / "tokenizer.json", TOKENIZERS[content])
-    assert str(run / "tokenizer.json") in refused(run, command, capsys)
+    for command in ("sample", "evaluate") if content == "list" else ["sample"]:
+        assert str(run / "tokenizer.json") in refused(run, command, capsys)
 
 
 STATUSES: dict[str, Content] = {
@@ -160,8 +165,6 @@ def test_a_status_that_asks_for_too_much(run, capsys):
     assert found == 3
     assert "\x1b" not in said
     assert len(said) < 5000
-    import socket
-
     path.write_text(json.dumps({**values, "host": socket.gethostname(), "pid": 10**15}))
     assert answer(status_main, [str(run)], capsys)[0] == 1
 
@@ -193,12 +196,11 @@ LINES: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "events.jsonl"])
 @pytest.mark.parametrize("content", LINES)
-def test_a_line(run, name, content, capsys):
-    path = run / name
-    path.write_bytes(path.read_bytes() + LINES[content] + TRAINED)
-    require_refusal(report_main, [str(run)], capsys, 1, str(path))
+def test_a_line(run, content, capsys):
+    for name in ("events.jsonl", "samples.jsonl", "metrics.jsonl") if content == "list" else ["metrics.jsonl"]:
+        (run / name).write_bytes(TRAINED + LINES[content] + TRAINED)
+        require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
 
 
 METRICS = {
@@ -214,12 +216,11 @@ METRICS = {
 
 
 @pytest.mark.parametrize("content", METRICS)
-def test_metrics_of_other_types(run, content, capsys):
+def test_metrics_of_other_types(run, template, content, capsys):
     path = run / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + line(METRICS[content]))
     require_refusal(report_main, [str(run)], capsys, 1, str(path))
-    other = make_run(run.parent / "other")
-    require_refusal(report_main, [str(other), str(run), "--output", str(run / "c.html")], capsys, 1, str(path))
+    require_refusal(report_main, [str(template), str(run), "--output", str(run / "c.html")], capsys, 1, str(path))
 
 
 @pytest.mark.parametrize(
@@ -237,13 +238,10 @@ def test_other_records_of_other_types(run, name, record, capsys):
     require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
 
 
-@pytest.mark.parametrize("content", {**NOT_JSON_OBJECTS, "types": b""})
-@pytest.mark.parametrize("name", ["summary.json"])
-def test_a_summary(run, name, content, capsys):
-    put(run / name, {**NOT_JSON_OBJECTS, "types": b'{"steps": "many"}'}[content])
-    if content == "integer of 400 digits":
-        return
-    require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+@pytest.mark.parametrize("content", NOT_JSON_OBJECTS)
+def test_a_summary(run, content, capsys):
+    put(run / "summary.json", NOT_JSON_OBJECTS[content])
+    require_refusal(report_main, [str(run)], capsys, 1, str(run / "summary.json"))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +274,7 @@ def test_records_that_are_no_files(run, name, content, capsys):
     require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
 
 
-def test_a_page_holds_any_numbers_and_no_markup(run, capsys):
+def test_a_page_holds_any_numbers_and_no_markup(run, template, capsys):
     numbers = [1e308, -1e308, 5e-324, 0.0, float("nan"), float("inf"), 10**39, None]
     with (run / "metrics.jsonl").open("ab") as file:
         for step, number in enumerate(numbers, start=30):
@@ -288,16 +286,9 @@ def test_a_page_holds_any_numbers_and_no_markup(run, capsys):
     summary = {**json.loads((run / "summary.json").read_text()), "device": MARKUP, "unigram_bits_per_byte": 0, "name": MARKUP}
     (run / "summary.json").write_text(json.dumps({**summary, "versions": {"git_commit": MARKUP, MARKUP: MARKUP}}))
     (run / "config.yaml").write_text(f"name: {MARKUP}\n'{MARKUP}': '{MARKUP}'\nvalidation: [1]\n")
-    other = make_run(run.parent / MARKUP.replace("/", "|"))
+    other = shutil.copytree(template, run.parent / MARKUP.replace("/", "|"))
     assert answer(report_main, [str(run)], capsys)[0] == 0
     assert answer(report_main, [str(run), "--compare", str(other)], capsys)[0] == 0
     assert answer(report_main, [str(run), str(other), "--output", str(run / "c.html")], capsys)[0] == 0
     for page in (run / "report.html", run / "c.html"):
         assert "<script>alert" not in page.read_text()
-
-
-MANIFESTS: dict[str, Content] = {
-    **NOT_JSON_OBJECTS,
-    "files that are a list": as_json({"step": 8, "samples": 1, "seconds": 1.0, "dataset": None, "files": []}),
-    "a number as a file": as_json({"step": 8, "samples": 1, "seconds": 1.0, "dataset": None, "files": {"config.yaml": 1}}),
-}

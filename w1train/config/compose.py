@@ -73,8 +73,9 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     problems += request.problems
     try:
         tree, unknown_sections = _compose(request.choices, user_directories), request.unknown_sections
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        # Hydra's words for a defaults list that is none, a file that is not UTF-8 (ValueError), or one that includes itself.
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        # Hydra's words for a defaults list that is none, a file that is not UTF-8 (ValueError) or that is a number (OSError), or one that
+        # includes itself.
         problems.append(_composition_problem(error, options))
         tree, unknown_sections = {}, _ALL_SECTIONS
     tree = {section: value for section, value in tree.items() if section not in unknown_sections}

@@ -125,11 +125,13 @@ class _Converter:
         """Note one problem for each leaf under an unknown key, so that every wrong override is named in full."""
         where = f"a key of {parent}" if parent else "a top-level key"
         for path, leaf in _leaves(str(name), value):
-            # Looking for the key that was meant takes milliseconds, which a file of thousands of unknown keys should not cost.
-            intended = _intended(parent, path, siblings) if len(self.problems) < MOST_PROBLEMS else None
-            self.problems.append(
-                Problem(join(parent, path), f"an unknown key (value {show(leaf)})", f"{where}: {listing(siblings)}", intended)
-            )
+            full_key = join(parent, path)
+            if len(self.problems) < MOST_PROBLEMS:
+                found, intended = f"an unknown key (value {show(leaf)})", _intended(parent, path, siblings)
+                self.problems.append(Problem(full_key, found, f"{where}: {listing(siblings)}", intended))
+            else:
+                # What is not shown is only counted: looking for the key that was meant takes milliseconds.
+                self.problems.append(Problem(full_key, "an unknown key", where))
 
     def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
         """The default of a field that the tree does not have."""

@@ -10,7 +10,7 @@ import yaml
 
 from w1train.config.errors import Problem, listing
 from w1train.config.reading import FileContentError, read_bounded
-from w1train.config.yaml_extent import LARGEST_YAML, ExtentError, check_extent
+from w1train.config.yaml_limits import LARGEST_YAML, LimitError, check_limits
 
 ROOT_NAME = "config"
 RECIPE_GROUP = "recipe"
@@ -77,10 +77,10 @@ def oversized(directories: Sequence[Path]) -> Iterator[Problem]:
     file."""
     for path in [path for directory in directories for path in _recipe_files(directory, ".yaml")]:
         try:
-            check_extent(read_bounded(path, LARGEST_YAML).decode("utf-8"))
+            check_limits(read_bounded(path, LARGEST_YAML).decode("utf-8"))
         except FileContentError as error:
             yield Problem(str(path), str(error), f"a recipe of at most {LARGEST_YAML:,} bytes")
-        except ExtentError as error:
+        except LimitError as error:
             yield Problem(str(path), " ".join(str(error).split()), "a recipe within these limits")
         except (OSError, ValueError, yaml.YAMLError):
             continue

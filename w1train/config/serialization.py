@@ -12,10 +12,10 @@ import yaml
 
 from w1train.config.convert import convert, join
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
-from w1train.config.reading import LONGEST_INTEGER, read_bounded
+from w1train.config.reading import read_bounded
 from w1train.config.schema import Config
 from w1train.config.validate import validate_conversion
-from w1train.config.yaml_extent import LARGEST_YAML, ExtentError, check_extent
+from w1train.config.yaml_limits import LARGEST_YAML, LimitError, check_limits
 
 
 class _Absent:
@@ -40,24 +40,6 @@ class Difference:
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number (YAML 1.1 reads it as a string) and a key given twice is an error."""
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """An integer. Python reads hexadecimal digits without end, and then writes no error message about the number."""
-        if len(node.value) > LONGEST_INTEGER:
-            problem = f"a number of {len(node.value)} characters is too long"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return super().construct_yaml_int(node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, after checking that no key is repeated."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue  # the base class says that it cannot be a key
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value[:80]!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
 
 class _Dumper(yaml.SafeDumper):
     """Safe YAML that writes line breaks other than \\n as escapes: read back in any other style, they come out as spaces."""
@@ -68,7 +50,6 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _LINE_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _Dumper.add_representer(str, _Dumper.represent_string)
 
@@ -136,12 +117,11 @@ def read_mapping(path: Path) -> Mapping[Any, Any]:
 def _parse_mapping(text: str | bytes, name: str) -> Mapping[Any, Any]:
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
-        check_extent(text)
+        check_limits(text)
         tree = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        # ValueError: bytes that are not UTF-8, or a day that no month has. ArithmeticError: a time too far from now. The others are
-        # what the library raises for a tag on a text that it does not fit, such as !!bool perhaps.
-        fault = "more than a configuration holds" if isinstance(error, ExtentError) else "text that is not YAML"
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+        # ValueError: bytes that are not UTF-8, or a day that no month has. ArithmeticError: a time too far from now.
+        fault = "more than a configuration holds" if isinstance(error, LimitError) else "text that is not YAML"
         raise ConfigurationError([Problem(name, f"{fault}: {error}", "the YAML of a configuration")]) from error
     if not isinstance(tree, Mapping):
         raise ConfigurationError([Problem(name, f"{type(tree).__name__} at the top", "a mapping with the keys of a configuration")])

@@ -9,7 +9,7 @@ from typing import Any
 
 from w1train.config.reading import read_bounded, read_json_object
 from w1train.config.serialization import read_mapping
-from w1train.config.yaml_extent import LARGEST_YAML
+from w1train.config.yaml_limits import LARGEST_YAML
 from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import finite
 from w1train.training.record_checks import check_events, check_metrics, check_samples, check_summary

@@ -1,4 +1,4 @@
-"""How much a YAML text may hold, counted before anything is made of it.
+"""What a YAML text may hold, checked before anything is made of it: the configuration of a run, and the files of recipes.
 
 Parsing yields events and does not recurse, so that neither ten thousand levels of nesting nor aliases that stand for billions of values
 (ten lists of ten aliases to each other) cost more than the text itself.
@@ -6,7 +6,11 @@ Parsing yields events and does not recurse, so that neither ten thousand levels 
 
 from __future__ import annotations
 
+import re
+
 import yaml
+
+from w1train.config.reading import LONGEST_INTEGER
 
 LARGEST_YAML = 1 << 20
 """Bytes of a configuration file."""
@@ -14,17 +18,21 @@ DEEPEST_YAML = 32
 """Levels of mappings and lists inside each other; the schema has six."""
 MOST_YAML_NODES = 20_000
 """Keys and values of a file, each alias counted as what it stands for. One takes some twenty microseconds to read."""
+_LONG_NUMBER = re.compile(rf"[-+]?[0-9][0-9a-fA-FxXbBoO_:]{{{LONGEST_INTEGER},}}")
+_NOT_SPECIFIC = "!"
 
 
-class ExtentError(yaml.MarkedYAMLError):
-    """A text that holds more than a configuration does."""
+class LimitError(yaml.MarkedYAMLError):
+    """A text that holds more, or something else, than a configuration does."""
 
 
-def check_extent(text: str) -> None:
-    """Count the keys and values of a YAML text.
+def check_limits(text: str) -> None:
+    """Count the keys and values of a YAML text, and look at the scalars.
 
     Raises:
-        ExtentError: there are more of them, or they are nested deeper, than a configuration has.
+        LimitError: there are more keys and values than a configuration has, they are nested deeper, a number is longer than
+            LONGEST_INTEGER (Python would read hexadecimal digits without end), or a value has a tag such as !!bool (the library fails
+            at a tag on a text that it does not fit).
         yaml.YAMLError: the text is not YAML.
     """
     num_nodes = 0
@@ -38,9 +46,11 @@ def check_extent(text: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             num_nodes += 1
             sizes[event.anchor or ""] = 1
+            _check_scalar(event)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, num_nodes))
             num_nodes += 1
+            _check_tag(event)
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, num_before = open_nodes.pop()
             sizes[anchor or ""] = num_nodes - num_before
@@ -50,5 +60,16 @@ def check_extent(text: str) -> None:
             raise _error(f"it is nested deeper than {DEEPEST_YAML} levels", event)
 
 
-def _error(problem: str, event: yaml.Event) -> ExtentError:
-    return ExtentError(problem=problem, problem_mark=event.start_mark)
+def _check_scalar(event: yaml.ScalarEvent) -> None:
+    _check_tag(event)
+    if event.implicit[0] and _LONG_NUMBER.fullmatch(event.value):
+        raise _error(f"a number of {len(event.value)} characters is too long", event)
+
+
+def _check_tag(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
+    if event.tag not in (None, _NOT_SPECIFIC):
+        raise _error(f"the tag {event.tag[:80]!r} is not supported: write the value as it is", event)
+
+
+def _error(problem: str, event: yaml.Event) -> LimitError:
+    return LimitError(problem=problem, problem_mark=event.start_mark)
