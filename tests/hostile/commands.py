@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.training.fake_run import write_fake_run
 from w1train import report, status
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
+from w1train.data.indexed import write_index
 from w1train.data.manifest import DatasetManifest
 from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -61,6 +63,18 @@ def require_refusal(main: Main, arguments: list[str], capture: pytest.CaptureFix
     return said
 
 
+@contextlib.contextmanager
+def may_refuse(kind: type[Exception], text: str) -> Iterator[None]:
+    """Whatever is in the block may end with an error of this kind, which names the text, and with no other."""
+    try:
+        yield
+    except kind as error:
+        said = str(error)
+    else:
+        return
+    assert text in said
+
+
 def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer(["hello world, foo and bar " * 20], 272 + 16)
 
@@ -100,8 +114,6 @@ def write_checkpoint(run: Path, step: int, config: str, **changes: object) -> Pa
 
 def make_dataset(prefix: Path) -> Path:
     """Three documents, and their manifest."""
-    from w1train.data.indexed import write_index
-
     tokens = np.array([30, 31, 1, 32, 1, 33, 34, 35, 1], dtype="uint16")
     bin_file, idx_file = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
     bin_file.write_bytes(tokens.tobytes())

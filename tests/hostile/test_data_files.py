@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import import_tokenizer, inspect, pack_report, tokenize, verify
-from tests.hostile.commands import Main, answer, make_dataset, require_refusal, tiny_tokenizer
+from tests.hostile.commands import Main, answer, make_dataset, may_refuse, require_refusal, tiny_tokenizer
 from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
 from w1train import plan, pretrain
-from w1train.config.errors import UserError
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing, packing_path
-from w1train.data.tokenizer import Tokenizer, TokenizerError
+from w1train.data.tokenizer import Tokenizer, TokenizerError, parse_tokenizer_json
 
 
 @functools.cache
@@ -297,7 +296,7 @@ def swapped(value: Any, draw: Any) -> Any:
     return draw(VALUES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -310,16 +309,13 @@ def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
         path.write_bytes(mutated(path.read_bytes(), data.draw))
     if suffix == ".idx" and data.draw(st.booleans()):
         prefix.with_suffix(".json").unlink()
-    try:
+    with may_refuse(DatasetError, str(directory)):
         dataset = TokenDataset.open(prefix)
-        inspect.count(dataset, inspect.np.diff(dataset.document_offsets))
+        inspect.count(dataset, np.diff(dataset.document_offsets))
         inspect.check_tokens(dataset, None)
-    except DatasetError as error:
-        assert str(directory) in str(error)
-    shutil.rmtree(directory)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_packing_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -329,29 +325,22 @@ def test_any_damage_of_a_packing_is_its_error(tmp_path_factory, data):
     content = path.read_bytes()
     place = data.draw(st.integers(4096 - 24, len(content) - 8))
     path.write_bytes(_patched(content, place, data.draw(st.integers(-(2**63), 2**63 - 1))))
-    try:
+    with may_refuse(DatasetError, str(directory)):
         samples = BestFitDataset(dataset, options, seed=0)
         for sample in range(min(samples.index.num_samples, 10)):
             samples._pieces(0, sample)
-    except DatasetError as error:
-        assert str(directory) in str(error)
-    shutil.rmtree(directory)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_tokenizer_is_its_error(data):
     content = json.loads(_serialized())
     serialized = as_json(swapped(copy.deepcopy(content), data.draw)) if data.draw(st.booleans()) else mutated(_serialized(), data.draw)
-    try:
+    with may_refuse(TokenizerError, "t.json"):
         tokenizer = Tokenizer(serialized, "t.json")
         tokenizer.decode(tokenizer.encode("any text, 12 words"))
         tokenizer.num_bytes_by_token()
-    except TokenizerError as error:
-        assert "t.json" in str(error)
-    try:
-        import_tokenizer.with_special_tokens(
-            import_tokenizer.parse_tokenizer_json(serialized, "t.json"), {"<eos>": "<eos>"}, None, "t.json"
-        )
-    except UserError as error:
-        assert "t.json" in str(error)
+    with may_refuse(TokenizerError, "t.json"):
+        parsed = parse_tokenizer_json(serialized, "t.json")
+        if isinstance(parsed["model"]["vocab"], dict):
+            import_tokenizer.with_special_tokens(parsed, {"<eos>": "<eos>"}, None, "t.json")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.end_to_end.conftest import tiny_data, undisturbed  # noqa: F401 - fixtures
+from tests.end_to_end.runs import TinyRun
 from tests.hostile.commands import (
     Main,
     answer,
     make_run,
+    may_refuse,
     report_main,
     require_refusal,
     run_config,
@@ -20,11 +27,16 @@ from tests.hostile.commands import (
     write_checkpoint,
 )
 from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
+from tests.hostile.test_data_files import mutated, swapped
 from tests.training.fake_run import sample_record, train_record, validation_record
 from w1train import average, convert, evaluate, sample
-from w1train.config.serialization import config_to_yaml
+from w1train.config.errors import UserError
+from w1train.config.serialization import config_from_yaml, config_to_yaml
 from w1train.evaluation import averages
 from w1train.runtime.cpu import import_megatron
+from w1train.status import describe_run
+from w1train.training.report import write_report
+from w1train.training.report_compare import write_comparison
 
 import_megatron()
 
@@ -292,3 +304,63 @@ def test_a_page_holds_any_numbers_and_no_markup(run, template, capsys):
     assert answer(report_main, [str(run), str(other), "--output", str(run / "c.html")], capsys)[0] == 0
     for page in (run / "report.html", run / "c.html"):
         assert "<script>alert" not in page.read_text()
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_damage_of_a_run_is_its_error(template, tmp_path_factory, data):
+    run = shutil.copytree(template, tmp_path_factory.mktemp("fuzz") / "run")
+    names = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "summary.json", "config.yaml", "status.json", "heartbeats/rank_00000.json")
+    path = run / data.draw(st.sampled_from(names))
+    lines = path.read_bytes().splitlines(keepends=True)
+    if path.suffix == ".jsonl" and data.draw(st.booleans()):
+        place = data.draw(st.integers(0, len(lines) - 1))
+        lines[place] = line(swapped(json.loads(lines[place]), data.draw))
+        path.write_bytes(b"".join(lines))
+    elif path.suffix == ".json" and data.draw(st.booleans()):
+        path.write_bytes(as_json(swapped(json.loads(path.read_bytes()), data.draw)))
+    else:
+        path.write_bytes(mutated(path.read_bytes(), data.draw))
+    with may_refuse(UserError, str(path)):
+        write_report(run)
+        write_comparison([template, run], run / "c.html")
+    text, _ = describe_run(run)
+    assert text.isprintable()
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_any_change_of_a_configuration_is_its_error(template, tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "config.yaml"
+    tree = yaml.safe_load((template / "config.yaml").read_text())
+    if data.draw(st.booleans()):
+        path.write_text(yaml.safe_dump(swapped(tree, data.draw)))
+    else:
+        path.write_bytes(mutated((template / "config.yaml").read_bytes(), data.draw))
+    with may_refuse(UserError, str(path)):
+        config_from_yaml(path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints/step_0000000012/config.yaml", "status.json"])
+def test_a_run_that_is_resumed(undisturbed, tmp_path, name):  # noqa: F811 - the fixture
+    """Training reads these files of an earlier start."""
+    whole = undisturbed(1, "fp32")
+    run = TinyRun(whole.data, tmp_path / "runs")
+    shutil.copytree(whole.path, run.path)
+    path = run.path / name
+    content = b"[" * 10_000 + b"\n" if name != "summary.json" else b'{"steps": []}'
+    path.write_bytes(content + (path.read_bytes() if path.suffix == ".jsonl" else b""))
+    if name == "metrics.jsonl":
+        (run.path / "summary.json").unlink()  # by which a run is known to have nothing left to do
+    if path.suffix == ".yaml":
+        # Whoever writes the file writes the manifest's word about it.
+        manifest = json.loads((path.parent / "manifest.json").read_bytes())
+        manifest["files"]["config.yaml"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    outcome = run.train("training.precision=fp32")
+    assert "Traceback" not in outcome.output, outcome.output[-3000:]
+    if name == "status.json":
+        outcome.require(0)
+    else:
+        outcome.require(2)
+        assert str(path) in outcome.output

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError, listing
+from w1train.config.reading import read_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, hugging_face_parameters
@@ -99,6 +100,17 @@ def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
             yield part.tensor, piece.reshape(part.num_rows, *parameter.shape[1:])
 
 
+def _copy_companion(source: Path, target: Path) -> None:
+    """Copy a file that lies beside a tokenizer, but for an auto_map: it names code, even of another place, which transformers would run for
+    those who trust this export's own."""
+    settings = read_json_object(source, "settings of a tokenizer") if source.suffix == ".json" else {}
+    if settings.pop("auto_map", None) is None:
+        shutil.copyfile(source, target)
+        return
+    logger.warning("%s: its auto_map, which names code to run, is left out of the export", source)
+    write_text(target, json.dumps(settings, indent=2) + "\n")
+
+
 def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]:
     """Write the tokenizer and what transformers keeps beside it; the ids of its special tokens for config.json.
 
@@ -115,7 +127,7 @@ def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]
         logger.warning("%s is not there: what transformers keeps beside a tokenizer is written anew", original.parent)
     for name in _COMPANIONS:
         if (original.parent / name).is_file():
-            shutil.copyfile(original.parent / name, output / name)
+            _copy_companion(original.parent / name, output / name)
     if not (output / "tokenizer_config.json").is_file():
         tokens = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
