@@ -41,6 +41,18 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number (YAML 1.1 reads it as a string) and a key given twice is an error."""
 
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, after checking that no key is repeated."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class says that it cannot be a key
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value[:80]!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
 class _Dumper(yaml.SafeDumper):
     """Safe YAML that writes line breaks other than \\n as escapes: read back in any other style, they come out as spaces."""
 
@@ -121,7 +133,7 @@ def _parse_mapping(text: str | bytes, name: str) -> Mapping[Any, Any]:
         tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, ArithmeticError) as error:
         # ValueError: bytes that are not UTF-8, or a day that no month has. ArithmeticError: a time too far from now.
-        fault = "more than a configuration holds" if isinstance(error, LimitError) else "text that is not YAML"
+        fault = "what no configuration has" if isinstance(error, LimitError) else "text that is not YAML"
         raise ConfigurationError([Problem(name, f"{fault}: {error}", "the YAML of a configuration")]) from error
     if not isinstance(tree, Mapping):
         raise ConfigurationError([Problem(name, f"{type(tree).__name__} at the top", "a mapping with the keys of a configuration")])

@@ -72,4 +72,4 @@ def _check_tag(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
 
 
 def _error(problem: str, event: yaml.Event) -> LimitError:
-    return LimitError(problem=problem, problem_mark=event.start_mark)
+    return LimitError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]  # the stubs know of two classes of marks

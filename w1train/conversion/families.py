@@ -200,7 +200,7 @@ class _Values:
         if kind != "adaln":
             return {"conditioning": "none"}
         sizes = {key: self.integer(key) for key in ("condition_size", "timestep_frequency_size")}
-        scale = self.number("timestep_scale", ModelConfig.__dataclass_fields__["timestep_scale"].default)
+        scale = self.number("timestep_scale", 1000.0)
         return {"adaln_init": "identity", "conditioning": kind, **sizes, "timestep_scale": scale}
 
     def _as_number(self, key: str, value: object) -> float:

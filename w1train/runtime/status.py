@@ -148,12 +148,14 @@ def _from_values[Record](kind: type[Record], values: dict[str, Any]) -> Record |
         record = kind(**values)
     except TypeError:
         return None
-    return record if all(_is_possible(_types(kind)[name], value) for name, value in values.items()) else None
+    types = _types(kind.__name__)
+    return record if all(_is_possible(types[name], value) for name, value in values.items()) else None
 
 
 @cache
-def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _types(name: str) -> dict[str, Any]:
+    """The types of the fields of one of this module's classes; a run of thousands of ranks has as many heartbeats."""
+    return get_type_hints(globals()[name])
 
 
 def _is_possible(kind: Any, value: object) -> bool:
