@@ -13,8 +13,7 @@ from data_tools.files import KINDS, Limits
 from data_tools.progress import setup_logging
 from data_tools.text import BLANK_LINES, CorpusError, Rules
 from data_tools.workers import WorkerError
-from w1train.data.indexed import DatasetError
-from w1train.data.tokenizer import TokenizerError
+from w1train.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ def run_command(command: Callable[[], None]) -> int:
     setup_logging()
     try:
         command()
-    except (CorpusError, DatasetError, TokenizerError, WorkerError, OSError) as error:
+    except (CorpusError, UserError, WorkerError, OSError) as error:
         logger.error("%s", error)
         return 1
     except KeyboardInterrupt:

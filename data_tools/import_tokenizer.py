@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.command import input_path, output_file, run_command
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
-from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError
+from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError, parse_tokenizer_json, read_tokenizer_file
 from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _import(options: argparse.Namespace) -> None:
     source = Path(options.input)
     source = source / "tokenizer.json" if source.is_dir() else source
-    serialized = source.read_bytes()
-    try:
-        content = json.loads(serialized)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"tokenizer {source} is no JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or not isinstance(content["model"].get("vocab"), dict):
+    serialized = read_tokenizer_file(source)
+    content = parse_tokenizer_json(serialized, f"tokenizer {source}")
+    if not isinstance(content["model"]["vocab"], dict):
         raise TokenizerError(f"tokenizer {source} has no vocabulary of tokens and ids")
     wanted = [(options.eos, EOS_TOKEN), (options.mask, MASK_TOKEN), (options.pad, PAD_TOKEN)]
     renamed = {text: name for text, name in wanted if text}
@@ -77,7 +74,7 @@ def with_special_tokens(content: dict[str, Any], renamed: dict[str, str], mask_t
     Raises:
         TokenizerError: there is no such token among the added ones, or something is already at the mask's id.
     """
-    added = content.get("added_tokens", [])
+    added = content.get("added_tokens") or []
     there = {token["content"]: token["id"] for token in added}
     if missing := [text for text in renamed if text not in there]:
         raise TokenizerError(f"tokenizer {origin} has no special token {missing[0]}; it has: {', '.join(there) or 'none'}")
@@ -105,7 +102,7 @@ def _special_token(number: int, text: str) -> dict[str, Any]:
 
 def _without_templates(content: dict[str, Any]) -> dict[str, Any] | None:
     processor = content.get("post_processor")
-    return None if processor is None or processor.get("type") in ("TemplateProcessing", "Sequence") else processor
+    return None if isinstance(processor, dict) and processor.get("type") in ("TemplateProcessing", "Sequence") else processor
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from data_tools.duplicates import HASH_BYTES
 from data_tools.encode import TokenizedUnit
 from data_tools.text import Counts
 from data_tools.units import Position
+from w1train.config.reading import read_json_object
 from w1train.data.indexed import DatasetError, bin_path, idx_path
 from w1train.data.manifest import DatasetManifest, manifest_path
 from w1train.data.shards import shard_notes
@@ -75,7 +76,7 @@ class Record:
     def read(cls, path: Path) -> Record | None:
         """None if there is none, or it is not what this version writes."""
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json_object(path, "record of progress")
             outputs = [
                 OutputRecord(
                     [DatasetManifest(**shard) for shard in output["sealed"]], output["writer"] and WriterProgress(**output["writer"])

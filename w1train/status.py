@@ -21,7 +21,7 @@ from pathlib import Path
 
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.masking import mask_output
-from w1train.runtime.status import Heartbeat, Status, read_heartbeats, read_status
+from w1train.runtime.status import STATUS_FILE, Heartbeat, Status, read_heartbeats, read_status
 
 _STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "failed": ExitStatus.FAILED, "mistake": ExitStatus.MISTAKE}
 _WORST_FIRST = (ExitStatus.MISTAKE, ExitStatus.FAILED, ExitStatus.RUNNING, ExitStatus.STOPPED, ExitStatus.FINISHED)
@@ -29,6 +29,7 @@ _SILENT_SECONDS = 1200.0
 _SLOW_SECONDS = 30.0
 _MOST_CLOCKS_DIFFER = 60.0
 _MOST_NAMED = 8
+_LONGEST_LINE = 4000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +53,9 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
     """(one line, the exit status that stands for it)."""
     status = read_status(directory)
     if status is None:
-        return "no status.json: not a run directory, or never started", ExitStatus.MISTAKE
+        if (directory / STATUS_FILE).exists():
+            return f"{STATUS_FILE} cannot be read, or is not what w1train writes", ExitStatus.MISTAKE
+        return f"no {STATUS_FILE}: not a run directory, or never started", ExitStatus.MISTAKE
     now = time.time()
     age = max(0.0, now - status.time)
     heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
@@ -74,7 +77,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
             parts.append(f"slow: {', '.join(slow)}")
     if status.message:
         parts.append(status.message)
-    return ", ".join(parts), ExitStatus.FAILED if died else _STATUSES.get(status.state, ExitStatus.RUNNING)
+    return _on_one_line(", ".join(parts)), ExitStatus.FAILED if died else _STATUSES.get(status.state, ExitStatus.RUNNING)
 
 
 def _is_gone(status: Status) -> bool:
@@ -83,7 +86,7 @@ def _is_gone(status: Status) -> bool:
         return False
     try:
         os.kill(status.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         pass  # another user's, so it lives
@@ -104,6 +107,11 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
         for rank in slow[:_MOST_NAMED]
     ]
     return words + ([f"{len(slow) - _MOST_NAMED} more"] if len(slow) > _MOST_NAMED else [])
+
+
+def _on_one_line(text: str) -> str:
+    """Without the control characters by which a text of somebody else's file would steer the terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in text[:_LONGEST_LINE])
 
 
 def _duration(seconds: float) -> str:

@@ -152,7 +152,7 @@ def test_configurations_that_cannot_be_read(directory):
     with pytest.raises(UserError, match="has no JSON object"):
         read_config(directory)
     (directory / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="is no configuration of a model"):
         read_config(directory)
     (directory / "config.json").unlink()
     with pytest.raises(UserError, match="cannot be read"):

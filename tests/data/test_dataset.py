@@ -127,7 +127,7 @@ def test_arbitrary_bytes_are_no_index(written, content):
     ("content", "message"),
     [
         ("{", "is no dataset manifest"),
-        ("[]", "is no dataset manifest of format version 1"),
+        ("[]", "is no dataset manifest: it has no JSON object at its top"),
         ('{"format_version": 2}', r"format version 1 \(found 2\)"),
         ('{"format_version": 1}', "'bin_num_bytes' is missing"),
     ],

@@ -146,6 +146,12 @@ HOSTILE_INDEXES = {
     "an offset of other rank": lambda tree, weight, shard: shard.__setitem__(2, [0]),
     "sizes outside": lambda tree, weight, shard: shard.__setitem__(3, [3, 5]),
     "a petabyte": lambda tree, weight, shard: (weight.__setitem__("sizes", [1 << 40, 1 << 8]), shard.__setitem__(3, [1 << 40, 1 << 8])),
+    "a petabyte of nothing": lambda tree, weight, shard: (weight.__setitem__("sizes", [1 << 40, 0]), weight.__setitem__("shards", [shard])),
+    "no elements": lambda tree, weight, shard: (
+        weight.__setitem__("sizes", [1 << 40, 0]),
+        shard.__setitem__(3, [1 << 40, 0]),
+        weight["shards"].pop(),
+    ),
     "sizes of fractions": lambda tree, weight, shard: weight.__setitem__("sizes", [6.0, 4]),
     "a shard less": lambda tree, weight, shard: weight["shards"].pop(),
     "a shard twice": lambda tree, weight, shard: weight["shards"].__setitem__(1, shard),

@@ -33,6 +33,7 @@ from w1train.config.recipe_files import (
     ROOT_NAME,
     check_user_directories,
     groups,
+    oversized,
     packaged_directory,
     recipe_is_global,
 )
@@ -64,14 +65,18 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     replace everything else; ``~key`` goes back to the default. Raises ``ConfigurationError`` with every problem there is.
     """
     user_directories, problems = check_user_directories(config_dirs)
+    if too_large := list(oversized(user_directories)):
+        # Hydra would not come to an end with these.
+        raise_if_any(problems + too_large)
     directories = [packaged_directory(), *user_directories]
     options = groups(directories)
     request = _read_overrides(overrides, options, directories)
     problems += request.problems
     try:
         tree, unknown_sections = _compose(request.choices, user_directories), request.unknown_sections
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        # Hydra's words for a defaults list that is none, a file that is not UTF-8 (ValueError), or one that includes itself.
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        # Hydra's words for a defaults list that is none, a file that is not UTF-8 (ValueError) or that is a number (OSError), or one that
+        # includes itself.
         problems.append(_composition_problem(error, options))
         tree, unknown_sections = {}, _ALL_SECTIONS
     tree = {section: value for section, value in tree.items() if section not in unknown_sections}

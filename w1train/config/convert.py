@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, show
+from w1train.config.errors import MOST_PROBLEMS, NOT_GIVEN, Problem, closest, listing, show
 from w1train.config.schema import Config
 
 # Beyond this a float no longer names one integer: 1e23 is 99999999999999991611392.
@@ -110,16 +110,28 @@ class _Converter:
                 setattr(result, field.name, value)
         for name in tree:
             if name not in annotations:
-                self.problems.extend(_unknown(name, tree[name], key, annotations))
+                self.unknown(name, tree[name], key, annotations)
         return result
 
     def some_fields(self, cls: Any, tree: Mapping[Any, Any], key: str) -> dict[str, Any]:
         """The fields of ``cls`` that the tree has, converted; those that failed are left out."""
         annotations = field_types(cls)
         for name in tree.keys() - annotations.keys():
-            self.problems.extend(_unknown(name, tree[name], key, annotations))
+            self.unknown(name, tree[name], key, annotations)
         found = {name: self.value(annotations[name], tree[name], join(key, name)) for name in annotations if name in tree}
         return {name: value for name, value in found.items() if value is not _INVALID}
+
+    def unknown(self, name: Any, value: Any, parent: str, siblings: Mapping[str, Any]) -> None:
+        """Note one problem for each leaf under an unknown key, so that every wrong override is named in full."""
+        where = f"a key of {parent}" if parent else "a top-level key"
+        for path, leaf in _leaves(str(name), value):
+            full_key = join(parent, path)
+            if len(self.problems) < MOST_PROBLEMS:
+                found, intended = f"an unknown key (value {show(leaf)})", _intended(parent, path, siblings)
+                self.problems.append(Problem(full_key, found, f"{where}: {listing(siblings)}", intended))
+            else:
+                # What is not shown is only counted: looking for the key that was meant takes milliseconds.
+                self.problems.append(Problem(full_key, "an unknown key", where))
 
     def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
         """The default of a field that the tree does not have."""
@@ -196,14 +208,6 @@ def _missing(annotation: Any, key: str) -> Problem:
         return Problem(key, NOT_GIVEN, describe_type(annotation))
     required = [field.name for field in dataclasses.fields(annotation) if is_required(field)]
     return Problem(key, NOT_GIVEN, f"a mapping with at least the keys {listing(required)}")
-
-
-def _unknown(name: Any, value: Any, parent: str, siblings: Mapping[str, Any]) -> Iterator[Problem]:
-    """One problem for each leaf under an unknown key, so that every wrong override is named in full."""
-    where = f"a key of {parent}" if parent else "a top-level key"
-    for path, leaf in _leaves(str(name), value):
-        full_key = join(parent, path)
-        yield Problem(full_key, f"an unknown key (value {show(leaf)})", f"{where}: {listing(siblings)}", _intended(parent, path, siblings))
 
 
 def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None:

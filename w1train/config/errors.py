@@ -11,7 +11,10 @@ import yaml
 from w1train.config.credentials import mask_tree, mask_urls
 
 NOT_GIVEN = "(not given)"
+MOST_PROBLEMS = 50
+"""As many are shown of one configuration: a file that is no configuration at all has a problem at each of its keys."""
 _LONGEST_VALUE = 80
+_LONGEST_KEY = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Problem:
     """What the user most probably wants."""
 
     def __str__(self) -> str:
-        lines = [self.key, f"   found: {self.found}", f"   valid: {self.valid}"]
+        lines = [_on_one_line(self.key), f"   found: {self.found}", f"   valid: {self.valid}"]
         if self.suggestion:
             lines.append(f"   try:   {self.suggestion}")
         return mask_urls("\n".join(lines))
@@ -43,18 +46,25 @@ class UserError(ValueError):
 
 
 class ConfigurationError(UserError):
-    """A configuration that cannot be used; the text lists every problem, numbered."""
+    """A configuration that cannot be used; the text lists the problems, numbered: all of them up to MOST_PROBLEMS."""
 
-    def __init__(self, problems: Sequence[Problem]):
+    def __init__(self, problems: Sequence[Problem], origin: str | None = None):
+        """``origin`` is the file that the configuration comes from, if it is one file."""
         assert problems, "a ConfigurationError needs a problem"
-        self.problems = list(problems)
+        self.problems, self.origin = list(problems), origin
         count = len(self.problems)
-        title = f"{count} problem{'s' if count > 1 else ''} in the configuration:"
-        super().__init__("\n".join([title, *(f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))]))
+        title = f"{count} problem{'s' if count > 1 else ''} in the configuration{f' {origin}' if origin else ''}:"
+        shown = [f"{number}. {problem}" for number, problem in enumerate(self.problems[:MOST_PROBLEMS], 1)]
+        super().__init__("\n".join([title, *shown, *([f"... and {count - MOST_PROBLEMS} more"] if count > MOST_PROBLEMS else [])]))
 
-    def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem]]]:
+    def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem], str | None]]:
         """Rank 0 sends it to the others, whose copy would otherwise take the text for the problems."""
-        return ConfigurationError, (self.problems,)
+        return ConfigurationError, (self.problems, self.origin)
+
+
+def _on_one_line(key: str) -> str:
+    """A key as it is, unless it is a text that would fill the screen or steer the terminal."""
+    return key if len(key) <= _LONGEST_KEY and key.isprintable() else ascii(key[:_LONGEST_KEY])
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:

@@ -6,7 +6,11 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
+
 from w1train.config.errors import Problem, listing
+from w1train.config.reading import FileContentError, read_bounded
+from w1train.config.yaml_limits import LARGEST_YAML, LimitError, check_limits
 
 ROOT_NAME = "config"
 RECIPE_GROUP = "recipe"
@@ -47,7 +51,8 @@ def recipe_is_global(directories: Sequence[Path], option: str) -> bool:
 
 def _lines(directories: Sequence[Path], group: str, option: str) -> list[str]:
     paths = [directory / group / f"{option}.yaml" for directory in directories]
-    text = next(path for path in paths if path.is_file()).read_text(encoding="utf-8", errors="replace")
+    with next(path for path in paths if path.is_file()).open("rb") as file:
+        text = file.read(LARGEST_YAML).decode("utf-8", errors="replace")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
@@ -65,6 +70,20 @@ def check_user_directories(config_dirs: Sequence[str]) -> tuple[list[Path], list
             found = "a file" if path.exists() else "nothing at this path"
             problems.append(Problem(f"--config-dir {given}", found, "a directory with groups of recipes, such as recipe/mine.yaml"))
     return directories, problems
+
+
+def oversized(directories: Sequence[Path]) -> Iterator[Problem]:
+    """The files that Hydra would read and copy without a limit. What is wrong with a file otherwise is Hydra's to say, if a recipe uses the
+    file."""
+    for path in [path for directory in directories for path in _recipe_files(directory, ".yaml")]:
+        try:
+            check_limits(read_bounded(path, LARGEST_YAML).decode("utf-8"))
+        except FileContentError as error:
+            yield Problem(str(path), str(error), f"a recipe of at most {LARGEST_YAML:,} bytes")
+        except LimitError as error:
+            yield Problem(str(path), " ".join(str(error).split()), "a recipe within these limits")
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
 
 
 def _misnamed(directory: Path) -> Iterator[Problem]:

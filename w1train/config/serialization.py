@@ -13,8 +13,10 @@ import yaml
 from w1train.config.convert import convert, join
 from w1train.config.credentials import is_masked, mask_tree
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.reading import read_bounded
 from w1train.config.schema import Config
 from w1train.config.validate import validate_conversion
+from w1train.config.yaml_limits import LARGEST_YAML, LimitError, check_limits
 
 
 class _Absent:
@@ -43,8 +45,10 @@ class _Loader(yaml.SafeLoader):
         """A mapping, after checking that no key is repeated."""
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class says that it cannot be a key
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value!r} is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value[:80]!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -77,11 +81,16 @@ def config_to_yaml(config: Config) -> str:
 def config_from_yaml(source: str | Path) -> Config:
     """Read what ``config_to_yaml`` wrote: a file (``Path``) or the text itself (``str``).
 
-    The same checks as for a recipe; raises ``ConfigurationError`` with every problem, ``OSError`` if the file cannot be read.
+    The same checks as for a recipe; raises ``ConfigurationError`` with every problem, ``UserError`` if the file is too large or no file,
+    ``OSError`` if it cannot be read.
     """
-    name = str(source) if isinstance(source, Path) else "the YAML text"
-    conversion = convert(_read_mapping(source, name))
-    raise_if_any(conversion.problems + validate_conversion(conversion))
+    tree = read_mapping(source) if isinstance(source, Path) else _parse_mapping(source, "the YAML text")
+    conversion = convert(tree)
+    problems = conversion.problems + validate_conversion(conversion)
+    if problems and isinstance(source, Path):
+        # The keys alone do not say which of the files that a command reads is wrong.
+        raise ConfigurationError(problems, origin=str(source))
+    raise_if_any(problems)
     return conversion.config
 
 
@@ -121,13 +130,25 @@ def config_differences(old: Config, new: Config) -> list[Difference]:
     return [Difference(key, old_value, new_value) for key, old_value, new_value in pairs if old_value != new_value]
 
 
-def _read_mapping(source: str | Path, name: str) -> Mapping[Any, Any]:
+def read_mapping(path: Path) -> Mapping[Any, Any]:
+    """The mapping that a YAML file holds, unchecked.
+
+    Raises:
+        UserError: the file is too large or too deep, not YAML, or has no mapping at its top.
+        OSError: it cannot be opened or read.
+    """
+    return _parse_mapping(read_bounded(path, LARGEST_YAML), str(path))
+
+
+def _parse_mapping(text: str | bytes, name: str) -> Mapping[Any, Any]:
     try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        check_limits(text)
         tree = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        # ValueError: bytes that are not UTF-8, or an integer of more digits than Python reads.
-        raise ConfigurationError([Problem(name, f"text that is not YAML: {error}", "the YAML of a configuration")]) from error
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+        # ValueError: bytes that are not UTF-8, or a day that no month has. ArithmeticError: a time too far from now.
+        fault = "what no configuration has" if isinstance(error, LimitError) else "text that is not YAML"
+        raise ConfigurationError([Problem(name, f"{fault}: {error}", "the YAML of a configuration")]) from error
     if not isinstance(tree, Mapping):
         raise ConfigurationError([Problem(name, f"{type(tree).__name__} at the top", "a mapping with the keys of a configuration")])
     return tree

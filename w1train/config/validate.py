@@ -55,7 +55,8 @@ _PATHS = {
 # Every numeric field of the schema is here (a test holds the two together). Null is left to the types.
 RANGES: dict[str, Range] = {
     "model.vocab_size": Range(2, 1 << 24),
-    "model.num_layers": SIZE,
+    # Each costs milliseconds and memory before it has a weight, even in a plan; the deepest Transformers have a thousand.
+    "model.num_layers": Range(1, 4096),
     "model.hidden_size": SIZE,
     "model.num_attention_heads": SIZE,
     "model.ffn_hidden_size": SIZE,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError, listing
+from w1train.config.reading import read_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, hugging_face_parameters
@@ -23,6 +24,7 @@ from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, 
 from w1train.runtime.files import PARTIAL_SUFFIX, write_text
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import read_config
+from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         OSError: it cannot be written.
     """
     config = read_config(checkpoint)
+    require_stored(checkpoint, config.model)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
         raise UserError(f"this model is no {model_type}: {listing(problems)}; export it with --format {W1}")
@@ -97,6 +100,17 @@ def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
             yield part.tensor, piece.reshape(part.num_rows, *parameter.shape[1:])
 
 
+def _copy_companion(source: Path, target: Path) -> None:
+    """Copy a file that lies beside a tokenizer, but for an auto_map: it names code, even of another place, which transformers would run for
+    those who trust this export's own."""
+    settings = read_json_object(source, "settings of a tokenizer") if source.suffix == ".json" else {}
+    if settings.pop("auto_map", None) is None:
+        shutil.copyfile(source, target)
+        return
+    logger.warning("%s: its auto_map, which names code to run, is left out of the export", source)
+    write_text(target, json.dumps(settings, indent=2) + "\n")
+
+
 def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]:
     """Write the tokenizer and what transformers keeps beside it; the ids of its special tokens for config.json.
 
@@ -113,7 +127,7 @@ def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]
         logger.warning("%s is not there: what transformers keeps beside a tokenizer is written anew", original.parent)
     for name in _COMPANIONS:
         if (original.parent / name).is_file():
-            shutil.copyfile(original.parent / name, output / name)
+            _copy_companion(original.parent / name, output / name)
     if not (output / "tokenizer_config.json").is_file():
         tokens = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError, listing
+from w1train.config.reading import read_json_object, shorten
 from w1train.config.schema import ModelConfig
+from w1train.config.validate import RANGES
 
 CONFIG_FILE = "config.json"
 W1 = "w1"
@@ -35,7 +37,10 @@ FAMILIES: dict[str, Family] = {
 """By config.json's model_type."""
 W1_FAMILY = Family("W1ForMaskedDiffusion")
 
-_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+def _is_full_attention(layer_types: Any) -> bool:
+    return not layer_types or (isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types))
+
 
 # What would make the files another function than this model: the key, whether its value is harmless, and what would be valid.
 _HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -43,7 +48,7 @@ _HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_bias": (lambda value: not value, "false: here only queries, keys and values may have biases (Qwen2)"),
     "mlp_bias": (lambda value: not value, "false"),
     "use_sliding_window": (lambda value: not value, "false: attention sees whole documents"),
-    "layer_types": (lambda value: set(value or ()) <= {"full_attention"}, "full_attention in every layer"),
+    "layer_types": (_is_full_attention, "full_attention in every layer"),
     "partial_rotary_factor": (lambda value: value in (None, 1, 1.0), "1: all channels are rotated"),
     "quantization_config": (lambda value: value is None, "absent: weights in float32, bfloat16 or float16"),
 }
@@ -57,14 +62,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        config = json.loads(path.read_bytes())
+        return read_json_object(path, "configuration of a model")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} has no JSON object at its top")
-    return config
 
 
 def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
@@ -77,77 +77,137 @@ def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
         UserError: another architecture, or fields that this model has no switch for; all of them are named.
     """
     family = _family(config, origin)
-    problems = [f"{key} is missing" for key in _REQUIRED if not isinstance(config.get(key), int)]
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    values = _Values(config)
     for key, (is_harmless, valid) in _HARMLESS.items():
-        value = config.get(key, rope.get(key))
-        if not is_harmless(value):
-            problems.append(f"{key} is {value!r}; supported: {valid}")
-    scaling = _rope_scaling(config, rope, problems)
-    if problems:
-        raise UserError(f"{origin} cannot be imported: " + "; ".join(problems))
-    num_heads = config["num_attention_heads"]
-    return ModelConfig(
-        vocab_size=config["vocab_size"],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_attention_heads=num_heads,
-        num_query_groups=config.get("num_key_value_heads") or num_heads,
-        kv_channels=config.get("head_dim") or family.head_dim or config["hidden_size"] // num_heads,
-        ffn_hidden_size=config["intermediate_size"],
-        max_sequence_length=config.get("max_position_embeddings", 2048),
-        rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        **scaling,
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        qk_norm=config.get("qk_norm", family.qk_norm),
-        qkv_bias=config.get("qkv_bias", family.qkv_bias),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        init_std=float(config.get("initializer_range", 0.02)),
-        **_conditioning(config),
-    )
+        if not is_harmless(value := config.get(key, values.rope.get(key))):
+            values.problems.append(f"{key} is {shorten(value)}; supported: {valid}")
+    num_heads, hidden_size = values.integer("num_attention_heads"), values.integer("hidden_size")
+    of_own_export = config.get("model_type") == W1
+    fields = {
+        "vocab_size": values.integer("vocab_size"),
+        "num_layers": values.integer("num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_heads,
+        "num_query_groups": values.integer("num_key_value_heads", num_heads),
+        "kv_channels": values.integer("head_dim", family.head_dim or hidden_size // max(num_heads, 1)),
+        "ffn_hidden_size": values.integer("intermediate_size"),
+        "max_sequence_length": values.integer("max_position_embeddings", 2048),
+        "rope_base": values.number("rope_theta", 10000.0),
+        **values.rope_scaling(),
+        "norm_epsilon": values.number("rms_norm_eps", 1e-6),
+        "qk_norm": values.flag("qk_norm", family.qk_norm),
+        "qkv_bias": values.flag("qkv_bias", family.qkv_bias),
+        "tie_embeddings": values.flag("tie_word_embeddings", False),
+        "init_std": values.number("initializer_range", 0.02),
+        **(values.conditioning() if of_own_export else {"conditioning": "none"}),
+    }
+    # A value that has been reported is replaced by a zero here, and not to be reported once more.
+    if not values.problems:
+        values.problems += [
+            f"model.{name} would be {shorten(value)}, not {RANGES[f'model.{name}'].words(value)}"
+            for name, value in fields.items()
+            if f"model.{name}" in RANGES and value not in RANGES[f"model.{name}"]
+        ]
+    if values.problems:
+        raise UserError(f"{origin} cannot be imported: " + "; ".join(values.problems))
+    return ModelConfig(**fields)
 
 
 def _family(config: Mapping[str, Any], origin: str) -> Family:
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     family = W1_FAMILY if model_type == W1 else FAMILIES.get(str(model_type))
     if family is None or (architectures and family.architecture not in architectures):
         known = [f"{name} ({each.architecture})" for name, each in {**FAMILIES, W1: W1_FAMILY}.items()]
         raise UserError(
-            f"{origin} is a model of type {model_type!r} ({listing(architectures) or 'no architecture given'}), which cannot be imported; "
+            f"{origin} is a model of type {shorten(model_type)} ({_named(architectures)}), which cannot be imported; "
             f"supported: {listing(known)}"
         )
     return family
 
 
-def _rope_scaling(config: Mapping[str, Any], rope: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The ModelConfig's rope fields. transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    if kind == "default":
-        return {}
-    if kind != "llama3":
-        problems.append(f"{where}.rope_type is {kind!r}; supported: default, llama3")
-        return {}
-    names = {
-        "rope_scaling_factor": "factor",
-        "rope_low_frequency_factor": "low_freq_factor",
-        "rope_high_frequency_factor": "high_freq_factor",
-        "rope_original_length": "original_max_position_embeddings",
-    }
-    missing = [f"{where}.{key} is missing" for key in names.values() if not isinstance(rope.get(key), int | float)]
-    problems += missing
-    values = {} if missing else {field: float(rope[key]) for field, key in names.items()}
-    if values:
-        values["rope_original_length"] = int(values["rope_original_length"])
-    return {"rope_scaling": "llama3", **values}
+def _named(architectures: list[Any]) -> str:
+    names = listing(name if isinstance(name, str) and len(name) < 80 else shorten(name) for name in architectures[:3])
+    return names or "no architecture given"
 
 
-def _conditioning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Only this project's own export has any; its modulations are in the files, so their initial values are unused."""
-    if config.get("conditioning", "none") == "none":
-        return {"conditioning": "none"}
-    names = ("conditioning", "condition_size", "timestep_frequency_size", "timestep_scale")
-    return {"adaln_init": "identity", **{name: config[name] for name in names}}
+class _Values:
+    """The values of a config.json by their types; what is missing or of another type is noted among the problems."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.problems: list[str] = []
+        self._config = config
+        # transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters.
+        self._rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        self.rope: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            value = config.get(key) or {}
+            if isinstance(value, dict):
+                self.rope |= value
+            else:
+                self.problems.append(f"{key} is {shorten(value)}, not an object")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """An integer; the default also where the file says null."""
+        value = self._config.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            self.problems.append(f"{key} is missing")
+        elif type(value) is not int:
+            self.problems.append(f"{key} is {shorten(value)}, not an integer")
+        return value if type(value) is int else 0
+
+    def number(self, key: str, default: float) -> float:
+        """A number, of rope_parameters or at the top; the default also where the file says null."""
+        found = (value for value in (self.rope.get(key), self._config.get(key)) if value is not None)
+        return self._as_number(key, next(found, default))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false; the default also where the file says null."""
+        value = self._config.get(key)
+        if value is not None and not isinstance(value, bool):
+            self.problems.append(f"{key} is {shorten(value)}, not true or false")
+        return value if isinstance(value, bool) else default
+
+    def rope_scaling(self) -> dict[str, Any]:
+        """The ModelConfig's fields of rope scaling."""
+        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
+        if kind == "default":
+            return {}
+        if kind != "llama3":
+            self.problems.append(f"{self._rope_key}.rope_type is {shorten(kind)}; supported: default, llama3")
+            return {}
+        names = {
+            "rope_scaling_factor": "factor",
+            "rope_low_frequency_factor": "low_freq_factor",
+            "rope_high_frequency_factor": "high_freq_factor",
+            "rope_original_length": "original_max_position_embeddings",
+        }
+        missing = [f"{self._rope_key}.{key} is missing" for key in names.values() if self.rope.get(key) is None]
+        self.problems += missing
+        values = {} if missing else {field: self._as_number(f"{self._rope_key}.{key}", self.rope[key]) for field, key in names.items()}
+        if values:
+            values["rope_original_length"] = int(values["rope_original_length"])
+        return {"rope_scaling": "llama3", **values}
+
+    def conditioning(self) -> dict[str, Any]:
+        """Only this project's own export has any; its modulations are in the files, so their initial values are unused."""
+        kind = self._config.get("conditioning", "none")
+        if kind not in ("none", "adaln"):
+            self.problems.append(f"conditioning is {shorten(kind)}; supported: none, adaln")
+        if kind != "adaln":
+            return {"conditioning": "none"}
+        sizes = {key: self.integer(key) for key in ("condition_size", "timestep_frequency_size")}
+        scale = self.number("timestep_scale", 1000.0)
+        return {"adaln_init": "identity", "conditioning": kind, **sizes, "timestep_scale": scale}
+
+    def _as_number(self, key: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.problems.append(f"{key} is {shorten(value)}, not a number")
+            return 0.0
+        return float(value)
 
 
 def stock_family(model: ModelConfig) -> str:

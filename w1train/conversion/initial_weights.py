@@ -21,6 +21,7 @@ from w1train.runtime.distributed import all_or_none
 from w1train.training.checkpoint import MANIFEST, latest_step, verify_checkpoint
 from w1train.training.checkpoint import read_config as read_checkpoint_config
 from w1train.training.setup import LoadWeights
+from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def find_checkpoint(path: Path) -> Path | None:
 def _open(config: Config, path: Path, checkpoint: Path | None) -> StoredModel:
     if checkpoint is not None:
         model = read_checkpoint_config(checkpoint).model
+        require_stored(checkpoint, model)
         stored = StoredModel(str(checkpoint), model, CheckpointDirectory(checkpoint), tuple(checkpoint_parameters(config.model)))
     else:
         model = model_from_config(read_config(path), str(path))

@@ -5,7 +5,6 @@ Nothing is read but what is asked for: a rank takes its slices, one after anothe
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +13,15 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError, listing
+from w1train.config.reading import read_json_object, shorten
 from w1train.training.shards import Shards
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+SUFFIX = ".safetensors"
+LARGEST_HEADER = 16 << 20
+"""Bytes of a safetensors file's header; the published ones stay below a megabyte."""
+_SIZE_BYTES = 8
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Of safetensors, those that weights are imported from."""
 
@@ -40,13 +44,16 @@ class SafetensorsDirectory:
         """Opens every file (memory-mapped: only headers are read).
 
         Raises:
-            UserError: no such files, a shard that is missing or damaged, an index that does not fit, a dtype that is no weight's.
+            UserError: no such files, a shard that is missing or damaged, or whose name leads elsewhere, an index that does not fit, a
+                dtype that is no weight's.
         """
         self._files: dict[str, Any] = {}
         self.tensors: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         index = _read_index(directory)
         names = sorted(set(index.values())) if index is not None else _files_without_index(directory)
+        for name in names:
+            _require_inside(directory, name)
         if missing := [name for name in names if not (directory / name).is_file()]:
             raise UserError(f"{directory} lacks {listing(missing)}, of the {len(names)} files that {INDEX_FILE} names: download it again")
         for name in names:
@@ -56,6 +63,7 @@ class SafetensorsDirectory:
 
     def _open(self, path: Path) -> None:
         safetensors = _import_safetensors()
+        _require_small_header(path)
         try:
             file = safetensors.safe_open(path, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
@@ -94,15 +102,42 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no index of safetensors files: {error!r}") from error
+        names = read_json_object(path, "index of safetensors files").get("weight_map")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{path} is no index of safetensors files: its weight_map is {shorten(names)}")
+    if not names:
+        raise UserError(f"{path} is no index of safetensors files: its weight_map is empty")
+    return names
+
+
+def _require_inside(directory: Path, name: str) -> None:
+    """A file's name comes from an index that somebody else has written. Before the file is opened: it must be a plain name of a safetensors
+    file (other formats hold code), and not a link to another place.
+
+    The cache of huggingface_hub is made of links: ``snapshots/COMMIT/NAME`` to ``blobs/HASH`` of the same model, which are followed.
+    """
+    if not name.endswith(SUFFIX) or name != Path(name).name or not name.isprintable():
+        raise UserError(f"{directory}: {shorten(name)} is not the plain name of a {SUFFIX} file; no other files are read")
+    place, target = directory.resolve(), (directory / name).resolve()
+    blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
+    if target.parent not in (place, blobs):
+        raise UserError(f"{directory / name} is a link to {target}, outside of its directory; copy the file there")
+
+
+def _require_small_header(path: Path) -> None:
+    """The library takes headers of up to 100 MB, of which it makes many times as much."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(_SIZE_BYTES), "little")
+    if size > LARGEST_HEADER:
+        raise UserError(f"{path} is damaged: it says that its header has {size} bytes; at most {LARGEST_HEADER} are read")
 
 
 def _files_without_index(directory: Path) -> list[str]:
     if (directory / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    names = sorted(path.name for path in directory.glob(f"*{SUFFIX}"))
     if not names:
         others = listing(sorted(path.name for path in directory.glob("*.bin")))
         instead = f"; it has {others}: save the model again with safe_serialization=True" if others else ""

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w1train.config.errors import UserError
+from w1train.config.reading import FileContentError, require_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -160,6 +161,10 @@ def read_index(path: Path) -> Index:
     Raises:
         DatasetError: naming the file and what is wrong with it.
     """
+    try:
+        require_regular(path)
+    except FileContentError as error:
+        raise DatasetError(str(error)) from error
     dtype, num_sequences, num_boundaries = _read_header(path)
     num_bytes = path.stat().st_size
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries

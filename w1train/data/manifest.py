@@ -7,10 +7,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.reading import FileContentError, read_json_object, shorten
 from w1train.data.indexed import DatasetError
 from w1train.runtime.files import write_bytes
 
 FORMAT_VERSION = 1
+_LONGEST_TEXT = 1000
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -73,12 +76,12 @@ class DatasetManifest:
             DatasetError: if it is not JSON, has another format version, or a key is missing, unknown or of another type.
         """
         try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DatasetError(f"{path} is no dataset manifest: {error}") from error
-        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            found = content.get("format_version") if isinstance(content, dict) else None
-            raise DatasetError(f"{path} is no dataset manifest of format version {FORMAT_VERSION} (found {found!r})")
+            content = read_json_object(path, "dataset manifest")
+        except FileContentError as error:
+            raise DatasetError(str(error)) from error
+        if content.get("format_version") != FORMAT_VERSION:
+            found = shorten(content.get("format_version"))
+            raise DatasetError(f"{path} is no dataset manifest of format version {FORMAT_VERSION} (found {found})")
         _check_keys(path, content)
         return cls(**content)
 
@@ -88,7 +91,19 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
     expected = {field.name: types[str(field.type)] for field in fields(DatasetManifest)}
     optional = {field.name for field in fields(DatasetManifest) if field.default_factory is not MISSING}
     for name in sorted((expected.keys() ^ content.keys()) - optional):
-        raise DatasetError(f"{path} is damaged: key {name!r} is {'missing' if name in expected else 'unknown'}")
+        raise DatasetError(f"{path} is damaged: key {shorten(name)} is {'missing' if name in expected else 'unknown'}")
     for name, value in content.items():
-        if not isinstance(value, expected[name]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise DatasetError(f"{path} is damaged: {name} is {value!r}")
+        if not isinstance(value, expected[name]) or isinstance(value, bool) or not _is_possible(value):  # type: ignore[arg-type]
+            raise DatasetError(f"{path} is damaged: {name} is {shorten(value)}")
+    if 0 in (content["num_documents"], content["num_tokens"], content["num_bytes"]):
+        raise DatasetError(f"{path} is damaged: it says that the dataset holds nothing")
+    for name, value in content.get("corpus", {}).items():
+        if name.startswith("num_") and not (type(value) is int and _is_possible(value)):
+            raise DatasetError(f"{path} is damaged: corpus.{name} is {shorten(value)}")
+
+
+def _is_possible(value: object) -> bool:
+    """Numbers are counts and entropies, texts are names and hashes."""
+    if isinstance(value, int | float):
+        return 0 <= value <= LARGEST_INTEGER
+    return not isinstance(value, str) or (len(value) <= _LONGEST_TEXT and value.isprintable())

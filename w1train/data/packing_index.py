@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from w1train.config.reading import parse_json
 from w1train.data.best_fit import PackedPieces, pack_best_fit
 from w1train.data.dataset import DatasetError, TokenDataset, read_exactly
 from w1train.data.indexed import file_size, idx_path
@@ -61,6 +62,8 @@ class PackingIndex:
         self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_COUNTS_START, 24), dtype="<i8").tolist()
         if item_bytes not in (4, 8):
             raise self.damage(f"a document's number has {item_bytes} bytes")
+        if self.num_samples < 1 or self._num_pieces < self.num_samples:
+            raise self.damage(f"{self.num_samples} samples of {self._num_pieces} pieces")
         self._document_type = np.dtype(f"<u{item_bytes}")
         self._documents_start = _HEADER_BYTES + 8 * (self.num_samples + 1)
         self._ordinals_start = self._documents_start + item_bytes * self._num_pieces
@@ -257,7 +260,7 @@ def _read_header(path: Path) -> dict[str, object] | None:
     try:
         with open(path, "rb") as file:
             content = file.read(_HEADER_BYTES)
-        header = json.loads(content[:_HASH_START].decode()) if len(content) == _HEADER_BYTES else None
+        header = parse_json(content[:_HASH_START].decode()) if len(content) == _HEADER_BYTES else None
     except FileNotFoundError:
         return None
     except ValueError:

@@ -10,13 +10,14 @@ carry one leading space, a run of white space is one piece but for its last char
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
 from w1train.config.errors import UserError
+from w1train.config.reading import FileContentError, parse_json, read_bounded, shorten
 from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,12 @@ MIN_NUM_SPECIAL_TOKENS = 16
 NUM_BYTES = 256
 MAX_VOCAB_SIZE = 2**24
 """Dozens of times the largest vocabularies in use. The library takes memory for all ids before it has a text, and aborts without it."""
+
+LARGEST_TOKENIZER = 64 << 20
+"""Bytes of a tokenizer.json; those of the largest vocabularies in use have half of it."""
+MOST_GROWTH = 10_000
+"""Characters that the replacements of a tokenizer.json may make of one. Those of published tokenizers make one."""
+_PROBE = "Some text, 42 words.\n\tÜ \U0001f600"
 
 
 class TokenizerError(UserError):
@@ -59,6 +67,7 @@ class Tokenizer:
         self.pad_token_id: int = self._special_token_id(PAD_TOKEN)
         self.eos_token_id: int = self._special_token_id(EOS_TOKEN)
         self.mask_token_id: int = self._special_token_id(MASK_TOKEN)
+        self._try()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -67,11 +76,7 @@ class Tokenizer:
         Raises:
             TokenizerError: if there is no such file, or it is no tokenizer with the special tokens needed here.
         """
-        try:
-            serialized = Path(path).read_bytes()
-        except OSError as error:
-            raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-        return cls(serialized, origin=str(path))
+        return cls(read_tokenizer_file(Path(path)), origin=str(path))
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, complete or not at all; its fingerprint is this object's."""
@@ -88,11 +93,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             # An argument whose bytes are not UTF-8 comes with these.
             raise TokenizerError(f"{text[:80]!r} is not Unicode: character {error.start} is a lone surrogate") from error
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with _panics_of(self._origin):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, computed on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _panics_of(self._origin):
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of the ids; special tokens are shown by name (``<mask>``) or left out, broken UTF-8 as U+FFFD.
@@ -105,7 +112,8 @@ class Tokenizer:
         if outside is not None:
             # The library would leave such ids out in silence.
             raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        with _panics_of(self._origin):
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def num_bytes_by_token(self) -> NDArray[np.int64] | None:
         """UTF-8 bytes that each id stands for, int64 [number of ids]; 0 for special tokens and ids without a token.
@@ -125,6 +133,15 @@ class Tokenizer:
                 return None
         return num_bytes
 
+    def _try(self) -> None:
+        """Some models lack a token, and some steps have a parameter, with which they fail at the first text only: before training."""
+        try:
+            self.decode(self.encode(_PROBE))
+        except TokenizerError:
+            raise
+        except Exception as error:  # the library raises bare Exception for every fault of the file
+            raise TokenizerError(f"tokenizer {self._origin} cannot encode a text: {error}") from error
+
     def _special_token_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
@@ -132,15 +149,86 @@ class Tokenizer:
         return token_id
 
 
-def _parse(serialized: bytes, origin: str) -> BackendTokenizer:
+def read_tokenizer_file(path: Path) -> bytes:
+    """The content of a tokenizer.json, not parsed yet.
+
+    Raises:
+        TokenizerError: the file cannot be read, or is too large.
+    """
     try:
-        backend = BackendTokenizer.from_str(serialized.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception for every fault of the file
+        return read_bounded(path, LARGEST_TOKENIZER)
+    except OSError as error:
+        raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+    except FileContentError as error:
+        raise TokenizerError(f"tokenizer {error}") from error
+
+
+def parse_tokenizer_json(serialized: bytes, origin: str) -> dict[str, Any]:
+    """The object that a tokenizer.json holds, with its vocabulary and added tokens checked; the library would take memory for any id.
+
+    Raises:
+        TokenizerError: it is not JSON or nested too deeply, has no model, or an id is no number below MAX_VOCAB_SIZE.
+    """
+    try:
+        content = parse_json(serialized)
+    except ValueError as error:
         raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
-    backend.encode_special_tokens = True
-    # A file saved by other software may carry these; they would cut or pad documents in silence.
-    backend.no_truncation()
-    backend.no_padding()
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise TokenizerError(f"{origin} is not a tokenizer.json: it is no JSON object with a model in it")
+    vocabulary, added = content["model"].get("vocab"), content.get("added_tokens") or []
+    if not isinstance(vocabulary, dict | list):
+        raise TokenizerError(f"{origin} is not a tokenizer.json: its model has no vocabulary")
+    # A Unigram model has a list, in which a token's place is its id.
+    ids = {**vocabulary} if isinstance(vocabulary, dict) else {"the last token of the vocabulary": len(vocabulary)}
+    if not isinstance(added, list) or not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
+        raise TokenizerError(f"{origin} is not a tokenizer.json: added_tokens is no list of tokens with a content")
+    for token, number in chain(ids.items(), ((token["content"], token.get("id")) for token in added)):
+        if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:
+            raise TokenizerError(
+                f"{origin}: the id of {shorten(token)} is {shorten(number)}; ids are numbers from 0 to {MAX_VOCAB_SIZE - 1}"
+            )
+    _check_growth(content, origin)
+    return content
+
+
+def _check_growth(content: dict[str, Any], origin: str) -> None:
+    """Replacements by longer texts multiply each other: ten of a hundred characters would make 10^20 of one."""
+    growth, parts = 1, [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if part.get("type") == "Replace" and isinstance(part.get("content"), str):
+                growth *= max(1, len(part["content"]))
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    if growth > MOST_GROWTH:
+        raise TokenizerError(f"tokenizer {origin} replaces a character by as many as {growth:.3g}; at most {MOST_GROWTH} are supported")
+
+
+@contextlib.contextmanager
+def _panics_of(origin: str) -> Iterator[None]:
+    """Report a panic of the Rust library, which Python does not count among its exceptions, as what it is: a fault of the file."""
+    try:
+        yield
+    except BaseException as error:
+        # The class is made anew by each extension module, and none gives it a name to import.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"tokenizer {origin} cannot be used: {error}") from error
+
+
+def _parse(serialized: bytes, origin: str) -> BackendTokenizer:
+    parse_tokenizer_json(serialized, origin)
+    with _panics_of(origin):
+        try:
+            backend = BackendTokenizer.from_str(serialized.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for every fault of the file
+            raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
+        backend.encode_special_tokens = True
+        # A file saved by other software may carry these; they would cut or pad documents in silence.
+        backend.no_truncation()
+        backend.no_padding()
     return backend
 
 

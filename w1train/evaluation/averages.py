@@ -12,6 +12,7 @@ from typing import Any
 
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
+from w1train.config.reading import read_json_object
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.data.remote import require_password
@@ -156,6 +157,6 @@ def _record(run: Path, config: Config, step: int, samples: int, comparison: dict
     with MetricsLog(directory.metrics) as log:
         log.append({"kind": "average", "step": step, "tokens": tokens, **comparison})
     if directory.summary.is_file():
-        summary = json.loads(directory.summary.read_bytes())
+        summary = read_json_object(directory.summary, "summary")
         summary["average"] = average_summary(read_metrics(directory.metrics, kind="average"))
         write_text(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

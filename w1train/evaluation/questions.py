@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
+from w1train.config.reading import parse_json
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
 if TYPE_CHECKING:  # it imports megatron-core: seconds, which a mistake in the file need not wait for
@@ -78,7 +79,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def _parse(path: Path, number: int, line: str) -> Question:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         json.dumps(record, ensure_ascii=False).encode("utf-8")  # which a lone \ud800 has no bytes in
     except ValueError as error:
         raise UserError(f"{path}, line {number}, is not JSON ({error}); it must be {FORMATS}") from error

@@ -12,9 +12,12 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.reading import LARGEST_STATUS, FileContentError, read_json_object
 from w1train.runtime.files import open_new
 from w1train.runtime.masking import mask
 
@@ -112,11 +115,13 @@ def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
 def read_heartbeats(directory: Path, world_size: int) -> dict[int, Heartbeat]:
     """The heartbeats of a run's ranks that can be read, by rank."""
     found = {}
-    for rank in range(world_size):
-        values = _read_json(heartbeat_path(directory, rank))
-        if values is not None and (heartbeat := _from_values(Heartbeat, values)) is not None:
-            found[rank] = heartbeat
-    return found
+    # By the files, not by the world size, which somebody else's status.json may give as 10^18.
+    for path in sorted((directory / HEARTBEATS).glob("rank_*.json")):
+        values = _read_json(path)
+        heartbeat = None if values is None else _from_values(Heartbeat, values)
+        if heartbeat is not None and heartbeat.rank < world_size and path == heartbeat_path(directory, heartbeat.rank):
+            found[heartbeat.rank] = heartbeat
+    return dict(sorted(found.items()))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -135,14 +140,30 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_json_object(path, "status", LARGEST_STATUS)
+    except (OSError, FileContentError):
         return None
-    return values if isinstance(values, dict) else None
 
 
 def _from_values[Record](kind: type[Record], values: dict[str, Any]) -> Record | None:
+    """None where a field is missing, unknown or not what such a field can be."""
     try:
-        return kind(**values)
+        record = kind(**values)
     except TypeError:
         return None
+    types = _types(kind.__name__)
+    return record if all(_is_possible(types[name], value) for name, value in values.items()) else None
+
+
+@cache
+def _types(name: str) -> dict[str, Any]:
+    """The types of the fields of one of this module's classes; a run of thousands of ranks has as many heartbeats."""
+    return get_type_hints(globals()[name])
+
+
+def _is_possible(kind: Any, value: object) -> bool:
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value <= LARGEST_INTEGER  # type: ignore[operator]
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, str) or (value is None and kind is not str)

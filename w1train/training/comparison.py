@@ -45,7 +45,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     metric, members = record["metric"], record[f"member_{record['metric']}"]
     value, best = record[metric], min(members)
     num_beaten = sum(value < member for member in members)
-    than = f"{COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({value / best - 1:+.2%})"
+    than = f"{COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({_change(value, best)})"
     if record["is_better"]:
         return f"The average is better than each of its {len(members)} members: {than}."
     return f"The average is not better than its best member, but than {num_beaten} of {len(members)}: {than}."
@@ -67,6 +67,10 @@ def average_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
         return None
     names = ("step", "checkpoint", "metric", "members", "best_member", "is_better", *COLUMNS, *(f"member_{name}" for name in COLUMNS))
     return {name: records[-1][name] for name in names}
+
+
+def _change(value: float, best: float) -> str:
+    return f"{value / best - 1:+.2%}" if best else f"{value - best:+.4f}"
 
 
 def _text(value: float | None) -> str:

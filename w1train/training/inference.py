@@ -38,6 +38,7 @@ from w1train.training.checkpoint import load_model_weights, read_progress
 from w1train.training.objective import num_streams
 from w1train.training.phases import stage_of_step
 from w1train.training.setup import build_stage
+from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,7 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
+        UserError: config.yaml or the tokenizer cannot be used, or describes a larger model than the checkpoint holds.
         CheckpointError: the checkpoint is damaged.
     """
     config_path = run_dir / "config.yaml"
@@ -270,6 +272,7 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
         raise FileNotFoundError(f"{run_dir} is no run directory: {config_path} is missing")
     path = find_checkpoint(run_dir / "checkpoints", checkpoint)
     config = config_from_yaml(config_path)
+    require_stored(path, config.model)
     config = at_stage(config, stage_of_step(config, read_progress(path).step))
     # What the training's machines had, this one may not have.
     config.parallel, config.attention, config.kernels = ParallelConfig(), AttentionConfig(), KernelsConfig()

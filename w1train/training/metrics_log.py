@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from w1train.config.errors import UserError
+from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.reading import LARGEST_JSON, parse_json, require_regular, shorten
 from w1train.runtime.files import open_in_place, replace_file
 
 logger = logging.getLogger(__name__)
@@ -40,16 +42,20 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(line: bytes) -> Record:
-    """Inverse of :func:`encode_record`. Raises ValueError if the line is not a JSON object."""
-    record = json.loads(line)
+    """Inverse of :func:`encode_record`. Raises ValueError if the line is not a JSON object, or names numbers that it does not have."""
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
-    for name, value in record.pop("nonfinite", {}).items():
-        key, _, index = name.rpartition("/")
-        if name in record:
-            record[name] = float(value)
-        else:
-            record[key][int(index)] = float(value)
+    nonfinite = record.pop("nonfinite", {})
+    try:
+        for name, value in nonfinite.items():
+            key, _, index = name.rpartition("/")
+            if name in record:
+                record[name] = float(value)
+            else:
+                record[key][int(index)] = float(value)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"its nonfinite is {shorten(nonfinite)}") from error
     return record
 
 
@@ -146,14 +152,18 @@ def recorded_steps(path: str | Path, kind: str) -> set[int]:
 
 def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
     """(line with its newline, record) for every whole record of the file."""
+    require_regular(path)
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        # One byte more than is allowed: a file without line breaks is not read whole.
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
             try:
+                if len(line) > LARGEST_JSON:
+                    raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
                 record = decode_record(line)
-                if not isinstance(record.get("step"), int):
-                    raise ValueError("it has no integer step")
+                if type(step := record.get("step")) is not int or not 0 <= step <= LARGEST_INTEGER:
+                    raise ValueError("it has no step, an integer from 0")
             except ValueError as error:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and len(line) <= LARGEST_JSON:
                     return
                 raise UserError(f"{path}, line {number}, is not a record ({error}): {line[:80]!r}") from error
             yield line if line.endswith(b"\n") else line + b"\n", record

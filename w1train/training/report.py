@@ -37,7 +37,8 @@ _MAX_HEAT_COLUMNS = 60
 def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     """Write ``run_dir/report.html``, with the validation curve of another run in it if one is given, and return its path.
 
-    Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if that is broken anywhere but in its last line.
+    Raises FileNotFoundError if the directory has no metrics.jsonl, UserError if one of its files is not what training writes; a broken
+    last line of metrics.jsonl is one that is being written.
     """
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
@@ -64,7 +65,7 @@ def _headline(run: Run) -> str:
         bars.append(("unigram model", unigram, ""))
     if len(measured) > 1:
         bars.append(("now" if not run.finished else "after training", now, " now"))
-    longest = max(value for _, value, _ in bars)
+    longest = max(value for _, value, _ in bars) or 1.0
     rows = "".join(
         f"<span>{label}</span>"
         f'<span class="track"><span class="bar{css}" style="width:{82 * value / longest:.1f}%"></span>{value:.3f}</span>'
@@ -78,7 +79,7 @@ def _headline(run: Run) -> str:
 
 def _unigram(run: Run) -> float | None:
     values = finite([run.summary.get("unigram_bits_per_byte")])
-    return values[0] if values else None
+    return values[0] if values and values[0] > 0 else None
 
 
 def _against_unigram(now: float, unigram: float | None) -> str:
@@ -211,11 +212,11 @@ def _profile_figure(run: Run) -> str:
 
 def _timesteps(run: Run, count: int) -> list[float]:
     """Midpoints of equal bins, unless the configuration says otherwise."""
-    import yaml
-
-    config = yaml.safe_load(run.config) if run.config else None
-    listed = ((config or {}).get("validation") or {}).get("timesteps") or []
-    return listed if len(listed) == count else [(index + 0.5) / count for index in range(count)]
+    validation = (run.settings or {}).get("validation")
+    listed = validation.get("timesteps") if isinstance(validation, dict) else None
+    if isinstance(listed, list) and len(listed) == count and all(isinstance(t, float) for t in listed):
+        return listed
+    return [(index + 0.5) / count for index in range(count)]
 
 
 def _machinery(run: Run) -> str:

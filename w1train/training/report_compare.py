@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from w1train.config.errors import UserError
 from w1train.runtime.files import write_text
@@ -117,7 +115,7 @@ def _at_tokens(run: Run, key: str, tokens: float) -> float | None:
     """Linearly between the validations before and after."""
     known = [(record["tokens"], record[key]) for record in run.validation if finite([record.get(key)])]
     for (start, before), (end, after) in pairwise(known):
-        if start <= tokens <= end:
+        if start <= tokens <= end and start < end:
             return before + (after - before) * (tokens - start) / (end - start)
     return None
 
@@ -242,7 +240,7 @@ def _curves(
 
 def _differences(runs: Sequence[Run]) -> str:
     """Keys of the configuration in which the runs are not the same."""
-    configs = [_flat(yaml.safe_load(run.config) or {}) if run.config else None for run in runs]
+    configs = [None if run.settings is None else _flat(run.settings) for run in runs]
     known = [config for config in configs if config is not None]
     keys = dict.fromkeys(key for config in known for key in config if key != "name")
     differing = [key for key in keys if len({str(config.get(key, _ABSENT)) for config in known}) > 1]
@@ -259,11 +257,11 @@ def _shown(config: dict[str, Any] | None, key: str) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{above}{name}"
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             flat.update(_flat(value, f"{key}."))
         else:
             flat[key] = value

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from w1train.config.credentials import mask_urls
+from w1train.config.reading import read_bounded, read_json_object
+from w1train.config.serialization import read_mapping
+from w1train.config.yaml_limits import LARGEST_YAML
 from w1train.training.metrics_log import read_metrics
 from w1train.training.plot_data import finite
+from w1train.training.record_checks import check_events, check_metrics, check_samples, check_summary
 
 Record = dict[str, Any]
 
@@ -25,6 +29,9 @@ class Run:
     samples: list[Record]
     summary: Record
     config: str
+    """The text of config.yaml."""
+    settings: Mapping[Any, Any] | None
+    """What it holds, unchecked but for its being a mapping; None = there is no such file."""
     events: list[Record] = field(default_factory=list)
     other: Run | None = None
     """A run to compare this one with."""
@@ -72,23 +79,40 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what is there of metrics.jsonl, samples.jsonl, events.jsonl, summary.json and config.yaml."""
+    """Read what is there of metrics.jsonl, samples.jsonl, events.jsonl, summary.json and config.yaml.
+
+    Raises:
+        FileNotFoundError: there is no metrics.jsonl.
+        UserError: a file is not what training writes.
+    """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it has no metrics.jsonl")
-    records = read_metrics(metrics)
-    samples, summary, config = run_dir / "samples.jsonl", run_dir / "summary.json", run_dir / "config.yaml"
-    events = run_dir / "events.jsonl"
+    records = _read_records(metrics, check_metrics)
+    summary, config = run_dir / "summary.json", run_dir / "config.yaml"
     return Run(
         name=run_dir.resolve().name,
         train=[record for record in records if record.get("kind") == "train"],
         validation=[record for record in records if record.get("kind") == "validation"],
         averages=[record for record in records if record.get("kind") == "average"],
-        samples=read_metrics(samples) if samples.exists() else [],
-        summary=json.loads(summary.read_text()) if summary.exists() else {},
-        config=mask_urls(config.read_text()) if config.exists() else "",
-        events=read_metrics(events) if events.exists() else [],
+        samples=_read_records(run_dir / "samples.jsonl", check_samples),
+        summary=_read_summary(summary) if summary.exists() else {},
+        config=mask_urls(read_bounded(config, LARGEST_YAML).decode("utf-8", "replace")) if config.exists() else "",
+        settings=read_mapping(config) if config.exists() else None,
+        events=_read_records(run_dir / "events.jsonl", check_events),
     )
+
+
+def _read_records(path: Path, check: Callable[[Path, list[Record]], None]) -> list[Record]:
+    records = read_metrics(path) if path.exists() else []
+    check(path, records)
+    return records
+
+
+def _read_summary(path: Path) -> Record:
+    summary = read_json_object(path, "summary")
+    check_summary(path, summary)
+    return summary
 
 
 def median(values: list[float | None]) -> float | None:

@@ -149,6 +149,8 @@ def _checked(key: str, tensor: StoredTensor) -> StoredTensor:
     for shard in tensor.shards:
         if not is_plain_name(shard.file):
             raise ValueError(f"a shard of {key:.80} is in {shard.file!r:.80}, which is not the name of a file beside the index")
+        if 0 in (*tensor.sizes, *shard.sizes):
+            raise ValueError(f"{key:.80} has no elements")
         ends = [offset + size for offset, size in zip(shard.offset, shard.sizes, strict=False)]
         if not (len(shard.offset) == len(shard.sizes) == len(tensor.sizes) and all(map(int.__le__, ends, tensor.sizes))):
             box = f"offset {list(shard.offset)} and sizes {list(shard.sizes)}"

@@ -5,6 +5,7 @@ Nothing but the shard in hand is in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,25 @@ class Shards:
         """
         self.path = path
         self.index = read_index(path)
+        self._require_files()
+
+    def _require_files(self) -> None:
+        """Compare what the index claims with the lengths of the files, before anybody takes memory or time for what it claims."""
+        lengths = {name: self._length(name) for name in sorted(self.index.files())}
+        for key, tensor in self.tensors.items():
+            for shard in tensor.shards:
+                num_bytes = tensor.num_bytes(shard)
+                if shard.archive_bytes is not None and num_bytes > shard.archive_bytes:
+                    raise damaged(self.path, [f"{key:.80} has {num_bytes} bytes in an archive of {shard.archive_bytes}"])
+                if shard.start + (shard.archive_bytes or num_bytes) > lengths[shard.file]:
+                    raise damaged(self.path, [f"{key:.80} ends behind the end of {shard.file}"])
+
+    def _length(self, name: str) -> int:
+        try:
+            with open_inside(self.path, name) as file:
+                return os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise damaged(self.path, [f"{name} cannot be read: {error}"]) from error
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -84,9 +104,6 @@ class Shards:
 def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard) -> Tensor:
     num_bytes = tensor.num_bytes(shard)
     with open_inside(directory, shard.file) as file:
-        # Before memory is taken: an index may claim any size.
-        if shard.start + num_bytes > file.seek(0, 2):
-            raise ValueError(f"the file ends before byte {shard.start + num_bytes}")
         target = torch.empty(shard.sizes, dtype=tensor.dtype)
         file.seek(shard.start)
         if num_bytes and file.readinto(target.view(-1).view(torch.uint8).numpy()) != num_bytes:
@@ -97,8 +114,6 @@ def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard) -> Tenso
 def _read_archive(directory: Path, tensor: StoredTensor, shard: Shard) -> Tensor:
     assert shard.archive_bytes is not None
     with open_inside(directory, shard.file) as file:
-        if shard.archive_bytes > file.seek(0, 2):
-            raise ValueError(f"the file has fewer than {shard.archive_bytes} bytes")
         file.seek(shard.start)
         value = read_archive(file.read(shard.archive_bytes))
     if not isinstance(value, Tensor) or value.dtype != tensor.dtype or tuple(value.shape) != shard.sizes:

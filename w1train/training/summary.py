@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from w1train.config.errors import UserError
+from w1train.config.reading import read_json_object, shorten
 from w1train.runtime.files import write_text
 from w1train.runtime.version import __version__
 
@@ -66,11 +68,18 @@ def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
 
 
 def read_steps(path: Path) -> int | None:
-    """How many steps a summary is about; None if there is none."""
+    """How many steps a summary is about; None if there is none.
+
+    Raises:
+        UserError: the file is not a summary.
+    """
     try:
-        return json.loads(path.read_bytes())["steps"]
+        steps = read_json_object(path, "summary").get("steps")
     except FileNotFoundError:
         return None
+    if type(steps) is not int:
+        raise UserError(f"{path} is not a summary: its steps are {shorten(steps)}")
+    return steps
 
 
 @functools.cache
