@@ -21,7 +21,7 @@ from collections import ChainMap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
-from w1train.runtime.pulse import beat
+from w1train.runtime.pulse import pulse
+from w1train.runtime.transfers import PiecewiseFile, together
 from w1train.training.checkpoint import MANIFEST, complete_steps, is_complete, read_progress, step_path, verify_checkpoint, write_complete
 from w1train.training.shards import Place, Shards
 
@@ -145,21 +146,20 @@ def _write_shards(sources: list[Shards], writing: Path) -> None:
     newest = sources[-1]
     order = sorted(newest.places, key=lambda index: (-newest.places[index].length, index.fqn, index.offset or ()))
     mine = order[dist.get_rank() :: dist.get_world_size()]
-    written = on_every_rank(partial(_write_file, writing / f"__{dist.get_rank()}_0.distcp", mine, sources))
+    written = on_every_rank(together(partial(_write_file, writing / f"__{dist.get_rank()}_0.distcp", mine, sources)))
     on_main_rank(lambda: newest.write_metadata(writing, ChainMap(*written)))
 
 
 def _write_file(path: Path, indices: list[MetadataIndex], sources: list[Shards]) -> dict[MetadataIndex, Place]:
     """Not torch's FileSystemWriter, which keeps the last shard of every key it has written until the file ends."""
     places = {}
-    with path.open("wb") as stream:
+    with path.open("wb") as file, pulse.transferring(f"writing {path}"):
+        stream = PiecewiseFile(file)
         for index in indices:
             start = stream.tell()
-            _write_shard(index, sources, stream)
-            beat()  # at the end of a phase a watchdog looks on, and this may take long
+            _write_shard(index, sources, cast(BinaryIO, stream))
             places[index] = Place(path.name, start, stream.tell() - start)
-        stream.flush()
-        os.fsync(stream.fileno())
+        stream.sync()
     return places
 
 
