@@ -129,7 +129,7 @@ class Watchdog:
         path = self._stacks_path(self._rank)
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.with_suffix(".partial").open("w") as file:
+            with path.with_suffix(".partial").open("w", encoding="utf-8") as file:
                 file.write(f"rank {self._rank} on {heartbeat.host}, process {heartbeat.pid}: step {heartbeat.step}, {heartbeat.activity}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

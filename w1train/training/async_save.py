@@ -29,13 +29,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.background import in_background, nothing
 from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
+from w1train.runtime.clocks import seconds_since_start
 from w1train.runtime.pulse import beat, pulse
 from w1train.runtime.transfers import POLL_SECONDS, Movement, agree
 from w1train.training.checkpoint import collect_state
@@ -243,7 +243,7 @@ class CheckpointSaver:
         self.times.step(seconds, is_saving=self.is_saving)
         if self._is_restarting:
             self._is_restarting = False
-            self.times.restarted(time.time() - psutil.Process().create_time())
+            self.times.restarted(seconds_since_start())
         return self.times.take()
 
     def require_saved(self) -> None:
