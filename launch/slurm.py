@@ -17,12 +17,14 @@ from pathlib import Path
 from launch.slurm_arguments import PROGRAM, Submission, parse
 from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
+from w1train.runtime.command import command
 
 
 class SubmissionError(Exception):
     """sbatch did not take the job; the text says why."""
 
 
+@command("launch.slurm")
 def main(words: Sequence[str]) -> int:
     """Exit status: 0, 1 where sbatch fails or is not there, 2 for a mistake in what was asked."""
     try:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
+from w1train.runtime.command import command
 from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
@@ -55,6 +56,7 @@ Load = Callable[[Path, int | str | None], InferenceModel]
 CHECKPOINT_HELP = "step of the checkpoint, or its name (average: the newest average); the newest step if not given"
 
 
+@command("w1train.sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
     args = _parse(arguments)

@@ -17,6 +17,8 @@ from rich.text import Text
 from w1train.training.sample_text import continuation, shorten, visible_masks
 from w1train.training.units import duration, quantity
 
+logger = logging.getLogger(__name__)
+
 _SAMPLE_CHARACTERS = 240
 
 
@@ -113,7 +115,12 @@ class TrainingConsole:
             return
         # Training does not die of a terminal that cannot show a character.
         text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
-        self._console.print(text)
+        try:
+            self._console.print(text)
+        except OSError as error:
+            # The terminal is gone, the pipe closed, the log file's disk full: the records are elsewhere.
+            self.enabled = False
+            logger.warning("standard output takes no more (%s): training goes on without it", error)
 
     def _render(self) -> Group:
         return Group(self._progress, self._metrics_line)
