@@ -83,7 +83,7 @@ def _require_no_living_chain(chain: Path, job_name: str) -> None:
     # Of this name and user: the numbers may be another cluster's. One that Slurm has forgotten is an error where it is asked for alone.
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={job_name}", f"--jobs={','.join(jobs)}"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     except OSError as error:
         raise SubmissionError(f"squeue, which knows whether jobs {', '.join(jobs)} of this run have ended: {error}") from error
     if result.returncode == 0 and result.stdout.strip():
@@ -93,7 +93,9 @@ def _require_no_living_chain(chain: Path, job_name: str) -> None:
 
 def _sbatch(script: Path, after: str | None) -> str:
     dependency = [] if after is None else [f"--dependency=afterany:{after}"]
-    result = subprocess.run(["sbatch", "--parsable", *dependency, str(script)], capture_output=True, text=True)
+    result = subprocess.run(
+        ["sbatch", "--parsable", *dependency, str(script)], capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode != 0:
         raise SubmissionError(f"sbatch refused {script}: {result.stderr.strip() or 'without a reason'}")
     return result.stdout.strip().partition(";")[0]

@@ -99,11 +99,11 @@ def _fill(file_system: Any, remote: str, target: Path, required: bool) -> None:
         return
     stamp = target.with_name(f"{target.name}.version")
     version = repr([info["size"], *(str(info[key]) for key in _VERSION_KEYS if key in info)])
-    if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text() == version:
+    if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text(encoding="utf-8") == version:
         return
     stamp.unlink(missing_ok=True)
     _copy(file_system, remote, target, info["size"])
-    stamp.write_text(version)
+    stamp.write_text(version, encoding="utf-8")
 
 
 def _copy(file_system: Any, remote: str, target: Path, num_bytes: int) -> None:

@@ -7,10 +7,12 @@ import errno
 import functools
 import os
 import resource
+import select
 import sys
 from collections.abc import Callable
 
 _MOST_FILES = 1 << 20
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _CLOSED_PIPE = 141
 """The exit status of a program that the signal SIGPIPE ends, as a shell gives it."""
 
@@ -19,7 +21,7 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
     """Decorate a command's ``main`` (``program`` is its name in messages).
 
     Output that the console's encoding cannot show is replaced. A reader of the output that goes away (``| head -1``) ends the command
-    without a word. The limit on open files is raised as far as it goes; where that is not enough, a message says so.
+    quietly. The limit on open files is raised as far as it goes; where that is not enough, a message says so.
     """
 
     def decorate(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -47,7 +49,8 @@ def prepare_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+            null = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, null)
         elif name == "stdout" and hasattr(stream, "reconfigure"):
             # Standard error does so by itself.
             stream.reconfigure(errors="backslashreplace")
@@ -62,6 +65,12 @@ def allow_open_files() -> None:
         return
     with contextlib.suppress(OSError, ValueError):  # a limit of the kernel's own; what is there has to do
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def text_argument(text: str) -> str:
+    """The type of an argument that is a text. In a locale that is not UTF-8 (``LC_ALL=C``), Python hands its bytes on as surrogates."""
+    is_escaped = any("\udc80" <= character <= "\udcff" for character in text)
+    return os.fsencode(text).decode("utf-8", "surrogateescape") if is_escaped and sys.getfilesystemencoding() != "utf-8" else text
 
 
 def is_out_of_files(error: BaseException) -> bool:
@@ -82,25 +91,28 @@ def describe_error(error: BaseException) -> str:
 
 def _end(program: str, error: OSError | RuntimeError) -> None:
     """Exit, if the error is of the environment."""
-    output_error = _error_of_output()
-    if isinstance(output_error, BrokenPipeError):
-        sys.exit(_CLOSED_PIPE)
-    if output_error is not None:
-        print(f"{program}: cannot write to standard output: {output_error}", file=sys.stderr)
-        sys.exit(1)
-    if is_out_of_files(error):
-        print(f"{program}: {describe_error(error)}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _error_of_output() -> OSError | None:
-    """Why standard output takes no more, if it does not. Then what it holds is thrown away: Python would try once more at its end."""
+    has_no_reader = isinstance(error, BrokenPipeError) and _has_no_reader()
+    if not has_no_reader and not is_out_of_files(error) and getattr(error, "errno", None) not in _OF_THE_DISK:
+        return
     try:
         sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
-        return error
-    return None
+    except OSError:
+        _discard_output()
+    if has_no_reader:
+        sys.exit(_CLOSED_PIPE)
+    print(f"{program}: {describe_error(error)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _has_no_reader() -> bool:
+    """Whether standard output is a pipe that nobody reads from any more; a broken pipe may be another's."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
+
+
+def _discard_output() -> None:
+    """Throw away what standard output does not take: Python would try once more at its end, and complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

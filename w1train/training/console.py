@@ -43,7 +43,7 @@ class TrainingConsole:
         """``start_step`` steps are done already (a resumed run); ``interval`` steps lie between two plain lines."""
         self.total_tokens, self.total_steps, self.interval = total_tokens, total_steps, interval
         self.enabled = enabled
-        self._console = Console(file=stream, highlight=False, markup=False)
+        self._console = _Console(file=stream, highlight=False, markup=False)
         # A log file has no width to fill: rich would break its lines at 80 characters.
         self._console.soft_wrap = not self._console.is_terminal
         self.live = enabled and self._console.is_terminal
@@ -124,6 +124,12 @@ class TrainingConsole:
 
     def _render(self) -> Group:
         return Group(self._progress, self._metrics_line)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich's own would end the process, without a word."""
+        raise  # called where the BrokenPipeError is caught
 
 
 class _RemainingTime:
