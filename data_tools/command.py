@@ -14,6 +14,7 @@ from data_tools.progress import setup_logging
 from data_tools.text import BLANK_LINES, CorpusError, Rules
 from data_tools.workers import WorkerError
 from w1train.config.errors import UserError
+from w1train.runtime.command import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except (CorpusError, UserError, WorkerError, OSError) as error:
-        logger.error("%s", error)
+        logger.error("%s", describe_error(error))
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted")

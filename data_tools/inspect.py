@@ -23,6 +23,7 @@ from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.shards import open_dataset
 from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 from w1train.runtime.masking import mask_output
 
@@ -44,6 +45,7 @@ class Check:
         return f"FAILED  {self.name}: {self.problem}" if self.problem else f"ok      {self.name}"
 
 
+@command("data_tools.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a check failed."""
     mask_output()

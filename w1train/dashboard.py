@@ -9,10 +9,12 @@ import sys
 
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import LoggingConfig
+from w1train.runtime.command import command
 from w1train.runtime.masking import mask_output
 from w1train.training.dashboard import definition, workspace
 
 
+@command("w1train.dashboard")
 def main() -> None:
     mask_output()
     parser = argparse.ArgumentParser(prog="python -m w1train.dashboard", description="Create a W&B workspace with this framework's charts.")

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from w1train.config.errors import UserError
 from w1train.data.packing_index import PackingOptions, ensure_packing
 from w1train.data.shards import open_dataset
+from w1train.runtime.command import command
 from w1train.runtime.masking import mask_output
 
 
+@command("w1train.data.build_packing")
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 built or there already, 1 the file cannot be written, 2 the dataset or an option is wrong."""
     mask_output()

@@ -63,6 +63,8 @@ class Heartbeat:
     """Unix seconds of its last sign of progress: a process that lives may hang."""
     place: str
     """Innermost Python function of its main thread."""
+    stalled: str = ""
+    """What of a checkpoint it reads or writes, if no byte of it has moved for a while."""
 
 
 class StatusFile:

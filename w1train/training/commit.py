@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
+from w1train.runtime.transfers import together
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
 from w1train.training.shard_files import FREE_BYTES, describe_error, shard_path
 
@@ -59,7 +60,7 @@ def write_hashed(final: Path, write_shards: WriteShards, progress: Progress, con
 
 
 def _hash_shards(writing: Path) -> dict[str, Any]:
-    parts = on_every_rank(lambda: hash_files([shard_path(writing, dist.get_rank())]))
+    parts = on_every_rank(together(lambda: hash_files([shard_path(writing, dist.get_rank())])))
     return dict(ChainMap(*parts))
 
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from w1train.runtime.files import write_text
+from w1train.runtime.pulse import pulse
+from w1train.runtime.transfers import PIECE_BYTES, PiecewiseFile
 from w1train.training.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.training.shard_plan import Box
 
 FREE_BYTES = "free_bytes"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CHUNK_BYTES = 16 << 20
-"""Handed to the disk at once: a slow disk takes one such piece in seconds, and every piece is a sign of progress."""
 
 
 class _HashedFile:
@@ -34,11 +33,14 @@ class _HashedFile:
     find out."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+        self._file, self._hash = PiecewiseFile(file), hashlib.sha256()
 
     def write(self, data: memoryview) -> None:
         self._hash.update(data)
         self._file.write(data)
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def tell(self) -> int:
         return self._file.tell()
@@ -64,11 +66,10 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
     directory.mkdir(parents=True, exist_ok=True)
     path, note = shard_path(directory, rank), _note(directory, rank)
     try:
-        with path.open("wb") as file:
+        with path.open("wb") as file, pulse.transferring(f"writing {path}"):
             stream = _HashedFile(file)
             index = ShardIndex(write_boxes(stream, path.name, boxes, tensors), values)
-            file.flush()
-            os.fsync(file.fileno())
+            stream.sync()
             size = file.tell()
         _leave_note(note, {path.name: {"size": size, "sha256": stream.hexdigest()}}, index)
     except OSError as error:
@@ -100,11 +101,11 @@ def write_boxes(stream: _HashedFile, name: str, boxes: Sequence[Box], tensors: S
     return stored
 
 
-def write_elements(stream: _HashedFile | BinaryIO, tensor: Tensor) -> None:
+def write_elements(stream: _HashedFile | PiecewiseFile, tensor: Tensor) -> None:
     """Write a tensor's elements in row-major order, some megabytes at a time."""
     elements = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for start in range(0, len(elements), _CHUNK_BYTES):
-        stream.write(elements[start : start + _CHUNK_BYTES])
+    for start in range(0, len(elements), PIECE_BYTES):
+        stream.write(elements[start : start + PIECE_BYTES])
 
 
 def write_index(directory: Path, num_ranks: int) -> dict[str, Any]:

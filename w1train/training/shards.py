@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from w1train.runtime.names import open_inside
+from w1train.runtime.pulse import moved
+from w1train.runtime.transfers import PIECE_BYTES
 from w1train.training.legacy_index import read_archive
 from w1train.training.manifest import damaged
 from w1train.training.plain_values import decode
@@ -105,9 +107,13 @@ def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard) -> Tenso
     num_bytes = tensor.num_bytes(shard)
     with open_inside(directory, shard.file) as file:
         target = torch.empty(shard.sizes, dtype=tensor.dtype)
+        elements = memoryview(target.view(-1).view(torch.uint8).numpy())
         file.seek(shard.start)
-        if num_bytes and file.readinto(target.view(-1).view(torch.uint8).numpy()) != num_bytes:
-            raise ValueError("the file ended while it was read")
+        for start in range(0, num_bytes, PIECE_BYTES):
+            piece = elements[start : start + PIECE_BYTES]
+            if file.readinto(piece) != len(piece):
+                raise ValueError("the file ended while it was read")
+            moved()
     return target
 
 
