@@ -15,7 +15,6 @@ from data_tools.command import input_path, output_file, run_command
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError, parse_tokenizer_json, read_tokenizer_file
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 @command("data_tools.import_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.import_tokenizer",
         description="Make a Hugging Face tokenizer.json one that w1train trains with: its end-of-text token becomes <eos> at the same id, "

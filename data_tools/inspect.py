@@ -25,7 +25,6 @@ from w1train.data.shards import open_dataset
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ class Check:
 @command("data_tools.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a check failed."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.inspect",
         description="Counts, lengths, samples and checks of a dataset. The exit status is 1 if a check fails.",

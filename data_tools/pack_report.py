@@ -21,7 +21,6 @@ from data_tools.command import run_command
 from w1train.data.best_fit import pack_best_fit
 from w1train.data.shards import open_dataset
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ class PackReport:
 @command("data_tools.pack_report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.pack_report",
         description="Waste, cut documents and documents a sample, for a sequence length and policies of packing.",

@@ -19,7 +19,6 @@ from data_tools.command import output_file, run_command
 from data_tools.text import CorpusError
 from w1train.runtime.command import command
 from w1train.runtime.files import write_bytes
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "py
 @command("data_tools.python_corpus")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.python_corpus",
         description="Collect the sources of the running Python's standard library as JSONL (keys path and text), without installed "

@@ -33,7 +33,6 @@ from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 from w1train.runtime.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ _UNITS_WORTH_A_WORKER = 8
 @command("data_tools.tokenize")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.tokenize",
         description="Tokenize a corpus into PREFIX.bin and PREFIX.idx (Megatron's format) with a manifest PREFIX.json. Every document ends "

@@ -15,7 +15,6 @@ from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import train_tokenizer
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 @command("data_tools.train_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.train_tokenizer",
         description="Train a byte-level BPE tokenizer. Special tokens come first (<pad> 0, <eos> 1, <bos> 2, reserved ones, <mask>), "

@@ -13,7 +13,6 @@ from w1train.data.indexed import bin_path
 from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing_file
 from w1train.data.shards import open_dataset
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 @command("data_tools.verify")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a dataset is damaged."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify",
         description="Read the files of datasets and compare them with the hashes in their manifests, and the best-fit packings beside them "

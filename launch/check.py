@@ -18,7 +18,6 @@ from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 
 def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
@@ -55,7 +54,6 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
 @command("launch.check")
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 for a mistake."""
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,7 +19,6 @@ from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
-from w1train.runtime.masking import mask_output
 
 
 class SubmissionError(Exception):
@@ -29,7 +28,6 @@ class SubmissionError(Exception):
 @command("launch.slurm")
 def main(words: Sequence[str]) -> int:
     """Exit status: 0, 1 where sbatch fails or is not there, 2 for a mistake in what was asked."""
-    mask_output()
     try:
         submission = parse(words, Path.cwd())
     except ConfigurationError as error:

@@ -22,7 +22,6 @@ from typing import Any
 
 from w1train.config.errors import UserError
 from w1train.runtime.command import command, describe_error
-from w1train.runtime.masking import mask_output
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 @command("w1train.average")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, or 2 for bad input, with its reason on stderr."""
-    mask_output()
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)

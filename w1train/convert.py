@@ -23,7 +23,6 @@ from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.files import write_text
-from w1train.runtime.masking import mask_output
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Written even where they are the default: a reader of the recipe looks for them.
@@ -33,7 +32,6 @@ _ALWAYS = ("num_query_groups", "kv_channels", "max_sequence_length", "rope_base"
 @command("w1train.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 if something could not be read or written, or 2 for bad input."""
-    mask_output()
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)

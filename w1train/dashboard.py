@@ -10,13 +10,11 @@ import sys
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import LoggingConfig
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 from w1train.training.dashboard import definition, workspace
 
 
 @command("w1train.dashboard")
 def main() -> None:
-    mask_output()
     parser = argparse.ArgumentParser(prog="python -m w1train.dashboard", description="Create a W&B workspace with this framework's charts.")
     parser.add_argument("--project", default=LoggingConfig().wandb_project, help="logging.wandb_project of the runs (default: %(default)s)")
     parser.add_argument("--entity", help="user or team that the project belongs to (default: that of the key)")

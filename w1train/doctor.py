@@ -33,7 +33,6 @@ from w1train.diagnosis.packages import installed_version, package_section
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command
 from w1train.runtime.device import device_name, select_device
-from w1train.runtime.masking import mask_output
 
 _SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "nvidia-cudnn-frontend")
 
@@ -41,7 +40,6 @@ _SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "n
 @command("w1train.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 where something does not work, 2 for a mistake in how it was started."""
-    mask_output()
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     try:

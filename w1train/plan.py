@@ -24,7 +24,6 @@ from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
 from w1train.planning.tables import print_plan, print_search
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 NUM_SHOWN = 15
 
@@ -32,7 +31,6 @@ NUM_SHOWN = 15
 @command("w1train.plan")
 def main(arguments: list[str]) -> int:
     """Exit status: 0, 1 where the layout does not fit or cannot be built, 2 for a mistake in what was asked."""
-    mask_output()
     try:
         request = parse(arguments)
         return search(request) if request.search else plan(request)

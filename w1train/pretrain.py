@@ -26,7 +26,7 @@ from w1train.config.validate import validate
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.exit_status import ExitStatus
-from w1train.runtime.masking import mask_output, remember_passwords
+from w1train.runtime.masking import remember_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ _LIBRARY_CHATTER = (
 def main(arguments: list[str]) -> int:
     """Exit status: see w1train.runtime.exit_status. SIGTERM and SIGUSR1 end the run after the step that is under way, with a checkpoint;
     before it holds its run directory, at once."""
-    mask_output()
     try:
         # Before anything asks for RANK: the command line does, to say its mistakes once.
         discovery = discover_ranks()

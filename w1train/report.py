@@ -8,14 +8,12 @@ from pathlib import Path
 
 from w1train.config.errors import UserError
 from w1train.runtime.command import command, describe_error
-from w1train.runtime.masking import mask_output
 from w1train.training.report import write_report
 from w1train.training.report_compare import write_comparison
 
 
 @command("w1train.report")
 def main() -> None:
-    mask_output()
     parser = argparse.ArgumentParser(
         prog="python -m w1train.report",
         description="Write RUN/report.html, one file to look at anywhere; of several runs, the first one's comparison.html.",

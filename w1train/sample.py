@@ -23,7 +23,6 @@ from rich.console import Console
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
 from w1train.runtime.command import command, text_argument
-from w1train.runtime.masking import mask_output
 from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
@@ -60,7 +59,6 @@ CHECKPOINT_HELP = "step of the checkpoint, or its name (average: the newest aver
 @command("w1train.sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
-    mask_output()
     args = _parse(arguments)
     # What the sampler skips is said at INFO.
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
-from w1train.runtime.masking import mask_output
 from w1train.runtime.status import STATUS_FILE, Heartbeat, Status, read_heartbeats, read_status
 
 _STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "failed": ExitStatus.FAILED, "mistake": ExitStatus.MISTAKE}
@@ -36,7 +35,6 @@ _LONGEST_LINE = 4000
 @command("w1train.status")
 def main(arguments: Sequence[str]) -> int:
     """Print a line a run; the exit status is the module's."""
-    mask_output()
     parser = argparse.ArgumentParser(prog="w1train.status", description="What runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(

@@ -14,13 +14,11 @@ from w1train.config.errors import UserError
 from w1train.data.packing_index import PackingOptions, ensure_packing
 from w1train.data.shards import open_dataset
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask_output
 
 
 @command("w1train.data.build_packing")
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 built or there already, 1 the file cannot be written, 2 the dataset or an option is wrong."""
-    mask_output()
     parser = argparse.ArgumentParser(prog="w1train.data.build_packing", description="Pack a dataset's documents into samples, best fit.")
     parser.add_argument("prefix", help="the dataset: PREFIX.bin, PREFIX.idx")
     parser.add_argument("--sequence-length", type=int, required=True, help="data.sequence_length")

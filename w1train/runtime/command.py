@@ -11,6 +11,8 @@ import select
 import sys
 from collections.abc import Callable
 
+from w1train.runtime.masking import mask_output
+
 _MOST_FILES = 1 << 20
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _CLOSED_PIPE = 141
@@ -20,6 +22,7 @@ _CLOSED_PIPE = 141
 def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorate a command's ``main`` (``program`` is its name in messages).
 
+    Output has no passwords of URLs (masking.py).
     Output that the console's encoding cannot show is replaced. A reader of the output that goes away (``| head -1``) ends the command
     quietly. The limit on open files is raised as far as it goes; where that is not enough, a message says so.
     """
@@ -28,6 +31,7 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
         @functools.wraps(main)
         def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
             prepare_streams()
+            mask_output()
             allow_open_files()
             try:
                 try:

@@ -35,7 +35,7 @@ def mask(text: str) -> str:
 
 def mask_output() -> None:
     """Remember the passwords of the command line and the environment, and mask what this process writes to stdout and stderr from now on.
-    Every command calls this first: a log handler keeps the stream that it has found."""
+    Commands call this first (command.py): a log handler keeps the stream that it has found."""
     remember_passwords([*sys.argv, *os.environ.values()])
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
