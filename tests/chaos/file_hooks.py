@@ -1,0 +1,95 @@
+"""Faults of files inside a rank: it is killed in the middle of a group of changes, or one file cannot be read or written.
+
+As the hooks of hooks.py, they are set by the launcher before training begins, leave a mark when they strike, and know nothing of who in
+w1train opens, renames or removes a file: they see the calls themselves.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.runs import Sabotage
+
+_CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+"""Python's audit events of what changes a directory; an event ``open`` does so only where the file is opened for writing."""
+
+
+def kill_at_change(mark: Path, *, victim: int, word: str, number: int) -> Sabotage:
+    """Rank ``victim`` kills itself before the ``number``-th change of files whose path has ``word`` in it; once.
+
+    The removal of a directory's content, whose events have names without their directory, counts with the directory.
+    """
+
+    def sabotage(rank: int) -> None:
+        if rank != victim or mark.exists():
+            return
+        num_changes, thread = 0, 0
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal num_changes, thread
+            if event not in _CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                return
+            is_named = any(word in str(path) for path in arguments[:2])
+            is_removal = event in ("os.remove", "os.rmdir") and thread == threading.get_ident()
+            if not (is_named or is_removal):
+                return
+            thread = threading.get_ident()
+            num_changes += 1
+            if num_changes == number:
+                kill_myself(mark, f"before {event} of {arguments[0]}")
+
+        sys.addaudithook(audit)
+
+    return sabotage
+
+
+def kill_myself(mark: Path, where: str) -> None:
+    """Leave the mark, and end this process as the kernel would."""
+    mark.write_text(where)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) -> Sabotage:
+    """Whatever file is opened in ``mode`` ("rb" or "wb") under a path that ``is_bad`` opens, and each read or write of it fails.
+
+    Args:
+        code: of the OSError.
+    """
+
+    def sabotage(_rank: int) -> None:
+        original = io.open
+
+        def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if found != mode or not isinstance(path, str | Path) or not is_bad(str(path)):
+                return original(path, found, *args, **kwargs)
+            mark.touch()
+            file = _FailingFile(path, mode[0])
+            file.code = code
+            return io.BufferedReader(file) if mode == "rb" else io.BufferedWriter(file)
+
+        io.open = builtins.open = opened  # pathlib asks the one, all others the other
+
+    return sabotage
+
+
+class _FailingFile(io.FileIO):
+    """A file of a disk that gives nothing and takes nothing."""
+
+    code: int
+
+    def readinto(self, _buffer: Any) -> int:
+        raise OSError(self.code, os.strerror(self.code), str(self.name))
+
+    def readall(self) -> bytes:
+        raise OSError(self.code, os.strerror(self.code), str(self.name))
+
+    def write(self, _data: Any) -> int:
+        raise OSError(self.code, os.strerror(self.code), str(self.name))
