@@ -153,7 +153,7 @@ main() {
   rm -f "$stamp" # an installation that is stopped half-way must be taken up again
   install_packages
   stamp_text >"$stamp"
-  say "ready in ${SECONDS} s: $VENV"
+  say "ready: $VENV"
 }
 
 main "$@"

@@ -25,5 +25,5 @@ step "4/5 pretraining on $NPROC ranks" "" \
 step "5/5 report" "" \
   "$python" -m w1train.report "$run"
 
-printf 'The whole demo: %d s. Look at %s, or have more text:\n' "$SECONDS" "$run/report.html"
+printf 'The whole demo: %d s. Look at %s, or have more text:\n' "$(seconds_since "$script_began")" "$run/report.html"
 printf '  %s -m w1train.sample %s --prompt "def main("\n' "$python" "$run"

@@ -15,8 +15,21 @@ default_ranks() {
   if [[ "$num_gpus" == 1 ]]; then echo 1; else echo 2; fi
 }
 
+# Seconds of a clock that nobody sets: bash's own SECONDS follows the time of day, and jumps with it.
+uptime_seconds() {
+  local uptime rest
+  read -r uptime rest </proc/uptime
+  printf '%s\n' "${uptime%.*}"
+}
+script_began="$(uptime_seconds)"
+
+seconds_since() { # seconds_since BEGIN
+  printf '%s\n' $(($(uptime_seconds) - $1))
+}
+
 step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is there
-  local title="$1" output="$2" begin="$SECONDS"
+  local title="$1" output="$2" begin
+  begin="$(uptime_seconds)"
   shift 2
   if [[ -n "$output" && -e "$output" ]]; then
     printf '== %s: done before (%s)\n' "$title" "$output"
@@ -24,7 +37,7 @@ step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is t
   fi
   printf '== %s\n' "$title"
   "$@"
-  printf '== %s: %d s\n\n' "$title" $((SECONDS - begin))
+  printf '== %s: %d s\n\n' "$title" "$(seconds_since "$begin")"
 }
 
 # A run is bound to its tokenizer and data, so another corpus needs another place; until there is one of them, nothing is bound to a

@@ -25,14 +25,14 @@ class PackageError(Exception):
 
 def read_pins(constraints: Path) -> dict[str, str]:
     """Versions by canonical name, of NAME==VERSION lines."""
-    lines = (line.partition("#")[0].strip() for line in constraints.read_text().splitlines())
+    lines = (line.partition("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
     pairs = (line.split("==", 1) for line in lines if line)
     return {canonicalize_name(name): version for name, version in pairs}
 
 
 def project_requirements(pyproject: Path, extras: Sequence[str]) -> list[Requirement]:
     """Of the project and of its named extras, those for this Python."""
-    project = tomllib.loads(pyproject.read_text())["project"]
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
     requirements = [Requirement(text) for group in groups for text in group]
     return [requirement for requirement in requirements if requirement.marker is None or requirement.marker.evaluate()]

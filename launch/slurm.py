@@ -55,7 +55,7 @@ def submit(submission: Submission, script: str) -> list[str]:
     logs.mkdir(parents=True, exist_ok=True)  # Slurm would not make it, and the job would fail without a word
     _require_no_living_chain(logs / "chain", submission.job.job_name or submission.run.name)
     path = logs / "job.sh"
-    path.write_text(script)
+    path.write_text(script, encoding="utf-8")
     # What counts the failures of an earlier submission must not end this one.
     for name in ("failures", "chain"):
         (logs / name).unlink(missing_ok=True)
@@ -68,14 +68,14 @@ def submit(submission: Submission, script: str) -> list[str]:
             subprocess.run(["scancel", *jobs], check=False)
         raise
     if len(jobs) > 1:
-        (logs / "chain").write_text("".join(f"{job}\n" for job in jobs))
+        (logs / "chain").write_text("".join(f"{job}\n" for job in jobs), encoding="utf-8")
     print(f"submitted: job {', '.join(jobs)}, {submission.job.num_ranks} ranks on {submission.job.nodes} nodes")
     print(f"run directory: {submission.run.directory}\nlog: {logs}/slurm_{jobs[0]}.log (rank 0; all ranks: {logs}/latest/)")
     return jobs
 
 
 def _require_no_living_chain(chain: Path, job_name: str) -> None:
-    jobs = chain.read_text().split() if chain.exists() else []
+    jobs = chain.read_text(encoding="utf-8").split() if chain.exists() else []
     if not jobs:
         return
     # Of this name and user: the numbers may be another cluster's. One that Slurm has forgotten is an error where it is asked for alone.

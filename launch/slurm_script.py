@@ -173,5 +173,5 @@ def _directive(option: str) -> str:
 
 def _source(name: str) -> str:
     """A script beside this file, without the line that is for shellcheck alone."""
-    text = Path(__file__).with_name(name).read_text()
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return text.removeprefix("# shellcheck shell=bash\n")

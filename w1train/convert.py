@@ -53,7 +53,7 @@ def from_hugging_face(args: argparse.Namespace) -> int:
     if args.output.exists():
         raise UserError(f"{args.output} is there already: remove it, or choose another name")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text)
+    args.output.write_text(text, encoding="utf-8")
     print(f"wrote {args.output}: choose it with --config-dir {args.output.parent.parent} model={args.output.stem}", file=sys.stderr)
     return 0
 

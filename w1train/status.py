@@ -52,7 +52,6 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
     if status is None:
         return "no status.json: not a run directory, or never started", ExitStatus.MISTAKE
     now = time.time()
-    age = max(0.0, now - status.time)
     heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
     # What lives and does not get on is for its own watchdog, which knows how long a start or a step may take.
     # A machine whose clock is ahead would seem to live for as long as that after its end.
@@ -64,7 +63,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
         f"step {status.step:,}/{status.num_steps:,} ({share:.1%})",
         f"{status.tokens:,} of {status.total_tokens:,} tokens",
         f"{status.world_size} ranks",
-        f"last progress {_duration(age)} ago",
+        _last_progress(now - status.time),
     ]
     if status.state not in _STATUSES and not died:
         slow = _slow(heartbeats)
@@ -94,7 +93,8 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
         return []
     step = max(heartbeat.step for heartbeat in heartbeats.values())
     now = time.time()
-    silences = {rank: now - heartbeat.progress for rank, heartbeat in heartbeats.items()}
+    # A rank's own two times are of one clock; between its clock and this one there is any difference.
+    silences = {rank: max(0.0, heartbeat.time - heartbeat.progress) + max(0.0, now - heartbeat.time) for rank, heartbeat in heartbeats.items()}
     limit = statistics.median(silences.values()) + _SLOW_SECONDS
     slow = [rank for rank, heartbeat in heartbeats.items() if heartbeat.step < step - 1 or silences[rank] > limit]
     words = [
@@ -102,6 +102,12 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
         for rank in slow[:_MOST_NAMED]
     ]
     return words + ([f"{len(slow) - _MOST_NAMED} more"] if len(slow) > _MOST_NAMED else [])
+
+
+def _last_progress(seconds: float) -> str:
+    """How long ago that was, by this machine's clock. A status of later than now is of another clock, or of before this one was set back."""
+    text = f"last progress {_duration(max(0.0, seconds))} ago"
+    return text if seconds >= -_MOST_CLOCKS_DIFFER else f"{text} (written by a clock that is {_duration(-seconds)} ahead of this machine's)"
 
 
 def _duration(seconds: float) -> str:

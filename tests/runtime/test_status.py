@@ -148,6 +148,20 @@ def test_slow_ranks_are_named(tmp_path, capsys):
     assert "rank 3" not in line
 
 
+def test_a_clock_that_jumps_makes_no_negative_times(tmp_path, capsys, monkeypatch):
+    StatusFile(tmp_path, world_size=3, active=True).update("running", step=10)
+    for rank, silent in enumerate((0.0, 100.0, 0.0)):
+        write_heartbeat(tmp_path, heartbeat(rank, 8 if rank == 2 else 10, silent))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    assert command.main([str(tmp_path)]) == ExitStatus.RUNNING
+    line = capsys.readouterr().out
+    assert "last progress 0 s ago (written by a clock that is 60 min ahead of this machine's)" in line
+    assert "rank 1 on node1 (step 10, training, 100 s)" in line
+    assert "rank 2 on node2 (step 8, training, 0 s)" in line
+    assert "-" not in line.partition(": ")[2]
+
+
 def test_the_command_needs_no_torch(tmp_path):
     """Scripts ask it every few seconds."""
     StatusFile(tmp_path, world_size=1, active=True).update("stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -173,6 +174,20 @@ def test_it_stands_where_its_newest_member_stood(run):
     assert find_checkpoint(directory, path.name) == path
     assert find_checkpoint(directory, None).name == find_checkpoint(directory, STEPS[-1]).name == f"step_{STEPS[-1]:010d}"
     assert json.loads((path / "manifest.json").read_text())["average"]["steps"] == list(STEPS)
+
+
+def test_the_average_that_was_written_last_is_found_whatever_the_clock_says(run):
+    directory, _ = run
+    for steps in (STEPS[:2], STEPS[1:]):
+        path = average_alone(directory, steps)
+        shutil.rmtree(path)
+    first, last = average_alone(directory, STEPS[1:]), average_alone(directory, STEPS[:2])
+    try:
+        os.utime(last / "manifest.json", (0, 0))
+        assert find_checkpoint(directory, "average") == last
+    finally:
+        for path in (first, last):
+            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path, is_killed):
     second.close()
     shown = read_scalars(tmp_path)["loss"]
     assert shown == pytest.approx({step: train_record(step, seed=int(step > 3))["loss"] for step in range(1, 7)})
+
+
+@needs_tensorboard
+def test_steps_that_are_done_again_are_shown_once_after_a_clock_was_set_back(tmp_path, monkeypatch):
+    now = time.time()
+    for first_step, last_step, seed, offset in [(0, 3, 0, 0), (2, 4, 1, -3600), (4, 5, 2, -7200)]:
+        monkeypatch.setattr(time, "time", lambda offset=offset: now + offset)
+        logger = start(tmp_path, first_step)
+        for step in range(max(1, first_step), last_step + 1):
+            logger.log(train_record(step, seed=seed))
+        logger.close()
+    seeds = {1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
+    assert read_scalars(tmp_path)["loss"] == pytest.approx({step: train_record(step, seed=seeds[step])["loss"] for step in seeds})
 
 
 def test_it_is_missed_before_the_run_begins(monkeypatch):

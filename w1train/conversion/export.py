@@ -69,7 +69,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     if model_type == W1:
         special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
         for name in _REMOTE_CODE:
-            write_text(partial / name, files("w1train.conversion.remote_code").joinpath(name).read_text())
+            write_text(partial / name, files("w1train.conversion.remote_code").joinpath(name).read_text(encoding="utf-8"))
     hugging_face = config_of(config.model, model_type, str(dtype).removeprefix("torch."), special)
     write_text(partial / CONFIG_FILE, json.dumps(hugging_face, indent=2) + "\n")
     if output.exists():

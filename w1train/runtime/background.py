@@ -7,17 +7,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 
-def in_background(action: Callable[[], object], name: str) -> Future[None]:
-    """Do ``action`` in a thread of this name; the future has its exception. The thread does not keep alive a process that has to end."""
-    future: Future[None] = Future()
+def in_background[Result](action: Callable[[], Result], name: str) -> Future[Result]:
+    """Do ``action`` in a thread of this name; the future has its result or its exception. The thread does not keep alive a process that has
+    to end."""
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:
-            action()
+            result = action()
         except BaseException as error:  # handed over: whoever waits for the future meets it
             future.set_exception(error)
         else:
-            future.set_result(None)
+            future.set_result(result)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future

@@ -7,12 +7,13 @@ handed anything. Without a watchdog nobody reads it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-STARTING, TRAINING, VALIDATING, SAVING = "starting", "training", "validating", "saving"
+STARTING, TRAINING, VALIDATING, SAVING, LOADING = "starting", "training", "validating", "saving", "loading"
 
 
 @dataclass(slots=True)
@@ -28,6 +29,10 @@ class Pulse:
     total_tokens: int = 0
     progress: float = field(default_factory=time.monotonic)
     """When it last got on."""
+    moved: float = field(default_factory=time.monotonic)
+    """When one of its threads last read or wrote a piece of a checkpoint."""
+    transfers: list[str] = field(default_factory=list)
+    """What its threads read or write at this moment, for the message of a hang."""
     stop_requested: bool = False
     """A signal asks for the end, at the next step's boundary."""
     observer: Callable[[], None] | None = None
@@ -38,6 +43,23 @@ class Pulse:
         self.progress = time.monotonic()
         if self.observer is not None:
             self.observer()
+
+    def note_movement(self) -> None:
+        """A piece of a checkpoint has been read or written. For the main thread it is a sign of progress; a save in the background is one only
+        for those who wait for it (w1train.runtime.transfers), or it would hide a training step that hangs beside it."""
+        self.moved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self.beat()
+
+    @contextmanager
+    def transferring(self, what: str) -> Iterator[None]:
+        """Say what a thread reads or writes, while it does."""
+        self.note_movement()
+        self.transfers.append(what)
+        try:
+            yield
+        finally:
+            self.transfers.remove(what)
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
@@ -57,3 +79,8 @@ pulse = Pulse()
 def beat() -> None:
     """This process gets on."""
     pulse.beat()
+
+
+def moved() -> None:
+    """A piece of a checkpoint has been read or written by this thread."""
+    pulse.note_movement()

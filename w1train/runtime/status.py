@@ -57,6 +57,8 @@ class Heartbeat:
     """Unix seconds of its last sign of progress: a process that lives may hang."""
     place: str
     """Innermost Python function of its main thread."""
+    stalled: str = ""
+    """What of a checkpoint it reads or writes, if no byte of it has moved for a while."""
 
 
 class StatusFile:
@@ -123,7 +125,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{threading.current_thread().name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values))
+        partial.write_text(json.dumps(values), encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         logger.warning("could not write %s: %s", path, error)

@@ -22,7 +22,7 @@ from types import FrameType
 
 from w1train.config.schema import HealthConfig
 from w1train.runtime.exit_status import ExitStatus
-from w1train.runtime.pulse import STARTING, pulse
+from w1train.runtime.pulse import LOADING, STARTING, pulse
 from w1train.runtime.status import Heartbeat, StatusFile, read_heartbeats, write_heartbeat, write_json
 from w1train.runtime.stop_signals import StopSignals
 
@@ -32,8 +32,8 @@ STACKS = "stacks"
 _HANG = "hang.json"
 _FEWEST_SECONDS, _MOST_SECONDS = 0.05, 1.0
 _PAUSE_SECONDS = 5.0
-# Where a rank that waits for others is: torch's collectives, megatron-core's pipeline messages, this project's exchange of flags.
-_WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "w1train/training/agreement.py")
+# Where a rank that waits for others is: torch's collectives, megatron-core's pipeline messages, this project's exchanges of flags.
+_WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "w1train/training/agreement.py", "w1train/runtime/transfers.py")
 # Ends a place whose line waits for the handle of a collective that was begun before: torch has no Python function there, and megatron-core
 # waits in its layers.
 _WAITS = ", waiting"
@@ -89,7 +89,11 @@ class Watchdog:
         silence = time.monotonic() - pulse.progress
         place = describe_place(sys._current_frames().get(self._main))
         host = socket.gethostname()
-        return Heartbeat(self._rank, host, os.getpid(), pulse.step, pulse.activity, now, now - silence, place)
+        return Heartbeat(self._rank, host, os.getpid(), pulse.step, pulse.activity, now, now - silence, place, self._stalled())
+
+    def _stalled(self) -> str:
+        is_moving = time.monotonic() - pulse.moved <= self._settings.hang_timeout / 2
+        return "" if is_moving else ", ".join(list(pulse.transfers))
 
     # Signals
 
@@ -109,7 +113,7 @@ class Watchdog:
     # Hangs
 
     def _end_if_hanging(self, now: float, *, look_for_others: bool) -> None:
-        limit = self._settings.start_timeout if pulse.activity == STARTING else self._settings.hang_timeout
+        limit = self._settings.start_timeout if pulse.activity in (STARTING, LOADING) else self._settings.hang_timeout
         silence = now - pulse.progress
         mark = self._directory / STACKS / _HANG
         if silence <= limit and not (look_for_others and mark.exists()):
@@ -129,7 +133,7 @@ class Watchdog:
         path = self._stacks_path(self._rank)
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.with_suffix(".partial").open("w") as file:
+            with path.with_suffix(".partial").open("w", encoding="utf-8") as file:
                 file.write(f"rank {self._rank} on {heartbeat.host}, process {heartbeat.pid}: step {heartbeat.step}, {heartbeat.activity}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -176,11 +180,16 @@ def put_stacks_aside(directory: Path) -> None:
 
 
 def describe_hang(heartbeats: dict[int, Heartbeat], missing: list[int], world_size: int) -> str:
-    """Which ranks hold the others up: those that are missing, or else those of the lowest step, or else those that wait for nobody."""
+    """Which ranks hold the others up: those that are missing, or else those whose storage has stalled, or else those of the lowest step, or
+    else those that wait for nobody."""
     if missing:
         return f"{_listing(missing, heartbeats)} of {world_size} {_is_are(missing)} missing (stopped, or the machine is gone)"
     if not heartbeats:
         return "no rank could write a heartbeat"
+    stalled = [rank for rank, heartbeat in heartbeats.items() if heartbeat.stalled]
+    if stalled:
+        what = "; ".join(f"rank {rank}: {heartbeats[rank].stalled}" for rank in stalled[:_MOST_NAMED])
+        return f"the run waits for the storage of {_listing(stalled, heartbeats)}, where no byte moves ({what})"
     lowest = min(heartbeat.step for heartbeat in heartbeats.values())
     behind = [rank for rank, heartbeat in heartbeats.items() if heartbeat.step == lowest]
     if len(behind) == len(heartbeats):

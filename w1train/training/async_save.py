@@ -1,9 +1,13 @@
 """Saving while training goes on.
 
 At a step boundary each rank copies its part of the state into host memory that it has for that (staging.py): this is what training waits
-for. A thread then writes and hashes the part. At every later boundary the ranks agree, by one all-reduce of two numbers, whether all
+for. A thread then writes and hashes the part. At every later boundary the ranks agree, by one all-reduce of three numbers, whether all
 parts are there; then a thread of rank 0 writes metadata and manifest, renames the directory and removes old checkpoints, and at a
-boundary after that the ranks agree that the checkpoint is there.
+boundary after that the ranks agree that the checkpoint is there. With ``checkpoint.asynchronous=false`` nothing is copied, and training
+waits until all of this is done.
+
+The third number says whether bytes have moved on any rank since the last time: whoever waits for a save takes that for progress, so that
+the watchdog ends a run whose storage has stalled, and no run whose storage is slow.
 
 The threads talk to no other rank: collectives of two threads would meet in another order on another rank. What rank 0's thread must know
 of the other parts lies beside them in notes.
@@ -25,36 +29,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.background import in_background, nothing
 from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
-from w1train.runtime.pulse import beat
-from w1train.training.checkpoint import collect_state, write_shards
-from w1train.training.commit import explain_failure, finish, raise_together, write_hashed, writing_path
+from w1train.runtime.clocks import seconds_since_start
+from w1train.runtime.pulse import beat, pulse
+from w1train.runtime.transfers import POLL_SECONDS, Movement, agree
+from w1train.training.checkpoint import collect_state
+from w1train.training.commit import explain_failure, finish, raise_together, writing_path
 from w1train.training.manifest import CheckpointError, Progress, latest_step, size_of, step_path
 from w1train.training.remote_checkpoints import Uploader
 from w1train.training.retention import remove_old
 from w1train.training.save_times import SaveTimes
 from w1train.training.setup import TrainedModel
 from w1train.training.shard_files import write_metadata, write_part
-from w1train.training.shard_plan import LocalState, Plan, make_plan, tensors_of
+from w1train.training.shard_plan import Plan, make_plan, tensors_of
 from w1train.training.staging import Staging
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.01
-
-
-def agree(values: list[int]) -> list[int]:
-    """The largest of each value over all ranks, through host memory. Called on every rank."""
-    tensor = torch.tensor(values)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
 
 
 @dataclass(slots=True)
@@ -66,7 +62,7 @@ class _Save:
     remarks: dict[str, Any]
     phase_start: int
     started: float
-    work: Future[None]
+    work: Future[Any]
     """This rank's present part of it; done at once where another rank has to work."""
     is_finishing: bool = False
     """All parts are written, and rank 0 makes a checkpoint of them."""
@@ -96,6 +92,7 @@ class CheckpointSaver:
         self._staging = Staging()
         self._plan: Plan | None = None
         self._save: _Save | None = None
+        self._movement = Movement()
         self._saved_step: int | None = None
         """The step at whose boundary a save succeeded, until training goes on."""
         self._failure: CheckpointError | None = None
@@ -128,27 +125,14 @@ class CheckpointSaver:
             if dist.get_rank() == 0:
                 self._look_at_space()
             final, remarks = step_path(self.directory, progress.step), {"validation": dict(scores or {})}
-            if not self.settings.asynchronous:
-                self._save_now(self._plan, state, final, progress, remarks, phase_start)
-                return
-            # Staged under the plan's order; the state itself is not touched after this line.
-            staged = self._staging.copy(tensors_of(self._plan, state.boxes))
-            write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, staged, state.objects)
+            tensors = tensors_of(self._plan, state.boxes)
+            if self.settings.asynchronous:
+                # Copied in the plan's order; the state itself is not touched after this line.
+                tensors = self._staging.copy(tensors)
+            write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, tensors, state.objects)
             self._save = _Save(final, copy.deepcopy(progress), remarks, phase_start, self._clock(), in_background(write, "checkpoint"))
-
-    def _save_now(self, plan: Plan, state: LocalState, final: Path, progress: Progress, remarks: dict[str, Any], phase_start: int) -> None:
-        started = self._clock()
-        try:
-            on_main_rank(self._before_commit)
-            write_hashed(final, partial(write_shards, plan, state), progress, self.config_yaml, remarks)
-        except CheckpointError as error:
-            self._failed(error)
-            return
-        on_main_rank(partial(self._clean_up, final, phase_start))
-        self._failure, self._saved_step = None, progress.step
-        seconds = self._clock() - started
-        logger.info("saved %s in %.1f s", final, seconds)
-        self._after_commit(progress.step, seconds)
+            if not self.settings.asynchronous:
+                self.wait()
 
     def poll(self) -> None:
         """At a step boundary: take the save under way as far as it goes without waiting. At the first one, get ready for the first save.
@@ -167,7 +151,9 @@ class CheckpointSaver:
             return
         is_done = save.work.done()
         error = _error_of(save.work) if is_done else None
-        is_running, has_failed = agree([not is_done, error is not None])
+        is_running, has_failed, is_moving = agree([not is_done, error is not None, self._movement.is_new()])
+        if is_moving:
+            beat()
         if is_running:
             # Also where a rank has failed: the files are removed when nobody writes there any more.
             return
@@ -180,10 +166,16 @@ class CheckpointSaver:
         else:
             self._save, self._failure, self._saved_step = None, None, save.progress.step
             seconds = self._clock() - save.started
-            dip = self.times.saved(seconds)
-            slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
-            logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
+            self._tell_saved(save, seconds)
             self._after_commit(save.progress.step, seconds)
+
+    def _tell_saved(self, save: _Save, seconds: float) -> None:
+        if not self.settings.asynchronous:
+            logger.info("saved %s in %.1f s", save.final, seconds)
+            return
+        dip = self.times.saved(seconds)
+        slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
+        logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
 
     def _prepare(self) -> None:
         with self.times.stalling():
@@ -196,10 +188,11 @@ class CheckpointSaver:
         """On rank 0, in the background."""
         assert self._plan is not None
         assert self._plan.entries is not None
-        files = write_metadata(writing_path(save.final), self._plan.entries, dist.get_world_size())
-        self._before_commit()
-        finish(save.final, files, save.progress, self.config_yaml, save.remarks)
-        self._clean_up(save.final, save.phase_start)
+        with pulse.transferring(f"finishing {save.final}"):
+            files = write_metadata(writing_path(save.final), self._plan.entries, dist.get_world_size())
+            self._before_commit()
+            finish(save.final, files, save.progress, self.config_yaml, save.remarks)
+            self._clean_up(save.final, save.phase_start)
 
     def _clean_up(self, final: Path, phase_start: int) -> None:
         """After a checkpoint has become visible: send it away, and remove what it takes the place of. Rank 0 only."""
@@ -237,7 +230,7 @@ class CheckpointSaver:
             while self._save is not None:
                 self._go_on()
                 if self._save is not None:
-                    time.sleep(_POLL_SECONDS)
+                    time.sleep(POLL_SECONDS)
 
     def step_times(self, times: Mapping[str, float | None]) -> dict[str, float]:
         """What the record of a step says of saving (SaveTimes).
@@ -250,7 +243,7 @@ class CheckpointSaver:
         self.times.step(seconds, is_saving=self.is_saving)
         if self._is_restarting:
             self._is_restarting = False
-            self.times.restarted(time.time() - psutil.Process().create_time())
+            self.times.restarted(seconds_since_start())
         return self.times.take()
 
     def require_saved(self) -> None:
@@ -269,14 +262,15 @@ class CheckpointSaver:
         num_sent = 0
         while True:
             uploader = self._uploader
-            is_busy, now_sent = agree([uploader.is_busy, uploader.num_sent] if uploader is not None else [0, 0])
+            sent = [uploader.is_busy, uploader.num_sent] if uploader is not None else [0, 0]
+            is_busy, now_sent, is_moving = agree([*sent, self._movement.is_new()])
             if not is_busy:
                 return
-            if now_sent > num_sent:
+            if now_sent > num_sent or is_moving:
                 # Hours, perhaps: a hang is an upload in which no file gets through.
                 num_sent = now_sent
                 beat()
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _look_at_space(self) -> None:
         """Say beforehand that a save may fail. Rank 0 only."""

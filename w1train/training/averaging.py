@@ -21,7 +21,7 @@ from collections import ChainMap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
-from w1train.runtime.pulse import beat
+from w1train.runtime.pulse import pulse
+from w1train.runtime.transfers import PiecewiseFile, together
 from w1train.training.checkpoint import MANIFEST, complete_steps, is_complete, read_progress, step_path, verify_checkpoint, write_complete
 from w1train.training.shards import Place, Shards
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "average_"
 """Begins the names of averages inside ``checkpoints``."""
+_NUMBER = "average_number"
 _OPTIMIZER = "optimizer."
 # megatron-core's names of the fp32 master weights: of the distributed optimizer, and of the one that is not.
 _MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
@@ -62,13 +64,25 @@ def average_steps(directory: Path, steps: Sequence[int], output: Path | None = N
     final = output or directory / f"{_PREFIX}{max(steps):010d}_{code:08x}"
     remarks = on_main_rank(lambda: {"average": {"steps": sorted(steps), "manifests": [_manifest_hash(member) for member in members]}})
     if not on_main_rank(partial(_is_there, final, remarks, may_replace=output is None)):
-        average_checkpoints(members, final, remarks)
+        number = on_main_rank(lambda: 1 + max(map(_number, directory.glob(f"{_PREFIX}*")), default=0))
+        average_checkpoints(members, final, {**remarks, _NUMBER: number})
         logger.info("averaged the checkpoints of steps %s into %s", ", ".join(map(str, sorted(steps))), final)
     return final
 
 
 def _manifest_hash(member: Path) -> str:
     return hashlib.sha256((member / MANIFEST).read_bytes()).hexdigest()
+
+
+def _number(average: Path) -> int:
+    """In the order in which a run's averages were written; times of files are of a clock that may be set back. 0 for an average that has no
+    number, or no manifest that can be read."""
+    try:
+        manifest = json.loads((average / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return 0
+    number = manifest.get(_NUMBER) if isinstance(manifest, dict) else None
+    return number if isinstance(number, int) else 0
 
 
 def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> bool:
@@ -97,7 +111,7 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
     """
     steps = complete_steps(directory)
     averages = [path for path in directory.glob(f"{_PREFIX}*") if is_complete(path)]
-    averages.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+    averages.sort(key=lambda path: (_number(path), (path / MANIFEST).stat().st_mtime_ns, path.name))
     found = {step: step_path(directory, step) for step in steps} | {path.name: path for path in averages}
     if averages:
         found["average"] = averages[-1]
@@ -121,7 +135,7 @@ def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str,
         verify_checkpoint(member, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     sources = all_or_none(lambda: _open(members))
     newest = members[-1]
-    config_yaml = all_or_none((newest / "config.yaml").read_text)
+    config_yaml = all_or_none(partial((newest / "config.yaml").read_text, encoding="utf-8"))
     progress = all_or_none(partial(read_progress, newest))
     write_complete(final, partial(_write_shards, sources), progress, config_yaml, {"validation": {}, **remarks})
 
@@ -145,21 +159,20 @@ def _write_shards(sources: list[Shards], writing: Path) -> None:
     newest = sources[-1]
     order = sorted(newest.places, key=lambda index: (-newest.places[index].length, index.fqn, index.offset or ()))
     mine = order[dist.get_rank() :: dist.get_world_size()]
-    written = on_every_rank(partial(_write_file, writing / f"__{dist.get_rank()}_0.distcp", mine, sources))
+    written = on_every_rank(together(partial(_write_file, writing / f"__{dist.get_rank()}_0.distcp", mine, sources)))
     on_main_rank(lambda: newest.write_metadata(writing, ChainMap(*written)))
 
 
 def _write_file(path: Path, indices: list[MetadataIndex], sources: list[Shards]) -> dict[MetadataIndex, Place]:
     """Not torch's FileSystemWriter, which keeps the last shard of every key it has written until the file ends."""
     places = {}
-    with path.open("wb") as stream:
+    with path.open("wb") as file, pulse.transferring(f"writing {path}"):
+        stream = PiecewiseFile(file)
         for index in indices:
             start = stream.tell()
-            _write_shard(index, sources, stream)
-            beat()  # at the end of a phase a watchdog looks on, and this may take long
+            _write_shard(index, sources, cast(BinaryIO, stream))
             places[index] = Place(path.name, start, stream.tell() - start)
-        stream.flush()
-        os.fsync(stream.fileno())
+        stream.sync()
     return places
 
 

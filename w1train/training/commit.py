@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
+from w1train.runtime.transfers import together
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
 from w1train.training.shard_files import FREE_BYTES, describe_error
 
@@ -60,7 +61,8 @@ def write_hashed(final: Path, write_shards: WriteShards, progress: Progress, con
 
 
 def _hash_shards(writing: Path) -> dict[str, Any]:
-    parts = on_every_rank(lambda: hash_files(path for path in writing.iterdir() if path.name.startswith(f"__{dist.get_rank()}_")))
+    prefix = f"__{dist.get_rank()}_"
+    parts = on_every_rank(together(lambda: hash_files(path for path in writing.iterdir() if path.name.startswith(prefix))))
     return dict(ChainMap(*parts))
 
 

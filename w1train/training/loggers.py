@@ -201,7 +201,7 @@ def _require_writable(directory: Path) -> None:
 def _run_id(run_dir: Path) -> tuple[str, bool]:
     """(id of the W&B run, whether it was there before): kept in the run directory, so that a restart continues the run."""
     path = run_dir / RUN_ID_FILE
-    if path.exists() and (run_id := path.read_text().strip()):
+    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
         return run_id, True
     alphabet = string.ascii_lowercase + string.digits
     run_id = "".join(secrets.choice(alphabet) for _ in range(8))

@@ -20,7 +20,7 @@ from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.runtime.device import device_name, memory_gib
 from w1train.runtime.distributed import Ranks, agreed, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different, write_text
-from w1train.runtime.pulse import SAVING, TRAINING, VALIDATING, pulse
+from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
 from w1train.training.agreement import Agreement, StepFlags
@@ -176,8 +176,13 @@ class Trainer:
         Raises:
             FloatingPointError: ``error``, if there is no checkpoint or the run may not go back (any more).
         """
-        health = self.config.health
         self.saver.wait()
+        with pulse.during(LOADING):
+            self._go_back(error)
+        self.timer.restart()
+
+    def _go_back(self, error: FloatingPointError) -> None:
+        health = self.config.health
         step = newest_good_step(self.run.checkpoints, hashes=self.config.checkpoint.verify)
         if health.on_nonfinite == "stop" or step is None or self.num_rewinds >= health.max_rewinds:
             raise error
@@ -193,7 +198,6 @@ class Trainer:
         self.started = time.perf_counter() - self.progress.seconds
         self.scored_step = -1
         self.watch.go_back()
-        self.timer.restart()
 
     def is_due(self, interval: int) -> bool:
         """Every ``interval`` steps and at the end of each phase; 0 = never."""
@@ -360,9 +364,11 @@ class Trainer:
         path = average_steps(checkpoints, members)
         if on_main_rank(lambda: any(record["checkpoint"] == path.name for record in read_metrics(self.run.metrics, kind="average"))):
             return
-        load_model_weights(path, self.model.stages)
+        with pulse.during(LOADING):
+            load_model_weights(path, self.model.stages)
         validation = {**validate(self.stage, self.model, self.data), **self.where()}
-        load_model_weights(step_path(checkpoints, self.progress.step), self.model.stages)
+        with pulse.during(LOADING):
+            load_model_weights(step_path(checkpoints, self.progress.step), self.model.stages)
         member_scores = on_main_rank(lambda: {step: read_scores(step_path(checkpoints, step)) for step in members})
         self.watch.record("average", compare(path.name, settings.best_metric, validation, member_scores))
         self.timer.restart()

@@ -16,6 +16,8 @@ from typing import Any
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.runtime.distributed import agreed, on_every_rank
+from w1train.runtime.pulse import moved, pulse
+from w1train.runtime.transfers import PIECE_BYTES, together
 
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
@@ -142,7 +144,7 @@ def verify_checkpoint(path: Path, *, rank: int = 0, num_ranks: int = 1, hashes: 
         files = sorted(read_manifest(path)["files"].items())
         return [problem for name, expected in files[rank::num_ranks] for problem in _file_problems(path / name, expected, hashes=hashes)]
 
-    problems = [problem for part in on_every_rank(problems_here) for problem in part] if num_ranks > 1 else problems_here()
+    problems = [problem for part in on_every_rank(together(problems_here)) for problem in part] if num_ranks > 1 else problems_here()
     if problems:
         error = damaged(path, problems)
         raise agreed(error) if num_ranks > 1 else error
@@ -174,5 +176,9 @@ def hash_files(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file, pulse.transferring(f"reading {path}"):
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            moved()
+    return digest.hexdigest()

@@ -83,6 +83,15 @@ class MetricsLog:
         self._file.write(encode_record(record))
         self._file.flush()
 
+    def newest(self) -> Record | None:
+        """The last record; None if there is none that can be read."""
+        with open(self.path, "rb") as file:
+            _, line = _last_line(file)
+        try:
+            return decode_record(line)
+        except ValueError:
+            return None
+
     def sync(self) -> None:
         """Wait until everything is on disk. Before a checkpoint becomes visible: otherwise a power loss could keep the
         checkpoint and lose the records that led to it, and a resume would not write them again."""

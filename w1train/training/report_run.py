@@ -84,8 +84,8 @@ def read_run(run_dir: Path) -> Run:
         validation=[record for record in records if record.get("kind") == "validation"],
         averages=[record for record in records if record.get("kind") == "average"],
         samples=read_metrics(samples) if samples.exists() else [],
-        summary=json.loads(summary.read_text()) if summary.exists() else {},
-        config=config.read_text() if config.exists() else "",
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
         events=read_metrics(events) if events.exists() else [],
     )
 

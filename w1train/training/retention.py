@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from w1train.runtime.pulse import moved
 from w1train.training.manifest import WRITING, CheckpointError, complete_steps, read_scores, step_path
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def remove_old(
             # Hidden first: a half-deleted directory must not look complete.
             os.rename(path, hidden)
             shutil.rmtree(hidden)
+            moved()
         except OSError as error:
             logger.warning("could not remove checkpoint %s: %s. Training goes on; the next start removes the rest", path, error)
 

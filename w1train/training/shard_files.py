@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as Place
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from w1train.runtime.files import replace_file, write_text
+from w1train.runtime.pulse import pulse
+from w1train.runtime.transfers import PiecewiseFile
 from w1train.training.shard_plan import Box, Entries
 
 METADATA = ".metadata"
@@ -37,7 +38,7 @@ class _HashedFile:
     find out."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+        self._file, self._hash = PiecewiseFile(file), hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -51,6 +52,9 @@ class _HashedFile:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def tell(self) -> int:
         return self._file.tell()
@@ -75,12 +79,11 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
     directory.mkdir(parents=True, exist_ok=True)
     path, note = directory / f"__{rank}_0.distcp", _note(directory, rank)
     try:
-        with path.open("wb") as file:
+        with path.open("wb") as file, pulse.transferring(f"writing {path}"):
             stream = _HashedFile(file)
             with _as_os_error(stream):
                 places = list(_write_shards(stream, path.name, boxes, tensors, objects))
-                file.flush()
-            os.fsync(file.fileno())
+            stream.sync()
             size = file.tell()
         _leave_note(note, {path.name: {"size": size, "sha256": stream.hexdigest()}}, places)
     except OSError as error:

@@ -6,13 +6,13 @@ import contextlib
 import logging
 import math
 import socket
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from w1train.config.schema import Config
 from w1train.config.serialization import flatten
+from w1train.runtime.clocks import SteadyTimeOfDay
 from w1train.runtime.distributed import Ranks, agreed, all_or_none
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import Progress
@@ -42,6 +42,7 @@ class Watch:
             interval=config.logging.interval,
         )
         self.run = run
+        self._time_of_day = SteadyTimeOfDay()
 
     def __enter__(self) -> Watch:
         """Opens, and cuts back to the run's step, what is recorded; before this nothing is touched."""
@@ -61,6 +62,7 @@ class Watch:
         self.samples.truncate_after(kept)
         self._tell_missing_records()
         self.events = stack.enter_context(MetricsLog(self.run.events))
+        self._tell_a_clock_that_was_set_back()
         versions = code_versions()
         # Never cut back: what happened, happened.
         what = "resume" if self.progress.step > 0 else "start"
@@ -83,6 +85,13 @@ class Watch:
                 missing[0],
                 missing[-1],
             )
+
+    def _tell_a_clock_that_was_set_back(self) -> None:
+        """Times within a start follow each other, whatever is done to the clock; those of two starts may not."""
+        newest = self.events.newest() or {}
+        behind = float(newest.get("time", 0.0)) - self._time_of_day()
+        if behind > 0:
+            logger.warning("the clock is %.0f s behind the newest event of %s: it was set back since then", behind, self.run.events)
 
     def _open_wandb(self, stack: contextlib.ExitStack, versions: dict[str, Any]) -> None:
         self.wandb = WandbLogger(
@@ -143,7 +152,7 @@ class Watch:
         """Something that happened, at the run's present step unless ``values`` has another, and is no measurement (a start, a checkpoint):
         a line of events.jsonl."""
         if self.active:
-            self.events.append({"step": self.progress.step, "event": name, "time": time.time(), **values})
+            self.events.append({"step": self.progress.step, "event": name, "time": self._time_of_day(), **values})
 
     def sync(self) -> None:
         """Get the records to the disk: before a checkpoint says that its steps are done."""

@@ -56,7 +56,7 @@ def write_bad_batch(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".npz"), **arrays)
-        path.with_suffix(".json").write_text(json.dumps(description, indent=1))
+        path.with_suffix(".json").write_text(json.dumps(description, indent=1), encoding="utf-8")
     except OSError as error:
         logger.warning("could not write the bad batch of step %d aside: %s", step, error)
 

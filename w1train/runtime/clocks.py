@@ -1,0 +1,26 @@
+"""Clocks that nobody sets. The time of day jumps: by an administrator, by NTP after a start without network, by a machine that was frozen."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+
+class SteadyTimeOfDay:
+    """Unix seconds that pass at the pace of the monotonic clock from when this was made: two of its times are apart by what has passed between
+    them, and a later one is never smaller."""
+
+    def __init__(self) -> None:
+        self._difference = time.time() - time.monotonic()
+
+    def __call__(self) -> float:
+        """Unix seconds now."""
+        return self._difference + time.monotonic()
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process began. Its start is read in ticks since the machine's start: psutil gives a time of day."""
+    # The process's name, in parentheses, may hold spaces; the start is the twentieth field after it (proc(5)).
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))

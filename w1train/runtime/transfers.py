@@ -1,0 +1,92 @@
+"""Slow storage is no hang: reading and writing of checkpoints in pieces of bounded time, each of which is a sign of progress, and ranks that
+wait for another rank's storage and know whether it moves.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+
+from w1train.runtime.background import in_background
+from w1train.runtime.pulse import beat, moved, pulse
+
+PIECE_BYTES = 16 << 20
+"""One read or write moves as many bytes at most."""
+SYNC_BYTES = 64 << 20
+"""As many bytes wait in the operating system's memory at most before they are sent to the disk: one fsync of a large file at its end could
+take longer than health.hang_timeout, without a sign of progress."""
+POLL_SECONDS = 0.01
+
+
+class PiecewiseFile:
+    """A file that is written from its beginning to its end, piece by piece."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._num_unsynced = file, 0
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``. Raises OSError."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
+            self._file.write(piece)
+            self._num_unsynced += len(piece)
+            if self._num_unsynced >= SYNC_BYTES:
+                self.sync()
+            moved()
+        return len(view)
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk. Raises OSError."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._num_unsynced = 0
+        moved()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class Movement:
+    """Whether this process has read or written a byte of a checkpoint since the last question."""
+
+    def __init__(self) -> None:
+        self._seen = pulse.moved
+
+    def is_new(self) -> bool:
+        """The answer; the next question is about the time from now on."""
+        before, self._seen = self._seen, pulse.moved
+        return self._seen != before
+
+
+def agree(values: list[int]) -> list[int]:
+    """The largest of each value over all ranks, through host memory. Called on every rank."""
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def together[Result](action: Callable[[], Result]) -> Callable[[], Result]:
+    """Do ``action`` in a thread on every rank, and return on every rank when all ranks are done. ``action`` reads or writes files, and talks
+    to no other rank. A rank that is done early would look like one that hangs; here each rank learns whether any rank's bytes still move,
+    and takes that for a sign of its own progress.
+
+    Returns:
+        A function that gives the result of ``action``, or raises what it raised.
+    """
+    work, movement = in_background(action, "transfer"), Movement()
+    while True:
+        is_running, is_moving = agree([not work.done(), movement.is_new()])
+        if is_moving:
+            beat()
+        if not is_running:
+            return work.result
+        time.sleep(POLL_SECONDS)
