@@ -20,7 +20,7 @@ import_megatron()
 
 from torch.distributed.checkpoint import load  # noqa: E402
 
-from w1train.training import commit  # noqa: E402
+from w1train.training import commit, manifest  # noqa: E402
 from w1train.training.manifest import CheckpointError, verify_checkpoint  # noqa: E402
 from w1train.training.optimizer_slices import boxes_of_range  # noqa: E402
 from w1train.training.retention import kept_steps, rank_steps  # noqa: E402
@@ -101,8 +101,8 @@ def test_sizes_alone_are_compared_if_hashes_are_not(tmp_path):
     shard = tmp_path / "__0_0.distcp"
     shard.write_bytes(b"abc")
     files = {shard.name: {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
-    manifest = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    content = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
     verify_checkpoint(tmp_path)
     shard.write_bytes(b"abd")
     verify_checkpoint(tmp_path, hashes=False)
@@ -111,6 +111,19 @@ def test_sizes_alone_are_compared_if_hashes_are_not(tmp_path):
     shard.write_bytes(b"ab")
     with pytest.raises(CheckpointError, match="has 2 bytes, expected 3"):
         verify_checkpoint(tmp_path, hashes=False)
+
+
+def test_a_file_that_cannot_be_read_is_a_damaged_one(tmp_path, monkeypatch):
+    def unreadable(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    (tmp_path / "__0_0.distcp").write_bytes(b"abc")
+    files = {"__0_0.distcp": {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}))
+    verify_checkpoint(tmp_path)
+    monkeypatch.setattr(manifest, "_sha256", unreadable)
+    with pytest.raises(CheckpointError, match=r"is damaged: __0_0.distcp cannot be read \(Input/output error\)"):
+        verify_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_in_the_way_is_set_aside(tmp_path):

@@ -160,13 +160,17 @@ def size_of(path: Path) -> int:
 
 
 def _file_problems(file: Path, expected: dict[str, Any], *, hashes: bool = True) -> list[str]:
-    """What is wrong with a file whose size and hash are known; at most one thing."""
-    if not file.is_file():
-        return [f"{file.name} is missing"]
-    if file.stat().st_size != expected["size"]:
-        return [f"{file.name} has {file.stat().st_size} bytes, expected {expected['size']}"]
-    if hashes and _sha256(file) != expected["sha256"]:
-        return [f"{file.name} has changed (SHA-256 differs)"]
+    """What is wrong with a file whose size and hash are known; at most one thing. A file that the disk does not give back (EIO) is no better
+    than a changed one: an older checkpoint may be readable."""
+    try:
+        if not file.is_file():
+            return [f"{file.name} is missing"]
+        if file.stat().st_size != expected["size"]:
+            return [f"{file.name} has {file.stat().st_size} bytes, expected {expected['size']}"]
+        if hashes and _sha256(file) != expected["sha256"]:
+            return [f"{file.name} has changed (SHA-256 differs)"]
+    except OSError as error:
+        return [f"{file.name} cannot be read ({error.strerror})"]
     return []
 
 
