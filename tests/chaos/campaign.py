@@ -14,7 +14,7 @@ from tests.chaos.disk import small_disk
 from tests.chaos.faults import FAULTS, Fault, nan_hook
 from tests.chaos.hooks import stop_at
 from tests.chaos.jobs import ForkedJob, Job, TorchrunJob
-from tests.chaos.scene import CHECKPOINT_INTERVAL, LAYOUTS, NUM_PHASES, NUM_STEPS, Scene
+from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, Scene
 from tests.chaos.supervisor import Story, supervise
 from tests.chaos.verdict import problems
 from tests.end_to_end.runs import BATCH, LENGTH, Sabotage, TinyRun, launch, make_data, output_to
@@ -36,7 +36,7 @@ _PHASES = (
     "checkpoint.keep_best=2",
     "checkpoint.average_at_end=true",
 )
-_SHORT_LIMITS = ("health.hang_timeout=6", "health.start_timeout=20", "health.stop_timeout=60")
+_SHORT_LIMITS = (f"health.hang_timeout={HANG_SECONDS}", "health.start_timeout=20", "health.stop_timeout=60")
 _LONG_LIMITS = ("health.hang_timeout=120", "health.start_timeout=120", "health.stop_timeout=120")
 _UNDISTURBED = Fault(name="none", title="nothing", strike=lambda scene: iter(()), max_restarts=0)
 

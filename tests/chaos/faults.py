@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.disk import SmallDisk
-from tests.chaos.file_hooks import fail_files, kill_at_change
+from tests.chaos.file_hooks import fail_files, kill_at_change, slow_file
 from tests.chaos.hooks import hang_before_collective, kill_at_phase_end, nan_in_gradient, shift_clock
 from tests.chaos.jobs import WORLD_SIZE
-from tests.chaos.scene import CHECKPOINT_INTERVAL, LAYOUTS, NUM_PHASES, NUM_STEPS, SECONDS_TO_START, Scene, after, until
+from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, SECONDS_TO_START, Scene, after, until
 from tests.end_to_end.runs import Sabotage
 
 Strike = Callable[[Scene], Iterator[None]]
@@ -42,7 +42,7 @@ class Fault:
     torchrun: bool = False
     small_disk: bool = False
     is_hang: bool = False
-    """The watchdog has to end the first start, whose limits are short. All other starts have limits that no slow machine meets."""
+    """The first start has short limits, for its watchdog is what is tried. All other starts have limits that no slow machine meets."""
     phases: bool = False
     """The run has phases, and each ends with an average."""
     changes_layout: bool = False
@@ -273,6 +273,14 @@ def _full_at_manifest_hook(scene: Scene) -> Sabotage:
     return fail_files(mark, errno.ENOSPC, "wb", lambda path: name in path and not mark.exists())
 
 
+def _slow_hook(scene: Scene) -> Sabotage:
+    """Seconds longer than a hang takes, in pieces that do get on."""
+    victim, step = scene.random.choice(_ALL), scene.random.randrange(CHECKPOINT_INTERVAL, NUM_STEPS + 1, CHECKPOINT_INTERVAL)
+    scene.notes.append(f"of rank {victim} at step {step}")
+    name = f"step_{step:010d}/__{victim}_0.distcp"
+    return slow_file(scene.marks / "slow", victim=victim, name=name, seconds=HANG_SECONDS + 2.0)
+
+
 def _clock_hook(scene: Scene) -> Sabotage:
     """Of one rank or of all, backwards or forwards."""
     victims, seconds = scene.random.choice([_ALL, [0], [1]]), scene.random.choice([-3600.0, 86400.0])
@@ -357,6 +365,14 @@ FAULTS = [
         strike=_marked("failed"),
         hook=_full_at_manifest_hook,
         evidence=r"could not save .*disk full",
+    ),
+    Fault(
+        name="slow",
+        title="a save slower than a hang",
+        strike=_marked("slow"),
+        hook=_slow_hook,
+        is_hang=True,
+        max_restarts=0,
     ),
     Fault(
         name="clock",

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,42 @@ def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) 
         code: of the OSError.
     """
 
-    def sabotage(_rank: int) -> None:
-        original = io.open
+    def open_file(path: str | Path) -> _FailingFile:
+        mark.touch()
+        file = _FailingFile(path, mode[0])
+        file.code = code
+        return file
 
-        def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if found != mode or not isinstance(path, str | Path) or not is_bad(str(path)):
-                return original(path, found, *args, **kwargs)
-            mark.touch()
-            file = _FailingFile(path, mode[0])
-            file.code = code
-            return io.BufferedReader(file) if mode == "rb" else io.BufferedWriter(file)
+    return lambda rank: _replace_files(mode, is_bad, open_file)
 
-        io.open = builtins.open = opened  # pathlib asks the one, all others the other
+
+def slow_file(mark: Path, *, victim: int, name: str, seconds: float) -> Sabotage:
+    """Each write of rank ``victim`` to the file whose path ends with ``name`` takes half a second, until so many seconds are over: then it
+    leaves its mark. A start that finds the mark is spared."""
+
+    def open_file(path: str | Path) -> _SlowFile:
+        file = _SlowFile(path, "w")
+        file.mark, file.seconds_left = mark, seconds
+        return file
+
+    def sabotage(rank: int) -> None:
+        if rank == victim:
+            _replace_files("wb", lambda path: path.endswith(name) and not mark.exists(), open_file)
 
     return sabotage
+
+
+def _replace_files(mode: str, is_chosen: Callable[[str], bool], open_file: Callable[[str | Path], io.FileIO]) -> None:
+    """Whoever opens a chosen file in this mode, in this process, gets another one."""
+    original = io.open
+
+    def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if found != mode or not isinstance(path, str | Path) or not is_chosen(str(path)):
+            return original(path, found, *args, **kwargs)
+        file = open_file(path)
+        return io.BufferedReader(file) if mode == "rb" else io.BufferedWriter(file)
+
+    io.open = builtins.open = opened  # pathlib asks the one, all others the other
 
 
 class _FailingFile(io.FileIO):
@@ -93,3 +116,19 @@ class _FailingFile(io.FileIO):
 
     def write(self, _data: Any) -> int:
         raise OSError(self.code, os.strerror(self.code), str(self.name))
+
+
+class _SlowFile(io.FileIO):
+    """A file of a disk that is slow for a while."""
+
+    mark: Path
+    seconds_left: float
+
+    def write(self, data: Any) -> int:
+        if self.seconds_left > 0:
+            time.sleep(0.5)
+            self.seconds_left -= 0.5
+            if self.seconds_left <= 0:
+                self.mark.touch()
+        # The rest of the buffer is written by the next calls: a file of few writes takes as long as one of many.
+        return super().write(memoryview(data)[: 1 << 14] if self.seconds_left > 0 else data)

@@ -18,6 +18,8 @@ LAYOUTS = {"tensor": ("parallel.tensor=2",), "pipeline": ("parallel.pipeline=2",
 NUM_STEPS = 24
 NUM_PHASES = 3
 CHECKPOINT_INTERVAL = 4
+HANG_SECONDS = 6
+"""health.hang_timeout of a start whose watchdog is tried."""
 LENGTH_OF_A_STEP = 0.1
 """Seconds, roughly: a moment is a step and a random time after it, up to this."""
 SECONDS_TO_START = 1.0
