@@ -18,6 +18,7 @@ from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PH
 from tests.chaos.supervisor import Story, supervise
 from tests.chaos.verdict import problems
 from tests.end_to_end.runs import BATCH, LENGTH, Sabotage, TinyRun, launch, make_data, output_to
+from tests.faulty_storage import PROTOCOL
 from w1train.config.compose import load_config
 
 TIMEOUT = 900.0
@@ -143,6 +144,8 @@ class Campaign:
             limits = _SHORT_LIMITS if fault.is_hang and number == 0 else _LONG_LIMITS
             steps = _PHASES if fault.phases else _STEPS
             arguments = scene.run.arguments(*_OVERRIDES, *steps, *limits, *LAYOUTS[layout], *self.overrides, *fault.overrides)
+            if fault.uploads:
+                arguments.append(f"checkpoint.upload={PROTOCOL}://{scene.bucket}")
             logs = scene.marks / f"start-{number}"
             if fault.torchrun:
                 return TorchrunJob(arguments, self.data, logs)

@@ -17,6 +17,7 @@ from tests.chaos.file_hooks import fail_files, kill_at_change, slow_file
 from tests.chaos.hooks import hang_before_collective, kill_at_phase_end, nan_in_gradient, shift_clock
 from tests.chaos.jobs import WORLD_SIZE
 from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, SECONDS_TO_START, Scene, after, until
+from tests.chaos.storage import fail, lie, upload_hook
 from tests.end_to_end.runs import Sabotage
 
 Strike = Callable[[Scene], Iterator[None]]
@@ -43,6 +44,8 @@ class Fault:
     small_disk: bool = False
     is_hang: bool = False
     """The first start has short limits, for its watchdog is what is tried. All other starts have limits that no slow machine meets."""
+    uploads: bool = False
+    """Checkpoints are sent to the scene's bucket."""
     phases: bool = False
     """The run has phases, and each ends with an average."""
     changes_layout: bool = False
@@ -399,5 +402,23 @@ FAULTS = [
         evidence="data worker .* died",
     ),
     Fault(name="hang", title="a hung collective", strike=_marked("hang"), hook=_hang_hook, is_hang=True),
+    Fault(
+        name="storage-fails",
+        title="failing storage, and the disk is lost",
+        strike=fail,
+        hook=upload_hook,
+        uploads=True,
+        max_restarts=2,
+        evidence="fetching the checkpoint of step",
+    ),
+    Fault(
+        name="storage-lies",
+        title="lying storage, and the disk is lost",
+        strike=lie,
+        hook=upload_hook,
+        uploads=True,
+        max_restarts=2,
+        evidence="fetching the checkpoint of step",
+    ),
     Fault(name="torchrun", title="SIGKILL of one rank under torchrun", strike=_kill_one, torchrun=True),
 ]

@@ -51,6 +51,8 @@ class Scene:
     """Where a NaN that stays is."""
     next_layout: str = ""
     """Of the starts after the first, where that is another."""
+    has_lost_records: bool = False
+    """The run's directory went with its records: those from the restart on are compared."""
     job: Job | None = None
     """The present start's ranks."""
     blow: Blow | None = None
@@ -68,6 +70,11 @@ class Scene:
     def pids(self) -> dict[int, int]:
         """Rank -> process."""
         return self.job.ranks() if self.job is not None else {}
+
+    @property
+    def bucket(self) -> Path:
+        """The object storage of a run that has one."""
+        return self.marks / "bucket"
 
     def newest_step(self) -> int:
         """The last training step in metrics.jsonl."""

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from tests.chaos.faults import Fault
 from tests.chaos.scene import NUM_STEPS, Scene
+from tests.chaos.storage import remote_steps
 from tests.chaos.supervisor import Story
 from tests.end_to_end.runs import TinyRun
 from w1train.training.shards import Shards
@@ -58,7 +59,9 @@ def problems(fault: Fault, scene: Scene, story: Story, expected: TinyRun) -> lis
         return [f"it hung: ranks {sorted(scene.pids) or 'none'} were left at step {scene.newest_step()}"]
     if scene.blow is None:
         return [f"the fault never came: statuses {story.endings}"]
-    return [*_story_problems(fault, scene, story), *_result_problems(scene, expected)]
+    since = story.resumed_at if scene.has_lost_records else None
+    found = [*_story_problems(fault, scene, story), *_result_problems(scene, expected, since)]
+    return [*found, *_upload_problems(scene, story)] if fault.uploads else found
 
 
 def _story_problems(fault: Fault, scene: Scene, story: Story) -> list[str]:
@@ -77,11 +80,20 @@ def _story_problems(fault: Fault, scene: Scene, story: Story) -> list[str]:
     return found + [f"nobody said {evidence!r}" for evidence in (fault.evidence, scene.evidence) if not re.search(evidence, story.log)]
 
 
-def _result_problems(scene: Scene, expected: TinyRun) -> list[str]:
+def _upload_problems(scene: Scene, story: Story) -> list[str]:
+    """The newest checkpoint must be in object storage at the end, or somebody must have said that it is not."""
+    steps = remote_steps(scene)
+    is_there = NUM_STEPS in steps or "could not be uploaded" in story.log
+    return [] if is_there else [f"object storage has steps {steps}, and nobody said that the last one is not there"]
+
+
+def _result_problems(scene: Scene, expected: TinyRun, since: int | None) -> list[str]:
+    """What differs in the results; in records of later steps than ``since`` if it is given."""
     run, found = scene.run, []
-    if difference := first_difference(records(run), records(expected)):
+    if difference := first_difference(records(run), [record for record in records(expected) if since is None or record["step"] > since]):
         found.append(difference)
-    if run.samples() != expected.samples():
+    samples = [line for line in expected.samples().splitlines() if since is None or json.loads(line)["step"] > since]
+    if run.samples().splitlines() != samples:
         found.append("samples.jsonl differs")
     ours, theirs = state(run), state(expected)
     if different := [name for name in theirs if ours.get(name) != theirs[name]]:
