@@ -408,7 +408,6 @@ FAULTS = [
         strike=fail,
         hook=upload_hook,
         uploads=True,
-        max_restarts=2,
         evidence="fetching the checkpoint of step",
     ),
     Fault(
