@@ -10,9 +10,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.faulty_storage import FaultyFileSystem, create, set_faults
 from w1train.data import remote
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.remote import localize
+from w1train.runtime import object_storage
+from w1train.runtime.object_storage import ObjectStorage, WrongSizeError
 
 
 @pytest.fixture
@@ -74,10 +77,11 @@ def test_processes_share_one_copy(make_dataset, tmp_path):
 class Breaking:
     """A storage whose reads end early, or fail, a number of times."""
 
-    protocol = "breaking"
-
     def __init__(self, content: bytes, num_failures: int) -> None:
         self.content, self.num_failures = content, num_failures
+
+    def invalidate_cache(self):
+        pass
 
     def info(self, path):
         return {"size": len(self.content)}
@@ -88,15 +92,17 @@ class Breaking:
 
 
 def test_a_copy_that_breaks_off_is_tried_again_and_never_half(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    target = tmp_path / "x.bin"
-    remote._fill(Breaking(b"0123456789", 2), "b/x.bin", target, required=True)
+    monkeypatch.setattr(object_storage, "retry_seconds", 0.0)
+    target, storage = tmp_path / "x.bin", ObjectStorage("breaking://b/x")
+    storage.__dict__["_opened"] = Breaking(b"0123456789", 4), "b/x"
+    remote._fill(storage, "b/x.bin", target, required=True)
     assert target.read_bytes() == b"0123456789"
-    assert caplog.text.count("5 bytes came, expected 10") == 2
+    assert caplog.text.count("5 bytes came, expected 10") == 4
     target.unlink()
-    with pytest.raises(DatasetError, match="3 times in a row: 5 bytes came, expected 10"):
-        remote._fill(Breaking(b"0123456789", 3), "b/x.bin", target, required=True)
-    assert not target.exists()
+    storage.__dict__["_opened"] = Breaking(b"0123456789", 5), "b/x"
+    with pytest.raises(WrongSizeError, match=r"breaking://b/x: could not fetch b/x\.bin, 5 times in a row: 5 bytes came, expected 10"):
+        remote._fill(storage, "b/x.bin", target, required=True)
+    assert not list(tmp_path.glob("x.bin*"))
 
 
 @pytest.mark.parametrize(("prefix", "message"), [("memory://nowhere/x", "does not exist"), ("nosuch://bucket/x", "nosuch")])
@@ -105,3 +111,53 @@ def test_what_is_not_there_is_named(prefix, message, tmp_path):
     with pytest.raises(DatasetError, match=message):
         localize(prefix, str(tmp_path))
     assert threading.active_count() == num_threads
+
+
+@pytest.fixture
+def faulty(make_dataset, tmp_path, monkeypatch):
+    """A dataset in a storage with faults: its URL, and the storage's directory."""
+    monkeypatch.setattr(object_storage, "retry_seconds", 0.0)
+    url = create(tmp_path / "bucket")
+    make_dataset(tmp_path / "bucket/x", [[20 + i] * 9 for i in range(30)])
+    return f"{url}/x", tmp_path / "bucket"
+
+
+@pytest.mark.parametrize("kind", ["info", "get"])
+@pytest.mark.parametrize("error", ["OSError", "ClientError", "HttpError denied", "KeyError"])
+def test_a_storage_that_fails_is_one_error_of_the_dataset(faulty, tmp_path, kind, error):
+    """And not a dataset that does not exist, which fsspec makes of a storage that cannot be reached."""
+    url, bucket = faulty
+    set_faults(bucket, failing={kind: 1.0}, error=error)
+    with pytest.raises(DatasetError, match=f"^{url}: could not .*Check the ") as raised:
+        localize(url, str(tmp_path / "cache"))
+    assert "\n" not in str(raised.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    set_faults(bucket, failing={kind: 1.0}, error="ClientError", num_failures=4)
+    TokenDataset.open(localize(url, str(tmp_path / "cache"))).verify_hashes()
+
+
+@pytest.mark.parametrize(
+    "listed", ["/etc/x_00000.bin", "{root}/../../y_00000.bin", "{root}_00000/../z.bin", "{root}_a.bin", "{root}_00000.bin.bin"]
+)
+def test_what_a_listing_has_of_elsewhere_is_refused(faulty, tmp_path, monkeypatch, listed):
+    url, bucket = faulty
+    monkeypatch.setattr(ObjectStorage, "glob", lambda self, pattern: [f"{bucket}/s_00000.bin", listed.format(root=f"{bucket}/s")])
+    with pytest.raises(DatasetError, match=r"the storage lists '.*', which is no shard of this dataset"):
+        localize(url.replace("/x", "/s"), str(tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(10**18, "does not fit into"), (None, "does not say how long"), (-1, "does not say how long")]
+)
+def test_sizes_that_are_none_or_too_large_are_refused(faulty, tmp_path, monkeypatch, size, message):
+    url, _ = faulty
+    monkeypatch.setattr(FaultyFileSystem, "info", lambda self, path: {"name": path, "size": size, "type": "file"})
+    with pytest.raises(DatasetError, match=message):
+        localize(url, str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("url", ["faulty:///", "faulty:///a/.."])
+def test_a_url_without_a_name_is_refused(url, tmp_path):
+    with pytest.raises(DatasetError, match="does not end in the name of a dataset"):
+        localize(url, str(tmp_path / "cache"))

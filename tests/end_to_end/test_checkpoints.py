@@ -90,7 +90,7 @@ def test_copies_elsewhere_replace_damaged_checkpoints(undisturbed, tmp_path):
     assert "fetching the checkpoint of step 9" in outcome.output
     require_equal(run, expected)
     assert {path.name for path in run.checkpoints.glob("damaged-*")} == {"damaged-step_0000000009", "damaged-step_0000000012"}
-    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"step_0000000009", "step_0000000012"}
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"step_0000000009", "step_0000000012", "run.json"}
 
 
 def test_a_chosen_step_is_gone_back_to_once(undisturbed, tmp_path):

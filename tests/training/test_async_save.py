@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed import run_distributed
+from tests.faulty_storage import create, set_faults
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, world_size
 from tests.parallel.test_layouts import layout_config
 from w1train.config.schema_operation import CheckpointConfig
@@ -287,7 +290,7 @@ def test_checkpoints_go_away_and_come_back(tmp_path):
     shard.write_bytes(bytes(shard.stat().st_size))  # the copy is damaged: the one before it serves
     assert on_ranks(fetch) == [5, 5]
     assert complete_steps(tmp_path / "new") == [5]
-    assert [path.name for path in (tmp_path / "new").glob("damaged-*")] == ["damaged-step_0000000006"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["step_0000000005"], "a bad copy is none of the run's checkpoints"
 
     def go_back(_training: Steps) -> int | None:
         from w1train.training.recovery import choose_checkpoint
@@ -313,6 +316,15 @@ def test_a_last_upload_that_gets_on_is_no_hang(tmp_path):
             self.num_sent = self.looks // 2
             return self.looks < 6
 
+        def describe(self) -> str:
+            return "an upload"
+
+        def try_again(self) -> bool:
+            return False
+
+        def steps_in_use(self) -> list[int]:
+            return []
+
     def close(training: Steps) -> int:
         saver, beats = CheckpointSaver(tmp_path, training.model, CheckpointConfig(), ""), list[int]()
         saver._uploader = cast(Any, Upload())
@@ -321,6 +333,36 @@ def test_a_last_upload_that_gets_on_is_no_hang(tmp_path):
         return len(beats)
 
     assert on_ranks(close, data_parallel=1) == [2]
+
+
+def test_the_checkpoints_that_stay_do_not_depend_on_the_storage(tmp_path):
+    """What is being sent stays for that, and goes at the end. A storage that takes nothing holds the end up for a bounded time."""
+    url = create(tmp_path / "bucket")
+    faults: dict[str, dict[str, Any]] = {"held": {"held": ["put"]}, "slow": {"slow_seconds": 0.02}}
+
+    def save(training: Steps) -> list[str]:
+        logs = []
+        for name in faults:
+            logs.append(tmp_path / f"{name}-{dist.get_rank()}")
+            logging.basicConfig(filename=logs[-1], level=logging.INFO, format="%(message)s", force=True)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                set_faults(tmp_path / "bucket", **faults[name])
+            saver = CheckpointSaver(tmp_path / name, training.model, CheckpointConfig(keep=1, upload=url), "", upload_patience=0.3)
+            for step in range(1, 5):
+                training.step()
+                saver.save(Progress(step=step))
+                saver.poll()
+            saver.close()
+        return [log.read_text() for log in logs]
+
+    (held, slow), others = on_ranks(save)
+    assert [complete_steps(tmp_path / name) for name in faults] == [[4], [4]]
+    assert f"to {url}, as long as something arrives every 0 s" in held
+    assert "took nothing for 0 s: the run ends without a copy of its newest checkpoint there" in held
+    assert "took nothing" not in slow
+    assert complete_steps(tmp_path / "bucket") == [4]
+    assert not any("upload" in other for other in others)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

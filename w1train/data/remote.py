@@ -6,22 +6,26 @@ the run, by one process of each machine, and read from there.
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import hashlib
 import logging
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from w1train.config.errors import UserError
 from w1train.data.indexed import DatasetError, bin_path, idx_path
 from w1train.data.manifest import manifest_path
 from w1train.data.shards import SHARD_PATTERN, shard_names
 from w1train.runtime.files import exclusive, replace_file
+from w1train.runtime.object_storage import ObjectStorage, StorageError, require_protocol
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 16 << 20
-_ATTEMPTS = 3
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
 """What storages call the version of a file, or the time of its last change."""
 
@@ -44,30 +48,50 @@ def localize(prefix: str, cache_directory: str | None) -> str:
     assert cache_directory is not None, "the configuration was not validated"
     # Two buckets may have a dataset of the same name.
     directory = Path(cache_directory) / hashlib.sha256(prefix.encode()).hexdigest()[:16]
+    try:
+        require_protocol("a dataset", prefix)
+        return str(_localize_all(ObjectStorage(prefix), directory))
+    except (UserError, StorageError) as error:
+        raise error if isinstance(error, DatasetError) else DatasetError(str(error)) from error
+
+
+def _localize_all(storage: ObjectStorage, directory: Path) -> Path:
+    name = storage.root.rpartition("/")[2]
+    if name in ("", ".", ".."):
+        raise DatasetError(f"{storage.url} does not end in the name of a dataset")
     directory.mkdir(parents=True, exist_ok=True)
-    local = directory / prefix.rsplit("/", 1)[1]
-    file_system, path = _file_system(prefix)
-    datasets = _datasets(file_system, path)
-    for dataset in datasets:
-        _localize(file_system, dataset, directory / dataset.rsplit("/", 1)[1])
-    _forget_others(local, {dataset.rsplit("/", 1)[1] for dataset in datasets})
-    return str(local)
+    suffixes = _suffixes(storage)
+    for suffix in suffixes:
+        # The manifest last: it is the sign of completeness here too.
+        for path_of in (bin_path, idx_path, manifest_path):
+            target = path_of(directory / f"{name}{suffix}")
+            with exclusive(target):
+                _fill(storage, _remote_path(path_of, f"{storage.root}{suffix}"), target, required=path_of is not manifest_path)
+    _forget_others(directory / name, {f"{name}{suffix}" for suffix in suffixes})
+    return directory / name
 
 
-def _datasets(file_system: Any, path: str) -> list[str]:
-    """The dataset of a prefix, or if there is none its shards."""
-    if file_system.exists(str(bin_path(path))):
-        return [path]
-    shards = sorted(file_system.glob(str(bin_path(f"{path}{SHARD_PATTERN}"))))
-    return [shard.removesuffix(".bin") for shard in shards] or [path]
+def _remote_path(path_of: Callable[[str], Path], prefix: str) -> str:
+    """The path of a dataset's file in the storage: Path would take one of two slashes away, which are two names there."""
+    directory, slash, name = prefix.rpartition("/")
+    return f"{directory}{slash}{path_of(name)}"
 
 
-def _localize(file_system: Any, dataset: str, local: Path) -> None:
-    # The manifest last: it is the sign of completeness here too.
-    for name in (bin_path, idx_path, manifest_path):
-        remote, target = str(name(dataset)), name(local)
-        with exclusive(target):
-            _fill(file_system, remote, target, required=name is not manifest_path)
+def _suffixes(storage: ObjectStorage) -> list[str]:
+    """What the names of a prefix's datasets have after it: "" for a dataset that is not in shards; else that of each shard.
+
+    Raises:
+        DatasetError: the storage lists what was not asked for, such as a path outside of the prefix.
+    """
+    if storage.exists(_remote_path(bin_path, storage.root)):
+        return [""]
+    found = sorted(storage.glob(_remote_path(bin_path, f"{glob.escape(storage.root)}{SHARD_PATTERN}")))
+    suffixes = [path.removeprefix(storage.root).removesuffix(".bin") for path in found]
+    for path, suffix in zip(found, suffixes, strict=True):
+        # The name becomes that of a local file.
+        if not path.startswith(storage.root) or not fnmatch.fnmatchcase(suffix, SHARD_PATTERN):
+            raise DatasetError(f"{storage.url}: the storage lists {path!r}, which is no shard of this dataset")
+    return suffixes or [""]
 
 
 def _forget_others(local: Path, names: set[str]) -> None:
@@ -79,22 +103,13 @@ def _forget_others(local: Path, names: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _file_system(prefix: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(prefix)
-    except (ImportError, ValueError) as error:
-        raise DatasetError(f"{prefix}: {error}") from error
-
-
-def _fill(file_system: Any, remote: str, target: Path, required: bool) -> None:
+def _fill(storage: ObjectStorage, remote: str, target: Path, required: bool) -> None:
     """Copy a file, complete or not at all, unless it is in the cache already."""
     try:
-        info = file_system.info(remote)
+        info = storage.info(remote)
     except FileNotFoundError:
         if required:
-            raise DatasetError(f"{remote} does not exist in {'/'.join(_protocols(file_system))}") from None
+            raise DatasetError(f"{remote} does not exist in {storage.url}") from None
         target.unlink(missing_ok=True)
         return
     stamp = target.with_name(f"{target.name}.version")
@@ -102,27 +117,18 @@ def _fill(file_system: Any, remote: str, target: Path, required: bool) -> None:
     if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text() == version:
         return
     stamp.unlink(missing_ok=True)
-    _copy(file_system, remote, target, info["size"])
+    _copy(storage, remote, target, info)
     stamp.write_text(version)
 
 
-def _copy(file_system: Any, remote: str, target: Path, num_bytes: int) -> None:
-    started = time.perf_counter()
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            with file_system.open(remote, "rb") as source, replace_file(target) as file:
-                while chunk := source.read(_CHUNK_BYTES):
-                    file.write(chunk)
-                if file.tell() != num_bytes:
-                    raise OSError(f"{file.tell()} bytes came, expected {num_bytes}")
-            logger.info("copied %s (%.1f MB) in %.1f s", remote, os.path.getsize(target) / 1e6, time.perf_counter() - started)
-            return
-        except OSError as error:
-            if attempt == _ATTEMPTS:
-                raise DatasetError(f"{remote} could not be copied to {target}, {attempt} times in a row: {error}") from error
-            logger.warning("copying %s to %s: %s; trying again", remote, target, error)
-            time.sleep(attempt)
-
-
-def _protocols(file_system: Any) -> tuple[str, ...]:
-    return (file_system.protocol,) if isinstance(file_system.protocol, str) else tuple(file_system.protocol)
+def _copy(storage: ObjectStorage, remote: str, target: Path, info: dict[str, Any]) -> None:
+    started, free = time.perf_counter(), shutil.disk_usage(target.parent).free
+    if info["size"] > free:
+        sizes = f"it has {info['size'] / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free"
+        raise DatasetError(f"{remote} does not fit into {target.parent} (data.cache_directory): {sizes}")
+    try:
+        with replace_file(target) as file:
+            storage.download(remote, file, info["size"])
+    except FileNotFoundError as error:
+        raise DatasetError(f"{remote} went away while it was copied to {target}") from error
+    logger.info("copied %s (%.1f MB) in %.1f s", remote, os.path.getsize(target) / 1e6, time.perf_counter() - started)

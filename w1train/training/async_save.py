@@ -41,13 +41,13 @@ from w1train.runtime.transfers import POLL_SECONDS, Movement, agree
 from w1train.training.checkpoint import collect_state
 from w1train.training.commit import explain_failure, finish, raise_together, writing_path
 from w1train.training.manifest import CheckpointError, Progress, latest_step, size_of, step_path
-from w1train.training.remote_checkpoints import Uploader
 from w1train.training.retention import remove_old
 from w1train.training.save_times import SaveTimes
 from w1train.training.setup import TrainedModel
 from w1train.training.shard_files import write_metadata, write_part
 from w1train.training.shard_plan import Plan, make_plan, tensors_of
 from w1train.training.staging import Staging
+from w1train.training.uploader import Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,11 @@ class CheckpointSaver:
         after_commit: Callable[[int, float], None] = lambda step, seconds: None,
         is_resumed: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        upload_patience: float = 300.0,
     ) -> None:
         """``before_commit`` is called on rank 0, in any thread, before a checkpoint becomes visible: what it says happened must be on the
-        disk by then. ``after_commit`` gets the step of a checkpoint that is there and the seconds it took, at a step boundary."""
+        disk by then. ``after_commit`` gets the step of a checkpoint that is there and the seconds it took, at a step boundary. ``close``
+        waits ``upload_patience`` seconds at most for a storage that takes nothing."""
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
         self.times = SaveTimes(clock)
         self._before_commit, self._after_commit = before_commit, after_commit
@@ -97,6 +99,9 @@ class CheckpointSaver:
         """The step at whose boundary a save succeeded, until training goes on."""
         self._failure: CheckpointError | None = None
         """Of the newest save, if that failed."""
+        self._upload_patience = upload_patience
+        self._phase_start: int | None = None
+        """Of the newest checkpoint that became visible in this process; on rank 0."""
         self._uploader = Uploader(settings.upload) if settings.upload is not None and dist.get_rank() == 0 else None
 
     @property
@@ -178,6 +183,9 @@ class CheckpointSaver:
         logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
 
     def _prepare(self) -> None:
+        if self._uploader is not None:
+            # Not before the first step: a thread that is there when data workers are forked may hold a lock that they wait for.
+            self._uploader.begin()
         with self.times.stalling():
             state = collect_state(self.model, Progress())
             self._plan = make_plan(state)
@@ -196,6 +204,7 @@ class CheckpointSaver:
 
     def _clean_up(self, final: Path, phase_start: int) -> None:
         """After a checkpoint has become visible: send it away, and remove what it takes the place of. Rank 0 only."""
+        self._phase_start = phase_start
         if self._uploader is not None:
             self._uploader.upload(final, self.settings, phase_start)
         self.remove_old(phase_start)
@@ -257,18 +266,33 @@ class CheckpointSaver:
             raise self._failure
 
     def close(self) -> None:
-        """``require_saved``, and wait for what is being uploaded."""
+        """``require_saved``, wait for what is being uploaded, and remove what stayed for that alone."""
         self.require_saved()
-        num_sent = 0
+        self._wait_for_uploads()
+        # The newest copy is the one that a lost disk is made good with.
+        if on_main_rank(lambda: self._uploader is not None and self._uploader.try_again()):
+            self._wait_for_uploads()
+        if self._phase_start is not None:
+            self.remove_old(self._phase_start)
+
+    def _wait_for_uploads(self) -> None:
+        """Until nothing is being uploaded, or nothing has arrived for ``upload_patience`` seconds."""
+        uploader, num_sent, moved = self._uploader, 0, self._clock()
+        if uploader is not None and uploader.is_busy:
+            logger.info("waiting for %s, as long as something arrives every %.0f s", uploader.describe(), self._upload_patience)
         while True:
-            uploader = self._uploader
-            sent = [uploader.is_busy, uploader.num_sent] if uploader is not None else [0, 0]
-            is_busy, now_sent, is_moving = agree([*sent, self._movement.is_new()])
+            silence = self._clock() - moved
+            states = [uploader.is_busy, uploader.num_sent, silence > self._upload_patience] if uploader is not None else [0, 0, 0]
+            is_busy, now_sent, is_dead, is_moving = agree([*states, self._movement.is_new()])
             if not is_busy:
                 return
+            if is_dead:
+                if uploader is not None:
+                    uploader.abandon(silence)
+                return
             if now_sent > num_sent or is_moving:
-                # Hours, perhaps: a hang is an upload in which no file gets through.
-                num_sent = now_sent
+                # Hours, perhaps: a hang is an upload in which nothing gets through.
+                num_sent, moved = now_sent, self._clock()
                 beat()
             time.sleep(POLL_SECONDS)
 

@@ -73,7 +73,7 @@ class Trainer:
         """
         self.config, self.ranks, self.run = config, ranks, run
         self.num_steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
-        step = choose_checkpoint(run.checkpoints, config.checkpoint)
+        step = choose_checkpoint(run.checkpoints, config.checkpoint, run.events)
         on_main_rank(partial(prepare_resume, config, run, step))
         all_or_none(partial(choose_backends, config, ranks.device))
         all_or_none(partial(prepare_data, config))
@@ -93,6 +93,8 @@ class Trainer:
             before_commit=self.watch.sync,
             after_commit=lambda saved_step, seconds: self.watch.event("checkpoint", step=saved_step, seconds=seconds),
             is_resumed=step is not None,
+            # Less than what the watchdog takes for a hang, which would end the run.
+            upload_patience=config.health.hang_timeout / 2,
         )
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
         communication = communication_timer(self.model, ranks.device).take if config.logging.communication else None

@@ -5,19 +5,25 @@ What is found damaged is set aside (renamed, so that nothing takes it for a chec
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import CheckpointConfig
-from w1train.runtime.distributed import on_main_rank
-from w1train.runtime.files import write_text
+from w1train.runtime.distributed import agreed, on_main_rank
+from w1train.runtime.files import sync_directory, write_text
+from w1train.runtime.object_storage import require_protocol
 from w1train.training.checkpoint import remove_unfinished, require_position
 from w1train.training.commit import DAMAGED, UNDONE, set_aside
 from w1train.training.manifest import (
+    MANIFEST,
+    WRITING,
     CheckpointError,
     complete_steps,
     is_complete,
@@ -27,22 +33,31 @@ from w1train.training.manifest import (
     step_path,
     verify_checkpoint,
 )
-from w1train.training.remote_checkpoints import RemoteCheckpoints, fetch_checkpoint
+from w1train.training.metrics_log import read_metrics
+from w1train.training.remote_checkpoints import MARKER, Contents, RemoteCheckpoints, UnfinishedCopyError
 
 logger = logging.getLogger(__name__)
 
 _RETURNED = ".resume_step"
 """Holds the checkpoint.resume_step that was obeyed: the same command again goes on, not back again."""
+_ADVICE = " Remove this directory to resume from an older checkpoint."
+"""What a damaged checkpoint's message ends with; where another checkpoint is taken, it is no advice."""
 
 
-def choose_checkpoint(directory: Path, settings: CheckpointConfig) -> int | None:
+def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path | None = None) -> int | None:
     """The step of the verified checkpoint that a start goes on from; None = there never was one. Called on every rank, before anything
     else has looked into ``directory``.
 
+    Args:
+        events: the run's events.jsonl, which says whether it has saved checkpoints; None = not known.
+
     Raises:
-        CheckpointError: on every rank; checkpoints are damaged, and the settings do not allow another, or there is none.
-        UserError: on every rank; there is no checkpoint of checkpoint.resume_step.
+        CheckpointError: on every rank; checkpoints are damaged or lost, and the settings do not allow another, or there is none.
+        StorageError: on every rank; there is none here, and the storage that may have one fails.
+        UserError: on every rank; there is no checkpoint of checkpoint.resume_step, or the storage's protocol is not installed.
     """
+    if settings.upload is not None:
+        on_main_rank(partial(require_protocol, "checkpoint.upload", settings.upload))
     on_main_rank(partial(remove_unfinished, directory))
     step = _chosen_step(directory, settings)
     if step is not None:
@@ -56,7 +71,7 @@ def choose_checkpoint(directory: Path, settings: CheckpointConfig) -> int | None
     if step is None and settings.upload is not None:
         step = _fetch_newest(RemoteCheckpoints(settings.upload), directory)
     if step is None:
-        on_main_rank(partial(_require_none_lost, directory))
+        on_main_rank(partial(_require_none_lost, directory, events))
     return step
 
 
@@ -79,7 +94,7 @@ def _is_good(path: Path, *, hashes: bool) -> bool:
             on_main_rank(partial(require_position, path))
     except CheckpointError as error:
         if dist.get_rank() == 0:
-            logger.warning("%s", str(error).replace(" Remove this directory to resume from an older checkpoint.", ""))
+            logger.warning("%s", str(error).replace(_ADVICE, ""))
         return False
     return True
 
@@ -140,23 +155,119 @@ def _return_to(directory: Path, step: int) -> None:
 
 
 def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
-    """The newest good checkpoint of object storage, copied here; what is here already is damaged, and is set aside."""
-    steps = on_main_rank(remote.steps)
-    if steps:
-        on_main_rank(lambda: [set_aside(path, DAMAGED) for path in step_directories(directory)])
-    for step in reversed(steps):
-        fetch_checkpoint(remote, step, directory)
-        if _is_good(step_path(directory, step), hashes=True):
+    """The newest good checkpoint of object storage, copied here. None = the storage shows that this run has never sent one.
+
+    Raises:
+        CheckpointError: on every rank; one was sent, and no good one is there.
+    """
+    contents = on_main_rank(remote.contents)
+    is_unfinished = True
+    for step in reversed(contents.steps):
+        try:
+            fetch_checkpoint(remote, step, directory)
             return step
-        on_main_rank(partial(set_aside, step_path(directory, step), DAMAGED))
+        except CheckpointError as error:
+            is_unfinished = is_unfinished and isinstance(error, UnfinishedCopyError)
+            if dist.get_rank() == 0:
+                logger.warning("the copy of step %d in %s is not used: %s", step, remote.url, error)
+    on_main_rank(partial(_require_none_sent, remote.url, contents, is_unfinished=is_unfinished))
     return None
 
 
-def _require_none_lost(directory: Path) -> None:
+def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> None:
+    """Copy a checkpoint into the run's directory, where it appears when it is whole and verified. Called on every rank; rank 0 copies, one
+    file for each time that the others wait. Whatever is raised, nothing is left of the copy.
+
+    Raises:
+        CheckpointError: on every rank; the copy is not what its manifest says, or has none.
+        OSError: on every rank; the storage or the local disk failed.
+    """
+    final = step_path(directory, step)
+    copy = directory / f"{WRITING}{final.name}"
+    try:
+        for name, num_bytes in on_main_rank(partial(_begin_copy, remote, step, copy)).items():
+            on_main_rank(partial(remote.fetch_file, step, name, num_bytes, copy))
+        _verify_copy(copy)
+        on_main_rank(partial(_keep_copy, copy, final))
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(copy, ignore_errors=True)
+        raise
+
+
+def _begin_copy(remote: RemoteCheckpoints, step: int, copy: Path) -> dict[str, int]:
+    """Make the copy's directory with the manifest in it; the sizes of the files to come."""
+    manifest = remote.manifest(step)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    needed, free = sum(entry["size"] for entry in files.values()), shutil.disk_usage(copy.parent).free
+    if needed > free:
+        # A manifest that lies about sizes is no reason to ask for a larger disk.
+        remote.require_sizes(step, files)
+        sizes = f"{needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free"
+        raise OSError(f"the copy of step {step} in {remote.url} does not fit into {copy.parent}: it has {sizes}. Make room for it")
+    logger.info("fetching the checkpoint of step %d from %s", step, remote.url)
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    # The text that was checked, not a second reading of what may have changed meanwhile.
+    write_text(copy / MANIFEST, json.dumps(manifest, indent=1))
+    return {name: entry["size"] for name, entry in files.items()}
+
+
+def _verify_copy(copy: Path) -> None:
+    """Raises CheckpointError on every rank if files differ from the manifest."""
+    try:
+        verify_checkpoint(copy, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+        on_main_rank(partial(require_position, copy))
+    except CheckpointError as error:
+        # The words for a checkpoint of the run's directory: "PATH is damaged: WHY. Remove this directory ..."
+        why = str(error).removeprefix(f"{copy} is damaged: ").replace(_ADVICE, "")
+        raise agreed(CheckpointError(why)) from error
+
+
+def _keep_copy(copy: Path, final: Path) -> None:
+    for path in step_directories(final.parent):
+        logger.warning("%s is damaged and is now %s; a copy takes its place", path, set_aside(path, DAMAGED).name)
+    copy.rename(final)
+    sync_directory(final.parent)
+
+
+def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> None:
+    """A run that has sent checkpoints does not begin again by itself when none of them is good.
+
+    Args:
+        is_unfinished: all that is there are uploads that did not end.
+
+    Raises:
+        CheckpointError: it has, or it is not known.
+    """
+    marker, steps = contents.marker, ", ".join(map(str, contents.steps))
+    if contents.marker_problem is not None:
+        why = contents.marker_problem
+    elif marker is not None and marker.newest is not None:
+        why = f"its {MARKER} says that the checkpoint of step {marker.newest} was sent"
+    elif contents.steps and not (marker is not None and is_unfinished):
+        why = f"it shows directories of step {steps}"
+    else:
+        if marker is None:
+            logger.info(
+                "%s has no checkpoint and no %s: this is the first start that sends checkpoints there, or the URL is wrong", url, MARKER
+            )
+        else:
+            logger.warning(
+                "%s has no checkpoint, and its %s says that none was sent: this run ended before its first upload did", url, MARKER
+            )
+        return
+    raise CheckpointError(
+        f"{url} has no good checkpoint, but {why}. Check that it is the right place and shows all that is in it, or bring back a copy of a "
+        f"checkpoint. To begin again at step 0, move what is there away, {MARKER} too, or choose another checkpoint.upload"
+    )
+
+
+def _require_none_lost(directory: Path, events: Path | None) -> None:
     """A run that has had checkpoints does not begin again by itself.
 
     Raises:
-        CheckpointError: there are damaged ones.
+        CheckpointError: there are damaged ones, or the events tell of some that are not there.
     """
     damaged = sorted({*step_directories(directory), *directory.glob(f"{DAMAGED}*")})
     if damaged:
@@ -165,6 +276,23 @@ def _require_none_lost(directory: Path) -> None:
             f"{directory} has no good checkpoint, only damaged ones: {names}. Bring back a copy of one, or move them away to begin again "
             "at step 0"
         )
+    saved = _saved_steps(events) if events is not None and events.exists() else []
+    if saved:
+        raise CheckpointError(
+            f"{directory} has no checkpoint, but {events} says that this run has saved some, the last one at step {saved[-1]}. Bring back "
+            "a copy of one. To begin again at step 0, choose another name=..., or move the run directory away (or its events.jsonl alone)"
+        )
+
+
+def _saved_steps(events: Path) -> list[int]:
+    """The steps of the checkpoints that were saved since the run began (again) at step 0."""
+    saved: list[int] = []
+    for event in read_metrics(events):
+        if event.get("event") == "start":
+            saved = []
+        elif event.get("event") == "checkpoint":
+            saved.append(event["step"])
+    return saved
 
 
 def _step(path: Path) -> int:

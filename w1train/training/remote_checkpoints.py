@@ -1,72 +1,117 @@
-"""Copies of complete checkpoints in object storage: sent in the background, fetched by a start that has none of its own.
+"""Copies of complete checkpoints in object storage, as a start finds and an upload leaves them.
 
 fsspec names and reaches the storage (s3://, gs://, file://, ...). A copy is complete when its manifest is there, which is sent last.
+``run.json`` beside the copies says that a run uploads to this place, and the newest step that it has sent: without it, an empty listing
+of a wrong bucket and of a lost one would look like the first start of a run.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
-import threading
-import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from w1train.config.errors import UserError
 from w1train.config.schema_operation import CheckpointConfig
-from w1train.runtime.background import in_background
-from w1train.runtime.distributed import on_main_rank
-from w1train.runtime.files import sync_directory
-from w1train.training.manifest import MANIFEST, STEP_DIRECTORY, WRITING, read_manifest, step_path
+from w1train.runtime.object_storage import ObjectStorage, WrongSizeError
+from w1train.training.manifest import MANIFEST, STEP_DIRECTORY, CheckpointError, Progress, read_manifest, step_path
 from w1train.training.retention import kept_steps, rank_steps
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3
+MARKER = "run.json"
 _UNDONE_MANIFEST = "undone-manifest.json"
+_MAX_MANIFEST_BYTES = 64 << 20
+"""A manifest has about 150 bytes for each file, and a checkpoint one file or two for each rank."""
+_MAX_FILES = 200_000
+_MAX_NAME_BYTES = 255
+_MAX_STEP = 10**10 - 1
+"""The largest step that a checkpoint's name has room for."""
+_REQUIRED = {field.name for field in fields(Progress)} - {"health"}
+"""Manifests of before health lack that."""
+
+
+class UnfinishedCopyError(CheckpointError):
+    """A copy without a manifest: its upload did not end, or checkpoint.resume_step has undone it, or it is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What run.json says."""
+
+    newest: int | None = None
+    """The newest step that was sent; None = no checkpoint has been sent yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a storage shows of a run."""
+
+    steps: list[int]
+    """Steps that the listing has a directory of or the marker names, ascending. A listing may be stale: neither need be there."""
+    marker: Marker | None
+    """None = there is no marker."""
+    marker_problem: str | None = None
+    """What is wrong with a marker that cannot be read."""
 
 
 class RemoteCheckpoints:
-    """The checkpoints of a run under a URL."""
+    """The checkpoints of a run under a URL. Making one opens no connection.
+
+    Every method raises StorageError if the storage fails, and CheckpointError if what it has is not what it should be.
+    """
 
     def __init__(self, url: str) -> None:
-        """Raises UserError if the storage's protocol is not known or not installed."""
-        import fsspec
+        self._storage = ObjectStorage(url)
+        self.url = self._storage.url
+        """The URL as messages show it."""
 
-        self.url = url.rstrip("/")
+    def contents(self) -> Contents:
+        """What a start can choose from."""
+        steps, marker, problem = {*self._listed()}, None, None
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"checkpoint.upload: {url}: {error}") from error
+            marker = self._read_marker()
+        except CheckpointError as error:
+            problem = str(error)
+        if marker is not None and marker.newest is not None:
+            steps.add(marker.newest)
+        return Contents(sorted(steps), marker, problem)
 
     def steps(self) -> list[int]:
-        """Of the complete ones, ascending."""
-        self._files.invalidate_cache()
-        try:
-            names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._files.ls(self._root, detail=False)]
-        except FileNotFoundError:
-            return []
-        steps = [int(name.removeprefix("step_")) for name in names if STEP_DIRECTORY.fullmatch(name)]
-        return sorted(step for step in steps if self._files.exists(f"{self._path(step)}/{MANIFEST}"))
+        """The steps of the complete copies, ascending."""
+        return [step for step in self._listed() if self._has(step, MANIFEST)]
+
+    def mark(self) -> None:
+        """Write the marker, unless there is one: a sign that a run sends its checkpoints here, before the first one is sent."""
+        if not self._storage.exists(self._marker_path):
+            self._write_marker(Marker(max(self.steps(), default=None)))
 
     def undo_after(self, step: int) -> None:
         """Make the later checkpoints none, for their steps are done again: their manifests get another name (a directory's cannot be
-        changed without copying it). They go when copies of the same steps come.
+        changed without copying it). They go when copies of the same steps come."""
+        undone = [later for later in self.steps() if later > step]
+        for later in undone:
+            logger.warning("%s of step %d is a checkpoint no more: checkpoint.resume_step=%d", self.url, later, step)
+            self._undo(later)
+        if undone:
+            self._write_marker(Marker(max(self.steps(), default=None)))
 
-        Raises:
-            OSError: the storage cannot be reached.
-        """
-        for later in self.steps():
-            if later > step:
-                logger.warning("%s of step %d is a checkpoint no more: checkpoint.resume_step=%d", self.url, later, step)
-                path = self._path(later)
-                _attempt(partial(self._files.mv, f"{path}/{MANIFEST}", f"{path}/{_UNDONE_MANIFEST}"))
+    def _undo(self, step: int) -> None:
+        path = self._path(step)
+        try:
+            self._storage.rename(f"{path}/{MANIFEST}", f"{path}/{_UNDONE_MANIFEST}")
+        except FileNotFoundError:
+            # The attempt before, which seemed to fail, has renamed it.
+            if self._has(step, MANIFEST):
+                raise
 
-    def send(self, checkpoint: Path, after_file: Callable[[], None] = lambda: None) -> None:
-        """Copy a complete checkpoint; what is there of one of its step is replaced. ``after_file`` is called after each of its files.
+    def send(self, checkpoint: Path, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Copy a complete checkpoint; what is there of one of its step is replaced.
+
+        Args:
+            on_progress: called after each part of a file that has arrived.
 
         Raises:
             OSError: a file could not be read or sent.
@@ -74,129 +119,147 @@ class RemoteCheckpoints:
         step = int(checkpoint.name.removeprefix("step_"))
         names = [*read_manifest(checkpoint)["files"], MANIFEST]
         self.remove(step)
-        self._files.makedirs(self._path(step), exist_ok=True)
+        self._storage.make_directory(self._path(step))
         for name in names:
-            _attempt(partial(self._files.put_file, str(checkpoint / name), f"{self._path(step)}/{name}"))
-            after_file()
+            self._storage.upload(checkpoint / name, f"{self._path(step)}/{name}", on_progress)
+        self._write_marker(Marker(step))
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint, or what is there of it; the sign of completeness first."""
-        path = self._path(step)
-        if self._files.exists(f"{path}/{MANIFEST}"):
-            self._files.rm_file(f"{path}/{MANIFEST}")
-        if self._files.exists(path):
-            self._files.rm(path, recursive=True)
+        self._storage.remove_file(f"{self._path(step)}/{MANIFEST}")
+        self._storage.remove_directory(self._path(step))
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Raises OSError or ValueError if it cannot be read."""
-        return json.loads(_attempt(partial(self._files.cat_file, f"{self._path(step)}/{MANIFEST}")))
+        """The manifest of a step, whose file names are names in a directory and nothing else.
 
-    def fetch_file(self, step: int, name: str, directory: Path) -> None:
-        """Copy one file of a checkpoint into a directory. Raises OSError."""
-        _attempt(partial(self._files.get_file, f"{self._path(step)}/{name}", str(directory / name)))
+        Raises:
+            UnfinishedCopyError: there is none.
+            CheckpointError: it is not a manifest of this step.
+        """
+        where = f"{MANIFEST} of step {step} in {self.url}"
+        try:
+            content = self._storage.read(f"{self._path(step)}/{MANIFEST}", _MAX_MANIFEST_BYTES)
+        except FileNotFoundError:
+            raise UnfinishedCopyError(
+                f"it has no {MANIFEST}: its upload did not end, or checkpoint.resume_step has undone it, or it is gone"
+            ) from None
+        if len(content) > _MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{where} is longer than {_MAX_MANIFEST_BYTES >> 20} MiB")
+        manifest = check_manifest(content, where)
+        if manifest.get("step") != step:
+            raise CheckpointError(f"{where} says that it is of step {manifest.get('step')!r}")
+        return manifest
+
+    def require_sizes(self, step: int, files: dict[str, dict[str, Any]]) -> None:
+        """Compare the sizes that a manifest declares with what the storage says. Raises CheckpointError if one differs or is not there."""
+        for name, entry in files.items():
+            try:
+                size = self._storage.info(f"{self._path(step)}/{name}")["size"]
+            except (FileNotFoundError, WrongSizeError) as error:
+                raise CheckpointError(str(error)) from error
+            if size != entry["size"]:
+                raise CheckpointError(f"{name} has {size} bytes, expected {entry['size']}")
+
+    def fetch_file(self, step: int, name: str, num_bytes: int, directory: Path) -> None:
+        """Copy one file of a checkpoint into a directory.
+
+        Raises:
+            CheckpointError: the file is not there, or is longer or shorter than ``num_bytes`` each time.
+            OSError: the local disk or the storage failed.
+        """
+        try:
+            with (directory / name).open("xb") as file:
+                self._storage.download(f"{self._path(step)}/{name}", file, num_bytes)
+        except (FileNotFoundError, WrongSizeError) as error:
+            raise CheckpointError(str(error)) from error
 
     def remove_old(self, settings: CheckpointConfig, phase_start: int) -> None:
-        """Keep here what the run's settings would keep of these checkpoints."""
-        steps, best = self.steps(), []
+        """Keep here what the run's settings would keep of these checkpoints, and nothing of uploads that did not end. What
+        checkpoint.resume_step has undone stays."""
+        listed, complete = self._listed(), self.steps()
+        best = []
         if settings.keep_best > 0:
-            scores = {step: self.manifest(step).get("validation", {}).get(settings.best_metric) for step in steps if step > phase_start}
-            best = rank_steps(scores, settings.keep_best)
-        for step in sorted({*steps} - kept_steps(steps, best, settings.keep, settings.keep_every)):
+            best = rank_steps(
+                {step: self._score(step, settings.best_metric) for step in complete if step > phase_start}, settings.keep_best
+            )
+        for step in sorted({*complete} - kept_steps(complete, best, settings.keep, settings.keep_every)):
             logger.info("removing checkpoint of step %d from %s", step, self.url)
             self.remove(step)
+        for step in sorted({*listed} - {*complete}):
+            if not self._has(step, _UNDONE_MANIFEST):
+                logger.info("removing from %s what came of step %d, whose upload did not end", self.url, step)
+                self.remove(step)
+
+    def _score(self, step: int, metric: str) -> float | None:
+        try:
+            score = self.manifest(step).get("validation", {}).get(metric)
+        except (CheckpointError, AttributeError) as error:
+            logger.warning("the copy of step %d in %s counts as one without a score: %s", step, self.url, error)
+            return None
+        return score if isinstance(score, int | float) else None
+
+    def _listed(self) -> list[int]:
+        names = self._storage.names(self._storage.root)
+        return sorted({int(name.removeprefix("step_")) for name in names if STEP_DIRECTORY.fullmatch(name)})
+
+    def _has(self, step: int, name: str) -> bool:
+        return self._storage.exists(f"{self._path(step)}/{name}")
 
     def _path(self, step: int) -> str:
-        return f"{self._root}/{step_path(Path(), step).name}"
+        return f"{self._storage.root}/{step_path(Path(), step).name}"
 
+    @property
+    def _marker_path(self) -> str:
+        return f"{self._storage.root}/{MARKER}"
 
-def _attempt[Result](action: Callable[[], Result]) -> Result:
-    for attempt in range(1, _ATTEMPTS):
+    def _write_marker(self, marker: Marker) -> None:
+        self._storage.make_directory(self._storage.root)
+        self._storage.write(self._marker_path, json.dumps(asdict(marker)).encode())
+
+    def _read_marker(self) -> Marker | None:
         try:
-            return action()
+            content = self._storage.read(self._marker_path, 1 << 16)
         except FileNotFoundError:
-            raise
-        except OSError as error:
-            logger.warning("object storage: %s; trying again", error)
-            time.sleep(attempt)
-    return action()
+            return None
+        try:
+            newest = json.loads(content)["newest"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{MARKER} cannot be read ({error})") from error
+        is_step = isinstance(newest, int) and not isinstance(newest, bool) and 0 <= newest <= _MAX_STEP
+        if newest is not None and not is_step:
+            raise CheckpointError(f"{MARKER} does not have a step, but {str(newest)[:40]}")
+        return Marker(newest)
 
 
-def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> None:
-    """Copy a checkpoint into the run's directory, where it appears when it is whole; its hashes are for the caller to compare. Called on
-    every rank; rank 0 copies, one file for each time that the others wait.
+def check_manifest(content: bytes | str, where: str) -> dict[str, Any]:
+    """The manifest that a text holds, whose files are names in its own directory with a size and a hash.
 
     Raises:
-        OSError: on every rank; a file could not be copied.
-        ValueError: on every rank; the manifest there is none.
+        CheckpointError: the text is no manifest; the message begins with ``where``.
     """
-    final = step_path(directory, step)
-    partial_copy = directory / f"{WRITING}{final.name}"
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read ({error})") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{where} has no table of files")
+    if missing := _REQUIRED - manifest.keys():
+        raise CheckpointError(f"{where} lacks {', '.join(sorted(missing))}")
+    if len(files) > _MAX_FILES:
+        raise CheckpointError(f"{where} has {len(files)} files; a checkpoint has at most {_MAX_FILES}")
+    for name, entry in files.items():
+        if problem := _file_problem(name, entry):
+            raise CheckpointError(f"{where} {problem}")
+    return manifest
 
-    def begin() -> list[str]:
-        logger.info("fetching the checkpoint of step %d from %s", step, remote.url)
-        shutil.rmtree(partial_copy, ignore_errors=True)
-        partial_copy.mkdir(parents=True)
-        return [*remote.manifest(step)["files"], MANIFEST]
 
-    for name in on_main_rank(begin):
-        on_main_rank(partial(remote.fetch_file, step, name, partial_copy))
-    on_main_rank(partial(partial_copy.rename, final))
-    on_main_rank(partial(sync_directory, directory))
-
-
-class Uploader:
-    """Sends a run's checkpoints one after another, beside everything else; on rank 0. If they come faster than they can be sent, the
-    newest goes next, and those between are left out. Losing a copy does not stop a run: it is said."""
-
-    def __init__(self, url: str) -> None:
-        self._remote = RemoteCheckpoints(url)
-        self._lock = threading.Lock()
-        self._queued: tuple[Path, CheckpointConfig, int] | None = None
-        self._sending: Path | None = None
-        self.is_busy = False
-        self.num_sent = 0
-        """Files."""
-
-    def upload(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
-        """Send a complete checkpoint soon, and then remove old ones there. Returns at once."""
-        with self._lock:
-            if self._queued is not None:
-                logger.warning("%s is not uploaded: a newer one is there before its turn", self._queued[0])
-            self._queued = checkpoint, settings, phase_start
-            if not self.is_busy:
-                self.is_busy = True
-                in_background(self._run, "checkpoint upload")
-
-    def steps_in_use(self) -> list[int]:
-        """Of checkpoints that are being sent or are about to be."""
-        with self._lock:
-            paths = [self._sending, self._queued[0] if self._queued is not None else None]
-        return [int(path.name.removeprefix("step_")) for path in paths if path is not None]
-
-    def _run(self) -> None:
-        try:
-            while (job := self._next()) is not None:
-                self._send(*job)
-        except BaseException:
-            logger.exception("checkpoints are uploaded no more")
-            self.is_busy = False
-            raise
-
-    def _next(self) -> tuple[Path, CheckpointConfig, int] | None:
-        with self._lock:
-            job, self._queued = self._queued, None
-            self._sending = job[0] if job is not None else None
-            self.is_busy = job is not None
-            return job
-
-    def _count(self) -> None:
-        self.num_sent += 1
-
-    def _send(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
-        started = time.perf_counter()
-        try:
-            self._remote.send(checkpoint, self._count)
-            logger.info("uploaded %s to %s in %.1f s", checkpoint.name, self._remote.url, time.perf_counter() - started)
-            self._remote.remove_old(settings, phase_start)
-        except (OSError, RuntimeError, ValueError) as error:
-            logger.warning("%s could not be uploaded to %s: %s. Training goes on", checkpoint, self._remote.url, error)
+def _file_problem(name: str, entry: object) -> str | None:
+    shown = repr(name[:80])
+    is_name = name not in ("", ".", "..") and not {"/", "\\", "\0"} & {*name} and len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+    if not is_name or name == MANIFEST or not name.isprintable():
+        return f"has {shown}, which is not the name of a file beside it"
+    size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        return f"does not say how long {shown} is"
+    return None if isinstance(digest, str) else f"has no hash of {shown}"
