@@ -14,6 +14,7 @@ from data_tools.text import BLANK_LINES, CorpusError, Rules
 from data_tools.workers import WorkerError
 from w1train.data.indexed import DatasetError
 from w1train.data.tokenizer import TokenizerError
+from w1train.runtime.command import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except (CorpusError, DatasetError, TokenizerError, WorkerError, OSError) as error:
-        logger.error("%s", error)
+        logger.error("%s", describe_error(error))
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted")

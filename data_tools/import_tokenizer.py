@@ -14,10 +14,12 @@ from typing import Any
 from data_tools.command import input_path, output_file, run_command
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError
+from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
 
 
+@command("data_tools.import_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(

@@ -23,6 +23,7 @@ from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.shards import open_dataset
 from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Check:
         return f"FAILED  {self.name}: {self.problem}" if self.problem else f"ok      {self.name}"
 
 
+@command("data_tools.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a check failed."""
     parser = argparse.ArgumentParser(

@@ -20,6 +20,7 @@ from rich.table import Table
 from data_tools.command import run_command
 from w1train.data.best_fit import pack_best_fit
 from w1train.data.shards import open_dataset
+from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class PackReport:
     max_documents: int
 
 
+@command("data_tools.pack_report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(

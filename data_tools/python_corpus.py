@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_tools.command import output_file, run_command
 from data_tools.text import CorpusError
+from w1train.runtime.command import command
 from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 
 
+@command("data_tools.python_corpus")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(

@@ -32,6 +32,7 @@ from data_tools.split import HashSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
 from w1train.data.tokenizer import Tokenizer
+from w1train.runtime.command import command
 from w1train.runtime.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 _UNITS_WORTH_A_WORKER = 8
 
 
+@command("data_tools.tokenize")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(

@@ -14,10 +14,12 @@ from data_tools.corpus import TextCorpus
 from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
 from w1train.data.tokenizer import train_tokenizer
+from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
 
 
+@command("data_tools.train_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(

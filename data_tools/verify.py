@@ -12,10 +12,12 @@ from data_tools.command import run_command
 from w1train.data.indexed import bin_path
 from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing_file
 from w1train.data.shards import open_dataset
+from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
 
 
+@command("data_tools.verify")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, 1 if a dataset is damaged."""
     parser = argparse.ArgumentParser(

@@ -17,6 +17,7 @@ from w1train.config.command_line import parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
+from w1train.runtime.command import command
 
 
 def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
@@ -50,6 +51,7 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
     return [Problem("--nsys", found, "ranks that mark their steps", f'"profiling.ranks=[{ranks}]"')]
 
 
+@command("launch.check")
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w1train.runtime.cluster import discover_ranks
+from w1train.runtime.command import command
 
 _OPTIONS = (
     "--trace=cuda,nvtx,osrt,cublas,cudnn",
@@ -34,6 +35,7 @@ def nsys_command(ranks: str | None, run: Path) -> list[str]:
     return [] if ranks is None else ["-m", "launch.nsys", "--ranks", ranks, "--output", str(run / "nsys"), "--"]
 
 
+@command("launch.nsys")
 def main(arguments: Sequence[str]) -> int:
     """Becomes the rank (exec), so that signals and the exit status are the rank's own. Exit status 2: nsys is not there."""
     parser = argparse.ArgumentParser(

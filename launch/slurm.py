@@ -17,12 +17,14 @@ from pathlib import Path
 from launch.slurm_arguments import PROGRAM, Submission, parse
 from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
+from w1train.runtime.command import command
 
 
 class SubmissionError(Exception):
     """sbatch did not take the job; the text says why."""
 
 
+@command("launch.slurm")
 def main(words: Sequence[str]) -> int:
     """Exit status: 0, 1 where sbatch fails or is not there, 2 for a mistake in what was asked."""
     try:
@@ -81,7 +83,7 @@ def _require_no_living_chain(chain: Path, job_name: str) -> None:
     # Of this name and user: the numbers may be another cluster's. One that Slurm has forgotten is an error where it is asked for alone.
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={job_name}", f"--jobs={','.join(jobs)}"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     except OSError as error:
         raise SubmissionError(f"squeue, which knows whether jobs {', '.join(jobs)} of this run have ended: {error}") from error
     if result.returncode == 0 and result.stdout.strip():
@@ -91,7 +93,9 @@ def _require_no_living_chain(chain: Path, job_name: str) -> None:
 
 def _sbatch(script: Path, after: str | None) -> str:
     dependency = [] if after is None else [f"--dependency=afterany:{after}"]
-    result = subprocess.run(["sbatch", "--parsable", *dependency, str(script)], capture_output=True, text=True)
+    result = subprocess.run(
+        ["sbatch", "--parsable", *dependency, str(script)], capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode != 0:
         raise SubmissionError(f"sbatch refused {script}: {result.stderr.strip() or 'without a reason'}")
     return result.stdout.strip().partition(";")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -209,3 +210,78 @@ def test_imports_are_declared(requirements):
         if module.split(".")[0] not in provided
     }
     assert undeclared == set()
+
+
+_WITH_A_LOCALE = ("open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TextIOWrapper")
+_BINARY = re.compile(r"[rwxa]?\+?b\+?|[rwxa]b\+?")
+
+
+def _names_no_encoding(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, or gives a program's output as text, in an encoding that depends on the locale."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    options = {keyword.arg: keyword.value for keyword in call.keywords}
+    if (
+        "encoding" in options
+        or None in options
+        or (isinstance(function, ast.Attribute) and _module(function.value) in ("os", "TokenDataset"))
+    ):
+        return False
+    if name in ("run", "Popen", "check_output"):
+        return "text" in options
+    # w1train.runtime.files.write_text writes UTF-8.
+    if name not in _WITH_A_LOCALE or (name == "write_text" and isinstance(function, ast.Name)):
+        return False
+    values = [node for argument in [*call.args, *options.values()] for node in ast.walk(argument)]
+    words = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    return not any(_BINARY.fullmatch(word) for word in words) and not (name == "open" and "opener" in options)
+
+
+def _module(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_no_file_is_text_of_the_locale():
+    """Under LC_ALL=C what another machine wrote could not be read, and what is read back would be something else."""
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in python_files("w1train", "data_tools", "launch")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and _names_no_encoding(node)
+    ]
+    assert not found, found
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("open(p)", True),
+        ("open(p, 'w')", True),
+        ("p.open('a+')", True),
+        ("p.read_text()", True),
+        ("subprocess.run(c, text=True)", True),
+        ("open(p, 'rb')", False),
+        ("open(p, mode='x+b')", False),
+        ("p.open('w', encoding='utf-8')", False),
+        ("write_text(p, text)", False),
+        ("os.open(p, flags)", False),
+    ],
+)
+def test_what_is_text_of_the_locale(code, expected):
+    (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert _names_no_encoding(call) is expected
+
+
+_ALONE = ("launch.needed_packages", "w1train.config.reference")
+"""Run while an image is built, without w1train; and by those who change the configuration, to write its documentation."""
+
+
+def test_every_command_is_prepared_for_poor_environments():
+    """w1train.runtime.command.command around every main."""
+    for path in python_files("w1train", "data_tools", "launch"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        if '__name__ == "__main__"' not in path.read_text(encoding="utf-8") or name in _ALONE:
+            continue
+        (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        assert [ast.unparse(decorator) for decorator in main.decorator_list] == [f"command({name!r})"], name

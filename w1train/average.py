@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError
+from w1train.runtime.command import command, describe_error
 
 logger = logging.getLogger(__name__)
 
 
+@command("w1train.average")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, or 2 for bad input, with its reason on stderr."""
     args = _parse(arguments)
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 1
     result: dict[str, Any] = {"path": str(path), **(comparison or {})}
     print(json.dumps(result) if args.json else "\n".join(comparison_lines(comparison) if comparison else [str(path)]))

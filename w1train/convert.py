@@ -21,12 +21,14 @@ import yaml
 
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
+from w1train.runtime.command import command, describe_error
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Written even where they are the default: a reader of the recipe looks for them.
 _ALWAYS = ("num_query_groups", "kv_channels", "max_sequence_length", "rope_base", "norm_epsilon", "qk_norm", "qkv_bias", "tie_embeddings")
 
 
+@command("w1train.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 if something could not be read or written, or 2 for bad input."""
     args = _parse(arguments)
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 1
 
 

@@ -9,9 +9,11 @@ import sys
 
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import LoggingConfig
+from w1train.runtime.command import command
 from w1train.training.dashboard import definition, workspace
 
 
+@command("w1train.dashboard")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m w1train.dashboard", description="Create a W&B workspace with this framework's charts.")
     parser.add_argument("--project", default=LoggingConfig().wandb_project, help="logging.wandb_project of the runs (default: %(default)s)")

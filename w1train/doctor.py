@@ -31,11 +31,13 @@ from w1train.diagnosis.host import host_section
 from w1train.diagnosis.kernels import kernel_section
 from w1train.diagnosis.packages import installed_version, package_section
 from w1train.runtime.cluster import discover_ranks
+from w1train.runtime.command import command
 from w1train.runtime.device import device_name, select_device
 
 _SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "nvidia-cudnn-frontend")
 
 
+@command("w1train.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 where something does not work, 2 for a mistake in how it was started."""
     args = _parse(arguments)

@@ -22,9 +22,11 @@ from typing import Any
 from w1train.config.errors import UserError
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
 from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
+from w1train.runtime.command import command
 from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 
+@command("w1train.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
     args = _parse(arguments)

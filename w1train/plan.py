@@ -23,10 +23,12 @@ from w1train.planning.as_json import plan_as_dict, search_as_dict
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
 from w1train.planning.tables import print_plan, print_search
+from w1train.runtime.command import command
 
 NUM_SHOWN = 15
 
 
+@command("w1train.plan")
 def main(arguments: list[str]) -> int:
     """Exit status: 0, 1 where the layout does not fit or cannot be built, 2 for a mistake in what was asked."""
     try:

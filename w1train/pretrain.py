@@ -23,6 +23,7 @@ from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.config.validate import validate
 from w1train.runtime.cluster import discover_ranks
+from w1train.runtime.command import command, describe_error
 from w1train.runtime.exit_status import ExitStatus
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ _LIBRARY_CHATTER = (
 )
 
 
+@command("w1train.pretrain")
 def main(arguments: list[str]) -> int:
     """Exit status: see w1train.runtime.exit_status. SIGTERM and SIGUSR1 end the run after the step that is under way, with a checkpoint;
     before it holds its run directory, at once."""
@@ -119,7 +121,7 @@ def _fail(error: Exception, status: int) -> int:
     """Said by rank 0 for all, or by the rank that alone knows it."""
     from w1train.runtime.distributed import is_agreed
 
-    message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    message = "\n".join([describe_error(error), *getattr(error, "__notes__", [])])
     return _fail_together(message, status) if is_agreed(error) else _fail_alone(message, status)
 
 

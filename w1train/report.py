@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 from w1train.config.errors import UserError
+from w1train.runtime.command import command, describe_error
 from w1train.training.report import write_report
 from w1train.training.report_compare import write_comparison
 
 
+@command("w1train.report")
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m w1train.report",
@@ -31,7 +33,7 @@ def main() -> None:
         else:
             print(write_report(arguments.runs[0], arguments.compare))
     except (OSError, UserError) as error:
-        sys.exit(f"w1train.report: {error}")
+        sys.exit(f"w1train.report: {describe_error(error)}")
 
 
 if __name__ == "__main__":

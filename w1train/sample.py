@@ -22,6 +22,7 @@ from rich.console import Console
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
+from w1train.runtime.command import command, text_argument
 from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
@@ -55,6 +56,7 @@ Load = Callable[[Path, int | str | None], InferenceModel]
 CHECKPOINT_HELP = "step of the checkpoint, or its name (average: the newest average); the newest step if not given"
 
 
+@command("w1train.sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
     args = _parse(arguments)
@@ -173,7 +175,8 @@ def _as_json(
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m w1train.sample", description="Text from a trained run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to go on from; repeat for several; empty = from nothing")
+    prompt_help = "text to go on from; repeat for several; empty = from nothing"
+    parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help=prompt_help)
     parser.add_argument("--num-tokens", type=int, metavar="N", help="tokens to generate after the prompt")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps, all blocks together")
     parser.add_argument("--threshold", type=float, metavar="P", help="unmask what is more probable than P at each step; 0 = by --steps")

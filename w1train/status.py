@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.status import Heartbeat, Status, read_heartbeats, read_status
 
@@ -30,6 +31,7 @@ _MOST_CLOCKS_DIFFER = 60.0
 _MOST_NAMED = 8
 
 
+@command("w1train.status")
 def main(arguments: Sequence[str]) -> int:
     """Print a line a run; the exit status is the module's."""
     parser = argparse.ArgumentParser(prog="w1train.status", description="What runs are doing.")
@@ -94,7 +96,9 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
     step = max(heartbeat.step for heartbeat in heartbeats.values())
     now = time.time()
     # A rank's own two times are of one clock; between its clock and this one there is any difference.
-    silences = {rank: max(0.0, heartbeat.time - heartbeat.progress) + max(0.0, now - heartbeat.time) for rank, heartbeat in heartbeats.items()}
+    silences = {
+        rank: max(0.0, heartbeat.time - heartbeat.progress) + max(0.0, now - heartbeat.time) for rank, heartbeat in heartbeats.items()
+    }
     limit = statistics.median(silences.values()) + _SLOW_SECONDS
     slow = [rank for rank, heartbeat in heartbeats.items() if heartbeat.step < step - 1 or silences[rank] > limit]
     words = [
@@ -105,7 +109,7 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
 
 
 def _last_progress(seconds: float) -> str:
-    """How long ago that was, by this machine's clock. A status of later than now is of another clock, or of before this one was set back."""
+    """How long ago that was, by this machine's clock. A status of the future is of another clock, or of before this one was set back."""
     text = f"last progress {_duration(max(0.0, seconds))} ago"
     return text if seconds >= -_MOST_CLOCKS_DIFFER else f"{text} (written by a clock that is {_duration(-seconds)} ahead of this machine's)"
 

@@ -114,11 +114,11 @@ def _fill(storage: ObjectStorage, remote: str, target: Path, required: bool) -> 
         return
     stamp = target.with_name(f"{target.name}.version")
     version = repr([info["size"], *(str(info[key]) for key in _VERSION_KEYS if key in info)])
-    if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text() == version:
+    if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text(encoding="utf-8") == version:
         return
     stamp.unlink(missing_ok=True)
     _copy(storage, remote, target, info)
-    stamp.write_text(version)
+    stamp.write_text(version, encoding="utf-8")
 
 
 def _copy(storage: ObjectStorage, remote: str, target: Path, info: dict[str, Any]) -> None:

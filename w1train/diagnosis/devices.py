@@ -43,9 +43,10 @@ def _gpus() -> Iterator[Finding]:
 def ask_nvidia_smi(*arguments: str) -> str | None:
     """What it prints; None without it, or where it has no answer."""
     try:
-        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=_SMI_SECONDS, check=True).stdout
+        output = subprocess.run(["nvidia-smi", *arguments], capture_output=True, timeout=_SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
+    return output.decode("utf-8", "replace")
 
 
 def driver_version() -> str:

@@ -1,4 +1,4 @@
-"""Clocks that nobody sets. The time of day jumps: by an administrator, by NTP after a start without network, by a machine that was frozen."""
+"""Clocks that nobody sets. The time of day jumps: an administrator sets it, or NTP does, or a machine was frozen for a while."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 class SteadyTimeOfDay:
-    """Unix seconds that pass at the pace of the monotonic clock from when this was made: two of its times are apart by what has passed between
-    them, and a later one is never smaller."""
+    """Unix seconds that pass at the pace of the monotonic clock from when this was made: two of its times are apart by what has passed
+    between them, and a later one is never smaller."""
 
     def __init__(self) -> None:
         self._difference = time.time() - time.monotonic()

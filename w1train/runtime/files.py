@@ -42,7 +42,7 @@ def exclusive(path: str | Path) -> Iterator[None]:
     Raises OSError if the file system has no locks.
     """
     path = Path(path)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -45,8 +45,8 @@ class Pulse:
             self.observer()
 
     def note_movement(self) -> None:
-        """A piece of a checkpoint has been read or written. For the main thread it is a sign of progress; a save in the background is one only
-        for those who wait for it (w1train.runtime.transfers), or it would hide a training step that hangs beside it."""
+        """A piece of a checkpoint has been read or written. For the main thread it is a sign of progress; a save in the background is one
+        for those alone who wait for it (w1train.runtime.transfers), or it would hide a training step that hangs beside it."""
         self.moved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self.beat()

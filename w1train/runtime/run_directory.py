@@ -41,7 +41,7 @@ class RunDirectory:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+")
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise RunDirectoryError(f"cannot use run directory {self.path}: {error}; set runs_dir to a writable place") from error
         try:

@@ -1,5 +1,5 @@
-"""Slow storage is no hang: reading and writing of checkpoints in pieces of bounded time, each of which is a sign of progress, and ranks that
-wait for another rank's storage and know whether it moves.
+"""Slow storage is no hang: checkpoints are read and written in pieces of bounded time, each of which is a sign of progress, and ranks that
+wait for another rank's storage know whether it moves.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def agree(values: list[int]) -> list[int]:
 
 
 def together[Result](action: Callable[[], Result]) -> Callable[[], Result]:
-    """Do ``action`` in a thread on every rank, and return on every rank when all ranks are done. ``action`` reads or writes files, and talks
-    to no other rank. A rank that is done early would look like one that hangs; here each rank learns whether any rank's bytes still move,
-    and takes that for a sign of its own progress.
+    """Do ``action`` in a thread on every rank, and return on every rank when all ranks are done. ``action`` reads or writes files, and
+    talks to no other rank. A rank that is done early would look like one that hangs; here each rank learns whether bytes still move on any
+    rank, and takes that for a sign of its own progress.
 
     Returns:
         A function that gives the result of ``action``, or raises what it raised.

@@ -34,8 +34,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.background import in_background, nothing
-from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
 from w1train.runtime.clocks import seconds_since_start
+from w1train.runtime.distributed import agreed, is_agreed, on_main_rank
 from w1train.runtime.pulse import beat, pulse
 from w1train.runtime.transfers import POLL_SECONDS, Movement, agree
 from w1train.training.checkpoint import collect_state
@@ -50,7 +50,6 @@ from w1train.training.staging import Staging
 from w1train.training.uploader import Uploader
 
 logger = logging.getLogger(__name__)
-
 
 
 @dataclass(slots=True)

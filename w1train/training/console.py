@@ -17,6 +17,8 @@ from rich.text import Text
 from w1train.training.sample_text import continuation, shorten, visible_masks
 from w1train.training.units import duration, quantity
 
+logger = logging.getLogger(__name__)
+
 _SAMPLE_CHARACTERS = 240
 
 
@@ -41,7 +43,7 @@ class TrainingConsole:
         """``start_step`` steps are done already (a resumed run); ``interval`` steps lie between two plain lines."""
         self.total_tokens, self.total_steps, self.interval = total_tokens, total_steps, interval
         self.enabled = enabled
-        self._console = Console(file=stream, highlight=False, markup=False)
+        self._console = _Console(file=stream, highlight=False, markup=False)
         # A log file has no width to fill: rich would break its lines at 80 characters.
         self._console.soft_wrap = not self._console.is_terminal
         self.live = enabled and self._console.is_terminal
@@ -113,10 +115,21 @@ class TrainingConsole:
             return
         # Training does not die of a terminal that cannot show a character.
         text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
-        self._console.print(text)
+        try:
+            self._console.print(text)
+        except OSError as error:
+            # The terminal is gone, the pipe closed, the log file's disk full: the records are elsewhere.
+            self.enabled = False
+            logger.warning("standard output takes no more (%s): training goes on without it", error)
 
     def _render(self) -> Group:
         return Group(self._progress, self._metrics_line)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich's own would end the process, without a word."""
+        raise  # called where the BrokenPipeError is caught
 
 
 class _RemainingTime:

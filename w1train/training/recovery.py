@@ -134,7 +134,7 @@ def _is_to_return(directory: Path, step: int | None) -> bool:
     if step is None:
         marker.unlink(missing_ok=True)
         return False
-    if marker.exists() and marker.read_text() == str(step):
+    if marker.exists() and marker.read_text(encoding="utf-8") == str(step):
         logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this one goes on from the newest checkpoint", step)
         return False
     return True

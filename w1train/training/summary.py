@@ -117,7 +117,7 @@ def _git_commit(root: Path) -> str | None:
         return os.environ.get("W1TRAIN_CODE_VERSION")
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

@@ -56,7 +56,7 @@ class TensorBoardLogger:
         for place, (_, rest, path) in enumerate(sorted(later)):
             path.rename(path.with_name(f"{_FILES}{now - len(later) + place:010d}.{rest}"))
         if later:
-            logger.info("%d files of %s were of a later time than now, and are renamed: the clock was set back", len(later), self._directory)
+            logger.info("renamed %d files of %s, which were of a later time than now: the clock was set back", len(later), self._directory)
 
     def go_back(self, first_step: int) -> None:
         """Steps from this one on are done again without a new start, after a rewind."""
@@ -73,7 +73,8 @@ class TensorBoardLogger:
         for number, sample in enumerate(samples, start=1):
             # Indented by four: Markdown's code, in which nothing is markup.
             text = "\n".join("    " + line for line in sample["text"].splitlines())
-            self._writer.add_text(f"samples/{number}", text.encode("utf-8", "replace").decode(), sample["step"], walltime=self._time_of_day())
+            text = text.encode("utf-8", "replace").decode()
+            self._writer.add_text(f"samples/{number}", text, sample["step"], walltime=self._time_of_day())
 
     def sync(self) -> None:
         """Hand everything to the operating system."""
