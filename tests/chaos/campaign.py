@@ -37,7 +37,7 @@ _PHASES = (
     "checkpoint.keep_best=2",
     "checkpoint.average_at_end=true",
 )
-_SHORT_LIMITS = (f"health.hang_timeout={HANG_SECONDS}", "health.start_timeout=20", "health.stop_timeout=60")
+_SHORT_LIMITS = (f"health.hang_timeout={HANG_SECONDS}", "health.start_timeout=40", "health.stop_timeout=60")
 _LONG_LIMITS = ("health.hang_timeout=120", "health.start_timeout=120", "health.stop_timeout=120")
 _UNDISTURBED = Fault(name="none", title="nothing", strike=lambda scene: iter(()), max_restarts=0)
 

@@ -246,15 +246,17 @@ def _kill_others(scene: Scene) -> Iterator[None]:
     scene.signal(signal.SIGKILL, scene.random.choice([_ALL, []]))
 
 
-def _change_hook(word: Callable[[Scene], str], num_changes: Sequence[int]) -> Callable[[Scene], Sabotage]:
-    """A rank that kills itself before one of the changes of files that concern the word: rank r makes ``num_changes[r]`` of them."""
+def _change_hook(word: Callable[[Scene], str], num_changes: Sequence[int], num_groups: int = 1) -> Callable[[Scene], Sabotage]:
+    """A rank that kills itself before one of the changes of files that concern the word. Rank r makes ``num_changes[r]`` of them, the first
+    rank in each of ``num_groups`` groups."""
 
     def hook(scene: Scene) -> Sabotage:
         number = scene.random.randint(1, sum(num_changes))
         victim = next(rank for rank in _ALL if number <= sum(num_changes[: rank + 1]))
         number -= sum(num_changes[:victim])
+        group = scene.random.randrange(num_groups) if victim == 0 else 0
         scene.notes.append(f"rank {victim}, change {number}")
-        return kill_at_change(scene.marks / "killed", victim=victim, word=word(scene), number=number)
+        return kill_at_change(scene.marks / "killed", victim=victim, word=word(scene), number=number, group=group)
 
     return hook
 
@@ -329,8 +331,7 @@ FAULTS = [
         name="first-save",
         title="SIGKILL during the first save",
         strike=_marked("killed", _kill_others),
-        # As many changes of files as a rank makes in it.
-        hook=_change_hook(lambda scene: f".writing-step_{CHECKPOINT_INTERVAL:010d}", (14, 4)),
+        hook=_change_hook(lambda scene: f".writing-step_{CHECKPOINT_INTERVAL:010d}", (14, 3)),
     ),
     Fault(
         name="removal",
@@ -342,7 +343,7 @@ FAULTS = [
         name="average",
         title="SIGKILL while checkpoints are averaged",
         strike=_marked("killed", _kill_others),
-        hook=_change_hook(lambda scene: ".writing-average_", (9 * NUM_PHASES, NUM_PHASES)),
+        hook=_change_hook(lambda scene: ".writing-average_", (9, NUM_PHASES), num_groups=NUM_PHASES),
         phases=True,
     ),
     Fault(

@@ -23,19 +23,23 @@ _CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 """Python's audit events of what changes a directory; an event ``open`` does so only where the file is opened for writing."""
 
 
-def kill_at_change(mark: Path, *, victim: int, word: str, number: int) -> Sabotage:
-    """Rank ``victim`` kills itself before the ``number``-th change of files whose path has ``word`` in it; once.
+def kill_at_change(mark: Path, *, victim: int, word: str, number: int, group: int = 0) -> Sabotage:
+    """Rank ``victim`` kills itself before the ``number``-th change of files whose path has ``word`` in it, or before the last one of the
+    group if there are fewer; once. The last change of a group gives a directory another name without the word, or removes it.
 
     The removal of a directory's content, whose events have names without their directory, counts with the directory.
+
+    Args:
+        group: how many groups of changes pass before.
     """
 
     def sabotage(rank: int) -> None:
         if rank != victim or mark.exists():
             return
-        num_changes, thread = 0, 0
+        num_groups, num_changes, thread = 0, 0, 0
 
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal num_changes, thread
+            nonlocal num_groups, num_changes, thread
             if event not in _CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
                 return
             is_named = any(word in str(path) for path in arguments[:2])
@@ -44,12 +48,20 @@ def kill_at_change(mark: Path, *, victim: int, word: str, number: int) -> Sabota
                 return
             thread = threading.get_ident()
             num_changes += 1
-            if num_changes == number:
+            is_last = _is_last(event, word, arguments)
+            if num_groups == group and (num_changes == number or is_last):
                 kill_myself(mark, f"before {event} of {arguments[0]}")
+            if is_last:
+                num_groups, num_changes, thread = num_groups + 1, 0, 0
 
         sys.addaudithook(audit)
 
     return sabotage
+
+
+def _is_last(event: str, word: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a change ends its group."""
+    return word in str(arguments[0]) and (event == "os.rmdir" or (event == "os.rename" and word not in str(arguments[1])))
 
 
 def kill_myself(mark: Path, where: str) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import random
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.chaos.campaign import Campaign, draw
 from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.file_hooks import kill_at_change
 from tests.chaos.scene import LAYOUTS, NUM_STEPS, Scene
 from tests.chaos.supervisor import supervise
 from tests.chaos.verdict import first_difference, negative_durations
-from tests.end_to_end.runs import TinyRun
+from tests.end_to_end.runs import Sabotage, TinyRun
 from w1train.training import loop
 
 
@@ -127,6 +130,28 @@ def test_a_start_that_is_killed_before_it_says_anything_has_not_begun_again_at_s
     story = supervise(lambda number: starts[number], scene, iter(()), timeout=10.0)
     assert story.endings == [[-9, -9], [-9, -9], [0, 0]]
     assert story.resumed_at == 8
+
+
+def change_three_directories(directory: Path, sabotage: Sabotage) -> None:
+    sabotage(0)
+    for name in ("a", "b", "c"):
+        writing = directory / f".writing-{name}"
+        writing.mkdir()
+        (writing / "x").write_text("x")
+        writing.rename(directory / name)
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "expected"),
+    [(1, 0, "before os.mkdir of {}/.writing-a"), (2, 1, "before open of {}/.writing-b/x"), (9, 2, "before os.rename of {}/.writing-c")],
+)
+def test_a_rank_is_killed_before_the_change_that_was_drawn(tmp_path, number, group, expected):
+    sabotage = kill_at_change(tmp_path / "mark", victim=0, word=".writing-", number=number, group=group)
+    process = multiprocessing.get_context("fork").Process(target=change_three_directories, args=(tmp_path, sabotage))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "mark").read_text() == expected.format(tmp_path)
 
 
 def test_a_negative_duration_is_found(tmp_path):
