@@ -21,6 +21,7 @@ uptime_seconds() {
   read -r uptime rest </proc/uptime
   printf '%s\n' "${uptime%.*}"
 }
+# shellcheck disable=SC2034 # for the scripts that source this file
 script_began="$(uptime_seconds)"
 
 seconds_since() { # seconds_since BEGIN

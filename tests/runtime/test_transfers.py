@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -56,7 +57,7 @@ def test_a_file_in_pieces_is_the_same_file_and_no_call_is_large(tmp_path_factory
     assert max([call for call in file.calls if isinstance(call, int)], default=0) <= 16
     ends = [0, *synced]
     assert ends[-1] == sum(map(len, pieces))
-    assert max(after - before for before, after in zip(ends, ends[1:], strict=False)) < 64 + 16
+    assert max(after - before for before, after in itertools.pairwise(ends)) < 64 + 16
 
 
 def test_a_thread_that_moves_is_no_progress_of_the_main_one():
@@ -74,9 +75,14 @@ def test_a_thread_that_moves_is_no_progress_of_the_main_one():
 
 def test_what_is_transferred_is_told_while_it_is():
     one = Pulse()
-    with pytest.raises(OSError, match="disk"), one.transferring("writing x"):
-        assert one.transfers == ["writing x"]
-        raise OSError("disk")
+
+    def write() -> None:
+        with one.transferring("writing x"):
+            assert one.transfers == ["writing x"]
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        write()
     assert one.transfers == []
 
 

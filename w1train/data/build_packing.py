@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from w1train.config.errors import UserError
 from w1train.data.packing_index import PackingOptions, ensure_packing
 from w1train.data.shards import open_dataset
+from w1train.runtime.command import command
 
 
+@command("w1train.data.build_packing")
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 built or there already, 1 the file cannot be written, 2 the dataset or an option is wrong."""
     parser = argparse.ArgumentParser(prog="w1train.data.build_packing", description="Pack a dataset's documents into samples, best fit.")
