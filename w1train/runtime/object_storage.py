@@ -192,7 +192,7 @@ class ObjectStorage:
             try:
                 return action()
             except FileNotFoundError:
-                raise FileNotFoundError(hide_password(f"{self._url}: could not {what}: it is not there")) from None
+                raise FileNotFoundError(hide_password(f"{self._url}: could not {what}: it is not there, or its bucket is not")) from None
             except _LocalError as error:
                 raise error.error from None
             except (Exception, CancelledError) as error:
@@ -237,7 +237,8 @@ def _http_status(error: BaseException) -> object:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return next((getattr(error, name) for name in ("code", "status", "status_code") if hasattr(error, name)), None)
+    names = ("code", "status", "status_code")
+    return next((getattr(holder, name) for holder in (error, response) for name in names if hasattr(holder, name)), None)
 
 
 def _text(error: BaseException) -> str:
