@@ -160,8 +160,8 @@ def size_of(path: Path) -> int:
 
 
 def _file_problems(file: Path, expected: dict[str, Any], *, hashes: bool = True) -> list[str]:
-    """What is wrong with a file whose size and hash are known; at most one thing. A file that the disk does not give back (EIO) is no better
-    than a changed one: an older checkpoint may be readable."""
+    """What is wrong with a file whose size and hash are known; at most one thing. A file that the disk does not give back (EIO) is no
+    better than a changed one: an older checkpoint may be readable."""
     try:
         if not file.is_file():
             return [f"{file.name} is missing"]
