@@ -38,7 +38,7 @@ test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of the
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-chaos: install  ## Disturb 60 trainings on two ranks at random moments, and compare with undisturbed ones (ARGS="--only hang --seed 3")
+chaos: install  ## Disturb 120 trainings on two ranks at random moments, and compare with undisturbed ones (ARGS="--only hang --seed 3")
 	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 lint: install  ## Check style (ruff), types (mypy), shell scripts (shellcheck) and Dockerfiles (hadolint)

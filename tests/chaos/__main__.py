@@ -8,22 +8,27 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
 
 import argparse
+import contextlib
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.report import Table, environment, write_report
 from tests.chaos.campaign import Campaign, Result, draw
 from tests.chaos.disk import how_a_disk_fills
 from tests.chaos.faults import FAULTS
-from tests.chaos.jobs import GRACE_SECONDS
-from tests.chaos.scene import CHECKPOINT_INTERVAL, NUM_STEPS
+from tests.chaos.jobs import GRACE_SECONDS, die_with_parent
+from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, NUM_STEPS
 
-NUM_RUNS = 60
+NUM_RUNS = 120
+_BUSY = "import time; end = time.monotonic() + 7200\nwhile time.monotonic() < end: pass"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,10 +36,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     directory = Path(tempfile.mkdtemp(prefix="w1train-chaos-"))
     began, results = time.monotonic(), []
-    campaign = Campaign(directory, options.seed, options.overrides)
-    for number, fault, layout in draw(options.num_runs, options.only):
-        results.append(campaign.run(number, fault, layout))
-        print(results[-1].line(), flush=True)
+    with busy_processes(options.busy):
+        campaign = Campaign(directory, options.seed, options.overrides)
+        for number, fault, layout in draw(options.num_runs, options.only):
+            results.append(campaign.run(number, fault, layout))
+            print(results[-1].line(), flush=True)
     tables = [summary(results)]
     tables[0].print()
     failed = [result for result in results if result.problems]
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree(directory)
     if options.report:
         tables += [listing(results), environment(shlex.join(["python", "-m", "tests.chaos", *arguments]))]
-        print(f"wrote {write_report('chaos', 'Campaign of faults', tables, notes(len(results), minutes))}")
+        print(f"wrote {write_report('chaos', 'Campaign of faults', tables, notes(len(results), minutes, options.busy))}")
     return 1 if failed else 0
 
 
@@ -56,9 +62,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-runs", type=int, default=NUM_RUNS, help=f"default: {NUM_RUNS}")
     parser.add_argument("--seed", type=int, default=0, help="of steps, delays, victims and places (default: 0)")
     parser.add_argument("--only", action="append", default=[], choices=names, metavar="FAULT", help=f"may be repeated: {', '.join(names)}")
+    parser.add_argument("--busy", type=int, default=0, metavar="NUMBER", help="of processes that compute beside the campaign (default: 0)")
     parser.add_argument("--report", action="store_true", help="write the dated report")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="on every run's command line")
     return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """So many processes that do nothing but compute, while the block lasts, two hours at most, and never longer than this process."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _BUSY], preexec_fn=partial(die_with_parent, signal.SIGKILL)) for _ in range(number)
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def summary(results: Sequence[Result]) -> Table:
@@ -85,25 +106,28 @@ def listing(results: Sequence[Result]) -> Table:
     for result in results:
         story = result.story
         recovery = "FAILED" if result.problems else f"{story.recovery_seconds or 0.0:.1f}"
-        numbers = (result.layout, str(result.step), str(max(0, story.num_starts - 1)), str(story.lost), recovery)
+        numbers = (result.layout, str(result.step), str(max(0, story.num_starts - 1)), str(story.lost), recovery, f"{result.load:.1f}")
         rows.append((f"{result.number} {result.fault.name}", *numbers))
-    return Table("Runs", ("run", "layout", "step", "restarts", "steps redone", "recovery, s"), rows)
+    return Table("Runs", ("run", "layout", "step", "restarts", "steps redone", "recovery, s", "load"), rows)
 
 
-def notes(num_runs: int, minutes: float) -> str:
+def notes(num_runs: int, minutes: float, num_busy: int) -> str:
     """What was done, and what the columns mean."""
+    beside = f"beside {num_busy} processes that compute all the time" if num_busy else "with no other process started by the campaign"
     return f"""\
-{num_runs} trainings of a tiny model in {minutes:.1f} minutes: {NUM_STEPS} steps on two ranks, a checkpoint every {CHECKPOINT_INTERVAL}.
-Each meets one fault at a random moment, the layouts (tensor, pipeline, data parallel) in turn. *Recovered* means: the records of every step
-(loss, ELBO, gradient norm, loss by t, validation and all else but times), the samples, and every tensor of the last checkpoint are those of
-the undisturbed run of the layout, bit for bit (with the persistent NaN: of the run that left the same step out); the first restart went on
+{num_runs} trainings of a tiny model in {minutes:.1f} minutes, {beside}: {NUM_STEPS} steps on two ranks, a checkpoint every
+{CHECKPOINT_INTERVAL}. Each meets one fault at a random moment, the layouts (tensor, pipeline, data parallel) in turn. *Recovered* means:
+the records of every step (loss, ELBO, gradient norm, loss by t, validation and all else but times), the samples, and every tensor of the
+last checkpoint are those of the undisturbed run of the layout, bit for bit (with the persistent NaN: of the run that left the same step
+out; with another layout: of the run that was stopped at the same checkpoint and went on under that layout); the first restart went on
 from the newest good checkpoint that was complete when the fault came; ranks ended with the statuses, after the messages and within the
-number of restarts that the fault allows; nothing is left of half a save.
+number of restarts that the fault allows; nothing is left of half a save, and no duration is negative. No time is judged.
 
 *Steps redone* are recorded steps that were done again. *Recovery* is the time from the fault to the first step that had not been done
 before, with everything in between: noticing it, the launcher's {GRACE_SECONDS:.0f} s of grace for the rank that is left, the restart,
-the steps redone. Hangs are noticed after 6 s here (health.hang_timeout; its default is 600). Ranks are forked from a process that has
-imported torch and megatron-core, but those under torchrun, which start from nothing. The full disk is {how_a_disk_fills()}."""
+the steps redone. *Load* is the machine's load average over the minute before the run's end. Hangs are noticed after {HANG_SECONDS} s here
+(health.hang_timeout; its default is 600). Ranks are forked from a process that has imported torch and megatron-core, but those under
+torchrun, which start from nothing. The full disk is {how_a_disk_fills()}."""
 
 
 if __name__ == "__main__":

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.chaos.disk import small_disk
 from tests.chaos.faults import FAULTS, Fault, nan_hook
+from tests.chaos.hooks import stop_at
 from tests.chaos.jobs import ForkedJob, Job, TorchrunJob
-from tests.chaos.scene import CHECKPOINT_INTERVAL, LAYOUTS, NUM_STEPS, Scene
+from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, Scene
 from tests.chaos.supervisor import Story, supervise
 from tests.chaos.verdict import problems
 from tests.end_to_end.runs import BATCH, LENGTH, Sabotage, TinyRun, launch, make_data, output_to
+from tests.faulty_storage import PROTOCOL
 from w1train.config.compose import load_config
 
-RECOVERY_BOUND = 60.0
-"""Seconds from a blow to the first step not done before; of torchrun's runs, whose ranks import everything anew, twice that."""
-TIMEOUT = 150.0
-"""Seconds for a whole run."""
-_OVERRIDES = (
-    f"schedule.stages.stable.tokens={(NUM_STEPS - 2) * BATCH * LENGTH}",
-    f"checkpoint.interval={CHECKPOINT_INTERVAL}",
-    "checkpoint.keep=3",
-    "health.hang_timeout=6",
-    "health.start_timeout=15",
-    "health.stop_timeout=15",
-    "health.heartbeat_interval=0.5",
+TIMEOUT = 900.0
+"""Seconds for a whole run, which takes seconds: what needs more hangs, and no watchdog has noticed. No other limit depends on the
+machine's speed."""
+_STEP_TOKENS = BATCH * LENGTH
+_OVERRIDES = (f"checkpoint.interval={CHECKPOINT_INTERVAL}", "checkpoint.keep=3", "health.heartbeat_interval=0.5")
+_STEPS = (f"schedule.stages.stable.tokens={(NUM_STEPS - 2) * _STEP_TOKENS}",)
+_PHASES = (
+    "~schedule.stages.warmup",
+    "~schedule.stages.stable",
+    *(
+        f"schedule.stages.{name}={{tokens: {NUM_STEPS // NUM_PHASES * _STEP_TOKENS}, learning_rate: 0.01, diffusion: {{{objective}}}}}"
+        for name, objective in (("next", "objective: autoregressive"), ("blocks", "block_size: 4"), ("whole", f"block_size: {LENGTH}"))
+    ),
+    "checkpoint.keep_best=2",
+    "checkpoint.average_at_end=true",
 )
+_SHORT_LIMITS = (f"health.hang_timeout={HANG_SECONDS}", "health.start_timeout=40", "health.stop_timeout=60")
+_LONG_LIMITS = ("health.hang_timeout=120", "health.start_timeout=120", "health.stop_timeout=120")
 _UNDISTURBED = Fault(name="none", title="nothing", strike=lambda scene: iter(()), max_restarts=0)
 
 
@@ -46,10 +54,12 @@ class Result:
     """The newest recorded step when the fault struck."""
     notes: list[str]
     problems: list[str]
+    load: float
+    """The machine's load average over the last minute of it."""
 
     def line(self) -> str:
         """For the console."""
-        head = f"{self.number:3}  {self.fault.name:10} {self.layout:8}"
+        head = f"{self.number:3}  {self.fault.name:12} {self.layout:8}"
         if self.problems:
             return f"{head} FAILED ({'; '.join(self.notes)}): " + "; ".join(self.problems)
         story = self.story
@@ -65,7 +75,7 @@ class Campaign:
     seed: int
     overrides: Sequence[str] = ()
     """On every run's command line."""
-    _expected: dict[tuple[str, bool], TinyRun] = field(default_factory=dict)
+    _expected: dict[str, TinyRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data.mkdir(parents=True)
@@ -84,27 +94,43 @@ class Campaign:
 
     def run(self, number: int, fault: Fault, layout: str) -> Result:
         """One run, its fault drawn from the seed and its number; what it leaves is removed if it survived."""
-        expected = self.expected(layout, fault.skips)
         scene = self._scene(f"{number:03}-{fault.name}-{layout}", layout, f"{self.seed}/{number}")
         with small_disk(scene.run.runs_dir) if fault.small_disk else nullcontext():
             story = self._supervise(scene, fault, fault.hook(scene) if fault.hook is not None else None)
-            bound = RECOVERY_BOUND * (2 if fault.torchrun else 1)
-            found = problems(fault, scene, story, expected, bound)
+            found = problems(fault, scene, story, self._expected_run(fault, scene, story))
             if found and scene.run.runs_dir.is_mount():
                 shutil.copytree(scene.run.runs_dir, scene.marks / "runs", ignore=shutil.ignore_patterns("ballast"))
         step = scene.blow.reached if scene.blow is not None else 0
         if not found:
             shutil.rmtree(scene.marks.parent)
-        return Result(number, fault, layout, story, step, scene.notes, found)
+        return Result(number, fault, layout, story, step, scene.notes, found, os.getloadavg()[0])
 
-    def expected(self, layout: str, skips: bool) -> TinyRun:
+    def _expected_run(self, fault: Fault, scene: Scene, story: Story) -> TinyRun:
+        """The undisturbed run that a disturbed one must be equal to."""
+        if scene.next_layout and story.resumed_at:
+            return self._changed(scene.layout, scene.next_layout, story.resumed_at)
+        return self._straight(scene.next_layout or scene.layout, phases=fault.phases, skips=fault.skips)
+
+    def _straight(self, layout: str, *, phases: bool, skips: bool) -> TinyRun:
         """The run of this layout that nothing happens to, or that a NaN, on another rank than first, makes skip a step; made once."""
-        if (layout, skips) not in self._expected:
-            scene = self._scene(f"expected-{layout}{'-skips' if skips else ''}", layout, f"{self.seed}/{layout}")
-            story = self._supervise(scene, _UNDISTURBED, nan_hook(scene, once=False) if skips else None)
+        name = f"expected-{layout}{'-phases' if phases else ''}{'-skips' if skips else ''}"
+        if name not in self._expected:
+            scene = self._scene(name, layout, f"{self.seed}/{layout}")
+            story = self._supervise(scene, replace(_UNDISTURBED, phases=phases), nan_hook(scene, once=False) if skips else None)
             assert story.endings == [[0, 0]], f"the undisturbed run ended with {story.endings}\n{story.log}"
-            self._expected[layout, skips] = scene.run
-        return self._expected[layout, skips]
+            self._expected[name] = scene.run
+        return self._expected[name]
+
+    def _changed(self, layout: str, next_layout: str, step: int) -> TinyRun:
+        """The run that is stopped at this step, and goes on under the other layout; made once."""
+        name = f"expected-{layout}-{step}-{next_layout}"
+        if name not in self._expected:
+            scene = self._scene(name, layout, name)
+            scene.next_layout = next_layout
+            story = self._supervise(scene, replace(_UNDISTURBED, changes_layout=True), stop_at(step))
+            assert story.endings == [[75, 75], [0, 0]], f"the run that changes its layout ended with {story.endings}\n{story.log}"
+            self._expected[name] = scene.run
+        return self._expected[name]
 
     def _scene(self, name: str, layout: str, seed: str) -> Scene:
         directory = self.directory / name
@@ -113,15 +139,19 @@ class Campaign:
         return Scene(TinyRun(self.data, directory / "runs"), layout, directory / "marks", random.Random(seed), nan_step)
 
     def _supervise(self, scene: Scene, fault: Fault, hook: Sabotage | None) -> Story:
-        arguments = scene.run.arguments(*_OVERRIDES, *LAYOUTS[scene.layout], *self.overrides, *fault.overrides)
-
         def start(number: int) -> Job:
+            layout = scene.next_layout if fault.changes_layout and number > 0 else scene.layout
+            limits = _SHORT_LIMITS if fault.is_hang and number == 0 else _LONG_LIMITS
+            steps = _PHASES if fault.phases else _STEPS
+            arguments = scene.run.arguments(*_OVERRIDES, *steps, *limits, *LAYOUTS[layout], *self.overrides, *fault.overrides)
+            if fault.uploads:
+                arguments.append(f"checkpoint.upload={PROTOCOL}://{scene.bucket}")
             logs = scene.marks / f"start-{number}"
             if fault.torchrun:
                 return TorchrunJob(arguments, self.data, logs)
             return ForkedJob(arguments, self.data, logs, hook)
 
-        return supervise(start, scene, fault.strike(scene), TIMEOUT * (2 if fault.torchrun else 1))
+        return supervise(start, scene, fault.strike(scene), TIMEOUT)
 
 
 def draw(num_runs: int, only: Sequence[str] = ()) -> Iterator[tuple[int, Fault, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.disk import SmallDisk
-from tests.chaos.hooks import hang_before_collective, nan_in_gradient
+from tests.chaos.file_hooks import fail_files, kill_at_change, slow_file
+from tests.chaos.hooks import hang_before_collective, kill_at_phase_end, nan_in_gradient, shift_clock
 from tests.chaos.jobs import WORLD_SIZE
-from tests.chaos.scene import CHECKPOINT_INTERVAL, NUM_STEPS, Scene, until
+from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, SECONDS_TO_START, Scene, after, until
+from tests.chaos.storage import fail, lie, upload_hook
 from tests.end_to_end.runs import Sabotage
 
 Strike = Callable[[Scene], Iterator[None]]
@@ -39,6 +42,14 @@ class Fault:
     hook: Callable[[Scene], Sabotage] | None = None
     torchrun: bool = False
     small_disk: bool = False
+    is_hang: bool = False
+    """The first start has short limits, for its watchdog is what is tried. All other starts have limits that no slow machine meets."""
+    uploads: bool = False
+    """Checkpoints are sent to the scene's bucket."""
+    phases: bool = False
+    """The run has phases, and each ends with an average."""
+    changes_layout: bool = False
+    """The starts after the first have another layout. The run must end as one that stopped at the same checkpoint to change its layout."""
     skips: bool = False
     """The run must end as the run that skipped the same step, not as the undisturbed one."""
 
@@ -55,11 +66,48 @@ def _kill_all(scene: Scene) -> Iterator[None]:
     scene.signal(signal.SIGKILL, _ALL)
 
 
+def _kill_twice(scene: Scene) -> Iterator[None]:
+    """Again while the ranks start, or in their first steps."""
+    yield from _kill_all(scene)
+    first_job = scene.job
+    yield from until(lambda: scene.job is not first_job and bool(scene.pids))
+    delay = scene.random.uniform(0.0, SECONDS_TO_START)
+    scene.notes.append(f"and again {delay:.2f} s after the restart")
+    yield from after(delay)
+    scene.signal(signal.SIGKILL, _ALL)
+
+
+def _kill_and_change_layout(scene: Scene) -> Iterator[None]:
+    scene.next_layout = scene.random.choice([layout for layout in LAYOUTS if layout != scene.layout])
+    scene.notes.append(f"then {scene.next_layout}")
+    yield from _kill_one(scene)
+
+
 def _freeze(scene: Scene) -> Iterator[None]:
     """For ever: only the other rank can notice."""
     yield from scene.moment()
     scene.strike()
-    scene.signal(signal.SIGSTOP, [scene.random.choice(_ALL)])
+    victim = scene.random.choice(_ALL)
+    scene.evidence = _who_hangs(victim, "is missing")
+    scene.signal(signal.SIGSTOP, [victim])
+
+
+def _who_hangs(victim: int, how: str) -> str:
+    """What the watchdog says, as a regular expression."""
+    return rf"no progress for \d+ s at step \d+ \(health.hang_timeout\): rank {victim} .*{how}"
+
+
+def _freeze_and_thaw(scene: Scene) -> Iterator[None]:
+    """For longer than a save takes, at any moment or in the middle of one."""
+    yield from scene.moment()
+    if scene.random.random() < 0.5:
+        yield from until(scene.is_saving)
+    victims, seconds = scene.random.choice([_ALL, [0], [1]]), scene.random.uniform(0.5, 2.0)
+    scene.strike()
+    scene.signal(signal.SIGSTOP, victims)
+    scene.notes.append(f"ranks {victims} for {seconds:.1f} s")
+    yield from after(seconds)
+    scene.signal(signal.SIGCONT, victims)
 
 
 def _ask_to_stop(number: signal.Signals) -> Strike:
@@ -97,7 +145,7 @@ def _kill_in_save(scene: Scene) -> Iterator[None]:
     scene.signal(signal.SIGCONT, [rank for rank in _ALL if rank not in victims])
 
 
-def _damage(harm: Callable[[Path, Scene], None]) -> Strike:
+def _damage(harm: Callable[[Path, Scene], object]) -> Strike:
     """All ranks die, and a shard of the newest checkpoint is not what it was when they come back."""
 
     def strike(scene: Scene) -> Iterator[None]:
@@ -130,6 +178,16 @@ def _flip_bit(shard: Path, scene: Scene) -> None:
         file.write(bytes([byte ^ (1 << scene.random.randrange(8))]))
 
 
+def _make_unreadable(shard: Path, scene: Scene) -> None:
+    (scene.marks / "unreadable").write_text(str(shard))
+
+
+def _unreadable_hook(scene: Scene) -> Sabotage:
+    """The hook of a start before the damage finds no file to fail."""
+    path = scene.marks / "unreadable"
+    return fail_files(scene.marks / "failed", errno.EIO, "rb", lambda name: path.exists() and name == path.read_text())
+
+
 def _fill_disk(scene: Scene) -> Iterator[None]:
     """Somebody else's file takes the disk, all of it or so much that no checkpoint fits, until a save has failed."""
     yield from scene.moment(first=1)
@@ -151,6 +209,8 @@ def _marked(name: str, then: Strike | None = None) -> Strike:
         mark = scene.marks / name
         yield from until(mark.exists)
         scene.strike()
+        if where := mark.read_text():
+            scene.notes.append(where)
         if then is not None:
             yield from then(scene)
 
@@ -174,9 +234,64 @@ def nan_hook(scene: Scene, *, once: bool) -> Sabotage:
 
 
 def _hang_hook(scene: Scene) -> Sabotage:
-    step, number = scene.random.randint(1, NUM_STEPS - 6), scene.random.randint(1, 20)
-    scene.notes.append(f"before collective {number} after the start of step {step}")
-    return hang_before_collective(scene.marks / "hang", victim=scene.random.choice(_ALL), step=step, number=number)
+    step, number, victim = scene.random.randint(1, NUM_STEPS - 6), scene.random.randint(1, 20), scene.random.choice(_ALL)
+    scene.notes.append(f"rank {victim} before collective {number} after the start of step {step}")
+    scene.evidence = _who_hangs(victim, "(is behind|is missing)")
+    return hang_before_collective(scene.marks / "hang", victim=victim, step=step, number=number)
+
+
+def _kill_others(scene: Scene) -> Iterator[None]:
+    """Or leave them to notice that a rank has killed itself."""
+    yield
+    scene.signal(signal.SIGKILL, scene.random.choice([_ALL, []]))
+
+
+def _change_hook(word: Callable[[Scene], str], num_changes: Sequence[int], num_groups: int = 1) -> Callable[[Scene], Sabotage]:
+    """A rank that kills itself before one of the changes of files that concern the word. Rank r makes ``num_changes[r]`` of them, the first
+    rank in each of ``num_groups`` groups."""
+
+    def hook(scene: Scene) -> Sabotage:
+        number = scene.random.randint(1, sum(num_changes))
+        victim = next(rank for rank in _ALL if number <= sum(num_changes[: rank + 1]))
+        number -= sum(num_changes[:victim])
+        group = scene.random.randrange(num_groups) if victim == 0 else 0
+        scene.notes.append(f"rank {victim}, change {number}")
+        return kill_at_change(scene.marks / "killed", victim=victim, word=word(scene), number=number, group=group)
+
+    return hook
+
+
+def _removed(scene: Scene) -> str:
+    """One of the checkpoints that make room for newer ones."""
+    return f"removing-step_{scene.random.choice([1, 2, 3]) * CHECKPOINT_INTERVAL:010d}"
+
+
+def _phase_end_hook(scene: Scene) -> Sabotage:
+    number, after_it = scene.random.randint(1, NUM_PHASES), scene.random.random() < 0.5
+    return kill_at_phase_end(scene.marks / "killed", victim=scene.random.choice(_ALL), number=number, after=after_it)
+
+
+def _full_at_manifest_hook(scene: Scene) -> Sabotage:
+    step = scene.random.randrange(CHECKPOINT_INTERVAL, NUM_STEPS + 1, CHECKPOINT_INTERVAL)
+    mark, name = scene.marks / "failed", f"step_{step:010d}/manifest.json"
+    scene.notes.append(f"at step {step}")
+    return fail_files(mark, errno.ENOSPC, "wb", lambda path: name in path and not mark.exists())
+
+
+def _slow_hook(scene: Scene) -> Sabotage:
+    """Seconds longer than a hang takes, in pieces that do get on."""
+    victim, step = scene.random.choice(_ALL), scene.random.randrange(CHECKPOINT_INTERVAL, NUM_STEPS + 1, CHECKPOINT_INTERVAL)
+    scene.notes.append(f"of rank {victim} at step {step}")
+    name = f"step_{step:010d}/rank_{victim:05d}.shards"
+    return slow_file(scene.marks / "slow", victim=victim, name=name, seconds=HANG_SECONDS + 2.0)
+
+
+def _clock_hook(scene: Scene) -> Sabotage:
+    """Of one rank or of all, backwards or forwards."""
+    victims, seconds = scene.random.choice([_ALL, [0], [1]]), scene.random.choice([-3600.0, 86400.0])
+    step = scene.random.randint(1, NUM_STEPS - 6)
+    scene.notes.append(f"of ranks {victims} by {seconds:.0f} s at step {step}")
+    return shift_clock(scene.marks / "shifted", victims=victims, step=step, seconds=seconds)
 
 
 def _kill_worker(scene: Scene) -> Iterator[None]:
@@ -200,19 +315,75 @@ def _kill_worker(scene: Scene) -> Iterator[None]:
 
 _STOPPED = frozenset({75, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGKILL, 1})
 
-_HUNG = r"no progress for \d+ s at step \d+ \(health.hang_timeout\): rank [01] .*(is missing|is behind)"
 _DAMAGED = r"is damaged and is now damaged-step_\d+; training goes on from step"
 
 FAULTS = [
     Fault(name="kill", title="SIGKILL of one rank", strike=_kill_one),
     Fault(name="kill-all", title="SIGKILL of all ranks", strike=_kill_all),
-    Fault(name="freeze", title="SIGSTOP of one rank", strike=_freeze, evidence=_HUNG),
+    Fault(name="kill-twice", title="SIGKILL of all ranks, and again", strike=_kill_twice, max_restarts=2),
+    Fault(name="layout", title="SIGKILL of one rank, another layout", strike=_kill_and_change_layout, changes_layout=True),
+    Fault(name="freeze", title="SIGSTOP of one rank", strike=_freeze, is_hang=True),
+    Fault(name="thaw", title="SIGSTOP and SIGCONT", strike=_freeze_and_thaw, max_restarts=0),
     Fault(name="term", title="SIGTERM", strike=_ask_to_stop(signal.SIGTERM), statuses=_STOPPED),
     Fault(name="usr1", title="SIGUSR1", strike=_ask_to_stop(signal.SIGUSR1), statuses=_STOPPED),
     Fault(name="save", title="SIGKILL during a save", strike=_kill_in_save),
+    Fault(
+        name="first-save",
+        title="SIGKILL during the first save",
+        strike=_marked("killed", _kill_others),
+        hook=_change_hook(lambda scene: f".writing-step_{CHECKPOINT_INTERVAL:010d}", (14, 3)),
+    ),
+    Fault(
+        name="removal",
+        title="SIGKILL while an old checkpoint is removed",
+        strike=_marked("killed", _kill_others),
+        hook=_change_hook(_removed, (8, 0)),
+    ),
+    Fault(
+        name="average",
+        title="SIGKILL while checkpoints are averaged",
+        strike=_marked("killed", _kill_others),
+        hook=_change_hook(lambda scene: ".writing-average_", (9, NUM_PHASES), num_groups=NUM_PHASES),
+        phases=True,
+    ),
+    Fault(
+        name="phase",
+        title="SIGKILL at a phase's end",
+        strike=_marked("killed", _kill_others),
+        hook=_phase_end_hook,
+        phases=True,
+    ),
     Fault(name="truncate", title="a truncated shard", strike=_damage(_truncate), evidence=_DAMAGED),
     Fault(name="flip", title="a flipped bit in a shard", strike=_damage(_flip_bit), evidence=_DAMAGED),
+    Fault(
+        name="unreadable",
+        title="EIO in a shard",
+        strike=_damage(_make_unreadable),
+        hook=_unreadable_hook,
+        evidence=_DAMAGED,
+    ),
     Fault(name="disk", title="a full disk", strike=_fill_disk, small_disk=True, evidence="could not save|No space left|File too large"),
+    Fault(
+        name="manifest",
+        title="ENOSPC at the manifest",
+        strike=_marked("failed"),
+        hook=_full_at_manifest_hook,
+        evidence=r"could not save .*disk full",
+    ),
+    Fault(
+        name="slow",
+        title="a save slower than a hang",
+        strike=_marked("slow"),
+        hook=_slow_hook,
+        is_hang=True,
+        max_restarts=0,
+    ),
+    Fault(
+        name="clock",
+        title="a clock that jumps, then SIGKILL",
+        strike=_marked("shifted", _kill_later),
+        hook=_clock_hook,
+    ),
     Fault(
         name="nan", title="NaN in a gradient, once", strike=_marked("nan"), hook=lambda scene: nan_hook(scene, once=True), max_restarts=0
     ),
@@ -231,6 +402,23 @@ FAULTS = [
         overrides=("data.workers=process",),
         evidence="data worker .* died",
     ),
-    Fault(name="hang", title="a hung collective", strike=_marked("hang"), hook=_hang_hook, evidence=_HUNG),
+    Fault(name="hang", title="a hung collective", strike=_marked("hang"), hook=_hang_hook, is_hang=True),
+    Fault(
+        name="storage-fails",
+        title="failing storage, and the disk is lost",
+        strike=fail,
+        hook=upload_hook,
+        uploads=True,
+        evidence="fetching the checkpoint of step",
+    ),
+    Fault(
+        name="storage-lies",
+        title="lying storage, and the disk is lost",
+        strike=lie,
+        hook=upload_hook,
+        uploads=True,
+        max_restarts=2,
+        evidence="fetching the checkpoint of step",
+    ),
     Fault(name="torchrun", title="SIGKILL of one rank under torchrun", strike=_kill_one, torchrun=True),
 ]

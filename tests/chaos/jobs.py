@@ -110,13 +110,13 @@ class ForkedJob:
         return "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
 
 
-def _die_with_parent(number: int) -> None:
+def die_with_parent(number: int) -> None:
     """A campaign that is killed leaves no ranks behind."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _rank_main(arguments: list[str], directory: Path, log: Path, hook: Sabotage | None, rank: int, port: int) -> None:
-    _die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
     os.environ.update(rank_environment(rank, WORLD_SIZE, port))
     os.chdir(directory)
@@ -144,7 +144,7 @@ class TorchrunJob:
                 env=environment,
                 stdout=log,
                 stderr=log,
-                preexec_fn=partial(_die_with_parent, signal.SIGTERM),  # torchrun ends its ranks then
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),  # torchrun ends its ranks then
             )
         self._seen: set[int] = set()
 

@@ -16,7 +16,10 @@ from tests.end_to_end.runs import TinyRun
 LAYOUTS = {"tensor": ("parallel.tensor=2",), "pipeline": ("parallel.pipeline=2",), "data": ()}
 """Command line of each layout of two ranks."""
 NUM_STEPS = 24
+NUM_PHASES = 3
 CHECKPOINT_INTERVAL = 4
+HANG_SECONDS = 6
+"""health.hang_timeout of a start whose watchdog is tried."""
 LENGTH_OF_A_STEP = 0.1
 """Seconds, roughly: a moment is a step and a random time after it, up to this."""
 SECONDS_TO_START = 1.0
@@ -46,6 +49,10 @@ class Scene:
     random: random.Random
     nan_step: int = 0
     """Where a NaN that stays is."""
+    next_layout: str = ""
+    """Of the starts after the first, where that is another."""
+    has_lost_records: bool = False
+    """The run's directory went with its records: those from the restart on are compared."""
     job: Job | None = None
     """The present start's ranks."""
     blow: Blow | None = None
@@ -63,6 +70,11 @@ class Scene:
     def pids(self) -> dict[int, int]:
         """Rank -> process."""
         return self.job.ranks() if self.job is not None else {}
+
+    @property
+    def bucket(self) -> Path:
+        """The object storage of a run that has one."""
+        return self.marks / "bucket"
 
     def newest_step(self) -> int:
         """The last training step in metrics.jsonl."""
@@ -100,8 +112,7 @@ class Scene:
         yield from until(lambda: self.newest_step() >= step)
         delay = self.random.uniform(0.0, LENGTH_OF_A_STEP if step else SECONDS_TO_START)
         self.notes.append(f"{delay:.2f} s after step {step}")
-        end = time.monotonic() + delay
-        yield from until(lambda: time.monotonic() >= end)
+        yield from after(delay)
         yield from until(lambda: bool(self.pids))
 
     def strike(self, when: float | None = None) -> None:
@@ -119,3 +130,9 @@ def until(condition: Callable[[], bool]) -> Iterator[None]:
     """Wait, in a fault: the supervisor goes on meanwhile."""
     while not condition():
         yield
+
+
+def after(seconds: float) -> Iterator[None]:
+    """Wait for a time."""
+    end = time.monotonic() + seconds
+    yield from until(lambda: time.monotonic() >= end)

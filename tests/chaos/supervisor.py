@@ -12,7 +12,8 @@ from tests.chaos.scene import Scene
 
 POLL_SECONDS = 0.004
 MAX_STARTS = 6
-_RESUMING = re.compile(r"resuming from \S*/step_(\d{10})")
+_BEGINS_AT = re.compile(r"^ +steps +(\d+) of \d+ done", re.MULTILINE)
+"""What rank 0 says of a start before its first step."""
 
 
 @dataclass(slots=True)
@@ -51,11 +52,11 @@ def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], 
         finally:
             job.kill()
         newest, log = scene.newest_step(), job.log()
-        resumed = [int(step) for step in _RESUMING.findall(log)] or [0]
-        if job.num_starts > 1 and scene.blow is not None:
-            _count_loss(story, resumed[-1], scene.blow.reached)  # torchrun's restarts, all in one log
-        elif story.endings:
-            _count_loss(story, resumed[0], reached)
+        begun_at = [int(step) for step in _BEGINS_AT.findall(log)]
+        if job.num_starts > 1 and scene.blow is not None and begun_at:
+            _count_loss(story, begun_at[-1], scene.blow.reached)  # torchrun's restarts, all in one log
+        elif story.endings and begun_at:  # a start that is killed early says nothing
+            _count_loss(story, begun_at[0], reached)
         reached = max(reached, newest)
         story.log += log
         story.num_starts += job.num_starts

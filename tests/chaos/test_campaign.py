@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+import random
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.chaos.campaign import Campaign, draw
 from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.file_hooks import kill_at_change
 from tests.chaos.scene import LAYOUTS, NUM_STEPS, Scene
 from tests.chaos.supervisor import supervise
-from tests.chaos.verdict import first_difference
-from tests.end_to_end.runs import TinyRun
+from tests.chaos.verdict import first_difference, negative_durations
+from tests.end_to_end.runs import Sabotage, TinyRun
 from w1train.training import loop
 
 
@@ -31,8 +35,8 @@ def run(campaign: Campaign, name: str, layout: str) -> str:
     return campaign.run(number, fault, layout).line()
 
 
-# A restart, a fall-back to an older checkpoint, the watchdog, and the guard of a step.
-@pytest.mark.parametrize("name", ["save", "flip", "hang", "nan"])
+# A restart, the first save, an older checkpoint (for changed bits, and for what cannot be read), the watchdog, and the guard of a step.
+@pytest.mark.parametrize("name", ["save", "first-save", "flip", "unreadable", "hang", "nan"])
 def test_a_fault_of_each_kind(campaign, name):
     # In one layout, whose undisturbed run is made once.
     line = run(campaign, name, "pipeline")
@@ -96,7 +100,7 @@ class Endless:
 
 def test_a_run_that_hangs_is_killed_when_its_time_is_over(tmp_path):
     job = Endless()
-    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, None)
+    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, random.Random(0))
     began = time.monotonic()
     story = supervise(lambda number: job, scene, iter(()), timeout=0.2)
     assert story.hung
@@ -104,15 +108,69 @@ def test_a_run_that_hangs_is_killed_when_its_time_is_over(tmp_path):
     assert time.monotonic() - began < 5.0
 
 
+class Start(Endless):
+    """A job that has ended, and what its ranks wrote."""
+
+    def __init__(self, statuses: list[int], log: str) -> None:
+        self._statuses, self._log = statuses, log
+
+    def poll(self) -> list[int]:
+        return self._statuses
+
+    def kill(self) -> None:
+        pass
+
+    def log(self) -> str:
+        return self._log
+
+
+def test_a_start_that_is_killed_before_it_says_anything_has_not_begun_again_at_step_0(tmp_path):
+    starts = [Start([-9, -9], "  steps   0 of 24 done\n"), Start([-9, -9], ""), Start([0, 0], "  steps   8 of 24 done\n")]
+    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, random.Random(0))
+    story = supervise(lambda number: starts[number], scene, iter(()), timeout=10.0)
+    assert story.endings == [[-9, -9], [-9, -9], [0, 0]]
+    assert story.resumed_at == 8
+
+
+def change_three_directories(directory: Path, sabotage: Sabotage) -> None:
+    sabotage(0)
+    for name in ("a", "b", "c"):
+        writing = directory / f".writing-{name}"
+        writing.mkdir()
+        (writing / "x").write_text("x")
+        writing.rename(directory / name)
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "expected"),
+    [(1, 0, "before os.mkdir of {}/.writing-a"), (2, 1, "before open of {}/.writing-b/x"), (9, 2, "before os.rename of {}/.writing-c")],
+)
+def test_a_rank_is_killed_before_the_change_that_was_drawn(tmp_path, number, group, expected):
+    sabotage = kill_at_change(tmp_path / "mark", victim=0, word=".writing-", number=number, group=group)
+    process = multiprocessing.get_context("fork").Process(target=change_three_directories, args=(tmp_path, sabotage))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "mark").read_text() == expected.format(tmp_path)
+
+
+def test_a_negative_duration_is_found(tmp_path):
+    run = TinyRun(tmp_path, tmp_path / "runs")
+    run.path.mkdir(parents=True)
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "time/step_seconds": 0.1}\n{"step": 2, "checkpoint/restart_seconds": -3596.7}\n')
+    (run.path / "events.jsonl").write_text("")
+    assert negative_durations(run) == ["metrics.jsonl, step 2: checkpoint/restart_seconds is -3596.7"]
+
+
 def test_every_fault_meets_every_layout():
-    runs = list(draw(60))
-    assert [number for number, _, _ in runs] == list(range(60))
+    runs = list(draw(120))
+    assert [number for number, _, _ in runs] == list(range(120))
     met = Counter((fault.name, layout) for _, fault, layout in runs)
     assert set(met) == {(fault.name, layout) for fault in FAULTS for layout in LAYOUTS}
     assert {fault.name for _, fault, _ in draw(5, ["hang", "nan"])} == {"hang", "nan"}
 
 
 def test_signals_are_not_sent_to_ranks_that_are_gone(tmp_path):
-    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, None)
+    scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, random.Random(0))
     scene.job = Endless()
     scene.signal(signal.SIGCONT, [0, 1])

@@ -230,6 +230,22 @@ def test_places():
     assert not is_waiting("w1train/training/loop.py:1 fit")
 
 
+class Handle:
+    """A collective that was begun before."""
+
+    def wait(self) -> str:
+        return describe_place(sys._getframe(1))
+
+
+def test_who_waits_for_the_handle_of_a_collective_waits():
+    # The frame is the caller's: torch's own handles have no Python function.
+    place = Handle().wait()
+    assert place.endswith(" test_who_waits_for_the_handle_of_a_collective_waits, waiting")
+    assert is_waiting(place)
+    heartbeats = ranks((5, place), (5, "w1train/data/loader.py:1 read"))
+    assert describe_hang(heartbeats, [], 2).startswith("rank 1 on node1")
+
+
 def test_an_activity_is_for_a_while():
     calls: list[str] = []
     one = Pulse(activity=TRAINING)

@@ -98,8 +98,8 @@ def test_sizes_alone_are_compared_if_hashes_are_not(tmp_path):
     shard = tmp_path / "rank_00000.shards"
     shard.write_bytes(b"abc")
     files = {shard.name: {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
-    manifest = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    content = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
     verify_checkpoint(tmp_path)
     shard.write_bytes(b"abd")
     verify_checkpoint(tmp_path, hashes=False)

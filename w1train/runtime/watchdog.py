@@ -9,6 +9,7 @@ missing; of the others those are named that are behind. All of it goes through f
 from __future__ import annotations
 
 import faulthandler
+import linecache
 import logging
 import os
 import shutil
@@ -34,6 +35,9 @@ _FEWEST_SECONDS, _MOST_SECONDS = 0.05, 1.0
 _PAUSE_SECONDS = 5.0
 # Where a rank that waits for others is: torch's collectives, megatron-core's pipeline messages, this project's exchanges of flags.
 _WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "w1train/training/agreement.py", "w1train/runtime/transfers.py")
+# Ends a place whose line waits for the handle of a collective that was begun before: torch has no Python function there, and megatron-core
+# waits in its layers.
+_WAITS = ", waiting"
 _MOST_NAMED = 16
 
 
@@ -199,11 +203,11 @@ def describe_hang(heartbeats: dict[int, Heartbeat], missing: list[int], world_si
 
 def is_waiting(place: str) -> bool:
     """Whether a rank at this place waits for other ranks."""
-    return any(part in place for part in _WAITING)
+    return place.endswith(_WAITS) or any(part in place for part in _WAITING)
 
 
 def describe_place(frame: FrameType | None) -> str:
-    """``path/to/file.py:12 function`` of the innermost Python function of a thread."""
+    """``path/to/file.py:12 function`` of the innermost Python function of a thread, and whether its line waits for a handle."""
     if frame is None:
         return ""
     path = frame.f_code.co_filename
@@ -213,7 +217,8 @@ def describe_place(frame: FrameType | None) -> str:
         if found:
             path = after if root == "/site-packages/" else f"w1train/{after}"
             break
-    return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
+    waits = _WAITS if ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno) else ""
+    return f"{path}:{frame.f_lineno} {frame.f_code.co_name}{waits}"
 
 
 def _listing(ranks: list[int], heartbeats: dict[int, Heartbeat]) -> str:

@@ -280,14 +280,14 @@ class CheckpointSaver:
         while True:
             silence = self._clock() - moved
             states = [uploader.is_busy, uploader.num_sent, silence > self._upload_patience] if uploader is not None else [0, 0, 0]
-            is_busy, now_sent, is_dead = agree(states)
+            is_busy, now_sent, is_dead, is_moving = agree([*states, self._movement.is_new()])
             if not is_busy:
                 return
             if is_dead:
                 if uploader is not None:
                     uploader.abandon(silence)
                 return
-            if now_sent > num_sent:
+            if now_sent > num_sent or is_moving:
                 # Hours, perhaps: a hang is an upload in which nothing gets through.
                 num_sent, moved = now_sent, self._clock()
                 beat()

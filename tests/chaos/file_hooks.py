@@ -1,0 +1,146 @@
+"""Faults of files inside a rank: it is killed in the middle of a group of changes, or one file cannot be read or written.
+
+As the hooks of hooks.py, they are set by the launcher before training begins, leave a mark when they strike, and know nothing of who in
+w1train opens, renames or removes a file: they see the calls themselves.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.runs import Sabotage
+
+_CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+"""Python's audit events of what changes a directory; an event ``open`` does so only where the file is opened for writing."""
+
+
+def kill_at_change(mark: Path, *, victim: int, word: str, number: int, group: int = 0) -> Sabotage:
+    """Rank ``victim`` kills itself before the ``number``-th change of files whose path has ``word`` in it, or before the last one of the
+    group if there are fewer; once. The last change of a group gives a directory another name without the word, or removes it.
+
+    The removal of a directory's content, whose events have names without their directory, counts with the directory.
+
+    Args:
+        group: how many groups of changes pass before.
+    """
+
+    def sabotage(rank: int) -> None:
+        if rank != victim or mark.exists():
+            return
+        num_groups, num_changes, thread = 0, 0, 0
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal num_groups, num_changes, thread
+            if event not in _CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                return
+            is_named = any(word in str(path) for path in arguments[:2])
+            is_removal = event in ("os.remove", "os.rmdir") and thread == threading.get_ident()
+            if not (is_named or is_removal):
+                return
+            thread = threading.get_ident()
+            num_changes += 1
+            is_last = _is_last(event, word, arguments)
+            if num_groups == group and (num_changes == number or is_last):
+                kill_myself(mark, f"before {event} of {arguments[0]}")
+            if is_last:
+                num_groups, num_changes, thread = num_groups + 1, 0, 0
+
+        sys.addaudithook(audit)
+
+    return sabotage
+
+
+def _is_last(event: str, word: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a change ends its group."""
+    return word in str(arguments[0]) and (event == "os.rmdir" or (event == "os.rename" and word not in str(arguments[1])))
+
+
+def kill_myself(mark: Path, where: str) -> None:
+    """Leave the mark, and end this process as the kernel would."""
+    mark.write_text(where)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) -> Sabotage:
+    """Whatever file is opened in ``mode`` ("rb" or "wb") under a path that ``is_bad`` opens, and each read or write of it fails.
+
+    Args:
+        code: of the OSError.
+    """
+
+    def open_file(path: str | Path) -> _FailingFile:
+        mark.touch()
+        file = _FailingFile(path, mode[0])
+        file.code = code
+        return file
+
+    return lambda rank: _replace_files(mode, is_bad, open_file)
+
+
+def slow_file(mark: Path, *, victim: int, name: str, seconds: float) -> Sabotage:
+    """Each write of rank ``victim`` to the file whose path ends with ``name`` takes half a second, until so many seconds are over: then it
+    leaves its mark. A start that finds the mark is spared."""
+
+    def open_file(path: str | Path) -> _SlowFile:
+        file = _SlowFile(path, "w")
+        file.mark, file.seconds_left = mark, seconds
+        return file
+
+    def sabotage(rank: int) -> None:
+        if rank == victim:
+            _replace_files("wb", lambda path: path.endswith(name) and not mark.exists(), open_file)
+
+    return sabotage
+
+
+def _replace_files(mode: str, is_chosen: Callable[[str], bool], open_file: Callable[[str | Path], io.FileIO]) -> None:
+    """Whoever opens a chosen file in this mode, in this process, gets another one."""
+    original = io.open
+
+    def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if found != mode or not isinstance(path, str | Path) or not is_chosen(str(path)):
+            return original(path, found, *args, **kwargs)
+        file = open_file(path)
+        return io.BufferedReader(file) if mode == "rb" else io.BufferedWriter(file)
+
+    io.open = builtins.open = opened  # pathlib asks the one, all others the other
+
+
+class _FailingFile(io.FileIO):
+    """A file of a disk that gives nothing and takes nothing."""
+
+    code: int
+
+    def readinto(self, _buffer: Any) -> int:
+        raise OSError(self.code, os.strerror(self.code), str(self.name))
+
+    def readall(self) -> bytes:
+        raise OSError(self.code, os.strerror(self.code), str(self.name))
+
+    def write(self, _data: Any) -> int:
+        raise OSError(self.code, os.strerror(self.code), str(self.name))
+
+
+class _SlowFile(io.FileIO):
+    """A file of a disk that is slow for a while."""
+
+    mark: Path
+    seconds_left: float
+
+    def write(self, data: Any) -> int:
+        if self.seconds_left > 0:
+            time.sleep(0.5)
+            self.seconds_left -= 0.5
+            if self.seconds_left <= 0:
+                self.mark.touch()
+        # The rest of the buffer is written by the next calls: a file of few writes takes as long as one of many.
+        return super().write(memoryview(data)[: 1 << 14] if self.seconds_left > 0 else data)
