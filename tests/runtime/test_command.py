@@ -136,7 +136,7 @@ def test_errors_of_our_own_keep_their_traceback():
 )
 def test_output_that_nobody_takes(tmp_path, unbuffered, redirection, expected, message):
     """A command that needs no torch, with more lines than a pipe holds, in a locale that cannot show them."""
-    runs = " ".join(f"{tmp_path}/{number}-nö-run" for number in range(2000))
+    runs = " ".join(f"{tmp_path}/{number}-nö-run" for number in range(1000))
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code = "import sys; from w1train import status; status.main(sys.argv[1:])"
     script = f'set -o pipefail; {sys.executable} -c "{code}" {runs} {redirection}'

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
+from w1train.runtime.files import open_new
 from w1train.runtime.pulse import pulse
 from w1train.runtime.transfers import PiecewiseFile, together
 from w1train.training.checkpoint import MANIFEST, complete_steps, is_complete, read_progress, step_path, verify_checkpoint, write_complete
@@ -167,7 +168,7 @@ def _write_shards(sources: list[Shards], writing: Path) -> None:
 
 def _write_file(path: Path, parts: Sequence[tuple[str, StoredTensor, Shard]], sources: list[Shards]) -> ShardIndex:
     tensors: dict[str, StoredTensor] = {}
-    with path.open("wb") as file, pulse.transferring(f"writing {path}"):
+    with open_new(path) as file, pulse.transferring(f"writing {path}"):
         stream = PiecewiseFile(file)
         for key, tensor, shard in parts:
             before = tensors[key].shards if key in tensors else ()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.schema_operation import CheckpointConfig
+from w1train.runtime.files import open_new
 from w1train.runtime.object_storage import ObjectStorage, WrongSizeError
 from w1train.training.manifest import MANIFEST, MAXIMUM_BYTES, STEP_DIRECTORY, CheckpointError, check_manifest, read_manifest, step_path
 from w1train.training.retention import kept_steps, rank_steps
@@ -163,7 +164,7 @@ class RemoteCheckpoints:
             OSError: the local disk or the storage failed.
         """
         try:
-            with (directory / name).open("xb") as file:
+            with open_new(directory / name) as file:
                 self._storage.download(f"{self._path(step)}/{name}", file, num_bytes)
         except (FileNotFoundError, WrongSizeError) as error:
             raise CheckpointError(str(error)) from error

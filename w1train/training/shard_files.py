@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from w1train.runtime.files import write_text
+from w1train.runtime.files import open_new, write_text
 from w1train.runtime.pulse import pulse
 from w1train.runtime.transfers import PIECE_BYTES, PiecewiseFile
 from w1train.training.shard_index import Shard, ShardIndex, StoredTensor
@@ -66,7 +66,7 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
     directory.mkdir(parents=True, exist_ok=True)
     path, note = shard_path(directory, rank), _note(directory, rank)
     try:
-        with path.open("wb") as file, pulse.transferring(f"writing {path}"):
+        with open_new(path) as file, pulse.transferring(f"writing {path}"):
             stream = _HashedFile(file)
             index = ShardIndex(write_boxes(stream, path.name, boxes, tensors), values)
             stream.sync()
