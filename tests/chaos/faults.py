@@ -185,7 +185,7 @@ def _make_unreadable(shard: Path, scene: Scene) -> None:
 def _unreadable_hook(scene: Scene) -> Sabotage:
     """The hook of a start before the damage finds no file to fail."""
     path = scene.marks / "unreadable"
-    return fail_files(scene.marks / "failed", errno.EIO, "rb", lambda name: path.exists() and name == path.read_text())
+    return fail_files(scene.marks / "failed", errno.EIO, "r", lambda name: path.exists() and name == path.read_text())
 
 
 def _fill_disk(scene: Scene) -> Iterator[None]:
@@ -275,7 +275,7 @@ def _full_at_manifest_hook(scene: Scene) -> Sabotage:
     step = scene.random.randrange(CHECKPOINT_INTERVAL, NUM_STEPS + 1, CHECKPOINT_INTERVAL)
     mark, name = scene.marks / "failed", f"step_{step:010d}/manifest.json"
     scene.notes.append(f"at step {step}")
-    return fail_files(mark, errno.ENOSPC, "wb", lambda path: name in path and not mark.exists())
+    return fail_files(mark, errno.ENOSPC, "w", lambda path: name in path and not mark.exists())
 
 
 def _slow_hook(scene: Scene) -> Sabotage:

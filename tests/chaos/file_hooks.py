@@ -70,8 +70,12 @@ def kill_myself(mark: Path, where: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+_MODES = {"r": ("rb",), "w": ("wb", "x+b")}
+"""How w1train opens files of bytes to read them, and to write them anew."""
+
+
 def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) -> Sabotage:
-    """Whatever file is opened in ``mode`` ("rb" or "wb") under a path that ``is_bad`` opens, and each read or write of it fails.
+    """Whatever file is opened to read ("r") or to write ("w") under a path that ``is_bad`` opens, and each read or write of it fails.
 
     Args:
         code: of the OSError.
@@ -79,7 +83,7 @@ def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) 
 
     def open_file(path: str | Path) -> _FailingFile:
         mark.touch()
-        file = _FailingFile(path, mode[0])
+        file = _FailingFile(path, mode)
         file.code = code
         return file
 
@@ -97,7 +101,7 @@ def slow_file(mark: Path, *, victim: int, name: str, seconds: float) -> Sabotage
 
     def sabotage(rank: int) -> None:
         if rank == victim:
-            _replace_files("wb", lambda path: path.endswith(name) and not mark.exists(), open_file)
+            _replace_files("w", lambda path: path.endswith(name) and not mark.exists(), open_file)
 
     return sabotage
 
@@ -107,10 +111,10 @@ def _replace_files(mode: str, is_chosen: Callable[[str], bool], open_file: Calla
     original = io.open
 
     def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if found != mode or not isinstance(path, str | Path) or not is_chosen(str(path)):
+        if found not in _MODES[mode] or not isinstance(path, str | Path) or not is_chosen(str(path)):
             return original(path, found, *args, **kwargs)
         file = open_file(path)
-        return io.BufferedReader(file) if mode == "rb" else io.BufferedWriter(file)
+        return io.BufferedReader(file) if mode == "r" else io.BufferedWriter(file)
 
     io.open = builtins.open = opened  # pathlib asks the one, all others the other
 

@@ -74,4 +74,4 @@ def test_a_broken_file_is_said(tmp_path, caplog):
     source = tmp_path / "tokenizer.json"
     source.write_text(json.dumps({"model": {}})[:5])
     assert run(source, tmp_path / "out.json", "--eos", "x") == 1
-    assert "is no JSON" in caplog.text
+    assert "is not a tokenizer.json" in caplog.text

@@ -61,14 +61,14 @@ def test_a_save_that_is_slower_than_the_patience_with_hangs_is_waited_for(tiny_r
 def test_a_save_of_which_no_byte_moves_is_a_hang_that_names_its_rank(tiny_run):
     outcome = tiny_run.train(*HANG, world_size=2, sabotage=stalled(rank=1)).require(1)
     assert "(health.hang_timeout): the run waits for the storage of rank 1 on " in outcome.output
-    assert f"writing {tiny_run.checkpoints / '.writing-step_0000000003/__1_0.distcp'}" in outcome.output
+    assert f"writing {tiny_run.checkpoints / '.writing-step_0000000003/rank_00001.shards'}" in outcome.output
 
 
 def test_slow_hashing_and_slow_averaging_of_one_rank_are_waited_for(tiny_run):
     """Of a start, of the members of an average, of the average itself: each takes longer than a hang."""
 
     def sabotage(rank: int) -> None:
-        slow(averaging, "_write_shard", rank=1, seconds=4.0)(rank)
+        slow(averaging, "_averaged", rank=1, seconds=4.0)(rank)
         slow(manifest, "_sha256", rank=1, seconds=4.0)(rank)
 
     average = ("checkpoint.keep_best=2", "checkpoint.average_at_end=true", "validation.interval=3")

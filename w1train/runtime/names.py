@@ -24,9 +24,14 @@ def open_inside(directory: Path, name: str) -> BufferedReader:
             have us read (and copy into a log or an export) any file that we may read, or wait for ever.
     """
     assert is_plain_name(name), name
+    return open(directory / name, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Do what ``open`` does with ``os.open``, for regular files alone."""
     # O_NONBLOCK: opening a pipe would wait for somebody who writes into it.
-    descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{directory / name} is not a regular file")
-    return os.fdopen(descriptor, "rb")
+        raise OSError(f"{path} is not a regular file")
+    return descriptor

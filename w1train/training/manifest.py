@@ -22,7 +22,7 @@ from w1train.config.serialization import config_from_yaml
 from w1train.runtime.distributed import agreed, on_every_rank
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.pulse import moved, pulse
-from w1train.runtime.transfers import PIECE_BYTES, together
+from w1train.runtime.transfers import together
 
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
@@ -30,6 +30,7 @@ WRITING = ".writing-"
 MAXIMUM_BYTES = 64 << 20
 """Of a manifest: an entry takes some 130 bytes, so that this is about half a million files."""
 _MOST_PROBLEMS = 5
+_BUFFER_BYTES = 1 << 18
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 STEP_DIRECTORY = re.compile(r"step_\d{10}")
 
@@ -249,9 +250,10 @@ def hash_files(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def _sha256(file: BufferedReader) -> str:
-    digest = hashlib.sha256()
+    # One small buffer: a large one, of a thread that ends, stays in the allocator's hands.
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BUFFER_BYTES))
     with pulse.transferring(f"reading {file.name}"):
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
+        while num_bytes := file.readinto(buffer):
+            digest.update(buffer[:num_bytes])
             moved()
     return digest.hexdigest()

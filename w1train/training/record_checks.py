@@ -57,7 +57,9 @@ def check_events(path: Path, records: Sequence[Record]) -> None:
 
 
 def check_summary(path: Path, summary: Record) -> None:
-    """As :func:`check_metrics`, for summary.json."""
+    """As :func:`check_metrics`, for summary.json; a value that is null counts as one that is not there."""
+    for name in [name for name, value in summary.items() if value is None]:
+        del summary[name]
     for name in _COUNTS:
         value = summary.get(name)
         if value is not None and not _is_count(value):
