@@ -10,7 +10,7 @@ WORKERS ?= 3
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curriculum docker docker-cpu test test-gpu chaos lint format clean
+.PHONY: help install demo curriculum docker docker-cpu test test-all test-gpu chaos lint format clean
 
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -32,7 +32,10 @@ docker:  ## Build the image for clusters, on NVIDIA's PyTorch (IMAGE=name, ARGS=
 docker-cpu:  ## Build the image for CPUs (same variables)
 	@docker/build.sh cpu $(ARGS)
 
-test: install  ## Run the tests that need no GPU (ARGS="-k name" for some of them)
+test: install  ## Run the tests that need no GPU and take no long time (ARGS="-k name" for some of them)
+	@$(VENV)/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: install  ## Run the slow tests too: long ones of what rarely breaks
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: install  ## Run the tests that need a GPU

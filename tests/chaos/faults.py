@@ -84,8 +84,8 @@ def _kill_and_change_layout(scene: Scene) -> Iterator[None]:
 
 
 def _freeze(scene: Scene) -> Iterator[None]:
-    """For ever: only the other rank can notice."""
-    yield from scene.moment()
+    """For ever: only the other rank can notice. Before the ranks have met, the one that is left would only say that it cannot meet it."""
+    yield from scene.moment(first=1)
     scene.strike()
     victim = scene.random.choice(_ALL)
     scene.evidence = _who_hangs(victim, "is missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+from datetime import timedelta
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from w1train.runtime.distributed import (
     agreed,
     all_or_none,
     distributed,
+    initialize_process_group,
     is_agreed,
     is_lost_connection,
     on_every_rank,
@@ -134,3 +136,15 @@ def _one_layout_after_another(_rank, _size, ports):
 def test_no_group_outlives_its_layout():
     ports = [free_port() for _ in range(3)]
     assert run_distributed(_one_layout_after_another, 2, ports, process_group=False) == [True, True]
+
+
+def test_a_rank_that_meets_nobody_says_so():
+    def meet(_rank: int, _size: int) -> str:
+        port = free_port()
+        os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        message = rf"rank 1 could not meet the other ranks at 127.0.0.1:{port} \(.*\). Check that rank 0"
+        with pytest.raises(ConnectionError, match=message) as failure:
+            initialize_process_group(torch.device("cpu"), timedelta(seconds=1))
+        return str(failure.value)
+
+    assert "\n" not in run_distributed(meet, 1, process_group=False)[0]

@@ -81,9 +81,13 @@ def write_checkpoint(directory: Path, tensor: torch.Tensor, num_ranks: int = 1) 
         offset = (rank * (sizes[0] // num_ranks), *[0] * (len(sizes) - 1))
         box = Box("weight", sizes, tensor.dtype, offset, tuple(part.shape))
         write_part(directory, rank, [box], [part], {"progress": {"step": 1}} if rank == 0 else {})
-    files = write_index(directory, num_ranks)
+    write_manifest(directory, write_index(directory, num_ranks))
+
+
+def write_manifest(directory: Path, files: dict[str, Any]) -> None:
+    """A manifest of the ranks' files and the index."""
     content = (directory / INDEX).read_bytes()
-    files[INDEX] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = {**files, INDEX: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     manifest = {"step": 1, "samples": 0, "seconds": 0.0, "dataset": None, "files": files}
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
@@ -111,6 +115,7 @@ def test_a_scalar_is_stored_and_views_are_stored_alone(tmp_path):
     write_part(tmp_path, 0, [Box("scalar", (), torch.float32, (), ())], [torch.arange(3.0)[1]], {})
     files = write_index(tmp_path, 1)
     assert files["rank_00000.shards"]["size"] == 4
+    write_manifest(tmp_path, files)
     shards = Shards(tmp_path)
     assert shards.read("scalar", shards.tensors["scalar"].shards[0]) == 1.0
 
@@ -197,6 +202,15 @@ def test_no_change_of_an_index_is_anything_but_refused_or_read(data, tmp_path_fa
     (directory / INDEX).write_bytes(content)
     with contextlib.suppress(CheckpointError):
         read_all(directory)
+
+
+def test_a_shard_in_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
+    write_checkpoint(tmp_path, torch.zeros(6, 4), num_ranks=2)
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    del manifest["files"]["rank_00001.shards"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"weight is in rank_00001.shards, which the manifest does not name"):
+        Shards(tmp_path)
 
 
 def links_to(path: Path, target: Path) -> None:

@@ -55,7 +55,11 @@ def distributed(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTI
 
 
 def initialize_process_group(device: torch.device, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
-    """The default group: NCCL for CUDA tensors and gloo for CPU ones; gloo alone without CUDA."""
+    """Make the default group: NCCL for CUDA tensors and gloo for CPU ones; gloo alone without CUDA.
+
+    Raises:
+        ConnectionError: the ranks have not met within the timeout.
+    """
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
@@ -64,9 +68,17 @@ def initialize_process_group(device: torch.device, timeout: datetime.timedelta =
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     options: dict[str, Any] = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
-    if (start := store_of_this_start(timeout)) is not None:
-        options.update(zip(("store", "rank", "world_size"), start, strict=True))
-    dist.init_process_group(backend, **options)
+    try:
+        if (start := store_of_this_start(timeout)) is not None:
+            options.update(zip(("store", "rank", "world_size"), start, strict=True))
+        dist.init_process_group(backend, **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(error).partition("\n")[0]
+        message = (
+            f"rank {os.environ['RANK']} could not meet the other ranks at {place} ({why}). Check that rank 0 runs and can be reached there"
+        )
+        raise ConnectionError(message) from error
 
 
 def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:

@@ -57,7 +57,7 @@ def read(content: bytes) -> tuple[dict[str, tuple[str, Sequence[int], Boxes]], l
                 objects.append(places[key, None])
     except pickle.UnpicklingError as error:
         raise ValueError(str(error)) from error
-    except (AttributeError, KeyError, IndexError, TypeError, EOFError, MemoryError) as error:
+    except (ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, TypeError) as error:
         # What an unpickler meets in a damaged or invented stream.
         raise ValueError(f"it is not the metadata of a checkpoint ({type(error).__name__}: {error})") from error
     return tensors, objects

@@ -115,10 +115,6 @@ class ShardIndex:
             if num_elements != math.prod(tensor.sizes) or len({shard.offset for shard in tensor.shards}) != len(tensor.shards):
                 raise ValueError(f"the boxes of {key:.80} do not cover its sizes {list(tensor.sizes)} once")
 
-    def files(self) -> set[str]:
-        """Return the names of the files that hold shards."""
-        return {shard.file for tensor in self.tensors.values() for shard in tensor.shards}
-
 
 def dtype_named(name: object) -> torch.dtype:
     """Return a dtype by its name. Raises ValueError: tensors of a checkpoint do not have it."""

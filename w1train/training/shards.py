@@ -5,7 +5,6 @@ Nothing but the shard in hand is in memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from w1train.runtime.names import open_inside
 from w1train.runtime.pulse import moved
 from w1train.runtime.transfers import PIECE_BYTES
 from w1train.training.legacy_index import read_archive
-from w1train.training.manifest import damaged
+from w1train.training.manifest import damaged, read_manifest
 from w1train.training.plain_values import decode
 from w1train.training.shard_index import Shard, StoredTensor, read_index
 
@@ -26,32 +25,28 @@ class Shards:
     """A complete checkpoint's shards, to be read."""
 
     def __init__(self, path: Path) -> None:
-        """Read the index.
+        """Read the index. The caller has verified the files (``verify_checkpoint``).
 
         Raises:
-            CheckpointError: it is missing or damaged, or names what is not in the checkpoint's directory.
+            CheckpointError: the index or the manifest is missing or damaged, or they do not fit together.
         """
         self.path = path
         self.index = read_index(path)
         self._require_files()
 
     def _require_files(self) -> None:
-        """Compare what the index claims with the lengths of the files, before anybody takes memory or time for what it claims."""
-        lengths = {name: self._length(name) for name in sorted(self.index.files())}
+        """Compare what the index claims with the manifest's sizes of files, which the ranks have compared with the files together, before
+        anybody takes memory or time for what the index claims."""
+        files = read_manifest(self.path)["files"]
         for key, tensor in self.tensors.items():
             for shard in tensor.shards:
                 num_bytes = tensor.num_bytes(shard)
                 if shard.archive_bytes is not None and num_bytes > shard.archive_bytes:
                     raise damaged(self.path, [f"{key:.80} has {num_bytes} bytes in an archive of {shard.archive_bytes}"])
-                if shard.start + (shard.archive_bytes or num_bytes) > lengths[shard.file]:
+                if shard.file not in files:
+                    raise damaged(self.path, [f"{key:.80} is in {shard.file}, which the manifest does not name"])
+                if shard.start + (shard.archive_bytes or num_bytes) > files[shard.file]["size"]:
                     raise damaged(self.path, [f"{key:.80} ends behind the end of {shard.file}"])
-
-    def _length(self, name: str) -> int:
-        try:
-            with open_inside(self.path, name) as file:
-                return os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise damaged(self.path, [f"{name} cannot be read: {error}"]) from error
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
