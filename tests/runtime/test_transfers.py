@@ -121,7 +121,7 @@ def test_a_rank_that_is_done_beats_as_long_as_another_one_moves(is_moving):
 
 def test_the_rank_whose_storage_has_stalled_is_named_before_those_that_are_behind(tmp_path: Path):
     heartbeats = ranks((5, WAITING), (5, WAITING), (4, WAITING))
-    heartbeats[1].stalled = "writing a/__1_0.distcp"
+    heartbeats[1].stalled = "writing a/rank_00001.shards"
     text = describe_hang(heartbeats, [], 3)
     assert text.startswith("the run waits for the storage of rank 1 on node1 (process 1")
-    assert text.endswith("where no byte moves (rank 1: writing a/__1_0.distcp)")
+    assert text.endswith("where no byte moves (rank 1: writing a/rank_00001.shards)")

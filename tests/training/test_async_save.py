@@ -360,8 +360,8 @@ def test_the_checkpoints_that_stay_do_not_depend_on_the_storage(tmp_path):
     (held, slow), others = on_ranks(save)
     assert [complete_steps(tmp_path / name) for name in faults] == [[4], [4]]
     assert f"to {url}, as long as something arrives every 0 s" in held
-    assert re.search(r"took nothing for \d+ s: the run ends without a copy of its newest checkpoint there", held)
-    assert "took nothing" not in slow
+    assert re.search(r"reported nothing for \d+ s: the run ends without a copy of its newest checkpoint there", held)
+    assert "reported nothing" not in slow
     assert complete_steps(tmp_path / "bucket") == [4]
     assert not any("upload" in other for other in others)
 

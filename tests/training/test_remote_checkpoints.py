@@ -26,7 +26,7 @@ from w1train.training.remote_checkpoints import MARKER, Marker, RemoteCheckpoint
 from w1train.training.uploader import Uploader
 
 STEPS = (3, 6, 9)
-FILES = ("config.yaml", "__0_0.distcp", "__1_0.distcp")
+FILES = ("config.yaml", "rank_00000.shards", "rank_00001.shards")
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_faults_that_pass_are_waited_out_and_others_end_the_start(tmp_path):
         {"omitted": ["step_0000000009"]},
     ]
     errors = ("HttpError", "ClientError denied", "OSError")
-    bad: list[dict[str, Any]] = [{"failing": {"get": 1.0}, "error": error, "only": "*distcp"} for error in errors]
+    bad: list[dict[str, Any]] = [{"failing": {"get": 1.0}, "error": error, "only": "*shards"} for error in errors]
 
     def main(rank: int, _size: int) -> list[Any]:
         answers = []

@@ -23,7 +23,7 @@ from w1train.training import legacy_index
 from w1train.training.manifest import CheckpointError, check_manifest, verify_checkpoint
 from w1train.training.plain_values import decode, encode, first_unlike
 from w1train.training.shard_files import write_index, write_part
-from w1train.training.shard_index import INDEX
+from w1train.training.shard_index import INDEX, ShardIndex
 from w1train.training.shard_plan import Box
 from w1train.training.shards import Shards
 
@@ -120,6 +120,33 @@ def test_a_scalar_is_stored_and_views_are_stored_alone(tmp_path):
     assert shards.read("scalar", shards.tensors["scalar"].shards[0]) == 1.0
 
 
+@given(data=st.data())
+def test_boxes_are_whole_exactly_if_each_element_is_in_one(data):
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    boxes, counts = [], torch.zeros(sizes, dtype=torch.int64)
+    for _ in range(data.draw(st.integers(1, 5))):
+        offset = [data.draw(st.integers(0, size - 1)) for size in sizes]
+        box = [data.draw(st.integers(1, size - start)) for size, start in zip(sizes, offset, strict=True)]
+        counts[tuple(slice(start, start + size) for start, size in zip(offset, box, strict=True))] += 1
+        boxes.append(["rank_00000.shards", 0, offset, box])
+    for place in (counts == 0).nonzero().tolist() if data.draw(st.booleans()) else []:
+        counts[tuple(place)] += 1
+        boxes.append(["rank_00000.shards", 0, place, [1] * len(sizes)])
+    tree = {"version": 1, "values": {}, "tensors": {"weight": {"dtype": "float32", "sizes": sizes, "shards": boxes}}}
+    index = ShardIndex.from_json(tree)
+    with contextlib.nullcontext() if bool((counts == 1).all()) else pytest.raises(ValueError, match="do not cover its sizes"):
+        index.require_whole()
+
+
+def test_a_tensor_cut_for_many_ranks_is_whole_and_one_cut_into_dust_is_refused():
+    columns = [["f", 0, [row, 8 * column], [4, 8]] for row in range(0, 512, 4) for column in range(8)]
+    ladder = [["f", 0, [row, row], [3000 - row, 1]] for row in range(3000)]
+    for boxes, sizes, words in ((columns, [512, 64], None), (ladder, [3000, 3001], "do not cover")):
+        tree = {"version": 1, "values": {}, "tensors": {"weight": {"dtype": "float32", "sizes": sizes, "shards": boxes}}}
+        with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
+            ShardIndex.from_json(tree).require_whole()
+
+
 def read_all(directory: Path) -> None:
     """Every tensor of a checkpoint, as a reader would."""
     shards = Shards(directory)
@@ -160,6 +187,7 @@ HOSTILE_INDEXES = {
     "sizes of fractions": lambda tree, weight, shard: weight.__setitem__("sizes", [6.0, 4]),
     "a shard less": lambda tree, weight, shard: weight["shards"].pop(),
     "a shard twice": lambda tree, weight, shard: weight["shards"].__setitem__(1, shard),
+    "overlapping shards": lambda tree, weight, shard: (shard.__setitem__(3, [4, 4]), weight["shards"][1].__setitem__(3, [2, 4])),
     "a short shard": lambda tree, weight, shard: shard.pop(),
     "another type": lambda tree, weight, shard: weight.__setitem__("dtype", "object"),
     "a type that is a list": lambda tree, weight, shard: weight.__setitem__("dtype", ["float32"]),

@@ -13,6 +13,8 @@ from urllib.parse import unquote
 
 MASK = "***"
 
+_LONGEST = 2048
+"""Characters of a word that is searched; a longer one is masked as a whole, for a search takes time like the square of its length."""
 _WORD = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"<>]+""")
 # First as the standard has it: the host begins behind the last @ before the first / ? or #. Then passwords in which these three are not
 # encoded; what looks like a port is no password.
@@ -23,9 +25,13 @@ _QUERY = re.compile(rf"([?&;](?:[^=&;?#]*(?:{_SECRETS})|sig|key|pwd)=)([^&;#']+)
 
 def mask_urls(text: str) -> str:
     """The text with ``***`` for the passwords, signatures and tokens of the URLs in it. What is masked stays as it is."""
-    if "://" not in text:
-        return text
-    return _WORD.sub(lambda word: _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1:{MASK}@", word[0])), text)
+    return _WORD.sub(lambda word: _mask_word(word[0]), text) if "://" in text else text
+
+
+def _mask_word(word: str) -> str:
+    if len(word) > _LONGEST:
+        return f"{word.partition('://')[0]}://{MASK}"
+    return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1:{MASK}@", word))
 
 
 def mask_tree(value: Any) -> Any:
@@ -40,13 +46,17 @@ def mask_tree(value: Any) -> Any:
 def find_passwords(text: str) -> set[str]:
     """What :func:`mask_urls` would mask, as it is written and, where it is percent-encoded, as it is meant."""
     found = set()
-    for word in _WORD.findall(text):
+    for word in _short_words(text):
         found |= {match[2] for match in _USER.finditer(word)}
         found |= {match[2] for match in _QUERY.finditer(_USER.sub(rf"\1:{MASK}@", word))}
     return (found | {unquote(password) for password in found}) - {MASK}
 
 
+def _short_words(text: str) -> list[str]:
+    return [word for word in _WORD.findall(text) if len(word) <= _LONGEST]
+
+
 def is_masked(url: str) -> bool:
     """Whether a URL has lost its password by :func:`mask_urls`: it cannot be opened."""
-    words = _WORD.findall(url)
+    words = _short_words(url)
     return any(match[2] == MASK for word in words for pattern in (_USER, _QUERY) for match in pattern.finditer(word))

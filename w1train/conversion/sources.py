@@ -14,6 +14,7 @@ from torch import Tensor
 
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import read_json_object, shorten
+from w1train.training.manifest import damaged
 from w1train.training.shards import Shards
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,6 +23,8 @@ SUFFIX = ".safetensors"
 LARGEST_HEADER = 16 << 20
 """Bytes of a safetensors file's header; the published ones stay below a megabyte."""
 _SIZE_BYTES = 8
+_MOST_TENSORS = 500_000
+"""Of a checkpoint, counted by layer. The largest models of the field have some 50,000."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Of safetensors, those that weights are imported from."""
 
@@ -167,6 +170,8 @@ class CheckpointDirectory:
         if not key.startswith(self._STACKED):
             self.tensors[key], self.dtypes[key] = size, dtype
             return
+        if len(self.tensors) + size[0] > _MOST_TENSORS:
+            raise damaged(self._shards.path, [f"{key:.80} has {size[0]} layers; a checkpoint has at most {_MOST_TENSORS} tensors"])
         for layer in range(size[0]):
             name = f"{self._STACKED}{layer}.{key.removeprefix(self._STACKED)}"
             self.tensors[name], self.dtypes[name] = size[1:], dtype

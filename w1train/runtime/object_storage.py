@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from w1train.config.errors import UserError
 from w1train.runtime.masking import mask
+from w1train.runtime.pulse import moved
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +217,7 @@ def _copy(files: Any, path: str, file: BinaryIO, num_bytes: int) -> None:
                 raise WrongSizeError(f"more than the expected {num_bytes} bytes came")
             try:
                 file.write(chunk)
+                moved()
             except OSError as error:
                 raise _LocalError(OSError(error.errno, error.strerror, file.name)) from error
     if file.tell() != num_bytes:

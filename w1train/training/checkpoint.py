@@ -80,7 +80,6 @@ __all__ = [
     "write_complete",
 ]
 
-"""megatron-core's name of what is no tensor."""
 
 # "fully reshardable": optimizer state by parameter, so that a checkpoint loads under any other layout. megatron-core's
 # default ("dp_reshardable") refuses a change of tensor or pipeline sizes.

@@ -1,7 +1,7 @@
 """The index of checkpoints from before December 2026: torch's ``.metadata``, a pickle, read without running anything that is in it.
 
-A pickle names the functions that build its objects, so that reading somebody else's is to run their program. The unpickler here knows
-sixteen names, gives its own inert classes for them, and refuses every other name. Nothing else in the project unpickles a file.
+A pickle names the functions that build its objects, so that reading somebody else's is to run their program. The unpickler here knows a
+closed list of names, gives its own inert classes for them, and refuses every other name. Nothing else in the project unpickles a file.
 """
 
 from __future__ import annotations

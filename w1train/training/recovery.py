@@ -19,6 +19,7 @@ from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.distributed import agreed, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.runtime.object_storage import require_protocol
+from w1train.runtime.transfers import together
 from w1train.training.checkpoint import remove_unfinished, require_position
 from w1train.training.commit import DAMAGED, UNDONE, set_aside
 from w1train.training.manifest import (
@@ -175,8 +176,8 @@ def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
 
 
 def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> None:
-    """Copy a checkpoint into the run's directory, where it appears when it is whole and verified. Called on every rank; rank 0 copies, one
-    file for each time that the others wait. Whatever is raised, nothing is left of the copy.
+    """Copy a checkpoint into the run's directory, where it appears when it is whole and verified. Called on every rank; rank 0 copies,
+    and the others wait as long as bytes come. Whatever is raised, nothing is left of the copy.
 
     Raises:
         CheckpointError: on every rank; the copy is not what its manifest says, or has none.
@@ -185,14 +186,21 @@ def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> N
     final = step_path(directory, step)
     copy = directory / f"{WRITING}{final.name}"
     try:
-        for name, num_bytes in on_main_rank(partial(_begin_copy, remote, step, copy)).items():
-            on_main_rank(partial(remote.fetch_file, step, name, num_bytes, copy))
+        files = on_main_rank(partial(_begin_copy, remote, step, copy))
+        on_main_rank(together(partial(_fetch_files, remote, step, files, copy)))
         _verify_copy(copy)
         on_main_rank(partial(_keep_copy, copy, final))
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(copy, ignore_errors=True)
         raise
+
+
+def _fetch_files(remote: RemoteCheckpoints, step: int, files: dict[str, int], copy: Path) -> None:
+    """Copy the files, on rank 0; the other ranks have nothing to do."""
+    if dist.get_rank() == 0:
+        for name, num_bytes in files.items():
+            remote.fetch_file(step, name, num_bytes, copy)
 
 
 def _begin_copy(remote: RemoteCheckpoints, step: int, copy: Path) -> dict[str, int]:

@@ -72,14 +72,11 @@ class _Reader:
         stored = self._shards.tensors.get(wanted.key)
         if stored is None:
             raise damaged(self._shards.path, [f"it has no {wanted.key}"])
-        has_other_sizes = stored.sizes != tuple(wanted.global_shape)
-        if len(stored.sizes) != len(wanted.global_shape) or (has_other_sizes and not wanted.allow_shape_mismatch):
+        if stored.sizes != tuple(wanted.global_shape):
             sizes = f"the sizes {list(stored.sizes)}, the model {list(wanted.global_shape)}"
             raise damaged(self._shards.path, [f"{wanted.key} has {sizes}"])
-        if has_other_sizes:
-            target.zero_()  # the padding of a vocabulary, which the checkpoint has for another number of ranks
         num_read = self._shards.read_into(target, wanted.key, wanted.global_offset)
-        assert has_other_sizes or num_read == target.numel(), f"{num_read} of {target.numel()} elements of {wanted.key} are stored"
+        assert num_read == target.numel(), f"{num_read} of {target.numel()} elements of {wanted.key} are stored"
 
     def raise_failure(self) -> None:
         """Raise the CheckpointError that this rank met, if it met one."""

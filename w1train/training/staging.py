@@ -67,7 +67,7 @@ def _copy(buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def _allocate(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Memory, and empty tensors like the given ones cut out of it. Each has a storage of its own, for torch.save writes storages whole."""
+    """Memory, and empty tensors like the given ones cut out of it. Each has a storage of its own."""
     ends, total = [], 0
     for tensor in tensors:
         start = -(-total // _ALIGNMENT) * _ALIGNMENT

@@ -73,7 +73,9 @@ class Uploader:
         """Wait no longer for a storage that takes nothing. The thread ends with the process."""
         with self._lock:
             self._is_abandoned = True
-        logger.warning("%s took nothing for %.0f s: the run ends without a copy of its newest checkpoint there", self._remote.url, seconds)
+        logger.warning(
+            "%s reported nothing for %.0f s: the run ends without a copy of its newest checkpoint there", self._remote.url, seconds
+        )
 
     def describe(self) -> str:
         """What is being sent, for whoever waits for it."""

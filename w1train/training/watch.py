@@ -89,8 +89,9 @@ class Watch:
 
     def _tell_a_clock_that_was_set_back(self) -> None:
         """Times within a start follow each other, whatever is done to the clock; those of two starts may not."""
-        newest = self.events.newest() or {}
-        behind = float(newest.get("time", 0.0)) - self._time_of_day()
+        newest = (self.events.newest() or {}).get("time")
+        # Somebody else may have written the file.
+        behind = newest - self._time_of_day() if isinstance(newest, int | float) and math.isfinite(newest) else 0.0
         if behind > 0:
             logger.warning("the clock is %.0f s behind the newest event of %s: it was set back since then", behind, self.run.events)
 
