@@ -103,7 +103,7 @@ def test_no_command_runs_what_is_in_a_checkpoint(command, damage, tmp_path):
     assert status in (1, 2), output
     assert "Traceback" not in output
     if damage is with_code_in_metadata:
-        assert "it names posix.system, which no checkpoint needs and which may run a program" in output
+        assert "it names 'posix.system', which no checkpoint needs and which may run a program" in output
     else:
         assert f"{OLD_STEP} is damaged: " in output or "step_0000000005 is damaged: " in output
 

@@ -389,7 +389,7 @@ def test_the_newest_is_sent_again_when_that_has_failed(tmp_path, caplog):
     assert complete_steps(bucket) == [3, 6]
     assert not uploader.try_again()
     # A newer one that succeeds makes up for one that failed, whose remains go.
-    set_faults(bucket, failing={"put": 1.0}, only="step_0000000009/__1*")
+    set_faults(bucket, failing={"put": 1.0}, only="step_0000000009/rank_00001*")
     send_all(uploader, tmp_path / "run", (9, 12), keep=2)
     assert not uploader.try_again()
     assert sorted(path.name for path in bucket.iterdir()) == [MARKER, "step_0000000006", "step_0000000012"]

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from w1train.training import legacy_index
 from w1train.training.manifest import CheckpointError, check_manifest, verify_checkpoint
 from w1train.training.plain_values import decode, encode, first_unlike
 from w1train.training.shard_files import write_index, write_part
-from w1train.training.shard_index import INDEX, ShardIndex
+from w1train.training.shard_index import INDEX, ShardIndex, encode_values
 from w1train.training.shard_plan import Box
 from w1train.training.shards import Shards
 
@@ -63,6 +64,7 @@ def test_the_first_difference_of_kind_is_named():
     assert first_unlike(expected, {"groups": [{"lr": 1, "betas": (0.9, 0.95)}] * 2, "kind": "adam", "more": 1}, "optimizer") is None
     for found, words in [
         ([], "optimizer is [], expected a table"),
+        ({"kind": ""}, "optimizer lacks groups"),
         ({"groups": []}, "optimizer lacks kind"),
         ({"groups": {}, "kind": ""}, "optimizer.groups is {}, expected a list"),
         ({"groups": [{"betas": (1, 2)}], "kind": ""}, "optimizer.groups[0] lacks lr"),
@@ -237,7 +239,7 @@ def test_a_shard_in_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_bytes())
     del manifest["files"]["rank_00001.shards"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"weight is in rank_00001.shards, which the manifest does not name"):
+    with pytest.raises(CheckpointError, match=r"'weight' is in rank_00001.shards, which the manifest does not name"):
         Shards(tmp_path)
 
 
@@ -366,7 +368,7 @@ class Command:
 
 def test_old_metadata_run_nothing(tmp_path):
     for value in (Command(f"touch {tmp_path}/ran"), {"state_dict_metadata": Command(f"touch {tmp_path}/ran")}):
-        with pytest.raises(ValueError, match=r"it names (posix|nt).system, which no checkpoint needs and which may run a program"):
+        with pytest.raises(ValueError, match=r"it names '(posix|nt).system', which no checkpoint needs and which may run a program"):
             legacy_index.read(pickle.dumps(value))
         assert not (tmp_path / "ran").exists()
 
@@ -390,7 +392,7 @@ def test_only_listed_names_are_known(name, protocol):
     else:
         parts = [b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, attribute)]
         stream = b"\x80\x04" + b"".join(parts) + b"\x93."
-    with pytest.raises(ValueError, match=f"it names {module}.{attribute}"):
+    with pytest.raises(ValueError, match=f"it names '{module}.{attribute}'"):
         legacy_index.read(stream)
 
 
@@ -402,6 +404,78 @@ def test_garbage_is_no_metadata(content):
 
 def test_an_archive_with_code_is_refused(tmp_path):
     torch.save([Command(f"touch {tmp_path}/ran")], tmp_path / "archive")
-    with pytest.raises(ValueError, match=r"system|Unsupported|weights"):
-        legacy_index.read_archive((tmp_path / "archive").read_bytes())
+    place = legacy_index.Place("archive", 0, (tmp_path / "archive").stat().st_size)
+    with pytest.raises(ValueError, match=r"it names 'posix.system', which no checkpoint needs"):
+        legacy_index.read_object(tmp_path, place)
+    with pytest.raises(ValueError, match=r"does not have one data/0"):
+        legacy_index.read_tensor(tmp_path, place, torch.float32, [1])
     assert not (tmp_path / "ran").exists()
+
+
+def archive_of(directory: Path, compression: int = zipfile.ZIP_STORED, **files: bytes) -> legacy_index.Place:
+    """An archive as torch writes it, with these files in it."""
+    with zipfile.ZipFile(directory / "archive", "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(f"archive/{name.replace('_', '/', 1) if name.startswith('data_') else 'data.pkl'}", content)
+    return legacy_index.Place("archive", 0, (directory / "archive").stat().st_size)
+
+
+def shared(depth: int, container: Any) -> Any:
+    """Containers that hold the one below them twice."""
+    value: Any = container(["x"])
+    for _ in range(depth):
+        value = container([value, value])
+    return value
+
+
+OBJECT_BOMBS = {
+    "shared lists": pickle.dumps([{"a": shared(60, list)}]),
+    "shared tuples": pickle.dumps([{"a": shared(60, tuple)}]),
+    "tuples as a key": b"\x80\x04}" + pickle.dumps(shared(60, tuple), 4)[2:-1] + b"Ns.",
+    "an index of the memo": b"Nr\xff\xff\xff\x7f.",
+    "a byte array of a terabyte": b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.",
+    "a frame without an end": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.",
+    "a set": pickle.dumps([{"a": {1}}]),
+    "an int as a key": pickle.dumps([{1: 2}]),
+}
+
+
+@pytest.mark.parametrize("name", OBJECT_BOMBS)
+def test_objects_of_old_checkpoints_are_small_plain_values(name, tmp_path):
+    place = archive_of(tmp_path, pickle=OBJECT_BOMBS[name])
+    with pytest.raises((TypeError, ValueError)) as failure:
+        encode_values(legacy_index.read_object(tmp_path, place))
+    assert len(str(failure.value)) < 300
+    with pytest.raises(ValueError, match=r".+"):
+        legacy_index.read(OBJECT_BOMBS[name])
+
+
+def test_archives_of_old_checkpoints_are_not_compressed(tmp_path):
+    place = archive_of(tmp_path, zipfile.ZIP_DEFLATED, data_0=bytes(1 << 20), pickle=b"a" * 1000)
+    for read in (
+        lambda: legacy_index.read_tensor(tmp_path, place, torch.uint8, [1 << 20]),
+        lambda: legacy_index.read_object(tmp_path, place),
+    ):
+        with pytest.raises(ValueError, match="that is not compressed"):
+            read()
+    place = archive_of(tmp_path, data_0=bytes(12))
+    assert torch.equal(legacy_index.read_tensor(tmp_path, place, torch.float32, [3]), torch.zeros(3))
+    with pytest.raises(ValueError, match="its archive has 12 bytes, expected 16"):
+        legacy_index.read_tensor(tmp_path, place, torch.float32, [4])
+
+
+def test_a_stream_changes_nothing_for_the_next_one():
+    for stream in (
+        b"\x80\x02ctorch\nfloat32\n}X\x08\x00\x00\x00__name__X\x08\x00\x00\x00bfloat16sb.",
+        b"\x80\x02ctorch\nfloat32\nN}X\x08\x00\x00\x00__name__X\x08\x00\x00\x00bfloat16s\x86b.",
+    ):
+        with pytest.raises(ValueError, match="attributes to what has none"):
+            legacy_index.read(stream)
+    assert legacy_index._NAMES["torch.float32"].__name__ == "float32"
+
+
+def test_boxes_do_not_share_their_bytes(tmp_path):
+    write_checkpoint(tmp_path, torch.zeros(6, 4), num_ranks=2)
+    edit(tmp_path, lambda tree, weight, shard: (shard.__setitem__(0, "rank_00001.shards"), shard.__setitem__(1, 0)))
+    with pytest.raises(CheckpointError, match=r"ends behind the end of rank_00001.shards"):
+        Shards(tmp_path)

@@ -170,8 +170,9 @@ class CheckpointDirectory:
         if not key.startswith(self._STACKED):
             self.tensors[key], self.dtypes[key] = size, dtype
             return
-        if len(self.tensors) + size[0] > _MOST_TENSORS:
-            raise damaged(self._shards.path, [f"{key:.80} has {size[0]} layers; a checkpoint has at most {_MOST_TENSORS} tensors"])
+        if not size or len(self.tensors) + size[0] > _MOST_TENSORS:
+            what = f"{shorten(key)} of sizes {list(size)} is not cut into layers, or there are more than {_MOST_TENSORS} tensors"
+            raise damaged(self._shards.path, [what])
         for layer in range(size[0]):
             name = f"{self._STACKED}{layer}.{key.removeprefix(self._STACKED)}"
             self.tensors[name], self.dtypes[name] = size[1:], dtype

@@ -33,6 +33,7 @@ from w1train.runtime.files import open_new
 from w1train.runtime.pulse import pulse
 from w1train.runtime.transfers import PiecewiseFile, together
 from w1train.training.checkpoint import MANIFEST, complete_steps, is_complete, read_progress, step_path, verify_checkpoint, write_complete
+from w1train.training.manifest import CheckpointError, read_config_text, read_manifest
 from w1train.training.shard_files import shard_path, write_elements
 from w1train.training.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.training.shards import Shards
@@ -73,6 +74,7 @@ def average_steps(directory: Path, steps: Sequence[int], output: Path | None = N
 
 
 def _manifest_hash(member: Path) -> str:
+    read_manifest(member)  # before its bytes, for it may be a link, or have no end
     return hashlib.sha256((member / MANIFEST).read_bytes()).hexdigest()
 
 
@@ -80,10 +82,9 @@ def _number(average: Path) -> int:
     """In the order in which a run's averages were written; times of files are of a clock that may be set back. 0 for an average that has no
     number, or no manifest that can be read."""
     try:
-        manifest = json.loads((average / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        number = read_manifest(average).get(_NUMBER)
+    except CheckpointError:
         return 0
-    number = manifest.get(_NUMBER) if isinstance(manifest, dict) else None
     return number if isinstance(number, int) else 0
 
 
@@ -91,7 +92,7 @@ def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> boo
     """Whether the average is written already. One of checkpoints that were since replaced (steps trained again) makes room."""
     if not final.exists():
         return False
-    if is_complete(final) and json.loads((final / MANIFEST).read_bytes()).get("average") == remarks["average"]:
+    if is_complete(final) and read_manifest(final).get("average") == remarks["average"]:
         logger.info("%s is there already", final)
         return True
     if not may_replace:
@@ -137,7 +138,7 @@ def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str,
         verify_checkpoint(member, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     sources = all_or_none(lambda: _open(members))
     newest = members[-1]
-    config_yaml = all_or_none(partial((newest / "config.yaml").read_text, encoding="utf-8"))
+    config_yaml = all_or_none(partial(read_config_text, newest))
     progress = all_or_none(partial(read_progress, newest))
     write_complete(final, partial(_write_shards, sources), progress, config_yaml, {"validation": {}, **remarks})
 

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
+from w1train.config.reading import shorten
 from w1train.runtime.distributed import all_or_none, on_main_rank
 from w1train.training.commit import raise_together, write_complete, write_hashed
 from w1train.training.manifest import (
@@ -148,7 +149,10 @@ def remove_unfinished(directory: Path) -> None:
     """Remove what a killed save left behind. Rank 0 only, while holding the run's lock."""
     for path in directory.glob(f"{WRITING}*"):
         logger.info("removing unfinished checkpoint %s", path)
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path, model: TrainedModel, *, verify: bool = True) -> Progress:
@@ -222,7 +226,7 @@ def require_position(path: Path) -> None:
 
 def _require_position(path: Path, progress: Progress, values: Mapping[str, Any]) -> None:
     if values.get(_PROGRESS) != _position(progress):
-        raise damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {values.get(_PROGRESS)!r:.80}"])
+        raise damaged(path, [f"{MANIFEST} says {_position(progress)}, the shards say {shorten(values.get(_PROGRESS))}"])
 
 
 def _position(progress: Progress) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The index of checkpoints from before December 2026: torch's ``.metadata``, a pickle, read without running anything that is in it.
+"""Checkpoints from before December 2026: torch's ``.metadata``, a pickle, read without running anything that is in it; and its archives.
 
 A pickle names the functions that build its objects, so that reading somebody else's is to run their program. The unpickler here knows a
 closed list of names, gives its own inert classes for them, and refuses every other name. Nothing else in the project unpickles a file.
@@ -7,118 +7,204 @@ closed list of names, gives its own inert classes for them, and refuses every ot
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import torch
+from torch import Tensor
 
-from w1train.runtime.names import open_inside
+from w1train.config.reading import shorten
+from w1train.runtime.names import is_plain_name, open_inside
 
 METADATA = ".metadata"
-_MAXIMUM_OBJECT = 64 << 20
+_LARGEST_OBJECT = 1 << 20
 """Bytes of an object beside the tensors: step counts and parameter groups take a few kilobytes."""
+_MOST_VALUES = 100_000
+"""Of an object, counted as often as they are referred to."""
+_LONGEST_MESSAGE = 200
+_BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, struct.error)
+"""What an unpickler meets in a damaged or invented stream, beside ValueError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a torch archive is."""
+    """Where an archive is: a file of the directory, and bytes."""
 
-    file: Any
-    start: Any
-    num_bytes: Any
+    file: str
+    start: int
+    num_bytes: int
 
 
-Boxes = Mapping[tuple[int, ...], tuple[Sequence[int], Place]]
+Boxes = Mapping[tuple[int, ...], tuple[tuple[int, ...], Place]]
 """Sizes and place of each box of a tensor, by its offset."""
 
 
-def read(content: bytes) -> tuple[dict[str, tuple[str, Sequence[int], Boxes]], list[Place]]:
+def read(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], Boxes]], list[Place]]:
     """Read torch's metadata.
 
     Returns:
-        The name of the type, the sizes and the boxes of each tensor by key, unchecked; and the places of other objects.
+        The name of the type, the sizes and the boxes of each tensor by key; and the places of other objects.
 
     Raises:
-        ValueError: the metadata names something that no checkpoint of this project has, or is damaged.
+        ValueError: the metadata name something that no checkpoint of this project has, or are damaged.
     """
+    metadata = _unpickled(content, _NAMES)
     try:
-        metadata = _Unpickler(io.BytesIO(content)).load()
-        places = {(index.fqn, _as_tuple(index.offset)): _place(info) for index, info in metadata.storage_data.items()}
-        tensors: dict[str, tuple[str, Sequence[int], Boxes]] = {}
+        places = {(_key(index.fqn), _offset(index.offset)): _place(info) for index, info in metadata.storage_data.items()}
+        tensors: dict[str, tuple[str, tuple[int, ...], Boxes]] = {}
         objects = []
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, _Tensor):
-                boxes = {tuple(chunk.offsets): (tuple(chunk.sizes), places[key, tuple(chunk.offsets)]) for chunk in entry.chunks}
-                tensors[str(key)] = (entry.properties.dtype.name, tuple(entry.size), boxes)
+                boxes = {_size(chunk.offsets): (_size(chunk.sizes), places[key, _size(chunk.offsets)]) for chunk in entry.chunks}
+                tensors[_key(key)] = (entry.properties.dtype, _size(entry.size), boxes)
             else:
                 objects.append(places[key, None])
-    except pickle.UnpicklingError as error:
-        raise ValueError(str(error)) from error
-    except (ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, TypeError) as error:
-        # What an unpickler meets in a damaged or invented stream.
-        raise ValueError(f"it is not the metadata of a checkpoint ({type(error).__name__}: {error})") from error
+    except _BROKEN as error:
+        raise ValueError(f"it is not the metadata of a checkpoint ({type(error).__name__})") from error
     return tensors, objects
 
 
 def read_object(directory: Path, place: Place) -> dict[str, Any]:
-    """Read the one object that old checkpoints hold beside tensors.
+    """Read the one object that old checkpoints hold beside tensors: nested plain values.
 
     Raises:
         OSError: its file cannot be read.
         ValueError: it is no dict of plain values.
     """
-    if type(place.start) is not int or type(place.num_bytes) is not int or not 0 <= place.num_bytes <= _MAXIMUM_OBJECT or place.start < 0:
-        raise ValueError(f"an object is at {place.start!r:.40} and has {place.num_bytes!r:.40} bytes")
-    with open_inside(directory, place.file) as file:
-        file.seek(place.start)
-        value = read_archive(file.read(place.num_bytes))
+    if place.num_bytes > _LARGEST_OBJECT:
+        raise ValueError(f"an object has {place.num_bytes} bytes; a checkpoint needs at most {_LARGEST_OBJECT}")
+    value = _unpickled(_entry(_archive(directory, place), "data.pkl"), {})
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
         raise ValueError(f"an object in {place.file} is not what checkpoints hold")
+    _require_few(value)
     return value[0]
 
 
-def read_archive(content: Any) -> Any:
-    """Read an archive of ``torch.save`` that holds tensors and plain values.
+def _require_few(value: Any) -> None:
+    """Raise ValueError for lists that refer to lists again and again, and so are endless when they are walked through."""
+    left, num_values = [value], 0
+    while left:
+        item = left.pop()
+        num_values += 1
+        if num_values > _MOST_VALUES:
+            raise ValueError(f"an object has more than {_MOST_VALUES} values")
+        if isinstance(item, dict):
+            left.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            left.extend(item)
 
-    Args:
-        content: bytes, or a file that is at the archive's start.
+
+def read_tensor(directory: Path, place: Place, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
+    """Read a tensor that was saved alone: the archive's one entry of data is its elements in row-major order.
 
     Raises:
-        ValueError: it is damaged, or holds anything else.
+        OSError: its file cannot be read.
+        ValueError: the archive is damaged, or holds another number of bytes than the tensor has.
     """
+    content = _entry(_archive(directory, place), "data/0")
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    if len(content) != num_bytes:
+        raise ValueError(f"its archive has {len(content)} bytes, expected {num_bytes}")
+    return torch.frombuffer(bytearray(content), dtype=dtype).view(tuple(sizes))
+
+
+def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
+    with open_inside(directory, place.file) as file:
+        file.seek(place.start)
+        content: BinaryIO = io.BytesIO(file.read(place.num_bytes))
     try:
-        return torch.load(io.BytesIO(content) if isinstance(content, bytes) else content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        return zipfile.ZipFile(content)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
+        raise ValueError(f"it is not an archive of torch ({type(error).__name__})") from error
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that builds nothing but the stand-ins below."""
+def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read a file of an archive. torch compresses nothing: what is compressed may grow without bound."""
+    found = [entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name]
+    if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED or found[0].file_size != found[0].compress_size:
+        raise ValueError(f"its archive does not have one {name} that is not compressed")
+    try:
+        return archive.read(found[0])
+    except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"its archive is damaged ({type(error).__name__})") from error
+
+
+def _unpickled(content: bytes, names: Mapping[str, Callable[..., Any]]) -> Any:
+    try:
+        return _Unpickler(io.BytesIO(content), names).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(str(error)[:_LONGEST_MESSAGE]) from error
+    except _BROKEN as error:
+        raise ValueError(f"it is not a pickle of plain values ({type(error).__name__})") from error
+
+
+class _Unpickler(pickle._Unpickler):
+    """An unpickler that builds nothing but plain values and the stand-ins below. It is Python's own in Python, because that in C takes
+    memory for any number that a stream has as an index of its memo."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]]
+    """What each code of a stream does."""
+
+    def __init__(self, file: BinaryIO, names: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(file)
+        self._names = names
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a name. Raises UnpicklingError for a name that is not on the list."""
-        try:
-            return _NAMES[f"{module}.{name}"]
-        except KeyError:
-            message = f"it names {module}.{name}, which no checkpoint needs and which may run a program"
-            raise pickle.UnpicklingError(message) from None
+        if (known := self._names.get(f"{module}.{name}")) is None:
+            message = f"it names {shorten(f'{module}.{name}')}, which no checkpoint needs and which may run a program"
+            raise pickle.UnpicklingError(message)
+        return known
 
-    def persistent_load(self, identifier: Any) -> Any:
+    def persistent_load(self, _identifier: Any) -> Any:
         """Refuse references to what is outside of the pickle."""
         raise pickle.UnpicklingError("it refers to objects outside of it")
+
+    def get_extension(self, _code: int) -> Any:
+        """Refuse the registry of extensions."""
+        raise pickle.UnpicklingError("it refers to an extension")
+
+
+def _load_build(unpickler: Any) -> None:
+    """Give a record its attributes. Of anything else, a class too, the stream could change what the next checkpoint is read with."""
+    state = unpickler.stack.pop()
+    record = unpickler.stack[-1]
+    if not isinstance(record, _Record):
+        raise pickle.UnpicklingError("it gives attributes to what has none")
+    record.__setstate__(state)
+
+
+def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Refuse tuples of tuples of tuples: where these are shared, to hash one takes time like two to the power of its depth."""
+
+    def load_tuple(unpickler: Any) -> None:
+        load(unpickler)
+        if any(isinstance(part, tuple) and any(isinstance(item, tuple) for item in part) for part in unpickler.stack[-1]):
+            raise pickle.UnpicklingError("it has tuples in tuples in tuples")
+
+    return load_tuple
+
+
+_REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.INST, pickle.OBJ)
+"""No checkpoint has these codes, and the first takes memory for any number that a stream has."""
+_Unpickler.dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
+_Unpickler.dispatch[pickle.BUILD[0]] = _load_build
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Unpickler.dispatch[_code[0]] = _flat(_Unpickler.dispatch[_code[0]])
 
 
 class _Record:
     """Attributes without behaviour, in the place of one of torch's classes."""
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) == 2:  # of a class with slots
-            state = {**(state[0] or {}), **(state[1] or {})}
         for name, value in state.items():
-            object.__setattr__(self, str(name), value)
+            self.__dict__[str(name)] = value
 
 
 class _Index(_Record):
@@ -139,39 +225,59 @@ class _Tensor(_Record):
 
 
 class _Properties(_Record):
-    dtype: Any
+    dtype: str
 
     def __setstate__(self, state: Any) -> None:
-        self.dtype = state[0] if isinstance(state, tuple) else state["dtype"]
-        if not isinstance(self.dtype, _Dtype):
+        dtype = state[0] if isinstance(state, tuple) else state["dtype"]
+        if not isinstance(dtype, type) or not issubclass(dtype, _Dtype):
             raise pickle.UnpicklingError("a tensor has no type")
+        self.dtype = dtype.__name__
 
 
-@dataclass(frozen=True, slots=True)
 class _Dtype:
-    name: str
+    """A type of elements; its name is the class's, which a stream cannot change."""
+
+
+class _Ignored:
+    """A layout or a memory format, which are always the plain ones."""
+
+    def __new__(cls, *_arguments: Any) -> _Ignored:
+        return object.__new__(cls)
+
+
+class _Size(tuple[int, ...]):
+    """Whole numbers."""
+
+    def __new__(cls, values: Any) -> _Size:
+        return super().__new__(cls, _size(values))
 
 
 def _place(info: Any) -> Place:
-    return Place(info.relative_path, info.offset, info.length)
+    if not is_plain_name(info.relative_path):
+        raise ValueError(f"a shard is in {shorten(info.relative_path)}, which is not the name of a file beside the index")
+    start, num_bytes = _size([info.offset, info.length])
+    return Place(info.relative_path, start, num_bytes)
 
 
-def _as_tuple(offset: Any) -> tuple[int, ...] | None:
-    return None if offset is None else tuple(offset)
+def _offset(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else _size(value)
 
 
-def _ignored(*_arguments: Any) -> None:
-    """Stand in for layouts and memory formats, which are always the plain ones."""
+def _key(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a key is not a text")
+    return value
 
 
 def _size(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (list, tuple)) or any(type(value) is not int for value in values):
-        raise pickle.UnpicklingError("a size is not a list of whole numbers")
+    if not isinstance(values, (list, tuple)) or any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
+        raise ValueError("a size is not a list of whole numbers")
     return tuple(values)
 
 
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-_NAMES: dict[str, Callable[..., Any] | _Dtype] = {
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_NAMES: dict[str, Callable[..., Any]] = {
     f"{_METADATA_MODULE}.Metadata": _Metadata,
     f"{_METADATA_MODULE}.TensorStorageMetadata": _Tensor,
     f"{_METADATA_MODULE}.TensorProperties": _Properties,
@@ -179,12 +285,9 @@ _NAMES: dict[str, Callable[..., Any] | _Dtype] = {
     f"{_METADATA_MODULE}.ChunkStorageMetadata": _Record,
     f"{_METADATA_MODULE}.MetadataIndex": _Index,
     f"{_METADATA_MODULE}.StorageMeta": _Record,
-    f"{_METADATA_MODULE}._MEM_FORMAT_ENCODING": _ignored,
+    f"{_METADATA_MODULE}._MEM_FORMAT_ENCODING": _Ignored,
     "torch.distributed.checkpoint.filesystem._StorageInfo": _Record,
-    "torch.serialization._get_layout": _ignored,
-    "torch.Size": _size,
-    **{
-        f"torch.{name}": _Dtype(name)
-        for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    },
+    "torch.serialization._get_layout": _Ignored,
+    "torch.Size": _Size,
+    **{f"torch.{name}": type(name, (_Dtype,), {"__slots__": ()}) for name in _DTYPES},
 }

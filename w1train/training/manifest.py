@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from w1train.config.reading import parse_json, shorten
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.runtime.distributed import agreed, on_every_rank
@@ -32,7 +31,7 @@ MAXIMUM_BYTES = 64 << 20
 _MOST_PROBLEMS = 5
 _BUFFER_BYTES = 1 << 18
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-STEP_DIRECTORY = re.compile(r"step_\d{10}")
+STEP_DIRECTORY = re.compile(r"step_[0-9]{10}")
 
 
 class CheckpointError(RuntimeError):
@@ -130,7 +129,7 @@ def check_manifest(content: bytes) -> dict[str, Any]:
     try:
         if len(content) > MAXIMUM_BYTES:
             raise ValueError(f"it has more than {MAXIMUM_BYTES >> 20} MiB")
-        manifest = {"health": {}, **json.loads(content)}
+        manifest = {"health": {}, **parse_json(content)}
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if missing := {*(field.name for field in fields(Progress)), "files"} - manifest.keys():
@@ -144,19 +143,19 @@ def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
     is_right = {
         "step": _is_count(manifest["step"]),
         "samples": _is_count(manifest["samples"]),
-        "seconds": _is_number(manifest["seconds"]) and math.isfinite(manifest["seconds"]),
+        "seconds": _is_number(manifest["seconds"]) and 0 <= manifest["seconds"] < 1e12,
         "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
         "health": isinstance(manifest["health"], dict),
         "validation": _is_table(manifest.get("validation", {})) and all(map(_is_number, manifest.get("validation", {}).values())),
         "files": _is_table(manifest["files"]),
     }
-    yield from (f"{MANIFEST} says {name}: {manifest[name]!r:.60}" for name, is_valid in is_right.items() if not is_valid)
+    yield from (f"{MANIFEST} says {name}: {shorten(manifest[name])}" for name, is_valid in is_right.items() if not is_valid)
 
 
 def _entry_problems(files: Any) -> Iterator[str]:
     for name, entry in files.items() if _is_table(files) else ():
         if not is_plain_name(name) or name == MANIFEST:
-            yield f"{MANIFEST} names {name!r:.80}, which is not the name of another file in its directory"
+            yield f"{MANIFEST} names {shorten(name)}, which is not the name of another file in its directory"
         elif not (_is_table(entry) and _is_count(entry.get("size")) and _SHA256.fullmatch(str(entry.get("sha256")))):
             yield f"{MANIFEST} has no size and SHA-256 for {name}"
 
@@ -184,11 +183,25 @@ def read_config(path: Path) -> Config:
     Raises:
         CheckpointError: the file is missing or changed.
     """
+    _require_config(path)
+    return config_from_yaml(path / "config.yaml")
+
+
+def read_config_text(path: Path) -> str:
+    """Return the text of a complete checkpoint's configuration. Raises CheckpointError as ``read_config`` does."""
+    _require_config(path)
+    try:
+        with open_inside(path, "config.yaml") as file:
+            return file.read().decode()
+    except (OSError, ValueError) as error:
+        raise damaged(path, [f"config.yaml cannot be read ({error})"]) from error
+
+
+def _require_config(path: Path) -> None:
     expected = read_manifest(path)["files"].get("config.yaml")
     problems = [f"{MANIFEST} lacks config.yaml"] if expected is None else _file_problems(path / "config.yaml", expected)
     if problems:
         raise damaged(path, problems)
-    return config_from_yaml(path / "config.yaml")
 
 
 def verify_checkpoint(path: Path, *, rank: int = 0, num_ranks: int = 1, hashes: bool = True) -> None:

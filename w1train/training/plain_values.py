@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from w1train.config.reading import shorten
+
 _TUPLE, _ITEMS = "$tuple", "$items"
 _SCALARS = (bool, int, float, str)
+_LARGEST = 1e100
+"""Numbers of an optimizer are smaller, and fit into floats."""
 
 
 def encode(value: Any) -> Any:
@@ -27,7 +31,7 @@ def encode(value: Any) -> Any:
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: encode(item) for key, item in value.items()}
         return {_ITEMS: [[encode(key), encode(item)] for key, item in value.items()]}
-    raise TypeError(f"a checkpoint cannot hold a value of type {type(value).__name__}: {value!r}")
+    raise TypeError(f"a checkpoint cannot hold a value of type {type(value).__name__}")
 
 
 def decode(value: Any) -> Any:
@@ -44,11 +48,11 @@ def decode(value: Any) -> Any:
         return tuple(_list(value[_TUPLE]))
     if set(value) == {_ITEMS}:
         pairs = _list(value[_ITEMS])
-        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (str, int, float, tuple)) for pair in pairs):
+        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (str, int, float)) for pair in pairs):
             raise ValueError(f"{_ITEMS} needs pairs of a key and a value")
         return dict(pairs)
     if any(key.startswith("$") for key in value):
-        raise ValueError(f"the keys {sorted(value)} are not known")
+        raise ValueError(f"the key {shorten(next(key for key in value if key.startswith('$')))} is not known")
     return {key: decode(item) for key, item in value.items()}
 
 
@@ -68,18 +72,21 @@ def first_unlike(expected: Any, found: Any, name: str) -> str | None:
     """
     if isinstance(expected, dict):
         if not isinstance(found, dict):
-            return f"{name} is {found!r:.60}, expected a table"
-        missing = [key for key, example in expected.items() if key not in found and isinstance(example, _SCALARS)]
+            return f"{name} is {shorten(found)}, expected a table"
+        missing = [key for key, example in expected.items() if key not in found and isinstance(example, (*_SCALARS, dict, list, tuple))]
         if missing:
             return f"{name} lacks {missing[0]}"
         parts = ((example, found[key], f"{name}.{key}") for key, example in expected.items() if key in found)
         return next((problem for part in parts if (problem := first_unlike(*part))), None)
     if isinstance(expected, (list, tuple)):
         if not isinstance(found, type(expected)):
-            return f"{name} is {found!r:.60}, expected a {type(expected).__name__}"
+            return f"{name} is {shorten(found)}, expected a {type(expected).__name__}"
         items = ((expected[0], item, f"{name}[{number}]") for number, item in enumerate(found)) if expected else ()
         return next((problem for part in items if (problem := first_unlike(*part))), None)
     if not isinstance(expected, _SCALARS):
         return None
-    kinds = (bool, int, float) if isinstance(expected, (bool, int, float)) else str
-    return None if isinstance(found, kinds) else f"{name} is {found!r:.60}, expected {expected!r:.60}"
+    if isinstance(expected, str):
+        is_alike = isinstance(found, str)
+    else:
+        is_alike = isinstance(found, (bool, int, float)) and abs(found) < _LARGEST
+    return None if is_alike else f"{name} is {shorten(found)}, expected {shorten(expected)}"

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from w1train.config.reading import parse_json, shorten
 from w1train.runtime.files import replace_file
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.training import legacy_index
@@ -118,7 +119,7 @@ class ShardIndex:
             boxes = [(shard.offset, shard.sizes) for shard in tensor.shards]
             num_elements = sum(math.prod(sizes) for _, sizes in boxes)
             if num_elements != math.prod(tensor.sizes) or not _Cover(boxes).is_disjoint:
-                raise ValueError(f"the boxes of {key:.80} do not cover its sizes {list(tensor.sizes)} once")
+                raise ValueError(f"the boxes of {shorten(key)} do not cover its sizes {shorten(list(tensor.sizes))} once")
 
 
 class _Cover:
@@ -154,17 +155,17 @@ class _Cover:
 def dtype_named(name: object) -> torch.dtype:
     """Return a dtype by its name. Raises ValueError: tensors of a checkpoint do not have it."""
     if name not in _DTYPES:
-        raise ValueError(f"{name!r:.80} is not one of the types {', '.join(_DTYPES)}")
+        raise ValueError(f"{shorten(name)} is not one of the types {', '.join(_DTYPES)}")
     return getattr(torch, str(name))
 
 
 def _tensor_from_json(key: str, tree: Any) -> StoredTensor:
     if not isinstance(tree, dict) or not isinstance(tree.get("shards"), list):
-        raise ValueError(f"{key:.80} has no list of shards")
+        raise ValueError(f"{shorten(key)} has no list of shards")
     sizes, shards = _sizes(key, tree.get("sizes")), []
     for shard in tree["shards"]:
         if not isinstance(shard, list) or len(shard) != 4:
-            raise ValueError(f"a shard of {key:.80} is not [file, start, offset, sizes]")
+            raise ValueError(f"a shard of {shorten(key)} is not [file, start, offset, sizes]")
         file, start, offset, box = shard
         shards.append(Shard(_sizes(key, offset), _sizes(key, box), file, *_sizes(key, [start])))
     return _checked(key, StoredTensor(dtype_named(tree.get("dtype")), sizes, tuple(shards)))
@@ -172,20 +173,20 @@ def _tensor_from_json(key: str, tree: Any) -> StoredTensor:
 
 def _sizes(key: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or any(type(size) is not int or not 0 <= size < 1 << 62 for size in value):
-        raise ValueError(f"{key:.80} has {value!r:.80} where whole numbers were expected")
+        raise ValueError(f"{shorten(key)} has {shorten(value)} where whole numbers were expected")
     return tuple(value)
 
 
 def _checked(key: str, tensor: StoredTensor) -> StoredTensor:
     for shard in tensor.shards:
         if not is_plain_name(shard.file):
-            raise ValueError(f"a shard of {key:.80} is in {shard.file!r:.80}, which is not the name of a file beside the index")
+            raise ValueError(f"a shard of {shorten(key)} is in {shorten(shard.file)}, which is not the name of a file beside the index")
         if 0 in (*tensor.sizes, *shard.sizes):
-            raise ValueError(f"{key:.80} has no elements")
+            raise ValueError(f"{shorten(key)} has no elements")
         ends = [offset + size for offset, size in zip(shard.offset, shard.sizes, strict=False)]
         if not (len(shard.offset) == len(shard.sizes) == len(tensor.sizes) and all(map(int.__le__, ends, tensor.sizes))):
-            box = f"offset {list(shard.offset)} and sizes {list(shard.sizes)}"
-            raise ValueError(f"a shard of {key:.80} with {box} is not inside its tensor")
+            box = f"offset {shorten(list(shard.offset))} and sizes {shorten(list(shard.sizes))}"
+            raise ValueError(f"a shard of {shorten(key)} with {box} is not inside its tensor")
     return tensor
 
 
@@ -203,34 +204,29 @@ def read_index(directory: Path) -> ShardIndex:
             content = file.read(MAXIMUM_BYTES + 1)
         if len(content) > MAXIMUM_BYTES:
             raise ValueError(f"it has more than {MAXIMUM_BYTES} bytes")
-        index = ShardIndex.from_json(json.loads(content)) if name == INDEX else _from_metadata(directory, content)
+        index = ShardIndex.from_json(parse_json(content)) if name == INDEX else _from_metadata(directory, content)
         index.require_whole()
         return index
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise damaged(directory, [f"{name} cannot be read: {error}"]) from error
 
 
 def _from_metadata(directory: Path, content: bytes) -> ShardIndex:
     """Build the index of an old checkpoint."""
     tensors, objects = legacy_index.read(content)
-    index = ShardIndex({key: _checked(key, _tensor_from_metadata(key, *tensor)) for key, tensor in tensors.items()})
+    index = ShardIndex({key: _checked(key, _tensor_from_metadata(*tensor)) for key, tensor in tensors.items()})
     for place in objects:
-        if not is_plain_name(place.file):
-            raise ValueError(f"an object is in {place.file!r:.80}, which is not the name of a file beside the index")
         index.values.update(encode_values(legacy_index.read_object(directory, place)))
     return index
 
 
-def _tensor_from_metadata(
-    key: str, dtype: str, sizes: Sequence[int], boxes: Mapping[tuple[int, ...], tuple[Sequence[int], legacy_index.Place]]
-) -> StoredTensor:
-    shards = tuple(
-        Shard(_sizes(key, list(offset)), _sizes(key, list(box)), place.file, *_sizes(key, [place.start, place.num_bytes]))
-        for offset, (box, place) in boxes.items()
-    )
-    return StoredTensor(dtype_named(dtype), _sizes(key, list(sizes)), shards)
+def _tensor_from_metadata(dtype: str, sizes: tuple[int, ...], boxes: legacy_index.Boxes) -> StoredTensor:
+    shards = (Shard(offset, box, place.file, place.start, place.num_bytes) for offset, (box, place) in boxes.items())
+    return StoredTensor(dtype_named(dtype), sizes, tuple(shards))
 
 
 def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Copy plain values into the form that an index keeps them in."""
+    if not all(isinstance(key, str) for key in values):
+        raise TypeError("a checkpoint's values have texts as keys")
     return {key: encode(value) for key, value in values.items()}

@@ -5,6 +5,7 @@ Nothing but the shard in hand is in memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w1train.config.reading import shorten
 from w1train.runtime.names import open_inside
 from w1train.runtime.pulse import moved
 from w1train.runtime.transfers import PIECE_BYTES
-from w1train.training.legacy_index import read_archive
+from w1train.training.legacy_index import Place, read_tensor
 from w1train.training.manifest import damaged, read_manifest
 from w1train.training.plain_values import decode
 from w1train.training.shard_index import Shard, StoredTensor, read_index
@@ -37,16 +39,18 @@ class Shards:
     def _require_files(self) -> None:
         """Compare what the index claims with the manifest's sizes of files, which the ranks have compared with the files together, before
         anybody takes memory or time for what the index claims."""
-        files = read_manifest(self.path)["files"]
+        files, num_bytes_in = read_manifest(self.path)["files"], Counter[str]()
         for key, tensor in self.tensors.items():
             for shard in tensor.shards:
                 num_bytes = tensor.num_bytes(shard)
                 if shard.archive_bytes is not None and num_bytes > shard.archive_bytes:
-                    raise damaged(self.path, [f"{key:.80} has {num_bytes} bytes in an archive of {shard.archive_bytes}"])
+                    raise damaged(self.path, [f"{shorten(key)} has {num_bytes} bytes in an archive of {shard.archive_bytes}"])
                 if shard.file not in files:
-                    raise damaged(self.path, [f"{key:.80} is in {shard.file}, which the manifest does not name"])
-                if shard.start + (shard.archive_bytes or num_bytes) > files[shard.file]["size"]:
-                    raise damaged(self.path, [f"{key:.80} ends behind the end of {shard.file}"])
+                    raise damaged(self.path, [f"{shorten(key)} is in {shard.file}, which the manifest does not name"])
+                num_bytes_in[shard.file] += shard.archive_bytes or num_bytes
+                # The sum: boxes that share their bytes would let a small file be a tensor of any size.
+                if max(shard.start + (shard.archive_bytes or num_bytes), num_bytes_in[shard.file]) > files[shard.file]["size"]:
+                    raise damaged(self.path, [f"{shorten(key)} ends behind the end of {shard.file}"])
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -66,10 +70,11 @@ class Shards:
         tensor = self.tensors[key]
         try:
             if shard.archive_bytes is not None:
-                return _read_archive(self.path, tensor, shard)
+                place = Place(shard.file, shard.start, shard.archive_bytes)
+                return read_tensor(self.path, place, tensor.dtype, shard.sizes)
             return _read_elements(self.path, tensor, shard)
         except (OSError, ValueError) as error:
-            raise damaged(self.path, [f"{key} in {shard.file} cannot be read: {error}"]) from error
+            raise damaged(self.path, [f"{shorten(key)} in {shard.file} cannot be read: {error}"]) from error
 
     def read_into(self, target: Tensor, key: str, offset: Sequence[int], combine: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> int:
         """Call ``combine(part of target, what is stored there)`` for each shard that overlaps a box, whatever layout saved it.
@@ -110,16 +115,6 @@ def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard) -> Tenso
                 raise ValueError("the file ended while it was read")
             moved()
     return target
-
-
-def _read_archive(directory: Path, tensor: StoredTensor, shard: Shard) -> Tensor:
-    assert shard.archive_bytes is not None
-    with open_inside(directory, shard.file) as file:
-        file.seek(shard.start)
-        value = read_archive(file.read(shard.archive_bytes))
-    if not isinstance(value, Tensor) or value.dtype != tensor.dtype or tuple(value.shape) != shard.sizes:
-        raise ValueError(f"it is not a tensor of {tensor.dtype} and sizes {list(shard.sizes)}")
-    return value
 
 
 def _ends(offset: Sequence[int], sizes: Sequence[int]) -> list[int]:
