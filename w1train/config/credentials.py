@@ -20,7 +20,9 @@ _WORD = re.compile(r""":/[^\s"<>]+""")
 _PASSWORD = re.compile(r"(:/{1,2}(?:[^/?#:%]|%(?!3A))*+(?::|%3A))([^/?#]+)(?=@)", re.IGNORECASE)
 # Passwords in which / ? or # are not encoded, up to 1024 characters. What looks like a port is no password, unless only digits follow.
 _PORT = r"[0-9]{0,5}(?:[/?#']|\Z)(?![0-9]+@)"
-_RAW_PASSWORD = re.compile(rf"(://[^/?#:\[\]]*+:)(?!{_PORT}|\*\*\*@)([^@]{{1,1024}}+)(?=@)")
+_RAW_PASSWORD = re.compile(
+    rf"(://(?:[^/?#:%\[\]]|%(?!3A))*+(?::|%3A))(?!{_PORT}|\*\*\*@)([^@]{{1,1024}}+(?:@[^/?#@]*+(?=@))*+)(?=@)", re.IGNORECASE
+)
 _SECRETS = "signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|accesskeyid"
 # A backslash ends a value: in JSON, it may belong to the quotation mark behind it.
 _QUERY = re.compile(rf"([?&;#](?:[^=&;?#]*(?:{_SECRETS})|sig|key|pwd|pass|auth|code)=)([^&;#'\\]+)", re.IGNORECASE)
