@@ -23,6 +23,7 @@ from w1train.config.errors import UserError
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
 from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
 from w1train.runtime.command import command
+from w1train.runtime.masking import mask, unmasked
 from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps({**result, "run": mask(result["run"])}), file=unmasked(sys.stdout))
     else:
         print("\n".join(_validation_lines(result) if questions is None else _likelihood_lines(result)))
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.console import Console
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
 from w1train.runtime.command import command, text_argument
+from w1train.runtime.masking import mask, unmasked
 from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
@@ -75,9 +76,9 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(_as_json(args, model, config.sampling, samples, speed)))
+        print(json.dumps(_as_json(args, model, config.sampling, samples, speed)), file=unmasked(sys.stdout))
     else:
-        print_samples(_console(), samples)
+        print_samples(_console(unmasked(sys.stdout)), samples)
         print(speed, file=sys.stderr)
     return 0
 
@@ -133,9 +134,9 @@ def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     return model
 
 
-def _console() -> Console:
+def _console(stream: TextIO | None = None) -> Console:
     """highlight=False: the text is the model's, not ours to colour."""
-    return Console(highlight=False)
+    return Console(highlight=False, file=stream)
 
 
 def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingConfig:
@@ -164,7 +165,7 @@ def _as_json(
     settings = asdict(sampling)
     del settings["interval"], settings["prompts"]
     return {
-        "run": str(args.run),
+        "run": mask(str(args.run)),
         "checkpoint": model.step if args.checkpoint is None else args.checkpoint,
         "sampling": settings,
         "samples": [asdict(sample) for sample in samples],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from urllib.parse import quote
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.test_project import REPOSITORY
 from tests.tiny import tiny_config
 from w1train.config.compose import load_config
 from w1train.config.credentials import MASK, find_passwords, is_masked, mask_tree, mask_urls
@@ -21,9 +25,10 @@ UPLOAD = "s3://user:hunter2@host/runs"
 # What a URL may hold unencoded in its user and password (RFC 3986), and what people write there nevertheless.
 PASSWORD = st.text(st.characters(codec="utf-8", exclude_characters='"<>', exclude_categories=("Z", "C")), min_size=1, max_size=12)
 NAME = st.text("abcXYZ019-_.", min_size=1, max_size=8)
+USER = st.builds(lambda name, domain: f"{name}{domain}", NAME, st.sampled_from(["", "@corp.com"]))
 
 
-@given(user=NAME, password=PASSWORD, path=NAME, words=st.lists(NAME, max_size=3))
+@given(user=USER, password=PASSWORD, path=NAME, words=st.lists(NAME, max_size=3))
 @example(user="u", password="pa@ss", path="p@1", words=[])
 @example(user="u", password="1/2", path="p", words=[])
 def test_an_encoded_password_is_masked_and_nothing_else(user, password, path, words):
@@ -38,7 +43,7 @@ def test_an_encoded_password_is_masked_and_nothing_else(user, password, path, wo
     assert is_masked(mask_urls(url))
 
 
-@given(user=NAME, password=PASSWORD.filter(lambda password: not password[0].isdecimal() and password[0] not in "/?#'"), path=NAME)
+@given(user=USER, password=PASSWORD.filter(lambda password: not password[0].isdecimal() and password[0] not in "/?#'"), path=NAME)
 def test_a_password_that_nobody_encoded_is_masked_too(user, password, path):
     masked = mask_urls(f"s3://{user}:{password}@host/{path}")
     assert masked.startswith(f"s3://{user}:{MASK}@")
@@ -56,6 +61,10 @@ def test_a_password_that_nobody_encoded_is_masked_too(user, password, path):
         "http://[::1]:80/x@y",
         "http://host:8080?q=a@b",
         "http://host:80",
+        "http://host:5173/@vite/client",
+        "sftp://me@corp.com:22/x@2",
+        "file:///data/a:b@c",
+        "https://host/?postcode=1&compass=2&author=3",
         "sftp://user@host/path",
         "https://host/?max_tokens=5&keys=2&monkey=3&page=1",
         "https://wandb.ai/entity/project/runs/abc",
@@ -81,11 +90,46 @@ def test_what_is_no_password_stays(text):
         ("'https://host/?token=t'", "'https://host/?token=***'"),
         ('u="https://u:p@[::1]:8080/"', 'u="https://u:***@[::1]:8080/"'),
         ("s3://AKIA:ab/cd+e@bucket", "s3://AKIA:***@bucket"),
+        ("file://me@corp.com:Pa55w0rd@h/x", "file://me@corp.com:***@h/x"),
+        ("file://me@corp.com:Pa/55@h/x", "file://me@corp.com:***@h/x"),
+        ("file://me@corp.com:p@ss@h/x@y", "file://me@corp.com:***@h/x@y"),
+        ("file://u:p/s@s@h/x@y", "file://u:***@h/x@y"),
+        ("s3:/u:PW@h", "s3:/u:***@h"),
+        ("x://u:1234/5678@h", "x://u:***@h"),
+        ("x://u:123456/b@h", "x://u:***@h"),
+        ("s3://u%3APW@h", "s3://u%3A***@h"),
+        ("s3://u%3aPW@h", "s3://u%3a***@h"),
+        ("https://host/?pass=a&auth=b&code=c", "https://host/?pass=***&auth=***&code=***"),
+        ("https://host/x#access_token=a", "https://host/x#access_token=***"),
+        (f"https://u:{'p' * 5000}@host/{'x' * 5000}", f"https://u:***@host/{'x' * 5000}"),
+        (r'{"a": "https://host/?key=abc\"\n"}', r'{"a": "https://host/?key=***\"\n"}'),
     ],
 )
 def test_the_forms_that_are_covered(text, expected):
     assert mask_urls(text) == expected
     assert is_masked(expected)
+
+
+PIECE = st.sampled_from(["s3://", ":/", "u:", "u%3A", "p@", "h", "/", "?key=", "&a=", "#code=", "\\", '"', "'", "\n", "\u00e9", " ", "80"])
+
+
+@given(texts=st.lists(st.lists(PIECE, max_size=12).map("".join), max_size=3))
+@example(texts=['url = "https://a.b/?key=abc"\n'])
+@example(texts=["s3://u:p\\"])
+def test_json_stays_json(texts):
+    assert len(json.loads(mask_urls(json.dumps(texts)))) == len(texts)
+
+
+SEARCHES = """
+from w1train.config.credentials import find_passwords
+for piece in ("a", "://", "://:a", "://:a@", "://@%3A", ":/@", "?token", "://?token", "://u:1/"):
+    find_passwords(("x://u:p@" if "://" in piece else "") + piece * ((1 << 20) // len(piece)))
+"""
+
+
+def test_a_search_takes_time_in_proportion_to_the_text():
+    """A second or two for all of these texts of 1 MiB; hours where the time grows like the square."""
+    subprocess.run([sys.executable, "-c", SEARCHES], check=True, timeout=60, cwd=REPOSITORY)
 
 
 def test_a_configuration_is_written_without_passwords_and_keeps_them_in_memory():

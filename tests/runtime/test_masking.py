@@ -12,7 +12,7 @@ import pytest
 from tests.test_project import REPOSITORY
 from w1train.runtime import masking
 from w1train.runtime.command import command
-from w1train.runtime.masking import mask, mask_output, remember_passwords
+from w1train.runtime.masking import mask, mask_output, remember_passwords, unmasked
 from w1train.runtime.status import StatusFile, read_status
 
 
@@ -27,6 +27,12 @@ def test_a_password_that_is_known_is_masked_wherever_it_is(fresh):
     assert mask("key='a/b-longer', raw a%2Fb-longer") == "key='***', raw ***"
     # A short one is a part of words.
     assert mask("abcdef user:abc@host abc") == "abcdef user:***@host abc"
+
+
+def test_a_plain_word_is_masked_only_as_a_password(fresh):
+    remember_passwords(["postgres://u:training@db", "postgres://u:Checkpoint@db", "s3://u:correcthorsebattery@h", "s3://u:training1@h"])
+    assert mask("training: Checkpoint u:training@db u:Checkpoint@db") == "training: Checkpoint u:***@db u:***@db"
+    assert mask("correcthorsebattery training1") == "*** ***"
 
 
 def test_of_two_passwords_the_longer_is_masked_first(fresh):
@@ -51,6 +57,16 @@ def test_stdout_and_stderr_are_masked_once(fresh, monkeypatch):
     assert streams["stderr"].getvalue() == "s3://user:***@host\n"
     assert sys.stdout.write("12345678") == 8
     assert not sys.stdout.isatty()
+
+
+def test_a_text_passes_unmasked_where_a_command_asks_for_it(fresh, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    mask_output()
+    print("s3://user:pass@host", file=unmasked(sys.stdout))
+    print("s3://user:pass@host")
+    assert stream.getvalue() == "s3://user:pass@host\ns3://user:***@host\n"
+    assert unmasked(stream) is stream
 
 
 def test_the_status_has_no_password(fresh, tmp_path):

@@ -124,6 +124,15 @@ def test_defaults_come_from_the_run(sample):
     assert re.fullmatch(r"8 tokens in \d+\.\d\d s: \d+\.\d tokens/s, 2\.00 tokens per forward pass\n", err)
 
 
+def test_a_text_is_shown_as_it_was_generated(sample):
+    """Masks of passwords would alter it, and end inside an escape of the JSON."""
+    prompt = '"s3://h/?key=a"\n'
+    status, out, err = sample("--prompt", prompt, "--num-tokens", "2")
+    assert (status, out.startswith(prompt)) == (0, True), err
+    (shown,) = json.loads(sample("--json", "--prompt", prompt, "--num-tokens", "2")[1])["samples"]
+    assert shown["prompt"] == prompt
+
+
 def test_block_diffusion_is_sampled_by_cached_blocks(sample):
     """Three tokens of the prompt are a block to encode; then three blocks of 3, 3 and 2 tokens, two of them encoded, in 4 steps + 1."""
 

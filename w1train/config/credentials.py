@@ -13,25 +13,35 @@ from urllib.parse import unquote
 
 MASK = "***"
 
-_LONGEST = 2048
-"""Characters of a word that is searched; a longer one is masked as a whole, for a search takes time like the square of its length."""
-_WORD = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"<>]+""")
-# First as the standard has it: the host begins behind the last @ before the first / ? or #. Then passwords in which these three are not
-# encoded; what looks like a port is no password.
-_USER = re.compile(r"(://[^\s/?#@:\[\]]*):([^/?#]+|(?!\d*(?:[/?#']|$))[^@]+)@")
+# Every search takes time in proportion to the text: what a pattern reads behind a ":/" ends at the next slash or within a bound.
+_WORD = re.compile(r""":/[^\s"<>]+""")
+# As the standard has it: the host begins behind the last @ before the first / ? or #. The user may be an e-mail address; the colon may be
+# percent-encoded, and one slash may be missing.
+_PASSWORD = re.compile(r"(:/{1,2}(?:[^/?#:%]|%(?!3A))*+(?::|%3A))([^/?#]+)(?=@)", re.IGNORECASE)
+# Passwords in which / ? or # are not encoded, up to 1024 characters. What looks like a port is no password, unless only digits follow.
+_PORT = r"[0-9]{0,5}(?:[/?#']|\Z)(?![0-9]+@)"
+_RAW_PASSWORD = re.compile(
+    rf"(://(?:[^/?#:%\[\]]|%(?!3A))*+(?::|%3A))(?!{_PORT}|\*\*\*@)([^@]{{1,1024}}+(?:@[^/?#@]*+(?=@))*+)(?=@)", re.IGNORECASE
+)
 _SECRETS = "signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|accesskeyid"
-_QUERY = re.compile(rf"([?&;](?:[^=&;?#]*(?:{_SECRETS})|sig|key|pwd)=)([^&;#']+)", re.IGNORECASE)
+# A backslash ends a value: in JSON, it may belong to the quotation mark behind it.
+_QUERY = re.compile(rf"([?&;#](?:[^=&;?#]*(?:{_SECRETS})|sig|key|pwd|pass|auth|code)=)([^&;#'\\]+)", re.IGNORECASE)
 
 
 def mask_urls(text: str) -> str:
-    """The text with ``***`` for the passwords, signatures and tokens of the URLs in it. What is masked stays as it is."""
-    return _WORD.sub(lambda word: _mask_word(word[0]), text) if "://" in text else text
+    """The text with ``***`` for the passwords, signatures and tokens in its URLs. A masked text stays as it is, and JSON stays valid."""
+    return _WORD.sub(lambda word: _mask_word(word[0]), text)
 
 
 def _mask_word(word: str) -> str:
-    if len(word) > _LONGEST:
-        return f"{word.partition('://')[0]}://{MASK}"
-    return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1:{MASK}@", word))
+    for pattern in _patterns(word):
+        word = pattern.sub(rf"\1{MASK}", word)
+    return word
+
+
+def _patterns(word: str) -> list[re.Pattern[str]]:
+    """The patterns that may find something in a word, in the order in which they are applied."""
+    return [*((_PASSWORD, _RAW_PASSWORD) if "@" in word else ()), *((_QUERY,) if "=" in word else ())]
 
 
 def mask_tree(value: Any) -> Any:
@@ -45,18 +55,19 @@ def mask_tree(value: Any) -> Any:
 
 def find_passwords(text: str) -> set[str]:
     """What :func:`mask_urls` would mask, as it is written and, where it is percent-encoded, as it is meant."""
-    found = set()
-    for word in _short_words(text):
-        found |= {match[2] for match in _USER.finditer(word)}
-        found |= {match[2] for match in _QUERY.finditer(_USER.sub(rf"\1:{MASK}@", word))}
+    found = _find(text)
     return (found | {unquote(password) for password in found}) - {MASK}
-
-
-def _short_words(text: str) -> list[str]:
-    return [word for word in _WORD.findall(text) if len(word) <= _LONGEST]
 
 
 def is_masked(url: str) -> bool:
     """Whether a URL has lost its password by :func:`mask_urls`: it cannot be opened."""
-    words = _short_words(url)
-    return any(match[2] == MASK for word in words for pattern in (_USER, _QUERY) for match in pattern.finditer(word))
+    return MASK in _find(url)
+
+
+def _find(text: str) -> set[str]:
+    found = set()
+    for word in _WORD.findall(text):
+        for pattern in _patterns(word):
+            found |= {match[2] for match in pattern.finditer(word)}
+            word = pattern.sub(rf"\1{MASK}", word)
+    return found

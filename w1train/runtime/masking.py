@@ -7,6 +7,7 @@ environment and the configuration are remembered, and found wherever they are.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -15,6 +16,8 @@ from w1train.config.credentials import MASK, find_passwords, mask_urls
 
 _LEAST_ALONE = 8
 """Characters of a password that is masked where it stands alone; a shorter one may be a part of any word."""
+_PLAIN_WORD = re.compile("[A-Za-z][a-z]{0,14}")
+"""A password that is not masked where it stands alone: the "training" of postgres://user:training@host is in many messages."""
 _passwords: set[str] = set()
 
 
@@ -25,12 +28,17 @@ def remember_passwords(texts: Iterable[str]) -> None:
 
 
 def mask(text: str) -> str:
-    """The text without passwords of URLs, and without those that are remembered."""
+    """The text without passwords of URLs, and without those that are remembered. Where a remembered password stands alone, it is masked if
+    it has 8 characters at least and is no plain word (up to 15 letters, small behind the first); between ``:`` and ``@`` it always is."""
     text = mask_urls(text)
     # The longest first: one may be the beginning of another.
     for password in sorted(_passwords, key=len, reverse=True):
-        text = text.replace(password, MASK) if len(password) >= _LEAST_ALONE else text.replace(f":{password}@", f":{MASK}@")
+        text = text.replace(password, MASK) if _is_masked_alone(password) else text.replace(f":{password}@", f":{MASK}@")
     return text
+
+
+def _is_masked_alone(password: str) -> bool:
+    return len(password) >= _LEAST_ALONE and not _PLAIN_WORD.fullmatch(password)
 
 
 def mask_output() -> None:
@@ -41,6 +49,12 @@ def mask_output() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _MaskedStream):
             setattr(sys, name, _MaskedStream(stream))
+
+
+def unmasked(stream: TextIO) -> TextIO:
+    """The stream that takes texts as they are. It is for what a model has generated, and for JSON whose texts are masked already: a mask
+    over the whole could end inside a number or an escape."""
+    return stream._stream if isinstance(stream, _MaskedStream) else stream
 
 
 class _MaskedStream:
