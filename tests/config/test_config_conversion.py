@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.config.config_trees import TREE, set_key
@@ -210,6 +210,17 @@ def test_yaml_reads_back_equal(changes: dict[str, Any]) -> None:
     assert config_to_yaml(config_from_yaml(text)) == text
 
 
+@given(name=st.from_regex(r"[0-9][0-9a-fA-FxXoO_]{38,90}", fullmatch=True))
+@settings(max_examples=15)
+@example(name="09f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a0")
+@example(name="0x" + 62 * "f")
+@example(name=64 * "7")
+@example(name=40 * "1" + "e5")
+def test_the_name_of_a_run_may_be_a_hash(name: str) -> None:
+    config = convert({**TREE, "name": name}).config
+    assert config_from_yaml(config_to_yaml(config)) == config
+
+
 def test_yaml_files_may_be_written_by_hand(tmp_path: Path) -> None:
     text = config_text(TREE).replace("learning_rate: 0.001", "learning_rate: 1e-3").replace("tokens: 1000", "tokens: 1e3")
     path = tmp_path / "config.yaml"
@@ -227,6 +238,10 @@ def test_yaml_files_may_be_written_by_hand(tmp_path: Path) -> None:
         (b"- 1\n", "list at the top"),
         (b"name: \xff\xfe\n", "not YAML"),
         (b"name: " + 5000 * b"7" + b"\n", "a number of 5000 characters is too long"),
+        (b"name: 0x" + 5000 * b"f" + b"\n", "a number of 5002 characters is too long"),
+        (b"name: 1" + 2500 * b":1" + b"\n", "a number of 5001 characters is too long"),
+        (b"name: 0b" + 50 * b"1_" + b"\n", "a number of 102 characters is too long"),
+        (b"name: " + 5000 * b"7" + b"e5\n", "name"),
         (b"name: !!python/object/apply:os.getcwd []\n", "the tag .* is not supported"),
     ],
 )

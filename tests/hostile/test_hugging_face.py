@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -104,6 +105,37 @@ def test_an_export_names_no_code_of_others(directory, tmp_path):
     (directory / "tokenizer_config.json").write_bytes(as_json(settings_file))
     _tokenizer_files(directory / "tokenizer.json", directory / "tokenizer.json", tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T"}
+
+
+def test_an_export_has_no_files_from_elsewhere(directory, tmp_path, caplog):
+    """The tokenizer's directory is what somebody's config.yaml says, and the export is for all to see."""
+    (tmp_path / "secret").write_text('{"key": "secret"}')
+    (directory / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    (directory / "tokenizer_config.json").symlink_to("../secret")
+    os.mkfifo(directory / "generation_config.json")
+    with (directory / "special_tokens_map.json").open("wb") as file:
+        file.truncate((16 << 20) + 1)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    _tokenizer_files(directory / "tokenizer.json", directory / "tokenizer.json", exported)
+    assert sorted(path.name for path in exported.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert "secret" not in (exported / "tokenizer_config.json").read_text()
+    assert caplog.text.count("is left out of the export") == 4
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_an_export_follows_the_links_of_the_hub_cache(directory, tmp_path, outside):
+    blobs, snapshot, exported = tmp_path / "blobs", tmp_path / "snapshots/1234", tmp_path / "exported"
+    for made in (blobs, snapshot, exported):
+        made.mkdir(parents=True)
+    if outside:
+        blobs.rename(tmp_path / "secrets")
+        blobs.symlink_to(tmp_path / "secrets")
+    (blobs / "abcd").write_text("{{ messages }}")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/abcd")
+    _tokenizer_files(directory / "tokenizer.json", snapshot / "tokenizer.json", exported)
+    assert (exported / "chat_template.jinja").exists() == (not outside)
+    assert outside or (exported / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_no_module_imports_transformers():

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from tests.end_to_end.runs import TinyRun
 from tests.hostile.commands import (
     Main,
     answer,
+    make_dataset,
     make_run,
     may_refuse,
     report_main,
@@ -39,6 +41,8 @@ from w1train.training.report import write_report
 from w1train.training.report_compare import write_comparison
 
 import_megatron()
+
+from w1train.evaluation.checkpoints import require_own  # noqa: E402 - the line above has to come first
 
 MARKUP = "<script>alert(1)</script>"
 
@@ -115,6 +119,22 @@ def test_a_model_that_its_checkpoint_cannot_hold(run, model, capsys):
     for command in ("sample", "evaluate"):
         assert "config.yaml" in refused(run, command, capsys)
     require_refusal(convert.main, ["to-hf", str(run), str(run.parent / "exported")], capsys, 2, "config.yaml")
+
+
+@pytest.mark.parametrize("url", ["file://{}/x", "reference::http://localhost:1/x", "memory://x"])
+@pytest.mark.parametrize("is_further", [False, True])
+def test_nothing_is_fetched_because_a_run_says_so(run, tmp_path, url, is_further, capsys, monkeypatch):
+    make_dataset(tmp_path / "x")
+    config, url, cache = run_config(), url.format(tmp_path), tmp_path / "somewhere/cache"
+    config.data.validation, config.data.cache_directory = str(tmp_path / "x") if is_further else url, str(cache)
+    config.data.validation_sets = {"further": url} if is_further else {}
+    (run / "config.yaml").write_text(config_to_yaml(config))
+    model = SimpleNamespace(config=config_from_yaml(run / "config.yaml"), checkpoint=run / "checkpoints/step_0000000004")
+    monkeypatch.setattr("w1train.training.inference.load_for_inference", lambda *_: model)
+    require_refusal(average.main, [str(run), "--steps", "4,8"], capsys, 2, url, "Give the dataset with --validation")
+    require_refusal(evaluate.main, [str(run)], capsys, 2, url, "Give the dataset with --validation")
+    assert not cache.parent.exists()
+    require_own(model.config.data, url)
 
 
 TOKENIZERS: dict[str, Content] = {

@@ -6,8 +6,6 @@ Parsing yields events and does not recurse, so that neither ten thousand levels 
 
 from __future__ import annotations
 
-import re
-
 import yaml
 
 from w1train.config.reading import LONGEST_INTEGER
@@ -18,7 +16,8 @@ DEEPEST_YAML = 32
 """Levels of mappings and lists inside each other; the schema has six."""
 MOST_YAML_NODES = 20_000
 """Keys and values of a file, each alias counted as what it stands for. One takes some twenty microseconds to read."""
-_LONG_NUMBER = re.compile(rf"[-+]?[0-9][0-9a-fA-FxXbBoO_:]{{{LONGEST_INTEGER},}}")
+_RESOLVER = yaml.resolver.Resolver()
+_INTEGER = "tag:yaml.org,2002:int"
 _NOT_SPECIFIC = "!"
 
 
@@ -30,8 +29,8 @@ def check_limits(text: str) -> None:
     """Count the keys and values of a YAML text, and look at the scalars.
 
     Raises:
-        LimitError: there are more keys and values than a configuration has, they are nested deeper, a number is longer than
-            LONGEST_INTEGER (Python would read hexadecimal digits without end), or a value has a tag such as !!bool (the library fails
+        LimitError: there are more keys and values than a configuration has, they are nested deeper, an integer is longer
+            than LONGEST_INTEGER (Python would read hexadecimal digits without end), or a value has a tag such as !!bool (the library fails
             at a tag on a text that it does not fit).
         yaml.YAMLError: the text is not YAML.
     """
@@ -62,7 +61,12 @@ def check_limits(text: str) -> None:
 
 def _check_scalar(event: yaml.ScalarEvent) -> None:
     _check_tag(event)
-    if event.implicit[0] and _LONG_NUMBER.fullmatch(event.value):
+    # YAML's own rules say what an integer is: the name of a run may be a hash, whose first digit is decimal.
+    if (
+        event.implicit[0]
+        and len(event.value) > LONGEST_INTEGER
+        and _RESOLVER.resolve(yaml.ScalarNode, event.value, (True, False)) == _INTEGER
+    ):
         raise _error(f"a number of {len(event.value)} characters is too long", event)
 
 

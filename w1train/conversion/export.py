@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError, listing
-from w1train.config.reading import read_json_object
+from w1train.config.reading import LARGEST_JSON, FileContentError, parse_json
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
 from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
-from w1train.runtime.files import PARTIAL_SUFFIX, write_text
+from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
+from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint import read_config
 from w1train.training.stored_size import require_stored
@@ -100,15 +102,55 @@ def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
             yield part.tensor, piece.reshape(part.num_rows, *parameter.shape[1:])
 
 
-def _copy_companion(source: Path, target: Path) -> None:
-    """Copy a file that lies beside a tokenizer, but for an auto_map: it names code, even of another place, which transformers would run for
-    those who trust this export's own."""
-    settings = read_json_object(source, "settings of a tokenizer") if source.suffix == ".json" else {}
-    if settings.pop("auto_map", None) is None:
-        shutil.copyfile(source, target)
+def _copy_companion(directory: Path, name: str, output: Path) -> None:
+    """Copy a file that lies beside a tokenizer, if it is there, but for an auto_map: it names code, even of another place, which
+    transformers would run for those who trust this export's own.
+
+    The directory's name comes from a config.yaml that somebody else may have written, and exports are published: a file that is too large,
+    or a link to a file elsewhere, is left out with a warning.
+    """
+    path = directory / name
+    try:
+        with _open_companion(directory, name) as file:
+            content = file.read(LARGEST_JSON + 1)
+    except FileNotFoundError:
         return
-    logger.warning("%s: its auto_map, which names code to run, is left out of the export", source)
-    write_text(target, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        logger.warning(
+            "%s is left out of the export: it is a link to a file elsewhere, or cannot be read (%s)", path, error.strerror or error
+        )
+        return
+    if len(content) > LARGEST_JSON:
+        logger.warning("%s is left out of the export: it has more than %d bytes", path, LARGEST_JSON)
+        return
+    if path.suffix == ".json" and (settings := _settings(content, path)).pop("auto_map", None) is not None:
+        logger.warning("%s: its auto_map, which names code to run, is left out of the export", path)
+        content = (json.dumps(settings, indent=2) + "\n").encode("utf-8")
+    write_bytes(output / name, content)
+
+
+def _open_companion(directory: Path, name: str) -> BufferedReader:
+    """Open a regular file of a directory; the links that the cache of huggingface_hub is made of are followed, as those of the weights are
+    (w1train.conversion.sources).
+
+    Raises:
+        OSError: it is not there, cannot be read, or is another link or no regular file.
+    """
+    place, target = directory.resolve(), (directory / name).resolve()
+    blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
+    if target.parent in (place, blobs) and is_plain_name(target.name):
+        return open_inside(target.parent, target.name)
+    return open_inside(directory, name)
+
+
+def _settings(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        settings = parse_json(content)
+    except ValueError as error:
+        raise FileContentError(f"{path} has no settings of a tokenizer: {error}") from error
+    if not isinstance(settings, dict):
+        raise FileContentError(f"{path} has no settings of a tokenizer: it has no JSON object at its top")
+    return settings
 
 
 def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]:
@@ -122,12 +164,11 @@ def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]
         logger.warning("the run's tokenizer is neither %s nor %s: the export goes without one", copy, original)
         return {}
     tokenizer = Tokenizer.load(path)
-    shutil.copyfile(path, output / "tokenizer.json")
+    tokenizer.save(output / "tokenizer.json")
     if not original.parent.is_dir():
         logger.warning("%s is not there: what transformers keeps beside a tokenizer is written anew", original.parent)
     for name in _COMPANIONS:
-        if (original.parent / name).is_file():
-            _copy_companion(original.parent / name, output / name)
+        _copy_companion(original.parent, name, output)
     if not (output / "tokenizer_config.json").is_file():
         tokens = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}

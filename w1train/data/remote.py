@@ -81,6 +81,19 @@ def require_password(prefix: str) -> None:
         )
 
 
+def require_local(prefix: str) -> None:
+    """Raise DatasetError if the prefix of a dataset, out of the config.yaml of a finished run, names object storage.
+
+    Somebody else may have written that file: its URL could have this machine fetch whatever its network reaches (chained protocols such as
+    reference::http://... too), and the copy would be written where the file says (data.cache_directory).
+    """
+    require_password(prefix)
+    if is_remote(prefix):
+        raise DatasetError(
+            f"{prefix} comes from the run's config.yaml, and nothing is fetched because a file says so. Give the dataset with --validation"
+        )
+
+
 def _remote_path(path_of: Callable[[str], Path], prefix: str) -> str:
     """The path of a dataset's file in the storage: Path would take one of two slashes away, which are two names there."""
     directory, slash, name = prefix.rpartition("/")

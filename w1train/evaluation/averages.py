@@ -15,8 +15,7 @@ from w1train.config.errors import UserError
 from w1train.config.reading import read_json_object
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
-from w1train.data.remote import require_password
-from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
+from w1train.evaluation.checkpoints import open_validation, require_own, validate_checkpoint
 from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
 from w1train.runtime.distributed import initialize_process_group
@@ -79,10 +78,9 @@ def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _require_validation(request: AverageRequest, config: Config) -> None:
-    prefix = request.validation or config.data.validation
-    if prefix is None:
+    if request.validation is None and config.data.validation is None:
         raise UserError(f"{request.run} has no data.validation to compare checkpoints on: give --validation PREFIX or --no-evaluate")
-    require_password(prefix)
+    require_own(config.data, request.validation)
 
 
 def _is_own(request: AverageRequest, config: Config) -> bool:

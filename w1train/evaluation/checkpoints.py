@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError
+from w1train.config.schema import DataConfig
+from w1train.data.remote import require_local, require_password
 from w1train.runtime.distributed import current_ranks
 from w1train.training.checkpoint import load_model_weights
 from w1train.training.data import ValidationData
@@ -18,11 +20,10 @@ def open_validation(model: InferenceModel, prefix: str | None = None) -> Validat
     """The run's validation set, or another.
 
     Raises:
-        UserError: there is none, or it is damaged or does not fit the model.
+        UserError: there is none, it is damaged or does not fit the model, or it is in object storage and named by the run alone.
     """
+    require_own(model.config.data, prefix)
     data = model.config.data if prefix is None else replace(model.config.data, validation=prefix, validation_sets={})
-    if data.validation is None:
-        raise UserError("the run has no data.validation; give a dataset with --validation PREFIX")
     try:
         return ValidationData(replace(model.config, data=data), current_ranks(model.device))
     except UserError:
@@ -30,6 +31,18 @@ def open_validation(model: InferenceModel, prefix: str | None = None) -> Validat
     except ValueError as error:
         # Its refusal of a mask token is a plain ValueError.
         raise UserError(str(error)) from error
+
+
+def require_own(data: DataConfig, prefix: str | None) -> None:
+    """Raise UserError unless there is a validation set, which is local or, as ``prefix``, the user's own word."""
+    if prefix is not None:
+        require_password(prefix)
+        return
+    if data.validation is None:
+        raise UserError("the run has no data.validation; give a dataset with --validation PREFIX")
+    for from_run in (data.validation, *data.validation_sets.values()):
+        if from_run is not None:
+            require_local(from_run)
 
 
 def validate_checkpoint(model: InferenceModel, data: ValidationData, path: Path | None = None) -> dict[str, Any]:
