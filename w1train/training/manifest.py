@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from io import BufferedReader
@@ -23,6 +23,7 @@ from w1train.runtime.distributed import agreed, on_every_rank
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.pulse import moved, pulse
 from w1train.runtime.transfers import together
+from w1train.training.health.state import state_problems
 
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
@@ -144,13 +145,13 @@ def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
     is_right = {
         "step": _is_count(manifest["step"]),
         "samples": _is_count(manifest["samples"]),
-        "seconds": _is_number(manifest["seconds"]) and math.isfinite(manifest["seconds"]),
+        "seconds": _is_number(manifest["seconds"]) and abs(manifest["seconds"]) <= sys.float_info.max,
         "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
-        "health": isinstance(manifest["health"], dict),
         "validation": _is_table(manifest.get("validation", {})) and all(map(_is_number, manifest.get("validation", {}).values())),
         "files": _is_table(manifest["files"]),
     }
     yield from (f"{MANIFEST} says {name}: {manifest[name]!r:.60}" for name, is_valid in is_right.items() if not is_valid)
+    yield from (f"{MANIFEST} says {problem}" for problem in state_problems(manifest["health"]))
 
 
 def _entry_problems(files: Any) -> Iterator[str]:
