@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Literal
+
+from w1train.config.reading import FileContentError, read_json_object, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,10 @@ _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet":
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 """What Hugging Face's ``save_to_disk`` writes beside the .arrow files: of a dictionary of splits, of one dataset."""
+
+
+_MOST_NAMES = 5
+"""So many missing files are named in a message."""
 
 
 class CorpusError(ValueError):
@@ -110,15 +115,17 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
 def _dataset_files(directory: Path) -> list[str]:
     """The .arrow files of a saved Hugging Face dataset; others in the directory are remains, or say how rows were chosen."""
     try:
-        state = json.loads((directory / DATASET_STATE).read_bytes())
+        state = read_json_object(directory / DATASET_STATE, "state of a Hugging Face dataset")
         names = [entry["filename"] for entry in state["_data_files"]]
         chosen = state.get("_indices_data_files")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FileContentError as error:
+        raise CorpusError(str(error)) from error
+    except (KeyError, TypeError) as error:
         raise CorpusError(f"{directory / DATASET_STATE} is not what a Hugging Face dataset has there: {error!r}") from error
     if chosen:
         raise CorpusError(f"the dataset {directory} is a selection of its rows: save it again after flatten_indices()")
     if bad := [name for name in names if not isinstance(name, str) or "/" in name or not (directory / name).is_file()]:
-        raise CorpusError(f"the dataset {directory} lacks {', '.join(map(str, bad))}")
+        raise CorpusError(f"the dataset {directory} lacks {', '.join(map(shorten, bad[:_MOST_NAMES]))}")
     return names
 
 

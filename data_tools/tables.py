@@ -250,8 +250,19 @@ def _arrow_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits: L
         elif row + message.num_rows <= first_row:
             yield _Rows(share, message.num_rows)
         else:
-            yield _Rows(share, message.num_rows, read().select(columns))
+            batch = read().select(columns)
+            num_text_bytes = _text_bytes(batch)
+            if num_text_bytes > limits.row_group:
+                yield _Rows(share, message.num_rows, fault=_group_fault("record batch", row, message.num_rows, num_text_bytes, limits))
+            else:
+                yield _Rows(share, message.num_rows, batch)
         row += message.num_rows
+
+
+def _text_bytes(batch: pyarrow.RecordBatch) -> int:
+    """Count the bytes of all texts of a batch, each as often as rows refer to it: a dictionary's entry and what views share, too."""
+    parts = (_checked(batch.slice(first, _ROWS_MEASURED_AT_ONCE)) for first in range(0, batch.num_rows, _ROWS_MEASURED_AT_ONCE))
+    return sum(int(text_sizes(column).sum()) for part in parts for column in part.columns)
 
 
 type _Batches = Iterator[tuple[Message, Callable[[], pyarrow.RecordBatch]]]

@@ -138,13 +138,20 @@ def test_saved_datasets_are_read_by_split(tmp_path):
         TextCorpus([tmp_path])
     state = tmp_path / "x.saved" / "state.json"
     for content, message in [
-        ("[", "is not what"),
-        ('{"_data_files": [{"filename": "gone.arrow"}]}', r"lacks gone\.arrow"),
+        ("[", r"state\.json is no state of a Hugging Face dataset"),
+        ("[" * 100 + "]" * 100, "nested deeper"),
+        ('{"_data_files": 7}', "is not what"),
+        ('{"_data_files": [1]}', "is not what"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', r"lacks 'gone\.arrow'"),
         ('{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}', "flatten_indices"),
     ]:
         state.write_text(content)
         with pytest.raises(CorpusError, match=message):
             TextCorpus([tmp_path / "x.saved"])
+    with state.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CorpusError, match="too large"):
+        TextCorpus([tmp_path / "x.saved"])
 
 
 @pytest.mark.parametrize(("kind", "library"), [("parquet", "pyarrow"), ("ndjson.zst", "zstd")])

@@ -97,11 +97,11 @@ def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is
             gate.is_open.clear()
             training.step()
             saver.poll()
-            progress = Progress(step=training.number, health={"window": [1.0]})
+            progress = Progress(step=training.number, health={"window": {"grad_norm": [1.0]}})
             saver.save(progress)
             save_checkpoint(tmp_path / "waited", training.model, progress, "", keep=9)
             progress.step = 999  # the saver has its own
-            progress.health["window"].append(2.0)
+            progress.health["window"]["grad_norm"].append(2.0)
             training.step(2)
             saver.poll()
             assert saver.is_saving
@@ -114,7 +114,7 @@ def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is
     for step in (1, 4):
         name = f"step_{step:010d}"
         assert shards(tmp_path / "background" / name) == shards(tmp_path / "waited" / name)
-        assert read_progress(tmp_path / "background" / name) == Progress(step=step, health={"window": [1.0]})
+        assert read_progress(tmp_path / "background" / name) == Progress(step=step, health={"window": {"grad_norm": [1.0]}})
     assert shards(tmp_path / "waited/step_0000000001") != shards(tmp_path / "waited/step_0000000004")
     assert not list((tmp_path / "background").glob(".*"))
 

@@ -170,3 +170,4 @@ def test_what_is_kept_for_ever_stays(steps, keep, every):
 
 def test_ranking_leaves_out_what_has_no_score():
     assert rank_steps({1: 2.0, 2: None, 3: math.nan, 4: 1.0, 5: 2.0}, 2) == [4, 5]
+    assert rank_steps({1: 2.0, 2: 10**400, 3: -(10**400), 4: math.inf, 5: -math.inf}, 5) == [1]

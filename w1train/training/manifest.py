@@ -22,6 +22,7 @@ from w1train.runtime.distributed import agreed, on_every_rank
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.pulse import moved, pulse
 from w1train.runtime.transfers import together
+from w1train.training.health.state import state_problems
 
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
@@ -145,11 +146,11 @@ def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
         "samples": _is_count(manifest["samples"]),
         "seconds": _is_number(manifest["seconds"]) and 0 <= manifest["seconds"] < 1e12,
         "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
-        "health": isinstance(manifest["health"], dict),
         "validation": _is_table(manifest.get("validation", {})) and all(map(_is_number, manifest.get("validation", {}).values())),
         "files": _is_table(manifest["files"]),
     }
     yield from (f"{MANIFEST} says {name}: {shorten(manifest[name])}" for name, is_valid in is_right.items() if not is_valid)
+    yield from (f"{MANIFEST} says {problem}" for problem in state_problems(manifest["health"]))
 
 
 def _entry_problems(files: Any) -> Iterator[str]:

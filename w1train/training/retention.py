@@ -7,9 +7,9 @@ changes nothing.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -73,9 +73,14 @@ def best_steps(directory: Path, count: int, metric: str, *, after: int = 0) -> l
 
 
 def rank_steps(scores: Mapping[int, float | None], count: int) -> list[int]:
-    """The ``count`` best of steps with their scores, lower being better; None and what is no number are out of it."""
-    ranked = sorted((score, -step) for step, score in scores.items() if score is not None and math.isfinite(score))
+    """The ``count`` best of steps with their scores, lower being better; a score that is None or no finite float counts as no score."""
+    ranked = sorted((score, -step) for step, score in scores.items() if score is not None and _is_finite(score))
     return [-negative for _, negative in ranked[:count]]
+
+
+def _is_finite(score: float) -> bool:
+    """Whether a score is a finite float; an integer of a manifest may be larger than any."""
+    return abs(score) <= sys.float_info.max
 
 
 def _score(path: Path, metric: str) -> float | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from w1train.runtime.cpu import import_megatron
 
@@ -130,4 +133,73 @@ def test_a_checkpoint_of_before_has_no_such_state(tmp_path):
     assert read_progress(tmp_path).health == {"skipped": 2}
     (tmp_path / "manifest.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        read_progress(tmp_path)
+
+
+WINDOW = {"stage": "a", "masked_cross_entropy": [2.0] * 64, "grad_norm": [1] * 64}
+
+
+@pytest.mark.parametrize(
+    ("health", "fault"),
+    [
+        ([], r"says health: \[\]"),
+        ({"window": []}, r"health\.window: \[\], which is no JSON object"),
+        ({"window": None}, r"health\.window: None"),
+        ({"window": {**WINDOW, "stage": 7}}, r"health\.window\.stage: 7"),
+        ({"window": {"stage": "a"}}, r"health\.window\.masked_cross_entropy: None, which is no list"),
+        ({"window": {**WINDOW, "grad_norm": "1.0"}}, r"health\.window\.grad_norm: '1.0', which is no list"),
+        *(
+            ({"window": {**WINDOW, name: [1.0] * 63 + [wrong]}}, rf"health\.window\.{name} holds .*, which is no finite number")
+            for name in ("masked_cross_entropy", "grad_norm")
+            for wrong in ("1.0", None, True, [1.0], {}, math.nan, -math.inf, 10**400, 1e200)
+        ),
+        ({"skipped": "many"}, r"health\.skipped: 'many', which is no number of steps"),
+        ({"in_a_row": None}, r"health\.in_a_row: None"),
+        ({"in_a_row": -1}, r"health\.in_a_row: -1"),
+        ({"skipped": 1.5}, r"health\.skipped: 1\.5"),
+    ],
+)
+def test_a_state_that_the_guard_cannot_go_on_with_is_damage(tmp_path, health, fault):
+    manifest = {"step": 3, "samples": 24, "seconds": 1.0, "dataset": None, "files": {}, "health": health}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"is damaged: manifest\.json says .*{fault}" if health else fault):
+        read_progress(tmp_path)
+
+
+@given(
+    window=st.just({})
+    | st.fixed_dictionaries(
+        {
+            "stage": st.just("a"),
+            **{name: st.lists(st.integers() | st.floats(), max_size=12) for name in ("masked_cross_entropy", "grad_norm")},
+        }
+    ),
+    counts=st.dictionaries(st.sampled_from(["skipped", "in_a_row"]), st.integers(0, 9)),
+)
+def test_the_guard_goes_on_with_every_state_that_is_read(window, counts):
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        manifest = {"step": 3, "samples": 24, "seconds": 1.0, "dataset": None, "files": {}, "health": {"window": window, **counts}}
+        Path(directory, "manifest.json").write_text(json.dumps(manifest))
+        try:
+            progress = read_progress(Path(directory))
+        except CheckpointError:
+            return
+        steps = Steps(patch, spike_window=8)
+        steps.progress.health = progress.health
+        for values in (GOOD, SPIKE, NAN, GOOD):
+            steps.take(values)
+
+
+def test_a_run_writes_only_what_a_resume_reads(tmp_path, steps):
+    for values in (GOOD, {**GOOD, "masked_cross_entropy": math.nan}, {**GOOD, "masked_cross_entropy": math.inf}, NAN, SPIKE, GOOD):
+        steps.take(values)
+    manifest = {"step": 3, "samples": 24, "seconds": 1.0, "dataset": None, "files": {}, "health": steps.progress.health}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert read_progress(tmp_path).health == steps.progress.health
+
+
+def test_seconds_beyond_any_float_are_damage(tmp_path):
+    manifest = {"step": 3, "samples": 24, "seconds": 10**400, "dataset": None, "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="says seconds"):
         read_progress(tmp_path)

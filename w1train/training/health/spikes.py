@@ -14,8 +14,16 @@ from collections.abc import Mapping
 from typing import Any
 
 _MEDIAN_DEVIATION_TO_SIGMA = 1.4826  # of a normal distribution
+WATCHED = ("masked_cross_entropy", "grad_norm")
+_LARGEST = 1e100
+"""The square of a value, and a sum of squares, stay finite; what a step computes in float32 is below it by far."""
 _SMALLEST_SIGMA = {"masked_cross_entropy": 0.03, "grad_norm": 0.35}
 """Of the median, and of a logarithm: what hurts a run is far larger than a batch of odd text, however equal the others were."""
+
+
+def is_watchable(value: object) -> bool:
+    """Whether a window may hold a value: the deviation of values that it holds is a finite number."""
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 class SpikeWindow:
@@ -49,7 +57,8 @@ class SpikeWindow:
             self._state.clear()
             self._state.update({"stage": stage, **{name: [] for name in self._sigmas}})
         for name in self._sigmas:
-            self._state[name] = [*self._state[name], values[name]][-self._size :]
+            if is_watchable(values[name]):
+                self._state[name] = [*self._state[name], values[name]][-self._size :]
 
     def clear(self) -> None:
         """Begin anew: the level is another one."""
