@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
 import json
@@ -21,6 +22,7 @@ from w1train import plan, pretrain
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing, packing_path
 from w1train.data.tokenizer import Tokenizer, TokenizerError, parse_tokenizer_json
+from w1train.data.tokenizer_growth import largest_growth
 
 
 @functools.cache
@@ -55,6 +57,12 @@ def added(**values: Any) -> list[dict[str, Any]]:
     return [*tokens, {**tokens[0], "content": "<more>", "id": 400, **values}]
 
 
+def character_map(replacements: bytes, size: int = 16) -> dict[str, str]:
+    """SentencePiece's table, with a trie of zeros."""
+    table = struct.pack("<I", size) + bytes(min(size, 16)) + replacements
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
 NOT_TOKENIZERS: dict[str, Content] = {
     **NOT_JSON_OBJECTS,
     "no model": b"{}",
@@ -87,6 +95,30 @@ NOT_TOKENIZERS: dict[str, Content] = {
             "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 100} for _ in range(10)],
         }
     ),
+    "a long prefix that is replaced": changed(
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "x" * 5000},
+                {"type": "Replace", "pattern": {"String": "x"}, "content": "y" * 5000},
+            ],
+        }
+    ),
+    "bytes of bytes": changed(normalizer={"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 10}),
+    "a text in many copies": changed(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 10_001,
+            "pair": [],
+            "special_tokens": {},
+        }
+    ),
+    "a step without its type": changed(normalizer={"pattern": {"Regex": "."}, "content": "x" * 20_000}),
+    "a step of unknown type": changed(pre_tokenizer={"type": "Oracle"}),
+    "a decoder of unknown type": changed(decoder={"type": "Oracle"}),
+    "a map of a large trie": changed(normalizer=character_map(b"", size=0xFFFFFFF0)),
+    "a map that is large": changed(normalizer=character_map(b"ab\0" * 180_000)),
+    "a map to a long text": changed(normalizer=character_map(b"ab\0" + b"c" * 65 + b"\0")),
 }
 
 
@@ -99,6 +131,40 @@ def test_a_tokenizer(tmp_path, content, capsys):
         return  # a directory is looked into for its tokenizer.json, and special tokens are what an import adds
     arguments = ["--input", str(path), "--output", str(tmp_path / "out.json"), "--eos", "<eos>", "--mask", "<mask>", "--pad", "<pad>"]
     require_refusal(import_tokenizer.main, arguments, capsys, 1, str(path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Prepend", "prepend": "\u2581"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Nmt"}, {"type": "NFKC"}, {"type": "Lowercase"}]}},
+        {"pre_tokenizer": None, "decoder": None},
+    ],
+)
+def test_steps_of_published_tokenizers(changes):
+    assert Tokenizer(changed(**changes), "t.json").encode("Some text")
+
+
+def test_a_small_map_of_characters_is_read():
+    assert largest_growth({"normalizer": character_map("ab\0\u00fc\u00fc\u00fc\0".encode(), size=8)}) == 3
+
+
+def test_a_key_that_is_there_twice_has_the_value_that_was_checked():
+    """The library would take the first type for an error, and then the step for one without type."""
+    twice = b'{"type": "Replace", "type": "Strip", "strip_left": true, "strip_right": true, "pattern": {"Regex": "."}, "content": "xxx"}'
+    tokenizer = Tokenizer(changed(normalizer="HERE").replace(b'"HERE"', twice), "t.json")
+    assert tokenizer.decode(tokenizer.encode(" ab ")) == "ab"
+
+
+def test_a_text_that_would_grow_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr("w1train.data.tokenizer.LARGEST_GROWN", 1000)
+    replaced = {"type": "Replace", "pattern": {"Regex": "a"}, "content": "x" * 9}
+    # With five of the byte-level step, fifty characters of one.
+    tokenizer = Tokenizer(changed(normalizer=replaced, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}), "t.json")
+    tokenizer.encode_batch(20 * ["a"] + [20 * "a"])
+    for call in (lambda: tokenizer.encode(21 * "a"), lambda: tokenizer.encode_batch(["a", 21 * "a"])):
+        with pytest.raises(TokenizerError, match="a text of 21 characters is too long"):
+            call()
 
 
 def test_a_tokenizer_is_refused_before_a_text_is_read(tmp_path, capsys):

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, read_bounded, shorten
+from w1train.data.tokenizer_growth import largest_growth
 from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ MAX_VOCAB_SIZE = 2**24
 
 LARGEST_TOKENIZER = 64 << 20
 """Bytes of a tokenizer.json; those of the largest vocabularies in use have half of it."""
-MOST_GROWTH = 10_000
-"""Characters that the replacements of a tokenizer.json may make of one. Those of published tokenizers make one."""
+LARGEST_GROWN = 1 << 32
+"""Characters that the steps of a tokenizer.json might make of one text; the library takes a hundred bytes for each that they do make."""
 _PROBE = "Some text, 42 words.\n\tÜ \U0001f600"
 
 
@@ -59,7 +60,7 @@ class Tokenizer:
         self.serialized: bytes = serialized
         """The file's content."""
         self._origin = origin
-        self._backend = _parse(serialized, origin)
+        self._backend, self._growth = _parse(serialized, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
         """sha256 of the file: two tokenizers are the same if and only if their files are."""
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
@@ -86,8 +87,9 @@ class Tokenizer:
         """Token ids of a text, without EOS.
 
         Raises:
-            TokenizerError: it is not Unicode.
+            TokenizerError: it is not Unicode, or too long for what the tokenizer makes of it.
         """
+        self._require_room([text])
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -97,7 +99,12 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, computed on all cores."""
+        """Token ids of each text, computed on all cores.
+
+        Raises:
+            TokenizerError: a text is too long for what the tokenizer makes of it.
+        """
+        self._require_room(texts)
         with _panics_of(self._origin):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -132,6 +139,14 @@ class Tokenizer:
             else:
                 return None
         return num_bytes
+
+    def _require_room(self, texts: Sequence[str]) -> None:
+        longest = max(map(len, texts), default=0)
+        if longest * self._growth > LARGEST_GROWN:
+            raise TokenizerError(
+                f"a text of {longest} characters is too long: tokenizer {self._origin} may make {self._growth} characters of each, and "
+                f"at most {LARGEST_GROWN} are supported; cut the text"
+            )
 
     def _try(self) -> None:
         """Some models lack a token, and some steps have a parameter, with which they fail at the first text only: before training."""
@@ -187,23 +202,7 @@ def parse_tokenizer_json(serialized: bytes, origin: str) -> dict[str, Any]:
             raise TokenizerError(
                 f"{origin}: the id of {shorten(token)} is {shorten(number)}; ids are numbers from 0 to {MAX_VOCAB_SIZE - 1}"
             )
-    _check_growth(content, origin)
     return content
-
-
-def _check_growth(content: dict[str, Any], origin: str) -> None:
-    """Replacements by longer texts multiply each other: ten of a hundred characters would make 10^20 of one."""
-    growth, parts = 1, [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            if part.get("type") == "Replace" and isinstance(part.get("content"), str):
-                growth *= max(1, len(part["content"]))
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-    if growth > MOST_GROWTH:
-        raise TokenizerError(f"tokenizer {origin} replaces a character by as many as {growth:.3g}; at most {MOST_GROWTH} are supported")
 
 
 @contextlib.contextmanager
@@ -218,18 +217,24 @@ def _panics_of(origin: str) -> Iterator[None]:
         raise TokenizerError(f"tokenizer {origin} cannot be used: {error}") from error
 
 
-def _parse(serialized: bytes, origin: str) -> BackendTokenizer:
-    parse_tokenizer_json(serialized, origin)
+def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int]:
+    """The library's tokenizer, and how many characters its steps may make of one."""
+    content = parse_tokenizer_json(serialized, origin)
+    try:
+        growth = largest_growth(content)
+    except ValueError as error:
+        raise TokenizerError(f"tokenizer {origin}: {error}") from error
     with _panics_of(origin):
         try:
-            backend = BackendTokenizer.from_str(serialized.decode("utf-8"))
+            # Not the file's own text: of a key that is there twice, the library may take the other value than the one that was checked.
+            backend = BackendTokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises bare Exception for every fault of the file
             raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
         backend.encode_special_tokens = True
         # A file saved by other software may carry these; they would cut or pad documents in silence.
         backend.no_truncation()
         backend.no_padding()
-    return backend
+    return backend, growth
 
 
 def train_tokenizer(

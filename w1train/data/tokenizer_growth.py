@@ -1,0 +1,150 @@
+"""How many characters the steps of a tokenizer.json may make of one: replacements by longer texts multiply each other, and ten of a hundred
+characters would make 10^20 of one, for which the library takes memory until the process is killed.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from w1train.config.reading import shorten
+
+MOST_GROWTH = 10_000
+"""Characters that the steps of a tokenizer.json may make of one. Those of published tokenizers make from four to some thousand, by a count
+that takes each step for itself at its worst."""
+LARGEST_CHARACTER_MAP = 512 << 10
+"""Bytes of SentencePiece's table of characters; the one that most models have (nmt_nfkc) takes 240 kB."""
+LONGEST_REPLACEMENT = 64
+"""Bytes that the table puts in the place of a character; Unicode's longest (of U+FDFA) has 33."""
+_SIZE_BYTES = 4
+
+_Step = dict[str, Any]
+
+
+def largest_growth(content: dict[str, Any]) -> int:
+    """The most characters that encoding, or decoding, can make of one.
+
+    Args:
+        content: of a tokenizer.json.
+
+    Raises:
+        ValueError: a step is of no known type or has no valid parameters, or the growth is above MOST_GROWTH.
+    """
+    encoding = _growth_of(content, "normalizer", "pre_tokenizer", "post_processor")
+    growth = max(encoding, _growth_of(content, "decoder"))
+    if growth > MOST_GROWTH:
+        raise ValueError(f"its steps replace a character by as many as {growth:.3g}; at most {MOST_GROWTH} are supported")
+    return growth
+
+
+def _growth_of(content: dict[str, Any], *kinds: str) -> int:
+    growth = 1
+    for kind in kinds:
+        for step in _steps(content.get(kind), kind):
+            growth = min(growth * _KNOWN[kind][step["type"]](step), 1 << 64)  # the product of a million steps takes long
+    return growth
+
+
+def _steps(step: Any, kind: str) -> Iterator[_Step]:
+    """The steps of a kind in whatever sequences they are; how deep these are nested is bounded by w1train.config.reading."""
+    if step is None:
+        return
+    # Without a type, the library takes the first that has these parameters.
+    name = step.get("type") if isinstance(step, dict) else None
+    if name == "Sequence":
+        parts = step.get(_PARTS[kind])
+        if not isinstance(parts, list):
+            raise ValueError(f"its {kind} is a Sequence without {_PARTS[kind]}")
+        for part in parts:
+            yield from _steps(part, kind)
+    elif isinstance(name, str) and name in _KNOWN[kind]:
+        yield step
+    else:
+        raise ValueError(f"its {kind} is of type {shorten(name)}; supported are {', '.join(sorted([*_KNOWN[kind], 'Sequence']))}")
+
+
+def _fixed(growth: int) -> Callable[[_Step], int]:
+    return lambda _: growth
+
+
+def _of_replacement(step: _Step) -> int:
+    """A pattern that fits nothing at all, as a regular expression can, puts the content beside each character."""
+    return 1 + len(_text(step, "content"))
+
+
+def _of_prefix(step: _Step) -> int:
+    return 1 + len(_text(step, "prepend"))
+
+
+def _of_template(step: _Step) -> int:
+    """A template may have the text more than once."""
+    return max(1, len(step["single"])) if isinstance(step.get("single"), list) else 1
+
+
+def _of_character_map(step: _Step) -> int:
+    """SentencePiece's table: the size of a trie, the trie, and the replacements, each with a zero behind it.
+
+    The library takes memory for whatever size the trie claims, and ends the process without it.
+    """
+    encoded = step.get("precompiled_charsmap")
+    if encoded is None:
+        return 1
+    if not isinstance(encoded, str) or len(encoded) > 4 * LARGEST_CHARACTER_MAP // 3 + _SIZE_BYTES:
+        raise ValueError(f"its precompiled_charsmap is no text, or has more than {LARGEST_CHARACTER_MAP} bytes")
+    table = base64.b64decode(encoded, validate=True)
+    size = int.from_bytes(table[:_SIZE_BYTES], "little")
+    if size % _SIZE_BYTES or not 0 < size <= len(table) - _SIZE_BYTES:
+        raise ValueError(f"its precompiled_charsmap is damaged: it claims a trie of {size} bytes, and has {len(table)}")
+    replacements = table[_SIZE_BYTES + size :].split(b"\0")
+    if max(map(len, replacements)) > LONGEST_REPLACEMENT:
+        raise ValueError(f"its precompiled_charsmap replaces a character by more than {LONGEST_REPLACEMENT} bytes")
+    return max(1, *(len(replacement.decode("utf-8")) for replacement in replacements))
+
+
+def _text(step: _Step, name: str) -> str:
+    value = step.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"its {step['type']} has no {name} that is a text")
+    return value
+
+
+_PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders"}
+"""What a Sequence calls the steps in it."""
+_KEEPS = _fixed(1)
+_KNOWN: dict[str, dict[str, Callable[[_Step], int]]] = {
+    "normalizer": {
+        # The longest that Unicode has.
+        "BertNormalizer": _fixed(4 * 3 * 2),
+        "NFC": _fixed(3),
+        "NFD": _fixed(4),
+        "NFKC": _fixed(18),
+        "NFKD": _fixed(18),
+        "Lowercase": _fixed(2),
+        "Nmt": _KEEPS,
+        "Strip": _KEEPS,
+        "StripAccents": _KEEPS,
+        "Precompiled": _of_character_map,
+        "Prepend": _of_prefix,
+        "Replace": _of_replacement,
+        # Each byte becomes a character, of which most have two bytes: a second one of these doubles the text again.
+        "ByteLevel": _fixed(4),
+    },
+    "pre_tokenizer": {
+        **dict.fromkeys(("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength", "Punctuation", "Split"), _KEEPS),
+        **dict.fromkeys(("UnicodeScripts", "Whitespace", "WhitespaceSplit"), _KEEPS),
+        "ByteLevel": _fixed(5),  # with a space before it
+        "Metaspace": _fixed(2),
+    },
+    "post_processor": {
+        **dict.fromkeys(("BertProcessing", "ByteLevel", "RobertaProcessing"), _KEEPS),
+        "TemplateProcessing": _of_template,
+    },
+    "decoder": {
+        **dict.fromkeys(("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip"), _KEEPS),
+        # They replace a text of the file, which may be empty, by a space.
+        **dict.fromkeys(("BPEDecoder", "CTC", "WordPiece"), _fixed(2)),
+        "Replace": _of_replacement,
+    },
+}
+"""Each type of step by its name in the file, and what it makes of one character at its worst."""
