@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import decompress, encode, lines, tokenize, units
-from data_tools.command import size
 from data_tools.corpus import TextCorpus
 from data_tools.decompress import ContentReader, damage
 from data_tools.files import CorpusError, Limits
@@ -496,10 +495,3 @@ def size_of(value) -> int:
 def test_rows_are_as_large_as_their_values(array, start):
     rows = array.slice(start)
     assert text_sizes(rows).tolist() == [size_of(row) for row in rows.to_pylist()]
-
-
-def test_sizes_are_numbers_with_a_unit():
-    assert [size(text) for text in ("1", "500000", "2K", "64M", "2G")] == [1, 500000, 2048, 64 << 20, 2 << 30]
-    for text in ("", "0", "-1", "1.5M", "M", "64MB", "9" * 5000):
-        with pytest.raises(Exception, match="must be a whole number of bytes"):
-            size(text)

@@ -47,7 +47,10 @@ def localize(prefix: str, cache_directory: str | None) -> str:
     if not is_remote(prefix):
         return prefix
     require_password(prefix)
-    assert cache_directory is not None, "the configuration was not validated"
+    if cache_directory is None:
+        raise DatasetError(
+            f"{prefix} is copied before it is read, and the run has no data.cache_directory for the copy: give a local dataset"
+        )
     # Two buckets may have a dataset of the same name.
     directory = Path(cache_directory) / hashlib.sha256(mask_urls(prefix).encode()).hexdigest()[:16]
     try:
