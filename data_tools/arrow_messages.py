@@ -1,4 +1,4 @@
-"""How large the record batches of an Arrow file are, from the messages' own headers, before anything is decoded.
+"""Sizes of the record batches of an Arrow file, read from the messages' own headers before anything is decoded.
 
 The headers are FlatBuffers (github.com/apache/arrow, format/Message.fbs and File.fbs), of which only what is asked for is read.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 MAX_METADATA_BYTES = 16 << 20
-"""Of one message's header or a file's footer, which hold no data."""
+"""The most bytes of one message's header or of a file's footer; these hold no data."""
 BYTES_PER_VALUE = 8
-"""What a value takes at least while its length is counted, even an absent one."""
+"""The fewest bytes that a value takes while its length is counted, even an absent value."""
 _CONTINUATION = 0xFFFFFFFF
 _DICTIONARY, _RECORD_BATCH = 2, 3
 
@@ -24,15 +24,15 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a stream."""
+    """A message of a stream."""
 
     is_batch: bool
     is_dictionary: bool
     num_rows: int
     decoded_bytes: int
-    """Of all buffers, decompressed, and BYTES_PER_VALUE for each value."""
+    """The bytes of all buffers, decompressed, and BYTES_PER_VALUE for each value."""
     end: int
-    """Where the next message begins."""
+    """The byte at which the next message begins."""
 
 
 def read_message(file: BinaryIO, place: int) -> Message | None:
@@ -82,7 +82,7 @@ def _decompressed_bytes(file: BinaryIO, body: int, buffers: list[tuple[int, ...]
 
 
 def footer_blocks(file: BinaryIO, num_bytes: int) -> tuple[list[int], list[int]]:
-    """Where the (dictionaries, record batches) of a file in the file format begin.
+    """Return where the (dictionaries, record batches) of a file in the file format begin.
 
     Raises:
         MessageError: for a footer that is none.
@@ -120,7 +120,7 @@ class _Table:
         return struct.unpack_from(kind, self._content, place)
 
     def _field(self, number: int) -> int:
-        """Where a field is; 0 if the table has it not."""
+        """Return where a field is, or 0 if the table does not have it."""
         entry = 4 + 2 * number
         if entry + 2 > self._unpack("<H", self._fields)[0]:
             return 0

@@ -21,7 +21,7 @@ _ZSTANDARD_WINDOW_LOG = 27
 
 
 class _Frame(Protocol):
-    """One gzip member or Zstandard frame."""
+    """A decoder of one gzip member or one Zstandard frame."""
 
     @property
     def eof(self) -> bool: ...
@@ -39,7 +39,9 @@ class ContentReader:
     """
 
     def __init__(self, path: str) -> None:
-        """Raises:
+        """Open the file.
+
+        Raises:
         CorpusError: for Zstandard where there is no library for it.
         OSError: if the file cannot be opened.
         """
@@ -51,7 +53,7 @@ class ContentReader:
 
     @property
     def num_bytes_read(self) -> int:
-        """Bytes of the file, compressed as it is, that have been read."""
+        """Return how many bytes of the file, compressed as it is, have been read."""
         return self._file.tell()
 
     def chunks(self, offset: int = 0) -> Iterator[bytes]:
@@ -104,7 +106,7 @@ class ContentReader:
 
 
 class _GzipMember:
-    """One gzip member, with the interface of Zstandard's decompressor."""
+    """A decoder of one gzip member, with the interface of Zstandard's decompressor."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(wbits=zlib.MAX_WBITS + 16)  # 16: with gzip's header and checksum
@@ -126,7 +128,7 @@ class _GzipMember:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What decompressing a damaged file raises."""
+    """Return the exceptions that the decoders raise for a damaged file."""
     kinds: tuple[type[Exception], ...] = (EOFError, zlib.error)
     return (*kinds, _zstandard("").ZstdError) if _has_zstandard() else kinds
 

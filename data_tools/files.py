@@ -1,4 +1,4 @@
-"""Which files a corpus is, what kind each is by its name, and how large a part of one may be."""
+"""The files of a corpus: their names, the kind that each has by its name, and how large a part of a file may be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 
 
 _MOST_NAMES = 5
-"""So many missing files are named in a message."""
+"""The most missing files that a message names."""
 
 
 class CorpusError(ValueError):
@@ -32,18 +32,19 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of a corpus may have to be in memory at once, in bytes, decompressed."""
+    """Limits on what must be in memory at once of a corpus, in bytes, decompressed."""
 
     document: int = 32 << 20
-    """Of a document: a text file or a piece of one that is split, a line of JSONL or a cell of a table. The tokenizer library needs about
-    130 times the length of a text in memory, which makes this default 4 GB for each worker; the longest books have a third of it."""
+    """The most bytes of a document: a text file or a piece of one that is split, a line of JSONL or a cell of a table. The tokenizer
+    library needs about 130 times the length of a text in memory, which makes this default 4 GB for each worker; the longest books have a
+    third of it."""
     row_group: int = 2 << 30
-    """Of a row group of Parquet or a record batch of Arrow, counting the columns that are read, or of a text file that is split. The
-    default is what the 32-bit offsets of a column of strings reach."""
+    """The most bytes of a row group of Parquet or a record batch of Arrow, counting the columns that are read, or of a text file that is
+    split. The default is what the 32-bit offsets of a column of strings reach."""
 
 
 def document_fault(num_bytes: int | None, limit: int) -> str:
-    """What is wrong with a text file, a line or a cell over the limit; ``num_bytes`` is None where its length is not known."""
+    """Describe what is wrong with a text file, a line or a cell over the limit; ``num_bytes`` is None where its length is not known."""
     found = f"more than the limit of {limit} bytes" if num_bytes is None else f"{num_bytes} bytes, over the limit of {limit}"
     return f"the document has {found} (--max-document-size)"
 

@@ -9,9 +9,9 @@ from itertools import chain
 from data_tools.decompress import ContentReader, damage
 
 _QUIET_BYTES = 1 << 26
-"""So much is decoded at most without a block, so that progress is shown while a long line is passed over."""
+"""The most bytes that are decoded before a block is yielded, so that progress is shown while a long line is skipped."""
 _EMPTY_CHUNK_BYTES = 1 << 12
-"""What an empty chunk counts of them: the time of this much."""
+"""The bytes that an empty chunk counts as: it takes as much time to decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class Block:
     long_line: int | None = None
     """Length of the line over the limit, without its end, if the block is this line."""
     length: int = 0
-    """Bytes of the file that the block stands for, decompressed."""
+    """The number of bytes of the file that the block stands for, decompressed."""
     fault: str = ""
-    """Why the rest of the file cannot be read."""
+    """The reason why the rest of the file cannot be read."""
 
 
 class LineBlocks:
@@ -77,7 +77,7 @@ class LineBlocks:
             self._searched = self._num_quiet = 0
 
     def _end(self) -> int:
-        """Where the first block of what is pending ends; 0 if it does not end there."""
+        """Return where the first block of the pending bytes ends, or 0 if it does not end in them."""
         size = self._block_bytes
         if len(self._pending) < size:
             return 0

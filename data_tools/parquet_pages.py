@@ -1,4 +1,4 @@
-"""What the pages of a Parquet row group decode to, read from the pages' own headers: the file's footer may say anything.
+"""Decoded sizes of a Parquet row group, read from the pages' own headers: the file's footer may say anything.
 
 The headers are small structures in Thrift's compact protocol (github.com/apache/parquet-format, parquet.thrift).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_FOOTER_BYTES = 16 << 20
 """A footer takes up to some hundred times its length in memory; that of ten thousand row groups of ten columns has this length."""
 BYTES_PER_VALUE = 8
-"""What a value takes at least while it is decoded, even an absent one: levels and an offset."""
+"""The fewest bytes that a value takes while it is decoded, even an absent value: levels and an offset."""
 _DELTA_BYTE_ARRAY = 7
 _MAX_DEPTH = 8
 _MAX_STRING_BYTES = 16 << 20
@@ -30,10 +30,11 @@ class PageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class DecodedSize:
-    """Of the columns of a row group that are read, in bytes."""
+    """Sizes of the columns of a row group that are read, in bytes."""
 
     total: int
-    """Of all pages, decompressed, and of the values in lists at the largest that they may be; at least BYTES_PER_VALUE each."""
+    """The bytes of all pages, decompressed, with the values in lists at the largest that they may be; at least BYTES_PER_VALUE for each
+    value."""
     largest_row: int
     """The most to which an encoding that repeats (parts of) values may blow a value up, summed over the columns."""
 

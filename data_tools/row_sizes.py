@@ -1,4 +1,4 @@
-"""How large the rows of an Arrow array are as Python values, however little memory the array itself takes."""
+"""Sizes of the rows of an Arrow array as Python values, however little memory the array itself takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ELEMENT_BYTES = 8
-"""What an element of a list counts beside its text: lists of absent values take memory, too."""
+"""The bytes that an element of a list counts beside its text: lists of absent values take memory, too."""
 
 
 def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
@@ -85,7 +85,7 @@ def _list_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
 
 
 def _elements(array: pyarrow.Array) -> pyarrow.Array:
-    """What the lists consist of; of a map, pairs of a key and a value."""
+    """Return the elements of the lists; those of a map are pairs of a key and a value."""
     import pyarrow
     from pyarrow import types
 

@@ -31,16 +31,16 @@ class TableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of a table, or rows that are left out since they, or their row group, are over a limit."""
+    """Rows of a table, or the number of rows that are left out because they, or their row group, are over a limit."""
 
     first_row: int
     """Rows before it in the file."""
     share: float
-    """Of the file that is read after it."""
+    """The share of the file that is read after the rows."""
     content: bytes = b""
     """The rows as an Arrow stream."""
     fault: str = ""
-    """What follows the file's name in the message about rows left out."""
+    """The words that follow the file's name in the message about rows that are left out."""
     num_too_large: int = 0
     """Rows left out."""
 
@@ -52,9 +52,9 @@ class _Rows:
     share: float
     num_rows: int
     batch: pyarrow.RecordBatch | None = None
-    """None: they are not decoded."""
+    """The decoded rows; None if they are not decoded."""
     fault: str = ""
-    """Why not; nothing for rows that are not wanted."""
+    """The reason why rows are not decoded; empty for rows that are not wanted."""
 
 
 def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, num_bytes: int, limits: Limits) -> Iterator[Piece]:
@@ -233,7 +233,7 @@ def _check_footer(file: BinaryIO) -> None:
 
 
 def _arrow_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits: Limits) -> Iterator[_Rows]:
-    """Of the file format or the stream format, which Hugging Face writes under the same ending."""
+    """Yield the record batches of the file format or the stream format, which Hugging Face writes under the same ending."""
     num_bytes = file.seek(0, 2)
     file.seek(0)
     magic = file.read(6)
@@ -333,7 +333,7 @@ class _Parts:
         return bytes(content)
 
     def close(self) -> None:
-        """Nothing: the other file belongs to its opener."""
+        """Do nothing: the other file belongs to its opener."""
         self.closed = True
 
 
@@ -351,7 +351,7 @@ def _check_dictionaries(messages: Sequence[Message | None], limits: Limits) -> N
 
 
 def _plain(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """With each value by itself: a dictionary, or what views refer to, would go with every piece. The batch is small already."""
+    """Give each value memory of its own: a dictionary, or what views refer to, would go with every piece. The batch is small already."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -376,7 +376,7 @@ def _as_bytes(column: pyarrow.Array) -> pyarrow.Array:
 
 
 def _checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Without offsets that lead outside of it."""
+    """Refuse a batch with offsets that lead outside of it."""
     import pyarrow
 
     batch = pyarrow.RecordBatch.from_arrays([_as_bytes(column) for column in batch.columns], names=batch.schema.names)

@@ -49,13 +49,14 @@ class Rules:
     max_bytes: int | None = None
     """Longer ones too."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do with input that is not text or is over a limit: stop, or leave it out, counted and logged."""
+    """The answer to input that is not text or is over a limit: stop, or leave it out, counted and logged."""
     limits: Limits = field(default_factory=Limits)
-    """How large a document and a row group may be."""
+    """The limits on a document and a row group."""
 
     @property
     def file_limit(self) -> int:
-        """Most bytes of a text file. A file that is split is held whole while its pieces, which are the documents, are taken one by one."""
+        """Return the most bytes of a text file. A file that is split is held whole while its pieces, which are the documents, are taken one
+        by one."""
         return self.limits.document if self.split_on is None else self.limits.row_group
 
 
@@ -88,11 +89,11 @@ class UnitText:
     documents: list[Document] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     messages: list[str] = field(default_factory=list)
-    """Of the first things that are left out, what is wrong with each; a row group is one of them."""
+    """Messages that say what is wrong with the first things that are left out; a row group is one thing."""
     num_faults: int = 0
-    """How many messages there would be if all were kept."""
+    """The number of messages that there would be if all were kept."""
     num_bytes_decoded: int = 0
-    """What the unit's part of the files comes to, decompressed; for the progress."""
+    """The bytes of the unit's part of the files, decompressed; for the progress."""
     error: str | None = None
     """With ``on_error`` "fail": the first bad record, at which reading stopped."""
 

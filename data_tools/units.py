@@ -35,7 +35,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Some text files, which the reader opens; or lines or rows of a file; or nothing but progress, where its end is its start."""
+    """A part of a corpus: text files, which the reader opens; lines or rows of a file; or progress alone, where its end is its start."""
 
     kind: Kind
     paths: tuple[str, ...]

@@ -112,12 +112,13 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
 
 
 def _on_one_line(text: str) -> str:
-    """Without the control characters by which a text of somebody else's file would steer the terminal."""
+    """Replace the control characters by which a text of somebody else's file would steer the terminal."""
     return "".join(sign if sign.isprintable() else " " for sign in text[:_LONGEST_LINE])
 
 
 def _last_progress(seconds: float) -> str:
-    """How long ago that was, by this machine's clock. A status of the future is of another clock, or of before this one was set back."""
+    """Say how long ago the last progress was, by this machine's clock. A status of the future is of another clock, or of before this one
+    was set back."""
     text = f"last progress {_duration(max(0.0, seconds))} ago"
     return text if seconds >= -_MOST_CLOCKS_DIFFER else f"{text} (written by a clock that is {_duration(-seconds)} ahead of this machine's)"
 

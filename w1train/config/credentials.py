@@ -54,13 +54,13 @@ def mask_tree(value: Any) -> Any:
 
 
 def find_passwords(text: str) -> set[str]:
-    """What :func:`mask_urls` would mask, as it is written and, where it is percent-encoded, as it is meant."""
+    """Return what :func:`mask_urls` would mask, as it is written and, where it is percent-encoded, as it is meant."""
     found = _find(text)
     return (found | {unquote(password) for password in found}) - {MASK}
 
 
 def is_masked(url: str) -> bool:
-    """Whether a URL has lost its password by :func:`mask_urls`: it cannot be opened."""
+    """Tell whether a URL has lost its password by :func:`mask_urls`: it cannot be opened."""
     return MASK in _find(url)
 
 

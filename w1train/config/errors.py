@@ -12,7 +12,7 @@ from w1train.config.credentials import mask_tree, mask_urls
 
 NOT_GIVEN = "(not given)"
 MOST_PROBLEMS = 50
-"""As many are shown of one configuration: a file that is no configuration at all has a problem at each of its keys."""
+"""The most problems of one configuration that are shown: a file that is no configuration at all has a problem at each of its keys."""
 _LONGEST_VALUE = 80
 _LONGEST_KEY = 200
 

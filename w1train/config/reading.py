@@ -16,9 +16,9 @@ from typing import Any
 from w1train.config.errors import UserError
 
 LARGEST_JSON = 16 << 20
-"""Bytes of a JSON file, and of a line of a JSONL file. The index of the largest published model has 9 MB."""
+"""The most bytes of a JSON file, and of a line of a JSONL file. The index of the largest published model has 9 MB."""
 LARGEST_STATUS = 1 << 20
-"""Bytes of a small file that runs replace all the time: status.json, a heartbeat, the note of who holds a lock."""
+"""The most bytes of a small file that runs replace all the time: status.json, a heartbeat, the note of who holds a lock."""
 DEEPEST = 64
 """Levels of lists and objects inside each other; the files that we know have ten."""
 LONGEST_INTEGER = 40
@@ -109,7 +109,7 @@ def _parse_integer(digits: str) -> int:
 
 
 def _check_depth(value: Any) -> None:
-    """One level after the other, without recursion."""
+    """Check the depth one level after the other, without recursion."""
     level = [value] if isinstance(value, list | dict) else []
     for _ in range(DEEPEST):
         level = [child for parent in level for child in _children(parent) if isinstance(child, list | dict)]

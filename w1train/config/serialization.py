@@ -123,7 +123,8 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def config_differences(old: Config, new: Config) -> list[Difference]:
-    """What changed, in the order of ``new``, then what only ``old`` has. Another password in a URL is no change: stored ones have none."""
+    """List what changed, in the order of ``new``, then what only ``old`` has. Another password in a URL is no change: stored ones have
+    none."""
     before, after = flatten(old), flatten(new)
     keys = [*after, *(key for key in before if key not in after)]
     pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)

@@ -1,4 +1,4 @@
-"""What a YAML text may hold, checked before anything is made of it: the configuration of a run, and the files of recipes.
+"""Limits on a YAML text, checked before anything is made of it: the configuration of a run, and the files of recipes.
 
 Parsing yields events and does not recurse, so that neither ten thousand levels of nesting nor aliases that stand for billions of values
 (ten lists of ten aliases to each other) cost more than the text itself.
@@ -11,7 +11,7 @@ import yaml
 from w1train.config.reading import LONGEST_INTEGER
 
 LARGEST_YAML = 1 << 20
-"""Bytes of a configuration file."""
+"""The most bytes of a configuration file."""
 DEEPEST_YAML = 32
 """Levels of mappings and lists inside each other; the schema has six."""
 MOST_YAML_NODES = 20_000

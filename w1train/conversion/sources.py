@@ -21,10 +21,10 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 LARGEST_HEADER = 16 << 20
-"""Bytes of a safetensors file's header; the published ones stay below a megabyte."""
+"""The most bytes of a safetensors file's header; the published headers stay below a megabyte."""
 _SIZE_BYTES = 8
 _MOST_TENSORS = 500_000
-"""Of a checkpoint, counted by layer. The largest models of the field have some 50,000."""
+"""The most tensors of a checkpoint, counted by layer. The largest models of the field have some 50,000."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Of safetensors, those that weights are imported from."""
 

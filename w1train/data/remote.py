@@ -104,7 +104,7 @@ def _remote_path(path_of: Callable[[str], Path], prefix: str) -> str:
 
 
 def _suffixes(storage: ObjectStorage) -> list[str]:
-    """What the names of a prefix's datasets have after it: "" for a dataset that is not in shards; else that of each shard.
+    """Return what the names of a prefix's datasets have after it: "" for a dataset that is not in shards; else that of each shard.
 
     Raises:
         DatasetError: the storage lists what was not asked for, such as a path outside of the prefix.

@@ -38,7 +38,7 @@ MAX_VOCAB_SIZE = 2**24
 """Dozens of times the largest vocabularies in use. The library takes memory for all ids before it has a text, and aborts without it."""
 
 LARGEST_TOKENIZER = 64 << 20
-"""Bytes of a tokenizer.json; those of the largest vocabularies in use have half of it."""
+"""The most bytes of a tokenizer.json; those of the largest vocabularies in use have half of it."""
 LARGEST_GROWN = 1 << 32
 """Characters that the steps of a tokenizer.json might make of one text; the library takes a hundred bytes for each that they do make."""
 _PROBE = "Some text, 42 words.\n\tÜ \U0001f600"
@@ -149,7 +149,7 @@ class Tokenizer:
             )
 
     def _try(self) -> None:
-        """Some models lack a token, and some steps have a parameter, with which they fail at the first text only: before training."""
+        """Encode a short text: some models lack a token, and some steps have a parameter, with which they fail at the first text only."""
         try:
             self.decode(self.encode(_PROBE))
         except TokenizerError:

@@ -1,4 +1,4 @@
-"""How many characters the steps of a tokenizer.json may make of one: replacements by longer texts multiply each other, and ten of a hundred
+"""The growth of a text in the steps of a tokenizer.json: replacements by longer texts multiply each other, and ten of a hundred
 characters would make 10^20 of one, for which the library takes memory until the process is killed.
 """
 
@@ -14,7 +14,7 @@ MOST_GROWTH = 10_000
 """Characters that the steps of a tokenizer.json may make of one. Those of published tokenizers make from four to some thousand, by a count
 that takes each step for itself at its worst."""
 LARGEST_CHARACTER_MAP = 512 << 10
-"""Bytes of SentencePiece's table of characters; the one that most models have (nmt_nfkc) takes 240 kB."""
+"""The most bytes of SentencePiece's table of characters; the table that most models have (nmt_nfkc) takes 240 kB."""
 LONGEST_REPLACEMENT = 64
 """Bytes that the table puts in the place of a character; Unicode's longest (of U+FDFA) has 33."""
 _SIZE_BYTES = 4
@@ -110,7 +110,7 @@ def _text(step: _Step, name: str) -> str:
 
 
 _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders"}
-"""What a Sequence calls the steps in it."""
+"""The key under which a Sequence has its steps."""
 _KEEPS = _fixed(1)
 _KNOWN: dict[str, dict[str, Callable[[_Step], int]]] = {
     "normalizer": {

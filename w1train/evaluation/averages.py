@@ -84,7 +84,7 @@ def _require_validation(request: AverageRequest, config: Config) -> None:
 
 
 def _is_own(request: AverageRequest, config: Config) -> bool:
-    """Whether the comparison is on the run's validation set, whose URL the run has without its password."""
+    """Tell whether the comparison is on the run's validation set, whose URL the run has without its password."""
     return request.validation is None or mask_urls(request.validation) == config.data.validation
 
 

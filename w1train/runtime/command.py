@@ -1,4 +1,4 @@
-"""What every command does around its work, so that a poor environment ends it with one message, if at all, and never with a traceback."""
+"""The frame of every command: a poor environment ends it with one message, if at all, and never with a traceback."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def text_argument(text: str) -> str:
 
 
 def is_out_of_files(error: BaseException) -> bool:
-    """Whether there are too many open files. torch's libraries say so in the text of a RuntimeError."""
+    """Tell whether an error says that there are too many open files. torch's libraries say so in the text of a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno in (errno.EMFILE, errno.ENFILE)
     return isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error)
@@ -94,7 +94,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _end(program: str, error: OSError | RuntimeError) -> None:
-    """Exit, if the error is of the environment."""
+    """Exit if the error is of the environment."""
     has_no_reader = isinstance(error, BrokenPipeError) and _has_no_reader()
     if not has_no_reader and not is_out_of_files(error) and getattr(error, "errno", None) not in _OF_THE_DISK:
         return
@@ -109,7 +109,7 @@ def _end(program: str, error: OSError | RuntimeError) -> None:
 
 
 def _has_no_reader() -> bool:
-    """Whether standard output is a pipe that nobody reads from any more; a broken pipe may be another's."""
+    """Tell whether standard output is a pipe that nobody reads from any more; a broken pipe may be another's."""
     watched = select.poll()
     watched.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in watched.poll(0))

@@ -46,7 +46,7 @@ def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> Binary
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    """What ``open`` calls instead of ``os.open``."""
+    """Do what ``open`` does with ``os.open``, and follow no link."""
     try:
         # Without O_NONBLOCK, opening a FIFO that nobody reads would wait for ever. It changes nothing for a regular file.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

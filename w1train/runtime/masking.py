@@ -1,4 +1,4 @@
-"""What a process shows has none of the passwords that it was given inside of URLs, whoever shows it: a log, a library's exception, a print.
+"""Masks for the passwords of URLs in all that a process shows, whoever shows it: a log, a library's exception, a print.
 
 Most quote the URL, and are found by its form. Some storages take it apart and quote a piece; so the passwords of the command line, the
 environment and the configuration are remembered, and found wherever they are.
@@ -22,7 +22,7 @@ _passwords: set[str] = set()
 
 
 def remember_passwords(texts: Iterable[str]) -> None:
-    """From now on, :func:`mask` knows the passwords of the URLs in these texts."""
+    """Make :func:`mask` know the passwords of the URLs in these texts from now on."""
     for text in texts:
         _passwords.update(find_passwords(text))
 

@@ -67,7 +67,7 @@ def require_protocol(key: str, url: str) -> None:
 
 
 class ObjectStorage:
-    """What lies under a URL. Paths are those of fsspec, and begin with ``root``.
+    """The files under a URL. Paths are those of fsspec, and begin with ``root``.
 
     Every method makes ATTEMPTS attempts. It raises FileNotFoundError at once if the file is not there, and StorageError if the storage
     refuses or the last attempt fails too. The first method that is called opens the connection: to make an object costs nothing.
@@ -106,7 +106,7 @@ class ObjectStorage:
         return self._do("list", pattern, lambda files: files.glob(pattern))
 
     def info(self, path: str) -> dict[str, Any]:
-        """What the storage says of a file: ``size`` (bytes, an integer) and whatever else it has."""
+        """Return what the storage says of a file: ``size`` (bytes, an integer) and whatever else it has."""
         info = self._do("look for", path, lambda files: files.info(path))
         size = info.get("size")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
@@ -114,7 +114,7 @@ class ObjectStorage:
         return info
 
     def exists(self, path: str) -> bool:
-        """Whether a file or directory is there. fsspec's own ``exists`` says no when the storage cannot be reached."""
+        """Tell whether a file or directory is there. fsspec's own ``exists`` says no when the storage cannot be reached."""
         try:
             self._do("look for", path, lambda files: files.info(path))
         except FileNotFoundError:
@@ -225,7 +225,7 @@ def _copy(files: Any, path: str, file: BinaryIO, num_bytes: int) -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another attempt has a chance: not after a refusal, and not without a package."""
+    """Tell whether another attempt has a chance: not after a refusal, and not without a package."""
     is_refused = isinstance(error, PermissionError) or _http_status(error) in _REFUSALS or type(error).__name__ in _CREDENTIAL_ERRORS
     return not is_refused and not isinstance(error, ImportError)
 

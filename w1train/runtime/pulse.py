@@ -30,9 +30,9 @@ class Pulse:
     progress: float = field(default_factory=time.monotonic)
     """When it last got on."""
     moved: float = field(default_factory=time.monotonic)
-    """When one of its threads last read or wrote a piece of a checkpoint."""
+    """The time at which a thread of this process last read or wrote a piece of a checkpoint."""
     transfers: list[str] = field(default_factory=list)
-    """What its threads read or write at this moment, for the message of a hang."""
+    """The files that its threads read or write at this moment, for the message of a hang."""
     stop_requested: bool = False
     """A signal asks for the end, at the next step's boundary."""
     observer: Callable[[], None] | None = None

@@ -64,7 +64,7 @@ class Heartbeat:
     place: str
     """Innermost Python function of its main thread."""
     stalled: str = ""
-    """What of a checkpoint it reads or writes, if no byte of it has moved for a while."""
+    """The part of a checkpoint that the rank reads or writes, if no byte of it has moved for a while."""
 
 
 class StatusFile:
@@ -148,7 +148,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _from_values[Record](kind: type[Record], values: dict[str, Any]) -> Record | None:
-    """None where a field is missing, unknown or not what such a field can be."""
+    """Return None where a field is missing, unknown or not what such a field can be."""
     try:
         record = kind(**values)
     except TypeError:

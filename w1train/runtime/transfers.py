@@ -16,9 +16,9 @@ from w1train.runtime.background import in_background
 from w1train.runtime.pulse import beat, moved, pulse
 
 PIECE_BYTES = 16 << 20
-"""One read or write moves as many bytes at most."""
+"""The most bytes that one read or write moves."""
 SYNC_BYTES = 64 << 20
-"""As many bytes wait in the operating system's memory at most before they are sent to the disk: one fsync of a large file at its end could
+"""The most bytes that wait in the operating system's memory before they are sent to the disk: one fsync of a large file at its end could
 take longer than health.hang_timeout, without a sign of progress."""
 POLL_SECONDS = 0.01
 
@@ -56,7 +56,7 @@ class PiecewiseFile:
 
 
 class Movement:
-    """Whether this process has read or written a byte of a checkpoint since the last question."""
+    """A memory of whether this process has read or written a byte of a checkpoint since the last question."""
 
     def __init__(self) -> None:
         self._seen = pulse.moved

@@ -182,8 +182,8 @@ def put_stacks_aside(directory: Path) -> None:
 
 
 def describe_hang(heartbeats: dict[int, Heartbeat], missing: list[int], world_size: int) -> str:
-    """Which ranks hold the others up: those that are missing, or else those whose storage has stalled, or else those of the lowest step, or
-    else those that wait for nobody."""
+    """Say which ranks hold the others up: those that are missing, or else those whose storage has stalled, or else those of the lowest
+    step, or else those that wait for nobody."""
     if missing:
         return f"{_listing(missing, heartbeats)} of {world_size} {_is_are(missing)} missing (stopped, or the machine is gone)"
     if not heartbeats:

@@ -100,7 +100,7 @@ class CheckpointSaver:
         """Of the newest save, if that failed."""
         self._upload_patience = upload_patience
         self._phase_start: int | None = None
-        """Of the newest checkpoint that became visible in this process; on rank 0."""
+        """The start of the phase of the newest checkpoint that became visible in this process; on rank 0."""
         self._uploader = Uploader(settings.upload) if settings.upload is not None and dist.get_rank() == 0 else None
 
     @property
@@ -273,7 +273,7 @@ class CheckpointSaver:
             self.remove_old(self._phase_start)
 
     def _wait_for_uploads(self) -> None:
-        """Until nothing is being uploaded, or nothing has arrived for ``upload_patience`` seconds."""
+        """Wait until nothing is being uploaded, or nothing has arrived for ``upload_patience`` seconds."""
         uploader, num_sent, moved = self._uploader, 0, self._clock()
         if uploader is not None and uploader.is_busy:
             logger.info("waiting for %s, as long as something arrives every %.0f s", uploader.describe(), self._upload_patience)

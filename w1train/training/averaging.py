@@ -79,8 +79,8 @@ def _manifest_hash(member: Path) -> str:
 
 
 def _number(average: Path) -> int:
-    """In the order in which a run's averages were written; times of files are of a clock that may be set back. 0 for an average that has no
-    number, or no manifest that can be read."""
+    """Return an average's number in the order in which a run's averages were written; times of files are of a clock that may be set back. 0
+    for an average that has no number, or no manifest that can be read."""
     try:
         number = read_manifest(average).get(_NUMBER)
     except CheckpointError:

@@ -24,17 +24,17 @@ from w1train.runtime.names import is_plain_name, open_inside
 
 METADATA = ".metadata"
 _LARGEST_OBJECT = 1 << 20
-"""Bytes of an object beside the tensors: step counts and parameter groups take a few kilobytes."""
+"""The most bytes of an object beside the tensors: step counts and parameter groups take a few kilobytes."""
 _MOST_VALUES = 100_000
-"""Of an object, counted as often as they are referred to."""
+"""The most values of an object, counted as often as they are referred to."""
 _LONGEST_MESSAGE = 200
 _BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, struct.error)
-"""What an unpickler meets in a damaged or invented stream, beside ValueError."""
+"""The exceptions that an unpickler meets in a damaged or invented stream, beside ValueError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an archive is: a file of the directory, and bytes."""
+    """The place of an archive: a file of the directory, and bytes in it."""
 
     file: str
     start: int
@@ -149,7 +149,7 @@ class _Unpickler(pickle._Unpickler):
     memory for any number that a stream has as an index of its memo."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
-    """What each code of a stream does."""
+    """The function that each code of a stream calls."""
 
     def __init__(self, file: BinaryIO, names: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__(file)
@@ -192,7 +192,7 @@ def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 _REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.INST, pickle.OBJ)
-"""No checkpoint has these codes, and the first takes memory for any number that a stream has."""
+"""Codes that no checkpoint has; the first takes memory for any number that a stream has."""
 _Unpickler.dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
 _Unpickler.dispatch[pickle.BUILD[0]] = _load_build
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):

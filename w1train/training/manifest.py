@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 WRITING = ".writing-"
 """Begins the names of directories that are being written or removed. The next start removes them."""
 MAXIMUM_BYTES = 64 << 20
-"""Of a manifest: an entry takes some 130 bytes, so that this is about half a million files."""
+"""The most bytes of a manifest: an entry takes some 130 bytes, so that this is about half a million files."""
 _MOST_PROBLEMS = 5
 _BUFFER_BYTES = 1 << 18
 _SHA256 = re.compile(r"[0-9a-f]{64}")

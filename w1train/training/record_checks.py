@@ -1,4 +1,4 @@
-"""Whether what a run directory's files hold is what the pages about it take it for: somebody else may have written them.
+"""Checks of a run directory's files, before pages are made of them: somebody else may have written them.
 
 A page is drawn by arithmetic on these values, so that a text in a number's place, or 1e300, would end it somewhere in a chart.
 """
@@ -45,19 +45,19 @@ def check_metrics(path: Path, records: Sequence[Record]) -> None:
 
 
 def check_samples(path: Path, records: Sequence[Record]) -> None:
-    """As :func:`check_metrics`, for samples.jsonl."""
+    """Check records of samples.jsonl as :func:`check_metrics` does."""
     for record in records:
         _require(path, record, {"tokens": _is_count, "prompt": _is_text, "text": _is_text})
 
 
 def check_events(path: Path, records: Sequence[Record]) -> None:
-    """As :func:`check_metrics`, for events.jsonl."""
+    """Check records of events.jsonl as :func:`check_metrics` does."""
     for record in records:
         _require(path, record, {"event": _is_text})
 
 
 def check_summary(path: Path, summary: Record) -> None:
-    """As :func:`check_metrics`, for summary.json; a value that is null counts as one that is not there."""
+    """Check summary.json as :func:`check_metrics` does; a value that is null counts as one that is not there."""
     for name in [name for name, value in summary.items() if value is None]:
         del summary[name]
     for name in _COUNTS:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _RETURNED = ".resume_step"
 """Holds the checkpoint.resume_step that was obeyed: the same command again goes on, not back again."""
 _ADVICE = " Remove this directory to resume from an older checkpoint."
-"""What a damaged checkpoint's message ends with; where another checkpoint is taken, it is no advice."""
+"""The end of a damaged checkpoint's message; it is left out where another checkpoint is taken."""
 
 
 def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path | None = None) -> int | None:
@@ -222,7 +222,7 @@ def _begin_copy(remote: RemoteCheckpoints, step: int, copy: Path) -> dict[str, i
 
 
 def _verify_copy(copy: Path) -> None:
-    """Raises CheckpointError on every rank if files differ from the manifest."""
+    """Raise CheckpointError on every rank if files differ from the manifest."""
     try:
         verify_checkpoint(copy, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         on_main_rank(partial(require_position, copy))

@@ -34,7 +34,7 @@ class UnfinishedCopyError(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """What run.json says."""
+    """The content of run.json."""
 
     newest: int | None = None
     """The newest step that was sent; None = no checkpoint has been sent yet."""
@@ -42,14 +42,14 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a storage shows of a run."""
+    """A storage's files of a run, as it shows them."""
 
     steps: list[int]
     """Steps that the listing has a directory of or the marker names, ascending. A listing may be stale: neither need be there."""
     marker: Marker | None
-    """None = there is no marker."""
+    """The content of the marker; None if there is no marker."""
     marker_problem: str | None = None
-    """What is wrong with a marker that cannot be read."""
+    """The reason why a marker cannot be read."""
 
 
 class RemoteCheckpoints:
@@ -64,7 +64,7 @@ class RemoteCheckpoints:
         """The URL as messages show it."""
 
     def contents(self) -> Contents:
-        """What a start can choose from."""
+        """Return what a start can choose from."""
         steps, marker, problem = {*self._listed()}, None, None
         try:
             marker = self._read_marker()

@@ -31,7 +31,7 @@ class Run:
     config: str
     """The text of config.yaml."""
     settings: Mapping[Any, Any] | None
-    """What it holds, unchecked but for its being a mapping; None = there is no such file."""
+    """The mapping that config.yaml holds, otherwise unchecked; None if there is no such file."""
     events: list[Record] = field(default_factory=list)
     other: Run | None = None
     """A run to compare this one with."""

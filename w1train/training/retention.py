@@ -79,7 +79,7 @@ def rank_steps(scores: Mapping[int, float | None], count: int) -> list[int]:
 
 
 def _is_finite(score: float) -> bool:
-    """Whether a score is a finite float; an integer of a manifest may be larger than any."""
+    """Tell whether a score is a finite float; an integer of a manifest may be larger than any."""
     return abs(score) <= sys.float_info.max
 
 

@@ -27,7 +27,7 @@ from w1train.training.plain_values import decode, encode
 
 INDEX = "shards.json"
 MAXIMUM_BYTES = 1 << 28
-"""Of an index: a shard takes some 60 bytes (in old checkpoints 260), so that this is about four million shards."""
+"""The most bytes of an index: a shard takes some 60 bytes (in old checkpoints 260), so that this is about four million shards."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and sizes."""
 _VISITS_PER_BOX = 1000
@@ -66,7 +66,7 @@ class ShardIndex:
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    """What is no tensor: JSON (plain_values.py)."""
+    """Plain values beside the tensors, as JSON (plain_values.py)."""
 
     @classmethod
     def join(cls, parts: Iterable[ShardIndex]) -> ShardIndex:

@@ -46,7 +46,7 @@ def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], gr
 
 
 class _Reader:
-    """What megatron-core calls a load strategy."""
+    """A reader of boxes, with the interface that megatron-core calls a load strategy."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards

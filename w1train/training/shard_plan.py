@@ -52,7 +52,7 @@ class LocalState:
 
     boxes: dict[Box, Tensor]
     values: dict[str, Any]
-    """What is no tensor, as JSON; on rank 0. Copied at the step, for these values are small and change."""
+    """Plain values beside the tensors, as JSON; on rank 0. They are copied at the step, for these values are small and change."""
 
     @classmethod
     def of(cls, state: Any, values: dict[str, Any]) -> LocalState:

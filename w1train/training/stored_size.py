@@ -1,4 +1,4 @@
-"""Whether a checkpoint can hold the model that its configuration describes: asked before memory is taken for the model."""
+"""A check that a checkpoint can hold the model of its configuration, made before memory is taken for the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from w1train.training.flops import num_parameters
 from w1train.training.manifest import read_manifest
 
 _FEWEST_BYTES = 2
-"""Of a stored parameter: bfloat16 is the smallest type that weights are saved in."""
+"""The fewest bytes of a stored parameter: bfloat16 is the smallest type that weights are saved in."""
 _BLOCK_BYTES = 512
-"""Of st_blocks, whatever the file system's own blocks are."""
+"""The bytes of a block of st_blocks, whatever the file system's own blocks are."""
 
 
 def require_stored(checkpoint: Path, model: ModelConfig) -> None:

@@ -68,7 +68,7 @@ def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
 
 
 def read_steps(path: Path) -> int | None:
-    """How many steps a summary is about; None if there is none.
+    """Return how many steps a summary is about, or None if there is no summary.
 
     Raises:
         UserError: the file is not a summary.

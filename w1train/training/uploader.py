@@ -54,8 +54,8 @@ class Uploader:
             self._queue(_Job(checkpoint, settings, phase_start))
 
     def try_again(self) -> bool:
-        """If the newest checkpoint could not be sent, send it once more; whether there was one. Returns at once. To be called when nothing
-        is being sent."""
+        """Send the newest checkpoint once more if it could not be sent, and tell whether there was such a checkpoint. Returns at once;
+        nothing may be on its way when this is called."""
         with self._lock:
             failed, self._failed = None if self._is_abandoned else self._failed, None
             if failed is not None:
@@ -78,17 +78,17 @@ class Uploader:
         )
 
     def describe(self) -> str:
-        """What is being sent, for whoever waits for it."""
+        """Say what is being sent, for whoever waits for it."""
         steps = ", ".join(map(str, self.steps_in_use()))
         return f"the upload of step {steps} to {self._remote.url}" if steps else f"an answer from {self._remote.url}"
 
     def _queue(self, job: _Job) -> None:
-        """Called with the lock held."""
+        """Make a job the next one. The caller holds the lock."""
         self._queued = job
         self._start()
 
     def _start(self) -> None:
-        """Called with the lock held."""
+        """Start the thread unless it runs. The caller holds the lock."""
         if not self.is_busy:
             self.is_busy = True
             in_background(self._run, "checkpoint upload")
@@ -123,7 +123,7 @@ class Uploader:
         self.num_sent += 1
 
     def _succeeds(self, job: _Job) -> bool:
-        """Whether all of a job could be done; what could not is said."""
+        """Do a job, and tell whether all of it could be done; warn of what could not."""
         started, name = time.perf_counter(), job.checkpoint.name
         try:
             if not job.is_sent:

@@ -22,7 +22,7 @@ _SMALLEST_SIGMA = {"masked_cross_entropy": 0.03, "grad_norm": 0.35}
 
 
 def is_watchable(value: object) -> bool:
-    """Whether a window may hold a value: the deviation of values that it holds is a finite number."""
+    """Tell whether a window may hold a value: the deviation of values that it holds is a finite number."""
     return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
