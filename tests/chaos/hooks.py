@@ -86,7 +86,7 @@ def hang_before_collective(mark: Path, *, victim: int, step: int, number: int) -
 
             return wrapped
 
-        loop.Trainer.train_step = train_step  # type: ignore[method-assign]
+        loop.Trainer.train_step = train_step
         for name in _COLLECTIVES:
             setattr(dist, name, hanging(getattr(dist, name)))
 
@@ -110,7 +110,7 @@ def kill_at_phase_end(mark: Path, *, victim: int, number: int, after: bool) -> S
             if calls == number and after:
                 kill_myself(mark, "after the phase's end")
 
-        loop.Trainer.end_phase = end_phase  # type: ignore[method-assign]
+        loop.Trainer.end_phase = end_phase
 
     return sabotage
 
@@ -130,7 +130,7 @@ def shift_clock(mark: Path, *, victims: Sequence[int], step: int, seconds: float
                 mark.touch()
             original(trainer, batches)
 
-        loop.Trainer.train_step = train_step  # type: ignore[method-assign]
+        loop.Trainer.train_step = train_step
 
     return sabotage
 
@@ -146,6 +146,6 @@ def stop_at(step: int) -> Sabotage:
                 pulse.stop_requested = True
             original(trainer, batches)
 
-        loop.Trainer.train_step = train_step  # type: ignore[method-assign]
+        loop.Trainer.train_step = train_step
 
     return sabotage

@@ -43,7 +43,7 @@ def stalled(rank: int) -> Sabotage:
             raise AssertionError
 
         if this_rank == rank:
-            shard_files._HashedFile.write = write  # type: ignore[method-assign]
+            shard_files._HashedFile.write = write
 
     return sabotage
 

@@ -47,7 +47,7 @@ def answer(main: Main, arguments: list[str], capture: pytest.CaptureFixture[str]
         ending = end.code
     out, err = capture.readouterr()
     said = out + err + (ending if isinstance(ending, str) else "")
-    return 1 if isinstance(ending, str) else int(ending or 0), said  # type: ignore[call-overload]
+    return 1 if isinstance(ending, str) else int(ending or 0), said
 
 
 def require_refusal(main: Main, arguments: list[str], capture: pytest.CaptureFixture[str], status: int, *texts: str) -> str:

@@ -14,7 +14,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.end_to_end.conftest import tiny_data, undisturbed  # noqa: F401 - fixtures
 from tests.end_to_end.runs import TinyRun
 from tests.hostile.commands import (
     Main,
@@ -362,7 +361,7 @@ def test_any_change_of_a_configuration_is_its_error(template, tmp_path_factory, 
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints/step_0000000012/config.yaml", "status.json"])
-def test_a_run_that_is_resumed(undisturbed, tmp_path, name):  # noqa: F811 - the fixture
+def test_a_run_that_is_resumed(undisturbed, tmp_path, name):
     """Training reads these files of an earlier start."""
     whole = undisturbed(1, "fp32")
     run = TinyRun(whole.data, tmp_path / "runs")

@@ -34,7 +34,7 @@ def ascii_output(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """Set standard output as of ``LC_ALL=C``; gives what was written to it."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
-    return lambda: stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    return lambda: stream.buffer.getvalue().decode("ascii")
 
 
 @pytest.mark.parametrize("environment", POOR, ids=str)

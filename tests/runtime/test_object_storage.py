@@ -121,7 +121,8 @@ class Full:
     def seek(self, offset):
         pass
 
-    truncate = lambda self: None  # noqa: E731
+    def truncate(self):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_file_in_pieces_is_the_same_file_and_no_call_is_large(tmp_path_factory
         synced: list[int] = []
         patch.setattr(os, "fsync", lambda descriptor: synced.append(raw.tell()))
         file = Recorded(raw)
-        stream = PiecewiseFile(file)  # type: ignore[arg-type]
+        stream = PiecewiseFile(file)
         for piece in pieces:
             assert stream.write(memoryview(piece)) == len(piece)
         assert stream.tell() == sum(map(len, pieces))

@@ -24,7 +24,7 @@ from w1train.training.manifest import CheckpointError, verify_checkpoint  # noqa
 from w1train.training.optimizer_slices import boxes_of_range  # noqa: E402
 from w1train.training.retention import kept_steps, rank_steps  # noqa: E402
 from w1train.training.save_times import SaveTimes  # noqa: E402
-from w1train.training.shard_files import describe_error, write_index, write_part  # noqa: E402
+from w1train.training.shard_files import describe_write_error, write_index, write_part  # noqa: E402
 from w1train.training.shard_plan import Box, deal, require_whole  # noqa: E402
 from w1train.training.staging import Staging  # noqa: E402
 
@@ -87,7 +87,7 @@ def test_a_part_that_does_not_fit_leaves_nothing_and_says_why(tmp_path):
             write_part(tmp_path / "part", 0, [box], [torch.zeros(100_000)], {})
         assert failure.value.errno == errno.EFBIG
         assert failure.value.free_bytes > 0
-        return describe_error(failure.value)
+        return describe_write_error(failure.value)
 
     (text,) = run_distributed(write, 1, process_group=False)
     assert "disk full, or a quota or file size limit reached" in text

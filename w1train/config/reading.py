@@ -92,14 +92,30 @@ def read_json_object(path: Path, what: str, largest: int = LARGEST_JSON) -> dict
         FileContentError: the file is too large, not JSON, or has no object at its top.
         OSError: it cannot be opened or read.
     """
-    content = read_bounded(path, largest)
+    return parse_json_object(read_bounded(path, largest), f"{path} is no {what}")
+
+
+def parse_json_object(content: bytes, complaint: str) -> dict[str, Any]:
+    """Parse a file's content that is a JSON object.
+
+    Args:
+        complaint: what is said of the file if it is no JSON object; the reason is added.
+
+    Raises:
+        FileContentError: the content is not JSON, or has no object at its top.
+    """
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise FileContentError(f"{path} is no {what}: {error}") from error
+        raise FileContentError(f"{complaint}: {error}") from error
     if not isinstance(value, dict):
-        raise FileContentError(f"{path} is no {what}: it has no JSON object at its top but a {type(value).__name__}")
+        raise FileContentError(f"{complaint}: it has no JSON object at its top but a {type(value).__name__}")
     return value
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value of a JSON text is a number; true and false are none, though Python counts them as integers."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _parse_integer(digits: str) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError, listing
-from w1train.config.reading import LARGEST_JSON, FileContentError, parse_json
+from w1train.config.reading import LARGEST_JSON, parse_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, hugging_face_parameters
@@ -123,9 +123,11 @@ def _copy_companion(directory: Path, name: str, output: Path) -> None:
     if len(content) > LARGEST_JSON:
         logger.warning("%s is left out of the export: it has more than %d bytes", path, LARGEST_JSON)
         return
-    if path.suffix == ".json" and (settings := _settings(content, path)).pop("auto_map", None) is not None:
-        logger.warning("%s: its auto_map, which names code to run, is left out of the export", path)
-        content = (json.dumps(settings, indent=2) + "\n").encode("utf-8")
+    if path.suffix == ".json":
+        settings = parse_json_object(content, f"{path} has no settings of a tokenizer")
+        if settings.pop("auto_map", None) is not None:
+            logger.warning("%s: its auto_map, which names code to run, is left out of the export", path)
+            content = (json.dumps(settings, indent=2) + "\n").encode("utf-8")
     write_bytes(output / name, content)
 
 
@@ -141,16 +143,6 @@ def _open_companion(directory: Path, name: str) -> BufferedReader:
     if target.parent in (place, blobs) and is_plain_name(target.name):
         return open_inside(target.parent, target.name)
     return open_inside(directory, name)
-
-
-def _settings(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        settings = parse_json(content)
-    except ValueError as error:
-        raise FileContentError(f"{path} has no settings of a tokenizer: {error}") from error
-    if not isinstance(settings, dict):
-        raise FileContentError(f"{path} has no settings of a tokenizer: it has no JSON object at its top")
-    return settings
 
 
 def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.runtime.transfers import together
 from w1train.training.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
-from w1train.training.shard_files import FREE_BYTES, describe_error, shard_path
+from w1train.training.shard_files import FREE_BYTES, describe_write_error, shard_path
 
 logger = logging.getLogger(__name__)
 
@@ -140,5 +140,5 @@ def explain_failure(final: Path, error: BaseException) -> str:
 def _root_causes(error: BaseException) -> list[str]:
     """One line for every rank that failed."""
     if isinstance(error, CheckpointException):
-        return [f"rank {rank}: {describe_error(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
-    return [describe_error(error)]
+        return [f"rank {rank}: {describe_write_error(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
+    return [describe_write_error(error)]

@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from w1train.config.reading import parse_json, shorten
+from w1train.config.reading import is_number, parse_json, shorten
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.runtime.distributed import agreed, on_every_rank
@@ -144,33 +144,25 @@ def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
     is_right = {
         "step": _is_count(manifest["step"]),
         "samples": _is_count(manifest["samples"]),
-        "seconds": _is_number(manifest["seconds"]) and 0 <= manifest["seconds"] < 1e12,
+        "seconds": is_number(manifest["seconds"]) and 0 <= manifest["seconds"] < 1e12,
         "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
-        "validation": _is_table(manifest.get("validation", {})) and all(map(_is_number, manifest.get("validation", {}).values())),
-        "files": _is_table(manifest["files"]),
+        "validation": isinstance(manifest.get("validation", {}), dict) and all(map(is_number, manifest.get("validation", {}).values())),
+        "files": isinstance(manifest["files"], dict),
     }
     yield from (f"{MANIFEST} says {name}: {shorten(manifest[name])}" for name, is_valid in is_right.items() if not is_valid)
     yield from (f"{MANIFEST} says {problem}" for problem in state_problems(manifest["health"]))
 
 
 def _entry_problems(files: Any) -> Iterator[str]:
-    for name, entry in files.items() if _is_table(files) else ():
+    for name, entry in files.items() if isinstance(files, dict) else ():
         if not is_plain_name(name) or name == MANIFEST:
             yield f"{MANIFEST} names {shorten(name)}, which is not the name of another file in its directory"
-        elif not (_is_table(entry) and _is_count(entry.get("size")) and _SHA256.fullmatch(str(entry.get("sha256")))):
+        elif not (isinstance(entry, dict) and _is_count(entry.get("size")) and _SHA256.fullmatch(str(entry.get("sha256")))):
             yield f"{MANIFEST} has no size and SHA-256 for {name}"
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def damaged(path: Path | str, problems: list[str]) -> CheckpointError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError
-from w1train.config.reading import shorten
+from w1train.config.reading import is_number, shorten
 from w1train.training.comparison import COLUMNS
 
 Record = dict[str, Any]
@@ -35,8 +35,8 @@ def check_metrics(path: Path, records: Sequence[Record]) -> None:
         _require(path, record, {"tokens": _is_count} if record.get("kind") in ("train", "validation") else {})
         if record.get("kind") == "validation":
             record.setdefault("elbo", None)
-        optional = {"loss_by_t": _is_list_of_numbers, "block_size": _is_number, "health/skipped_steps": _is_count}
-        drawn = {name: _is_number for name in record if name in _DRAWN or name.startswith("time/")}
+        optional = {"loss_by_t": _is_list_of_numbers, "block_size": is_number, "health/skipped_steps": _is_count}
+        drawn = {name: is_number for name in record if name in _DRAWN or name.startswith("time/")}
         present = {name: check for name, check in {**optional, **drawn}.items() if record.get(name) is not None}
         _require(path, record, present)
         if record.get("kind") == "average":
@@ -99,22 +99,18 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_count(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < _FARTHEST
+    return is_number(value) and 0 <= value < _FARTHEST
 
 
 def _is_list_of_numbers(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= _MOST_BINS and all(item is None or _is_number(item) for item in value)
+    return isinstance(value, list) and len(value) <= _MOST_BINS and all(item is None or is_number(item) for item in value)
 
 
 def _drawable(value: Any) -> Any:
     if isinstance(value, list):
         return [_drawable(item) for item in value]
-    if not _is_number(value) or math.isnan(value):
+    if not is_number(value) or math.isnan(value):
         return value
     if abs(value) > _FARTHEST:
         return math.copysign(math.inf, value)

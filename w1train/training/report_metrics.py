@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
+from w1train.config.reading import is_number
 from w1train.training.plot_data import Values, finite, moving_average
 from w1train.training.report_run import Run
 from w1train.training.svg_chart import Chart, Event, Line
@@ -80,24 +81,20 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def other_metrics(run: Run) -> str:
     """A chart for each further number that the training records have, whoever writes it."""
-    names = sorted({key for record in run.train for key, value in record.items() if key not in _SHOWN and _is_number(value)})
+    names = sorted({key for record in run.train for key, value in record.items() if key not in _SHOWN and is_number(value)})
     figures = "".join(_points_figure(run, name) for name in names)
     return f'<h2>More measurements</h2><div class="charts">{figures}</div>' if figures else ""
 
 
 def _points_figure(run: Run, key: str) -> str:
     """What is measured at some steps only has dots where it was."""
-    known = [(record["step"], record[key]) for record in run.train if _is_number(record.get(key)) and math.isfinite(record[key])]
+    known = [(record["step"], record[key]) for record in run.train if is_number(record.get(key)) and math.isfinite(record[key])]
     if not known:
         return ""
     xs, ys = [at for at, _ in known], [float(value) for _, value in known]
     line = Line(xs=xs, ys=ys, css="accent", dots=len(known) <= len(run.train) // 2)
     chart = Chart(title=key, lines=[line], x_range=run.x_range)
     return figure(chart, key, f"{ys[-1]:.4g}", "", None)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def events_of(run: Run) -> list[Event]:

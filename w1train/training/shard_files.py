@@ -129,7 +129,7 @@ def _note(directory: Path, rank: int) -> Path:
     return directory / f"part_{rank:05d}.json"
 
 
-def describe_error(error: BaseException) -> str:
+def describe_write_error(error: BaseException) -> str:
     """One line, without the tracebacks that torch puts into its text."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
