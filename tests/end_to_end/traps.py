@@ -19,14 +19,21 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def after_seconds(seconds: float, victim: int = 0) -> Sabotage:
-    """SIGKILL at a moment, whatever is going on then."""
+def at_a_moment(share: float, victim: int = 0) -> Sabotage:
+    """Kill a rank after its first step, whatever it does then: after ``share`` of the time that it took to get there.
+
+    The time of another run would not do: one that was measured on a busy machine is longer than a whole run on a quiet one.
+    """
 
     def sabotage(rank: int) -> None:
-        if rank == victim:
-            timer = threading.Timer(seconds, die)
+        start = time.monotonic()
+
+        def die_later() -> None:
+            timer = threading.Timer(share * (time.monotonic() - start), die)
             timer.daemon = True
             timer.start()
+
+        _at_call(loop.Trainer, "record_step", 1, after=True, rank=victim, action=die_later)(rank)
 
     return sabotage
 
