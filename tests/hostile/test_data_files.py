@@ -176,7 +176,7 @@ def test_tokens_that_the_decoder_would_make_too_long_are_refused(monkeypatch):
     tokenizer = Tokenizer(changed(decoder={"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}), "t.json")
     ids = tokenizer.encode(100 * "a")
     tokenizer.decode(ids[:10])
-    with pytest.raises(TokenizerError, match="the decoder of tokenizer .* may make 10 characters of each"):
+    with pytest.raises(TokenizerError, match=r"the decoder of tokenizer .* may make 10 characters of each"):
         tokenizer.decode(101 * ids[:1])
 
 
