@@ -496,7 +496,7 @@ OBJECT_BOMBS = {
     "shared lists": pickle.dumps([{"a": shared(60, list)}]),
     "shared tuples": pickle.dumps([{"a": shared(60, tuple)}]),
     "lists of texts": pickle.dumps([{"a": ["x" * 10_000] * 20}], 4),
-    "a list of itself": b"\x80\x02]q\x00}(X\x01\x00\x00\x00a](" + b"h\x00" * 60_000 + b"eua.",
+    "a list of itself": b"\x80\x02]q\x00}(X\x01\x00\x00\x00a](" + b"h\x00" * 300 + b"eua.",
     "tuples as a key": b"\x80\x04}" + pickle.dumps(shared(60, tuple), 4)[2:-1] + b"Ns.",
     "an index of the memo": b"Nr\xff\xff\xff\x7f.",
     "a byte array of a terabyte": b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.",

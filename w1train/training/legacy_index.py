@@ -11,7 +11,8 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from w1train.config.reading import shorten
 from w1train.runtime.names import is_plain_name, open_inside
+from w1train.runtime.pulse import moved
+from w1train.runtime.transfers import PIECE_BYTES
 
 METADATA = ".metadata"
 LARGEST_METADATA = 32 << 20
@@ -120,15 +123,25 @@ def _require_few(value: Any) -> None:
 def read_tensor(directory: Path, place: Place, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
     """Read a tensor that was saved alone: the archive's one entry of data is its elements in row-major order.
 
+    The archive and the tensor are in memory together.
+
     Raises:
         OSError: its file cannot be read.
         ValueError: the archive is damaged, or holds another number of bytes than the tensor has.
     """
-    content = _entry(_archive(directory, place), "data/0")
+    archive = _archive(directory, place)
+    entry = _found(archive, "data/0")
     num_bytes = math.prod(sizes) * dtype.itemsize
-    if len(content) != num_bytes:
-        raise ValueError(f"its archive has {len(content)} bytes, expected {num_bytes}")
-    return torch.frombuffer(bytearray(content), dtype=dtype).view(tuple(sizes))
+    if entry.file_size != num_bytes:
+        raise ValueError(f"its archive has {entry.file_size} bytes, expected {num_bytes}")
+    target = torch.empty(tuple(sizes), dtype=dtype)
+    elements = memoryview(target.view(-1).view(torch.uint8).numpy())
+    with _damage_refused(), archive.open(entry) as file:
+        for start in range(0, num_bytes, PIECE_BYTES):
+            piece = elements[start : start + PIECE_BYTES]
+            piece[:] = file.read(len(piece))
+            moved()
+    return target
 
 
 def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
@@ -142,12 +155,23 @@ def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a file of an archive. torch compresses nothing: what is compressed may grow without bound."""
+    entry = _found(archive, name)
+    with _damage_refused():
+        return archive.read(entry)
+
+
+def _found(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Return the one file of a name. torch compresses nothing: what is compressed may grow without bound."""
     found = [entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name]
     if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED or found[0].file_size != found[0].compress_size:
         raise ValueError(f"its archive does not have one {name} that is not compressed")
+    return found[0]
+
+
+@contextmanager
+def _damage_refused() -> Iterator[None]:
     try:
-        return archive.read(found[0])
+        yield
     except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"its archive is damaged ({type(error).__name__})") from error
 
