@@ -257,11 +257,11 @@ def _with_an_average_of_forty_digits(directory: Path) -> None:
     (average / "manifest.json").write_text(json.dumps({**manifest, "average_number": 10**40 - 1}))
 
 
-def _with_a_sparse_weight(member: Path) -> None:
-    """Make the first weight a file of a gigabyte without data."""
+def _with_a_sparse_tensor(member: Path) -> None:
+    """Add a tensor of 64 MiB whose file has no data."""
     with (member / "sparse.shards").open("wb") as file:
-        file.truncate(1 << 30)
-    sizes = [1 << 22, 64]
+        file.truncate(1 << 26)
+    sizes = [1 << 18, 64]
     _edit_index(member, lambda tensors: tensors.update(more={"dtype": "float32", "sizes": sizes, "shards": [_box("sparse.shards", sizes)]}))
 
 
@@ -277,8 +277,8 @@ def test_members_that_somebody_made_up_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"'optimizer.state.param.weight' has the sizes \[256, 64, 1\], and its weight \[256, 64\]"):
         average_alone(masters, (1, 2, 3))
     for step in (1, 2):
-        _with_a_sparse_weight(sparse / f"step_{step:010d}")
-    with pytest.raises(CheckpointError, match=r"bytes of data, too few for tensors of 1,073,872,896 bytes"):
+        _with_a_sparse_tensor(sparse / f"step_{step:010d}")
+    with pytest.raises(CheckpointError, match=r"bytes of data, too few for tensors of 67,239,936 bytes"):
         average_alone(sparse, (1, 2))
     with (large / "step_0000000003" / "config.yaml").open("wb") as file:
         file.truncate((1 << 20) + 1)
