@@ -18,8 +18,9 @@ from torch import Tensor
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
-from w1train.conversion.sources import CheckpointDirectory
-from w1train.conversion.tensors import Parameter, hugging_face_parameters
+from w1train.conversion.filling import StoredModel, require_fit
+from w1train.conversion.sources import CheckpointDirectory, find_inside
+from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
 from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
@@ -53,11 +54,16 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         model_format: one of FORMATS.
 
     Raises:
-        UserError: ``output`` holds something, or the stock class asked for is not this model.
+        UserError: ``output`` holds something, the stock class asked for is not this model, or the checkpoint's tensors are not those of its
+            configuration.
+        CheckpointError: the checkpoint's index cannot be read.
         OSError: it cannot be written.
     """
     config = read_config(checkpoint)
     require_stored(checkpoint, config.model)
+    source = CheckpointDirectory(checkpoint)
+    require_fit(StoredModel(str(checkpoint), config.model, source, tuple(checkpoint_parameters(config.model))), config.model)
+    dtype = _one_dtype(checkpoint, source)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
         raise UserError(f"this model is no {model_type}: {listing(problems)}; export it with --format {W1}")
@@ -66,10 +72,9 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    source, parameters = CheckpointDirectory(checkpoint), list(hugging_face_parameters(config.model))
+    parameters = list(hugging_face_parameters(config.model))
     entries = list(_entries(source, parameters))
     write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
-    (dtype,) = {entry.dtype for entry in entries}
     special = _tokenizer_files(run.tokenizer, Path(config.data.tokenizer), partial)
     if model_type == W1:
         special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
@@ -84,6 +89,15 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         logger.warning("%s attends causally, as a diffusion model does not: load it as such for its weights alone", model_type)
     names = tuple(sorted(path.name for path in output.iterdir()))
     return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
+
+
+def _one_dtype(checkpoint: Path, source: CheckpointDirectory) -> torch.dtype:
+    """Return the dtype of all weights, which config.json has a single word for. Raises UserError if they are of several."""
+    names = {dtype: name for name, dtype in source.dtypes.items()}
+    if len(names) > 1:
+        found = listing(f"{name} is {dtype}" for dtype, name in names.items())
+        raise UserError(f"the weights of {checkpoint} are of several types ({found}); weights of one type can be exported")
+    return next(iter(names))
 
 
 def _entries(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[Entry]:
@@ -132,15 +146,12 @@ def _copy_companion(directory: Path, name: str, output: Path) -> None:
 
 
 def _open_companion(directory: Path, name: str) -> BufferedReader:
-    """Open a regular file of a directory; the links that the cache of huggingface_hub is made of are followed, as those of the weights are
-    (w1train.conversion.sources).
+    """Open a regular file of a directory; the links that the cache of huggingface_hub is made of are followed, as those of the weights are.
 
     Raises:
         OSError: it is not there, cannot be read, or is another link or no regular file.
     """
-    place, target = directory.resolve(), (directory / name).resolve()
-    blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
-    if target.parent in (place, blobs) and is_plain_name(target.name):
+    if (target := find_inside(directory, name)) is not None and is_plain_name(target.name):
         return open_inside(target.parent, target.name)
     return open_inside(directory, name)
 

@@ -18,6 +18,7 @@ from typing import Any
 from w1train.config.reading import is_number, parse_json, shorten
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
+from w1train.config.yaml_limits import LARGEST_YAML
 from w1train.runtime.distributed import agreed, on_every_rank
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.pulse import moved, pulse
@@ -185,14 +186,19 @@ def read_config_text(path: Path) -> str:
     _require_config(path)
     try:
         with open_inside(path, "config.yaml") as file:
-            return file.read().decode()
+            return file.read(LARGEST_YAML + 1).decode()
     except (OSError, ValueError) as error:
         raise damaged(path, [f"config.yaml cannot be read ({error})"]) from error
 
 
 def _require_config(path: Path) -> None:
     expected = read_manifest(path)["files"].get("config.yaml")
-    problems = [f"{MANIFEST} lacks config.yaml"] if expected is None else _file_problems(path / "config.yaml", expected)
+    if expected is None:
+        problems = [f"{MANIFEST} lacks config.yaml"]
+    elif expected["size"] > LARGEST_YAML:
+        problems = [f"{MANIFEST} says that config.yaml has {expected['size']:,} bytes; a configuration has at most {LARGEST_YAML:,}"]
+    else:
+        problems = _file_problems(path / "config.yaml", expected)
     if problems:
         raise damaged(path, problems)
 
