@@ -141,7 +141,7 @@ def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str,
     for member in members:
         verify_checkpoint(member, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     sources = all_or_none(lambda: _open(members))
-    on_main_rank(lambda: [require_data(source.path, _num_bytes(source)) for source in sources])
+    on_main_rank(partial(_require_data, sources))
     newest = members[-1]
     config_yaml = all_or_none(partial(read_config_text, newest))
     progress = all_or_none(partial(read_progress, newest))
@@ -165,6 +165,12 @@ def _open(members: Sequence[Path]) -> list[Shards]:
             )
     _require_masters(sources[-1])
     return sources
+
+
+def _require_data(sources: list[Shards]) -> None:
+    """Refuse members whose files have too little data for the tensors of their indexes."""
+    for source in sources:
+        require_data(source.path, _num_bytes(source))
 
 
 def _require_masters(source: Shards) -> None:
