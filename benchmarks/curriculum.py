@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.report import Table, environment, write_report
-from w1train.training.report_run import Run, read_run
+from w1train.reports.report_run import Run, read_run
 
 NUM_STEPS = 5
 """Losses at a change of the objective are means over so many steps on either side."""

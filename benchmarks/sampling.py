@@ -30,18 +30,18 @@ from torch import Tensor
 from benchmarks.report import Table, environment, spread, write_report
 from w1train.config.compose import load_config
 from w1train.config.schema import Config, SamplingConfig
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.sampling.denoise import BlockPredict, generate
 
 import_megatron()
 
 from w1train.attention.plan import AttentionPlan, plan_attention  # noqa: E402
 from w1train.attention.visibility import block_diffusion_visibility  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
+from w1train.inference.predictor import BlockPredictor, Predictor  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.model.transformer import DiffusionTransformer, ModelInputs  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.inference import BlockPredictor, Predictor  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 
 class TrainingMask:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w1train.data.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from w1train.data.writer import DatasetWriter
 
 # Half-widths of log-normal document lengths, in powers of e: from a ninth of the median to nine times it, mostly.

@@ -13,7 +13,15 @@ from typing import Any
 
 from data_tools.command import input_path, output_file, run_command
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
-from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError, parse_tokenizer_json, read_tokenizer_file
+from w1train.data.tokenizers.tokenizer import (
+    EOS_TOKEN,
+    MASK_TOKEN,
+    PAD_TOKEN,
+    Tokenizer,
+    TokenizerError,
+    parse_tokenizer_json,
+    read_tokenizer_file,
+)
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)

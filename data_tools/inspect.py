@@ -21,8 +21,8 @@ from data_tools.command import run_command
 from data_tools.histogram import Histogram
 from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
-from w1train.data.shards import open_dataset
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.sharded_dataset import open_dataset
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 

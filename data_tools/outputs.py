@@ -27,10 +27,10 @@ from data_tools.encode import TokenizedUnit
 from data_tools.text import Counts
 from data_tools.units import Position
 from w1train.config.reading import read_json_object
+from w1train.data.dataset_manifest import DatasetManifest, manifest_path
 from w1train.data.indexed import DatasetError, bin_path, idx_path
-from w1train.data.manifest import DatasetManifest, manifest_path
-from w1train.data.shards import shard_notes
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.sharded_dataset import shard_notes
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
 

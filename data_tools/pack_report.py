@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.command import run_command
-from w1train.data.best_fit import pack_best_fit
-from w1train.data.shards import open_dataset
+from w1train.data.packed.best_fit import pack_best_fit
+from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _cells(report: PackReport, num_documents: int) -> list[str]:
 
 
 def report_cut(lengths: NDArray[np.int64], sequence_length: int) -> PackReport:
-    """Concatenated and cut (w1train/data/packing.py): an epoch that begins at the first document; other epochs cut other documents."""
+    """Concatenated and cut (w1train/data/packed/packing.py). An epoch that begins at the first document; others cut elsewhere."""
     num_tokens = int(lengths.sum())
     num_samples = -(-num_tokens // sequence_length)
     ends = np.cumsum(lengths)
@@ -107,7 +107,7 @@ def report_cut(lengths: NDArray[np.int64], sequence_length: int) -> PackReport:
 
 
 def report_best_fit(lengths: NDArray[np.int64], sequence_length: int, align: int = 1) -> PackReport:
-    """As few samples as fit (w1train/data/best_fit.py): only documents longer than a sample are cut."""
+    """As few samples as fit (w1train/data/packed/best_fit.py): only documents longer than a sample are cut."""
     packed = pack_best_fit(lengths, sequence_length, align)
     per_sample = np.bincount(packed.sample_of_piece, minlength=packed.num_samples)
     return PackReport(

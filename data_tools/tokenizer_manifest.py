@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import write_bytes
 from w1train.runtime.version import __version__
 

@@ -13,7 +13,7 @@ from data_tools.command import add_corpus_options, corpus_from, output_file, run
 from data_tools.corpus import TextCorpus
 from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
-from w1train.data.tokenizer import train_tokenizer
+from w1train.data.tokenizers.tokenizer import train_tokenizer
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)

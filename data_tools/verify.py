@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data_tools.command import run_command
 from w1train.data.indexed import bin_path
-from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing_file
-from w1train.data.shards import open_dataset
+from w1train.data.packed.packing_index import PACKING_SUFFIX, packings_beside, verify_packing_file
+from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)

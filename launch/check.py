@@ -15,8 +15,8 @@ from pathlib import Path
 
 from w1train.config.command_line import parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 from w1train.runtime.command import command
 
 

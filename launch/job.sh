@@ -37,7 +37,7 @@ being_ended() {
 trap before_the_limit USR1
 trap being_ended TERM
 
-# Names have leading zeros, and what is half written has another name (w1train/training/checkpoint.py).
+# Names have leading zeros, and what is half written has another name (w1train/checkpoints/checkpoint.py).
 newest_checkpoint() {
   find "$run/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
 }

@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {args.run} is not a run directory: it has no config.yaml", file=sys.stderr)
         return 2
     # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
-    from w1train.runtime.cpu import import_megatron
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
+    from w1train.checkpoints.checkpoint import CheckpointError
     from w1train.evaluation.averages import AverageRequest, average_run
-    from w1train.training.checkpoint import CheckpointError
-    from w1train.training.comparison import comparison_lines
+    from w1train.records.average_comparison import comparison_lines
 
     request = AverageRequest(args.run, args.top_k, args.metric, args.steps, args.output, not args.no_evaluate, args.validation)
     try:

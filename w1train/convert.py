@@ -63,7 +63,7 @@ def from_hugging_face(args: argparse.Namespace) -> int:
 
 def model_recipe(model: ModelConfig, directory: Path) -> str:
     """The YAML of a file of the model group."""
-    from w1train.training.flops import num_parameters
+    from w1train.model.flops import num_parameters
 
     lines = [
         f"# {num_parameters(model):,} parameters, from {directory} by w1train.convert.",
@@ -84,12 +84,12 @@ def to_hugging_face(args: argparse.Namespace) -> int:
     """Export a run's checkpoint. megatron-core is imported only here: seconds, which a mistyped command need not wait for."""
     if not (args.run / "config.yaml").is_file():
         raise UserError(f"{args.run} is not a run directory: it has no config.yaml")
-    from w1train.runtime.cpu import import_megatron
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
+    from w1train.checkpoints.checkpoint import CheckpointError, complete_steps, verify_checkpoint
     from w1train.conversion.export import export
     from w1train.runtime.run_directory import RunDirectory
-    from w1train.training.checkpoint import CheckpointError, complete_steps, verify_checkpoint
 
     steps = complete_steps(args.run / "checkpoints")
     if not steps or args.step not in (None, *steps):

@@ -9,8 +9,8 @@ import sys
 
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import LoggingConfig
+from w1train.reports.live_dashboard import definition, workspace
 from w1train.runtime.command import command
-from w1train.training.dashboard import definition, workspace
 
 
 @command("w1train.dashboard")

@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dict[str, Any]:
     # Imported here because megatron-core takes seconds to import, which a mistake on the command line should not wait for.
-    from w1train.runtime.cpu import import_megatron
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
+    from w1train.checkpoints.checkpoint import CheckpointError
     from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
-    from w1train.training.checkpoint import CheckpointError
-    from w1train.training.inference import load_for_inference, require_diffusion
+    from w1train.inference.predictor import load_for_inference, require_diffusion
 
     try:
         model = load_for_inference(args.run, args.checkpoint)

@@ -17,7 +17,7 @@ import warnings
 from rich.console import Console
 
 from w1train.config.errors import ConfigurationError, raise_if_any
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 from w1train.planning.arguments import PROGRAM, Request, parse
 from w1train.planning.as_json import plan_as_dict, search_as_dict
 from w1train.planning.prediction import predict

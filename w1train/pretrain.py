@@ -20,9 +20,9 @@ from pathlib import Path
 
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
-from w1train.config.validate import validate
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.exit_status import ExitStatus
@@ -68,16 +68,16 @@ def main(arguments: list[str]) -> int:
 def run(config: Config) -> int:
     """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
     gc.disable()  # imports leave no garbage, and looking for it takes an eighth of a start
-    from w1train.runtime.cpu import import_megatron
     from w1train.runtime.device import make_deterministic
     from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
+    from w1train.runtime.megatron_on_cpu import import_megatron
     from w1train.runtime.monitor import monitored
     from w1train.runtime.run_directory import RunDirectory
     from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
+    from w1train.checkpoints.checkpoint import CheckpointError
     from w1train.conversion.initial_weights import open_initial_weights
-    from w1train.training.checkpoint import CheckpointError
     from w1train.training.loop import Trainer
 
     gc.enable()

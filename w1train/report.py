@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from w1train.config.errors import UserError
+from w1train.reports.report_compare import write_comparison
+from w1train.reports.run_report import write_report
 from w1train.runtime.command import command, describe_error
-from w1train.training.report import write_report
-from w1train.training.report_compare import write_comparison
 
 
 @command("w1train.report")

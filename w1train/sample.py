@@ -30,7 +30,7 @@ from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
 
 
 class InferenceModel(Protocol):
-    """The part of w1train.training.inference.InferenceModel that this command uses."""
+    """The part of w1train.inference.predictor.InferenceModel that this command uses."""
 
     @property
     def predict(self) -> Predict: ...
@@ -120,11 +120,11 @@ def checkpoint_name(text: str) -> int | str:
 
 def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
-    from w1train.runtime.cpu import import_megatron
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.training.checkpoint import CheckpointError
-    from w1train.training.inference import load_for_inference, require_diffusion
+    from w1train.checkpoints.checkpoint import CheckpointError
+    from w1train.inference.predictor import load_for_inference, require_diffusion
 
     try:
         model = load_for_inference(run, checkpoint)

@@ -13,7 +13,7 @@ from w1train.attention.backends.reference import ReferenceBackend, attend_refere
 from w1train.attention.backends.sdpa import DensePlan, SdpaBackend
 from w1train.attention.plan import plan_attention
 from w1train.attention.visibility import document_visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6}
 NUM_HEADS = 4

@@ -9,8 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from benchmarks import step, step_profile
-from benchmarks.step_report import key_results, shares, verdicts
+from benchmarks import step
+from benchmarks.step import profile as step_profile
+from benchmarks.step.report import key_results, shares, verdicts
 from tests.distributed import run_distributed
 
 FOUND = {

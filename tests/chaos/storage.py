@@ -12,9 +12,9 @@ from tests.chaos.jobs import WORLD_SIZE
 from tests.chaos.scene import CHECKPOINT_INTERVAL, Scene, until
 from tests.end_to_end.runs import Sabotage
 from tests.faulty_storage import create, set_faults
+from w1train.checkpoints.manifest import CheckpointError, verify_checkpoint
+from w1train.checkpoints.remote.remote_checkpoints import MARKER
 from w1train.runtime import object_storage
-from w1train.training.manifest import CheckpointError, verify_checkpoint
-from w1train.training.remote_checkpoints import MARKER
 
 _PASSING = ("OSError", "TimeoutError", "FSTimeoutError", "ClientError", "HttpError", "ClientConnectionError")
 _SLOW_SECONDS = 0.05

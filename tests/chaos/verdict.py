@@ -14,7 +14,7 @@ from tests.chaos.scene import NUM_STEPS, Scene
 from tests.chaos.storage import remote_steps
 from tests.chaos.supervisor import Story
 from tests.end_to_end.runs import TinyRun
-from w1train.training.shards import Shards
+from w1train.checkpoints.format.shard_reader import Shards
 
 MEASURED = ("time/", "checkpoint/", "health/slowest_rank", "health/rank_spread")
 """Beginnings of what a clock measures; everything else in a record must be the undisturbed run's, bit for bit."""

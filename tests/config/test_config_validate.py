@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.config.config_trees import TREE, set_key
 from w1train.config.convert import Conversion, convert, field_types
 from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
+from w1train.config.rules.validate import RANGES, validate, validate_conversion
 from w1train.config.schema import Config
-from w1train.config.validate import RANGES, validate, validate_conversion
 
 MakeConfig = Callable[..., Config]
 
@@ -342,6 +342,6 @@ def test_a_mistake_in_a_rule_is_not_taken_for_an_unset_field(make_config: MakeCo
     def broken_rule(config: Config) -> Any:
         yield config.nonsense  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("w1train.config.validate.RULES", (broken_rule,))
+    monkeypatch.setattr("w1train.config.rules.validate.RULES", (broken_rule,))
     with pytest.raises(AttributeError, match="nonsense"):
         validate_conversion(Conversion(make_config(), [], complete=False))

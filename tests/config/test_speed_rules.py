@@ -6,7 +6,7 @@ import pytest
 
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 
 TE = {"model.transformer_impl": "te"}
 # 16 divides every product of it: 64 = 4 heads x 16.

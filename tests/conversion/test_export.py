@@ -26,8 +26,8 @@ from tests.parallel.layouts import open_gates, whole_tensors
 from tests.tiny import tiny_config
 from w1train import convert
 from w1train.conversion.sources import SafetensorsDirectory
-from w1train.data.tokenizer import train_tokenizer
-from w1train.training.setup import build_trained_model
+from w1train.data.tokenizers.tokenizer import train_tokenizer
+from w1train.engine.building import build_trained_model
 
 SAVED = {"tensor": 2, "pipeline": 2, "sequence": True}
 CAUSAL = torch.ones(TOKENS.shape[1], TOKENS.shape[1], dtype=torch.bool).tril().expand(len(TOKENS), -1, -1)

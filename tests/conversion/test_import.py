@@ -23,8 +23,8 @@ from tests.tiny import tiny_config
 from w1train.conversion.initial_weights import InitialWeights
 from w1train.conversion.sources import SafetensorsDirectory
 from w1train.conversion.tensors import shapes
+from w1train.engine.building import build_trained_model
 from w1train.model.initialization import global_named_parameters
-from w1train.training.setup import build_trained_model
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))

@@ -16,15 +16,15 @@ from tests.distributed import run_distributed  # noqa: E402
 from tests.parallel.layouts import whole_tensors, world_size  # noqa: E402
 from tests.tiny import tiny_config  # noqa: E402
 from w1train.attention.visibility import causal_visibility  # noqa: E402
+from w1train.checkpoints.checkpoint import Progress, save_checkpoint  # noqa: E402
 from w1train.config.schema import Config  # noqa: E402
 from w1train.config.serialization import config_to_yaml  # noqa: E402
 from w1train.conversion.families import model_from_config, read_config  # noqa: E402
 from w1train.conversion.initial_weights import InitialWeights  # noqa: E402
+from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
+from w1train.inference import predictor as inference  # noqa: E402
+from w1train.inference.predictor import Predictor  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training import inference  # noqa: E402
-from w1train.training.checkpoint import Progress, save_checkpoint  # noqa: E402
-from w1train.training.inference import Predictor  # noqa: E402
-from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
 # A progress bar leaves a thread behind, beside which this process could fork no ranks.
 transformers.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ import torch
 from w1train.config.errors import UserError
 from w1train.data.dali import DaliLoader
 from w1train.data.loader import BatchLoader
-from w1train.data.packing import PackedDataset
+from w1train.data.packed.packing import PackedDataset
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 

@@ -13,9 +13,9 @@ from data_tools import verify
 from tests.tiny import LENGTH, tiny_config
 from w1train.config.schema import CorpusConfig
 from w1train.data.dataset import DatasetError
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
 from w1train.runtime.distributed import Ranks
-from w1train.training.data import TrainingData, prepare_data
+from w1train.training.training_data import TrainingData, prepare_data
 
 RANKS = Ranks(rank=0, world_size=2, data_parallel_rank=0, data_parallel_size=2, device=torch.device("cpu"))
 DAMAGED = r"x\.best_fit_\d+\.pack is damaged: its sha256 is \w{64}, it was written with \w{64}; remove it, and it is built again"
@@ -44,7 +44,7 @@ def spoil(path, num_pieces):
 
 
 def test_a_run_does_not_start_on_it_and_builds_another_when_it_is_gone(dataset, config, monkeypatch):
-    monkeypatch.setattr("w1train.data.packing_index._HASH_AT_ONCE", 100)
+    monkeypatch.setattr("w1train.data.packed.packing_index._HASH_AT_ONCE", 100)
     prepare_data(config)
     options = PackingOptions(sequence_length=LENGTH)
     path = ensure_packing(dataset, options)
@@ -91,7 +91,7 @@ def test_a_large_one_is_named(dataset, config, monkeypatch, caplog):
     prepare_data(config)
     path = ensure_packing(dataset, PackingOptions(sequence_length=LENGTH))
     spoil(path, dataset.num_documents)
-    monkeypatch.setattr("w1train.training.data.MAX_VERIFIED_BYTES", 1000)
+    monkeypatch.setattr("w1train.training.training_data.MAX_VERIFIED_BYTES", 1000)
     TrainingData(config, RANKS)
     assert f"{path} has 0.0 GB: not compared with the hash in it; `python -m data_tools.verify {path}` compares it" in caplog.text
 

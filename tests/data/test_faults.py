@@ -15,9 +15,9 @@ import pytest
 
 from w1train.data.dataset import DatasetError
 from w1train.data.loader import BatchLoader
-from w1train.data.packing import PackedDataset
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
-from w1train.data.workers import LoaderError
+from w1train.data.loader_workers import LoaderError
+from w1train.data.packed.packing import PackedDataset
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
 
 LENGTH = 16
 KINDS = ["thread", "process"]

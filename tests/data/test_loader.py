@@ -13,7 +13,7 @@ import torch
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import DatasetError
 from w1train.data.loader import BatchLoader, validation_batches
-from w1train.data.packing import PackedDataset
+from w1train.data.packed.packing import PackedDataset
 
 LENGTH = 16
 

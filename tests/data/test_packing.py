@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.tiny import LENGTH, tiny_config
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import write_index
-from w1train.data.packing import PackedDataset
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
-from w1train.training.data import open_source, packing_options
+from w1train.data.packed.packing import PackedDataset
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
+from w1train.training.training_data import open_source, packing_options
 
 document_lengths = st.lists(st.integers(0, 12), min_size=1, max_size=20).filter(any)
 

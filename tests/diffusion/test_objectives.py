@@ -8,7 +8,7 @@ from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
 from w1train.diffusion.embedding_noise import EmbeddingNoise
-from w1train.diffusion.loss import diffusion_loss
+from w1train.objectives.likelihood import diffusion_loss
 
 MASK = DiffusionConfig().mask_token_id
 

@@ -140,7 +140,7 @@ def test_wrong_data(copied_run, what):
 
 
 def test_files_too_large_to_be_compared_are_named(copied_run, monkeypatch):
-    monkeypatch.setattr("w1train.training.data.MAX_VERIFIED_BYTES", 1000)
+    monkeypatch.setattr("w1train.training.training_data.MAX_VERIFIED_BYTES", 1000)
     outcome = copied_run.train(world_size=2).require(0)
     for name in ("train", "validation"):
         require_message(outcome.output, rf"{name}.bin\s.*(\n.*)?not compared(.*\n)*?.*data_tools.verify")

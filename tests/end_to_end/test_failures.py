@@ -19,7 +19,7 @@ from tests.end_to_end.runs import BATCH, LENGTH, TinyRun, launch, output_to
 from w1train import sample
 from w1train.data import loader
 from w1train.data.dataset import DatasetError
-from w1train.training import metrics_log
+from w1train.runtime import record_files as metrics_log
 
 
 @pytest.fixture

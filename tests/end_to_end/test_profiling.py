@@ -12,11 +12,11 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 
 from w1train.config.schema_operation import ProfilingConfig
-from w1train.training import profiling
-from w1train.training.kernel_times import replaced
-from w1train.training.profiling import Profiler
-from w1train.training.profiling_targets import PARTS
-from w1train.training.step_parts import Part, PartClock, parts_table
+from w1train.profiling import profiler as profiling
+from w1train.profiling.kernel_times import replaced
+from w1train.profiling.profiler import Profiler
+from w1train.profiling.profiling_targets import PARTS
+from w1train.profiling.step_parts import Part, PartClock, parts_table
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.runs import Sabotage
-from w1train.training import averaging, manifest, shard_files
+from w1train.checkpoints import averaging, manifest
+from w1train.checkpoints.format import shard_files
 
 HANG = ("health.hang_timeout=3", "health.heartbeat_interval=0.5")
 SLOW_SECONDS = 5.0

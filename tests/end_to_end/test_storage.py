@@ -16,9 +16,9 @@ from tests.end_to_end.test_checkpoints import copy_of
 from tests.end_to_end.test_failures import one_line
 from tests.end_to_end.test_resume import require_equal
 from tests.faulty_storage import counts, create, set_faults
+from w1train.checkpoints.manifest import complete_steps
+from w1train.checkpoints.remote.remote_checkpoints import MARKER
 from w1train.runtime import object_storage
-from w1train.training.manifest import complete_steps
-from w1train.training.remote_checkpoints import MARKER
 
 
 def impatient(sabotage: Sabotage = lambda rank: None) -> Sabotage:

@@ -14,12 +14,13 @@ from statistics import median
 import pytest
 
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
-from tests.training.wandb_file import read_history, read_run
-from w1train.training import async_save, forward
-from w1train.training.dashboard import SECTIONS
-from w1train.training.loggers import wandb_metrics
-from w1train.training.metrics_log import read_metrics
-from w1train.training.summary import code_versions
+from tests.records.wandb_file import read_history, read_run
+from w1train.checkpoints import async_save
+from w1train.records.summary import code_versions
+from w1train.records.wandb_log import wandb_metrics
+from w1train.reports.live_dashboard import SECTIONS
+from w1train.runtime.record_files import read_metrics
+from w1train.training import forward
 
 REPOSITORY = Path(__file__).parents[2]
 # As the issue lists them.
@@ -110,7 +111,7 @@ def test_configuration_and_code_are_attached(watched):
 
 @pytest.mark.skipif(not HAS_TENSORBOARD, reason="tensorboard is not installed")
 def test_tensorboard_has_the_same(watched):
-    from tests.training.test_tensorboard import read_scalars
+    from tests.records.test_tensorboard import read_scalars
 
     scalars = read_scalars(watched.path)
     for record in read_metrics(watched.path / "metrics.jsonl"):

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.end_to_end.runs import Sabotage
-from w1train.training import commit, loop, metrics_log, retention, shard_files, watch
+from w1train.checkpoints import commit, retention
+from w1train.checkpoints.format import shard_files
+from w1train.records import watch
+from w1train.runtime import record_files as metrics_log
+from w1train.training import loop
 
 
 def die() -> None:

@@ -6,7 +6,7 @@ import torch
 from tests.model.test_transformer import _awake, single_process
 from tests.tiny import LENGTH, VOCAB_SIZE, packed_batch, tiny_config
 from w1train.data.batch import PackedBatch
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 

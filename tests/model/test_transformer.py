@@ -8,17 +8,17 @@ import torch
 from tests.distributed import run_distributed
 from tests.tiny import LENGTH, VOCAB_SIZE, packed_batch, tiny_config
 from w1train.config.compose import load_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt, corrupt_at  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
+from w1train.model.flops import num_parameters  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.model.transformer import DiffusionTransformer  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.flops import num_parameters  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 # The W1 count is that of the published 7.48 GB bf16 file; the LLaDA ones are those of its paper's table (objectives.md B1, C3).
 COUNTS = {"w1_4b": 3_739_097_600, "llada_8b": 8_015_581_184, "llada_1b": 1_487_243_264}

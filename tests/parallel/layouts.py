@@ -15,20 +15,20 @@ import torch.distributed as dist
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch
 from w1train.config.schema import Config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from w1train.checkpoints.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
+from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
-from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
 from w1train.training.inputs import RankInputs  # noqa: E402
-from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
 NUM_STEPS = 3
 LEARNING_RATE = 1e-4

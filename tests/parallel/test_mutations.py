@@ -14,12 +14,12 @@ from tests.parallel.layouts import train_layout
 from tests.parallel.test_layouts import assert_equal_numbers, layout_config, reference
 from w1train.attention import context_parallel
 from w1train.diffusion import corruption, philox, timesteps
+from w1train.engine import building as training_setup
+from w1train.engine.building import TrainedModel
 from w1train.model import megatron_config, transformer
 from w1train.model.initialization import global_named_parameters
 from w1train.training import forward
 from w1train.training import inputs as inputs_module
-from w1train.training import setup as training_setup
-from w1train.training.setup import TrainedModel
 
 TENSOR = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
 PIPELINE = {"pipeline": 2, "distributed_optimizer": False}

@@ -13,21 +13,21 @@ from tests.tiny import packed_batch, tiny_config
 from w1train.planning.activations import CPU_KERNELS, CUDA_KERNELS, chunk_activation_bytes, sizes_of
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.workload import workload_of
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
 from w1train.kernels import triton_modulation, triton_rotary  # noqa: E402
 from w1train.kernels.rotary import apply_rotary  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
-from w1train.runtime import cpu  # noqa: E402
+from w1train.runtime import megatron_on_cpu as cpu  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss, _work  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 LENGTH = 64
 

@@ -4,10 +4,10 @@ import pytest
 
 from tests.tiny import tiny_config
 from w1train.config.compose import load_config
+from w1train.model.flops import num_parameters
 from w1train.planning import build as build_module
 from w1train.planning.build import LayoutError, build_ranks
 from w1train.planning.layout import Coordinates, Layout
-from w1train.training.flops import num_parameters
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_copies_on_several_ranks_count_once(model, parallel):
 
 
 def test_a_layout_that_cannot_be_built_gives_megatrons_reason():
-    """Heads that do not divide: w1train.config.validate would have said so first."""
+    """Heads that do not divide: w1train.config.rules.validate would have said so first."""
     with pytest.raises(LayoutError, match=r"rank 0 \(tensor 0, pipeline 0\) cannot be built: num_attention_heads \(4\) must be a multiple"):
         build_ranks(tiny_config(parallel={"tensor": 3}), 3)
 

@@ -10,18 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.distributed import run_distributed
 from tests.tiny import VOCAB_SIZE, tiny_config
 from w1train.planning.workload import flops_per_token, workload_of
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.objectives.description import num_streams  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss, _work  # noqa: E402
 from w1train.training.inputs import rank_inputs, sequence_visibility  # noqa: E402
-from w1train.training.objective import num_streams  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 LENGTH, NUM_SAMPLES = 64, 2
 PARTS = {

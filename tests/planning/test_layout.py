@@ -4,18 +4,18 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch, tiny_config
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
+from w1train.model.flops import num_parameters
 from w1train.planning.build import build_ranks
 from w1train.planning.layout import Coordinates, bubble_fraction, chunks_of, in_flight, layout_of
-from w1train.runtime.cpu import import_megatron
-from w1train.training.flops import num_parameters
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_trained_model  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
-from w1train.training.setup import build_trained_model  # noqa: E402
 
 
 def _layout(world_size=4, num_micro_batches=8, num_layers=8, **parallel):

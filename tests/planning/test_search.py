@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from w1train.config.compose import load_config
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 from w1train.planning.assumptions import DEVICES, Assumptions, replace_assumptions
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts

@@ -9,16 +9,16 @@ from tests.tiny import packed_batch, tiny_config
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import buffer_layout, shard_numels, state_bytes
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine import buckets  # noqa: E402
+from w1train.engine.building import build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training import buckets  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
-from w1train.training.setup import build_trained_model  # noqa: E402
 
 TIED = {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True, "num_query_groups": 2}
 # World size, layout, precision, model.

@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 
 from tests.distributed import run_distributed
-from tests.training.fake_run import write_fake_run
+from tests.reports.fake_run import write_fake_run
 from w1train import dashboard, report, status
+from w1train.records.console import TrainingConsole
 from w1train.runtime.command import allow_open_files, command, describe_error, is_out_of_files, prepare_streams, text_argument
-from w1train.training.console import TrainingConsole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_ASCII = "a box ┃, a mask ░, a model that says ä"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import packed_batch, tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.runtime.streams import hand_over, side_stream, tensors_in
 
 import_megatron()

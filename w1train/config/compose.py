@@ -37,9 +37,9 @@ from w1train.config.recipe_files import (
     packaged_directory,
     recipe_is_global,
 )
+from w1train.config.rules.validate import validate_conversion
 from w1train.config.schema import Config
 from w1train.config.serialization import find_masked
-from w1train.config.validate import validate_conversion
 
 _ALL_SECTIONS = frozenset(config_field.name for config_field in dataclasses.fields(Config))
 _MISSING_VALUE = "???"

@@ -27,7 +27,7 @@ class Conversion:
     """The outcome of converting one tree."""
 
     config: Config
-    """Fields that could not be converted are *unset*: reading one raises AttributeError, by which ``w1train.config.validate``
+    """Fields that could not be converted are *unset*: reading one raises AttributeError, by which ``w1train.config.rules.validate``
     knows which rules it cannot check yet."""
     problems: list[Problem]
     complete: bool

@@ -14,7 +14,7 @@ from w1train.config import schema
 from w1train.config.convert import describe_type, field_types, is_required, join
 from w1train.config.errors import show
 from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
-from w1train.config.validate import RANGES
+from w1train.config.rules.validate import RANGES
 
 _INTRODUCTION = f"""\
 # Configuration reference

@@ -1,7 +1,7 @@
 """The configuration: one tree of slotted dataclasses, the only truth about types, defaults and meanings.
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
-objects, and ``w1train.config.validate`` checks the whole. The rest of the package sees nothing but these classes.
+objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees nothing but these classes.
 Those of how a run is operated (checkpoints, logging, health) are in ``schema_operation.py``.
 A field without a default must be set by a recipe. The string under each field is its documentation
 (``docs/configuration.md`` is written from it).

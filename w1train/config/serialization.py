@@ -14,8 +14,8 @@ from w1train.config.convert import convert, join
 from w1train.config.credentials import is_masked, mask_tree
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.reading import read_bounded
+from w1train.config.rules.validate import validate_conversion
 from w1train.config.schema import Config
-from w1train.config.validate import validate_conversion
 from w1train.config.yaml_limits import LARGEST_YAML, LimitError, check_limits
 
 

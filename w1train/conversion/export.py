@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w1train.checkpoints.checkpoint import read_config
+from w1train.checkpoints.stored_size import require_stored
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
-from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
+from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.checkpoint import read_config
-from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 

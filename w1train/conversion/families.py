@@ -10,8 +10,8 @@ from typing import Any
 
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import read_json_object, shorten
+from w1train.config.rules.validate import RANGES
 from w1train.config.schema import ModelConfig
-from w1train.config.validate import RANGES
 
 CONFIG_FILE = "config.json"
 W1 = "w1"

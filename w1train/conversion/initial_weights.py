@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from w1train.checkpoints.checkpoint import MANIFEST, latest_step, verify_checkpoint
+from w1train.checkpoints.checkpoint import read_config as read_checkpoint_config
+from w1train.checkpoints.stored_size import require_stored
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.conversion.families import CONFIG_FILE, model_from_config, read_config
 from w1train.conversion.filling import StoredModel, fill, require_fit
 from w1train.conversion.sources import CheckpointDirectory, SafetensorsDirectory
 from w1train.conversion.tensors import checkpoint_parameters, hugging_face_parameters
+from w1train.engine.building import LoadWeights
 from w1train.runtime.distributed import all_or_none
-from w1train.training.checkpoint import MANIFEST, latest_step, verify_checkpoint
-from w1train.training.checkpoint import read_config as read_checkpoint_config
-from w1train.training.setup import LoadWeights
-from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 

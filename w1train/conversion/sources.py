@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from w1train.checkpoints.format.shard_reader import Shards
+from w1train.checkpoints.manifest import damaged
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import read_json_object, shorten
-from w1train.training.manifest import damaged
-from w1train.training.shards import Shards
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from w1train.config.errors import UserError
-from w1train.data.packing_index import PackingOptions, ensure_packing
-from w1train.data.shards import open_dataset
+from w1train.data.packed.packing_index import PackingOptions, ensure_packing
+from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from w1train.config.errors import UserError
 from w1train.data.batch import PackedBatch
 from w1train.data.loader import Samples, collate_run
-from w1train.data.workers import LoaderError
+from w1train.data.loader_workers import LoaderError
 
 _FIELDS = ("tokens", "document_ids", "positions", "sample_indices")
 

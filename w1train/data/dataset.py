@@ -15,9 +15,9 @@ from typing import overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from w1train.data.dataset_manifest import DatasetManifest, manifest_path
 from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, read_index
-from w1train.data.manifest import DatasetManifest, manifest_path
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX
 
 __all__ = ["DatasetError", "TokenDataset"]

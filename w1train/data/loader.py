@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from w1train.data.batch import PackedBatch
-from w1train.data.packing import Sample, SampleSource
-from w1train.data.workers import ProcessWorkers, ThreadWorkers, Workers
+from w1train.data.loader_workers import ProcessWorkers, ThreadWorkers, Workers
+from w1train.data.packed.packing import Sample, SampleSource
 
 PADDING_SAMPLE = -1
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from w1train.config.credentials import is_masked, mask_urls
 from w1train.config.errors import UserError
+from w1train.data.dataset_manifest import manifest_path
 from w1train.data.indexed import DatasetError, bin_path, idx_path
-from w1train.data.manifest import manifest_path
-from w1train.data.shards import SHARD_PATTERN, shard_names
+from w1train.data.sharded_dataset import SHARD_PATTERN, shard_names
 from w1train.runtime.files import exclusive, replace_file, write_text
 from w1train.runtime.object_storage import ObjectStorage, StorageError, require_protocol
 

@@ -17,9 +17,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from w1train.data.dataset_manifest import DatasetManifest, manifest_path
 from w1train.data.indexed import DatasetError, begin_index, bin_path, finish_index, idx_path, lengths_end, token_dtype
-from w1train.data.manifest import DatasetManifest, manifest_path
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, open_in_place, open_new, sync_directory
 from w1train.runtime.version import __version__
 

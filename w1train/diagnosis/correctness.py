@@ -17,7 +17,7 @@ from torch import Tensor
 from w1train.attention.backends.choice import BACKENDS
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility
-from w1train.config.attention_limits import AttentionCase, VisibilityKind
+from w1train.config.rules.attention_limits import AttentionCase, VisibilityKind
 from w1train.config.schema import BackendName
 from w1train.kernels.cross_entropy import Head, linear_cross_entropy
 from w1train.kernels.modulation import gate_residual, rms_norm

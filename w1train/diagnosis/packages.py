@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from w1train.diagnosis.findings import Finding, Section, Status
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.runtime.version import __version__
 
 _REQUIRED = ("numpy", "hydra-core", "tokenizers", "wandb", "fsspec", "psutil", "rich")

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w1train.checkpoints.averaging import average_steps
+from w1train.checkpoints.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
+from w1train.checkpoints.manifest import STEP_DIRECTORY
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
+from w1train.config.phases import phase_start
 from w1train.config.reading import read_json_object
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.evaluation.checkpoints import open_validation, require_own, validate_checkpoint
-from w1train.runtime.cpu import redirect_cuda_to_cpu
+from w1train.inference.predictor import load_for_inference
+from w1train.records.average_comparison import average_summary, compare
 from w1train.runtime.device import select_device
 from w1train.runtime.distributed import initialize_process_group
 from w1train.runtime.files import write_text
+from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
+from w1train.runtime.record_files import MetricsLog, read_metrics
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.averaging import average_steps
-from w1train.training.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
-from w1train.training.comparison import average_summary, compare
-from w1train.training.inference import load_for_inference
-from w1train.training.manifest import STEP_DIRECTORY
-from w1train.training.metrics_log import MetricsLog, read_metrics
-from w1train.training.phases import phase_start
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from w1train.checkpoints.checkpoint import load_model_weights
 from w1train.config.errors import UserError
 from w1train.config.schema import DataConfig
 from w1train.data.remote import require_local, require_password
+from w1train.inference.predictor import InferenceModel
 from w1train.runtime.distributed import current_ranks
-from w1train.training.checkpoint import load_model_weights
-from w1train.training.data import ValidationData
-from w1train.training.inference import InferenceModel
+from w1train.training.training_data import ValidationData
 from w1train.training.validation import validate
 
 

@@ -14,7 +14,7 @@ from w1train.config.reading import parse_json
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
 if TYPE_CHECKING:  # it imports megatron-core: seconds, which a mistake in the file need not wait for
-    from w1train.training.inference import InferenceModel
+    from w1train.inference.predictor import InferenceModel
 
 FORMATS = '{"prompt": TEXT, "completion": TEXT} or {"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from w1train.model.flops import num_parameters
+from w1train.objectives.description import describe_objective
 from w1train.planning.assumptions import described
-from w1train.planning.communication import seconds
+from w1train.planning.communication_time import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.suggestion import suggest_recomputation
-from w1train.training.flops import num_parameters
-from w1train.training.objective import describe_objective
 
 if TYPE_CHECKING:  # at run time it would import torch
     from w1train.planning.build import Build

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from w1train.config.errors import Problem, closest, listing
-from w1train.training.throughput import device_peak_tflops
+from w1train.profiling.throughput import device_peak_tflops
 
 
 @dataclass(frozen=True, slots=True)

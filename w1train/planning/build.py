@@ -85,7 +85,7 @@ class _PlanMismatchError(RuntimeError):
 
 
 def _prepare() -> None:
-    from w1train.runtime.cpu import import_megatron, redirect_cuda_to_cpu
+    from w1train.runtime.megatron_on_cpu import import_megatron, redirect_cuda_to_cpu
 
     import_megatron()
     redirect_cuda_to_cpu()
@@ -109,9 +109,9 @@ def _rank(config: Config, rank: int, world_size: int) -> Iterator[None]:
 
 def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Found]) -> None:
     """Build this rank's chunks, compare them with the plan, and add their parameters to ``found``."""
+    from w1train.engine.building import build_stage
     from w1train.model.initialization import global_named_parameters
     from w1train.model.megatron_config import transformer_config
-    from w1train.training.setup import build_stage
 
     place = layout.coordinates(rank)
     # Kernels, FP8 and transformer-engine may be absent where a plan is made; none of them changes a parameter.

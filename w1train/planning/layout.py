@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w1train.config.schema import Config, ModelConfig, ParallelConfig
-from w1train.training.buckets import bucket_size
+from w1train.engine.buckets import bucket_size
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
@@ -86,7 +86,7 @@ class Layout:
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of a configuration that ``w1train.config.validate`` has passed for this world size.
+    """The layout of a configuration that ``w1train.config.rules.validate`` has passed for this world size.
 
     Where the batch size changes with the schedule, it is that of training.global_batch_size.
     """

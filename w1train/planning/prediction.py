@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
-from w1train.planning import communication, timing
+from w1train.planning import communication_time as communication
+from w1train.planning import timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
 from w1train.planning.assumptions import Assumptions, Device
-from w1train.planning.communication import Traffic
+from w1train.planning.communication_time import Traffic
 from w1train.planning.layout import Chunk, Layout, Precision, Recompute, bubble_fraction, chunks_of, in_flight, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import StateBytes, state_bytes

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 

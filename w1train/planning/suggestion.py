@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from w1train.model.flops import num_parameters
+from w1train.objectives.description import describe_objective
 from w1train.planning.as_json import overrides
 from w1train.planning.assumptions import described
-from w1train.planning.communication import seconds
+from w1train.planning.communication_time import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.state import staging_bytes
 from w1train.planning.suggestion import suggest_recomputation
-from w1train.training.flops import num_parameters
-from w1train.training.objective import describe_objective
-from w1train.training.units import quantity
+from w1train.runtime.quantities import quantity
 
 if TYPE_CHECKING:  # at run time it would import torch
     from w1train.planning.build import Build

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from w1train.config.schema import ModelConfig
+from w1train.model.flops import FlopsByPart, model_flops
 from w1train.planning.activations import Sizes
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, StateBytes
 from w1train.planning.workload import Workload
-from w1train.training.flops import FlopsByPart, model_flops
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from w1train.config.schema import Config, DiffusionConfig
-from w1train.training.flops import FlopsByPart, model_flops
-from w1train.training.objective import num_streams, samples_are_segments
+from w1train.model.flops import FlopsByPart, model_flops
+from w1train.objectives.description import num_streams, samples_are_segments
 
 
 @dataclass(frozen=True, slots=True)

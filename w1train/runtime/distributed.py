@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from w1train.config.schema import ParallelConfig
-from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
+from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
 from w1train.runtime.rendezvous import store_of_this_start
 
 logger = logging.getLogger(__name__)

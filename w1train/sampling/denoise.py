@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError
+from w1train.config.rules.validate import denoising_problems
 from w1train.config.schema import SamplingConfig
-from w1train.config.validate import denoising_problems
 from w1train.sampling.unmask import Unmasking, transfer_counts
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class BlockPredict(Protocol):
-    """A block-diffusion model (w1train.training.inference.BlockPredictor)."""
+    """A block-diffusion model (w1train.inference.predictor.BlockPredictor)."""
 
     @property
     def block_size(self) -> int:

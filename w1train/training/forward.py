@@ -17,11 +17,11 @@ from torch import Tensor
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
-from w1train.diffusion.loss import LossSums, denominator, diffusion_loss
+from w1train.objectives.description import num_streams
+from w1train.objectives.likelihood import LossSums, denominator, diffusion_loss
 from w1train.runtime.pulse import beat
 from w1train.runtime.streams import hand_over, side_stream
 from w1train.training.inputs import RankInputs, rank_inputs
-from w1train.training.objective import num_streams
 
 
 @dataclass(slots=True, frozen=True)

@@ -32,13 +32,13 @@ from w1train.attention.visibility import (
     document_visibility,
     scattered_visibility,
 )
-from w1train.config.attention_limits import attention_case
+from w1train.config.rules.attention_limits import attention_case
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.model.transformer import ModelInputs
-from w1train.training.objective import num_streams, samples_are_segments
+from w1train.objectives.description import num_streams, samples_are_segments
 
 logger = logging.getLogger(__name__)
 

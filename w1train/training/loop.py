@@ -10,23 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w1train.config.errors import UserError, raise_if_any
-from w1train.config.resume import check_resume
-from w1train.config.schema import Config
-from w1train.config.serialization import config_differences, config_to_yaml
-from w1train.config.stages import at_stage
-from w1train.data.dataset import DatasetError
-from w1train.diffusion.corruption import NoisyBatch, corrupt
-from w1train.runtime.device import device_name, memory_gib
-from w1train.runtime.distributed import Ranks, agreed, all_or_none, on_main_rank
-from w1train.runtime.files import copy_if_different, write_text
-from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
-from w1train.runtime.run_directory import RunDirectory
-from w1train.sampling.text import sample_texts
-from w1train.training.agreement import Agreement, StepFlags
-from w1train.training.async_save import CheckpointSaver
-from w1train.training.averaging import average_steps
-from w1train.training.checkpoint import (
+from w1train.checkpoints.async_save import CheckpointSaver
+from w1train.checkpoints.averaging import average_steps
+from w1train.checkpoints.checkpoint import (
     Progress,
     best_steps,
     load_checkpoint,
@@ -36,29 +22,43 @@ from w1train.training.checkpoint import (
     read_scores,
     step_path,
 )
-from w1train.training.communication import communication_timer
-from w1train.training.comparison import average_summary, compare
-from w1train.training.data import TrainingData, prepare_data
-from w1train.training.flops import model_flops, num_parameters
+from w1train.checkpoints.recovery import choose_checkpoint, newest_good_step, set_aside_damaged
+from w1train.config.errors import UserError, raise_if_any
+from w1train.config.phases import phase_ends, phase_start, stage_of_step
+from w1train.config.resume import check_resume
+from w1train.config.schedule import learning_rate, num_steps, stage_at, total_tokens
+from w1train.config.schema import Config
+from w1train.config.serialization import config_differences, config_to_yaml
+from w1train.config.stages import at_stage
+from w1train.data.dataset import DatasetError
+from w1train.diffusion.corruption import NoisyBatch, corrupt
+from w1train.engine.building import LoadWeights, build_trained_model
+from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
+from w1train.inference.predictor import Predictor, block_predictor
+from w1train.model.flops import model_flops, num_parameters
+from w1train.objectives.description import block_size, describe_objective
+from w1train.profiling.profiler import Profiler
+from w1train.profiling.stopwatches import communication_timer
+from w1train.profiling.throughput import StepTimer, device_peak_tflops
+from w1train.records.average_comparison import average_summary, compare
+from w1train.records.summary import read_steps, tokens_per_second, validation_summary, write_summary
+from w1train.records.watch import Watch, require_finite
+from w1train.runtime.device import device_name, memory_gib
+from w1train.runtime.distributed import Ranks, agreed, all_or_none, on_main_rank
+from w1train.runtime.files import copy_if_different, write_text
+from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
+from w1train.runtime.record_files import read_metrics
+from w1train.runtime.run_directory import RunDirectory
+from w1train.sampling.text import sample_texts
+from w1train.training.agreement import Agreement, StepFlags
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.garbage import GarbageCollection
-from w1train.training.health.gradients import prepare_gradients, step_with_prepared_gradients
 from w1train.training.health.guard import ComputedStep, StepGuard
 from w1train.training.health.stragglers import StragglerClock
-from w1train.training.inference import Predictor, block_predictor
 from w1train.training.inputs import choose_backends
-from w1train.training.metrics_log import read_metrics
-from w1train.training.objective import block_size, describe_objective
-from w1train.training.phases import phase_ends, phase_start, stage_of_step
-from w1train.training.profiling import Profiler
-from w1train.training.recovery import choose_checkpoint, newest_good_step, set_aside_damaged
-from w1train.training.schedule import learning_rate, num_steps, stage_at, total_tokens
-from w1train.training.setup import LoadWeights, build_trained_model
-from w1train.training.summary import read_steps, tokens_per_second, validation_summary, write_summary
-from w1train.training.throughput import StepTimer, device_peak_tflops
+from w1train.training.training_data import TrainingData, prepare_data
 from w1train.training.validation import scores, validate
-from w1train.training.watch import Watch, require_finite
 
 logger = logging.getLogger(__name__)
 

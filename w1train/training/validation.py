@@ -17,9 +17,9 @@ from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
-from w1train.training.data import ValidationData, ValidationSet
+from w1train.objectives.description import block_size
 from w1train.training.forward import run_micro_batches
-from w1train.training.objective import block_size
+from w1train.training.training_data import ValidationData, ValidationSet
 
 # The noise of validation is the same for every run, whatever its seed: runs can be compared.
 _NOISE_SEED = 0
@@ -27,7 +27,7 @@ _NAMED_METRICS = ("elbo", "elbo_bits_per_byte", "masked_cross_entropy")
 
 
 class HasChunks(Protocol):
-    """What holds a model's stages: w1train.training.setup.TrainedModel, or w1train.training.inference.Predictor."""
+    """What holds a model's stages: w1train.engine.building.TrainedModel, or w1train.inference.predictor.Predictor."""
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]: ...

@@ -12,7 +12,7 @@ import torch.distributed
 
 from tests.distributed import run_distributed
 from tests.tiny import tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 

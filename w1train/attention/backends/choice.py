@@ -14,8 +14,8 @@ from w1train.attention.backends.interface import AttentionBackend
 from w1train.attention.backends.reference import ReferenceBackend
 from w1train.attention.backends.sdpa import SdpaBackend
 from w1train.attention.backends.te import TransformerEngineBackend
-from w1train.config.attention_limits import AttentionCase
 from w1train.config.errors import UserError
+from w1train.config.rules.attention_limits import AttentionCase
 from w1train.config.schema import BackendName
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.visibility import Visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 from w1train.runtime.streams import keep_for, side_stream, tensors_in
 
 _CAPABILITIES = ((9, 0), (10, 0), (10, 3))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from w1train.attention.visibility import Visibility
-from w1train.config.attention_limits import AttentionCase, limit
+from w1train.config.rules.attention_limits import AttentionCase, limit
 from w1train.config.schema import BackendName
 
 

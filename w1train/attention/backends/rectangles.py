@@ -21,7 +21,7 @@ from w1train.attention.visibility import Visibility
 Intervals = tuple[tuple[int, int], ...]
 
 # The time of a call, forward and backward, as that of so many (row, key, channel) triples of the dense kernel on one core: 0.1 ms
-# at 0.24 ns each, measured by benchmarks.attention_cpu on an AMD EPYC (benchmarks/results/).
+# at 0.24 ns each, measured by benchmarks.attention.cpu on an AMD EPYC (benchmarks/results/).
 _TRIPLES_PER_CALL = 400_000
 # Keys are copied, their gradients added, and few rows use the matrix units badly: as if there were so many rows more. Measured: 32 to 64
 # were best for blocks and causal masks at widths of 64 to 1,024, and 16 or 128 within 15 % of them.

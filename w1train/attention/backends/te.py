@@ -18,7 +18,7 @@ from torch import Tensor
 
 from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.visibility import Visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 _LOWEST_CAPABILITY = (8, 0)
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from w1train.checkpoints.checkpoint import Progress
 from w1train.config.schema import HealthConfig
 from w1train.diffusion.corruption import NoisyBatch
-from w1train.training.checkpoint import Progress
+from w1train.engine.building import TrainedModel
+from w1train.engine.gradients import LocalGradients, nonfinite_parameters
+from w1train.records.watch import require_finite
 from w1train.training.forward import StepWork
 from w1train.training.health.bad_batches import write_bad_batch
-from w1train.training.health.gradients import LocalGradients, nonfinite_parameters
 from w1train.training.health.spikes import SpikeWindow
-from w1train.training.setup import TrainedModel
-from w1train.training.watch import require_finite
 
 logger = logging.getLogger(__name__)
 

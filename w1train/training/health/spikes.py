@@ -13,17 +13,11 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from w1train.checkpoints.guard_state import is_watchable
+
 _MEDIAN_DEVIATION_TO_SIGMA = 1.4826  # of a normal distribution
-WATCHED = ("masked_cross_entropy", "grad_norm")
-_LARGEST = 1e100
-"""The square of a value, and a sum of squares, stay finite; what a step computes in float32 is below it by far."""
 _SMALLEST_SIGMA = {"masked_cross_entropy": 0.03, "grad_norm": 0.35}
 """Of the median, and of a logarithm: what hurts a run is far larger than a batch of odd text, however equal the others were."""
-
-
-def is_watchable(value: object) -> bool:
-    """Tell whether a window may hold a value: the deviation of values that it holds is a finite number."""
-    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 class SpikeWindow:

@@ -1,0 +1,1 @@
+"""Tokenizing, loading and corrupting data."""

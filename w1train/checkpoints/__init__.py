@@ -1,0 +1,1 @@
+"""Checkpoints: planned, written, hashed, committed, verified, recovered, kept, averaged."""

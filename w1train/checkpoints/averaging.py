@@ -1,0 +1,206 @@
+"""The average of checkpoints (LLaDA2.0's top-k merge, arXiv 2512.15745 section 4.3): the plain mean of weights, offline.
+
+The average is a checkpoint like any other, but under a name that no resume picks up by itself. It stands where its newest member
+stood in the run: that one's progress, configuration and Adam moments. The fp32 master weights are averaged as (a + b + c) / k in the
+order of the steps, and the weights are what the masters round to: with another member's masters, the first optimizer step would put
+that member's weights back. The moments are not averaged: they forget within tens of steps, and the newest ones belong to the learning
+rate that training would go on with.
+
+One shard is in memory at a time, beside the sum that it is added to; the ranks of a group share the shards out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from w1train.checkpoints.checkpoint import (
+    MANIFEST,
+    complete_steps,
+    is_complete,
+    read_progress,
+    step_path,
+    verify_checkpoint,
+    write_complete,
+)
+from w1train.checkpoints.format.shard_files import shard_path, write_elements
+from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
+from w1train.checkpoints.format.shard_reader import Shards
+from w1train.checkpoints.manifest import CheckpointError, read_config_text, read_manifest
+from w1train.config.errors import UserError
+from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
+from w1train.runtime.files import open_new
+from w1train.runtime.pulse import pulse
+from w1train.runtime.transfers import PiecewiseFile, together
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "average_"
+"""Begins the names of averages inside ``checkpoints``."""
+_NUMBER = "average_number"
+_OPTIMIZER = "optimizer."
+# megatron-core's names of the fp32 master weights: of the distributed optimizer, and of the one that is not.
+_MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+
+
+def average_steps(directory: Path, steps: Sequence[int], output: Path | None = None) -> Path:
+    """Average the checkpoints of some steps of a run. Called on every rank.
+
+    Args:
+        directory: the run's ``checkpoints``.
+        output: where to write; ``directory/average_...`` (newest step, and a code of all) if None.
+
+    Returns:
+        Where the average is; written before, by a process that was killed later, it is not written again.
+
+    Raises:
+        UserError: the members do not fit together, or something else is at ``output``.
+        CheckpointError: a member is damaged, or the average could not be written.
+    """
+    members = [step_path(directory, step) for step in sorted(steps)]
+    code = zlib.crc32(json.dumps(sorted(steps)).encode())
+    final = output or directory / f"{_PREFIX}{max(steps):010d}_{code:08x}"
+    remarks = on_main_rank(lambda: {"average": {"steps": sorted(steps), "manifests": [_manifest_hash(member) for member in members]}})
+    if not on_main_rank(partial(_is_there, final, remarks, may_replace=output is None)):
+        number = on_main_rank(lambda: 1 + max(map(_number, directory.glob(f"{_PREFIX}*")), default=0))
+        average_checkpoints(members, final, {**remarks, _NUMBER: number})
+        logger.info("averaged the checkpoints of steps %s into %s", ", ".join(map(str, sorted(steps))), final)
+    return final
+
+
+def _manifest_hash(member: Path) -> str:
+    read_manifest(member)  # before its bytes, for it may be a link, or have no end
+    return hashlib.sha256((member / MANIFEST).read_bytes()).hexdigest()
+
+
+def _number(average: Path) -> int:
+    """Return an average's number in the order in which a run's averages were written; times of files are of a clock that may be set back. 0
+    for an average that has no number, or no manifest that can be read."""
+    try:
+        number = read_manifest(average).get(_NUMBER)
+    except CheckpointError:
+        return 0
+    return number if isinstance(number, int) else 0
+
+
+def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> bool:
+    """Whether the average is written already. One of checkpoints that were since replaced (steps trained again) makes room."""
+    if not final.exists():
+        return False
+    if is_complete(final) and read_manifest(final).get("average") == remarks["average"]:
+        logger.info("%s is there already", final)
+        return True
+    if not may_replace:
+        raise UserError(f"{final} exists and is not the average of these checkpoints; remove it, or give another --output")
+    logger.info("%s is an average of checkpoints that are no more: it is written again", final)
+    # Hidden first: a half-deleted directory must not look complete.
+    hidden = final.with_name(f".writing-removing-{final.name}")
+    os.rename(final, hidden)
+    shutil.rmtree(hidden)
+    return False
+
+
+def find_checkpoint(directory: Path, which: int | str | None) -> Path:
+    """A complete checkpoint of a run: by its step, by the name of its directory, "average" = the average written last, None = the
+    newest step.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists what there is.
+    """
+    steps = complete_steps(directory)
+    averages = [path for path in directory.glob(f"{_PREFIX}*") if is_complete(path)]
+    averages.sort(key=lambda path: (_number(path), (path / MANIFEST).stat().st_mtime_ns, path.name))
+    found = {step: step_path(directory, step) for step in steps} | {path.name: path for path in averages}
+    if averages:
+        found["average"] = averages[-1]
+    if which is None and steps:
+        which = steps[-1]
+    if which not in found:
+        wanted = "complete checkpoint" if which is None else f"checkpoint {'of step ' if isinstance(which, int) else ''}{which}"
+        there = ", ".join([*map(str, steps), *(path.name for path in averages)])
+        raise FileNotFoundError(f"{directory.parent} has no {wanted}; it has: {there or 'none'}")
+    return found[which]
+
+
+def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str, Any]) -> None:
+    """Write the average of complete checkpoints, in the order given, the newest last. Called on every rank.
+
+    Raises:
+        UserError: the members do not hold the same tensors.
+        CheckpointError: a member is damaged, or the average could not be written.
+    """
+    for member in members:
+        verify_checkpoint(member, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+    sources = all_or_none(lambda: _open(members))
+    newest = members[-1]
+    config_yaml = all_or_none(partial(read_config_text, newest))
+    progress = all_or_none(partial(read_progress, newest))
+    write_complete(final, partial(_write_shards, sources), progress, config_yaml, {"validation": {}, **remarks})
+
+
+def _open(members: Sequence[Path]) -> list[Shards]:
+    sources = [Shards(member) for member in members]
+    expected = {key: tensor.sizes for key, tensor in sources[-1].tensors.items()}
+    for source in sources:
+        found = {key: tensor.sizes for key, tensor in source.tensors.items()}
+        if found != expected:
+            different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+            raise UserError(
+                f"{source.path} does not fit {sources[-1].path}: {len(different)} tensors differ in name or size, first "
+                f"{different[0]}. Only checkpoints of one model and optimizer can be averaged"
+            )
+    return sources
+
+
+def _write_shards(sources: list[Shards], writing: Path) -> None:
+    """Write this rank's share of the newest member's shards: large ones first, dealt out in turn."""
+    newest = sources[-1]
+    all_of_them = [(key, tensor, shard) for key, tensor in newest.tensors.items() for shard in tensor.shards]
+    order = sorted(all_of_them, key=lambda part: (-part[1].num_bytes(part[2]), part[0], part[2].offset))
+    path = shard_path(writing, dist.get_rank())
+    written = on_every_rank(together(partial(_write_file, path, order[dist.get_rank() :: dist.get_world_size()], sources)))
+    on_main_rank(lambda: ShardIndex.join([*written, ShardIndex({}, newest.index.values)]).write(writing))
+
+
+def _write_file(path: Path, parts: Sequence[tuple[str, StoredTensor, Shard]], sources: list[Shards]) -> ShardIndex:
+    tensors: dict[str, StoredTensor] = {}
+    with open_new(path) as file, pulse.transferring(f"writing {path}"):
+        stream = PiecewiseFile(file)
+        for key, tensor, shard in parts:
+            before = tensors[key].shards if key in tensors else ()
+            moved = replace(shard, file=path.name, start=stream.tell(), archive_bytes=None)
+            tensors[key] = replace(tensor, shards=(*before, moved))
+            write_elements(stream, _averaged(key, tensor, shard, sources))
+        stream.sync()
+    return ShardIndex(tensors)
+
+
+def _averaged(key: str, tensor: StoredTensor, shard: Shard, sources: list[Shards]) -> Tensor:
+    """Average weights and masters; take all else (moments) from the newest member."""
+    newest = sources[-1]
+    if not tensor.dtype.is_floating_point or (key.startswith(_OPTIMIZER) and not key.startswith(_MASTERS)):
+        return newest.read(key, shard)
+    averaged = next((master for prefix in _MASTERS if (master := prefix + key) in newest.tensors), key)
+    return _average(sources, averaged, shard).to(tensor.dtype)
+
+
+def _average(sources: list[Shards], key: str, shard: Shard) -> Tensor:
+    """Return (a + b + c) / k of a box in fp32, added in this order."""
+    total = torch.empty(shard.sizes, dtype=torch.float32)
+    for number, source in enumerate(sources):
+        num_read = source.read_into(total, key, shard.offset, Tensor.copy_ if number == 0 else Tensor.add_)
+        assert num_read == total.numel(), f"{source.path} has {num_read} of {total.numel()} elements of {key} at {shard.offset}"
+    return total.div_(len(sources))

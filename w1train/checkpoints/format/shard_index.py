@@ -1,0 +1,232 @@
+"""The index of a checkpoint: every tensor as a set of boxes, each box at a place in a file, and plain values beside them. It is JSON.
+
+A tensor is a whole tensor of the model under its global name (all layers of a pipeline stacked); a shard is one box of it, as one rank
+saved it: its elements in row-major order, little-endian, without padding. The boxes of a tensor do not overlap and cover it.
+
+Whoever wrote a checkpoint may be anybody. Nothing in an index is executed, and all of it is checked before anything is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from w1train.checkpoints.format import legacy_index
+from w1train.checkpoints.format.plain_values import decode, encode
+from w1train.checkpoints.manifest import damaged
+from w1train.config.reading import parse_json, shorten
+from w1train.runtime.files import replace_file
+from w1train.runtime.names import is_plain_name, open_inside
+
+INDEX = "shards.json"
+MAXIMUM_BYTES = 1 << 28
+"""The most bytes of an index: a shard takes some 60 bytes (in old checkpoints 260), so that this is about four million shards."""
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and sizes."""
+_VISITS_PER_BOX = 1000
+_VERSION = 1
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A box of a tensor, and where its bytes are."""
+
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    archive_bytes: int | None = None
+    """Length of the torch archive that holds the box, in checkpoints from before December 2026. None: the bytes are the elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+    def num_bytes(self, shard: Shard) -> int:
+        """Return the number of bytes of a box's elements."""
+        return math.prod(shard.sizes) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """All that is in a checkpoint's shards."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    """Plain values beside the tensors, as JSON (plain_values.py)."""
+
+    @classmethod
+    def join(cls, parts: Iterable[ShardIndex]) -> ShardIndex:
+        """Put the parts of all ranks together."""
+        joined, shards = cls(), dict[str, list[Shard]]()
+        for part in parts:
+            joined.values.update(part.values)
+            for key, tensor in part.tensors.items():
+                known = joined.tensors.setdefault(key, tensor)
+                assert (known.dtype, known.sizes) == (tensor.dtype, tensor.sizes), f"ranks disagree on {key}"
+                shards.setdefault(key, []).extend(tensor.shards)
+        whole = {key: StoredTensor(tensor.dtype, tensor.sizes, tuple(shards[key])) for key, tensor in sorted(joined.tensors.items())}
+        return cls(whole, joined.values)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what ``json.dumps`` takes."""
+        tensors = {
+            key: {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "sizes": tensor.sizes,
+                "shards": [[shard.file, shard.start, shard.offset, shard.sizes] for shard in tensor.shards],
+            }
+            for key, tensor in self.tensors.items()
+        }
+        return {"version": _VERSION, "values": self.values, "tensors": tensors}
+
+    def write(self, directory: Path) -> None:
+        """Write ``shards.json``. Raises OSError."""
+        with replace_file(directory / INDEX) as file:
+            file.write(json.dumps(self.as_json()).encode())
+
+    @classmethod
+    def from_json(cls, tree: Any) -> ShardIndex:
+        """Check a parsed index, of a checkpoint or of one rank's part, and build it.
+
+        Raises:
+            ValueError: the tree is no index, a name is not one of a file in the directory, or a box is not inside its tensor.
+        """
+        if not isinstance(tree, dict) or tree.get("version") != _VERSION:
+            raise ValueError(f"it is not an index of version {_VERSION}")
+        tensors, values = tree.get("tensors"), tree.get("values")
+        if not isinstance(tensors, dict) or not isinstance(values, dict):
+            raise ValueError("it lacks tensors or values")
+        decode(values)
+        return cls({key: _tensor_from_json(key, tensor) for key, tensor in tensors.items()}, values)
+
+    def require_whole(self) -> None:
+        """Raise ValueError unless the boxes of each tensor cover it once: what no box covers would be whatever is in memory."""
+        for key, tensor in self.tensors.items():
+            boxes = [(shard.offset, shard.sizes) for shard in tensor.shards]
+            num_elements = sum(math.prod(sizes) for _, sizes in boxes)
+            if num_elements != math.prod(tensor.sizes) or not _Cover(boxes).is_disjoint:
+                raise ValueError(f"the boxes of {shorten(key)} do not cover its sizes {shorten(list(tensor.sizes))} once")
+
+
+class _Cover:
+    """The search for two boxes of a tensor that share an element, which gives up where boxes are cut as no save cuts them."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._visits_left = _VISITS_PER_BOX * len(boxes)
+        self.is_disjoint = self._are_disjoint(boxes)
+
+    def _are_disjoint(self, boxes: Sequence[Box]) -> bool:
+        """Go through the first dimension: wherever a box begins, the boxes that are there must be disjoint in the other dimensions."""
+        self._visits_left -= len(boxes)
+        if self._visits_left < 0:
+            return False
+        if len(boxes) < 2:
+            return True
+        if not boxes[0][0] or len(set(boxes)) < len(boxes):
+            return False
+        begins, ends = defaultdict[int, list[Box]](list), defaultdict[int, list[Box]](list)
+        for box in boxes:
+            begins[box[0][0]].append(box)
+            ends[box[0][0] + box[1][0]].append(box)
+        present: dict[Box, None] = {}
+        for cut in sorted(begins.keys() | ends.keys()):
+            for box in ends.get(cut, ()):
+                del present[box]
+            present |= dict.fromkeys(begins.get(cut, ()))
+            if cut in begins and not self._are_disjoint([(offset[1:], sizes[1:]) for offset, sizes in present]):
+                return False
+        return True
+
+
+def dtype_named(name: object) -> torch.dtype:
+    """Return a dtype by its name. Raises ValueError: tensors of a checkpoint do not have it."""
+    if name not in _DTYPES:
+        raise ValueError(f"{shorten(name)} is not one of the types {', '.join(_DTYPES)}")
+    return getattr(torch, str(name))
+
+
+def _tensor_from_json(key: str, tree: Any) -> StoredTensor:
+    if not isinstance(tree, dict) or not isinstance(tree.get("shards"), list):
+        raise ValueError(f"{shorten(key)} has no list of shards")
+    sizes, shards = _sizes(key, tree.get("sizes")), []
+    for shard in tree["shards"]:
+        if not isinstance(shard, list) or len(shard) != 4:
+            raise ValueError(f"a shard of {shorten(key)} is not [file, start, offset, sizes]")
+        file, start, offset, box = shard
+        shards.append(Shard(_sizes(key, offset), _sizes(key, box), file, *_sizes(key, [start])))
+    return _checked(key, StoredTensor(dtype_named(tree.get("dtype")), sizes, tuple(shards)))
+
+
+def _sizes(key: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(size) is not int or not 0 <= size < 1 << 62 for size in value):
+        raise ValueError(f"{shorten(key)} has {shorten(value)} where whole numbers were expected")
+    return tuple(value)
+
+
+def _checked(key: str, tensor: StoredTensor) -> StoredTensor:
+    for shard in tensor.shards:
+        if not is_plain_name(shard.file):
+            raise ValueError(f"a shard of {shorten(key)} is in {shorten(shard.file)}, which is not the name of a file beside the index")
+        if 0 in (*tensor.sizes, *shard.sizes):
+            raise ValueError(f"{shorten(key)} has no elements")
+        ends = [offset + size for offset, size in zip(shard.offset, shard.sizes, strict=False)]
+        if not (len(shard.offset) == len(shard.sizes) == len(tensor.sizes) and all(map(int.__le__, ends, tensor.sizes))):
+            box = f"offset {shorten(list(shard.offset))} and sizes {shorten(list(shard.sizes))}"
+            raise ValueError(f"a shard of {shorten(key)} with {box} is not inside its tensor")
+    return tensor
+
+
+def read_index(directory: Path) -> ShardIndex:
+    """Read the index of a complete checkpoint: ``shards.json``, or torch's ``.metadata`` of a checkpoint from before December 2026.
+
+    Raises:
+        CheckpointError: there is no index, it cannot be read, or what it says cannot be.
+    """
+    name = INDEX if (directory / INDEX).exists() else legacy_index.METADATA
+    if not (directory / name).exists():
+        raise damaged(directory, [f"{INDEX} is missing"])
+    try:
+        with open_inside(directory, name) as file:
+            content = file.read(MAXIMUM_BYTES + 1)
+        if len(content) > MAXIMUM_BYTES:
+            raise ValueError(f"it has more than {MAXIMUM_BYTES} bytes")
+        index = ShardIndex.from_json(parse_json(content)) if name == INDEX else _from_metadata(directory, content)
+        index.require_whole()
+        return index
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged(directory, [f"{name} cannot be read: {error}"]) from error
+
+
+def _from_metadata(directory: Path, content: bytes) -> ShardIndex:
+    """Build the index of an old checkpoint."""
+    tensors, objects = legacy_index.read(content)
+    index = ShardIndex({key: _checked(key, _tensor_from_metadata(*tensor)) for key, tensor in tensors.items()})
+    for place in objects:
+        index.values.update(encode_values(legacy_index.read_object(directory, place)))
+    return index
+
+
+def _tensor_from_metadata(dtype: str, sizes: tuple[int, ...], boxes: legacy_index.Boxes) -> StoredTensor:
+    shards = (Shard(offset, box, place.file, place.start, place.num_bytes) for offset, (box, place) in boxes.items())
+    return StoredTensor(dtype_named(dtype), sizes, tuple(shards))
+
+
+def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy plain values into the form that an index keeps them in."""
+    if not all(isinstance(key, str) for key in values):
+        raise TypeError("a checkpoint's values have texts as keys")
+    return {key: encode(value) for key, value in values.items()}

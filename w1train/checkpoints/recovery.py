@@ -1,0 +1,307 @@
+"""Which checkpoint a start goes on from: the newest good one, here or in object storage; never silently none.
+
+What is found damaged is set aside (renamed, so that nothing takes it for a checkpoint) and never deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from w1train.checkpoints.checkpoint import remove_unfinished, require_position
+from w1train.checkpoints.commit import DAMAGED, UNDONE, set_aside
+from w1train.checkpoints.manifest import (
+    MANIFEST,
+    WRITING,
+    CheckpointError,
+    complete_steps,
+    is_complete,
+    latest_step,
+    require_manifests,
+    step_directories,
+    step_path,
+    verify_checkpoint,
+)
+from w1train.checkpoints.remote.remote_checkpoints import MARKER, Contents, RemoteCheckpoints, UnfinishedCopyError
+from w1train.config.errors import UserError
+from w1train.config.schema_operation import CheckpointConfig
+from w1train.runtime.distributed import agreed, on_main_rank
+from w1train.runtime.files import sync_directory, write_text
+from w1train.runtime.object_storage import require_protocol
+from w1train.runtime.record_files import read_metrics
+from w1train.runtime.transfers import together
+
+logger = logging.getLogger(__name__)
+
+_RETURNED = ".resume_step"
+"""Holds the checkpoint.resume_step that was obeyed: the same command again goes on, not back again."""
+_ADVICE = " Remove this directory to resume from an older checkpoint."
+"""The end of a damaged checkpoint's message; it is left out where another checkpoint is taken."""
+
+
+def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path | None = None) -> int | None:
+    """The step of the verified checkpoint that a start goes on from; None = there never was one. Called on every rank, before anything
+    else has looked into ``directory``.
+
+    Args:
+        events: the run's events.jsonl, which says whether it has saved checkpoints; None = not known.
+
+    Raises:
+        CheckpointError: on every rank; checkpoints are damaged or lost, and the settings do not allow another, or there is none.
+        StorageError: on every rank; there is none here, and the storage that may have one fails.
+        UserError: on every rank; there is no checkpoint of checkpoint.resume_step, or the storage's protocol is not installed.
+    """
+    if settings.upload is not None:
+        on_main_rank(partial(require_protocol, "checkpoint.upload", settings.upload))
+    on_main_rank(partial(remove_unfinished, directory))
+    step = _chosen_step(directory, settings)
+    if step is not None:
+        return step
+    if settings.on_damage == "stop":
+        step = _newest_or_stop(directory, hashes=settings.verify)
+    else:
+        step = newest_good_step(directory, hashes=settings.verify)
+        if step is not None:
+            on_main_rank(partial(set_aside_damaged, directory, step))
+    if step is None and settings.upload is not None:
+        step = _fetch_newest(RemoteCheckpoints(settings.upload), directory)
+    if step is None:
+        on_main_rank(partial(_require_none_lost, directory, events))
+    return step
+
+
+def newest_good_step(directory: Path, *, hashes: bool = True) -> int | None:
+    """The step of the newest checkpoint whose files are what its manifest says. Called on every rank; changes nothing.
+
+    Args:
+        hashes: False = compare sizes alone.
+    """
+    for path in on_main_rank(lambda: sorted(step_directories(directory), reverse=True)):
+        if _is_good(path, hashes=hashes):
+            return _step(path)
+    return None
+
+
+def _is_good(path: Path, *, hashes: bool) -> bool:
+    try:
+        verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=hashes)
+        if hashes:
+            on_main_rank(partial(require_position, path))
+    except CheckpointError as error:
+        if dist.get_rank() == 0:
+            logger.warning("%s", str(error).replace(_ADVICE, ""))
+        return False
+    return True
+
+
+def _newest_or_stop(directory: Path, *, hashes: bool) -> int | None:
+    on_main_rank(partial(require_manifests, directory))
+    step = on_main_rank(partial(latest_step, directory))
+    if step is not None:
+        verify_checkpoint(step_path(directory, step), rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=hashes)
+    return step
+
+
+def set_aside_damaged(directory: Path, good: int) -> None:
+    """Set aside what is newer than the newest good checkpoint: its step is done again. Rank 0 only."""
+    for path in step_directories(directory):
+        if _step(path) > good or not is_complete(path):
+            logger.warning("%s is damaged and is now %s; training goes on from step %d", path, set_aside(path, DAMAGED).name, good)
+
+
+def _chosen_step(directory: Path, settings: CheckpointConfig) -> int | None:
+    """checkpoint.resume_step, the first time that it is asked for. Later checkpoints are set aside: their steps are done again."""
+    step = settings.resume_step
+    if not on_main_rank(partial(_is_to_return, directory, step)):
+        return None
+    assert step is not None
+    on_main_rank(partial(_require_step, directory, step))
+    verify_checkpoint(step_path(directory, step), rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=settings.verify)
+    if settings.upload is not None:
+        # First: were it left out by a failure, a later start that has lost its disk would fetch what is undone here.
+        on_main_rank(partial(RemoteCheckpoints(settings.upload).undo_after, step))
+    on_main_rank(partial(_return_to, directory, step))
+    return step
+
+
+def _is_to_return(directory: Path, step: int | None) -> bool:
+    marker = directory / _RETURNED
+    if step is None:
+        marker.unlink(missing_ok=True)
+        return False
+    if marker.exists() and marker.read_text(encoding="utf-8") == str(step):
+        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this one goes on from the newest checkpoint", step)
+        return False
+    return True
+
+
+def _require_step(directory: Path, step: int) -> None:
+    steps = complete_steps(directory)
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"checkpoint.resume_step: {directory} has no complete checkpoint of step {step}; it has: {there}")
+
+
+def _return_to(directory: Path, step: int) -> None:
+    for path in step_directories(directory):
+        if _step(path) > step:
+            logger.warning("%s is now %s: checkpoint.resume_step=%d", path, set_aside(path, UNDONE).name, step)
+    write_text(directory / _RETURNED, str(step))
+
+
+def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
+    """The newest good checkpoint of object storage, copied here. None = the storage shows that this run has never sent one.
+
+    Raises:
+        CheckpointError: on every rank; one was sent, and no good one is there.
+    """
+    contents = on_main_rank(remote.contents)
+    is_unfinished = True
+    for step in reversed(contents.steps):
+        try:
+            fetch_checkpoint(remote, step, directory)
+            return step
+        except CheckpointError as error:
+            is_unfinished = is_unfinished and isinstance(error, UnfinishedCopyError)
+            if dist.get_rank() == 0:
+                logger.warning("the copy of step %d in %s is not used: %s", step, remote.url, error)
+    on_main_rank(partial(_require_none_sent, remote.url, contents, is_unfinished=is_unfinished))
+    return None
+
+
+def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> None:
+    """Copy a checkpoint into the run's directory, where it appears when it is whole and verified. Called on every rank; rank 0 copies,
+    and the others wait as long as bytes come. Whatever is raised, nothing is left of the copy.
+
+    Raises:
+        CheckpointError: on every rank; the copy is not what its manifest says, or has none.
+        OSError: on every rank; the storage or the local disk failed.
+    """
+    final = step_path(directory, step)
+    copy = directory / f"{WRITING}{final.name}"
+    try:
+        files = on_main_rank(partial(_begin_copy, remote, step, copy))
+        on_main_rank(together(partial(_fetch_files, remote, step, files, copy)))
+        _verify_copy(copy)
+        on_main_rank(partial(_keep_copy, copy, final))
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(copy, ignore_errors=True)
+        raise
+
+
+def _fetch_files(remote: RemoteCheckpoints, step: int, files: dict[str, int], copy: Path) -> None:
+    """Copy the files, on rank 0; the other ranks have nothing to do."""
+    if dist.get_rank() == 0:
+        for name, num_bytes in files.items():
+            remote.fetch_file(step, name, num_bytes, copy)
+
+
+def _begin_copy(remote: RemoteCheckpoints, step: int, copy: Path) -> dict[str, int]:
+    """Make the copy's directory with the manifest in it; the sizes of the files to come."""
+    manifest = remote.manifest(step)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    needed, free = sum(entry["size"] for entry in files.values()), shutil.disk_usage(copy.parent).free
+    if needed > free:
+        # A manifest that lies about sizes is no reason to ask for a larger disk.
+        remote.require_sizes(step, files)
+        sizes = f"{needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free"
+        raise OSError(f"the copy of step {step} in {remote.url} does not fit into {copy.parent}: it has {sizes}. Make room for it")
+    logger.info("fetching the checkpoint of step %d from %s", step, remote.url)
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    # The text that was checked, not a second reading of what may have changed meanwhile.
+    write_text(copy / MANIFEST, json.dumps(manifest, indent=1))
+    return {name: entry["size"] for name, entry in files.items()}
+
+
+def _verify_copy(copy: Path) -> None:
+    """Raise CheckpointError on every rank if files differ from the manifest."""
+    try:
+        verify_checkpoint(copy, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+        on_main_rank(partial(require_position, copy))
+    except CheckpointError as error:
+        # The words for a checkpoint of the run's directory: "PATH is damaged: WHY. Remove this directory ..."
+        why = str(error).removeprefix(f"{copy} is damaged: ").replace(_ADVICE, "")
+        raise agreed(CheckpointError(why)) from error
+
+
+def _keep_copy(copy: Path, final: Path) -> None:
+    for path in step_directories(final.parent):
+        logger.warning("%s is damaged and is now %s; a copy takes its place", path, set_aside(path, DAMAGED).name)
+    copy.rename(final)
+    sync_directory(final.parent)
+
+
+def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> None:
+    """A run that has sent checkpoints does not begin again by itself when none of them is good.
+
+    Args:
+        is_unfinished: all that is there are uploads that did not end.
+
+    Raises:
+        CheckpointError: it has, or it is not known.
+    """
+    marker, steps = contents.marker, ", ".join(map(str, contents.steps))
+    if contents.marker_problem is not None:
+        why = contents.marker_problem
+    elif marker is not None and marker.newest is not None:
+        why = f"its {MARKER} says that the checkpoint of step {marker.newest} was sent"
+    elif contents.steps and not (marker is not None and is_unfinished):
+        why = f"it shows directories of step {steps}"
+    else:
+        if marker is None:
+            logger.info(
+                "%s has no checkpoint and no %s: this is the first start that sends checkpoints there, or the URL is wrong", url, MARKER
+            )
+        else:
+            logger.warning(
+                "%s has no checkpoint, and its %s says that none was sent: this run ended before its first upload did", url, MARKER
+            )
+        return
+    raise CheckpointError(
+        f"{url} has no good checkpoint, but {why}. Check that it is the right place and shows all that is in it, or bring back a copy of a "
+        f"checkpoint. To begin again at step 0, move what is there away, {MARKER} too, or choose another checkpoint.upload"
+    )
+
+
+def _require_none_lost(directory: Path, events: Path | None) -> None:
+    """A run that has had checkpoints does not begin again by itself.
+
+    Raises:
+        CheckpointError: there are damaged ones, or the events tell of some that are not there.
+    """
+    damaged = sorted({*step_directories(directory), *directory.glob(f"{DAMAGED}*")})
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise CheckpointError(
+            f"{directory} has no good checkpoint, only damaged ones: {names}. Bring back a copy of one, or move them away to begin again "
+            "at step 0"
+        )
+    saved = _saved_steps(events) if events is not None and events.exists() else []
+    if saved:
+        raise CheckpointError(
+            f"{directory} has no checkpoint, but {events} says that this run has saved some, the last one at step {saved[-1]}. Bring back "
+            "a copy of one. To begin again at step 0, choose another name=..., or move the run directory away (or its events.jsonl alone)"
+        )
+
+
+def _saved_steps(events: Path) -> list[int]:
+    """The steps of the checkpoints that were saved since the run began (again) at step 0."""
+    saved: list[int] = []
+    for event in read_metrics(events):
+        if event.get("event") == "start":
+            saved = []
+        elif event.get("event") == "checkpoint":
+            saved.append(event["step"])
+    return saved
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))

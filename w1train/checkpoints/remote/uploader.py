@@ -1,0 +1,138 @@
+"""Checkpoints of a run on their way to object storage, beside everything else. Losing a copy is said, and never stops a run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from w1train.checkpoints.remote.remote_checkpoints import RemoteCheckpoints
+from w1train.config.schema_operation import CheckpointConfig
+from w1train.runtime.background import in_background
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A checkpoint to send, after which old copies are removed."""
+
+    checkpoint: Path
+    settings: CheckpointConfig
+    phase_start: int
+    is_sent: bool = False
+
+
+class Uploader:
+    """Sends a run's checkpoints one after another; on rank 0. If they come faster than they can be sent, the newest goes next, and those
+    between are left out."""
+
+    def __init__(self, url: str) -> None:
+        self._remote = RemoteCheckpoints(url)
+        self._lock = threading.Lock()
+        self._queued: _Job | None = None
+        self._present: _Job | None = None
+        self._failed: _Job | None = None
+        """The newest one, if it failed."""
+        self._is_marked = self._is_abandoned = False
+        self.is_busy = False
+        self.num_sent = 0
+        """Files, and parts of files where the storage's library reports them: the sign that an upload gets on."""
+
+    def begin(self) -> None:
+        """Leave a sign in the storage that this run has been there. Returns at once."""
+        with self._lock:
+            self._start()
+
+    def upload(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
+        """Send a complete checkpoint soon, and then remove old ones there. Returns at once."""
+        with self._lock:
+            if self._queued is not None:
+                logger.warning("%s is not uploaded: a newer one is there before its turn", self._queued.checkpoint)
+            self._queue(_Job(checkpoint, settings, phase_start))
+
+    def try_again(self) -> bool:
+        """Send the newest checkpoint once more if it could not be sent, and tell whether there was such a checkpoint. Returns at once;
+        nothing may be on its way when this is called."""
+        with self._lock:
+            failed, self._failed = None if self._is_abandoned else self._failed, None
+            if failed is not None:
+                logger.info("%s is uploaded again", failed.checkpoint)
+                self._queue(failed)
+        return failed is not None
+
+    def steps_in_use(self) -> list[int]:
+        """The steps of checkpoints that are being sent or are about to be."""
+        with self._lock:
+            jobs = [] if self._is_abandoned else [self._present, self._queued]
+        return [int(job.checkpoint.name.removeprefix("step_")) for job in jobs if job is not None]
+
+    def abandon(self, seconds: float) -> None:
+        """Wait no longer for a storage that takes nothing. The thread ends with the process."""
+        with self._lock:
+            self._is_abandoned = True
+        logger.warning(
+            "%s reported nothing for %.0f s: the run ends without a copy of its newest checkpoint there", self._remote.url, seconds
+        )
+
+    def describe(self) -> str:
+        """Say what is being sent, for whoever waits for it."""
+        steps = ", ".join(map(str, self.steps_in_use()))
+        return f"the upload of step {steps} to {self._remote.url}" if steps else f"an answer from {self._remote.url}"
+
+    def _queue(self, job: _Job) -> None:
+        """Make a job the next one. The caller holds the lock."""
+        self._queued = job
+        self._start()
+
+    def _start(self) -> None:
+        """Start the thread unless it runs. The caller holds the lock."""
+        if not self.is_busy:
+            self.is_busy = True
+            in_background(self._run, "checkpoint upload")
+
+    def _run(self) -> None:
+        try:
+            self._mark()
+            while (job := self._next()) is not None:
+                self._failed = None if self._succeeds(job) else job
+        except BaseException:
+            logger.exception("checkpoints are uploaded no more")
+            self.is_busy = False
+            raise
+
+    def _mark(self) -> None:
+        if not self._is_marked:
+            try:
+                self._remote.mark()
+                self._is_marked = True
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be written to, and will probably take no checkpoints: %s. Training goes on", self._remote.url, error
+                )
+
+    def _next(self) -> _Job | None:
+        with self._lock:
+            self._present, self._queued = self._queued, None
+            self.is_busy = self._present is not None
+            return self._present
+
+    def _count(self) -> None:
+        self.num_sent += 1
+
+    def _succeeds(self, job: _Job) -> bool:
+        """Do a job, and tell whether all of it could be done; warn of what could not."""
+        started, name = time.perf_counter(), job.checkpoint.name
+        try:
+            if not job.is_sent:
+                self._remote.send(job.checkpoint, self._count)
+                job.is_sent = True
+                logger.info("uploaded %s to %s in %.1f s", name, self._remote.url, time.perf_counter() - started)
+            self._remote.remove_old(job.settings, job.phase_start)
+        except (OSError, RuntimeError, ValueError) as error:
+            what = "old checkpoints could not be removed from" if job.is_sent else f"{job.checkpoint} could not be uploaded to"
+            logger.warning("%s %s: %s. Training goes on", what, self._remote.url, error)
+            return False
+        return True

@@ -1,0 +1,68 @@
+"""A check that a checkpoint can hold the model of its configuration, made before memory is taken for the model."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from w1train.checkpoints.manifest import read_manifest
+from w1train.config.errors import UserError
+from w1train.config.schema import ModelConfig
+from w1train.model.flops import num_parameters
+from w1train.runtime.names import open_inside
+
+_FEWEST_BYTES = 2
+"""The fewest bytes of a stored parameter: bfloat16 is the smallest type that weights are saved in."""
+_BLOCK_BYTES = 512
+"""The bytes of a block of st_blocks, whatever the file system's own blocks are."""
+
+
+def require_stored(checkpoint: Path, model: ModelConfig) -> None:
+    """Compare the data in the files of a checkpoint's manifest with the number of parameters that a configuration asks for.
+
+    The configuration and the checkpoint's metadata are claims of whoever made them; a model of 10^13 parameters would be built before
+    the first tensor turns out to be missing. What the files take on the disk is a fact; the length of a file is not, for a sparse file of
+    any length takes nothing.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        UserError: the files are too small.
+    """
+    expected, found = num_parameters(model), _num_data_bytes([checkpoint / name for name in read_manifest(checkpoint)["files"]])
+    if found < _FEWEST_BYTES * expected:
+        raise UserError(
+            f"{checkpoint} has {found:,} bytes of data, too few for the {expected:,} parameters of the model that config.yaml describes"
+        )
+
+
+def _num_data_bytes(paths: list[Path]) -> int:
+    """Bytes that regular files hold, without holes, links, and further names of a file that is counted already."""
+    num_bytes, counted = 0, set()
+    for path in paths:
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue  # whoever reads the checkpoint compares it with its manifest, and says which file is missing
+        if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in counted:
+            counted.add((status.st_dev, status.st_ino))
+            is_full = status.st_blocks * _BLOCK_BYTES >= status.st_size
+            num_bytes += status.st_size if is_full else _size_without_holes(path)
+    return num_bytes
+
+
+def _size_without_holes(path: Path) -> int:
+    """Ask for the extents of a file with fewer blocks than its size: a compressed file, a tiny one that is kept beside its name, and one
+    that ZFS has not written out yet have all their data."""
+    num_bytes = end = 0
+    with open_inside(path.parent, path.name) as file:
+        while True:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # there is no data after ``end``
+                    return num_bytes
+                raise
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            num_bytes += end - start

@@ -1,0 +1,1 @@
+"""Documents packed into samples of one length, and blends of datasets."""

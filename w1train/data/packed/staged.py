@@ -1,0 +1,162 @@
+"""The samples of a run in one global order, whose stages may mix corpora each in their own way.
+
+A sample's place says all: which stretch it is in, by that which corpus it comes from and which sample of this it is. Nothing is
+counted while reading, so any rank, any worker and any resumed run finds the same sample at the same place.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from w1train.config.errors import UserError
+from w1train.data.packed.interleave import Interleave
+from w1train.data.packed.packing import Sample, SampleSource
+
+
+class StageText(NamedTuple):
+    """What a stage of the schedule reads."""
+
+    first: int
+    """Its first sample in the run's global order."""
+    weights: Mapping[str, float]
+    """Shares of its samples by corpus."""
+    repeats: int = 1
+    """How often each sample comes in a row: 2 for the pairs of complementary masking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive samples of the global order that are dealt in one way."""
+
+    first: int
+    """Global index of the first of them."""
+    weights: Mapping[str, float]
+    """Shares of the samples by corpus."""
+    offsets: Mapping[str, int]
+    """Which of each corpus's samples comes first."""
+    repeats: int = 1
+    """How often each comes in a row."""
+    interleave: Interleave = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interleave", Interleave(self.weights))
+
+    def texts(self, end: int) -> dict[str, int]:
+        """How many samples of each corpus are read up to global index ``end``, one that is read in part included."""
+        return self.interleave.counts(-(-max(end - self.first, 0) // self.repeats))
+
+
+class BlendError(UserError):
+    """A blend that its corpora cannot feed."""
+
+
+def stretches(
+    stages: Sequence[StageText], num_samples: int, limits: Mapping[str, int] | None = None, *, drop_exhausted: bool = False
+) -> list[Stretch]:
+    """Lay the stages over their corpora: a corpus that is used again is read on.
+
+    Args:
+        num_samples: of the run.
+        limits: samples that a corpus may give in all, for those that are limited.
+        drop_exhausted: a corpus that has given them is left out from there on, and the others fill its place.
+
+    Raises:
+        BlendError: if a corpus would have to give more (or, with ``drop_exhausted``, all corpora of a stage have given theirs).
+    """
+    found: list[Stretch] = []
+    used: dict[str, int] = {}
+    ends = [stage.first for stage in stages[1:]] + [num_samples]
+    for stage, end in zip(stages, ends, strict=True):
+        weights, first = dict(stage.weights), stage.first
+        while True:
+            part = Stretch(first, weights, {name: used.get(name, 0) for name in weights}, stage.repeats)
+            stop, exhausted = _first_exhausted(part, end, limits or {})
+            if exhausted and not drop_exhausted:
+                raise BlendError(_too_often(part, end, limits or {}))
+            if stop > first:
+                found.append(part)
+                used |= {name: used.get(name, 0) + count for name, count in part.texts(stop).items()}
+            if not exhausted:
+                break
+            first, weights = stop, {name: weight for name, weight in weights.items() if name not in exhausted}
+            if not any(weights.values()):
+                raise BlendError(
+                    f"after {first} of the run's {num_samples} samples every corpus of the stage has been read as often as its max_epochs "
+                    "allows: raise one, add a corpus, or end the schedule there"
+                )
+    return found
+
+
+def _first_exhausted(part: Stretch, end: int, limits: Mapping[str, int]) -> tuple[int, set[str]]:
+    """Where a stretch to ``end`` must stop because corpora have no sample left, and which they are; ``end`` and none if it need not."""
+
+    def too_many(num_texts: int) -> set[str]:
+        counts = part.interleave.counts(num_texts)
+        return {name for name, count in counts.items() if part.offsets[name] + count > limits.get(name, part.offsets[name] + count)}
+
+    num_texts = -(-(end - part.first) // part.repeats)
+    if not too_many(num_texts):
+        return end, set()
+    # The first text that some corpus has not got.
+    low, high = 0, num_texts
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if too_many(middle) else (middle, high)
+    return part.first + low * part.repeats, too_many(high)
+
+
+def _too_often(part: Stretch, end: int, limits: Mapping[str, int]) -> str:
+    lines = [
+        f"{name}: {part.offsets[name] + count} samples are asked for, max_epochs allows {limits[name]}"
+        for name, count in part.texts(end).items()
+        if part.offsets[name] + count > limits.get(name, part.offsets[name] + count)
+    ]
+    advice = "lower its weight, raise its max_epochs, shorten the schedule, or set data.at_max_epochs=drop to go on without it"
+    return "\n".join(["the schedule reads corpora more often than they may be read:", *lines, advice])
+
+
+class StagedSamples:
+    """The run's samples, whatever corpus each comes from."""
+
+    def __init__(self, parts: Sequence[Stretch], sources: Mapping[str, SampleSource]) -> None:
+        self.parts, self.sources = list(parts), dict(sources)
+        (self.sequence_length,) = {source.sequence_length for source in sources.values()}
+        self._firsts = [part.first for part in self.parts]
+
+    def part(self, global_index: int) -> Stretch:
+        """The stretch that a sample belongs to."""
+        return self.parts[bisect_right(self._firsts, global_index) - 1]
+
+    def locate(self, global_index: int) -> tuple[str, int]:
+        """The corpus that a sample comes from, and which of its samples it is."""
+        part = self.part(global_index)
+        name, number = part.interleave.locate((global_index - part.first) // part.repeats)
+        return name, part.offsets[name] + number
+
+    def sample(self, global_index: int) -> Sample:
+        """As ``SampleSource.sample``."""
+        name, index = self.locate(global_index)
+        return self.sources[name].sample(index)
+
+    def num_read(self, num_samples: int) -> dict[str, int]:
+        """Samples of each corpus among the first ``num_samples`` of the run; both of a pair count as one."""
+        if num_samples == 0:
+            return dict.fromkeys(self.sources, 0)
+        last = self.parts.index(self.part(num_samples - 1))
+        read = dict.fromkeys(self.sources, 0)
+        for part, end in zip(self.parts[: last + 1], [*self._firsts[1 : last + 1], num_samples], strict=True):
+            for name, count in part.texts(end).items():
+                read[name] += count
+        return read
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """Passes through each corpus after ``num_samples`` of the run."""
+        return {name: count / self.sources[name].num_samples_per_epoch for name, count in self.num_read(num_samples).items()}
+
+    def epoch(self, num_samples: int) -> float:
+        """Passes through the present corpus after ``num_samples`` of the run; of several, the one that was passed through most often."""
+        epochs = self.epochs(num_samples)
+        return max(epochs[name] for name in self.part(max(num_samples - 1, 0)).interleave.names)

@@ -1,0 +1,1 @@
+"""Tokenizers, and limits on what they make of a text."""

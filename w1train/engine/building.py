@@ -1,0 +1,186 @@
+"""Building what is trained: the model's stages in megatron-core's data-parallel wrapper, and the optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from w1train.config.errors import UserError
+from w1train.config.schema import Config
+from w1train.engine import adamw
+from w1train.engine.buckets import bucket_size
+from w1train.engine.megatron_fixes import give_padded_places_for_loading
+from w1train.engine.optimizer_slices import save_optimizer_states_in_slices
+from w1train.engine.rate_multipliers import freeze_and_mark, rate_overrides
+from w1train.model.initialization import initialize_parameters
+from w1train.model.linears import require_transformer_engine
+from w1train.model.megatron_config import transformer_config
+from w1train.model.transformer import DiffusionTransformer
+from w1train.objectives.description import num_streams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrainedModel:
+    """The stages of this rank and their optimizer."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    config: TransformerConfig
+
+    @property
+    def stages(self) -> list[DiffusionTransformer]:
+        """The bare modules."""
+        return [chunk.module for chunk in self.chunks]
+
+    @torch.no_grad()
+    def gather_parameters(self) -> None:
+        """Make every rank's parameters those of the last optimizer step, before anything but the next training step reads them; called on
+        every rank. With parallel.overlap_param_gather they are otherwise gathered by the forward pass, module by module."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def largest_parameter(self) -> float:
+        """Largest magnitude over all ranks; infinite if one is or is no number. Called on every rank."""
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        largest = torch.stack([torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32) for parameter in parameters]).max()
+        # NaN is lost in a maximum over ranks; infinity is not.
+        largest = torch.where(largest.isnan(), torch.inf, largest)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.item()
+
+
+LoadWeights = Callable[[Sequence[torch.nn.Module]], None]
+"""Writes the parameters of this rank's stages."""
+
+
+def build_trained_model(config: Config, load: LoadWeights | None = None) -> TrainedModel:
+    """Model and optimizer for this rank, with random weights or, over them, what ``load`` writes.
+
+    ``load`` comes before the optimizer copies the weights to fp32 masters, which would otherwise undo it at the first step.
+    """
+    megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.deterministic_mode = config.training.deterministic
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        check_for_nan_in_grad=False,
+    )
+    if config.parallel.tp_comm_overlap:
+        initialize_tensor_overlap(config)
+    stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(config.parallel.virtual_pipeline)]
+    if load is not None:
+        load(stages)
+    freeze_and_mark(stages, config.optimizer.rate_multipliers)
+    chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
+    if config.parallel.overlap_grad_reduce:
+        # Only the last micro-batch's backward pass may send a bucket; the schedules run the others under this.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
+
+
+def _data_parallel(
+    megatron: TransformerConfig, ddp_config: DistributedDataParallelConfig, stage: DiffusionTransformer
+) -> DistributedDataParallel:
+    """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
+    layout = None
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    overlaps = ddp_config.overlap_grad_reduce
+    # The wrapper takes this one, which is the same on all pipeline stages, and leaves it out on the later ones.
+    ddp_config.bucket_size = bucket_size(size, 0, overlap_grad_reduce=overlaps)
+    if ddp_config.use_distributed_optimizer:
+        parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        layout = DistributedOptimizer.compute_full_param_layout(
+            parameters, bucket_size(size, parallel_state.get_pipeline_model_parallel_rank(), overlap_grad_reduce=overlaps), size, ddp_config
+        )
+    return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
+
+
+def initialize_tensor_overlap(config: Config) -> None:
+    """transformer-engine's buffers for tensor-parallel collectives that run beside the matrix products.
+
+    Raises:
+        UserError: transformer-engine is not installed, or there is no GPU.
+    """
+    require_transformer_engine("parallel.tp_comm_overlap", "true", "false")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.tp_comm_overlap is true, which needs NVLink between GPUs, and there is none; set it to false")
+    from transformer_engine.pytorch.module import base
+
+    parallel, training = config.parallel, config.training
+    positions = num_streams(config) * config.data.sequence_length * training.micro_batch_size // parallel.context
+    mode = base.UserBufferQuantizationMode
+    base.initialize_ub(
+        shape=[positions, config.model.hidden_size],
+        tp_size=parallel.tensor,
+        quantization_modes=[mode.NONE if training.fp8 == "none" else mode.FP8],
+        bootstrap_backend="nccl",
+    )
+
+
+def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) -> DiffusionTransformer:
+    """A pipeline stage of this rank (its ``vp_stage``-th chunk under virtual pipelining), with initial weights."""
+    chunk = {"ignore_virtual": False, "vp_stage": vp_stage if config.parallel.virtual_pipeline > 1 else None}
+    stage = DiffusionTransformer(
+        megatron,
+        config.model,
+        mask_token_id=config.diffusion.mask_token_id if config.diffusion.exclude_mask_logit else None,
+        loss_chunk_size=config.training.loss_chunk_size,
+        pre_process=parallel_state.is_pipeline_first_stage(**chunk),
+        post_process=parallel_state.is_pipeline_last_stage(**chunk),
+        vp_stage=chunk["vp_stage"],
+    )
+    initialize_parameters(
+        stage,
+        config.model,
+        config.training.seed,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    return stage
+
+
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
+    adamw.install(config.kernels.adamw)
+    give_padded_places_for_loading()
+    save_optimizer_states_in_slices()
+    settings = config.optimizer
+    optimizer_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=0.0,  # set before every step, from the schedule
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        overrides = {**get_standard_config_overrides(optimizer_config), **rate_overrides([chunk.module for chunk in chunks])}
+        optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides, use_gloo_process_groups=False)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    return optimizer

@@ -1,0 +1,110 @@
+"""How long the parts of a step take: data, forward, backward, reduce, optimizer, and what comes between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from w1train.profiling.kernel_times import Mark, Target, replaced
+from w1train.profiling.stopwatches import CudaStopwatch, HostStopwatch
+
+
+@dataclass(slots=True)
+class Part:
+    """Calls of one part within one step, and what they took."""
+
+    calls: int
+    host_seconds: float
+    device_seconds: float | None
+    """None on the CPU, where the host does the work."""
+
+
+@dataclass(slots=True)
+class PartClock:
+    """Measures parts while :meth:`measured` is open. A part within another one (the forward passes of a validation) belongs to that."""
+
+    device: torch.device
+    mark: Mark
+    _calls: dict[str, int] = field(default_factory=dict)
+    _host: dict[str, HostStopwatch] = field(default_factory=dict)
+    _gpu: dict[str, CudaStopwatch] = field(default_factory=dict)
+    _is_inside: bool = False
+
+    @contextlib.contextmanager
+    def measured(self, targets: Iterable[Target]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for part, owner, name in targets:
+                stack.enter_context(replaced(owner, name, self._timed(part, getattr(owner, name))))
+            yield
+
+    def start(self) -> None:
+        """A step begins, with nothing of the one before left over."""
+        self._calls.clear()
+        self._host.clear()
+        self._gpu.clear()
+        self._begin("step")
+
+    def stop(self) -> dict[str, Part]:
+        """The step is over: its parts by name, and "step" itself."""
+        self._end("step")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {
+            name: Part(calls, self._host[name].take(), self._gpu[name].take() if name in self._gpu else None)
+            for name, calls in self._calls.items()
+        }
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return function(*args, **kwargs)
+            self._is_inside = True
+            self._begin(part)
+            try:
+                with self.mark(part):
+                    return function(*args, **kwargs)
+            finally:
+                self._end(part)
+                self._is_inside = False
+
+        return call
+
+    def _begin(self, part: str) -> None:
+        self._calls[part] = self._calls.get(part, 0) + 1
+        self._host.setdefault(part, HostStopwatch(time.perf_counter)).start()
+        if self.device.type == "cuda":
+            self._gpu.setdefault(part, CudaStopwatch()).start()
+
+    def _end(self, part: str) -> None:
+        self._host[part].stop()
+        if self.device.type == "cuda":
+            self._gpu[part].stop()
+
+
+def parts_table(parts: dict[str, Part], order: Iterable[str]) -> list[str]:
+    """A line for each part that was there, in this order, what is left of the step, and the step."""
+    step = parts["step"]
+    inside = [(name, parts[name]) for name in order if name in parts]
+    left = Part(
+        0,
+        step.host_seconds - sum(part.host_seconds for _, part in inside),
+        None if step.device_seconds is None else step.device_seconds - sum(part.device_seconds or 0.0 for _, part in inside),
+    )
+    on_gpu = step.device_seconds is not None
+    heading = f"{'part':<10} {'calls':>5} {'host s':>9}" + (f" {'device s':>9}" if on_gpu else "") + f" {'share':>7}"
+    rows = [_row(name, part, step) for name, part in [*inside, ("other", left), ("step", step)]]
+    return [heading, *rows]
+
+
+def _row(name: str, part: Part, step: Part) -> str:
+    calls = f"{part.calls}" if part.calls and name != "step" else ""
+    device = "" if part.device_seconds is None else f" {part.device_seconds:>9.4f}"
+    spent, total = (part.host_seconds, step.host_seconds) if step.device_seconds is None else (part.device_seconds, step.device_seconds)
+    return f"{name:<10} {calls:>5} {part.host_seconds:>9.4f}{device} {(spent or 0.0) / total:>7.1%}"

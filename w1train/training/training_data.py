@@ -1,0 +1,370 @@
+"""The run's data: tokenizer, training loader and validation set, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypedDict
+
+from w1train.config.errors import UserError
+from w1train.config.schedule import stage_steps
+from w1train.config.schema import Config
+from w1train.config.stages import at_stage
+from w1train.data.batch import PackedBatch
+from w1train.data.dali import DaliLoader
+from w1train.data.dataset import TokenDataset
+from w1train.data.indexed import DatasetError, bin_path, file_size
+from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
+from w1train.data.packed.packing import EndOfDocument, LongDocuments, PackedDataset, SampleSource
+from w1train.data.packed.packing_index import BestFitDataset, PackingIndex, PackingOptions, ensure_packing
+from w1train.data.packed.staged import StagedSamples, StageText, stretches
+from w1train.data.remote import localize
+from w1train.data.sharded_dataset import open_dataset
+from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.writer import unigram_bits
+from w1train.runtime.distributed import Ranks
+
+logger = logging.getLogger(__name__)
+
+MAX_VERIFIED_BYTES = 4 * 2**30
+"""Token files, and packings, up to this size are read and compared with their manifest at every start: seconds on one rank."""
+
+
+class PositionOptions(TypedDict):
+    """Arguments of ``SampleSource``."""
+
+    long_documents: LongDocuments
+    max_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """The samples that validation scores: the first ``validation.num_samples``, not all of the dataset."""
+
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of the tokens; EOS has none."""
+    unigram_bits: float
+
+
+class ValidationSet:
+    """The samples of one validation dataset that are scored, and what is known of their text."""
+
+    def __init__(self, prefix: str, config: Config, ranks: Ranks, tokenizer: Tokenizer) -> None:
+        self._config, self._ranks, self._tokenizer = config, ranks, tokenizer
+        self.dataset = open_dataset(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
+        # Cut whatever data.packing is: no padding is scored and nothing need be built. What is in a document is as in training.
+        self._packed = PackedDataset(self.dataset, config.data.sequence_length, seed=0, **position_options(config), eos=config.data.eos)
+        # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
+        if ranks.is_main:
+            verify(self.dataset)
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """This rank's validation micro-batches; every rank has as many."""
+        return validation_batches(
+            self._packed,
+            self._config.validation.num_samples,
+            self._config.training.micro_batch_size,
+            self._ranks.data_parallel_rank,
+            self._ranks.data_parallel_size,
+            self._ranks.device,
+        )
+
+    @cached_property
+    def _text(self) -> ScoredText | None:
+        """What is scored; None without a byte-level tokenizer."""
+        num_bytes_by_token = self._tokenizer.num_bytes_by_token()
+        if num_bytes_by_token is None:
+            logger.warning("%s is no byte-level tokenizer: validation has no bits per byte", self._config.data.tokenizer)
+            return None
+        vocab_size = max(self._config.model.vocab_size, len(num_bytes_by_token))
+        counts = validation_token_counts(self._packed, self._config.validation.num_samples, vocab_size)
+        num_bytes = int(counts[: len(num_bytes_by_token)] @ num_bytes_by_token)
+        return ScoredText(int(counts.sum()), num_bytes, unigram_bits(counts)) if num_bytes else None
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """Nats per token of the samples that validation scores in bits per UTF-8 byte of these samples."""
+        text = self._text
+        return None if text is None else nats_per_token * text.num_tokens / (text.num_bytes * math.log(2))
+
+    @property
+    def unigram_bits_per_byte(self) -> float | None:
+        """What the order-0 model of the scored tokens' own frequencies needs for them: the figure to compare validation with."""
+        text = self._text
+        return None if text is None else text.unigram_bits / text.num_bytes
+
+
+class ValidationData:
+    """Opens tokenizer and validation sets.
+
+    Raises:
+        TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
+        UserError: the mask token is not the tokenizer's.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._open_tokenizer(config, ranks)
+        self._open_validation()
+
+    def _open_tokenizer(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        self._check_mask_token()
+
+    def _open_validation(self) -> None:
+        data = self.config.data
+        if data.validation is None:
+            logger.info("data.validation is not set: no validation")
+        prefixes = {"": data.validation, **data.validation_sets} if data.validation is not None else {}
+        self.validation_sets = {
+            name: ValidationSet(prefix, self.config, self.ranks, self.tokenizer) for name, prefix in prefixes.items() if prefix is not None
+        }
+        """By name; data.validation has the empty one, and is the first. Empty without validation."""
+
+    @property
+    def validation(self) -> ValidationSet | None:
+        """The set of data.validation, by which checkpoints are ranked."""
+        return self.validation_sets.get("")
+
+    @property
+    def validation_unigram_bits_per_byte(self) -> float | None:
+        """Of data.validation (see ``ValidationSet``); None without one."""
+        return None if self.validation is None else self.validation.unigram_bits_per_byte
+
+    def _check_mask_token(self) -> None:
+        mask = self.config.diffusion.mask_token_id
+        if mask != self.tokenizer.mask_token_id:
+            raise UserError(
+                f"diffusion.mask_token_id is {mask}, but the mask token of {self.config.data.tokenizer} is "
+                f"{self.tokenizer.mask_token_id}; set diffusion.mask_token_id={self.tokenizer.mask_token_id} or train a tokenizer with "
+                f"--mask-token-id {mask}"
+            )
+
+
+def stage_weights(config: Config, stage_name: str) -> dict[str, float]:
+    """What a stage reads: weights by the datasets' prefixes."""
+    stage, blend = config.schedule.stages[stage_name], config.data.blend
+    if stage.train is not None:
+        return {stage.train: 1.0}
+    if stage.blend:
+        return {blend[name].prefix: weight for name, weight in stage.blend.items() if weight > 0}
+    if blend:
+        return {corpus.prefix: corpus.weight for corpus in blend.values() if corpus.weight > 0}
+    assert config.data.train is not None, "the configuration was not validated"
+    return {config.data.train: 1.0}
+
+
+def stage_texts(config: Config) -> tuple[list[StageText], int]:
+    """What each stage that has a step reads, and the samples of the whole run."""
+    steps = stage_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
+    texts, num_samples = [], 0
+    for name, (first, num_steps) in steps.items():
+        if num_steps > 0:
+            stage = at_stage(config, name)
+            texts.append(StageText(first, stage_weights(config, name), repeats=2 if stage.diffusion.complementary else 1))
+            num_samples = first + num_steps * stage.training.global_batch_size
+    return texts, num_samples
+
+
+def training_prefixes(config: Config) -> list[str]:
+    """Every training dataset of the run, in the order of their use."""
+    return list(dict.fromkeys(prefix for text in stage_texts(config)[0] for prefix in text.weights))
+
+
+def prepare_data(config: Config) -> None:
+    """What takes long and is done once on each machine: copies of the training datasets, and their packing.
+
+    Every rank calls it, and one of each machine does it while the others wait for its lock (not in a collective, which would give
+    up after minutes). The first rank of the run alone is not enough: data.cache_directory may be each machine's own.
+
+    Raises:
+        DatasetError: a dataset is missing or damaged.
+        OSError: the packing cannot be written.
+    """
+    data = config.data
+    if data.packing != "best_fit":
+        return
+    for prefix in training_prefixes(config):
+        dataset = open_dataset(localize(prefix, data.cache_directory))
+        ensure_packing(dataset, packing_options(config), data.cache_directory)
+
+
+def packing_options(config: Config) -> PackingOptions:
+    """What a best-fit packing of the run depends on."""
+    data = config.data
+    return PackingOptions(sequence_length=data.sequence_length, align=data.align, eos=data.eos, seed=data.packing_seed)
+
+
+def position_options(config: Config) -> PositionOptions:
+    """How positions of cut documents are counted."""
+    max_position = max(config.model.max_sequence_length, config.data.sequence_length)
+    return {"long_documents": config.data.long_documents, "max_position": max_position}
+
+
+def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
+    """The training samples of a dataset, packed as the configuration says.
+
+    Raises:
+        DatasetError: if it does not fill one sample, or its best-fit packing has not been built.
+    """
+    data, seed = config.data, config.training.seed
+    if dataset.num_tokens < data.sequence_length:
+        # Training on the padding would work, at a cost that nobody meant to pay: the wrong file, or the wrong length.
+        raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
+    if data.packing == "best_fit":
+        return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, **position_options(config))
+    return PackedDataset(dataset, data.sequence_length, seed, **position_options(config), eos=data.eos)
+
+
+class TrainingData(ValidationData):
+    """Opens tokenizer, training texts and validation sets. The training datasets must have been prepared (:func:`prepare_data`).
+
+    Raises:
+        TokenizerError, DatasetError: as ValidationData; or a validation dataset is one of training.
+        BlendError: the schedule reads a corpus more often than its max_epochs allows.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._open_tokenizer(config, ranks)
+        self._open_training()
+        self._open_validation()
+        self._check_validation_is_apart()
+        self.loader = self._open_loader()
+
+    def _open_training(self) -> None:
+        config = self.config
+        texts, num_samples = stage_texts(config)
+        self.train = {
+            prefix: open_dataset(localize(prefix, config.data.cache_directory), self.tokenizer, config.model.vocab_size)
+            for prefix in training_prefixes(config)
+        }
+        sources = {prefix: open_source(dataset, config) for prefix, dataset in self.train.items()}
+        limits = {
+            corpus.prefix: int(corpus.max_epochs * sources[corpus.prefix].num_samples_per_epoch)
+            for corpus in config.data.blend.values()
+            if corpus.max_epochs is not None and corpus.prefix in sources
+        }
+        parts = stretches(texts, num_samples, limits, drop_exhausted=config.data.at_max_epochs == "drop")
+        self.samples = StagedSamples(parts, sources)
+        if self.ranks.is_main:
+            for dataset in self.train.values():
+                verify(dataset)
+        # A cache directory may be each machine's own, with a packing that was built there.
+        own_cache = config.data.cache_directory is not None and os.environ.get("LOCAL_RANK", "0") == "0"
+        for source in sources.values():
+            if isinstance(source, BestFitDataset) and (self.ranks.is_main or own_cache):
+                verify_packing(source.index)
+
+    def _open_loader(self) -> BatchLoader | DaliLoader:
+        data, ranks = self.config.data, self.ranks
+        common = {
+            "micro_batch_size": self.config.training.micro_batch_size,
+            "data_parallel_rank": ranks.data_parallel_rank,
+            "data_parallel_size": ranks.data_parallel_size,
+            "num_workers": data.num_workers,
+            "prefetch": data.prefetch,
+        }
+        if data.loader == "dali":
+            return DaliLoader(self.samples, **common, device=ranks.device)
+        return BatchLoader(self.samples, **common, device=ranks.device, workers=data.workers, read_timeout=data.read_timeout)
+
+    def _check_validation_is_apart(self) -> None:
+        """What has been trained on says nothing about what has not."""
+        trained = {identity(part): part.prefix for dataset in self.train.values() for part in dataset.parts}
+        for validation in self.validation_sets.values():
+            for part in validation.dataset.parts:
+                twin = trained.get(identity(part))
+                if twin is not None:
+                    raise DatasetError(f"validation dataset {part.prefix} is training dataset {twin}: the same tokens, by their hash")
+
+    def fingerprint(self, num_samples: int) -> str | None:
+        """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
+        the order of their use. None if one of them has no manifest."""
+        begun = dict.fromkeys(name for part in self.samples.parts if part.first < max(num_samples, 1) for name in part.interleave.names)
+        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.bin_sha256 for prefix in begun]
+        known = [digest for digest in hashes if digest is not None]
+        if len(known) < len(hashes):
+            return None
+        return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
+
+    def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
+        """Nats per token in bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from: of a blend, on average."""
+        weights = self.samples.part(max(num_samples - 1, 0)).weights
+        datasets = {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0}
+        return bits_per_byte(nats_per_token, datasets, self.config.data.eos)
+
+    def corpus_metrics(self, num_samples: int) -> dict[str, float]:
+        """Of each corpus of a blend after ``num_samples`` of the run: tokens seen (in samples begun) and passes through it."""
+        names = {corpus.prefix: name for name, corpus in self.config.data.blend.items()}
+        epochs, found = self.samples.epochs(num_samples), {}
+        for prefix, count in self.samples.num_read(num_samples).items():
+            if prefix in names:
+                found[f"corpus_tokens/{names[prefix]}"] = float(count * self.samples.sequence_length)
+                found[f"corpus_epochs/{names[prefix]}"] = epochs[prefix]
+        return found
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all training datasets."""
+        return sum(dataset.num_tokens for dataset in self.train.values())
+
+
+def identity(dataset: TokenDataset) -> str:
+    """The hash of a dataset's tokens, or without a manifest the place of its file."""
+    return str(bin_path(dataset.prefix).resolve()) if dataset.manifest is None else dataset.manifest.bin_sha256
+
+
+def verify(dataset: TokenDataset) -> None:
+    """Compare the files with the hashes in their manifest, on one rank: damage of the right size would train in silence.
+
+    What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
+
+    Raises:
+        DatasetError: if a file is not what was written.
+    """
+    if dataset.manifest is None:
+        return  # TokenDataset.open has said so
+    num_bytes = sum(file_size(bin_path(part.prefix)) for part in dataset.parts)
+    if num_bytes <= MAX_VERIFIED_BYTES:
+        dataset.verify_hashes()
+    else:
+        first, others = bin_path(dataset.parts[0].prefix), len(dataset.parts) - 1
+        logger.warning(
+            "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+            f"{first} and {others} more" if others else first,
+            num_bytes / 1e9,
+            dataset.prefix,
+        )
+
+
+def verify_packing(packing: PackingIndex) -> None:
+    """As :func:`verify`, of a best-fit packing with the hash in its file.
+
+    Raises:
+        DatasetError: if the file is not what was written.
+    """
+    if packing.num_bytes <= MAX_VERIFIED_BYTES:
+        packing.verify_hash()
+    else:
+        logger.warning(
+            "%s has %.1f GB: not compared with the hash in it; `python -m data_tools.verify %s` compares it",
+            packing.path,
+            packing.num_bytes / 1e9,
+            packing.path,
+        )
+
+
+def bits_per_byte(nats_per_token: float, datasets: Mapping[TokenDataset, float], eos: EndOfDocument = "keep") -> float | None:
+    """Nats per token in bits per UTF-8 byte of datasets by weight; None unless all have a manifest, which knows the bytes."""
+    num_bytes, total = 0.0, sum(datasets.values())
+    for dataset, weight in datasets.items():
+        if dataset.manifest is None:
+            return None
+        num_tokens = dataset.manifest.num_tokens - (dataset.manifest.num_documents if eos == "drop" else 0)
+        num_bytes += weight / total * dataset.manifest.num_bytes / num_tokens
+    return nats_per_token / (num_bytes * math.log(2))
