@@ -25,6 +25,7 @@ from w1train.checkpoints.checkpoint import Progress, load_checkpoint, save_check
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
+from w1train.objectives.likelihood import LossSums  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
@@ -138,13 +139,18 @@ def _train(
         for group in model.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group["lr_mult"]
         norms.append(float(model.optimizer.step()[1]))
-        losses.append(sums.metrics(config.diffusion)["loss"])
+        losses.append(loss_of(sums, config))
         works.append(work)
     model.gather_parameters()
     if save is not None:
         save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
     parameters = whole_tensors(model, lambda parameter: parameter.data)
     return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs)
+
+
+def loss_of(sums: LossSums, config: Config) -> float:
+    """The step's loss, from its sums over all ranks."""
+    return sums.metrics(config.diffusion)["loss"]
 
 
 @contextmanager
