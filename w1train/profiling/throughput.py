@@ -85,7 +85,7 @@ class StepTimer:
         yield
         self._data_wait += self._clock() - start
 
-    def finish(self, num_tokens: int, flops: float, memory_bytes: int = 0) -> dict[str, float | None]:
+    def finish(self, num_tokens: int, flops: float) -> dict[str, float | None]:
         """The step is over (on CUDA: after the loss has been read, or the kernels are still running).
 
         ``num_tokens`` and ``flops`` (model FLOPs, forward and backward) are of the whole step, over all ranks. MFU is a
@@ -102,5 +102,4 @@ class StepTimer:
             "time/mfu": tflops_per_second / self.peak_tflops if self.peak_tflops else None,
             "time/data_wait_seconds": data_wait,
             **communication,
-            "time/memory_gib": memory_bytes / 2**30,
         }

@@ -50,7 +50,7 @@ from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.record_files import read_metrics
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
-from w1train.training.agreement import Agreement, StepFlags
+from w1train.training.agreement import Agreement
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.garbage import GarbageCollection
@@ -154,7 +154,7 @@ class Trainer:
                 self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
 
-    def after_step(self, flags: StepFlags) -> None:
+    def after_step(self, stop_requested: bool) -> None:
         """What is due at the boundary between two steps."""
         self.garbage.step_done(self.progress.step)
         self.saver.poll()
@@ -162,7 +162,7 @@ class Trainer:
             self.validate()
         if self.is_due(self.config.sampling.interval):
             self.sample()
-        self.stopped = flags.stop_requested and self.progress.step < self.num_steps
+        self.stopped = stop_requested and self.progress.step < self.num_steps
         # Also where it is stopped at: what the resumed run does next is the next step.
         if self.is_due(self.config.checkpoint.interval) or self.stopped:
             with pulse.during(SAVING):
@@ -236,7 +236,7 @@ class Trainer:
         self.stragglers.begin(self.progress.step + 1)
         computed = self.compute_step(batches)
         is_good = self.guard.checked(computed, self.compute_step_again, self.stage_name)
-        self.agreement = Agreement(StepFlags(stop_requested=pulse.stop_requested))
+        self.agreement = Agreement(pulse.stop_requested)
         if is_good:
             step_with_prepared_gradients(self.model.optimizer, computed.grad_norm)
         num_samples = self.stage.training.global_batch_size
