@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
 from w1train.profiling import kernel_times
-from w1train.profiling.kernel_times import GROUPS, Breakdown, Target, group_by_name, ranges_around
+from w1train.profiling.kernel_times import GROUPS, Breakdown, group_by_name, in_group
+from w1train.runtime.ranges import kernel_group
 
 __all__ = ["GROUPS", "NUM_LARGEST", "Breakdown", "break_down", "group_by_name", "profile_step"]
 
@@ -17,10 +18,10 @@ NUM_LARGEST = 15
 """Kernels that a report lists."""
 
 
-def profile_step(step: Callable[[], Any], targets: Iterable[Target], device: torch.device) -> Breakdown:
-    """Profile one step, with ranges around ``targets``."""
+def profile_step(step: Callable[[], Any], device: torch.device) -> Breakdown:
+    """Profile one step, with ranges around its groups of kernels."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with ranges_around(targets), torch.profiler.profile(activities=activities) as profiler:
+    with kernel_group.listening(in_group), torch.profiler.profile(activities=activities) as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -16,7 +16,6 @@ from benchmarks.step.profile import Breakdown, profile_step
 from w1train.attention.backends.choice import BACKENDS, choose_backend
 from w1train.config.schema import Config
 from w1train.conversion.initial_weights import open_initial_weights
-from w1train.profiling.profiling_targets import kernel_targets
 from w1train.runtime.distributed import distributed
 from w1train.runtime.record_files import read_metrics
 from w1train.runtime.run_directory import RunDirectory
@@ -47,7 +46,7 @@ def measure_run(config: Config, *, unfused: bool, num_warmup: int, num_steps: in
                 trainer.train_step(batches)
             # Its record would count the profiler's time.
             with mock.patch.object(trainer, "record_step"):
-                breakdown = profile_step(lambda: trainer.train_step(batches), kernel_targets(trainer.model), ranks.device)
+                breakdown = profile_step(lambda: trainer.train_step(batches), ranks.device)
         run.release()
         capacity = torch.cuda.get_device_properties(ranks.device).total_memory / 2**30 if ranks.device.type == "cuda" else None
     records = read_metrics(run.metrics, kind="train")[num_warmup : num_warmup + num_steps]

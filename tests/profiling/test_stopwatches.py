@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from w1train.engine.gradient_hooks import GradientHooks
 from w1train.profiling.stopwatches import CommunicationTimer, CudaStopwatch, HostStopwatch
 
 
@@ -21,6 +22,9 @@ class Group:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
+
+    def start_grad_sync(self) -> None:
+        self.clock.now += 8.0
 
     def start_param_sync(self, force_sync: bool = False) -> None:
         self.clock.now += 1.0
@@ -42,7 +46,7 @@ def model(clock: Clock) -> SimpleNamespace:
 def test_reduction_and_gathering_are_counted_once():
     clock = Clock()
     trained = model(clock)
-    timer = CommunicationTimer(trained, HostStopwatch(clock))
+    timer = CommunicationTimer(GradientHooks(trained.config, trained.chunks), HostStopwatch(clock))
     assert trained.config.finalize_model_grads_func([], num_tokens=7) == 7
     clock.now += 100.0
     trained.chunks[0].bucket_groups[0].finish_param_sync()
@@ -50,6 +54,8 @@ def test_reduction_and_gathering_are_counted_once():
     assert timer.take() == 0.0
     trained.chunks[0].bucket_groups[0].start_param_sync(force_sync=True)
     assert timer.take() == 1.0
+    trained.chunks[0].bucket_groups[0].start_grad_sync()
+    assert timer.take() == 0.0, "it is sent beside the backward pass"
 
 
 def test_events_that_have_not_happened_are_read_later(monkeypatch):

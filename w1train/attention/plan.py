@@ -15,6 +15,7 @@ from w1train.attention.backends.sdpa import SdpaBackend
 from w1train.attention.cache import KeyValueCache
 from w1train.attention.context_parallel import KeyExchange
 from w1train.attention.visibility import Visibility
+from w1train.runtime.ranges import kernel_group
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class AttentionPlan:
     cache: KeyValueCache | None = None
     """Keys of earlier passes that come before this one's (generation by blocks); None when a pass has all its keys itself."""
 
+    @kernel_group("attention")
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
         """query [b, n, q, d], key and value [b, g, k, d] -> [b, n, q, d]; zero in rows that see nothing."""
         return self.backend.attend(query, key, value, self.kernel_plan, scale)

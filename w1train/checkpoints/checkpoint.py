@@ -24,7 +24,6 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from w1train.checkpoints.commit import raise_together, write_complete, write_hashed
 from w1train.checkpoints.format.plain_values import first_unlike
@@ -51,6 +50,7 @@ from w1train.checkpoints.manifest import (
 from w1train.checkpoints.retention import best_steps, remove_old
 from w1train.config.reading import shorten
 from w1train.engine.building import TrainedModel
+from w1train.engine.optimizers import make_states
 from w1train.runtime.distributed import all_or_none, on_main_rank
 
 logger = logging.getLogger(__name__)
@@ -240,18 +240,8 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     # The optimizer finds its parameters' places through the model's state; with several stages it wants them all in one.
     model_state = models if len(models) > 1 else next(iter(models.values()))
     if not is_loading:
-        _make_states(model.optimizer)
+        make_states(model.optimizer)
     return {**models, _OPTIMIZER: model.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())}
-
-
-def _make_states(optimizer: MegatronOptimizer) -> None:
-    """The optimizer makes its moments (zeros) at its first update. A save before that (a first step that was left out) would have none,
-    and could not be loaded: it asks for all."""
-    assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
-    for each in optimizer.chained_optimizers:
-        # None where a rank has nothing to train.
-        if each.init_state_fn is not None:
-            each.init_state_fn(each.optimizer, each.config)
 
 
 def _model_state(stage: torch.nn.Module) -> dict[str, Any]:

@@ -249,8 +249,10 @@ class AttentionConfig:
 
 @dataclass(slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW."""
+    """The optimizer."""
 
+    name: str = "adamw"
+    """Which optimizer: adamw (arXiv 1711.05101)."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95

@@ -17,11 +17,23 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 
 from w1train.config.errors import UserError
+from w1train.config.schema import Config
 
 logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "te", "apex", "torch"]
 _MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+
+
+def prepare_adamw(config: Config) -> dict[str, Any]:
+    """Make megatron-core use the AdamW of ``kernels.adamw``, and return its fields of megatron-core's OptimizerConfig.
+
+    Raises:
+        UserError: ``kernels.adamw`` names an implementation that is not installed.
+    """
+    install(config.kernels.adamw)
+    settings = config.optimizer
+    return {"optimizer": "adam", "adam_beta1": settings.beta1, "adam_beta2": settings.beta2, "adam_eps": settings.epsilon}
 
 
 def install(choice: Choice = "auto") -> None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
-from w1train.engine import adamw
 from w1train.engine.buckets import bucket_size
-from w1train.engine.megatron_fixes import give_padded_places_for_loading
-from w1train.engine.optimizer_slices import save_optimizer_states_in_slices
-from w1train.engine.rate_multipliers import freeze_and_mark, rate_overrides
+from w1train.engine.gradient_hooks import GradientHooks
+from w1train.engine.megatron_ranges import mark_megatron
+from w1train.engine.optimizers import build_optimizer
+from w1train.engine.rate_multipliers import freeze_and_mark
 from w1train.model.initialization import initialize_parameters
 from w1train.model.linears import require_transformer_engine
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.objectives.description import num_streams
+from w1train.runtime.ranges import kernel_group, step_part
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +37,20 @@ class TrainedModel:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     config: TransformerConfig
+    hooks: GradientHooks
 
     @property
     def stages(self) -> list[DiffusionTransformer]:
         """The bare modules."""
         return [chunk.module for chunk in self.chunks]
+
+    @step_part("optimizer")
+    @kernel_group("optimizer")
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
@@ -93,7 +101,8 @@ def build_trained_model(config: Config, load: LoadWeights | None = None) -> Trai
         # Only the last micro-batch's backward pass may send a bucket; the schedules run the others under this.
         no_sync = [chunk.no_sync for chunk in chunks]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return TrainedModel(chunks, build_optimizer(config, chunks), megatron)
+    mark_megatron()
+    return TrainedModel(chunks, build_optimizer(config, chunks), megatron, GradientHooks(megatron, chunks))
 
 
 def _data_parallel(
@@ -111,6 +120,19 @@ def _data_parallel(
             parameters, bucket_size(size, parallel_state.get_pipeline_model_parallel_rank(), overlap_grad_reduce=overlaps), size, ddp_config
         )
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
+
+
+def flat_buffer_sizes(parameters: list[torch.nn.Parameter], bucket_size: int | None, num_shards: int) -> list[int]:
+    """Return the elements, padding included, of the buffers in which the distributed optimizer lays out gradients: a buffer for each type
+    of parameters.
+
+    Args:
+        bucket_size: elements after which a bucket ends; None = one bucket.
+        num_shards: the data- and context-parallel ranks that share a buffer.
+    """
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    layouts = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, num_shards, ddp_config).layouts
+    return [buffer.bucket_indices[-1][1] for buffer in layouts.values()]
 
 
 def initialize_tensor_overlap(config: Config) -> None:
@@ -155,32 +177,3 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
     )
     return stage
-
-
-def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW on fp32 master weights; norms, biases and other vectors without weight decay."""
-    adamw.install(config.kernels.adamw)
-    give_padded_places_for_loading()
-    save_optimizer_states_in_slices()
-    settings = config.optimizer
-    optimizer_config = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=0.0,  # set before every step, from the schedule
-        min_lr=0.0,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.epsilon,
-        clip_grad=settings.clip_grad,
-        bf16=config.training.precision == "bf16",
-        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        overrides = {**get_standard_config_overrides(optimizer_config), **rate_overrides([chunk.module for chunk in chunks])}
-        optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides, use_gloo_process_groups=False)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    return optimizer

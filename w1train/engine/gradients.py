@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+from w1train.engine.gradient_hooks import GradientHooks
 from w1train.model.initialization import global_named_parameters
+from w1train.runtime.ranges import kernel_group, step_part
 
 
+@step_part("optimizer")
+@kernel_group("optimizer")
 @torch.no_grad()
 def prepare_gradients(optimizer: MegatronOptimizer) -> Any:
     """What the optimizer's step does first: gradients into the form it wants, and their norm over all ranks, which is the same on each.
@@ -26,6 +30,8 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> Any:
     return optimizer.get_grad_norm()
 
 
+@step_part("optimizer")
+@kernel_group("optimizer")
 def step_with_prepared_gradients(optimizer: MegatronOptimizer, grad_norm: Any) -> None:
     """The rest of the optimizer's step (clipping, update), with what :func:`prepare_gradients` gave.
 
@@ -46,20 +52,15 @@ class LocalGradients:
     wrong with another one's would reach that rank's weights.
     """
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
-        """Wraps the call that sends a bucket, on every rank."""
+    def __init__(self, hooks: GradientHooks) -> None:
         self._sums: list[Tensor] = []
-        for chunk in chunks:
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                group.start_grad_sync = self._noted(group)
+        hooks.register("local gradients", self._noted)
 
     def begin(self) -> None:
         """A step begins."""
         self._sums.clear()
 
-    def _noted(self, group: Any) -> Any:
-        start = group.start_grad_sync
-
+    def _noted(self, start: Callable[..., Any], group: Any) -> Callable[..., Any]:
         @torch.no_grad()
         def noted(*arguments: Any, **keywords: Any) -> Any:
             # A sum is no number if a term is none. Not read here: the host does not wait for it.

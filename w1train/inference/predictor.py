@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import at_stage
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.engine.building import build_stage
+from w1train.engine.schedule import run_schedule
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams
@@ -99,13 +99,13 @@ class Predictor:
         # The schedule of virtual stages works on groups of as many micro-batches as there are stages, so here on copies.
         batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)
         iterators = [iter(batches) for _ in self.chunks]
-        results = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(batches),
+        results = run_schedule(
+            self._forward_step,
+            self.chunks,
+            iterators,
+            num_micro_batches=len(batches),
             # Every rank of a context-parallel group has whole rows here; the schedule divides by the group.
-            seq_length=inputs.input_ids.shape[1] * parallel_state.get_context_parallel_world_size(),
+            sequence_length=inputs.input_ids.shape[1] * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=tokens.shape[0],
             forward_only=True,
             collect_non_loss_data=True,

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from w1train.kernels.segments import Segments
 from w1train.kernels.selection import Implementation, runs_triton
+from w1train.runtime.ranges import kernel_group
 
 
+@kernel_group("norm and modulation")
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -50,6 +52,7 @@ def rms_norm(
     return _TorchNorm.apply(x, weight, eps, shift, scale, segments)
 
 
+@kernel_group("norm and modulation")
 def gate_residual(residual: Tensor, gate: Tensor, x: Tensor, segments: Segments, implementation: Implementation = "auto") -> Tensor:
     """residual + gate[segment] * x.
 

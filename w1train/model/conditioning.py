@@ -18,6 +18,7 @@ from torch import Tensor
 
 from w1train.config.schema import ModelConfig
 from w1train.model.megatron_config import parameter_device
+from w1train.runtime.ranges import kernel_group
 
 MAX_PERIOD = 10000.0
 
@@ -76,6 +77,7 @@ class Modulation(MegatronModule):
         self.num_vectors = num_vectors
         self.linear = ReplicatedLinear(condition_size, num_vectors * config.hidden_size, config)
 
+    @kernel_group("norm and modulation")
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """[g, c] -> num_vectors tensors [g, h]."""
         return self.linear(F.silu(condition)).chunk(self.num_vectors, dim=-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from w1train.config.schema import ModelConfig
 from w1train.kernels.cross_entropy import Head, linear_cross_entropy
+from w1train.runtime.ranges import kernel_group
 
 
 class OutputHead(ColumnParallelLinear):
@@ -53,6 +54,7 @@ class OutputHead(ColumnParallelLinear):
         self.mask_token_id, self.loss_chunk_size, self.tensor_group = mask_token_id, loss_chunk_size, tensor_group
         self.first_token = get_pg_rank(tensor_group) * (model.vocab_size // get_pg_size(tensor_group))
 
+    @kernel_group("loss and head")
     def forward(self, rows: Tensor, weight: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """[m, h] -> logits [m, v]; with targets, int64 [m], cross-entropies in nats, float32 [m]."""
         if targets is not None and self.loss_chunk_size is not None:

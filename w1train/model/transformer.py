@@ -30,6 +30,7 @@ from w1train.model.head import OutputHead
 from w1train.model.layer import LayerInputs, layer_spec
 from w1train.model.norm import ModulatedRMSNorm
 from w1train.model.rotary import rotary_angles
+from w1train.runtime.ranges import step_part
 
 
 @dataclass(slots=True)
@@ -144,6 +145,7 @@ class DiffusionTransformer(LanguageModule):
         """Hidden states from the previous stage; called by megatron-core's schedules."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
+    @step_part("forward")
     def forward(self, inputs: ModelInputs, targets: Tensor | None = None) -> Tensor:
         """Cross-entropies in nats, float32 [m], or without targets logits [m, v] on the last stage, hidden states [s, b, h] on the others.
 

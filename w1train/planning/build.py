@@ -138,12 +138,9 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
 
 def _check_buffer(parameters: list[torch.nn.Parameter], numel: int, num_shards: int, bucket_size: int | None) -> None:
     """megatron-core's own lay-out of the flat buffer has the planned length."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from w1train.engine.building import flat_buffer_sizes
 
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    layouts = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, num_shards, ddp_config).layouts
-    found = [buffer.bucket_indices[-1][1] for buffer in layouts.values()]
+    found = flat_buffer_sizes(parameters, bucket_size, num_shards)
     if found != [numel]:
         raise _PlanMismatchError(f"the flat buffer has {found} elements, and w1train.planning.state says {numel}")
 

@@ -1,17 +1,16 @@
 """Where the time of a training step goes: the kernels of one step, by what they are for.
 
 A kernel's group is that of the range which launched it, or whose backward pass did; outside all ranges, what its name says.
-Ranges are put around a few functions of the model for the time of a profile. A backward kernel is traced to its range by
+The ranges are those that the code marks with ``kernel_group`` (w1train/runtime/ranges.py). A backward kernel is traced to its range by
 autograd's sequence numbers, which torch gives to both passes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,47 +42,9 @@ class Breakdown:
     """(group, kernel, seconds) of what takes most."""
 
 
-Target = tuple[str, Any, str]
-"""(group, owner, name of a function)."""
-Mark = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""Opens a named range in what a tool records."""
-
-
 def in_group(group: str) -> contextlib.AbstractContextManager[Any]:
     """The range by which :func:`break_down` knows what a kernel is for."""
     return record_function(_PREFIX + group)
-
-
-@contextlib.contextmanager
-def ranges_around(targets: Iterable[Target], mark: Mark = in_group) -> Iterator[None]:
-    """Functions with ranges around them, for as long as this is open."""
-    with contextlib.ExitStack() as stack:
-        for group, owner, name in targets:
-            stack.enter_context(replaced(owner, name, _in_range(mark, group, getattr(owner, name))))
-        yield
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute, and put back what was there: nothing, where the owner had it from its class."""
-    had, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-
-def _in_range(mark: Mark, group: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with mark(group):
-            return function(*args, **kwargs)
-
-    return call
 
 
 def break_down(events: list[Any], *, on_gpu: bool, num_largest: int) -> Breakdown:

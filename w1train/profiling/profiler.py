@@ -1,6 +1,6 @@
 """Profiles of chosen steps: traces, memory snapshots and a table of time by part, or ranges for nsys.
 
-Nothing is touched unless ``profiling`` asks for it: functions are replaced by ones with ranges around them for the time of a profile only.
+The code marks its own ranges of time (w1train/runtime/ranges.py); a profile listens to them while it runs, and otherwise nobody does.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
 from w1train.config.schema_operation import ProfilingConfig
-from w1train.engine.building import TrainedModel
-from w1train.profiling.kernel_times import Breakdown, break_down, ranges_around
-from w1train.profiling.profiling_targets import PARTS, kernel_targets, part_targets
-from w1train.profiling.step_parts import Part, PartClock, parts_table
+from w1train.profiling.kernel_times import Breakdown, break_down, in_group
+from w1train.profiling.step_parts import PARTS, Part, PartClock, parts_table
 from w1train.profiling.throughput import StepTimer
 from w1train.runtime.device import device_name
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.files import replace_by_library, write_text
+from w1train.runtime.ranges import kernel_group, step_part
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +33,9 @@ _MAX_MEMORY_EVENTS = 1_000_000
 class Profiler:
     """A context manager around the training loop, which says when a step begins; what comes after a step (a save) is part of it."""
 
-    def __init__(self, config: ProfilingConfig, ranks: Ranks, directory: Path, model: TrainedModel, trainer: Any) -> None:
-        """``trainer`` has the methods validate, sample and save; files go to ``directory``."""
+    def __init__(self, config: ProfilingConfig, ranks: Ranks, directory: Path) -> None:
+        """``directory`` is where files go."""
         self.config, self.ranks, self.directory = config, ranks, directory
-        self.model, self.trainer = model, trainer
         is_here = self._is_here()
         self._steps = set(config.steps) if is_here and config.tool == "torch" else set()
         self._marks = is_here and config.tool == "nsys" and self._has_gpu()
@@ -60,7 +57,7 @@ class Profiler:
 
     def __enter__(self) -> Profiler:
         if self._marks:
-            self._marked.enter_context(ranges_around(part_targets(self.model, self.trainer), torch.cuda.nvtx.range))
+            self._marked.enter_context(step_part.listening(torch.cuda.nvtx.range))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -113,8 +110,8 @@ class _Profile:
         self.clock = PartClock(self.device, record_function)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         self.profiler = self.stack.enter_context(torch.profiler.profile(activities=activities))
-        self.stack.enter_context(ranges_around(kernel_targets(owner.model)))
-        self.stack.enter_context(self.clock.measured(part_targets(owner.model, owner.trainer)))
+        self.stack.enter_context(kernel_group.listening(in_group))
+        self.stack.enter_context(step_part.listening(self.clock.part))
         self.clock.start()
 
     def end(self, *, write: bool) -> None:

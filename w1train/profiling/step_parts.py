@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import get_args
 
 import torch
 
-from w1train.profiling.kernel_times import Mark, Target, replaced
 from w1train.profiling.stopwatches import CudaStopwatch, HostStopwatch
+from w1train.runtime.ranges import OpenRange, StepPart
+
+PARTS: tuple[StepPart, ...] = get_args(StepPart)
+"""In the order of the table."""
 
 
 @dataclass(slots=True)
@@ -27,21 +29,15 @@ class Part:
 
 @dataclass(slots=True)
 class PartClock:
-    """Measures parts while :meth:`measured` is open. A part within another one (the forward passes of a validation) belongs to that."""
+    """A listener to the parts of a step. A part within another one (the forward passes of a validation) is counted as the outer one."""
 
     device: torch.device
-    mark: Mark
+    open_range: OpenRange
+    """Opens a range in the trace around each part that is counted."""
     _calls: dict[str, int] = field(default_factory=dict)
     _host: dict[str, HostStopwatch] = field(default_factory=dict)
     _gpu: dict[str, CudaStopwatch] = field(default_factory=dict)
     _is_inside: bool = False
-
-    @contextlib.contextmanager
-    def measured(self, targets: Iterable[Target]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for part, owner, name in targets:
-                stack.enter_context(replaced(owner, name, self._timed(part, getattr(owner, name))))
-            yield
 
     def start(self) -> None:
         """A step begins, with nothing of the one before left over."""
@@ -60,21 +56,20 @@ class PartClock:
             for name, calls in self._calls.items()
         }
 
-    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._is_inside:
-                return function(*args, **kwargs)
-            self._is_inside = True
-            self._begin(part)
-            try:
-                with self.mark(part):
-                    return function(*args, **kwargs)
-            finally:
-                self._end(part)
-                self._is_inside = False
-
-        return call
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what is inside as this part."""
+        if self._is_inside:
+            yield
+            return
+        self._is_inside = True
+        self._begin(name)
+        try:
+            with self.open_range(name):
+                yield
+        finally:
+            self._end(name)
+            self._is_inside = False
 
     def _begin(self, part: str) -> None:
         self._calls[part] = self._calls.get(part, 0) + 1

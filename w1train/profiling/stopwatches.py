@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from w1train.engine.building import TrainedModel
+from w1train.engine.gradient_hooks import GradientHooks
 
 
 class Stopwatch(Protocol):
@@ -82,20 +82,16 @@ class CommunicationTimer:
     parallel.overlap_param_gather, before the forward pass of the module that needs them.
     """
 
-    def __init__(self, model: TrainedModel, stopwatch: Stopwatch) -> None:
+    def __init__(self, hooks: GradientHooks, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
         self._depth = 0
-        model.config.finalize_model_grads_func = self._timed(model.config.finalize_model_grads_func)
-        for chunk in model.chunks:
-            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-                group.start_param_sync = self._timed(group.start_param_sync)
-                group.finish_param_sync = self._timed(group.finish_param_sync)
+        hooks.register("communication", self._timed)
 
     def take(self) -> float:
         """Seconds since the last call."""
         return self._stopwatch.take()
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], _owner: Any) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             # The end of one gathering starts the next one.
             if self._depth == 0:
@@ -111,6 +107,6 @@ class CommunicationTimer:
         return call
 
 
-def communication_timer(model: TrainedModel, device: torch.device) -> CommunicationTimer:
-    """For a model on this device."""
-    return CommunicationTimer(model, CudaStopwatch() if device.type == "cuda" else HostStopwatch())
+def communication_timer(hooks: GradientHooks, device: torch.device) -> CommunicationTimer:
+    """Return the timer for a model on this device."""
+    return CommunicationTimer(hooks, CudaStopwatch() if device.type == "cuda" else HostStopwatch())

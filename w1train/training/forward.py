@@ -12,14 +12,15 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
+from w1train.engine.schedule import run_schedule
 from w1train.objectives.description import num_streams
 from w1train.objectives.likelihood import LossSums, denominator, diffusion_loss
 from w1train.runtime.pulse import beat
+from w1train.runtime.ranges import kernel_group, step_part
 from w1train.runtime.streams import hand_over, side_stream
 from w1train.training.inputs import RankInputs, rank_inputs
 
@@ -56,12 +57,12 @@ def run_micro_batches(
     if torch.cuda.is_available():
         # Once a step: batches that lie on the GPU already (validation's) were put there by the model's stream.
         _input_stream().wait_stream(torch.cuda.current_stream())
-    results = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, config),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks,
-        num_microbatches=num_micro_batches,
-        seq_length=num_streams(config) * config.data.sequence_length,
+    results = run_schedule(
+        partial(_forward_step, config),
+        chunks,
+        iterators,
+        num_micro_batches=num_micro_batches,
+        sequence_length=num_streams(config) * config.data.sequence_length,
         micro_batch_size=config.training.micro_batch_size,
         forward_only=not training,
     )
@@ -91,6 +92,7 @@ def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_b
     return [draw(own) for own in waiting]
 
 
+@step_part("data")
 def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
     """The next micro-batch's inputs, targets and work. Corruption, visibility, the attention's plan and the choice of where losses are
     taken ask the GPU for sizes (of segments, of masked tokens, of tiles). On the model's stream each answer would come after the backward
@@ -114,6 +116,8 @@ def _input_stream() -> torch.cuda.Stream:
     return side_stream("inputs", torch.device("cuda", torch.cuda.current_device()))
 
 
+@step_part("forward")
+@kernel_group("loss and head")
 def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
 

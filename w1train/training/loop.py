@@ -47,6 +47,7 @@ from w1train.runtime.device import device_name, memory_gib
 from w1train.runtime.distributed import Ranks, agreed, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different, write_text
 from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
+from w1train.runtime.ranges import step_part
 from w1train.runtime.record_files import read_metrics
 from w1train.runtime.run_directory import RunDirectory
 from w1train.sampling.text import sample_texts
@@ -97,16 +98,16 @@ class Trainer:
             upload_patience=config.health.hang_timeout / 2,
         )
         peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
-        communication = communication_timer(self.model, ranks.device).take if config.logging.communication else None
+        communication = communication_timer(self.model.hooks, ranks.device).take if config.logging.communication else None
         self.timer = StepTimer(ranks.world_size, peak, communication=communication)
-        self.profiler = Profiler(config.profiling, ranks, run.profile, self.model, self)
+        self.profiler = Profiler(config.profiling, ranks, run.profile)
         self.phase_ends = phase_ends(config)
         self.stage_name = stage_of_step(config, self.progress.step)
         self.stage = at_stage(config, self.stage_name)
         logger.info("stage %s: %s", self.stage_name, describe_objective(self.stage))
         health = config.health
         self.guard = StepGuard(health, self.progress, self.model, run.bad_batches)
-        self.stragglers = StragglerClock(self.model.config, health.straggler_interval, health.straggler_share)
+        self.stragglers = StragglerClock(self.model.hooks, health.straggler_interval, health.straggler_share)
         self.garbage = GarbageCollection(health.gc_interval)
         self.num_rewinds = 0
         self.stopped = False
@@ -250,9 +251,7 @@ class Trainer:
         training, model = self.stage.training, self.model
         num_samples = training.global_batch_size
         rate = learning_rate(self.config.schedule, (self.progress.samples + num_samples) * self.config.data.sequence_length)
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
-        model.optimizer.zero_grad()
+        model.zero_gradients()
         self.guard.local_gradients.begin()
         num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
         sums, work = run_micro_batches(self.stage, model.chunks, batches, num_micro_batches, training=True)
@@ -297,6 +296,7 @@ class Trainer:
             },
         )
 
+    @step_part("validate")
     def validate(self) -> None:
         """Score the validation set, if there is one."""
         if self.data.validation is not None:
@@ -312,6 +312,7 @@ class Trainer:
         """Stage and block size, for the records."""
         return {"stage": self.stage_name, "block_size": block_size(self.stage)}
 
+    @step_part("sample")
     def sample(self) -> None:
         """Complete the prompts, on the first model replica."""
         # On all ranks, though only some sample.
@@ -326,6 +327,7 @@ class Trainer:
             self.watch.record_samples([(sample.prompt, sample.text) for sample in samples])
         self.timer.restart()
 
+    @step_part("save")
     def save(self) -> None:
         """Begin to write a checkpoint; ``self.saver`` says when it is there."""
         with self.saver.times.stalling():

@@ -90,7 +90,7 @@ def find_nonfinite(rank: int, world_size: int, sections: dict, name: str) -> tup
     config = tiny_config(**sections)
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
-        local = LocalGradients(model.chunks)
+        local = LocalGradients(model.hooks)
         place = ranks.data_parallel_rank, ranks.data_parallel_size
         local.begin()
         compute(model, config, *place, 0)

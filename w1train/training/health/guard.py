@@ -53,7 +53,7 @@ class StepGuard:
 
     def __init__(self, settings: HealthConfig, progress: Progress, model: TrainedModel, bad_batches: Path) -> None:
         self._settings, self._progress, self._model, self._bad_batches = settings, progress, model, bad_batches
-        self.local_gradients = LocalGradients(model.chunks)
+        self.local_gradients = LocalGradients(model.hooks)
 
     @property
     def num_skipped(self) -> int:

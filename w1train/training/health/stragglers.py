@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
+
+from w1train.engine.gradient_hooks import GradientHooks
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +28,19 @@ _TIMES_BEFORE_WARNING = 3
 class StragglerClock:
     """Measures inside megatron-core's finalize_model_grads, at the steps it is told to."""
 
-    def __init__(
-        self, config: TransformerConfig, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, hooks: GradientHooks, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         """
         Args:
-            config: the model's; its finalize_model_grads_func is wrapped.
             interval: steps; 0 = never.
             warning_share: of a step's time that ranks may wait without a warning.
         """
         self._interval, self._warning_share, self._clock = interval, warning_share, clock
-        self._finalize = config.finalize_model_grads_func
         self._is_due = False
         self._times_in_a_row = 0
         self.metrics: dict[str, float] = {}
         """Of the present step; empty if it is not measured."""
         if interval:
-            config.finalize_model_grads_func = self._measured
+            hooks.register("stragglers", self._measured)
 
     def begin(self, step: int) -> None:
         """The step of this number (from 1) begins."""
@@ -51,11 +48,20 @@ class StragglerClock:
         self._is_due = self._interval > 0 and step % self._interval == 0
         self._start = self._clock()
 
-    def _measured(self, *arguments: Any, **keywords: Any) -> None:
-        if not self._is_due:
-            self._finalize(*arguments, **keywords)
-            return
-        self._is_due = False
+    def _measured(self, finalize: Callable[..., None], _config: Any) -> Callable[..., None]:
+        def measured(*arguments: Any, **keywords: Any) -> None:
+            if not self._is_due:
+                finalize(*arguments, **keywords)
+                return
+            self._is_due = False
+            slowest, spread, together = self._meet()
+            finalize(*arguments, **keywords)
+            self._warn(slowest, spread, together - self._start)
+
+        return measured
+
+    def _meet(self) -> tuple[int, float, float]:
+        """Wait for all ranks. Return the slowest one, how long others waited for it, and the clock's time."""
         # Kernels that are under way belong to this rank's work.
         torch.cuda.synchronize()
         arrived = self._clock()
@@ -63,8 +69,7 @@ class StragglerClock:
         together = self._clock()
         slowest, spread = _compare(together - arrived)
         self.metrics = {"health/slowest_rank": slowest, "health/rank_spread": spread}
-        self._finalize(*arguments, **keywords)
-        self._warn(slowest, spread, together - self._start)
+        return slowest, spread, together
 
     def _warn(self, slowest: int, spread: float, seconds: float) -> None:
         """By the rank that is meant, which knows its machine; once is chance."""
