@@ -136,6 +136,62 @@ def test_the_import_rule_sees_what_it_should(tmp_path, monkeypatch, location, so
     assert (problems == []) if problem is None else (len(problems) == 1 and problem in problems[0])
 
 
+# The parts of megatron-core that each folder of w1train/ may import. Every folder may also read parallel_state, and engine/ may import all
+# parts: builders, optimizers, data-parallel wrappers and pipeline schedules are used there alone.
+MEGATRON_PARTS = {
+    "model": ("enums", "extensions", "models", "process_groups_config", "tensor_parallel", "transformer", "utils"),
+    "attention": ("tensor_parallel", "transformer"),
+    "checkpoints": ("dist_checkpointing",),
+    "inference": ("tensor_parallel",),
+}
+# Exceptions. megatron_on_cpu.py redirects megatron-core to the CPU before anything is built: it imports the package ("") and what it
+# replaces. distributed.py makes the process groups, and seeds the random numbers of each rank with them.
+MEGATRON_EXCEPTIONS = {
+    "w1train/runtime/megatron_on_cpu.py": ("", "distributed.param_and_grad_buffer", "models", "optimizer"),
+    "w1train/runtime/distributed.py": ("tensor_parallel.model_parallel_cuda_manual_seed",),
+}
+
+
+def megatron_problems(path: Path) -> Iterator[str]:
+    """Yield the imports by which a module of w1train reaches parts of megatron-core that its folder may not use."""
+    name = path.relative_to(REPOSITORY).as_posix()
+    folder = name.split("/")[1]
+    if folder == "engine":
+        return
+    allowed = (*MEGATRON_PARTS.get(folder, ()), *MEGATRON_EXCEPTIONS.get(name, ()), "parallel_state")
+    for line, module in imported_modules(path):
+        part = module.removeprefix("megatron.core").removeprefix(".")
+        if module.startswith("megatron") and not any(part == each or (each and part.startswith(f"{each}.")) for each in allowed):
+            yield f"{name}:{line} imports {module}"
+
+
+def test_megatron_is_built_and_hooked_in_one_room():
+    problems = [problem for path in python_files("w1train") for problem in megatron_problems(path)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("location", "source", "found"),
+    [
+        ("w1train/training/a.py", "from megatron.core import parallel_state\n", False),
+        ("w1train/training/a.py", "from megatron.core.parallel_state import RankGenerator\n", False),
+        ("w1train/training/a.py", "from megatron.core.pipeline_parallel import get_forward_backward_func\n", True),
+        ("w1train/model/a.py", "from megatron.core.transformer.mlp import MLP\n", False),
+        ("w1train/model/a.py", "def f():\n    import megatron.core.optimizer\n", True),
+        ("w1train/model/a.py", "import megatron.core\n", True),
+        ("w1train/checkpoints/a.py", "from megatron.core import distributed\n", True),
+        ("w1train/engine/a.py", "from megatron.core.optimizer import distrib_optimizer\n", False),
+        ("w1train/a.py", "from megatron.core import tensor_parallel\n", True),
+    ],
+)
+def test_the_rule_about_megatron_sees_what_it_should(tmp_path, monkeypatch, location, source, found):
+    monkeypatch.setattr(f"{__name__}.REPOSITORY", tmp_path)
+    path = tmp_path / location
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert bool(list(megatron_problems(path))) is found
+
+
 def test_files_are_short():
     sources = [path for path in tracked_files() if path.suffix in (".py", ".sh")]
     lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in sources}
