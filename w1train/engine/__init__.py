@@ -1,1 +1,1 @@
-"""The seam with megatron-core: it builds models and optimizers, and orders what happens to gradients."""
+"""The part of w1train that uses megatron-core's builders, optimizers, pipeline schedules and gradient hooks."""

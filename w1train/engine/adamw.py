@@ -1,8 +1,8 @@
 """AdamW that keeps its step count in the parameter group.
 
 torch's own AdamW has a ``step`` tensor for every parameter, which megatron-core's distributed optimizer cannot put into a
-checkpoint (``fully_reshardable`` fails on load with KeyError 'step'). NVIDIA's FusedAdam keeps one count per group; so does
-this, which stands in for it where neither transformer-engine nor apex is installed.
+checkpoint (``fully_reshardable`` fails on load with KeyError 'step'). NVIDIA's FusedAdam keeps one count per group. The class
+here does the same, and takes the place of FusedAdam where neither transformer-engine nor apex is installed.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def prepare_adamw(config: Config) -> dict[str, Any]:
 
 
 def install(choice: Choice = "auto") -> None:
-    """Make megatron-core use the chosen AdamW, and treat this one as the FusedAdam it imitates. "auto" = transformer-engine's, else
-    apex's, else this.
+    """Make megatron-core use the chosen AdamW, and treat the class of this module like the FusedAdam that it imitates. "auto" chooses
+    transformer-engine's, or else apex's, or else this module's.
 
     Raises:
-        UserError: one is asked for by name that is not installed.
+        UserError: ``choice`` names a library that is not installed.
     """
     found = {name: _import(module) for name, module in _MODULES.items()}
     if choice in _MODULES and found[choice] is None:
@@ -58,7 +58,7 @@ def install(choice: Choice = "auto") -> None:
 
 
 def _import(module: str) -> Any:
-    """FusedAdam of a module; None where it is not installed, or not for this machine."""
+    """Return the FusedAdam of a module, or None where the module is not installed or was built for another machine."""
     try:
         return importlib.import_module(module).FusedAdam
     except ImportError:
@@ -78,14 +78,14 @@ class AdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        """The last two are FusedAdam's; megatron-core passes them."""
+        """Take torch's arguments, and two of FusedAdam's that megatron-core passes: ``adam_w_mode`` and ``capturable``."""
         if not adam_w_mode or capturable:
             raise ValueError("only AdamW without graph capture is implemented here; install transformer-engine for the rest")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient once."""
         assert closure is None
         for group in self.param_groups:
             # Counted even for a group without parameters on this rank: ranks' groups must agree in a checkpoint.

@@ -1,4 +1,4 @@
-"""Building what is trained: the model's stages in megatron-core's data-parallel wrapper, and the optimizer."""
+"""The construction of what is trained: the model's stages in megatron-core's data-parallel wrapper, and the optimizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class TrainedModel:
-    """The stages of this rank and their optimizer."""
+    """The model's stages on this rank, their optimizer, and the measurements around their gradients."""
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -41,44 +41,49 @@ class TrainedModel:
 
     @property
     def stages(self) -> list[DiffusionTransformer]:
-        """The bare modules."""
+        """The modules inside the data-parallel wrappers."""
         return [chunk.module for chunk in self.chunks]
 
     @step_part("optimizer")
     @kernel_group("optimizer")
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last step."""
+        """Clear the gradients of the last step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
-        """Make every rank's parameters those of the last optimizer step, before anything but the next training step reads them; called on
-        every rank. With parallel.overlap_param_gather they are otherwise gathered by the forward pass, module by module."""
+        """Give every rank the parameters of the last optimizer step. Called on every rank before anything but the next training step reads
+        parameters: with parallel.overlap_param_gather only a forward pass gathers them, module by module."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     @torch.no_grad()
     def largest_parameter(self) -> float:
-        """Largest magnitude over all ranks; infinite if one is or is no number. Called on every rank."""
+        """Return the largest magnitude of a parameter over all ranks; infinity if a parameter is NaN or infinite. Called on every rank."""
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         largest = torch.stack([torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32) for parameter in parameters]).max()
-        # NaN is lost in a maximum over ranks; infinity is not.
+        # A maximum over ranks may lose a NaN, and keeps infinity.
         largest = torch.where(largest.isnan(), torch.inf, largest)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return largest.item()
 
 
 LoadWeights = Callable[[Sequence[torch.nn.Module]], None]
-"""Writes the parameters of this rank's stages."""
+"""A function that writes the parameters of this rank's stages."""
 
 
 def build_trained_model(config: Config, load: LoadWeights | None = None) -> TrainedModel:
-    """Model and optimizer for this rank, with random weights or, over them, what ``load`` writes.
+    """Build model and optimizer for this rank, with random weights.
 
-    ``load`` comes before the optimizer copies the weights to fp32 masters, which would otherwise undo it at the first step.
+    Args:
+        load: writes other weights over the random ones. It is called before the optimizer copies the weights to fp32 masters; weights
+            that are written later would be undone by the first step.
+
+    Raises:
+        ConfigurationError, UserError: on every rank; the configuration asks for what this model or machine does not have.
     """
     megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
     megatron.finalize_model_grads_func = finalize_model_grads
@@ -98,7 +103,7 @@ def build_trained_model(config: Config, load: LoadWeights | None = None) -> Trai
     freeze_and_mark(stages, config.optimizer.rate_multipliers)
     chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
     if config.parallel.overlap_grad_reduce:
-        # Only the last micro-batch's backward pass may send a bucket; the schedules run the others under this.
+        # Only the last micro-batch's backward pass may send a bucket; the schedules run the other backward passes under no_sync.
         no_sync = [chunk.no_sync for chunk in chunks]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     mark_megatron()
@@ -108,11 +113,11 @@ def build_trained_model(config: Config, load: LoadWeights | None = None) -> Trai
 def _data_parallel(
     megatron: TransformerConfig, ddp_config: DistributedDataParallelConfig, stage: DiffusionTransformer
 ) -> DistributedDataParallel:
-    """megatron-core's wrapper, which keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
+    """Wrap a stage in megatron-core's module that keeps gradients in one fp32 buffer and reduces them over data-parallel ranks."""
     layout = None
     size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     overlaps = ddp_config.overlap_grad_reduce
-    # The wrapper takes this one, which is the same on all pipeline stages, and leaves it out on the later ones.
+    # The wrapper wants the size that is the same on all pipeline stages, and ignores it on the later stages.
     ddp_config.bucket_size = bucket_size(size, 0, overlap_grad_reduce=overlaps)
     if ddp_config.use_distributed_optimizer:
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
@@ -136,14 +141,14 @@ def flat_buffer_sizes(parameters: list[torch.nn.Parameter], bucket_size: int | N
 
 
 def initialize_tensor_overlap(config: Config) -> None:
-    """transformer-engine's buffers for tensor-parallel collectives that run beside the matrix products.
+    """Make transformer-engine's buffers for tensor-parallel collectives that run while matrix products do.
 
     Raises:
         UserError: transformer-engine is not installed, or there is no GPU.
     """
     require_transformer_engine("parallel.tp_comm_overlap", "true", "false")
     if not torch.cuda.is_available():
-        raise UserError("parallel.tp_comm_overlap is true, which needs NVLink between GPUs, and there is none; set it to false")
+        raise UserError("parallel.tp_comm_overlap is true, which needs NVLink between GPUs, and this machine has no GPU; set it to false")
     from transformer_engine.pytorch.module import base
 
     parallel, training = config.parallel, config.training
@@ -158,7 +163,7 @@ def initialize_tensor_overlap(config: Config) -> None:
 
 
 def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) -> DiffusionTransformer:
-    """A pipeline stage of this rank (its ``vp_stage``-th chunk under virtual pipelining), with initial weights."""
+    """Build a pipeline stage of this rank (its ``vp_stage``-th chunk under virtual pipelining), with initial weights."""
     chunk = {"ignore_virtual": False, "vp_stage": vp_stage if config.parallel.virtual_pipeline > 1 else None}
     stage = DiffusionTransformer(
         megatron,

@@ -1,7 +1,7 @@
 """The list of measurements around megatron-core's gradient and parameter communication, and the order in which they are called.
 
-This is the one place where those functions of megatron-core are replaced. A measurement registers under its name in ``ORDER``; who
-registers first does not matter. A function around which nothing is registered stays megatron-core's own.
+These functions of megatron-core are replaced in this module alone. A measurement registers under its name in ``ORDER``, which decides the
+order of calls; the order of registration does not matter. A function without a registered measurement stays megatron-core's own.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from w1train.runtime.ranges import step_part
 
 Function = Callable[..., Any]
 Hook = Callable[[Function, Any], Function]
-"""(function, the object that it belongs to: the model's configuration or a bucket group) -> the function that is called in its place."""
+"""A decorator: (function, its owner, which is the model's configuration or a bucket group) -> the function that is called in its place."""
 HookName = Literal["time range", "stragglers", "communication", "local gradients"]
 
 ORDER: dict[str, tuple[HookName, ...]] = {
-    # The end of the reduction, once a step. The ranks' meeting (stragglers) belongs to the part "reduce" of a profile. It comes before the
-    # stopwatch starts, so that the time in which ranks wait for a slow one is not taken for that of the network.
+    # Called once a step, at the end of the reduction. "stragglers" lets the ranks wait for each other. This wait belongs to the part
+    # "reduce" of a profile, and ends before the stopwatch of "communication" starts, which would otherwise count it as the network's time.
     "finalize_model_grads_func": ("time range", "stragglers", "communication"),
-    # A bucket of gradients is sent, still this rank's own.
+    # Sends a bucket. Its gradients are still those of this rank alone.
     "start_grad_sync": ("local gradients",),
-    # A bucket of parameters is gathered.
+    # Gather a bucket of parameters.
     "start_param_sync": ("communication",),
     "finish_param_sync": ("communication",),
 }
-"""Function of megatron-core -> the measurements around it, the outermost first."""
+"""Name of a function of megatron-core -> the measurements around it, the outermost first."""
 
 
 class GradientHooks:
-    """The measurements around one model's functions. It is made once, when the model is built."""
+    """The measurements around the functions of one model. ``build_trained_model`` makes the object."""
 
     def __init__(self, config: TransformerConfig, chunks: Sequence[DistributedDataParallel]) -> None:
         """
         Args:
-            config: the model's; it has finalize_model_grads_func.
-            chunks: their bucket groups have the other functions.
+            config: the model's configuration, which has finalize_model_grads_func.
+            chunks: the model's chunks on this rank, whose bucket groups have the other functions.
         """
         groups = [group for chunk in chunks for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
         owners = {name: [config] if name == "finalize_model_grads_func" else groups for name in ORDER}
@@ -48,7 +48,7 @@ class GradientHooks:
         self.register("time range", lambda function, _: step_part("reduce")(function))
 
     def register(self, name: HookName, hook: Hook) -> None:
-        """Put ``hook`` around the functions whose ``ORDER`` has its name, at its place among the hooks that are there."""
+        """Put ``hook`` around each function for which ``ORDER`` lists ``name``, at its place among the registered hooks."""
         assert name not in self._hooks, f"{name} is registered already"
         self._hooks[name] = hook
         for function_name, owner, original in self._originals:

@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.19 that a test here proves necessary; each says what goes wrong without it."""
+"""Corrections of megatron-core 0.19. A test proves that each is necessary, and its docstring says what goes wrong without it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def give_padded_places_for_loading() -> None:
-    """Tell megatron-core the places of optimizer states behind the first of several gradient buckets.
+    """Make megatron-core load optimizer states to the right places where there are several gradient buckets.
 
-    It makes stand-ins without the padding between buckets, and then cuts parameters out of them at offsets that count the padding: the
-    last ones come out too short, and are filled up ("... can lead to data corruption", a log line). Here the stand-ins are long enough.
-    Saving had the same fault with the states themselves; it goes another way now (w1train/engine/optimizer_slices.py,
-    tests/parallel/test_reshard.py).
+    For a load, megatron-core makes empty tensors without the padding between buckets, and then cuts parameters out of them at offsets that
+    count the padding. The last parameters come out too short, and are filled up ("... can lead to data corruption", a log line). Here the
+    empty tensors are as long as the padded buffers. A save by megatron-core has the same fault with the states themselves, and is replaced
+    by w1train/engine/optimizer_slices.py (tests/parallel/test_reshard.py).
     """
     original = DistributedOptimizer.get_parameter_state_dp_zero
     if hasattr(original, "__wrapped__"):

@@ -1,11 +1,11 @@
-"""The distributed optimizer's states in a checkpoint, each rank's own slice as boxes of the parameters it belongs to.
+"""The distributed optimizer's states in a checkpoint: each rank writes its own slice, as boxes of the parameters that the slice touches.
 
 megatron-core's "fully reshardable" format stores a state under its parameter's name and in its shape, so that any layout can load it.
 For a save it gathers all states of a model replica in the memory of every data-parallel rank: twelve bytes a parameter over the network
 and in host memory, while training waits. But a slice of a flat buffer is a few boxes of each parameter that it touches (a piece of a row,
-whole rows, a piece of a row), and a checkpoint may be made of any boxes. So nothing is gathered, and every rank writes what it has.
+whole rows, a piece of a row), and a checkpoint may be made of any boxes. Here nothing is gathered, and every rank writes its own boxes.
 
-Loading is megatron-core's: it asks for whole parameters, whatever boxes they are stored in.
+Loading is left to megatron-core, which asks for whole parameters, whatever boxes they are stored in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOT_STATES = ("step",)  # a count per parameter group, which is saved with the 
 
 
 def save_optimizer_states_in_slices() -> None:
-    """Make megatron-core's distributed optimizer save so; done once."""
+    """Make megatron-core's distributed optimizer save each rank's slice; a second call does nothing."""
     original = DistributedOptimizer.sharded_state_dict
     if hasattr(original, "__wrapped__"):
         return
@@ -37,23 +37,23 @@ def save_optimizer_states_in_slices() -> None:
     def sharded_state_dict(self: DistributedOptimizer, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading:
             return original(self, model_state, is_loading, *args, **kwargs)
-        # All that the original does beside gathering is to collect garbage: a quarter of a second in which training would wait.
+        # Beside gathering, the original only collects garbage, which is a quarter of a second in which training would wait.
         return {**self.state_dict(), "param_state": dict(enumerate(state_shards(self, model_state))), "param_state_sharding_type": _FORMAT}
 
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
 
 
 def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[ShardedTensor]:
-    """This rank's slices of the fp32 weights and moments, where it is the first of the ranks that have them.
+    """Yield this rank's slices of the fp32 weights and moments, where it is the first of the ranks that have them.
 
     Args:
-        model_state: megatron-core's sharded state of the model, with its parameters themselves.
+        model_state: megatron-core's sharded state of the model, which holds the parameters themselves.
     """
     places = {place.data: place for place in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
     for parameter, start, end in _slices(optimizer):
         assert parameter in places, f"a parameter of shape {tuple(parameter.shape)} is not in the model's state. {KEEP_VARS_HINT}"
         place = places[parameter]
-        # (pipeline, tensor, data): the slices of the data-parallel ranks are different ones.
+        # The places are (pipeline, tensor, data). Data-parallel ranks have different slices, so that only the first two make a replica.
         if any(place.replica_id[:2]):
             continue
         states = optimizer._get_main_param_and_optimizer_states(parameter)
@@ -64,7 +64,7 @@ def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[
 
 
 def _slices(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-    """(parameter, first element, end) of all that this rank's optimizer updates."""
+    """Yield (parameter, first element, end) of all that this rank's optimizer updates."""
     for ranges_by_dtype in optimizer.gbuf_ranges:
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:
@@ -75,10 +75,10 @@ def _slices(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Paramete
 def _part_shards(
     part: ShardedTensor, parameter: torch.nn.Parameter, key: str, state: Tensor, start: int, end: int
 ) -> Iterator[ShardedTensor]:
-    """The elements ``start`` to ``end`` of a parameter, as far as they lie in a part of it (the gate of a gated linear, for example).
+    """Yield the elements ``start`` to ``end`` of a parameter, as far as they are in a part of it (the gate of a gated linear, for example).
 
     Args:
-        part: its ``data`` is a piece of the parameter's memory.
+        part: a tensor whose ``data`` is a piece of the parameter's memory.
         state: [end - start].
     """
     assert part.data.is_contiguous(), f"{part.key} is stored in parts that are not contiguous in memory"
@@ -92,7 +92,7 @@ def _part_shards(
         first = origin - start + _flat_index(offset, part.local_shape)
         box = state.view(-1)[first : first + math.prod(sizes)].view(prepended + sizes)
         place = tuple(a + b for a, b in zip(part.global_offset, (0,) * part.prepend_axis_num + offset, strict=True))
-        # Without fragmentations: these boxes are no regular grid.
+        # No fragmentations are given: these boxes are not a regular grid.
         yield ShardedTensor(key, box, box.dtype, tuple(box.shape), part.global_shape, place, None, replica_id=0)
 
 
@@ -101,7 +101,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes_of_range(start: int, end: int, sizes: Sequence[int]) -> Iterator[Box]:
-    """The elements ``start`` to ``end`` of a tensor, counted row by row, as boxes, each of consecutive elements, in order."""
+    """Yield boxes that hold the elements ``start`` to ``end`` of a tensor, counted row by row: consecutive elements each, in order."""
     if len(sizes) <= 1:
         yield ((start,), (end - start,)) if sizes else ((), ())
         return

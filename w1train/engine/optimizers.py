@@ -24,14 +24,14 @@ from w1train.engine.optimizer_slices import save_optimizer_states_in_slices
 from w1train.engine.rate_multipliers import rate_overrides
 
 Prepare = Callable[[Config], dict[str, Any]]
-"""Makes megatron-core ready for an optimizer, and returns the fields of megatron-core's OptimizerConfig that are this optimizer's own."""
+"""A function that prepares megatron-core for an optimizer, and returns this optimizer's own fields of megatron-core's OptimizerConfig."""
 
 OPTIMIZERS: dict[str, Prepare] = {"adamw": prepare_adamw}
-"""By their names in ``optimizer.name``. A new optimizer is a file with its function, and a line here."""
+"""The optimizers by their names in ``optimizer.name``. A new optimizer is a file with such a function, and an entry here."""
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Return the run's optimizer on fp32 master weights; norms, biases and other vectors have no weight decay.
+    """Build the run's optimizer on fp32 master weights; norms, biases and other vectors have no weight decay.
 
     Raises:
         ConfigurationError: no optimizer is registered under ``optimizer.name``.
@@ -68,6 +68,6 @@ def make_states(optimizer: MegatronOptimizer) -> None:
     that was skipped) would hold no moments, and a load, which asks for all of them, would fail."""
     assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
     for each in optimizer.chained_optimizers:
-        # None where a rank has nothing to train.
+        # It is None on a rank that has nothing to train.
         if each.init_state_fn is not None:
             each.init_state_fn(each.optimizer, each.config)

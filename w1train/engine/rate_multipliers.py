@@ -1,4 +1,4 @@
-"""Learning rates by parameter: multiples of the schedule's, and 0 for what is frozen."""
+"""Learning rates by parameter: multiples of the schedule's rate, and 0 for a frozen parameter."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MOST_NAMES = 20
 
 
 def freeze_and_mark(stages: list[torch.nn.Module], multipliers: dict[str, float]) -> None:
-    """Give each parameter its ``rate_multiplier``; one that is 0 in every layer needs no gradient. Before the data-parallel wrapper, which
-    counts gradients.
+    """Give each parameter its ``rate_multiplier``, and switch the gradient off where the multiplier is 0 in every layer. Called before the
+    data-parallel wrapper is made, which counts the parameters that have gradients.
 
     Raises:
-        ConfigurationError: on every rank, for a pattern that fits no parameter of the model, and if nothing is left to train.
+        ConfigurationError: on every rank; a pattern fits no parameter of the model, or every parameter is frozen.
     """
     named = [item for stage in stages for item in global_named_parameters(stage)]
     names = _names_of_all_ranks({name for name, _ in named}) if multipliers else [name for name, _ in named]
     _check(names, multipliers)
-    # Checkpoints stack the layers of one kind, states included: states that some of them lack would leave holes there. So where only
-    # some are frozen they have states and gradients (which count in the norm), and a rate of 0.
+    # Checkpoints stack the parameters of one kind over the layers, with their optimizer states. A layer without states would leave a hole
+    # in the stack. Where only some layers are frozen, they therefore keep states and gradients (which count in the norm), at a rate of 0.
     trained_kinds = {_kind(name) for name in names if _multiplier(name, multipliers) > 0}
     for name, parameter in named:
         parameter.rate_multiplier = _multiplier(name, multipliers)
@@ -39,7 +39,7 @@ def freeze_and_mark(stages: list[torch.nn.Module], multipliers: dict[str, float]
 
 
 def rate_overrides(stages: list[torch.nn.Module]) -> dict[ParamKey, dict[str, float]]:
-    """For megatron-core's optimizer: a parameter group for each multiplier, whose ``lr_mult`` it becomes."""
+    """Return what makes megatron-core's optimizer put the parameters of each multiplier into a group with that ``lr_mult``."""
     found = {parameter.rate_multiplier for stage in stages for parameter in stage.parameters() if parameter.requires_grad}
     return {
         ParamKey(predicate=ParamPredicate(f"rate x {multiplier}", lambda parameter, rate=multiplier: parameter.rate_multiplier == rate)): {
@@ -54,12 +54,12 @@ def _multiplier(name: str, multipliers: dict[str, float]) -> float:
 
 
 def _kind(name: str) -> str:
-    """The name without the number of its layer."""
+    """Return the name without the number of its layer."""
     return re.sub(r"\blayers\.\d+\.", "layers.", name)
 
 
 def _names_of_all_ranks(names: set[str]) -> list[str]:
-    """A pipeline stage has only its own layers."""
+    """Return the names on all ranks: a pipeline stage has only its own layers."""
     everywhere: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everywhere, names)
     return sorted(set().union(*everywhere))
