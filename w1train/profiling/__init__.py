@@ -1,1 +1,1 @@
-"""Where the time of a step goes: traces, stopwatches, throughput."""
+"""Measurements of the time and memory of a training step: traces, stopwatches, throughput."""

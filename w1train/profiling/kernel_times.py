@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: the kernels of one step, by what they are for.
+"""The time of the kernels of one training step, in groups by what they compute.
 
-A kernel's group is that of the range which launched it, or whose backward pass did; outside all ranges, what its name says.
-The ranges are those that the code marks with ``kernel_group`` (w1train/runtime/ranges.py). A backward kernel is traced to its range by
-autograd's sequence numbers, which torch gives to both passes.
+A kernel belongs to the group of the range that launched it, or of the range whose backward pass launched it. The group of a kernel that was
+launched outside all ranges is guessed from its name. The ranges are those that the code marks with ``kernel_group``
+(w1train/runtime/ranges.py). A backward kernel is traced to its range by autograd's sequence numbers, which torch gives to both passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd.profiler import record_function
 GROUPS = ("attention", "GEMM", "norm and modulation", "rotary and SwiGLU", "loss and head", "optimizer", "communication", "other")
 _PREFIX = "w1train: "
 _BACKWARD_SCOPE = 1  # at::RecordScope::BACKWARD_FUNCTION
-# The first that is found in a kernel's name; CPU operators have names too, for dry runs.
+# (pattern, group); the first pattern that is found in a kernel's name counts. Names of CPU operators are here too, for runs without a GPU.
 _BY_NAME: tuple[tuple[str, str], ...] = (
     (r"nccl|all_reduce|allreduce|reduce_scatter|allgather", "communication"),
     (r"flash|fmha|flex_att|flexatt|attention|sdpa", "attention"),
@@ -34,21 +34,21 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
 
 @dataclass(slots=True, frozen=True)
 class Breakdown:
-    """Seconds of one step by group, and those in which any kernel ran (streams may overlap)."""
+    """Seconds of one step by group, and the seconds in which any kernel ran (which are fewer where streams overlap)."""
 
     seconds: dict[str, float]
     busy: float
     largest: list[tuple[str, str, float]]
-    """(group, kernel, seconds) of what takes most."""
+    """(group, kernel, seconds) of the kernels that take most time."""
 
 
 def in_group(group: str) -> contextlib.AbstractContextManager[Any]:
-    """The range by which :func:`break_down` knows what a kernel is for."""
+    """Open the range from which :func:`break_down` knows the group of a kernel."""
     return record_function(_PREFIX + group)
 
 
 def break_down(events: list[Any], *, on_gpu: bool, num_largest: int) -> Breakdown:
-    """Of the profiler's events: kernels on a GPU, operators' own time on the CPU."""
+    """Sum the profiler's events by group: the time of kernels on a GPU, operators' own time on the CPU."""
     ranges = _backward_ranges(events)
     seconds: defaultdict[str, float] = defaultdict(float)
     by_kernel: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -61,7 +61,7 @@ def break_down(events: list[Any], *, on_gpu: bool, num_largest: int) -> Breakdow
 
 
 def _work(events: list[Any], ranges: dict[tuple[int, int], str], on_gpu: bool) -> Iterator[tuple[str, str, float]]:
-    """(name, group, microseconds) of each piece of work."""
+    """Yield (name, group, microseconds) of each piece of work."""
     launched: defaultdict[str, float] = defaultdict(float)
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -72,7 +72,7 @@ def _work(events: list[Any], ranges: dict[tuple[int, int], str], on_gpu: bool) -
         for kernel in event.kernels:
             launched[kernel.name] += kernel.duration
             yield kernel.name, group or group_by_name(kernel.name), kernel.duration
-    # Kernels that no operator is known for.
+    # The rest are kernels whose operator is not known.
     on_device: defaultdict[str, float] = defaultdict(float)
     for event in _device_events(events):
         on_device[event.name] += event.time_range.elapsed_us()
@@ -82,14 +82,14 @@ def _work(events: list[Any], ranges: dict[tuple[int, int], str], on_gpu: bool) -
 
 
 def _device_events(events: list[Any]) -> Iterator[Any]:
-    """Kernels and copies; ranges have a shadow on the device that is no work."""
+    """Yield kernels and copies, and leave out the copies of ranges that the profiler shows on the device."""
     for event in events:
         if event.device_type == DeviceType.CUDA and not event.name.startswith(_PREFIX) and not getattr(event, "is_user_annotation", False):
             yield event
 
 
 def group_by_name(name: str) -> str:
-    """The group of a kernel that was launched outside all ranges."""
+    """Return the group of a kernel that was launched outside all ranges."""
     for pattern, group in _BY_NAME:
         if re.search(pattern, name, re.IGNORECASE):
             return group
@@ -97,17 +97,18 @@ def group_by_name(name: str) -> str:
 
 
 def _backward_ranges(events: list[Any]) -> dict[tuple[int, int], str]:
-    """(thread, sequence number) of the operators inside ranges -> group; what they were recorded under, their backward pass has too."""
+    """Return (thread, sequence number) -> group of the operators inside ranges. Their backward pass shows the same two numbers."""
     found: dict[tuple[int, int], str | None] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.device_type == DeviceType.CPU and event.sequence_nr >= 0 and not _is_backward(event):
-            # An operator without a backward pass shows the number of the next one that has: the last of a number is right.
+            # An operator without a backward pass shows the number of the next operator that has one. The number belongs
+            # to the last operator that shows it.
             found[event.thread, event.sequence_nr] = _enclosing_range(event)
     return {key: group for key, group in found.items() if group is not None}
 
 
 def _is_backward(event: Any) -> bool:
-    """Both events that autograd has for a node show the number of the operator that it belongs to."""
+    """Tell whether an event is autograd's. Both events that autograd has for a node show the number of the node's operator."""
     return event.name.startswith("autograd::engine::evaluate_function") or event.scope == _BACKWARD_SCOPE
 
 
@@ -120,7 +121,8 @@ def _enclosing_range(event: Any) -> str | None:
 
 
 def _range_of(event: Any, ranges: dict[tuple[int, int], str]) -> str | None:
-    """The innermost range, or the one whose backward pass this is (recomputation has ranges inside a backward pass)."""
+    """Return the group of the innermost range, or of the range whose backward pass this is. (Recomputation has ranges inside a backward
+    pass.)"""
     while event is not None:
         if event.name.startswith(_PREFIX):
             return str(event.name[len(_PREFIX) :])
@@ -131,7 +133,7 @@ def _range_of(event: Any, ranges: dict[tuple[int, int], str]) -> str | None:
 
 
 def _union(events: list[Any]) -> float:
-    """Seconds in which at least one kernel ran."""
+    """Return the seconds in which at least one kernel ran."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted((event.time_range.start, event.time_range.end) for event in _device_events(events)):
         total += max(0.0, stop - max(start, end))

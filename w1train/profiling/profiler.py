@@ -1,6 +1,6 @@
 """Profiles of chosen steps: traces, memory snapshots and a table of time by part, or ranges for nsys.
 
-The code marks its own ranges of time (w1train/runtime/ranges.py); a profile listens to them while it runs, and otherwise nobody does.
+The code marks its own ranges of time (w1train/runtime/ranges.py), and a profile listens to them while it runs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _MAX_MEMORY_EVENTS = 1_000_000
 
 
 class Profiler:
-    """A context manager around the training loop, which says when a step begins; what comes after a step (a save) is part of it."""
+    """A context manager around the training loop, which calls ``step_begins``. What follows a step (a save) is counted as part of it."""
 
     def __init__(self, config: ProfilingConfig, ranks: Ranks, directory: Path) -> None:
-        """``directory`` is where files go."""
+        """Choose what this rank records. Its files are written to ``directory``."""
         self.config, self.ranks, self.directory = config, ranks, directory
         is_here = self._is_here()
         self._steps = set(config.steps) if is_here and config.tool == "torch" else set()
@@ -44,7 +44,7 @@ class Profiler:
         self._running: _Profile | None = None
 
     def _is_here(self) -> bool:
-        """Whether this rank has anything to do."""
+        """Return whether this rank is to be profiled."""
         unknown = [rank for rank in self.config.ranks if rank >= self.ranks.world_size]
         if unknown and self.config.steps and self.ranks.is_main:
             logger.warning("profiling.ranks: there is no rank %s among %d", ", ".join(map(str, unknown)), self.ranks.world_size)
@@ -61,7 +61,7 @@ class Profiler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """The last step's profile is written; of one that an error cut short, nothing."""
+        """Write the profile of the last step, unless an error cut the step short."""
         if self._running is not None:
             self._running.end(write=error is None)
         self._marked.close()
@@ -69,7 +69,8 @@ class Profiler:
             logger.warning("profiling.steps: this start did not come to %s", ", ".join(map(str, sorted(self._steps))))
 
     def step_begins(self, step: int, timer: StepTimer) -> None:
-        """Step ``step`` begins, and the one before it is over. The time that writing its profile takes is no step's."""
+        """End the profile of the step before ``step``, and begin a profile of ``step`` if it is asked for. Writing a profile is not counted
+        as time of a step."""
         if self._marks:
             self._bound_for_nsys(step)
         if self._running is not None:
@@ -82,7 +83,7 @@ class Profiler:
             timer.restart()
 
     def _bound_for_nsys(self, step: int) -> None:
-        """The profiled steps are what nsys records with --capture-range=cudaProfilerApi."""
+        """Mark the profiled steps as what nsys records with --capture-range=cudaProfilerApi."""
         steps = self.config.steps
         if not self._records and steps and min(steps) <= step <= max(steps):
             self._records = True
@@ -95,7 +96,7 @@ class Profiler:
 
 
 class _Profile:
-    """One step under torch's profiler."""
+    """Torch's profiler around one step."""
 
     def __init__(self, owner: Profiler, step: int) -> None:
         self.step, self.rank, self.device = step, owner.ranks.rank, owner.ranks.device
@@ -115,8 +116,8 @@ class _Profile:
         self.clock.start()
 
     def end(self, *, write: bool) -> None:
-        """Put everything back, and write trace, snapshot and table."""
-        # After an error the GPU may never come to the end of its work: not waited for.
+        """Stop recording, and write trace, snapshot and table."""
+        # After an error the GPU may never finish its work, and is not waited for.
         parts = self.clock.stop() if write else {}
         if self.records_memory and write:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How long the parts of a step take: data, forward, backward, reduce, optimizer, and what comes between two steps."""
+"""The time of the parts of a step: data, forward, backward, reduce, optimizer, and what comes between two steps."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from w1train.profiling.stopwatches import CudaStopwatch, HostStopwatch
 from w1train.runtime.ranges import OpenRange, StepPart
 
 PARTS: tuple[StepPart, ...] = get_args(StepPart)
-"""In the order of the table."""
+"""The parts in the order of the table."""
 
 
 @dataclass(slots=True)
 class Part:
-    """Calls of one part within one step, and what they took."""
+    """The number of calls of one part within one step, and their time."""
 
     calls: int
     host_seconds: float
     device_seconds: float | None
-    """None on the CPU, where the host does the work."""
+    """Seconds on the model's stream. None on the CPU, where the host does the work."""
 
 
 @dataclass(slots=True)
 class PartClock:
-    """A listener to the parts of a step. A part within another one (the forward passes of a validation) is counted as the outer one."""
+    """A listener to the parts of a step. A part inside another part (the forward passes of a validation) is counted as the outer part."""
 
     device: torch.device
     open_range: OpenRange
@@ -40,14 +40,14 @@ class PartClock:
     _is_inside: bool = False
 
     def start(self) -> None:
-        """A step begins, with nothing of the one before left over."""
+        """Begin a step, and forget the step before it."""
         self._calls.clear()
         self._host.clear()
         self._gpu.clear()
         self._begin("step")
 
     def stop(self) -> dict[str, Part]:
-        """The step is over: its parts by name, and "step" itself."""
+        """End the step, and return its parts by name, and "step" itself."""
         self._end("step")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -84,7 +84,7 @@ class PartClock:
 
 
 def parts_table(parts: dict[str, Part], order: Iterable[str]) -> list[str]:
-    """A line for each part that was there, in this order, what is left of the step, and the step."""
+    """Return the lines of a table: the parts that occurred, in the given order, the rest of the step, and the step."""
     step = parts["step"]
     inside = [(name, parts[name]) for name in order if name in parts]
     left = Part(

@@ -1,6 +1,6 @@
-"""How long a step waits for data-parallel communication: the reduction of gradients and the gathering of parameters.
+"""Stopwatches for the time that a step waits for data-parallel communication: the reduction of gradients and the gathering of parameters.
 
-Only these. Collectives of tensor, pipeline and context parallelism lie inside the forward and backward passes, and are part of those.
+Collectives of tensor, pipeline and context parallelism are not measured: they belong to the forward and backward passes.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from w1train.engine.gradient_hooks import GradientHooks
 
 
 class Stopwatch(Protocol):
-    """Sums the time between its starts and stops."""
+    """A sum of the times between starts and stops."""
 
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds that were added since the last call."""
 
 
 class HostStopwatch:
-    """By the wall clock: on the CPU a collective returns when it is done."""
+    """A stopwatch that reads the host's clock. On the CPU a collective returns when it is done."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -44,11 +44,11 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """By events on the model's stream. A collective that is waited for holds that stream up; one that runs beside it does not, so that
-    overlapped communication counts only where it is not hidden.
+    """A stopwatch that records events on the model's stream. A collective that the stream waits for adds to the time. A collective that
+    runs beside the stream does not, so that overlapped communication counts only where it is not hidden.
 
-    Events are read when they have happened, never waited for, which would take the host's lead over the GPU away. What ends a step (the
-    gathering of parameters) is therefore counted in the step after it where the GPU has not come to it yet.
+    Events are read after they have happened and are never waited for, because the host would lose its lead over the GPU. Communication at
+    the end of a step (the gathering of parameters) is counted in the next step where the GPU has not reached it yet.
     """
 
     def __init__(self) -> None:
@@ -75,11 +75,11 @@ class CudaStopwatch:
 
 
 class CommunicationTimer:
-    """Puts a stopwatch around megatron-core's functions that a step waits in for other data-parallel ranks.
+    """A stopwatch around the functions of megatron-core in which a step waits for other data-parallel ranks.
 
-    These are ``finalize_model_grads`` (the end of the reduction, and of the sums over tensor- and pipeline-parallel ranks for
-    parameters they share) and, bucket by bucket, the gathering of parameters: within the optimizer step, or, with
-    parallel.overlap_param_gather, before the forward pass of the module that needs them.
+    These functions are ``finalize_model_grads`` (the end of the reduction, and of the sums over tensor- and pipeline-parallel ranks for
+    parameters that they share) and, bucket by bucket, the gathering of parameters: within the optimizer step, or, with
+    parallel.overlap_param_gather, before the forward pass of the module that needs the parameters.
     """
 
     def __init__(self, hooks: GradientHooks, stopwatch: Stopwatch) -> None:
@@ -88,12 +88,12 @@ class CommunicationTimer:
         hooks.register("communication", self._timed)
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds of communication since the last call."""
         return self._stopwatch.take()
 
     def _timed(self, function: Callable[..., Any], _owner: Any) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            # The end of one gathering starts the next one.
+            # The end of the gathering of one bucket starts the gathering of the next.
             if self._depth == 0:
                 self._stopwatch.start()
             self._depth += 1

@@ -1,6 +1,6 @@
 """Speed of a step: tokens per second, model TFLOP/s per device, and MFU against the device's dense bf16 peak.
 
-The FLOPs of a step are counted by the model; here they are only divided.
+w1train/model/flops.py counts the FLOPs of a step.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# (words of the device's name that must all be there, dense bf16 TFLOP/s); the first match counts, so a form factor stands
-# before its family. From NVIDIA's data sheets, with fp32 accumulation; where a sheet gives the rate with sparsity, half of it:
+# (words that the device's name must all have, dense bf16 TFLOP/s). The first match counts, so that a form factor comes before its
+# family. The numbers are from NVIDIA's data sheets, with fp32 accumulation, and half of what a sheet gives with sparsity:
 # "H100 Tensor Core GPU" (SXM 1,979; PCIe 1,513; NVL 1,671 with sparsity), "H200 Tensor Core GPU" (SXM 1,979; NVL 1,671),
 # "GH200 Grace Hopper Superchip" (1,979), "A100 Tensor Core GPU" (312 dense; the A800 is its export version, slower only in
 # NVLink, as the H800 is the H100's), "GB200 NVL72 / HGX B200" (5 and 4.5 PFLOP/s a GPU with sparsity), "L40S" (362.05 dense),
@@ -38,9 +38,9 @@ _PEAK_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 def device_peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak, TFLOP/s, of a device as ``torch.cuda.get_device_name`` calls it ("NVIDIA H100 80GB HBM3").
+    """Return the dense bf16 peak, in TFLOP/s, of a device as ``torch.cuda.get_device_name`` calls it ("NVIDIA H100 80GB HBM3").
 
-    None if it is not known for sure: CPUs, other accelerators, and MIG slices, which are a part of the device they name.
+    It is None where the peak is not known: for CPUs, other accelerators, and MIG slices, which are a part of the device that they name.
     """
     words = set(re.split(r"[\s\-_/]+", device_name.upper()))
     if "MIG" in words:
@@ -52,10 +52,10 @@ def device_peak_tflops(device_name: str) -> float | None:
 
 
 class StepTimer:
-    """Times one optimizer step after another on one rank and gives the ``time/`` part of its record.
+    """The clock of one rank's optimizer steps, which gives the ``time/`` part of their records.
 
-    A step lasts from one call of :meth:`finish` to the next, so that nothing between two steps goes uncounted; work that is
-    no part of a step (validation, samples, checkpoints) is followed by :meth:`restart`.
+    A step lasts from one call of :meth:`finish` to the next, so that nothing between two steps is left out. Work that does not belong to a
+    step (validation, samples, checkpoints) is followed by :meth:`restart`.
     """
 
     def __init__(
@@ -65,14 +65,19 @@ class StepTimer:
         clock: Callable[[], float] = time.perf_counter,
         communication: Callable[[], float] | None = None,
     ) -> None:
-        """``communication`` gives the seconds of it since its last call, if it is timed."""
+        """Start the first step.
+
+        Args:
+            peak_tflops: dense bf16 peak of one device; None = unknown.
+            communication: returns the seconds of communication since its last call; None = communication is not timed.
+        """
         self.world_size = world_size
         self.peak_tflops = peak_tflops
         self._clock, self._communication = clock, communication
         self.restart()
 
     def restart(self) -> None:
-        """The next step starts now."""
+        """Start the next step now."""
         self._start = self._clock()
         self._data_wait = 0.0
         if self._communication is not None:
@@ -80,16 +85,16 @@ class StepTimer:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside as waiting for the data path."""
+        """Count the time inside as waiting for data."""
         start = self._clock()
         yield
         self._data_wait += self._clock() - start
 
     def finish(self, num_tokens: int, flops: float) -> dict[str, float | None]:
-        """The step is over (on CUDA: after the loss has been read, or the kernels are still running).
+        """End the step and return its times and rates. On CUDA this is called after the loss has been read: before, kernels still run.
 
-        ``num_tokens`` and ``flops`` (model FLOPs, forward and backward) are of the whole step, over all ranks. MFU is a
-        fraction, None where the peak is not known.
+        ``num_tokens`` and ``flops`` (model FLOPs, forward and backward) count the whole step, over all ranks. MFU is a fraction, and None
+        where the peak is not known.
         """
         seconds, data_wait = self._clock() - self._start, self._data_wait
         communication = {} if self._communication is None else {"time/communication_seconds": self._communication()}
