@@ -2,11 +2,11 @@
 
 megatron-core names CUDA literally in many places (``device='cuda'``, ``torch.cuda.current_device()``, streams, type
 strings). Its layers, schedules, optimizer and checkpoints run unchanged over gloo on the CPU once those names are
-redirected, so the code that is tested on a laptop is the code that runs on a cluster. Everything redirected is in this
-file, and nothing is touched where CUDA is available.
+redirected, so that the code that is tested on a laptop is the code that runs on a cluster. All redirections are in this
+file, and they are made only where there is no CUDA.
 
-``redirect_cuda_to_cpu`` must run before megatron-core is used; it imports megatron-core first, whose modules then take what they
-import by name from torch as it is.
+``redirect_cuda_to_cpu`` must run before megatron-core is used. It imports megatron-core first, because names that a module of megatron-core
+imports from torch must be torch's own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch.utils._device
 
 logger = logging.getLogger(__name__)
 
-# Wrapping the functions themselves, not a TorchFunctionMode: a mode is not active inside activation recomputation, where
-# torch.ones(..., device="cuda") would still reach for CUDA.
+# The functions themselves are wrapped. A TorchFunctionMode would not be active inside activation recomputation, where
+# torch.ones(..., device="cuda") would still ask for CUDA.
 _FACTORIES = (
     "ones", "zeros", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "linspace",
     "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor",
@@ -34,7 +34,7 @@ _redirected = False
 
 
 class _NullStream:
-    """Stands for a CUDA stream or event: the CPU runs in order, so there is nothing to wait for."""
+    """A substitute for a CUDA stream or event. The CPU runs in order, and there is nothing to wait for."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
@@ -55,14 +55,14 @@ class _NullStream:
 
 
 def redirect_cuda_to_cpu() -> None:
-    """Redirect the CUDA names that megatron-core uses to the CPU; does nothing with CUDA, or the second time."""
+    """Redirect the CUDA names that megatron-core uses to the CPU. Where there is CUDA, and in a second call, nothing is done."""
     global _redirected
     if _redirected or torch.cuda.is_available():
         return
     megatron_random = import_megatron().tensor_parallel.random
     _redirected = True
-    # ``with torch.device("meta")`` recognises factory functions by identity, from a list made at its first use: make it now,
-    # of the true ones, which the wrappers call.
+    # ``with torch.device("meta")`` recognises factory functions by identity, from a list that is made at its first use. The list is made
+    # now, of torch's own functions, which the wrappers call.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -74,7 +74,7 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def import_megatron() -> Any:
-    """megatron.core, without the dozen warnings its import prints where transformer-engine, apex and CUDA are absent."""
+    """Import megatron.core, without the dozen warnings that the import prints where transformer-engine, apex and CUDA are absent."""
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -89,8 +89,8 @@ def import_megatron() -> Any:
 
 @contextlib.contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """torch.compile leaves functions as they are. megatron-core's import calls it on fusions that only CUDA gets to run, and the call
-    loads torch's compiler: a third of the seconds that every process on a CPU takes to start."""
+    """Make torch.compile return functions as they are. megatron-core's import compiles fusions that only CUDA runs, and loading torch's
+    compiler for them would take a third of the seconds in which a process on a CPU starts."""
     compiled = torch.compile
     torch.compile = lambda function=None, **_options: function if function is not None else lambda function: function
     try:
@@ -121,11 +121,11 @@ def _redirect_tensor_methods() -> None:
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original_type(self, *args, **kwargs)
-        # The distributed optimizer sorts parameters by comparing with 'torch.cuda.FloatTensor' and refuses all else.
+        # The distributed optimizer compares types with 'torch.cuda.FloatTensor', and refuses other parameters.
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
     def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):  # the device comes first, or by name
+        if args and _is_cuda(args[0]):  # the device is the first argument, or given by name
             args = ("cpu", *args[1:])
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
@@ -173,7 +173,7 @@ def _redirect_cuda_module() -> None:
 
 
 def _redirect_rng_tracker(megatron_random: Any) -> None:
-    """The tracker of per-rank random states (dropout, recomputation) forks and restores the CPU's state instead."""
+    """Make the tracker of per-rank random states (dropout, recomputation) fork and restore the CPU's state."""
 
     def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
@@ -186,8 +186,8 @@ def _redirect_rng_tracker(megatron_random: Any) -> None:
 
 
 def _skip_collectives_of_one() -> None:
-    """gloo copies the whole buffer of gradients, and then of parameters, to share it out over a single rank; NCCL leaves it. And it wakes
-    two threads to find that a sum over one rank is what it was, three times a micro-batch."""
+    """Skip collectives over a single rank. NCCL does nothing there. gloo copies the whole buffer of gradients, and then of parameters, and
+    wakes two threads for each sum over one rank, three times a micro-batch."""
     from megatron.core.distributed import param_and_grad_buffer
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
@@ -197,11 +197,11 @@ def _skip_collectives_of_one() -> None:
 
 
 def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """``collective(output, input, group=...)`` that does nothing where the group is one rank and output is input already."""
+    """Return a ``collective(output, input, group=...)`` that does nothing where the group is one rank and output is input already."""
 
     @functools.wraps(collective)
     def wrapped(output: torch.Tensor, input_: torch.Tensor, *, group: Any, async_op: bool = False, **kwargs: Any) -> Any:
-        # An asynchronous caller waits for what is returned, so it gets the real one.
+        # An asynchronous caller waits for what is returned, and gets the real collective.
         if group.size() == 1 and not async_op and output.data_ptr() == input_.data_ptr():
             return None
         return collective(output, input_, group=group, async_op=async_op, **kwargs)
@@ -210,13 +210,13 @@ def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unless_alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """``collective(tensor, ..., group=...)`` that does nothing in a group of one rank, where the result is the tensor as it is. (Mistakes
-    in its arguments then go unnoticed there.)"""
+    """Return a ``collective(tensor, ..., group=...)`` that does nothing in a group of one rank, where the result is the tensor as it is.
+    (Wrong arguments are not noticed there.)"""
 
     @functools.wraps(collective)
     def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Group and async_op come third and fourth: whoever does not name them gets the real one. So does an asynchronous caller, who waits
-        # for what is returned.
+        # Group and async_op are the third and fourth argument. A caller that does not give them by name gets the real collective, and so
+        # does an asynchronous caller, which waits for what is returned.
         if len(args) < 2 and not kwargs.get("async_op") and _is_alone(kwargs.get("group")):
             return None
         return collective(tensor, *args, **kwargs)
@@ -225,6 +225,6 @@ def unless_alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_alone(group: Any) -> bool:
-    """Whether a group (None = the world) is of one rank: not where this rank is no member, nor before there are groups."""
+    """Return whether a group (None = the world) has one rank. False where this rank is not a member, and before there are groups."""
     group = group or torch.distributed.group.WORLD
     return isinstance(group, torch.distributed.ProcessGroup) and group.size() == 1

@@ -1,8 +1,8 @@
-"""metrics.jsonl and samples.jsonl: one JSON object a line, appended while training, cut back on resume.
+"""metrics.jsonl and samples.jsonl: one JSON object a line, appended while training. A resume removes the records of later steps.
 
-Numbers that JSON has no word for are written as null, and named beside it: ``{"loss": null, "nonfinite": {"loss": "nan"}}``,
-an element of a list as ``"loss_by_t/3"``. So every line is valid JSON for any reader, a null that means "not measured" stays
-distinct from an overflow, and :func:`read_metrics` gives the original float back.
+NaN and infinite values, which JSON cannot express, are written as null, and ``nonfinite`` has their names:
+``{"loss": null, "nonfinite": {"loss": "nan"}}``, and ``"loss_by_t/3"`` for an element of a list. Every line is then valid JSON for any
+reader, a null that means "not measured" differs from an overflow, and :func:`read_metrics` returns the original float.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 def encode_record(record: Record) -> bytes:
-    """One line, newline included. Floats are written so that they read back bit for bit (shortest repr)."""
+    """Encode a record as one line with its newline. Floats are written in the shortest form that reads back bit for bit."""
     nonfinite: dict[str, str] = {}
     clean: Record = {}
     for key, value in record.items():
@@ -37,12 +37,16 @@ def encode_record(record: Record) -> bytes:
     if nonfinite:
         clean["nonfinite"] = nonfinite
     text = json.dumps(clean, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # A lone surrogate has no UTF-8 form; backslashreplace writes \udXXX, which is also its JSON escape.
+    # A lone surrogate has no UTF-8 form. backslashreplace writes \udXXX, which is also its JSON escape.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def decode_record(line: bytes) -> Record:
-    """Inverse of :func:`encode_record`. Raises ValueError if the line is not a JSON object, or names numbers that it does not have."""
+    """Decode what :func:`encode_record` has written.
+
+    Raises:
+        ValueError: the line is not a JSON object, or its ``nonfinite`` names values that it does not have.
+    """
     record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
@@ -67,10 +71,10 @@ def _finite_or_null(name: str, value: Any, nonfinite: dict[str, str]) -> Any:
 
 
 class MetricsLog:
-    """Append-only writer; one process owns the file.
+    """A writer that appends to a file, which belongs to one process.
 
-    Opening an existing file drops a torn last line (a process that died while writing), so that the next record starts a
-    line of its own.
+    Opening an existing file drops an incomplete last line (of a process that died while writing), so that the next record begins a new
+    line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,16 +85,18 @@ class MetricsLog:
         self._file = open_in_place(self.path, "ab")
 
     def append(self, record: Record) -> None:
-        """Write one record and hand it to the operating system: it survives the death of this process.
+        """Write one record and pass it to the operating system. It then survives the end of this process.
 
-        Raises TypeError for a value JSON cannot hold, OSError when there is no space.
+        Raises:
+            TypeError: JSON cannot express a value.
+            OSError: no space.
         """
         assert isinstance(record.get("step"), int), f"a record needs an integer step: {record}"
         self._file.write(encode_record(record))
         self._file.flush()
 
     def newest(self) -> Record | None:
-        """The last record; None if there is none that can be read."""
+        """Return the last record, or None if it cannot be read or there is no record."""
         with open(self.path, "rb") as file:
             _, line = _last_line(file)
         try:
@@ -99,15 +105,20 @@ class MetricsLog:
             return None
 
     def sync(self) -> None:
-        """Wait until everything is on disk. Before a checkpoint becomes visible: otherwise a power loss could keep the
-        checkpoint and lose the records that led to it, and a resume would not write them again."""
+        """Wait until everything is on disk. Called before a checkpoint becomes visible: a power cut could otherwise keep the checkpoint and
+        lose the records before it, and a resume would not write them again."""
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> int:
         """Drop the records of later steps than ``step`` (the checkpoint's), which the resumed run writes again.
 
-        The records kept stay byte for byte. Atomic: after a crash here the file is the old one or the new one.
-        Returns how many records were dropped. Raises ValueError if a line in the middle is not a record.
+        The other records stay as they are, byte for byte. After a crash the file has all records or only those that stay.
+
+        Returns:
+            The number of records that were dropped.
+
+        Raises:
+            ValueError: a line in the middle is not a record.
         """
         self._file.close()
         num_dropped = 0
@@ -146,24 +157,27 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path, kind: str | None = None) -> list[Record]:
-    """The records of a file in order, only those of one ``kind`` ("train", "validation") if it is given.
+    """Return the records of a file in order, or only those of one ``kind`` ("train", "validation").
 
-    A torn last line is left out: a reader may look while the writer writes. Raises FileNotFoundError, and UserError if any
-    other line is not a record.
+    An incomplete last line is left out, because the file may be read while a run writes to it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: another line is not a record.
     """
     return [record for _, record in _iter_lines(Path(path)) if kind is None or record.get("kind") == kind]
 
 
 def recorded_steps(path: str | Path, kind: str) -> set[int]:
-    """Of the records of one ``kind``, without holding them all: a run of months has gigabytes."""
+    """Return the steps of the records of one ``kind``. The records are not all held in memory: a run of months has gigabytes of them."""
     return {record["step"] for _, record in _iter_lines(Path(path)) if record.get("kind") == kind}
 
 
 def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """(line with its newline, record) for every whole record of the file."""
+    """Yield (line with its newline, record) for every whole record of the file."""
     require_regular(path)
     with open(path, "rb") as file:
-        # One byte more than is allowed: a file without line breaks is not read whole.
+        # At most one byte more than is allowed is read: a file without line breaks may be large.
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
             try:
                 if len(line) > LARGEST_JSON:
@@ -187,7 +201,8 @@ def _is_record(line: bytes) -> bool:
 
 
 def _last_line(file: BinaryIO) -> tuple[int, bytes]:
-    """(offset, bytes) of the last line, read from the end (the file of a long run is large); leaves the position at the end."""
+    """Return (offset, bytes) of the last line. The file is read from its end, since a long run's is large, and its position is then the
+    end."""
     size = file.seek(0, os.SEEK_END)
     length = min(size, 1 << 16)
     while True:
