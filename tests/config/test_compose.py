@@ -63,7 +63,7 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
     lines = (packaged_directory() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
     comment = lines[1] if group == "recipe" else lines[0]
     assert comment.startswith("# ")
-    assert "Source" in comment or "this project's choice" in comment
+    assert "Source" in comment
     if group != "recipe":
         # An option for 4B parameters need not fit the demo, but it says nothing unknown or of a wrong type.
         # The demo changes stages of its own schedule; bd3lm takes the one it is given as it is.
