@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from w1train import doctor
-from w1train.diagnosis import correctness, devices, host, kernels, packages
+from w1train.diagnosis import correctness, devices, host, kernel_findings, packages
 from w1train.diagnosis.correctness import Check
 from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
 
@@ -62,10 +62,10 @@ def test_a_kernel_that_computes_something_else_is_a_failure(monkeypatch, tmp_pat
 
 def test_checks_of_a_kernel_become_one_line():
     good, absent = Check("flex", "one", {"output": 1e-3}), Check("flex", "two", reason="no intervals")
-    assert kernels.summarize("flex", [good, absent]).value == "right in 1 of 2 cases"
-    assert kernels.summarize("flex", [absent]) == Finding("flex", "cannot serve", "note", "no intervals")
+    assert kernel_findings.summarize("flex", [good, absent]).value == "right in 1 of 2 cases"
+    assert kernel_findings.summarize("flex", [absent]) == Finding("flex", "cannot serve", "note", "no intervals")
     raised = Check("flex", "three", reason="failed: OutOfMemoryError", failed=True)
-    finding = kernels.summarize("flex", [good, raised])
+    finding = kernel_findings.summarize("flex", [good, raised])
     assert (finding.status, finding.value) == ("failed", "WRONG in 1 of 2 cases")
     assert "three" in finding.detail
     assert "OutOfMemoryError" in finding.detail

@@ -14,7 +14,7 @@ from w1train.planning.search import SearchResult
 from w1train.planning.suggestion import suggest_recomputation
 
 if TYPE_CHECKING:  # at run time it would import torch
-    from w1train.planning.build import Build
+    from w1train.planning.meta_build import Build
 
 FORMAT_VERSION = 1
 

@@ -20,7 +20,7 @@ from w1train.planning.suggestion import suggest_recomputation
 from w1train.runtime.quantities import quantity
 
 if TYPE_CHECKING:  # at run time it would import torch
-    from w1train.planning.build import Build
+    from w1train.planning.meta_build import Build
 
 GIB = 2**30
 

@@ -5,8 +5,8 @@ import pytest
 from tests.tiny import tiny_config
 from w1train.config.compose import load_config
 from w1train.model.flops import num_parameters
-from w1train.planning import build as build_module
-from w1train.planning.build import LayoutError, build_ranks
+from w1train.planning import meta_build
+from w1train.planning.meta_build import LayoutError, build_ranks
 from w1train.planning.layout import Coordinates, Layout
 
 
@@ -51,8 +51,8 @@ def test_any_failure_of_building_is_a_layout_error():
 
 
 def test_a_model_that_is_not_the_planned_one_is_found(monkeypatch):
-    planned = build_module.chunk_parameters
-    monkeypatch.setattr(build_module, "chunk_parameters", lambda *args: planned(*args)[1:])
+    planned = meta_build.chunk_parameters
+    monkeypatch.setattr(meta_build, "chunk_parameters", lambda *args: planned(*args)[1:])
     with pytest.raises(RuntimeError, match=r"not those of w1train\.planning\.parameters"):
         build_ranks(tiny_config(), 1)
 
