@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.config.config_trees import TREE, set_key
-from w1train.config.convert import convert
+from w1train.config.from_tree import config_from_tree
 from w1train.config.schema import Config
 
 # Wall-clock time says nothing on a machine shared by others.
@@ -26,7 +26,7 @@ def make_config() -> Callable[..., Config]:
         changed = copy.deepcopy(TREE)
         for key, value in (changes or {}).items():
             set_key(changed, key, value)
-        conversion = convert(changed)
+        conversion = config_from_tree(changed)
         assert not conversion.problems, conversion.problems
         return conversion.config
 

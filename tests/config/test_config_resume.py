@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.config.config_trees import TREE
-from w1train.config.convert import convert
+from w1train.config.from_tree import config_from_tree
 from w1train.config.resume import allowed_on_resume, check_resume
 from w1train.config.schema import Config, ScheduleConfig
 
@@ -153,7 +153,7 @@ def test_what_passes_has_the_same_learning_rates_in_the_past(
     stages: list[dict[str, Any]], others: list[dict[str, Any]], shared: int, consumed: int
 ) -> None:
     def config(stage_list: list[dict[str, Any]]) -> Config:
-        return convert(TREE | {"schedule": {"stages": {f"s{index}": stage for index, stage in enumerate(stage_list)}}}).config
+        return config_from_tree(TREE | {"schedule": {"stages": {f"s{index}": stage for index, stage in enumerate(stage_list)}}}).config
 
     old, new = config(stages), config([*stages[:shared], *others])
     consumed = min(consumed, sum(stage["tokens"] for stage in stages))

@@ -138,7 +138,7 @@ def _help_text(program: str, description: str, config_dirs: Sequence[str]) -> st
             "groups (parts of a run):",
             *choices,
             "",
-            "Every KEY, its type, default and meaning: docs/configuration.md or python -m w1train.config.reference",
+            "Every KEY, its type, default and meaning: docs/configuration.md or python -m w1train.config.schema_reference",
         ]
     )
 

@@ -1,7 +1,7 @@
 """Recipes and overrides to a checked configuration.
 
 Hydra composes plain YAML (which files, in which order); the values given on the command line are put in here, and
-``w1train.config.convert`` decides what is valid. Hydra itself would stop at the first mistake, accept ``+model.hiden_size=1`` and
+``w1train.config.from_tree`` decides what is valid. Hydra itself would stop at the first mistake, accept ``+model.hiden_size=1`` and
 accept text for numbers. Its compose API writes nothing, so any number of ranks may do this at once.
 """
 
@@ -24,9 +24,9 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w1train.config.convert import convert
+from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, raise_if_any, show
-from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.from_tree import config_from_tree
 from w1train.config.recipe_files import (
     GLOBAL_HEADER,
     RECIPE_GROUP,
@@ -82,7 +82,7 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     tree = {section: value for section, value in tree.items() if section not in unknown_sections}
     problems += _apply(request.edits, tree, unknown_sections)
     tree, unresolved = _resolve(tree)
-    conversion = convert(tree, unknown_sections, _typed_texts(request.edits))
+    conversion = config_from_tree(tree, unknown_sections, _typed_texts(request.edits))
     problems += unresolved + _no_recipe(request.choices, conversion.problems, options) + conversion.problems
     problems += find_masked(conversion.config) if conversion.complete else []
     raise_if_any(problems + validate_conversion(conversion))

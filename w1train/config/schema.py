@@ -12,6 +12,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from w1train.config.constraints import (
+    Fraction,
+    FractionBelowOne,
+    Length,
+    NonNegativeFloat,
+    NonNegativeInteger,
+    OptionalPath,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInteger,
+    Range,
+    RequiredPath,
+    Seconds,
+    Seed,
+    Size,
+    Tokens,
+)
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
@@ -24,35 +41,36 @@ BackendName = Literal["cudnn", "flex", "te", "sdpa", "reference"]
 class ModelConfig:
     """The diffusion Transformer."""
 
-    vocab_size: int
+    vocab_size: Annotated[int, Range(2, 1 << 24)]
     """Rows of the embedding and of the output head, special tokens included."""
-    num_layers: int
+    # Each layer costs milliseconds and memory before it has a weight, even in a plan; the deepest Transformers have a thousand layers.
+    num_layers: Annotated[int, Range(1, 4096)]
     """Transformer layers."""
-    hidden_size: int
+    hidden_size: Size
     """Width h of the residual stream."""
-    num_attention_heads: int
+    num_attention_heads: Size
     """Query heads."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Size
     """Inner width of SwiGLU."""
-    num_query_groups: int | None = None
+    num_query_groups: Size | None = None
     """Key/value heads (grouped-query attention); null = as many as query heads."""
-    kv_channels: int | None = None
+    kv_channels: Size | None = None
     """Channels of one head; null = hidden_size / num_attention_heads. W1 has 24 x 128 = 3,072 in 2,048."""
-    max_sequence_length: int = 4096
+    max_sequence_length: Length = 4096
     """Longest document position the model is meant for; data.sequence_length may not exceed it."""
-    rope_base: float = 10000.0
+    rope_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "llama3"] = "none"
     """llama3: low frequencies are divided by rope_scaling_factor, high ones kept, those between interpolated (Llama 3.1)."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: Annotated[float, Range(1)] = 8.0
     """Divisor of the low frequencies under llama3."""
-    rope_low_frequency_factor: float = 1.0
+    rope_low_frequency_factor: PositiveFloat = 1.0
     """Under llama3, wavelengths above rope_original_length / this are divided wholly."""
-    rope_high_frequency_factor: float = 4.0
+    rope_high_frequency_factor: PositiveFloat = 4.0
     """Under llama3, wavelengths below rope_original_length / this are kept."""
-    rope_original_length: int = 8192
+    rope_original_length: Length = 8192
     """Sequence length that the model was trained at before the scaling, for llama3."""
-    norm_epsilon: float = 1.0e-6
+    norm_epsilon: PositiveFloat = 1.0e-6
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
     """RMSNorm on each head's query and key before the rotary embedding (Qwen3)."""
@@ -62,11 +80,11 @@ class ModelConfig:
     """One matrix for input embedding and output head."""
     conditioning: Literal["adaln", "none"] = "adaln"
     """adaln: the timestep modulates every layer (W1). none: no timestep input at all (LLaDA)."""
-    condition_size: int = 256
+    condition_size: Size = 256
     """Width of the condition vector that the timestep MLP gives to adaLN."""
-    timestep_frequency_size: int = 256
+    timestep_frequency_size: Size = 256
     """Width of the sinusoid of the timestep; even."""
-    timestep_scale: float = 1000.0
+    timestep_scale: PositiveFloat = 1000.0
     """The sinusoid sees t times this, t in [0, 1]."""
     adaln_init: Literal["zero", "identity"] = "zero"
     """zero: gates start at 0 (every layer starts as the identity). identity: gates start at 1, shift and scale at 0
@@ -74,7 +92,7 @@ class ModelConfig:
     transformer_impl: Literal["local", "te"] = "local"
     """Linear layers of the Transformer: local = megatron-core's. te = transformer-engine's, which training.fp8 and
     parallel.tp_comm_overlap need. Parameters have the same names and shapes; transformer-engine's checkpoints have FP8 states besides."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
 
 
@@ -82,11 +100,11 @@ class ModelConfig:
 class CorpusConfig:
     """One corpus of a blend."""
 
-    prefix: str
+    prefix: RequiredPath
     """Prefix of its dataset, as in data.train."""
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     """Its share of the samples, relative to the other corpora's weights; 0 = only in stages that give it a weight."""
-    max_epochs: float | None = None
+    max_epochs: PositiveFloat | None = None
     """How often it may be read in the whole run (see data.at_max_epochs); null = as often as its weight asks for."""
 
 
@@ -94,7 +112,7 @@ class CorpusConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    train: str | None = None
+    train: OptionalPath = None
     """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them, or all of its shards
     PREFIX_00000.bin and so on; null with data.blend. A prefix such as s3://bucket/train is copied to data.cache_directory first."""
     blend: dict[str, CorpusConfig] = field(default_factory=dict)
@@ -102,20 +120,20 @@ class DataConfig:
     at_max_epochs: Literal["error", "drop"] = "error"
     """When the schedule would read a corpus more often than its max_epochs. error: the run does not start. drop: the corpus is left out
     from there on, and the others take its place."""
-    validation: str | None = None
+    validation: OptionalPath = None
     """Prefix of the validation dataset; null = no validation. It may not be a training dataset."""
-    validation_sets: dict[str, str] = field(default_factory=dict)
+    validation_sets: dict[str, RequiredPath] = field(default_factory=dict)
     """Prefixes of further validation datasets by name, scored beside data.validation; their metrics end in /NAME."""
-    tokenizer: str
+    tokenizer: RequiredPath
     """The tokenizer's file (tokenizer.json)."""
-    sequence_length: int
+    sequence_length: Length
     """Tokens of one packed sample."""
     packing: Literal["cut", "best_fit"] = "cut"
     """cut: documents are concatenated and cut into samples (Megatron's). best_fit: no document is cut unless it is longer than a sample;
     the rest of each sample is padding. Built at the first start, or before by `python -m w1train.data.build_packing`."""
-    align: int = 1
+    align: Length = 1
     """With best_fit, documents begin at multiples of this inside their sample, such as the block size; what is between is padding."""
-    packing_seed: int = 0
+    packing_seed: Seed = 0
     """Which of several equally long documents best_fit puts where; runs with the same one share the packing."""
     long_documents: Literal["restart", "continue"] = "restart"
     """Positions of what is cut from a document's beginning: restart at 0 as if the text began there, or continue, below
@@ -126,13 +144,13 @@ class DataConfig:
     """What reads ahead of the step: this project's workers, or an NVIDIA DALI pipeline (the dali extra)."""
     workers: Literal["thread", "process"] = "thread"
     """What the workers of loader=torch are: processes do not share the interpreter with the training loop; threads start at once."""
-    num_workers: int = 1
+    num_workers: Annotated[int, Range(0, 1024)] = 1
     """Workers that prepare batches ahead of the step; 0 = in the training thread, where a read that hangs is not noticed."""
-    prefetch: int = 4
+    prefetch: Annotated[int, Range(1, 10_000)] = 4
     """Micro-batches kept ready by the workers."""
-    read_timeout: float = 300.0
+    read_timeout: Seconds = 300.0
     """Seconds after which a worker that gives no micro-batch stops the run with an error; loader=dali waits for ever."""
-    cache_directory: str | None = None
+    cache_directory: OptionalPath = None
     """Local directory for datasets of object storage and for packings (null: these are beside their dataset); one for the ranks of a
     node, not one for each."""
 
@@ -144,15 +162,15 @@ class DiffusionConfig:
     objective: Literal["diffusion", "autoregressive"] = "diffusion"
     """diffusion: masked tokens are predicted. autoregressive: every token predicts the next one of its document from clean text
     under a causal mask; of the other fields only random_length_probability and exclude_mask_logit then have a meaning."""
-    mask_token_id: int = 14
+    mask_token_id: NonNegativeInteger = 14
     """Vocabulary id of the mask token."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
     """What shares one timestep t; block needs block_size."""
-    t_min: float = 1.0e-3
+    t_min: Fraction = 1.0e-3
     """Smallest mask probability (LLaDA's eps): t = t_min + (t_max - t_min) u, u uniform in [0, 1)."""
-    t_max: float = 1.0
+    t_max: PositiveFraction = 1.0
     """Largest mask probability."""
-    block_size: int | None = None
+    block_size: Length | None = None
     """Tokens denoised together, with clean earlier blocks as context (two streams, [x_t ; x_0]); null = masked diffusion of
     whole documents (one stream)."""
     block_index: Literal["document", "sample"] = "document"
@@ -168,16 +186,16 @@ class DiffusionConfig:
     complementary: bool = False
     """Samples come in pairs of the same text, masked at t and, where the first one is not, at 1 - t: each token is predicted once a
     pair (LLaDA2.0, Fast-dLLM v2). t is drawn up to 1 - t_min at most. Global batches are even, and hold half as many texts."""
-    num_strata: int = 64
+    num_strata: Annotated[int, Range(1, 1 << 20)] = 64
     """u is stratified over each run of this many consecutive samples of the global order (a power of two),
     rotated at random; a global batch that is a multiple of it is stratified exactly."""
     attention_annealing: Literal["none", "extent", "random"] = "none"
     """From a causal mask to the whole document while ``annealing_tokens`` of the stage go by, for a model that was autoregressive; one
     stream only. extent: a token sees more and more of what is behind it. random: each pair behind is visible with growing
     probability (DiffuLLaMA; no intervals, so no fused kernels). Validation and samples see the whole document throughout."""
-    annealing_tokens: int = 0
+    annealing_tokens: NonNegativeInteger = 0
     """Length of the annealing, from the start of the stage."""
-    mask_embedding_noise: float = 0.0
+    mask_embedding_noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise on the embeddings of masked tokens while training: it keeps a mask token that an
     autoregressive model has never seen, of a norm near zero, from blowing up gradients (LLaDA2.0). Set it in the first stage alone."""
     weight: LossWeight = "inverse_t"
@@ -185,12 +203,12 @@ class DiffusionConfig:
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
     normalizer: LossNormalizer = "tokens"
     """What the weighted sum over the global batch is divided by: all tokens that can be predicted, or the masked ones."""
-    autoregressive_weight: float = 0.0
+    autoregressive_weight: NonNegativeFloat = 0.0
     """Adds this times the clean stream's next-token cross-entropies to the objective, before it is divided (Nemotron, I-DLM); needs
     two streams and clean_attention=token_causal. No token predicts one of another document."""
     exclude_mask_logit: bool = True
     """Take the mask token out of the softmax: the model never predicts it."""
-    random_length_probability: float = 0.01
+    random_length_probability: Fraction = 0.01
     """Share of samples cut to a random length in [1, sequence_length] (LLaDA: 1 %)."""
 
 
@@ -198,34 +216,34 @@ class DiffusionConfig:
 class ParallelConfig:
     """How the model is laid out over ranks; data parallelism takes what is left of the world."""
 
-    tensor: int = 1
+    tensor: Size = 1
     """Tensor-parallel ranks."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group (Megatron's SP)."""
-    pipeline: int = 1
+    pipeline: Size = 1
     """Pipeline stages."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: Size = 1
     """Model chunks per pipeline stage (interleaved 1F1B): a smaller bubble for more communication."""
-    num_layers_in_first_stage: int | None = None
+    num_layers_in_first_stage: Size | None = None
     """Layers of the first pipeline stage, which also has the embedding; null = as many as the others."""
-    num_layers_in_last_stage: int | None = None
+    num_layers_in_last_stage: Size | None = None
     """Layers of the last pipeline stage, which also has the head; null = as many as the others."""
     embedding_counts_as_layer: bool = False
     """Split the pipeline as if the embedding were one more layer."""
     head_counts_as_layer: bool = False
     """Split the pipeline as if the output head were one more layer."""
-    context: int = 1
+    context: Size = 1
     """Context-parallel ranks: each owns a part of every sequence."""
     context_method: Literal["all_gather", "all_to_all"] = "all_gather"
     """all_gather: keys and values travel (in block diffusion the clean stream's alone). all_to_all: heads are exchanged for
     positions (Ulysses); needs key/value heads divisible by tensor * context."""
-    context_chunk_size: int = 128
+    context_chunk_size: Length = 128
     """Positions dealt to context-parallel ranks together; a multiple of the block size keeps noisy keys at home."""
     distributed_optimizer: bool = True
     """Shard optimizer states and fp32 masters over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: selective = core attention only, full = every layer."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: Size = 1
     """Layers per recomputed group when recompute is full."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks bucket by bucket while the backward pass of the last micro-batch goes on."""
@@ -251,17 +269,17 @@ class AttentionConfig:
 class OptimizerConfig:
     """AdamW."""
 
-    beta1: float = 0.9
+    beta1: FractionBelowOne = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: FractionBelowOne = 0.95
     """Decay of the second moment."""
-    epsilon: float = 1.0e-8
+    epsilon: PositiveFloat = 1.0e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms, biases and other vectors have none."""
-    clip_grad: float = 1.0
+    clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 = no clipping."""
-    rate_multipliers: dict[str, float] = field(default_factory=dict)
+    rate_multipliers: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Learning rates of some parameters as multiples of the schedule's, by patterns of their names, the first that fits:
     {"*.mlp.*": 0.1, "embedding.*": 0} in a recipe; 0 = frozen. Names are those of the whole model: embedding.word_embeddings.weight,
     decoder.layers.0.self_attention.linear_qkv.weight, ..."""
@@ -272,22 +290,22 @@ class StageConfig:
     """One stage of the schedule: a stretch of tokens with its learning rate and, where they differ from the run's, its batch, its
     text and its objective. Stages of different block sizes are LLaDA2.0's road from autoregressive to diffusion."""
 
-    tokens: int
+    tokens: Tokens
     """Length of the stage in tokens."""
-    learning_rate: float
+    learning_rate: NonNegativeFloat
     """Learning rate at the stage's end; a constant stage has it throughout."""
-    global_batch_size: int | None = None
+    global_batch_size: Length | None = None
     """Sequences of one optimizer step in this stage (batch-size warmup); null = training.global_batch_size."""
     style: DecayStyle = "constant"
     """How the rate goes from the previous stage's end to this one's: constant (jump), linear, cosine, one_minus_sqrt."""
-    rewarm_tokens: int = 0
+    rewarm_tokens: NonNegativeInteger = 0
     """The rate starts from 0 and is back on its curve after so many tokens of the stage; 0 = it goes on as it was."""
     diffusion: Annotated[dict[str, Any], DiffusionConfig] = field(default_factory=dict)
     """Fields of diffusion that this stage sets otherwise, such as {block_size: 4}."""
-    train: str | None = None
+    train: OptionalPath = None
     """Prefix of the training dataset of this stage; null = data.train or data.blend. A dataset used by several stages is
     read on, not again."""
-    blend: dict[str, float] = field(default_factory=dict)
+    blend: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weights of corpora of data.blend in this stage; those not named are left out. Empty = the weights that they have there."""
 
 
@@ -303,18 +321,18 @@ class ScheduleConfig:
 class TrainingConfig:
     """The run."""
 
-    global_batch_size: int
+    global_batch_size: Length
     """Sequences of one optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: int
+    micro_batch_size: Size
     """Sequences of one forward and backward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: bf16 weights and activations, fp32 master weights and gradients."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seeds initial weights, data order and noise, each through its own stream."""
-    initial_weights: str | None = None
+    initial_weights: OptionalPath = None
     """Where a new run takes its weights from: a Hugging Face directory (Llama, Qwen2 or Qwen3: config.json and *.safetensors), a run
     directory (its newest checkpoint) or one checkpoint; null = random. Not read on resume."""
-    loss_chunk_size: int | None = None
+    loss_chunk_size: Length | None = None
     """Positions whose logits exist at once while the loss is computed, by each of which the head is computed twice (a third more
     FLOPs in the head alone); null = all positions, once, with their probabilities kept in fp32."""
     fp8: Literal["none", "tensorwise", "blockwise"] = "none"
@@ -345,13 +363,13 @@ class KernelsConfig:
 class ValidationConfig:
     """Validation with fixed noise at fixed timesteps."""
 
-    interval: int = 1000
+    interval: PositiveInteger = 1000
     """Steps between validations; one more runs before the first step and one after the last."""
-    num_samples: int = 128
+    num_samples: PositiveInteger = 128
     """Validation samples, the first of the validation set; fewer if it is smaller."""
-    timesteps: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
+    timesteps: list[PositiveFraction] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
     """Every sample is scored at each of these t (midpoints of equal bins: the mean is the ELBO's quadrature)."""
-    block_sizes: list[int] = field(default_factory=list)
+    block_sizes: list[Length] = field(default_factory=list)
     """Score the samples at these block sizes too, beside the present one; data.sequence_length stands for masked diffusion."""
 
 
@@ -359,25 +377,25 @@ class ValidationConfig:
 class SamplingConfig:
     """Text generated while training, and the defaults of w1train.sample."""
 
-    interval: int = 0
+    interval: NonNegativeInteger = 0
     """Steps between samples during training; 0 = never."""
     prompts: list[str] = field(default_factory=lambda: [""])
     """One sample is drawn from each."""
-    num_tokens: int = 128
+    num_tokens: Length = 128
     """Tokens generated after the prompt."""
-    num_steps: int = 64
+    num_steps: Length = 64
     """Denoising steps, all blocks together; not used with a threshold."""
-    threshold: float | None = None
+    threshold: PositiveFraction | None = None
     """Each step unmasks every token whose prediction is more probable than this, at least one, until the block is full
     (confidence-threshold parallel decoding); null = as many tokens a step as num_steps asks for."""
-    block_size: int | None = None
+    block_size: Length | None = None
     """Tokens denoised together, left to right; null = diffusion.block_size for a model of block diffusion, all at once for one
     of masked diffusion (otherwise semi-autoregressive)."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """0 = greedy; otherwise Gumbel-max sampling at this temperature."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
     """Which predictions are kept at each step."""
-    seed: int = 0
+    seed: NonNegativeInteger = 0
     """Seed of the sampler's noise."""
 
 
@@ -387,7 +405,7 @@ class Config:
 
     name: str
     """Name of the run; its directory is runs_dir/name."""
-    runs_dir: str = "runs"
+    runs_dir: RequiredPath = "runs"
     """Where run directories live."""
     model: ModelConfig
     data: DataConfig

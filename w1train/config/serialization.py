@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from w1train.config.convert import convert, join
 from w1train.config.credentials import is_masked, mask_tree
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.field_types import join
+from w1train.config.from_tree import config_from_tree
 from w1train.config.reading import read_bounded
 from w1train.config.rules.validate import validate_conversion
 from w1train.config.schema import Config
@@ -85,7 +86,7 @@ def config_from_yaml(source: str | Path) -> Config:
     ``OSError`` if it cannot be read.
     """
     tree = read_mapping(source) if isinstance(source, Path) else _parse_mapping(source, "the YAML text")
-    conversion = convert(tree)
+    conversion = config_from_tree(tree)
     problems = conversion.problems + validate_conversion(conversion)
     if problems and isinstance(source, Path):
         # The keys alone do not say which of the files that a command reads is wrong.

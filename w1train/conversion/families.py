@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError, listing
+from w1train.config.field_types import constraint_of, field_types
 from w1train.config.reading import read_json_object, shorten
-from w1train.config.rules.validate import RANGES
 from w1train.config.schema import ModelConfig
 
 CONFIG_FILE = "config.json"
@@ -104,9 +104,9 @@ def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
     # A value that has been reported is replaced by a zero here, and not to be reported once more.
     if not values.problems:
         values.problems += [
-            f"model.{name} would be {shorten(value)}, not {RANGES[f'model.{name}'].words(value)}"
-            for name, value in fields.items()
-            if f"model.{name}" in RANGES and value not in RANGES[f"model.{name}"]
+            f"model.{name} would be {shorten(fields[name])}, not {constraint.words(fields[name])}"
+            for name, annotation in field_types(ModelConfig).items()
+            if name in fields and (constraint := constraint_of(annotation)) and fields[name] not in constraint
         ]
     if values.problems:
         raise UserError(f"{origin} cannot be imported: " + "; ".join(values.problems))

@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from w1train.config.errors import MOST_PROBLEMS, NOT_GIVEN, Problem, closest, listing, show
+from w1train.config.field_types import describe_type, field_types, is_optional, is_required, join, partial_class, scalar_type
 from w1train.config.schema import Config
 
 # Beyond this a float no longer names one integer: 1e23 is 99999999999999991611392.
 _LARGEST_EXACT_FLOAT = 2**53
-_SCALARS: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
 _INVALID: Any = object()
 
@@ -34,7 +33,9 @@ class Conversion:
     """Whether every field is set."""
 
 
-def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset(), typed: Mapping[str, str] | None = None) -> Conversion:
+def config_from_tree(
+    tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset(), typed: Mapping[str, str] | None = None
+) -> Conversion:
     """Convert a plain tree (mappings, lists, scalars) to a ``Config``.
 
     ``unknown_sections`` are top-level keys whose values are not known because the recipe that sets them was not found: what they
@@ -43,36 +44,6 @@ def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozense
     converter = _Converter(unknown_sections, typed or {})
     config = converter.dataclass(Config, tree, "")
     return Conversion(config, converter.problems, complete=not converter.problems and not unknown_sections)
-
-
-@functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Name and resolved type of every field, in order."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether the field has no default."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def describe_type(annotation: Any) -> str:
-    """What values a field of this type takes, in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in _SCALARS:
-        return _SCALARS[annotation]
-    if origin is Literal:
-        return f"one of: {listing(arguments)}"
-    if _is_optional(annotation):
-        return f"{describe_type(_without_none(annotation))} or null"
-    if origin is Annotated:
-        return f"a mapping with some of the keys {listing(field_types(arguments[1]))}"
-    if origin is list:
-        return f"a list, each item {describe_type(arguments[0])}"
-    if origin is dict:
-        return f"a mapping from names, each value {describe_type(arguments[1])}"
-    return f"a mapping with the keys {listing(field_types(annotation))}"
 
 
 class _Converter:
@@ -87,8 +58,8 @@ class _Converter:
         origin = get_origin(annotation)
         if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
             return self.dataclass(annotation, value, key)
-        if origin is Annotated and isinstance(value, Mapping):
-            return self.some_fields(get_args(annotation)[1], value, key)
+        if (cls := partial_class(annotation)) and isinstance(value, Mapping):
+            return self.some_fields(cls, value, key)
         if origin is list and isinstance(value, list):
             items = [self.value(get_args(annotation)[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
             return _INVALID if any(item is _INVALID for item in items) else items
@@ -157,15 +128,16 @@ class _Converter:
 
 def _convert_scalar(annotation: Any, value: Any) -> Any:
     """A scalar or a choice; ``_INVALID`` if it is of another type. Booleans are no numbers, and strings are none either."""
-    if _is_optional(annotation):
-        return None if value is None else _convert_scalar(_without_none(annotation), value)
-    if get_origin(annotation) is Literal:
-        return value if isinstance(value, str) and value in get_args(annotation) else _INVALID
-    if annotation is int and isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
+    if value is None:
+        return None if is_optional(annotation) else _INVALID
+    kind = scalar_type(annotation)
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else _INVALID
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
         return int(value)
-    if annotation is float and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value) if abs(value) <= _LARGEST_EXACT_FLOAT else _INVALID
-    return value if type(value) is annotation else _INVALID
+    return value if type(value) is kind else _INVALID
 
 
 def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Problem:
@@ -175,8 +147,7 @@ def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Pro
 
 def _too_large(annotation: Any, value: Any) -> str:
     """Why a number is not taken for the other kind of number, which it is not exactly."""
-    kind = _without_none(annotation) if _is_optional(annotation) else annotation
-    if {kind, type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
+    if {scalar_type(annotation), type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return " (this one is too large)" if abs(value) > _LARGEST_EXACT_FLOAT else ""
 
@@ -185,20 +156,20 @@ def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | N
     """How a value of the wrong type could be written instead."""
     # No override sets an item of a list.
     prefix = "" if key.endswith("]") else f"{key}="
-    inner = _without_none(annotation) if _is_optional(annotation) else annotation
+    kind = scalar_type(annotation)
     if isinstance(value, str):
-        if get_origin(inner) is Literal:
-            match = closest(value, get_args(inner))
+        if get_origin(kind) is Literal:
+            match = closest(value, get_args(kind))
             return f"did you mean {match}?" if match else None
-        if inner in (int, float) and _reads_as_number(value):
+        if kind in (int, float) and _reads_as_number(value):
             return f"without quotes: {prefix}{value}"
-        if inner is bool and value.lower() in ("yes", "on", "no", "off"):
+        if kind is bool and value.lower() in ("yes", "on", "no", "off"):
             return f"{prefix}{'true' if value.lower() in ('yes', 'on') else 'false'}"
-    if inner is str and isinstance(value, int | float):
+    if kind is str and isinstance(value, int | float):
         # 1e3 has become 1000.0, and yes true: only what was typed is what was meant. Integers are written as they are.
         text = show(value) if typed is None and type(value) is int else typed
         return f"""in quotes; on a command line: {prefix}'"{text}"'""" if text and prefix else "the text in quotes"
-    if inner is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
+    if kind is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
         return f"{prefix}{round(value)}"
     return None
 
@@ -257,15 +228,6 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _is_optional(annotation: Any) -> bool:
-    return get_origin(annotation) in (types.UnionType, Union) and type(None) in get_args(annotation)
-
-
-def _without_none(annotation: Any) -> Any:
-    (inner,) = (argument for argument in get_args(annotation) if argument is not type(None))
-    return inner
-
-
 def _reads_as_number(text: str) -> bool:
     try:
         float(text)
@@ -276,8 +238,3 @@ def _reads_as_number(text: str) -> bool:
 
 def _type_name(value: object) -> str:
     return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
-
-
-def join(prefix: str, name: str) -> str:
-    """The full key of ``name`` under ``prefix``."""
-    return f"{prefix}.{name}" if prefix else name

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from w1train.config.errors import Problem
 from w1train.config.rules.attention_limits import attention_case
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 
@@ -56,4 +57,4 @@ def _fewest_streams(config: Config) -> int:
     return 2 if kinds == {"blocks"} else 1
 
 
-SPEED_RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (_overlap_rule, _fp8_rule)
+SPEED_RULES: tuple[Rule, ...] = (_overlap_rule, _fp8_rule)

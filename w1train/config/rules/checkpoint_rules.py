@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from w1train.config.errors import Problem, show
 from w1train.config.rules.divisibility import does_not_divide, near
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
+from w1train.config.schema_operation import UPLOAD_URL
 
 
 def _best_checkpoints_rule(config: Config) -> Iterator[Problem]:
@@ -34,7 +36,7 @@ def _keep_every_rule(config: Config) -> Iterator[Problem]:
 def _upload_rule(config: Config) -> Iterator[Problem]:
     upload = config.checkpoint.upload
     if upload and "://" not in upload:
-        yield Problem("checkpoint.upload", show(upload), "a URL that fsspec knows, such as s3://bucket/runs/NAME; or null")
+        yield Problem("checkpoint.upload", show(upload), UPLOAD_URL)
 
 
-CHECKPOINT_RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (_best_checkpoints_rule, _keep_every_rule, _upload_rule)
+CHECKPOINT_RULES: tuple[Rule, ...] = (_best_checkpoints_rule, _keep_every_rule, _upload_rule)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, show
 from w1train.config.rules.divisibility import divisors, does_not_divide
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 
 
@@ -75,7 +76,7 @@ def _object_storage_rule(config: Config) -> Iterator[Problem]:
         yield Problem("data.cache_directory", "null", f"a local directory, to which the files of {listing(remote)} are copied")
 
 
-DATA_RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (
+DATA_RULES: tuple[Rule, ...] = (
     _corpora_rule,
     _weights_rule,
     _validation_sets_rule,

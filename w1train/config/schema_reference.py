@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema: ``python -m w1train.config.reference [FILE]`` (without FILE: to standard output)."""
+"""Writes docs/configuration.md from the schema: ``python -m w1train.config.schema_reference [FILE]`` (without FILE: to standard output)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from w1train.config import schema
-from w1train.config.convert import describe_type, field_types, is_required, join
+from w1train.config.constraints import LARGEST_FLOAT, LARGEST_INTEGER, PathText
 from w1train.config.errors import show
-from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
-from w1train.config.rules.validate import RANGES
+from w1train.config.field_types import constraint_of, describe_type, field_types, is_required, join
 
 _INTRODUCTION = f"""\
 # Configuration reference
 
-Written by `python -m w1train.config.reference docs/configuration.md` from `w1train/config/schema.py` and `schema_operation.py`;
+Written by `python -m w1train.config.schema_reference docs/configuration.md` from `w1train/config/schema.py` and `schema_operation.py`;
 a test keeps it up to date.
 
 A run is chosen with `recipe=NAME`, its parts with `GROUP=OPTION`, single values with `KEY=VALUE`, where KEY is one of those below.
@@ -65,18 +64,21 @@ def _section(cls: Any, key: str, title: str, only: Sequence[str] | None = None) 
     for field in dataclasses.fields(cls):
         if only is None or field.name in only:
             full_key = join(key, field.name)
-            cells = (f"`{full_key}`", _valid(types[field.name], full_key), _default(field), docstrings[field.name])
+            cells = (f"`{full_key}`", _valid(types[field.name]), _default(field), docstrings[field.name])
             rows.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
     return "\n".join([f"## {title}", "", " ".join((cls.__doc__ or "").split()), "", *rows])
 
 
-def _valid(annotation: Any, key: str) -> str:
-    """Type and range."""
-    if get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
+def _valid(annotation: Any) -> str:
+    """Say in words what is valid: the type, and the constraint that it or the type of its items carries."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is dict and dataclasses.is_dataclass(arguments[1]):
         return "a mapping from names (see below)"
-    pattern = key.replace(".NAME.", ".*.")
-    valid = RANGES.get(pattern) or RANGES.get(f"{pattern}[*]")
-    return describe_type(annotation) + (f", {valid}" if valid else "")
+    item = arguments[0] if origin is list else arguments[1] if origin is dict else annotation
+    constraint = constraint_of(item)
+    if isinstance(constraint, PathText):
+        return constraint.valid if item is annotation else describe_type(annotation).replace("a string", constraint.valid)
+    return describe_type(annotation) + (f", {constraint}" if constraint else "")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

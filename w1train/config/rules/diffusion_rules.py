@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from w1train.config.errors import Problem, show
 from w1train.config.rules.divisibility import does_not_divide, near
+from w1train.config.rules.rule import Rule, at_every_stage
 from w1train.config.schema import Config
-from w1train.config.stages import at_stage, batch_sizes
+from w1train.config.stages import batch_sizes
 
-Rule = Callable[[Config], Iterator[Problem]]
 _THE_SAME_THROUGHOUT = ("mask_token_id", "exclude_mask_logit")
-
-
-def at_every_stage(rule: Rule) -> Rule:
-    """The rule for the run, and for each stage that sets something otherwise; a problem of both is reported once, at the run's key."""
-
-    def everywhere(config: Config) -> Iterator[Problem]:
-        of_run = list(rule(config))
-        yield from of_run
-        for name, stage in config.schedule.stages.items():
-            if not stage.diffusion:
-                continue
-            for problem in rule(at_stage(config, name)):
-                field = problem.key.removeprefix("diffusion.")
-                key = f"schedule.stages.{name}.diffusion.{field}" if field in stage.diffusion else f"{problem.key} in stage {name}"
-                if problem not in of_run:
-                    yield dataclasses.replace(problem, key=key)
-
-    return everywhere
 
 
 def _mask_token_rule(config: Config) -> Iterator[Problem]:
@@ -136,7 +117,7 @@ def _same_throughout_rule(config: Config) -> Iterator[Problem]:
                 yield Problem(key, show(stage.diffusion[field]), f"no value: it holds for the whole run, as diffusion.{field}")
 
 
-DIFFUSION_RULES: Iterable[Rule] = (
+DIFFUSION_RULES: tuple[Rule, ...] = (
     *map(
         at_every_stage,
         (
