@@ -20,9 +20,9 @@ from w1train.config.errors import ConfigurationError, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.planning.arguments import PROGRAM, Request, parse
 from w1train.planning.as_json import plan_as_dict, search_as_dict
+from w1train.planning.plan_tables import print_plan, print_search
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
-from w1train.planning.plan_tables import print_plan, print_search
 from w1train.runtime.command import command
 
 NUM_SHOWN = 15

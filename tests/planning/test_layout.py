@@ -6,8 +6,8 @@ from tests.distributed import run_distributed
 from tests.tiny import packed_batch, tiny_config
 from w1train.config.rules.validate import validate
 from w1train.model.flops import num_parameters
-from w1train.planning.meta_build import build_ranks
 from w1train.planning.layout import Coordinates, bubble_fraction, chunks_of, in_flight, layout_of
+from w1train.planning.meta_build import build_ranks
 from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()

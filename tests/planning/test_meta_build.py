@@ -6,8 +6,8 @@ from tests.tiny import tiny_config
 from w1train.config.compose import load_config
 from w1train.model.flops import num_parameters
 from w1train.planning import meta_build
-from w1train.planning.meta_build import LayoutError, build_ranks
 from w1train.planning.layout import Coordinates, Layout
+from w1train.planning.meta_build import LayoutError, build_ranks
 
 
 @pytest.mark.parametrize(
