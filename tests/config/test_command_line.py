@@ -84,7 +84,7 @@ def test_mistakes_go_to_stderr_without_a_traceback(capsys: pytest.CaptureFixture
     assert output.err.startswith("w1train.pretrain: 4 problems in the configuration:\n1. --cgf\n")
     for words in (
         "did you mean --cfg?",
-        "without dashes, if it is a key: parallel.tensor=2",
+        "without dashes if it is a key: parallel.tensor=2",
         "did you mean model.hidden_size?",
         "training.seed",
     ):

@@ -1,6 +1,6 @@
-"""Plain dictionaries to the configuration's dataclasses, strictly, reporting every mistake.
+"""Conversion of a plain tree (mappings, lists, scalars) to the configuration's dataclasses, which reports every mistake.
 
-Neither Hydra nor OmegaConf does this: plain YAML accepts any key, and ``key=abc`` for an integer is accepted too.
+Hydra and OmegaConf would not do: over plain YAML they accept any key, and ``key=abc`` for an integer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from w1train.config.errors import MOST_PROBLEMS, NOT_GIVEN, Problem, closest, li
 from w1train.config.field_types import describe_type, field_types, is_optional, is_required, join, partial_class, scalar_type
 from w1train.config.schema import Config
 
-# Beyond this a float no longer names one integer: 1e23 is 99999999999999991611392.
+# Larger floats do not stand for one integer: 1e23 is 99999999999999991611392.
 _LARGEST_EXACT_FLOAT = 2**53
 _TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
 _INVALID: Any = object()
@@ -26,8 +26,8 @@ class Conversion:
     """The outcome of converting one tree."""
 
     config: Config
-    """Fields that could not be converted are *unset*: reading one raises AttributeError, by which ``w1train.config.rules.validate``
-    knows which rules it cannot check yet."""
+    """Fields that could not be converted are *unset*: reading one raises AttributeError, and ``w1train.config.rules.validate`` then leaves
+    out the rule that reads it."""
     problems: list[Problem]
     complete: bool
     """Whether every field is set."""
@@ -36,10 +36,12 @@ class Conversion:
 def config_from_tree(
     tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset(), typed: Mapping[str, str] | None = None
 ) -> Conversion:
-    """Convert a plain tree (mappings, lists, scalars) to a ``Config``.
+    """Convert a plain tree to a ``Config``.
 
-    ``unknown_sections`` are top-level keys whose values are not known because the recipe that sets them was not found: what they
-    lack is neither reported nor filled with a default. ``typed`` is the text of numbers and booleans by their keys, for suggestions.
+    Args:
+        unknown_sections: top-level keys whose values are unknown, because the recipe that sets them was not found. Keys that are
+            missing there are not reported and get no default.
+        typed: the text that the user typed for numbers and booleans, by key; for suggestions.
     """
     converter = _Converter(unknown_sections, typed or {})
     config = converter.dataclass(Config, tree, "")
@@ -47,14 +49,14 @@ def config_from_tree(
 
 
 class _Converter:
-    """Walks the tree beside the types and notes what does not fit."""
+    """A walk over the tree and the types, which collects the problems."""
 
     def __init__(self, unknown_sections: frozenset[str], typed: Mapping[str, str]):
         self.unknown_sections, self.typed = unknown_sections, typed
         self.problems: list[Problem] = []
 
     def value(self, annotation: Any, value: Any, key: str) -> Any:
-        """The converted value, or ``_INVALID`` after noting the problem."""
+        """Return the converted value, or ``_INVALID`` after noting the problem."""
         origin = get_origin(annotation)
         if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
             return self.dataclass(annotation, value, key)
@@ -71,7 +73,7 @@ class _Converter:
         return converted
 
     def dataclass(self, cls: Any, tree: Mapping[Any, Any], key: str) -> Any:
-        """An instance of which the fields that failed are unset."""
+        """Return an instance of ``cls`` in which the fields that could not be converted are unset."""
         annotations = field_types(cls)
         result = object.__new__(cls)
         for field in dataclasses.fields(cls):
@@ -85,7 +87,7 @@ class _Converter:
         return result
 
     def some_fields(self, cls: Any, tree: Mapping[Any, Any], key: str) -> dict[str, Any]:
-        """The fields of ``cls`` that the tree has, converted; those that failed are left out."""
+        """Convert the fields of ``cls`` that the tree has; fields that could not be converted are left out."""
         annotations = field_types(cls)
         for name in tree.keys() - annotations.keys():
             self.unknown(name, tree[name], key, annotations)
@@ -93,7 +95,7 @@ class _Converter:
         return {name: value for name, value in found.items() if value is not _INVALID}
 
     def unknown(self, name: Any, value: Any, parent: str, siblings: Mapping[str, Any]) -> None:
-        """Note one problem for each leaf under an unknown key, so that every wrong override is named in full."""
+        """Note a problem for each leaf under an unknown key, so that the full key of every wrong override is named."""
         where = f"a key of {parent}" if parent else "a top-level key"
         for path, leaf in _leaves(str(name), value):
             full_key = join(parent, path)
@@ -101,13 +103,13 @@ class _Converter:
                 found, intended = f"an unknown key (value {show(leaf)})", _intended(parent, path, siblings)
                 self.problems.append(Problem(full_key, found, f"{where}: {listing(siblings)}", intended))
             else:
-                # What is not shown is only counted: looking for the key that was meant takes milliseconds.
+                # Problems that are not shown are only counted: the search for the intended key takes milliseconds.
                 self.problems.append(Problem(full_key, "an unknown key", where))
 
     def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
-        """The default of a field that the tree does not have."""
+        """Return the default of a field that the tree does not have, or note that the field is missing."""
         if key.partition(".")[0] in self.unknown_sections:
-            # An unknown section is an object without fields, so that what the user does set is still checked.
+            # An unknown section becomes an object without fields, so that keys which the user sets in it are still checked.
             return self.dataclass(annotation, {}, key) if dataclasses.is_dataclass(annotation) else _INVALID
         if is_required(field):
             self.problems.append(_missing(annotation, key))
@@ -127,7 +129,7 @@ class _Converter:
 
 
 def _convert_scalar(annotation: Any, value: Any) -> Any:
-    """A scalar or a choice; ``_INVALID`` if it is of another type. Booleans are no numbers, and strings are none either."""
+    """Return a scalar or a choice, or ``_INVALID`` if the value has another type. Booleans and strings are not taken for numbers."""
     if value is None:
         return None if is_optional(annotation) else _INVALID
     kind = scalar_type(annotation)
@@ -146,15 +148,15 @@ def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Pro
 
 
 def _too_large(annotation: Any, value: Any) -> str:
-    """Why a number is not taken for the other kind of number, which it is not exactly."""
+    """Say that a number is too large to be converted exactly between integer and float, if this is the reason."""
     if {scalar_type(annotation), type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return " (this one is too large)" if abs(value) > _LARGEST_EXACT_FLOAT else ""
 
 
 def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | None:
-    """How a value of the wrong type could be written instead."""
-    # No override sets an item of a list.
+    """Suggest how a value of the wrong type could be written instead."""
+    # Overrides cannot set a single item of a list.
     prefix = "" if key.endswith("]") else f"{key}="
     kind = scalar_type(annotation)
     if isinstance(value, str):
@@ -166,7 +168,7 @@ def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | N
         if kind is bool and value.lower() in ("yes", "on", "no", "off"):
             return f"{prefix}{'true' if value.lower() in ('yes', 'on') else 'false'}"
     if kind is str and isinstance(value, int | float):
-        # 1e3 has become 1000.0, and yes true: only what was typed is what was meant. Integers are written as they are.
+        # The value alone does not tell what was typed: 1e3 has become 1000.0, and yes has become true. Integers are unchanged.
         text = show(value) if typed is None and type(value) is int else typed
         return f"""in quotes; on a command line: {prefix}'"{text}"'""" if text and prefix else "the text in quotes"
     if kind is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
@@ -182,7 +184,7 @@ def _missing(annotation: Any, key: str) -> Problem:
 
 
 def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None:
-    """The known key that an unknown one was probably meant to be."""
+    """Return a question that names the known key which an unknown key was probably meant to be."""
     name, _, rest = path.partition(".")
     match = closest(name, siblings)
     if match and rest and dataclasses.is_dataclass(siblings[match]):
@@ -199,7 +201,7 @@ def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None
 
 @functools.cache
 def _all_keys() -> dict[str, list[str]]:
-    """Full keys of the tree by their last part; a stage's keys are under ``schedule.stages.NAME``."""
+    """Return the full keys of the tree by their last part; a stage's keys are under ``schedule.stages.NAME``."""
     keys: dict[str, list[str]] = {}
 
     def visit(cls: Any, prefix: str) -> None:

@@ -11,13 +11,18 @@ from w1train.config.schema import Config
 
 
 def _attention_rule(config: Config) -> Iterator[Problem]:
-    """What no machine could do. What this one cannot is found when the run starts on it."""
+    """Report a backend that cannot serve the run on any machine. What this machine lacks is found when the run starts."""
     backend = config.attention.backend
     if backend == "auto":
         return
     reason = limit(backend, attention_case(config))
     if reason is not None:
-        yield Problem("attention.backend", backend, f"auto, or a backend that can serve this run: {reason}", "attention.backend=auto")
+        yield Problem(
+            "attention.backend",
+            backend,
+            f"auto, or a backend that can serve this run; {backend} cannot: {reason}",
+            "attention.backend=auto",
+        )
 
 
 ATTENTION_RULES: tuple[Rule, ...] = (at_every_stage(_attention_rule),)

@@ -1,4 +1,4 @@
-"""Rules of what is done about what goes wrong."""
+"""Rules of the reactions to what goes wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from w1train.config.schema import Config
 
 
 def _hang_rule(config: Config) -> Iterator[Problem]:
-    """A rank whose heartbeats are further apart than the others' patience would be called missing."""
+    """Check that heartbeats are frequent enough: otherwise a rank that works would be reported as missing."""
     health = config.health
     if health.heartbeat_interval > health.hang_timeout / 2:
-        valid = f"at most half of health.hang_timeout={show(health.hang_timeout)}, or ranks that live look dead"
+        valid = f"at most half of health.hang_timeout={show(health.hang_timeout)}, or a rank that works looks dead"
         yield Problem("health.heartbeat_interval", show(health.heartbeat_interval), valid, "health.hang_timeout=600")
 
 

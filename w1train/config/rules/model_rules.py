@@ -19,7 +19,7 @@ def _query_groups_rule(config: Config) -> Iterator[Problem]:
 
 def _head_width_rule(config: Config) -> Iterator[Problem]:
     hidden, heads, channels = config.model.hidden_size, config.model.num_attention_heads, config.model.kv_channels
-    even = "an even number: the rotary embedding turns pairs"
+    even = "an even number: the rotary embedding rotates pairs of channels"
     if channels is not None:
         if channels > 0 and channels % 2:
             yield Problem("model.kv_channels", show(channels), even, f"{channels + 1}")
@@ -41,7 +41,9 @@ def _rope_scaling_rule(config: Config) -> Iterator[Problem]:
 def _timestep_frequency_rule(config: Config) -> Iterator[Problem]:
     size = config.model.timestep_frequency_size
     if size % 2:
-        yield Problem("model.timestep_frequency_size", show(size), "an even number: half sines, half cosines", f"{size + 1}")
+        yield Problem(
+            "model.timestep_frequency_size", show(size), "an even number: half of the channels are sines, half are cosines", f"{size + 1}"
+        )
 
 
 def _sequence_length_rule(config: Config) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ def _tensor_parallel_rule(config: Config) -> Iterator[Problem]:
     sizes = {name: size for name in names if (size := getattr(config.model, name, None)) is not None}
     for name, size in sizes.items():
         if does_not_divide(tensor, size):
-            suggestion = f"a divisor of all that it splits: {divisors(math.gcd(*sizes.values()))}"
+            suggestion = f"a divisor of every size that it splits: {divisors(math.gcd(*sizes.values()))}"
             yield Problem("parallel.tensor", show(tensor), f"a divisor of model.{name} ({size})", suggestion)
 
 
@@ -68,10 +68,10 @@ def _pipeline_rule(config: Config) -> Iterator[Problem]:
 
 
 def _virtual_pipeline_problems(config: Config, per_stage: list[int], *, has_middle: bool) -> Iterator[Problem]:
-    """Every stage's layers must divide into chunks, and megatron-core needs a stage whose layers it may count itself."""
+    """Check that every stage's layers divide into chunks, and that megatron-core may count the layers of at least one stage itself."""
     virtual = config.parallel.virtual_pipeline
     if virtual > 1 and not has_middle:
-        valid = "1 when the layers of both of two stages are given: megatron-core divides by the number of stages between"
+        valid = "1 when the layers of both stages are given: megatron-core divides by the number of stages between them"
         suggestion = "give num_layers_in_first_stage or num_layers_in_last_stage alone: the other stage gets the rest"
         yield Problem("parallel.virtual_pipeline", show(virtual), valid, suggestion)
     for count in sorted(set(per_stage)):
@@ -119,7 +119,7 @@ def _batch_rule(config: Config) -> Iterator[Problem]:
 
 
 def world_size_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """The layout over a known number of ranks."""
+    """Yield the problems of the layout over a known number of ranks; no problems if ``world_size`` is None."""
     parallel, micro = config.parallel, config.training.micro_batch_size
     sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
     if world_size is None or min(sizes.values()) < 1:
@@ -133,7 +133,7 @@ def world_size_problems(config: Config, world_size: int | None) -> Iterator[Prob
         return
     data_parallel = world_size // replica
     for key, batch in batch_sizes(config).items():
-        # When the micro-batch alone does not divide, the rule without a world has said so.
+        # _batch_rule has reported a micro-batch that does not divide the batch.
         if does_not_divide(micro, batch):
             continue
         unit = micro * data_parallel

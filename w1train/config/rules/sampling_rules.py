@@ -26,9 +26,12 @@ def _denoising_rule(config: Config) -> Iterator[Problem]:
 
 
 def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Problem]:
-    """Whether the ways of unmasking agree, tokens divide into blocks and steps over these; w1train.sampling.denoise relies on it.
+    """Yield the problems of unmasking: options that contradict each other, tokens that do not divide into blocks, steps that do not divide
+    over blocks. w1train.sampling.denoise relies on this check.
 
-    ``by_block``: block diffusion, whose blocks are counted from the start of the text and may be short at both ends.
+    Args:
+        by_block: the model is one of block diffusion, whose blocks are counted from the start of the text, so that the first and the last
+            block may be shorter.
     """
     if sampling.threshold is not None and sampling.remasking == "random":
         valid = "low_confidence when sampling.threshold is set: it keeps predictions by their confidence"
@@ -42,7 +45,7 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
     elif block_size > 0 and sampling.threshold is None:
         num_blocks = sampling.num_tokens // block_size
         if does_not_divide(num_blocks, sampling.num_steps):
-            valid = f"a multiple of the {num_blocks} blocks of {block_size} tokens, each of which takes the same number of steps"
+            valid = f"a multiple of {num_blocks}, the number of blocks of {block_size} tokens: each block takes the same number of steps"
             yield Problem("sampling.num_steps", show(sampling.num_steps), valid, near(sampling.num_steps, num_blocks))
 
 

@@ -16,7 +16,7 @@ def _validation_rule(config: Config) -> Iterator[Problem]:
     if not config.validation.timesteps:
         yield Problem("validation.timesteps", "[]", "at least one t, 0 < t <= 1", "remove the key: the default is ten midpoints")
         return
-    # The ELBO is the plain mean over them, which is a quadrature at these points only.
+    # The ELBO is the plain mean over the timesteps, which is a quadrature only at these midpoints.
     timesteps = config.validation.timesteps
     midpoints = [(index + 0.5) / len(timesteps) for index in range(len(timesteps))]
     if not all(abs(t - midpoint) <= _MIDPOINT_TOLERANCE for t, midpoint in zip(sorted(timesteps), midpoints, strict=True)):
