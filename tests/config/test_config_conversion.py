@@ -1,4 +1,4 @@
-"""Plain trees to dataclasses: types, unknown and missing keys, YAML there and back."""
+"""Conversion of plain trees to dataclasses: types, unknown and missing keys, YAML written and read back."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_unknown_keys_are_suggested(key: str, suggestion: str | None) -> None:
 )
 def test_every_unknown_key_is_reported_in_full(wrong: dict[tuple[str, str, tuple[str, ...]], int]) -> None:
     keys = [".".join(filter(None, [section, name, *rest])) for section, name, rest in wrong]
-    # A key below another one would replace its value, and a known one is not wrong.
+    # A key below another key would replace its value, and a known key is not wrong.
     keys = [key for key in keys if not any(other != key and other.startswith(f"{key}.") for other in keys)]
     keys = [key for key in keys if not any(key == known or f"{known}.".startswith(f"{key}.") for known in KNOWN)]
     keys = [key for key in keys if key.split(".")[0] not in {"name", "runs_dir"} and key.rpartition(".")[0] not in KNOWN]
@@ -158,7 +158,7 @@ def test_the_error_numbers_every_problem() -> None:
     text = config_text(tree)
     with pytest.raises(ConfigurationError) as caught:
         config_from_yaml(text)
-    # The layers are not known, yet all rules that do without them have been checked.
+    # The number of layers is unknown, but all rules that do not need it have been checked.
     assert {problem.key for problem in caught.value.problems} == {
         "name",
         "model.hiden_size",
@@ -266,5 +266,5 @@ def test_flatten_and_differences() -> None:
     assert differences[0] == Difference("model.kv_channels", 12, None)
     assert Difference("schedule.stages.cooldown.tokens", ABSENT, 200) in differences
     assert Difference("schedule.stages.decay.tokens", 200, ABSENT) in differences
-    # kv_channels, and every field of a stage twice but its empty mappings.
+    # One difference is kv_channels. Every field of the renamed stage differs twice, except its two empty mappings.
     assert len(differences) == 1 + 2 * (len(dataclasses.fields(StageConfig)) - 2)

@@ -1,4 +1,4 @@
-"""docs/configuration.md is the schema's."""
+"""docs/configuration.md is up to date with the schema, in which every field has a docstring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges and rules between keys."""
+"""Ranges of single values, and rules between keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MakeConfig = Callable[..., Config]
 
 
 def numeric_types(annotation: Any = Config, key: str = "") -> dict[str, Any]:
-    """The types of all numbers of the schema by their keys; ``*`` stands for a name of a mapping, ``[*]`` for an index of a list."""
+    """Return the types of all numbers of the schema by key; ``*`` stands for a name of a mapping, ``[*]`` for an index of a list."""
     annotation = without_null(annotation)
     if dataclasses.is_dataclass(annotation):
         types = [numeric_types(inner, f"{key}.{name}".lstrip(".")) for name, inner in field_types(annotation).items()]
@@ -48,7 +48,7 @@ def test_every_numeric_field_has_a_range() -> None:
 
 
 def test_every_rule_is_registered() -> None:
-    """A rule that nobody calls would refuse nothing."""
+    """A rule that is in no list is never checked."""
     modules = [importlib.import_module(f"{rules.__name__}.{module.name}") for module in pkgutil.iter_modules(rules.__path__)]
     defined = {value for module in modules for name, value in vars(module).items() if name.endswith("_rule") and inspect.isfunction(value)}
     assert len(defined) > 30
@@ -80,7 +80,7 @@ def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: s
 @pytest.mark.parametrize("value", [2**63, 10**400, 1e300])
 @pytest.mark.parametrize("pattern", RANGES)
 def test_numbers_too_large_for_anything_are_reported(pattern: str, value: float) -> None:
-    """Beside every other problem, whatever the rules between keys compute with them."""
+    """They are reported together with every other problem, whatever rules between keys compute from them."""
     tree, key = copy.deepcopy(TREE), pattern.replace("*", "stable").removesuffix("[stable]")
     if pattern.startswith("data.blend"):
         set_key(tree, "data.blend.stable.prefix", "x")
@@ -291,7 +291,7 @@ def test_blocks_of_block_diffusion_need_not_divide(make_config: MakeConfig) -> N
 
 
 def test_the_pipeline_rules_are_reported_together(make_config: MakeConfig) -> None:
-    """Four layers, three of them in the first of three stages: one is left for two stages, and three are no two equal chunks."""
+    """Three of four layers are in the first of three stages: one layer is left for two stages, and three layers are no two equal chunks."""
     changes = {"parallel.pipeline": 3, "parallel.virtual_pipeline": 2, "parallel.num_layers_in_first_stage": 3}
     assert [problem.key for problem in validate(make_config(changes))] == ["parallel.pipeline", "parallel.virtual_pipeline"]
 
@@ -337,7 +337,7 @@ def test_the_world_size_rules_say_what_would_fit(make_config: MakeConfig) -> Non
 
 
 def test_values_beside_unset_fields_are_checked(make_config: MakeConfig) -> None:
-    """Of a stage as well: the run's own diffusion, which has an unset field, is not needed for that."""
+    """Values of a stage are checked even if the run's own diffusion has an unset field."""
     stages = {"stable": {"tokens": 1000, "learning_rate": 1.0e-3, "diffusion": {"num_strata": 0}}}
     conversion = config_from_tree(TREE | {"diffusion": {"block_size": "x", "t_min": -1}, "schedule": {"stages": stages}})
     assert [problem.key for problem in conversion.problems] == ["diffusion.block_size"]

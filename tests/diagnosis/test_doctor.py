@@ -1,4 +1,4 @@
-"""w1train.doctor sees what is wrong with a machine, says it, and ends with the right status."""
+"""w1train.doctor finds and names faults of a machine, and ends with the right exit status."""
 
 from __future__ import annotations
 
@@ -199,9 +199,9 @@ def test_a_local_rank_without_a_gpu_is_a_mistake_of_the_user(monkeypatch, capsys
 
 
 def test_under_srun_a_task_is_a_rank(monkeypatch, tmp_path, capsys):
-    """Else each of sixteen tasks would take itself for the whole machine, all on the first GPU."""
+    """Otherwise each of sixteen tasks would think that it is alone, and all would use the first GPU."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "gpu1"}
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "1", **step}.items():

@@ -1,4 +1,4 @@
-"""python -m w1train.plan: its words, its exit status, its JSON."""
+"""python -m w1train.plan: its options, exit status and JSON."""
 
 import json
 

@@ -49,7 +49,8 @@ class ConfigurationError(UserError):
     """A configuration that cannot be used. The text is a numbered list of the first MOST_PROBLEMS problems."""
 
     def __init__(self, problems: Sequence[Problem], origin: str | None = None):
-        """
+        """Keep the problems and make the text.
+
         Args:
             origin: the file that the configuration comes from, if it comes from a single file.
         """
