@@ -44,6 +44,12 @@ def constraint_of(annotation: Any) -> Constraint | None:
     return metadata if isinstance(metadata, Range | PathText) else None
 
 
+def field_ranges(cls: type) -> dict[str, Range]:
+    """Return the ranges of the fields of a dataclass that are numbers."""
+    constraints = {name: constraint_of(annotation) for name, annotation in field_types(cls).items()}
+    return {name: constraint for name, constraint in constraints.items() if isinstance(constraint, Range)}
+
+
 def scalar_type(annotation: Any) -> Any:
     """Return a scalar's type without null and without its constraint: int, float, bool, str or a Literal."""
     inner = without_null(annotation)

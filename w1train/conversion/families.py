@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError, listing
-from w1train.config.field_types import constraint_of, field_types
+from w1train.config.field_types import field_ranges
 from w1train.config.reading import read_json_object, shorten
 from w1train.config.schema import ModelConfig
 
@@ -104,9 +104,9 @@ def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
     # Values that have been reported are zeros here, which must not be reported again.
     if not values.problems:
         values.problems += [
-            f"model.{name} would be {shorten(fields[name])}, not {constraint.words(fields[name])}"
-            for name, annotation in field_types(ModelConfig).items()
-            if name in fields and (constraint := constraint_of(annotation)) and fields[name] not in constraint
+            f"model.{name} would be {shorten(fields[name])}, not {valid.words(fields[name])}"
+            for name, valid in field_ranges(ModelConfig).items()
+            if name in fields and fields[name] not in valid
         ]
     if values.problems:
         raise UserError(f"{origin} cannot be imported: " + "; ".join(values.problems))

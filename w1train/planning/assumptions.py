@@ -8,7 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from w1train.config.constraints import NonNegativeFloat, PositiveFraction
 from w1train.config.errors import Problem, closest, listing
+from w1train.config.field_types import field_ranges
 from w1train.profiling.throughput import device_peak_tflops
 
 
@@ -47,23 +49,23 @@ DEVICES = {
 class Assumptions:
     """Achievable shares of the peaks, and overheads."""
 
-    matmul_efficiency: float = 0.70
+    matmul_efficiency: PositiveFraction = 0.70
     """Share of the bf16 peak in the linear layers. A square product of size 8192 on an H100 reaches 0.8; the products of the layers are
     smaller."""
-    attention_efficiency: float = 0.46
+    attention_efficiency: PositiveFraction = 0.46
     """Share of the bf16 peak in unmasked attention, forward and backward together. From 608 and 502 TFLOP/s of torch's SDPA on an H100 at
     8k (MagiAttention's benchmark), where the backward pass does 2.5 times the work of the forward pass; here it counts
     as twice the work."""
-    masked_attention_efficiency: float = 0.40
+    masked_attention_efficiency: PositiveFraction = 0.40
     """Share of the bf16 peak with a dense mask, over ALL pairs, because torch's SDPA skips no pair. It is 11 % below unmasked attention
     (pytorch issue 138493)."""
-    memory_efficiency: float = 0.80
+    memory_efficiency: PositiveFraction = 0.80
     """Share of the memory bandwidth in element-wise kernels."""
-    network_efficiency: float = 0.80
+    network_efficiency: PositiveFraction = 0.80
     """Share of the link bandwidth in collectives."""
-    collective_latency: float = 20e-6
+    collective_latency: NonNegativeFloat = 20e-6
     """Seconds that the smallest collective takes."""
-    reserved_gib: float = 6.0
+    reserved_gib: NonNegativeFloat = 6.0
     """Memory for the CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation."""
 
 
@@ -74,17 +76,16 @@ def described(assumptions: Assumptions) -> dict[str, float]:
 
 def replace_assumptions(assumptions: Assumptions, overrides: Sequence[str]) -> tuple[Assumptions, list[Problem]]:
     """Apply NAME=VALUE texts, and return the problems of those that cannot be applied."""
-    names = [field.name for field in dataclasses.fields(Assumptions)]
+    ranges = field_ranges(Assumptions)
     problems = []
     for text in overrides:
         name, _, value = text.partition("=")
         number = _number(value)
-        if name not in names:
-            match = closest(name, names)
-            problems.append(Problem(f"--assume {text}", "an unknown name", listing(names), f"did you mean {match}?" if match else None))
-        elif number is None or number < 0 or (name.endswith("efficiency") and not 0 < number <= 1):
-            valid = "a number > 0 and <= 1" if name.endswith("efficiency") else "a number >= 0"
-            problems.append(Problem(f"--assume {text}", value or "nothing", valid))
+        if name not in ranges:
+            match = closest(name, ranges)
+            problems.append(Problem(f"--assume {text}", "an unknown name", listing(ranges), f"did you mean {match}?" if match else None))
+        elif number is None or number not in ranges[name]:
+            problems.append(Problem(f"--assume {text}", value or "nothing", f"a number {ranges[name]}"))
         else:
             assumptions = dataclasses.replace(assumptions, **{name: number})
     return assumptions, problems
