@@ -188,7 +188,7 @@ def test_every_key_of_another_model_is_named(directory):
     }
     assert (problems["model.num_layers"].found, problems["model.num_layers"].valid) == ("2", f"4, as in {directory}")
     assert problems["model.vocab_size"].valid == f"at least {VOCAB_SIZE}, the rows of {directory}"
-    assert problems["model.adaln_init"].valid.startswith("identity, for")
+    assert problems["model.adaln_init"].valid.startswith("identity, because")
 
 
 @pytest.mark.parametrize(
