@@ -336,7 +336,7 @@ def test_what_is_text_of_the_locale(code, expected):
     assert _names_no_encoding(call) is expected
 
 
-_ALONE = ("launch.needed_packages", "w1train.config.reference")
+_ALONE = ("launch.needed_packages", "w1train.config.schema_reference")
 """Run while an image is built, without w1train; and by those who change the configuration, to write its documentation."""
 
 

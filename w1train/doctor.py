@@ -28,7 +28,7 @@ from w1train.diagnosis.collectives import collective_section, initialize
 from w1train.diagnosis.devices import device_section, driver_version
 from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
 from w1train.diagnosis.host import host_section
-from w1train.diagnosis.kernels import kernel_section
+from w1train.diagnosis.kernel_findings import kernel_section
 from w1train.diagnosis.packages import installed_version, package_section
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command

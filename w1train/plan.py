@@ -20,9 +20,9 @@ from w1train.config.errors import ConfigurationError, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.planning.arguments import PROGRAM, Request, parse
 from w1train.planning.as_json import plan_as_dict, search_as_dict
+from w1train.planning.plan_tables import print_plan, print_search
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
-from w1train.planning.tables import print_plan, print_search
 from w1train.runtime.command import command
 
 NUM_SHOWN = 15
@@ -43,7 +43,7 @@ def plan(request: Request) -> int:
     """Plan and build the layout that was asked for."""
     raise_if_any(validate(request.config, request.num_gpus))
     # torch and megatron-core take seconds to import, which mistakes and --search need not wait for.
-    from w1train.planning.build import LayoutError, build_ranks
+    from w1train.planning.meta_build import LayoutError, build_ranks
 
     planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     try:

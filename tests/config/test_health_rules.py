@@ -1,4 +1,4 @@
-"""Rules of what is done about what goes wrong."""
+"""Rules of the reactions to what goes wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages, phases and where they begin, in steps and samples."""
+"""Stages and phases, and the steps and samples at which they begin."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def _config(**stages):
     return config
 
 
-# Eight samples of 32 tokens a step, but for the second stage's sixteen.
+# A step has eight samples of 32 tokens; in the second stage it has sixteen.
 STAGES = {
     "first": (4 * 256, {}),
     "wide": (3 * 512, {"global_batch_size": 16}),
@@ -32,7 +32,7 @@ STAGES = {
 def test_a_step_belongs_to_the_stage_it_begins_in():
     config = _config(**STAGES)
     steps = stage_steps(config.schedule, 8, LENGTH)
-    # The third step of "blocks" ends beyond it and beyond all of "short", which has none.
+    # The third step of "blocks" ends after that stage and after "short", which therefore has no step.
     assert steps == {"first": (0, 4), "wide": (32, 3), "blocks": (80, 3), "short": (104, 0), "last": (104, 1)}
     assert num_steps(config.schedule, 8, LENGTH) == 11
     stages = [stage_of_step(config, step) for step in range(12)]

@@ -1,4 +1,4 @@
-"""Predicted collectives against those that a real step starts, counted where they enter torch's process groups."""
+"""Predicted collectives, compared with those that a real step starts in torch's process groups."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ from w1train.engine.building import build_trained_model  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 
-# Where the whole (gathered) tensor and the process group stand among an operator's arguments.
+# The places of the whole (gathered) tensor and of the process group among an operator's arguments.
 OPERATORS = {
     "allreduce_": ("all_reduce", 0, 1),
     "allreduce_coalesced_": ("all_reduce", 0, 1),
@@ -33,7 +33,7 @@ OPERATORS = {
 
 
 class _CountCollectives(TorchDispatchMode):
-    """Bytes of the whole tensor of every collective among several ranks, by kind."""
+    """Count the bytes of the whole tensor of every collective among several ranks, by kind."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class _CountCollectives(TorchDispatchMode):
 
 
 def _one_step_each(_rank, _world_size, configs):
-    """On the same ranks: forking them and making their groups takes longer than a step."""
+    """Measure all cases on the same ranks: to fork ranks and make their groups takes longer than a step."""
     with distributed(configs[0].parallel) as ranks:
         return [_one_step(ranks, config) for config in configs]
 

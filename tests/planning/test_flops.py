@@ -1,4 +1,4 @@
-"""The plan's FLOPs per token against torch's FLOP counter on the real model, part by part."""
+"""The plan's FLOPs per token, compared part by part with torch's FLOP counter on the real model."""
 
 from collections import Counter
 
@@ -41,13 +41,13 @@ def _batch(document_length):
 
 
 def _counted(_rank, _world_size, config, document_length):
-    """FLOPs of one micro-batch by part, and all of them."""
+    """Count the FLOPs of one micro-batch by part and in total."""
     with distributed(config.parallel):
         stage = build_stage(config, transformer_config(config.model, config.parallel, "fp32"))
         noisy = corrupt(_batch(document_length), config.diffusion, 0)
         assert bool(noisy.loss_mask.all())
         inputs = rank_inputs(noisy, config)
-        # The fused kernels' backward computes the scores again, and the counter counts that; the plan does not.
+        # The backward pass of fused kernels computes the scores again. The counter counts this, the plan does not.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _loss(config, inputs, _work(inputs), stage(inputs.model, inputs.targets))[0].backward()
         counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}

@@ -1,4 +1,4 @@
-"""Phases: consecutive stages of one objective, whose losses compare with one another and with no other phase's."""
+"""Phases: consecutive stages of one objective. Losses are comparable inside a phase, and not between phases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from w1train.config.stages import at_stage
 
 
 def phase_ends(config: Config) -> list[int]:
-    """The last step of each phase, ascending; the run's end is the last of them."""
+    """Return the last step of each phase, in ascending order; the last entry is the end of the run."""
     steps = stage_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
     ends: list[int] = []
     done, before = 0, None
@@ -24,12 +24,12 @@ def phase_ends(config: Config) -> list[int]:
 
 
 def phase_start(config: Config, step: int) -> int:
-    """Steps done when the phase of a step's update began; a phase's last step is its own."""
+    """Return the number of steps before the phase that a step belongs to. The last step of a phase belongs to that phase."""
     return max((end for end in phase_ends(config) if end < step), default=0)
 
 
 def stage_of_step(config: Config, step: int) -> str:
-    """The stage of the update that brought the count of steps to ``step`` (0: the stage of the first one)."""
+    """Return the stage of a step, counted from 1; for 0, the stage of the first step."""
     steps = stage_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
     done = 0
     for name, (_, num_steps) in steps.items():

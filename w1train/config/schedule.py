@@ -1,7 +1,7 @@
-"""The learning rate as a pure function of consumed tokens: any number of stages (Warmup-Stable-Decay and its kin).
+"""The learning rate as a pure function of consumed tokens: any number of stages (Warmup-Stable-Decay and similar schedules).
 
 LLaDA 8B's schedule (arXiv 2502.09992) is five stages: warmup to 4e-4, constant 4e-4 until 1.2T tokens, constant 1e-4
-for 0.8T, and linear to 1e-5 over the last 0.3T. Tokens, not steps: the schedule then means the same at every batch size,
+for 0.8T, and linear to 1e-5 over the last 0.3T. The schedule counts tokens, not steps: it then means the same at every batch size,
 and a resumed run needs no scheduler state.
 """
 
@@ -13,10 +13,10 @@ from w1train.config.schema import DecayStyle, ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
-    """The rate after ``tokens`` consumed; the step that brings the count to ``tokens`` uses it, so none is wasted on rate 0.
+    """Return the rate of the step that brings the number of consumed tokens to ``tokens``. The first step therefore does not have rate 0.
 
-    A stage goes from the previous stage's end (0 for the first) to its own rate, and reaches it exactly with its last
-    token. A constant stage jumps with its first. After the last stage the rate stays.
+    A stage goes from the rate at the end of the previous stage (0 for the first stage) to its own rate, which its last token reaches
+    exactly. A constant stage has its rate from its first token on. After the last stage the rate does not change.
     """
     name, fraction = stage_at(schedule, tokens)
     stage = schedule.stages[name]
@@ -27,14 +27,14 @@ def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
 
 
 def total_tokens(schedule: ScheduleConfig) -> int:
-    """Length of the run in tokens."""
+    """Return the length of the run in tokens."""
     return sum(stage.tokens for stage in schedule.stages.values())
 
 
 def stage_at(schedule: ScheduleConfig, tokens: int) -> tuple[str, float]:
-    """The stage that the last of ``tokens`` consumed belongs to, and the share of the stage that is done, in [0, 1].
+    """Return the stage of the last of the consumed ``tokens``, and the share of the stage that is done, in [0, 1].
 
-    Before the first token: the first stage and 0.0; after the end of the schedule: the last stage and 1.0.
+    Before the first token this is the first stage and 0.0; after the end of the schedule, the last stage and 1.0.
     """
     assert schedule.stages
     assert tokens >= 0
@@ -47,12 +47,12 @@ def stage_at(schedule: ScheduleConfig, tokens: int) -> tuple[str, float]:
 
 
 def num_steps(schedule: ScheduleConfig, default: int, sequence_length: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps of the whole run."""
     return sum(steps for _, steps in stage_steps(schedule, default, sequence_length).values())
 
 
 def stage_steps(schedule: ScheduleConfig, default: int, sequence_length: int) -> dict[str, tuple[int, int]]:
-    """(first sample, optimizer steps) of each stage. A step that begins inside a stage is that stage's, and may end beyond it."""
+    """Return (first sample, number of optimizer steps) of each stage. A step belongs to the stage in which it begins, and may end later."""
     stages = {}
     samples = end = 0
     for name, stage in schedule.stages.items():
@@ -65,7 +65,7 @@ def stage_steps(schedule: ScheduleConfig, default: int, sequence_length: int) ->
 
 
 def _progress(style: DecayStyle, fraction: float) -> float:
-    """How far the rate has gone from the previous stage's end (0) to this stage's (1)."""
+    """Return how far the rate has gone from the end of the previous stage (0) to the end of this stage (1)."""
     match style:
         case "constant":
             return 1.0
@@ -73,7 +73,7 @@ def _progress(style: DecayStyle, fraction: float) -> float:
             return fraction
         case "cosine":
             return (1 - math.cos(math.pi * fraction)) / 2
-        case "one_minus_sqrt":  # end + (start - end) (1 - sqrt(x)): falls fast first (Hagele et al., arXiv 2405.18392)
+        case "one_minus_sqrt":  # end + (start - end) (1 - sqrt(x)), which falls fast at first (Hagele et al., arXiv 2405.18392)
             return math.sqrt(fraction)
 
 

@@ -1,4 +1,4 @@
-"""A new run's weights from a Hugging Face directory or from another run (``training.initial_weights``)."""
+"""Initial weights of a new run from a Hugging Face directory or from another run (``training.initial_weights``)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class InitialWeights:
-    """Opened and compared with the configuration; not read yet."""
+    """Stored weights that are opened and compared with the configuration, but not read yet."""
 
     def __init__(self, config: Config) -> None:
-        """Called on every rank, before the model is built. ``training.initial_weights`` is set.
+        """Open the weights on every rank, before the model is built. ``training.initial_weights`` must be set.
 
         Raises:
-            UserError: on every rank: nothing usable is there, or it does not fit ``config.model``.
-            CheckpointError: on every rank: it is a checkpoint and damaged.
+            UserError: on every rank: the path holds no weights, or they do not fit ``config.model``.
+            CheckpointError: on every rank: the path is a damaged checkpoint.
         """
         assert config.training.initial_weights is not None
         self.config = config
@@ -45,7 +45,7 @@ class InitialWeights:
         self.stored = all_or_none(partial(_open, config, path, checkpoint))
 
     def load(self, stages: Sequence[torch.nn.Module]) -> None:
-        """Write the parameters of this rank's stages; on every rank, before the optimizer copies them to fp32 masters."""
+        """Write the parameters of this rank's stages. Every rank calls this before the optimizer copies parameters to fp32 masters."""
         all_or_none(partial(self._fill, stages))
         self._report()
 
@@ -60,24 +60,24 @@ class InitialWeights:
         model, stored = self.config.model, self.stored.model
         logger.info("initial weights from %s", self.stored.origin)
         if model.conditioning == "adaln" and stored.conditioning == "none":
-            logger.info("adaLN is new: it starts as the identity, so the function is that of %s", self.stored.origin)
+            logger.info("adaLN is new and starts as the identity, so that the model computes the function of %s", self.stored.origin)
         if model.vocab_size > stored.vocab_size:
-            logger.info("vocabulary rows %d to %d are new, made from the others", stored.vocab_size, model.vocab_size - 1)
+            logger.info("vocabulary rows %d to %d are new and are made from the other rows", stored.vocab_size, model.vocab_size - 1)
         mask = self.config.diffusion.mask_token_id
         if mask < stored.vocab_size:
             logger.info("the mask token %d keeps the row that it has in %s", mask, self.stored.origin)
 
 
 def open_initial_weights(config: Config) -> LoadWeights:
-    """What the training loop takes: opens and compares at once (see :class:`InitialWeights`), and loads when it is called."""
+    """Open the weights and compare them with the configuration (:class:`InitialWeights`), and return the function that loads them."""
     return InitialWeights(config).load
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a directory is, or the newest of the run that it is; None if it is neither, but has a config.json.
+    """Return a directory that is a checkpoint, or the newest checkpoint of a run directory; None for a directory with a config.json.
 
     Raises:
-        UserError: it is none of the three.
+        UserError: the path is neither a checkpoint nor a run directory nor a Hugging Face directory.
     """
     if (path / MANIFEST).is_file():
         return path

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.reading import FileContentError, read_json_object, shorten
 from w1train.data.indexed import DatasetError
 from w1train.runtime.files import write_bytes

@@ -1,4 +1,4 @@
-"""Bytes of every collective of a step, and the bandwidth of the links they cross.
+"""Bytes of every collective of a step, and the bandwidth of the links that it uses.
 
 A ring moves (n - 1) / n of the tensor out of each rank for an all-gather or a reduce-scatter, and twice that for an all-reduce.
 Reductions of a few numbers (loss sums, gradient norm, token counts) are left out.
@@ -30,24 +30,25 @@ class Traffic:
     group_size: int
     num_calls: int
     tensor_bytes: int
-    """Of all calls together: the whole (gathered) tensor, or in an all-to-all what one rank gives."""
+    """Bytes of all calls together: of the whole (gathered) tensor, or in an all-to-all of the part that one rank sends."""
     is_per_step: bool = False
-    """Once a step, after the last micro-batch; otherwise with every micro-batch."""
+    """True: the collective runs once a step, after the last micro-batch. False: it runs with every micro-batch."""
 
     @property
     def sent_bytes(self) -> int:
-        """Out of each rank, all calls together."""
+        """Bytes that each rank sends, in all calls together."""
         if self.collective == "send":
             return self.tensor_bytes
         return (2 if self.collective == "all_reduce" else 1) * self.tensor_bytes * (self.group_size - 1) // self.group_size
 
 
 def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
-    """Activations of one step within the tensor-parallel group.
+    """Yield the traffic of activations within the tensor-parallel group, in one step.
 
-    Each layer has two pairs of linear layers. With sequence parallelism forward gathers the input of the first of a pair and
-    reduce-scatters the output of the second; backward gathers the output's gradient and, again, the first's input, and reduce-scatters
-    the input's gradient. Without it, one all-reduce each way. Full recomputation repeats forward.
+    Each layer has two pairs of linear layers. With sequence parallelism, the forward pass gathers the input of the first layer of a pair
+    and reduce-scatters the output of the second; the backward pass gathers the output's gradient and the first layer's input again, and
+    reduce-scatters the input's gradient. Without sequence parallelism, each pass has one all-reduce. Full recomputation repeats the forward
+    pass.
     """
     if layout.tensor == 1:
         return
@@ -73,8 +74,10 @@ def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Itera
 
 
 def context_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
-    """Keys and values to the queries that see them, and their gradients back; or heads for positions and back. Any recomputation repeats
-    forward, for the exchange is part of the core attention."""
+    """Yield the traffic of keys and values and of their gradients, or of the exchange of heads for positions and back.
+
+    Every kind of recomputation repeats the forward exchange, which is part of the core attention.
+    """
     if sizes.travel is None:
         return
     passes = chunk.num_layers * layout.num_micro_batches
@@ -90,7 +93,7 @@ def context_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iter
 
 
 def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout) -> Iterator[Traffic]:
-    """Gradients that each tensor-parallel rank has for its tokens (sequence parallelism) or heads (QK-norm) only."""
+    """Yield the traffic of gradients that a tensor-parallel rank has only for its own tokens (sequence parallelism) or heads (QK-norm)."""
     if layout.tensor == 1:
         return
     summed = [p for p in parameters if not p.is_split and (layout.sequence or "q_layernorm" in p.name or "k_layernorm" in p.name)]
@@ -100,7 +103,7 @@ def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout)
 
 
 def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: Precision, pipeline_rank: int) -> Iterator[Traffic]:
-    """fp32 gradients, reduce-scattered, and updated parameters, gathered; without the distributed optimizer one all-reduce."""
+    """Yield the reduce-scatter of fp32 gradients and the gather of updated parameters; one all-reduce without the distributed optimizer."""
     shards = layout.num_optimizer_shards
     if shards == 1:
         return
@@ -115,7 +118,7 @@ def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, preci
 
 
 def pipeline_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
-    """Hidden states to the next stage, their gradients to the one before."""
+    """Yield the sends of hidden states to the next stage and of their gradients to the stage before."""
     sends = (0 if chunk.has_head else 1) + (0 if chunk.has_embedding else 1)
     if sends:
         calls = sends * layout.num_micro_batches
@@ -123,7 +126,8 @@ def pipeline_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Tra
 
 
 def copied_gradient_traffic(parameters: Sequence[Parameter], layout: Layout) -> Iterator[Traffic]:
-    """Gradients of what several pipeline ranks hold: the timestep embedding on all, a tied embedding on the first and the last."""
+    """Yield the traffic of gradients of copied parameters: all pipeline ranks hold the timestep embedding, and the first and the last hold
+    a tied embedding."""
     if layout.pipeline == 1:
         return
     copied = {parameter.name: parameter for parameter in parameters if parameter.has_own_bucket}
@@ -136,7 +140,7 @@ def copied_gradient_traffic(parameters: Sequence[Parameter], layout: Layout) -> 
 
 
 def merged(traffic: Iterable[Traffic]) -> list[Traffic]:
-    """One entry for what several chunks of a rank do alike."""
+    """Merge equal collectives of several chunks of a rank into one entry."""
     by_kind: dict[tuple[str, str], Traffic] = {}
     for item in traffic:
         kind = (item.name, item.collective)
@@ -148,10 +152,10 @@ def merged(traffic: Iterable[Traffic]) -> list[Traffic]:
 
 
 def bandwidth(traffic: Traffic, layout: Layout, device: Device, assumptions: Assumptions) -> float:
-    """Bytes a second out of one rank.
+    """Return the bytes per second that one rank can send.
 
-    A group within a node has NVLink. A ring over nodes enters and leaves each node once, over the network ports of all its members
-    there, so members that share a node add their ports up.
+    A group within a node uses NVLink. A ring over several nodes enters and leaves each node once, by the network ports of all its members
+    on that node, whose bandwidths add up.
     """
     strides = {"tensor": 1, "context": layout.tensor, "data": layout.tensor, "pipeline": layout.world_size // layout.pipeline}
     stride = strides["pipeline" if traffic.group == "embedding" else traffic.group]
@@ -164,10 +168,10 @@ def bandwidth(traffic: Traffic, layout: Layout, device: Device, assumptions: Ass
 
 
 def seconds(traffic: Traffic, layout: Layout, device: Device, assumptions: Assumptions) -> float:
-    """Of all calls, one after another."""
+    """Return the seconds of all calls, one after another."""
     return traffic.sent_bytes / bandwidth(traffic, layout, device, assumptions) + traffic.num_calls * assumptions.collective_latency
 
 
 def total_seconds(traffic: Iterable[Traffic], layout: Layout, device: Device, assumptions: Assumptions) -> float:
-    """Of several kinds."""
+    """Return the seconds of several kinds of traffic, one after another."""
     return sum(seconds(item, layout, device, assumptions) for item in traffic)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.errors import UserError
-from w1train.config.ranges import LARGEST_INTEGER
 from w1train.config.reading import LARGEST_JSON, parse_json, require_regular, shorten
 from w1train.runtime.files import open_in_place, replace_file
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.reading import LARGEST_STATUS, FileContentError, read_json_object
 from w1train.runtime.files import open_new
 from w1train.runtime.masking import mask

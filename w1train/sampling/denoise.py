@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError
-from w1train.config.rules.validate import denoising_problems
+from w1train.config.rules.sampling_rules import denoising_problems
 from w1train.config.schema import SamplingConfig
 from w1train.sampling.unmask import Unmasking, transfer_counts
 

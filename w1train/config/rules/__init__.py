@@ -1,1 +1,1 @@
-"""Rules that the values of a configuration keep, one file for each subject."""
+"""Rules for the values of a configuration, in one file for each subject."""

@@ -1,7 +1,7 @@
-"""What attention a run needs, and what each backend cannot serve on any machine.
+"""The attention that a run needs, and the cases that a backend cannot serve on any machine.
 
-Here, and not beside the kernels, so that a configuration is refused before anything is imported or built. What a machine lacks (a GPU,
-a package) is asked by w1train.attention.backends.
+These limits are in the room of the configuration, not with the kernels, so that a configuration is refused before anything is imported or
+built. w1train.attention.backends finds out what a machine lacks (a GPU, a package).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Literal
 from w1train.config.schema import BackendName, Config
 
 VisibilityKind = Literal["documents", "causal", "extent", "scattered", "blocks"]
-"""documents: masked diffusion. causal: autoregressive. extent, scattered: the two annealings. blocks: two streams, [x_t ; x_0]."""
+"""documents: masked diffusion. causal: autoregressive. extent and scattered: the two kinds of annealing. blocks: the two streams
+[x_t ; x_0] of block diffusion."""
 
 _CUDNN_LARGEST_CHANNELS = 128
 _CUDNN_OTHER_CHANNELS = 256
@@ -23,28 +24,28 @@ _FLEX_SMALLEST_CHANNELS = 16
 
 @dataclass(frozen=True, slots=True)
 class AttentionCase:
-    """The attention of one phase on one rank; the same for all of its micro-batches."""
+    """The attention of one phase on one rank, which is the same for all micro-batches of the phase."""
 
     kind: VisibilityKind
     precision: Literal["fp32", "bf16"]
     num_heads: int
-    """Query heads of a rank in the kernel: under all_to_all those it has after the exchange."""
+    """Query heads that a rank's kernel sees; under all_to_all, the heads after the exchange."""
     num_groups: int
-    """Key/value heads, likewise."""
+    """Key/value heads that a rank's kernel sees."""
     channels: int
-    """Of one head."""
+    """Channels of one head."""
     context_method: Literal["all_gather", "all_to_all"] | None = None
     """How context-parallel ranks exchange keys; None without context parallelism."""
     deterministic: bool = False
 
     @property
     def keys_travel(self) -> bool:
-        """Whether a rank computes some query rows against the keys of all."""
+        """Tell whether a rank computes some query rows against the keys of all ranks."""
         return self.context_method == "all_gather"
 
 
 def attention_case(config: Config) -> AttentionCase:
-    """The case of a configuration at one of its stages. Does not fail on sizes that other rules refuse."""
+    """Return the case of a configuration at one of its stages. Sizes that other rules refuse raise no error here."""
     model, parallel = config.model, config.parallel
     heads = max(model.num_attention_heads, 1)
     exchanging = parallel.context > 1
@@ -71,7 +72,7 @@ def _kind(config: Config) -> VisibilityKind:
 
 
 def limit(name: BackendName, case: AttentionCase) -> str | None:
-    """Why a backend can serve the case on no machine; None = on some it can."""
+    """Return the reason why no machine can serve the case with this backend; None if some machine can."""
     return _LIMITS[name](case)
 
 

@@ -1,4 +1,4 @@
-"""Small arithmetic for the messages of rules about divisors."""
+"""Arithmetic of divisors and multiples, for the messages of rules."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 from w1train.config.errors import listing
 
 _MOST_EXAMPLES = 12
-# What is looked through for divisors: all of them for numbers up to 10^12. A mistyped one of 20 digits would take for ever.
+# Candidates for divisors up to here find all divisors of numbers up to 10^12. To factor a mistyped number of 20 digits would take hours.
 _LARGEST_TRIED = 1_000_000
 
 
 def does_not_divide(divisor: int, number: int) -> bool:
-    """False also when either is not positive: the ranges report that."""
+    """Tell whether a positive number is no multiple of a positive divisor. For other numbers the answer is False: ranges report these."""
     return divisor > 0 and number > 0 and number % divisor != 0
 
 
 def divisors(number: int) -> str:
-    """The divisors of a positive number, the smallest ones if there are many."""
+    """List the divisors of a positive number; only the smallest if there are many."""
     root = math.isqrt(number)
     small = [divisor for divisor in range(1, min(root, _LARGEST_TRIED) + 1) if number % divisor == 0]
     if root > _LARGEST_TRIED:
@@ -27,5 +27,6 @@ def divisors(number: int) -> str:
 
 
 def near(number: int, unit: int) -> str:
+    """List the positive multiples of ``unit`` next to a number: "8 or 12"."""
     below = number // unit * unit
     return listing(multiple for multiple in (below, below + unit) if multiple > 0).replace(", ", " or ")

@@ -1,7 +1,7 @@
-"""Building a layout's ranks on meta tensors, in this process, over a process group that talks to nobody.
+"""The build of a layout's ranks on meta tensors, in this process, over a process group that does not communicate.
 
-Ranks with equal tensor and pipeline coordinates build the same thing, so one of each is built; that every other rank is in
-the groups it should be in is checked against megatron-core's own rank generator.
+Ranks with equal tensor and pipeline coordinates build equal modules, so one of them is built. The groups of all ranks are checked
+against megatron-core's own rank generator.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What building the ranks has shown."""
+    """The result of building the ranks."""
 
     num_ranks: int
     num_built: int
-    """Distinct (tensor, pipeline) places, each built on the first rank that has it."""
+    """Number of different (tensor, pipeline) coordinates; the first rank of each is built."""
     num_parameters: int
-    """Every parameter of the model once."""
+    """Parameters of the model, each counted once."""
     seconds: float
 
 
@@ -45,7 +45,7 @@ class _Found:
 
     @property
     def numel(self) -> int:
-        """A split one is in parts, a replicated one whole on each rank."""
+        """Elements of the whole parameter: a split parameter has a part on each rank, a replicated one is whole on each rank."""
         numels = list(self.by_tensor_rank.values())
         assert self.is_split or len(set(numels)) == 1, numels
         return sum(numels) if self.is_split else numels[0]
@@ -56,7 +56,7 @@ def build_ranks(config: Config, world_size: int) -> Build:
 
     Raises:
         LayoutError: megatron-core refuses the layout.
-        RuntimeError: the model differs from what the plan's closed forms say of it.
+        RuntimeError: the model differs from the closed forms of the plan.
     """
     start = time.perf_counter()
     layout = layout_of(config, world_size)
@@ -73,7 +73,7 @@ def build_ranks(config: Config, world_size: int) -> Build:
         except _PlanMismatchError:
             raise
         except Exception as error:
-            # Whatever megatron-core stumbles over (it divides by zero, too) is a reason why this layout cannot be.
+            # megatron-core refuses layouts by errors of every kind, a division by zero included.
             reason = str(error) if isinstance(error, AssertionError | ValueError) and str(error) else f"{type(error).__name__}: {error}"
             raise LayoutError(f"rank {rank} (tensor {tensor}, pipeline {pipeline}) cannot be built: {reason}") from error
     total = sum(parameter.numel for parameter in found.values())
@@ -81,7 +81,7 @@ def build_ranks(config: Config, world_size: int) -> Build:
 
 
 class _PlanMismatchError(RuntimeError):
-    """The model and the plan disagree: a mistake in w1train, not in the layout."""
+    """A disagreement of model and plan, which is a mistake in w1train and not in the layout."""
 
 
 def _prepare() -> None:
@@ -93,7 +93,7 @@ def _prepare() -> None:
 
 @contextmanager
 def _rank(config: Config, rank: int, world_size: int) -> Iterator[None]:
-    """megatron-core's groups as this rank of the world sees them."""
+    """Set up megatron-core's groups as this rank of the world sees them."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from w1train.runtime.distributed import destroy, initialize_model_parallel
@@ -114,11 +114,11 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
     from w1train.model.megatron_config import transformer_config
 
     place = layout.coordinates(rank)
-    # Kernels, FP8 and transformer-engine may be absent where a plan is made; none of them changes a parameter.
+    # Kernels, FP8 and transformer-engine may be missing where a plan is made, and they change no parameter.
     model = replace(config.model, transformer_impl="local")
     config = replace(config, model=model, parallel=replace(config.parallel, tp_comm_overlap=False))
     megatron = transformer_config(config.model, config.parallel, config.training.precision)
-    # Parameters then follow torch's default device, on machines with a GPU too.
+    # Parameters then use torch's default device, also on machines with a GPU.
     megatron.use_cpu_initialization = True
     with torch.device("meta"):
         stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(layout.virtual_pipeline)]
@@ -137,7 +137,7 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
 
 
 def _check_buffer(parameters: list[torch.nn.Parameter], numel: int, num_shards: int, bucket_size: int | None) -> None:
-    """megatron-core's own lay-out of the flat buffer has the planned length."""
+    """Check that megatron-core's own layout of the flat buffer has the planned length."""
     from w1train.engine.building import flat_buffer_sizes
 
     found = flat_buffer_sizes(parameters, bucket_size, num_shards)
@@ -146,7 +146,7 @@ def _check_buffer(parameters: list[torch.nn.Parameter], numel: int, num_shards: 
 
 
 def _check_groups(layout: Layout) -> None:
-    """Every rank of the world is in the tensor, data and pipeline groups that its coordinates say."""
+    """Check that every rank of the world is in the groups that belong to its coordinates."""
     from megatron.core.parallel_state import RankGenerator
 
     generator = RankGenerator(
@@ -161,7 +161,7 @@ def _check_groups(layout: Layout) -> None:
 
 
 def _is_group(layout: Layout, ranks: list[int], field: str) -> bool:
-    """Whether the ranks differ in one coordinate only, in its order."""
+    """Tell whether the ranks differ only in one coordinate, and are in its order."""
     first = layout.coordinates(ranks[0])
     size = getattr(layout, field)
     places = {name: getattr(first, name) for name in Coordinates.__slots__}

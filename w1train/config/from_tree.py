@@ -1,6 +1,6 @@
-"""Plain dictionaries to the configuration's dataclasses, strictly, reporting every mistake.
+"""Conversion of a plain tree (mappings, lists, scalars) to the configuration's dataclasses, which reports every mistake.
 
-Neither Hydra nor OmegaConf does this: plain YAML accepts any key, and ``key=abc`` for an integer is accepted too.
+Hydra and OmegaConf would not do: over plain YAML they accept any key, and ``key=abc`` for an integer.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from w1train.config.errors import MOST_PROBLEMS, NOT_GIVEN, Problem, closest, listing, show
+from w1train.config.field_types import describe_type, field_types, is_optional, is_required, join, partial_class, scalar_type
 from w1train.config.schema import Config
 
-# Beyond this a float no longer names one integer: 1e23 is 99999999999999991611392.
+# Larger floats do not stand for one integer: 1e23 is 99999999999999991611392.
 _LARGEST_EXACT_FLOAT = 2**53
-_SCALARS: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
 _INVALID: Any = object()
 
@@ -27,68 +26,42 @@ class Conversion:
     """The outcome of converting one tree."""
 
     config: Config
-    """Fields that could not be converted are *unset*: reading one raises AttributeError, by which ``w1train.config.rules.validate``
-    knows which rules it cannot check yet."""
+    """Fields that could not be converted are *unset*: reading one raises AttributeError, and ``w1train.config.rules.validate`` then leaves
+    out the rule that reads it."""
     problems: list[Problem]
     complete: bool
     """Whether every field is set."""
 
 
-def convert(tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset(), typed: Mapping[str, str] | None = None) -> Conversion:
-    """Convert a plain tree (mappings, lists, scalars) to a ``Config``.
+def config_from_tree(
+    tree: Mapping[Any, Any], unknown_sections: frozenset[str] = frozenset(), typed: Mapping[str, str] | None = None
+) -> Conversion:
+    """Convert a plain tree to a ``Config``.
 
-    ``unknown_sections`` are top-level keys whose values are not known because the recipe that sets them was not found: what they
-    lack is neither reported nor filled with a default. ``typed`` is the text of numbers and booleans by their keys, for suggestions.
+    Args:
+        unknown_sections: top-level keys whose values are unknown, because the recipe that sets them was not found. Keys that are
+            missing there are not reported and get no default.
+        typed: the text that the user typed for numbers and booleans, by key; for suggestions.
     """
     converter = _Converter(unknown_sections, typed or {})
     config = converter.dataclass(Config, tree, "")
     return Conversion(config, converter.problems, complete=not converter.problems and not unknown_sections)
 
 
-@functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Name and resolved type of every field, in order."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether the field has no default."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def describe_type(annotation: Any) -> str:
-    """What values a field of this type takes, in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in _SCALARS:
-        return _SCALARS[annotation]
-    if origin is Literal:
-        return f"one of: {listing(arguments)}"
-    if _is_optional(annotation):
-        return f"{describe_type(_without_none(annotation))} or null"
-    if origin is Annotated:
-        return f"a mapping with some of the keys {listing(field_types(arguments[1]))}"
-    if origin is list:
-        return f"a list, each item {describe_type(arguments[0])}"
-    if origin is dict:
-        return f"a mapping from names, each value {describe_type(arguments[1])}"
-    return f"a mapping with the keys {listing(field_types(annotation))}"
-
-
 class _Converter:
-    """Walks the tree beside the types and notes what does not fit."""
+    """A walk over the tree and the types, which collects the problems."""
 
     def __init__(self, unknown_sections: frozenset[str], typed: Mapping[str, str]):
         self.unknown_sections, self.typed = unknown_sections, typed
         self.problems: list[Problem] = []
 
     def value(self, annotation: Any, value: Any, key: str) -> Any:
-        """The converted value, or ``_INVALID`` after noting the problem."""
+        """Return the converted value, or ``_INVALID`` after noting the problem."""
         origin = get_origin(annotation)
         if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
             return self.dataclass(annotation, value, key)
-        if origin is Annotated and isinstance(value, Mapping):
-            return self.some_fields(get_args(annotation)[1], value, key)
+        if (cls := partial_class(annotation)) and isinstance(value, Mapping):
+            return self.some_fields(cls, value, key)
         if origin is list and isinstance(value, list):
             items = [self.value(get_args(annotation)[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
             return _INVALID if any(item is _INVALID for item in items) else items
@@ -100,7 +73,7 @@ class _Converter:
         return converted
 
     def dataclass(self, cls: Any, tree: Mapping[Any, Any], key: str) -> Any:
-        """An instance of which the fields that failed are unset."""
+        """Return an instance of ``cls`` in which the fields that could not be converted are unset."""
         annotations = field_types(cls)
         result = object.__new__(cls)
         for field in dataclasses.fields(cls):
@@ -114,7 +87,7 @@ class _Converter:
         return result
 
     def some_fields(self, cls: Any, tree: Mapping[Any, Any], key: str) -> dict[str, Any]:
-        """The fields of ``cls`` that the tree has, converted; those that failed are left out."""
+        """Convert the fields of ``cls`` that the tree has; fields that could not be converted are left out."""
         annotations = field_types(cls)
         for name in tree.keys() - annotations.keys():
             self.unknown(name, tree[name], key, annotations)
@@ -122,7 +95,7 @@ class _Converter:
         return {name: value for name, value in found.items() if value is not _INVALID}
 
     def unknown(self, name: Any, value: Any, parent: str, siblings: Mapping[str, Any]) -> None:
-        """Note one problem for each leaf under an unknown key, so that every wrong override is named in full."""
+        """Note a problem for each leaf under an unknown key, so that the full key of every wrong override is named."""
         where = f"a key of {parent}" if parent else "a top-level key"
         for path, leaf in _leaves(str(name), value):
             full_key = join(parent, path)
@@ -130,13 +103,13 @@ class _Converter:
                 found, intended = f"an unknown key (value {show(leaf)})", _intended(parent, path, siblings)
                 self.problems.append(Problem(full_key, found, f"{where}: {listing(siblings)}", intended))
             else:
-                # What is not shown is only counted: looking for the key that was meant takes milliseconds.
+                # Problems that are not shown are only counted: the search for the intended key takes milliseconds.
                 self.problems.append(Problem(full_key, "an unknown key", where))
 
     def absent(self, field: dataclasses.Field[Any], annotation: Any, key: str) -> Any:
-        """The default of a field that the tree does not have."""
+        """Return the default of a field that the tree does not have, or note that the field is missing."""
         if key.partition(".")[0] in self.unknown_sections:
-            # An unknown section is an object without fields, so that what the user does set is still checked.
+            # An unknown section becomes an object without fields, so that keys which the user sets in it are still checked.
             return self.dataclass(annotation, {}, key) if dataclasses.is_dataclass(annotation) else _INVALID
         if is_required(field):
             self.problems.append(_missing(annotation, key))
@@ -156,16 +129,17 @@ class _Converter:
 
 
 def _convert_scalar(annotation: Any, value: Any) -> Any:
-    """A scalar or a choice; ``_INVALID`` if it is of another type. Booleans are no numbers, and strings are none either."""
-    if _is_optional(annotation):
-        return None if value is None else _convert_scalar(_without_none(annotation), value)
-    if get_origin(annotation) is Literal:
-        return value if isinstance(value, str) and value in get_args(annotation) else _INVALID
-    if annotation is int and isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
+    """Return a scalar or a choice, or ``_INVALID`` if the value has another type. Booleans and strings are not taken for numbers."""
+    if value is None:
+        return None if is_optional(annotation) else _INVALID
+    kind = scalar_type(annotation)
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else _INVALID
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
         return int(value)
-    if annotation is float and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value) if abs(value) <= _LARGEST_EXACT_FLOAT else _INVALID
-    return value if type(value) is annotation else _INVALID
+    return value if type(value) is kind else _INVALID
 
 
 def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Problem:
@@ -174,31 +148,30 @@ def _wrong_type(annotation: Any, value: Any, key: str, typed: str | None) -> Pro
 
 
 def _too_large(annotation: Any, value: Any) -> str:
-    """Why a number is not taken for the other kind of number, which it is not exactly."""
-    kind = _without_none(annotation) if _is_optional(annotation) else annotation
-    if {kind, type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
+    """Say that a number is too large to be converted exactly between integer and float, if this is the reason."""
+    if {scalar_type(annotation), type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return " (this one is too large)" if abs(value) > _LARGEST_EXACT_FLOAT else ""
 
 
 def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | None:
-    """How a value of the wrong type could be written instead."""
-    # No override sets an item of a list.
+    """Suggest how a value of the wrong type could be written instead."""
+    # Overrides cannot set a single item of a list.
     prefix = "" if key.endswith("]") else f"{key}="
-    inner = _without_none(annotation) if _is_optional(annotation) else annotation
+    kind = scalar_type(annotation)
     if isinstance(value, str):
-        if get_origin(inner) is Literal:
-            match = closest(value, get_args(inner))
+        if get_origin(kind) is Literal:
+            match = closest(value, get_args(kind))
             return f"did you mean {match}?" if match else None
-        if inner in (int, float) and _reads_as_number(value):
+        if kind in (int, float) and _reads_as_number(value):
             return f"without quotes: {prefix}{value}"
-        if inner is bool and value.lower() in ("yes", "on", "no", "off"):
+        if kind is bool and value.lower() in ("yes", "on", "no", "off"):
             return f"{prefix}{'true' if value.lower() in ('yes', 'on') else 'false'}"
-    if inner is str and isinstance(value, int | float):
-        # 1e3 has become 1000.0, and yes true: only what was typed is what was meant. Integers are written as they are.
+    if kind is str and isinstance(value, int | float):
+        # The value alone does not tell what was typed: 1e3 has become 1000.0, and yes has become true. Integers are unchanged.
         text = show(value) if typed is None and type(value) is int else typed
         return f"""in quotes; on a command line: {prefix}'"{text}"'""" if text and prefix else "the text in quotes"
-    if inner is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
+    if kind is int and isinstance(value, float) and abs(value) < _LARGEST_EXACT_FLOAT:
         return f"{prefix}{round(value)}"
     return None
 
@@ -211,7 +184,7 @@ def _missing(annotation: Any, key: str) -> Problem:
 
 
 def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None:
-    """The known key that an unknown one was probably meant to be."""
+    """Return a question that names the known key which an unknown key was probably meant to be."""
     name, _, rest = path.partition(".")
     match = closest(name, siblings)
     if match and rest and dataclasses.is_dataclass(siblings[match]):
@@ -228,7 +201,7 @@ def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None
 
 @functools.cache
 def _all_keys() -> dict[str, list[str]]:
-    """Full keys of the tree by their last part; a stage's keys are under ``schedule.stages.NAME``."""
+    """Return the full keys of the tree by their last part; a stage's keys are under ``schedule.stages.NAME``."""
     keys: dict[str, list[str]] = {}
 
     def visit(cls: Any, prefix: str) -> None:
@@ -257,15 +230,6 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _is_optional(annotation: Any) -> bool:
-    return get_origin(annotation) in (types.UnionType, Union) and type(None) in get_args(annotation)
-
-
-def _without_none(annotation: Any) -> Any:
-    (inner,) = (argument for argument in get_args(annotation) if argument is not type(None))
-    return inner
-
-
 def _reads_as_number(text: str) -> bool:
     try:
         float(text)
@@ -276,8 +240,3 @@ def _reads_as_number(text: str) -> bool:
 
 def _type_name(value: object) -> str:
     return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
-
-
-def join(prefix: str, name: str) -> str:
-    """The full key of ``name`` under ``prefix``."""
-    return f"{prefix}.{name}" if prefix else name

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema: ``python -m w1train.config.reference [FILE]`` (without FILE: to standard output)."""
+"""The command that writes docs/configuration.md from the schema, or prints it: ``python -m w1train.config.schema_reference [FILE]``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from w1train.config import schema
-from w1train.config.convert import describe_type, field_types, is_required, join
+from w1train.config.constraints import LARGEST_FLOAT, LARGEST_INTEGER, PathText
 from w1train.config.errors import show
-from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
-from w1train.config.rules.validate import RANGES
+from w1train.config.field_types import constraint_of, describe_type, field_types, is_required, join
 
 _INTRODUCTION = f"""\
 # Configuration reference
 
-Written by `python -m w1train.config.reference docs/configuration.md` from `w1train/config/schema.py` and `schema_operation.py`;
-a test keeps it up to date.
+`python -m w1train.config.schema_reference docs/configuration.md` writes this page from `w1train/config/schema.py` and
+`schema_operation.py`; a test checks that it is up to date.
 
-A run is chosen with `recipe=NAME`, its parts with `GROUP=OPTION`, single values with `KEY=VALUE`, where KEY is one of those below.
+`recipe=NAME` chooses a run, `GROUP=OPTION` one of its parts, and `KEY=VALUE` a single value; KEY is a key of the tables below.
 `~KEY` goes back to the default. `python -m w1train.pretrain recipe=NAME --cfg job` prints every value of a run.
-Where no upper bound is given, integers are at most {LARGEST_INTEGER} and other numbers at most {LARGEST_FLOAT}."""
+[recipes/README.md](../recipes/README.md) explains the marks in recipes.
+Where a table gives no upper bound, integers are at most {LARGEST_INTEGER} and other numbers at most {LARGEST_FLOAT}."""
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, on one line."""
+    """Return the string under each field of a dataclass, on one line."""
     (class_node,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(class_node, ast.ClassDef)
     docstrings = {}
@@ -41,7 +41,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def reference() -> str:
-    """The whole reference, in Markdown."""
+    """Return the whole reference, in Markdown."""
     top_level = [name for name, annotation in field_types(schema.Config).items() if not dataclasses.is_dataclass(annotation)]
     sections = [_section(schema.Config, "", "The run", only=top_level)]
     for name, annotation in field_types(schema.Config).items():
@@ -52,7 +52,7 @@ def reference() -> str:
 
 
 def _mapping_sections(annotation: Any, key: str) -> list[str]:
-    """Sections for mappings from names, such as the stages of the schedule."""
+    """Return the sections of mappings from names, such as the stages of the schedule."""
     if not dataclasses.is_dataclass(annotation):
         return []
     mappings = {name: get_args(inner)[1] for name, inner in field_types(annotation).items() if get_origin(inner) is dict}  # type: ignore[arg-type]
@@ -65,18 +65,21 @@ def _section(cls: Any, key: str, title: str, only: Sequence[str] | None = None) 
     for field in dataclasses.fields(cls):
         if only is None or field.name in only:
             full_key = join(key, field.name)
-            cells = (f"`{full_key}`", _valid(types[field.name], full_key), _default(field), docstrings[field.name])
+            cells = (f"`{full_key}`", _valid(types[field.name]), _default(field), docstrings[field.name])
             rows.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
     return "\n".join([f"## {title}", "", " ".join((cls.__doc__ or "").split()), "", *rows])
 
 
-def _valid(annotation: Any, key: str) -> str:
-    """Type and range."""
-    if get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
+def _valid(annotation: Any) -> str:
+    """Say in words what is valid: the type, and the constraint that it or the type of its items carries."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is dict and dataclasses.is_dataclass(arguments[1]):
         return "a mapping from names (see below)"
-    pattern = key.replace(".NAME.", ".*.")
-    valid = RANGES.get(pattern) or RANGES.get(f"{pattern}[*]")
-    return describe_type(annotation) + (f", {valid}" if valid else "")
+    item = arguments[0] if origin is list else arguments[1] if origin is dict else annotation
+    constraint = constraint_of(item)
+    if isinstance(constraint, PathText):
+        return constraint.valid if item is annotation else describe_type(annotation).replace("a string", constraint.valid)
+    return describe_type(annotation) + (f", {constraint}" if constraint else "")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -87,7 +90,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the reference to the file named, or print it."""
+    """Write the reference to the file that the argument names, or print it if there is no argument."""
     if not arguments:
         print(reference(), end="")
         return

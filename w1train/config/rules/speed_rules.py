@@ -1,11 +1,12 @@
-"""Rules of what makes a step fast: communication behind computation, FP8, loss in chunks."""
+"""Rules of options that make a step faster: overlap of communication with computation, and FP8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from w1train.config.errors import Problem
 from w1train.config.rules.attention_limits import attention_case
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 
@@ -18,19 +19,19 @@ def _overlap_rule(config: Config) -> Iterator[Problem]:
                 yield Problem("parallel.overlap_param_gather", "true", f"only with parallel.{name}", f"parallel.{name}=true")
     if parallel.tp_comm_overlap:
         if not parallel.sequence:
-            valid = "only with parallel.sequence: the collectives it hides are sequence parallelism's"
+            valid = "only with parallel.sequence: it overlaps the collectives of sequence parallelism"
             yield Problem("parallel.tp_comm_overlap", "true", valid, "parallel.tensor=2 parallel.sequence=true")
         if config.model.transformer_impl != "te":
-            yield Problem("parallel.tp_comm_overlap", "true", "only with transformer-engine's linears", "model.transformer_impl=te")
+            yield Problem("parallel.tp_comm_overlap", "true", "only with transformer-engine's linear layers", "model.transformer_impl=te")
 
 
 def _fp8_rule(config: Config) -> Iterator[Problem]:
-    """transformer-engine's FP8 products want both factors' sizes in multiples of 16."""
+    """Check that the sizes of both factors of every FP8 product are multiples of 16, which transformer-engine requires."""
     training, model, parallel = config.training, config.model, config.parallel
     if training.fp8 == "none":
         return
     if model.transformer_impl != "te":
-        yield Problem("training.fp8", training.fp8, "none without transformer-engine's linears", "model.transformer_impl=te")
+        yield Problem("training.fp8", training.fp8, "none without transformer-engine's linear layers", "model.transformer_impl=te")
     if training.precision != "bf16":
         yield Problem("training.fp8", training.fp8, f"none with training.precision={training.precision}", "training.precision=bf16")
     channels = model.kv_channels or (model.hidden_size // model.num_attention_heads if model.num_attention_heads > 0 else 0)
@@ -51,9 +52,9 @@ def _fp8_rule(config: Config) -> Iterator[Problem]:
 
 
 def _fewest_streams(config: Config) -> int:
-    """Of all stages: what their one stream is divided by, two streams are too."""
+    """Return the smallest number of streams of all stages: a size that divides one stream divides two streams as well."""
     kinds = {attention_case(at_stage(config, name)).kind for name in config.schedule.stages}
     return 2 if kinds == {"blocks"} else 1
 
 
-SPEED_RULES: Iterable[Callable[[Config], Iterator[Problem]]] = (_overlap_rule, _fp8_rule)
+SPEED_RULES: tuple[Rule, ...] = (_overlap_rule, _fp8_rule)

@@ -1,4 +1,4 @@
-"""The plan as tables for people."""
+"""The plan as tables on the console."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from w1train.planning.suggestion import suggest_recomputation
 from w1train.runtime.quantities import quantity
 
 if TYPE_CHECKING:  # at run time it would import torch
-    from w1train.planning.build import Build
+    from w1train.planning.meta_build import Build
 
 GIB = 2**30
 
 
 def print_plan(console: Console, plan: Plan, build: Build) -> None:
-    """The whole plan, the verdict last."""
+    """Print the whole plan, with the verdict at the end."""
     layout = plan.layout
     console.print(
         f"{plan.config.name}: {num_parameters(plan.config.model):,} parameters on {layout.world_size} x {plan.device.name}: "
@@ -46,30 +46,30 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
 
 
 def build_text(build: Build) -> str:
-    """What was built, and what was not."""
+    """Say which ranks were built and which were not."""
     if build.num_built == build.num_ranks:
         what = f"built all {build.num_ranks} ranks on meta tensors"
     else:
         what = (
             f"built {build.num_built} of {build.num_ranks} ranks on meta tensors, one for each tensor and pipeline coordinate (the others "
-            "build the same; the groups of all were checked against megatron-core's)"
+            "build the same; the groups of all ranks were checked against megatron-core's)"
         )
     return f"{what} in {build.seconds:.1f} s: {build.num_parameters:,} parameters, each counted once"
 
 
 def verdict(plan: Plan) -> str:
-    """Whether the fullest device holds it."""
+    """Say whether the plan fits on the device that needs most memory."""
     needed, there = plan.needed_bytes / GIB, plan.device.memory_bytes / GIB
     if plan.fits:
         return f"fits: the fullest device needs {needed:.1f} of {there:.1f} GiB"
     return (
-        f"DOES NOT FIT: the fullest device needs {needed:.1f} GiB and has {there:.1f}. Less memory: a smaller training.micro_batch_size, "
-        "parallel.recompute=full, parallel.tensor with parallel.sequence, parallel.pipeline; --search tries them all"
+        f"DOES NOT FIT: the fullest device needs {needed:.1f} GiB and has {there:.1f}. These need less memory: a smaller "
+        "training.micro_batch_size, parallel.recompute=full, parallel.tensor with parallel.sequence, parallel.pipeline; --search tries all"
     )
 
 
 def suggestion(plan: Plan) -> str:
-    """The cheapest recomputation that fits."""
+    """Say which is the cheapest recomputation that fits."""
     cheapest = suggest_recomputation(plan)
     if cheapest is None:
         return "no recomputation makes this layout fit"
@@ -85,7 +85,7 @@ def suggestion(plan: Plan) -> str:
 
 
 def memory_table(plan: Plan) -> Table:
-    """GiB of the fullest and the emptiest pipeline stage."""
+    """Return the table of memory of the pipeline stages that need most and least memory."""
     stages = _extremes(plan)
     table = Table(title="memory of a device, GiB", title_justify="left")
     table.add_column()
@@ -112,12 +112,12 @@ def memory_table(plan: Plan) -> Table:
         table.add_section()
         distributed, shards = plan.layout.distributed_optimizer, plan.layout.num_optimizer_shards
         staged = [staging_bytes(stage.state, plan.config.training.precision, shards, distributed=distributed) for stage in stages]
-        row("host memory beside it, for checkpoints in the background", staged)
+        row("host memory, for checkpoints in the background", staged)
     return table
 
 
 def work_table(plan: Plan) -> Table:
-    """FLOPs of a token by part."""
+    """Return the table of FLOPs of a token by part."""
     work = plan.work
     title = (
         f"model FLOPs per token ({work.num_documents} document{'s' if work.num_documents > 1 else ''} a sample: "
@@ -134,7 +134,7 @@ def work_table(plan: Plan) -> Table:
 
 
 def traffic_table(plan: Plan) -> Table:
-    """Collectives of a step on the slowest pipeline rank."""
+    """Return the table of a step's collectives on the slowest pipeline rank."""
     stage = _slowest(plan)
     table = Table(title=f"collectives of a step, out of a rank of {_stage_title(plan, stage)}", title_justify="left")
     for column in ("what", "collective", "ranks"):
@@ -158,7 +158,7 @@ def traffic_table(plan: Plan) -> Table:
 
 
 def speed_table(plan: Plan) -> Table:
-    """Where the time goes on the slowest pipeline rank, and what it comes to."""
+    """Return the table of a step's time by part on the slowest pipeline rank, and of the resulting speed."""
     stage = _slowest(plan)
     table = Table(title="speed, predicted", title_justify="left")
     table.add_column()
@@ -184,7 +184,7 @@ def speed_table(plan: Plan) -> Table:
 
 
 def schedule_tables(plan: Plan) -> Iterator[Table]:
-    """The stages of a curriculum; nothing where all train alike."""
+    """Yield the table of the schedule's stages if they differ."""
     stages = {name: plan.at_stage(name) for name in plan.run.schedule.stages}
     if all(stage is plan for stage in stages.values()):
         return
@@ -203,7 +203,7 @@ def schedule_tables(plan: Plan) -> Iterator[Table]:
 
 
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
-    """The best layouts."""
+    """Print the best layouts."""
     table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
     columns = "# DP CP TP SP PP VP batch count recompute GiB bubble seconds MFU days"
     for column in columns.split():
@@ -213,11 +213,11 @@ def print_search(console: Console, result: SearchResult, num_shown: int, num_gpu
     console.print(table)
     console.print("DP, CP, TP, PP: data-, context-, tensor- and pipeline-parallel ranks; SP: sequence parallelism; VP: chunks of a stage;")
     console.print("batch: samples of a micro-batch; count: micro-batches of a rank in a step")
-    console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; not built: plan one to build it")
+    console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; plan one of them to build it")
     if result.plans:
         console.print("the first: " + " ".join(overrides(result.plans[0])))
     else:
-        console.print("NONE FITS: more devices, or a device with more memory")
+        console.print("NO LAYOUT FITS: use more devices, or a device with more memory")
 
 
 def _search_row(number: int, plan: Plan) -> Iterator[str]:
@@ -229,7 +229,7 @@ def _search_row(number: int, plan: Plan) -> Iterator[str]:
 
 
 def _extremes(plan: Plan) -> list[StagePlan]:
-    """The fullest and the emptiest stage; one where they need the same."""
+    """Return the stages that need most and least memory; one stage if both need the same."""
     fullest = max(plan.stages, key=lambda stage: stage.total_bytes)
     emptiest = min(plan.stages, key=lambda stage: stage.total_bytes)
     return [fullest] if fullest.total_bytes == emptiest.total_bytes else [fullest, emptiest]

@@ -1,4 +1,4 @@
-"""Which attention backends and kernels serve on this machine: each that can is run forward and backward against its reference."""
+"""Findings about attention backends and kernels: each that can serve on this machine runs forward and backward against its reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from w1train.diagnosis.findings import Finding, Section
 
 
 def kernel_section(device: torch.device) -> Section:
-    """Small cases: whether it works, not how fast it is."""
+    """Return the findings on small cases, which show whether kernels are right and not how fast they are."""
     on_gpu = device.type == "cuda"
     length, channels, sizes = (512, 64, (512, 1024, 4096)) if on_gpu else (128, 16, (64, 32, 96))
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def _by_kernel(checks: Iterable[Check]) -> list[Finding]:
 
 
 def summarize(name: str, checks: Iterable[Check]) -> Finding:
-    """All cases of a kernel as one line."""
+    """Return all cases of a kernel as one finding."""
     checks = list(checks)
     wrong = [check for check in checks if not check.passed]
     ran = [check for check in checks if check.errors]

@@ -1,13 +1,13 @@
-"""Ranks built on meta tensors: every parameter once, and what cannot be built."""
+"""Ranks built on meta tensors: each parameter is counted once, and layouts that cannot be built are refused."""
 
 import pytest
 
 from tests.tiny import tiny_config
 from w1train.config.compose import load_config
 from w1train.model.flops import num_parameters
-from w1train.planning import build as build_module
-from w1train.planning.build import LayoutError, build_ranks
+from w1train.planning import meta_build
 from w1train.planning.layout import Coordinates, Layout
+from w1train.planning.meta_build import LayoutError, build_ranks
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_copies_on_several_ranks_count_once(model, parallel):
 
 
 def test_a_layout_that_cannot_be_built_gives_megatrons_reason():
-    """Heads that do not divide: w1train.config.rules.validate would have said so first."""
+    """The number of heads does not divide, which w1train.config.rules.validate would refuse first."""
     with pytest.raises(LayoutError, match=r"rank 0 \(tensor 0, pipeline 0\) cannot be built: num_attention_heads \(4\) must be a multiple"):
         build_ranks(tiny_config(parallel={"tensor": 3}), 3)
 
 
 def test_any_failure_of_building_is_a_layout_error():
-    """Two stages with both layer counts given leave none between, and megatron-core divides by their number."""
+    """If both layer counts of two stages are given, there is no stage between them, and megatron-core divides by zero."""
     ends = {"num_layers_in_first_stage": 2, "num_layers_in_last_stage": 2}
     config = tiny_config(model={"num_layers": 4}, parallel={"pipeline": 2, "virtual_pipeline": 2, **ends})
     with pytest.raises(LayoutError, match="cannot be built: ZeroDivisionError"):
@@ -51,14 +51,14 @@ def test_any_failure_of_building_is_a_layout_error():
 
 
 def test_a_model_that_is_not_the_planned_one_is_found(monkeypatch):
-    planned = build_module.chunk_parameters
-    monkeypatch.setattr(build_module, "chunk_parameters", lambda *args: planned(*args)[1:])
+    planned = meta_build.chunk_parameters
+    monkeypatch.setattr(meta_build, "chunk_parameters", lambda *args: planned(*args)[1:])
     with pytest.raises(RuntimeError, match=r"not those of w1train\.planning\.parameters"):
         build_ranks(tiny_config(), 1)
 
 
 def test_groups_that_are_not_the_planned_ones_are_found(monkeypatch):
-    """Data and pipeline ranks in the other order."""
+    """Data and pipeline ranks in the other order do not match megatron-core's groups."""
 
     def coordinates(layout, rank):
         rank, tensor = divmod(rank, layout.tensor)
