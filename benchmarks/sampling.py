@@ -35,7 +35,7 @@ from w1train.sampling.denoise import BlockPredict, generate
 
 import_megatron()
 
-from w1train.attention.plan import AttentionPlan, plan_attention  # noqa: E402
+from w1train.attention.attention_plan import AttentionPlan, plan_attention  # noqa: E402
 from w1train.attention.visibility import block_diffusion_visibility  # noqa: E402
 from w1train.engine.building import build_stage  # noqa: E402
 from w1train.inference.predictor import BlockPredictor, Predictor  # noqa: E402

@@ -20,8 +20,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from w1train.attention.attention_plan import AttentionPlan, plan_attention
 from w1train.attention.cache import Causality, KeyValueCache, cached_visibility
-from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import document_visibility
 from w1train.checkpoints.averaging import find_checkpoint
 from w1train.checkpoints.checkpoint import load_model_weights, read_progress

@@ -8,7 +8,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer import mlp as megatron_mlp
 
-from w1train.attention.plan import AttentionPlan
+from w1train.attention.attention_plan import AttentionPlan
 from w1train.engine.building import TrainedModel
 from w1train.model import layer, norm
 from w1train.model.conditioning import Modulation
