@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.records import Record
-from benchmarks.report import RESULTS, Table
+from benchmarks.common.records import Record
+from benchmarks.common.report import RESULTS, Table
 from w1train.config.errors import UserError
 
 _NOTEWORTHY = 0.05

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, gpu_environment, open_device, versions
-from benchmarks.report import RESULTS, Table, write_report
+from benchmarks.common.machine import describe, gpu_environment, open_device, versions
+from benchmarks.common.report import RESULTS, Table, write_report
 from w1train.config.errors import UserError
 from w1train.diagnosis.correctness import TOLERANCE, attention_checks, kernel_checks
 

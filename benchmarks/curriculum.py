@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.report import Table, environment, write_report
+from benchmarks.common.report import Table, environment, write_report
 from w1train.reports.report_run import Run, read_run
 
 NUM_STEPS = 5

@@ -27,9 +27,9 @@ from benchmarks.attention.measure import Measured, measure_workload
 from benchmarks.attention.report import NOTES, chart, key_results, tables, verdicts
 from benchmarks.attention.sides import sides
 from benchmarks.attention.workloads import Workload, tiny_workloads, workloads
-from benchmarks.machine import describe, gpu_environment, open_device, versions
-from benchmarks.records import Record, publish, require_report_place
-from benchmarks.report import RESULTS
+from benchmarks.common.machine import describe, gpu_environment, open_device, versions
+from benchmarks.common.records import Record, publish, require_report_place
+from benchmarks.common.report import RESULTS
 from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.attention.sides import Attend, Side
 from benchmarks.attention.workloads import Workload
-from benchmarks.machine import Clock, allocated_bytes, peak_bytes
+from benchmarks.common.machine import Clock, allocated_bytes, peak_bytes
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility
 from w1train.config.rules.attention_limits import AttentionCase

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.attention.measure import Measured
-from benchmarks.plot import Bar, bar_chart
-from benchmarks.records import Results
-from benchmarks.report import Table
+from benchmarks.common.plot import Bar, bar_chart
+from benchmarks.common.records import Results
+from benchmarks.common.report import Table
 
 NOTES = """\
 Forward and backward of one layer's attention on one sample in bf16, all sides of a workload in turns on the same random inputs, L2

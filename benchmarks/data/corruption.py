@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
-from benchmarks.synthetic import make_tokenizer, write_dataset
+from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset

@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
-from benchmarks.synthetic import make_tokenizer, write_dataset
+from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.schema import DiffusionConfig
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import bin_path, idx_path, write_index

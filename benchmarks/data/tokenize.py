@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.report import Table, environment, spread, write_report
+from benchmarks.common.report import Table, environment, spread, write_report
 from data_tools import python_corpus, tokenize
 from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.machine import describe, gpu_environment, open_device, versions
-from benchmarks.records import Record, publish, require_report_place
-from benchmarks.report import RESULTS
+from benchmarks.common.machine import describe, gpu_environment, open_device, versions
+from benchmarks.common.records import Record, publish, require_report_place
+from benchmarks.common.report import RESULTS
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from benchmarks.step.report import chart, key_results, notes, tables, verdicts
-from benchmarks.synthetic import make_tokenizer, write_dataset
 from w1train.config.compose import load_config
 from w1train.config.errors import UserError, raise_if_any
 from w1train.config.rules.validate import validate

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
-from benchmarks.synthetic import make_tokenizer, write_dataset
+from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.compose import load_config
 from w1train.config.schema import Config
 from w1train.runtime.megatron_on_cpu import import_megatron

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.plot import Bar, bar_chart
-from benchmarks.records import Results
-from benchmarks.report import Table
+from benchmarks.common.plot import Bar, bar_chart
+from benchmarks.common.records import Results
+from benchmarks.common.report import Table
 
 if TYPE_CHECKING:
     from benchmarks.step.__main__ import Run

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.report import RESULTS, Table, write_report
+from benchmarks.common.report import RESULTS, Table, write_report
 from w1train.config.errors import UserError
 
 Results = dict[str, dict[str, float | None]]

@@ -16,7 +16,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table as RichTable
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _LOG_WIDTH = 160
 _PACKAGES = ("torch", "megatron-core", "numpy")
 
