@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.checkpoints.checkpoint import CheckpointError
+    from w1train.checkpoints.manifest import CheckpointError
     from w1train.evaluation.averages import AverageRequest, average_run
     from w1train.records.average_comparison import comparison_lines
 

@@ -87,7 +87,9 @@ def to_hugging_face(args: argparse.Namespace) -> int:
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.checkpoints.checkpoint import CheckpointError, complete_steps, verify_checkpoint
+    from w1train.checkpoints.checkpoint_names import step_path
+    from w1train.checkpoints.manifest import CheckpointError, complete_steps
+    from w1train.checkpoints.verification import verify_checkpoint
     from w1train.conversion.export import export
     from w1train.runtime.run_directory import RunDirectory
 
@@ -95,7 +97,7 @@ def to_hugging_face(args: argparse.Namespace) -> int:
     if not steps or args.step not in (None, *steps):
         wanted = "complete checkpoint" if args.step is None else f"checkpoint of step {args.step}"
         raise UserError(f"{args.run} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
-    checkpoint = args.run / "checkpoints" / f"step_{steps[-1] if args.step is None else args.step:010d}"
+    checkpoint = step_path(args.run / "checkpoints", steps[-1] if args.step is None else args.step)
     try:
         verify_checkpoint(checkpoint)
         exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size)

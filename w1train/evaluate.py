@@ -52,7 +52,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.checkpoints.checkpoint import CheckpointError
+    from w1train.checkpoints.manifest import CheckpointError
     from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
     from w1train.inference.predictor import load_for_inference, require_diffusion
 

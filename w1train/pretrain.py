@@ -76,7 +76,7 @@ def run(config: Config) -> int:
     from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
-    from w1train.checkpoints.checkpoint import CheckpointError
+    from w1train.checkpoints.manifest import CheckpointError
     from w1train.conversion.initial_weights import open_initial_weights
     from w1train.training.loop import Trainer
 

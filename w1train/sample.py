@@ -123,7 +123,7 @@ def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.checkpoints.checkpoint import CheckpointError
+    from w1train.checkpoints.manifest import CheckpointError
     from w1train.inference.predictor import load_for_inference, require_diffusion
 
     try:

@@ -35,8 +35,9 @@ from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
-from w1train.checkpoints.async_save import CheckpointSaver  # noqa: E402
-from w1train.checkpoints.manifest import Progress, read_manifest, size_of, step_path  # noqa: E402
+from w1train.checkpoints.checkpoint_names import step_path  # noqa: E402
+from w1train.checkpoints.manifest import Progress, read_manifest, size_of  # noqa: E402
+from w1train.checkpoints.saver import CheckpointSaver  # noqa: E402
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402

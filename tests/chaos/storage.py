@@ -12,8 +12,9 @@ from tests.chaos.jobs import WORLD_SIZE
 from tests.chaos.scene import CHECKPOINT_INTERVAL, Scene, until
 from tests.end_to_end.runs import Sabotage
 from tests.faulty_storage import create, set_faults
-from w1train.checkpoints.manifest import CheckpointError, verify_checkpoint
+from w1train.checkpoints.manifest import CheckpointError
 from w1train.checkpoints.remote.remote_checkpoints import MARKER
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.runtime import object_storage
 
 _PASSING = ("OSError", "TimeoutError", "FSTimeoutError", "ClientError", "HttpError", "ClientConnectionError")

@@ -18,9 +18,11 @@ from tests.distributed import run_distributed
 from tests.faulty_storage import create, set_faults
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, world_size
 from tests.parallel.test_layouts import layout_config
-from w1train.checkpoints import async_save
-from w1train.checkpoints.async_save import CheckpointSaver
-from w1train.checkpoints.checkpoint import CheckpointError, Progress, complete_steps, load_checkpoint, read_progress, save_checkpoint
+from tests.saving import save_now
+from w1train.checkpoints import saver as saver_module
+from w1train.checkpoints.loading import load_checkpoint
+from w1train.checkpoints.manifest import CheckpointError, Progress, complete_steps, read_progress
+from w1train.checkpoints.saver import CheckpointSaver
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.engine.building import build_trained_model
 from w1train.planning.state import PRECISION_BYTES, StateBytes, staging_bytes
@@ -68,13 +70,13 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = threading.Event()
-        original = async_save.write_part
+        original = saver_module.write_part
 
         def write_part(*args: Any) -> int:
             assert self.is_open.wait(TIMEOUT)
             return original(*args)
 
-        async_save.write_part = write_part
+        saver_module.write_part = write_part
 
 
 def shards(path: Path) -> dict[str, Any]:
@@ -94,12 +96,13 @@ def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is
         gate = Gate()
         saver = CheckpointSaver(tmp_path / "background", training.model, CheckpointConfig(keep=9), "")
         for _ in range(2):  # the second into the memory of the first
-            gate.is_open.clear()
             training.step()
             saver.poll()
             progress = Progress(step=training.number, health={"window": {"grad_norm": [1.0]}})
+            gate.is_open.set()
+            save_now(tmp_path / "waited", training.model, progress)
+            gate.is_open.clear()
             saver.save(progress)
-            save_checkpoint(tmp_path / "waited", training.model, progress, "", keep=9)
             progress.step = 999  # the saver has its own
             progress.health["window"]["grad_norm"].append(2.0)
             training.step(2)
@@ -131,7 +134,7 @@ def test_what_was_saved_in_the_background_loads_under_another_layout(tmp_path):
 
     def load(training: Steps) -> int:
         progress = load_checkpoint(tmp_path / "step_0000000002", training.model)
-        save_checkpoint(tmp_path / "again", training.model, progress, "", keep=1)
+        save_now(tmp_path / "again", training.model, progress)
         return progress.step
 
     assert on_ranks(load, data_parallel=1, tensor=2) == [2, 2]
@@ -141,30 +144,27 @@ def failing_once(rank: int, error: Exception) -> None:
     """The first part that a rank writes is not written."""
     import torch.distributed as dist
 
-    original, failures = async_save.write_part, [error]
+    original, failures = saver_module.write_part, [error]
 
     def write_part(*args: Any) -> int:
         if dist.get_rank() == rank and failures:
             raise failures.pop()
         return original(*args)
 
-    async_save.write_part = write_part
+    saver_module.write_part = write_part
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_fails_is_said_and_the_next_one_is_made(tmp_path, asynchronous):
     def save(training: Steps) -> list[str]:
         said: list[str] = []
-        async_save.logger.warning = lambda text, *args: said.append(text % args)  # type: ignore[method-assign]
-        from w1train.checkpoints import checkpoint
-
+        saver_module.logger.warning = lambda text, *args: said.append(text % args)  # type: ignore[method-assign]
         settings = CheckpointConfig(keep=2, asynchronous=asynchronous)
         saver = CheckpointSaver(tmp_path, training.model, settings, "")
         training.step()
         saver.save(Progress(step=1))
         saver.wait()
         failing_once(1, OSError(28, "No space left on device"))
-        checkpoint.write_part = async_save.write_part
         training.step()
         saver.save(Progress(step=2))
         poll_until_done(saver)

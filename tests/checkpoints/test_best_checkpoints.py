@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.checkpoints.checkpoint import best_steps, complete_steps, remove_old, step_path
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import complete_steps
+from w1train.checkpoints.retention import best_steps, remove_old
 
 
 def save(directory: Path, step: int, score: float | None, metric: str = "elbo") -> None:

@@ -18,10 +18,12 @@ import pytest
 from tests.distributed import run_distributed
 from tests.faulty_storage import counts, create, set_faults
 from w1train.checkpoints import recovery
-from w1train.checkpoints.manifest import CheckpointError, check_manifest, complete_steps, hash_files, step_path
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import CheckpointError, check_manifest, complete_steps
 from w1train.checkpoints.recovery import choose_checkpoint
 from w1train.checkpoints.remote.remote_checkpoints import MARKER, Marker, RemoteCheckpoints
 from w1train.checkpoints.remote.uploader import Uploader
+from w1train.checkpoints.verification import hash_files
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime import object_storage
 

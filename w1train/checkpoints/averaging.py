@@ -12,11 +12,7 @@ One shard is in memory at a time, beside the sum that it is added to; the ranks 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import shutil
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,19 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from w1train.checkpoints.checkpoint import (
-    MANIFEST,
-    complete_steps,
-    is_complete,
-    read_progress,
-    step_path,
-    verify_checkpoint,
-    write_complete,
-)
+from w1train.checkpoints.checkpoint_names import average_path, average_paths, step_path
+from w1train.checkpoints.commit import remove_checkpoint, write_complete
 from w1train.checkpoints.format.shard_files import shard_path, write_elements
 from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import CheckpointError, read_config_text, read_manifest
+from w1train.checkpoints.manifest import MANIFEST, CheckpointError, complete_steps, is_complete, read_manifest, read_progress
+from w1train.checkpoints.verification import read_config_text, verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
 from w1train.runtime.files import open_new
@@ -48,8 +38,6 @@ from w1train.runtime.transfers import PiecewiseFile, together
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "average_"
-"""Begins the names of averages inside ``checkpoints``."""
 _NUMBER = "average_number"
 _OPTIMIZER = "optimizer."
 # megatron-core's names of the fp32 master weights: of the distributed optimizer, and of the one that is not.
@@ -71,11 +59,10 @@ def average_steps(directory: Path, steps: Sequence[int], output: Path | None = N
         CheckpointError: a member is damaged, or the average could not be written.
     """
     members = [step_path(directory, step) for step in sorted(steps)]
-    code = zlib.crc32(json.dumps(sorted(steps)).encode())
-    final = output or directory / f"{_PREFIX}{max(steps):010d}_{code:08x}"
+    final = output or average_path(directory, steps)
     remarks = on_main_rank(lambda: {"average": {"steps": sorted(steps), "manifests": [_manifest_hash(member) for member in members]}})
     if not on_main_rank(partial(_is_there, final, remarks, may_replace=output is None)):
-        number = on_main_rank(lambda: 1 + max(map(_number, directory.glob(f"{_PREFIX}*")), default=0))
+        number = on_main_rank(lambda: 1 + max(map(_number, average_paths(directory)), default=0))
         average_checkpoints(members, final, {**remarks, _NUMBER: number})
         logger.info("averaged the checkpoints of steps %s into %s", ", ".join(map(str, sorted(steps))), final)
     return final
@@ -106,10 +93,7 @@ def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> boo
     if not may_replace:
         raise UserError(f"{final} exists and is not the average of these checkpoints; remove it, or give another --output")
     logger.info("%s is an average of checkpoints that are no more: it is written again", final)
-    # Hidden first: a half-deleted directory must not look complete.
-    hidden = final.with_name(f".writing-removing-{final.name}")
-    os.rename(final, hidden)
-    shutil.rmtree(hidden)
+    remove_checkpoint(final)
     return False
 
 
@@ -121,7 +105,7 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
         FileNotFoundError: there is none; the message lists what there is.
     """
     steps = complete_steps(directory)
-    averages = [path for path in directory.glob(f"{_PREFIX}*") if is_complete(path)]
+    averages = [path for path in average_paths(directory) if is_complete(path)]
     averages.sort(key=lambda path: (_number(path), (path / MANIFEST).stat().st_mtime_ns, path.name))
     found = {step: step_path(directory, step) for step in steps} | {path.name: path for path in averages}
     if averages:

@@ -14,21 +14,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from w1train.checkpoints.checkpoint import remove_unfinished, require_position
-from w1train.checkpoints.commit import DAMAGED, UNDONE, set_aside
+from w1train.checkpoints.checkpoint_names import DAMAGED, UNDONE, damaged_paths, step_of, step_path, step_paths, writing_path
+from w1train.checkpoints.commit import remove_unfinished, set_aside
+from w1train.checkpoints.loading import require_position
 from w1train.checkpoints.manifest import (
     MANIFEST,
-    WRITING,
     CheckpointError,
+    DamagedCheckpointError,
     complete_steps,
     is_complete,
     latest_step,
     require_manifests,
-    step_directories,
-    step_path,
-    verify_checkpoint,
 )
 from w1train.checkpoints.remote.remote_checkpoints import MARKER, Contents, RemoteCheckpoints, UnfinishedCopyError
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.distributed import agreed, on_main_rank
@@ -41,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 _RETURNED = ".resume_step"
 """Holds the checkpoint.resume_step that was obeyed: the same command again goes on, not back again."""
-_ADVICE = " Remove this directory to resume from an older checkpoint."
-"""The end of a damaged checkpoint's message; it is left out where another checkpoint is taken."""
 
 
 def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path | None = None) -> int | None:
@@ -82,9 +79,9 @@ def newest_good_step(directory: Path, *, hashes: bool = True) -> int | None:
     Args:
         hashes: False = compare sizes alone.
     """
-    for path in on_main_rank(lambda: sorted(step_directories(directory), reverse=True)):
+    for path in on_main_rank(lambda: step_paths(directory)[::-1]):
         if _is_good(path, hashes=hashes):
-            return _step(path)
+            return step_of(path)
     return None
 
 
@@ -93,9 +90,9 @@ def _is_good(path: Path, *, hashes: bool) -> bool:
         verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=hashes)
         if hashes:
             on_main_rank(partial(require_position, path))
-    except CheckpointError as error:
+    except DamagedCheckpointError as error:
         if dist.get_rank() == 0:
-            logger.warning("%s", str(error).replace(_ADVICE, ""))
+            logger.warning("%s is damaged: %s.", error.path, error.reason)
         return False
     return True
 
@@ -110,8 +107,8 @@ def _newest_or_stop(directory: Path, *, hashes: bool) -> int | None:
 
 def set_aside_damaged(directory: Path, good: int) -> None:
     """Set aside what is newer than the newest good checkpoint: its step is done again. Rank 0 only."""
-    for path in step_directories(directory):
-        if _step(path) > good or not is_complete(path):
+    for path in step_paths(directory):
+        if step_of(path) > good or not is_complete(path):
             logger.warning("%s is damaged and is now %s; training goes on from step %d", path, set_aside(path, DAMAGED).name, good)
 
 
@@ -149,8 +146,8 @@ def _require_step(directory: Path, step: int) -> None:
 
 
 def _return_to(directory: Path, step: int) -> None:
-    for path in step_directories(directory):
-        if _step(path) > step:
+    for path in step_paths(directory):
+        if step_of(path) > step:
             logger.warning("%s is now %s: checkpoint.resume_step=%d", path, set_aside(path, UNDONE).name, step)
     write_text(directory / _RETURNED, str(step))
 
@@ -184,7 +181,7 @@ def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> N
         OSError: on every rank; the storage or the local disk failed.
     """
     final = step_path(directory, step)
-    copy = directory / f"{WRITING}{final.name}"
+    copy = writing_path(final)
     try:
         files = on_main_rank(partial(_begin_copy, remote, step, copy))
         on_main_rank(together(partial(_fetch_files, remote, step, files, copy)))
@@ -226,14 +223,13 @@ def _verify_copy(copy: Path) -> None:
     try:
         verify_checkpoint(copy, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         on_main_rank(partial(require_position, copy))
-    except CheckpointError as error:
-        # The words for a checkpoint of the run's directory: "PATH is damaged: WHY. Remove this directory ..."
-        why = str(error).removeprefix(f"{copy} is damaged: ").replace(_ADVICE, "")
-        raise agreed(CheckpointError(why)) from error
+    except DamagedCheckpointError as error:
+        # Without the advice for a checkpoint of the run's directory: the copy is removed.
+        raise agreed(CheckpointError(error.reason)) from error
 
 
 def _keep_copy(copy: Path, final: Path) -> None:
-    for path in step_directories(final.parent):
+    for path in step_paths(final.parent):
         logger.warning("%s is damaged and is now %s; a copy takes its place", path, set_aside(path, DAMAGED).name)
     copy.rename(final)
     sync_directory(final.parent)
@@ -277,7 +273,7 @@ def _require_none_lost(directory: Path, events: Path | None) -> None:
     Raises:
         CheckpointError: there are damaged ones, or the events tell of some that are not there.
     """
-    damaged = sorted({*step_directories(directory), *directory.glob(f"{DAMAGED}*")})
+    damaged = sorted([*step_paths(directory), *damaged_paths(directory)])
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise CheckpointError(
@@ -301,7 +297,3 @@ def _saved_steps(events: Path) -> list[int]:
         elif event.get("event") == "checkpoint":
             saved.append(event["step"])
     return saved
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))

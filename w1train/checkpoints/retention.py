@@ -7,13 +7,13 @@ changes nothing.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from w1train.checkpoints.manifest import WRITING, CheckpointError, complete_steps, read_scores, step_path
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.commit import remove_checkpoint
+from w1train.checkpoints.manifest import CheckpointError, complete_steps, read_scores
 from w1train.runtime.pulse import moved
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,8 @@ def remove_old(
         limits = f"checkpoint.keep={keep}, checkpoint.keep_every={keep_every}, checkpoint.keep_best={keep_best}"
         logger.info("removing checkpoint of step %d (%s)", step, limits)
         path = step_path(directory, step)
-        hidden = directory / f"{WRITING}removing-{path.name}"
         try:
-            # Hidden first: a half-deleted directory must not look complete.
-            os.rename(path, hidden)
-            shutil.rmtree(hidden)
+            remove_checkpoint(path)
             moved()
         except OSError as error:
             logger.warning("could not remove checkpoint %s: %s. Training goes on; the next start removes the rest", path, error)

@@ -17,7 +17,7 @@ from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
-from w1train.checkpoints.checkpoint import CheckpointError, Progress, read_progress  # noqa: E402
+from w1train.checkpoints.manifest import CheckpointError, Progress, read_progress  # noqa: E402
 from w1train.config.schema import HealthConfig  # noqa: E402
 from w1train.training.health import guard  # noqa: E402
 from w1train.training.health.guard import ComputedStep, StepGuard  # noqa: E402

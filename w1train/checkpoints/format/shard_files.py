@@ -20,6 +20,7 @@ from torch import Tensor
 
 from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.checkpoints.format.shard_plan import Box
+from w1train.config.reading import parse_json_object
 from w1train.runtime.files import open_new, write_text
 from w1train.runtime.pulse import pulse
 from w1train.runtime.transfers import PIECE_BYTES, PiecewiseFile
@@ -118,7 +119,7 @@ def write_index(directory: Path, num_ranks: int) -> dict[str, Any]:
         OSError: a note cannot be read, or the index not be written.
     """
     paths = [_note(directory, rank) for rank in range(num_ranks)]
-    notes = [json.loads(path.read_bytes()) for path in paths]
+    notes = [parse_json_object(path.read_bytes(), f"{path} cannot be read") for path in paths]
     ShardIndex.join(ShardIndex.from_json(note["index"]) for note in notes).write(directory)
     for path in paths:
         path.unlink()

@@ -20,7 +20,7 @@ import torch
 
 from w1train.checkpoints.format import legacy_index
 from w1train.checkpoints.format.plain_values import decode, encode
-from w1train.checkpoints.manifest import damaged
+from w1train.checkpoints.manifest import DamagedCheckpointError
 from w1train.config.reading import parse_json, shorten
 from w1train.runtime.files import replace_file
 from w1train.runtime.names import is_plain_name, open_inside
@@ -198,7 +198,7 @@ def read_index(directory: Path) -> ShardIndex:
     """
     name = INDEX if (directory / INDEX).exists() else legacy_index.METADATA
     if not (directory / name).exists():
-        raise damaged(directory, [f"{INDEX} is missing"])
+        raise DamagedCheckpointError(directory, [f"{INDEX} is missing"])
     try:
         with open_inside(directory, name) as file:
             content = file.read(MAXIMUM_BYTES + 1)
@@ -208,7 +208,7 @@ def read_index(directory: Path) -> ShardIndex:
         index.require_whole()
         return index
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise damaged(directory, [f"{name} cannot be read: {error}"]) from error
+        raise DamagedCheckpointError(directory, [f"{name} cannot be read: {error}"]) from error
 
 
 def _from_metadata(directory: Path, content: bytes) -> ShardIndex:

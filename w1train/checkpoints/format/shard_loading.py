@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import CheckpointError, damaged
+from w1train.checkpoints.manifest import CheckpointError, DamagedCheckpointError
 from w1train.runtime.distributed import all_or_none
 
 
@@ -71,10 +71,10 @@ class _Reader:
     def _fill(self, target: torch.Tensor, wanted: ShardedTensor) -> None:
         stored = self._shards.tensors.get(wanted.key)
         if stored is None:
-            raise damaged(self._shards.path, [f"it has no {wanted.key}"])
+            raise DamagedCheckpointError(self._shards.path, [f"it has no {wanted.key}"])
         if stored.sizes != tuple(wanted.global_shape):
             sizes = f"the sizes {list(stored.sizes)}, the model {list(wanted.global_shape)}"
-            raise damaged(self._shards.path, [f"{wanted.key} has {sizes}"])
+            raise DamagedCheckpointError(self._shards.path, [f"{wanted.key} has {sizes}"])
         num_read = self._shards.read_into(target, wanted.key, wanted.global_offset)
         assert num_read == target.numel(), f"{num_read} of {target.numel()} elements of {wanted.key} are stored"
 

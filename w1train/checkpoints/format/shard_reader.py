@@ -16,7 +16,7 @@ from torch import Tensor
 from w1train.checkpoints.format.legacy_index import Place, read_tensor
 from w1train.checkpoints.format.plain_values import decode
 from w1train.checkpoints.format.shard_index import Shard, StoredTensor, read_index
-from w1train.checkpoints.manifest import damaged, read_manifest
+from w1train.checkpoints.manifest import DamagedCheckpointError, read_manifest
 from w1train.config.reading import shorten
 from w1train.runtime.names import open_inside
 from w1train.runtime.pulse import moved
@@ -44,13 +44,15 @@ class Shards:
             for shard in tensor.shards:
                 num_bytes = tensor.num_bytes(shard)
                 if shard.archive_bytes is not None and num_bytes > shard.archive_bytes:
-                    raise damaged(self.path, [f"{shorten(key)} has {num_bytes} bytes in an archive of {shard.archive_bytes}"])
+                    raise DamagedCheckpointError(
+                        self.path, [f"{shorten(key)} has {num_bytes} bytes in an archive of {shard.archive_bytes}"]
+                    )
                 if shard.file not in files:
-                    raise damaged(self.path, [f"{shorten(key)} is in {shard.file}, which the manifest does not name"])
+                    raise DamagedCheckpointError(self.path, [f"{shorten(key)} is in {shard.file}, which the manifest does not name"])
                 num_bytes_in[shard.file] += shard.archive_bytes or num_bytes
                 # The sum: boxes that share their bytes would let a small file be a tensor of any size.
                 if max(shard.start + (shard.archive_bytes or num_bytes), num_bytes_in[shard.file]) > files[shard.file]["size"]:
-                    raise damaged(self.path, [f"{shorten(key)} ends behind the end of {shard.file}"])
+                    raise DamagedCheckpointError(self.path, [f"{shorten(key)} ends behind the end of {shard.file}"])
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -74,7 +76,7 @@ class Shards:
                 return read_tensor(self.path, place, tensor.dtype, shard.sizes)
             return _read_elements(self.path, tensor, shard)
         except (OSError, ValueError) as error:
-            raise damaged(self.path, [f"{shorten(key)} in {shard.file} cannot be read: {error}"]) from error
+            raise DamagedCheckpointError(self.path, [f"{shorten(key)} in {shard.file} cannot be read: {error}"]) from error
 
     def read_into(self, target: Tensor, key: str, offset: Sequence[int], combine: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> int:
         """Call ``combine(part of target, what is stored there)`` for each shard that overlaps a box, whatever layout saved it.

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w1train.checkpoints.manifest import MANIFEST, MAXIMUM_BYTES, STEP_DIRECTORY, CheckpointError, check_manifest, read_manifest, step_path
+from w1train.checkpoints.checkpoint_names import LARGEST_STEP, step_of, step_of_name, step_path
+from w1train.checkpoints.manifest import MANIFEST, MAXIMUM_BYTES, CheckpointError, check_manifest, read_manifest
 from w1train.checkpoints.retention import kept_steps, rank_steps
+from w1train.config.reading import parse_json_object, shorten
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.files import open_new
 from w1train.runtime.object_storage import ObjectStorage, WrongSizeError
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 MARKER = "run.json"
 _UNDONE_MANIFEST = "undone-manifest.json"
-_MAX_STEP = 10**10 - 1
-"""The largest step that a checkpoint's name has room for."""
+_LARGEST_MARKER = 1 << 16
+"""The most bytes of a marker."""
 
 
 class UnfinishedCopyError(CheckpointError):
@@ -111,7 +113,7 @@ class RemoteCheckpoints:
         Raises:
             OSError: a file could not be read or sent.
         """
-        step = int(checkpoint.name.removeprefix("step_"))
+        step = step_of(checkpoint)
         names = [*read_manifest(checkpoint)["files"], MANIFEST]
         self.remove(step)
         self._storage.make_directory(self._path(step))
@@ -196,7 +198,7 @@ class RemoteCheckpoints:
 
     def _listed(self) -> list[int]:
         names = self._storage.names(self._storage.root)
-        return sorted({int(name.removeprefix("step_")) for name in names if STEP_DIRECTORY.fullmatch(name)})
+        return sorted({step for name in names if (step := step_of_name(name)) is not None})
 
     def _has(self, step: int, name: str) -> bool:
         return self._storage.exists(f"{self._path(step)}/{name}")
@@ -214,14 +216,16 @@ class RemoteCheckpoints:
 
     def _read_marker(self) -> Marker | None:
         try:
-            content = self._storage.read(self._marker_path, 1 << 16)
+            content = self._storage.read(self._marker_path, _LARGEST_MARKER)
         except FileNotFoundError:
             return None
         try:
-            newest = json.loads(content)["newest"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{MARKER} cannot be read ({error})") from error
-        is_step = isinstance(newest, int) and not isinstance(newest, bool) and 0 <= newest <= _MAX_STEP
-        if newest is not None and not is_step:
-            raise CheckpointError(f"{MARKER} does not have a step, but {str(newest)[:40]}")
+            marker = parse_json_object(content, f"{MARKER} cannot be read")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        if "newest" not in marker:
+            raise CheckpointError(f"{MARKER} cannot be read: it has no newest step")
+        newest = marker["newest"]
+        if newest is not None and not (type(newest) is int and 0 <= newest <= LARGEST_STEP):
+            raise CheckpointError(f"{MARKER} does not have a step, but {shorten(newest)}")
         return Marker(newest)

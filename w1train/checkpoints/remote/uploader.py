@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from w1train.checkpoints.checkpoint_names import step_of
 from w1train.checkpoints.remote.remote_checkpoints import RemoteCheckpoints
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.background import in_background
@@ -67,7 +68,7 @@ class Uploader:
         """The steps of checkpoints that are being sent or are about to be."""
         with self._lock:
             jobs = [] if self._is_abandoned else [self._present, self._queued]
-        return [int(job.checkpoint.name.removeprefix("step_")) for job in jobs if job is not None]
+        return [step_of(job.checkpoint) for job in jobs if job is not None]
 
     def abandon(self, seconds: float) -> None:
         """Wait no longer for a storage that takes nothing. The thread ends with the process."""

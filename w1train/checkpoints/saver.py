@@ -32,11 +32,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from w1train.checkpoints.checkpoint import collect_state
-from w1train.checkpoints.commit import explain_failure, finish, raise_together, writing_path
+from w1train.checkpoints.checkpoint_names import step_path, writing_path
+from w1train.checkpoints.commit import explain_failure, finish, raise_together
 from w1train.checkpoints.format.shard_files import write_index, write_part
 from w1train.checkpoints.format.shard_plan import Plan, make_plan, tensors_of
-from w1train.checkpoints.manifest import CheckpointError, Progress, latest_step, size_of, step_path
+from w1train.checkpoints.manifest import CheckpointError, Progress, latest_step, size_of
+from w1train.checkpoints.model_state import collect_state
 from w1train.checkpoints.remote.uploader import Uploader
 from w1train.checkpoints.retention import remove_old
 from w1train.checkpoints.save_times import SaveTimes
