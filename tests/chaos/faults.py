@@ -315,7 +315,7 @@ def _kill_worker(scene: Scene) -> Iterator[None]:
 
 _STOPPED = frozenset({75, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGKILL, 1})
 
-_DAMAGED = r"is damaged and is now damaged-step_\d+; training goes on from step"
+_DAMAGED = r"is damaged and is now damaged-step_\d+; training resumes from step"
 
 FAULTS = [
     Fault(name="kill", title="SIGKILL of one rank", strike=_kill_one),

@@ -207,20 +207,20 @@ def event(name: str, step: int = 0) -> str:
 
 
 SAVED = event("start") + event("checkpoint", 3) + event("checkpoint", 6)
-WAS_SENT = f"its {MARKER} says that the checkpoint of step 9 was sent"
+WAS_SENT = f"its {MARKER} says that the checkpoint of step 9 was uploaded"
 
 
 @pytest.mark.parametrize(
     ("events", "steps", "act", "answer", "words"),
     [
         # Nothing tells of an earlier start.
-        (None, (), None, None, "this is the first start that sends checkpoints there, or the URL is wrong"),
+        (None, (), None, None, "this is the first start that uploads checkpoints to it, or the URL is wrong"),
         (event("start"), (), None, None, "this is the first start"),
         # Killed before the first save; and begun again on purpose, by a version that let one.
-        (event("start") * 3, (), lambda bucket, remote: remote.mark(), None, "this run ended before its first upload did"),
+        (event("start") * 3, (), lambda bucket, remote: remote.mark(), None, "the run ended before its first upload did"),
         (SAVED + event("start"), (), None, None, "this is the first start"),
         # The first upload did not end.
-        (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "this run ended before its first upload did"),
+        (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "the run ended before its first upload did"),
         (None, (9,), lambda bucket, remote: unfinish(bucket, remote, None), "it shows directories of step 9", None),
         # This run has been there before.
         (SAVED, (), None, "this run has saved some, the last one at step 6", None),
@@ -432,4 +432,4 @@ def test_a_marker_is_left_before_anything_is_sent_and_never_forgets(tmp_path, ca
     uploader = Uploader(f"faulty://{bucket}")
     uploader.begin()
     wait_for(uploader)
-    assert "will probably take no checkpoints" in caplog.text
+    assert "uploads will probably fail" in caplog.text

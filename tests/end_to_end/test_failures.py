@@ -58,7 +58,7 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
         outcome = run.train("checkpoint.asynchronous=false", "checkpoint.on_error=stop", world_size=2, sabotage=trap).require(1)
         message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
         assert "No space left on device" in message or "disk full" in message
-        assert "The one of step 6 is untouched: the same command goes on from it" in message
+        assert "The checkpoint of step 6 is untouched: the same command resumes from it" in message
         assert outcome.outputs[1] == ""
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_0000000003", "step_0000000006"]
         (small_disk / "ballast").unlink()

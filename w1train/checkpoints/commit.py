@@ -140,7 +140,9 @@ def explain_failure(final: Path, error: BaseException) -> str:
     free = min(shutil.disk_usage(final.parent).free, *(getattr(cause, FREE_BYTES, math.inf) for cause in causes))
     shutil.rmtree(writing_path(final), ignore_errors=True)
     kept = latest_step(final.parent)
-    older = "There is no older one" if kept is None else f"The one of step {kept} is untouched: the same command goes on from it"
+    older = (
+        "There is no older checkpoint" if kept is None else f"The checkpoint of step {kept} is untouched: the same command resumes from it"
+    )
     return f"could not save {final}, with {free / 2**20:.1f} MiB free on that disk: {'; '.join(_root_causes(error))}. {older}."
 
 
