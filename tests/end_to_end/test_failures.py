@@ -240,7 +240,7 @@ def test_a_learning_rate_that_is_much_too_high(tiny_run):
 
 def test_ctrl_c_is_one_line_and_loses_nothing(tiny_run, undisturbed):
     outcome = tiny_run.train(world_size=2, sabotage=traps.interrupt(7)).require(130)
-    one_line(outcome.output, "interrupted; the same command goes on from the last checkpoint")
+    one_line(outcome.output, "interrupted; the same command resumes from the last checkpoint")
     assert outcome.outputs[1] == ""
     tiny_run.train(world_size=2).require(0)
     assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
