@@ -99,7 +99,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), metavar="PATH", help="directory whose disk is timed (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="seconds to measure collectives for, under torchrun (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="seconds to measure collectives for, under torchrun (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -85,8 +85,15 @@ def test_another_name_has_no_step(name):
     assert step is None or step_path(Path(), step).name == name
 
 
-def test_the_job_script_finds_the_checkpoints_of_steps_alone():
-    """launch/job.sh counts a checkpoint that is newer as a success: it must see the same names."""
-    script = Path(checkpoint_names.__file__).parents[2] / "launch/job.sh"
-    (pattern,) = re.findall(r'find "\$run/checkpoints" .* -name \'(.*?)\'', script.read_text())
+SHELL_PATTERNS = {
+    "launch/job.sh": r"find \"\$run/checkpoints\" .* -name '(.*?)'",
+    "launch/torchrun.sh": r'compgen -G "\$run/checkpoints/(.*?)"',
+}
+
+
+@pytest.mark.parametrize("script", SHELL_PATTERNS)
+def test_scripts_find_the_checkpoints_of_steps_alone(script):
+    """launch/job.sh counts attempts without a new checkpoint, and launch/torchrun.sh asks whether a run has one."""
+    text = (Path(checkpoint_names.__file__).parents[2] / script).read_text()
+    (pattern,) = re.findall(SHELL_PATTERNS[script], text)
     assert [path.name for path, _ in NAMES.values() if fnmatch.fnmatchcase(path.name, pattern)] == [STEP.name]
