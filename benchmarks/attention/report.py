@@ -1,4 +1,4 @@
-"""Tables, plot and verdicts of benchmarks.attention."""
+"""The tables, plot and verdicts of benchmarks.attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLUMNS = ("side", "forward, ms", "backward, ms", "visible TFLOP/s", "of dense"
 
 
 def tables(measured: Sequence[Measured]) -> list[Table]:
-    """One of all workloads in short, then one for each."""
+    """Return a short table of all workloads, then a table for each workload."""
     return [_summary(measured), *(_of_workload(name, rows) for name, rows in _by_workload(measured).items())]
 
 
@@ -72,13 +72,13 @@ def _shown(value: float | None, number: str) -> str:
 
 
 def of_dense(row: Measured, rows: Sequence[Measured]) -> float | None:
-    """Its visible TFLOP/s over its library's dense kernel's; None where either is missing."""
+    """Return a side's visible TFLOP/s over those of its library's dense kernel, or None if one of them is missing."""
     dense = next((other.tflops for other in rows if other.side == row.dense), None)
     return None if dense is None or row.tflops is None else row.tflops / dense
 
 
 def key_results(measured: Sequence[Measured]) -> Results:
-    """What is compared with other runs: all sides that have numbers."""
+    """Return the results that are compared with other runs: those of all sides that have numbers."""
     results: Results = {}
     for workload, rows in _by_workload(measured).items():
         for row in rows:
@@ -95,7 +95,7 @@ def key_results(measured: Sequence[Measured]) -> Results:
 
 
 def verdicts(measured: Sequence[Measured], workload: str = _KEY) -> list[str]:
-    """A line for each thing that must hold of cudnn at blocks of 32 and 4,096 tokens."""
+    """Return a line for each claim about cudnn with blocks of 32 and 4,096 tokens, which says whether it holds."""
     rows = _by_workload(measured).get(workload, [])
     by_side = {row.side: row for row in rows}
     cudnn = by_side.get("cudnn")
@@ -129,7 +129,7 @@ def _memory_share(one: Measured, other: Measured | None) -> float | None:
 
 
 def chart(measured: Sequence[Measured]) -> str:
-    """Visible TFLOP/s by workload."""
+    """Return a chart of the visible TFLOP/s by workload, as SVG."""
     groups = []
     for workload, rows in _by_workload(measured).items():
         bars = [Bar(row.side, [(row.side, row.tflops)], f"{row.tflops:.3g}") for row in rows if row.tflops is not None]
