@@ -211,6 +211,33 @@ WAS_SENT = f"its {MARKER} says that the checkpoint of step 9 was uploaded"
 
 
 @pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"newest": 9}', None),
+        ('{"newest": null}', None),
+        ('{"newest": 9999999999}', None),
+        ('{"newest": 10000000000}', "does not have a step"),
+        ('{"newest": -1}', "does not have a step"),
+        ('{"newest": true}', "does not have a step"),
+        ('{"newest": 9.0}', "does not have a step"),
+        ("{}", "cannot be read: it has no newest step"),
+        ("9", "cannot be read: it has no JSON object"),
+        ("[" * 100_000, "cannot be read: it is nested"),
+        ('{"newest": ' + "9" * 5000 + "}", "cannot be read: it has an integer of 5000 digits"),
+    ],
+)
+def test_a_marker_of_a_stranger_is_checked(tmp_path, content, problem):
+    (tmp_path / MARKER).write_text(content)
+    contents = RemoteCheckpoints(f"file://{tmp_path}").contents()
+    if problem is None:
+        assert contents.marker == Marker(json.loads(content)["newest"])
+    else:
+        assert contents.marker is None
+        assert contents.marker_problem is not None
+        assert contents.marker_problem.startswith(f"{MARKER} {problem}")
+
+
+@pytest.mark.parametrize(
     ("events", "steps", "act", "answer", "words"),
     [
         # Nothing tells of an earlier start.
