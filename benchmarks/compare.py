@@ -71,7 +71,7 @@ def warnings(newest: Record, committed: Record) -> list[str]:
 
 
 def comparison(newest: Record, committed: Record) -> Table:
-    """Return the table of every metric that both results have, and of the rows that one of them lacks."""
+    """Return the table of every metric that both results have, and of the rows that only one has."""
     rows: list[tuple[str, ...]] = []
     for name in list(dict.fromkeys([*committed.results, *newest.results])):
         before, after = committed.results.get(name), newest.results.get(name)

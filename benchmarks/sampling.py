@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"tokens that agree with the cached ones: {agreement:.2%}")
     if options.report:
         tables = [table, environment(shlex.join(["python", "-m", "benchmarks.sampling", *arguments]))]
-        path = write_report("sampling", "Generation with cached blocks against none cached", tables, _notes(config, options, agreement))
+        path = write_report("sampling", "Generation with and without cached blocks", tables, _notes(config, options, agreement))
         print(f"wrote {path}")
     return 0
 

@@ -50,7 +50,7 @@ def submit(submission: Submission, script: str) -> list[str]:
 
     Raises:
         SubmissionError: there is no sbatch, or it refused a job; the jobs of the chain that it had accepted are cancelled. Or an earlier
-            chain of the run has not ended, which could not tell its own jobs from the new ones, nor cancel its own.
+            chain of the run has not ended, which could not tell its own jobs from the new jobs, nor cancel its own.
     """
     if shutil.which("sbatch") is None:
         raise SubmissionError("sbatch is not on PATH: run this on a login node, or print the script with --dry-run")
@@ -59,7 +59,7 @@ def submit(submission: Submission, script: str) -> list[str]:
     _require_no_living_chain(logs / "chain", submission.job.job_name or submission.run.name)
     path = logs / "job.sh"
     write_text(path, script)
-    # The count of failures of an earlier submission must not end this one.
+    # The count of failures of an earlier submission must not end this submission.
     for name in ("failures", "chain"):
         (logs / name).unlink(missing_ok=True)
     jobs: list[str] = []

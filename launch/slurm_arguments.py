@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="OPTION",
-        help="an option of srun for the ranks, such as --srun=--cpu-bind=none; may be repeated",
+        help="an option of srun for the ranks, such as --srun=--cpu-bind=cores; may be repeated",
     )
     again = parser.add_argument_group("restarts")
     again.add_argument(

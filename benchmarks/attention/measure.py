@@ -44,7 +44,7 @@ class Measured:
     """Floating-point operations of the forward pass, on visible pairs; for a dense kernel, on all pairs. The backward pass has 2.5 times
     as many."""
     reason: str | None = None
-    """The reason why there are no numbers."""
+    """The reason why the side was not measured."""
     failed: bool = False
     """Whether the side should have computed the workload, and raised an error or was wrong."""
     error: float | None = None
@@ -234,6 +234,6 @@ def _parts(runner: _Runner) -> list[Callable[[], Any]]:
 
 
 def _forget(device: torch.device) -> None:
-    """Free the memory that a side held when it failed."""
+    """Release the memory that a side held when it failed."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -18,9 +18,9 @@ flushed before each forward pass; medians, timed by events on the GPU. Packed sa
 *Visible TFLOP/s* count the pairs that the mask lets through, 4 operations a pair, head and channel forward and 10 backward (the scores are
 computed again); those of a *dense* side count all pairs. *Of dense* is the ratio of a side's visible TFLOP/s to those of its own library's
 kernel without a mask on the same shapes, in this run. *cudnn* is cudnn.flex_attention, *cudnn full plan* the same where everything is
-visible, *cudnn dense* cuDNN's own kernel through torch. *cudnn bias* adds the mask to the scores, the way of LLaDA2.0; *te* does so for
-blocks. *unfused* keeps all scores in bf16. *Memory* is what a forward and backward pass held at most beyond its inputs, with the plan or
-mask. *Error* is the largest relative error of output and gradients against an explicit softmax in fp32."""
+visible, *cudnn dense* cuDNN's own kernel through torch. *cudnn bias* adds the mask to the scores, the way of LLaDA2.0; for blocks, *te*
+adds it too. *unfused* keeps all scores in bf16. *Memory* is what a forward and backward pass held at most beyond its inputs, with the plan
+or mask. *Error* is the largest relative error of output and gradients against an explicit softmax in fp32."""
 
 _KEY = "blocks of 32, one document, 4096"
 _COLUMNS = ("side", "forward, ms", "backward, ms", "visible TFLOP/s", "of dense", "memory, GiB", "plan, ms", "error")

@@ -1,4 +1,4 @@
-"""The benchmark of tokens per second that one core reads, packs and corrupts, without a model.
+"""The benchmark of reading, packing and corrupting on one core, in tokens per second, without a model.
 
     python -m benchmarks.data.corruption --report
     python -m benchmarks.data.corruption --length 256 --micro-batch-size 8 --timestep-per document

@@ -1,11 +1,11 @@
-"""The benchmark of tokens per second that one core reads from the data path, and from megatron-core's GPTDataset on the same file.
+"""The benchmark of reading on one core, in tokens per second: by the data path, and by megatron-core's GPTDataset on the same file.
 
     python -m benchmarks.data.loader --report
     python -m benchmarks.data.loader --documents 100000000
 
 The first command measures reading, with packing, documents, positions and corruption. Rounds of both data paths take turns in the measured
 thread, and torch and NumPy have one thread each. megatron-core's samples have tokens, labels, loss mask and positions, and no corruption;
-its training batches them by torch's default collation, and so does this benchmark. The second command also measures a start on the index of
+its training and this benchmark batch them by torch's default collation. The second command also measures a start on the index of
 that many documents (a sparse file).
 """
 
@@ -49,7 +49,7 @@ def our_batches(packed: SampleSource, options: argparse.Namespace, *, corrupted:
 
 
 def megatron_batches(prefix: Path, directory: Path, num_samples: int, options: argparse.Namespace) -> Iterator[object]:
-    """Return megatron-core's micro-batches. Its index is built before the first one."""
+    """Return megatron-core's micro-batches. Its index is built before the first micro-batch."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split

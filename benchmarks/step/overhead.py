@@ -7,7 +7,7 @@ The *framework step* is ``Trainer.train_step`` as a run calls it, with one rank:
 plan, megatron-core's schedule with gradient accumulation, its data-parallel gradient buffer and distributed optimizer, the reduction of the
 metrics, the record in metrics.jsonl, the console (written to a file) and W&B (offline).
 
-The *bare loop* is a loop that one would write by hand around the same DiffusionTransformer, without any wrapper, from the same initial
+The *bare loop* is a loop as people write it by hand around the same DiffusionTransformer, without any wrapper, from the same initial
 weights: forward pass, torch's cross-entropy at the masked positions times the objective's weight, backward pass into ``.grad``,
 ``clip_grad_norm_``, and ``torch.optim.AdamW(fused=True)`` with the same groups of weight decay. Its batches are the framework's, and are
 read, corrupted and planned before the clock starts: the bare loop spends no time on data, and records nothing.

@@ -78,9 +78,9 @@ def lie(scene: Scene) -> Iterator[None]:
     job, num_resumes = scene.job, _num_resumes(scene)
     yield from until(lambda: scene.job is not job)
     if kind == "empty":
-        scene.evidence = r"has no checkpoint, but .* says that this run has saved some"
+        scene.evidence = r"has no checkpoint, but .* says that this run has saved checkpoints"
         job = scene.job
-        yield from until(lambda: scene.job is not job or "has saved some" in (job.log() if job is not None else ""))
+        yield from until(lambda: scene.job is not job or "has saved checkpoints" in (job.log() if job is not None else ""))
     else:
         yield from until(lambda: _num_resumes(scene) > num_resumes)
     set_faults(scene.bucket)

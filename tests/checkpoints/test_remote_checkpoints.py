@@ -250,8 +250,8 @@ def test_a_marker_of_a_stranger_is_checked(tmp_path, content, problem):
         (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "the run ended before its first upload did"),
         (None, (9,), lambda bucket, remote: unfinish(bucket, remote, None), "it shows directories of step 9", None),
         # This run has been there before.
-        (SAVED, (), None, "this run has saved some, the last one at step 6", None),
-        (SAVED, (), lambda bucket, remote: remote.mark(), "this run has saved some, the last one at step 6", None),
+        (SAVED, (), None, "this run has saved checkpoints, the last at step 6", None),
+        (SAVED, (), lambda bucket, remote: remote.mark(), "this run has saved checkpoints, the last at step 6", None),
         (None, STEPS, lambda bucket, remote: empty(bucket), WAS_SENT, None),
         (None, STEPS, lambda bucket, remote: set_faults(bucket, gone=["step_*"]), WAS_SENT, None),
         (None, (9,), lambda bucket, remote: manifest_of(bucket, 9).write_text("[]"), WAS_SENT, None),
@@ -316,7 +316,7 @@ def test_a_local_run_that_has_saved_never_begins_again_in_silence(tmp_path):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         choose_checkpoint(tmp_path / "checkpoints", CheckpointConfig(), tmp_path / "events.jsonl")
 
-    with pytest.raises(CheckpointError, match=r"has no checkpoint, but .*events.jsonl says .* the last one at step 6.*To begin again"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint, but .*events.jsonl says .* the last at step 6.*To begin again"):
         run_distributed(main, 2)
 
 

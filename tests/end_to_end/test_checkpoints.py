@@ -74,7 +74,7 @@ def test_without_a_good_checkpoint_a_run_does_not_begin_again(undisturbed, tmp_p
         os.truncate(next((run.checkpoints / f"step_{step:010d}").glob("rank_00001.*")), 100)
     for _ in range(2):  # nothing is set aside, so the second start says the same
         outcome = run.train(world_size=2).require(1)
-        one_line(outcome.output, "has no good checkpoint, only damaged ones: step_0000000009, step_0000000012.")
+        one_line(outcome.output, "has no good checkpoint, only damaged checkpoints: step_0000000009, step_0000000012.")
         assert run.steps_saved() == [9, 12]
         assert run.metrics() == records
 

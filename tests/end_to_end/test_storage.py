@@ -120,7 +120,7 @@ def test_a_run_whose_copies_and_checkpoints_are_gone_does_not_begin_again(undist
     for upload in (f"faulty://{tmp_path}/nowhere", None):
         outcome = run.train(*([f"checkpoint.upload={upload}"] if upload else []), world_size=2).require(1)
         one_line(
-            outcome.output, f"has no checkpoint, but {run.path}/events.jsonl says that this run has saved some, the last one at step 12."
+            outcome.output, f"has no checkpoint, but {run.path}/events.jsonl says that this run has saved checkpoints, the last at step 12."
         )
         assert run.metrics() == records
     (run.path / "events.jsonl").unlink()

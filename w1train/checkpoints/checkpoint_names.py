@@ -4,7 +4,7 @@
     average_0000000012_89abcdef         an average of checkpoints: its newest step, and a code of all its steps
     .writing-NAME                       a checkpoint that is being written
     .writing-removing-NAME              a checkpoint that is being removed
-    damaged-NAME, undone-NAME           a checkpoint that was set aside
+    damaged-NAME, undone-NAME           a checkpoint that was renamed, so that no run resumes from it
 
 No pattern of one kind matches a name of another kind. ``launch/job.sh`` repeats the pattern of the first kind.
 """
@@ -79,12 +79,12 @@ def unfinished_paths(directory: Path) -> list[Path]:
 
 
 def damaged_paths(directory: Path) -> list[Path]:
-    """Return the checkpoints that were set aside because they are damaged."""
+    """Return the checkpoints that were renamed because they are damaged."""
     return sorted(directory.glob(f"{DAMAGED}*"))
 
 
 def set_aside_path(path: Path, prefix: str) -> Path:
-    """Return the first free path for a checkpoint that is set aside: with ``prefix`` (DAMAGED or UNDONE), and a number from 2 on."""
+    """Return the first free path for a checkpoint that gets a prefix (DAMAGED or UNDONE), with a number from 2 on if others have it."""
     target, number = path.with_name(f"{prefix}{path.name}"), 1
     while target.exists():
         number += 1

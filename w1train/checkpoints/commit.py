@@ -82,7 +82,7 @@ def _write_manifest(writing: Path, files: Mapping[str, Any], progress: Progress,
 
 def _commit(writing: Path, final: Path) -> None:
     if final.exists():
-        # A rename does not replace a directory. This one is of a step that is trained again, and was not set aside before.
+        # A rename does not replace a directory. This checkpoint is of a step that is trained again, and was not renamed before.
         logger.warning("%s was there already and is now %s", final, set_aside(final, UNDONE).name)
     os.rename(writing, final)
     sync_directory(final.parent)

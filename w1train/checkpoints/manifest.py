@@ -44,7 +44,7 @@ class DamagedCheckpointError(CheckpointError):
 
 @dataclass(slots=True)
 class Progress:
-    """How far the run is. A resume needs this, the configuration and the tensors, and nothing else."""
+    """The progress of a run. A resume needs this, the configuration and the tensors, and nothing else."""
 
     step: int = 0
     samples: int = 0

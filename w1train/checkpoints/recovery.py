@@ -1,7 +1,7 @@
 """The choice of the checkpoint that a start resumes from: the newest good checkpoint in the run's directory or in object storage.
 
-A run that has had checkpoints never begins again at step 0 by itself. Damaged checkpoints are set aside: they are renamed, so that nothing
-resumes from them, and never deleted.
+A run that has had checkpoints never begins again at step 0 by itself. Damaged checkpoints are never deleted, but renamed, so that no run
+resumes from them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _is_to_return(directory: Path, step: int | None) -> bool:
         marker.unlink(missing_ok=True)
         return False
     if marker.exists() and marker.read_text(encoding="utf-8") == str(step):
-        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this one resumes from the newest checkpoint", step)
+        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this start resumes from the newest checkpoint", step)
         return False
     return True
 
@@ -160,7 +160,7 @@ def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
     this run has never uploaded a checkpoint.
 
     Raises:
-        CheckpointError: on every rank; checkpoints were uploaded, and none of them is good.
+        CheckpointError: on every rank; checkpoints were uploaded, and no good copy is left.
     """
     contents = on_main_rank(remote.contents)
     is_unfinished = True
@@ -240,7 +240,7 @@ def _keep_copy(copy: Path, final: Path) -> None:
 
 
 def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> None:
-    """Refuse to begin at step 0 if the run has, or may have, uploaded checkpoints, of which none is good.
+    """Refuse to begin at step 0 if the run has, or may have, uploaded checkpoints, and no good copy is left.
 
     Args:
         is_unfinished: whether the storage has only uploads that did not end.
@@ -283,14 +283,14 @@ def _require_none_lost(directory: Path, events: Path | None) -> None:
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise CheckpointError(
-            f"{directory} has no good checkpoint, only damaged ones: {names}. Restore a copy of one of them, or move them away to begin "
-            "again at step 0"
+            f"{directory} has no good checkpoint, only damaged checkpoints: {names}. Restore a copy of one of them, or move them away to "
+            "begin again at step 0"
         )
     saved = _saved_steps(events) if events is not None and events.exists() else []
     if saved:
         raise CheckpointError(
-            f"{directory} has no checkpoint, but {events} says that this run has saved some, the last one at step {saved[-1]}. Restore a "
-            "copy of one of them. To begin again at step 0, choose another name=..., or move away the run directory or its events.jsonl"
+            f"{directory} has no checkpoint, but {events} says that this run has saved checkpoints, the last at step {saved[-1]}. Restore "
+            "a copy of one of them. To begin again at step 0, choose another name=..., or move away the run directory or its events.jsonl"
         )
 
 

@@ -8,13 +8,13 @@
 
 With ``checkpoint.asynchronous=false`` nothing is copied, and training waits until all of this is done.
 
-The all-reduce also says whether bytes have moved on any rank since the last one. A rank that waits for a save counts this as progress, so
-that the watchdog ends a run whose storage has stalled, and does not end a run whose storage is slow.
+The all-reduce also says whether bytes have moved on any rank since the last all-reduce. A rank that waits for a save counts this as
+progress, so that the watchdog ends a run whose storage has stalled, and does not end a run whose storage is slow.
 
 The threads communicate with no other rank, because collectives of two threads could meet in another order on another rank. Each rank
 leaves a note about its part in the directory, and rank 0's thread reads the notes.
 
-One save is under way at a time. The next save waits for it, and so do the end of a phase and the end of the run.
+One save is under way at a time. The next save, the end of a phase and the end of the run wait for it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: on every rank; a save failed, and ``checkpoint.on_error`` is "stop". In the background, this is the previous
-                save; ``poll`` raises the error of this one.
+                save; ``poll`` raises the error of this save.
         """
         self.wait()
         if progress.step == self._saved_step:
@@ -149,7 +149,7 @@ class CheckpointSaver:
                 self.wait()
 
     def poll(self) -> None:
-        """Advance the save under way as far as possible without waiting. Called at every step boundary; the first call prepares saving.
+        """Continue the save under way as far as possible without waiting. Called at every step boundary; the first call prepares saving.
 
         Raises:
             CheckpointError: on every rank; the save failed, and ``checkpoint.on_error`` is "stop".

@@ -126,7 +126,7 @@ def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a file of an archive. Compressed files are refused, because they may grow without bound; torch writes none."""
+    """Read a file of an archive. Compressed files are refused, because they may grow without bound. torch does not compress."""
     found = [entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name]
     if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED or found[0].file_size != found[0].compress_size:
         raise ValueError(f"its archive does not have one {name} that is not compressed")
@@ -178,7 +178,7 @@ def _load_build(unpickler: Any) -> None:
     state = unpickler.stack.pop()
     record = unpickler.stack[-1]
     if not isinstance(record, _Record):
-        raise pickle.UnpicklingError("it gives attributes to what has none")
+        raise pickle.UnpicklingError("it gives attributes to an object that has no attributes")
     record.__setstate__(state)
 
 

@@ -64,7 +64,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def first_unlike(expected: Any, found: Any, name: str) -> str | None:
-    """Describe the first place where a value lacks a scalar of an example or has a value of another kind. Returns None if there is none.
+    """Describe the first place where a value lacks a scalar of an example or has a value of another kind, or return None.
 
     Numbers of all types count as one kind. Objects of the example that are neither scalars nor containers are not compared: a parameter
     group holds its parameters, which are not saved with it.

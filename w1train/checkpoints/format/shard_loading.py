@@ -65,7 +65,7 @@ class _Reader:
             if self._failure is None:
                 self._fill(target.view((1,) * wanted.prepend_axis_num + tuple(wanted.local_shape)), wanted)
         except CheckpointError as error:
-            # Raised after the ranks have exchanged what they read, because until then the other ranks wait for this one.
+            # Raised after the ranks have exchanged what they read, because until then the other ranks wait for this rank.
             self._failure = error
         return target
 

@@ -49,15 +49,15 @@ class Uploader:
             self._start()
 
     def upload(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
-        """Queue the upload of a complete checkpoint, and the removal of old copies after it. Returns at once."""
+        """Put the upload of a complete checkpoint into the queue, and the removal of old copies after it. Returns at once."""
         with self._lock:
             if self._queued is not None:
                 logger.warning("%s is not uploaded: a newer checkpoint was saved before its turn", self._queued.checkpoint)
             self._queue(_Job(checkpoint, settings, phase_start))
 
     def try_again(self) -> bool:
-        """Queue the newest checkpoint once more if its upload failed, and tell whether it had failed. Returns at once. No upload may be
-        under way when this is called."""
+        """Put the newest checkpoint into the queue once more if its upload failed, and tell whether it had failed. Returns at once. No
+        upload may be under way when this is called."""
         with self._lock:
             failed, self._failed = None if self._is_abandoned else self._failed, None
             if failed is not None:
