@@ -25,6 +25,12 @@ _NO_NAMES = ("", os.curdir, os.pardir)
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     """Options that :func:`corpus_from` reads."""
     group = parser.add_argument_group("corpus")
+    _add_file_options(group)
+    _add_document_options(group)
+    _add_error_options(group)
+
+
+def _add_file_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input",
         type=input_path,
@@ -45,6 +51,9 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         help="take only such files from directories (default: all)",
     )
     group.add_argument("--format", choices=KINDS, help="what all files hold (default: as their names say, text if they do not)")
+
+
+def _add_document_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text-field",
         default="text",
@@ -67,6 +76,9 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         help=f"cut texts into documents: a new one begins at each match of the regular expression (multi-line mode; WikiText: "
         f"'^ = [^=].* = $'); or '{BLANK_LINES}' = cut at blank lines and drop them (default: no cutting)",
     )
+
+
+def _add_error_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--on-error",
         choices=["fail", "skip"],

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
@@ -19,7 +20,8 @@ from w1train.runtime.version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 500
-MAX_FUNCTION_LINES = 80
+MAX_FUNCTION_LINES = 60
+MAX_FOLDER_SHARE = 0.10
 
 # The rooms of w1train/, ground floor first: each may import from those above it in this list, and from itself.
 ROOMS = (
@@ -114,6 +116,71 @@ def test_packages_do_not_import_each_other_in_a_circle():
         pytest.fail(f"packages import each other: {' <- '.join(error.args[1])}")
 
 
+def executed_imports(tree: ast.Module) -> Iterator[str]:
+    """Return what a module imports while it is imported: not what is imported inside functions, or for type checkers alone.
+
+    Of ``from package import name``, both ``package`` and ``package.name``: the name may be a module's.
+    """
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_circle(sources: dict[str, str]) -> list[str] | None:
+    """Return the modules of a circle of imports, or None.
+
+    Args:
+        sources: text of each module by its name. A package's is empty: what its modules import from it are other modules.
+    """
+    graph = {name: {*executed_imports(ast.parse(text))} & sources.keys() - {name} for name, text in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """In no order: which of them can be imported first would depend on who imports it."""
+    paths = python_files("w1train", "data_tools", "launch", "benchmarks")
+    circle = import_circle({module_name(path): path.read_text(encoding="utf-8") for path in paths})
+    assert circle is None, " <- ".join(circle or [])
+
+
+@pytest.mark.parametrize(
+    ("importing", "is_circle"),
+    [
+        ("import p.a", True),
+        ("from p import a", True),
+        ("from p.a import name", True),
+        ("if condition:\n    import p.a", True),
+        ("class C:\n    import p.a", True),
+        ("def f():\n    import p.a", False),
+        ("if TYPE_CHECKING:\n    import p.a", False),
+        ("from p import c", False),
+        ("import p.b", False),
+    ],
+)
+def test_what_is_a_circle(importing, is_circle):
+    sources = {"p": "", "p.a": "from p.b import x", "p.b": importing, "p.c": ""}
+    assert (import_circle(sources) is not None) == is_circle
+
+
 @pytest.mark.parametrize(
     ("location", "source", "problem"),
     [
@@ -197,6 +264,37 @@ def test_files_are_short():
     lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in sources}
     assert lengths
     assert {name: length for name, length in lengths.items() if length >= MAX_FILE_LINES} == {}
+
+
+def folder_lines() -> Counter[str]:
+    """Return the lines of Python directly in each folder of w1train/."""
+    lines: Counter[str] = Counter()
+    for path in python_files("w1train"):
+        lines[str(path.parent.relative_to(REPOSITORY))] += len(path.read_text(encoding="utf-8").splitlines())
+    return lines
+
+
+def test_no_folder_is_too_large():
+    """A folder with a tenth of all lines has several subjects: each of them is a folder."""
+    lines = folder_lines()
+    too_large = {folder: f"{count / lines.total():.1%}" for folder, count in lines.items() if count > MAX_FOLDER_SHARE * lines.total()}
+    assert too_large == {}
+
+
+_SAME_MEANING = {
+    "rotary": "the rotary position embedding: model/ has its angles, kernels/ what applies them",
+    "status": "status.json of a run: runtime/ writes and reads it, the command prints it",
+}
+"""File names that several modules have, and what they all are about."""
+
+
+def test_a_file_name_means_one_thing():
+    """Two files of one name are taken for each other in editors, tracebacks and conversations."""
+    paths = [path for path in python_files("w1train", "data_tools") if not path.stem.startswith("__")]
+    counts = Counter(path.stem for path in paths)
+    shared = {name: [str(path.relative_to(REPOSITORY)) for path in paths if path.stem == name] for name in counts if counts[name] > 1}
+    assert {name: places for name, places in shared.items() if name not in _SAME_MEANING} == {}
+    assert _SAME_MEANING.keys() <= shared.keys(), "an exception that is needed no more"
 
 
 def test_functions_are_short():

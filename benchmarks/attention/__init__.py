@@ -1,1 +1,1 @@
-"""Attention backends, side by side."""
+"""Benchmarks of the attention backends."""

@@ -1,11 +1,11 @@
-"""Attention on the CPU that skips what cannot be seen, beside torch's dense attention with a mask.
+"""The benchmark of attention on the CPU by rectangles of visible pairs, beside torch's dense attention with a mask.
 
     python -m benchmarks.attention.cpu --report
     python -m benchmarks.attention.cpu --length 1024 --repetitions 5
 
-Forward and backward of one layer's attention, the rectangles of w1train/attention/backends/rectangles.py and the dense kernel in
-turns, on the same random inputs. The plan of a micro-batch is timed too: it is made once, for all layers. The two must agree, or
-nothing is reported.
+It measures the forward and backward pass of one layer's attention on random inputs: the rectangles of
+w1train/attention/backends/rectangles.py and the dense kernel take turns. The plan of a micro-batch, which is made once for all layers, is
+timed too. If the two results do not agree, nothing is reported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.report import Table, environment, write_report
+from benchmarks.common.report import Table, environment, write_report
 from w1train.attention.backends.rectangles import Rectangle
 from w1train.attention.backends.sdpa import DensePlan, SdpaBackend
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility
@@ -34,18 +34,18 @@ _AGREEMENT = 1e-5
 
 @dataclass(slots=True)
 class Comparison:
-    """Processor seconds of one workload: one entry a repetition."""
+    """Processor seconds of one workload, with one entry for each repetition."""
 
     name: str
     visible_share: float
     num_rectangles: int
-    """0: the rule chose the dense kernel."""
+    """0 if the rule chose the dense kernel."""
     plan: float
     chosen: list[float]
     dense: list[float]
 
     def row(self) -> tuple[str, ...]:
-        """For the table."""
+        """Return the row of the table."""
         chosen, dense = statistics.median(self.chosen), statistics.median(self.dense)
         ratios = [one / other for one, other in zip(self.dense, self.chosen, strict=True)]
         how = f"{self.num_rectangles}" if self.num_rectangles else "dense"
@@ -54,7 +54,7 @@ class Comparison:
 
 
 def lognormal_documents(length: int, median: int, generator: torch.Generator) -> Tensor:
-    """Document ids of one packed sample, int32 [1, l]; the last document is cut."""
+    """Return the document ids of one packed sample, int32 [1, l], whose last document is cut."""
     sizes: list[int] = []
     while sum(sizes) < length:
         sizes.append(max(1, round(median * math.exp(float(torch.randn(1, generator=generator))))))
@@ -63,7 +63,7 @@ def lognormal_documents(length: int, median: int, generator: torch.Generator) ->
 
 
 def workloads(length: int) -> Iterator[tuple[str, Visibility]]:
-    """One stream of documents, causal documents, and two streams of blocks."""
+    """Yield names and visibilities: one stream of documents, causal documents, and two streams of blocks."""
     generator = torch.Generator().manual_seed(_SEED)
     one = torch.zeros((1, length), dtype=torch.int32)
     many, short = (lognormal_documents(length, median, generator) for median in (length // 8, length // 32))
@@ -79,7 +79,7 @@ def workloads(length: int) -> Iterator[tuple[str, Visibility]]:
 
 
 def compare(name: str, visibility: Visibility, case: AttentionCase, repetitions: int) -> Comparison:
-    """Alternate the two; the first turn of each is not kept."""
+    """Measure rectangles and dense kernel in turns. The times of their first turns are not kept."""
     backend, dense = SdpaBackend(case), SdpaBackend()
     started = time.process_time()
     plan: DensePlan | list[Rectangle] = backend.prepare(visibility)
@@ -115,15 +115,15 @@ def _require_agreement(name: str, gradients: Sequence[Sequence[Tensor]]) -> None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-attention-cpu.md."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-attention-cpu.md. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.attention.cpu", description="Attention by rectangles against dense attention.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096; two streams have twice the rows)")
-    parser.add_argument("--heads", type=int, default=4, help="query heads (default: 4)")
-    parser.add_argument("--groups", type=int, default=4, help="key/value heads (default: 4)")
-    parser.add_argument("--channels", type=int, default=64, help="of a head (default: 64)")
-    parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each side of each workload (default: 3)")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("--heads", type=int, default=4, help="number of query heads (default: 4)")
+    parser.add_argument("--groups", type=int, default=4, help="number of key/value heads (default: 4)")
+    parser.add_argument("--channels", type=int, default=64, help="channels of a head (default: 64)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--repetitions", type=int, default=3, help="turns of each side of each workload (default: 3)")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(_SEED)

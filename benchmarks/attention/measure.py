@@ -1,4 +1,4 @@
-"""Times, memory and errors of the sides of one workload.
+"""Measurement of times, memory and errors of the sides of one workload.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels, r = n / g.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.attention.sides import Attend, Side
 from benchmarks.attention.workloads import Workload
-from benchmarks.machine import Clock, allocated_bytes, peak_bytes
+from benchmarks.common.machine import Clock, allocated_bytes, peak_bytes
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility
 from w1train.config.rules.attention_limits import AttentionCase
@@ -25,7 +25,7 @@ from w1train.diagnosis.correctness import relative_errors
 logger = logging.getLogger(__name__)
 
 LARGEST_ERROR = 2e-2
-"""Relative, of a tensor in bf16: above it a side does not compute this workload."""
+"""The largest relative error of a tensor in bf16. A side with a larger error counts as wrong."""
 # Floating-point operations for each visible pair, head and channel. The backward pass computes the scores again, as every kernel does.
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 10
 _SECONDS_A_SIDE, _FEWEST_TURNS, _PLAN_TURNS = 2.0, 3, 3
@@ -34,49 +34,50 @@ _CHECKED_ROWS = 2048
 
 @dataclass(slots=True)
 class Measured:
-    """One side of one workload."""
+    """The measurements of one side of one workload."""
 
     workload: str
     side: str
     dense: str | None
-    """The side to compare with."""
+    """The name of the side with the same library's dense kernel."""
     flops: float
-    """Of the forward pass: the visible pairs', or all pairs' for a dense kernel. The backward pass has 2.5 times as many."""
+    """Floating-point operations of the forward pass, on visible pairs; for a dense kernel, on all pairs. The backward pass has 2.5 times
+    as many."""
     reason: str | None = None
-    """Why there are no numbers."""
+    """The reason why the side was not measured."""
     failed: bool = False
-    """It should have served, and raised, or was wrong."""
+    """Whether the side should have computed the workload, and raised an error or was wrong."""
     error: float | None = None
-    """Largest relative error of output and gradients; None for a dense kernel, which answers another question."""
+    """The largest relative error of output and gradients. None for a dense kernel, which does not compute the workload."""
     forward: list[float] = field(default_factory=list)
-    """Seconds, one a turn."""
+    """Seconds of each turn."""
     backward: list[float] = field(default_factory=list)
     plan: float | None = None
-    """Seconds to make what the kernels read, once a micro-batch, host included."""
+    """Seconds to make the plan that the kernels read, once for each micro-batch, with the host's work."""
     plan_bytes: int | None = None
     peak_bytes: int | None = None
-    """Most that forward and backward pass held beyond their inputs."""
+    """The most bytes that the forward and backward pass held, without their inputs."""
 
     @property
     def seconds(self) -> float | None:
-        """Forward and backward: sum of medians."""
+        """Seconds of the forward and backward pass: the sum of their medians."""
         return statistics.median(self.forward) + statistics.median(self.backward) if self.forward else None
 
     @property
     def tflops(self) -> float | None:
-        """Forward and backward, over the pairs that had to be computed."""
+        """TFLOP/s of the forward and backward pass, counting the pairs that had to be computed."""
         total = self.flops * (1 + _BACKWARD_FLOPS / _FORWARD_FLOPS)
         return None if self.seconds is None else total / self.seconds / 1e12
 
     @property
     def memory(self) -> int | None:
-        """Bytes with the plan's."""
+        """Bytes that the passes held, and those of the plan."""
         return None if self.peak_bytes is None else self.peak_bytes + (self.plan_bytes or 0)
 
 
 @dataclass(slots=True)
 class _Runner:
-    """A side that serves, with its plan."""
+    """A side that can compute the workload, and its plan."""
 
     attend: Attend
     plan: Any
@@ -103,7 +104,7 @@ class _Runner:
 def measure_workload(
     workload: Workload, case: AttentionCase, sides: Sequence[Side], device: torch.device, repetitions: int
 ) -> list[Measured]:
-    """All sides, in turns on the same inputs. A side that raises is a row with what it raised."""
+    """Measure all sides in turns on the same inputs. A side that raises an error is a row with the error."""
     clock = Clock(device)
     visibility = workload.visibility(device)
     inputs, upstream = _random_inputs(visibility, case)
@@ -119,8 +120,8 @@ def measure_workload(
             runner = _prepared(row, side, case, visibility, inputs, upstream, clock, device)
             row.error = None if side.everything else _largest_error(runner.both(), wanted)
             row.peak_bytes = peak_bytes(device, runner.both)
-        # Whatever it is: the libraries' errors have no common kind, and one that fails must not take the others' numbers with it. It
-        # becomes a row, its trace is in the log, and the exit status says so.
+        # Every exception is caught: the errors of the libraries have no common class, and a side that fails must not lose the numbers of
+        # the others. The error becomes a row, its traceback is logged, and the exit status is 1.
         except Exception as error:
             logger.exception("%s cannot compute %s", side.name, workload.name)
             first_line = (str(error).strip().splitlines() or [""])[0]
@@ -136,7 +137,7 @@ def measure_workload(
 
 
 def _random_inputs(visibility: Visibility, case: AttentionCase) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Query, key and value [b, n or g, q or k, d] as views of megatron-core's layout, and the output's gradient."""
+    """Return query, key and value [b, n or g, q or k, d] as views of megatron-core's layout, and the output's gradient."""
     generator = torch.Generator(visibility.endpoints.device).manual_seed(0)
     _, num_samples, num_rows = visibility.endpoints.shape
 
@@ -157,12 +158,12 @@ def _forward_flops(visibility: Visibility, case: AttentionCase, everything: bool
 
 
 def _too_large(side: Side, visibility: Visibility, case: AttentionCase, device: torch.device) -> str | None:
-    """The unfused side would take the memory before it fails."""
+    """Return the reason if the unfused side would not fit. It would allocate much memory before it fails."""
     if side.name != "unfused" or device.type != "cuda":
         return None
     scores = 2 * visibility.endpoints[0].numel() * visibility.num_keys * case.num_heads
     free, _ = torch.cuda.mem_get_info(device)
-    # Scores, probabilities and the gradients of both.
+    # 4 tensors: scores, probabilities and the gradients of both.
     return f"its scores need 4 x {scores / 2**30:.0f} GiB" if 4 * scores > 0.9 * free else None
 
 
@@ -176,7 +177,7 @@ def _prepared(
     clock: Clock,
     device: torch.device,
 ) -> _Runner:
-    """Compiled, and its plan timed."""
+    """Compile a side, time its plan into ``row``, and return the side ready to run."""
     prepare, attend = side.make(case)
     prepare(visibility)
     clock.synchronize()
@@ -190,7 +191,8 @@ def _prepared(
 
 
 def _expected(inputs: Sequence[Tensor], upstream: Tensor, visibility: Visibility) -> list[Tensor]:
-    """Output and gradients of the first key/value head and its r query heads, by an explicit softmax in fp32, some rows at a time."""
+    """Return output and gradients of the first key/value head and its r query heads, by an explicit softmax in fp32, some rows at a
+    time."""
     share = inputs[0].shape[1] // inputs[1].shape[1]
     key, value = (tensor[:, :1].detach().float().requires_grad_() for tensor in inputs[1:])
     parts: list[tuple[Tensor, Tensor]] = []
@@ -213,7 +215,8 @@ def _largest_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def _take_turns(rows: dict[str, Measured], runners: dict[str, _Runner], clock: Clock, repetitions: int) -> None:
-    """Each turn begins with another side, so that what else the device does meets all alike. Slow sides take fewer turns."""
+    """Time the sides in turns. Each turn begins with another side, so that other work of the device disturbs all sides equally. Slow sides
+    take fewer turns."""
     for runner in runners.values():
         spent = sum(clock.seconds(_parts(runner)))
         runner.turns = max(min(_FEWEST_TURNS, repetitions), min(repetitions, int(_SECONDS_A_SIDE / max(spent, 1e-9))))
@@ -231,6 +234,6 @@ def _parts(runner: _Runner) -> list[Callable[[], Any]]:
 
 
 def _forget(device: torch.device) -> None:
-    """Give back what a side had taken when it failed."""
+    """Release the memory that a side held when it failed."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Tables, plot and verdicts of benchmarks.attention."""
+"""The tables, plot and verdicts of benchmarks.attention."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.attention.measure import Measured
-from benchmarks.plot import Bar, bar_chart
-from benchmarks.records import Results
-from benchmarks.report import Table
+from benchmarks.common.plot import Bar, bar_chart
+from benchmarks.common.records import Results
+from benchmarks.common.report import Table
 
 NOTES = """\
 Forward and backward of one layer's attention on one sample in bf16, all sides of a workload in turns on the same random inputs, L2
@@ -18,16 +18,16 @@ flushed before each forward pass; medians, timed by events on the GPU. Packed sa
 *Visible TFLOP/s* count the pairs that the mask lets through, 4 operations a pair, head and channel forward and 10 backward (the scores are
 computed again); those of a *dense* side count all pairs. *Of dense* is the ratio of a side's visible TFLOP/s to those of its own library's
 kernel without a mask on the same shapes, in this run. *cudnn* is cudnn.flex_attention, *cudnn full plan* the same where everything is
-visible, *cudnn dense* cuDNN's own kernel through torch. *cudnn bias* adds the mask to the scores, the way of LLaDA2.0; *te* does so for
-blocks. *unfused* keeps all scores in bf16. *Memory* is what a forward and backward pass held at most beyond its inputs, with the plan or
-mask. *Error* is the largest relative error of output and gradients against an explicit softmax in fp32."""
+visible, *cudnn dense* cuDNN's own kernel through torch. *cudnn bias* adds the mask to the scores, the way of LLaDA2.0; for blocks, *te*
+adds it too. *unfused* keeps all scores in bf16. *Memory* is what a forward and backward pass held at most beyond its inputs, with the plan
+or mask. *Error* is the largest relative error of output and gradients against an explicit softmax in fp32."""
 
 _KEY = "blocks of 32, one document, 4096"
 _COLUMNS = ("side", "forward, ms", "backward, ms", "visible TFLOP/s", "of dense", "memory, GiB", "plan, ms", "error")
 
 
 def tables(measured: Sequence[Measured]) -> list[Table]:
-    """One of all workloads in short, then one for each."""
+    """Return a short table of all workloads, then a table for each workload."""
     return [_summary(measured), *(_of_workload(name, rows) for name, rows in _by_workload(measured).items())]
 
 
@@ -72,13 +72,13 @@ def _shown(value: float | None, number: str) -> str:
 
 
 def of_dense(row: Measured, rows: Sequence[Measured]) -> float | None:
-    """Its visible TFLOP/s over its library's dense kernel's; None where either is missing."""
+    """Return a side's visible TFLOP/s over those of its library's dense kernel, or None if one of them is missing."""
     dense = next((other.tflops for other in rows if other.side == row.dense), None)
     return None if dense is None or row.tflops is None else row.tflops / dense
 
 
 def key_results(measured: Sequence[Measured]) -> Results:
-    """What is compared with other runs: all sides that have numbers."""
+    """Return the results that are compared with other runs: those of all sides that have numbers."""
     results: Results = {}
     for workload, rows in _by_workload(measured).items():
         for row in rows:
@@ -95,7 +95,7 @@ def key_results(measured: Sequence[Measured]) -> Results:
 
 
 def verdicts(measured: Sequence[Measured], workload: str = _KEY) -> list[str]:
-    """A line for each thing that must hold of cudnn at blocks of 32 and 4,096 tokens."""
+    """Return a line for each claim about cudnn with blocks of 32 and 4,096 tokens, which says whether it holds."""
     rows = _by_workload(measured).get(workload, [])
     by_side = {row.side: row for row in rows}
     cudnn = by_side.get("cudnn")
@@ -129,7 +129,7 @@ def _memory_share(one: Measured, other: Measured | None) -> float | None:
 
 
 def chart(measured: Sequence[Measured]) -> str:
-    """Visible TFLOP/s by workload."""
+    """Return a chart of the visible TFLOP/s by workload, as SVG."""
     groups = []
     for workload, rows in _by_workload(measured).items():
         bars = [Bar(row.side, [(row.side, row.tflops)], f"{row.tflops:.3g}") for row in rows if row.tflops is not None]

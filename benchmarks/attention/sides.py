@@ -1,4 +1,4 @@
-"""What benchmarks.attention measures side by side: this project's backends, the dense kernels of the same libraries, and two baselines.
+"""The sides that benchmarks.attention compares: this project's backends, the dense kernels of the same libraries, and two baselines.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels.
 """
@@ -36,36 +36,36 @@ class Side:
     why_not: Callable[[AttentionCase, torch.device], str | None]
     make: Callable[[AttentionCase], tuple[Prepare, Attend]]
     dense: str | None = None
-    """The side that is the same library's kernel without a mask; None = there is none to compare with."""
+    """The name of the side with the same library's kernel without a mask; None = there is no such side."""
     everything: bool = False
-    """It computes all pairs, whatever is visible: a measure, and no answer."""
+    """Whether the side computes all pairs, whatever is visible. It measures a limit, and does not compute the workload."""
 
 
 class UnfusedBackend(AttentionBackend):
-    """All scores in memory, in the run's precision: matrix product, mask, softmax, matrix product, as megatron-core's and
-    transformer-engine's unfused attention. In the step's benchmark it takes the place of the fp32 reference."""
+    """Attention with all scores in memory, in the run's precision: matrix product, mask, softmax, matrix product, as in megatron-core's and
+    transformer-engine's unfused attention. In the benchmark of the step it replaces the fp32 reference."""
 
     name = "reference"
 
     def prepare(self, visibility: Visibility) -> tuple[Tensor, Tensor]:
-        """What is hidden, bool [b, 1, q, k], and which rows see nothing, bool [b, 1, q, 1]."""
+        """Return which pairs are hidden, bool [b, 1, q, k], and which rows see nothing, bool [b, 1, q, 1]."""
         hidden = ~visibility.dense()[:, None]
         return hidden, hidden.all(dim=-1, keepdim=True)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: tuple[Tensor, Tensor], scale: float | None = None) -> Tensor:
-        """As the interface says."""
+        """Return the attention's output, as the interface describes."""
         hidden, blind = plan
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
-        # Not -inf: a row that sees nothing would be NaN.
+        # The lowest finite number and not -inf, with which a row that sees nothing would become NaN.
         weights = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
         return (weights @ value).masked_fill(blind, 0.0)
 
 
 def sides() -> list[Side]:
-    """All, each backend before its baselines."""
+    """Return all sides, backends before baselines."""
     return [
         *(_backend_side(name) for name in ("cudnn", "flex", "te", "sdpa")),
         Side("cudnn bias", _why_no_cudnn, _cudnn_bias, dense="cudnn dense"),
@@ -92,12 +92,12 @@ def _methods(backend: type[AttentionBackend]) -> Callable[[AttentionCase], tuple
 
 
 def _why_no_cudnn(_case: AttentionCase, device: torch.device) -> str | None:
-    """Of torch's own cuDNN kernels."""
+    """Return the reason why torch's own cuDNN kernels cannot run here, or None."""
     return missing_cuda(device, (8, 0)) or (None if torch.backends.cudnn.is_available() else "torch was built without cuDNN")
 
 
 def _why_no_te_bias(case: AttentionCase, device: torch.device) -> str | None:
-    # For blocks it is what the te side computes.
+    # For blocks, the te side computes the same.
     return "it is the te side" if case.kind == "blocks" else TransformerEngineBackend.why_not(case, device)
 
 
@@ -110,7 +110,7 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
 
 
 def _cudnn_bias(_case: AttentionCase) -> tuple[Prepare, Attend]:
-    """The mask as a number to add, through cuDNN: what LLaDA2.0 says it trains with, here without transformer-engine."""
+    """Return attention through cuDNN with the mask as a bias. LLaDA2.0 says that it trains so; here it is without transformer-engine."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, plan: BiasPlan) -> Tensor:
         output = _attend_sdpa(query, key, value, plan.bias, (SDPBackend.CUDNN_ATTENTION,))
@@ -124,7 +124,7 @@ def _te_bias(case: AttentionCase) -> tuple[Prepare, Attend]:
 
 
 def _te_dense(case: AttentionCase) -> tuple[Prepare, Attend]:
-    """Without a mask and without boundaries."""
+    """Return attention without a mask and without boundaries of documents, by transformer-engine."""
     from transformer_engine.pytorch import DotProductAttention
 
     module = DotProductAttention(case.num_heads, case.channels, case.num_groups)
@@ -149,7 +149,7 @@ def _flex_dense(_case: AttentionCase) -> tuple[Prepare, Attend]:
 
 
 def _cudnn_full_plan(case: AttentionCase) -> tuple[Prepare, Attend]:
-    """The interval kernels where everything is visible."""
+    """Return attention by the interval kernels, with everything visible."""
     backend = CudnnBackend(case)
 
     def prepare(visibility: Visibility) -> Any:

@@ -1,4 +1,4 @@
-"""The masks that benchmarks.attention measures, most important first."""
+"""The masks that benchmarks.attention measures, the most important first."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ BLOCK_SIZES = (1, 4, 32, 64, 4096)
 
 @dataclass(slots=True, frozen=True)
 class Workload:
-    """One sample's attention."""
+    """The attention of one sample."""
 
     name: str
     length: int
     packed: bool
-    """Documents of log-normal lengths instead of one."""
+    """Whether the sample has documents of log-normal lengths instead of one document."""
     block_size: int | None
     """None = one stream (masked diffusion)."""
 
     @property
     def kind(self) -> VisibilityKind:
-        """Of the case that backends are asked for."""
+        """The kind of visibility that backends must support."""
         return "documents" if self.block_size is None else "blocks"
 
     def visibility(self, device: torch.device) -> Visibility:
-        """Made there, from document ids."""
+        """Return the visibility, which is made on the device from document ids."""
         documents = self._documents().to(device)
         if self.block_size is None:
             return document_visibility(documents)
@@ -42,19 +42,19 @@ class Workload:
     def _documents(self) -> Tensor:
         if not self.packed:
             return torch.zeros((1, self.length), dtype=torch.int32)
-        # Eight documents in 4096 tokens, whatever the sample's length: longer samples hold more, not longer ones.
+        # Eight documents in 4096 tokens, whatever the sample's length: longer samples hold more documents, and not longer ones.
         median = min(self.length, 4096) // 8
         return lognormal_documents(self.length, median, torch.Generator().manual_seed(_SEED))
 
 
 def workload(length: int, block_size: int | None, packed: bool) -> Workload:
-    """With its name."""
+    """Return a workload with its name."""
     mask = "masked diffusion" if block_size is None else f"blocks of {block_size}"
     return Workload(f"{mask}, {'packed' if packed else 'one document'}, {length}", length, packed, block_size)
 
 
 def workloads(lengths: Sequence[int]) -> Iterator[Workload]:
-    """Blocks of 32 and masked diffusion at the first length, then its other blocks, then the other lengths."""
+    """Yield blocks of 32 and masked diffusion at the first length, then other block sizes at this length, then the other lengths."""
     first, *others = lengths
     for packed in (False, True):
         yield workload(first, 32, packed)
@@ -70,7 +70,7 @@ def workloads(lengths: Sequence[int]) -> Iterator[Workload]:
 
 
 def tiny_workloads() -> Iterator[Workload]:
-    """Of every kind, in seconds on a CPU."""
+    """Yield a small workload of every kind, for seconds on a CPU."""
     for packed in (False, True):
         yield workload(128, 32, packed)
         yield workload(128, None, packed)

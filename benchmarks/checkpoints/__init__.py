@@ -1,1 +1,1 @@
-"""Saves of checkpoints."""
+"""Benchmarks of saves of checkpoints."""

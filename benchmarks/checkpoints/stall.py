@@ -1,14 +1,14 @@
-"""How long training stands still for a checkpoint: a save in the background beside one that is waited for.
+"""The benchmark of how long training waits for a checkpoint: a save in the background, beside a save that training waits for.
 
     python -m benchmarks.checkpoints.stall --report
     python -m benchmarks.checkpoints.stall --directory /dev/shm --rounds 3
 
-A model of W1's shape with 200 million parameters, in bf16 with fp32 masters and moments (14 bytes a parameter in the checkpoint), is
-trained in a world of one. Each round saves one and the same state twice: *waited for* (``checkpoint.asynchronous=false``), then *in the
-background*, with training steps beside it until the checkpoint is there. The bytes of the two checkpoints' shards are compared by their
-hashes. The first round is reported apart: the memory of both is warm then.
+One rank trains a model of W1's shape with 200 million parameters, in bf16 with fp32 master weights and moments (14 bytes for each parameter
+in the checkpoint). Each round saves the same state twice: *waited for* (``checkpoint.asynchronous=false``), then *in the background*, with
+training steps until the checkpoint is complete. The bytes of the two checkpoints' shards are compared by their hashes. The first round is
+reported apart, because it allocates the memory that later rounds use again.
 
-The stall is all that ``CheckpointSaver.save`` takes in the training loop. Between saves, steps run without one, for comparison.
+The stall is the time that ``CheckpointSaver.save`` takes in the training loop. Between saves, steps run without a save, for comparison.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
+from benchmarks.common.report import Table, environment, spread, write_report
 from w1train.config.compose import load_config
 from w1train.config.schema import Config
 from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
-from w1train.checkpoints.async_save import CheckpointSaver  # noqa: E402
-from w1train.checkpoints.manifest import Progress, read_manifest, size_of, step_path  # noqa: E402
+from w1train.checkpoints.checkpoint_names import step_path  # noqa: E402
+from w1train.checkpoints.manifest import Progress, read_manifest, size_of  # noqa: E402
+from w1train.checkpoints.saver import CheckpointSaver  # noqa: E402
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
@@ -60,12 +61,12 @@ MODEL = (
     "diffusion.num_strata=1",
 )
 _LIMIT = 0.10
-"""Of the save that is waited for: the stall must be below."""
+"""The share of the save that is waited for, which the stall must be below."""
 
 
 @dataclass(slots=True)
 class Measurements:
-    """Seconds, by round; the first round first."""
+    """Seconds by round."""
 
     waited: list[float] = field(default_factory=list)
     stalls: list[float] = field(default_factory=list)
@@ -76,14 +77,14 @@ class Measurements:
 
 
 class Training:
-    """Steps of a model on random tokens."""
+    """Training of a model on random tokens, step by step."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.model = config, build_trained_model(config)
         self.step_number = 0
 
     def step(self) -> float:
-        """Seconds of one."""
+        """Train one step, and return its seconds."""
         started = time.perf_counter()
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
@@ -104,7 +105,7 @@ class Training:
 
 
 def measure(training: Training, directory: Path, num_rounds: int, steps_between: int) -> Measurements:
-    """Save ``num_rounds`` times each way into ``directory``."""
+    """Save ``num_rounds`` times in each way into ``directory``, and return the times."""
     found = Measurements()
     savers = {kind: _saver(training.model, directory / kind, training.config, kind) for kind in ("waited", "background")}
     for number in range(num_rounds):
@@ -140,20 +141,20 @@ def _seconds(saver: CheckpointSaver, progress: Progress) -> float:
 
 
 def _require_same(one: Path, other: Path) -> None:
-    """Both kinds of save must have written the same bytes, though steps changed the state beside one of them."""
+    """Assert that both kinds of save have written the same bytes, although steps changed the state during one of them."""
     shards = [{name: entry for name, entry in read_manifest(path)["files"].items() if name.endswith(".shards")} for path in (one, other)]
     assert shards[0] == shards[1] != {}, f"{one} and {other} hold different states"
 
 
 def tables(found: Measurements, config: Config) -> list[Table]:
-    """What was measured; steady state is every round but the first."""
+    """Return the tables of the measurements: the first round, and the later ones."""
     ratios = [stall / waited for stall, waited in zip(found.stalls, found.waited, strict=True)]
     slower = statistics.mean(found.steps_beside) / statistics.mean(found.steps_alone) - 1 if found.steps_beside else 0.0
     saves = [
         ("save that is waited for, s", f"{found.waited[0]:.2f}", spread(found.waited[1:], "{:.2f}")),
         ("stall of the save in the background, s", f"{found.stalls[0]:.3f}", spread(found.stalls[1:], "{:.3f}")),
         ("stall / save that is waited for", f"{100 * ratios[0]:.1f} %", spread([100 * ratio for ratio in ratios[1:]], "{:.1f} %")),
-        ("in the background until it is there, s", f"{found.background[0]:.2f}", spread(found.background[1:], "{:.2f}")),
+        ("in the background until it is complete, s", f"{found.background[0]:.2f}", spread(found.background[1:], "{:.2f}")),
     ]
     steps = [
         ("alone", str(len(found.steps_alone)), f"{statistics.mean(found.steps_alone):.3f}", ""),
@@ -167,12 +168,14 @@ def tables(found: Measurements, config: Config) -> list[Table]:
 
 
 def main(arguments: list[str]) -> int:
-    """0; 1 if the stall is over its limit."""
+    """Run the benchmark. Returns the exit status: 0, or 1 if the stall is above its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints.stall", description=__doc__.partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides over the model of 200 million parameters")
-    parser.add_argument("--rounds", type=int, default=6, help="saves of each kind")
-    parser.add_argument("--steps-between", type=int, default=3, help="steps without a save before each round")
-    parser.add_argument("--directory", type=Path, help="where the checkpoints go, and are removed from at the end; a temporary directory")
+    parser.add_argument("--rounds", type=int, default=6, help="number of saves of each kind (default: %(default)s)")
+    parser.add_argument("--steps-between", type=int, default=3, help="steps without a save before each round (default: %(default)s)")
+    parser.add_argument(
+        "--directory", type=Path, help="directory of the checkpoints, which are removed at the end (default: a temporary one)"
+    )
     parser.add_argument("--report", action="store_true", help="write benchmarks/results/DATE-checkpoint-stall.md")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)

@@ -1,1 +1,1 @@
-"""Tokenizing, loading and corrupting data."""
+"""Benchmarks of tokenizing, loading and corrupting data."""

@@ -1,11 +1,11 @@
-"""How many tokens a second one core reads, packs and corrupts: loader and corruption alone, no model.
+"""The benchmark of reading, packing and corrupting on one core, in tokens per second, without a model.
 
     python -m benchmarks.data.corruption --report
     python -m benchmarks.data.corruption --length 256 --micro-batch-size 8 --timestep-per document
 
-Random tokens in documents of log-normal length. The loader works in the measured thread, and torch and NumPy have one thread
-each, so that wall and processor time are those of one core. Packing (tokens, document ids, positions) and corruption
-(timesteps, cut to random length, masks) are also timed on their own.
+The data are random tokens in documents of log-normal length. The loader works in the measured thread, and torch and NumPy have one thread
+each, so that wall and processor time are those of one core. Packing (tokens, document ids, positions) and corruption (timesteps, cut to
+random length, masks) are also timed on their own.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
-from benchmarks.synthetic import make_tokenizer, write_dataset
+from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset
@@ -35,7 +35,7 @@ _SEED = 1234
 
 
 def open_loader(directory: Path, options: argparse.Namespace) -> BatchLoader:
-    """A loader of synthetic documents, enough of them that the measurement does not fit in the processor's caches."""
+    """Return a loader of synthetic documents, which are too many for the processor's caches."""
     tokenizer = make_tokenizer(_VOCAB_SIZE, DiffusionConfig().mask_token_id)
     num_tokens = max(options.num_tokens, options.length)
     write_dataset(directory / "data", tokenizer, num_tokens=num_tokens, median_document_length=options.document_length)
@@ -44,12 +44,12 @@ def open_loader(directory: Path, options: argparse.Namespace) -> BatchLoader:
 
 
 def noisy_batches(batches: Iterator[PackedBatch], config: DiffusionConfig) -> Iterator[NoisyBatch]:
-    """What the training loop draws."""
+    """Return the batches that the training loop reads."""
     return (corrupt(batch, config, _SEED) for batch in batches)
 
 
 def seconds_per_batch(next_batch: Callable[[], object], num_batches: int) -> list[tuple[float, float]]:
-    """(wall, processor) seconds of each of ``num_batches`` calls, after a tenth as many to warm up."""
+    """Return wall and processor seconds of each of ``num_batches`` calls, after a tenth as many calls to warm up."""
     for _ in range(max(2, num_batches // 10)):
         next_batch()
     times = []
@@ -61,7 +61,7 @@ def seconds_per_batch(next_batch: Callable[[], object], num_batches: int) -> lis
 
 
 def measure(loader: BatchLoader, config: DiffusionConfig, options: argparse.Namespace) -> Table:
-    """Million tokens a second of the whole path and of its two halves."""
+    """Return the table of million tokens per second, for the whole data path and for its two halves."""
     tokens = options.length * options.micro_batch_size
     ready = itertools.cycle(list(itertools.islice(loader.micro_batches(), 16)))
     sources = {
@@ -79,15 +79,17 @@ def measure(loader: BatchLoader, config: DiffusionConfig, options: argparse.Name
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-corruption.md."""
-    parser = argparse.ArgumentParser(prog="benchmarks.data.corruption", description="Speed of loader and corruption on one core.")
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-corruption.md. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmarks.data.corruption", description="Measure loader and corruption on one core.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of a micro-batch (default: 4)")
     parser.add_argument("--document-length", type=int, default=600, help="median tokens of a document (default: 600)")
-    parser.add_argument("--timestep-per", choices=("sequence", "document"), default="sequence", help="(default: sequence)")
+    parser.add_argument(
+        "--timestep-per", choices=("sequence", "document"), default="sequence", help="what shares a timestep (default: sequence)"
+    )
     parser.add_argument("--num-tokens", type=int, default=1 << 24, help="size of the dataset (default: 2^24)")
     parser.add_argument("--batches", type=int, default=300, help="micro-batches measured (default: 300)")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     config = DiffusionConfig(timestep_per=options.timestep_per)

@@ -1,11 +1,12 @@
-"""How many tokens a second one process on one core gets from the data path, beside megatron-core's GPTDataset on the same file.
+"""The benchmark of reading on one core, in tokens per second: by the data path, and by megatron-core's GPTDataset on the same file.
 
     python -m benchmarks.data.loader --report
     python -m benchmarks.data.loader --documents 100000000
 
-The first reads: packing, documents, positions and corruption included, rounds of one and the other in turn, in the measured thread, torch
-and NumPy with one thread each. megatron-core's samples have tokens, labels, loss mask and positions, and no corruption; they are batched as
-its training does, by torch's default collation. The second measures what a start costs on the index of so many documents (a sparse file).
+The first command measures reading, with packing, documents, positions and corruption. Rounds of both data paths take turns in the measured
+thread, and torch and NumPy have one thread each. megatron-core's samples have tokens, labels, loss mask and positions, and no corruption;
+its training and this benchmark batch them by torch's default collation. The second command also measures a start on the index of
+that many documents (a sparse file).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
-from benchmarks.synthetic import make_tokenizer, write_dataset
+from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.schema import DiffusionConfig
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import bin_path, idx_path, write_index
@@ -41,20 +42,20 @@ _SEED = 1234
 
 
 def our_batches(packed: SampleSource, options: argparse.Namespace, *, corrupted: bool) -> Iterator[object]:
-    """The training loop's micro-batches."""
+    """Return the micro-batches of the training loop."""
     loader = BatchLoader(packed, micro_batch_size=options.micro_batch_size, num_workers=0)
     config = DiffusionConfig()
     return (corrupt(batch, config, _SEED) if corrupted else batch for batch in loader.micro_batches())
 
 
 def megatron_batches(prefix: Path, directory: Path, num_samples: int, options: argparse.Namespace) -> Iterator[object]:
-    """megatron-core's, its index built before."""
+    """Return megatron-core's micro-batches. Its index is built before the first micro-batch."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
     class Tokenizer:
-        """The little that the dataset asks of one."""
+        """A tokenizer with the attributes that the dataset reads."""
 
         eod, pad, vocab_size, unique_identifiers = 0, 1, _VOCAB_SIZE, {"class": "synthetic"}
 
@@ -80,7 +81,8 @@ def megatron_batches(prefix: Path, directory: Path, num_samples: int, options: a
 
 
 def speeds(sources: dict[str, Iterator[object]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Million tokens a second of processor time in each round; the sources take turns, so that a busy machine is busy for all."""
+    """Return million tokens per second of processor time in each round. The sources take turns, so that other work of the machine disturbs
+    all of them equally."""
     tokens = options.batches * options.micro_batch_size * options.length
     found: dict[str, list[float]] = {name: [] for name in sources}
     for round_number in range(options.rounds + 1):
@@ -88,13 +90,13 @@ def speeds(sources: dict[str, Iterator[object]], options: argparse.Namespace) ->
             began = time.process_time()
             for _ in range(options.batches):
                 next(source)
-            if round_number:  # the first one warms up
+            if round_number:  # the first round warms up
                 found[name].append(tokens / (time.process_time() - began) / 1e6)
     return found
 
 
 def reading(directory: Path, options: argparse.Namespace) -> Table:
-    """Speeds side by side."""
+    """Return the table of the speeds of all data paths."""
     prefix = directory / "data"
     tokenizer = make_tokenizer(_VOCAB_SIZE, DiffusionConfig().mask_token_id)
     write_dataset(prefix, tokenizer, num_tokens=options.num_tokens, median_document_length=options.document_length)
@@ -122,14 +124,14 @@ def reading(directory: Path, options: argparse.Namespace) -> Table:
 
 
 def start_up(directory: Path, num_documents: int) -> Table:
-    """Seconds and memory of opening a dataset and reading samples anywhere in it."""
+    """Return the table of seconds and memory for opening a dataset and reading samples anywhere in it."""
     prefix = directory / "large"
     with open(idx_path(prefix), "wb") as file:
         write_index(file, np.dtype("uint16"), np.full(num_documents, 1000, dtype=np.int32))
     with open(bin_path(prefix), "wb") as file:
         file.truncate(2000 * num_documents)
     process = psutil.Process()
-    # Writing the index took gigabytes, which the peak of this process would still show: a fork's begins anew.
+    # Writing the index took gigabytes, which the peak of this process would still show. The peak of a fork begins again.
     peak = _in_fork(lambda: _open_and_read(prefix))
     seconds, first_sample, anonymous, resident = peak
     rows = [
@@ -167,16 +169,16 @@ def _in_fork(action: Callable[[], Any]) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-loader.md."""
-    parser = argparse.ArgumentParser(prog="benchmarks.data.loader", description="Speed of the data path on one core, and its start.")
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-loader.md. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmarks.data.loader", description="Measure the data path on one core, and its start.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of a micro-batch (default: 4)")
     parser.add_argument("--document-length", type=int, default=600, help="median tokens of a document (default: 600)")
     parser.add_argument("--num-tokens", type=int, default=1 << 24, help="size of the dataset (default: 2^24)")
     parser.add_argument("--batches", type=int, default=40, help="micro-batches of a round (default: 40)")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of each (default: 9)")
-    parser.add_argument("--documents", type=int, default=0, help="measure the start on an index of so many documents too")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each data path (default: 9)")
+    parser.add_argument("--documents", type=int, default=0, help="also measure the start on an index of this many documents")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

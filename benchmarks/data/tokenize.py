@@ -1,11 +1,11 @@
-"""data_tools.tokenize against the tokenizer library alone, and its memory on a small and a large corpus.
+"""The benchmark of data_tools.tokenize beside the tokenizer library alone, and of its memory on a small and a large corpus.
 
-Speed: the same texts, by turns: (a) the library loads the tokenizer's file and runs ``encode_batch_fast`` on texts that are in memory
-already, its tokens thrown away, with as many threads as (b) the command has workers; (b) the whole command from JSONL on the disk to
-token files, hashes and manifest, started in this process, so that its imports are not counted, but all else of its start is. CPU seconds
-are those of this process and its children: on a machine that others use they say more than the clock.
+Speed: two ways tokenize the same texts in turns. (a) The library loads the tokenizer's file and runs ``encode_batch_fast`` on texts that
+are in memory already. It drops the tokens, and has as many threads as the command has workers. (b) The whole command reads JSONL from the
+disk and writes token files, hashes and manifest. It is started in this process, so that its imports do not count, and everything else of
+its start does. CPU seconds are those of this process and its children, and say more than the clock on a machine that others use.
 
-Memory: the largest sum of resident sizes over the command's process and its children, sampled.
+Memory: the largest sum of the resident sizes of the command's process and its children, by sampling.
 
     python -m benchmarks.data.tokenize --report
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.report import Table, environment, spread, write_report
+from benchmarks.common.report import Table, environment, spread, write_report
 from data_tools import python_corpus, tokenize
 from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 
@@ -38,7 +38,7 @@ _SAMPLE_SECONDS = 0.02
 
 
 def make_texts(num_bytes: int) -> list[str]:
-    """Pieces of the standard library's sources, of log-normal lengths (median 1.8 kB), in random order."""
+    """Return pieces of the standard library's sources, of log-normal lengths (median 1.8 kB), in random order."""
     generator = random.Random(0)
     pieces = []
     for _, text in python_corpus.collect(Path(os.__file__).parent, num_bytes):
@@ -52,7 +52,7 @@ def make_texts(num_bytes: int) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Sequence[str], num_bytes: int) -> int:
-    """Repeat texts, each time with another end, up to a size; returns the bytes of text."""
+    """Write texts again and again, each time with another end, up to a size. Returns the bytes of text."""
     written = size = number = 0
     with open(path, "w", encoding="utf-8") as file:
         while size < num_bytes:
@@ -64,7 +64,7 @@ def write_jsonl(path: Path, texts: Sequence[str], num_bytes: int) -> int:
 
 
 def measure_speed(directory: Path, tokenizer_path: Path, texts: Sequence[str], options: argparse.Namespace) -> Table:
-    """MB a second by the clock and by CPU time of both ways, by turns, and their ratio."""
+    """Return the table of MB per second of both ways, by the clock and by CPU time, and their ratio."""
     corpus = directory / "speed.jsonl"
     num_bytes = write_jsonl(corpus, texts, options.speed_mb * 10**6)
     with open(corpus, encoding="utf-8") as lines:
@@ -76,7 +76,7 @@ def measure_speed(directory: Path, tokenizer_path: Path, texts: Sequence[str], o
             lambda: _library_alone(tokenizer_path, content),
             partial(tokenize.main, [*command, "--workers", str(workers)]),
         ]
-        # Read at each call: one thread, or as many as main() has made the library start.
+        # The library reads this at each call: it uses one thread, or as many as main() has made it start.
         os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
         times: list[list[tuple[float, float]]] = [[], []]
         for number in range(options.rounds):
@@ -90,7 +90,7 @@ def measure_speed(directory: Path, tokenizer_path: Path, texts: Sequence[str], o
 
 
 def _library_alone(tokenizer_path: Path, texts: Sequence[str]) -> None:
-    # Loaded each time: a tokenizer that has run keeps the words that it has seen, and would be ahead of one that begins.
+    # The tokenizer is loaded each time: one that has run has cached the words that it has seen, and would be faster.
     tokenizer = Tokenizer.load(tokenizer_path)
     batch: list[str] = []
     size = 0
@@ -104,7 +104,7 @@ def _library_alone(tokenizer_path: Path, texts: Sequence[str]) -> None:
 
 
 def _timed(way: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of CPU, children included."""
+    """Return the seconds by the clock and the CPU seconds, with those of children."""
     begun, cpu_begun = time.perf_counter(), _cpu_seconds()
     way()
     return time.perf_counter() - begun, _cpu_seconds() - cpu_begun
@@ -116,7 +116,7 @@ def _cpu_seconds() -> float:
 
 
 def measure_memory(directory: Path, tokenizer_path: Path, texts: Sequence[str], options: argparse.Namespace) -> Table:
-    """Peak of the process tree for corpora of several sizes."""
+    """Return the table of the peak memory of the process tree for corpora of several sizes."""
     rows, peaks = [], []
     for megabytes in options.memory_mb:
         corpus = directory / f"{megabytes}.jsonl"
@@ -155,21 +155,23 @@ def _children(tree: psutil.Process) -> list[psutil.Process]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-tokenize.md."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-tokenize.md. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.data.tokenize", description="data_tools.tokenize against the tokenizer library alone."
+        prog="benchmarks.data.tokenize", description="Compare data_tools.tokenize with the tokenizer library alone."
     )
-    parser.add_argument("--speed-mb", type=int, default=40, help="corpus of the speed (default: 40)")
-    parser.add_argument("--rounds", type=int, default=5, help="times each way runs (default: 5)")
+    parser.add_argument("--speed-mb", type=int, default=40, help="megabytes of the corpus for the speed (default: 40)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way runs (default: 5)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers (default: 1 2)")
-    parser.add_argument("--memory-mb", type=int, nargs="*", default=[10, 500], help="corpora of the memory (default: 10 500)")
-    parser.add_argument("--memory-workers", type=int, default=2, help="workers of the memory (default: 2)")
-    parser.add_argument("--vocab-size", type=int, default=16000, help="of the tokenizer (default: 16000)")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument(
+        "--memory-mb", type=int, nargs="*", default=[10, 500], help="megabytes of the corpora for the memory (default: 10 500)"
+    )
+    parser.add_argument("--memory-workers", type=int, default=2, help="workers for the memory (default: 2)")
+    parser.add_argument("--vocab-size", type=int, default=16000, help="ids of the tokenizer (default: 16000)")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     if len({1, *options.workers}) > 2:
-        parser.error("--workers: one number beside 1, for the library starts its threads once a process")
-    # Read when the library first uses several threads: when it trains the tokenizer.
+        parser.error("--workers accepts one number other than 1, because the library starts its threads once for a process")
+    # The library reads this when it first uses several threads, which is when it trains the tokenizer.
     os.environ["RAYON_NUM_THREADS"] = str(max(options.workers))
     texts = make_texts(10**7)
     with tempfile.TemporaryDirectory() as name:

@@ -1,1 +1,1 @@
-"""A whole training step."""
+"""Benchmarks of a whole training step."""

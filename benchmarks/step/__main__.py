@@ -1,14 +1,14 @@
-"""A training step of W1-4B on one GPU: MFU, where the time goes, and what the kernels are worth.
+"""The benchmark of a training step of W1-4B on one GPU: its MFU, its time by kernel group, and the gain from each kernel.
 
     python -m benchmarks.step --report
     python -m benchmarks.step --micro-batches 8 --budget 1200
     python -m benchmarks.step --device cpu --tiny
 
-The step is ``Trainer.train_step`` of recipe=w1_4b with everything that a run does, on synthetic documents: masked diffusion (one
-stream), and blocks of 32 (two). Each run is a process of its own. Runs with --side-layers layers and half as many show
-what a layer costs in memory; from that follows how many of the 48 fit, and with those MFU is measured. Beside it, with --side-layers
-layers: torch's FlexAttention, unfused attention, and this project's fused kernels switched off. Runs are in order of
-importance: those that --budget seconds do not suffice for are named.
+The step is ``Trainer.train_step`` of recipe=w1_4b with everything that a run does, on synthetic documents: masked diffusion (one stream),
+and blocks of 32 (two streams). Each run is a process of its own. Runs with --side-layers layers and with half as many show the memory of a
+layer. The number of the 48 layers that fit follows from it, and MFU is measured with this number. Further runs have --side-layers layers
+and torch's FlexAttention, unfused attention, or this project's fused kernels switched off. The runs are in order of importance, and those
+for which --budget seconds are too few are named.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.machine import describe, gpu_environment, open_device, versions
-from benchmarks.records import Record, publish, require_report_place
-from benchmarks.report import RESULTS
+from benchmarks.common.machine import describe, gpu_environment, open_device, versions
+from benchmarks.common.records import Record, publish, require_report_place
+from benchmarks.common.report import RESULTS
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from benchmarks.step.report import chart, key_results, notes, tables, verdicts
-from benchmarks.synthetic import make_tokenizer, write_dataset
 from w1train.config.compose import load_config
 from w1train.config.errors import UserError, raise_if_any
 from w1train.config.rules.validate import validate
@@ -44,7 +44,7 @@ Variant = Literal["recipe", "flex", "unfused", "kernels off"]
 OVERRIDES: dict[Variant, list[str]] = {
     "recipe": [],
     "flex": ["attention.backend=flex"],
-    # Its scores fit only if they are computed again in the backward pass.
+    # The scores of unfused attention fit only if they are computed again in the backward pass.
     "unfused": ["attention.backend=reference", "parallel.recompute=selective"],
     "kernels off": ["kernels.elementwise=torch", "kernels.rope=unfused", "kernels.swiglu=unfused"],
 }
@@ -61,27 +61,27 @@ _NOT_DONE = f"not done after {_LONGEST_RUN:.0f} s"
 
 @dataclass(slots=True)
 class Run:
-    """One process: what it trains, and what it found."""
+    """A run in a process of its own: what it trains, and what it measured."""
 
     streams: int
     variant: Variant
     layers: int
     largest: bool = False
-    """With as many layers as fit."""
+    """Whether it has as many layers as fit."""
     found: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
-    """Why it found nothing."""
+    """The reason why it measured nothing."""
     failed: bool = False
-    """It should have, and did not."""
+    """Whether it should have measured something, and did not."""
 
     @property
     def name(self) -> str:
-        """In tables and results."""
+        """Name of the run in tables and results."""
         return f"{self.streams} stream{'s' if self.streams > 1 else ''}, {self.variant}, {self.layers} layers"
 
 
 def step_config(run: Run, options: argparse.Namespace, directory: Path) -> Config:
-    """The recipe with what the run changes."""
+    """Return the recipe's configuration with the changes of the run."""
     own = {
         "name": f"step_{time.time_ns()}",
         "runs_dir": directory,
@@ -91,7 +91,7 @@ def step_config(run: Run, options: argparse.Namespace, directory: Path) -> Confi
     overrides = [
         "recipe=w1_4b",
         f"model.num_layers={run.layers}",
-        # Gates that start at zero would let no gradient into the layers: products with zeros take less power, so less time.
+        # Gates that start at zero would let no gradient into the layers. Products with zeros take less power, and so less time.
         "model.adaln_init=identity",
         "data.validation=null",
         "logging.wandb=disabled",
@@ -109,7 +109,7 @@ def step_config(run: Run, options: argparse.Namespace, directory: Path) -> Confi
 
 
 def write_data(options: argparse.Namespace, directory: Path) -> None:
-    """Random tokens in documents four samples long at the median."""
+    """Write a dataset of random tokens, in documents that are four samples long at the median."""
     config = step_config(Run(1, "recipe", 1), options, directory)
     tokenizer = make_tokenizer(config.model.vocab_size, config.diffusion.mask_token_id)
     tokenizer.save(directory / "tokenizer.json")
@@ -118,7 +118,7 @@ def write_data(options: argparse.Namespace, directory: Path) -> None:
 
 
 def measure(options: argparse.Namespace, directory: Path, run_apart: Callable[[Run, argparse.Namespace, Path, float], None]) -> list[Run]:
-    """All runs, those that there was no time for included."""
+    """Return all runs, including those for which there was no time."""
     started = time.perf_counter()
     done: list[Run] = []
 
@@ -150,7 +150,8 @@ def measure(options: argparse.Namespace, directory: Path, run_apart: Callable[[R
 
 
 def layers_that_fit(side: Run, smaller: Run) -> int:
-    """From the peak memory of two numbers of layers; one more than the larger where memory is not known (CPU); 0 if a run failed."""
+    """Return the number of layers that fit, from the peak memory of runs with two numbers of layers. It is one more than the larger number
+    if memory is not known (on the CPU), and 0 if a run failed."""
     if side.reason is not None or smaller.reason is not None:
         return 0
     if side.found["capacity_gib"] is None or side.layers == smaller.layers:
@@ -161,7 +162,8 @@ def layers_that_fit(side: Run, smaller: Run) -> int:
 
 
 def run_in_process(run: Run, options: argparse.Namespace, directory: Path, seconds: float) -> None:
-    """Fill ``run.found``, or ``run.reason``: memory that one run does not give back, or a crash, must not reach the next."""
+    """Fill ``run.found`` or ``run.reason`` by a process of its own: a crash, or memory that a run does not free, must not affect the
+    next."""
     result = directory / "found.json"
     result.unlink(missing_ok=True)
     spec = json.dumps(dataclasses.asdict(run))
@@ -178,12 +180,12 @@ def run_in_process(run: Run, options: argparse.Namespace, directory: Path, secon
         return
     lines = [line for line in ended.stderr.strip().splitlines() if line.strip()] or [f"status {ended.returncode}"]
     logger.warning("%s failed:\n%s", run.name, "\n".join(lines[-25:]))
-    # The last line of a trace that says what it was; NCCL and others may talk after it.
+    # The last line of the traceback names the error. NCCL and other libraries may log after it.
     run.reason, run.failed = next((line for line in reversed(lines) if "Error" in line), lines[-1])[:160], True
 
 
 def run_one(options: argparse.Namespace) -> int:
-    """The child's part: measure, and leave found.json."""
+    """Measure one run in this process, and write found.json. Returns the exit status."""
     from w1train.pretrain import set_up_logging
     from w1train.runtime.megatron_on_cpu import import_megatron
 
@@ -202,19 +204,21 @@ def run_one(options: argparse.Namespace) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description="A training step of W1-4B, measured and broken down.")
-    parser.add_argument("overrides", nargs="*", help="more overrides of recipe=w1_4b, for all runs")
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description="Measure a training step of W1-4B, and its parts.")
+    parser.add_argument("overrides", nargs="*", help="further overrides of recipe=w1_4b, for all runs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a small model: whether the benchmark works, not how fast anything is")
-    parser.add_argument("--layers", type=int, default=48, help="most layers (default: 48)")
-    parser.add_argument("--side-layers", type=int, default=8, help="layers of the runs side by side (default: 8)")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of a step (default: 4)")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="samples (default: 1, the recipe's)")
-    parser.add_argument("--steps", type=int, default=5, help="measured (default: 5)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use a small model, which shows that the benchmark works and not how fast anything is"
+    )
+    parser.add_argument("--layers", type=int, default=48, help="largest number of layers (default: 48)")
+    parser.add_argument("--side-layers", type=int, default=8, help="layers of the runs that are compared (default: 8)")
+    parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a step (default: 4)")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="samples of a micro-batch (default: 1, as in the recipe)")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps (default: 5)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
     parser.add_argument("--budget", type=float, default=1500.0, help="seconds for all runs (default: 1500)")
-    parser.add_argument("--report", action="store_true", help="write the dated report, JSON and plot")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where to (default: benchmarks/results)")
+    parser.add_argument("--report", action="store_true", help="write the dated report with its JSON and plot")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the report (default: benchmarks/results)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -225,7 +229,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str], run_apart: Callable[[Run, argparse.Namespace, Path, float], None] = run_in_process) -> int:
-    """Measure, print, and with ``--report`` write YYYY-MM-DD-step.md, .json and .svg. Status 1: a run failed."""
+    """Run the benchmark, and with ``--report`` write YYYY-MM-DD-step.md, .json and .svg. Returns the exit status: 0, 1 if a run failed, 2
+    for bad input."""
     options = _parse(arguments)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

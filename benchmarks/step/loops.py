@@ -37,7 +37,7 @@ from w1train.training.loop import Trainer
 
 @dataclass(slots=True)
 class BareBatch:
-    """A micro-batch as the bare loop finds it: nothing left to prepare."""
+    """A micro-batch of the bare loop, for which nothing is left to prepare."""
 
     inputs: ModelInputs
     targets: Tensor
@@ -48,15 +48,15 @@ class BareBatch:
 
 @dataclass(slots=True, frozen=True)
 class Seconds:
-    """A stretch of time, by two clocks."""
+    """A period of time, by two clocks."""
 
     wall: float = 0.0
     cpu: float = 0.0
-    """Processor time of all threads of this process: what a busy machine disturbs less."""
+    """Processor time of all threads of this process, which a busy machine disturbs less."""
 
     @classmethod
     def now(cls) -> Seconds:
-        """Since some moment in the past; only differences mean something."""
+        """Return the seconds since a moment in the past. Only differences between them mean something."""
         return cls(time.perf_counter(), time.process_time())
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -67,7 +67,7 @@ class Seconds:
 
 
 class PartClock:
-    """Time of one step by part; parts do not overlap."""
+    """A clock for the parts of one step, which do not overlap."""
 
     def __init__(self) -> None:
         self.parts: defaultdict[str, Seconds] = defaultdict(Seconds)
@@ -80,7 +80,7 @@ class PartClock:
         self.parts[part] += Seconds.now() - start
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` whose calls are added to ``part``."""
+        """Return ``function`` with the time of its calls added to ``part``."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ class PartClock:
 
 @dataclass(slots=True)
 class Measurements:
-    """One entry for each measured step of one of the two loops."""
+    """The measurements of one of the two loops, with an entry for each step."""
 
     steps: list[Seconds] = field(default_factory=list)
     parts: list[dict[str, Seconds]] = field(default_factory=list)
@@ -118,13 +118,13 @@ class FrameworkLoop:
         self._loss = float("nan")
 
     def step(self) -> float:
-        """One optimizer step; its loss, as metrics.jsonl has it."""
+        """Train one optimizer step, and return its loss as in metrics.jsonl."""
         self.trainer.train_step(self._batches)
         return self._loss
 
     @contextlib.contextmanager
     def instrumented(self) -> Iterator[None]:
-        """Clocks in place: some twenty calls a step are timed, at about a microsecond each."""
+        """Time the parts of steps in the block: some twenty calls in each step, which costs about a microsecond each."""
         model = self.trainer.model
         targets: list[tuple[str, Any, str]] = [
             ("corruption", loop, "corrupt"),
@@ -184,7 +184,7 @@ class BareLoop:
         self._loader = BatchLoader(trainer.data.samples, micro_batch_size=config.training.micro_batch_size, num_workers=0)
 
     def prepare(self, step: int) -> list[BareBatch]:
-        """The micro-batches of a step (from 0), and its learning rate; not timed."""
+        """Set the learning rate of a step, counted from 0, and return its micro-batches. This is not timed."""
         training, schedule = self.config.training, self.config.schedule
         rate = learning_rate(schedule, (step + 1) * training.global_batch_size * self.config.data.sequence_length)
         for group in self.optimizer.param_groups:
@@ -196,7 +196,7 @@ class BareLoop:
         return [self._bare_batch(each, total) for each in noisy]
 
     def step(self, batches: Sequence[BareBatch]) -> float:
-        """One optimizer step; its loss."""
+        """Train one optimizer step, and return its loss."""
         measure = self.clock.measure
         total = torch.zeros(())
         for batch in batches:
@@ -221,7 +221,7 @@ class BareLoop:
 
 
 def compare(config: Config, *, num_steps: int, num_warmup: int) -> tuple[Measurements, Measurements]:
-    """(framework, bare) over ``num_steps`` steps of each, after ``num_warmup`` that are not kept (allocator, caches)."""
+    """Measure ``num_steps`` steps of the framework and of the bare loop, after ``num_warmup`` steps of each that are not counted."""
     run = RunDirectory(Path(config.runs_dir) / config.name)
     with distributed(config.parallel) as ranks, open(Path(config.runs_dir) / "console.log", "w") as console:
         run.claim()

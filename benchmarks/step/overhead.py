@@ -1,19 +1,20 @@
-"""What a framework step costs beside a bare PyTorch loop, on CPU, side by side in one process.
+"""The benchmark of the framework's step beside a bare PyTorch loop's step, on the CPU, in one process.
 
     python -m benchmarks.step.overhead --threads 1 --steps 20 --report
     python -m benchmarks.step.overhead recipe=demo model.num_layers=2 training.micro_batch_size=4
 
-The *framework step* is ``Trainer.train_step`` as a run calls it, in a world of one: data loader with its threads, corruption,
-attention plan, megatron-core's schedule with gradient accumulation, its data-parallel gradient buffer and distributed
-optimizer, the reduction of the metrics, the record in metrics.jsonl, the console (into a file) and W&B (offline).
+The *framework step* is ``Trainer.train_step`` as a run calls it, with one rank: the data loader with its threads, corruption, the attention
+plan, megatron-core's schedule with gradient accumulation, its data-parallel gradient buffer and distributed optimizer, the reduction of the
+metrics, the record in metrics.jsonl, the console (written to a file) and W&B (offline).
 
-The *bare loop* is what one would write by hand around the same DiffusionTransformer, not wrapped in anything, from the same
-initial weights: forward, torch's cross-entropy at the masked positions times the objective's weight, backward into ``.grad``,
-``clip_grad_norm_``, ``torch.optim.AdamW(fused=True)`` with the same groups of weight decay. Its batches are the framework's
-own, read, corrupted and planned before the clock starts: it pays nothing for data, and records nothing.
+The *bare loop* is a loop as people write it by hand around the same DiffusionTransformer, without any wrapper, from the same initial
+weights: forward pass, torch's cross-entropy at the masked positions times the objective's weight, backward pass into ``.grad``,
+``clip_grad_norm_``, and ``torch.optim.AdamW(fused=True)`` with the same groups of weight decay. Its batches are the framework's, and are
+read, corrupted and planned before the clock starts: the bare loop spends no time on data, and records nothing.
 
-Steps alternate and change places (framework, bare; bare, framework; ...), so that what else the machine does meets both alike.
-Both losses are compared at every step: two loops that compute different things cannot be compared in time.
+The steps of the two loops alternate, in another order each time (framework, bare; bare, framework; ...), so that other work of the machine
+disturbs both equally. The losses of both are compared at every step, because the times of loops that compute different things cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.report import Table, environment, spread, write_report
-from benchmarks.synthetic import make_tokenizer, write_dataset
+from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.compose import load_config
 from w1train.config.schema import Config
 from w1train.runtime.megatron_on_cpu import import_megatron
@@ -52,11 +53,11 @@ PARTS = {
     "metrics": "reducing and recording metrics",
     "rest": "everything else: the schedule's own work, mostly",
 }
-"""The parts of a step, in order, and what they are."""
+"""The parts of a step in their order, and their meanings."""
 
 
 def benchmark_config(overrides: Sequence[str], directory: Path) -> Config:
-    """The recipe with synthetic data, which is written to ``directory``, as is the run."""
+    """Return the recipe's configuration with synthetic data. The data and the run are written to ``directory``."""
     prefix, tokenizer_path = directory / "data", directory / "tokenizer.json"
     own = {"name": "step_overhead", "runs_dir": directory, "data.train": prefix, "data.tokenizer": tokenizer_path}
     fixed = [f"{key}='{value}'" for key, value in own.items()]
@@ -70,12 +71,12 @@ def benchmark_config(overrides: Sequence[str], directory: Path) -> Config:
 
 
 def largest_loss_difference(framework: Measurements, bare: Measurements) -> float:
-    """Relative, over the measured steps."""
+    """Return the largest relative difference between the losses of the two loops at a measured step."""
     return max(abs(a - b) / abs(b) for a, b in zip(framework.losses, bare.losses, strict=True))
 
 
 def step_table(framework: Measurements, bare: Measurements) -> Table:
-    """Medians with quartiles, and ratios."""
+    """Return the table of the steps' medians with quartiles, and their ratios."""
 
     def row(name: str, ours: list[float], theirs: list[float]) -> tuple[str, ...]:
         paired = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -90,7 +91,7 @@ def step_table(framework: Measurements, bare: Measurements) -> Table:
 
 
 def part_table(framework: Measurements, bare: Measurements, clock: str, name: str) -> Table:
-    """Where the time goes: the median of each part, and the difference as a share of the bare step."""
+    """Return the table of the median time of each part, with the difference as a share of the bare step."""
     bare_step = statistics.median(getattr(step, clock) for step in bare.steps)
     rows = []
     for part in PARTS:
@@ -122,13 +123,13 @@ Largest relative difference between the losses of the two loops at a step: {diff
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-step-overhead.md."""
-    parser = argparse.ArgumentParser(prog="benchmarks.step.overhead", description="Framework step against a bare PyTorch loop, on CPU.")
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-step-overhead.md. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step.overhead", description="Compare the framework's step with a bare PyTorch loop.")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless one is given)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads, for both (default: 1)")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of each (default: 20)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each before them (default: 3)")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads for both loops (default: 1)")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each loop (default: 20)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each loop before the measured ones (default: 3)")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(options.threads)

@@ -29,5 +29,5 @@ def profile_step(step: Callable[[], Any], device: torch.device) -> Breakdown:
 
 
 def break_down(events: list[Any], *, on_gpu: bool) -> Breakdown:
-    """Of the profiler's events, with the NUM_LARGEST longest."""
+    """Return the times of the profiler's events by group, with the NUM_LARGEST slowest kernels."""
     return kernel_times.break_down(events, on_gpu=on_gpu, num_largest=NUM_LARGEST)

@@ -1,4 +1,4 @@
-"""Tables, plot and notes of benchmarks.step."""
+"""The tables, plot and notes of benchmarks.step."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.plot import Bar, bar_chart
-from benchmarks.records import Results
-from benchmarks.report import Table
+from benchmarks.common.plot import Bar, bar_chart
+from benchmarks.common.records import Results
+from benchmarks.common.report import Table
 
 if TYPE_CHECKING:
     from benchmarks.step.__main__ import Run
 
 GOALS = {1: 0.60, 2: 0.55}
-"""MFU by number of streams, on one H100 or H800."""
+"""The MFU to reach by number of streams, on one H100 or H800."""
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
-    """Speed, breakdown, and the kernels that take most of each run with most layers."""
+    """Return the tables of speeds, of shares by kernel group, and of the slowest kernels of the runs with most layers."""
     kernels = [_kernels(run) for run in runs if run.largest and run.reason is None]
     return [_speed(runs), _breakdown(runs), *kernels]
 
@@ -38,7 +38,7 @@ def _speed(runs: Sequence[Run]) -> Table:
 
 
 def shares(run: Run) -> dict[str, float]:
-    """Of the measured step: each group's kernels in the profiled one, and the time in which no kernel ran."""
+    """Return shares of the measured step: each group's kernels in the profiled step, and the time in which no kernel ran."""
     found = run.found
     groups = {name: seconds / found["seconds"] for name, seconds in found["groups"].items()}
     return {**groups, "idle": max(0.0, 1.0 - found["busy"] / found["seconds"])}
@@ -57,12 +57,12 @@ def _kernels(run: Run) -> Table:
 
 
 def key_results(runs: Sequence[Run]) -> Results:
-    """What is compared with other runs."""
+    """Return the results that are compared with other runs."""
     results: Results = {}
     for run in runs:
         if run.reason is None:
             found = run.found
-            # The number of layers that fit may change; what it is a measure of does not.
+            # The number of layers that fit may change, and the results must still be compared.
             name = run.name if not run.largest else run.name.rpartition(",")[0] + ", most layers"
             numbers = {"step_ms": 1e3 * found["seconds"], "mfu": found["mfu"], "tokens_per_second": found["tokens_per_second"]}
             parts = {f"{group} share": share for group, share in shares(run).items()}
@@ -72,7 +72,7 @@ def key_results(runs: Sequence[Run]) -> Results:
 
 
 def verdicts(runs: Sequence[Run]) -> list[str]:
-    """MFU of each number of streams beside its goal, at most layers."""
+    """Return a line for each number of streams, which compares the MFU with most layers with its goal."""
     lines = []
     for streams, goal in GOALS.items():
         run = next((run for run in runs if run.streams == streams and run.largest and run.reason is None), None)
@@ -86,7 +86,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
 
 
 def notes(options: argparse.Namespace, runs: Sequence[Run]) -> str:
-    """What was compared with what."""
+    """Return the text above the tables, which says what was compared with what."""
     lines = "\n".join(f"- {line}" for line in verdicts(runs))
     return f"""\
 A step is `Trainer.train_step` of recipe=w1_4b on one device: {options.micro_batches} micro-batch(es) of {options.micro_batch_size}
@@ -103,7 +103,7 @@ fit. *Kernels off* has plain PyTorch for norms, modulation, gates, rotary embedd
 
 
 def chart(runs: Sequence[Run]) -> str:
-    """Milliseconds of a step by group."""
+    """Return a chart of the milliseconds of a step by kernel group, as SVG."""
     groups = []
     for streams, heading in ((1, "one stream"), (2, "two streams")):
         bars = []

@@ -55,7 +55,7 @@ def measure_run(config: Config, *, unfused: bool, num_warmup: int, num_steps: in
 
 @contextlib.contextmanager
 def _backends_chosen() -> Iterator[set[str]]:
-    """Names of the backends that were used, as the log has them."""
+    """Yield the set of names of the backends that are used in the block."""
     found: set[str] = set()
     choose = inputs.choose_backend
 
@@ -69,7 +69,7 @@ def _backends_chosen() -> Iterator[set[str]]:
 
 
 def _medians(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Of the records of metrics.jsonl."""
+    """Return the medians of records of metrics.jsonl."""
     names = {
         "seconds": "time/step_seconds",
         "tokens_per_second": "time/tokens_per_second",

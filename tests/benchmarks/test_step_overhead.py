@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import report
+from benchmarks.common import report
 from benchmarks.step import overhead as step_overhead
 from tests.distributed import run_distributed
 

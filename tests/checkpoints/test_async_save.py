@@ -18,9 +18,11 @@ from tests.distributed import run_distributed
 from tests.faulty_storage import create, set_faults
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, world_size
 from tests.parallel.test_layouts import layout_config
-from w1train.checkpoints import async_save
-from w1train.checkpoints.async_save import CheckpointSaver
-from w1train.checkpoints.checkpoint import CheckpointError, Progress, complete_steps, load_checkpoint, read_progress, save_checkpoint
+from tests.saving import save_now
+from w1train.checkpoints import saver as saver_module
+from w1train.checkpoints.loading import load_checkpoint
+from w1train.checkpoints.manifest import CheckpointError, Progress, complete_steps, read_progress
+from w1train.checkpoints.saver import CheckpointSaver
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.engine.building import build_trained_model
 from w1train.planning.state import PRECISION_BYTES, StateBytes, staging_bytes
@@ -68,13 +70,13 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = threading.Event()
-        original = async_save.write_part
+        original = saver_module.write_part
 
         def write_part(*args: Any) -> int:
             assert self.is_open.wait(TIMEOUT)
             return original(*args)
 
-        async_save.write_part = write_part
+        saver_module.write_part = write_part
 
 
 def shards(path: Path) -> dict[str, Any]:
@@ -94,12 +96,13 @@ def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is
         gate = Gate()
         saver = CheckpointSaver(tmp_path / "background", training.model, CheckpointConfig(keep=9), "")
         for _ in range(2):  # the second into the memory of the first
-            gate.is_open.clear()
             training.step()
             saver.poll()
             progress = Progress(step=training.number, health={"window": {"grad_norm": [1.0]}})
+            gate.is_open.set()
+            save_now(tmp_path / "waited", training.model, progress)
+            gate.is_open.clear()
             saver.save(progress)
-            save_checkpoint(tmp_path / "waited", training.model, progress, "", keep=9)
             progress.step = 999  # the saver has its own
             progress.health["window"]["grad_norm"].append(2.0)
             training.step(2)
@@ -131,7 +134,7 @@ def test_what_was_saved_in_the_background_loads_under_another_layout(tmp_path):
 
     def load(training: Steps) -> int:
         progress = load_checkpoint(tmp_path / "step_0000000002", training.model)
-        save_checkpoint(tmp_path / "again", training.model, progress, "", keep=1)
+        save_now(tmp_path / "again", training.model, progress)
         return progress.step
 
     assert on_ranks(load, data_parallel=1, tensor=2) == [2, 2]
@@ -141,30 +144,27 @@ def failing_once(rank: int, error: Exception) -> None:
     """The first part that a rank writes is not written."""
     import torch.distributed as dist
 
-    original, failures = async_save.write_part, [error]
+    original, failures = saver_module.write_part, [error]
 
     def write_part(*args: Any) -> int:
         if dist.get_rank() == rank and failures:
             raise failures.pop()
         return original(*args)
 
-    async_save.write_part = write_part
+    saver_module.write_part = write_part
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_fails_is_said_and_the_next_one_is_made(tmp_path, asynchronous):
     def save(training: Steps) -> list[str]:
         said: list[str] = []
-        async_save.logger.warning = lambda text, *args: said.append(text % args)  # type: ignore[method-assign]
-        from w1train.checkpoints import checkpoint
-
+        saver_module.logger.warning = lambda text, *args: said.append(text % args)  # type: ignore[method-assign]
         settings = CheckpointConfig(keep=2, asynchronous=asynchronous)
         saver = CheckpointSaver(tmp_path, training.model, settings, "")
         training.step()
         saver.save(Progress(step=1))
         saver.wait()
         failing_once(1, OSError(28, "No space left on device"))
-        checkpoint.write_part = async_save.write_part
         training.step()
         saver.save(Progress(step=2))
         poll_until_done(saver)
@@ -181,8 +181,8 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_made(tmp_path, asynchrono
     assert complete_steps(tmp_path) == [1, 3]
     (warning,) = said[0]
     assert "could not save" in warning
-    assert "The one of step 1 is untouched" in warning
-    assert "Training goes on" in warning
+    assert "The checkpoint of step 1 is untouched" in warning
+    assert "Training continues" in warning
     assert said[1] == []
 
 
@@ -360,8 +360,8 @@ def test_the_checkpoints_that_stay_do_not_depend_on_the_storage(tmp_path):
     (held, slow), others = on_ranks(save)
     assert [complete_steps(tmp_path / name) for name in faults] == [[4], [4]]
     assert f"to {url}, as long as something arrives every 0 s" in held
-    assert re.search(r"reported nothing for \d+ s: the run ends without a copy of its newest checkpoint there", held)
-    assert "reported nothing" not in slow
+    assert re.search(r"nothing arrived in .* for \d+ s: the run ends without a copy of its newest checkpoint there", held)
+    assert "nothing arrived" not in slow
     assert complete_steps(tmp_path / "bucket") == [4]
     assert not any("upload" in other for other in others)
 
@@ -374,7 +374,9 @@ def test_planned_host_memory_is_what_is_taken(tmp_path, precision, sharded):
         training.step()
         saver.poll()
         saver._staging._touched.result()
-        return saver._staging.num_bytes, sum(parameter.numel() for parameter in training.model.chunks[0].parameters())
+        return sum(buffer.nbytes for buffer in saver._staging._buffers), sum(
+            parameter.numel() for parameter in training.model.chunks[0].parameters()
+        )
 
     found = on_ranks(save, precision=precision, distributed_optimizer=sharded)
     numel, size = found[0][1], PRECISION_BYTES[precision]

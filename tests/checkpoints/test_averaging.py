@@ -17,21 +17,14 @@ from tests.checkpoint_files import whole_tensors
 from tests.distributed import run_distributed
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, open_gates, train_layout, world_size
 from tests.parallel.test_layouts import layout_config
+from tests.saving import save_now
 from w1train.checkpoints.averaging import average_steps, find_checkpoint
-from w1train.checkpoints.checkpoint import (
-    CheckpointError,
-    Progress,
-    complete_steps,
-    latest_step,
-    load_checkpoint,
-    load_model_weights,
-    read_progress,
-    save_checkpoint,
-    write_complete,
-)
+from w1train.checkpoints.commit import write_complete
 from w1train.checkpoints.format.shard_files import write_index, write_part
 from w1train.checkpoints.format.shard_plan import Box
 from w1train.checkpoints.format.shard_reader import Shards
+from w1train.checkpoints.loading import load_checkpoint, load_model_weights
+from w1train.checkpoints.manifest import CheckpointError, Progress, complete_steps, latest_step, read_progress
 from w1train.config.errors import UserError
 from w1train.engine.building import build_trained_model
 from w1train.runtime.distributed import distributed, initialize_process_group
@@ -68,7 +61,7 @@ def train_and_save(directory: Path, config, data_parallel: int = 1, *, steps=STE
                     group["lr"] = LEARNING_RATE
                 model.optimizer.step()
                 if step + 1 in steps:
-                    save_checkpoint(directory, model, Progress(step=step + 1), "", keep=100)
+                    save_now(directory, model, Progress(step=step + 1))
 
     run_distributed(train, world_size(config, data_parallel), process_group=False)
 

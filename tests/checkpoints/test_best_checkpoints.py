@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.checkpoints.checkpoint import best_steps, complete_steps, remove_old, step_path
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import complete_steps
+from w1train.checkpoints.retention import best_steps, remove_old
+from w1train.config.schema_operation import CheckpointConfig
 
 
 def save(directory: Path, step: int, score: float | None, metric: str = "elbo") -> None:
@@ -39,7 +42,7 @@ def test_what_stays_does_not_depend_on_when_it_is_removed(tmp_path_factory, scor
     for step, score in enumerate(scores, start=1):
         save(directory, step, score)
         if was_killed.random() < 0.5 or step == len(scores):
-            remove_old(directory, keep, keep_best, "elbo")
+            remove_old(directory, CheckpointConfig(keep=keep, keep_best=keep_best), 0)
     assert complete_steps(directory) == expected(scores, keep, keep_best)
 
 
@@ -58,7 +61,7 @@ def test_a_manifest_that_cannot_be_read_has_no_score(tmp_path, caplog):
     save(tmp_path, 2, 2.0)
     (step_path(tmp_path, 1) / "manifest.json").write_text("{")
     assert best_steps(tmp_path, 2, "elbo") == [2]
-    assert "counts as one without a score" in caplog.text
+    assert "counts as a checkpoint without a score" in caplog.text
 
 
 @pytest.mark.parametrize("keep_best", [0, 1])
@@ -66,6 +69,6 @@ def test_directories_of_other_names_are_left_alone(tmp_path, keep_best):
     for step in (1, 2, 3):
         save(tmp_path, step, float(step))
     (tmp_path / "average_0000000003_00000000").mkdir()
-    remove_old(tmp_path, 1, keep_best, "elbo")
+    remove_old(tmp_path, CheckpointConfig(keep=1, keep_best=keep_best), 0)
     assert (tmp_path / "average_0000000003_00000000").is_dir()
     assert complete_steps(tmp_path) == ([1, 3] if keep_best else [3])

@@ -18,10 +18,12 @@ import pytest
 from tests.distributed import run_distributed
 from tests.faulty_storage import counts, create, set_faults
 from w1train.checkpoints import recovery
-from w1train.checkpoints.manifest import CheckpointError, check_manifest, complete_steps, hash_files, step_path
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import CheckpointError, check_manifest, complete_steps
 from w1train.checkpoints.recovery import choose_checkpoint
 from w1train.checkpoints.remote.remote_checkpoints import MARKER, Marker, RemoteCheckpoints
 from w1train.checkpoints.remote.uploader import Uploader
+from w1train.checkpoints.verification import hash_files
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime import object_storage
 
@@ -205,24 +207,51 @@ def event(name: str, step: int = 0) -> str:
 
 
 SAVED = event("start") + event("checkpoint", 3) + event("checkpoint", 6)
-WAS_SENT = f"its {MARKER} says that the checkpoint of step 9 was sent"
+WAS_SENT = f"its {MARKER} says that the checkpoint of step 9 was uploaded"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"newest": 9}', None),
+        ('{"newest": null}', None),
+        ('{"newest": 9999999999}', None),
+        ('{"newest": 10000000000}', "does not have a step"),
+        ('{"newest": -1}', "does not have a step"),
+        ('{"newest": true}', "does not have a step"),
+        ('{"newest": 9.0}', "does not have a step"),
+        ("{}", "cannot be read: it has no newest step"),
+        ("9", "cannot be read: it has no JSON object"),
+        ("[" * 100_000, "cannot be read: it is nested"),
+        ('{"newest": ' + "9" * 5000 + "}", "cannot be read: it has an integer of 5000 digits"),
+    ],
+)
+def test_a_marker_of_a_stranger_is_checked(tmp_path, content, problem):
+    (tmp_path / MARKER).write_text(content)
+    contents = RemoteCheckpoints(f"file://{tmp_path}").contents()
+    if problem is None:
+        assert contents.marker == Marker(json.loads(content)["newest"])
+    else:
+        assert contents.marker is None
+        assert contents.marker_problem is not None
+        assert contents.marker_problem.startswith(f"{MARKER} {problem}")
 
 
 @pytest.mark.parametrize(
     ("events", "steps", "act", "answer", "words"),
     [
         # Nothing tells of an earlier start.
-        (None, (), None, None, "this is the first start that sends checkpoints there, or the URL is wrong"),
+        (None, (), None, None, "this is the first start that uploads checkpoints to it, or the URL is wrong"),
         (event("start"), (), None, None, "this is the first start"),
         # Killed before the first save; and begun again on purpose, by a version that let one.
-        (event("start") * 3, (), lambda bucket, remote: remote.mark(), None, "this run ended before its first upload did"),
+        (event("start") * 3, (), lambda bucket, remote: remote.mark(), None, "the run ended before its first upload did"),
         (SAVED + event("start"), (), None, None, "this is the first start"),
         # The first upload did not end.
-        (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "this run ended before its first upload did"),
+        (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "the run ended before its first upload did"),
         (None, (9,), lambda bucket, remote: unfinish(bucket, remote, None), "it shows directories of step 9", None),
         # This run has been there before.
-        (SAVED, (), None, "this run has saved some, the last one at step 6", None),
-        (SAVED, (), lambda bucket, remote: remote.mark(), "this run has saved some, the last one at step 6", None),
+        (SAVED, (), None, "this run has saved checkpoints, the last at step 6", None),
+        (SAVED, (), lambda bucket, remote: remote.mark(), "this run has saved checkpoints, the last at step 6", None),
         (None, STEPS, lambda bucket, remote: empty(bucket), WAS_SENT, None),
         (None, STEPS, lambda bucket, remote: set_faults(bucket, gone=["step_*"]), WAS_SENT, None),
         (None, (9,), lambda bucket, remote: manifest_of(bucket, 9).write_text("[]"), WAS_SENT, None),
@@ -287,7 +316,7 @@ def test_a_local_run_that_has_saved_never_begins_again_in_silence(tmp_path):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         choose_checkpoint(tmp_path / "checkpoints", CheckpointConfig(), tmp_path / "events.jsonl")
 
-    with pytest.raises(CheckpointError, match=r"has no checkpoint, but .*events.jsonl says .* the last one at step 6.*To begin again"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint, but .*events.jsonl says .* the last at step 6.*To begin again"):
         run_distributed(main, 2)
 
 
@@ -430,4 +459,4 @@ def test_a_marker_is_left_before_anything_is_sent_and_never_forgets(tmp_path, ca
     uploader = Uploader(f"faulty://{bucket}")
     uploader.begin()
     wait_for(uploader)
-    assert "will probably take no checkpoints" in caplog.text
+    assert "uploads will probably fail" in caplog.text

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import math
+import pickle
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +24,13 @@ import_megatron()
 from w1train.checkpoints import commit  # noqa: E402
 from w1train.checkpoints.format.shard_files import describe_write_error, write_index, write_part  # noqa: E402
 from w1train.checkpoints.format.shard_plan import Box, deal, require_whole  # noqa: E402
-from w1train.checkpoints.manifest import CheckpointError, verify_checkpoint  # noqa: E402
+from w1train.checkpoints.manifest import CheckpointError, DamagedCheckpointError  # noqa: E402
 from w1train.checkpoints.retention import kept_steps, rank_steps  # noqa: E402
 from w1train.checkpoints.save_times import SaveTimes  # noqa: E402
 from w1train.checkpoints.staging import Staging  # noqa: E402
+from w1train.checkpoints.verification import verify_checkpoint  # noqa: E402
 from w1train.engine.optimizer_slices import boxes_of_range  # noqa: E402
+from w1train.runtime.distributed import agreed, is_agreed  # noqa: E402
 
 
 @given(sizes=st.lists(st.integers(1, 5), max_size=4), data=st.data())
@@ -133,7 +137,7 @@ def test_staged_copies_hold_their_values_in_storages_of_their_own():
         assert all(copy.untyped_storage().nbytes() == copy.numel() * copy.itemsize for copy in staged)
         assert [tensor.data_ptr() for tensor in staging.copy(state)] == places
         assert all(torch.equal(copy, value) for copy, value in zip(staged, state, strict=True))
-        assert staging.num_bytes == sum(tensor.numel() * tensor.itemsize for tensor in state)
+        assert sum(buffer.nbytes for buffer in staging._buffers) == sum(tensor.numel() * tensor.itemsize for tensor in state)
 
     run_distributed(stage, 1, process_group=False)
 
@@ -171,3 +175,13 @@ def test_what_is_kept_for_ever_stays(steps, keep, every):
 def test_ranking_leaves_out_what_has_no_score():
     assert rank_steps({1: 2.0, 2: None, 3: math.nan, 4: 1.0, 5: 2.0}, 2) == [4, 5]
     assert rank_steps({1: 2.0, 2: 10**400, 3: -(10**400), 4: math.inf, 5: -math.inf}, 5) == [1]
+
+
+def test_damage_is_the_same_error_on_another_rank():
+    """Ranks exchange their errors by pickle."""
+    error = agreed(DamagedCheckpointError(Path("run/step_0000000003"), ["a is missing", "b has changed"]))
+    received = pickle.loads(pickle.dumps(error))
+    assert str(received) == str(error)
+    assert str(error).startswith("run/step_0000000003 is damaged: a is missing; b has changed. ")
+    assert (received.path, received.reason) == (Path("run/step_0000000003"), "a is missing; b has changed")
+    assert is_agreed(received)

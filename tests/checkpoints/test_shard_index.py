@@ -25,7 +25,8 @@ from w1train.checkpoints.format.shard_files import write_index, write_part
 from w1train.checkpoints.format.shard_index import INDEX, ShardIndex, encode_values
 from w1train.checkpoints.format.shard_plan import Box
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import CheckpointError, check_manifest, verify_checkpoint
+from w1train.checkpoints.manifest import CheckpointError, check_manifest
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.runtime.names import open_inside
 
 PLAIN = st.recursive(
@@ -280,7 +281,7 @@ def test_a_read_that_fails_names_the_file(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return open_inside(directory, name)
 
-    monkeypatch.setattr("w1train.checkpoints.manifest.open_inside", failing)
+    monkeypatch.setattr("w1train.checkpoints.verification.open_inside", failing)
     with pytest.raises(CheckpointError, match=r"rank_00000.shards cannot be read \(Input/output error\)"):
         verify_checkpoint(tmp_path)
 

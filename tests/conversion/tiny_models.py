@@ -14,9 +14,10 @@ pytest.importorskip("safetensors")
 
 from tests.distributed import run_distributed  # noqa: E402
 from tests.parallel.layouts import whole_tensors, world_size  # noqa: E402
+from tests.saving import save_now  # noqa: E402
 from tests.tiny import tiny_config  # noqa: E402
 from w1train.attention.visibility import causal_visibility  # noqa: E402
-from w1train.checkpoints.checkpoint import Progress, save_checkpoint  # noqa: E402
+from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.config.schema import Config  # noqa: E402
 from w1train.config.serialization import config_to_yaml  # noqa: E402
 from w1train.conversion.families import model_from_config, read_config  # noqa: E402
@@ -137,7 +138,7 @@ def save_run(config: Config, model: TrainedModel, run: Path) -> None:
     if torch.distributed.get_rank() == 0:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(config_to_yaml(config))
-    save_checkpoint(run / "checkpoints", model, Progress(step=1), config_to_yaml(config), keep=1)
+    save_now(run / "checkpoints", model, Progress(step=1), config_to_yaml(config))
 
 
 def import_and_save(config: Config, run: Path) -> None:

@@ -17,7 +17,7 @@ from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_resume import require_equal
 from w1train import average, evaluate, sample
-from w1train.checkpoints.checkpoint import read_scores
+from w1train.checkpoints.manifest import read_scores
 from w1train.inference.predictor import load_for_inference
 from w1train.reports.run_report import write_report
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.records.wandb_file import read_history, read_run
-from w1train.checkpoints import async_save
+from w1train.checkpoints import saver as saver_module
 from w1train.records.summary import code_versions
 from w1train.records.wandb_log import wandb_metrics
 from w1train.reports.live_dashboard import SECTIONS
@@ -35,14 +35,14 @@ FIRST_STEPS = 6
 def waiting_for_writers(rank: int) -> None:
     """Each step boundary finds done what was being written before: on a slow disk, a save may otherwise last beyond the run's last
     record, which then says nothing of it."""
-    poll = async_save.CheckpointSaver.poll
+    poll = saver_module.CheckpointSaver.poll
 
-    def wait_and_poll(saver: async_save.CheckpointSaver) -> None:
+    def wait_and_poll(saver: saver_module.CheckpointSaver) -> None:
         if saver._save is not None:
             wait([saver._save.work], timeout=60)
         poll(saver)
 
-    async_save.CheckpointSaver.poll = wait_and_poll
+    saver_module.CheckpointSaver.poll = wait_and_poll
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.end_to_end.runs import Sabotage
-from w1train.checkpoints import commit, retention
+from w1train.checkpoints import commit
 from w1train.checkpoints.format import shard_files
 from w1train.records import watch
 from w1train.runtime import record_files as metrics_log
@@ -129,7 +129,7 @@ def while_removing(number: int) -> Sabotage:
             original(path, *args, **kwargs)
 
         if rank == 0:
-            retention.shutil.rmtree = trapped
+            commit.shutil.rmtree = trapped
 
     return sabotage
 

@@ -10,7 +10,7 @@ from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
-from w1train.attention.plan import plan_attention  # noqa: E402
+from w1train.attention.attention_plan import plan_attention  # noqa: E402
 from w1train.attention.visibility import causal_visibility  # noqa: E402
 from w1train.data.documents import block_bounds  # noqa: E402
 from w1train.diffusion.corruption import corrupt, corrupt_at  # noqa: E402

@@ -21,7 +21,9 @@ import_megatron()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from w1train.checkpoints.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
+from tests.saving import save_now  # noqa: E402
+from w1train.checkpoints.loading import load_checkpoint  # noqa: E402
+from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
@@ -143,7 +145,7 @@ def _train(
         works.append(work)
     model.gather_parameters()
     if save is not None:
-        save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
+        save_now(save, model, Progress(step=first_step + num_steps, samples=0))
     parameters = whole_tensors(model, lambda parameter: parameter.data)
     return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs)
 

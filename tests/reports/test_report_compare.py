@@ -112,4 +112,4 @@ def test_the_command(tmp_path):
 
     assert command(*runs).stdout.strip() == f"{runs[0]}/comparison.html"
     assert command(*runs, "--output", str(tmp_path / "c.html")).stdout.strip() == str(tmp_path / "c.html")
-    assert "--compare goes with one RUN" in command(*runs, "--compare", runs[0]).stderr
+    assert "--compare needs a single RUN" in command(*runs, "--compare", runs[0]).stderr

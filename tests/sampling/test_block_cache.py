@@ -11,8 +11,8 @@ from w1train.sampling.denoise import generate
 
 import_megatron()
 
+from w1train.attention.attention_plan import plan_attention  # noqa: E402
 from w1train.attention.cache import KeyValueCache, cached_visibility  # noqa: E402
-from w1train.attention.plan import plan_attention  # noqa: E402
 from w1train.attention.visibility import Visibility, block_diffusion_visibility  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch  # noqa: E402
 from w1train.engine.building import build_stage  # noqa: E402

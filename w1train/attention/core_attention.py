@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from w1train.attention.plan import AttentionPlan
+from w1train.attention.attention_plan import AttentionPlan
 
 
 class CoreAttention(MegatronModule):

@@ -1,22 +1,18 @@
-"""The average of checkpoints (LLaDA2.0's top-k merge, arXiv 2512.15745 section 4.3): the plain mean of weights, offline.
+"""The average of checkpoints: the plain mean of their weights (LLaDA2.0's top-k merge, arXiv 2512.15745 section 4.3).
 
-The average is a checkpoint like any other, but under a name that no resume picks up by itself. It stands where its newest member
-stood in the run: that one's progress, configuration and Adam moments. The fp32 master weights are averaged as (a + b + c) / k in the
-order of the steps, and the weights are what the masters round to: with another member's masters, the first optimizer step would put
-that member's weights back. The moments are not averaged: they forget within tens of steps, and the newest ones belong to the learning
-rate that training would go on with.
+The average is a complete checkpoint under a name from which no run resumes by itself. It has the progress, the configuration and the Adam
+moments of its newest member. The fp32 master weights are averaged as (a + b + ...) / k in the order of the steps, and the weights are the
+rounded master weights: with the master weights of a member, the first optimizer step would restore that member's weights. The moments are
+not averaged, because they depend on the last tens of steps alone, and the newest member's belong to the learning rate that training would
+continue with.
 
-One shard is in memory at a time, beside the sum that it is added to; the ranks of a group share the shards out.
+Only one shard is in memory at a time, and the sum that it is added to. The ranks share the shards among them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import shutil
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,19 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from w1train.checkpoints.checkpoint import (
-    MANIFEST,
-    complete_steps,
-    is_complete,
-    read_progress,
-    step_path,
-    verify_checkpoint,
-    write_complete,
-)
+from w1train.checkpoints.checkpoint_names import average_path, average_paths, step_path
+from w1train.checkpoints.commit import remove_checkpoint, write_complete
 from w1train.checkpoints.format.shard_files import shard_path, write_elements
 from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import CheckpointError, read_config_text, read_manifest
+from w1train.checkpoints.manifest import MANIFEST, CheckpointError, complete_steps, is_complete, read_manifest, read_progress
+from w1train.checkpoints.verification import read_config_text, verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
 from w1train.runtime.files import open_new
@@ -48,8 +38,6 @@ from w1train.runtime.transfers import PiecewiseFile, together
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "average_"
-"""Begins the names of averages inside ``checkpoints``."""
 _NUMBER = "average_number"
 _OPTIMIZER = "optimizer."
 # megatron-core's names of the fp32 master weights: of the distributed optimizer, and of the one that is not.
@@ -57,38 +45,37 @@ _MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 def average_steps(directory: Path, steps: Sequence[int], output: Path | None = None) -> Path:
-    """Average the checkpoints of some steps of a run. Called on every rank.
+    """Average the checkpoints of some steps of a run, unless this average exists already. Called on every rank.
 
     Args:
         directory: the run's ``checkpoints``.
-        output: where to write; ``directory/average_...`` (newest step, and a code of all) if None.
+        output: the path of the average; None = ``average_path(directory, steps)``.
 
     Returns:
-        Where the average is; written before, by a process that was killed later, it is not written again.
+        The path of the average.
 
     Raises:
-        UserError: the members do not fit together, or something else is at ``output``.
+        UserError: the members do not fit together, or ``output`` is something else than this average.
         CheckpointError: a member is damaged, or the average could not be written.
     """
     members = [step_path(directory, step) for step in sorted(steps)]
-    code = zlib.crc32(json.dumps(sorted(steps)).encode())
-    final = output or directory / f"{_PREFIX}{max(steps):010d}_{code:08x}"
+    final = output or average_path(directory, steps)
     remarks = on_main_rank(lambda: {"average": {"steps": sorted(steps), "manifests": [_manifest_hash(member) for member in members]}})
     if not on_main_rank(partial(_is_there, final, remarks, may_replace=output is None)):
-        number = on_main_rank(lambda: 1 + max(map(_number, directory.glob(f"{_PREFIX}*")), default=0))
+        number = on_main_rank(lambda: 1 + max(map(_number, average_paths(directory)), default=0))
         average_checkpoints(members, final, {**remarks, _NUMBER: number})
         logger.info("averaged the checkpoints of steps %s into %s", ", ".join(map(str, sorted(steps))), final)
     return final
 
 
 def _manifest_hash(member: Path) -> str:
-    read_manifest(member)  # before its bytes, for it may be a link, or have no end
+    read_manifest(member)  # refuses a manifest that is a link or too long, which must not be read as a whole
     return hashlib.sha256((member / MANIFEST).read_bytes()).hexdigest()
 
 
 def _number(average: Path) -> int:
-    """Return an average's number in the order in which a run's averages were written; times of files are of a clock that may be set back. 0
-    for an average that has no number, or no manifest that can be read."""
+    """Return the position of an average in the order in which the run's averages were written, from 1 on. The times of files do not tell
+    it, because clocks are set back. Returns 0 for an average without such a number or without a manifest that can be read."""
     try:
         number = read_manifest(average).get(_NUMBER)
     except CheckpointError:
@@ -97,7 +84,8 @@ def _number(average: Path) -> int:
 
 
 def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> bool:
-    """Whether the average is written already. One of checkpoints that were since replaced (steps trained again) makes room."""
+    """Tell whether the average is written already. Removes an average of checkpoints that have since been replaced, because their steps
+    were trained again."""
     if not final.exists():
         return False
     if is_complete(final) and read_manifest(final).get("average") == remarks["average"]:
@@ -105,23 +93,23 @@ def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> boo
         return True
     if not may_replace:
         raise UserError(f"{final} exists and is not the average of these checkpoints; remove it, or give another --output")
-    logger.info("%s is an average of checkpoints that are no more: it is written again", final)
-    # Hidden first: a half-deleted directory must not look complete.
-    hidden = final.with_name(f".writing-removing-{final.name}")
-    os.rename(final, hidden)
-    shutil.rmtree(hidden)
+    logger.info("%s is an average of checkpoints that were replaced since then: it is written again", final)
+    remove_checkpoint(final)
     return False
 
 
 def find_checkpoint(directory: Path, which: int | str | None) -> Path:
-    """A complete checkpoint of a run: by its step, by the name of its directory, "average" = the average written last, None = the
-    newest step.
+    """Return the path of a complete checkpoint of a run.
+
+    Args:
+        directory: the run's ``checkpoints``.
+        which: a step, the name of a checkpoint, "average" for the average that was written last, or None for the newest step.
 
     Raises:
-        FileNotFoundError: there is none; the message lists what there is.
+        FileNotFoundError: there is no such checkpoint; the message lists those that exist.
     """
     steps = complete_steps(directory)
-    averages = [path for path in directory.glob(f"{_PREFIX}*") if is_complete(path)]
+    averages = [path for path in average_paths(directory) if is_complete(path)]
     averages.sort(key=lambda path: (_number(path), (path / MANIFEST).stat().st_mtime_ns, path.name))
     found = {step: step_path(directory, step) for step in steps} | {path.name: path for path in averages}
     if averages:
@@ -136,7 +124,7 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
 
 
 def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str, Any]) -> None:
-    """Write the average of complete checkpoints, in the order given, the newest last. Called on every rank.
+    """Write the average of complete checkpoints, which are given with the newest last. Called on every rank.
 
     Raises:
         UserError: the members do not hold the same tensors.
@@ -166,7 +154,8 @@ def _open(members: Sequence[Path]) -> list[Shards]:
 
 
 def _write_shards(sources: list[Shards], writing: Path) -> None:
-    """Write this rank's share of the newest member's shards: large ones first, dealt out in turn."""
+    """Write this rank's share of the average's shards, which are cut as the newest member's: the largest first, dealt to the ranks in
+    turn."""
     newest = sources[-1]
     all_of_them = [(key, tensor, shard) for key, tensor in newest.tensors.items() for shard in tensor.shards]
     order = sorted(all_of_them, key=lambda part: (-part[1].num_bytes(part[2]), part[0], part[2].offset))
@@ -189,7 +178,7 @@ def _write_file(path: Path, parts: Sequence[tuple[str, StoredTensor, Shard]], so
 
 
 def _averaged(key: str, tensor: StoredTensor, shard: Shard, sources: list[Shards]) -> Tensor:
-    """Average weights and masters; take all else (moments) from the newest member."""
+    """Return a shard of the average: the mean for weights and master weights, the newest member's values for all else (moments)."""
     newest = sources[-1]
     if not tensor.dtype.is_floating_point or (key.startswith(_OPTIMIZER) and not key.startswith(_MASTERS)):
         return newest.read(key, shard)
@@ -198,7 +187,7 @@ def _averaged(key: str, tensor: StoredTensor, shard: Shard, sources: list[Shards
 
 
 def _average(sources: list[Shards], key: str, shard: Shard) -> Tensor:
-    """Return (a + b + c) / k of a box in fp32, added in this order."""
+    """Return the mean of a box over the sources in fp32, added in the order of the sources."""
     total = torch.empty(shard.sizes, dtype=torch.float32)
     for number, source in enumerate(sources):
         num_read = source.read_into(total, key, shard.offset, Tensor.copy_ if number == 0 else Tensor.add_)

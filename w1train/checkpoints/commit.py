@@ -1,4 +1,7 @@
-"""How files become a checkpoint: written aside, a manifest, one rename; or nothing is left of them."""
+"""How written files become a checkpoint, by a manifest and one rename, and how a checkpoint stops being one, by a rename as well.
+
+A process that is killed at any moment leaves either a complete checkpoint or a directory with another name (checkpoint_names.py).
+"""
 
 from __future__ import annotations
 
@@ -17,56 +20,37 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from w1train.checkpoints.checkpoint_names import UNDONE, removing_path, set_aside_path, unfinished_paths, writing_path
 from w1train.checkpoints.format.shard_files import FREE_BYTES, describe_write_error, shard_path
-from w1train.checkpoints.manifest import MANIFEST, WRITING, CheckpointError, Progress, hash_files, latest_step
+from w1train.checkpoints.manifest import CONFIG, MANIFEST, CheckpointError, Progress, latest_step
+from w1train.checkpoints.verification import hash_files
 from w1train.runtime.distributed import agreed, on_every_rank, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
 from w1train.runtime.transfers import together
 
 logger = logging.getLogger(__name__)
 
-DAMAGED = "damaged-"
-UNDONE = "undone-"
-"""Begin the names of what was set aside."""
-
-WriteShards = Callable[[Path], Mapping[str, Any]]
-"""Writes shards and their index into the directory it is given, and returns the manifest's entries of them (on rank 0)."""
-
 
 def write_complete(
     final: Path, write_shards: Callable[[Path], object], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]
 ) -> None:
-    """``write_hashed`` for files that are not hashed yet; each rank has written the one of its number."""
+    """Write a checkpoint here and now. Called on every rank.
 
-    def write(writing: Path) -> Mapping[str, Any]:
-        write_shards(writing)
-        return _hash_shards(writing)
-
-    write_hashed(final, write, progress, config_yaml, remarks)
-
-
-def write_hashed(final: Path, write_shards: WriteShards, progress: Progress, config_yaml: str, remarks: Mapping[str, Any]) -> None:
-    """What makes shards a checkpoint: written aside, a manifest (with ``remarks`` added), one rename. Called on every rank.
+    Args:
+        write_shards: writes this rank's file and, on rank 0, the index into the directory that it is given.
+        remarks: further entries of the manifest.
 
     Raises:
-        CheckpointError: on every rank if any failed to write; nothing is left of it.
+        CheckpointError: on every rank if any rank failed to write; nothing is left of the checkpoint.
     """
+    writing = writing_path(final)
     try:
-        on_main_rank(partial(_make_empty, writing_path(final)))
-        files = write_shards(writing_path(final))
+        on_main_rank(partial(_make_empty, writing))
+        write_shards(writing)
+        files = dict(ChainMap(*on_every_rank(together(lambda: hash_files([shard_path(writing, dist.get_rank())])))))
         on_main_rank(lambda: finish(final, files, progress, config_yaml, remarks))
     except (OSError, CheckpointException) as error:
         raise agreed(CheckpointError(on_main_rank(partial(explain_failure, final, error)))) from error
-
-
-def _hash_shards(writing: Path) -> dict[str, Any]:
-    parts = on_every_rank(together(lambda: hash_files([shard_path(writing, dist.get_rank())])))
-    return dict(ChainMap(*parts))
-
-
-def writing_path(final: Path) -> Path:
-    """Where a checkpoint is while it is written."""
-    return final.parent / f"{WRITING}{final.name}"
 
 
 def _make_empty(path: Path) -> None:
@@ -75,13 +59,14 @@ def _make_empty(path: Path) -> None:
 
 
 def finish(final: Path, files: Mapping[str, Any], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]) -> None:
-    """Make visible what all ranks have written. Rank 0 only.
+    """Make a checkpoint of what all ranks have written at ``writing_path(final)``. Rank 0 only.
 
     Args:
         files: the manifest's entries of the ranks' files.
+        remarks: further entries of the manifest.
 
     Raises:
-        OSError: the checkpoint is not there.
+        OSError: the checkpoint was not made.
     """
     writing = writing_path(final)
     _write_manifest(writing, files, progress, config_yaml, remarks)
@@ -89,7 +74,7 @@ def finish(final: Path, files: Mapping[str, Any], progress: Progress, config_yam
 
 
 def _write_manifest(writing: Path, files: Mapping[str, Any], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]) -> None:
-    write_text(writing / "config.yaml", config_yaml)
+    write_text(writing / CONFIG, config_yaml)
     others = hash_files(path for path in writing.iterdir() if path.name not in files)
     manifest = {**asdict(progress), "world_size": dist.get_world_size(), **remarks, "files": {**files, **others}}
     write_text(writing / MANIFEST, json.dumps(manifest, indent=1))
@@ -97,28 +82,50 @@ def _write_manifest(writing: Path, files: Mapping[str, Any], progress: Progress,
 
 def _commit(writing: Path, final: Path) -> None:
     if final.exists():
-        # Of steps that were undone without a word to whoever keeps checkpoints; a rename does not replace a directory.
+        # A rename does not replace a directory. This checkpoint is of a step that is trained again, and was not renamed before.
         logger.warning("%s was there already and is now %s", final, set_aside(final, UNDONE).name)
     os.rename(writing, final)
     sync_directory(final.parent)
 
 
 def set_aside(path: Path, prefix: str) -> Path:
-    """Rename a checkpoint, so that nothing takes it for one, and nothing removes it. Returns its new path."""
-    target, number = path.with_name(f"{prefix}{path.name}"), 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{prefix}{path.name}.{number}")
+    """Rename a checkpoint, so that nothing resumes from it or removes it, and return its new path.
+
+    Args:
+        prefix: begins the new name: ``checkpoint_names.DAMAGED`` or ``UNDONE``.
+    """
+    target = set_aside_path(path, prefix)
     os.rename(path, target)
     sync_directory(path.parent)
     return target
 
 
-def raise_together(error: OSError | None) -> None:
-    """Tell all ranks of the error that this one met, if any. Called on every rank.
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first: a directory that is half removed must not look complete.
 
     Raises:
-        CheckpointException: on every rank if any met one; with what went wrong by rank.
+        OSError: it could not be removed.
+    """
+    hidden = removing_path(path)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed process was writing or removing. Rank 0 only, while it holds the run's lock."""
+    for path in unfinished_paths(directory):
+        logger.info("removing unfinished checkpoint %s", path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+
+
+def raise_together(error: OSError | None) -> None:
+    """Raise on all ranks the errors that some of them met. Called on every rank, with its own error or None.
+
+    Raises:
+        CheckpointException: on every rank if any rank met an error; it holds the errors by rank.
     """
     errors: list[OSError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
@@ -128,17 +135,19 @@ def raise_together(error: OSError | None) -> None:
 
 
 def explain_failure(final: Path, error: BaseException) -> str:
-    """What went wrong and what is left, once the half-written files (which may be what fills the disk) are gone. Rank 0 only."""
+    """Remove the half-written files, which may be what fills the disk, and describe what failed and what is left. Rank 0 only."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     free = min(shutil.disk_usage(final.parent).free, *(getattr(cause, FREE_BYTES, math.inf) for cause in causes))
     shutil.rmtree(writing_path(final), ignore_errors=True)
     kept = latest_step(final.parent)
-    older = "There is no older one" if kept is None else f"The one of step {kept} is untouched: the same command goes on from it"
+    older = (
+        "There is no older checkpoint" if kept is None else f"The checkpoint of step {kept} is untouched: the same command resumes from it"
+    )
     return f"could not save {final}, with {free / 2**20:.1f} MiB free on that disk: {'; '.join(_root_causes(error))}. {older}."
 
 
 def _root_causes(error: BaseException) -> list[str]:
-    """One line for every rank that failed."""
+    """Describe each rank's failure in one line."""
     if isinstance(error, CheckpointException):
         return [f"rank {rank}: {describe_write_error(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
     return [describe_write_error(error)]

@@ -1,138 +1,131 @@
-"""What a complete checkpoint is: a directory with a manifest, which has the size and hash of every other file in it.
+"""The manifest that makes a directory a complete checkpoint: the run's progress, and the size and hash of every other file there.
 
-Reading only; w1train/checkpoints/checkpoint.py writes and loads.
+This module only reads. verification.py compares the files with the manifest, and commit.py writes it.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from w1train.checkpoints.checkpoint_names import step_of, step_paths
 from w1train.checkpoints.guard_state import state_problems
-from w1train.config.reading import is_number, parse_json, shorten
-from w1train.config.schema import Config
-from w1train.config.serialization import config_from_yaml
-from w1train.runtime.distributed import agreed, on_every_rank
+from w1train.config.reading import is_number, parse_json_object, shorten
 from w1train.runtime.names import is_plain_name, open_inside
-from w1train.runtime.pulse import moved, pulse
-from w1train.runtime.transfers import together
 
 MANIFEST = "manifest.json"
-WRITING = ".writing-"
-"""Begins the names of directories that are being written or removed. The next start removes them."""
+CONFIG = "config.yaml"
+"""The file of a checkpoint that holds the run's configuration."""
 MAXIMUM_BYTES = 64 << 20
 """The most bytes of a manifest: an entry takes some 130 bytes, so that this is about half a million files."""
 _MOST_PROBLEMS = 5
-_BUFFER_BYTES = 1 << 18
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-STEP_DIRECTORY = re.compile(r"step_[0-9]{10}")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which, and what is still good."""
+    """A checkpoint could not be written or read; the message says which checkpoint, and what is still good."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """The files of a checkpoint are not what its manifest says."""
+
+    def __init__(self, path: Path | str, problems: list[str]) -> None:
+        super().__init__(path, problems)  # the arguments, from which pickle makes the error on another rank
+        self.path = path
+        self.reason = "; ".join(problems)
+        """The problems, for the messages of callers who take another checkpoint instead."""
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: {self.reason}. Remove this directory to resume from an older checkpoint."
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far the run is; with the configuration, all that a resume needs besides tensors."""
+    """The progress of a run. A resume needs this, the configuration and the tensors, and nothing else."""
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
-    """Wall time up to here over all starts of the run; work that a kill undid is not in it."""
+    """Wall time of training up to this step, over all starts of the run, without work that a kill undid."""
     dataset: str | None = None
-    """SHA-256 of the training tokens: ``samples`` is a place in the order of these. None for a foreign dataset, which has none."""
+    """SHA-256 of the training tokens, whose order ``samples`` is a place in. None for a dataset of another project, which has no hash."""
     health: dict[str, Any] = field(default_factory=dict)
-    """What the guard of the steps (w1train.training.health.guard) goes by: JSON. Checkpoints of before it have none."""
-
-
-def step_path(directory: Path, step: int) -> Path:
-    """The checkpoint of a step, there or not."""
-    return directory / f"step_{step:010d}"
+    """State of the guard of the steps (w1train.training.health.guard), as JSON. Empty in checkpoints that are older than the guard."""
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
-    return sorted(int(path.name.removeprefix("step_")) for path in step_directories(directory) if is_complete(path))
+    """Return the steps that have a complete checkpoint, ascending."""
+    return [step_of(path) for path in step_paths(directory) if is_complete(path)]
 
 
 def is_complete(path: Path) -> bool:
-    """Directories get their name when they are complete: the manifest's absence means damage."""
+    """Tell whether a checkpoint has its manifest. A directory gets a checkpoint's name when it has one, so otherwise it is damaged."""
     return (path / MANIFEST).is_file()
 
 
-def step_directories(directory: Path) -> list[Path]:
-    """Everything under a checkpoint's name, complete or not."""
-    return [path for path in directory.iterdir() if STEP_DIRECTORY.fullmatch(path.name)] if directory.is_dir() else []
-
-
 def require_manifests(directory: Path) -> None:
-    """Directories get their final name when they are complete, so one without manifest is damaged; going on from an older one
-    without a word would undo training.
+    """Refuse checkpoints without a manifest: to resume silently from an older checkpoint would undo training.
 
     Raises:
-        CheckpointError: naming it.
+        DamagedCheckpointError: a checkpoint has no manifest.
     """
-    for path in step_directories(directory):
+    for path in step_paths(directory):
         if not is_complete(path):
-            raise damaged(path, [f"{MANIFEST} is missing"])
+            raise DamagedCheckpointError(path, [f"{MANIFEST} is missing"])
 
 
 def latest_step(directory: Path) -> int | None:
-    """The newest complete checkpoint's step."""
+    """Return the step of the newest complete checkpoint, or None if there is no complete checkpoint."""
     steps = complete_steps(directory)
     return steps[-1] if steps else None
 
 
 def read_progress(path: Path) -> Progress:
-    """How far the run was at a complete checkpoint.
+    """Return how far the run was at a complete checkpoint.
 
     Raises:
-        CheckpointError: the manifest is damaged.
+        DamagedCheckpointError: the manifest is missing or damaged.
     """
     manifest = read_manifest(path)
     return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
 
 
 def read_scores(path: Path) -> dict[str, float]:
-    """The validation at a complete checkpoint's step, by metric; empty if there was none."""
+    """Return the results of the validation at a complete checkpoint's step, by metric. Empty if that step had no validation.
+
+    Raises:
+        DamagedCheckpointError: the manifest is missing or damaged.
+    """
     return read_manifest(path).get("validation", {})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest as it is written.
+    """Return the manifest of a checkpoint, with every value checked.
 
     Raises:
-        CheckpointError: it is missing, or no manifest.
+        DamagedCheckpointError: the manifest is missing or damaged.
     """
     try:
         with open_inside(path, MANIFEST) as file:
             return check_manifest(file.read(MAXIMUM_BYTES + 1))
     except OSError as error:
-        raise damaged(path, [f"{MANIFEST} cannot be read ({error})"]) from error
+        raise DamagedCheckpointError(path, [f"{MANIFEST} cannot be read ({error})"]) from error
     except ValueError as error:
-        raise damaged(path, [str(error)]) from error
+        raise DamagedCheckpointError(path, [str(error)]) from error
 
 
 def check_manifest(content: bytes) -> dict[str, Any]:
-    """Check a manifest that may come from anybody, and parse it.
+    """Parse and check the content of a manifest, which a stranger may have written.
 
     Raises:
-        ValueError: it is no manifest, lacks a part, or names a file that is not in its directory.
+        ValueError: it is not JSON, a part is missing or wrong, or it names a file that is not in its directory.
     """
-    try:
-        if len(content) > MAXIMUM_BYTES:
-            raise ValueError(f"it has more than {MAXIMUM_BYTES >> 20} MiB")
-        manifest = {"health": {}, **parse_json(content)}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    if len(content) > MAXIMUM_BYTES:
+        raise ValueError(f"{MANIFEST} cannot be read: it has more than {MAXIMUM_BYTES >> 20} MiB")
+    manifest = {"health": {}, **parse_json_object(content, f"{MANIFEST} cannot be read")}
     if missing := {*(field.name for field in fields(Progress)), "files"} - manifest.keys():
         raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
     if problems := [*_value_problems(manifest), *_entry_problems(manifest["files"])]:
@@ -165,101 +158,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def damaged(path: Path | str, problems: list[str]) -> CheckpointError:
-    """What is said of a checkpoint that is not what its manifest says."""
-    return CheckpointError(f"{path} is damaged: {'; '.join(problems)}. Remove this directory to resume from an older checkpoint.")
-
-
-def read_config(path: Path) -> Config:
-    """The configuration that a complete checkpoint was trained with, which its manifest vouches for.
-
-    Raises:
-        CheckpointError: the file is missing or changed.
-    """
-    _require_config(path)
-    return config_from_yaml(path / "config.yaml")
-
-
-def read_config_text(path: Path) -> str:
-    """Return the text of a complete checkpoint's configuration. Raises CheckpointError as ``read_config`` does."""
-    _require_config(path)
-    try:
-        with open_inside(path, "config.yaml") as file:
-            return file.read().decode()
-    except (OSError, ValueError) as error:
-        raise damaged(path, [f"config.yaml cannot be read ({error})"]) from error
-
-
-def _require_config(path: Path) -> None:
-    expected = read_manifest(path)["files"].get("config.yaml")
-    problems = [f"{MANIFEST} lacks config.yaml"] if expected is None else _file_problems(path / "config.yaml", expected)
-    if problems:
-        raise damaged(path, problems)
-
-
-def verify_checkpoint(path: Path, *, rank: int = 0, num_ranks: int = 1, hashes: bool = True) -> None:
-    """Compare every ``num_ranks``-th file with the manifest's sizes and hashes; all ranks together cover all files.
-
-    Args:
-        hashes: False = sizes alone, which takes no time and misses changed bits.
-
-    Raises:
-        CheckpointError: on every rank, naming the files.
-    """
-
-    def problems_here() -> list[str]:
-        files = sorted(read_manifest(path)["files"].items())
-        return [problem for name, expected in files[rank::num_ranks] for problem in _file_problems(path / name, expected, hashes=hashes)]
-
-    problems = [problem for part in on_every_rank(together(problems_here)) for problem in part] if num_ranks > 1 else problems_here()
-    if problems:
-        error = damaged(path, problems)
-        raise agreed(error) if num_ranks > 1 else error
-
-
 def size_of(path: Path) -> int:
-    """Bytes of a complete checkpoint's files.
+    """Return the number of bytes of a complete checkpoint's files.
 
     Raises:
-        CheckpointError: its manifest is damaged.
+        DamagedCheckpointError: the manifest is missing or damaged.
     """
     return sum(entry["size"] for entry in read_manifest(path)["files"].values())
-
-
-def _file_problems(file: Path, expected: dict[str, Any], *, hashes: bool = True) -> list[str]:
-    """What is wrong with a file whose size and hash are known; at most one thing."""
-    if not file.exists() and not file.is_symlink():
-        return [f"{file.name} is missing"]
-    try:
-        with open_inside(file.parent, file.name) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != expected["size"]:
-                return [f"{file.name} has {size} bytes, expected {expected['size']}"]
-            if hashes and _sha256(stream) != expected["sha256"]:
-                return [f"{file.name} has changed (SHA-256 differs)"]
-    except OSError as error:
-        return [f"{file.name} cannot be read ({_why(error, file)})"]
-    return []
-
-
-def _why(error: OSError, file: Path) -> str:
-    return "it is a link, and may lead out of the checkpoint" if error.errno == errno.ELOOP else error.strerror or str(error)
-
-
-def hash_files(paths: Iterable[Path]) -> dict[str, Any]:
-    """The manifest's entries of files that are there, by name."""
-    entries = {}
-    for path in paths:
-        with path.open("rb") as file:
-            entries[path.name] = {"size": path.stat().st_size, "sha256": _sha256(file)}
-    return entries
-
-
-def _sha256(file: BufferedReader) -> str:
-    # One small buffer: a large one, of a thread that ends, stays in the allocator's hands.
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BUFFER_BYTES))
-    with pulse.transferring(f"reading {file.name}"):
-        while num_bytes := file.readinto(buffer):
-            digest.update(buffer[:num_bytes])
-            moved()
-    return digest.hexdigest()

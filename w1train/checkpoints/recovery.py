@@ -1,6 +1,7 @@
-"""Which checkpoint a start goes on from: the newest good one, here or in object storage; never silently none.
+"""The choice of the checkpoint that a start resumes from: the newest good checkpoint in the run's directory or in object storage.
 
-What is found damaged is set aside (renamed, so that nothing takes it for a checkpoint) and never deleted.
+A run that has had checkpoints never begins again at step 0 by itself. Damaged checkpoints are never deleted, but renamed, so that no run
+resumes from them.
 """
 
 from __future__ import annotations
@@ -14,21 +15,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from w1train.checkpoints.checkpoint import remove_unfinished, require_position
-from w1train.checkpoints.commit import DAMAGED, UNDONE, set_aside
+from w1train.checkpoints.checkpoint_names import DAMAGED, UNDONE, damaged_paths, step_of, step_path, step_paths, writing_path
+from w1train.checkpoints.commit import remove_unfinished, set_aside
+from w1train.checkpoints.loading import require_position
 from w1train.checkpoints.manifest import (
     MANIFEST,
-    WRITING,
     CheckpointError,
+    DamagedCheckpointError,
     complete_steps,
     is_complete,
     latest_step,
     require_manifests,
-    step_directories,
-    step_path,
-    verify_checkpoint,
 )
 from w1train.checkpoints.remote.remote_checkpoints import MARKER, Contents, RemoteCheckpoints, UnfinishedCopyError
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.distributed import agreed, on_main_rank
@@ -40,21 +40,20 @@ from w1train.runtime.transfers import together
 logger = logging.getLogger(__name__)
 
 _RETURNED = ".resume_step"
-"""Holds the checkpoint.resume_step that was obeyed: the same command again goes on, not back again."""
-_ADVICE = " Remove this directory to resume from an older checkpoint."
-"""The end of a damaged checkpoint's message; it is left out where another checkpoint is taken."""
+"""The file with the value of checkpoint.resume_step that a start has obeyed: the same command resumes from the newest checkpoint after
+that, and does not go back again."""
 
 
 def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path | None = None) -> int | None:
-    """The step of the verified checkpoint that a start goes on from; None = there never was one. Called on every rank, before anything
-    else has looked into ``directory``.
+    """Return the step of the checkpoint that a start resumes from, with its files verified, or None if the run never had a checkpoint.
+    Called on every rank, before anything else reads ``directory``.
 
     Args:
-        events: the run's events.jsonl, which says whether it has saved checkpoints; None = not known.
+        events: the run's events.jsonl, which records the saves; None = not known.
 
     Raises:
-        CheckpointError: on every rank; checkpoints are damaged or lost, and the settings do not allow another, or there is none.
-        StorageError: on every rank; there is none here, and the storage that may have one fails.
+        CheckpointError: on every rank; checkpoints are damaged or lost, and no other checkpoint is left that the settings allow.
+        StorageError: on every rank; the directory has no checkpoint, and the object storage that may have one fails.
         UserError: on every rank; there is no checkpoint of checkpoint.resume_step, or the storage's protocol is not installed.
     """
     if settings.upload is not None:
@@ -77,14 +76,14 @@ def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path 
 
 
 def newest_good_step(directory: Path, *, hashes: bool = True) -> int | None:
-    """The step of the newest checkpoint whose files are what its manifest says. Called on every rank; changes nothing.
+    """Return the step of the newest checkpoint whose files are what its manifest says, or None. Called on every rank; changes nothing.
 
     Args:
-        hashes: False = compare sizes alone.
+        hashes: False compares only the sizes of the files.
     """
-    for path in on_main_rank(lambda: sorted(step_directories(directory), reverse=True)):
+    for path in on_main_rank(lambda: step_paths(directory)[::-1]):
         if _is_good(path, hashes=hashes):
-            return _step(path)
+            return step_of(path)
     return None
 
 
@@ -93,9 +92,9 @@ def _is_good(path: Path, *, hashes: bool) -> bool:
         verify_checkpoint(path, rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=hashes)
         if hashes:
             on_main_rank(partial(require_position, path))
-    except CheckpointError as error:
+    except DamagedCheckpointError as error:
         if dist.get_rank() == 0:
-            logger.warning("%s", str(error).replace(_ADVICE, ""))
+            logger.warning("%s is damaged: %s.", error.path, error.reason)
         return False
     return True
 
@@ -109,14 +108,15 @@ def _newest_or_stop(directory: Path, *, hashes: bool) -> int | None:
 
 
 def set_aside_damaged(directory: Path, good: int) -> None:
-    """Set aside what is newer than the newest good checkpoint: its step is done again. Rank 0 only."""
-    for path in step_directories(directory):
-        if _step(path) > good or not is_complete(path):
-            logger.warning("%s is damaged and is now %s; training goes on from step %d", path, set_aside(path, DAMAGED).name, good)
+    """Set aside the checkpoints that are newer than the newest good one: their steps are trained again. Rank 0 only."""
+    for path in step_paths(directory):
+        if step_of(path) > good or not is_complete(path):
+            logger.warning("%s is damaged and is now %s; training resumes from step %d", path, set_aside(path, DAMAGED).name, good)
 
 
 def _chosen_step(directory: Path, settings: CheckpointConfig) -> int | None:
-    """checkpoint.resume_step, the first time that it is asked for. Later checkpoints are set aside: their steps are done again."""
+    """Return checkpoint.resume_step the first time that a start has it, and None otherwise. Sets aside later checkpoints, whose steps are
+    trained again."""
     step = settings.resume_step
     if not on_main_rank(partial(_is_to_return, directory, step)):
         return None
@@ -124,7 +124,7 @@ def _chosen_step(directory: Path, settings: CheckpointConfig) -> int | None:
     on_main_rank(partial(_require_step, directory, step))
     verify_checkpoint(step_path(directory, step), rank=dist.get_rank(), num_ranks=dist.get_world_size(), hashes=settings.verify)
     if settings.upload is not None:
-        # First: were it left out by a failure, a later start that has lost its disk would fetch what is undone here.
+        # This comes first. If a failure prevented it, a later start that has lost its disk would fetch the copies that are undone here.
         on_main_rank(partial(RemoteCheckpoints(settings.upload).undo_after, step))
     on_main_rank(partial(_return_to, directory, step))
     return step
@@ -136,7 +136,7 @@ def _is_to_return(directory: Path, step: int | None) -> bool:
         marker.unlink(missing_ok=True)
         return False
     if marker.exists() and marker.read_text(encoding="utf-8") == str(step):
-        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this one goes on from the newest checkpoint", step)
+        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this start resumes from the newest checkpoint", step)
         return False
     return True
 
@@ -149,17 +149,18 @@ def _require_step(directory: Path, step: int) -> None:
 
 
 def _return_to(directory: Path, step: int) -> None:
-    for path in step_directories(directory):
-        if _step(path) > step:
+    for path in step_paths(directory):
+        if step_of(path) > step:
             logger.warning("%s is now %s: checkpoint.resume_step=%d", path, set_aside(path, UNDONE).name, step)
     write_text(directory / _RETURNED, str(step))
 
 
 def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
-    """The newest good checkpoint of object storage, copied here. None = the storage shows that this run has never sent one.
+    """Copy the newest good checkpoint of object storage into ``directory``, and return its step. Returns None if the storage shows that
+    this run has never uploaded a checkpoint.
 
     Raises:
-        CheckpointError: on every rank; one was sent, and no good one is there.
+        CheckpointError: on every rank; checkpoints were uploaded, and no good copy is left.
     """
     contents = on_main_rank(remote.contents)
     is_unfinished = True
@@ -176,15 +177,15 @@ def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
 
 
 def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> None:
-    """Copy a checkpoint into the run's directory, where it appears when it is whole and verified. Called on every rank; rank 0 copies,
-    and the others wait as long as bytes come. Whatever is raised, nothing is left of the copy.
+    """Copy a checkpoint from object storage into the run's directory, where it appears when it is complete and verified. Called on every
+    rank: rank 0 copies, and the others wait as long as bytes arrive. After an error nothing is left of the copy.
 
     Raises:
-        CheckpointError: on every rank; the copy is not what its manifest says, or has none.
+        CheckpointError: on every rank; the copy in the storage has no manifest, or is not what its manifest says.
         OSError: on every rank; the storage or the local disk failed.
     """
     final = step_path(directory, step)
-    copy = directory / f"{WRITING}{final.name}"
+    copy = writing_path(final)
     try:
         files = on_main_rank(partial(_begin_copy, remote, step, copy))
         on_main_rank(together(partial(_fetch_files, remote, step, files, copy)))
@@ -197,26 +198,26 @@ def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> N
 
 
 def _fetch_files(remote: RemoteCheckpoints, step: int, files: dict[str, int], copy: Path) -> None:
-    """Copy the files, on rank 0; the other ranks have nothing to do."""
+    """Copy the files on rank 0. The other ranks have nothing to do."""
     if dist.get_rank() == 0:
         for name, num_bytes in files.items():
             remote.fetch_file(step, name, num_bytes, copy)
 
 
 def _begin_copy(remote: RemoteCheckpoints, step: int, copy: Path) -> dict[str, int]:
-    """Make the copy's directory with the manifest in it; the sizes of the files to come."""
+    """Make the copy's directory with the manifest in it, and return the sizes of the files that the manifest names."""
     manifest = remote.manifest(step)
     files: dict[str, dict[str, Any]] = manifest["files"]
     needed, free = sum(entry["size"] for entry in files.values()), shutil.disk_usage(copy.parent).free
     if needed > free:
-        # A manifest that lies about sizes is no reason to ask for a larger disk.
+        # Check the sizes before asking for a larger disk: the manifest may be wrong.
         remote.require_sizes(step, files)
         sizes = f"{needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free"
         raise OSError(f"the copy of step {step} in {remote.url} does not fit into {copy.parent}: it has {sizes}. Make room for it")
     logger.info("fetching the checkpoint of step %d from %s", step, remote.url)
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
-    # The text that was checked, not a second reading of what may have changed meanwhile.
+    # The manifest that was checked is written. In the storage it may have changed since then.
     write_text(copy / MANIFEST, json.dumps(manifest, indent=1))
     return {name: entry["size"] for name, entry in files.items()}
 
@@ -226,74 +227,75 @@ def _verify_copy(copy: Path) -> None:
     try:
         verify_checkpoint(copy, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         on_main_rank(partial(require_position, copy))
-    except CheckpointError as error:
-        # The words for a checkpoint of the run's directory: "PATH is damaged: WHY. Remove this directory ..."
-        why = str(error).removeprefix(f"{copy} is damaged: ").replace(_ADVICE, "")
-        raise agreed(CheckpointError(why)) from error
+    except DamagedCheckpointError as error:
+        # Without the advice for a checkpoint of the run's directory: the copy is removed.
+        raise agreed(CheckpointError(error.reason)) from error
 
 
 def _keep_copy(copy: Path, final: Path) -> None:
-    for path in step_directories(final.parent):
+    for path in step_paths(final.parent):
         logger.warning("%s is damaged and is now %s; a copy takes its place", path, set_aside(path, DAMAGED).name)
     copy.rename(final)
     sync_directory(final.parent)
 
 
 def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> None:
-    """A run that has sent checkpoints does not begin again by itself when none of them is good.
+    """Refuse to begin at step 0 if the run has, or may have, uploaded checkpoints, and no good copy is left.
 
     Args:
-        is_unfinished: all that is there are uploads that did not end.
+        is_unfinished: whether the storage has only uploads that did not end.
 
     Raises:
-        CheckpointError: it has, or it is not known.
+        CheckpointError: checkpoints were uploaded, or it is not known whether they were.
     """
     marker, steps = contents.marker, ", ".join(map(str, contents.steps))
     if contents.marker_problem is not None:
         why = contents.marker_problem
     elif marker is not None and marker.newest is not None:
-        why = f"its {MARKER} says that the checkpoint of step {marker.newest} was sent"
+        why = f"its {MARKER} says that the checkpoint of step {marker.newest} was uploaded"
     elif contents.steps and not (marker is not None and is_unfinished):
         why = f"it shows directories of step {steps}"
     else:
         if marker is None:
             logger.info(
-                "%s has no checkpoint and no %s: this is the first start that sends checkpoints there, or the URL is wrong", url, MARKER
+                "%s has no checkpoint and no %s: this is the first start that uploads checkpoints to it, or the URL is wrong", url, MARKER
             )
         else:
             logger.warning(
-                "%s has no checkpoint, and its %s says that none was sent: this run ended before its first upload did", url, MARKER
+                "%s has no checkpoint, and its %s says that no checkpoint was uploaded: the run ended before its first upload did",
+                url,
+                MARKER,
             )
         return
     raise CheckpointError(
-        f"{url} has no good checkpoint, but {why}. Check that it is the right place and shows all that is in it, or bring back a copy of a "
-        f"checkpoint. To begin again at step 0, move what is there away, {MARKER} too, or choose another checkpoint.upload"
+        f"{url} has no good checkpoint, but {why}. Check that the URL is right and that the storage lists all its files, or restore a copy "
+        f"of a checkpoint. To begin again at step 0, move its files away, {MARKER} too, or choose another checkpoint.upload"
     )
 
 
 def _require_none_lost(directory: Path, events: Path | None) -> None:
-    """A run that has had checkpoints does not begin again by itself.
+    """Refuse to begin at step 0 if the run has had checkpoints.
 
     Raises:
-        CheckpointError: there are damaged ones, or the events tell of some that are not there.
+        CheckpointError: there are damaged checkpoints, or the events record saves of checkpoints that are missing.
     """
-    damaged = sorted({*step_directories(directory), *directory.glob(f"{DAMAGED}*")})
+    damaged = sorted([*step_paths(directory), *damaged_paths(directory)])
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise CheckpointError(
-            f"{directory} has no good checkpoint, only damaged ones: {names}. Bring back a copy of one, or move them away to begin again "
-            "at step 0"
+            f"{directory} has no good checkpoint, only damaged checkpoints: {names}. Restore a copy of one of them, or move them away to "
+            "begin again at step 0"
         )
     saved = _saved_steps(events) if events is not None and events.exists() else []
     if saved:
         raise CheckpointError(
-            f"{directory} has no checkpoint, but {events} says that this run has saved some, the last one at step {saved[-1]}. Bring back "
-            "a copy of one. To begin again at step 0, choose another name=..., or move the run directory away (or its events.jsonl alone)"
+            f"{directory} has no checkpoint, but {events} says that this run has saved checkpoints, the last at step {saved[-1]}. Restore "
+            "a copy of one of them. To begin again at step 0, choose another name=..., or move away the run directory or its events.jsonl"
         )
 
 
 def _saved_steps(events: Path) -> list[int]:
-    """The steps of the checkpoints that were saved since the run began (again) at step 0."""
+    """Return the steps of the checkpoints that were saved since the run last began at step 0."""
     saved: list[int] = []
     for event in read_metrics(events):
         if event.get("event") == "start":
@@ -301,7 +303,3 @@ def _saved_steps(events: Path) -> list[int]:
         elif event.get("event") == "checkpoint":
             saved.append(event["step"])
     return saved
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))

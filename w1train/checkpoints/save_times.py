@@ -1,4 +1,4 @@
-"""What saving costs: how long training stood still, how long files were written beside it, and how much slower steps were meanwhile."""
+"""The cost of saves: how long training waited, how long the background took, and how much slower steps were during a save."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _NUM_STEPS = 50
-"""Steps without a save that those with one are compared with."""
+"""The number of latest steps without a save that steps during a save are compared with."""
 
 
 class SaveTimes:
-    """The ``checkpoint/`` part of training records: each number once, in the record of the first step that ends after it is known."""
+    """The ``checkpoint/`` metrics of training records. Each number is in one record: that of the first step that ends after it is known."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -23,7 +23,7 @@ class SaveTimes:
 
     @contextmanager
     def stalling(self) -> Iterator[None]:
-        """Training stands still for a save inside; what is inside another such block counts once."""
+        """Count the time inside as time in which training waits for a save. Time in nested blocks counts once."""
         started, self._depth = self._clock(), self._depth + 1
         try:
             yield
@@ -34,11 +34,12 @@ class SaveTimes:
                 self._known[name] = self._known.get(name, 0.0) + self._clock() - started
 
     def step(self, seconds: float, *, is_saving: bool) -> None:
-        """A step took so long; whether a save was being written then."""
+        """Note the seconds that a step took, and whether a save was under way during the step."""
         (self._beside if is_saving else self._alone).append(seconds)
 
     def saved(self, seconds: float) -> float | None:
-        """A save was in the background for so long. Returns by what fraction steps were longer meanwhile, if there were any to compare."""
+        """Note the seconds that a save took in the background. Returns by what fraction steps were longer during the save than without one
+        (negative if they were shorter), or None if there are no steps to compare."""
         self._known["checkpoint/background_seconds"] = seconds
         dip = None
         if self._beside and self._alone:
@@ -48,10 +49,10 @@ class SaveTimes:
         return dip
 
     def restarted(self, seconds: float) -> None:
-        """From the start of the process to the first step after a resume."""
+        """Note the seconds from the start of the process to the end of the first step after a resume."""
         self._known["checkpoint/restart_seconds"] = seconds
 
     def take(self) -> dict[str, float]:
-        """What has become known since the last call."""
+        """Return the metrics that have become known since the last call."""
         known, self._known = self._known, {}
         return known

@@ -1,6 +1,6 @@
-"""Host memory into which a state is copied at its step, so that it can be written while the next steps change it.
+"""Host memory that a state is copied into at its step, so that it can be written while the next steps change the state.
 
-The memory is taken once and used again for every save: taking it (the kernel hands out zeroed pages one by one) costs more than the copy.
+The memory is allocated once and used for every save. Allocating costs more than the copy, because the kernel makes zeroed pages one by one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,14 @@ _ALIGNMENT = 64
 
 
 class Staging:
-    """The buffers of one rank, of as many bytes as it writes."""
+    """The buffers of one rank, which have as many bytes as the rank writes."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._touched = nothing()
 
-    @property
-    def num_bytes(self) -> int:
-        """Of host memory held."""
-        return sum(buffer.numel() * buffer.itemsize for buffer in self._buffers)
-
     def prepare(self, tensors: Sequence[Tensor]) -> None:
-        """Take the memory for tensors like these; the kernel makes its pages beside what goes on."""
+        """Allocate the memory for tensors like these. A thread makes the kernel provide its pages while training continues."""
         assert not self._buffers
         memory, self._buffers = _allocate(tensors)
         device = _device_of(tensors)
@@ -41,9 +36,10 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of the tensors, the same ones in shape and type at every call; they are there when this returns, and hold until the next.
+        """Return copies of the tensors, which are complete when this returns and valid until the next call.
 
-        On CUDA the copy runs on a stream of its own, after what is queued on the model's; the host waits for it.
+        The tensors have the same shapes and types at every call. On CUDA the copy runs on a stream of its own, after the work that is
+        queued on the model's stream, and the host waits for it.
         """
         if not self._buffers:
             self.prepare(tensors)
@@ -67,7 +63,7 @@ def _copy(buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def _allocate(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Memory, and empty tensors like the given ones cut out of it. Each has a storage of its own."""
+    """Return one block of memory, and empty tensors like the given ones in it. Each tensor has a storage of its own."""
     ends, total = [], 0
     for tensor in tensors:
         start = -(-total // _ALIGNMENT) * _ALIGNMENT
@@ -82,13 +78,13 @@ def _allocate(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _device_of(tensors: Sequence[Tensor]) -> torch.device | None:
-    """The GPU that they are on, if they are on one."""
+    """Return the GPU that the tensors are on, or None for tensors on the CPU."""
     return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
 
 
 def _make_ready(memory: Tensor, device: torch.device | None) -> None:
-    """Let the kernel make its pages, and let the GPU copy to them without help. Not through torch's pool of pinned memory, which takes
-    powers of two."""
+    """Make the kernel provide the memory's pages, and pin them so that the GPU copies to them by itself. torch's pool of pinned memory is
+    not used, because it allocates powers of two."""
     memory.zero_()
     if device is None:
         return
@@ -96,4 +92,6 @@ def _make_ready(memory: Tensor, device: torch.device | None) -> None:
         status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(status) != 0:
         size = memory.numel() / 2**30
-        logger.warning("%.1f GiB of buffers for checkpoints could not be pinned (CUDA error %d): saves stall longer", size, int(status))
+        logger.warning(
+            "%.1f GiB of buffers for checkpoints could not be pinned (CUDA error %d): training waits longer for saves", size, int(status)
+        )

@@ -14,7 +14,7 @@ from w1train.model.flops import num_parameters
 from w1train.runtime.names import open_inside
 
 _FEWEST_BYTES = 2
-"""The fewest bytes of a stored parameter: bfloat16 is the smallest type that weights are saved in."""
+"""The fewest bytes of a stored parameter: bfloat16 is the smallest type in which weights are saved."""
 _BLOCK_BYTES = 512
 """The bytes of a block of st_blocks, whatever the file system's own blocks are."""
 
@@ -22,12 +22,12 @@ _BLOCK_BYTES = 512
 def require_stored(checkpoint: Path, model: ModelConfig) -> None:
     """Compare the data in the files of a checkpoint's manifest with the number of parameters that a configuration asks for.
 
-    The configuration and the checkpoint's metadata are claims of whoever made them; a model of 10^13 parameters would be built before
-    the first tensor turns out to be missing. What the files take on the disk is a fact; the length of a file is not, for a sparse file of
-    any length takes nothing.
+    The configuration and the manifest may claim anything: a model of 10^13 parameters would be built before the first tensor is found to
+    be missing. The bytes that the files occupy on the disk cannot be claimed. Their lengths can, because a sparse file of any length
+    occupies nothing.
 
     Raises:
-        CheckpointError: the manifest is damaged.
+        DamagedCheckpointError: the manifest is missing or damaged.
         UserError: the files are too small.
     """
     expected, found = num_parameters(model), _num_data_bytes([checkpoint / name for name in read_manifest(checkpoint)["files"]])
@@ -38,13 +38,13 @@ def require_stored(checkpoint: Path, model: ModelConfig) -> None:
 
 
 def _num_data_bytes(paths: list[Path]) -> int:
-    """Bytes that regular files hold, without holes, links, and further names of a file that is counted already."""
+    """Return the bytes that regular files hold, without holes and links. A file that has several names counts once."""
     num_bytes, counted = 0, set()
     for path in paths:
         try:
             status = os.lstat(path)
         except FileNotFoundError:
-            continue  # whoever reads the checkpoint compares it with its manifest, and says which file is missing
+            continue  # verify_checkpoint says which file is missing
         if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in counted:
             counted.add((status.st_dev, status.st_ino))
             is_full = status.st_blocks * _BLOCK_BYTES >= status.st_size
@@ -53,8 +53,8 @@ def _num_data_bytes(paths: list[Path]) -> int:
 
 
 def _size_without_holes(path: Path) -> int:
-    """Ask for the extents of a file with fewer blocks than its size: a compressed file, a tiny one that is kept beside its name, and one
-    that ZFS has not written out yet have all their data."""
+    """Return the bytes of a file without its holes, by asking for its extents. Fewer blocks than the size do not mean holes: a file may be
+    compressed, stored in its directory entry because it is tiny, or (ZFS) not yet written out."""
     num_bytes = end = 0
     with open_inside(path.parent, path.name) as file:
         while True:

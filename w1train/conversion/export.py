@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w1train.checkpoints.checkpoint import read_config
 from w1train.checkpoints.stored_size import require_stored
+from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family

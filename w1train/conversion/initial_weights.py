@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from w1train.checkpoints.checkpoint import MANIFEST, latest_step, verify_checkpoint
-from w1train.checkpoints.checkpoint import read_config as read_checkpoint_config
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import MANIFEST, latest_step
 from w1train.checkpoints.stored_size import require_stored
+from w1train.checkpoints.verification import read_config as read_checkpoint_config
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.conversion.families import CONFIG_FILE, model_from_config, read_config
@@ -85,7 +87,7 @@ def find_checkpoint(path: Path) -> Path | None:
         step = latest_step(path / "checkpoints")
         if step is None:
             raise UserError(f"training.initial_weights: the run {path} has no complete checkpoint")
-        return path / "checkpoints" / f"step_{step:010d}"
+        return step_path(path / "checkpoints", step)
     if (path / CONFIG_FILE).is_file():
         return None
     what = f"has neither {CONFIG_FILE} (Hugging Face) nor config.yaml (a run) nor {MANIFEST} (a checkpoint)"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import damaged
+from w1train.checkpoints.manifest import DamagedCheckpointError
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import read_json_object, shorten
 
@@ -172,7 +172,7 @@ class CheckpointDirectory:
             return
         if not size or len(self.tensors) + size[0] > _MOST_TENSORS:
             what = f"{shorten(key)} of sizes {list(size)} is not cut into layers, or there are more than {_MOST_TENSORS} tensors"
-            raise damaged(self._shards.path, [what])
+            raise DamagedCheckpointError(self._shards.path, [what])
         for layer in range(size[0]):
             name = f"{self._STACKED}{layer}.{key.removeprefix(self._STACKED)}"
             self.tensors[name], self.dtypes[name] = size[1:], dtype

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from w1train.checkpoints.averaging import average_steps
-from w1train.checkpoints.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
-from w1train.checkpoints.manifest import STEP_DIRECTORY
+from w1train.checkpoints.checkpoint_names import step_of_name, step_path
+from w1train.checkpoints.commit import remove_unfinished
+from w1train.checkpoints.manifest import complete_steps, read_progress
+from w1train.checkpoints.retention import best_steps
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
 from w1train.config.phases import phase_start
@@ -129,7 +131,7 @@ def _members(request: AverageRequest, config: Config, metric: str) -> list[int]:
 def _require_name(output: Path, step: int) -> None:
     """Under the name of another step training would not go on from it."""
     name = step_path(output.parent, step).name
-    if STEP_DIRECTORY.fullmatch(output.name) and output.name != name:
+    if step_of_name(output.name) not in (None, step):
         raise UserError(f"--output is {output}; the average is of step {step}, as its newest member: call it {name}")
 
 

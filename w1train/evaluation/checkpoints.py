@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from w1train.checkpoints.checkpoint import load_model_weights
+from w1train.checkpoints.loading import load_model_weights
 from w1train.config.errors import UserError
 from w1train.config.schema import DataConfig
 from w1train.data.remote import require_local, require_password

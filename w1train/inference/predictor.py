@@ -19,11 +19,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from w1train.attention.attention_plan import AttentionPlan, plan_attention
 from w1train.attention.cache import Causality, KeyValueCache, cached_visibility
-from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import document_visibility
 from w1train.checkpoints.averaging import find_checkpoint
-from w1train.checkpoints.checkpoint import load_model_weights, read_progress
+from w1train.checkpoints.loading import load_model_weights
+from w1train.checkpoints.manifest import read_progress
 from w1train.checkpoints.stored_size import require_stored
 from w1train.config.errors import UserError
 from w1train.config.phases import stage_of_step

@@ -22,8 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from w1train.attention.attention_plan import AttentionPlan
 from w1train.attention.core_attention import CoreAttention
-from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import ModelConfig
 from w1train.kernels.modulation import gate_residual
 from w1train.kernels.segments import Segments

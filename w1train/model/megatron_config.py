@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,23 +58,7 @@ def transformer_config(
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        # Interleaved stages send both ways at once. Batched, two messages between the same two ranks (PP 2) can be taken for each
-        # other, silently; sent one by one, in an order both ends know, they cannot.
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        batch_p2p_comm=parallel.virtual_pipeline == 1,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_stage,
-        account_for_embedding_in_pipeline_split=parallel.embedding_counts_as_layer,
-        account_for_loss_in_pipeline_split=parallel.head_counts_as_layer,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        recompute_method="uniform" if parallel.recompute == "full" else None,
-        recompute_num_layers=parallel.recompute_num_layers if parallel.recompute == "full" else None,
-        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
+        **_layout(parallel),
         # The loss function returns a sum and its count; gradients are divided by the count of the whole global batch.
         calculate_per_token_loss=True,
         tp_comm_overlap=parallel.tp_comm_overlap,
@@ -91,3 +75,26 @@ def transformer_config(
     # AND param.pipeline_parallel; setting only the second (NeMo, DFM, Bridge) lets the stages' replicas drift.
     config.has_cond_embedder = model.conditioning == "adaln"
     return config
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    """Return the fields of megatron-core's TransformerConfig that come from the layout over ranks, recomputation included."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Interleaved stages send both ways at once. Batched, two messages between the same two ranks (PP 2) can be taken for each
+        # other, silently; sent one by one, in an order both ends know, they cannot.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_stage,
+        "account_for_embedding_in_pipeline_split": parallel.embedding_counts_as_layer,
+        "account_for_loss_in_pipeline_split": parallel.head_counts_as_layer,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        "recompute_granularity": None if parallel.recompute == "none" else parallel.recompute,
+        "recompute_method": "uniform" if parallel.recompute == "full" else None,
+        "recompute_num_layers": parallel.recompute_num_layers if parallel.recompute == "full" else None,
+        "recompute_modules": ["core_attn"] if parallel.recompute == "selective" else None,
+    }

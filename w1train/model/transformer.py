@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from w1train.attention.plan import AttentionPlan
+from w1train.attention.attention_plan import AttentionPlan
 from w1train.config.schema import ModelConfig
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.kernels.segments import Segments

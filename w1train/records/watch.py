@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from w1train.checkpoints.checkpoint import Progress
+from w1train.checkpoints.manifest import Progress
 from w1train.config.schema import Config
 from w1train.config.serialization import flatten
 from w1train.records.average_comparison import comparison_lines

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from w1train.attention.attention_plan import AttentionPlan, plan_attention
 from w1train.attention.backends.choice import choose_backend
 from w1train.attention.context_parallel import (
     KeyExchange,
@@ -24,7 +25,6 @@ from w1train.attention.context_parallel import (
     key_exchange,
     local_visibility,
 )
-from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import (
     Visibility,
     block_diffusion_visibility,

@@ -10,19 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w1train.checkpoints.async_save import CheckpointSaver
 from w1train.checkpoints.averaging import average_steps
-from w1train.checkpoints.checkpoint import (
-    Progress,
-    best_steps,
-    load_checkpoint,
-    load_model_weights,
-    read_config,
-    read_progress,
-    read_scores,
-    step_path,
-)
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.loading import load_checkpoint, load_model_weights
+from w1train.checkpoints.manifest import Progress, read_progress, read_scores
 from w1train.checkpoints.recovery import choose_checkpoint, newest_good_step, set_aside_damaged
+from w1train.checkpoints.retention import best_steps
+from w1train.checkpoints.saver import CheckpointSaver
+from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, raise_if_any
 from w1train.config.phases import phase_ends, phase_start, stage_of_step
 from w1train.config.resume import check_resume

@@ -17,7 +17,7 @@ from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
-from w1train.checkpoints.checkpoint import CheckpointError, Progress, read_progress  # noqa: E402
+from w1train.checkpoints.manifest import CheckpointError, Progress, read_progress  # noqa: E402
 from w1train.config.schema import HealthConfig  # noqa: E402
 from w1train.training.health import guard  # noqa: E402
 from w1train.training.health.guard import ComputedStep, StepGuard  # noqa: E402
@@ -143,17 +143,17 @@ WINDOW = {"stage": "a", "masked_cross_entropy": [2.0] * 64, "grad_norm": [1] * 6
     ("health", "fault"),
     [
         ([], r"says health: \[\]"),
-        ({"window": []}, r"health\.window: \[\], which is no JSON object"),
+        ({"window": []}, r"health\.window: \[\], which is not a JSON object"),
         ({"window": None}, r"health\.window: None"),
         ({"window": {**WINDOW, "stage": 7}}, r"health\.window\.stage: 7"),
-        ({"window": {"stage": "a"}}, r"health\.window\.masked_cross_entropy: None, which is no list"),
-        ({"window": {**WINDOW, "grad_norm": "1.0"}}, r"health\.window\.grad_norm: '1.0', which is no list"),
+        ({"window": {"stage": "a"}}, r"health\.window\.masked_cross_entropy: None, which is not a list"),
+        ({"window": {**WINDOW, "grad_norm": "1.0"}}, r"health\.window\.grad_norm: '1.0', which is not a list"),
         *(
-            ({"window": {**WINDOW, name: [1.0] * 63 + [wrong]}}, rf"health\.window\.{name} holds .*, which is no finite number")
+            ({"window": {**WINDOW, name: [1.0] * 63 + [wrong]}}, rf"health\.window\.{name} holds .*, which is not a finite number")
             for name in ("masked_cross_entropy", "grad_norm")
             for wrong in ("1.0", None, True, [1.0], {}, math.nan, -math.inf, 1e101, 1e200)
         ),
-        ({"skipped": "many"}, r"health\.skipped: 'many', which is no number of steps"),
+        ({"skipped": "many"}, r"health\.skipped: 'many', which is not a number of steps"),
         ({"in_a_row": None}, r"health\.in_a_row: None"),
         ({"in_a_row": -1}, r"health\.in_a_row: -1"),
         ({"skipped": 1.5}, r"health\.skipped: 1\.5"),

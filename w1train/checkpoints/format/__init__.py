@@ -1,1 +1,1 @@
-"""The files of a checkpoint: an index in JSON, plain bytes, and the reader of what older versions wrote."""
+"""The format of a checkpoint's files: an index in JSON, tensors as plain bytes, and a reader of the format of older versions."""

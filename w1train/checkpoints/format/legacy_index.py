@@ -1,7 +1,8 @@
-"""Checkpoints from before December 2026: torch's ``.metadata``, a pickle, read without running anything that is in it; and its archives.
+"""The reader of checkpoints from before December 2026: torch's ``.metadata``, which is a pickle, and torch's archives. It executes nothing.
 
-A pickle names the functions that build its objects, so that reading somebody else's is to run their program. The unpickler here knows a
-closed list of names, gives its own inert classes for them, and refuses every other name. Nothing else in the project unpickles a file.
+A pickle names the functions that build its objects, so that to unpickle a stranger's file is to run the stranger's program. The unpickler
+here knows a closed list of names, builds its own inert classes for them, and refuses every other name. Nothing else in the project
+unpickles a file.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from w1train.runtime.names import is_plain_name, open_inside
 
 METADATA = ".metadata"
 _LARGEST_OBJECT = 1 << 20
-"""The most bytes of an object beside the tensors: step counts and parameter groups take a few kilobytes."""
+"""The most bytes of an object that is not a tensor: step counts and parameter groups take a few kilobytes."""
 _MOST_VALUES = 100_000
-"""The most values of an object, counted as often as they are referred to."""
+"""The most values of an object. A value that is referred to several times counts several times."""
 _LONGEST_MESSAGE = 200
 _BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, struct.error)
-"""The exceptions that an unpickler meets in a damaged or invented stream, beside ValueError."""
+"""The exceptions that an unpickler raises for a damaged or invented stream, other than ValueError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of an archive: a file of the directory, and bytes in it."""
+    """The place of an archive: a file of the directory, and a range of its bytes."""
 
     file: str
     start: int
@@ -49,10 +50,10 @@ def read(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], Boxes]],
     """Read torch's metadata.
 
     Returns:
-        The name of the type, the sizes and the boxes of each tensor by key; and the places of other objects.
+        The name of the type, the sizes and the boxes of each tensor by key, and the places of objects that are not tensors.
 
     Raises:
-        ValueError: the metadata name something that no checkpoint of this project has, or are damaged.
+        ValueError: the metadata are damaged, or name something that no checkpoint of this project has.
     """
     metadata = _unpickled(content, _NAMES)
     try:
@@ -71,11 +72,11 @@ def read(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], Boxes]],
 
 
 def read_object(directory: Path, place: Place) -> dict[str, Any]:
-    """Read the one object that old checkpoints hold beside tensors: nested plain values.
+    """Read an object of an old checkpoint that is not a tensor: nested plain values.
 
     Raises:
         OSError: its file cannot be read.
-        ValueError: it is no dict of plain values.
+        ValueError: it is not a dict of plain values.
     """
     if place.num_bytes > _LARGEST_OBJECT:
         raise ValueError(f"an object has {place.num_bytes} bytes; a checkpoint needs at most {_LARGEST_OBJECT}")
@@ -87,7 +88,7 @@ def read_object(directory: Path, place: Place) -> dict[str, Any]:
 
 
 def _require_few(value: Any) -> None:
-    """Raise ValueError for lists that refer to lists again and again, and so are endless when they are walked through."""
+    """Raise ValueError for lists that refer to the same lists again and again: to walk through them would take for ever."""
     left, num_values = [value], 0
     while left:
         item = left.pop()
@@ -101,11 +102,11 @@ def _require_few(value: Any) -> None:
 
 
 def read_tensor(directory: Path, place: Place, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
-    """Read a tensor that was saved alone: the archive's one entry of data is its elements in row-major order.
+    """Read a tensor from an archive of its own, whose one entry of data holds its elements in row-major order.
 
     Raises:
         OSError: its file cannot be read.
-        ValueError: the archive is damaged, or holds another number of bytes than the tensor has.
+        ValueError: the archive is damaged, or has another number of bytes than the tensor.
     """
     content = _entry(_archive(directory, place), "data/0")
     num_bytes = math.prod(sizes) * dtype.itemsize
@@ -125,7 +126,7 @@ def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a file of an archive. torch compresses nothing: what is compressed may grow without bound."""
+    """Read a file of an archive. Compressed files are refused, because they may grow without bound. torch does not compress."""
     found = [entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name]
     if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED or found[0].file_size != found[0].compress_size:
         raise ValueError(f"its archive does not have one {name} that is not compressed")
@@ -145,11 +146,11 @@ def _unpickled(content: bytes, names: Mapping[str, Callable[..., Any]]) -> Any:
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler that builds nothing but plain values and the stand-ins below. It is Python's own in Python, because that in C takes
-    memory for any number that a stream has as an index of its memo."""
+    """An unpickler that builds only plain values and the stand-ins below. It extends Python's implementation in Python, because the one in
+    C allocates memory for any number that a stream has as an index of its memo."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
-    """The function that each code of a stream calls."""
+    """The function that is called for each code of a stream."""
 
     def __init__(self, file: BinaryIO, names: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__(file)
@@ -163,7 +164,7 @@ class _Unpickler(pickle._Unpickler):
         return known
 
     def persistent_load(self, _identifier: Any) -> Any:
-        """Refuse references to what is outside of the pickle."""
+        """Refuse references to objects outside of the pickle."""
         raise pickle.UnpicklingError("it refers to objects outside of it")
 
     def get_extension(self, _code: int) -> Any:
@@ -172,16 +173,17 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _load_build(unpickler: Any) -> None:
-    """Give a record its attributes. Of anything else, a class too, the stream could change what the next checkpoint is read with."""
+    """Give a record its attributes. Other objects are refused: by the attributes of a class, a stream could change how the next checkpoint
+    is read."""
     state = unpickler.stack.pop()
     record = unpickler.stack[-1]
     if not isinstance(record, _Record):
-        raise pickle.UnpicklingError("it gives attributes to what has none")
+        raise pickle.UnpicklingError("it gives attributes to an object that has no attributes")
     record.__setstate__(state)
 
 
 def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Refuse tuples of tuples of tuples: where these are shared, to hash one takes time like two to the power of its depth."""
+    """Refuse tuples of tuples of tuples: if they share their items, the time to hash one doubles with each level."""
 
     def load_tuple(unpickler: Any) -> None:
         load(unpickler)
@@ -192,7 +194,7 @@ def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 _REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.INST, pickle.OBJ)
-"""Codes that no checkpoint has; the first takes memory for any number that a stream has."""
+"""Codes that no checkpoint has. The first would allocate memory for any number that a stream has."""
 _Unpickler.dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
 _Unpickler.dispatch[pickle.BUILD[0]] = _load_build
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
@@ -200,7 +202,7 @@ for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
 
 
 class _Record:
-    """Attributes without behaviour, in the place of one of torch's classes."""
+    """A stand-in for one of torch's classes: attributes without behaviour."""
 
     def __setstate__(self, state: Any) -> None:
         for name, value in state.items():
@@ -235,18 +237,18 @@ class _Properties(_Record):
 
 
 class _Dtype:
-    """A type of elements; its name is the class's, which a stream cannot change."""
+    """A stand-in for a type of elements. Its name is the name of the class, which a stream cannot change."""
 
 
 class _Ignored:
-    """A layout or a memory format, which are always the plain ones."""
+    """A stand-in for a layout or a memory format, which old checkpoints have in their plain form alone."""
 
     def __new__(cls, *_arguments: Any) -> _Ignored:
         return object.__new__(cls)
 
 
 class _Size(tuple[int, ...]):
-    """Whole numbers."""
+    """A stand-in for torch.Size: a tuple of whole numbers."""
 
     def __new__(cls, values: Any) -> _Size:
         return super().__new__(cls, _size(values))

@@ -1,6 +1,7 @@
-"""Plain Python values as JSON, and back, equal in value and type: what a checkpoint holds beside tensors (step counts, parameter groups).
+"""Plain Python values as JSON, and back with the same values and types: step counts and parameter groups of a checkpoint.
 
-JSON has no tuples and only text as keys, so that both are written as objects with one key that begins with a dollar sign.
+JSON has no tuples, and its keys are texts. Tuples, and dictionaries with other keys, are written as objects with one key that begins with a
+dollar sign.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from w1train.config.reading import shorten
 _TUPLE, _ITEMS = "$tuple", "$items"
 _SCALARS = (bool, int, float, str)
 _LARGEST = 1e100
-"""Numbers of an optimizer are smaller, and fit into floats."""
+"""The largest number of an optimizer that is accepted. Real ones are far smaller, and fit into floats."""
 
 
 def encode(value: Any) -> Any:
-    """Copy a value into what ``json.dumps`` keeps.
+    """Return a copy of a value that ``json.dumps`` writes without loss.
 
     Raises:
-        TypeError: the value, or something inside it, is neither None, bool, int, float or str nor a list, tuple or dict of such values.
+        TypeError: the value, or a value inside it, is neither None, bool, int, float or str nor a list, tuple or dict of such values.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -35,10 +36,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Undo ``encode``.
+    """Return the value that ``encode`` has encoded.
 
     Raises:
-        ValueError: ``encode`` does not write such values.
+        ValueError: ``encode`` does not return such a value.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]
@@ -63,12 +64,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def first_unlike(expected: Any, found: Any, name: str) -> str | None:
-    """Describe the first place where a value lacks a scalar of an example, or is of another kind. Numbers of any kind are alike. What is
-    neither a scalar nor a container is not compared: a parameter group has its parameters, which are not saved with it.
+    """Describe the first place where a value lacks a scalar of an example or has a value of another kind, or return None.
+
+    Numbers of all types count as one kind. Objects of the example that are neither scalars nor containers are not compared: a parameter
+    group holds its parameters, which are not saved with it.
 
     Args:
-        expected: the example. Of a list, its first item is the example of all items.
-        name: of the value, for the description.
+        expected: the example. The first item of a list is the example of all its items.
+        name: the name of the value in the description.
     """
     if isinstance(expected, dict):
         if not isinstance(found, dict):

@@ -1,7 +1,7 @@
-"""The files of a checkpoint's shards: one for each rank, hashed on the way to the disk, and the index that says where everything is.
+"""Writing of a checkpoint's shards: one file for each rank, hashed while it is written, and the index of all tensors.
 
-Nothing here talks to other ranks: a rank leaves a note of its part beside its file, and rank 0 puts the notes together when all ranks have
-said that they are done.
+Nothing here communicates with other ranks. A rank writes a note about its part beside its file, and rank 0 joins the notes when all ranks
+have written theirs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from torch import Tensor
 
 from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.checkpoints.format.shard_plan import Box
+from w1train.config.reading import parse_json_object
 from w1train.runtime.files import open_new, write_text
 from w1train.runtime.pulse import pulse
 from w1train.runtime.transfers import PIECE_BYTES, PiecewiseFile
 
 FREE_BYTES = "free_bytes"
+"""The attribute of an OSError with the bytes that were free on the disk when a file could not be written."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _HashedFile:
-    """A file that is written from beginning to end, with the hash of what was handed to it: what the disk makes of it is for the load to
-    find out."""
+    """A file that is written from beginning to end, and the hash of the bytes that were written. If the disk stores other bytes, the
+    verification before a load finds it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = PiecewiseFile(file), hashlib.sha256()
@@ -49,19 +51,16 @@ class _HashedFile:
         return self._hash.hexdigest()
 
 
-def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequence[Tensor], values: dict[str, Any]) -> int:
-    """Write a rank's shards into ``directory`` and wait until they are on the disk; on failure what was written is removed, to free the
-    space for what else writes there.
+def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequence[Tensor], values: dict[str, Any]) -> None:
+    """Write a rank's shards into ``directory`` and wait until they are on the disk. After a failure the file is removed, so that other
+    writers of a full disk have space.
 
     Args:
-        tensors: of the boxes; on any device, of any strides.
-        values: what this rank adds to the index beside tensors.
-
-    Returns:
-        Bytes written.
+        tensors: the elements of the boxes; on any device, with any strides.
+        values: plain values that this rank adds to the index.
 
     Raises:
-        OSError: with what the operating system says; its ``FREE_BYTES`` are what the disk had left before the removal.
+        OSError: the shards could not be written. The attribute ``FREE_BYTES`` has the bytes that were free before the removal.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path, note = shard_path(directory, rank), _note(directory, rank)
@@ -70,15 +69,14 @@ def write_part(directory: Path, rank: int, boxes: Sequence[Box], tensors: Sequen
             stream = _HashedFile(file)
             index = ShardIndex(write_boxes(stream, path.name, boxes, tensors), values)
             stream.sync()
-            size = file.tell()
-        _leave_note(note, {path.name: {"size": size, "sha256": stream.hexdigest()}}, index)
+            entry = {"size": file.tell(), "sha256": stream.hexdigest()}
+        _leave_note(note, {path.name: entry}, index)
     except OSError as error:
         error.__dict__[FREE_BYTES] = shutil.disk_usage(directory).free if directory.exists() else 0
-        with contextlib.suppress(OSError):  # the first error is the one to tell; the next start removes the rest
+        with contextlib.suppress(OSError):  # the first error is the one to report; the next start removes the rest
             path.unlink(missing_ok=True)
             note.unlink(missing_ok=True)
         raise
-    return size
 
 
 def shard_path(directory: Path, rank: int) -> Path:
@@ -91,7 +89,7 @@ def _leave_note(path: Path, files: dict[str, Any], index: ShardIndex) -> None:
 
 
 def write_boxes(stream: _HashedFile, name: str, boxes: Sequence[Box], tensors: Sequence[Tensor]) -> dict[str, StoredTensor]:
-    """Write the elements of boxes one after another, and return where they are."""
+    """Write the elements of boxes one after another, and return the index of the tensors."""
     stored: dict[str, StoredTensor] = {}
     for box, tensor in zip(boxes, tensors, strict=True):
         before = stored[box.key].shards if box.key in stored else ()
@@ -109,16 +107,16 @@ def write_elements(stream: _HashedFile | PiecewiseFile, tensor: Tensor) -> None:
 
 
 def write_index(directory: Path, num_ranks: int) -> dict[str, Any]:
-    """Put the notes of all ranks together. Rank 0 only, when all are written.
+    """Join the notes of all ranks into the index, and remove them. Rank 0 only, when all ranks have written their notes.
 
     Returns:
         The manifest's entries of the ranks' files.
 
     Raises:
-        OSError: a note cannot be read, or the index not be written.
+        OSError: a note cannot be read, or the index cannot be written.
     """
     paths = [_note(directory, rank) for rank in range(num_ranks)]
-    notes = [json.loads(path.read_bytes()) for path in paths]
+    notes = [parse_json_object(path.read_bytes(), f"{path} cannot be read") for path in paths]
     ShardIndex.join(ShardIndex.from_json(note["index"]) for note in notes).write(directory)
     for path in paths:
         path.unlink()
@@ -130,7 +128,7 @@ def _note(directory: Path, rank: int) -> Path:
 
 
 def describe_write_error(error: BaseException) -> str:
-    """One line, without the tracebacks that torch puts into its text."""
+    """Describe an error in one line, without the traceback that torch puts into its text."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"a file could not be written to its end (disk full, or a quota or file size limit reached: {text})"

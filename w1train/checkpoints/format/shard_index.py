@@ -1,9 +1,9 @@
-"""The index of a checkpoint: every tensor as a set of boxes, each box at a place in a file, and plain values beside them. It is JSON.
+"""The index of a checkpoint, in JSON: every tensor as a set of boxes, the place of each box in a file, and plain values.
 
-A tensor is a whole tensor of the model under its global name (all layers of a pipeline stacked); a shard is one box of it, as one rank
-saved it: its elements in row-major order, little-endian, without padding. The boxes of a tensor do not overlap and cover it.
+A tensor is a whole tensor of the model under its global name (all layers of a pipeline stacked). A shard is one box of it, as one rank
+saved it: its elements in row-major order, little-endian, without padding. The boxes of a tensor cover it and do not overlap.
 
-Whoever wrote a checkpoint may be anybody. Nothing in an index is executed, and all of it is checked before anything is opened.
+A stranger may have written a checkpoint. Nothing in an index is executed, and all of it is checked before any other file is opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from w1train.checkpoints.format import legacy_index
 from w1train.checkpoints.format.plain_values import decode, encode
-from w1train.checkpoints.manifest import damaged
+from w1train.checkpoints.manifest import DamagedCheckpointError
 from w1train.config.reading import parse_json, shorten
 from w1train.runtime.files import replace_file
 from w1train.runtime.names import is_plain_name, open_inside
@@ -29,7 +29,7 @@ INDEX = "shards.json"
 MAXIMUM_BYTES = 1 << 28
 """The most bytes of an index: a shard takes some 60 bytes (in old checkpoints 260), so that this is about four million shards."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offset and sizes."""
+"""Offset and sizes of a part of a tensor."""
 _VISITS_PER_BOX = 1000
 _VERSION = 1
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -37,14 +37,14 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A box of a tensor, and where its bytes are."""
+    """A box of a tensor, and the place of its bytes."""
 
     offset: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
     start: int
     archive_bytes: int | None = None
-    """Length of the torch archive that holds the box, in checkpoints from before December 2026. None: the bytes are the elements."""
+    """Length of the torch archive that holds the box, in checkpoints from before December 2026. None if the bytes are the elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """All that is in a checkpoint's shards."""
+    """The content of a checkpoint's shards."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class ShardIndex:
 
     @classmethod
     def join(cls, parts: Iterable[ShardIndex]) -> ShardIndex:
-        """Put the parts of all ranks together."""
+        """Join the parts of all ranks."""
         joined, shards = cls(), dict[str, list[Shard]]()
         for part in parts:
             joined.values.update(part.values)
@@ -82,7 +82,7 @@ class ShardIndex:
         return cls(whole, joined.values)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what ``json.dumps`` takes."""
+        """Return the index as values that ``json.dumps`` accepts."""
         tensors = {
             key: {
                 "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -100,10 +100,10 @@ class ShardIndex:
 
     @classmethod
     def from_json(cls, tree: Any) -> ShardIndex:
-        """Check a parsed index, of a checkpoint or of one rank's part, and build it.
+        """Check the parsed index of a checkpoint or of one rank's part, and return it.
 
         Raises:
-            ValueError: the tree is no index, a name is not one of a file in the directory, or a box is not inside its tensor.
+            ValueError: the tree is not an index, a name is not that of a file in the directory, or a box is not inside its tensor.
         """
         if not isinstance(tree, dict) or tree.get("version") != _VERSION:
             raise ValueError(f"it is not an index of version {_VERSION}")
@@ -114,7 +114,7 @@ class ShardIndex:
         return cls({key: _tensor_from_json(key, tensor) for key, tensor in tensors.items()}, values)
 
     def require_whole(self) -> None:
-        """Raise ValueError unless the boxes of each tensor cover it once: what no box covers would be whatever is in memory."""
+        """Raise ValueError unless the boxes of each tensor cover it once. Elements that no box covers would have arbitrary values."""
         for key, tensor in self.tensors.items():
             boxes = [(shard.offset, shard.sizes) for shard in tensor.shards]
             num_elements = sum(math.prod(sizes) for _, sizes in boxes)
@@ -123,14 +123,15 @@ class ShardIndex:
 
 
 class _Cover:
-    """The search for two boxes of a tensor that share an element, which gives up where boxes are cut as no save cuts them."""
+    """A search for two boxes of a tensor that share an element. It gives up, and calls them not disjoint, if boxes are cut in a way in
+    which no save cuts them."""
 
     def __init__(self, boxes: Sequence[Box]) -> None:
         self._visits_left = _VISITS_PER_BOX * len(boxes)
         self.is_disjoint = self._are_disjoint(boxes)
 
     def _are_disjoint(self, boxes: Sequence[Box]) -> bool:
-        """Go through the first dimension: wherever a box begins, the boxes that are there must be disjoint in the other dimensions."""
+        """Walk along the first dimension. Wherever a box begins, the boxes that are present must be disjoint in the other dimensions."""
         self._visits_left -= len(boxes)
         if self._visits_left < 0:
             return False
@@ -153,7 +154,7 @@ class _Cover:
 
 
 def dtype_named(name: object) -> torch.dtype:
-    """Return a dtype by its name. Raises ValueError: tensors of a checkpoint do not have it."""
+    """Return a dtype by its name. Raises ValueError if tensors of a checkpoint cannot have it."""
     if name not in _DTYPES:
         raise ValueError(f"{shorten(name)} is not one of the types {', '.join(_DTYPES)}")
     return getattr(torch, str(name))
@@ -194,11 +195,11 @@ def read_index(directory: Path) -> ShardIndex:
     """Read the index of a complete checkpoint: ``shards.json``, or torch's ``.metadata`` of a checkpoint from before December 2026.
 
     Raises:
-        CheckpointError: there is no index, it cannot be read, or what it says cannot be.
+        DamagedCheckpointError: the index is missing, cannot be read, or contradicts itself.
     """
     name = INDEX if (directory / INDEX).exists() else legacy_index.METADATA
     if not (directory / name).exists():
-        raise damaged(directory, [f"{INDEX} is missing"])
+        raise DamagedCheckpointError(directory, [f"{INDEX} is missing"])
     try:
         with open_inside(directory, name) as file:
             content = file.read(MAXIMUM_BYTES + 1)
@@ -208,7 +209,7 @@ def read_index(directory: Path) -> ShardIndex:
         index.require_whole()
         return index
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise damaged(directory, [f"{name} cannot be read: {error}"]) from error
+        raise DamagedCheckpointError(directory, [f"{name} cannot be read: {error}"]) from error
 
 
 def _from_metadata(directory: Path, content: bytes) -> ShardIndex:
@@ -226,7 +227,7 @@ def _tensor_from_metadata(dtype: str, sizes: tuple[int, ...], boxes: legacy_inde
 
 
 def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy plain values into the form that an index keeps them in."""
+    """Return a copy of plain values as an index stores them (plain_values.py)."""
     if not all(isinstance(key, str) for key in values):
         raise TypeError("a checkpoint's values have texts as keys")
     return {key: encode(value) for key, value in values.items()}

@@ -1,7 +1,7 @@
-"""Loading a checkpoint's shards into a model and an optimizer, under whatever layout these are built in.
+"""Loading of a checkpoint's shards into megatron-core's sharded state, under any layout.
 
-megatron-core says which boxes of which tensors a rank wants (its sharded state) and shares the reading out over the ranks that want the
-same ones; the bytes come from ``Shards`` alone. Its own entry point, ``dist_checkpointing.load``, would unpickle what it finds.
+megatron-core says which boxes of which tensors a rank needs (its sharded state), and divides the reading among the ranks that need the same
+boxes. All bytes are read by ``Shards``. megatron-core's own entry point, ``dist_checkpointing.load``, would unpickle files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import CheckpointError, damaged
+from w1train.checkpoints.manifest import CheckpointError, DamagedCheckpointError
 from w1train.runtime.distributed import all_or_none
 
 
@@ -26,14 +26,15 @@ def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], gr
     """Fill a sharded state from a complete checkpoint. Called on every rank.
 
     Args:
-        values: what the state has beside tensors, from the checkpoint.
-        group: ranks that want the same boxes: each reads a part of them and sends it to the others. None: each rank reads all it wants.
+        values: the plain values of the state, from the checkpoint.
+        group: the ranks that need the same boxes: each reads a part of them and sends it to the others. None = each rank reads all its
+            boxes.
 
     Returns:
-        The state with tensors in the place of their descriptions, and the values.
+        The values, and the state with tensors in the place of their descriptions.
 
     Raises:
-        CheckpointError: on every rank: a shard cannot be read, or a tensor is missing or has other sizes than the model's.
+        DamagedCheckpointError: on every rank; a shard cannot be read, or a tensor is missing or has other sizes than the model's.
     """
     force_all_tensors_to_non_fp8(state)
     wanted, loaded, factories = load_preprocess(state)
@@ -64,21 +65,21 @@ class _Reader:
             if self._failure is None:
                 self._fill(target.view((1,) * wanted.prepend_axis_num + tuple(wanted.local_shape)), wanted)
         except CheckpointError as error:
-            # Raised when all ranks have exchanged what they read: the others wait for this one meanwhile.
+            # Raised after the ranks have exchanged what they read, because until then the other ranks wait for this rank.
             self._failure = error
         return target
 
     def _fill(self, target: torch.Tensor, wanted: ShardedTensor) -> None:
         stored = self._shards.tensors.get(wanted.key)
         if stored is None:
-            raise damaged(self._shards.path, [f"it has no {wanted.key}"])
+            raise DamagedCheckpointError(self._shards.path, [f"it has no {wanted.key}"])
         if stored.sizes != tuple(wanted.global_shape):
             sizes = f"the sizes {list(stored.sizes)}, the model {list(wanted.global_shape)}"
-            raise damaged(self._shards.path, [f"{wanted.key} has {sizes}"])
+            raise DamagedCheckpointError(self._shards.path, [f"{wanted.key} has {sizes}"])
         num_read = self._shards.read_into(target, wanted.key, wanted.global_offset)
         assert num_read == target.numel(), f"{num_read} of {target.numel()} elements of {wanted.key} are stored"
 
     def raise_failure(self) -> None:
-        """Raise the CheckpointError that this rank met, if it met one."""
+        """Raise the CheckpointError that this rank met, if any."""
         if self._failure is not None:
             raise self._failure

@@ -1,7 +1,7 @@
-"""Which rank writes what of a checkpoint, decided once for a run: tensors, and so boxes and places, are the same at every save.
+"""The plan of which rank writes which boxes of a checkpoint. It is made once for a run, whose saves all have the same tensors and boxes.
 
-A tensor of the model is one entry of the checkpoint under its global name, whatever the layout (all layers of a pipeline stacked); a
-rank holds boxes of it. Where several hold the same box, the one with the fewest bytes so far writes it.
+A tensor of the model is one entry of the checkpoint under its global name, whatever the layout (all layers of a pipeline stacked). A rank
+holds boxes of it. If several ranks hold the same box, the rank with the fewest bytes so far writes it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Box:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the box's elements."""
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
@@ -41,34 +42,35 @@ class Plan:
     """A rank's part of every save."""
 
     boxes: tuple[Box, ...]
-    """What this rank writes, in order."""
+    """The boxes that this rank writes, in this order."""
     num_held: int
-    """Boxes that this rank had when the plan was made, its own and those that other ranks write."""
+    """The number of boxes that this rank held when the plan was made, including those that other ranks write."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalState:
-    """What a rank has of a state at a step."""
+    """The part of the state that a rank holds at a step."""
 
     boxes: dict[Box, Tensor]
     values: dict[str, Any]
-    """Plain values beside the tensors, as JSON; on rank 0. They are copied at the step, for these values are small and change."""
+    """Plain values of the state, as JSON; on rank 0. They are copies of the step's values, which change."""
 
     @classmethod
     def of(cls, state: Any, values: dict[str, Any]) -> LocalState:
-        """Take megatron-core's sharded state, after its factories were applied. Of replicas over tensor- and pipeline-parallel ranks the
-        first counts; all replicas over data-parallel ranks do."""
+        """Take megatron-core's sharded state after its factories were applied. Of replicas on tensor- and pipeline-parallel ranks only the
+        first counts. All replicas on data-parallel ranks count, and the plan chooses among them."""
         boxes: dict[Box, Tensor] = {}
         for value in nested_values(state):
             assert isinstance(value, ShardedTensor), type(value)
             if _is_first_of_model_parallel(value.replica_id):
-                # A box twice: what several chunks of a virtual pipeline hold.
+                # Several chunks of a virtual pipeline may hold the same box.
                 boxes.setdefault(_box(value), value.data.detach().view((1,) * value.prepend_axis_num + tuple(value.local_shape)))
         return cls(boxes, encode_values(values) if dist.get_rank() == 0 else {})
 
 
 def _is_first_of_model_parallel(replica: int | tuple[int, ...]) -> bool:
-    """Of (pipeline, tensor, data) all but the last; a lone number is of data-parallel ranks."""
+    """Tell whether a replica is the first over model-parallel ranks. A tuple is (pipeline, tensor, data); a lone number counts
+    data-parallel ranks."""
     return isinstance(replica, int) or not any(replica[:-1])
 
 
@@ -78,14 +80,14 @@ def _box(shard: ShardedTensor) -> Box:
 
 
 def make_plan(state: LocalState) -> Plan:
-    """Deal out what the ranks hold. Called on every rank."""
+    """Make the plan of all ranks, and return this rank's part. Called on every rank."""
     held: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(list(state.boxes), held)
     dealt: list[Any] = [None] * dist.get_world_size()
     if held is not None:
         parts = deal(held)
         require_whole(box for part in parts for box in part)
-        # Places in each rank's own list, which is short to send.
+        # Positions in each rank's own list, which take less to send than boxes.
         numbers = [{box: number for number, box in enumerate(boxes)} for boxes in held]
         dealt = [[number[box] for box in part] for number, part in zip(numbers, parts, strict=True)]
     mine: list[Any] = [None]
@@ -95,12 +97,19 @@ def make_plan(state: LocalState) -> Plan:
 
 
 def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
-    """Each box to one of the ranks that hold it: large ones first, to the rank with the fewest bytes."""
+    """Give each box to one of the ranks that hold it: the largest boxes first, each to the rank with the fewest bytes so far.
+
+    Args:
+        held: the boxes that each rank holds.
+
+    Returns:
+        The boxes that each rank writes.
+    """
     holders: dict[Box, list[int]] = defaultdict(list)
     for rank, boxes in enumerate(held):
         for box in boxes:
             holders[box].append(rank)
-    # What only one rank has is not for choice: it counts before anything is dealt.
+    # Boxes that only one rank holds come first: they leave no choice, and count for the choices that follow.
     order = sorted(holders, key=lambda box: (len(holders[box]) > 1, -box.num_bytes, box.key, box.offset))
     loads = [0] * len(held)
     parts: list[list[Box]] = [[] for _ in held]
@@ -112,7 +121,8 @@ def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
 
 
 def require_whole(boxes: Iterable[Box]) -> None:
-    """Assert that the boxes of a checkpoint are whole tensors together: at the first step, not at the first save."""
+    """Assert that boxes are whole tensors together. Called when the plan is made, so that a mistake is found at the first step and not at
+    the first save."""
     by_key: dict[str, list[Box]] = defaultdict(list)
     for box in boxes:
         by_key[box.key].append(box)
@@ -124,9 +134,9 @@ def require_whole(boxes: Iterable[Box]) -> None:
 
 
 def tensors_of(plan: Plan, state: Mapping[Box, Tensor]) -> list[Tensor]:
-    """The tensors of a plan's boxes at a later step."""
+    """Return the tensors of a plan's boxes at a later step."""
     missing = [box for box in plan.boxes if box not in state]
-    assert not missing, f"the state has changed since its first save: {missing[0]} is no more"
-    # What the plan does not know of would be left out without a word.
+    assert not missing, f"the state has changed since its first save: {missing[0]} is missing"
+    # Boxes that are not in the plan would silently not be saved.
     assert len(state) == plan.num_held, f"the state has changed since its first save: {len(state)} boxes, {plan.num_held} were planned"
     return [state[box] for box in plan.boxes]

@@ -1,8 +1,8 @@
-"""Copies of complete checkpoints in object storage, as a start finds and an upload leaves them.
+"""Copies of complete checkpoints in object storage, for uploads and for starts.
 
-fsspec names and reaches the storage (s3://, gs://, file://, ...). A copy is complete when its manifest is there, which is sent last.
-``run.json`` beside the copies says that a run uploads to this place, and the newest step that it has sent: without it, an empty listing
-of a wrong bucket and of a lost one would look like the first start of a run.
+The storage is named and reached through fsspec (s3://, gs://, file://, ...). A copy is complete when it has its manifest, which is uploaded
+last. ``run.json`` beside the copies says that a run uploads to this URL, and the newest step that it has uploaded. Without this marker, the
+empty listing of a wrong or lost bucket would look like that of a run's first start.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w1train.checkpoints.manifest import MANIFEST, MAXIMUM_BYTES, STEP_DIRECTORY, CheckpointError, check_manifest, read_manifest, step_path
+from w1train.checkpoints.checkpoint_names import LARGEST_STEP, step_of, step_of_name, step_path
+from w1train.checkpoints.manifest import MANIFEST, MAXIMUM_BYTES, CheckpointError, check_manifest, read_manifest
 from w1train.checkpoints.retention import kept_steps, rank_steps
+from w1train.config.reading import parse_json_object, shorten
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.files import open_new
 from w1train.runtime.object_storage import ObjectStorage, WrongSizeError
@@ -24,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 MARKER = "run.json"
 _UNDONE_MANIFEST = "undone-manifest.json"
-_MAX_STEP = 10**10 - 1
-"""The largest step that a checkpoint's name has room for."""
+_LARGEST_MARKER = 1 << 16
+"""The most bytes of a marker."""
 
 
 class UnfinishedCopyError(CheckpointError):
-    """A copy without a manifest: its upload did not end, or checkpoint.resume_step has undone it, or it is gone."""
+    """A copy has no manifest: its upload did not end, checkpoint.resume_step has undone it, or it was removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,16 @@ class Marker:
     """The content of run.json."""
 
     newest: int | None = None
-    """The newest step that was sent; None = no checkpoint has been sent yet."""
+    """The newest step that was uploaded; None = no checkpoint was uploaded yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A storage's files of a run, as it shows them."""
+    """The files of a run that a storage shows."""
 
     steps: list[int]
-    """Steps that the listing has a directory of or the marker names, ascending. A listing may be stale: neither need be there."""
+    """Steps that the listing has a directory of or that the marker names, ascending. Their copies may be incomplete or gone, because
+    listings may be stale."""
     marker: Marker | None
     """The content of the marker; None if there is no marker."""
     marker_problem: str | None = None
@@ -53,9 +56,9 @@ class Contents:
 
 
 class RemoteCheckpoints:
-    """The checkpoints of a run under a URL. Making one opens no connection.
+    """The copies of a run's checkpoints under a URL. The constructor opens no connection.
 
-    Every method raises StorageError if the storage fails, and CheckpointError if what it has is not what it should be.
+    Every method raises StorageError if the storage fails, and CheckpointError if a file of the storage is wrong.
     """
 
     def __init__(self, url: str) -> None:
@@ -64,7 +67,7 @@ class RemoteCheckpoints:
         """The URL as messages show it."""
 
     def contents(self) -> Contents:
-        """Return what a start can choose from."""
+        """Return the steps that a start can choose from, and the marker."""
         steps, marker, problem = {*self._listed()}, None, None
         try:
             marker = self._read_marker()
@@ -75,20 +78,20 @@ class RemoteCheckpoints:
         return Contents(sorted(steps), marker, problem)
 
     def steps(self) -> list[int]:
-        """The steps of the complete copies, ascending."""
+        """Return the steps of the complete copies, ascending."""
         return [step for step in self._listed() if self._has(step, MANIFEST)]
 
     def mark(self) -> None:
-        """Write the marker, unless there is one: a sign that a run sends its checkpoints here, before the first one is sent."""
+        """Write the marker unless it exists, so that it is there before the first checkpoint is uploaded."""
         if not self._storage.exists(self._marker_path):
             self._write_marker(Marker(max(self.steps(), default=None)))
 
     def undo_after(self, step: int) -> None:
-        """Make the later checkpoints none, for their steps are done again: their manifests get another name (a directory's cannot be
-        changed without copying it). They go when copies of the same steps come."""
+        """Make the copies of later steps incomplete, because these steps are trained again. Their manifests get another name (object
+        storage cannot rename a directory without copying it). They are removed when copies of the same steps are uploaded."""
         undone = [later for later in self.steps() if later > step]
         for later in undone:
-            logger.warning("%s of step %d is a checkpoint no more: checkpoint.resume_step=%d", self.url, later, step)
+            logger.warning("the copy of step %d in %s is not used any more: checkpoint.resume_step=%d", later, self.url, step)
             self._undo(later)
         if undone:
             self._write_marker(Marker(max(self.steps(), default=None)))
@@ -98,20 +101,20 @@ class RemoteCheckpoints:
         try:
             self._storage.rename(f"{path}/{MANIFEST}", f"{path}/{_UNDONE_MANIFEST}")
         except FileNotFoundError:
-            # The attempt before, which seemed to fail, has renamed it.
+            # A previous attempt has renamed it, although it seemed to fail.
             if self._has(step, MANIFEST):
                 raise
 
     def send(self, checkpoint: Path, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Copy a complete checkpoint; what is there of one of its step is replaced.
+        """Upload a complete checkpoint. A copy of the same step is replaced.
 
         Args:
-            on_progress: called after each part of a file that has arrived.
+            on_progress: called after each part of a file has arrived.
 
         Raises:
-            OSError: a file could not be read or sent.
+            OSError: a file could not be read or uploaded.
         """
-        step = int(checkpoint.name.removeprefix("step_"))
+        step = step_of(checkpoint)
         names = [*read_manifest(checkpoint)["files"], MANIFEST]
         self.remove(step)
         self._storage.make_directory(self._path(step))
@@ -120,23 +123,23 @@ class RemoteCheckpoints:
         self._write_marker(Marker(step))
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, or what is there of it; the sign of completeness first."""
+        """Remove a copy, or what exists of it. The manifest goes first, so that a copy that is half removed is not complete."""
         self._storage.remove_file(f"{self._path(step)}/{MANIFEST}")
         self._storage.remove_directory(self._path(step))
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of a step, whose file names are names in a directory and nothing else.
+        """Return the manifest of a copy, with every value checked.
 
         Raises:
-            UnfinishedCopyError: there is none.
-            CheckpointError: it is not a manifest of this step.
+            UnfinishedCopyError: the copy has no manifest.
+            CheckpointError: the file is not a manifest, or is the manifest of another step.
         """
         where = f"the copy of step {step} in {self.url}"
         try:
             content = self._storage.read(f"{self._path(step)}/{MANIFEST}", MAXIMUM_BYTES)
         except FileNotFoundError:
             raise UnfinishedCopyError(
-                f"it has no {MANIFEST}: its upload did not end, or checkpoint.resume_step has undone it, or it is gone"
+                f"it has no {MANIFEST}: its upload did not end, checkpoint.resume_step has undone it, or it was removed"
             ) from None
         try:
             manifest = check_manifest(content)
@@ -147,7 +150,8 @@ class RemoteCheckpoints:
         return manifest
 
     def require_sizes(self, step: int, files: dict[str, dict[str, Any]]) -> None:
-        """Compare the sizes that a manifest declares with what the storage says. Raises CheckpointError if one differs or is not there."""
+        """Compare the sizes in a manifest with those of the files in the storage. Raises CheckpointError if a file differs or is
+        missing."""
         for name, entry in files.items():
             try:
                 size = self._storage.info(f"{self._path(step)}/{name}")["size"]
@@ -157,10 +161,10 @@ class RemoteCheckpoints:
                 raise CheckpointError(f"{name} has {size} bytes, expected {entry['size']}")
 
     def fetch_file(self, step: int, name: str, num_bytes: int, directory: Path) -> None:
-        """Copy one file of a checkpoint into a directory.
+        """Copy one file of a copy into a local directory.
 
         Raises:
-            CheckpointError: the file is not there, or is longer or shorter than ``num_bytes`` each time.
+            CheckpointError: the file is missing, or was longer or shorter than ``num_bytes`` in every attempt.
             OSError: the local disk or the storage failed.
         """
         try:
@@ -170,8 +174,8 @@ class RemoteCheckpoints:
             raise CheckpointError(str(error)) from error
 
     def remove_old(self, settings: CheckpointConfig, phase_start: int) -> None:
-        """Keep here what the run's settings would keep of these checkpoints, and nothing of uploads that did not end. What
-        checkpoint.resume_step has undone stays."""
+        """Remove the copies that the run's settings do not keep, and what uploads that did not end have left. Copies that
+        checkpoint.resume_step has undone stay."""
         listed, complete = self._listed(), self.steps()
         best = []
         if settings.keep_best > 0:
@@ -183,20 +187,20 @@ class RemoteCheckpoints:
             self.remove(step)
         for step in sorted({*listed} - {*complete}):
             if not self._has(step, _UNDONE_MANIFEST):
-                logger.info("removing from %s what came of step %d, whose upload did not end", self.url, step)
+                logger.info("removing the copy of step %d, whose upload did not end, from %s", step, self.url)
                 self.remove(step)
 
     def _score(self, step: int, metric: str) -> float | None:
         try:
             score = self.manifest(step).get("validation", {}).get(metric)
         except (CheckpointError, AttributeError) as error:
-            logger.warning("the copy of step %d in %s counts as one without a score: %s", step, self.url, error)
+            logger.warning("the copy of step %d in %s counts as a checkpoint without a score: %s", step, self.url, error)
             return None
         return score if isinstance(score, int | float) else None
 
     def _listed(self) -> list[int]:
         names = self._storage.names(self._storage.root)
-        return sorted({int(name.removeprefix("step_")) for name in names if STEP_DIRECTORY.fullmatch(name)})
+        return sorted({step for name in names if (step := step_of_name(name)) is not None})
 
     def _has(self, step: int, name: str) -> bool:
         return self._storage.exists(f"{self._path(step)}/{name}")
@@ -214,14 +218,16 @@ class RemoteCheckpoints:
 
     def _read_marker(self) -> Marker | None:
         try:
-            content = self._storage.read(self._marker_path, 1 << 16)
+            content = self._storage.read(self._marker_path, _LARGEST_MARKER)
         except FileNotFoundError:
             return None
         try:
-            newest = json.loads(content)["newest"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{MARKER} cannot be read ({error})") from error
-        is_step = isinstance(newest, int) and not isinstance(newest, bool) and 0 <= newest <= _MAX_STEP
-        if newest is not None and not is_step:
-            raise CheckpointError(f"{MARKER} does not have a step, but {str(newest)[:40]}")
+            marker = parse_json_object(content, f"{MARKER} cannot be read")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        if "newest" not in marker:
+            raise CheckpointError(f"{MARKER} cannot be read: it has no newest step")
+        newest = marker["newest"]
+        if newest is not None and not (type(newest) is int and 0 <= newest <= LARGEST_STEP):
+            raise CheckpointError(f"{MARKER} does not have a step, but {shorten(newest)}")
         return Marker(newest)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from w1train.checkpoints.checkpoint import Progress
+from w1train.checkpoints.manifest import Progress
 from w1train.config.schema import HealthConfig
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.engine.building import TrainedModel

@@ -1,4 +1,4 @@
-"""Horizontal bars as an SVG file that stands alone, light and dark."""
+"""Charts of horizontal bars, as SVG files for light and dark pages."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ text { font: 12px system-ui, sans-serif; fill: #78736a; } .end { text-anchor: en
 
 @dataclass(slots=True, frozen=True)
 class Bar:
-    """One row: what it is, and its pieces from left to right."""
+    """One bar: its label, and its pieces from left to right."""
 
     label: str
     pieces: Sequence[tuple[str, float]]
-    """(name, value); pieces of one name have one colour in all bars."""
+    """Names and values of the pieces. Pieces of one name have the same colour in all bars."""
     note: str = ""
-    """Behind its end."""
+    """Text after the end of the bar."""
 
 
 def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], unit: str) -> str:
-    """Groups of bars, each under its heading, over one axis from zero.
+    """Return a chart of groups of bars, each under its heading, over one axis from zero.
 
     Args:
-        unit: what the axis counts.
+        unit: the unit of the axis.
     """
     bars = [bar for _, members in groups for bar in members]
     names = list(dict.fromkeys(name for bar in bars for name, _ in bar.pieces))

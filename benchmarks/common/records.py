@@ -1,4 +1,4 @@
-"""Results that a program can read: a JSON file beside each Markdown report, for benchmarks.compare."""
+"""Results in JSON, beside each Markdown report, for benchmarks.compare."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.report import RESULTS, Table, write_report
+from benchmarks.common.report import RESULTS, Table, write_report
 from w1train.config.errors import UserError
 
 Results = dict[str, dict[str, float | None]]
-"""Row -> metric -> value; None = not measured. A metric's last word is its unit: forward_ms, visible_tflops, memory_gib, mfu."""
+"""Values by row and metric; None = not measured. The last word of a metric is its unit: forward_ms, visible_tflops, memory_gib, mfu."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """One measurement."""
+    """The record of one measurement."""
 
     benchmark: str
     command: str
@@ -28,24 +28,24 @@ class Record:
     date: str = ""
     commit: str = ""
     dry_run: bool = False
-    """A run that only shows that the benchmark works: on the CPU or of tiny shapes. Its numbers mean nothing."""
+    """Whether the run only shows that the benchmark works, on the CPU or with tiny shapes. Its numbers mean nothing."""
 
     def __post_init__(self) -> None:
         self.date = self.date or datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.commit = self.commit or _commit()
 
     def to_json(self) -> str:
-        """As it is written."""
+        """Return the record as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Record:
-        """What ``to_json`` wrote."""
+        """Return the record that ``to_json`` has written."""
         return cls(**json.loads(text))
 
 
 def _commit() -> str:
-    """Empty where there is no git, as on a machine that the tree was copied to."""
+    """Return the commit, or an empty text without git, as on a machine that the tree was copied to."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -54,17 +54,17 @@ def _commit() -> str:
 
 
 def require_report_place(directory: Path, dry_run: bool) -> None:
-    """Before anything is measured.
+    """Refuse to report a dry run among the results. Called before anything is measured.
 
     Raises:
         UserError: a dry run would be reported among the results.
     """
     if dry_run and directory.resolve() == RESULTS.resolve():
-        raise UserError(f"a dry run is no result, and is not written to {RESULTS}; name another place with --output")
+        raise UserError(f"a dry run is not a result, and is not written to {RESULTS}; name another directory with --output")
 
 
 def publish(record: Record, title: str, tables: Sequence[Table], notes: str, plot: str, directory: Path) -> Path:
-    """Write ``YYYY-MM-DD-benchmark.md``, ``.json`` and ``.svg``, and return the first's path."""
+    """Write ``YYYY-MM-DD-benchmark.md``, ``.json`` and ``.svg``, and return the path of the first."""
     require_report_place(directory, record.dry_run)
     title = f"Dry run, not a result: {title}" if record.dry_run else title
     picture = f"{datetime.date.today().isoformat()}-{record.benchmark}.svg"

@@ -1,4 +1,4 @@
-"""The device of a measurement: what it is, a clock for its work, and its memory."""
+"""The device of a measurement: its description, a clock for its work, and its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Table, environment
+from benchmarks.common.report import Table, environment
 from w1train.config.errors import UserError
 
 GPU_PACKAGES = ("torch", "triton", "megatron-core", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "transformer-engine")
@@ -23,15 +23,15 @@ _SMI_FIELDS = {
     "power.limit": "power limit",
     "temperature.gpu": "temperature at the end, C",
 }
-# More than the L2 of any GPU here (50 MB on an H100).
+# More bytes than the L2 cache of any GPU that is measured (50 MB on an H100).
 _FLUSHED_BYTES = 256 * 2**20
 
 
 def open_device(name: str) -> torch.device:
-    """The device that a command line names.
+    """Return the device that a command line names.
 
     Raises:
-        UserError: it is a GPU, and there is none.
+        UserError: the device is a GPU, and torch finds no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, and torch finds no GPU; --device cpu --tiny is a dry run")
@@ -39,7 +39,7 @@ def open_device(name: str) -> torch.device:
 
 
 def versions() -> dict[str, str]:
-    """Of what a GPU measurement depends on; "absent" for what is not installed."""
+    """Return the versions of what a measurement on a GPU depends on, with "absent" for packages that are not installed."""
     found = {"CUDA": torch.version.cuda or "absent", "cuDNN": str(torch.backends.cudnn.version() or "absent")}
     for name in GPU_PACKAGES:
         try:
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Name of the device, and for a GPU what nvidia-smi says of its driver, clocks and power."""
+    """Return the name of the device, and for a GPU the driver, clocks and power that nvidia-smi reports."""
     if device.type != "cuda":
         return {"device": device.type}
     properties = torch.cuda.get_device_properties(device)
@@ -68,7 +68,7 @@ def _nvidia_smi() -> dict[str, str]:
 
 
 def gpu_environment(command: str, machine: dict[str, str], software: dict[str, str]) -> Table:
-    """Machine, versions and command, the GPU's included."""
+    """Return the table of machine, versions and command, with those of the GPU."""
     table = environment(command)
     known = {name for name, _ in table.rows}
     rows = [*machine.items(), *((name, version) for name, version in software.items() if name not in known)]
@@ -76,17 +76,18 @@ def gpu_environment(command: str, machine: dict[str, str], software: dict[str, s
 
 
 class Clock:
-    """Times work on a device: between events on a GPU, by the wall on the CPU."""
+    """A clock for work on a device: by events on a GPU, and by wall time on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
 
     def seconds(self, parts: Sequence[Callable[[], Any]]) -> list[float]:
-        """Of each part, one after another; the first one finds the L2 cache without its inputs, as in a layer of many."""
+        """Return the seconds of each part, which run one after another. The first part does not find its inputs in the L2 cache, as in a
+        model of many layers."""
         if self._flushed is None:
             return [_wall_seconds(part) for part in parts]
-        # It also keeps the GPU busy while the first kernels are being launched.
+        # This also keeps the GPU busy while the first kernels are being launched.
         self._flushed.zero_()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
         events[0].record()
@@ -97,7 +98,7 @@ class Clock:
         return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
     def wall_seconds(self, work: Callable[[], Any]) -> float:
-        """Until the device has done it, launches and waiting of the host included."""
+        """Return the seconds until the device has done the work, with the launches and waiting of the host."""
         self.synchronize()
         started = time.perf_counter()
         work()
@@ -105,7 +106,7 @@ class Clock:
         return time.perf_counter() - started
 
     def synchronize(self) -> None:
-        """Wait for all work."""
+        """Wait until the device has done all its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -117,12 +118,12 @@ def _wall_seconds(work: Callable[[], Any]) -> float:
 
 
 def allocated_bytes(device: torch.device) -> int | None:
-    """What tensors hold now; None on the CPU, where nobody counts."""
+    """Return the bytes that tensors hold now, or None on the CPU, where they are not counted."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int | None:
-    """What tensors held at most during the work, beyond what they held before; None on the CPU."""
+    """Return the most bytes that tensors held during the work, without those that they held before, or None on the CPU."""
     before = allocated_bytes(device)
     if before is None:
         return None

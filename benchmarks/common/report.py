@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: a table on the terminal and, when asked for, a dated file in benchmarks/results/."""
+"""Tables of measurements for the terminal, and dated reports in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ import psutil
 from rich.console import Console
 from rich.table import Table as RichTable
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _LOG_WIDTH = 160
 _PACKAGES = ("torch", "megatron-core", "numpy")
 
 
 @dataclass(slots=True, frozen=True)
 class Table:
-    """Rows of text, the first column left-aligned, the others right-aligned."""
+    """A table of texts. Its first column is left-aligned, and the others are right-aligned."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def print(self) -> None:
-        """To the terminal."""
+        """Print the table to the terminal."""
         table = RichTable(title=self.title, title_justify="left", min_width=len(self.title))
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
         for row in self.rows:
             table.add_row(*row)
-        # A log has no width, and rich would take 80 columns.
+        # A log has no width, and rich would use 80 columns.
         width = None if sys.stdout.isatty() else _LOG_WIDTH
         Console(highlight=False, markup=False, width=width).print(table)
 
     def markdown(self) -> str:
-        """For a report."""
+        """Return the table as Markdown, for a report."""
         alignment = ["---", *("---:" for _ in self.columns[1:])]
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in (self.columns, alignment, *self.rows))])
 
 
 def environment(command: str) -> Table:
-    """Machine, versions and command: what a number means nothing without."""
+    """Return the table of machine, versions and command, without which a number means nothing."""
     memory = psutil.virtual_memory().total / 2**30
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     rows = [
@@ -64,13 +64,10 @@ def environment(command: str) -> Table:
 
 
 def write_report(name: str, title: str, tables: Sequence[Table], notes: str, directory: Path = RESULTS) -> Path:
-    """Write ``YYYY-MM-DD-name.md``; a second report of the day takes the first one's place.
+    """Write ``YYYY-MM-DD-name.md``, and return its path. A second report of a day replaces the first.
 
     Args:
-        notes: Markdown above the tables: what was compared with what.
-
-    Returns:
-        The file.
+        notes: Markdown above the tables, which says what was compared with what.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{datetime.date.today().isoformat()}-{name}.md"
@@ -79,13 +76,13 @@ def write_report(name: str, title: str, tables: Sequence[Table], notes: str, dir
 
 
 def spread(values: Sequence[float], number: str) -> str:
-    """ "median (first quartile to third)", each in the given format."""
+    """Return "median (first quartile to third quartile)", each in the given format."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return f"{number.format(median)} ({number.format(low)} to {number.format(high)})"
 
 
 def _processor() -> str:
-    """The model's name as Linux tells it; platform.processor() is empty or only the architecture there."""
+    """Return the processor's name from /proc/cpuinfo. On Linux, platform.processor() is empty or only the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

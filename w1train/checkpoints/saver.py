@@ -1,18 +1,20 @@
-"""Saving while training goes on.
+"""Saves of a run, written in the background while training continues.
 
-At a step boundary each rank copies its part of the state into host memory that it has for that (staging.py): this is what training waits
-for. A thread then writes and hashes the part. At every later boundary the ranks agree, by one all-reduce of three numbers, whether all
-parts are there; then a thread of rank 0 writes index and manifest, renames the directory and removes old checkpoints, and at a
-boundary after that the ranks agree that the checkpoint is there. With ``checkpoint.asynchronous=false`` nothing is copied, and training
-waits until all of this is done.
+1. At a step boundary, each rank copies its part of the state into host memory (staging.py). Training waits for this copy alone.
+2. A thread of each rank writes and hashes the part (format/shard_files.py).
+3. At every later step boundary, the ranks agree by one small all-reduce whether all parts are written.
+4. A thread of rank 0 then writes the index and the manifest, renames the directory (commit.py) and removes old checkpoints.
+5. At a later step boundary, the ranks agree that the checkpoint is complete.
 
-The third number says whether bytes have moved on any rank since the last time: whoever waits for a save takes that for progress, so that
-the watchdog ends a run whose storage has stalled, and no run whose storage is slow.
+With ``checkpoint.asynchronous=false`` nothing is copied, and training waits until all of this is done.
 
-The threads talk to no other rank: collectives of two threads would meet in another order on another rank. What rank 0's thread must know
-of the other parts lies beside them in notes.
+The all-reduce also says whether bytes have moved on any rank since the last all-reduce. A rank that waits for a save counts this as
+progress, so that the watchdog ends a run whose storage has stalled, and does not end a run whose storage is slow.
 
-One save is under way at a time: the next one waits for it, and so do the ends of a phase and of the run.
+The threads communicate with no other rank, because collectives of two threads could meet in another order on another rank. Each rank
+leaves a note about its part in the directory, and rank 0's thread reads the notes.
+
+One save is under way at a time. The next save, the end of a phase and the end of the run wait for it.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from w1train.checkpoints.checkpoint import collect_state
-from w1train.checkpoints.commit import explain_failure, finish, raise_together, writing_path
+from w1train.checkpoints.checkpoint_names import step_path, writing_path
+from w1train.checkpoints.commit import explain_failure, finish, raise_together
 from w1train.checkpoints.format.shard_files import write_index, write_part
 from w1train.checkpoints.format.shard_plan import Plan, make_plan, tensors_of
-from w1train.checkpoints.manifest import CheckpointError, Progress, latest_step, size_of, step_path
+from w1train.checkpoints.manifest import CheckpointError, Progress, latest_step, size_of
+from w1train.checkpoints.model_state import collect_state
 from w1train.checkpoints.remote.uploader import Uploader
 from w1train.checkpoints.retention import remove_old
 from w1train.checkpoints.save_times import SaveTimes
@@ -62,9 +65,9 @@ class _Save:
     phase_start: int
     started: float
     work: Future[Any]
-    """This rank's present part of it; done at once where another rank has to work."""
+    """What this rank's thread does for the save now. Already done on the other ranks while rank 0 finishes the save."""
     is_finishing: bool = False
-    """All parts are written, and rank 0 makes a checkpoint of them."""
+    """Whether all parts are written, so that rank 0 makes a checkpoint of them."""
 
 
 class CheckpointSaver:
@@ -83,9 +86,15 @@ class CheckpointSaver:
         clock: Callable[[], float] = time.perf_counter,
         upload_patience: float = 300.0,
     ) -> None:
-        """``before_commit`` is called on rank 0, in any thread, before a checkpoint becomes visible: what it says happened must be on the
-        disk by then. ``after_commit`` gets the step of a checkpoint that is there and the seconds it took, at a step boundary. ``close``
-        waits ``upload_patience`` seconds at most for a storage that takes nothing."""
+        """Prepare to save; nothing is written yet.
+
+        Args:
+            before_commit: called on rank 0, in any thread, before a checkpoint becomes visible. Records of the steps up to the checkpoint
+                must be on the disk when it returns.
+            after_commit: called on every rank at a step boundary, with the step of a complete checkpoint and the seconds that it took.
+            is_resumed: whether the run was resumed, so that the time until its first step is recorded.
+            upload_patience: the seconds that ``close`` waits for an object storage in which nothing arrives.
+        """
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
         self.times = SaveTimes(clock)
         self._before_commit, self._after_commit = before_commit, after_commit
@@ -95,9 +104,9 @@ class CheckpointSaver:
         self._save: _Save | None = None
         self._movement = Movement()
         self._saved_step: int | None = None
-        """The step at whose boundary a save succeeded, until training goes on."""
+        """The step of the save that has succeeded since the last call of ``poll``, if one has."""
         self._failure: CheckpointError | None = None
-        """Of the newest save, if that failed."""
+        """The error of the newest save, if that save failed."""
         self._upload_patience = upload_patience
         self._phase_start: int | None = None
         """The start of the phase of the newest checkpoint that became visible in this process; on rank 0."""
@@ -105,19 +114,20 @@ class CheckpointSaver:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is under way."""
+        """Tell whether a save is under way."""
         return self._save is not None
 
     def save(self, progress: Progress, *, phase_start: int = 0, scores: Mapping[str, float] | None = None) -> None:
-        """Save the state as it is now, in the background if the settings have it so; first waits for the save before, and does nothing more
-        if that was of this very step.
+        """Save the current state, in the background if ``checkpoint.asynchronous`` is true. Waits for the previous save first, and does
+        nothing more if that save was of the same step.
 
         Args:
-            phase_start: the best checkpoints are sought among later steps than this.
-            scores: the validation of this very step by metric, if there was one.
+            phase_start: only checkpoints of later steps than this are among the best.
+            scores: results of the validation at this step, by metric, if there was a validation.
 
         Raises:
-            CheckpointError: on every rank; this save (or in the background, the one before) failed, and the settings want the run to stop.
+            CheckpointError: on every rank; a save failed, and ``checkpoint.on_error`` is "stop". In the background, this is the previous
+                save; ``poll`` raises the error of this save.
         """
         self.wait()
         if progress.step == self._saved_step:
@@ -139,10 +149,10 @@ class CheckpointSaver:
                 self.wait()
 
     def poll(self) -> None:
-        """At a step boundary: take the save under way as far as it goes without waiting. At the first one, get ready for the first save.
+        """Continue the save under way as far as possible without waiting. Called at every step boundary; the first call prepares saving.
 
         Raises:
-            CheckpointError: on every rank; it failed, and the settings want the run to stop.
+            CheckpointError: on every rank; the save failed, and ``checkpoint.on_error`` is "stop".
         """
         self._saved_step = None
         if self._plan is None:
@@ -159,31 +169,31 @@ class CheckpointSaver:
         if is_moving:
             beat()
         if is_running:
-            # Also where a rank has failed: the files are removed when nobody writes there any more.
+            # Also if a rank has failed already: the files are removed only when no rank writes there any more.
             return
         if has_failed:
             self._save = None
-            self._failed(self._explain(save, error))
+            self._handle_failure(self._explain(save, error))
         elif not save.is_finishing:
             save.is_finishing = True
             save.work = in_background(partial(self._finish, save), "checkpoint") if dist.get_rank() == 0 else nothing()
         else:
             self._save, self._failure, self._saved_step = None, None, save.progress.step
             seconds = self._clock() - save.started
-            self._tell_saved(save, seconds)
+            self._log_saved(save, seconds)
             self._after_commit(save.progress.step, seconds)
 
-    def _tell_saved(self, save: _Save, seconds: float) -> None:
+    def _log_saved(self, save: _Save, seconds: float) -> None:
         if not self.settings.asynchronous:
             logger.info("saved %s in %.1f s", save.final, seconds)
             return
         dip = self.times.saved(seconds)
-        slower = "" if dip is None else f", steps {100 * dip:.0f} % longer meanwhile"
-        logger.info("saved %s, %.1f s in the background%s", save.final, seconds, slower)
+        change = "" if dip is None else f"; steps were {100 * abs(dip):.0f} % {'longer' if dip > 0 else 'shorter'} during the save"
+        logger.info("saved %s in %.1f s in the background%s", save.final, seconds, change)
 
     def _prepare(self) -> None:
         if self._uploader is not None:
-            # Not before the first step: a thread that is there when data workers are forked may hold a lock that they wait for.
+            # Not before the first step: a thread that exists when data workers are forked may hold a lock that they would wait for.
             self._uploader.begin()
         with self.times.stalling():
             state = collect_state(self.model, Progress())
@@ -192,7 +202,7 @@ class CheckpointSaver:
                 self._staging.prepare(tensors_of(self._plan, state.boxes))
 
     def _finish(self, save: _Save) -> None:
-        """On rank 0, in the background."""
+        """Make a checkpoint of the written parts. Runs on rank 0, in the background."""
         with pulse.transferring(f"finishing {save.final}"):
             files = write_index(writing_path(save.final), dist.get_world_size())
             self._before_commit()
@@ -200,7 +210,7 @@ class CheckpointSaver:
             self._clean_up(save.final, save.phase_start)
 
     def _clean_up(self, final: Path, phase_start: int) -> None:
-        """After a checkpoint has become visible: send it away, and remove what it takes the place of. Rank 0 only."""
+        """Begin to upload a new checkpoint, and remove old checkpoints. Rank 0 only."""
         self._phase_start = phase_start
         if self._uploader is not None:
             self._uploader.upload(final, self.settings, phase_start)
@@ -209,27 +219,25 @@ class CheckpointSaver:
     def remove_old(self, phase_start: int) -> None:
         """Remove the checkpoints that the settings do not keep. Rank 0 only, while nothing is being saved."""
         in_use = () if self._uploader is None else self._uploader.steps_in_use()
-        settings = self.settings
-        keep = (settings.keep, settings.keep_best, settings.best_metric)
-        remove_old(self.directory, *keep, phase_start, keep_every=settings.keep_every, in_use=in_use)
+        remove_old(self.directory, self.settings, phase_start, in_use=in_use)
 
     def _explain(self, save: _Save, error: OSError | None) -> CheckpointError:
-        """Remove what is left of a failed save, and say why it failed."""
+        """Remove the files of a failed save, and return an error that describes the failure."""
         try:
             raise_together(error)
         except CheckpointException as failure:
             return agreed(CheckpointError(on_main_rank(partial(explain_failure, save.final, failure))))
         raise AssertionError("a save failed on no rank")
 
-    def _failed(self, error: CheckpointError) -> None:
+    def _handle_failure(self, error: CheckpointError) -> None:
         self._failure = error
         if self.settings.on_error == "stop":
             raise error
         if dist.get_rank() == 0:
-            logger.warning("%s Training goes on, and saves again when the next checkpoint is due (checkpoint.on_error=warn)", error)
+            logger.warning("%s Training continues, and saves again when the next checkpoint is due (checkpoint.on_error=warn)", error)
 
     def wait(self) -> None:
-        """Until no save is under way. Raises as ``poll`` does."""
+        """Wait until no save is under way. Raises as ``poll`` does."""
         if self._save is None:
             return
         with self.times.stalling():
@@ -239,10 +247,10 @@ class CheckpointSaver:
                     time.sleep(POLL_SECONDS)
 
     def step_times(self, times: Mapping[str, float | None]) -> dict[str, float]:
-        """What the record of a step says of saving (SaveTimes).
+        """Return the ``checkpoint/`` metrics of a step's record (SaveTimes).
 
         Args:
-            times: the record's ``time/`` part.
+            times: the ``time/`` metrics of the record.
         """
         seconds = times["time/step_seconds"]
         assert seconds is not None
@@ -253,27 +261,31 @@ class CheckpointSaver:
         return self.times.take()
 
     def require_saved(self) -> None:
-        """Wait, and insist: what comes next builds on the newest save.
+        """Wait for the save under way, and refuse to continue if the newest save failed: what comes next needs its checkpoint.
 
         Raises:
-            CheckpointError: on every rank; it failed.
+            CheckpointError: on every rank; the newest save failed.
         """
         self.wait()
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """``require_saved``, wait for what is being uploaded, and remove what stayed for that alone."""
+        """Finish the save under way and the uploads, and remove the checkpoints that were kept only to be uploaded.
+
+        Raises:
+            CheckpointError: on every rank; the newest save failed.
+        """
         self.require_saved()
         self._wait_for_uploads()
-        # The newest copy is the one that a lost disk is made good with.
+        # A run that loses its disk is resumed from the newest copy.
         if on_main_rank(lambda: self._uploader is not None and self._uploader.try_again()):
             self._wait_for_uploads()
         if self._phase_start is not None:
             self.remove_old(self._phase_start)
 
     def _wait_for_uploads(self) -> None:
-        """Wait until nothing is being uploaded, or nothing has arrived for ``upload_patience`` seconds."""
+        """Wait until all uploads have ended, or nothing has arrived in the storage for ``upload_patience`` seconds."""
         uploader, num_sent, moved = self._uploader, 0, self._clock()
         if uploader is not None and uploader.is_busy:
             logger.info("waiting for %s, as long as something arrives every %.0f s", uploader.describe(), self._upload_patience)
@@ -288,38 +300,38 @@ class CheckpointSaver:
                     uploader.abandon(silence)
                 return
             if now_sent > num_sent or is_moving:
-                # Hours, perhaps: a hang is an upload in which nothing gets through.
+                # An upload may take hours. It hangs only if nothing arrives.
                 num_sent, moved = now_sent, self._clock()
                 beat()
             time.sleep(POLL_SECONDS)
 
     def _look_at_space(self) -> None:
-        """Say beforehand that a save may fail. Rank 0 only."""
+        """Warn before a save if the disk is probably too full for it. Rank 0 only."""
         newest = latest_step(self.directory)
         if newest is None:
             return
         try:
             needed = size_of(step_path(self.directory, newest))
         except CheckpointError as error:
-            logger.warning("how much space a save takes is not known: %s", error)
+            logger.warning("cannot tell how much space the next checkpoint needs: %s", error)
             return
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            sizes = f"{free / 2**20:.1f} MiB are free, and the last one took {needed / 2**20:.1f} MiB"
+            sizes = f"{free / 2**20:.1f} MiB are free, and the last checkpoint took {needed / 2**20:.1f} MiB"
             logger.warning("the next checkpoint may not fit into %s: %s", self.directory, sizes)
 
     def __enter__(self) -> CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """After an error of all ranks, finish the save under way: it is of a step before the error. After an error of this rank alone the
-        others cannot be asked."""
+        """Finish the save under way if all ranks have met the error: the saved step is earlier than the error. After an error of this rank
+        alone the save cannot be finished, because the other ranks do not take part."""
         if error is not None and is_agreed(error):
             self.wait()
 
 
 def _error_of(work: Future[None]) -> OSError | None:
-    """What the disk said to work that is done. Anything else is a mistake of ours, and is raised on the rank that made it."""
+    """Return the OSError that ended a thread's work, or None. Any other error is a bug of ours, and is raised on the rank that met it."""
     error = work.exception()
     if error is not None and not isinstance(error, OSError):
         raise error
