@@ -38,8 +38,8 @@ _COUNTERS_AT_ONCE = 16384
 class Purpose(IntEnum):
     """What a stream of numbers is for; each has its own counters, so no two uses share a number."""
 
-    MASK = 0
-    """Which tokens are masked."""
+    NOISE = 0
+    """Which tokens are noised, and what noise puts in their places."""
     TIMESTEP = 1
     """Where a sample's t lies inside its stratum."""
     STRATUM = 2

@@ -9,7 +9,7 @@ batch size.
 
 Document k of a sample has u_k = u + k * golden ratio (mod 1): uniform each, and well spread inside the sample.
 
-u is held as a 32-bit integer, and the mask probability as a 32-bit threshold, so that CPU and GPU agree to the last bit.
+u is held as a 32-bit integer, and the noising probability as a 32-bit threshold, so that CPU and GPU agree to the last bit.
 
 Shapes: b = samples, g = segments (stretches that share one t) per sample.
 """
@@ -54,9 +54,10 @@ def timesteps_from_fractions(config: DiffusionConfig, fractions: Tensor) -> Tens
     return config.t_min + (t_max - config.t_min) * (fractions.double() / _TWO_32)
 
 
-def mask_thresholds(timesteps: Tensor) -> Tensor:
-    """int64 thresholds: a token is masked when its random 32-bit word is below t * 2^32. t = 1 masks every token."""
-    return (timesteps.double() * _TWO_32).floor().to(torch.int64)
+def word_thresholds(probabilities: Tensor) -> Tensor:
+    """Return the int64 threshold of each probability: a random 32-bit word is below probability * 2^32 with this probability. Every word is
+    below the threshold of probability 1."""
+    return (probabilities.double() * _TWO_32).floor().to(torch.int64)
 
 
 def _bit_reverse(values: Tensor, num_bits: int) -> Tensor:

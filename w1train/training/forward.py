@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,7 +19,8 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.objectives.description import num_streams
-from w1train.objectives.likelihood import LossSums, denominator, diffusion_loss
+from w1train.objectives.named_sums import NamedSums, size_of
+from w1train.objectives.objective import Objective, objective_of
 from w1train.runtime.pulse import beat
 from w1train.runtime.streams import hand_over, side_stream
 from w1train.training.inputs import RankInputs, rank_inputs
@@ -44,13 +46,13 @@ type Prepared = tuple[RankInputs, Tensor, Tensor]
 
 def run_micro_batches(
     config: Config, chunks: list[torch.nn.Module], batches: Iterator[NoisyBatch], num_micro_batches: int, *, training: bool
-) -> tuple[LossSums, StepWork]:
-    """Forward (and in training backward) over the micro-batches of this rank, through megatron-core's schedule.
+) -> tuple[dict[str, Any], StepWork]:
+    """Run the forward pass (and in training the backward pass) over the micro-batches of this rank, through megatron-core's schedule.
 
     Gradients are left divided by the objective's denominator over the global batch.
 
     Returns:
-        Sums over the whole global batch, the same on every rank.
+        Metrics of the whole global batch by their names in records, and the work of all ranks; the same on every rank.
     """
     iterators = _inputs_of_chunks(config, batches, num_micro_batches, len(chunks))
     if torch.cuda.is_available():
@@ -65,7 +67,7 @@ def run_micro_batches(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=not training,
     )
-    return _sum_over_ranks(results, config.logging.num_t_bins)
+    return _sum_over_ranks(results, objective_of(config.diffusion, config.logging.num_t_bins))
 
 
 def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
@@ -106,7 +108,6 @@ def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
 
 def _prepare(noisy: NoisyBatch, config: Config) -> Prepared:
     inputs = rank_inputs(noisy, config)
-    inputs.noisy.loss_timesteps_and_weights()  # picked here, for the loss to find
     return inputs, inputs.targets, _work(inputs)
 
 
@@ -115,16 +116,14 @@ def _input_stream() -> torch.cuda.Stream:
 
 
 def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
+    """Return what megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
 
-    ``cross_entropy``: float32 [m], the noisy stream's and behind them, where the objective has them, the clean stream's.
+    Args:
+        cross_entropy: float32 [m], at the rows of ``inputs.rows``.
     """
-    noisy = inputs.noisy
-    num_noisy = len(noisy.loss_timesteps_and_weights()[0])
-    of_clean = None if noisy.next_mask is None else cross_entropy[num_noisy:]
-    weighted, sums = diffusion_loss(cross_entropy[:num_noisy], noisy, config.diffusion, config.logging.num_t_bins, of_clean)
-    kept = torch.cat([sums.values, work])
-    return weighted, denominator(config.diffusion, noisy).to(torch.int), kept
+    objective = objective_of(config.diffusion, config.logging.num_t_bins)
+    weighted, sums = objective.loss(cross_entropy, inputs.rows)
+    return weighted, sums[objective.normalizer].to(torch.int), torch.cat([sums.values, work])
 
 
 def _work(inputs: RankInputs) -> Tensor:
@@ -141,11 +140,11 @@ def _work(inputs: RankInputs) -> Tensor:
     return torch.cat([pairs[None], torch.tensor(counts, dtype=torch.float64, device=pairs.device)])
 
 
-def _sum_over_ranks(results: list[Tensor], num_t_bins: int) -> tuple[LossSums, StepWork]:
+def _sum_over_ranks(results: list[Tensor], objective: Objective) -> tuple[dict[str, Any], StepWork]:
     """Add the last stage's micro-batches, then data- and context-parallel ranks, and tell the other stages."""
-    size = LossSums.NUM_SCALARS + 2 * num_t_bins + _NUM_WORK
+    layout = objective.layout
     device = torch.cuda.current_device()
-    total = torch.stack(results).sum(dim=0) if results else torch.zeros(size, dtype=torch.float64, device=device)
+    total = torch.stack(results).sum(dim=0) if results else torch.zeros(size_of(layout) + _NUM_WORK, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.broadcast(
         total,
@@ -154,4 +153,4 @@ def _sum_over_ranks(results: list[Tensor], num_t_bins: int) -> tuple[LossSums, S
     )
     pairs, positions, logits, segments, balance, count = total[-_NUM_WORK:].tolist()
     work = StepWork(round(positions), round(pairs), round(logits), round(segments), balance / max(count, 1.0))
-    return LossSums(total[:-_NUM_WORK], num_t_bins), work
+    return objective.metrics(NamedSums(total[:-_NUM_WORK], layout)), work

@@ -37,8 +37,11 @@ from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
+from w1train.diffusion.processes import noise_process
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams, samples_are_segments
+from w1train.objectives.loss_rows import LossRows, loss_rows
+from w1train.objectives.objective import objective_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +51,35 @@ class RankInputs:
     """One micro-batch on one rank."""
 
     model: ModelInputs
-    noisy: NoisyBatch
-    """The rank's positions of the corrupted batch, [b, n]: targets and weights of its losses."""
+    rows: LossRows
+    """What the loss knows about the rows at ``model.logit_positions``."""
     balance: float
     """max / mean visible pairs over context-parallel ranks; 1 without context parallelism."""
 
     @property
     def targets(self) -> Tensor:
         """int64 [m], the right tokens at ``model.logit_positions``: the noisy stream's, then the clean stream's next tokens."""
-        noisy = self.noisy
-        targets = noisy.targets[noisy.loss_mask]
-        if noisy.next_mask is None or noisy.next_targets is None:
-            return targets
-        return torch.cat([targets, noisy.next_targets[noisy.next_mask]])
+        return self.rows.targets
 
 
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
-    """The model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
+    """Return the model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
     streams = num_streams(config)
+    weights = objective_of(config.diffusion, config.logging.num_t_bins).weights(noisy)
     visibility = sequence_visibility(noisy, config, streams)
     backend = choose_backend(config.attention.backend, attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
-        return RankInputs(_assemble(noisy, config, streams, plan_attention(visibility, backend)), noisy, 1.0)
+        plan = plan_attention(visibility, backend)
+        return RankInputs(_assemble(noisy, config, streams, plan), loss_rows(noisy, weights), 1.0)
     travel = _travel(noisy, config, streams)
     ownership = _ownership(visibility, config, streams, travel)
     rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
     local = local_visibility(visibility, ownership, rank, streams, travel)
     exchange: KeyExchange = key_exchange(ownership, streams, travel, group)
-    own = noisy.at(ownership.positions[:, rank])
-    return RankInputs(_assemble(own, config, streams, plan_attention(local, backend, exchange=exchange)), own, ownership.balance)
+    plan = plan_attention(local, backend, exchange=exchange)
+    positions = ownership.positions[:, rank]
+    own = noisy.at(positions)
+    return RankInputs(_assemble(own, config, streams, plan), loss_rows(own, weights.gather(1, positions)), ownership.balance)
 
 
 def choose_backends(config: Config, device: torch.device) -> None:
@@ -97,7 +100,7 @@ def sequence_visibility(noisy: NoisyBatch, config: Config, streams: int) -> Visi
         return block_diffusion_visibility(
             documents, diffusion.block_size, diffusion.block_index, diffusion.clean_attention, diffusion.noisy_attention
         )
-    if diffusion.objective == "autoregressive":
+    if noise_process(diffusion).is_causal:
         return causal_visibility(documents)
     if diffusion.attention_annealing == "none" or noisy.annealed >= 1:
         return document_visibility(documents)

@@ -17,6 +17,7 @@ from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
+from w1train.diffusion.processes import noise_process
 from w1train.objectives.description import block_size
 from w1train.training.forward import run_micro_batches
 from w1train.training.training_data import ValidationData, ValidationSet
@@ -59,7 +60,7 @@ def _score_set(config: Config, model: HasChunks, validation: ValidationSet) -> d
     scores = _score(config, model, batches)
     others: dict[str, float | None] = {}
     # An autoregressive stage has not seen a mask token.
-    for size in config.validation.block_sizes if config.diffusion.objective == "diffusion" else ():
+    for size in () if noise_process(config.diffusion).is_causal else config.validation.block_sizes:
         elbo = _score(_with_blocks(config, size), model, batches)["elbo"]
         others |= {f"elbo_at_block_size/{size}": elbo, f"elbo_bits_per_byte_at_block_size/{size}": validation.bits_per_byte(elbo)}
     return {"elbo_bits_per_byte": validation.bits_per_byte(scores["elbo"]), **scores, **others}
@@ -79,8 +80,8 @@ def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict
     # have trained. One pass stands for all t.
     for draw, timestep in enumerate(timesteps if block_size(config) > 1 else [1.0], start=1):
         noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
-        sums, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
-        by_timestep.append(sums.metrics(config.diffusion))
+        metrics, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
+        by_timestep.append(metrics)
     by_timestep *= len(timesteps) // len(by_timestep)
     elbo = sum(metrics["elbo"] for metrics in by_timestep) / len(by_timestep)
     cross_entropies = [metrics["masked_cross_entropy"] for metrics in by_timestep]
@@ -109,5 +110,6 @@ def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedB
         document_ids=torch.full_like(batches[0].document_ids, -1),
         positions=torch.zeros_like(batches[0].positions),
         sample_indices=torch.full_like(batches[0].sample_indices, PADDING_SAMPLE),
+        may_be_noised=torch.zeros_like(batches[0].may_be_noised),
     )
     return batches + [padding] * (-len(batches) % parallel.pipeline)
