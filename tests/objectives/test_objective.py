@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import fields
-from typing import get_args, get_type_hints
+from typing import ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
 from w1train.diffusion.processes import PROCESSES
+from w1train.objectives import objective
 from w1train.objectives.named_sums import NamedSums, scalars_first, size_of
 from w1train.objectives.objective import NORMALIZERS, objective_of
 from w1train.objectives.weights import WEIGHTS
@@ -170,3 +171,51 @@ def test_named_sums_keep_their_shapes():
     assert len(sums.values) == size_of(layout)
     assert sums.numbers() == {"one": 7.0, "many": [1.0, 2.0, 3.0], "more": [4.0, 5.0]}
     assert (sums["one"].shape, sums["many"].tolist()) == ((), [1, 2, 3])
+
+
+class _Squares:
+    """A term that the product does not have: a tenth of the squared cross-entropies of the noised tokens."""
+
+    layout: ClassVar = {"squares": (), "squares_of_halves": (2,)}
+
+    def loss(self, cross_entropy, rows):
+        return 0.1 * rows.of_noisy_stream(cross_entropy).square().sum()
+
+    def sums(self, cross_entropy, rows):
+        squares = rows.of_noisy_stream(cross_entropy).square().double()
+        return {"squares": squares.sum(), "squares_of_halves": torch.stack([half.sum() for half in squares.tensor_split(2)])}
+
+    def total(self, sums):
+        return 0.1 * sums["squares"]
+
+    def metrics(self, sums):
+        return {"squares": sums["squares"] / max(sums["num_masked"], 1.0), "halves": sums["squares_of_halves"]}
+
+
+def test_another_term_is_one_file_and_its_registration(monkeypatch):
+    config = DiffusionConfig(random_length_probability=0.0, num_strata=8)
+    noisy = corrupt(packed_batch(range(6)), config, seed=1)
+    cross_entropy = torch.rand(int(noisy.loss_mask.sum()), requires_grad=True)
+    alone, sums_alone = loss(cross_entropy, noisy, config)
+    unused = lambda config, num_t_bins: None  # noqa: E731
+    monkeypatch.setattr(objective, "TERMS", (*objective.TERMS, unused, lambda config, num_t_bins: _Squares()))
+    weighted, sums = loss(cross_entropy, noisy, config)
+    squares = cross_entropy.detach().double().square()
+    torch.testing.assert_close((weighted - alone).double(), 0.1 * squares.sum(), rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(weighted - alone, cross_entropy)
+    torch.testing.assert_close(gradient, 0.2 * cross_entropy.detach(), rtol=1e-4, atol=1e-4)
+    found = metrics(sums, config)
+    assert found["loss"] == pytest.approx(float(weighted) / int(noisy.num_tokens), rel=1e-6)
+    assert found["squares"] == pytest.approx(float(squares.mean()))
+    assert sum(found["halves"]) == pytest.approx(float(squares.sum()))
+    monkeypatch.undo()
+    before = metrics(sums_alone, config)
+    assert {name: found[name] for name in before if name != "loss"} == {name: before[name] for name in before if name != "loss"}
+
+
+def test_another_weight_is_one_function_and_its_registration(monkeypatch):
+    monkeypatch.setitem(WEIGHTS, "by_place", lambda noisy, _process: noisy.places.float())
+    config = DiffusionConfig(weight="by_place", random_length_probability=0.0)
+    noisy = corrupt(packed_batch(range(6)), config, seed=1)
+    weighted, _ = loss(torch.ones(int(noisy.loss_mask.sum())), noisy, config)
+    assert float(weighted) == float(noisy.places[noisy.loss_mask].sum())

@@ -1,6 +1,6 @@
-"""One micro-batch through the model: forward pass and loss, in the form megatron-core's schedules call it.
+"""Forward pass and loss of the micro-batches, in the form in which megatron-core's schedules call them.
 
-Shapes: m = positions where a loss is taken.
+Shapes: m = rows that a loss is taken of, as in w1train.objectives.loss_rows.LossRows.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from w1train.training.inputs import RankInputs, rank_inputs
 
 @dataclass(slots=True, frozen=True)
 class StepWork:
-    """What a step computed, over the global batch: the arguments of its FLOP count, and how evenly it was spread."""
+    """The work of a step over the global batch: the arguments of its FLOP count, and how evenly the work was spread over ranks."""
 
     num_positions: int
     visible_pairs: int
     num_logits: int
     num_segments: int
     context_balance: float
-    """max / mean visible pairs over context-parallel ranks, mean over micro-batches."""
+    """Maximum / mean of visible pairs over context-parallel ranks, averaged over micro-batches."""
 
 
 _NUM_WORK = 6
+"""Numbers that ``_work`` returns."""
 
 type Prepared = tuple[RankInputs, Tensor, Tensor]
-"""Of a micro-batch: inputs, targets at ``logit_positions``, and _work's numbers."""
+"""A micro-batch's inputs, its targets at ``logit_positions``, and the numbers of ``_work``."""
 
 
 def run_micro_batches(
@@ -56,7 +57,7 @@ def run_micro_batches(
     """
     iterators = _inputs_of_chunks(config, batches, num_micro_batches, len(chunks))
     if torch.cuda.is_available():
-        # Once a step: batches that lie on the GPU already (validation's) were put there by the model's stream.
+        # Batches that are on the GPU already (those of validation) were put there by the model's stream. One wait per step is enough.
         _input_stream().wait_stream(torch.cuda.current_stream())
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, config),
@@ -77,8 +78,8 @@ def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.
 
 
 def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
-    """For each chunk of a virtual pipeline every micro-batch: all of them share its visibility and the attention's plan. Not
-    itertools.tee, which keeps up to 57 items that every chunk has had, and their masks would fill the GPU."""
+    """Return an iterator over all micro-batches for each chunk of a virtual pipeline. The chunks share each micro-batch's visibility and
+    plan of attention. itertools.tee would keep up to 57 items that every chunk has had, whose masks would fill the GPU."""
     waiting: list[deque[Prepared]] = [deque() for _ in range(num_chunks)]
 
     def draw(own: deque[Prepared]) -> Iterator[Prepared]:
@@ -94,9 +95,12 @@ def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_b
 
 
 def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
-    """The next micro-batch's inputs, targets and work. Corruption, visibility, the attention's plan and the choice of where losses are
-    taken ask the GPU for sizes (of segments, of masked tokens, of tiles). On the model's stream each answer would come after the backward
-    pass that is under way, and the GPU would then wait for the host; on a stream of their own they wait for themselves alone."""
+    """Return the next micro-batch's inputs, targets and work.
+
+    Corruption, visibility, the plan of attention and the choice of loss rows ask the GPU for sizes (of segments, of masked tokens, of
+    tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would then wait for the
+    host. On a stream of their own they wait for nothing but themselves.
+    """
     if not torch.cuda.is_available():
         return _prepare(next(batches), config)
     stream = _input_stream()
@@ -127,12 +131,12 @@ def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tenso
 
 
 def _work(inputs: RankInputs) -> Tensor:
-    """float64 [_NUM_WORK], StepWork's numbers as sums (the last one with its count)."""
+    """Return the numbers of StepWork as sums, float64 [_NUM_WORK]; the last two are the sum of balances and the number of micro-batches."""
     model, plan = inputs.model, inputs.model.attention_plan
     pairs = plan.visibility.num_visible_pairs().double()
     segments = len(model.segment_timesteps)
     if plan.exchange is not None:
-        # Ranks that exchange heads see all pairs, each for its share of the heads; modulation is replicated over ranks.
+        # Ranks that exchange heads see all pairs, each rank for its share of the heads. Modulation is replicated over ranks.
         ranks = parallel_state.get_context_parallel_world_size()
         pairs = pairs / ranks if plan.exchange.travel == "heads" else pairs
         segments = segments if parallel_state.get_context_parallel_rank() == 0 else 0
@@ -141,7 +145,7 @@ def _work(inputs: RankInputs) -> Tensor:
 
 
 def _sum_over_ranks(results: list[Tensor], objective: Objective) -> tuple[dict[str, Any], StepWork]:
-    """Add the last stage's micro-batches, then data- and context-parallel ranks, and tell the other stages."""
+    """Add the sums of the last stage's micro-batches and of data- and context-parallel ranks, and send them to the other stages."""
     layout = objective.layout
     device = torch.cuda.current_device()
     total = torch.stack(results).sum(dim=0) if results else torch.zeros(size_of(layout) + _NUM_WORK, dtype=torch.float64, device=device)
