@@ -205,7 +205,7 @@ def test_another_term_is_one_file_and_its_registration(monkeypatch):
     (gradient,) = torch.autograd.grad(weighted - alone, cross_entropy)
     torch.testing.assert_close(gradient, 0.2 * cross_entropy.detach(), rtol=1e-4, atol=1e-4)
     found = metrics(sums, config)
-    assert found["loss"] == pytest.approx(float(weighted) / int(noisy.num_tokens), rel=1e-6)
+    assert found["loss"] == pytest.approx(float(weighted.detach()) / int(noisy.num_tokens), rel=1e-6)
     assert found["squares"] == pytest.approx(float(squares.mean()))
     assert sum(found["halves"]) == pytest.approx(float(squares.sum()))
     monkeypatch.undo()

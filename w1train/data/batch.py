@@ -24,7 +24,7 @@ class PackedBatch:
     """int32 [b, l]: position inside the document (restarts at 0 with each); 0 on padding."""
     sample_indices: Tensor
     """int64 [b]: index of the sample in the run's global order; never repeats, not even over epochs."""
-    may_be_noised: Tensor = None  # type: ignore[assignment]
+    may_be_noised: Tensor = None
     """bool [b, l]: tokens that the objective may noise and predict. The others are visible as themselves. By default every token of a
     document may be noised."""
 
