@@ -100,3 +100,23 @@ def test_noise_on_masked_embeddings_is_normal_and_belongs_to_the_token():
     assert torch.equal(later.add_to(embedded[20:], first_column=20), noisy[20:]), "a sequence-parallel rank draws its part"
     noisy.sum().backward()
     assert (embedded.grad == 1).all()
+
+
+def test_with_shift_t_and_segment_are_those_of_the_target():
+    """Where blocks have their own t, an output and its target may be in different blocks."""
+    config = DiffusionConfig(shift=True, block_size=4, timestep_per="block", num_strata=8, random_length_probability=0.0)
+    noisy = corrupt(packed_batch(range(12)), config, seed=1)
+    rows, columns = noisy.has_target.nonzero(as_tuple=True)
+    of_targets = noisy.segment_index[rows, columns + 1]
+    assert not torch.equal(of_targets, noisy.segment_index[rows, columns])
+    assert torch.equal(noisy.target_timesteps[rows, columns], noisy.segment_timesteps[of_targets])
+    num_segments = len(noisy.segment_timesteps) // 12
+    assert torch.equal(noisy.target_segments[rows, columns], of_targets % num_segments)
+
+
+def test_autoregression_has_no_clean_stream_beside_it():
+    """Also in a stage of a run whose other stages have a joint loss."""
+    config = DiffusionConfig(objective="autoregressive", autoregressive_weight=0.5, block_size=4, clean_attention="token_causal")
+    noisy = corrupt(packed_batch(range(2)), config, seed=1)
+    assert noisy.next_mask is None
+    assert noisy.next_targets is None
