@@ -249,11 +249,11 @@ class Trainer:
         model.zero_gradients()
         self.guard.local_gradients.begin()
         num_micro_batches = num_samples // (training.micro_batch_size * self.ranks.data_parallel_size)
-        sums, work = run_micro_batches(self.stage, model.chunks, batches, num_micro_batches, training=True)
+        metrics, work = run_micro_batches(self.stage, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
             group["lr"] = rate * group["lr_mult"]
         grad_norm = prepare_gradients(model.optimizer)
-        values = {**sums.metrics(self.stage.diffusion), "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
+        values = {**metrics, "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
         if self.config.parallel.context > 1:
             values["context_balance"] = work.context_balance
         return ComputedStep(values, grad_norm, self.guard.local_gradients.are_finite(), work)

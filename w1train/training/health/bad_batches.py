@@ -50,10 +50,8 @@ def write_bad_batch(
         "timesteps": [batch.segment_timesteps.tolist() for batch in batches],
         "nonfinite_parameters": list(parameters),
     }
-    arrays: dict[str, Any] = {
-        name: _all_samples(batches, name) for name in ("tokens", "input_ids", "document_ids", "target_timesteps", "loss_mask")
-    }
-    arrays["sample_indices"] = samples.cpu().numpy()
+    names = [*batches[0].names("token"), *batches[0].names("sample")]
+    arrays: dict[str, Any] = {name: _all_samples(batches, name) for name in names}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path.with_suffix(".npz")) as file:
