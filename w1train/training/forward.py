@@ -17,6 +17,7 @@ from torch import Tensor
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
+from w1train.model.row_terms import CrossEntropy
 from w1train.objectives.description import num_streams
 from w1train.objectives.likelihood import LossSums, denominator, diffusion_loss
 from w1train.runtime.pulse import beat
@@ -71,7 +72,7 @@ def run_micro_batches(
 def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
     beat()
     inputs, targets, work = next(prepared)
-    return model(inputs.model, targets), partial(_loss, config, inputs, work)
+    return model(inputs.model, (CrossEntropy(targets),)), partial(_loss, config, inputs, work)
 
 
 def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
@@ -114,12 +115,12 @@ def _input_stream() -> torch.cuda.Stream:
     return side_stream("inputs", torch.device("cuda", torch.cuda.current_device()))
 
 
-def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(config: Config, inputs: RankInputs, work: Tensor, terms: tuple[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
 
-    ``cross_entropy``: float32 [m], the noisy stream's and behind them, where the objective has them, the clean stream's.
+    ``terms``: the cross-entropy, float32 [m], the noisy stream's and behind them, where the objective has them, the clean stream's.
     """
-    noisy = inputs.noisy
+    (cross_entropy,), noisy = terms, inputs.noisy
     num_noisy = len(noisy.loss_timesteps_and_weights()[0])
     of_clean = None if noisy.next_mask is None else cross_entropy[num_noisy:]
     weighted, sums = diffusion_loss(cross_entropy[:num_noisy], noisy, config.diffusion, config.logging.num_t_bins, of_clean)
