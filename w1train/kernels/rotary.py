@@ -1,8 +1,8 @@
 """Rotary embedding with an angle for every token, as one Triton kernel.
 
 Fused kernels of libraries take one angle for each position, which all samples share. Here positions restart with each document, so
-every sample has its own. The twin in plain PyTorch is megatron-core's unfused ``apply_rotary_pos_emb``, which first rounds cosines and sines
-to the precision of the input; this kernel does not.
+every sample has its own. The twin in plain PyTorch is megatron-core's unfused ``apply_rotary_pos_emb``, which first rounds cosines and
+sines to the precision of the input; this kernel does not.
 
 Shapes: s = sequence_length, b = samples, n = heads, d = channels of a head.
 """

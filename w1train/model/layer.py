@@ -51,8 +51,8 @@ class LayerInputs:
 class DiffusionTransformerLayer(TransformerLayer):
     """megatron-core's layer with adaLN between norm and linear, and gates on both residual branches.
 
-    The condition table [g, c] is passed in ``context``, which decoder-only models do not use. Activation recomputation keeps the gradient of
-    tensor arguments alone, and this one is a tensor argument.
+    The condition table [g, c] is passed in ``context``, which decoder-only models do not use. It has to be a tensor argument, so that its
+    gradient survives activation recomputation.
     """
 
     def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, condition_size: int | None = None, **kwargs: Any):
