@@ -19,7 +19,7 @@ from w1train.config.phases import phase_start
 from w1train.config.reading import read_json_object
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
-from w1train.evaluation.checkpoints import open_validation, require_own, validate_checkpoint
+from w1train.evaluation.checkpoint_validation import open_validation, require_own, validate_checkpoint
 from w1train.inference.predictor import load_for_inference
 from w1train.records.average_comparison import average_summary, compare
 from w1train.runtime.device import select_device
