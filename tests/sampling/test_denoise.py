@@ -20,7 +20,8 @@ VOCAB_SIZE, MASK, EOS = 16, 15, 0
 
 
 def toy_logits(tokens: Tensor, _t: Tensor) -> Tensor:
-    """The closed-form model of masks.md: i, v from 0; the sum runs over (token + 1) of all unmasked tokens, prompt included."""
+    """A model in closed form, 3 cos(0.7 (i + 1)(v + 1) + 0.13 sum) at position i for token v. The sum is over token + 1 of all tokens that
+    are not masked, prompt included."""
     total = ((tokens + 1) * (tokens != MASK)).sum(dim=1)[:, None, None]
     position = torch.arange(1, tokens.shape[1] + 1)[None, :, None]
     return 3 * torch.cos(0.7 * position * torch.arange(1, VOCAB_SIZE + 1) + 0.13 * total)

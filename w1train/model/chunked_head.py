@@ -52,10 +52,9 @@ class _LinearRowTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, terms: Sequence[RowTerm], head: Head) -> tuple[Tensor, ...]:
         ids = _chosen_ids(terms, rows)
-        num_kept = 2 + len(ids) + sum(term.num_sums for term in terms)
-        kept = torch.empty((num_kept, len(rows)), dtype=torch.float32, device=rows.device)
+        kept = torch.empty((_num_kept(ids, terms), len(rows)), dtype=torch.float32, device=rows.device)
         for part in _parts(len(rows), head):
-            kept[:, part] = _statistics(_logits(rows[part], weight, head.vocabulary), ids[:, part], terms, num_kept, head.vocabulary)
+            kept[:, part] = _statistics(_logits(rows[part], weight, head.vocabulary), part, ids, terms, head.vocabulary)
         ctx.save_for_backward(rows, weight, kept)
         ctx.terms, ctx.head = terms, head
         # A term that is only logged has no gradient: nothing is computed for it.
@@ -90,6 +89,7 @@ def _chosen_ids(terms: Sequence[RowTerm], rows: Tensor) -> Tensor:
 
 
 def _logits(rows: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return this rank's logits [k, v] of rows [k, h], -inf at the excluded token."""
     logits = rows @ weight.t()
     column = -1 if vocabulary.excluded_token is None else vocabulary.excluded_token - vocabulary.first_token
     if 0 <= column < len(weight):
@@ -97,13 +97,18 @@ def _logits(rows: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
     return logits
 
 
-def _statistics(logits: Tensor, ids: Tensor, terms: Sequence[RowTerm], num_kept: int, vocabulary: Vocabulary) -> Tensor:
-    """Return what is kept of the rows of logits [k, v], float32 [f, k]: the two numbers of the softmax, the logits of ids [n, k], and
-    the sums of the terms."""
-    kept = logits.new_empty((num_kept, len(logits)), dtype=torch.float32)
+def _num_kept(ids: Tensor, terms: Sequence[RowTerm]) -> int:
+    return 2 + len(ids) + sum(term.num_sums for term in terms)
+
+
+def _statistics(logits: Tensor, part: slice, ids: Tensor, terms: Sequence[RowTerm], vocabulary: Vocabulary) -> Tensor:
+    """Return what is kept of rows ``part``, from their logits [k, v], float32 [f, k]: the two numbers of the softmax, the logits of
+    their ids, and the sums of the terms."""
+    kept = logits.new_empty((_num_kept(ids, terms), len(logits)), dtype=torch.float32)
     # Views: what is written into them is kept. One message carries the sum of exponentials and the chosen logits.
     largest, softmax_sums, term_sums = kept[0], kept[1 : 2 + len(ids)], kept[2 + len(ids) :]
-    largest[:], softmax_sums[0], softmax_sums[1:] = row_statistics(logits, ids - vocabulary.first_token, vocabulary.implementation)
+    columns = ids[:, part] - vocabulary.first_token
+    largest[:], softmax_sums[0], softmax_sums[1:] = row_statistics(logits, columns, vocabulary.implementation)
     if vocabulary.group is not None:
         own = largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=vocabulary.group)
@@ -111,7 +116,7 @@ def _statistics(logits: Tensor, ids: Tensor, terms: Sequence[RowTerm], num_kept:
         dist.all_reduce(softmax_sums, group=vocabulary.group)
     for term, own_statistics in zip(terms, _by_term(kept, terms), strict=True):
         if term.num_sums:
-            own_statistics.sums[:] = term.local_sums(logits, own_statistics)
+            own_statistics.sums[:] = term.local_sums(logits, part, own_statistics)
     if vocabulary.group is not None and len(term_sums):
         dist.all_reduce(term_sums, group=vocabulary.group)
     return kept

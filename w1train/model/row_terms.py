@@ -31,7 +31,7 @@ class Vocabulary:
     excluded_token: int | None
     """Id of the token that is taken out of the softmax; None = every token is in it."""
     implementation: Implementation = "auto"
-    """Of the kernels that read logits."""
+    """Whether Triton or torch computes what is read from the logits."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,16 +58,21 @@ class RowTerm(ABC):
 
     @property
     def chosen_ids(self) -> Tensor | None:
-        """The tokens whose logits the term reads, int64 [n, m]; None = it does not single out tokens."""
+        """Return the tokens whose logits the term reads, int64 [n, m]; None = it does not single out tokens."""
         return None
 
     @property
     def num_sums(self) -> int:
-        """How many sums over the vocabulary the term needs besides the softmax's own."""
+        """Return how many sums over the vocabulary the term needs besides the softmax's own."""
         return 0
 
-    def local_sums(self, logits: Tensor, statistics: RowStatistics) -> Tensor:
-        """Return the term's sums over this rank's vocabulary, float32 [s, k]. All of ``statistics`` but its sums are known."""
+    def local_sums(self, logits: Tensor, part: slice, statistics: RowStatistics) -> Tensor:
+        """Return the term's sums over this rank's vocabulary, float32 [s, k], from logits [k, v].
+
+        Args:
+            part: where these rows are among all rows, for what the term has of each row itself.
+            statistics: of these rows; its sums are not known yet.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -79,8 +84,8 @@ class RowTerm(ABC):
         """Write the gradient of the sum of gradient * value over the logits [k, v].
 
         Args:
-            part: where these rows are among all rows, for what the term has of each row itself.
-            statistics, gradient: of these rows alone.
+            part: as in ``local_sums``.
+            statistics, gradient: of these rows.
         """
 
 
@@ -130,7 +135,7 @@ class Entropy(RowTerm):
     def num_sums(self) -> int:
         return 1
 
-    def local_sums(self, logits: Tensor, statistics: RowStatistics) -> Tensor:
+    def local_sums(self, logits: Tensor, part: slice, statistics: RowStatistics) -> Tensor:
         return torch.special.entr(statistics.probabilities(logits)).sum(dim=-1)[None]
 
     def value(self, statistics: RowStatistics) -> Tensor:

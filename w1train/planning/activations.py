@@ -236,13 +236,13 @@ def conditioning_bytes(sizes: Sizes) -> int:
 
 def head_bytes(sizes: Sizes) -> int:
     """At the positions with logits: index, norm, modulation, the head's input, and the cross-entropy's probabilities in fp32, which
-    for bf16 logits are a copy and for fp32 ones overwrite them. In chunks, two numbers a row instead of probabilities."""
+    for bf16 logits are a copy and for fp32 ones overwrite them. In chunks, three numbers a row instead of probabilities."""
     rows = sizes.num_logits
     indices = rows * _INT64_BYTES * (3 if sizes.has_adaln else 2)
     inputs = modulated_norm_bytes(rows, sizes)
     weights = rows * FP32_BYTES
     # Beside the probabilities, which targets another rank has.
-    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 2 * rows * FP32_BYTES
+    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 3 * rows * FP32_BYTES
     return indices + inputs + modulation_bytes(sizes, 2) + of_softmax + weights
 
 
