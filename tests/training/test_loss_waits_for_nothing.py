@@ -61,7 +61,7 @@ def test_the_loss_asks_the_device_for_nothing(diffusion):
     assert "nonzero" in before.found, "what the loss needs is picked before the model runs"
     cross_entropy = torch.rand(len(targets), requires_grad=True)
     with _WaitsOf() as loss:
-        _loss(config, inputs, work, cross_entropy)[0].backward()
+        _loss(config, inputs, work, (cross_entropy,))[0].backward()
     assert loss.found == []
 
 
@@ -74,7 +74,7 @@ def test_the_loss_is_computed_of_tensors_without_values(diffusion):
     for entry in fields(noisy):
         setattr(noisy, entry.name, _without_values(getattr(inputs.noisy, entry.name)))
     cross_entropy = torch.rand(len(targets), device="meta", requires_grad=True)
-    weighted, denominator, kept = _loss(config, replace(inputs, noisy=noisy), work.to("meta"), cross_entropy)
+    weighted, denominator, kept = _loss(config, replace(inputs, noisy=noisy), work.to("meta"), (cross_entropy,))
     weighted.backward()
     assert {tensor.device.type for tensor in (weighted, denominator, kept, cross_entropy.grad)} == {"meta"}
 
