@@ -41,7 +41,7 @@ from w1train.status import describe_run
 
 import_megatron()
 
-from w1train.evaluation.checkpoints import require_own  # noqa: E402 - the line above has to come first
+from w1train.evaluation.checkpoint_validation import require_own  # noqa: E402 - the line above has to come first
 
 MARKUP = "<script>alert(1)</script>"
 

@@ -62,7 +62,7 @@ def test_the_loss_asks_the_device_for_nothing(diffusion):
     assert "nonzero" in before.found, "what the loss needs is picked before the model runs"
     cross_entropy = torch.rand(len(targets), requires_grad=True)
     with _WaitsOf() as loss:
-        _loss(config, inputs, work, cross_entropy)[0].backward()
+        _loss(config, inputs, work, (cross_entropy,))[0].backward()
     assert loss.found == []
 
 
@@ -73,6 +73,6 @@ def test_the_loss_is_computed_of_tensors_without_values(diffusion):
     inputs, targets, work = _prepare(_noisy(config), config)
     rows = LossRows(**{entry.name: getattr(inputs.rows, entry.name).to("meta") for entry in fields(inputs.rows)})
     cross_entropy = torch.rand(len(targets), device="meta", requires_grad=True)
-    weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), cross_entropy)
+    weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), (cross_entropy,))
     weighted.backward()
     assert {tensor.device.type for tensor in (weighted, denominator, kept, cross_entropy.grad)} == {"meta"}

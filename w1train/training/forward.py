@@ -18,6 +18,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.engine.schedule import run_schedule
+from w1train.model.row_terms import CrossEntropy
 from w1train.objectives.description import num_streams
 from w1train.objectives.named_sums import NamedSums, size_of
 from w1train.objectives.objective import Objective, objective_of
@@ -75,7 +76,7 @@ def run_micro_batches(
 def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
     beat()
     inputs, targets, work = next(prepared)
-    return model(inputs.model, targets), partial(_loss, config, inputs, work)
+    return model(inputs.model, (CrossEntropy(targets),)), partial(_loss, config, inputs, work)
 
 
 def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
@@ -123,12 +124,13 @@ def _input_stream() -> torch.cuda.Stream:
 
 @step_part("forward")
 @kernel_group("loss and head")
-def _loss(config: Config, inputs: RankInputs, work: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(config: Config, inputs: RankInputs, work: Tensor, terms: tuple[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return what megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
 
     Args:
-        cross_entropy: float32 [m], at the rows of ``inputs.rows``.
+        terms: the cross-entropy alone, float32 [m], at the rows of ``inputs.rows``.
     """
+    (cross_entropy,) = terms
     objective = objective_of(config.diffusion, config.logging.num_t_bins)
     weighted, sums = objective.loss(cross_entropy, inputs.rows)
     return weighted, sums[objective.normalizer].to(torch.int), torch.cat([sums.values, work])
