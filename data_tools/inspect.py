@@ -73,6 +73,7 @@ def _inspect(options: argparse.Namespace) -> None:
     checks = [Check("the index is whole, and the files have its size")]
     if not options.no_scan:
         checks += [check_hashes(dataset), check_tokens(dataset, tokenizer)]
+        checks += [check_may_be_noised(dataset)] if dataset.limits_noise else []
     width = max(len(name) for name, _ in counts)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in counts), histogram.text(), sep="\n\n", end="\n\n")
     for number, text in samples:
@@ -102,6 +103,8 @@ def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, 
         kinds = ("bad", "too_large", "empty", "filtered", "duplicates")
         left_out = [f"{manifest.corpus.get(f'num_{kind}', 0):,} {kind.replace('_', ' ')}" for kind in kinds]
         rows += [("left out of the corpus", ", ".join(left_out))] if manifest.corpus else []
+    if dataset.limits_noise:
+        rows.append(("may be noised", "only the tokens that the .may_be_noised file allows"))
     quantiles = np.quantile(lengths, _QUANTILES, method="inverted_cdf")
     rows.append(("tokens a document", f"mean {lengths.mean():,.1f}, least {lengths.min():,}, most {lengths.max():,}"))
     rows.append(("   quantiles", ", ".join(f"{share:.0%} {value:,}" for share, value in zip(_QUANTILES, quantiles, strict=True))))
@@ -151,6 +154,17 @@ def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
                 return Check(name, f"token {open_ends[0]} is the last of its document, and no EOS")
             progress.update((start + len(tokens)) * tokens.itemsize)
     return Check(name)
+
+
+def check_may_be_noised(dataset: TokenDataset) -> Check:
+    """Count the tokens that may be noised, and check that the file says 0 or 1 for each token."""
+    num_noised = 0
+    try:
+        for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
+            num_noised += int(dataset.read_may_be_noised(start, min(start + _TOKENS_AT_ONCE, dataset.num_tokens)).sum())
+    except DatasetError as error:
+        return Check("the tokens that may be noised are known", str(error))
+    return Check(f"the tokens that may be noised are known: {num_noised:,}, {num_noised / dataset.num_tokens:.1%} of all")
 
 
 def _token_problem(tokens: NDArray[np.integer], start: int, vocab_size: int, mask_token_id: int) -> str:

@@ -27,8 +27,8 @@ from data_tools.encode import TokenizedUnit
 from data_tools.text import Counts
 from data_tools.units import Position
 from w1train.config.reading import read_json_object
-from w1train.data.dataset_manifest import DatasetManifest, manifest_path
-from w1train.data.indexed import DatasetError, bin_path, idx_path
+from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manifest_path
+from w1train.data.indexed import DatasetError
 from w1train.data.sharded_dataset import shard_notes
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
@@ -327,6 +327,6 @@ def _remove_old_shards(prefix: str, first: int) -> None:
     number = first
     while manifest_path(name := f"{prefix}_{number:05d}").exists():
         logger.info("removing %s, a shard of the dataset that is replaced", name)
-        for path in (manifest_path(name), idx_path(name), bin_path(name)):
+        for path in dataset_paths(name):
             path.unlink(missing_ok=True)
         number += 1

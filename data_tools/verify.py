@@ -34,8 +34,9 @@ def _verify(prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
         packings = [Path(prefix)]
         if not prefix.endswith(PACKING_SUFFIX) or bin_path(prefix).exists():
-            open_dataset(prefix).verify_hashes()
-            logger.info("%s is as it was written", prefix)
+            dataset = open_dataset(prefix)
+            dataset.verify_hashes()
+            logger.info("%s is as it was written%s", prefix, ", its .may_be_noised file included" if dataset.limits_noise else "")
             packings = packings_beside(prefix)
         for packing in packings:
             verify_packing_file(packing)

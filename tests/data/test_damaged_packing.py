@@ -51,7 +51,7 @@ def test_a_run_does_not_start_on_it_and_builds_another_when_it_is_gone(dataset, 
     whole = path.read_bytes()
     spoil(path, dataset.num_documents)
     packed = BestFitDataset(dataset, options, 1)
-    samples = [packed.sample(index)[0] for index in range(packed.num_samples_per_epoch)]
+    samples = [packed.sample(index)["tokens"] for index in range(packed.num_samples_per_epoch)]
     assert {int(token) for sample in samples for token in sample} == {1, 20}, "other text, and nothing to be seen"
     prepare_data(config)
     with pytest.raises(DatasetError, match=DAMAGED):

@@ -16,11 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from w1train.config.errors import UserError
-from w1train.data.batch import PackedBatch
+from w1train.data.batch import BatchField, PackedBatch
 from w1train.data.loader import Samples, collate_run
 from w1train.data.loader_workers import LoaderError
-
-_FIELDS = ("tokens", "document_ids", "positions", "sample_indices")
 
 
 class DaliLoader:
@@ -79,7 +77,8 @@ class DaliLoader:
                     outputs = self._pipelines[source].run()
                 except Exception as error:  # what a worker raises comes as a bare Exception, with the worker's traceback as its text
                     raise LoaderError(f"the DALI pipeline failed: {error}") from error
-                batch = PackedBatch(**{name: self._tensor(output) for name, output in zip(_FIELDS, outputs, strict=True)})
+                pairs = zip(PackedBatch.fields(), outputs, strict=True)
+                batch = PackedBatch(**{field.name: self._tensor(output, field) for field, output in pairs})
                 self.data_wait_seconds += time.perf_counter() - began
                 yield batch
         finally:
@@ -98,21 +97,22 @@ class DaliLoader:
             py_start_method="spawn",
             prefetch_queue_depth=self._prefetch,
         )
-        dtypes = [types.INT64, types.INT32, types.INT32, types.INT64]
+        # DALI's names of the types are NumPy's in capitals: INT64, INT32, BOOL.
+        dtypes = [getattr(types, field.dtype.name.upper()) for field in PackedBatch.fields()]
         with pipeline:
             outputs = fn.external_source(
-                source=source, num_outputs=len(_FIELDS), batch=True, parallel=True, dtype=dtypes, prefetch_queue_depth=self._prefetch
+                source=source, num_outputs=len(dtypes), batch=True, parallel=True, dtype=dtypes, prefetch_queue_depth=self._prefetch
             )
             pipeline.set_outputs(*(output.gpu() if on_gpu else output for output in outputs))
         pipeline.build()
         return pipeline
 
-    def _tensor(self, output: Any) -> torch.Tensor:
+    def _tensor(self, output: Any, field: BatchField) -> torch.Tensor:
         dense = output.as_tensor()
         if self._device.type == "cuda":
-            # Without the copy DALI would write the next batch into the same memory.
-            return torch.from_dlpack(dense).clone()
-        return torch.from_numpy(np.array(dense))
+            # Without the copy DALI would write the next batch into the same memory. DLPack may pass booleans as bytes.
+            return torch.from_dlpack(dense).to(torch.from_numpy(np.empty(0, field.dtype)).dtype, copy=True)
+        return torch.from_numpy(np.array(dense, dtype=field.dtype))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -134,4 +134,4 @@ class _Source:
     def __call__(self, iteration: int) -> tuple[NDArray[Any], ...]:
         """The arrays of a micro-batch."""
         batch = collate_run(self._packed, self._micro_batch_size, self._first + iteration * self._stride)
-        return tuple(getattr(batch, name).numpy() for name in _FIELDS)
+        return tuple(getattr(batch, field.name).numpy() for field in PackedBatch.fields())

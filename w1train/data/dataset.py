@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from w1train.data.dataset_manifest import DatasetManifest, manifest_path
-from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, read_index
+from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, may_be_noised_path, read_index
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX
 
@@ -146,6 +146,8 @@ class TokenDataset:
         self._vocab_size = vocab_size
         self._bin_path = str(bin_path(prefix))
         self._bin_file = open(self._bin_path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        flags = may_be_noised_path(prefix)
+        self._may_be_noised_file = open(flags, "rb", buffering=0) if flags.exists() else None  # noqa: SIM115
 
     @classmethod
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
@@ -162,8 +164,8 @@ class TokenDataset:
         _check_exists(prefix)
         manifest = DatasetManifest.read(manifest_path(prefix)) if manifest_path(prefix).exists() else None
         if manifest is not None:
-            _check_size(idx_path(prefix), manifest.idx_num_bytes, manifest_path(prefix))
-            _check_size(bin_path(prefix), manifest.bin_num_bytes, manifest_path(prefix))
+            for file in manifest.files(prefix):
+                _check_size(file.path, file.num_bytes, manifest_path(prefix))
         index = read_index(idx_path(prefix))
         if index.num_bin_bytes == 0:
             raise DatasetError(f"dataset {prefix} holds no tokens")
@@ -178,6 +180,7 @@ class TokenDataset:
         else:
             _check_counts(prefix, manifest, index, offsets)
             _check_fits(prefix, manifest, tokenizer, vocab_size)
+        _check_may_be_noised(prefix, manifest, index)
         return cls(prefix, index, offsets, manifest, vocab_size)
 
     @property
@@ -215,15 +218,36 @@ class TokenDataset:
             self._check_vocabulary(tokens, self._vocab_size, start)
         return tokens
 
+    @property
+    def limits_noise(self) -> bool:
+        """Whether the dataset says which of its tokens may be noised; otherwise all may."""
+        return self._may_be_noised_file is not None
+
+    def read_may_be_noised(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return whether each of the tokens [start, stop) of PREFIX.bin may be noised, bool [stop - start].
+
+        Raises:
+            DatasetError: if a byte of PREFIX.may_be_noised is neither 0 nor 1, or the file is shorter than it was when it was opened.
+            OSError: as :meth:`read`.
+        """
+        if self._may_be_noised_file is None:
+            return np.ones(stop - start, dtype=np.bool_)
+        path = str(may_be_noised_path(self.prefix))
+        flags = np.frombuffer(read_exactly(self._may_be_noised_file.fileno(), stop - start, start, path), dtype=np.uint8)
+        if len(flags) and flags.max() > 1:
+            offset = int(np.argmax(flags > 1))
+            raise DatasetError(f"{path} is corrupt: the byte of token {start + offset} is {flags[offset]}, expected 0 or 1")
+        return flags.view(np.bool_)
+
     def verify_hashes(self) -> None:
-        """Read both files and compare their sha256 with the manifest's.
+        """Read the files and compare their SHA-256 with the manifest's.
 
         Raises:
             DatasetError: if the content of a file has changed since it was written, or there is no manifest.
         """
         if self.manifest is None:
             raise DatasetError(f"dataset {self.prefix} has no manifest to compare its files with")
-        for path, expected in ((bin_path(self.prefix), self.manifest.bin_sha256), (idx_path(self.prefix), self.manifest.idx_sha256)):
+        for path, _, expected in self.manifest.files(self.prefix):
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
@@ -306,6 +330,17 @@ def _check_counts(prefix: str, manifest: DatasetManifest, index: Index, offsets:
             raise DatasetError(f"{idx_path(prefix)} does not belong to {manifest_path(prefix)}: {name} is {value}, expected {expected}")
     if not offsets.one_sequence_each:
         raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
+
+
+def _check_may_be_noised(prefix: str, manifest: DatasetManifest | None, index: Index) -> None:
+    """Require that PREFIX.may_be_noised, if it is there, belongs to the dataset. Without a manifest its size alone can tell."""
+    path = may_be_noised_path(prefix)
+    if manifest is None and path.exists():
+        _check_size(path, index.num_bin_bytes // index.dtype.itemsize, idx_path(prefix))
+    if manifest is not None and not manifest.may_be_noised_sha256 and path.exists():
+        raise DatasetError(
+            f"{path} does not belong to the dataset: {manifest_path(prefix).name} does not list it. Remove it, or write the dataset again"
+        )
 
 
 def _check_fits(prefix: str, manifest: DatasetManifest, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from w1train.config.ranges import LARGEST_INTEGER
 from w1train.config.reading import FileContentError, read_json_object, shorten
-from w1train.data.indexed import DatasetError
+from w1train.data.indexed import DatasetError, bin_path, idx_path, may_be_noised_path
 from w1train.runtime.files import write_bytes
 
 FORMAT_VERSION = 1
@@ -19,6 +20,19 @@ _LONGEST_TEXT = 1000
 def manifest_path(prefix: str | Path) -> Path:
     """PREFIX.json."""
     return Path(f"{prefix}.json")
+
+
+def dataset_paths(prefix: str | Path) -> list[Path]:
+    """Return the paths of all files that a dataset may have; the manifest first, without which the others do not count as complete."""
+    return [manifest_path(prefix), bin_path(prefix), may_be_noised_path(prefix), idx_path(prefix)]
+
+
+class DatasetFile(NamedTuple):
+    """A file of a dataset as its manifest describes it."""
+
+    path: Path
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +71,10 @@ class DatasetManifest:
     """Size of PREFIX.idx."""
     idx_sha256: str
     """Hash of PREFIX.idx."""
+    may_be_noised_num_bytes: int = 0
+    """Size of PREFIX.may_be_noised, a byte for each token; 0 for a dataset without the file, whose tokens may all be noised."""
+    may_be_noised_sha256: str = ""
+    """Hash of PREFIX.may_be_noised; empty for a dataset without the file."""
     versions: dict[str, Any] = field(default_factory=dict)
     """Of the software that the tokens depend on, by name; absent from datasets made by version 0.1.0."""
     corpus: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +82,26 @@ class DatasetManifest:
     shard: dict[str, Any] = field(default_factory=dict)
     """Of a dataset in shards: the number of this one, how many there are, and a hash of the hashes of their token files; else empty."""
 
+    def files(self, prefix: str | Path) -> list[DatasetFile]:
+        """Return the files that the manifest describes, PREFIX.idx last."""
+        found = [DatasetFile(bin_path(prefix), self.bin_num_bytes, self.bin_sha256)]
+        if self.may_be_noised_sha256:
+            found.append(DatasetFile(may_be_noised_path(prefix), self.may_be_noised_num_bytes, self.may_be_noised_sha256))
+        return [*found, DatasetFile(idx_path(prefix), self.idx_num_bytes, self.idx_sha256)]
+
+    @property
+    def content_sha256(self) -> str:
+        """The hash of what a run trains on: of the tokens and, where the dataset says it, of which of them may be noised."""
+        if not self.may_be_noised_sha256:
+            return self.bin_sha256
+        return hashlib.sha256(f"{self.bin_sha256}{self.may_be_noised_sha256}".encode()).hexdigest()
+
     def write(self, path: Path) -> None:
-        """Write the file, complete or not at all."""
-        write_bytes(path, (json.dumps(asdict(self), indent=2) + "\n").encode("utf-8"))
+        """Write the file, complete or not at all. A dataset without PREFIX.may_be_noised has no keys for it."""
+        content = asdict(self)
+        if not self.may_be_noised_sha256:
+            del content["may_be_noised_num_bytes"], content["may_be_noised_sha256"]
+        write_bytes(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
     @classmethod
     def read(cls, path: Path) -> DatasetManifest:
@@ -89,7 +124,7 @@ class DatasetManifest:
 def _check_keys(path: Path, content: dict[str, Any]) -> None:
     types = {"int": int, "float": (int, float), "str": str, "dict[str, Any]": dict}
     expected = {field.name: types[str(field.type)] for field in fields(DatasetManifest)}
-    optional = {field.name for field in fields(DatasetManifest) if field.default_factory is not MISSING}
+    optional = {field.name for field in fields(DatasetManifest) if (field.default, field.default_factory) != (MISSING, MISSING)}
     for name in sorted((expected.keys() ^ content.keys()) - optional):
         raise DatasetError(f"{path} is damaged: key {shorten(name)} is {'missing' if name in expected else 'unknown'}")
     for name, value in content.items():
@@ -97,6 +132,9 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
             raise DatasetError(f"{path} is damaged: {name} is {shorten(value)}")
     if 0 in (content["num_documents"], content["num_tokens"], content["num_bytes"]):
         raise DatasetError(f"{path} is damaged: it says that the dataset holds nothing")
+    num_flags, digest = content.get("may_be_noised_num_bytes", 0), content.get("may_be_noised_sha256", "")
+    if num_flags != (content["num_tokens"] if digest else 0):
+        raise DatasetError(f"{path} is damaged: may_be_noised_num_bytes is {num_flags}, for {content['num_tokens']} tokens")
     for name, value in content.get("corpus", {}).items():
         if name.startswith("num_") and not (type(value) is int and _is_possible(value)):
             raise DatasetError(f"{path} is damaged: corpus.{name} is {shorten(value)}")

@@ -55,6 +55,14 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def may_be_noised_path(prefix: str | Path) -> Path:
+    """Return PREFIX.may_be_noised, which says which tokens may be noised; a dataset without the file says that all may.
+
+    The file has one byte for each token of PREFIX.bin, in the same order: 1 if the token may be noised, 0 if it may not.
+    """
+    return Path(f"{prefix}.may_be_noised")
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The dtype that megatron-core chooses for a vocabulary: uint16 below 65,500 ids, else int32."""
     return np.dtype("uint16") if vocab_size < 65500 else np.dtype("int32")

@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from w1train.data.batch import PackedBatch
+from w1train.data.batch import PADDING_SAMPLE, PackedBatch, Sample, padding_arrays
 from w1train.data.loader_workers import ProcessWorkers, ThreadWorkers, Workers
-from w1train.data.packed.packing import Sample, SampleSource
-
-PADDING_SAMPLE = -1
+from w1train.data.packed.packing import SampleSource
 
 
 class Samples(Protocol):
@@ -193,29 +191,29 @@ def _validation_batches(
 
 
 def validation_token_counts(packed: SampleSource, num_samples: int, vocab_size: int) -> NDArray[np.int64]:
-    """How often each id occurs in the samples of :func:`validation_batches` over all ranks, padding left out; int64 [vocab_size]."""
+    """Count how often each id occurs among the tokens that may be noised in the samples of :func:`validation_batches` over all ranks.
+
+    These are the tokens that a validation loss is an average over.
+
+    Returns:
+        int64 [vocab_size].
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for index in range(min(num_samples, packed.num_samples_per_epoch)):
-        tokens, document_ids, _ = packed.sample(index)
-        counts += np.bincount(tokens[document_ids >= 0], minlength=vocab_size)
+        sample = packed.sample(index)
+        counts += np.bincount(sample["tokens"][sample["may_be_noised"]], minlength=vocab_size)
     return counts
 
 
 def collate(packed: Samples, sample_indices: NDArray[np.int64]) -> PackedBatch:
-    """The samples of the indices, int64 [b]; PADDING_SAMPLE stands for one of padding alone."""
-    shape = (len(sample_indices), packed.sequence_length)
-    tokens = np.zeros(shape, dtype=np.int64)
-    document_ids = np.full(shape, -1, dtype=np.int32)
-    positions = np.zeros(shape, dtype=np.int32)
+    """Return a batch of the samples with the given indices, int64 [b]; PADDING_SAMPLE stands for a sample of padding."""
+    arrays = padding_arrays(len(sample_indices), packed.sequence_length)
+    arrays["sample_indices"][:] = sample_indices
     for row, index in enumerate(sample_indices.tolist()):
         if index != PADDING_SAMPLE:
-            tokens[row], document_ids[row], positions[row] = packed.sample(index)
-    return PackedBatch(
-        tokens=torch.from_numpy(tokens),
-        document_ids=torch.from_numpy(document_ids),
-        positions=torch.from_numpy(positions),
-        sample_indices=torch.from_numpy(sample_indices),
-    )
+            for name, values in packed.sample(index).items():
+                arrays[name][row] = values
+    return PackedBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def collate_run(packed: Samples, micro_batch_size: int, start: int) -> PackedBatch:

@@ -9,6 +9,7 @@ Shapes: b = micro_batch_size, l = sequence_length.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -121,27 +122,26 @@ class ThreadWorkers:
 class _Slot:
     """Shared memory of one micro-batch: mapped before the fork, so both sides see it, and gone with the last of them."""
 
-    tokens: NDArray[np.int64]
-    document_ids: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    sample_indices: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]]
+    """Each field of the batch by name."""
 
     @classmethod
     def allocate(cls, batch_size: int, length: int) -> _Slot:
-        def shared(dtype: type[np.generic], *shape: int) -> NDArray[np.generic]:
-            memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-            return np.frombuffer(memory, dtype=dtype).reshape(shape)
-
-        shape = (batch_size, length)
-        return cls(shared(np.int64, *shape), shared(np.int32, *shape), shared(np.int32, *shape), shared(np.int64, batch_size))  # type: ignore[arg-type]
+        return cls({field.name: _shared_array(field.dtype, field.shape(batch_size, length)) for field in PackedBatch.fields()})
 
     def write(self, batch: PackedBatch) -> None:
-        for name in self.__slots__:
-            getattr(self, name)[...] = getattr(batch, name).numpy()
+        for name, array in self.arrays.items():
+            array[...] = getattr(batch, name).numpy()
 
     def read(self) -> PackedBatch:
-        """A copy: the slot is written again."""
-        return PackedBatch(**{name: torch.from_numpy(getattr(self, name).copy()) for name in self.__slots__})
+        """Return a copy of the batch, for the slot is written again."""
+        return PackedBatch(**{name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()})
+
+
+def _shared_array(dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return an array in memory that this process shares with the processes that it forks."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 @dataclass(slots=True)

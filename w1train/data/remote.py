@@ -19,8 +19,9 @@ from typing import Any
 
 from w1train.config.credentials import is_masked, mask_urls
 from w1train.config.errors import UserError
-from w1train.data.dataset_manifest import manifest_path
-from w1train.data.indexed import DatasetError, bin_path, idx_path
+from w1train.config.reading import LARGEST_JSON, parse_json
+from w1train.data.dataset_manifest import dataset_paths, manifest_path
+from w1train.data.indexed import DatasetError, bin_path, idx_path, may_be_noised_path
 from w1train.data.sharded_dataset import SHARD_PATTERN, shard_names
 from w1train.runtime.files import exclusive, replace_file, write_text
 from w1train.runtime.object_storage import ObjectStorage, StorageError, require_protocol
@@ -67,13 +68,34 @@ def _localize_all(storage: ObjectStorage, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     suffixes = _suffixes(storage)
     for suffix in suffixes:
-        # The manifest last: it is the sign of completeness here too.
-        for path_of in (bin_path, idx_path, manifest_path):
-            target = path_of(directory / f"{name}{suffix}")
-            with exclusive(target):
-                _fill(storage, _remote_path(path_of, f"{storage.root}{suffix}"), target, required=path_of is not manifest_path)
+        _localize_one(storage, f"{storage.root}{suffix}", directory / f"{name}{suffix}")
     _forget_others(directory / name, {f"{name}{suffix}" for suffix in suffixes})
     return directory / name
+
+
+def _localize_one(storage: ObjectStorage, remote: str, local: Path) -> None:
+    """Copy the files of a dataset that is not in shards. The manifest comes last, for it tells that the copy is complete."""
+    is_listed = _lists_may_be_noised(storage, remote)
+    is_required = {bin_path: True, idx_path: True, may_be_noised_path: is_listed is True, manifest_path: False}
+    if is_listed is False:
+        # A storage may answer a question about a file that does not exist with a refusal, which would end the run.
+        del is_required[may_be_noised_path]
+        may_be_noised_path(local).unlink(missing_ok=True)
+    for path_of, required in is_required.items():
+        target = path_of(local)
+        with exclusive(target):
+            _fill(storage, _remote_path(path_of, remote), target, required)
+
+
+def _lists_may_be_noised(storage: ObjectStorage, prefix: str) -> bool | None:
+    """Return whether a dataset's manifest lists PREFIX.may_be_noised; None for a dataset without a manifest."""
+    try:
+        manifest = parse_json(storage.read(_remote_path(manifest_path, prefix), LARGEST_JSON))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # the manifest is damaged, which is reported when the copy is opened
+        return False
+    return isinstance(manifest, dict) and "may_be_noised_sha256" in manifest
 
 
 def require_password(prefix: str) -> None:
@@ -125,7 +147,7 @@ def _forget_others(local: Path, names: set[str]) -> None:
     for manifest in [manifest_path(local), *map(manifest_path, shard_names(local))]:
         other = str(manifest).removesuffix(".json")
         if other.rsplit("/", 1)[1] not in names:
-            for path in (manifest, idx_path(other), bin_path(other)):
+            for path in dataset_paths(other):
                 path.unlink(missing_ok=True)
 
 

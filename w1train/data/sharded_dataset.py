@@ -42,7 +42,7 @@ def shard_names(prefix: str | Path) -> list[str]:
 
 def shard_notes(manifests: Sequence[DatasetManifest]) -> list[dict[str, Any]]:
     """What the manifest of each shard says of all of them, by which a missing or foreign one is noticed."""
-    together = _joined_hash([manifest.bin_sha256 for manifest in manifests])
+    together = _joined_hash([manifest.content_sha256 for manifest in manifests])
     return [{"number": number, "count": len(manifests), "bins_sha256": together} for number in range(len(manifests))]
 
 
@@ -76,11 +76,22 @@ class ShardedDataset(TokenDataset):
         return open_dataset, (self.prefix, None, self._vocab_size)
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
-        """As ``TokenDataset.read``, of the shards laid end to end."""
-        found = []
-        for shard, first, end in _overlaps(self._first_tokens, start, max(stop, start + 1)):
-            found.append(self._shards[shard].read(first, min(end, first + stop - start)))
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        """Return what ``TokenDataset.read`` would of one dataset that holds the shards one after the other."""
+        return _joined([shard.read(first, end) for shard, first, end in self._shards_of(start, stop)])
+
+    @property
+    def limits_noise(self) -> bool:
+        """Whether a shard says which of its tokens may be noised."""
+        return any(shard.limits_noise for shard in self._shards)
+
+    def read_may_be_noised(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return what ``TokenDataset.read_may_be_noised`` would of one dataset that holds the shards one after the other."""
+        return _joined([shard.read_may_be_noised(first, end) for shard, first, end in self._shards_of(start, stop)])
+
+    def _shards_of(self, start: int, stop: int) -> list[tuple[TokenDataset, int, int]]:
+        """Return (shard, start, stop inside of it) of each shard that tokens [start, stop) are in; one shard for an empty range."""
+        parts = _overlaps(self._first_tokens, start, max(stop, start + 1))
+        return [(self._shards[shard], first, min(end, first + stop - start)) for shard, first, end in parts]
 
     def verify_hashes(self) -> None:
         """As ``TokenDataset.verify_hashes``, of every shard."""
@@ -137,6 +148,10 @@ class ShardedOffsets(DocumentOffsets):
         return np.array(found)
 
 
+def _joined[Item: np.generic](parts: Sequence[NDArray[Item]]) -> NDArray[Item]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def _overlaps(firsts: NDArray[np.int64], start: int, stop: int) -> list[tuple[int, int, int]]:
     """(shard, start, stop inside of it) of what [start, stop) has of each; ``firsts`` [shards + 1]."""
     if stop <= start:
@@ -164,7 +179,8 @@ def _joined_manifest(manifests: Sequence[DatasetManifest]) -> DatasetManifest:
     """Counts are sums and hashes those of the shards' hashes. The unigram entropy is the mean of the shards', weighted by their text: each
     shard is measured by its own frequencies."""
     sums = {name: sum(getattr(m, name) for m in manifests) for name in ("num_documents", "num_tokens", "num_bytes")}
-    sums |= {name: sum(getattr(m, name) for m in manifests) for name in ("bin_num_bytes", "idx_num_bytes")}
+    sums |= {name: sum(getattr(m, name) for m in manifests) for name in ("bin_num_bytes", "idx_num_bytes", "may_be_noised_num_bytes")}
+    hashes_of_flags = [manifest.may_be_noised_sha256 for manifest in manifests]
     return dataclasses.replace(
         manifests[0],
         **sums,
@@ -172,6 +188,7 @@ def _joined_manifest(manifests: Sequence[DatasetManifest]) -> DatasetManifest:
         unigram_bits_per_byte=sum(m.unigram_bits_per_byte * m.num_bytes for m in manifests) / sums["num_bytes"],
         bin_sha256=_joined_hash([manifest.bin_sha256 for manifest in manifests]),
         idx_sha256=_joined_hash([manifest.idx_sha256 for manifest in manifests]),
+        may_be_noised_sha256=_joined_hash(hashes_of_flags) if any(hashes_of_flags) else "",
         shard={},
     )
 

@@ -5,7 +5,7 @@ Shapes: b = samples, l = sequence_length, g = segments per sample (stretches of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -129,11 +129,11 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
     cut = words[:, 0] < int(config.random_length_probability * (1 << 32))
     kept = torch.where(cut, 1 + ((words[:, 1] * length) >> 32), length)
     beyond = torch.arange(length, device=batch.tokens.device)[None, :] >= kept[:, None]
-    return PackedBatch(
-        tokens=batch.tokens,
+    return replace(
+        batch,
         document_ids=torch.where(beyond, -1, batch.document_ids),
         positions=torch.where(beyond, 0, batch.positions),
-        sample_indices=batch.sample_indices,
+        may_be_noised=batch.may_be_noised & ~beyond,
     )
 
 

@@ -15,7 +15,6 @@ import torch
 
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
-from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
 from w1train.objectives.description import block_size
 from w1train.training.forward import run_micro_batches
@@ -104,10 +103,4 @@ def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedB
     parallel = config.parallel
     if parallel.virtual_pipeline == 1:
         return batches
-    padding = PackedBatch(
-        tokens=torch.zeros_like(batches[0].tokens),
-        document_ids=torch.full_like(batches[0].document_ids, -1),
-        positions=torch.zeros_like(batches[0].positions),
-        sample_indices=torch.full_like(batches[0].sample_indices, PADDING_SAMPLE),
-    )
-    return batches + [padding] * (-len(batches) % parallel.pipeline)
+    return batches + [batches[0].padding_like()] * (-len(batches) % parallel.pipeline)

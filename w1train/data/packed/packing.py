@@ -12,13 +12,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from w1train.data.batch import Sample, padding_sample
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.order import Stream, permuted, random_words
 
 LongDocuments = Literal["restart", "continue"]
 EndOfDocument = Literal["keep", "drop"]
-Sample = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]
-"""tokens int64 [l] (0 on padding), document_ids int32 [l] (from 0 in each sample; -1 on padding), positions int32 [l] (0 on padding)."""
 
 
 class Pieces(NamedTuple):
@@ -102,11 +101,9 @@ class SampleSource(ABC):
 
     def _assemble(self, pieces: Pieces) -> Sample:
         starts, lengths, offsets, places = pieces
-        tokens = np.zeros(self.sequence_length, dtype=np.int64)
-        document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
-        positions = np.zeros(self.sequence_length, dtype=np.int32)
+        sample = padding_sample(self.sequence_length)
         if len(starts) == 0:  # the rest of an epoch was an EOS alone, which is left out
-            return tokens, document_ids, positions
+            return sample
         numbers = np.arange(len(starts))
         ends = np.cumsum(lengths)
         where: slice | NDArray[np.int64] = slice(0, int(ends[-1]))
@@ -119,10 +116,11 @@ class SampleSource(ABC):
         lasts = np.append(firsts[1:], len(starts)) - 1
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             start, stop, place = int(starts[first]), int(starts[last] + lengths[last]), int(places[first])
-            tokens[place : place + stop - start] = self.dataset.read(start, stop)
-        document_ids[where] = np.repeat(numbers, lengths)
-        positions[where] = indices - np.repeat(places - self._first_positions(offsets), lengths)
-        return tokens, document_ids, positions
+            sample["tokens"][place : place + stop - start] = self.dataset.read(start, stop)
+            sample["may_be_noised"][place : place + stop - start] = self.dataset.read_may_be_noised(start, stop)
+        sample["document_ids"][where] = np.repeat(numbers, lengths)
+        sample["positions"][where] = indices - np.repeat(places - self._first_positions(offsets), lengths)
+        return sample
 
     def _first_positions(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         if not self._continue:

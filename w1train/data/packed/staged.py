@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from w1train.config.errors import UserError
+from w1train.data.batch import Sample
 from w1train.data.packed.interleave import Interleave
-from w1train.data.packed.packing import Sample, SampleSource
+from w1train.data.packed.packing import SampleSource
 
 
 class StageText(NamedTuple):
