@@ -95,7 +95,10 @@ def test_a_read_that_hangs(dataset, workers, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pread", hang)
     began = time.monotonic()
-    with open_loader(packed, workers, read_timeout=0.5) as loader, pytest.raises(LoaderError, match=r"no micro-batch for 0\.5 s.*hangs"):
+    with (
+        open_loader(packed, workers, read_timeout=0.5) as loader,
+        pytest.raises(LoaderError, match=r"no micro-batch has come for 0\.5 s.*hangs"),
+    ):
         next(loader.micro_batches(0))
     assert time.monotonic() - began < 10
     assert not children()

@@ -383,6 +383,8 @@ def test_a_writer_does_not_go_on_without_its_file(tokenizer, tmp_path, fault):
         DatasetWriter(tmp_path / "x", tokenizer, resume=progress, limits_noise=True)
     with DatasetWriter(tmp_path / "x", tokenizer) as again:
         again.add_document([20], 1)
+        again.finalize()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
 
 
 def test_a_writer_that_fails_leaves_nothing(tokenizer, tmp_path):

@@ -1,7 +1,7 @@
-"""Datasets of object storage: copied once to a local directory, which the ranks of a node share.
+"""Local copies of datasets in object storage, in a directory that the ranks of a machine share.
 
-Samples are read in random order, a few kilobytes at a time: each would be a request of its own. So a dataset is copied whole before
-the run, by one process of each machine, and read from there.
+Samples are read in random order, a few kilobytes at a time, and each read from object storage would be a request of its own. So one process
+of each machine copies the whole dataset before the run, and the ranks read the copy.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from w1train.runtime.object_storage import ObjectStorage, StorageError, require_
 logger = logging.getLogger(__name__)
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
-"""What storages call the version of a file, or the time of its last change."""
+"""Names that storages give to the version of a file, or to the time of its last change."""
 
 
 def is_remote(prefix: str) -> bool:
-    """Whether a prefix names object storage, such as s3://bucket/train."""
+    """Return whether a prefix names object storage, such as s3://bucket/train."""
     return "://" in prefix
 
 
 def localize(prefix: str, cache_directory: str | None) -> str:
-    """The prefix of a local copy of a dataset, made unless it is there; a local prefix is its own. Waits while another process copies.
+    """Return the prefix of a local copy of a dataset, and make the copy unless it exists. A local prefix is returned unchanged.
 
-    A file in the cache is taken for the remote one if it has its length and, where the storage knows one, its version.
+    If another process is making the copy, the function waits for it. A file of the copy is up to date if it has the length of the remote
+    file and, if the storage tells versions, its version.
 
     Raises:
-        DatasetError: if the dataset is not there, a file cannot be copied, or the storage's protocol is not installed.
+        DatasetError: if the dataset does not exist, a file cannot be copied, or the storage's protocol is not installed.
     """
     if not is_remote(prefix):
         return prefix
     require_password(prefix)
     if cache_directory is None:
         raise DatasetError(
-            f"{prefix} is copied before it is read, and the run has no data.cache_directory for the copy: give a local dataset"
+            f"{prefix} must be copied before it is read, and the run has no data.cache_directory for the copy: name a local dataset"
         )
-    # Two buckets may have a dataset of the same name.
+    # Two buckets may have datasets with the same name.
     directory = Path(cache_directory) / hashlib.sha256(mask_urls(prefix).encode()).hexdigest()[:16]
     try:
         require_protocol("a dataset", prefix)
@@ -99,7 +100,7 @@ def _lists_may_be_noised(storage: ObjectStorage, prefix: str) -> bool | None:
 
 
 def require_password(prefix: str) -> None:
-    """Raise DatasetError if the prefix is a URL out of a config.yaml, which has no passwords."""
+    """Raise DatasetError if the prefix is a URL from a run's config.yaml, where *** replaces passwords."""
     if is_masked(prefix):
         raise DatasetError(
             f"{prefix}: *** stands for a password, which a run's config.yaml does not have. Give the dataset's whole URL with --validation"
@@ -107,43 +108,43 @@ def require_password(prefix: str) -> None:
 
 
 def require_local(prefix: str) -> None:
-    """Raise DatasetError if the prefix of a dataset, out of the config.yaml of a finished run, names object storage.
+    """Raise DatasetError if the prefix of a dataset, read from the config.yaml of a finished run, names object storage.
 
-    Somebody else may have written that file: its URL could have this machine fetch whatever its network reaches (chained protocols such as
-    reference::http://... too), and the copy would be written where the file says (data.cache_directory).
+    Somebody else may have written this file. Its URL could make this machine fetch anything that its network reaches, also by chained
+    protocols such as reference::http://..., and would write the copy where the file says (data.cache_directory).
     """
     require_password(prefix)
     if is_remote(prefix):
         raise DatasetError(
-            f"{prefix} comes from the run's config.yaml, and nothing is fetched because a file says so. Give the dataset with --validation"
+            f"{prefix} comes from the run's config.yaml, and w1train does not fetch what a file names. Give the dataset with --validation"
         )
 
 
 def _remote_path(path_of: Callable[[str], Path], prefix: str) -> str:
-    """The path of a dataset's file in the storage: Path would take one of two slashes away, which are two names there."""
+    """Return the path of a dataset's file in the storage. ``Path`` would remove one of two slashes, which makes another name there."""
     directory, slash, name = prefix.rpartition("/")
     return f"{directory}{slash}{path_of(name)}"
 
 
 def _suffixes(storage: ObjectStorage) -> list[str]:
-    """Return what the names of a prefix's datasets have after it: "" for a dataset that is not in shards; else that of each shard.
+    """Return what follows the prefix in the names of its datasets: "" for a dataset that is not in shards, or the ending of each shard.
 
     Raises:
-        DatasetError: the storage lists what was not asked for, such as a path outside of the prefix.
+        DatasetError: if the storage lists a file that was not asked for, such as a path outside of the prefix.
     """
     if storage.exists(_remote_path(bin_path, storage.root)):
         return [""]
     found = sorted(storage.glob(_remote_path(bin_path, f"{glob.escape(storage.root)}{SHARD_PATTERN}")))
     suffixes = [path.removeprefix(storage.root).removesuffix(".bin") for path in found]
     for path, suffix in zip(found, suffixes, strict=True):
-        # The name becomes that of a local file.
+        # The local file gets this name.
         if not path.startswith(storage.root) or not fnmatch.fnmatchcase(suffix, SHARD_PATTERN):
-            raise DatasetError(f"{storage.url}: the storage lists {path!r}, which is no shard of this dataset")
+            raise DatasetError(f"{storage.url}: the storage lists {path!r}, which is not a shard of this dataset")
     return suffixes or [""]
 
 
 def _forget_others(local: Path, names: set[str]) -> None:
-    """Copies of what was there before under the same prefix: more shards, or a dataset that is in shards now."""
+    """Remove local copies of datasets that the prefix no longer names: further shards, or a dataset that now is in shards."""
     for manifest in [manifest_path(local), *map(manifest_path, shard_names(local))]:
         other = str(manifest).removesuffix(".json")
         if other.rsplit("/", 1)[1] not in names:
@@ -152,7 +153,7 @@ def _forget_others(local: Path, names: set[str]) -> None:
 
 
 def _fill(storage: ObjectStorage, remote: str, target: Path, required: bool) -> None:
-    """Copy a file, complete or not at all, unless it is in the cache already."""
+    """Copy a file, completely or not at all, unless the cache already has it. A file that is not required may be missing."""
     try:
         info = storage.info(remote)
     except FileNotFoundError:

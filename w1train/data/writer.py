@@ -1,4 +1,4 @@
-"""Writes a dataset that appears under its name only when it is complete, and that a killed process can go on with."""
+"""The writer of a dataset, which gets its name only when it is complete, and which another process can continue after a kill."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _READ_BYTES = 1 << 20
 
 
 class ResumeError(DatasetError):
-    """The files of an interrupted run are not what its record says."""
+    """The error of an interrupted run's files that do not match its record of progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriterProgress:
-    """What a writer had on the disk at some moment; a writer that is given it goes on from there."""
+    """The part of a dataset that a writer had brought to the disk. A writer that is given it continues from there."""
 
     num_documents: int
     num_tokens: int
@@ -106,12 +106,12 @@ class DatasetWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far."""
+        """Return the number of documents added so far."""
         return self._num_documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens added so far."""
+        """Return the number of tokens added so far."""
         return self._num_tokens
 
     def add_document(self, token_ids: Sequence[int], num_text_bytes: int, may_be_noised: Sequence[bool] | None = None) -> None:
@@ -167,7 +167,7 @@ class DatasetWriter:
             self._flush()
 
     def progress(self) -> WriterProgress:
-        """Bring everything to the disk, where neither a kill nor a power cut can take it back, and say how much it is."""
+        """Bring everything to the disk, where a kill or a power cut cannot undo it, and return how much it is."""
         self._flush()
         for file in self._files():
             file.flush()
@@ -175,11 +175,11 @@ class DatasetWriter:
         return WriterProgress(self._num_documents, self._num_tokens, self._num_text_bytes)
 
     def finalize(self, corpus: dict[str, Any] | None = None) -> DatasetManifest:
-        """Make the dataset visible: flush both files to the disk, rename them, and write the manifest last.
+        """Give the dataset its name: bring the files to the disk, rename them, and write the manifest last.
 
         Raises:
             DatasetError: if no document was added.
-            OSError: if the disk is full or fails; nothing is left under the dataset's name then.
+            OSError: if the disk is full or fails; the dataset's name then has no files.
         """
         manifest = dataclasses.replace(self.seal(), corpus=corpus or {})
         publish(self._prefix, manifest)
@@ -187,7 +187,7 @@ class DatasetWriter:
         return manifest
 
     def seal(self) -> DatasetManifest:
-        """Complete both files, still under their partial names; :func:`publish` makes them the dataset.
+        """Complete the files under their partial names; :func:`publish` gives them the dataset's name.
 
         Raises:
             DatasetError: if no document was added.
@@ -200,13 +200,13 @@ class DatasetWriter:
         return self._manifest()
 
     def keep(self) -> None:
-        """End without throwing away: for files that are published, or that a later writer goes on with."""
+        """Close the files and keep them, because they are published or a later writer continues them."""
         for file in self._files():
             file.close()
         self._bin_file = None
 
     def discard(self) -> None:
-        """End and throw away what was written, unless the writer has ended already."""
+        """Close and remove the files, unless the writer has ended already."""
         if self._bin_file is None:
             return
         for path in partial_paths(self._prefix):
@@ -218,7 +218,7 @@ class DatasetWriter:
         return [file for file in (self._bin_file, self._idx_file, self._may_be_noised_file) if file is not None and not file.closed]
 
     def _go_on_from(self, resume: WriterProgress) -> None:
-        """Cut off what came after, and count again what is there: hashes and counts have no state that could be kept."""
+        """Cut the files to the recorded lengths, and hash and count their content again: the state of a hash cannot be recorded."""
         assert self._bin_file is not None
         num_bytes = {self._bin_file: resume.num_tokens * self._dtype.itemsize, self._idx_file: lengths_end(resume.num_documents)}
         if self._may_be_noised_file is not None:
@@ -306,17 +306,18 @@ def _open_partial(path: Path, resume: WriterProgress | None) -> BinaryIO:
 
 
 def publish(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Give sealed files the dataset's name. May be repeated: a kill between any two of its steps is made good by another call.
+    """Give sealed files the dataset's name. After a kill between two of its steps, another call completes the work.
 
-    An older dataset goes first, manifest before files, so that no mixture of the two ever counts as one.
+    An older dataset of the name is removed first, its manifest before its files, so that no mixture of the two datasets ever counts as a
+    dataset.
 
     Raises:
-        ResumeError: if the files are not those of the manifest.
+        ResumeError: if the files do not have the sizes in the manifest.
     """
     check_sealed(prefix, manifest)
     directory = bin_path(prefix).parent
     paths = [file.path for file in manifest.files(prefix)]
-    if _partial(idx_path(prefix)).exists():  # it is renamed last: the index under the dataset's name is an older one's
+    if _partial(idx_path(prefix)).exists():  # the index is renamed last, so one under the dataset's name belongs to an older dataset
         manifest_path(prefix).unlink(missing_ok=True)
         idx_path(prefix).unlink(missing_ok=True)
         if may_be_noised_path(prefix) not in paths:
@@ -330,10 +331,10 @@ def publish(prefix: str | Path, manifest: DatasetManifest) -> None:
 
 
 def check_sealed(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Whether sealed files, under either name, have the sizes that they were written with.
+    """Require that sealed files, under their partial or final names, have the sizes in the manifest.
 
     Raises:
-        ResumeError: if not.
+        ResumeError: if a file is missing or has another size.
     """
     for path, num_bytes, _ in manifest.files(prefix):
         there = _partial(path) if _partial(path).exists() else path
@@ -342,17 +343,20 @@ def check_sealed(prefix: str | Path, manifest: DatasetManifest) -> None:
 
 
 def unigram_bits(token_counts: NDArray[np.int64]) -> float:
-    """Bits of a text under the order-0 model of its own token frequencies; ``token_counts`` int64 [vocab_size]."""
+    """Return the bits of a text under the order-0 model of its own token frequencies; ``token_counts`` is int64 [vocab_size]."""
     counts = token_counts[token_counts > 0].astype(np.float64)
     return float(math.fsum(counts * -np.log2(counts / counts.sum())))
 
 
 def open_exclusively(path: Path) -> BinaryIO:
-    """Open a file for appending that no other process has open for writing through this function.
+    """Open a file for appending, with a lock that only one process can hold.
 
-    The lock ends with the process, however it ends. The name is looked up again under the lock: the other writer may have
-    finished and renamed the file in between, and emptying it then would destroy its dataset. Raises DatasetError, and OSError as
-    :func:`open_in_place` does.
+    The lock ends with the process, however it ends. With the lock held, the name is looked up again: another writer may have finished and
+    renamed the file in between, and emptying the file then would destroy that writer's dataset.
+
+    Raises:
+        DatasetError: if another process has opened the file through this function.
+        OSError: as :func:`open_in_place`.
     """
     file = open_in_place(path, "ab")
     try:
