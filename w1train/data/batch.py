@@ -63,7 +63,7 @@ class PackedBatch:
     """int32 [b, l]: position inside the document, which restarts at 0 with each document; 0 on padding."""
     sample_indices: Tensor = field(metadata=_per_sample(np.int64, padding=PADDING_SAMPLE))
     """int64 [b]: index of the sample in the run's global order, which never repeats, not even in a later epoch."""
-    may_be_noised: Tensor = field(default=None, metadata=_per_token(np.bool_, padding=False))  # type: ignore[assignment]
+    may_be_noised: Tensor = field(default=None, metadata=_per_token(np.bool_, padding=False))
     """bool [b, l]: whether the token may be noised; False on padding. A token that may not be noised (of a prompt, an image or fill) is
     visible to the model as it is, and no loss is taken of it. By default all tokens of documents may be noised."""
 
