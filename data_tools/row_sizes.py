@@ -1,4 +1,4 @@
-"""Sizes of the rows of an Arrow array as Python values, however little memory the array itself takes."""
+"""Sizes that the rows of an Arrow array have as Python values, which may be much larger than the array itself."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ELEMENT_BYTES = 8
-"""The bytes that an element of a list counts beside its text: lists of absent values take memory, too."""
+"""The bytes that an element of a list counts in addition to its text, because lists of absent values take memory, too."""
 
 
 def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
-    """int64 [rows]: bytes of the text in each row, with what it refers to (an entry of a dictionary, say) as often as it refers to it."""
+    """Return the bytes of the text in each row, int64 [rows]. A text that a row refers to several times, such as a dictionary entry, counts
+    each time."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -54,13 +55,13 @@ def _taken(sizes: NDArray[np.int64], indices: pyarrow.Array) -> NDArray[np.int64
 
 
 def _view_lengths(array: pyarrow.Array) -> NDArray[np.int64]:
-    """A view is 16 bytes, of which the first four are the length."""
+    """Return the lengths of views. A view has 16 bytes, and its first four bytes are the length."""
     views = np.frombuffer(array.buffers()[1], dtype=np.int32).reshape(-1, 4)[array.offset : array.offset + len(array), 0]
     return np.where(array.is_valid(), views, 0).astype(np.int64)
 
 
 def _union_child(array: pyarrow.Array, number: int) -> NDArray[np.int64]:
-    """The largest row of a child stands for each: which rows are the child's is not looked at."""
+    """Return the size of the child's largest row for every row, since the rows of this child are not determined."""
     child = array.field(number)
     return np.full(len(array), text_sizes(child).max(initial=0))
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from data_tools import decompress, encode, lines, tokenize, units
 from data_tools.corpus import TextCorpus
+from data_tools.corpus_files import CorpusError, Limits
 from data_tools.decompress import ContentReader, damage
-from data_tools.files import CorpusError, Limits
 from data_tools.row_sizes import text_sizes
-from data_tools.text import Rules
+from data_tools.unit_reader import Rules
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -248,6 +248,16 @@ def test_an_index(prefix, content, capsys):
         require_refusal(main, [str(prefix), *options], capsys, 1, str(prefix))
 
 
+NOT_A_BYTE_FOR_EACH_TOKEN: dict[str, Content] = {**NOT_FILES, "empty": b"", "short": bytes(8), "long": bytes(10)}
+
+
+@pytest.mark.parametrize("content", NOT_A_BYTE_FOR_EACH_TOKEN)
+def test_a_file_of_tokens_that_may_be_noised(prefix, content, capsys):
+    put(prefix.with_suffix(".may_be_noised"), NOT_A_BYTE_FOR_EACH_TOKEN[content])
+    for main, options in DATA_COMMANDS.values():
+        require_refusal(main, [str(prefix), *options], capsys, 1, str(prefix))
+
+
 @pytest.mark.parametrize("content", NOT_JSON_OBJECTS)
 def test_a_manifest(tmp_path, content, capsys):
     prefix = make_dataset(tmp_path / "data")
@@ -370,8 +380,11 @@ def swapped(value: Any, draw: Any) -> Any:
 def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
     prefix = make_dataset(directory / "data")
-    suffix = data.draw(st.sampled_from([".idx", ".json", ".bin"]))
+    suffix = data.draw(st.sampled_from([".idx", ".json", ".bin", ".may_be_noised"]))
     path = prefix.with_suffix(suffix)
+    if suffix == ".may_be_noised":
+        prefix.with_suffix(".json").unlink()
+        path.write_bytes(b"\0\1\1" * 3)
     if suffix == ".json" and data.draw(st.booleans()):
         path.write_text(json.dumps(swapped(json.loads(path.read_text()), data.draw)))
     else:
@@ -382,6 +395,7 @@ def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
         dataset = TokenDataset.open(prefix)
         inspect.count(dataset, np.diff(dataset.document_offsets))
         inspect.check_tokens(dataset, None)
+        dataset.read_may_be_noised(0, dataset.num_tokens)
 
 
 @settings(max_examples=30, deadline=None)

@@ -283,10 +283,10 @@ class TrainingData(ValidationData):
                     raise DatasetError(f"validation dataset {part.prefix} is training dataset {twin}: the same tokens, by their hash")
 
     def fingerprint(self, num_samples: int) -> str | None:
-        """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
-        the order of their use. None if one of them has no manifest."""
+        """SHA-256 of the training tokens that the first ``num_samples`` samples come from, and of which may be noised; of several datasets,
+        that of their hashes in the order of their use. None if one of them has no manifest."""
         begun = dict.fromkeys(name for part in self.samples.parts if part.first < max(num_samples, 1) for name in part.interleave.names)
-        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.bin_sha256 for prefix in begun]
+        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.content_sha256 for prefix in begun]
         known = [digest for digest in hashes if digest is not None]
         if len(known) < len(hashes):
             return None

@@ -15,7 +15,6 @@ import torch
 
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
-from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
 from w1train.diffusion.processes import noise_process
 from w1train.objectives.description import block_size
@@ -106,11 +105,4 @@ def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedB
     parallel = config.parallel
     if parallel.virtual_pipeline == 1:
         return batches
-    padding = PackedBatch(
-        tokens=torch.zeros_like(batches[0].tokens),
-        document_ids=torch.full_like(batches[0].document_ids, -1),
-        positions=torch.zeros_like(batches[0].positions),
-        sample_indices=torch.full_like(batches[0].sample_indices, PADDING_SAMPLE),
-        may_be_noised=torch.zeros_like(batches[0].may_be_noised),
-    )
-    return batches + [padding] * (-len(batches) % parallel.pipeline)
+    return batches + [batches[0].padding_like()] * (-len(batches) % parallel.pipeline)
