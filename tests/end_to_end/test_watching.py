@@ -16,8 +16,8 @@ import pytest
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.records.wandb_file import read_history, read_run
 from w1train.checkpoints import async_save
+from w1train.records.chart_metrics import chart_metrics
 from w1train.records.summary import code_versions
-from w1train.records.wandb_log import wandb_metrics
 from w1train.reports.live_dashboard import SECTIONS
 from w1train.runtime.record_files import read_metrics
 from w1train.training import forward
@@ -70,7 +70,7 @@ def test_wandb_has_every_metric_of_every_record(watched):
     records = read_metrics(watched.path / "metrics.jsonl")
     assert {record["step"] for record in records} == set(range(NUM_STEPS + 1))
     for record in records:
-        for name, value in wandb_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
+        for name, value in chart_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
             assert history[record["step"]][name] == value, name
     for step in range(1, NUM_STEPS + 1):
         # No noise level may lack a bin for good, but a step of 256 tokens may.
@@ -115,7 +115,7 @@ def test_tensorboard_has_the_same(watched):
 
     scalars = read_scalars(watched.path)
     for record in read_metrics(watched.path / "metrics.jsonl"):
-        for name, value in wandb_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
+        for name, value in chart_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
             assert scalars[name][record["step"]] == pytest.approx(value, rel=1e-6), name
 
 
@@ -141,7 +141,7 @@ def test_the_page_explains_every_metric_of_a_run(watched):
         kind = record["kind"]
         for key in record.keys() - ({"kind", "step", "tokens", "stage", "block_size"} if kind == "validation" else set()):
             if record[key] is not None:
-                names = wandb_metrics({"kind": kind, key: record[key]}, [0.25, 0.75], ("warmup", "stable")).keys() - {None}
+                names = chart_metrics({"kind": kind, key: record[key]}, [0.25, 0.75], ("warmup", "stable")).keys() - {None}
                 first = f"{prefixes[kind]}loss_by_t/{'0.25' if kind == 'validation' else '0.05'}"
                 found[prefixes[kind] + key] = first if key == "loss_by_t" else next(iter(names), None)
     page = documented()

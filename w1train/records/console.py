@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from w1train.records.average_comparison import comparison_lines
 from w1train.records.sample_text import continuation, shorten, visible_masks
+from w1train.records.sink import Record, RecordedRun, Sink
 from w1train.runtime.quantities import duration, quantity
 
 logger = logging.getLogger(__name__)
@@ -22,32 +24,15 @@ logger = logging.getLogger(__name__)
 _SAMPLE_CHARACTERS = 240
 
 
-class TrainingConsole:
-    """Progress of one run, for rank 0; with ``enabled=False`` it is silent, so that other ranks run the same code.
+class ConsoleSink(Sink):
+    """Shows the progress of a run."""
 
-    >>> with TrainingConsole(total_tokens=1 << 30, total_steps=4000, start_step=0, enabled=rank == 0, interval=10) as console:
-    ...     console.print_header("demo", {"model": "12.6M parameters", "device": "2 x cpu"})
-    ...     console.update(train_record)
-    """
-
-    def __init__(
-        self,
-        total_tokens: int,
-        total_steps: int,
-        start_step: int,
-        enabled: bool,
-        interval: int,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """``start_step`` steps are done already (a resumed run); ``interval`` steps lie between two plain lines."""
-        self.total_tokens, self.total_steps, self.interval = total_tokens, total_steps, interval
-        self.enabled = enabled
+    def __init__(self, run: RecordedRun, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._is_broken = run, False
         self._console = _Console(file=stream, highlight=False, markup=False)
         # A log file has no width to fill: rich would break its lines at 80 characters.
         self._console.soft_wrap = not self._console.is_terminal
-        self.live = enabled and self._console.is_terminal
-        self._eta = _RemainingTime(total_steps, clock)
+        self._eta = _RemainingTime(run.num_steps, clock)
         self._metrics_line = Text("waiting for the first step", style="dim")
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -58,68 +43,69 @@ class TrainingConsole:
             console=self._console,
             expand=True,
         )
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, times="")
+        self._task = self._progress.add_task("train", total=run.num_steps, completed=run.step, times="")
         self._display = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._shown = ExitStack()
 
-    def __enter__(self) -> TrainingConsole:
-        if self.live:
+    def open(self) -> None:
+        """Show the bar, if this is a terminal, and print what is about to be trained."""
+        if self._console.is_terminal:
             self._shown.enter_context(_shown(self._display))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._shown.close()
-
-    def print_header(self, title: str, rows: Mapping[str, object]) -> None:
-        """What is about to be trained: a table of titles and values (model size, device, world, tokens, batch)."""
-        width = max(map(len, rows), default=0)
-        self._print(Text(title, style="bold"))
-        for name, value in rows.items():
-            self._print(Text.assemble((f"  {name:<{width}}  ", "dim"), str(value)))
+        width = max(map(len, self._run.description), default=0)
+        self._print(Text(self._run.config.name, style="bold"))
+        for title, value in self._run.description.items():
+            self._print(Text.assemble((f"  {title:<{width}}  ", "dim"), value))
         self._print(Text())
 
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Show a training record of metrics.jsonl (one a step)."""
-        step = record["step"]
+    def close(self, *, failed: bool) -> None:
+        """Take the bar away."""
+        self._shown.close()
+
+    def record(self, record: Record) -> None:
+        """Show a step in the bar, or as a line if it is due; print a validation and an average."""
+        match record["kind"]:
+            case "train":
+                self._show_step(record)
+            case "validation":
+                parts = [f"validation at step {record['step']:,}:", *describe(record), f"({record['time/seconds']:.1f} s)"]
+                self._print(Text("  ".join(parts)))
+            case "average":
+                for line in comparison_lines(record):
+                    self._print(Text(line))
+
+    def record_samples(self, samples: Sequence[Record]) -> None:
+        """Print each sample: the prompt in bold, every token that is still masked as a shaded block, shortened."""
+        for sample in samples:
+            text = Text(f"sample at step {sample['step']:,}: ")
+            text.append(_one_line(sample["prompt"]), style="bold")
+            text.append(_one_line(continuation(sample)), style="cyan")
+            self._print(text)
+
+    def _show_step(self, record: Record) -> None:
+        step, num_steps = record["step"], self._run.num_steps
         self._eta.step_done(step)
-        if not self.enabled:
+        if self._is_broken:
             return
-        if self.live:
-            tokens = f"{quantity(record['tokens'])} / {quantity(self.total_tokens)} tokens"
+        if self._console.is_terminal:
+            tokens = f"{quantity(record['tokens'])} / {quantity(self._run.num_tokens)} tokens"
             self._metrics_line = Text(fitted([*_parts(record), *_places(record), (6, tokens)], self._console.width))
             self._progress.update(self._task, completed=step, times=self._eta.describe())
-        elif step % self.interval == 0 or step == self.total_steps:
-            width = len(f"{self.total_steps:,}")
+        elif step % self._run.config.logging.interval == 0 or step == num_steps:
+            width = len(f"{num_steps:,}")
             places = [text for _, text in _places(record)] if "stage" in record else []
-            columns = [f"step {step:>{width},}/{self.total_steps:,}", *describe(record), self._eta.describe(), *places]
+            columns = [f"step {step:>{width},}/{num_steps:,}", *describe(record), self._eta.describe(), *places]
             self._print(Text("  ".join(columns)))
 
-    def print_line(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self._print(Text(text))
-
-    def print_validation(self, record: Mapping[str, Any]) -> None:
-        """Show a validation record of metrics.jsonl."""
-        parts = [f"validation at step {record['step']:,}:", *describe(record), f"({record['time/seconds']:.1f} s)"]
-        self.print_line("  ".join(parts))
-
-    def print_sample(self, record: Mapping[str, Any]) -> None:
-        """Show a record of samples.jsonl: the prompt in bold, every token still masked as a shaded block, shortened."""
-        text = Text(f"sample at step {record['step']:,}: ")
-        text.append(_one_line(record["prompt"]), style="bold")
-        text.append(_one_line(continuation(record)), style="cyan")
-        self._print(text)
-
     def _print(self, text: Text) -> None:
-        if not self.enabled:
+        if self._is_broken:
             return
-        # Training does not die of a terminal that cannot show a character.
+        # A character that the terminal cannot show must not end the training.
         text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
         try:
             self._console.print(text)
         except OSError as error:
-            # The terminal is gone, the pipe closed, the log file's disk full: the records are elsewhere.
-            self.enabled = False
+            # The terminal is gone, the pipe is closed, or the log file's disk is full. The other sinks have the records.
+            self._is_broken = True
             logger.warning("standard output takes no more (%s): training goes on without it", error)
 
     def _render(self) -> Group:

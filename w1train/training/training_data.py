@@ -298,8 +298,17 @@ class TrainingData(ValidationData):
         datasets = {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0}
         return bits_per_byte(nats_per_token, datasets, self.config.data.eos)
 
-    def corpus_metrics(self, num_samples: int) -> dict[str, float]:
-        """Of each corpus of a blend after ``num_samples`` of the run: tokens seen (in samples begun) and passes through it."""
+    def step_metrics(self, elbo: float, num_samples: int) -> dict[str, float | None]:
+        """Return what a step's record says of the data after ``num_samples`` of the run.
+
+        Args:
+            elbo: the step's, in nats per token.
+        """
+        bits = self.bits_per_byte(elbo, num_samples)
+        return {"elbo_bits_per_byte": bits, "epoch": self.samples.epoch(num_samples), **self._corpus_metrics(num_samples)}
+
+    def _corpus_metrics(self, num_samples: int) -> dict[str, float]:
+        """Return tokens seen (in samples begun) and passes of each corpus of a blend, after ``num_samples`` of the run."""
         names = {corpus.prefix: name for name, corpus in self.config.data.blend.items()}
         epochs, found = self.samples.epochs(num_samples), {}
         for prefix, count in self.samples.num_read(num_samples).items():

@@ -19,9 +19,9 @@ from w1train.config.schema import HealthConfig
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.engine.building import TrainedModel
 from w1train.engine.gradients import LocalGradients, nonfinite_parameters
-from w1train.records.watch import require_finite
 from w1train.training.forward import StepWork
 from w1train.training.health.bad_batches import write_bad_batch
+from w1train.training.health.finite import require_finite
 from w1train.training.health.spikes import SpikeWindow
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,14 @@ class StepGuard:
             return True
         self._leave_out(computed, problem)
         return False
+
+    def require_finite_parameters(self) -> None:
+        """Raise an error if a parameter is NaN or infinite. Called on every rank.
+
+        Raises:
+            FloatingPointError: on every rank.
+        """
+        require_finite(self._progress.step, {"the largest parameter": self._model.largest_parameter()})
 
     def _problem(self, computed: ComputedStep, stage: str) -> Problem | None:
         bad = [f"{name} is {value}" for name, value in _looked_at(computed).items() if not math.isfinite(value)]
