@@ -1,30 +1,19 @@
-"""All ranks decide alike."""
+"""All ranks decide alike whether to stop."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.distributed import run_distributed
-from w1train.training.agreement import Agreement, StepFlags, agree
-
-QUIET = StepFlags()
+from w1train.training.agreement import StopAgreement
 
 
-def exchange(rank: int, world_size: int, flags: list[StepFlags]) -> tuple[StepFlags, StepFlags]:
-    under_way = Agreement(flags[rank])
+def exchange(rank: int, world_size: int, requests: list[bool]) -> tuple[bool, bool]:
+    under_way = StopAgreement(requests[rank])
     # Another exchange meanwhile is not mixed up with it.
-    return agree(StepFlags(stop_requested=rank == 0)), under_way.wait()
+    return StopAgreement(not requests[0]).wait(), under_way.wait()
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([QUIET, QUIET], QUIET),
-        ([QUIET, StepFlags(stop_requested=True)], StepFlags(stop_requested=True)),
-        ([StepFlags(save_failed=True), QUIET], StepFlags(save_failed=True)),
-        ([StepFlags(saved=False), QUIET], StepFlags(saved=False)),
-        ([StepFlags(saved=False), StepFlags(saved=False, stop_requested=True)], StepFlags(saved=False, stop_requested=True)),
-    ],
-)
-def test_flags_of_any_and_of_all(flags, expected):
-    assert run_distributed(exchange, 2, flags) == [(StepFlags(stop_requested=True), expected)] * 2
+@pytest.mark.parametrize("requests", [[False, False], [True, False], [False, True], [True, True]])
+def test_one_rank_stops_all(requests):
+    assert run_distributed(exchange, 2, requests) == [(not requests[0], any(requests))] * 2

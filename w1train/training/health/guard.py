@@ -20,7 +20,7 @@ from w1train.diffusion.corruption import NoisyBatch
 from w1train.engine.building import TrainedModel
 from w1train.engine.gradients import LocalGradients, nonfinite_parameters
 from w1train.training.forward import StepWork
-from w1train.training.health.bad_batches import write_bad_batch
+from w1train.training.health.bad_batches import step_directory, write_bad_batch
 from w1train.training.health.finite import require_finite
 from w1train.training.health.spikes import SpikeWindow
 
@@ -138,7 +138,7 @@ class StepGuard:
         state["in_a_row"] = in_a_row + 1
         state["skipped"] = self.num_skipped + 1
         computed.values["skipped"] = problem.kind
-        logger.warning("step %d is left out: %s again; its batch is in %s", step, problem.text, self._bad_batches / f"step_{step}")
+        logger.warning("step %d is left out: %s again; its batch is in %s", step, problem.text, step_directory(self._bad_batches, step))
         if problem.kind == "spike" and state["in_a_row"] >= self._settings.max_skips:
             logger.warning(
                 "so many spikes in a row are a new level: no step is a spike until %d have been seen", self._settings.spike_window // 2
