@@ -172,7 +172,7 @@ def test_without_bytes_the_elbo_is_in_nats(tmp_path):
 
 def test_steps_that_are_not_finite_are_said(tmp_path):
     records = [train_record(step) | ({"loss": math.nan} if step in (7, 9) else {}) for step in range(1, 30)]
-    assert "2 not finite" in report(write_log(tmp_path, *records)).words
+    assert "2 NaN or infinite" in report(write_log(tmp_path, *records)).words
 
 
 def test_mfu_is_shown_where_it_is_known(tmp_path):

@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a live bar on a terminal, aligned lines in a log file."""
+"""The console: a live bar on a terminal, aligned lines in a log file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SAMPLE_CHARACTERS = 240
 
 
 class ConsoleSink(Sink):
-    """Shows the progress of a run."""
+    """Shows the progress of a run to people."""
 
     def __init__(self, run: RecordedRun, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._is_broken = run, False
         self._console = _Console(file=stream, highlight=False, markup=False)
-        # A log file has no width to fill: rich would break its lines at 80 characters.
+        # A log file has no width: rich would break its lines at 80 characters.
         self._console.soft_wrap = not self._console.is_terminal
         self._eta = _RemainingTime(run.num_steps, clock)
         self._metrics_line = Text("waiting for the first step", style="dim")
@@ -99,7 +99,7 @@ class ConsoleSink(Sink):
     def _print(self, text: Text) -> None:
         if self._is_broken:
             return
-        # A character that the terminal cannot show must not end the training.
+        # A character that the terminal cannot show must not end training.
         text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
         try:
             self._console.print(text)
@@ -114,14 +114,14 @@ class ConsoleSink(Sink):
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """rich's own would end the process, without a word."""
-        raise  # called where the BrokenPipeError is caught
+        """Raise the BrokenPipeError again, which rich handles when it calls this. rich's own method ends the process silently."""
+        raise
 
 
 class _RemainingTime:
-    """Wall-clock time since the start, and until the end at the pace so far (validation and checkpoints included).
+    """The wall-clock time since the start, and until the end at the pace so far, which includes validation and checkpoints.
 
-    The pace counts from the end of the first step, which is slower than the rest (compilation, caches, allocator).
+    The pace is measured from the end of the first step, which is slower than the others (compilation, caches, allocator).
     """
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
@@ -131,28 +131,30 @@ class _RemainingTime:
         self._last: tuple[int, float] | None = None
 
     def step_done(self, step: int) -> None:
+        """Note that a step is done now."""
         self._last = (step, self._clock())
         self._first = self._first or self._last
 
     def remaining(self) -> float | None:
-        """Seconds; None until two steps are done."""
+        """Return seconds until the end; None until two steps are done."""
         if self._first is None or self._last is None or self._first[0] == self._last[0]:
             return None
         (first_step, first_time), (step, now) = self._first, self._last
         return (now - first_time) / (step - first_step) * (self._total_steps - step)
 
     def describe(self) -> str:
+        """Return both times in words."""
         remaining = self.remaining()
         eta = "--:--" if remaining is None else duration(remaining)
         return f"{duration(self._clock() - self._start)} elapsed  {eta} left"
 
 
 _Part = tuple[int, str]
-"""(how soon it is left out where there is little room: the smallest last, a few words)."""
+"""(rank, text) of a part of a line. Where a line is too long, the part with the highest rank is left out first."""
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:
-    """The numbers of a record worth watching, each with its unit, of a constant width."""
+    """Return the most important numbers of a record, each with its unit, of a constant width."""
     return [text for _, text in _parts(record)]
 
 
@@ -175,7 +177,7 @@ def _parts(record: Mapping[str, Any]) -> list[_Part]:
 
 
 def _places(record: Mapping[str, Any]) -> list[_Part]:
-    """Where the run is in its schedule and in its data."""
+    """Return the stage of the run, and its epoch."""
     places = []
     if "stage" in record:
         places.append((3, f"stage {record['stage']}"))
@@ -185,7 +187,7 @@ def _places(record: Mapping[str, Any]) -> list[_Part]:
 
 
 def fitted(parts: Sequence[_Part], width: int) -> str:
-    """As many of the parts as one line of a terminal has room for: a line that is broken in two makes the display jump."""
+    """Join as many parts as fit into one line of a terminal. A line that is broken in two would make the display jump."""
     kept = list(parts)
     while len(kept) > 1 and len("  ".join(text for _, text in kept)) > width:
         kept.remove(max(kept))
@@ -193,7 +195,7 @@ def fitted(parts: Sequence[_Part], width: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Shortened; masks and line breaks shown as one sign each: a sample is one line."""
+    """Return a text as one shortened line, with one sign for each mask and each line break."""
     return visible_masks(shorten(text, _SAMPLE_CHARACTERS)).replace("\n", "\u23ce")
 
 
@@ -201,8 +203,8 @@ def _one_line(text: str) -> str:
 def _shown(display: Live) -> Iterator[None]:
     """Show the display, with log lines above it.
 
-    rich replaces sys.stdout and sys.stderr by streams that print above the bar; a log handler that was made before holds the
-    old ones and would write into the middle of it.
+    rich replaces sys.stdout and sys.stderr by streams that print above the bar. A log handler that was made before has the old streams, and
+    would write into the middle of the bar.
     """
     before = (sys.stdout, sys.stderr)
     with display:

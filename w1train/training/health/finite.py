@@ -1,4 +1,4 @@
-"""The check that a value of the run is finite."""
+"""The check that values of a run are finite."""
 
 from __future__ import annotations
 
