@@ -1,5 +1,5 @@
-"""The agreement of all ranks to stop at the same step. A signal may reach one rank alone, and a rank that stopped without the others would
-leave them waiting. It takes one small all-reduce a step, over gloo."""
+"""What all ranks must decide alike between two steps, from what each of them knows alone: a signal may reach one rank only. The exchange
+is one small all-reduce a step, over gloo."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import torch
 import torch.distributed as dist
 
 
-class StopAgreement:
-    """An exchange that is under way. It travels while the rank does other work."""
+class Agreement:
+    """An exchange that is under way: it travels while the rank does other work."""
 
     def __init__(self, stop_requested: bool) -> None:
-        """Begin the exchange. Called on every rank at the same place. Raise RuntimeError where the connection to another rank is lost.
+        """Send whether a signal asks this rank for the end. Called on every rank at the same place.
 
-        Args:
-            stop_requested: whether a signal has asked this rank to stop.
+        Raises:
+            RuntimeError: the connection to another rank is lost.
         """
-        self._vote = torch.tensor([stop_requested], dtype=torch.int32)
-        # A tensor on the CPU travels over gloo: reading the answer then waits for no kernel.
-        self._work = dist.all_reduce(self._vote, op=dist.ReduceOp.MAX, async_op=True)
+        self._votes = torch.tensor([stop_requested], dtype=torch.int32)
+        # A CPU tensor goes over gloo: reading the answer then waits for no kernel.
+        self._work = dist.all_reduce(self._votes, op=dist.ReduceOp.MAX, async_op=True)
 
     def wait(self) -> bool:
-        """Return whether a signal has asked any rank to stop: the same on every rank. Raise RuntimeError as the exchange itself."""
+        """Return whether a signal asks any rank for the end, the same on every rank.
+
+        Raises:
+            RuntimeError: the connection to another rank is lost.
+        """
         self._work.wait()
-        return bool(self._vote.item())
+        return bool(self._votes.item())

@@ -16,7 +16,7 @@ from w1train.runtime.device import memory_gib
 from w1train.runtime.distributed import Ranks, on_main_rank
 from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.agreement import StopAgreement
+from w1train.training.agreement import Agreement
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.guard import ComputedStep
@@ -78,7 +78,7 @@ class Trainer:
                 try:
                     self.profiler.step_begins(self.progress.step + 1, self.timer)
                     self.train_step(batches)
-                    self.after_step(stop_requested=self.agreement.wait())
+                    self.after_step(self.agreement.wait())
                 except FloatingPointError as error:
                     batches.close()
                     self.rewind(error)
@@ -101,7 +101,7 @@ class Trainer:
         self.stragglers.begin(self.progress.step + 1)
         computed = self.compute_step(batches)
         is_good = self.guard.checked(computed, self.compute_step_again, self.position.stage_name)
-        self.agreement = StopAgreement(pulse.stop_requested)
+        self.agreement = Agreement(pulse.stop_requested)
         if is_good:
             step_with_prepared_gradients(self.model.optimizer, computed.grad_norm)
         num_samples = self.position.stage.training.global_batch_size
@@ -162,7 +162,7 @@ class Trainer:
         }
         self.watch.record("train", record)
 
-    def after_step(self, *, stop_requested: bool) -> None:
+    def after_step(self, stop_requested: bool) -> None:
         """Do what is due at the boundary between two steps; ``stop_requested``: a signal asks for the end."""
         self.garbage.step_done(self.progress.step)
         self.saver.poll()
