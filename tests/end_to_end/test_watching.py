@@ -1,5 +1,5 @@
-"""A run that was started twice, as those who watch it see it: W&B's and TensorBoard's files, the dashboard, events, the page that explains
-the metrics."""
+"""The records of a run that was started twice: W&B's and TensorBoard's files, the dashboard, events, and the page that explains the
+metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from w1train.runtime.record_files import read_metrics
 from w1train.training import forward
 
 REPOSITORY = Path(__file__).parents[2]
-# As the issue lists them.
+# The metrics that users expect by name.
 NAMED = {
     *("loss", "elbo", "loss_by_t/0.95", "grad_norm", "mfu", "tokens_per_second", "data_wait_seconds", "communication_seconds"),
     *("memory_gib", "context_balance", "phase"),
@@ -33,8 +33,8 @@ FIRST_STEPS = 6
 
 
 def waiting_for_writers(rank: int) -> None:
-    """Each step boundary finds done what was being written before: on a slow disk, a save may otherwise last beyond the run's last
-    record, which then says nothing of it."""
+    """Make each step boundary wait for the writing of a save: on a slow disk, a save may otherwise last beyond the run's last record, which
+    then has no times of it."""
     poll = async_save.CheckpointSaver.poll
 
     def wait_and_poll(saver: async_save.CheckpointSaver) -> None:
@@ -73,7 +73,7 @@ def test_wandb_has_every_metric_of_every_record(watched):
         for name, value in chart_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
             assert history[record["step"]][name] == value, name
     for step in range(1, NUM_STEPS + 1):
-        # No noise level may lack a bin for good, but a step of 256 tokens may.
+        # A step of 256 tokens may have no tokens in a bin of t; the whole run may not.
         assert (NAMED - {"loss_by_t/0.95"}) <= history[step].keys()
     assert set().union(*history.values()) >= NAMED
     assert [history[step]["phase"] for step in (1, 2, 3)] == [1, 1, 2]
@@ -128,14 +128,14 @@ def test_events(watched):
 
 
 def documented() -> dict[str, str | None]:
-    """{key of metrics.jsonl: W&B name} of the tables in docs/watching.md."""
+    """Return {key of metrics.jsonl: W&B name} of the tables in docs/watching.md."""
     page = (REPOSITORY / "docs" / "watching.md").read_text().partition("## Training records")[2]
     rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`)?", page, re.MULTILINE)
     return {key: name or None for key, name in rows}
 
 
 def test_the_page_explains_every_metric_of_a_run(watched):
-    """Under the names that metrics.jsonl and W&B have, and no others but those of blends."""
+    """The page has every metric under its names in metrics.jsonl and W&B. Its other metrics are those of blends."""
     prefixes, found = {"train": "", "validation": "validation/"}, {}
     for record in read_metrics(watched.path / "metrics.jsonl"):
         kind = record["kind"]
@@ -160,10 +160,10 @@ def delayed_on_the_other_rank(rank: int) -> None:
 
 
 def test_waiting_for_a_slow_rank_is_communication(tiny_run):
-    """Rank 0 records: it waits in the gradients' reduction for rank 1, which is late at each of its micro-batches."""
+    """Rank 0, which records, waits in the gradients' reduction for rank 1, which is late at each micro-batch."""
     tiny_run.train("training.micro_batch_size=4", "sampling.interval=0", world_size=2, sabotage=delayed_on_the_other_rank).require(0)
     records = read_metrics(tiny_run.path / "metrics.jsonl", kind="train")
     assert all(record["time/communication_seconds"] <= record["time/step_seconds"] for record in records)
-    # A busy machine may hold rank 0 up as long, now and then.
+    # At some steps, a busy machine may delay rank 0 as long.
     assert median(record["time/communication_seconds"] for record in records) > 0.1
     assert median(record["time/data_wait_seconds"] for record in records) < 0.05

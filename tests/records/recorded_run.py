@@ -1,4 +1,4 @@
-"""The run that sinks are tested with."""
+"""The run whose records sinks get in tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recorded_run(
     description: dict[str, str] | None = None,
     **logging: Any,
 ) -> RecordedRun:
-    """A run named "demo" in ``directory``, that has done ``step`` steps before; ``logging`` sets fields of the section."""
+    """Return a run named "demo" in ``directory`` that has done ``step`` steps before; ``logging`` sets fields of the section."""
     config = Config(
         name="demo",
         model=ModelConfig(vocab_size=96, num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, max_sequence_length=64),
@@ -48,7 +48,7 @@ def recorded_run(
 
 @contextlib.contextmanager
 def opened[Opened: Sink](sink: Opened) -> Iterator[Opened]:
-    """A sink as a run has it."""
+    """Open and close a sink, as a run does."""
     sink.open()
     try:
         yield sink

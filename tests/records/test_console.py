@@ -1,4 +1,4 @@
-"""What is printed, on a terminal and into a log."""
+"""The texts that the console prints, on a terminal and into a log file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def record(step: int) -> dict:
 
 
 def console(stream: TextIO, clock: Clock | None = None, **options: Any) -> ConsoleSink:
-    """Of a run of 10 steps whose every step is a line."""
+    """Return the console of a run of 10 steps, each of which is a line."""
     return ConsoleSink(recorded_run(Path("unused"), **{"interval": 1, **options}), stream, clock or Clock())
 
 
@@ -146,7 +146,7 @@ def test_stage_and_epoch_stand_behind_the_times_of_a_line():
 
 
 def test_log_lines_go_above_the_bar(monkeypatch):
-    """A handler made before the bar must not write into it, and must get its stream back."""
+    """A log handler that was made before the bar must not write into it, and must get its stream back."""
     monkeypatch.setenv("TERM", "xterm")
     error = Terminal()
     monkeypatch.setattr(sys, "stderr", error)

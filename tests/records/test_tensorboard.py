@@ -1,4 +1,4 @@
-"""What TensorBoard gets, read back with its own reader."""
+"""TensorBoard's files, read back with its own reader."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") i
 
 
 def start(run_dir: Path, step: int) -> TensorBoardSink:
-    """A start that goes on from the checkpoint of ``step``."""
+    """Open the sink of a start that goes on from the checkpoint of ``step``."""
     sink = TensorBoardSink(recorded_run(run_dir, step=step, tensorboard=True))
     sink.open()
     return sink
 
 
 def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
-    """{metric: {step: value}}, as TensorBoard shows it."""
+    """Return {metric: {step: value}}, as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -52,7 +52,7 @@ def test_every_metric_at_its_step(tmp_path):
 @needs_tensorboard
 @pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "rewound"])
 def test_steps_that_are_done_again_are_shown_once(tmp_path, is_killed):
-    """After step 5, from the checkpoint of step 3."""
+    """The run goes back to the checkpoint of step 3 after step 5."""
     second = first = start(tmp_path, 0)
     for step in range(1, 6):
         first.record(train_record(step))

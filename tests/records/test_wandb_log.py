@@ -1,4 +1,4 @@
-"""What W&B gets, read back from the files it writes offline."""
+"""W&B's records, read back from the files that it writes offline."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_offline_files_hold_every_metric_at_its_step(tmp_path, caplog, capfd):
     second.record(train_record(step=3))
     second.close(failed=False)
 
-    # W&B's own process writes the files, on a busy machine a moment after finish() has returned.
+    # A process of W&B writes the files: on a busy machine it ends after finish() has returned.
     deadline = time.monotonic() + 30
     while set(history := read_history(tmp_path)) != {0, 1, 2, 3} and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -131,7 +131,7 @@ def test_disabled_is_no_sink():
 
 
 def test_wandb_sees_no_password_on_the_command_line(tmp_path, monkeypatch):
-    """It keeps the command line in the run's metadata, and sends it."""
+    """W&B keeps the command line in the run's metadata, and sends it."""
     seen = []
 
     import wandb

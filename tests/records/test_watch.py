@@ -31,7 +31,7 @@ CALLS: list[tuple[str, str, Any]] = []
 
 
 class Spy(Sink):
-    """Notes what it is called with."""
+    """A sink that notes the calls of its methods."""
 
     def open(self) -> None:
         CALLS.append((type(self).__name__, "open", None))
@@ -72,7 +72,7 @@ class Second(Spy):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
-    """What two spies are told, in place of the real sinks."""
+    """Return the calls of two spies, which take the place of the real sinks."""
     monkeypatch.setattr(watch_module, "SINKS", (First, Second))
     CALLS.clear()
     return CALLS
@@ -179,13 +179,13 @@ def test_a_run_that_begins_keeps_nothing(tmp_path, caplog):
 
 
 class BestLossSink(Sink):
-    """A worked example: the smallest loss so far, in a file of its own."""
+    """A worked example: it keeps the smallest loss so far in a file."""
 
     def __init__(self, run: RecordedRun) -> None:
         self.path, self.best = run.directory.path / "best_loss.json", math.inf
 
     def record(self, record: Record) -> None:
-        """Write the loss down if it is the smallest."""
+        """Write the loss if it is the smallest so far."""
         if record["kind"] == "train" and record["loss"] < self.best:
             self.best = record["loss"]
             self.path.write_text(json.dumps({"step": record["step"], "loss": self.best}))
