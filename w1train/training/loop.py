@@ -21,8 +21,8 @@ from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.guard import ComputedStep
 from w1train.training.phase_average import average_phase
+from w1train.training.run_parts import OpenWeights, build_parts
 from w1train.training.run_records import is_summarized, step_flops, summarize
-from w1train.training.setup import OpenWeights, build_parts
 from w1train.training.text_samples import complete_prompts
 from w1train.training.validation import scores, validate
 

@@ -1,4 +1,4 @@
-"""What a run says about itself as a whole: its description for the console, and its summary."""
+"""The description of a run for the console, its summary, and the FLOPs of its steps."""
 
 from __future__ import annotations
 
