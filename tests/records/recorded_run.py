@@ -47,9 +47,9 @@ def recorded_run(
 
 
 @contextlib.contextmanager
-def opened[Opened: Sink](sink: Opened) -> Iterator[Opened]:
-    """Open and close a sink, as a run does."""
-    sink.open()
+def started[Started: Sink](sink: Started) -> Iterator[Started]:
+    """Start and close a sink, as a run does."""
+    sink.start()
     try:
         yield sink
     finally:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from tests.records.recorded_run import opened, recorded_run
+from tests.records.recorded_run import recorded_run, started
 from tests.reports.fake_run import train_record, validation_record
 from w1train.records.average_comparison import compare
 from w1train.records.console import ConsoleSink
@@ -49,7 +49,7 @@ def console(stream: TextIO, clock: Clock | None = None, **options: Any) -> Conso
 
 def run_steps(stream, steps, clock, **options):
     options = {"num_tokens": 1_310_720, "num_steps": 1200, "interval": 10} | options
-    with opened(console(stream, clock, **options)) as sink:
+    with started(console(stream, clock, **options)) as sink:
         for step in steps:
             clock.now += 2.0
             sink.record(record(step))
@@ -83,7 +83,7 @@ def test_one_step_gives_no_eta():
 
 def test_null_measurements_are_left_out():
     stream = io.StringIO()
-    with opened(console(stream)) as sink:
+    with started(console(stream)) as sink:
         sink.record(record(1) | {"elbo_bits_per_byte": None, "time/mfu": None, "loss": float("nan")})
     assert "MFU" not in stream.getvalue()
     assert "bits/byte" not in stream.getvalue()
@@ -93,7 +93,7 @@ def test_null_measurements_are_left_out():
 def test_header_validation_and_samples_are_plain_text():
     stream = io.StringIO()
     description = {"model": "12.6M parameters", "world size": "2", "path": "[/tmp/x] [bold]"}
-    with opened(console(stream, description=description)) as sink:
+    with started(console(stream, description=description)) as sink:
         sink.record(validation_record(0))
         sink.record_samples([{"step": 4, "tokens": 1, "prompt": "a [/INST]", "text": "a [/INST] b<|mask|><|mask|>:\n" + "x" * 500}])
     lines = stream.getvalue().splitlines()
@@ -108,7 +108,7 @@ def test_header_validation_and_samples_are_plain_text():
 def test_an_average_is_a_table():
     stream = io.StringIO()
     members = {4: {"elbo": 2.0}, 8: {"elbo": 1.5}}
-    with opened(console(stream)) as sink:
+    with started(console(stream)) as sink:
         sink.record({"kind": "average", "step": 8, "tokens": 1, **compare("average_x", "elbo", {"elbo": 1.0}, members)})
     assert "average of 2 checkpoints: average_x" in stream.getvalue()
     assert "The average is better than each of its 2 members" in stream.getvalue()
@@ -127,7 +127,7 @@ def test_a_narrow_terminal_gets_what_matters_most(monkeypatch):
     shown = {}
     for width in (200, 100, 60, 30):
         monkeypatch.setenv("COLUMNS", str(width))
-        with opened(console(Terminal(), num_tokens=1_310_720, num_steps=1200)) as sink:
+        with started(console(Terminal(), num_tokens=1_310_720, num_steps=1200)) as sink:
             sink.record(record(1) | {"stage": "stable", "epoch": 0.25})
             shown[width] = sink._metrics_line.plain
     assert all(len(line) <= width for width, line in shown.items())
@@ -140,7 +140,7 @@ def test_a_narrow_terminal_gets_what_matters_most(monkeypatch):
 
 def test_stage_and_epoch_stand_behind_the_times_of_a_line():
     stream = io.StringIO()
-    with opened(console(stream)) as sink:
+    with started(console(stream)) as sink:
         sink.record(record(1) | {"stage": "stable", "epoch": 0.254})
     assert stream.getvalue().endswith("left  stage stable  epoch 0.25\n")
 
@@ -154,7 +154,7 @@ def test_log_lines_go_above_the_bar(monkeypatch):
     log = logging.getLogger("test_log_lines_go_above_the_bar")
     log.addHandler(handler)
     stream = Terminal()
-    with opened(console(stream)):
+    with started(console(stream)):
         log.warning("saved [step] 4")
         assert error.getvalue() == ""
     log.warning("after")
@@ -166,7 +166,7 @@ def test_log_lines_go_above_the_bar(monkeypatch):
 def test_a_terminal_that_cannot_show_a_character_does_not_stop_the_run():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    with opened(console(stream)) as sink:
+    with started(console(stream)) as sink:
         sink.record_samples([{"step": 1, "tokens": 1, "prompt": "", "text": "\u00e9<|mask|>"}])
     stream.flush()
     assert raw.getvalue() == b"demo\n\nsample at step 1: ??\n"

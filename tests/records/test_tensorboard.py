@@ -21,7 +21,7 @@ needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") i
 def start(run_dir: Path, step: int) -> TensorBoardSink:
     """Open the sink of a start that goes on from the checkpoint of ``step``."""
     sink = TensorBoardSink(recorded_run(run_dir, step=step, tensorboard=True))
-    sink.open()
+    sink.start()
     return sink
 
 

@@ -22,12 +22,12 @@ from w1train.records.wandb_log import WandbSink, resolve_mode
 
 
 def start(run_dir: Path, mode: str = "offline") -> WandbSink:
-    sink = unopened(run_dir, mode)
-    sink.open()
+    sink = not_started(run_dir, mode)
+    sink.start()
     return sink
 
 
-def unopened(run_dir: Path, mode: str = "offline") -> WandbSink:
+def not_started(run_dir: Path, mode: str = "offline") -> WandbSink:
     return WandbSink(recorded_run(run_dir, wandb=mode, wandb_project="a-project"))
 
 
@@ -100,7 +100,7 @@ class DeadRun:
 
 
 def test_a_dead_service_ends_the_logging_once(tmp_path, caplog):
-    run = unopened(tmp_path)
+    run = not_started(tmp_path)
     run._run = DeadRun()
     for step in (1, 2):
         run.record(train_record(step=step))
@@ -119,7 +119,7 @@ def test_the_end_does_not_wait_for_a_network_for_ever(tmp_path, monkeypatch, cap
 
 
 def test_our_own_mistakes_are_not_swallowed(tmp_path):
-    run = unopened(tmp_path)
+    run = not_started(tmp_path)
     run._run = object()
     with pytest.raises(AttributeError):
         run.record(train_record(step=1))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from tests.records.recorded_run import opened, recorded_run
+from tests.records.recorded_run import recorded_run, started
 from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
@@ -33,8 +33,8 @@ CALLS: list[tuple[str, str, Any]] = []
 class Spy(Sink):
     """A sink that notes the calls of its methods."""
 
-    def open(self) -> None:
-        CALLS.append((type(self).__name__, "open", None))
+    def start(self) -> None:
+        CALLS.append((type(self).__name__, "start", None))
 
     def record(self, record: Record) -> None:
         CALLS.append((type(self).__name__, "record", record))
@@ -64,8 +64,8 @@ class Second(Spy):
 
     error: ClassVar[Exception | None] = None
 
-    def open(self) -> None:
-        super().open()
+    def start(self) -> None:
+        super().start()
         if self.error is not None:
             raise self.error
 
@@ -98,7 +98,7 @@ def test_each_sink_gets_everything_in_order(tmp_path, calls):
     samples = [{"step": 4, "tokens": 1024, "prompt": prompt, "text": text} for prompt, text in (("a", "ab"), ("b", "bc"))]
     told = [("record", train), ("record", validation), ("samples", samples), ("sync", None), ("go_back", 2), ("event", "rewind")]
     assert calls == [
-        *(("First", "open", None), ("First", "event", "resume"), ("Second", "open", None), ("Second", "event", "resume")),
+        *(("First", "start", None), ("First", "event", "resume"), ("Second", "start", None), ("Second", "event", "resume")),
         *((sink, method, value) for method, value in told for sink in ("First", "Second")),
         *(("Second", "close", False), ("First", "close", False)),
     ]
@@ -115,7 +115,7 @@ def test_other_ranks_touch_nothing(tmp_path, calls):
     assert calls == []
 
 
-def test_an_error_is_told_to_all_that_are_open(tmp_path, calls):
+def test_an_error_is_told_to_all_sinks(tmp_path, calls):
     def train() -> None:
         with watching(tmp_path, Progress()):
             raise FloatingPointError
@@ -125,7 +125,7 @@ def test_an_error_is_told_to_all_that_are_open(tmp_path, calls):
     assert calls[-2:] == [("Second", "close", True), ("First", "close", True)]
 
 
-def test_a_sink_that_does_not_open_leaves_none_open(tmp_path, calls, monkeypatch):
+def test_a_sink_that_does_not_start_leaves_none_started(tmp_path, calls, monkeypatch):
     monkeypatch.setattr(Second, "error", OSError("no space"))
     with pytest.raises(OSError, match="no space"):
         watching(tmp_path, Progress()).__enter__()
@@ -160,7 +160,7 @@ def test_files_are_cut_back_to_the_checkpoint(tmp_path, caplog):
             for step in (1, 2, 4, 5, 6):
                 log.append({"kind": "train", "step": step, "time": 1e12})
     before = (tmp_path / "events.jsonl").read_bytes()
-    with opened(JsonLinesSink(recorded_run(tmp_path, step=5))) as sink:
+    with started(JsonLinesSink(recorded_run(tmp_path, step=5))) as sink:
         sink.sync()
         assert (tmp_path / "events.jsonl").read_bytes() == before
         sink.go_back(4)
@@ -172,7 +172,7 @@ def test_files_are_cut_back_to_the_checkpoint(tmp_path, caplog):
 def test_a_run_that_begins_keeps_nothing(tmp_path, caplog):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log.append({"kind": "validation", "step": 0})
-    with opened(JsonLinesSink(recorded_run(tmp_path))):
+    with started(JsonLinesSink(recorded_run(tmp_path))):
         pass
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.distributed import run_distributed
-from tests.records.recorded_run import opened, recorded_run
+from tests.records.recorded_run import recorded_run, started
 from tests.reports.fake_run import train_record, write_fake_run
 from w1train import dashboard, report, status
 from w1train.records.console import ConsoleSink
@@ -153,7 +153,7 @@ def test_training_goes_on_without_its_console(caplog):
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    with opened(ConsoleSink(recorded_run(Path("unused"), interval=1), Broken())) as console:
+    with started(ConsoleSink(recorded_run(Path("unused"), interval=1), Broken())) as console:
         for step in (1, 2, 3):
             console.record(train_record(step))
     assert caplog.text.count("training goes on without it") == 1

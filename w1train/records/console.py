@@ -47,7 +47,7 @@ class ConsoleSink(Sink):
         self._display = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._shown = ExitStack()
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Show the bar, if this is a terminal, and print what is about to be trained."""
         if self._console.is_terminal:
             self._shown.enter_context(_shown(self._display))

@@ -21,7 +21,7 @@ class JsonLinesSink(Sink):
         self._run = run
         self._files = contextlib.ExitStack()
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Open the files, cut them back to the checkpoint's step, and warn of what is missing."""
         directory = self._run.directory
         self._metrics = self._files.enter_context(MetricsLog(directory.metrics))

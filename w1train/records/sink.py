@@ -51,7 +51,7 @@ class Sink:
         """Return whether the configuration asks for this sink."""
         return True
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Make ready to write, and forget the records of steps after ``run.last_kept_step``."""
 
     def record(self, record: Record) -> None:
@@ -70,4 +70,4 @@ class Sink:
         """Bring the records to the disk, before a checkpoint says that their steps are done. Called in any thread."""
 
     def close(self, *, failed: bool) -> None:
-        """End. ``failed``: an error ends the run. Also called if ``open`` has raised."""
+        """End. ``failed``: an error ends the run. Also called if ``start`` has raised."""

@@ -37,7 +37,7 @@ class TensorBoardSink(Sink):
         """Return whether logging.tensorboard is set."""
         return settings.tensorboard
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Begin the file of this start, and tell the user the command that shows it."""
         self._time_of_day = SteadyTimeOfDay()
         self._open(self._run.last_kept_step + 1)

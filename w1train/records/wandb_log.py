@@ -58,11 +58,11 @@ class WandbSink(Sink):
         """Whether W&B takes records: it was started, and has not failed."""
         return self._run is not None
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Start the W&B run, or continue the one whose id the run directory has. Its files go to ``wandb`` in the run directory."""
         mode = self._recorded.config.logging.wandb
         assert mode != "disabled", "SINKS has asked is_wanted"
-        self._guarded("start", lambda: self._start(resolve_mode(mode)))
+        self._guarded("start", lambda: self._initialize(resolve_mode(mode)))
 
     def record(self, record: Record) -> None:
         """Send the record's metrics at the record's own step."""
@@ -88,7 +88,7 @@ class WandbSink(Sink):
             if time.monotonic() - started >= _FINISH_SECONDS:
                 logger.warning("W&B may not have sent all within %.0f s; send the rest with: wandb sync %s", _FINISH_SECONDS, self._place)
 
-    def _start(self, mode: Mode) -> None:
+    def _initialize(self, mode: Mode) -> None:
         config, run_dir = self._recorded.config, self._recorded.directory.path
         # If it cannot write here, wandb takes a temporary directory, and the user does not learn of it.
         _require_writable(run_dir / "wandb")

@@ -32,23 +32,23 @@ class Watch:
         self._run, self._ranks, self.progress = run, ranks, progress
         wanted = [sink(run) for sink in SINKS if sink.is_wanted(run.config.logging)]
         self._sinks = wanted if ranks.is_main else []
-        self._opened = contextlib.ExitStack()
+        self._started = contextlib.ExitStack()
         self._time_of_day = SteadyTimeOfDay()
 
     def __enter__(self) -> Watch:
-        """Open the sinks, and tell each of them of this start before the next one is opened; before this nothing is touched."""
-        start = self._start() if self._sinks else {}
-        with contextlib.ExitStack() as opened:
+        """Start the sinks, and send the event of this start to each of them before the next one starts. No file is touched before this."""
+        event = self._start_event() if self._sinks else {}
+        with contextlib.ExitStack() as started:
             for sink in self._sinks:
-                opened.push(partial(_close, sink))
-                sink.open()
-                sink.record_event(start)
-            self._opened = opened.pop_all()
+                started.push(partial(_close, sink))
+                sink.start()
+                sink.record_event(event)
+            self._started = started.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Close the sinks, the last one first."""
-        self._opened.__exit__(kind, error, traceback)
+        self._started.__exit__(kind, error, traceback)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Record a training step, a validation or the comparison of an average, at the run's current step."""
@@ -82,7 +82,7 @@ class Watch:
         for sink in self._sinks:
             sink.sync()
 
-    def _start(self) -> Record:
+    def _start_event(self) -> Record:
         what = "resume" if self.progress.step > 0 else "start"
         world = {"host": socket.gethostname(), "world_size": self._ranks.world_size}
         return self._event(what, {**world, "git_commit": code_versions()["git_commit"]})

@@ -42,7 +42,7 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
         UserError: there are more runs than colours, or the content of a file is not what training writes.
     """
     if len(run_dirs) > MAX_RUNS:
-        raise UserError(f"{len(run_dirs)} runs to compare: the colours of {MAX_RUNS} at most can be told apart")
+        raise UserError(f"{len(run_dirs)} runs to compare; {MAX_RUNS} at most can be told apart")
     runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
     _name_apart(runs, [Path(run_dir) for run_dir in run_dirs])
     parts = (_header, _results, _learning, _machinery, _differences)
