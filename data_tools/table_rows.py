@@ -14,6 +14,7 @@ from data_tools.arrow_messages import Message, MessageError, footer_blocks, read
 from data_tools.corpus_files import CorpusError, Kind, Limits, document_fault
 from data_tools.parquet_pages import MAX_FOOTER_BYTES, PageError, decoded_size
 from data_tools.row_sizes import text_sizes
+from w1train.config.errors import first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -82,7 +83,7 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
     # A damaged file may state lengths that exceed any memory, and names that are not text.
     except (arrow.ArrowException, OSError, EOFError, UnicodeDecodeError, MemoryError, PageError, MessageError) as error:
         yield from pieces.flush()
-        raise TableError(f"cannot be read after row {row}: {_first_line(error)}") from error
+        raise TableError(f"cannot be read after row {row}: {first_line(error)}") from error
     yield from pieces.flush()
 
 
@@ -102,7 +103,7 @@ def rows_of(piece: bytes) -> Iterator[dict[str, Any] | str]:
                 try:
                     yield batch.slice(i, 1).to_pylist()[0]
                 except (UnicodeDecodeError, ValueError, OverflowError) as error:
-                    yield f"not readable: {_first_line(error)}"
+                    yield f"not readable: {first_line(error)}"
 
 
 class _Pieces:
@@ -399,10 +400,6 @@ def _check_columns(schema: pyarrow.Schema, fields: Sequence[str]) -> None:
 
 def _column(schema: pyarrow.Schema, field: str) -> str:
     return field if field in schema.names else field.partition(".")[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _pyarrow(path: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from w1train.attention.backends.choice import BACKENDS
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility
+from w1train.config.errors import first_line
 from w1train.config.rules.attention_limits import AttentionCase, VisibilityKind
 from w1train.config.schema import BackendName
 from w1train.kernels.modulation import gate_residual, rms_norm
@@ -194,5 +195,4 @@ def run_check(check: Check, errors: Callable[[], dict[str, float]]) -> None:
     # A kernel that fails in any way must not hide the results of others. The failure is a row of the table, and sets the exit status.
     except Exception as error:
         logger.exception("%s, %s", check.kernel, check.case)
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        check.reason, check.failed = f"failed: {type(error).__name__}: {first_line[:120]}", True
+        check.reason, check.failed = f"failed: {type(error).__name__}: {first_line(error)[:120]}", True
