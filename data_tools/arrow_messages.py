@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import SEEK_END
 from typing import BinaryIO
 
 MAX_METADATA_BYTES = 16 << 20
@@ -41,7 +42,8 @@ def read_message(file: BinaryIO, place: int) -> Message | None:
     Raises:
         MessageError: if the bytes are not a header.
     """
-    file.seek(place)
+    num_bytes = file.seek(0, SEEK_END)
+    file.seek(min(place, num_bytes))
     length = int.from_bytes(head := file.read(4), "little")
     if length == _CONTINUATION:
         length = int.from_bytes(head := file.read(4), "little")
@@ -54,8 +56,8 @@ def read_message(file: BinaryIO, place: int) -> Message | None:
     try:
         table = _Table.root(metadata)
         kind, body_length = table.number(1, "<B"), table.number(3, "<q")
-        if body_length < 0:
-            raise MessageError("a message's header is damaged")
+        if not 0 <= body_length <= num_bytes - body:
+            raise MessageError(f"a message's header claims {body_length} bytes behind it, and the file has {num_bytes - body}")
         if kind not in (_DICTIONARY, _RECORD_BATCH):
             return Message(False, False, 0, body_length, body + body_length)
         batch = table.table(2) if kind == _RECORD_BATCH else table.table(2).table(1)
@@ -65,6 +67,8 @@ def read_message(file: BinaryIO, place: int) -> Message | None:
         is_compressed = batch.has(3)
     except struct.error as error:
         raise MessageError("a message's header is damaged") from error
+    if any(not 0 <= offset <= body_length for offset, _ in buffers):
+        raise MessageError("a message's header is damaged")
     decoded = _decompressed_bytes(file, body, buffers) if is_compressed else body_length
     decoded += BYTES_PER_VALUE * max(num_values, num_rows)
     return Message(kind == _RECORD_BATCH, kind == _DICTIONARY, max(0, num_rows), decoded, body + body_length)
@@ -75,7 +79,7 @@ def _decompressed_bytes(file: BinaryIO, body: int, buffers: list[tuple[int, ...]
     total = 0
     for offset, length in buffers:
         if length > 0:
-            file.seek(body + max(0, offset))
+            file.seek(body + offset)
             said = int.from_bytes(file.read(8), "little", signed=True)
             total += max(length, said)
     return total

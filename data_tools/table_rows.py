@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.arrow_messages import Message, MessageError, footer_blocks, read_message
 from data_tools.corpus_files import CorpusError, Kind, Limits, document_fault
 from data_tools.parquet_pages import MAX_FOOTER_BYTES, PageError, decoded_size
-from data_tools.row_sizes import text_sizes
+from data_tools.row_sizes import Known, text_sizes
 from w1train.config.errors import first_line
 
 if TYPE_CHECKING:
@@ -122,11 +122,13 @@ class _Pieces:
         Args:
             row: the number of the batch's first row in the file.
         """
+        known: Known = {}
+        batch = _checked(batch)
         for first in range(start, batch.num_rows, _ROWS_MEASURED_AT_ONCE):
-            yield from self._add(_checked(batch.slice(first, _ROWS_MEASURED_AT_ONCE)), share, row + first)
+            yield from self._add(batch.slice(first, _ROWS_MEASURED_AT_ONCE), share, row + first, known)
 
-    def _add(self, batch: pyarrow.RecordBatch, share: float, row: int) -> Iterator[Piece]:
-        sizes = np.stack([text_sizes(column) for column in batch.columns] or [np.zeros(batch.num_rows, dtype=np.int64)])
+    def _add(self, batch: pyarrow.RecordBatch, share: float, row: int, known: Known) -> Iterator[Piece]:
+        sizes = np.stack([text_sizes(column, known) for column in batch.columns] or [np.zeros(batch.num_rows, dtype=np.int64)])
         largest = sizes.max(axis=0)
         ends = np.cumsum(sizes.sum(axis=0) + 1)  # a row without text counts as one byte
         too_large = np.append(np.flatnonzero(largest > self._max_cell_bytes), batch.num_rows)
@@ -270,8 +272,10 @@ def _arrow_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits: L
 
 def _text_bytes(batch: pyarrow.RecordBatch) -> int:
     """Count the bytes of all texts of a batch, each as often as rows refer to it: a dictionary's entry and what views share, too."""
-    parts = (_checked(batch.slice(first, _ROWS_MEASURED_AT_ONCE)) for first in range(0, batch.num_rows, _ROWS_MEASURED_AT_ONCE))
-    return sum(int(text_sizes(column).sum()) for part in parts for column in part.columns)
+    batch = _checked(batch)
+    parts = (batch.slice(first, _ROWS_MEASURED_AT_ONCE) for first in range(0, batch.num_rows, _ROWS_MEASURED_AT_ONCE))
+    known: Known = {}
+    return sum(int(text_sizes(column, known).sum()) for part in parts for column in part.columns)
 
 
 type _Batches = Iterator[tuple[Message, Callable[[], pyarrow.RecordBatch]]]

@@ -24,10 +24,7 @@ import_megatron()
 from w1train.checkpoints import commit  # noqa: E402
 from w1train.checkpoints.format.shard_files import describe_write_error, write_index, write_part  # noqa: E402
 from w1train.checkpoints.format.shard_plan import Box, deal, require_whole  # noqa: E402
-from w1train.checkpoints.manifest import (
-    CheckpointError,
-    DamagedCheckpointError,
-)
+from w1train.checkpoints.manifest import CheckpointError, DamagedCheckpointError  # noqa: E402
 from w1train.checkpoints.retention import kept_steps, rank_steps  # noqa: E402
 from w1train.checkpoints.save_times import SaveTimes  # noqa: E402
 from w1train.checkpoints.staging import Staging  # noqa: E402

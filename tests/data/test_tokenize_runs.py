@@ -81,7 +81,7 @@ def test_two_workers_write_the_same(corpus, tokenizer_file, expected, tmp_path, 
     assert content(tmp_path) == expected
 
 
-@pytest.mark.parametrize("num_workers", ["1", "2"])
+@pytest.mark.parametrize("num_workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path, num_workers):
     """Each time a little later, until a run comes to its end."""
     command = [sys.executable, "-m", "data_tools.tokenize", *arguments(corpus, tokenizer_file, tmp_path, "--workers", num_workers)]

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
-from w1train.config.reading import parse_json
+from w1train.config.reading import parse_json, read_bounded
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
 if TYPE_CHECKING:  # The import takes seconds, because it imports megatron-core; a mistake in the file is reported without it.
     from w1train.inference.predictor import InferenceModel
 
 FORMATS = '{"prompt": TEXT, "completion": TEXT} or {"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
+_LARGEST = 256 << 20
+"""The most bytes of a file of questions; benchmarks of ten thousand questions have some ten megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,11 @@ def read_questions(path: Path) -> list[Question]:
     """Return the questions of a file. Empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, or is empty; a line has none of the FORMATS (the message gives its number).
+        UserError: the file cannot be read, is not a regular file, is too large or empty; a line has no form of FORMATS (the message gives
+            its number).
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have
+        lines = read_bounded(path, _LARGEST).decode("utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     questions = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

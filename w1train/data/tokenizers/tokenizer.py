@@ -43,6 +43,10 @@ LARGEST_TOKENIZER = 64 << 20
 LARGEST_GROWN = 1 << 32
 """The most characters that the steps of a tokenizer.json may make of one text. The library takes a hundred bytes of memory for each
 character."""
+LARGEST_DECODED = 1 << 28
+"""The most characters that the decoder of a tokenizer.json may make of the tokens of one call."""
+LONGEST_TOKEN = 1 << 16
+"""The most characters of a token. The longest tokens of the vocabularies in use have some hundred."""
 _PROBE = "Some text, 42 words.\n\tÜ \U0001f600"
 
 
@@ -62,7 +66,7 @@ class Tokenizer:
         self.serialized: bytes = serialized
         """The content of the tokenizer.json."""
         self._origin = origin
-        self._backend, self._growth = _parse(serialized, origin)
+        self._backend, self._growth, self._decoded_growth = _parse(serialized, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
         """SHA-256 of the file: two tokenizers are the same if and only if their files are."""
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
@@ -114,13 +118,14 @@ class Tokenizer:
         """Return the text of the ids. Special tokens appear by their names (``<mask>``) or are left out; broken UTF-8 appears as U+FFFD.
 
         Raises:
-            TokenizerError: if an id is outside the vocabulary.
+            TokenizerError: an id is outside the vocabulary, or the text may become too long.
         """
         ids = [int(token_id) for token_id in ids]
         outside = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         if outside is not None:
             # The library would leave such ids out without an error.
             raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
+        self._require_room_for_tokens(ids)
         with _panics_of(self._origin):
             return self._backend.decode(ids, skip_special_tokens=skip_special)
 
@@ -149,6 +154,17 @@ class Tokenizer:
             raise TokenizerError(
                 f"a text of {longest} characters is too long: tokenizer {self._origin} may make {self._growth} characters of each, and "
                 f"at most {LARGEST_GROWN} are supported; cut the text"
+            )
+
+    def _require_room_for_tokens(self, ids: Sequence[int]) -> None:
+        """Raise TokenizerError where the decoder might make more characters of the tokens than memory has."""
+        if len(ids) * LONGEST_TOKEN * self._decoded_growth <= LARGEST_DECODED:
+            return
+        num_characters = sum(len(self._backend.id_to_token(token_id) or "") for token_id in ids)
+        if num_characters * self._decoded_growth > LARGEST_DECODED:
+            raise TokenizerError(
+                f"{len(ids)} tokens of {num_characters} characters are too many: the decoder of tokenizer {self._origin} may make "
+                f"{self._decoded_growth} characters of each, and at most {LARGEST_DECODED} are supported"
             )
 
     def _try(self) -> None:
@@ -205,6 +221,8 @@ def parse_tokenizer_json(serialized: bytes, origin: str) -> dict[str, Any]:
             raise TokenizerError(
                 f"{origin}: the id of {shorten(token)} is {shorten(number)}; ids are numbers from 0 to {MAX_VOCAB_SIZE - 1}"
             )
+        if len(token) > LONGEST_TOKEN:
+            raise TokenizerError(f"{origin}: the token {shorten(token)} has {len(token)} characters; at most {LONGEST_TOKEN} are supported")
     return content
 
 
@@ -220,11 +238,11 @@ def _panics_of(origin: str) -> Iterator[None]:
         raise TokenizerError(f"tokenizer {origin} cannot be used: {error}") from error
 
 
-def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int]:
-    """Return the library's tokenizer, and how many characters its steps may make of one character."""
+def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int, int]:
+    """Return the library's tokenizer, and how many characters its steps may make of one when they encode and when they decode."""
     content = parse_tokenizer_json(serialized, origin)
     try:
-        growth = largest_growth(content)
+        encoding, decoding = largest_growth(content)
     except ValueError as error:
         raise TokenizerError(f"tokenizer {origin}: {error}") from error
     with _panics_of(origin):
@@ -237,7 +255,7 @@ def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int]:
         # A file of other software may ask for truncation or padding, which would change documents without an error.
         backend.no_truncation()
         backend.no_padding()
-    return backend, growth
+    return backend, encoding, decoding
 
 
 def train_tokenizer(
