@@ -1,4 +1,4 @@
-"""Sizes of the rows of an Arrow array as Python values, however little memory the array itself takes."""
+"""Sizes that the rows of an Arrow array have as Python values, which may be much larger than the array itself."""
 
 from __future__ import annotations
 
@@ -11,24 +11,36 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ELEMENT_BYTES = 8
-"""The bytes that an element of a list counts beside its text: lists of absent values take memory, too."""
+"""The bytes that an element of a list counts in addition to its text, because lists of absent values take memory, too."""
 
 
-def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
-    """int64 [rows]: bytes of the text in each row, with what it refers to (an entry of a dictionary, say) as often as it refers to it."""
+type Known = dict[tuple[int, ...], tuple[NDArray[np.int64], pyarrow.Array]]
+"""Sizes of arrays that several slices of one batch share, by the addresses of their buffers, with the arrays: while an array is kept,
+no other can get its addresses."""
+
+
+def text_sizes(array: pyarrow.Array, known: Known | None = None) -> NDArray[np.int64]:
+    """Return the bytes of the text in each row. A text that a row refers to several times, such as a dictionary entry, counts each time.
+
+    Args:
+        known: arrays that several slices of a batch share are measured once for all calls that get the same dictionary.
+
+    Returns:
+        int64 [rows].
+    """
     import pyarrow
     from pyarrow import compute, types
 
-    kind = array.type
+    kind, known = array.type, {} if known is None else known
     if not len(array):
         return np.zeros(0, dtype=np.int64)
     if isinstance(array, pyarrow.ExtensionArray):
-        return text_sizes(array.storage)
+        return text_sizes(array.storage, known)
     if types.is_dictionary(kind):
-        return _taken(text_sizes(array.dictionary), array.indices)
+        return _taken(_shared_sizes(array.dictionary, known), array.indices)
     if types.is_run_end_encoded(kind):
         places = np.arange(array.offset, array.offset + len(array))
-        return text_sizes(array.values)[np.searchsorted(array.run_ends.to_numpy(), places, side="right")]
+        return _shared_sizes(array.values, known)[np.searchsorted(array.run_ends.to_numpy(), places, side="right")]
     if any(is_kind(kind) for is_kind in (types.is_binary, types.is_string, types.is_large_binary, types.is_large_string)):
         return _numbers(compute.binary_length(array))
     if types.is_binary_view(kind) or types.is_string_view(kind):
@@ -36,12 +48,20 @@ def text_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
     if types.is_fixed_size_binary(kind):
         return np.full(len(array), kind.byte_width, dtype=np.int64)
     if types.is_struct(kind):
-        return sum((text_sizes(child) for child in array.flatten()), np.zeros(len(array), dtype=np.int64))
+        return sum((text_sizes(child, known) for child in array.flatten()), np.zeros(len(array), dtype=np.int64))
     if types.is_union(kind):
-        return sum((_union_child(array, i) for i in range(kind.num_fields)), np.zeros(len(array), dtype=np.int64))
+        return sum((_union_child(array, i, known) for i in range(kind.num_fields)), np.zeros(len(array), dtype=np.int64))
     if types.is_nested(kind):
-        return _list_sizes(array)
+        return _list_sizes(array, known)
     return np.zeros(len(array), dtype=np.int64)
+
+
+def _shared_sizes(array: pyarrow.Array, known: Known) -> NDArray[np.int64]:
+    """Measure an array that every slice of a batch refers to as a whole."""
+    key = (len(array), array.offset, *(buffer.address if buffer is not None else 0 for buffer in array.buffers()))
+    if key not in known:
+        known[key] = text_sizes(array, known), array
+    return known[key][0]
 
 
 def _numbers(array: pyarrow.Array) -> NDArray[np.int64]:
@@ -54,18 +74,18 @@ def _taken(sizes: NDArray[np.int64], indices: pyarrow.Array) -> NDArray[np.int64
 
 
 def _view_lengths(array: pyarrow.Array) -> NDArray[np.int64]:
-    """A view is 16 bytes, of which the first four are the length."""
+    """Return the lengths of views. A view has 16 bytes, and its first four bytes are the length."""
     views = np.frombuffer(array.buffers()[1], dtype=np.int32).reshape(-1, 4)[array.offset : array.offset + len(array), 0]
     return np.where(array.is_valid(), views, 0).astype(np.int64)
 
 
-def _union_child(array: pyarrow.Array, number: int) -> NDArray[np.int64]:
-    """The largest row of a child stands for each: which rows are the child's is not looked at."""
+def _union_child(array: pyarrow.Array, number: int, known: Known) -> NDArray[np.int64]:
+    """Return the size of the child's largest row for every row, since the rows of this child are not determined."""
     child = array.field(number)
-    return np.full(len(array), text_sizes(child).max(initial=0))
+    return np.full(len(array), _shared_sizes(child, known).max(initial=0))
 
 
-def _list_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
+def _list_sizes(array: pyarrow.Array, known: Known) -> NDArray[np.int64]:
     from pyarrow import types
 
     if types.is_fixed_size_list(array.type):
@@ -80,7 +100,7 @@ def _list_sizes(array: pyarrow.Array) -> NDArray[np.int64]:
         stops = starts + array.sizes.to_numpy()
     first, last = int(starts.min()), int(stops.max())
     values = _elements(array).slice(first, last - first)
-    ends = np.concatenate([[0], np.cumsum(text_sizes(values) + _ELEMENT_BYTES)])
+    ends = np.concatenate([[0], np.cumsum(text_sizes(values, known) + _ELEMENT_BYTES)])
     return np.where(array.is_valid(), ends[stops - first] - ends[starts - first], 0)
 
 

@@ -134,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION",
         help="an option of srun for the ranks, such as --srun=--cpu-bind=cores; may be repeated",
     )
+    _add_restart_options(parser)
+    _add_job_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    return parser
+
+
+def _add_restart_options(parser: argparse.ArgumentParser) -> None:
     again = parser.add_argument_group("restarts")
     again.add_argument(
         "--chain", default="1", metavar="N", help="submit N jobs, each of which waits for the one before it, instead of requeueing one job"
@@ -142,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument(
         "--max-failures", default="3", metavar="N", help="give up after N attempts in a row without a new checkpoint (default: 3)"
     )
+
+
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
     inside = parser.add_argument_group("in the job")
     inside.add_argument("--container-image", help="run the ranks in this image, with pyxis and enroot: a .sqsh file or REGISTRY#IMAGE:TAG")
     inside.add_argument(
@@ -163,8 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     inside.add_argument("--python", help="Python in the job (default: the one that runs this command; in a container, python)")
     inside.add_argument("--nsys", nargs="?", const="0", metavar="RANKS", help="profile these ranks with Nsight Systems (default: rank 0)")
-    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
-    return parser
 
 
 def _job(known: argparse.Namespace, directory: Path, problems: list[Problem]) -> Job:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from w1train.config.errors import UserError
+from w1train.config.errors import UserError, first_line
 from w1train.diagnosis.collectives import collective_section, initialize
 from w1train.diagnosis.devices import device_section, driver_version
 from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
@@ -84,8 +84,8 @@ def _together(device: torch.device, seconds: float, runs_dir: Path, kernels: Sec
         section = collective_section(device, seconds, same, failed, warned)
         dist.destroy_process_group()
     except RuntimeError as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        finding = Finding("collectives", f"failed on rank {os.environ['RANK']}", "failed", f"{type(error).__name__}: {first_line}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        finding = Finding("collectives", f"failed on rank {os.environ['RANK']}", "failed", reason)
         return Section(f"{os.environ['WORLD_SIZE']} ranks on {device.type}", [finding])
     return section
 

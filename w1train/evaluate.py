@@ -54,7 +54,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
 
     import_megatron()
     from w1train.checkpoints.manifest import CheckpointError
-    from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
+    from w1train.evaluation.checkpoint_validation import open_validation, validate_checkpoint
     from w1train.inference.predictor import load_for_inference, require_diffusion
 
     try:

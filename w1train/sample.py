@@ -102,7 +102,7 @@ class Speed:
 
 
 def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
-    view = DenoisingView(_console(), model.tokenizer, config.diffusion.mask_token_id, config.sampling.num_tokens) if show_steps else None
+    view = DenoisingView(_console(), model.tokenizer, config.sampling.num_tokens) if show_steps else None
     predict = model.blocks or model.predict
     started = time.perf_counter()
     with view or nullcontext():

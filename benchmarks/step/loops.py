@@ -25,10 +25,11 @@ from w1train.config.schedule import learning_rate
 from w1train.config.schema import Config
 from w1train.conversion.initial_weights import open_initial_weights
 from w1train.data.loader import BatchLoader
-from w1train.diffusion.corruption import NoisyBatch, corrupt
+from w1train.diffusion.corruption import corrupt
 from w1train.engine.building import build_stage
 from w1train.model.transformer import ModelInputs
-from w1train.objectives.likelihood import denominator
+from w1train.objectives.loss_rows import LossRows
+from w1train.objectives.objective import objective_of
 from w1train.runtime.distributed import distributed
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training import forward, loop
@@ -192,8 +193,9 @@ class BareLoop:
         source = self._loader.micro_batches(step * training.global_batch_size)
         num_micro_batches = training.global_batch_size // training.micro_batch_size
         noisy = [corrupt(next(source), self.config.diffusion, training.seed) for _ in range(num_micro_batches)]
-        total = sum(float(denominator(self.config.diffusion, each)) for each in noisy)
-        return [self._bare_batch(each, total) for each in noisy]
+        prepared = [forward.rank_inputs(each, self.config) for each in noisy]
+        total = sum(self._denominator(inputs.rows) for inputs in prepared)
+        return [BareBatch(inputs.model, inputs.targets, inputs.rows.weights / total) for inputs in prepared]
 
     def step(self, batches: Sequence[BareBatch]) -> float:
         """Train one optimizer step, and return its loss."""
@@ -214,10 +216,10 @@ class BareLoop:
             self.optimizer.zero_grad()
         return float(total)
 
-    def _bare_batch(self, noisy: NoisyBatch, total: float) -> BareBatch:
-        inputs = forward.rank_inputs(noisy, self.config).model
-        weights = noisy.weights[noisy.loss_mask] / total
-        return BareBatch(inputs, noisy.targets.flatten()[inputs.logit_positions], weights)
+    def _denominator(self, rows: LossRows) -> float:
+        objective = objective_of(self.config.diffusion, self.config.logging.num_t_bins)
+        _, sums = objective.loss(torch.zeros(len(rows.targets)), rows)
+        return float(sums[objective.normalizer])
 
 
 def compare(config: Config, *, num_steps: int, num_warmup: int) -> tuple[Measurements, Measurements]:

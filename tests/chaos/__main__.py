@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree(directory)
     if options.report:
         tables += [listing(results), environment(shlex.join(["python", "-m", "tests.chaos", *arguments]))]
-        print(f"wrote {write_report('chaos', 'Campaign of faults', tables, notes(len(results), minutes, options.busy))}")
+        name = "chaos-busy" if options.busy else "chaos"
+        print(f"wrote {write_report(name, 'Campaign of faults', tables, notes(len(results), minutes, options.busy))}")
     return 1 if failed else 0
 
 

@@ -399,7 +399,7 @@ FAULTS = [
         strike=_marked("nan", _kill_later),
         hook=lambda scene: nan_hook(scene, once=False),
         skips=True,
-        evidence=r"step \d+ is left out",
+        evidence=r"step \d+ is skipped",
     ),
     Fault(
         name="worker",

@@ -36,7 +36,9 @@ def run(campaign: Campaign, name: str, layout: str) -> str:
 
 
 # A restart, the first save, an older checkpoint (for changed bits, and for what cannot be read), the watchdog, and the guard of a step.
-@pytest.mark.parametrize("name", ["save", "first-save", "flip", "unreadable", "hang", "nan"])
+@pytest.mark.parametrize(
+    "name", ["save", "hang", *(pytest.param(name, marks=pytest.mark.slow) for name in ("first-save", "flip", "unreadable", "nan"))]
+)
 def test_a_fault_of_each_kind(campaign, name):
     # In one layout, whose undisturbed run is made once.
     line = run(campaign, name, "pipeline")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from tests.checkpoint_files import whole_tensors
+from tests.checkpoint_files import vouch, whole_tensors
 from tests.distributed import run_distributed
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, open_gates, train_layout, world_size
 from tests.parallel.test_layouts import layout_config
@@ -225,6 +225,67 @@ def test_a_damaged_or_foreign_member_is_refused(mixed, tmp_path):
         average_alone(directory, (1, 2))
     assert not list(directory.glob("average_0000000002_*"))
     assert not list(directory.glob(".*"))
+
+
+def _edit_index(member: Path, change: Callable[[dict], object]) -> None:
+    """Change the tensors of an index, and have the manifest vouch for it."""
+    index = json.loads((member / "shards.json").read_bytes())
+    change(index["tensors"])
+    (member / "shards.json").write_text(json.dumps(index))
+    vouch(member)
+
+
+def _with_another_dimension(tensors: dict) -> None:
+    master = tensors["optimizer.state.param.weight"]
+    master["sizes"].append(1)
+    for shard in master["shards"]:
+        shard[2].append(0)
+        shard[3].append(1)
+
+
+def _with_an_average_of_forty_digits(directory: Path) -> None:
+    """Put an average whose number is the largest that parse_json reads into the directory."""
+    average = shutil.copytree(directory / "step_0000000001", directory / "average_0000000001_00000000")
+    manifest = json.loads((average / "manifest.json").read_bytes())
+    (average / "manifest.json").write_text(json.dumps({**manifest, "average_number": 10**40 - 1}))
+
+
+def _with_a_sparse_tensor(member: Path) -> None:
+    """Add a tensor of 64 MiB whose file has no data."""
+    with (member / "sparse.shards").open("wb") as file:
+        file.truncate(1 << 26)
+    sizes = [1 << 18, 64]
+    _edit_index(member, lambda tensors: tensors.update(more={"dtype": "float32", "sizes": sizes, "shards": [_box("sparse.shards", sizes)]}))
+
+
+def _box(file: str, sizes: list[int]) -> list:
+    return [file, 0, [0] * len(sizes), sizes]
+
+
+def test_members_that_somebody_made_up_are_refused(tmp_path):
+    tiny = _fake_members(tmp_path / "tiny", 1 << 16)
+    masters, sparse, large = (shutil.copytree(tiny, tmp_path / name) for name in ("masters", "sparse", "large"))
+    for step in (1, 2, 3):
+        _edit_index(masters / f"step_{step:010d}", _with_another_dimension)
+    with pytest.raises(CheckpointError, match=r"'optimizer.state.param.weight' has the sizes \[256, 64, 1\], and its weight \[256, 64\]"):
+        average_alone(masters, (1, 2, 3))
+    for step in (1, 2):
+        _with_a_sparse_tensor(sparse / f"step_{step:010d}")
+    with pytest.raises(CheckpointError, match=r"bytes of data, too few for tensors of 67,239,936 bytes"):
+        average_alone(sparse, (1, 2))
+    with (large / "step_0000000003" / "config.yaml").open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    vouch(large / "step_0000000003")
+    with pytest.raises(CheckpointError, match=r"says that config.yaml has 1,048,577 bytes; a configuration has at most 1,048,576"):
+        average_alone(large, (1, 2, 3))
+
+
+def test_a_number_that_cannot_be_read_again_is_not_counted_on(tmp_path):
+    directory = _fake_members(tmp_path / "members", 1 << 12)
+    _with_an_average_of_forty_digits(directory)
+    written = average_alone(directory, (1, 2))
+    assert json.loads((written / "manifest.json").read_bytes())["average_number"] == 1
+    assert find_checkpoint(directory, "average") == written
 
 
 def test_a_full_disk_leaves_nothing(mixed, tmp_path):

@@ -143,8 +143,9 @@ def test_boxes_are_whole_exactly_if_each_element_is_in_one(data):
 
 def test_a_tensor_cut_for_many_ranks_is_whole_and_one_cut_into_dust_is_refused():
     columns = [["f", 0, [row, 8 * column], [4, 8]] for row in range(0, 512, 4) for column in range(8)]
-    ladder = [["f", 0, [row, row], [3000 - row, 1]] for row in range(3000)]
-    for boxes, sizes, words in ((columns, [512, 64], None), (ladder, [3000, 3001], "do not cover")):
+    # Two triangles of columns, all of which are looked at wherever one ends and another begins: 150 times each.
+    triangles = [["f", 0, [row, row], [300 - row, 1]] for row in range(300)] + [["f", 0, [0, row], [row, 1]] for row in range(1, 300)]
+    for boxes, sizes, words in ((columns, [512, 64], None), (triangles, [300, 300], "do not cover")):
         tree = {"version": 1, "values": {}, "tensors": {"weight": {"dtype": "float32", "sizes": sizes, "shards": boxes}}}
         with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
             ShardIndex.from_json(tree).require_whole()
@@ -186,6 +187,10 @@ HOSTILE_INDEXES = {
         weight.__setitem__("sizes", [1 << 40, 0]),
         shard.__setitem__(3, [1 << 40, 0]),
         weight["shards"].pop(),
+    ),
+    "thousands of dimensions": lambda tree, weight, shard: (
+        weight.__setitem__("sizes", [1] * 5000 + [6, 4]),
+        weight.__setitem__("shards", [["rank_00000.shards", 0, [0] * 5002, [1] * 5000 + [6, 4]]]),
     ),
     "sizes of fractions": lambda tree, weight, shard: weight.__setitem__("sizes", [6.0, 4]),
     "a shard less": lambda tree, weight, shard: weight["shards"].pop(),
@@ -429,9 +434,70 @@ def shared(depth: int, container: Any) -> Any:
     return value
 
 
+def of_texts(*parts: str | bytes) -> bytes:
+    """A pickle of codes, and of texts that are put on its stack."""
+    codes = [part if isinstance(part, bytes) else b"\x8c" + bytes([len(part)]) + part.encode() for part in parts]
+    return b"\x80\x04" + b"".join(codes) + b"."
+
+
+def old_metadata(index: bytes, chunks: bytes = b"") -> bytes:
+    """The metadata of a checkpoint of one tensor w of 1024 boxes, which has an index of one box."""
+    classes = "torch.distributed.checkpoint.metadata"
+    offset, tensor = b"](K\x00e", (classes, "TensorStorageMetadata", b"\x93)\x81}(")
+    properties = (classes, "TensorProperties", b"\x93)\x81(", "torch", "float32", b"\x93tb")
+    chunk = (classes, "ChunkStorageMetadata", b"\x93)\x81}(", "offsets", offset, "sizes", b"](K\x01eubq\x01")
+    storage = ("torch.distributed.checkpoint.filesystem", "_StorageInfo", b"\x93)\x81}(", "relative_path", "f", "offset", b"K\x00")
+    first = (classes, "MetadataIndex", b"\x93)\x81}(", "fqn", "w", "offset", offset, index, b"ub", *storage, "length", b"K\x04ub")
+    tensors = ("w", *tensor, "properties", *properties, "size", b"](K\x01e", "chunks", b"](", *chunk, chunks, b"eub")
+    body = ("state_dict_metadata", b"}(", *tensors, b"u", "storage_data", b"}(", *first, b"u")
+    return of_texts(classes, "Metadata", b"\x93)\x81}(", *body, b"ub")
+
+
+def test_metadata_made_by_hand_are_read():
+    tensors, objects = legacy_index.read(old_metadata(b""))
+    assert tensors == {"w": ("float32", (1,), {(0,): ((1,), legacy_index.Place("f", 0, 4))})}
+    assert objects == []
+
+
+METADATA_BOMBS = {
+    # The members of a set are hashed, and a set of sets asks its members for theirs.
+    "frozen sets": (of_texts(b"(K\x01\x91", b"0N"), "a code that no checkpoint has"),
+    "a set": (of_texts(b"\x8f"), "a code that no checkpoint has"),
+    "an item of a set": (of_texts(b"}(K\x01\x90"), "a code that no checkpoint has"),
+    "a tuple as a key": (of_texts(b"}(K\x01tNs"), "a key is neither"),
+    "tuples as keys": (of_texts(b"}((K\x01tN(K\x01tNu"), "a key is neither"),
+    "an attribute that is no text": (old_metadata(b"K\x01N"), "other attributes"),
+    "attributes without number": (old_metadata(b"".join(b"\x8c\x03%03dN" % n for n in range(100))), "other attributes"),
+    "one box again and again": (old_metadata(b"", b"h\x01" * 1024), "'w' has two boxes in one place"),
+    "an offset of many dimensions": (old_metadata(of_texts("offset", b"](" + b"K\x00" * 1024 + b"e")[2:-1]), "has 1024 dimensions"),
+    "a long integer": (of_texts(b"\x8a\xff" + b"\x7f" * 255), "an integer of more than 64 bits"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA_BOMBS)
+def test_old_metadata_cost_what_their_size_says(name):
+    content, words = METADATA_BOMBS[name]
+    with pytest.raises(ValueError, match=words):
+        legacy_index.read(content)
+
+
+def test_the_codes_and_bytes_of_old_metadata_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(legacy_index, "_MOST_CODES", 1000)
+    with pytest.raises(ValueError, match="it has more than 1000 codes"):
+        legacy_index.read(b"\x80\x04" + b"]" * 1000 + b".")
+    write_checkpoint(tmp_path, torch.zeros(6, 4))
+    (tmp_path / INDEX).unlink()
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + b"]" * 100)
+    monkeypatch.setattr(legacy_index, "LARGEST_METADATA", 100)
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: it has more than 100 bytes"):
+        Shards(tmp_path)
+
+
 OBJECT_BOMBS = {
     "shared lists": pickle.dumps([{"a": shared(60, list)}]),
     "shared tuples": pickle.dumps([{"a": shared(60, tuple)}]),
+    "lists of texts": pickle.dumps([{"a": ["x" * 10_000] * 20}], 4),
+    "a list of itself": b"\x80\x02]q\x00}(X\x01\x00\x00\x00a](" + b"h\x00" * 300 + b"eua.",
     "tuples as a key": b"\x80\x04}" + pickle.dumps(shared(60, tuple), 4)[2:-1] + b"Ns.",
     "an index of the memo": b"Nr\xff\xff\xff\x7f.",
     "a byte array of a terabyte": b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.",

@@ -43,7 +43,11 @@ def test_an_encoded_password_is_masked_and_nothing_else(user, password, path, wo
     assert is_masked(mask_urls(url))
 
 
-@given(user=USER, password=PASSWORD.filter(lambda password: not password[0].isdecimal() and password[0] not in "/?#'"), path=NAME)
+@given(
+    user=USER,
+    password=PASSWORD.filter(lambda password: not password[0].isdecimal() and password[0] not in "?#'" and password.count("/") < 2),
+    path=NAME,
+)
 def test_a_password_that_nobody_encoded_is_masked_too(user, password, path):
     masked = mask_urls(f"s3://{user}:{password}@host/{path}")
     assert masked.startswith(f"s3://{user}:{MASK}@")
@@ -60,6 +64,7 @@ def test_a_password_that_nobody_encoded_is_masked_too(user, password, path):
         "http://host:8080/a@b",
         "http://[::1]:80/x@y",
         "http://host:8080?q=a@b",
+        "http://host:/path/to@2",
         "http://host:80",
         "http://host:5173/@vite/client",
         "sftp://me@corp.com:22/x@2",
@@ -97,6 +102,8 @@ def test_what_is_no_password_stays(text):
         ("s3:/u:PW@h", "s3:/u:***@h"),
         ("x://u:1234/5678@h", "x://u:***@h"),
         ("x://u:123456/b@h", "x://u:***@h"),
+        ("s3://u:/abc+d@h", "s3://u:***@h"),
+        ("https://host/?jwt=a&sas=b&private_key=c&passphrase=d", "https://host/?jwt=***&sas=***&private_key=***&passphrase=***"),
         ("s3://u%3APW@h", "s3://u%3A***@h"),
         ("s3://u%3aPW@h", "s3://u%3a***@h"),
         ("https://host/?pass=a&auth=b&code=c", "https://host/?pass=***&auth=***&code=***"),

@@ -53,6 +53,13 @@ def test_a_missing_shard(directory):
     assert "model.safetensors.index.json" in text
 
 
+def test_a_shard_that_is_a_link_to_itself(directory):
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert f"lacks {shard.name}, of the" in complaint(directory)
+
+
 @pytest.mark.parametrize("keep", [-3, 20, 4, 0])
 def test_a_truncated_shard(directory, keep):
     shard = sorted(directory.glob("*.safetensors"))[1]

@@ -1,11 +1,13 @@
 """Exports for transformers: weights equal the imported ones bit for bit, and stock classes and the exported code load them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.checkpoint_files import vouch
 from tests.conversion.tiny_models import (
     CASES,
     LLAMA3,
@@ -25,9 +27,14 @@ from tests.distributed import run_distributed
 from tests.parallel.layouts import open_gates, whole_tensors
 from tests.tiny import tiny_config
 from w1train import convert
+from w1train.checkpoints.manifest import CheckpointError
+from w1train.config.errors import UserError
+from w1train.conversion.export import _copy_companion
+from w1train.conversion.export import export as export_checkpoint
 from w1train.conversion.sources import SafetensorsDirectory
 from w1train.data.tokenizers.tokenizer import train_tokenizer
 from w1train.engine.building import build_trained_model
+from w1train.runtime.run_directory import RunDirectory
 
 SAVED = {"tensor": 2, "pipeline": 2, "sequence": True}
 CAUSAL = torch.ones(TOKENS.shape[1], TOKENS.shape[1], dtype=torch.bool).tril().expand(len(TOKENS), -1, -1)
@@ -246,3 +253,54 @@ def test_bf16_weights_stay_bf16(tmp_path):
     export(run, output)
     assert_identical(read_all(output), {name: tensor.bfloat16() for name, tensor in read_all(original).items()})
     assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+NORM = "final_norm.weight"
+WRONG_TENSORS = {
+    "fewer layers": (lambda tensors: None, "unexpected: decoder.layers.1.input_layernorm.weight"),
+    "a tensor less": (lambda tensors: tensors.pop(NORM), f"missing: {NORM}"),
+    "a tensor more": (
+        lambda tensors: tensors.update(more=tensors.pop(next(key for key in tensors if "exp_avg" in key))),
+        "unexpected: more",
+    ),
+    "a dimension more": (
+        lambda tensors: tensors[NORM].update(sizes=[32, 1], shards=[[*tensors[NORM]["shards"][0][:2], [0, 0], [32, 1]]]),
+        f"{NORM} is [32, 1], not [32] as its configuration says",
+    ),
+    "a smaller tensor": (
+        lambda tensors: tensors[NORM].update(sizes=[16], shards=[[*tensors[NORM]["shards"][0][:2], [0], [16]]]),
+        f"{NORM} is [16], not [32] as its configuration says",
+    ),
+    "another type": (lambda tensors: tensors[NORM].update(dtype="float16"), f"{NORM} is torch.float16"),
+    "whole numbers": (
+        lambda tensors: [tensors[key].update(dtype="int32") for key in tensors if not key.startswith("optimizer.")],
+        "is of type torch.int32; weights are of torch.float32, torch.bfloat16, torch.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_are_not_those_of_the_configuration(conditioned_run, tmp_path, name):
+    change, words = WRONG_TENSORS[name]
+    checkpoint = shutil.copytree(conditioned_run / "checkpoints/step_0000000001", tmp_path / "checkpoint")
+    index = json.loads((checkpoint / "shards.json").read_bytes())
+    assert index["tensors"][NORM]["sizes"] == [32]
+    change(index["tensors"])
+    (checkpoint / "shards.json").write_text(json.dumps(index))
+    if name == "fewer layers":
+        text = (checkpoint / "config.yaml").read_text()
+        assert "num_layers: 2\n" in text
+        (checkpoint / "config.yaml").write_text(text.replace("num_layers: 2\n", "num_layers: 1\n"))
+    vouch(checkpoint)
+    with pytest.raises((UserError, CheckpointError)) as error:
+        export_checkpoint(RunDirectory(conditioned_run), checkpoint, tmp_path / "output", "w1", 1 << 30)
+    assert words in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_link_to_itself_is_left_out(tmp_path, caplog):
+    (tmp_path / "chat_template.jinja").symlink_to("chat_template.jinja")
+    (tmp_path / "output").mkdir()
+    _copy_companion(tmp_path, "chat_template.jinja", tmp_path / "output")
+    assert "chat_template.jinja is left out of the export: it is a link" in caplog.text
+    assert not list((tmp_path / "output").iterdir())

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import multiprocessing
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -17,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import decompress, encode, lines, tokenize, units
+from data_tools.arrow_messages import MessageError, _Table, read_message
 from data_tools.corpus import TextCorpus
+from data_tools.corpus_files import CorpusError, Limits
 from data_tools.decompress import ContentReader, damage
-from data_tools.files import CorpusError, Limits
 from data_tools.row_sizes import text_sizes
-from data_tools.text import Rules
+from data_tools.unit_reader import Rules
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -494,4 +496,35 @@ def size_of(value) -> int:
 @given(array=arrays(), start=st.integers(0, 3))
 def test_rows_are_as_large_as_their_values(array, start):
     rows = array.slice(start)
-    assert text_sizes(rows).tolist() == [size_of(row) for row in rows.to_pylist()]
+    expected = [size_of(row) for row in rows.to_pylist()]
+    assert text_sizes(rows).tolist() == expected
+    known = {}
+    for first in range(len(rows)):
+        assert text_sizes(rows.slice(first, 2), known).tolist() == expected[first : first + 2], "what slices share is measured once"
+
+
+@pytest.mark.parametrize(("field", "value"), [("body", 2**63 - 1), ("offset", 2**62)])
+def test_lengths_that_lead_outside_of_the_file_are_an_error(tmp_path, field, value):
+    """A length above what a file can have must not reach seek, which raises OverflowError or ValueError."""
+    pa = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.arrow"
+    batch = pa.record_batch({"text": pa.array(["one", "two"] * 50)})
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
+    ):
+        writer.write_batch(batch)
+    content = path.read_bytes()
+    with open(path, "rb") as file:
+        start = read_message(file, 0).end
+        stop = read_message(file, start).end
+    metadata_bytes = int.from_bytes(content[start + 4 : start + 8], "little")
+    metadata = content[start + 8 : start + 8 + metadata_bytes]
+    if field == "body":
+        place = metadata.rindex(struct.pack("<q", stop - start - 8 - metadata_bytes))
+    else:
+        place = metadata.rindex(struct.pack("<qq", *list(_Table.root(metadata).table(2).structs(2, "<qq"))[-1]))
+    place += start + 8
+    path.write_bytes(content[:place] + struct.pack("<q", value) + content[place + 8 :])
+    with open(path, "rb") as file, pytest.raises(MessageError):
+        read_message(file, start)

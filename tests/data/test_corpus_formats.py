@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from data_tools.corpus import TextCorpus
-from data_tools.files import CorpusError
-from data_tools.text import Rules
+from data_tools.corpus_files import CorpusError
+from data_tools.unit_reader import Rules
 from data_tools.units import UNIT_BYTES
 
 pa = pytest.importorskip("pyarrow")

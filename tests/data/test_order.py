@@ -42,7 +42,7 @@ def test_the_order_is_pinned():
     assert random_words(1234, 3, Stream.START, 1) == [18375297292529665263]
 
 
-@pytest.mark.parametrize("num_items", [6, 300])
+@pytest.mark.parametrize("num_items", [6, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_item_is_as_likely_at_every_place(num_items):
     """Chi-squared of item against place. The bound is five standard deviations above the mean."""
     num_epochs, num_places = 30 * num_items, 6
@@ -55,6 +55,7 @@ def test_every_item_is_as_likely_at_every_place(num_items):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_shuffle_is_uniform(hashes_are_kept):
     """Chi-squared of item against place over 6,000 epochs, 25 degrees of freedom: above 60 has probability 1e-4."""
     counts = np.zeros((6, 6))
@@ -63,6 +64,7 @@ def test_the_shuffle_is_uniform(hashes_are_kept):
     assert ((counts - 1000) ** 2 / 1000).sum() < 60
 
 
+@pytest.mark.slow
 def test_all_orders_of_three_are_equally_likely(hashes_are_kept):
     counts = np.zeros(27)
     for seed in range(6000):

@@ -69,7 +69,8 @@ def test_samples_are_those_of_the_whole(pair):
         assert one.num_samples_per_epoch == other.num_samples_per_epoch
         for epoch in (0, 3):
             for expected, found in zip(epoch_samples(one, epoch), epoch_samples(other, epoch), strict=True):
-                assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+                assert expected.keys() == found.keys()
+                assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
 @given(st.data())

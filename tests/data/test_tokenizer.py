@@ -70,7 +70,7 @@ def test_a_mask_at_a_high_id(mask_token_id, tmp_path):
 
 
 def test_a_mask_above_what_the_corpus_gives():
-    with pytest.raises(TokenizerError, match=r"mask_token_id 126336 cannot be had: the corpus gave only 27. token ids"):
+    with pytest.raises(TokenizerError, match=r"mask_token_id 126336 is too high: the corpus gave only 27. token ids"):
         train_tokenizer(["some text"], vocab_size=126464, mask_token_id=126336)
 
 

@@ -23,7 +23,7 @@ def examine(rank, world_size, seconds=0.1):
     return collective_section(CPU, seconds, {"torch": torch.__version__}, [], [])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_is_well(world_size):
     sections = run_distributed(examine, world_size)
     assert not list(failures(sections))
@@ -32,7 +32,10 @@ def test_all_is_well(world_size):
     assert all(section.findings == sections[0].findings for section in sections), "all ranks have to end with the same status"
 
 
-@pytest.mark.parametrize("kind", ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"])
+@pytest.mark.parametrize(
+    "kind",
+    ["all_reduce", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all_gather_into_tensor", "reduce_scatter_tensor"))],
+)
 def test_a_wrong_result_is_seen_and_its_rank_named(kind):
     sections = run_distributed(examine_with_broken, 2, kind)
     wrong = list(failures(sections[:1]))

@@ -19,7 +19,7 @@ STEPS = REPOSITORY / "docker" / "steps"
 
 def step(name: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [str(STEPS / name), *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get (Debian, Ubuntu)")
@@ -107,6 +107,7 @@ def wheels(tmp_path, uv):
     return folder
 
 
+@pytest.mark.slow
 def test_an_environment_over_a_base_image(tmp_path, wheels):
     """create_environment.sh and install_packages.sh: the base's torch stays, what is too old is shadowed, what is absent comes, and what
     that requires too."""

@@ -34,7 +34,7 @@ from w1train.config.errors import UserError
 from w1train.runtime import distributed
 from w1train.runtime.exit_status import ExitStatus
 from w1train.status import describe_run
-from w1train.training import loop
+from w1train.training import run_parts
 
 WRONG_LAYOUTS = {
     "parallel.tensor=4": r"4 x parallel.pipeline 1 = 4 ranks a replica, in a world of 2",
@@ -182,7 +182,7 @@ def test_an_error_of_a_library_keeps_its_traceback(tiny_run):
         def build(*_: object) -> None:
             raise ValueError("not enough values to unpack")
 
-        loop.build_trained_model = build
+        run_parts.build_trained_model = build
 
     outcome = tiny_run.train(sabotage=fail).require(1)
     assert "Traceback" in outcome.output

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.checkpoint_files import vouch
 from tests.end_to_end.runs import NUM_STEPS, TinyRun
 from tests.end_to_end.test_average import in_a_process
 from w1train import average, convert, evaluate, sample
@@ -38,18 +39,6 @@ def unpack_old_run(directory: Path) -> TinyRun:
     with tarfile.open(OLD_RUN) as archive:
         archive.extractall(directory, filter="data")
     return TinyRun(directory / "data", directory / "runs")
-
-
-def vouch(checkpoint: Path) -> None:
-    """Make the manifest say what the files are now, as whoever gives the checkpoint away would."""
-    manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-    names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
-    manifest["files"] = {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name in names
-        for content in [(checkpoint / name).read_bytes()]
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def with_code_in_metadata(checkpoint: Path, command: Command) -> None:

@@ -74,7 +74,9 @@ def test_a_persistent_nan_is_left_out_and_written_aside(tiny_run, undisturbed):
     assert f"its batch is in {directory}" in outcome.output
 
 
-@pytest.mark.parametrize("overrides", [(), ("parallel.distributed_optimizer=false",), ("checkpoint.interval=1",)], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [(), pytest.param(("parallel.distributed_optimizer=false",), marks=pytest.mark.slow), ("checkpoint.interval=1",)], ids=str
+)
 def test_a_first_step_that_is_left_out_costs_no_checkpoint(tiny_data, tmp_path, overrides):
     """The optimizer has no moments yet when it is first looked at for what a save holds."""
     run, expected = TinyRun(tiny_data, tmp_path / "runs"), TinyRun(tiny_data, tmp_path / "expected")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -115,11 +116,18 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert [question.prompt for question in read_questions(path)] == ["a\u2028", "c"]
 
 
-def test_files_that_cannot_be_used(tmp_path):
+def test_files_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot read"):
         read_questions(tmp_path / "absent")
     with pytest.raises(UserError, match="has no lines"):
         read_questions(write(tmp_path / "empty"))
+    monkeypatch.setattr("w1train.evaluation.questions._LARGEST", 10)
+    with pytest.raises(UserError, match=r"large is too large: it has more than 10 bytes"):
+        read_questions(write(tmp_path / "large", {"prompt": "", "completion": "a"}))
+    monkeypatch.undo()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe is not a regular file"):
+        read_questions(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"line 1 has the mask token \(0\)"):
         answers_to(write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b\0"}))
     with pytest.raises(UserError, match=r"line 1 has 3 \+ 10 tokens, more than model.max_sequence_length = 12"):

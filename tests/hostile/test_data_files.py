@@ -147,7 +147,7 @@ def test_steps_of_published_tokenizers(changes):
 
 
 def test_a_small_map_of_characters_is_read():
-    assert largest_growth({"normalizer": character_map("ab\0\u00fc\u00fc\u00fc\0".encode(), size=8)}) == 3
+    assert largest_growth({"normalizer": character_map("ab\0\u00fc\u00fc\u00fc\0".encode(), size=8)}) == (3, 1)
 
 
 def test_a_key_that_is_there_twice_has_the_value_that_was_checked():
@@ -168,6 +168,23 @@ def test_a_text_that_would_grow_too_large_is_refused(monkeypatch):
     for call in (lambda: tokenizer.encode(41 * "a"), lambda: tokenizer.encode_batch(["a", 41 * "a"])):
         with pytest.raises(TokenizerError, match="a text of 41 characters is too long"):
             call()
+
+
+def test_tokens_that_the_decoder_would_make_too_long_are_refused(monkeypatch):
+    monkeypatch.setattr("w1train.data.tokenizers.tokenizer.LARGEST_DECODED", 1000)
+    replaced = {"type": "Replace", "pattern": {"Regex": "."}, "content": "y" * 9}
+    tokenizer = Tokenizer(changed(decoder={"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}), "t.json")
+    ids = tokenizer.encode(100 * "a")
+    tokenizer.decode(ids[:10])
+    with pytest.raises(TokenizerError, match=r"the decoder of tokenizer .* may make 10 characters of each"):
+        tokenizer.decode(101 * ids[:1])
+
+
+def test_a_token_of_a_book_is_refused():
+    content = json.loads(changed())
+    content["model"]["vocab"]["x" * 70_000] = len(content["model"]["vocab"])
+    with pytest.raises(TokenizerError, match="has 70000 characters"):
+        Tokenizer(json.dumps(content).encode(), "t.json")
 
 
 def test_a_tokenizer_is_refused_before_a_text_is_read(tmp_path, capsys):
@@ -244,6 +261,16 @@ def prefix(request, tmp_path):
 @pytest.mark.parametrize("content", NOT_INDEXES)
 def test_an_index(prefix, content, capsys):
     put(prefix.with_suffix(".idx"), NOT_INDEXES[content])
+    for main, options in DATA_COMMANDS.values():
+        require_refusal(main, [str(prefix), *options], capsys, 1, str(prefix))
+
+
+NOT_A_BYTE_FOR_EACH_TOKEN: dict[str, Content] = {**NOT_FILES, "empty": b"", "short": bytes(8), "long": bytes(10)}
+
+
+@pytest.mark.parametrize("content", NOT_A_BYTE_FOR_EACH_TOKEN)
+def test_a_file_of_tokens_that_may_be_noised(prefix, content, capsys):
+    put(prefix.with_suffix(".may_be_noised"), NOT_A_BYTE_FOR_EACH_TOKEN[content])
     for main, options in DATA_COMMANDS.values():
         require_refusal(main, [str(prefix), *options], capsys, 1, str(prefix))
 
@@ -370,8 +397,11 @@ def swapped(value: Any, draw: Any) -> Any:
 def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
     prefix = make_dataset(directory / "data")
-    suffix = data.draw(st.sampled_from([".idx", ".json", ".bin"]))
+    suffix = data.draw(st.sampled_from([".idx", ".json", ".bin", ".may_be_noised"]))
     path = prefix.with_suffix(suffix)
+    if suffix == ".may_be_noised":
+        prefix.with_suffix(".json").unlink()
+        path.write_bytes(b"\0\1\1" * 3)
     if suffix == ".json" and data.draw(st.booleans()):
         path.write_text(json.dumps(swapped(json.loads(path.read_text()), data.draw)))
     else:
@@ -382,6 +412,7 @@ def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
         dataset = TokenDataset.open(prefix)
         inspect.count(dataset, np.diff(dataset.document_offsets))
         inspect.check_tokens(dataset, None)
+        dataset.read_may_be_noised(0, dataset.num_tokens)
 
 
 @settings(max_examples=30, deadline=None)

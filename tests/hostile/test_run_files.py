@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECT
 from tests.hostile.test_data_files import mutated, swapped
 from tests.reports.fake_run import sample_record, train_record, validation_record
 from w1train import average, convert, evaluate, sample
+from w1train.checkpoints.recovery import _is_to_return
 from w1train.config.errors import UserError
 from w1train.config.serialization import config_from_yaml, config_to_yaml
 from w1train.evaluation import averages
@@ -41,7 +43,7 @@ from w1train.status import describe_run
 
 import_megatron()
 
-from w1train.evaluation.checkpoints import require_own  # noqa: E402 - the line above has to come first
+from w1train.evaluation.checkpoint_validation import require_own  # noqa: E402 - the line above has to come first
 
 MARKUP = "<script>alert(1)</script>"
 
@@ -358,6 +360,19 @@ def test_any_change_of_a_configuration_is_its_error(template, tmp_path_factory, 
         path.write_bytes(mutated((template / "config.yaml").read_bytes(), data.draw))
     with may_refuse(UserError, str(path)):
         config_from_yaml(path)
+
+
+def test_the_note_of_the_step_that_was_returned_to_is_a_small_file(tmp_path):
+    note = tmp_path / ".resume_step"
+    note.write_text("7")
+    assert not _is_to_return(tmp_path, 7)
+    note.write_bytes(b"\xff" * ((1 << 20) + 1))
+    with pytest.raises(UserError, match=r"\.resume_step is too large"):
+        _is_to_return(tmp_path, 7)
+    note.unlink()
+    os.mkfifo(note)
+    with pytest.raises(UserError, match=r"\.resume_step is not a regular file"):
+        _is_to_return(tmp_path, 7)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints/step_0000000012/config.yaml", "status.json"])

@@ -44,7 +44,7 @@ def _other(tokens):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_who_learns_of_whom(variant):
-    """masks.md, property 4: change one token of a stream, and the outputs that may know of it change, no other does, bit for bit."""
+    """If one token of a stream changes, the outputs that may depend on it change, and every other output keeps its bits."""
 
     @single_process
     def body():
@@ -132,8 +132,8 @@ def _only(noisy, document, config):
 
 @pytest.mark.parametrize("clean_attention", ["block_causal", "token_causal"])
 def test_block_size_one_with_everything_masked_is_autoregression(clean_attention):
-    """masks.md, property 2: each position is predicted from a mask token behind the clean tokens before it, as by one causal pass over
-    (x_<p, [MASK]) for each p."""
+    """Each position is predicted from a mask token and the clean tokens before it, as by one causal pass over (x_<p, [MASK])
+    for each p."""
 
     @single_process
     def body():

@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def test_w1_4b_parameters():
-    """objectives.md C3, variant A: its parts by hand."""
+    """The published model, its parts counted by hand."""
     attention = 3 * 2048 * 3072 + 3072 * 2048
     layer = attention + 3 * 2048 * 7168 + 2 * 2048 + (256 * 12288 + 12288)
     ends = 2 * 64512 * 2048 + 2048 + (256 * 4096 + 4096) + 2 * (256 * 256 + 256)
@@ -52,7 +52,7 @@ def test_w1_4b_parameters():
 
 
 def test_llada_parameters():
-    """objectives.md B1: 8.0156B and 1.4872B, non-embedding 6.9796B and 0.9692B (both embeddings left out)."""
+    """arXiv 2502.09992: 8.0156B and 1.4872B, and without both embeddings 6.9796B and 0.9692B."""
     layer_8b = 4 * 4096 * 4096 + 3 * 4096 * 12288 + 2 * 4096
     assert num_parameters(LLADA_8B) == 2 * 126464 * 4096 + 32 * layer_8b + 4096 == 8_015_581_184
     layer_1b = 2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5634 + 2 * 2048

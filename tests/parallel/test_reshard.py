@@ -47,8 +47,8 @@ def test_next_losses_are_the_uninterrupted_ones(saved, layout):
     _assert_goes_on(path, streams, layout, expected)
 
 
-@pytest.mark.parametrize("distributed_optimizer", [True, False])
-@pytest.mark.parametrize("layout", [(VIRTUAL, 2), ({**VIRTUAL, "context": 2}, 1)], ids=str)
+@pytest.mark.parametrize("distributed_optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", [(VIRTUAL, 2), pytest.param(({**VIRTUAL, "context": 2}, 1), marks=pytest.mark.slow)], ids=str)
 def test_virtual_stages_that_share_the_timestep_embedding(layout, distributed_optimizer, tmp_path):
     """Each chunk of a rank has a copy of it: saved once, loaded into both, which then go on apart."""
     parallel, data = layout

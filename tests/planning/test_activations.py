@@ -24,6 +24,7 @@ from w1train.engine.building import build_stage  # noqa: E402
 from w1train.kernels import triton_modulation, triton_rotary  # noqa: E402
 from w1train.kernels.rotary import apply_rotary  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.model.row_terms import CrossEntropy  # noqa: E402
 from w1train.runtime import megatron_on_cpu as cpu  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss, _work  # noqa: E402
@@ -85,7 +86,7 @@ def _measure_chunks(config):
             stage.set_input_tensor(torch.randn((num_positions, num_samples, config.model.hidden_size), requires_grad=True).bfloat16())
         saved = _SavedBytes(stage)
         with saved:
-            output = stage(inputs.model, inputs.targets)
+            output = stage(inputs.model, [CrossEntropy(inputs.targets)])
             if stage.post_process:
                 _loss(config, inputs, _work(inputs), output)
         results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))

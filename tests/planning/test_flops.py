@@ -18,6 +18,7 @@ from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine.building import build_stage  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.model.row_terms import CrossEntropy  # noqa: E402
 from w1train.objectives.description import num_streams  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss, _work  # noqa: E402
@@ -49,7 +50,7 @@ def _counted(_rank, _world_size, config, document_length):
         inputs = rank_inputs(noisy, config)
         # The backward pass of fused kernels computes the scores again. The counter counts this, the plan does not.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            _loss(config, inputs, _work(inputs), stage(inputs.model, inputs.targets))[0].backward()
+            _loss(config, inputs, _work(inputs), stage(inputs.model, [CrossEntropy(inputs.targets)]))[0].backward()
         counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     parts = Counter()
     for part, names in PARTS.items():

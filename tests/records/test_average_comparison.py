@@ -1,4 +1,4 @@
-"""An average beside its members, in numbers and in words."""
+"""The comparison of an average with its members, in numbers and in words."""
 
 from __future__ import annotations
 

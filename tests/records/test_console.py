@@ -1,15 +1,19 @@
-"""What is printed, on a terminal and into a log."""
+"""The texts that the console prints, on a terminal and into a log file."""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
+from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 
-from tests.reports.fake_run import sample_record, train_record, validation_record
-from w1train.records.console import TrainingConsole
+from tests.records.recorded_run import recorded_run, started
+from tests.reports.fake_run import train_record, validation_record
+from w1train.records.average_comparison import compare
+from w1train.records.console import ConsoleSink
 from w1train.records.sample_text import shorten, split_masks, visible_masks
 from w1train.runtime.quantities import duration, quantity
 
@@ -38,13 +42,18 @@ def record(step: int) -> dict:
     }
 
 
+def console(stream: TextIO, clock: Clock | None = None, **options: Any) -> ConsoleSink:
+    """Return the console of a run of 10 steps, each of which is a line."""
+    return ConsoleSink(recorded_run(Path("unused"), **{"interval": 1, **options}), stream, clock or Clock())
+
+
 def run_steps(stream, steps, clock, **options):
-    options = {"total_tokens": 1_310_720, "total_steps": 1200, "start_step": 0, "enabled": True, "interval": 10} | options
-    with TrainingConsole(**options, stream=stream, clock=clock) as console:
+    options = {"num_tokens": 1_310_720, "num_steps": 1200, "interval": 10} | options
+    with started(console(stream, clock, **options)) as sink:
         for step in steps:
             clock.now += 2.0
-            console.update(record(step))
-    return stream.getvalue()
+            sink.record(record(step))
+    return stream.getvalue().removeprefix("demo\n\n")
 
 
 def test_plain_lines_every_interval():
@@ -57,13 +66,13 @@ def test_plain_lines_every_interval():
 
 
 def test_the_last_step_is_always_printed():
-    text = run_steps(io.StringIO(), range(1, 6), Clock(), total_steps=5)
+    text = run_steps(io.StringIO(), range(1, 6), Clock(), num_steps=5)
     assert len(text.splitlines()) == 1
     assert text.startswith("step 5/5")
 
 
 def test_a_resumed_run_counts_its_own_time_only():
-    text = run_steps(io.StringIO(), range(1001, 1011), Clock(), start_step=1000)
+    text = run_steps(io.StringIO(), range(1001, 1011), Clock(), step=1000)
     assert "step 1,010/1,200" in text
     assert "0:20 elapsed  6:20 left" in text
 
@@ -74,8 +83,8 @@ def test_one_step_gives_no_eta():
 
 def test_null_measurements_are_left_out():
     stream = io.StringIO()
-    with TrainingConsole(100, 10, 0, True, 1, stream=stream, clock=Clock()) as console:
-        console.update(record(1) | {"elbo_bits_per_byte": None, "time/mfu": None, "loss": float("nan")})
+    with started(console(stream)) as sink:
+        sink.record(record(1) | {"elbo_bits_per_byte": None, "time/mfu": None, "loss": float("nan")})
     assert "MFU" not in stream.getvalue()
     assert "bits/byte" not in stream.getvalue()
     assert "loss     nan" in stream.getvalue()
@@ -83,29 +92,26 @@ def test_null_measurements_are_left_out():
 
 def test_header_validation_and_samples_are_plain_text():
     stream = io.StringIO()
-    with TrainingConsole(100, 10, 0, True, 1, stream=stream) as console:
-        console.print_header("demo", {"model": "12.6M parameters", "world size": 2, "path": "[/tmp/x] [bold]"})
-        console.print_validation(validation_record(0))
-        console.print_sample({"step": 4, "tokens": 1, "prompt": "def [/INST]", "text": "def [/INST] f<|mask|><|mask|>:\n" + "x" * 500})
-        console.print_line("saved [step] 4")
+    description = {"model": "12.6M parameters", "world size": "2", "path": "[/tmp/x] [bold]"}
+    with started(console(stream, description=description)) as sink:
+        sink.record(validation_record(0))
+        sink.record_samples([{"step": 4, "tokens": 1, "prompt": "a [/INST]", "text": "a [/INST] b<|mask|><|mask|>:\n" + "x" * 500}])
     lines = stream.getvalue().splitlines()
     assert lines[:5] == ["demo", "  model       12.6M parameters", "  world size  2", "  path        [/tmp/x] [bold]", ""]
     assert lines[5] == "validation at step 0:  ELBO  8.3177 nats/token  3.3333 bits/byte  (3.1 s)"
-    assert lines[6].startswith("sample at step 4: def [/INST] f\u2591\u2591:\u23cexxx")
+    assert lines[6].startswith("sample at step 4: a [/INST] b\u2591\u2591:\u23cexxx")
     assert lines[6].endswith("x...")
     assert len(lines[6]) < 300
-    assert lines[7:] == ["saved [step] 4"]
+    assert len(lines) == 7
 
 
-def test_disabled_prints_nothing():
-    stream = Terminal()
-    with TrainingConsole(100, 10, 0, False, 1, stream=stream) as console:
-        console.print_header("demo", {"a": "b"})
-        console.update(record(1))
-        console.print_validation(validation_record(0))
-        console.print_sample(sample_record(1))
-        console.print_line("x")
-    assert stream.getvalue() == ""
+def test_an_average_is_a_table():
+    stream = io.StringIO()
+    members = {4: {"elbo": 2.0}, 8: {"elbo": 1.5}}
+    with started(console(stream)) as sink:
+        sink.record({"kind": "average", "step": 8, "tokens": 1, **compare("average_x", "elbo", {"elbo": 1.0}, members)})
+    assert "average of 2 checkpoints: average_x" in stream.getvalue()
+    assert "The average is better than each of its 2 members" in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar_with_everything(monkeypatch):
@@ -121,9 +127,9 @@ def test_a_narrow_terminal_gets_what_matters_most(monkeypatch):
     shown = {}
     for width in (200, 100, 60, 30):
         monkeypatch.setenv("COLUMNS", str(width))
-        with TrainingConsole(1_310_720, 1200, 0, True, 10, stream=Terminal(), clock=Clock()) as console:
-            console.update(record(1) | {"stage": "stable", "epoch": 0.25})
-            shown[width] = console._metrics_line.plain
+        with started(console(Terminal(), num_tokens=1_310_720, num_steps=1200)) as sink:
+            sink.record(record(1) | {"stage": "stable", "epoch": 0.25})
+            shown[width] = sink._metrics_line.plain
     assert all(len(line) <= width for width, line in shown.items())
     assert "grad" in shown[200]
     assert "32.8k / 1.31M tokens" in shown[200]
@@ -134,13 +140,13 @@ def test_a_narrow_terminal_gets_what_matters_most(monkeypatch):
 
 def test_stage_and_epoch_stand_behind_the_times_of_a_line():
     stream = io.StringIO()
-    with TrainingConsole(100, 10, 0, True, 1, stream=stream, clock=Clock()) as console:
-        console.update(record(1) | {"stage": "stable", "epoch": 0.254})
+    with started(console(stream)) as sink:
+        sink.record(record(1) | {"stage": "stable", "epoch": 0.254})
     assert stream.getvalue().endswith("left  stage stable  epoch 0.25\n")
 
 
 def test_log_lines_go_above_the_bar(monkeypatch):
-    """A handler made before the bar must not write into it, and must get its stream back."""
+    """A log handler that was made before the bar must not write into it, and must get its stream back."""
     monkeypatch.setenv("TERM", "xterm")
     error = Terminal()
     monkeypatch.setattr(sys, "stderr", error)
@@ -148,7 +154,7 @@ def test_log_lines_go_above_the_bar(monkeypatch):
     log = logging.getLogger("test_log_lines_go_above_the_bar")
     log.addHandler(handler)
     stream = Terminal()
-    with TrainingConsole(100, 10, 0, True, 1, stream=stream):
+    with started(console(stream)):
         log.warning("saved [step] 4")
         assert error.getvalue() == ""
     log.warning("after")
@@ -160,10 +166,10 @@ def test_log_lines_go_above_the_bar(monkeypatch):
 def test_a_terminal_that_cannot_show_a_character_does_not_stop_the_run():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    with TrainingConsole(100, 10, 0, True, 1, stream=stream) as console:
-        console.print_sample({"step": 1, "tokens": 1, "prompt": "", "text": "\u00e9<|mask|>"})
+    with started(console(stream)) as sink:
+        sink.record_samples([{"step": 1, "tokens": 1, "prompt": "", "text": "\u00e9<|mask|>"}])
     stream.flush()
-    assert raw.getvalue() == b"sample at step 1: ??\n"
+    assert raw.getvalue() == b"demo\n\nsample at step 1: ??\n"
 
 
 @pytest.mark.parametrize("mask", ["<|mask|>", "<mask>", "[MASK]", "<|MASK|>"])

@@ -45,7 +45,7 @@ def test_versions_name_what_ran():
 
 
 def test_a_directory_that_passes_for_the_package():
-    """Where a command starts in the parent of a checkout named w1train, its ``__init__.py`` does not run."""
+    """If a command starts in the directory that contains a checkout named w1train, the ``__init__.py`` of the package does not run."""
     script = (
         f"import sys, types; package = types.ModuleType('w1train'); package.__path__ = [{str(REPOSITORY / 'w1train')!r}];"
         "sys.modules['w1train'] = package; import data_tools.tokenize, w1train.data.writer, w1train.diagnosis.packages;"

@@ -1,4 +1,4 @@
-"""What TensorBoard gets, read back with its own reader."""
+"""TensorBoard's files, read back with its own reader."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.records.recorded_run import STAGES, TIMESTEPS, recorded_run
 from tests.reports.fake_run import sample_record, train_record, validation_record
 from w1train.config.errors import UserError
 from w1train.records import tensorboard
-from w1train.records.tensorboard import TensorBoardLogger, require_tensorboard
-from w1train.records.wandb_log import wandb_metrics
+from w1train.records.chart_metrics import chart_metrics
+from w1train.records.tensorboard import TensorBoardSink
 
-TIMESTEPS = [0.25, 0.75]
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 
 
-def start(run_dir: Path, first_step: int) -> TensorBoardLogger:
-    return TensorBoardLogger(run_dir, first_step=first_step, validation_timesteps=TIMESTEPS, stages=("one", "two"))
+def start(run_dir: Path, step: int) -> TensorBoardSink:
+    """Open the sink of a start that goes on from the checkpoint of ``step``."""
+    sink = TensorBoardSink(recorded_run(run_dir, step=step, tensorboard=True))
+    sink.start()
+    return sink
 
 
 def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
-    """{metric: {step: value}}, as TensorBoard shows it."""
+    """Return {metric: {step: value}}, as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -33,15 +36,15 @@ def read_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
 
 @needs_tensorboard
 def test_every_metric_at_its_step(tmp_path):
-    logger = start(tmp_path, 0)
+    sink = start(tmp_path, 0)
     records = [validation_record(0, num_timesteps=2), *(train_record(step) | {"stage": "two"} for step in (1, 2))]
     for record in records:
-        logger.log(record)
-    logger.log_samples([sample_record(2), sample_record(3)])
-    logger.close()
+        sink.record(record)
+    sink.record_samples([sample_record(2), sample_record(3)])
+    sink.close(failed=False)
     scalars = read_scalars(tmp_path)
     for record in records:
-        for name, value in wandb_metrics(record, TIMESTEPS, ("one", "two")).items():
+        for name, value in chart_metrics(record, TIMESTEPS, STAGES).items():
             assert scalars[name][record["step"]] == pytest.approx(value), name
     assert scalars["phase"] == {1: 2.0, 2: 2.0}
 
@@ -49,18 +52,18 @@ def test_every_metric_at_its_step(tmp_path):
 @needs_tensorboard
 @pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "rewound"])
 def test_steps_that_are_done_again_are_shown_once(tmp_path, is_killed):
-    """After step 5, from the checkpoint of step 3."""
+    """The run goes back to the checkpoint of step 3 after step 5."""
     second = first = start(tmp_path, 0)
     for step in range(1, 6):
-        first.log(train_record(step))
+        first.record(train_record(step))
     if is_killed:
-        first.close()
-        second = start(tmp_path, 4)
+        first.close(failed=False)
+        second = start(tmp_path, 3)
     else:
-        first.go_back(4)
+        first.go_back(3)
     for step in range(4, 7):
-        second.log(train_record(step, seed=1))
-    second.close()
+        second.record(train_record(step, seed=1))
+    second.close(failed=False)
     shown = read_scalars(tmp_path)["loss"]
     assert shown == pytest.approx({step: train_record(step, seed=int(step > 3))["loss"] for step in range(1, 7)})
 
@@ -68,17 +71,17 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path, is_killed):
 @needs_tensorboard
 def test_steps_that_are_done_again_are_shown_once_after_a_clock_was_set_back(tmp_path, monkeypatch):
     now = time.time()
-    for first_step, last_step, seed, offset in [(0, 3, 0, 0), (2, 4, 1, -3600), (4, 5, 2, -7200)]:
+    for done, last_step, seed, offset in [(0, 3, 0, 0), (1, 4, 1, -3600), (3, 5, 2, -7200)]:
         monkeypatch.setattr(time, "time", lambda offset=offset: now + offset)
-        logger = start(tmp_path, first_step)
-        for step in range(max(1, first_step), last_step + 1):
-            logger.log(train_record(step, seed=seed))
-        logger.close()
+        sink = start(tmp_path, done)
+        for step in range(done + 1, last_step + 1):
+            sink.record(train_record(step, seed=seed))
+        sink.close(failed=False)
     seeds = {1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
     assert read_scalars(tmp_path)["loss"] == pytest.approx({step: train_record(step, seed=seeds[step])["loss"] for step in seeds})
 
 
-def test_it_is_missed_before_the_run_begins(monkeypatch):
+def test_it_is_missed_before_the_run_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="'w1train\\[tensorboard\\]', or set it to false"):
-        require_tensorboard()
+        TensorBoardSink(recorded_run(tmp_path))

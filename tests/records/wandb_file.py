@@ -1,4 +1,4 @@
-"""Reads W&B's offline files (run-ID.wandb): the LevelDB log format after a header of seven bytes, protobuf records inside.
+"""A reader of W&B's offline files (run-ID.wandb): the LevelDB log format after a header of seven bytes, protobuf records inside.
 
 wandb itself reads them only in its compiled part.
 """
@@ -39,7 +39,7 @@ def read_records(path: Path) -> Iterator[Any]:
 
 
 def read_history(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """{step: {metric: value}} of all offline files under a run directory."""
+    """Return {step: {metric: value}} of all offline files under a run directory."""
     history: dict[int, dict[str, Any]] = {}
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         for record in read_records(path):
@@ -50,7 +50,7 @@ def read_history(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_run(run_dir: Path) -> list[Any]:
-    """The run records (id, project, config) of all offline files, one for each start."""
+    """Return the run records (id, project, config) of all offline files, one for each start."""
     runs = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         runs.extend(record.run for record in read_records(path) if record.WhichOneof("record_type") == "run")

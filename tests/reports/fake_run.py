@@ -1,4 +1,4 @@
-"""A run directory as training leaves it, made of formulas: for the tests of everything that reads one."""
+"""A run directory like one of training, with values from formulas, for tests of code that reads run directories."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def validation_record(step: int, num_timesteps: int = 10) -> dict[str, Any]:
 
 
 def sample_record(step: int, num_steps: int = 400, prompt: str = "") -> dict[str, Any]:
-    """Text that has more of its words unmasked the later it is."""
+    """Return a text of whose words more are unmasked at later steps."""
     noise = random.Random(step)
     words = [word if noise.random() < step / num_steps else "<|mask|>" for word in CODE.split(" ")]
     return {"step": step, "tokens": TOKENS_PER_STEP * step, "prompt": prompt, "text": " ".join(words)}
@@ -117,5 +117,5 @@ def _elbo(step: int) -> float:
 
 
 def _loss_at(step: int, t: float) -> float:
-    """Little noise is easy once something is learned; at first, nothing is."""
+    """Return the loss at ``t``. At first all noise levels are equally hard; later a low level is easy."""
     return 8.3177 - (8.3177 - 2.2 - 3.8 * t**1.5) * (1 - math.exp(-step / 80))

@@ -1,4 +1,4 @@
-"""The W&B dashboard: its definition, and what W&B's own package makes of it. Nothing is sent."""
+"""The W&B dashboard: its definition, and its form in W&B's own package. The tests send nothing."""
 
 from __future__ import annotations
 

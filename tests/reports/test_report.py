@@ -20,7 +20,7 @@ VOID = {"meta", "br", "path", "circle", "rect"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects what the tests ask for."""
+    """A parser that checks that tags nest, and collects the parts that tests look at."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def test_a_finished_run_shows_everything(tmp_path):
 
 
 def _curves(page: Page) -> list[str]:
-    """The d of every drawn curve: paths inside g.curve carry more than an axis or a grid line does."""
+    """Return the path data of every curve. Only paths inside g.curve are curves: axes and grid lines are paths too."""
     curves = [path for path in page.attributes("path", "d") if path.count("L") > 5]
     assert curves
     return curves
@@ -172,7 +172,7 @@ def test_without_bytes_the_elbo_is_in_nats(tmp_path):
 
 def test_steps_that_are_not_finite_are_said(tmp_path):
     records = [train_record(step) | ({"loss": math.nan} if step in (7, 9) else {}) for step in range(1, 30)]
-    assert "2 not finite" in report(write_log(tmp_path, *records)).words
+    assert "2 NaN or infinite" in report(write_log(tmp_path, *records)).words
 
 
 def test_mfu_is_shown_where_it_is_known(tmp_path):

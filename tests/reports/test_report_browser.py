@@ -1,4 +1,4 @@
-"""The pages in a real browser: nothing goes wrong, curves are seen, and on a phone nothing sticks out."""
+"""The pages in a real browser: there are no errors, curves are visible, and everything fits on the screen of a phone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
-    """Two runs, the first with all that can happen, and a long name."""
+    """Two runs, the first with every kind of event, and a long name."""
     directory = tmp_path_factory.mktemp("runs")
     first = write_fake_run(directory / "a-run-whose-name-is-longer-than-a-telephone-is-wide", 400)
     with MetricsLog(first / "metrics.jsonl") as log:
@@ -56,7 +56,7 @@ def pages(runs) -> dict[str, Path]:
 
 
 def color(name: str, *, dark: bool = False) -> list[int]:
-    """Of the page's style, which names each colour twice: first for light, then for dark."""
+    """Return red, green and blue of a colour of the page's style, which has each colour twice: first for light, then for dark."""
     found = re.findall(rf"--{name}: #(\w{{6}})", report_page._STYLE)
     return [int(found[dark][at : at + 2], 16) for at in (0, 2, 4)]
 
@@ -92,7 +92,7 @@ def test_nothing_goes_wrong_and_nothing_sticks_out(browser, pages, name, width):
     ],
 )
 def test_curves_are_seen(browser, pages, name, chart, colors, width, dark):
-    """A curve over half of the plot covers a pixel a column and more."""
+    """A curve over half of the plot covers at least a pixel in each column."""
     browser.open(pages[name], width, dark=dark)
     browser.evaluate(
         "[...document.querySelectorAll('svg[aria-label=\"%s\"]')].find(svg => svg.checkVisibility()).id = 'the-chart'" % chart  # noqa: UP031
@@ -103,7 +103,7 @@ def test_curves_are_seen(browser, pages, name, chart, colors, width, dark):
 
 
 def test_colours_are_counted_where_they_are_alone(browser, pages):
-    """The count above could not fail if any pixel would do."""
+    """The test above could not fail if pixels of another colour counted too."""
     browser.open(pages["one run"], 1280)
     title = browser.screenshot("h1")
     assert browser.count_colors(title, [color("accent"), color("second")]) == [0, 0]

@@ -34,7 +34,7 @@ def test_two_runs(tmp_path):
     write_config(second, {"name": "second", "model": {"num_layers": 6}, "optimizer": {"beta1": 0.8}, "flag": True})
     page = compare(tmp_path, first, second)
     assert {"Validation ELBO, bits per byte", "Training ELBO, bits per byte", "Gradient norm", "Tokens per second"} <= set(page.charts())
-    # The shorter run's end, to which the longer one is interpolated.
+    # The values of the longer run are interpolated at the end of the shorter run.
     at, (before, after) = 80, (validation_record(75), validation_record(90))
     expected = before["elbo"] + (after["elbo"] - before["elbo"]) * (at - 75) / 15
     row = f"validation ELBO at {quantity(at * TOKENS_PER_STEP)} tokens {expected:.4f} {validation_record(80)['elbo']:.4f}"
@@ -98,7 +98,7 @@ def test_empty_runs(tmp_path):
 
 
 def test_steps_that_took_no_time(tmp_path):
-    """A clock that stands still is no reason to have no page."""
+    """A run whose clock stood still has a page too."""
     still = {"time/step_seconds": 0.0, "time/data_wait_seconds": 0.0}
     runs = [write_log(tmp_path / name, train_record(1) | still) for name in "ab"]
     assert "waiting for data" not in compare(tmp_path, *runs).words

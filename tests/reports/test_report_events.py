@@ -1,4 +1,4 @@
-"""What a report says beside the curves: restarts, checkpoints, skipped steps, waiting, and numbers that it does not know."""
+"""The events of a report (restarts, checkpoints, skipped steps), its waiting times, and metrics that it has no chart for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def happened(run_dir: Path, *events: tuple[int, str]) -> Path:
 
 
 def drawn(page: Page, css: str) -> int:
-    """Marks of a kind, of which the large chart has as many at either width."""
+    """Return the number of marks of a kind. The large chart, which exists at two widths, has as many at each."""
     marks = page.attributes("path", "class").count(css)
     assert marks % 2 == 0
     return marks // 2

@@ -45,3 +45,7 @@ def test_a_child_gives_up_its_copy_of_the_lock_alone(tmp_path):
     child.join()
     with pytest.raises(RunDirectoryError, match=f"in use by process {os.getpid()}"):
         RunDirectory(tmp_path / "run").claim()
+    for content in (b"[" * 100_000, b'{"host": "a"' + b" " * (2 << 20) + b', "pid": 1}', b"7"):
+        (tmp_path / "run" / ".lock").write_bytes(content)
+        with pytest.raises(RunDirectoryError, match="in use by another process"):
+            RunDirectory(tmp_path / "run").claim()

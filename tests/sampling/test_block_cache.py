@@ -66,8 +66,8 @@ def training_logits(predictor: Predictor, clean: torch.Tensor, noisy: torch.Tens
         targets=clean,
         loss_mask=everywhere,
         has_target=everywhere,
-        weights=torch.ones(clean.shape),
         target_timesteps=torch.zeros(clean.shape),
+        target_segments=torch.zeros_like(clean),
         next_targets=None,
         next_mask=None,
         document_ids=torch.zeros(clean.shape, dtype=torch.int32),
@@ -176,10 +176,10 @@ class Recorder:
 @pytest.mark.parametrize(
     "sampling",
     [
-        {"num_steps": 20},
-        {"num_steps": 10, "temperature": 1.0},
+        pytest.param({"num_steps": 20}, marks=pytest.mark.slow),
+        pytest.param({"num_steps": 10, "temperature": 1.0}, marks=pytest.mark.slow),
         {"num_steps": 10, "temperature": 0.7, "remasking": "random"},
-        {"threshold": 0.3},
+        pytest.param({"threshold": 0.3}, marks=pytest.mark.slow),
         {"threshold": 0.1, "temperature": 1.0},
         {"num_steps": 10, "block_size": 4},
     ],

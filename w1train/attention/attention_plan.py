@@ -1,4 +1,4 @@
-"""What one micro-batch's attention needs, computed once and shared by all layers and by recomputation.
+"""The plan of a micro-batch's attention, which is computed once and shared by all layers and by recomputation.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels.
 """
@@ -20,20 +20,20 @@ from w1train.runtime.ranges import kernel_group
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """The visibility of a micro-batch, with what the kernels make of it."""
+    """The visibility of a micro-batch, with what the kernels of a backend read of it."""
 
     visibility: Visibility
     backend: AttentionBackend
     kernel_plan: Any
-    """What ``backend.prepare`` gave."""
+    """What ``backend.prepare`` returned."""
     exchange: KeyExchange | None = None
-    """How keys travel between context-parallel ranks; None when each rank has whole sequences."""
+    """How context-parallel ranks exchange keys; None = each rank has whole sequences."""
     cache: KeyValueCache | None = None
-    """Keys of earlier passes that come before this one's (generation by blocks); None when a pass has all its keys itself."""
+    """Keys of earlier passes, which precede those of this pass (generation by blocks); None = a pass has all its keys itself."""
 
     @kernel_group("attention")
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """query [b, n, q, d], key and value [b, g, k, d] -> [b, n, q, d]; zero in rows that see nothing."""
+        """Return attention [b, n, q, d] from query [b, n, q, d], key and value [b, g, k, d]. It is zero in rows that see nothing."""
         return self.backend.attend(query, key, value, self.kernel_plan, scale)
 
 
@@ -44,10 +44,10 @@ def plan_attention(
     exchange: KeyExchange | None = None,
     cache: KeyValueCache | None = None,
 ) -> AttentionPlan:
-    """Turn visibility into what the kernels read. Called once a micro-batch, outside the layers.
+    """Prepare what the kernels read of a visibility. It is called once a micro-batch, outside the layers.
 
     Args:
-        backend: None = torch's dense kernels (generation, whose passes are short and of ever new lengths).
+        backend: None = torch's dense kernels, which suit generation, whose passes are short and have new lengths all the time.
     """
     backend = backend or SdpaBackend()
     return AttentionPlan(visibility, backend, backend.prepare(visibility), exchange=exchange, cache=cache)

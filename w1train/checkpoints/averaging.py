@@ -28,9 +28,19 @@ from w1train.checkpoints.commit import remove_checkpoint, write_complete
 from w1train.checkpoints.format.shard_files import shard_path, write_elements
 from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.checkpoints.format.shard_reader import Shards
-from w1train.checkpoints.manifest import MANIFEST, CheckpointError, complete_steps, is_complete, read_manifest, read_progress
+from w1train.checkpoints.manifest import (
+    MANIFEST,
+    CheckpointError,
+    DamagedCheckpointError,
+    complete_steps,
+    is_complete,
+    read_manifest,
+    read_progress,
+)
+from w1train.checkpoints.stored_size import require_data
 from w1train.checkpoints.verification import read_config_text, verify_checkpoint
 from w1train.config.errors import UserError
+from w1train.config.reading import shorten
 from w1train.runtime.distributed import all_or_none, on_every_rank, on_main_rank
 from w1train.runtime.files import open_new
 from w1train.runtime.pulse import pulse
@@ -39,6 +49,8 @@ from w1train.runtime.transfers import PiecewiseFile, together
 logger = logging.getLogger(__name__)
 
 _NUMBER = "average_number"
+_NUMBERS_END = 1 << 53
+"""Averages count from 1; what is not below this was not counted, and the number after one of 40 digits could not be read again."""
 _OPTIMIZER = "optimizer."
 # megatron-core's names of the fp32 master weights: of the distributed optimizer, and of the one that is not.
 _MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
@@ -80,7 +92,7 @@ def _number(average: Path) -> int:
         number = read_manifest(average).get(_NUMBER)
     except CheckpointError:
         return 0
-    return number if isinstance(number, int) else 0
+    return number if type(number) is int and 0 < number < _NUMBERS_END else 0
 
 
 def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> bool:
@@ -133,10 +145,15 @@ def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str,
     for member in members:
         verify_checkpoint(member, rank=dist.get_rank(), num_ranks=dist.get_world_size())
     sources = all_or_none(lambda: _open(members))
+    on_main_rank(partial(_require_data, sources))
     newest = members[-1]
     config_yaml = all_or_none(partial(read_config_text, newest))
     progress = all_or_none(partial(read_progress, newest))
     write_complete(final, partial(_write_shards, sources), progress, config_yaml, {"validation": {}, **remarks})
+
+
+def _num_bytes(source: Shards) -> int:
+    return sum(tensor.num_bytes(shard) for tensor in source.tensors.values() for shard in tensor.shards)
 
 
 def _open(members: Sequence[Path]) -> list[Shards]:
@@ -150,7 +167,29 @@ def _open(members: Sequence[Path]) -> list[Shards]:
                 f"{source.path} does not fit {sources[-1].path}: {len(different)} tensors differ in name or size, first "
                 f"{different[0]}. Only checkpoints of one model and optimizer can be averaged"
             )
+    _require_masters(sources[-1])
     return sources
+
+
+def _require_data(sources: list[Shards]) -> None:
+    """Refuse members whose files have too little data for the tensors of their indexes."""
+    for source in sources:
+        require_data(source.path, _num_bytes(source))
+
+
+def _require_masters(source: Shards) -> None:
+    """Compare the sizes of each weight and its master, of which a box is read for the other's."""
+    for key, tensor in source.tensors.items():
+        master = _master(source, key)
+        if master is not None and (sizes := source.tensors[master].sizes) != tensor.sizes:
+            raise DamagedCheckpointError(
+                source.path, [f"{shorten(master)} has the sizes {list(sizes)}, and its weight {list(tensor.sizes)}"]
+            )
+
+
+def _master(source: Shards, key: str) -> str | None:
+    """Return the name of a weight's fp32 master, if it has one."""
+    return next((master for prefix in _MASTERS if (master := prefix + key) in source.tensors), None)
 
 
 def _write_shards(sources: list[Shards], writing: Path) -> None:
@@ -182,8 +221,7 @@ def _averaged(key: str, tensor: StoredTensor, shard: Shard, sources: list[Shards
     newest = sources[-1]
     if not tensor.dtype.is_floating_point or (key.startswith(_OPTIMIZER) and not key.startswith(_MASTERS)):
         return newest.read(key, shard)
-    averaged = next((master for prefix in _MASTERS if (master := prefix + key) in newest.tensors), key)
-    return _average(sources, averaged, shard).to(tensor.dtype)
+    return _average(sources, _master(newest, key) or key, shard).to(tensor.dtype)
 
 
 def _average(sources: list[Shards], key: str, shard: Shard) -> Tensor:

@@ -30,6 +30,7 @@ from w1train.checkpoints.manifest import (
 from w1train.checkpoints.remote.remote_checkpoints import MARKER, Contents, RemoteCheckpoints, UnfinishedCopyError
 from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
+from w1train.config.reading import LARGEST_STATUS, read_bounded
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.runtime.distributed import agreed, on_main_rank
 from w1train.runtime.files import sync_directory, write_text
@@ -135,7 +136,7 @@ def _is_to_return(directory: Path, step: int | None) -> bool:
     if step is None:
         marker.unlink(missing_ok=True)
         return False
-    if marker.exists() and marker.read_text(encoding="utf-8") == str(step):
+    if marker.exists() and read_bounded(marker, LARGEST_STATUS) == str(step).encode():
         logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this start resumes from the newest checkpoint", step)
         return False
     return True

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from w1train.checkpoints.manifest import read_manifest
+from w1train.checkpoints.manifest import DamagedCheckpointError, read_manifest
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
 from w1train.model.flops import num_parameters
@@ -15,6 +15,8 @@ from w1train.runtime.names import open_inside
 
 _FEWEST_BYTES = 2
 """The fewest bytes of a stored parameter: bfloat16 is the smallest type in which weights are saved."""
+_MOST_BYTES_PER_DATA = 8
+"""The most bytes of tensors for each byte of data."""
 _BLOCK_BYTES = 512
 """The bytes of a block of st_blocks, whatever the file system's own blocks are."""
 
@@ -35,6 +37,20 @@ def require_stored(checkpoint: Path, model: ModelConfig) -> None:
         raise UserError(
             f"{checkpoint} has {found:,} bytes of data, too few for the {expected:,} parameters of the model that config.yaml describes"
         )
+
+
+def require_data(checkpoint: Path, num_bytes: int) -> None:
+    """Compare the data in the files of a checkpoint's manifest with the bytes of the tensors of its index, which are read and written next:
+    a sparse file of a hundred gigabytes takes nothing on the disk, and would take as much of memory and of the disk then.
+
+    Files of moments that are zero may be sparse, after a copy that makes holes: the weights and their masters are a quarter at least.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or the files are too small.
+    """
+    found = _num_data_bytes([checkpoint / name for name in read_manifest(checkpoint)["files"]])
+    if found * _MOST_BYTES_PER_DATA < num_bytes:
+        raise DamagedCheckpointError(checkpoint, [f"its files have {found:,} bytes of data, too few for tensors of {num_bytes:,} bytes"])
 
 
 def _num_data_bytes(paths: list[Path]) -> int:

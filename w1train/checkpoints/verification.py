@@ -13,6 +13,7 @@ from typing import Any
 from w1train.checkpoints.manifest import CONFIG, MANIFEST, DamagedCheckpointError, read_manifest
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
+from w1train.config.yaml_limits import LARGEST_YAML
 from w1train.runtime.distributed import agreed, on_every_rank
 from w1train.runtime.names import open_inside
 from w1train.runtime.pulse import moved, pulse
@@ -56,14 +57,19 @@ def read_config_text(path: Path) -> str:
     _require_config(path)
     try:
         with open_inside(path, CONFIG) as file:
-            return file.read().decode()
+            return file.read(LARGEST_YAML + 1).decode()
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(path, [f"{CONFIG} cannot be read ({error})"]) from error
 
 
 def _require_config(path: Path) -> None:
     expected = read_manifest(path)["files"].get(CONFIG)
-    problems = [f"{MANIFEST} lacks {CONFIG}"] if expected is None else _file_problems(path / CONFIG, expected)
+    if expected is None:
+        problems = [f"{MANIFEST} lacks {CONFIG}"]
+    elif expected["size"] > LARGEST_YAML:
+        problems = [f"{MANIFEST} says that {CONFIG} has {expected['size']:,} bytes; a configuration has at most {LARGEST_YAML:,}"]
+    else:
+        problems = _file_problems(path / CONFIG, expected)
     if problems:
         raise DamagedCheckpointError(path, problems)
 

@@ -20,14 +20,14 @@ _WORD = re.compile(r""":/[^\s"<>]+""")
 # percent-encoded, and one slash may be missing.
 _PASSWORD = re.compile(r"(:/{1,2}(?:[^/?#:%]|%(?!3A))*+(?::|%3A))([^/?#]+)(?=@)", re.IGNORECASE)
 # Passwords in which / ? or # are not encoded, up to 1024 characters. A text that looks like a port is no password, unless only digits
-# follow.
-_PORT = r"[0-9]{0,5}(?:[/?#']|\Z)(?![0-9]+@)"
+# follow. A path that contains another slash follows an empty port.
+_PORT = r"(?:[0-9]{1,5}(?:[/?#']|\Z)(?![0-9]+@)|[?#']|\Z|/[^@/]{0,1024}/)"
 _RAW_PASSWORD = re.compile(
     rf"(://(?:[^/?#:%\[\]]|%(?!3A))*+(?::|%3A))(?!{_PORT}|\*\*\*@)([^@]{{1,1024}}+(?:@[^/?#@]*+(?=@))*+)(?=@)", re.IGNORECASE
 )
-_SECRETS = "signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|accesskeyid"
+_SECRETS = "signature|token|secret|password|passwd|credential|passphrase|private[-_]?key|api[-_]?key|access[-_]?key|accesskeyid"
 # A backslash ends a value: in JSON, it may belong to the quotation mark that follows.
-_QUERY = re.compile(rf"([?&;#](?:[^=&;?#]*(?:{_SECRETS})|sig|key|pwd|pass|auth|code)=)([^&;#'\\]+)", re.IGNORECASE)
+_QUERY = re.compile(rf"([?&;#](?:[^=&;?#]*(?:{_SECRETS})|sig|sas|jwt|key|pwd|pass|auth|code)=)([^&;#'\\]+)", re.IGNORECASE)
 
 
 def mask_urls(text: str) -> str:

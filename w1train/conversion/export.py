@@ -20,8 +20,9 @@ from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
-from w1train.conversion.sources import CheckpointDirectory
-from w1train.conversion.tensors import Parameter, hugging_face_parameters
+from w1train.conversion.filling import StoredModel, require_fit
+from w1train.conversion.sources import CheckpointDirectory, find_inside
+from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
 from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
@@ -53,11 +54,16 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         model_format: a name in FORMATS.
 
     Raises:
-        UserError: ``output`` is not empty, or the requested stock class cannot compute this model.
+        UserError: ``output`` is not empty, the requested stock class cannot compute this model, or the checkpoint's tensors are not those
+            of its configuration.
+        CheckpointError: the checkpoint's index cannot be read.
         OSError: ``output`` cannot be written.
     """
     config = read_config(checkpoint)
     require_stored(checkpoint, config.model)
+    source = CheckpointDirectory(checkpoint)
+    require_fit(StoredModel(str(checkpoint), config.model, source, tuple(checkpoint_parameters(config.model))), config.model)
+    dtype = _one_dtype(checkpoint, source)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
         raise UserError(f"this model is not a {model_type} model: {listing(problems)}; export it with --format {W1}")
@@ -66,10 +72,9 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    source, parameters = CheckpointDirectory(checkpoint), list(hugging_face_parameters(config.model))
+    parameters = list(hugging_face_parameters(config.model))
     entries = list(_entries(source, parameters))
     write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
-    (dtype,) = {entry.dtype for entry in entries}
     special = _tokenizer_files(run.tokenizer, Path(config.data.tokenizer), partial)
     if model_type == W1:
         special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
@@ -84,6 +89,15 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         logger.warning("the stock class of %s attends causally, unlike a diffusion model: use this export only for its weights", model_type)
     names = tuple(sorted(path.name for path in output.iterdir()))
     return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
+
+
+def _one_dtype(checkpoint: Path, source: CheckpointDirectory) -> torch.dtype:
+    """Return the dtype of all weights, which config.json has a single word for. Raises UserError if they are of several."""
+    names = {dtype: name for name, dtype in source.dtypes.items()}
+    if len(names) > 1:
+        found = listing(f"{name} is {dtype}" for dtype, name in names.items())
+        raise UserError(f"the weights of {checkpoint} are of several types ({found}); weights of one type can be exported")
+    return next(iter(names))
 
 
 def _entries(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[Entry]:
@@ -137,9 +151,7 @@ def _open_companion(directory: Path, name: str) -> BufferedReader:
     Raises:
         OSError: the file does not exist, cannot be read, is another link or is not a regular file.
     """
-    place, target = directory.resolve(), (directory / name).resolve()
-    blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
-    if target.parent in (place, blobs) and is_plain_name(target.name):
+    if (target := find_inside(directory, name)) is not None and is_plain_name(target.name):
         return open_inside(target.parent, target.name)
     return open_inside(directory, name)
 

@@ -5,6 +5,7 @@ Only requested boxes are read: a rank copies its slices, one after another, dire
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,10 +124,19 @@ def _require_inside(directory: Path, name: str) -> None:
     """
     if not name.endswith(SUFFIX) or name != Path(name).name or not name.isprintable():
         raise UserError(f"{directory}: {shorten(name)} is not the plain name of a {SUFFIX} file; no other files are read")
-    place, target = directory.resolve(), (directory / name).resolve()
-    blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
-    if target.parent not in (place, blobs):
+    if find_inside(directory, name) is None:
+        target = os.path.realpath(directory / name)
         raise UserError(f"{directory / name} is a link to {target}, outside of its directory; copy the file there")
+
+
+def find_inside(directory: Path, name: str) -> Path | None:
+    """Follow the links of a file of a directory; those of the cache of huggingface_hub lead to its ``blobs``. None: to another place.
+
+    A link that leads to itself is its own target (``Path.resolve`` would raise RuntimeError), and no regular file.
+    """
+    place, target = Path(os.path.realpath(directory)), Path(os.path.realpath(directory / name))
+    blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
+    return target if target.parent in (place, blobs) else None
 
 
 def _require_small_header(path: Path) -> None:
@@ -157,13 +167,16 @@ class CheckpointDirectory:
         """Read the index; the caller has verified the files.
 
         Raises:
-            CheckpointError: the index cannot be read.
+            CheckpointError: the index cannot be read, or a dtype is no weight's.
         """
         self._shards = Shards(directory)
         self.tensors: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for key, stored in self._shards.tensors.items():
             if not key.startswith("optimizer."):
+                if stored.dtype not in DTYPES.values():
+                    problem = f"{shorten(key)} is of type {stored.dtype}; weights are of {listing(DTYPES.values())}"
+                    raise DamagedCheckpointError(directory, [problem])
                 self._list(key, stored.sizes, stored.dtype)
 
     def _list(self, key: str, size: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
-"""Workers that prepare micro-batches ahead of the step: threads, or processes that hand batches over in shared memory.
+"""The workers that prepare micro-batches ahead of the training step: threads, or processes that hand batches over in shared memory.
 
-Both answer in the order in which they were asked, whatever order they work in. A read that hangs, or a worker that dies, is an
-error with a name after seconds; neither can keep the run from ending.
+Both kinds return micro-batches in the order in which these were asked for. A worker that dies is an error at once, and a read that hangs is
+an error after a timeout. Neither prevents the run from ending.
 
 Shapes: b = micro_batch_size, l = sequence_length.
 """
@@ -9,6 +9,7 @@ Shapes: b = micro_batch_size, l = sequence_length.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,37 +35,44 @@ from w1train.data.batch import PackedBatch
 logger = logging.getLogger(__name__)
 
 Load = Callable[[int], PackedBatch]
-"""The micro-batch that begins at a global sample index."""
+"""A function that makes the micro-batch which begins at a global sample index."""
 _STOP_SECONDS = 2.0
 _WATCH_SECONDS = 1.0
 
 
 class LoaderError(OSError):
-    """The data path stopped: a read hangs, or a worker died."""
+    """The error of a data path that has stopped, because a read hangs or a worker died."""
 
 
 class Workers(Protocol):
-    """What reads ahead."""
+    """The interface of the workers."""
 
     def submit(self, start: int) -> None:
         """Ask for the micro-batch that begins at a global sample index."""
 
     def receive(self) -> PackedBatch:
-        """The micro-batch asked for longest ago; raises what its worker raised, or LoaderError."""
+        """Return the micro-batch that was asked for first among those not received yet.
+
+        Raises:
+            LoaderError: if the worker died, or the micro-batch does not come in time; otherwise the worker's own exception.
+        """
         ...
 
     def close(self) -> None:
-        """Stop working. What has been asked for is lost."""
+        """Stop the workers. Micro-batches that have been asked for are lost."""
 
 
 class ThreadWorkers:
-    """Threads of this process. They are daemons: one that hangs in a read cannot be stopped, and must not keep the process from ending."""
+    """Workers that are threads of this process.
+
+    The threads are daemons: a thread that hangs in a read cannot be stopped, and must not prevent the process from ending.
+    """
 
     def __init__(self, load: Load, num_workers: int, timeout: float, enter: Callable[[], None]) -> None:
         """
         Args:
             timeout: seconds to wait for a micro-batch.
-            enter: called in each thread before its first.
+            enter: called in each thread before its first micro-batch.
         """
         self._load, self._enter, self._timeout = load, enter, timeout
         self._tasks: queue.SimpleQueue[tuple[int, Future[PackedBatch]] | None] = queue.SimpleQueue()
@@ -75,25 +83,25 @@ class ThreadWorkers:
             thread.start()
 
     def submit(self, start: int) -> None:
-        """As ``Workers``."""
+        """Ask for a micro-batch, as in ``Workers``."""
         task: tuple[int, Future[PackedBatch]] = (start, Future())
         self._pending.append(task)
         self._tasks.put(task)
 
     def receive(self) -> PackedBatch:
-        """As ``Workers``."""
+        """Return the next micro-batch, as in ``Workers``."""
         start, future = self._pending.popleft()
         try:
             return future.result(self._timeout)
         except FutureTimeout:
-            if future.done():  # the worker's own error, of the same class
+            if future.done():  # the worker itself raised an error of this class
                 raise
             raise hangs(start, self._timeout) from None
         except CancelledError:
             raise LoaderError(f"the micro-batch of sample {start} was given up when the loader was closed") from None
 
     def close(self) -> None:
-        """As ``Workers``."""
+        """Stop the workers, as in ``Workers``."""
         for _, future in self._pending:
             future.cancel()
         for _ in self._threads:
@@ -103,7 +111,7 @@ class ThreadWorkers:
             thread.join(max(0.0, deadline - time.monotonic()))
         hanging = [thread.name for thread in self._threads if thread.is_alive()]
         if hanging:
-            logger.warning("left behind, hanging in a read: %s", ", ".join(hanging))
+            logger.warning("these threads hang in a read and were left behind: %s", ", ".join(hanging))
 
     def _work(self) -> None:
         self._enter()
@@ -113,35 +121,34 @@ class ThreadWorkers:
                 continue
             try:
                 future.set_result(self._load(start))
-            except BaseException as error:  # whatever it is, the caller gets it
+            except BaseException as error:  # the caller raises it, whatever it is
                 future.set_exception(error)
 
 
 @dataclass(slots=True)
 class _Slot:
-    """Shared memory of one micro-batch: mapped before the fork, so both sides see it, and gone with the last of them."""
+    """The shared memory of one micro-batch. It is mapped before the fork, so both processes see it, and freed when both have ended."""
 
-    tokens: NDArray[np.int64]
-    document_ids: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    sample_indices: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]]
+    """Each field of the batch by name."""
 
     @classmethod
     def allocate(cls, batch_size: int, length: int) -> _Slot:
-        def shared(dtype: type[np.generic], *shape: int) -> NDArray[np.generic]:
-            memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-            return np.frombuffer(memory, dtype=dtype).reshape(shape)
-
-        shape = (batch_size, length)
-        return cls(shared(np.int64, *shape), shared(np.int32, *shape), shared(np.int32, *shape), shared(np.int64, batch_size))  # type: ignore[arg-type]
+        return cls({field.name: _shared_array(field.dtype, field.shape(batch_size, length)) for field in PackedBatch.fields()})
 
     def write(self, batch: PackedBatch) -> None:
-        for name in self.__slots__:
-            getattr(self, name)[...] = getattr(batch, name).numpy()
+        for name, array in self.arrays.items():
+            array[...] = getattr(batch, name).numpy()
 
     def read(self) -> PackedBatch:
-        """A copy: the slot is written again."""
-        return PackedBatch(**{name: torch.from_numpy(getattr(self, name).copy()) for name in self.__slots__})
+        """Return a copy of the batch, for the slot is written again."""
+        return PackedBatch(**{name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()})
+
+
+def _shared_array(dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return an array in memory that this process shares with the processes that it forks."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 @dataclass(slots=True)
@@ -153,12 +160,13 @@ class _Worker:
 
 
 class ProcessWorkers:
-    """Forked processes, asked in turn. Each has as many slots of shared memory as it may be ahead."""
+    """Workers that are forked processes. They are asked in turn, and each has a slot of shared memory for every micro-batch that it may
+    owe."""
 
     def __init__(self, load: Load, num_workers: int, prefetch: int, timeout: float, shape: tuple[int, int]) -> None:
         """
         Args:
-            prefetch: micro-batches asked for at a time, over all workers.
+            prefetch: the most micro-batches that all workers together owe at a time.
             timeout: seconds to wait for a micro-batch.
             shape: (b, l).
         """
@@ -179,11 +187,11 @@ class ProcessWorkers:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the workers."""
+        """Return the ids of the workers' processes."""
         return [worker.process.pid or 0 for worker in self._workers]
 
     def submit(self, start: int) -> None:
-        """As ``Workers``; no more than ``prefetch`` at a time."""
+        """Ask for a micro-batch, as in ``Workers``; the workers may owe at most ``prefetch`` micro-batches at a time."""
         worker = self._workers[self._num_submitted % len(self._workers)]
         try:
             worker.connection.send((start, worker.num_asked % len(worker.slots)))
@@ -194,10 +202,10 @@ class ProcessWorkers:
         self._num_submitted += 1
 
     def receive(self) -> PackedBatch:
-        """As ``Workers``."""
+        """Return the next micro-batch, as in ``Workers``."""
         start, worker = self._pending.popleft()
         deadline = time.monotonic() + self._timeout
-        # Any worker's death is noticed at once, not only that of the one whose turn it is.
+        # The death of any worker is noticed at once, not only that of the worker whose turn it is.
         sentinels = {other.process.sentinel: other for other in self._workers}
         while not worker.connection.poll():
             ready = wait([worker.connection, *sentinels], timeout=max(0.0, deadline - time.monotonic()))
@@ -215,7 +223,7 @@ class ProcessWorkers:
         return worker.slots[answer].read()
 
     def close(self) -> None:
-        """As ``Workers``: by SIGKILL, which a process that hangs in a read obeys too."""
+        """Stop the workers, as in ``Workers``, by SIGKILL, which also ends a process that hangs in a read."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -227,22 +235,25 @@ class ProcessWorkers:
         worker.process.join(_STOP_SECONDS)
         code = worker.process.exitcode
         cause = "no exit status yet" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-        advice = "; SIGKILL is most often the machine's lack of memory" if code == -signal.SIGKILL else ""
+        advice = "; the most frequent reason for SIGKILL is that the machine has no memory left" if code == -signal.SIGKILL else ""
         advice = advice or ("; SIGBUS means that a mapped file was cut short" if code == -signal.SIGBUS else "")
         return LoaderError(f"data worker {worker.process.name} (process {worker.process.pid}) died: {cause}{advice}")
 
 
 def hangs(start: int, timeout: float) -> LoaderError:
-    """The error of a micro-batch that does not come."""
+    """Return the error of a micro-batch that does not come."""
     return LoaderError(
-        f"no micro-batch for {timeout:g} s (data.read_timeout), the one of sample {start}: its read hangs. Look at the file system of the "
-        "training data, or raise data.read_timeout"
+        f"no micro-batch has come for {timeout:g} s (data.read_timeout): the read of sample {start} hangs. Check the file system of the "
+        "training data, or increase data.read_timeout"
     )
 
 
 def _work(load: Load, connection: Connection, slots: Sequence[_Slot], parent: int) -> None:
-    """A worker's life. It ends with its parent, whose death no pipe tells it: its siblings have inherited the other end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
+    """Make micro-batches until the parent process ends.
+
+    The pipe does not show the parent's death, since the worker's siblings have inherited the other end of it; the parent's id does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the group, and the parent decides what to do
     torch.set_num_threads(1)
     while True:
         while not connection.poll(_WATCH_SECONDS):

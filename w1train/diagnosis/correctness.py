@@ -18,13 +18,15 @@ from torch import Tensor
 from w1train.attention.backends.choice import BACKENDS
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility
+from w1train.config.errors import first_line
 from w1train.config.rules.attention_limits import AttentionCase, VisibilityKind
 from w1train.config.schema import BackendName
-from w1train.kernels.cross_entropy import Head, linear_cross_entropy
 from w1train.kernels.modulation import gate_residual, rms_norm
 from w1train.kernels.rotary import apply_rotary
 from w1train.kernels.segments import Segments
 from w1train.kernels.selection import has_triton
+from w1train.model.chunked_head import Head, linear_row_terms
+from w1train.model.row_terms import CrossEntropy, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +161,11 @@ def _rotary_errors(device: torch.device, num_rows: int, _size: int, _vocabulary:
 
 def _loss_errors(device: torch.device, num_rows: int, size: int, vocabulary: int) -> dict[str, float]:
     targets = torch.randint(0, vocabulary, (num_rows,), device=device)
-    head = Head(max(1, num_rows // 3), None, 0, None, sum_row_gradients=True, implementation="triton")
+    vocabulary_part = Vocabulary(group=None, first_token=0, excluded_token=None, implementation="triton")
+    head = Head(vocabulary_part, max(1, num_rows // 3), sum_row_gradients=True)
     inputs = [torch.randn((num_rows, size), device=device), 0.02 * torch.randn((vocabulary, size), device=device)]
     return twin_errors(
-        lambda rows, weight: linear_cross_entropy(rows, weight, targets, head),
+        lambda rows, weight: linear_row_terms(rows, weight, [CrossEntropy(targets)], head)[0],
         lambda rows, weight: torch.nn.functional.cross_entropy(rows @ weight.t(), targets, reduction="none"),
         inputs,
     )
@@ -192,5 +195,4 @@ def run_check(check: Check, errors: Callable[[], dict[str, float]]) -> None:
     # A kernel that fails in any way must not hide the results of others. The failure is a row of the table, and sets the exit status.
     except Exception as error:
         logger.exception("%s, %s", check.kernel, check.case)
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        check.reason, check.failed = f"failed: {type(error).__name__}: {first_line[:120]}", True
+        check.reason, check.failed = f"failed: {type(error).__name__}: {first_line(error)[:120]}", True

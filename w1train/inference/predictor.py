@@ -1,4 +1,4 @@
-"""The trained model as a function of tokens: for samples while training, and from a run directory.
+"""A trained model as a function of tokens, for samples during training and for models from a run directory.
 
 Shapes: b = rows of a batch, l = tokens of a row, n = tokens of one pass, v = vocabulary.
 """
@@ -45,16 +45,16 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """tokens [b, l], t [b] -> logits [b, l, v], each row one document, all of it visible, under the layout the model was built in.
+    """A masked-diffusion model, as a function from tokens [b, l] and t [b] to logits [b, l, v], in the layout that the model was built in.
 
-    Called on every rank of one model replica; each gets all logits.
+    Each row is one document, all of which is visible. Every rank of one model replica calls the predictor, and each rank gets all logits.
     """
 
     def __init__(self, config: Config, chunks: list[Any]) -> None:
         self.config, self.chunks = config, chunks
 
     def __call__(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
-        """int64 [b, l] and float32 [b] -> float32 [b, l, v]."""
+        """Return logits, float32 [b, l, v], from tokens, int64 [b, l], and timesteps, float32 [b]."""
         num_rows, length = tokens.shape
         padded = self.padded(length)
         documents = torch.where(torch.arange(padded, device=tokens.device) < length, 0, -1).to(torch.int32).expand(num_rows, padded)
@@ -62,12 +62,12 @@ class Predictor:
         return self.at_targets(tokens, outputs, 0)
 
     def at_targets(self, tokens: Tensor, outputs: Tensor, first_position: int, output_before: Tensor | None = None) -> Tensor:
-        """The logits of each token: the outputs at its own place, or with diffusion.shift at the one before.
+        """Return the logits of each token: the outputs at its own position, or with diffusion.shift at the position before it.
 
         Args:
-            tokens: int64 [b, l], from ``first_position`` of their texts on.
+            tokens: int64 [b, l], beginning at ``first_position`` of their texts.
             outputs: float32 [b, l, v].
-            output_before: float32 [b, 1, v], at the place before the first; None = nothing is before it.
+            output_before: float32 [b, 1, v], at the position before the first token; None = the first token begins the text.
         """
         if not self.config.diffusion.shift:
             return outputs
@@ -79,17 +79,17 @@ class Predictor:
         return torch.cat([output_before, outputs[:, :-1]], dim=1)
 
     def padded(self, length: int) -> int:
-        """Rows of a pass over so many tokens: sequence-parallel ranks share them evenly."""
+        """Return the number of rows in a pass over ``length`` tokens, which sequence-parallel ranks can divide evenly."""
         multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
         return length + -length % multiple
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, *, num_logits: int, first_position: int = 0) -> Tensor:
-        """One pass over consecutive tokens, int64 [b, l], of one document a row, with one t a row, float32 [b].
+        """Run one pass over consecutive tokens, int64 [b, l], of one document in each row, with one t for each row, float32 [b].
 
         Args:
-            plan: for the padded rows; what it has of a cache is read and written.
-            num_logits: how many places have logits, the last ones; 0 = the pass is for what it leaves in the cache.
+            plan: for the padded rows. If it has a cache, the pass reads the cache and writes to it.
+            num_logits: how many of the last positions have logits; 0 = the pass only writes to the cache.
 
         Returns:
             float32 [b, num_logits, v].
@@ -97,7 +97,7 @@ class Predictor:
         parallel = self.config.parallel
         beat()
         inputs = _inference_inputs(tokens, timesteps, plan, self.padded(tokens.shape[1]), first_position, num_logits)
-        # The schedule of virtual stages works on groups of as many micro-batches as there are stages, so here on copies.
+        # With virtual stages the schedule takes micro-batches in groups of as many as there are stages: it gets copies of the one.
         batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)
         iterators = [iter(batches) for _ in self.chunks]
         results = run_schedule(
@@ -105,7 +105,7 @@ class Predictor:
             self.chunks,
             iterators,
             num_micro_batches=len(batches),
-            # Every rank of a context-parallel group has whole rows here; the schedule divides by the group.
+            # Every rank of a context-parallel group has whole rows here, and the schedule divides this length by the group's size.
             sequence_length=inputs.input_ids.shape[1] * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=tokens.shape[0],
             forward_only=True,
@@ -127,7 +127,7 @@ class Predictor:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside, training mode again after it."""
+        """Put the model into evaluation mode, and into training mode again at the end."""
         for chunk in self.chunks:
             chunk.eval()
         yield
@@ -138,7 +138,7 @@ class Predictor:
 def _inference_inputs(
     tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, padded: int, first_position: int, num_logits: int
 ) -> ModelInputs:
-    """Logits are asked for at the last real positions of each row."""
+    """Return the inputs of a pass, which asks for logits at the last ``num_logits`` positions of each row that are not padding."""
     num_rows, length = tokens.shape
     row = torch.arange(padded, device=tokens.device)
     wanted = (row >= length - num_logits) & (row < length)
@@ -155,16 +155,16 @@ def _inference_inputs(
 @cache
 def _say_that_nothing_predicts_the_first_token() -> None:
     logger.warning(
-        "with diffusion.shift nothing predicts the first token of a text: without a prompt it is taken from the output at its own "
-        "place, which training never asked for it (as Dream does)"
+        "with diffusion.shift no output is trained to predict the first token of a text: without a prompt, this token is taken from the "
+        "output at its own position, as Dream does"
     )
 
 
 class BlockPredictor:
-    """A block-diffusion model one block at a time, with the keys and values of finished blocks kept.
+    """A block-diffusion model, as a function of one block at a time that keeps the keys and values of finished blocks.
 
-    Gives what training's forward pass over [x_t ; x_0] gives for the same block: the finished blocks are the clean stream, at
-    t = 0, and the block itself is the noisy stream's. Called on every rank of one model replica, as Predictor is.
+    Its logits are those of training's forward pass over [x_t ; x_0] for the same block: the finished blocks are the clean stream, at
+    t = 0, and the block itself is the noisy stream. Every rank of one model replica calls it, as with Predictor.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -176,17 +176,17 @@ class BlockPredictor:
         self._noisy: Causality = "token" if diffusion.noisy_attention == "causal" else "block"
 
     def start(self, length: int, block_size: int) -> None:
-        """New rows of ``length`` tokens at most, in blocks counted from their start; nothing is kept of earlier ones."""
+        """Start new rows of at most ``length`` tokens, in blocks counted from their start. Keys and values of earlier rows are dropped."""
         self._cache = KeyValueCache(length + self._predictor.padded(1))
         self._block_size = block_size
         self._last_output: Tensor | None = None
 
     def append(self, tokens: Tensor) -> None:
-        """Finished blocks that follow those that came before: int64 [b, n], n a multiple of the block size."""
+        """Keep the next finished blocks, int64 [b, n], where n is a multiple of the block size."""
         assert tokens.shape[1] % self._block_size == 0, "a part of a block would be kept without what it sees of the rest"
         at_zero = torch.zeros(len(tokens), device=tokens.device)
-        # Under a token shift the next block's first token is predicted by the end of this one, by a noisy block without a mask: what
-        # is kept is the clean stream's, which may see less of its own block.
+        # With a token shift, the last output of this block predicts the first token of the next block. In training this is an output of the
+        # noisy stream, of a block without masks. The keys and values that are kept are the clean stream's, which may see less of its block.
         as_noisy = self._shift and self._clean != self._noisy
         if as_noisy and tokens.shape[1] > self._block_size:
             self._keep(tokens[:, : -self._block_size], at_zero)
@@ -202,13 +202,13 @@ class BlockPredictor:
         return output
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
-        """The block after the finished ones, int64 [b, n], and t, float32 [b] -> float32 [b, n, v]."""
+        """Return logits of the block after the finished ones, float32 [b, n, v], from its tokens, int64 [b, n], and t, float32 [b]."""
         assert tokens.shape[1] <= self._block_size, "tokens of two blocks do not see each other as in one"
         outputs = self._pass(tokens, timesteps, self._noisy, num_logits=tokens.shape[1])
         return self._predictor.at_targets(tokens, outputs, self._cache.num_tokens, self._last_output)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with some of the rows, int64 [new b]."""
+        """Keep some of the rows, int64 [new b]; the others have ended."""
         self._cache.select_samples(rows)
         if self._last_output is not None:
             self._last_output = self._last_output[rows]
@@ -222,13 +222,13 @@ class BlockPredictor:
 
 
 def block_predictor(predictor: Predictor) -> BlockPredictor | None:
-    """For a model trained by block diffusion; None for masked diffusion, where nothing can be kept."""
+    """Return the predictor of a block-diffusion model; None for masked diffusion, where no keys and values can be kept."""
     return BlockPredictor(predictor) if num_streams(predictor.config) == 2 else None
 
 
 @dataclass(slots=True, frozen=True)
 class InferenceModel:
-    """A run's model, ready to predict."""
+    """The model of a run's checkpoint, with its configuration and tokenizer."""
 
     predict: Predictor
     config: Config
@@ -239,12 +239,12 @@ class InferenceModel:
 
     @property
     def blocks(self) -> BlockPredictor | None:
-        """For generation by blocks; None for masked diffusion."""
+        """Return the predictor for generation by blocks; None for masked diffusion."""
         return block_predictor(self.predict)
 
 
 def require_diffusion(model: InferenceModel) -> None:
-    """Raise UserError for a model that was not trained to fill in masked text, and would be asked to do it without a word."""
+    """Raise UserError for a model that was not trained to fill in masked text."""
     if model.config.diffusion.objective == "autoregressive":
         raise UserError(
             f"{model.checkpoint} is of an autoregressive stage, which has never seen a mask token: it can neither fill in text nor score "
@@ -258,14 +258,14 @@ atexit.register(_open_groups.close)
 
 
 def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> InferenceModel:
-    """The model of a run's checkpoint on this process alone, whatever layout it was trained in.
+    """Load the model of a run's checkpoint on this process alone, whatever layout it was trained in.
 
     Args:
-        checkpoint: its step, or its name ("average": the newest average); None = the newest step.
+        checkpoint: its step, or its name ("average" is the newest average); None = the newest step.
 
     Raises:
-        FileNotFoundError: no such run or checkpoint.
-        UserError: config.yaml or the tokenizer cannot be used, or describes a larger model than the checkpoint holds.
+        FileNotFoundError: the run or the checkpoint does not exist.
+        UserError: config.yaml or the tokenizer cannot be used, or config.yaml describes a larger model than the checkpoint has.
         CheckpointError: the checkpoint is damaged.
     """
     config_path = run_dir / "config.yaml"
@@ -275,7 +275,7 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
     config = config_from_yaml(config_path)
     require_stored(path, config.model)
     config = at_stage(config, stage_of_step(config, read_progress(path).step))
-    # What the training's machines had, this one may not have.
+    # This machine may not have the ranks and kernels of the machines that trained the model.
     config.parallel, config.attention, config.kernels = ParallelConfig(), AttentionConfig(), KernelsConfig()
     config.data.tokenizer = str(RunDirectory(run_dir).tokenizer)
     tokenizer = Tokenizer.load(config.data.tokenizer)

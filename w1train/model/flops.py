@@ -1,8 +1,8 @@
 """Model FLOPs and parameters in closed form.
 
-FLOPs are those of the matrix products that training must compute, 2mnk each: the pairs that the mask lets through, the
-whole token stream (2L in block diffusion), logits only where a loss is taken, adaLN once per segment. Recomputed
-activations, masked-out tiles and element-wise work are not counted, so MFU from these numbers is honest.
+FLOPs are those of the matrix products that training must compute, 2mnk each: attention over visible pairs, the
+whole token stream (2L in block diffusion), logits only where a loss is taken, adaLN once for each segment. Recomputed
+activations, tiles that the mask hides and element-wise work are not counted, because an MFU that counted them would be too high.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from w1train.config.schema import ModelConfig
 
 _FORWARD_AND_BACKWARD = 3
-"""Backward takes two products of the forward's size: the gradient of the input and that of the weight."""
+"""The backward pass takes two products of the size of the forward pass's: the gradients of the input and of the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class FlopsByPart:
 
 
 def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_logits: int, num_segments: int) -> FlopsByPart:
-    """FLOPs of training on some tokens, forward and backward.
+    """Return the FLOPs of training on some tokens, forward and backward.
 
     Args:
         num_tokens: positions that pass through the layers; block diffusion has two for each token of data.
-        visible_pairs: (query, key) pairs that may attend, summed over samples, the same in every layer; one sequence
+        visible_pairs: (query, key) pairs of which the query sees the key, in one layer, summed over samples. One sequence
             of L tokens with full attention has L * L.
         num_logits: positions whose logits are computed.
         num_segments: stretches of tokens that share a timestep, summed over samples.
@@ -52,7 +52,7 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
     has_adaln = model.conditioning == "adaln"
     projections = hidden * (query_size + 2 * key_value_size) + query_size * hidden
     modulation = condition * hidden * (6 * model.num_layers + 2)
-    # The sinusoid takes no gradient, so the first timestep matrix has two products and not three.
+    # The sinusoid needs no gradient, so the first timestep matrix has two products instead of three.
     timestep = 2 * model.timestep_frequency_size * condition + 3 * condition * condition
     return FlopsByPart(
         attention_projections=_training_flops(model.num_layers * num_tokens * projections),
@@ -65,8 +65,8 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, and with qkv_bias those to queries,
-    keys and values; no others do."""
+    """Return the number of parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, and with qkv_bias
+    the maps to queries, keys and values; all others have no bias."""
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
     attention = hidden * (query_size + 2 * key_value_size) + query_size * hidden
@@ -90,6 +90,6 @@ def _kv_channels(model: ModelConfig) -> int:
 
 
 def _attention_sizes(model: ModelConfig) -> tuple[int, int]:
-    """Width of all queries together, and of all keys (or values) together."""
+    """Return the width of all queries together, and of all keys (or values) together."""
     num_query_groups = model.num_query_groups or model.num_attention_heads
     return model.num_attention_heads * _kv_channels(model), num_query_groups * _kv_channels(model)

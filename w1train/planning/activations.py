@@ -242,14 +242,14 @@ def conditioning_bytes(sizes: Sizes) -> int:
 
 def head_bytes(sizes: Sizes) -> int:
     """Return the bytes that the head saves at the positions with logits: index, norm, modulation, the head's input, and the
-    cross-entropy's probabilities in fp32, which are a copy of bf16 logits and overwrite fp32 logits. A loss in chunks saves two numbers
-    for each row instead of the probabilities."""
+    cross-entropy's probabilities in fp32, which are a copy of bf16 logits and overwrite fp32 logits. A loss in chunks saves three
+    numbers for each row instead of the probabilities."""
     rows = sizes.num_logits
     indices = rows * _INT64_BYTES * (3 if sizes.has_adaln else 2)
     inputs = modulated_norm_bytes(rows, sizes)
     weights = rows * FP32_BYTES
     # A byte for each row tells whether another rank has the target.
-    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 2 * rows * FP32_BYTES
+    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 3 * rows * FP32_BYTES
     return indices + inputs + modulation_bytes(sizes, 2) + of_softmax + weights
 
 

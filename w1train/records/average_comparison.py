@@ -1,4 +1,4 @@
-"""An average beside its members: the record of metrics.jsonl, and the table that says whether it is better."""
+"""The comparison of an average of checkpoints with its members: its record in metrics.jsonl, and a table for people."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = {"elbo": "ELBO", "elbo_bits_per_byte": "bits/byte", "masked_cross_entropy": "masked CE"}
-"""What is compared, with its heading."""
+"""The metrics that are compared, and their headings."""
 
 
 def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """What a record of kind "average" says beside its step.
+    """Return the values of a record of kind "average".
 
     Args:
-        checkpoint: the average's name.
-        metric: lower is better.
-        validation: the average's, as w1train.training.validation.validate gives it.
-        members: the same (at least the metrics) by step.
+        checkpoint: name of the average.
+        metric: the metric that decides which is better: the lower one.
+        validation: scores of the average, as w1train.training.validation.validate returns them.
+        members: scores of the members by step; at least the metrics in ``COLUMNS``.
     """
     steps = sorted(members)
     best = min(steps, key=lambda step: (members[step][metric], -step))
@@ -32,7 +32,7 @@ def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members
 
 
 def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """Heading, a row for each member and one for the average, as text."""
+    """Return the table as text: the headings, a row for each member, and the row of the average."""
     names = [name for name in COLUMNS if record.get(name) is not None]
     heading = ["", *(COLUMNS[name] for name in names)]
     columns = [record[f"member_{name}"] for name in names]
@@ -41,7 +41,7 @@ def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def verdict(record: Mapping[str, Any]) -> str:
-    """One sentence: better than every member, or how many it beats."""
+    """Return a sentence that says whether the average is better than every member, or how many members it is better than."""
     metric, members = record["metric"], record[f"member_{record['metric']}"]
     value, best = record[metric], min(members)
     num_beaten = sum(value < member for member in members)
@@ -52,7 +52,7 @@ def verdict(record: Mapping[str, Any]) -> str:
 
 
 def comparison_lines(record: Mapping[str, Any]) -> list[str]:
-    """The table and the verdict, for a console."""
+    """Return the lines that a console shows: the table and the verdict."""
     rows = comparison_rows(record)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = [
@@ -62,7 +62,7 @@ def comparison_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def average_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """summary.json's word about the newest average; None if there is none."""
+    """Return what summary.json has of the newest average; None for a run without averages."""
     if not records:
         return None
     names = ("step", "checkpoint", "metric", "members", "best_member", "is_better", *COLUMNS, *(f"member_{name}" for name in COLUMNS))

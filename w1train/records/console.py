@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a live bar on a terminal, aligned lines in a log file."""
+"""The console: a live bar on a terminal, aligned lines in a log file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from w1train.records.average_comparison import comparison_lines
 from w1train.records.sample_text import continuation, shorten, visible_masks
+from w1train.records.sink import Record, RecordedRun, Sink
 from w1train.runtime.quantities import duration, quantity
 
 logger = logging.getLogger(__name__)
@@ -22,32 +24,15 @@ logger = logging.getLogger(__name__)
 _SAMPLE_CHARACTERS = 240
 
 
-class TrainingConsole:
-    """Progress of one run, for rank 0; with ``enabled=False`` it is silent, so that other ranks run the same code.
+class ConsoleSink(Sink):
+    """Shows the progress of a run to people."""
 
-    >>> with TrainingConsole(total_tokens=1 << 30, total_steps=4000, start_step=0, enabled=rank == 0, interval=10) as console:
-    ...     console.print_header("demo", {"model": "12.6M parameters", "device": "2 x cpu"})
-    ...     console.update(train_record)
-    """
-
-    def __init__(
-        self,
-        total_tokens: int,
-        total_steps: int,
-        start_step: int,
-        enabled: bool,
-        interval: int,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """``start_step`` steps are done already (a resumed run); ``interval`` steps lie between two plain lines."""
-        self.total_tokens, self.total_steps, self.interval = total_tokens, total_steps, interval
-        self.enabled = enabled
+    def __init__(self, run: RecordedRun, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._is_broken = run, False
         self._console = _Console(file=stream, highlight=False, markup=False)
-        # A log file has no width to fill: rich would break its lines at 80 characters.
+        # A log file has no width: rich would break its lines at 80 characters.
         self._console.soft_wrap = not self._console.is_terminal
-        self.live = enabled and self._console.is_terminal
-        self._eta = _RemainingTime(total_steps, clock)
+        self._eta = _RemainingTime(run.num_steps, clock)
         self._metrics_line = Text("waiting for the first step", style="dim")
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -58,68 +43,69 @@ class TrainingConsole:
             console=self._console,
             expand=True,
         )
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, times="")
+        self._task = self._progress.add_task("train", total=run.num_steps, completed=run.step, times="")
         self._display = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._shown = ExitStack()
 
-    def __enter__(self) -> TrainingConsole:
-        if self.live:
+    def start(self) -> None:
+        """Show the bar, if this is a terminal, and print what is about to be trained."""
+        if self._console.is_terminal:
             self._shown.enter_context(_shown(self._display))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._shown.close()
-
-    def print_header(self, title: str, rows: Mapping[str, object]) -> None:
-        """What is about to be trained: a table of titles and values (model size, device, world, tokens, batch)."""
-        width = max(map(len, rows), default=0)
-        self._print(Text(title, style="bold"))
-        for name, value in rows.items():
-            self._print(Text.assemble((f"  {name:<{width}}  ", "dim"), str(value)))
+        width = max(map(len, self._run.description), default=0)
+        self._print(Text(self._run.config.name, style="bold"))
+        for title, value in self._run.description.items():
+            self._print(Text.assemble((f"  {title:<{width}}  ", "dim"), value))
         self._print(Text())
 
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Show a training record of metrics.jsonl (one a step)."""
-        step = record["step"]
+    def close(self, *, failed: bool) -> None:
+        """Take the bar away."""
+        self._shown.close()
+
+    def record(self, record: Record) -> None:
+        """Show a step in the bar, or as a line if it is due; print a validation and an average."""
+        match record["kind"]:
+            case "train":
+                self._show_step(record)
+            case "validation":
+                parts = [f"validation at step {record['step']:,}:", *describe(record), f"({record['time/seconds']:.1f} s)"]
+                self._print(Text("  ".join(parts)))
+            case "average":
+                for line in comparison_lines(record):
+                    self._print(Text(line))
+
+    def record_samples(self, samples: Sequence[Record]) -> None:
+        """Print each sample: the prompt in bold, every token that is still masked as a shaded block, shortened."""
+        for sample in samples:
+            text = Text(f"sample at step {sample['step']:,}: ")
+            text.append(_one_line(sample["prompt"]), style="bold")
+            text.append(_one_line(continuation(sample)), style="cyan")
+            self._print(text)
+
+    def _show_step(self, record: Record) -> None:
+        step, num_steps = record["step"], self._run.num_steps
         self._eta.step_done(step)
-        if not self.enabled:
+        if self._is_broken:
             return
-        if self.live:
-            tokens = f"{quantity(record['tokens'])} / {quantity(self.total_tokens)} tokens"
+        if self._console.is_terminal:
+            tokens = f"{quantity(record['tokens'])} / {quantity(self._run.num_tokens)} tokens"
             self._metrics_line = Text(fitted([*_parts(record), *_places(record), (6, tokens)], self._console.width))
             self._progress.update(self._task, completed=step, times=self._eta.describe())
-        elif step % self.interval == 0 or step == self.total_steps:
-            width = len(f"{self.total_steps:,}")
+        elif step % self._run.config.logging.interval == 0 or step == num_steps:
+            width = len(f"{num_steps:,}")
             places = [text for _, text in _places(record)] if "stage" in record else []
-            columns = [f"step {step:>{width},}/{self.total_steps:,}", *describe(record), self._eta.describe(), *places]
+            columns = [f"step {step:>{width},}/{num_steps:,}", *describe(record), self._eta.describe(), *places]
             self._print(Text("  ".join(columns)))
 
-    def print_line(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self._print(Text(text))
-
-    def print_validation(self, record: Mapping[str, Any]) -> None:
-        """Show a validation record of metrics.jsonl."""
-        parts = [f"validation at step {record['step']:,}:", *describe(record), f"({record['time/seconds']:.1f} s)"]
-        self.print_line("  ".join(parts))
-
-    def print_sample(self, record: Mapping[str, Any]) -> None:
-        """Show a record of samples.jsonl: the prompt in bold, every token still masked as a shaded block, shortened."""
-        text = Text(f"sample at step {record['step']:,}: ")
-        text.append(_one_line(record["prompt"]), style="bold")
-        text.append(_one_line(continuation(record)), style="cyan")
-        self._print(text)
-
     def _print(self, text: Text) -> None:
-        if not self.enabled:
+        if self._is_broken:
             return
-        # Training does not die of a terminal that cannot show a character.
+        # A character that the terminal cannot show must not end training.
         text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
         try:
             self._console.print(text)
         except OSError as error:
-            # The terminal is gone, the pipe closed, the log file's disk full: the records are elsewhere.
-            self.enabled = False
+            # The terminal is gone, the pipe is closed, or the log file's disk is full. The other sinks have the records.
+            self._is_broken = True
             logger.warning("standard output takes no more (%s): training goes on without it", error)
 
     def _render(self) -> Group:
@@ -128,14 +114,14 @@ class TrainingConsole:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """rich's own would end the process, without a word."""
-        raise  # called where the BrokenPipeError is caught
+        """Raise the BrokenPipeError again, which rich handles when it calls this. rich's own method ends the process silently."""
+        raise
 
 
 class _RemainingTime:
-    """Wall-clock time since the start, and until the end at the pace so far (validation and checkpoints included).
+    """The wall-clock time since the start, and until the end at the pace so far, which includes validation and checkpoints.
 
-    The pace counts from the end of the first step, which is slower than the rest (compilation, caches, allocator).
+    The pace is measured from the end of the first step, which is slower than the others (compilation, caches, allocator).
     """
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
@@ -145,28 +131,30 @@ class _RemainingTime:
         self._last: tuple[int, float] | None = None
 
     def step_done(self, step: int) -> None:
+        """Note that a step is done now."""
         self._last = (step, self._clock())
         self._first = self._first or self._last
 
     def remaining(self) -> float | None:
-        """Seconds; None until two steps are done."""
+        """Return seconds until the end; None until two steps are done."""
         if self._first is None or self._last is None or self._first[0] == self._last[0]:
             return None
         (first_step, first_time), (step, now) = self._first, self._last
         return (now - first_time) / (step - first_step) * (self._total_steps - step)
 
     def describe(self) -> str:
+        """Return both times in words."""
         remaining = self.remaining()
         eta = "--:--" if remaining is None else duration(remaining)
         return f"{duration(self._clock() - self._start)} elapsed  {eta} left"
 
 
 _Part = tuple[int, str]
-"""(how soon it is left out where there is little room: the smallest last, a few words)."""
+"""(rank, text) of a part of a line. Where a line is too long, the part with the highest rank is left out first."""
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:
-    """The numbers of a record worth watching, each with its unit, of a constant width."""
+    """Return the most important numbers of a record, each with its unit, of a constant width."""
     return [text for _, text in _parts(record)]
 
 
@@ -189,7 +177,7 @@ def _parts(record: Mapping[str, Any]) -> list[_Part]:
 
 
 def _places(record: Mapping[str, Any]) -> list[_Part]:
-    """Where the run is in its schedule and in its data."""
+    """Return the stage of the run, and its epoch."""
     places = []
     if "stage" in record:
         places.append((3, f"stage {record['stage']}"))
@@ -199,7 +187,7 @@ def _places(record: Mapping[str, Any]) -> list[_Part]:
 
 
 def fitted(parts: Sequence[_Part], width: int) -> str:
-    """As many of the parts as one line of a terminal has room for: a line that is broken in two makes the display jump."""
+    """Join as many parts as fit into one line of a terminal. A line that is broken in two would make the display jump."""
     kept = list(parts)
     while len(kept) > 1 and len("  ".join(text for _, text in kept)) > width:
         kept.remove(max(kept))
@@ -207,7 +195,7 @@ def fitted(parts: Sequence[_Part], width: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Shortened; masks and line breaks shown as one sign each: a sample is one line."""
+    """Return a text as one shortened line, with one sign for each mask and each line break."""
     return visible_masks(shorten(text, _SAMPLE_CHARACTERS)).replace("\n", "\u23ce")
 
 
@@ -215,8 +203,8 @@ def _one_line(text: str) -> str:
 def _shown(display: Live) -> Iterator[None]:
     """Show the display, with log lines above it.
 
-    rich replaces sys.stdout and sys.stderr by streams that print above the bar; a log handler that was made before holds the
-    old ones and would write into the middle of it.
+    rich replaces sys.stdout and sys.stderr by streams that print above the bar. A log handler that was made before has the old streams, and
+    would write into the middle of the bar.
     """
     before = (sys.stdout, sys.stderr)
     with display:

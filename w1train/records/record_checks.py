@@ -1,6 +1,6 @@
 """Checks of a run directory's files, before pages are made of them: somebody else may have written them.
 
-A page is drawn by arithmetic on these values, so that a text in a number's place, or 1e300, would end it somewhere in a chart.
+Pages compute with these values. A text in the place of a number, or 1e300, would be an error in the middle of a chart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from w1train.records.average_comparison import COLUMNS
 Record = dict[str, Any]
 
 _FARTHEST, _NEAREST = 1e100, 1e-100
-"""A chart's axes hold numbers between these; larger ones count as infinite, smaller ones as zero."""
+"""The largest and the smallest number on the axes of a chart. Larger numbers count as infinite, smaller numbers as zero."""
 _MOST_BINS = 10_000
 _DRAWN = frozenset(
     ("loss", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "mask_ratio", "grad_norm", "learning_rate", "epoch", "samples")
@@ -26,10 +26,10 @@ _COUNTS = ("num_parameters", "world_size", "steps", "tokens_seen", "tokens_per_s
 
 
 def check_metrics(path: Path, records: Sequence[Record]) -> None:
-    """Check records of metrics.jsonl, and replace numbers that no chart can hold.
+    """Check records of metrics.jsonl, and replace numbers that are outside the range of charts.
 
     Raises:
-        UserError: a value is of another type than the pages need; the file, the step and the value are named.
+        UserError: a value is of another type than the pages need. The message names the file, the step and the value.
     """
     for record in records:
         _require(path, record, {"tokens": _is_count} if record.get("kind") in ("train", "validation") else {})
@@ -57,7 +57,7 @@ def check_events(path: Path, records: Sequence[Record]) -> None:
 
 
 def check_summary(path: Path, summary: Record) -> None:
-    """Check summary.json as :func:`check_metrics` does; a value that is null counts as one that is not there."""
+    """Check summary.json as :func:`check_metrics` does, and remove values that are null."""
     for name in [name for name, value in summary.items() if value is None]:
         del summary[name]
     for name in _COUNTS:

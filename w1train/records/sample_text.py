@@ -1,4 +1,4 @@
-"""Generated text for people: masks made visible, length kept in bounds."""
+"""Generated text for people: with visible masks, and shortened."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# However the tokenizer spells its mask token.
+# The spellings of the mask token by known tokenizers.
 _MASK = re.compile(r"<\|?mask\|?>|\[mask\]", re.IGNORECASE)
 
 MASK_SYMBOL = "\u2591"
-"""A light shade block stands for each token that is still masked."""
+"""The light shade block that stands for each token that is still masked."""
 
 
 def split_masks(text: str) -> Iterator[tuple[str, int]]:
-    """The text in order as (piece, 0) for words and ("", n) for n masks in a row."""
+    """Yield the pieces of a text in order: (piece, 0) for words, and ("", n) for n masks in a row."""
     position = 0
     num_masks = 0
     for match in _MASK.finditer(text):
@@ -32,12 +32,12 @@ def split_masks(text: str) -> Iterator[tuple[str, int]]:
 
 
 def continuation(sample: Mapping[str, Any]) -> str:
-    """What a record of samples.jsonl adds to its prompt."""
+    """Return the text that the model added to the prompt of a record of samples.jsonl."""
     return sample["text"].removeprefix(sample["prompt"])
 
 
 def shorten(text: str, max_characters: int) -> str:
-    """At most so many characters, masks counted as one each; "..." says that there was more."""
+    """Return the first characters of a text, a mask counted as one, with "..." behind them if the text has more."""
     pieces: list[str] = []
     left = max_characters
     for piece, num_masks in split_masks(text):
@@ -50,5 +50,5 @@ def shorten(text: str, max_characters: int) -> str:
 
 
 def visible_masks(text: str) -> str:
-    """The text with one :data:`MASK_SYMBOL` for each mask token."""
+    """Return the text with one :data:`MASK_SYMBOL` in place of each mask token."""
     return "".join(MASK_SYMBOL * num_masks or piece for piece, num_masks in split_masks(text))

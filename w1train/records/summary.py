@@ -33,25 +33,26 @@ REQUIRED_FIELDS = (
 
 
 def tokens_per_second(steps: Sequence[Mapping[str, Any]], sequence_length: int) -> float | None:
-    """Over training's records; None if there is none, as in a run that began with the last checkpoint of another."""
+    """Return the tokens per second over the records of training. None if there are no records, as in a run that began with the last
+    checkpoint of another run."""
     seconds = sum(record["time/step_seconds"] for record in steps)
     return sum(record["batch_size"] for record in steps) * sequence_length / seconds if seconds else None
 
 
 def validation_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The validations of step 0 (None if its record is lost) and of the last step that has one; None for a run without validation."""
+    """Return the validation of step 0 (None if its record is lost) and the newest one; None for a run without validation."""
     names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
     scored = [{name: record[name] for name in names} for record in records]
     return {"start": scored[0] if scored[0]["step"] == 0 else None, "end": scored[-1]} if scored else None
 
 
 def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
-    """Write ``run_dir/summary.json`` in one rename.
+    """Write ``run_dir/summary.json`` in one rename, and return its path. NaN and infinite values become null.
 
-    ``fields`` has at least REQUIRED_FIELDS. ``validation`` is {"start": record or None, "end": record} with elbo (nats per token),
-    elbo_bits_per_byte and masked_cross_entropy (nats per masked token), or None for a run without validation; the two
-    ``validation_elbo_bits_per_byte_*`` are taken from it, and ``versions`` from :func:`versions` unless given. What is not
-    finite becomes null.
+    Args:
+        fields: at least REQUIRED_FIELDS. ``validation`` is {"start": record or None, "end": record} with elbo (nats per token),
+            elbo_bits_per_byte and masked_cross_entropy (nats per masked token), or None for a run without validation. ``versions`` are
+            those of :func:`versions` if they are not given.
     """
     missing = [name for name in REQUIRED_FIELDS if name not in fields]
     assert not missing, f"summary.json lacks {missing}"
@@ -84,8 +85,11 @@ def read_steps(path: Path) -> int | None:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """What the run was made with; None for what is not installed, and for the commit outside a checkout. As they were at the first call:
-    a checkout that changes under a long run is not what runs."""
+    """Return the versions of Python, the main packages and the code. None for a package that is not installed, and for the commit outside
+    a checkout.
+
+    The first call decides: a checkout that changes during a long run is not the code that runs.
+    """
     return {
         "python": platform.python_version(),
         "torch": _installed("torch"),
@@ -97,7 +101,7 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def code_versions() -> dict[str, str | bool | None]:
-    """:func:`versions` in more detail: whether the checkout was clean, and the packages that decide on speed and numbers."""
+    """Return :func:`versions` with more details: whether the checkout was clean, and the packages that speed and results depend on."""
     found = versions()
     commit = found["git_commit"]
     packages = ("numpy", "triton", "tokenizers", "wandb", "transformer-engine", "nvidia-cudnn-frontend", "nvidia-nccl-cu13")
@@ -117,10 +121,10 @@ def _installed(distribution: str) -> str | None:
 
 
 def _git_commit(root: Path) -> str | None:
-    """The commit that ``root`` is a checkout of, with "-dirty" when tracked files differ from it; without one, what the image says.
+    """Return the commit of the checkout ``root``, with "-dirty" if tracked files differ from it. If ``root`` is not a checkout, return the
+    version that the image states.
 
-    Only if ``root`` itself is the checkout: for an installed package, git would find whichever repository of the user's
-    happens to lie around site-packages.
+    ``root`` itself must be the checkout: for an installed package, git would find any repository of the user that contains site-packages.
     """
     if not (root / ".git").exists():
         return os.environ.get("W1TRAIN_CODE_VERSION")

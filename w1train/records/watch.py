@@ -1,195 +1,99 @@
-"""Everything a run shows and records: console, metrics.jsonl, samples.jsonl, events.jsonl, W&B, TensorBoard. Active on rank 0 only."""
+"""A run's records, on their way to all sinks. Active on rank 0 only."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import socket
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from w1train.checkpoints.manifest import Progress
-from w1train.config.schema import Config
-from w1train.config.serialization import flatten
-from w1train.records.average_comparison import comparison_lines
-from w1train.records.console import TrainingConsole
+from w1train.records.console import ConsoleSink
+from w1train.records.json_lines import JsonLinesSink
+from w1train.records.sink import Record, RecordedRun, Sink
 from w1train.records.summary import code_versions
-from w1train.records.tensorboard import TensorBoardLogger, require_tensorboard
-from w1train.records.wandb_log import WandbLogger
+from w1train.records.tensorboard import TensorBoardSink
+from w1train.records.wandb_log import WandbSink
 from w1train.runtime.clocks import SteadyTimeOfDay
-from w1train.runtime.distributed import Ranks, agreed, all_or_none
+from w1train.runtime.distributed import Ranks
 from w1train.runtime.masking import mask
-from w1train.runtime.record_files import MetricsLog, recorded_steps
-from w1train.runtime.run_directory import RunDirectory
 
-logger = logging.getLogger(__name__)
+SINKS: tuple[type[Sink], ...] = (JsonLinesSink, WandbSink, TensorBoardSink, ConsoleSink)
+"""All sinks that there are, in the order of their writes: the files that a resume reads come first."""
 
 
 class Watch:
-    """A context manager; records are dropped on ranks other than 0."""
+    """A context manager that hands records to the sinks. On ranks other than 0 it drops them."""
 
-    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, progress: Progress, num_steps: int, num_tokens: int) -> None:
-        self.config, self.progress = config, progress
-        self.active, self.world_size = ranks.is_main, ranks.world_size
-        if config.logging.tensorboard:
-            all_or_none(require_tensorboard)
-        self.console = TrainingConsole(
-            total_tokens=num_tokens,
-            total_steps=num_steps,
-            start_step=progress.step,
-            enabled=self.active,
-            interval=config.logging.interval,
-        )
-        self.run = run
+    def __init__(self, run: RecordedRun, ranks: Ranks, progress: Progress) -> None:
+        """``progress`` is the run's, and changes with it. Raise UserError if a package that a sink needs is missing."""
+        self._run, self._ranks, self.progress = run, ranks, progress
+        wanted = [sink(run) for sink in SINKS if sink.is_wanted(run.config.logging)]
+        self._sinks = wanted if ranks.is_main else []
+        self._started = contextlib.ExitStack()
         self._time_of_day = SteadyTimeOfDay()
 
     def __enter__(self) -> Watch:
-        """Opens, and cuts back to the run's step, what is recorded; before this nothing is touched."""
-        with contextlib.ExitStack() as stack:
-            if self.active:
-                self._open_records(stack)
-            stack.enter_context(self.console)
-            self._stack = stack.pop_all()
+        """Start the sinks, and send the event of this start to each of them before the next one starts. No file is touched before this."""
+        event = self._start_event() if self._sinks else {}
+        with contextlib.ExitStack() as started:
+            for sink in self._sinks:
+                started.push(partial(_close, sink))
+                sink.start()
+                sink.record_event(event)
+            self._started = started.pop_all()
         return self
 
-    def _open_records(self, stack: contextlib.ExitStack) -> None:
-        self.metrics = stack.enter_context(MetricsLog(self.run.metrics))
-        self.samples = stack.enter_context(MetricsLog(self.run.samples))
-        # Steps after the checkpoint will be done again, and recorded again. A run from the start has no step 0 to keep.
-        kept = self.progress.step if self.progress.step > 0 else -1
-        self.metrics.truncate_after(kept)
-        self.samples.truncate_after(kept)
-        self._tell_missing_records()
-        self.events = stack.enter_context(MetricsLog(self.run.events))
-        self._tell_a_clock_that_was_set_back()
-        versions = code_versions()
-        # Never cut back: what happened, happened.
-        what = "resume" if self.progress.step > 0 else "start"
-        self.event(what, host=socket.gethostname(), world_size=self.world_size, git_commit=versions["git_commit"])
-        self._open_wandb(stack, versions)
-        self.tensorboard: TensorBoardLogger | None = None
-        if self.config.logging.tensorboard:
-            self._open_tensorboard(stack, kept + 1)
-
-    def _tell_missing_records(self) -> None:
-        """A resume writes the steps after its checkpoint, not those before it."""
-        recorded = recorded_steps(self.run.metrics, kind="train")
-        missing = [step for step in range(1, self.progress.step + 1) if step not in recorded]
-        if missing:
-            logger.warning(
-                "%s has no records of %d of the %d steps before this start (step %d to %d): they are lost, or another run's",
-                self.run.metrics,
-                len(missing),
-                self.progress.step,
-                missing[0],
-                missing[-1],
-            )
-
-    def _tell_a_clock_that_was_set_back(self) -> None:
-        """Times within a start follow each other, whatever is done to the clock; those of two starts may not."""
-        newest = (self.events.newest() or {}).get("time")
-        # Somebody else may have written the file.
-        behind = newest - self._time_of_day() if isinstance(newest, int | float) and math.isfinite(newest) else 0.0
-        if behind > 0:
-            logger.warning("the clock is %.0f s behind the newest event of %s: it was set back since then", behind, self.run.events)
-
-    def _open_wandb(self, stack: contextlib.ExitStack, versions: dict[str, Any]) -> None:
-        self.wandb = WandbLogger(
-            self.run.path,
-            mode=self.config.logging.wandb,
-            project=self.config.logging.wandb_project,
-            name=self.config.name,
-            config={**flatten(self.config), **{f"versions.{name}": value for name, value in versions.items()}},
-            validation_timesteps=self.config.validation.timesteps,
-            stages=tuple(self.config.schedule.stages),
-        )
-        stack.push(self._close_wandb)
-
-    def _open_tensorboard(self, stack: contextlib.ExitStack, first_step: int) -> None:
-        self.tensorboard = TensorBoardLogger(
-            self.run.path,
-            first_step=first_step,
-            validation_timesteps=self.config.validation.timesteps,
-            stages=tuple(self.config.schedule.stages),
-        )
-        stack.callback(self.tensorboard.close)
-
-    def _close_wandb(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.wandb.close(exit_code=0 if error is None else 1)
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._stack.__exit__(kind, error, traceback)
+        """Close the sinks, the last one first."""
+        self._started.__exit__(kind, error, traceback)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """A training step, a validation or an average's comparison, at the run's present step."""
-        if not self.active:
-            return
-        tokens = self.progress.samples * self.config.data.sequence_length
-        consumed = {"samples": self.progress.samples, "tokens": tokens} if kind == "train" else {"tokens": tokens}
-        record = {"kind": kind, "step": self.progress.step, **consumed, **values}
-        self.metrics.append(record)
-        self.wandb.log(record)
-        if self.tensorboard is not None:
-            self.tensorboard.log(record)
-        if kind == "train":
-            self.console.update(record)
-        elif kind == "validation":
-            self.console.print_validation(record)
-        else:
-            for line in comparison_lines(record):
-                self.console.print_line(line)
-
-    def go_back(self) -> None:
-        """Forget what is recorded of later steps than the run's present one: it is done again."""
-        if self.active:
-            self.metrics.truncate_after(self.progress.step)
-            self.samples.truncate_after(self.progress.step)
-            if self.tensorboard is not None:
-                self.tensorboard.go_back(self.progress.step + 1)
-            self.event("rewind")
-
-    def event(self, name: str, **values: Any) -> None:
-        """Something that happened, at the run's present step unless ``values`` has another, and is no measurement (a start, a checkpoint):
-        a line of events.jsonl."""
-        if self.active:
-            shown = {key: mask(value) if isinstance(value, str) else value for key, value in values.items()}
-            self.events.append({"step": self.progress.step, "event": name, "time": self._time_of_day(), **shown})
-
-    def sync(self) -> None:
-        """Get the records to the disk: before a checkpoint says that its steps are done."""
-        if self.active:
-            self.metrics.sync()
-            self.samples.sync()
-            if self.tensorboard is not None:
-                self.tensorboard.sync()
+        """Record a training step, a validation or the comparison of an average, at the run's current step."""
+        samples = {"samples": self.progress.samples} if kind == "train" else {}
+        record = {"kind": kind, "step": self.progress.step, **samples, "tokens": self._tokens(), **values}
+        for sink in self._sinks:
+            sink.record(record)
 
     def record_samples(self, samples: Sequence[tuple[str, str]]) -> None:
-        """(prompt, text) pairs."""
-        if not self.active:
-            return
-        tokens = self.progress.samples * self.config.data.sequence_length
-        records = [{"step": self.progress.step, "tokens": tokens, "prompt": prompt, "text": text} for prompt, text in samples]
-        for record in records:
-            self.samples.append(record)
-            self.console.print_sample(record)
-        self.wandb.log_samples(records)
-        if self.tensorboard is not None:
-            self.tensorboard.log_samples(records)
+        """Record (prompt, text) pairs, at the run's current step."""
+        where = {"step": self.progress.step, "tokens": self._tokens()}
+        records = [{**where, "prompt": prompt, "text": text} for prompt, text in samples]
+        for sink in self._sinks:
+            sink.record_samples(records)
+
+    def event(self, name: str, **values: Any) -> None:
+        """Record what happened and is no measurement (a start, a checkpoint), at the run's current step unless ``values`` has another.
+        Passwords in ``values`` are masked."""
+        event = self._event(name, values)
+        for sink in self._sinks:
+            sink.record_event(event)
+
+    def go_back(self) -> None:
+        """Forget the records of later steps than the run's current one: they are done again."""
+        for sink in self._sinks:
+            sink.go_back(self.progress.step)
+        self.event("rewind")
+
+    def sync(self) -> None:
+        """Bring the records to the disk, before a checkpoint says that their steps are done. Called in any thread."""
+        for sink in self._sinks:
+            sink.sync()
+
+    def _start_event(self) -> Record:
+        what = "resume" if self.progress.step > 0 else "start"
+        world = {"host": socket.gethostname(), "world_size": self._ranks.world_size}
+        return self._event(what, {**world, "git_commit": code_versions()["git_commit"]})
+
+    def _event(self, name: str, values: dict[str, Any]) -> Record:
+        shown = {key: mask(value) if isinstance(value, str) else value for key, value in values.items()}
+        return {"step": self.progress.step, "event": name, "time": self._time_of_day(), **shown}
+
+    def _tokens(self) -> int:
+        return self.progress.samples * self._run.config.data.sequence_length
 
 
-def require_finite(step: int, values: dict[str, float]) -> None:
-    """Stop a run one of whose values, the same on all ranks, is no number: the parameters are lost, the last checkpoint is not.
-
-    Raises:
-        FloatingPointError: on every rank.
-    """
-    for name, value in values.items():
-        if not math.isfinite(value):
-            error = FloatingPointError(
-                f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
-                "The same command goes on from the last one, if there is one. A lower learning rate or more clipping takes a run of "
-                "another name, which may start from the weights of this one (training.initial_weights)"
-            )
-            raise agreed(error)
+def _close(sink: Sink, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None) -> None:
+    sink.close(failed=error is not None)

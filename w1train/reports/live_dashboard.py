@@ -1,4 +1,4 @@
-"""The dashboard of a W&B project: which charts, of which metrics, in which order. Plain data; :func:`workspace` makes W&B's form of it."""
+"""The dashboard of a W&B project as plain data: its charts, their metrics and their order. :func:`workspace` turns it into W&B's form."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _BY_TOKENS, _BY_STEP = "tokens", "Step"
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Panel:
-    """One chart: ``metrics`` by their W&B names, or all whose names match ``pattern``."""
+    """A chart of ``metrics`` by their W&B names, or of all metrics whose names match ``pattern``."""
 
     title: str
     metrics: tuple[str, ...] = ()
     pattern: str | None = None
     x: str = _BY_TOKENS
     log: bool = False
-    """Logarithmic vertical axis."""
+    """Whether the vertical axis is logarithmic."""
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Section:
-    """Charts that stand together."""
+    """A group of charts with a heading."""
 
     name: str
     panels: tuple[Panel, ...]
@@ -41,7 +41,7 @@ SECTIONS = (
             Panel(title="Mask ratio", metrics=("mask_ratio",)),
         ),
     ),
-    # At its step, where the tokens of the start are not known to W&B.
+    # By step: W&B does not know the number of tokens at the validation of step 0.
     Section(
         name="Validation",
         panels=(
@@ -76,12 +76,12 @@ SECTIONS = (
     Section(
         name="Health",
         panels=(
-            Panel(title="Steps left out", metrics=("health/skipped_steps",)),
+            Panel(title="Skipped steps", metrics=("health/skipped_steps",)),
             Panel(title="Slowest rank", metrics=("health/slowest_rank",), x=_BY_STEP),
             Panel(title="Seconds that other ranks wait for the slowest", metrics=("health/rank_spread",), x=_BY_STEP),
-            Panel(title="Seconds that training stood still for a checkpoint", metrics=("checkpoint/stall_seconds",), x=_BY_STEP),
+            Panel(title="Seconds that training waited for a checkpoint", metrics=("checkpoint/stall_seconds",), x=_BY_STEP),
             Panel(title="Seconds of a save in the background", metrics=("checkpoint/background_seconds",), x=_BY_STEP),
-            Panel(title="Steps beside a save, longer by", metrics=("checkpoint/background_dip",), x=_BY_STEP),
+            Panel(title="Steps during a save: how much longer", metrics=("checkpoint/background_dip",), x=_BY_STEP),
             Panel(title="Seconds of a restart", metrics=("checkpoint/restart_seconds",), x=_BY_STEP),
         ),
     ),
@@ -89,12 +89,13 @@ SECTIONS = (
 
 
 def definition(project: str) -> dict[str, Any]:
-    """The dashboard as JSON holds it."""
+    """Return the dashboard as JSON values."""
     return {"name": NAME, "project": project, "sections": [asdict(section) for section in SECTIONS]}
 
 
 def workspace(entity: str, project: str) -> Any:
-    """The dashboard as wandb-workspaces' Workspace; ``save()`` creates it in the project. Raises ImportError without that package."""
+    """Return the dashboard as a Workspace of wandb-workspaces, whose ``save()`` creates it in the project. Raise ImportError without that
+    package."""
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a chart: scales, ticks, ranges, smoothing and thinning. Nothing here knows of SVG."""
+"""The arithmetic of a chart: scales, ticks, ranges, smoothing and thinning. This module does not draw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Values = Sequence[float | None]
 
 @dataclass(slots=True)
 class Scale:
-    """Maps [low, high] linearly or logarithmically to the pixels [start, end]."""
+    """A linear or logarithmic map of [low, high] to the pixels [start, end]."""
 
     low: float
     high: float
@@ -30,12 +30,12 @@ class Scale:
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
-    """Without None, NaN and infinities."""
+    """Return the values without None, NaN and infinite values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def padded_range(values: list[float], log: bool = False, from_zero: bool = False) -> tuple[float, float]:
-    """A range around the values with a little air; never empty, also for no value or one."""
+    """Return a range around the values with a margin. It has a width even for one value or without values."""
     if not values:
         return (1.0, 10.0) if log else (0.0, 1.0)
     low, high = min(values), max(values)
@@ -49,7 +49,8 @@ def padded_range(values: list[float], log: bool = False, from_zero: bool = False
 
 
 def without_outliers(values: list[float], share: float = 0.005) -> list[float]:
-    """Without the most extreme share at either end, where it more than doubles the range: one spike should not flatten a curve."""
+    """Return the values without the most extreme share at either end, if that share more than doubles the range: one spike should not
+    flatten a curve."""
     if len(values) < 50:
         return values
     ordered = sorted(values)
@@ -59,20 +60,20 @@ def without_outliers(values: list[float], share: float = 0.005) -> list[float]:
 
 
 def linear_ticks(low: float, high: float, max_ticks: int, integer: bool = False) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten inside [low, high], at most so many."""
+    """Return the multiples of 1, 2 or 5 times a power of ten inside [low, high], about ``max_ticks`` at most."""
     raw = (high - low) / max_ticks
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
     if integer:
         step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    # Twelve digits behind the step's own: at a fixed place, the ticks of very small numbers would all be 0.
+    # Rounded twelve digits behind the step's first digit: rounded at a fixed place, the ticks of very small numbers would all be 0.
     digits = max(12, 12 - math.floor(math.log10(step)))
     return [round(index * step, digits) for index in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
-    """1, 2, 5 times powers of ten inside [low, high]; only the powers where those are enough, every few where they are many."""
+    """Return 1, 2 and 5 times the powers of ten inside [low, high]; fewer factors, and then fewer powers, if there are too many."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
@@ -83,7 +84,7 @@ def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Evenly spaced ticks with the same number of decimals, others as short as can be; thousands as 10k, learning rates as 3e-4."""
+    """Return the texts of ticks: evenly spaced ticks have the same number of decimals, large numbers are 10k, and small ones 3e-4."""
     largest = max(map(abs, ticks), default=0.0)
     if largest >= 10_000:
         return [quantity(tick) if tick else "0" for tick in ticks]
@@ -96,7 +97,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def scientific(value: float) -> str:
-    """3e-4, 2.5e-5; 0."""
+    """Return a number as 3e-4 or 2.5e-5, and zero as 0."""
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -104,7 +105,7 @@ def scientific(value: float) -> str:
 
 
 def moving_average(ys: Values, window: int) -> list[float | None]:
-    """Mean over ``window`` (odd) values around each, fewer at the ends; None where all of them are None."""
+    """Return the mean over ``window`` (odd) values around each value, over fewer at the ends; None where no value is finite."""
     half = window // 2
     sums, counts = [0.0], [0]
     for value in ys:
@@ -120,7 +121,7 @@ def moving_average(ys: Values, window: int) -> list[float | None]:
 
 
 def bucket_means(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list[float], list[float | None]]:
-    """At most so many points: the mean x and the mean of the known ys of equal runs of points."""
+    """Thin to ``max_points`` points at most: the mean x and the mean of the finite ys of groups of consecutive points."""
     size = math.ceil(len(xs) / max_points) or 1
     starts = range(0, len(xs), size)
     mean_xs = [_mean(xs[start : start + size]) for start in starts]
@@ -129,7 +130,8 @@ def bucket_means(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list
 
 
 def envelope(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list[float], list[float], list[float]]:
-    """(x, smallest y, largest y) of at most so many equal runs of points: no spike is lost. Runs of nothing known are left out."""
+    """Return x, smallest y and largest y of at most ``max_points`` groups of consecutive points, so that no spike is lost. Groups without a
+    finite y are left out."""
     size = math.ceil(len(xs) / max_points) or 1
     starts = range(0, len(xs), size)
     runs = [(_mean(xs[start : start + size]), finite(ys[start : start + size])) for start in starts]
@@ -138,7 +140,7 @@ def envelope(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list[flo
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending positions moved as little as this simple rule allows, so that neighbours are ``gap`` apart inside [low, high]."""
+    """Move ascending positions so that neighbours are at least ``gap`` apart, from ``low`` up and then from ``high`` down."""
     placed: list[float] = []
     for position in positions:
         placed.append(max(position, placed[-1] + gap if placed else low))

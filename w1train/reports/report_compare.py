@@ -1,4 +1,4 @@
-"""comparison.html: several runs over one another, by the tokens they have seen."""
+"""comparison.html: several runs in the same charts, over the tokens that they have seen."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity
 
 MAX_RUNS = 8
-"""As many as there are colours that can be told apart."""
+"""The number of colours that can be told apart."""
 _ABSENT = "\u2013"
 
 
 @dataclass(slots=True, frozen=True)
 class Row:
-    """One line of the table of results."""
+    """A row of the table of results."""
 
     title: str
     values: Sequence[float | str | None]
@@ -39,7 +39,7 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
 
     Raises:
         FileNotFoundError: a directory has no metrics.jsonl.
-        UserError: more runs than there are colours, or a broken metrics.jsonl.
+        UserError: there are more runs than colours, or the content of a file is not what training writes.
     """
     if len(run_dirs) > MAX_RUNS:
         raise UserError(f"{len(run_dirs)} runs to compare; {MAX_RUNS} at most can be told apart")
@@ -52,7 +52,7 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
 
 
 def _name_apart(runs: Sequence[Run], run_dirs: Sequence[Path]) -> None:
-    """Runs of one name in different places are called by their paths."""
+    """Call runs of the same name by their paths."""
     names = [run.name for run in runs]
     for run, run_dir in zip(runs, run_dirs, strict=True):
         if names.count(run.name) > 1:
@@ -106,13 +106,14 @@ def _rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _common_tokens(runs: Sequence[Run]) -> float | None:
-    """How far the validations of all runs go; None where that is the start, or says no more than the last validations do."""
+    """Return the tokens that the validations of all runs reach. None if that is the start, or if the last validations of all runs are at as
+    many tokens."""
     ends = [max((record["tokens"] for record in run.validation if finite([record["elbo"]])), default=0) for run in runs]
     return min(ends) if 0 < min(ends) < max(ends) else None
 
 
 def _at_tokens(run: Run, key: str, tokens: float) -> float | None:
-    """Linearly between the validations before and after."""
+    """Return a value of validation at a number of tokens: linear between the validations before and after it."""
     known = [(record["tokens"], record[key]) for record in run.validation if finite([record.get(key)])]
     for (start, before), (end, after) in pairwise(known):
         if start <= tokens <= end and start < end:
@@ -131,7 +132,7 @@ def _mean_at_end(run: Run, key: str) -> float | None:
 
 
 def _share(run: Run, key: str) -> float | None:
-    """Of the time of all steps."""
+    """Return the share of a time in the time of all steps."""
     spent, whole = finite(run.column(key)), finite(run.column("time/step_seconds"))
     return sum(spent) / sum(whole) if spent and sum(whole) > 0 else None
 
@@ -147,7 +148,7 @@ def _code(run: Run) -> str | None:
 
 
 def _cells(row: Row) -> list[tuple[str, str]]:
-    """(text, class) of each run's value; the best of several is marked."""
+    """Return (text, class) of each run's value. The best of several values has a class of its own."""
     numbers = finite(value for value in row.values if not isinstance(value, str))
     best = min(numbers) if row.lower_is_better and len(numbers) > 1 else None
     cells = []
@@ -160,7 +161,7 @@ def _cells(row: Row) -> list[tuple[str, str]]:
 
 
 def _table(runs: Sequence[Run], rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
-    """Wide tables scroll inside themselves; their first column stays."""
+    """Return a table that scrolls sideways if it is wide, with a first column that stays in view."""
     head = "".join(f'<th><span class="dot series-{index}"></span>{html.escape(run.name)}</th>' for index, run in enumerate(runs))
     body = "".join(
         f"<tr><td>{html.escape(title)}</td>"
@@ -172,7 +173,7 @@ def _table(runs: Sequence[Run], rows: Sequence[tuple[str, list[tuple[str, str]]]
 
 
 def _learning(runs: Sequence[Run]) -> str:
-    """Bits per byte where all runs know them."""
+    """Return the charts of the losses, in bits per byte if all runs have those, else in nats per token."""
     in_bits = all(finite(record.get("elbo_bits_per_byte") for record in [*run.train, *run.validation]) for run in runs)
     key, unit = ("elbo_bits_per_byte", "bits per byte") if in_bits else ("elbo", "nats per token")
     figures = [
@@ -181,7 +182,7 @@ def _learning(runs: Sequence[Run]) -> str:
         _curves(runs, "loss", "Training loss, nats"),
         _curves(runs, "masked_cross_entropy", "Masked cross-entropy, nats"),
     ]
-    note = "Over the tokens seen; curves of training are running means."
+    note = "The horizontal axis is the number of tokens seen. Curves of training are running means."
     return f'<h2>Learning</h2><p class="note">{note}</p><div class="charts">{"".join(figures)}</div>'
 
 
@@ -210,7 +211,7 @@ def _curves(
     from_zero: bool = False,
     format_value: Callable[[float], str] = "{:.4g}".format,
 ) -> str:
-    """One quantity of all runs; nothing where none has measured it. Validation is drawn large."""
+    """Return the figure of one quantity of all runs, or "" if no run has measured it. The figure of a validation is wide."""
     lines, names = [], []
     for index, run in enumerate(runs):
         records = run.validation if of_validation else run.train
@@ -239,13 +240,13 @@ def _curves(
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    """Keys of the configuration in which the runs are not the same."""
+    """Return the table of the keys whose values differ between the runs' configurations."""
     configs = [None if run.settings is None else _flat(run.settings) for run in runs]
     known = [config for config in configs if config is not None]
     keys = dict.fromkeys(key for config in known for key in config if key != "name")
     differing = [key for key in keys if len({str(config.get(key, _ABSENT)) for config in known}) > 1]
     if not differing:
-        said = "The same in all of them." if len(known) == len(runs) else "Not known of all."
+        said = "All runs have the same configuration." if len(known) == len(runs) else "Some runs have no config.yaml."
         return f'<h2>Configuration</h2><p class="note">{said}</p>'
     differ = "One key differs." if len(differing) == 1 else f"{len(differing)} keys differ."
     rows = [(key, [(_shown(config, key), "") for config in configs]) for key in differing]

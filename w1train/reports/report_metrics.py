@@ -1,4 +1,4 @@
-"""One metric, one chart: the figures of a report, and the events that are marked in them."""
+"""The figures of a report: a chart for each metric, and the events that are marked in the charts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w1train.reports.svg_chart import Chart, Event, Line
 NARROW, WIDE = 350, 920
 _MAX_EVENTS = 150
 
-# Shown elsewhere in the report, or counts that say nothing as a curve.
+# The report shows these elsewhere, or they are counts whose curves tell nothing.
 _SHOWN = {
     *("kind", "step", "samples", "tokens", "stage", "block_size", "batch_size", "epoch", "loss_by_t"),
     *("loss", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "mask_ratio", "grad_norm", "learning_rate"),
@@ -34,7 +34,7 @@ def curve_figure(
     smooth: bool = True,
     format_value: Callable[[float], str] = "{:.4g}".format,
 ) -> str:
-    """One quantity over the steps; nothing if it was never measured."""
+    """Return the figure of one quantity over the steps, or "" if the run has not measured it."""
     ys = run.column(key)
     if not finite(ys):
         return ""
@@ -45,14 +45,14 @@ def curve_figure(
     marks = not_finite(run, key)
     chart = Chart(title=title, lines=lines, x_range=run.x_range, log=log, from_zero=from_zero, marks=marks, format=format_value)
     value = f"{format_value(finite(averaged)[-1])} {unit}".strip()
-    notes = [f"{len(marks)} not finite"] if marks else []
+    notes = [f"{len(marks)} NaN or infinite"] if marks else []
     if num_clipped := chart.num_clipped():
         notes.append(f"{num_clipped} off axis")
     return figure(chart, title, ", ".join([value, *notes]), "", None)
 
 
 def waiting(run: Run) -> str:
-    """Shares of the steps' time that were spent waiting; nothing for a run that did not measure its communication."""
+    """Return the figure of the shares of step time that the run waited, or "" if the run has not measured its communication."""
     curves = {"data": "time/data_wait_seconds", "communication": "time/communication_seconds"}
     if not finite(run.column(curves["communication"])):
         return ""
@@ -80,14 +80,14 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 def other_metrics(run: Run) -> str:
-    """A chart for each further number that the training records have, whoever writes it."""
+    """Return a chart for each other number in the training records."""
     names = sorted({key for record in run.train for key, value in record.items() if key not in _SHOWN and is_number(value)})
     figures = "".join(_points_figure(run, name) for name in names)
     return f'<h2>More measurements</h2><div class="charts">{figures}</div>' if figures else ""
 
 
 def _points_figure(run: Run, key: str) -> str:
-    """What is measured at some steps only has dots where it was."""
+    """Return the figure of one number, with dots if only some steps have it, or "" if no step has a finite value."""
     known = [(record["step"], record[key]) for record in run.train if is_number(record.get(key)) and math.isfinite(record[key])]
     if not known:
         return ""
@@ -98,7 +98,7 @@ def _points_figure(run: Run, key: str) -> str:
 
 
 def events_of(run: Run) -> list[Event]:
-    """What is marked in the large chart."""
+    """Return the events that the large chart marks."""
     return [
         *(Event(step, "restart") for step in _apart(run.restarts, run.last_step)),
         *(Event(step, "checkpoint") for step in _apart(run.checkpoints, run.last_step)),
@@ -107,13 +107,13 @@ def events_of(run: Run) -> list[Event]:
 
 
 def _apart(steps: Sequence[int], last_step: int) -> list[int]:
-    """Without those that would lie on one another: of a long run's thousands of checkpoints, some hundred are drawn."""
+    """Return the steps without those whose marks would overlap: of thousands of checkpoints in a long run, about a hundred are drawn."""
     by_place = {step * _MAX_EVENTS // max(1, last_step): step for step in steps}
     return list(by_place.values())
 
 
 def event_note(run: Run) -> str:
-    """The key to the marks, with how many there are of each; nothing for a run without."""
+    """Return the legend of the marks, with the number of each kind, or "" for a run without events."""
     counted = (
         ("restart", "\u250a", len(run.restarts), "restart", "restarts"),
         ("checkpoint", "\u25b4", len(run.checkpoints), "checkpoint", "checkpoints"),
@@ -128,7 +128,11 @@ def event_note(run: Run) -> str:
 
 
 def figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> str:
-    """A chart with its caption; drawn twice if it is wide on a wide screen."""
+    """Return a chart with its caption.
+
+    Args:
+        wide: width of a second drawing for wide screens; None = the narrow one on every screen.
+    """
     caption = f'<figcaption><b>{html.escape(title)}</b><span class="value">{html.escape(value)}</span></figcaption>'
     if wide is None:
         return f"<figure>{caption}{chart.svg(NARROW)}</figure>"
@@ -137,14 +141,16 @@ def figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> 
 
 
 def smoothing_width(num_values: int) -> int:
-    """Odd width of the smoothing: about a fiftieth of the run."""
+    """Return the width of the running mean: an odd number of steps, about a fiftieth of the run."""
     return 1 if num_values < 20 else num_values // 50 // 2 * 2 + 3
 
 
 def not_finite(run: Run, key: str) -> list[float]:
+    """Return the steps at which a number is NaN or infinite."""
     return [record["step"] for record in run.train if record.get(key) is not None and not math.isfinite(record[key])]
 
 
 def end_label(name: str, ys: Values, window: int = 1) -> str:
+    """Return the label of a curve: its name and the mean of its last ``window`` values."""
     known = finite(ys[-window:]) or finite(ys)
     return f"{name} {math.fsum(known) / len(known):.2f}" if known else ""

@@ -120,7 +120,7 @@ for (const svg of document.querySelectorAll('svg[data-hover]')) {
 
 
 def page(title: str, body: str) -> str:
-    """The whole document. The policy forbids the browser to fetch anything, should a sample ever get past the escaping."""
+    """Return the whole document. Its policy forbids the browser to fetch anything, in case a sample escapes the escaping."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

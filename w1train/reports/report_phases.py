@@ -12,18 +12,18 @@ from w1train.reports.plot_data import finite
 Record = dict[str, Any]
 
 _NUM_STEPS = 5
-"""Losses are means over so many steps at each end of a stage."""
+"""The number of steps at each end of a stage that losses are averaged over."""
 
 
 class HasRecords(Protocol):
-    """w1train.reports.run_report.Run."""
+    """The part of w1train.reports.report_run.Run that this module reads."""
 
     train: list[Record]
     validation: list[Record]
 
 
 def stage_starts(train: Sequence[Record]) -> list[tuple[float, str]]:
-    """First step and name of each stage; nothing for a run of one objective."""
+    """Return first step and name of each stage; an empty list for a run of one objective."""
     stages = _stages(train)
     return (
         [] if len({records[0].get("block_size") for _, records in stages}) < 2 else [(records[0]["step"], name) for name, records in stages]
@@ -31,14 +31,17 @@ def stage_starts(train: Sequence[Record]) -> list[tuple[float, str]]:
 
 
 def phases_table(run: HasRecords) -> str:
-    """A row for each stage: where it begins, what it is, and what its loss does where the objective changes."""
+    """Return a table with a row for each stage: its first step, its block size, and its losses. "" for a run of one objective."""
     if not stage_starts(run.train):
         return ""
     rows = [_row(name, records, run.validation) for name, records in _stages(run.train)]
     heading = ("stage", "from step", "block size", "ELBO at first", "ELBO at last", "validation at its end")
     head = "".join(f"<th>{cell}</th>" for cell in heading)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    note = f"ELBO in nats a token; of training, means over {_NUM_STEPS} steps. Each block size is another model of the text."
+    note = (
+        f"The ELBO is in nats per token; that of training is a mean over {_NUM_STEPS} steps. ELBOs of different block sizes are those of "
+        "different models of the text."
+    )
     return f'<h2>Stages</h2><p class="note">{note}</p><table class="numbers"><tr>{head}</tr>{body}</table>'
 
 

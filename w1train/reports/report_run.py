@@ -1,4 +1,4 @@
-"""What a run directory holds, as its report reads it."""
+"""The content of a run directory, as its report reads it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 @dataclass(slots=True)
 class Run:
-    """What a run directory holds; empty where a file is not there (yet)."""
+    """The content of a run directory. The part of a file that does not exist (yet) is empty."""
 
     name: str
     train: list[Record]
@@ -31,10 +31,10 @@ class Run:
     config: str
     """The text of config.yaml."""
     settings: Mapping[Any, Any] | None
-    """The mapping that config.yaml holds, otherwise unchecked; None if there is no such file."""
+    """The mapping in config.yaml, whose keys and values are not checked; None if there is no such file."""
     events: list[Record] = field(default_factory=list)
     other: Run | None = None
-    """A run to compare this one with."""
+    """The run whose validation is drawn beside this one's."""
 
     @property
     def last_step(self) -> int:
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """A summary older than the metrics is that of an earlier, shorter run."""
+        """Whether the run has a summary of all its steps. One of fewer steps than the metrics is from before the run was prolonged."""
         return bool(self.summary) and self.summary.get("steps", 0) >= self.last_step
 
     @property
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def restarts(self) -> list[int]:
-        """The steps that later starts, and rewinds, went on from."""
+        """The steps that the run was resumed from, by a start or a rewind."""
         return [event["step"] for event in self.events if event["event"] in ("start", "resume", "rewind")][1:]
 
     @property
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def skipped(self) -> list[int]:
-        """The steps at which the count of skipped ones rose."""
+        """The steps at which the count of skipped steps rose."""
         found, before = [], 0
         for record in self.train:
             count = record.get("health/skipped_steps") or 0
@@ -79,11 +79,11 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what is there of metrics.jsonl, samples.jsonl, events.jsonl, summary.json and config.yaml.
+    """Read metrics.jsonl, and those files of samples.jsonl, events.jsonl, summary.json and config.yaml that exist.
 
     Raises:
         FileNotFoundError: there is no metrics.jsonl.
-        UserError: a file is not what training writes.
+        UserError: the content of a file is not what training writes.
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
@@ -116,6 +116,6 @@ def _read_summary(path: Path) -> Record:
 
 
 def median(values: list[float | None]) -> float | None:
-    """Of the finite ones; None where there is none."""
+    """Return the median of the finite values, or None without finite values."""
     ordered = sorted(finite(values))
     return ordered[len(ordered) // 2] if ordered else None

@@ -1,4 +1,4 @@
-"""report.html: one file that shows a run, finished or not, on any screen and without a network."""
+"""report.html: a file that shows a run, finished or not, on any screen and without a network."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ _MAX_HEAT_COLUMNS = 60
 
 
 def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
-    """Write ``run_dir/report.html``, with the validation curve of another run in it if one is given, and return its path.
+    """Write ``run_dir/report.html``, and return its path. A torn last line of metrics.jsonl is left out: training may be writing it.
 
-    Raises FileNotFoundError if the directory has no metrics.jsonl, UserError if one of its files is not what training writes; a broken
-    last line of metrics.jsonl is one that is being written.
+    Args:
+        other: a run whose validation is drawn beside this one's.
+
+    Raises:
+        FileNotFoundError: a directory has no metrics.jsonl.
+        UserError: the content of a file is not what training writes.
     """
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
@@ -54,7 +58,7 @@ def _header(run: Run) -> str:
 
 
 def _headline(run: Run) -> str:
-    """The validation loss as one large number, and bars that compare it with the start and with a unigram model."""
+    """Return the validation loss as a large number, and bars that compare it with the start and with a unigram model."""
     measured = [record for record in run.validation if finite([record.get("elbo_bits_per_byte")])]
     if not measured:
         return '<p class="note">No validation in bits per byte yet.</p>'
@@ -112,7 +116,7 @@ def _tiles(run: Run) -> str:
 
 
 def _learning(run: Run) -> str:
-    """Bits per byte where the text's bytes are known, nats per token otherwise."""
+    """Return the charts of the losses, in bits per byte if the bytes of the text are known, else in nats per token."""
     in_bits = bool(finite(record.get("elbo_bits_per_byte") for record in [*run.train, *run.validation]))
     key, unit = ("elbo_bits_per_byte", "bits per byte") if in_bits else ("elbo", "nats per token")
     unigram = _unigram(run) if in_bits else None
@@ -153,7 +157,7 @@ def _learning(run: Run) -> str:
 
 
 def _averages(run: Run) -> str:
-    """Each average of checkpoints beside its members."""
+    """Return a table for each average of checkpoints, with its members."""
     if not run.averages:
         return ""
     return "<h2>Average of checkpoints</h2>" + "".join(_average_table(record) for record in run.averages)
@@ -167,7 +171,7 @@ def _average_table(record: Record) -> str:
 
 
 def _noise_levels(run: Run) -> str:
-    """How the loss depends on t: over the training steps as a heat map, and on validation as a profile."""
+    """Return charts of the loss by t: a heat map over the training steps, and curves of validations."""
     figures = [figure for figure in (_heat_figure(run), _profile_figure(run)) if figure]
     if not figures:
         return ""
@@ -176,7 +180,7 @@ def _noise_levels(run: Run) -> str:
 
 
 def _heat_figure(run: Run) -> str:
-    # A run resumed with another number of bins shows the ones of its end.
+    # A run that was resumed with another number of bins shows the records with the newest number.
     num_bins = next((len(record["loss_by_t"]) for record in reversed(run.train) if record.get("loss_by_t")), 0)
     by_bin = [[_bin(record, index, num_bins) for record in run.train] for index in range(num_bins)]
     rows = [bucket_means(run.steps, values, _MAX_HEAT_COLUMNS)[1] for values in by_bin]
@@ -197,7 +201,7 @@ def _bin(record: Record, index: int, num_bins: int) -> float | None:
 
 
 def _profile_figure(run: Run) -> str:
-    """Validation loss against t at the first, a middle and the last validation."""
+    """Return the curves of the loss by t of the first, a middle and the last validation."""
     records = [record for record in run.validation if finite(record.get("loss_by_t") or [])]
     if not records:
         return ""
@@ -211,7 +215,7 @@ def _profile_figure(run: Run) -> str:
 
 
 def _timesteps(run: Run, count: int) -> list[float]:
-    """Midpoints of equal bins, unless the configuration says otherwise."""
+    """Return the timesteps of validation: those of the configuration, or the midpoints of equal bins if it has others."""
     validation = (run.settings or {}).get("validation")
     listed = validation.get("timesteps") if isinstance(validation, dict) else None
     if isinstance(listed, list) and len(listed) == count and all(isinstance(t, float) for t in listed):
@@ -237,8 +241,8 @@ def _samples(run: Run) -> str:
     shown = set(_evenly(steps, _MAX_SAMPLE_STEPS))
     newest_first = sorted(run.samples, key=lambda sample: -sample["step"])
     cards = "".join(_sample_card(sample) for sample in newest_first if sample["step"] in shown)
-    left_out = f" {len(shown)} of {len(steps)} steps; the rest is in samples.jsonl." if len(shown) < len(steps) else ""
-    note = f'Newest first.{left_out} Prompts are bold; <span class="second">{MASK_SYMBOL}</span> is a token still masked.'
+    left_out = f" {len(shown)} of {len(steps)} steps are shown; samples.jsonl has all." if len(shown) < len(steps) else ""
+    note = f'The newest are first.{left_out} Prompts are bold; <span class="second">{MASK_SYMBOL}</span> is a token that is still masked.'
     return f'<h2>Samples</h2><p class="note">{note}</p><div class="samples">{cards}</div>'
 
 
@@ -267,7 +271,7 @@ def _text(value: float | None, format_value: Callable[[float], str]) -> str:
 
 
 def _evenly(items: Sequence[int], count: int) -> list[int]:
-    """At most so many of them, the first and the last included."""
+    """Return ``count`` items at most, evenly chosen, the first and the last included."""
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

@@ -1,7 +1,7 @@
-"""Charts as inline SVG, drawn here so that a report needs nothing from anywhere.
+"""Charts as inline SVG, so that a report needs no other file and no network.
 
-A chart is drawn for one width in CSS pixels, so that its text keeps its size: a wide chart exists twice, and the page shows
-the one that fits. Colours are CSS classes: the page decides on light and dark.
+A chart is drawn for one width in CSS pixels, so that its text keeps its size. A page holds a wide chart at two widths, and shows the one
+that fits. Colours are CSS classes: the page decides on light and dark.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Line:
     ys: Values
     css: str
     label: str = ""
-    """Written at the curve's right end; empty = no label."""
+    """The text at the curve's right end; empty = no label."""
     dots: bool = False
-    """A dot at every value."""
+    """Draw a dot at every value."""
     raw: bool = False
-    """Values as they came, behind a smoothed line: thinned to a band between their extremes; the axis may leave outliers out."""
+    """Draw the values pale, behind a smoothed line; many values as a band between their extremes. The axis may leave outliers out."""
 
 
 @dataclass(slots=True, frozen=True)
 class Event:
-    """Something that happened at ``x``."""
+    """An event of the run at ``x``."""
 
     x: float
     kind: Literal["restart", "checkpoint", "skipped"]
@@ -72,17 +72,18 @@ class Chart:
     label_width: int = 0
     """Pixels on the right for the labels of curves and reference."""
     sections: Sequence[tuple[float, str]] = ()
-    """Vertical lines: (x of its begin, name) of each section of the axis."""
+    """(first x, name) of each section of the axis, which begins at a vertical line."""
     marks: Sequence[float] = ()
-    """x of what cannot be drawn (values that are not finite): ticks on the axis."""
+    """The x of NaN and infinite values, which are ticks on the axis."""
     events: Sequence[Event] = ()
     """A restart is a line, a checkpoint a tick on the axis, a skipped step a cross at the top."""
     format: Callable[[float], str] = "{:.4g}".format
-    """How a value reads when the pointer is on it."""
+    """Returns the text of the value under the pointer."""
     hover_names: Sequence[str] = ()
-    """Under the pointer, every curve's value behind its name, not the last curve's alone."""
+    """The names of the curves, if the value of every curve is shown under the pointer; otherwise the last curve's is shown alone."""
 
     def svg(self, width: int) -> str:
+        """Draw the chart, ``width`` pixels wide."""
         bottom = self.height - _BOTTOM
         x = Scale(*self.x_range, _LEFT, width - _RIGHT - self.label_width)
         y = Scale(*self._y_range(), bottom, _TOP, self.log)
@@ -112,7 +113,7 @@ class Chart:
             yield f'<text class="tick" x="{x(begin) + 4:.1f}" y="{_TOP + 9}">{html.escape(name)}</text>'
 
     def num_clipped(self) -> int:
-        """Values outside the vertical axis."""
+        """Return the number of values outside the vertical axis."""
         low, high = self._y_range()
         return sum(not low <= value <= high for line in self.lines for value in _drawable(line.ys, self.log))
 
@@ -124,7 +125,7 @@ class Chart:
         return padded_range(values, self.log, self.from_zero)
 
     def _labels(self, x: Scale, y: Scale) -> list[str]:
-        """Labels beside the curves' ends, pushed apart where they would overlap."""
+        """Draw labels beside the curves' ends, moved apart where they would overlap."""
         parts, wanted = [], []
         for line in self.lines:
             drawable = _drawable(line.ys, self.log)
@@ -141,7 +142,7 @@ class Chart:
         return parts
 
     def _hover(self, x: Scale) -> str:
-        """What the page's script shows for the last curve, or for all of them, under the pointer."""
+        """Return the texts that the page's script shows under the pointer, as an attribute of the chart."""
         if not self.lines:
             return ""
         curves = [_points(line) for line in (self.lines if self.hover_names else self.lines[-1:])]
@@ -155,7 +156,7 @@ class Chart:
         return f"{self.x_label} {shown}"
 
     def _values(self, at: float, curves: list[list[tuple[float, float]]]) -> str:
-        """Of each curve the value nearest to ``at``, of those that reach so far."""
+        """Return the text of each curve's value nearest to ``at``."""
         if not self.hover_names:
             return self.format(min(curves[0], key=lambda point: abs(point[0] - at))[1])
         named = [(name, curve) for name, curve in zip(self.hover_names, curves, strict=True) if curve]
@@ -177,12 +178,12 @@ def _event(kind: str, x: float, bottom: float) -> str:
 
 
 def heat_map(title: str, columns: list[Values], x_range: tuple[float, float], rows: Sequence[float], width: int, height: int = 250) -> str:
-    """Columns of values over steps, one row for each t, low t below; the stronger the colour the larger the value."""
+    """Draw columns of values over the steps, a row for each t, the lowest t at the bottom. A larger value has a stronger colour."""
     low, high = heat_range(columns)
     bottom = height - _BOTTOM
     x = Scale(*x_range, _LEFT, width - _RIGHT)
     cell_height = (bottom - _TOP) / len(rows)
-    # Whole numbers, so that neighbours have one edge: a hundredth between them is a white line on some screens.
+    # Neighbours share an edge at a whole pixel: a gap of a hundredth of a pixel is a white line on some screens.
     edges = [round(_LEFT + (x.end - x.start) * index / max(1, len(columns))) for index in range(len(columns) + 1)]
     heights = [round(bottom - index * cell_height) for index in range(len(rows) + 1)]
     parts = [f'<svg class="chart heat" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
@@ -203,7 +204,7 @@ def heat_map(title: str, columns: list[Values], x_range: tuple[float, float], ro
 
 
 def heat_range(columns: list[Values]) -> tuple[float, float]:
-    """The values of the weakest and of the strongest colour."""
+    """Return the values of the weakest and of the strongest colour."""
     values = without_outliers(finite(value for column in columns for value in column))
     if not values:
         return 0.0, 1.0
@@ -212,7 +213,7 @@ def heat_range(columns: list[Values]) -> tuple[float, float]:
 
 
 def y_axis(y: Scale, left: float, right: float) -> list[str]:
-    """Grid lines with their values."""
+    """Draw grid lines with their values."""
     max_ticks = max(2, round((y.start - y.end) / 34))
     ticks = log_ticks(y.low, y.high, max_ticks) if y.log else linear_ticks(y.low, y.high, max_ticks)
     parts = []
@@ -223,7 +224,7 @@ def y_axis(y: Scale, left: float, right: float) -> list[str]:
 
 
 def x_axis(x: Scale, height: float, label: str) -> list[str]:
-    """Base line and ticks; the axis' name stands at its start, in place of the first value where that is 0."""
+    """Draw base line and ticks. The first tick has the name of the axis before its value."""
     whole_numbers = label == "step"
     ticks = linear_ticks(x.low, x.high, max(2, round((x.end - x.start) / 90)), integer=whole_numbers)
     parts = [f'<path class="axis" d="M{x.start:.1f} {height}H{x.end:.1f}"/>']
@@ -237,7 +238,7 @@ def x_axis(x: Scale, height: float, label: str) -> list[str]:
 
 
 def _curve(line: Line, x: Scale, y: Scale) -> str:
-    """A line, or, for more raw values than there are pixels, the band they lie in."""
+    """Draw a line; for more raw values than there are pixels, the band between their extremes."""
     if line.raw and len(line.xs) > _MAX_POINTS:
         xs, lows, highs = envelope(line.xs, [value if value in _drawable([value], y.log) else None for value in line.ys], _MAX_POINTS)
         border = [*zip(xs, highs, strict=True), *reversed([*zip(xs, lows, strict=True)])]
@@ -254,12 +255,12 @@ def _curve(line: Line, x: Scale, y: Scale) -> str:
         pen_down = True
     if not points:
         return ""
-    # A single value has no line: it is seen as a dot.
+    # A path of one point is invisible: a single value is a dot.
     dots = points if line.dots or len(points) == 1 else []
     circles = "".join(f'<circle cx="{at:.1f}" cy="{value:.1f}" r="3"/>' for at, value in dots)
     return f'<g class="curve {"raw " if line.raw else ""}{line.css}"><path d="{"".join(commands)}"/>{circles}</g>'
 
 
 def _drawable(ys: Values, log: bool) -> list[float]:
-    """The values that have a place on the axis."""
+    """Return the values that the axis can hold."""
     return [value for value in finite(ys) if value > 0 or not log]

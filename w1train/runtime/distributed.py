@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from w1train.config.errors import first_line
 from w1train.config.schema import ParallelConfig
 from w1train.runtime.device import select_device
 from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
@@ -75,11 +76,10 @@ def initialize_process_group(device: torch.device, timeout: datetime.timedelta =
         dist.init_process_group(backend, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        why = str(error).partition("\n")[0]
-        message = (
-            f"rank {os.environ['RANK']} could not meet the other ranks at {place} ({why}). Check that rank 0 runs and can be reached there"
-        )
-        raise ConnectionError(message) from error
+        raise ConnectionError(
+            f"rank {os.environ['RANK']} could not meet the other ranks at {place} ({first_line(error)}). Check that rank 0 runs and can be "
+            "reached there"
+        ) from error
 
 
 def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:

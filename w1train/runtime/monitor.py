@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from w1train.config.errors import UserError
+from w1train.config.errors import UserError, first_line
 from w1train.config.schema import HealthConfig
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.pulse import SAVING, STARTING, VALIDATING, pulse
@@ -32,7 +32,7 @@ def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator
             yield status
         except BaseException as error:
             state: State = "mistake" if isinstance(error, UserError) else "failed"
-            status.update(state, message=str(error).partition("\n")[0] or type(error).__name__)
+            status.update(state, message=first_line(error))
             raise
         finally:
             pulse.observer = None

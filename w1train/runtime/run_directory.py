@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from w1train.config.errors import UserError
+from w1train.config.reading import LARGEST_STATUS, parse_json, shorten
 from w1train.runtime.files import UnsafeFileError, open_in_place
 
 
@@ -75,7 +76,7 @@ class RunDirectory:
 def _holder(lock: BinaryIO) -> str:
     lock.seek(0)
     try:
-        holder = json.loads(lock.read())
-        return f"process {holder['pid']} on {holder['host']}"
+        holder = parse_json(lock.read(LARGEST_STATUS))
+        return f"process {shorten(holder['pid'])} on {shorten(holder['host'])[1:-1]}"
     except (ValueError, KeyError, TypeError):
         return "another process"

@@ -32,11 +32,11 @@ from w1train.runtime.distributed import Ranks
 logger = logging.getLogger(__name__)
 
 MAX_VERIFIED_BYTES = 4 * 2**30
-"""Token files, and packings, up to this size are read and compared with their manifest at every start: seconds on one rank."""
+"""The largest token file, and packing, that a start reads and compares with its hash: it takes rank 0 seconds."""
 
 
 class PositionOptions(TypedDict):
-    """Arguments of ``SampleSource``."""
+    """Arguments of ``SampleSource`` that say how positions are counted."""
 
     long_documents: LongDocuments
     max_position: int
@@ -44,28 +44,28 @@ class PositionOptions(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class ScoredText:
-    """The samples that validation scores: the first ``validation.num_samples``, not all of the dataset."""
+    """The text that validation scores: the first ``validation.num_samples`` samples, not all of the dataset."""
 
     num_tokens: int
     num_bytes: int
-    """UTF-8 bytes of the tokens; EOS has none."""
+    """UTF-8 bytes of the tokens; EOS has no bytes."""
     unigram_bits: float
 
 
 class ValidationSet:
-    """The samples of one validation dataset that are scored, and what is known of their text."""
+    """The samples of a validation dataset that are scored, and the properties of their text."""
 
     def __init__(self, prefix: str, config: Config, ranks: Ranks, tokenizer: Tokenizer) -> None:
         self._config, self._ranks, self._tokenizer = config, ranks, tokenizer
         self.dataset = open_dataset(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
-        # Cut whatever data.packing is: no padding is scored and nothing need be built. What is in a document is as in training.
+        # Validation data are cut, whatever data.packing is: no padding is scored, and no packing has to be built.
         self._packed = PackedDataset(self.dataset, config.data.sequence_length, seed=0, **position_options(config), eos=config.data.eos)
-        # Without a collective: a rank that could not open its files is not here to take part. Opening as a whole is agreed upon.
+        # Not a collective: a rank that could not open its files would not take part. The ranks agree on the result of opening all data.
         if ranks.is_main:
             verify(self.dataset)
 
     def batches(self) -> Iterator[PackedBatch]:
-        """This rank's validation micro-batches; every rank has as many."""
+        """Return this rank's validation micro-batches. Every rank has the same number."""
         return validation_batches(
             self._packed,
             self._config.validation.num_samples,
@@ -77,7 +77,7 @@ class ValidationSet:
 
     @cached_property
     def _text(self) -> ScoredText | None:
-        """What is scored; None without a byte-level tokenizer."""
+        """The text that is scored; None if the tokenizer is not a byte-level one."""
         num_bytes_by_token = self._tokenizer.num_bytes_by_token()
         if num_bytes_by_token is None:
             logger.warning("%s is no byte-level tokenizer: validation has no bits per byte", self._config.data.tokenizer)
@@ -88,19 +88,19 @@ class ValidationSet:
         return ScoredText(int(counts.sum()), num_bytes, unigram_bits(counts)) if num_bytes else None
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
-        """Nats per token of the samples that validation scores in bits per UTF-8 byte of these samples."""
+        """Convert nats per token of the scored samples to bits per UTF-8 byte. None if the number of bytes is not known."""
         text = self._text
         return None if text is None else nats_per_token * text.num_tokens / (text.num_bytes * math.log(2))
 
     @property
     def unigram_bits_per_byte(self) -> float | None:
-        """What the order-0 model of the scored tokens' own frequencies needs for them: the figure to compare validation with."""
+        """The bits per byte of the scored samples under the order-0 model of their own token frequencies, to compare validation with."""
         text = self._text
         return None if text is None else text.unigram_bits / text.num_bytes
 
 
 class ValidationData:
-    """Opens tokenizer and validation sets.
+    """The tokenizer and the validation sets, opened.
 
     Raises:
         TokenizerError, DatasetError: a file is missing, damaged, or does not fit the run's tokenizer or vocabulary.
@@ -124,16 +124,16 @@ class ValidationData:
         self.validation_sets = {
             name: ValidationSet(prefix, self.config, self.ranks, self.tokenizer) for name, prefix in prefixes.items() if prefix is not None
         }
-        """By name; data.validation has the empty one, and is the first. Empty without validation."""
+        """The sets by name. The set of data.validation has the name "" and is the first. Empty without validation."""
 
     @property
     def validation(self) -> ValidationSet | None:
-        """The set of data.validation, by which checkpoints are ranked."""
+        """The set of data.validation, whose scores rank checkpoints; None without validation."""
         return self.validation_sets.get("")
 
     @property
     def validation_unigram_bits_per_byte(self) -> float | None:
-        """Of data.validation (see ``ValidationSet``); None without one."""
+        """``ValidationSet.unigram_bits_per_byte`` of data.validation; None without validation."""
         return None if self.validation is None else self.validation.unigram_bits_per_byte
 
     def _check_mask_token(self) -> None:
@@ -147,7 +147,7 @@ class ValidationData:
 
 
 def stage_weights(config: Config, stage_name: str) -> dict[str, float]:
-    """What a stage reads: weights by the datasets' prefixes."""
+    """Return the datasets that a stage reads: their weights by their prefixes."""
     stage, blend = config.schedule.stages[stage_name], config.data.blend
     if stage.train is not None:
         return {stage.train: 1.0}
@@ -160,7 +160,7 @@ def stage_weights(config: Config, stage_name: str) -> dict[str, float]:
 
 
 def stage_texts(config: Config) -> tuple[list[StageText], int]:
-    """What each stage that has a step reads, and the samples of the whole run."""
+    """Return the datasets of each stage that has a step, and the number of samples of the whole run."""
     steps = stage_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
     texts, num_samples = [], 0
     for name, (first, num_steps) in steps.items():
@@ -172,15 +172,15 @@ def stage_texts(config: Config) -> tuple[list[StageText], int]:
 
 
 def training_prefixes(config: Config) -> list[str]:
-    """Every training dataset of the run, in the order of their use."""
+    """Return the prefixes of all training datasets of the run, in the order of their use."""
     return list(dict.fromkeys(prefix for text in stage_texts(config)[0] for prefix in text.weights))
 
 
 def prepare_data(config: Config) -> None:
-    """What takes long and is done once on each machine: copies of the training datasets, and their packing.
+    """Copy and pack the training datasets, which takes long, once on each machine.
 
-    Every rank calls it, and one of each machine does it while the others wait for its lock (not in a collective, which would give
-    up after minutes). The first rank of the run alone is not enough: data.cache_directory may be each machine's own.
+    Every rank calls this function. One rank of each machine does the work, while the others wait for its lock: in a collective they would
+    give up after minutes. A single rank of the run is not enough, because data.cache_directory may be each machine's own.
 
     Raises:
         DatasetError: a dataset is missing or damaged.
@@ -195,26 +195,26 @@ def prepare_data(config: Config) -> None:
 
 
 def packing_options(config: Config) -> PackingOptions:
-    """What a best-fit packing of the run depends on."""
+    """Return the settings that the best-fit packing of a dataset depends on."""
     data = config.data
     return PackingOptions(sequence_length=data.sequence_length, align=data.align, eos=data.eos, seed=data.packing_seed)
 
 
 def position_options(config: Config) -> PositionOptions:
-    """How positions of cut documents are counted."""
+    """Return the settings for the positions of documents that are cut."""
     max_position = max(config.model.max_sequence_length, config.data.sequence_length)
     return {"long_documents": config.data.long_documents, "max_position": max_position}
 
 
 def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
-    """The training samples of a dataset, packed as the configuration says.
+    """Open the training samples of a dataset, packed as the configuration says.
 
     Raises:
-        DatasetError: if it does not fill one sample, or its best-fit packing has not been built.
+        DatasetError: the dataset does not fill one sample, or its best-fit packing has not been built.
     """
     data, seed = config.data, config.training.seed
     if dataset.num_tokens < data.sequence_length:
-        # Training on the padding would work, at a cost that nobody meant to pay: the wrong file, or the wrong length.
+        # Training on the padding would work, and waste the run: the file or the length is the wrong one.
         raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
     if data.packing == "best_fit":
         return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, **position_options(config))
@@ -222,10 +222,10 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
 
 
 class TrainingData(ValidationData):
-    """Opens tokenizer, training texts and validation sets. The training datasets must have been prepared (:func:`prepare_data`).
+    """The tokenizer, the training texts and the validation sets, opened. :func:`prepare_data` must have prepared the training datasets.
 
     Raises:
-        TokenizerError, DatasetError: as ValidationData; or a validation dataset is one of training.
+        TokenizerError, DatasetError: as ValidationData; or a validation dataset is also a training dataset.
         BlendError: the schedule reads a corpus more often than its max_epochs allows.
     """
 
@@ -254,7 +254,7 @@ class TrainingData(ValidationData):
         if self.ranks.is_main:
             for dataset in self.train.values():
                 verify(dataset)
-        # A cache directory may be each machine's own, with a packing that was built there.
+        # A cache directory may be each machine's own, with a packing of its own.
         own_cache = config.data.cache_directory is not None and os.environ.get("LOCAL_RANK", "0") == "0"
         for source in sources.values():
             if isinstance(source, BestFitDataset) and (self.ranks.is_main or own_cache):
@@ -274,7 +274,7 @@ class TrainingData(ValidationData):
         return BatchLoader(self.samples, **common, device=ranks.device, workers=data.workers, read_timeout=data.read_timeout)
 
     def _check_validation_is_apart(self) -> None:
-        """What has been trained on says nothing about what has not."""
+        """Raise DatasetError if a validation dataset is a training dataset: its scores would say nothing about unseen text."""
         trained = {identity(part): part.prefix for dataset in self.train.values() for part in dataset.parts}
         for validation in self.validation_sets.values():
             for part in validation.dataset.parts:
@@ -283,23 +283,33 @@ class TrainingData(ValidationData):
                     raise DatasetError(f"validation dataset {part.prefix} is training dataset {twin}: the same tokens, by their hash")
 
     def fingerprint(self, num_samples: int) -> str | None:
-        """SHA-256 of the training tokens that the first ``num_samples`` samples come from; of several datasets, that of their hashes in
-        the order of their use. None if one of them has no manifest."""
+        """Return the SHA-256 of the training tokens that the first ``num_samples`` samples come from, and of their noise limits; of
+        several datasets, the SHA-256 of their hashes in the order of their use. None if a dataset has no manifest."""
         begun = dict.fromkeys(name for part in self.samples.parts if part.first < max(num_samples, 1) for name in part.interleave.names)
-        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.bin_sha256 for prefix in begun]
+        hashes = [None if (manifest := self.train[prefix].manifest) is None else manifest.content_sha256 for prefix in begun]
         known = [digest for digest in hashes if digest is not None]
         if len(known) < len(hashes):
             return None
         return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
 
     def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
-        """Nats per token in bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from: of a blend, on average."""
+        """Convert nats per token to bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from; of a blend, on
+        average. None if a dataset has no manifest."""
         weights = self.samples.part(max(num_samples - 1, 0)).weights
         datasets = {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0}
         return bits_per_byte(nats_per_token, datasets, self.config.data.eos)
 
-    def corpus_metrics(self, num_samples: int) -> dict[str, float]:
-        """Of each corpus of a blend after ``num_samples`` of the run: tokens seen (in samples begun) and passes through it."""
+    def step_metrics(self, elbo: float, num_samples: int) -> dict[str, float | None]:
+        """Return the metrics of a step that depend on the data, after ``num_samples`` of the run.
+
+        Args:
+            elbo: the ELBO of the step, in nats per token.
+        """
+        bits = self.bits_per_byte(elbo, num_samples)
+        return {"elbo_bits_per_byte": bits, "epoch": self.samples.epoch(num_samples), **self._corpus_metrics(num_samples)}
+
+    def _corpus_metrics(self, num_samples: int) -> dict[str, float]:
+        """Return tokens seen (in samples begun) and passes of each corpus of a blend, after ``num_samples`` of the run."""
         names = {corpus.prefix: name for name, corpus in self.config.data.blend.items()}
         epochs, found = self.samples.epochs(num_samples), {}
         for prefix, count in self.samples.num_read(num_samples).items():
@@ -310,25 +320,25 @@ class TrainingData(ValidationData):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all training datasets."""
+        """The number of tokens of all training datasets."""
         return sum(dataset.num_tokens for dataset in self.train.values())
 
 
 def identity(dataset: TokenDataset) -> str:
-    """The hash of a dataset's tokens, or without a manifest the place of its file."""
+    """Return what identifies a dataset: the hash of its tokens, or the path of its file if it has no manifest."""
     return str(bin_path(dataset.prefix).resolve()) if dataset.manifest is None else dataset.manifest.bin_sha256
 
 
 def verify(dataset: TokenDataset) -> None:
-    """Compare the files with the hashes in their manifest, on one rank: damage of the right size would train in silence.
+    """Compare the files of a dataset with the hashes in its manifest, on one rank: a run would not notice damage that keeps the size.
 
-    What is not compared (no manifest, or more than ``MAX_VERIFIED_BYTES``) is said in the log.
+    The log has the datasets that are not compared: those without a manifest, and those larger than ``MAX_VERIFIED_BYTES``.
 
     Raises:
-        DatasetError: if a file is not what was written.
+        DatasetError: a file is not what was written.
     """
     if dataset.manifest is None:
-        return  # TokenDataset.open has said so
+        return  # TokenDataset.open has logged it
     num_bytes = sum(file_size(bin_path(part.prefix)) for part in dataset.parts)
     if num_bytes <= MAX_VERIFIED_BYTES:
         dataset.verify_hashes()
@@ -343,10 +353,10 @@ def verify(dataset: TokenDataset) -> None:
 
 
 def verify_packing(packing: PackingIndex) -> None:
-    """As :func:`verify`, of a best-fit packing with the hash in its file.
+    """Compare a best-fit packing with the hash in its file, as :func:`verify` does.
 
     Raises:
-        DatasetError: if the file is not what was written.
+        DatasetError: the file is not what was written.
     """
     if packing.num_bytes <= MAX_VERIFIED_BYTES:
         packing.verify_hash()
@@ -360,7 +370,7 @@ def verify_packing(packing: PackingIndex) -> None:
 
 
 def bits_per_byte(nats_per_token: float, datasets: Mapping[TokenDataset, float], eos: EndOfDocument = "keep") -> float | None:
-    """Nats per token in bits per UTF-8 byte of datasets by weight; None unless all have a manifest, which knows the bytes."""
+    """Convert nats per token to bits per UTF-8 byte of datasets with weights. None if a dataset has no manifest, which has the bytes."""
     num_bytes, total = 0.0, sum(datasets.values())
     for dataset, weight in datasets.items():
         if dataset.manifest is None:

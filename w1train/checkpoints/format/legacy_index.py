@@ -12,7 +12,8 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -22,12 +23,27 @@ from torch import Tensor
 
 from w1train.config.reading import shorten
 from w1train.runtime.names import is_plain_name, open_inside
+from w1train.runtime.pulse import moved
+from w1train.runtime.transfers import PIECE_BYTES
 
 METADATA = ".metadata"
+LARGEST_METADATA = 32 << 20
+"""The most bytes of the metadata: a shard takes some 260 bytes and 100 codes of the pickle, so that this and _MOST_CODES are each about
+a hundred thousand shards."""
+MOST_DIMENSIONS = 16
+"""The most dimensions of a tensor; those of a model have four."""
+_MOST_CODES = 10_000_000
+"""The most codes of a pickle. Each takes some two microseconds, and at most some hundred bytes."""
+_MOST_ATTRIBUTES = 16
+"""The most attributes of a record; torch's have up to six."""
+_LONGEST_INTEGER = 64
+"""The most bits of an integer: to print or to hash a long one takes time."""
+_MOST_OBJECTS = 16
+"""The most objects beside the tensors. The checkpoints of this project have one."""
 _LARGEST_OBJECT = 1 << 20
 """The most bytes of an object that is not a tensor: step counts and parameter groups take a few kilobytes."""
 _MOST_VALUES = 100_000
-"""The most values of an object. A value that is referred to several times counts several times."""
+"""The most values, keys and characters of an object, counted as often as they are referred to."""
 _LONGEST_MESSAGE = 200
 _BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, struct.error)
 """The exceptions that an unpickler raises for a damaged or invented stream, other than ValueError."""
@@ -62,10 +78,14 @@ def read(content: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], Boxes]],
         objects = []
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, _Tensor):
-                boxes = {_size(chunk.offsets): (_size(chunk.sizes), places[key, _size(chunk.offsets)]) for chunk in entry.chunks}
+                boxes: Boxes = {_size(chunk.offsets): (_size(chunk.sizes), places[key, _size(chunk.offsets)]) for chunk in entry.chunks}
+                if len(boxes) < len(entry.chunks):
+                    raise ValueError(f"{shorten(key)} has two boxes in one place")
                 tensors[_key(key)] = (entry.properties.dtype, _size(entry.size), boxes)
             else:
                 objects.append(places[key, None])
+            if len(objects) > _MOST_OBJECTS:
+                raise ValueError(f"it has more than {_MOST_OBJECTS} objects beside tensors")
     except _BROKEN as error:
         raise ValueError(f"it is not the metadata of a checkpoint ({type(error).__name__})") from error
     return tensors, objects
@@ -92,11 +112,11 @@ def _require_few(value: Any) -> None:
     left, num_values = [value], 0
     while left:
         item = left.pop()
-        num_values += 1
+        num_values += 2 * len(item) if isinstance(item, dict) else len(item) if isinstance(item, (str, list, tuple)) else 0
         if num_values > _MOST_VALUES:
-            raise ValueError(f"an object has more than {_MOST_VALUES} values")
+            raise ValueError(f"an object has more than {_MOST_VALUES} values and characters")
         if isinstance(item, dict):
-            left.extend(item.values())
+            left.extend((*item.keys(), *item.values()))
         elif isinstance(item, (list, tuple)):
             left.extend(item)
 
@@ -104,15 +124,25 @@ def _require_few(value: Any) -> None:
 def read_tensor(directory: Path, place: Place, dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
     """Read a tensor from an archive of its own, whose one entry of data holds its elements in row-major order.
 
+    The archive and the tensor are in memory together.
+
     Raises:
         OSError: its file cannot be read.
         ValueError: the archive is damaged, or has another number of bytes than the tensor.
     """
-    content = _entry(_archive(directory, place), "data/0")
+    archive = _archive(directory, place)
+    entry = _found(archive, "data/0")
     num_bytes = math.prod(sizes) * dtype.itemsize
-    if len(content) != num_bytes:
-        raise ValueError(f"its archive has {len(content)} bytes, expected {num_bytes}")
-    return torch.frombuffer(bytearray(content), dtype=dtype).view(tuple(sizes))
+    if entry.file_size != num_bytes:
+        raise ValueError(f"its archive has {entry.file_size} bytes, expected {num_bytes}")
+    target = torch.empty(tuple(sizes), dtype=dtype)
+    elements = memoryview(target.view(-1).view(torch.uint8).numpy())
+    with _damage_refused(), archive.open(entry) as file:
+        for start in range(0, num_bytes, PIECE_BYTES):
+            piece = elements[start : start + PIECE_BYTES]
+            piece[:] = file.read(len(piece))
+            moved()
+    return target
 
 
 def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
@@ -126,12 +156,23 @@ def _archive(directory: Path, place: Place) -> zipfile.ZipFile:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a file of an archive. Compressed files are refused, because they may grow without bound. torch does not compress."""
+    entry = _found(archive, name)
+    with _damage_refused():
+        return archive.read(entry)
+
+
+def _found(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Return the one file of a name. Compressed files are refused, because they may grow without bound. torch does not compress."""
     found = [entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name]
     if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED or found[0].file_size != found[0].compress_size:
         raise ValueError(f"its archive does not have one {name} that is not compressed")
+    return found[0]
+
+
+@contextmanager
+def _damage_refused() -> Iterator[None]:
     try:
-        return archive.read(found[0])
+        yield
     except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"its archive is damaged ({type(error).__name__})") from error
 
@@ -155,6 +196,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file: BinaryIO, names: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__(file)
         self._names = names
+        self.num_codes = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a name. Raises UnpicklingError for a name that is not on the list."""
@@ -162,14 +204,6 @@ class _Unpickler(pickle._Unpickler):
             message = f"it names {shorten(f'{module}.{name}')}, which no checkpoint needs and which may run a program"
             raise pickle.UnpicklingError(message)
         return known
-
-    def persistent_load(self, _identifier: Any) -> Any:
-        """Refuse references to objects outside of the pickle."""
-        raise pickle.UnpicklingError("it refers to objects outside of it")
-
-    def get_extension(self, _code: int) -> Any:
-        """Refuse the registry of extensions."""
-        raise pickle.UnpicklingError("it refers to an extension")
 
 
 def _load_build(unpickler: Any) -> None:
@@ -182,31 +216,68 @@ def _load_build(unpickler: Any) -> None:
     record.__setstate__(state)
 
 
-def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Refuse tuples of tuples of tuples: if they share their items, the time to hash one doubles with each level."""
+def _load_item(unpickler: Any) -> None:
+    _require_keys(unpickler.stack[-2:-1])
+    pickle._Unpickler.dispatch[pickle.SETITEM[0]](unpickler)
 
-    def load_tuple(unpickler: Any) -> None:
+
+def _load_items(unpickler: Any) -> None:
+    _require_keys(unpickler.stack[::2])
+    pickle._Unpickler.dispatch[pickle.SETITEMS[0]](unpickler)
+
+
+def _require_keys(keys: Sequence[Any]) -> None:
+    """Refuse tuples as keys: where these are shared, to hash one takes time like two to the power of its depth."""
+    if any(type(key) not in (str, int, _Index) for key in keys):
+        raise pickle.UnpicklingError("a key is neither a text nor a whole number")
+
+
+def _load_integer(unpickler: Any) -> None:
+    pickle._Unpickler.dispatch[pickle.LONG1[0]](unpickler)
+    if unpickler.stack[-1].bit_length() > _LONGEST_INTEGER:
+        raise pickle.UnpicklingError(f"it has an integer of more than {_LONGEST_INTEGER} bits")
+
+
+def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Count the code: an empty list is one byte of a stream, and takes a hundred in memory."""
+
+    def load_counted(unpickler: Any) -> None:
+        unpickler.num_codes += 1
+        if unpickler.num_codes > _MOST_CODES:
+            raise pickle.UnpicklingError(f"it has more than {_MOST_CODES} codes")
         load(unpickler)
-        if any(isinstance(part, tuple) and any(isinstance(item, tuple) for item in part) for part in unpickler.stack[-1]):
-            raise pickle.UnpicklingError("it has tuples in tuples in tuples")
 
-    return load_tuple
+    return load_counted
 
 
-_REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.INST, pickle.OBJ)
-"""Codes that no checkpoint has. The first would allocate memory for any number that a stream has."""
-_Unpickler.dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
-_Unpickler.dispatch[pickle.BUILD[0]] = _load_build
-for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    _Unpickler.dispatch[_code[0]] = _flat(_Unpickler.dispatch[_code[0]])
+def _refuse(_unpickler: Any) -> None:
+    raise pickle.UnpicklingError("it has a code that no checkpoint has")
+
+
+_CODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.NEWOBJ, pickle.REDUCE),
+    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT),
+    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+)
+"""The codes that checkpoints have, beside those of _OWN. Others make sets, whose members are hashed, or take memory for any number that a
+stream has."""
+_OWN = {pickle.BUILD: _load_build, pickle.SETITEM: _load_item, pickle.SETITEMS: _load_items, pickle.LONG1: _load_integer}
+_Unpickler.dispatch = {
+    **dict.fromkeys(range(256), _refuse),
+    **{code[0]: _counted(pickle._Unpickler.dispatch[code[0]]) for code in _CODES},
+    **{code[0]: _counted(load) for code, load in _OWN.items()},
+}
 
 
 class _Record:
     """A stand-in for one of torch's classes: attributes without behaviour."""
 
     def __setstate__(self, state: Any) -> None:
-        for name, value in state.items():
-            self.__dict__[str(name)] = value
+        if type(state) is not dict or len(state) > _MOST_ATTRIBUTES or any(type(name) is not str for name in state):
+            raise pickle.UnpicklingError("a record has other attributes than those of checkpoints")
+        self.__dict__.update(state)
 
 
 class _Index(_Record):
@@ -272,6 +343,8 @@ def _key(value: Any) -> str:
 
 
 def _size(values: Any) -> tuple[int, ...]:
+    if isinstance(values, (list, tuple)) and len(values) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has {len(values)} dimensions; those of checkpoints have at most {MOST_DIMENSIONS}")
     if not isinstance(values, (list, tuple)) or any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
         raise ValueError("a size is not a list of whole numbers")
     return tuple(values)

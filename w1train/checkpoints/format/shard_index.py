@@ -27,10 +27,11 @@ from w1train.runtime.names import is_plain_name, open_inside
 
 INDEX = "shards.json"
 MAXIMUM_BYTES = 1 << 28
-"""The most bytes of an index: a shard takes some 60 bytes (in old checkpoints 260), so that this is about four million shards."""
+"""The most bytes of an index: a shard takes some 60 bytes, so that this is about four million shards."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and sizes of a part of a tensor."""
-_VISITS_PER_BOX = 1000
+_VISITS_PER_BOX = 64
+"""The most visits of the search for overlapping boxes, per box. Layouts that are cut in two dimensions take fewer than four."""
 _VERSION = 1
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
@@ -173,6 +174,8 @@ def _tensor_from_json(key: str, tree: Any) -> StoredTensor:
 
 
 def _sizes(key: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, list) and len(value) > legacy_index.MOST_DIMENSIONS:
+        raise ValueError(f"{shorten(key)} has {len(value)} dimensions; tensors of checkpoints have at most {legacy_index.MOST_DIMENSIONS}")
     if not isinstance(value, list) or any(type(size) is not int or not 0 <= size < 1 << 62 for size in value):
         raise ValueError(f"{shorten(key)} has {shorten(value)} where whole numbers were expected")
     return tuple(value)
@@ -201,10 +204,11 @@ def read_index(directory: Path) -> ShardIndex:
     if not (directory / name).exists():
         raise DamagedCheckpointError(directory, [f"{INDEX} is missing"])
     try:
+        largest = MAXIMUM_BYTES if name == INDEX else legacy_index.LARGEST_METADATA
         with open_inside(directory, name) as file:
-            content = file.read(MAXIMUM_BYTES + 1)
-        if len(content) > MAXIMUM_BYTES:
-            raise ValueError(f"it has more than {MAXIMUM_BYTES} bytes")
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            raise ValueError(f"it has more than {largest} bytes")
         index = ShardIndex.from_json(parse_json(content)) if name == INDEX else _from_metadata(directory, content)
         index.require_whole()
         return index

@@ -25,7 +25,7 @@ def _constraints_rule(config: Config) -> Iterator[Problem]:
 def _values(annotation: Any, value: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield the key, the type and the value of every leaf; fields that the conversion left unset are left out."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         set_fields = {name: child for name in field_types(annotation) if (child := getattr(value, name, _UNSET)) is not _UNSET}
         yield from _values_of_fields(annotation, set_fields, key)
     elif cls := partial_class(annotation):

@@ -1,1 +1,1 @@
-"""Documents packed into samples of one length, and blends of datasets."""
+"""The packing of documents into samples of one length, and blends of datasets."""

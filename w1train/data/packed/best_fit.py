@@ -1,7 +1,7 @@
-"""Best-fit packing: documents into samples of one length, so that none is cut that would fit whole.
+"""Best-fit packing, which puts documents into samples of one length and cuts no document that fits into a sample.
 
-After Ding et al., "Fewer truncations improve language modeling" (arXiv 2404.10830): best-fit decreasing, the longest first, each
-into the sample whose free room it leaves the least of.
+The algorithm is best-fit decreasing, as in Ding et al., "Fewer truncations improve language modeling" (arXiv 2404.10830): the longest
+document comes first, and each goes into the sample in which it leaves the least room.
 
 Shapes: n = documents, p = pieces (a document, or a part of one that is longer than a sample).
 """
@@ -16,34 +16,35 @@ from numpy.typing import NDArray
 
 
 class PackedPieces(NamedTuple):
-    """The pieces in the order of their samples; in a sample, in random order."""
+    """The pieces, sorted by their samples; the pieces of a sample have a random order."""
 
     sample_of_piece: NDArray[np.int64]
-    """[p], nondecreasing from 0."""
+    """[p]: sample of each piece, nondecreasing from 0."""
     documents: NDArray[np.int64]
-    """[p]."""
+    """[p]: document of each piece."""
     ordinals: NDArray[np.int64]
-    """[p]: which part of its document a piece is, from 0; part k begins at its token k * sequence_length."""
+    """[p]: the part of its document that each piece is, counted from 0; part k begins at the document's token k * sequence_length."""
     lengths: NDArray[np.int64]
-    """[p], tokens."""
+    """[p]: number of tokens of each piece."""
     num_samples: int
 
     def waste(self, sequence_length: int) -> float:
-        """Share of the samples' room that is padding."""
+        """Return the share of all samples' positions that is padding."""
         return 1 - int(self.lengths.sum()) / (self.num_samples * sequence_length)
 
 
 def pack_best_fit(lengths: NDArray[np.integer], sequence_length: int, align: int = 1, seed: int = 0) -> PackedPieces:
-    """Pack documents of the lengths given, int [n]; those without tokens are left out.
+    """Pack documents with the given lengths, int [n]; documents without tokens are left out.
 
-    A longer document than ``sequence_length`` is split into parts of just that length and a rest, which is packed like a document.
-    Pieces of equal length are interchangeable; ``seed`` decides which goes where. Time is that of sorting the pieces.
+    A document that is longer than ``sequence_length`` is split into parts of exactly this length and a rest, which is packed like a
+    document. Pieces of equal length are interchangeable, and ``seed`` decides which of them goes into which sample. Packing takes about as
+    long as sorting the pieces.
 
     Args:
-        align: pieces begin at multiples of this inside their sample; must divide ``sequence_length``.
+        align: pieces begin at multiples of this number inside their sample; it must divide ``sequence_length``.
 
     Raises:
-        ValueError: if ``align`` does not divide ``sequence_length``, or there is no token at all.
+        ValueError: if ``align`` does not divide ``sequence_length``, or no document has a token.
     """
     if sequence_length < 1 or align < 1 or sequence_length % align:
         raise ValueError(f"align ({align}) must divide the sequence length ({sequence_length})")
@@ -54,14 +55,14 @@ def pack_best_fit(lengths: NDArray[np.integer], sequence_length: int, align: int
     sizes = -(-piece_lengths // align)  # in units of align
     by_size = np.lexsort((keys, -sizes))
     sample_of_piece, num_samples = _assign(sizes[by_size], sequence_length // align)
-    # The order in which pieces were dealt is by length; left so, every sample would begin with its longest document.
+    # The pieces were dealt by length. Without another order every sample would begin with its longest document.
     order = np.lexsort((keys[by_size], sample_of_piece))
     chosen = by_size[order]
     return PackedPieces(sample_of_piece[order], documents[chosen], ordinals[chosen], piece_lengths[chosen], num_samples)
 
 
 def _split(lengths: NDArray[np.int64], sequence_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Document, ordinal and length of every piece, [p] each."""
+    """Return the document, the ordinal and the length of every piece, [p] each."""
     counts = -(-lengths // sequence_length)
     documents = np.repeat(np.arange(len(lengths)), counts)
     ordinals = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -73,11 +74,11 @@ def _random_keys(num: int, seed: int) -> NDArray[np.uint64]:
 
 
 def _assign(sizes: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], int]:
-    """The sample of each piece, int64 [p], and how many there are. ``sizes`` descend.
+    """Return the sample of each piece, int64 [p], and the number of samples. ``sizes`` must descend.
 
-    All pieces of one size are dealt at once: the fullest samples that still take one are filled with as many as go in, then the next
-    fullest, and new samples last. What one piece after the other would do is the same, for a sample that has taken one is the
-    fullest of those that take another.
+    All pieces of one size are dealt at once: the fullest samples with room for such a piece take as many as they can, then the next
+    fullest samples, and at last new samples. Dealing the pieces one by one gives the same samples, because a sample that has taken a piece
+    is the fullest of those that have room for another.
     """
     sample_of_piece = np.empty(len(sizes), dtype=np.int64)
     num_samples = 0

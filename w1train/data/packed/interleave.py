@@ -1,4 +1,4 @@
-"""Which corpus each sample of a blend comes from: arithmetic on the sample's index, no random draw and no table."""
+"""The corpus of each sample of a blend, which is computed from the sample's index without random draws or tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True, slots=True)
 class _Fork:
-    """Two groups of corpora that share a stretch of samples."""
+    """Two groups of corpora that share some samples."""
 
     weight: int
     heavy: _Fork | str
@@ -19,27 +19,27 @@ class _Fork:
     heavy_weight: int
 
     def num_heavy(self, num: int) -> int:
-        """How many of the first ``num`` samples are the heavy side's: its share, rounded to the nearest."""
+        """Return how many of the first ``num`` samples go to the heavy side: its share, rounded to the nearest integer."""
         return (2 * num * self.heavy_weight + self.weight) // (2 * self.weight)
 
 
 class Interleave:
-    """Deals samples 0, 1, 2, ... to corpora in proportion to their weights.
+    """A rule that deals samples 0, 1, 2, ... to corpora in proportion to their weights.
 
-    The corpora are the leaves of a Huffman tree of their weights, and each fork deals what comes to it to its two sides, by rounding
-    the heavy side's share. After any number of samples a corpus has its exact share to within 1/2 (1 + w / W_1 + w / W_2 + ...),
-    W_k being the weights of its ancestors below the root: at most 1/2 for two corpora, and below 1.7 whatever the weights are, because in
-    such a tree the W_k grow as Fibonacci's numbers do. A random draw would be off by the square root of the number of samples.
+    The corpora are the leaves of a Huffman tree of their weights. Each fork deals its samples to its two sides, by rounding the heavy
+    side's share. After any number of samples, a corpus of weight w has its exact share to within 1/2 (1 + w / W_1 + w / W_2 + ...), where
+    W_k are the weights of its ancestors below the root. This bound is 1/2 for two corpora, and below 1.7 for any weights, because in a
+    Huffman tree the W_k grow like the Fibonacci numbers. Random draws would be off by the square root of the number of samples.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        """``weights`` by name; those of 0 get no sample, and at least one must be positive."""
+        """Accept the weights by name. A corpus of weight 0 gets no sample, and at least one weight must be positive."""
         self.names = [name for name, weight in weights.items() if weight > 0]
         assert self.names, weights
         self._root = _tree(_integers({name: weights[name] for name in self.names}))
 
     def locate(self, index: int) -> tuple[str, int]:
-        """The corpus of sample ``index``, and how many of its samples came before it."""
+        """Return the corpus of sample ``index``, and how many samples of this corpus precede it."""
         node = self._root
         while isinstance(node, _Fork):
             before = node.num_heavy(index)
@@ -50,7 +50,7 @@ class Interleave:
         return node, index
 
     def counts(self, num: int) -> dict[str, int]:
-        """How many of the first ``num`` samples come from each corpus."""
+        """Return how many of the first ``num`` samples come from each corpus."""
         found: dict[str, int] = {}
         pending: list[tuple[_Fork | str, int]] = [(self._root, num)]
         while pending:
@@ -64,14 +64,14 @@ class Interleave:
 
 
 def _integers(weights: Mapping[str, float]) -> dict[str, int]:
-    """The weights times one factor: as integers they are exact, and sums of them too."""
+    """Return the weights times a factor that makes them integers, so that they and their sums are exact."""
     fractions = {name: Fraction(weight) for name, weight in weights.items()}
     factor = math.lcm(*(fraction.denominator for fraction in fractions.values()))
     return {name: int(fraction * factor) for name, fraction in fractions.items()}
 
 
 def _tree(weights: Mapping[str, int]) -> _Fork | str:
-    """Huffman's; of equal weights the earlier ones are joined first."""
+    """Return the Huffman tree of the weights. Among equal weights the earlier ones are joined first."""
     heap: list[tuple[int, int, _Fork | str]] = [(weight, number, name) for number, (name, weight) in enumerate(weights.items())]
     heapq.heapify(heap)
     number = len(heap)

@@ -1,4 +1,4 @@
-"""Documents to samples of one length: a sample is arithmetic on its global index; there is no state to save.
+"""The samples of a dataset: documents become samples of one length. A sample follows from its global index, so there is no state to save.
 
 Shapes: k = pieces of a sample, l = sequence_length.
 """
@@ -12,33 +12,32 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from w1train.data.batch import Sample, padding_sample
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.order import Stream, permuted, random_words
 
 LongDocuments = Literal["restart", "continue"]
 EndOfDocument = Literal["keep", "drop"]
-Sample = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]
-"""tokens int64 [l] (0 on padding), document_ids int32 [l] (from 0 in each sample; -1 on padding), positions int32 [l] (0 on padding)."""
 
 
 class Pieces(NamedTuple):
-    """The stretches of documents that a sample is made of."""
+    """The parts of documents that a sample consists of."""
 
     starts: NDArray[np.int64]
-    """[k]: first token of each in PREFIX.bin."""
+    """[k]: first token of each piece in PREFIX.bin."""
     lengths: NDArray[np.int64]
-    """[k], tokens."""
+    """[k]: number of tokens of each piece."""
     offsets: NDArray[np.int64]
-    """[k]: where each begins inside its document."""
+    """[k]: where each piece begins inside its document."""
     places: NDArray[np.int64]
-    """[k]: where each begins inside the sample."""
+    """[k]: where each piece begins inside the sample."""
 
 
 class SampleSource(ABC):
-    """Samples of ``sequence_length`` tokens, numbered on over epochs, in an order that is a pure function of (seed, epoch).
+    """The samples of a dataset, of ``sequence_length`` tokens each, in an order that is a pure function of (seed, epoch).
 
-    Every document ends with its EOS, which belongs to it. A document that is cut counts as several: each piece has a document id of
-    its own, for what is in another sample cannot be seen.
+    The numbers of samples continue from epoch to epoch. Every document ends with its EOS, which belongs to it. A document that is cut
+    counts as several documents: each piece has a document id of its own, because no piece sees a piece that is in another sample.
     """
 
     def __init__(
@@ -55,15 +54,16 @@ class SampleSource(ABC):
     ) -> None:
         """
         Args:
-            shuffle: read the samples of every epoch in an order of its own; otherwise in the dataset's.
-            long_documents: positions of a piece that is not its document's beginning: "restart" at 0, as if the text began there, or
-                "continue" where the document was cut.
-            max_position: positions that go on stay below this, which a piece whose positions would not starts over for; None = no bound.
+            shuffle: read the samples of each epoch in another random order; otherwise in the order of the dataset.
+            long_documents: the positions of a piece that is not the beginning of its document "restart" at 0, as if the text began there,
+                or "continue" where the document was cut.
+            max_position: bound of the positions that continue; a piece whose positions would reach it starts at lower ones. None = no
+                bound.
             eos: "drop" leaves out the last token of every document.
 
         Raises:
             ValueError: if ``sequence_length``, ``seed`` or ``max_position`` is out of range.
-            DatasetError: if ``eos`` is "drop" and no manifest says that documents end with one.
+            DatasetError: if ``eos`` is "drop" and the dataset has no manifest, which alone ensures that documents end with EOS.
         """
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
@@ -72,7 +72,9 @@ class SampleSource(ABC):
         if max_position is not None and max_position < sequence_length:
             raise ValueError(f"max_position must be at least the sequence length {sequence_length}, not {max_position}")
         if eos == "drop" and dataset.manifest is None:
-            raise DatasetError(f"dataset {dataset.prefix} has no manifest: nothing says that its documents end with EOS, to be dropped")
+            raise DatasetError(
+                f"dataset {dataset.prefix} has no manifest, so data.eos=drop is not possible: its documents may not end with EOS"
+            )
         self.dataset = dataset
         self.sequence_length = sequence_length
         self.num_samples_per_epoch = num_samples_per_epoch
@@ -84,15 +86,15 @@ class SampleSource(ABC):
 
     @abstractmethod
     def _pieces(self, epoch: int, slot: int) -> Pieces:
-        """What sample ``slot`` of the packing is made of in an epoch."""
+        """Return the pieces of sample ``slot`` of the packing in an epoch."""
 
     def sample(self, global_index: int) -> Sample:
-        """The sample at an index that runs on over epochs: index // num_samples_per_epoch is the epoch.
+        """Return the sample at an index that continues over epochs: index // num_samples_per_epoch is the epoch.
 
-        Safe to call from several threads and processes; takes the same time wherever the index is.
+        Several threads and processes may call this method. It takes the same time for every index.
 
         Raises:
-            DatasetError: if a token is outside the vocabulary, or a file was truncated.
+            DatasetError: if a token is outside the vocabulary, or a file was truncated or is damaged.
             OSError: if a file cannot be read.
         """
         epoch, slot = divmod(global_index, self.num_samples_per_epoch)
@@ -102,27 +104,26 @@ class SampleSource(ABC):
 
     def _assemble(self, pieces: Pieces) -> Sample:
         starts, lengths, offsets, places = pieces
-        tokens = np.zeros(self.sequence_length, dtype=np.int64)
-        document_ids = np.full(self.sequence_length, -1, dtype=np.int32)
-        positions = np.zeros(self.sequence_length, dtype=np.int32)
-        if len(starts) == 0:  # the rest of an epoch was an EOS alone, which is left out
-            return tokens, document_ids, positions
+        sample = padding_sample(self.sequence_length)
+        if len(starts) == 0:  # the last sample of an epoch held only an EOS, which is left out
+            return sample
         numbers = np.arange(len(starts))
         ends = np.cumsum(lengths)
         where: slice | NDArray[np.int64] = slice(0, int(ends[-1]))
         indices = np.arange(int(ends[-1]))
-        if places[-1] != ends[-1] - lengths[-1]:  # gaps between the pieces
+        if places[-1] != ends[-1] - lengths[-1]:  # there are gaps between the pieces
             where = indices = indices + np.repeat(places - (ends - lengths), lengths)
-        # Neighbours in the file that are neighbours in the sample are read at once.
+        # Pieces that follow each other both in the file and in the sample are read at once.
         joined = (starts[1:] == starts[:-1] + lengths[:-1]) & (places[1:] == places[:-1] + lengths[:-1])
         firsts = np.flatnonzero(np.concatenate([[True], ~joined]))
         lasts = np.append(firsts[1:], len(starts)) - 1
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             start, stop, place = int(starts[first]), int(starts[last] + lengths[last]), int(places[first])
-            tokens[place : place + stop - start] = self.dataset.read(start, stop)
-        document_ids[where] = np.repeat(numbers, lengths)
-        positions[where] = indices - np.repeat(places - self._first_positions(offsets), lengths)
-        return tokens, document_ids, positions
+            sample["tokens"][place : place + stop - start] = self.dataset.read(start, stop)
+            sample["may_be_noised"][place : place + stop - start] = self.dataset.read_may_be_noised(start, stop)
+        sample["document_ids"][where] = np.repeat(numbers, lengths)
+        sample["positions"][where] = indices - np.repeat(places - self._first_positions(offsets), lengths)
+        return sample
 
     def _first_positions(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         if not self._continue:
@@ -131,10 +132,10 @@ class SampleSource(ABC):
 
 
 class PackedDataset(SampleSource):
-    """Concatenate-and-cut: the dataset as one ring of tokens, cut into samples of exactly ``sequence_length``.
+    """The samples of concatenate-and-cut packing: the dataset is a ring of tokens, cut into samples of exactly ``sequence_length``.
 
-    Each epoch cuts the ring from another document on, so that other documents fall on the cuts, and reads the samples in another
-    order. The last sample of an epoch is filled up with padding: every token is seen exactly once an epoch.
+    Each epoch starts to cut at another document, so that other documents are cut, and reads the samples in another order. Padding fills the
+    last sample of an epoch, and every token is read exactly once per epoch.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class PackedDataset(SampleSource):
         max_position: int | None = None,
         eos: EndOfDocument = "keep",
     ) -> None:
-        """Arguments and errors are those of ``SampleSource``."""
+        """Accept the arguments of ``SampleSource``, and raise its errors."""
         super().__init__(
             dataset,
             sequence_length,
@@ -173,19 +174,23 @@ class PackedDataset(SampleSource):
         lengths = ends - starts
         if self._drop_eos:
             lengths = lengths - is_end
-        kept = lengths > 0  # a foreign dataset may have documents without tokens, and a piece may be its EOS alone
+        kept = lengths > 0  # a document may have no tokens if other software wrote it, and a piece may consist of its EOS
         lengths = lengths[kept]
         return Pieces(starts[kept], lengths, offsets[kept], np.cumsum(lengths) - lengths)
 
     def _documents_between(self, begin: int, end: int) -> tuple[NDArray[np.int64], ...]:
-        """The parts of documents in tokens [begin, end) of PREFIX.bin: where each begins and ends, where it begins in its document, and
-        whether the document ends with it."""
+        """Return the parts of documents in the tokens [begin, end) of PREFIX.bin.
+
+        Returns:
+            For each part: where it begins and ends in PREFIX.bin, where it begins in its document, and whether it is the end of the
+            document.
+        """
         _, bounds = self.dataset.document_offsets.around(begin, end)
         starts, ends = np.maximum(bounds[:-1], begin), np.minimum(bounds[1:], end)
         return starts, ends, starts - bounds[:-1], (ends == bounds[1:]).astype(np.int64)
 
     def _ring_start(self, epoch: int) -> int:
-        """The token that the epoch's ring is cut at: a document's first, so that no document is cut for this."""
+        """Return the token at which the epoch starts to cut the ring: the first of a document, so that this cuts no document."""
         if not self._shuffle:
             return 0
         return self.dataset.document_offsets[_ring_document(self._seed, epoch, self.dataset.num_documents)] % self.dataset.num_tokens

@@ -1,14 +1,15 @@
-"""Best-fit packing, built once and kept beside the dataset: PREFIX.best_fit_L.pack, a small file that every rank reads from.
+"""The file of a best-fit packing, PREFIX.best_fit_L.pack: it is small, is built once in the dataset's directory, and every rank reads it.
 
-One line of JSON, filled up with blanks to 4,040 bytes, says what the file was made from; then come, little-endian:
+The file begins with a line of JSON, padded with blanks to 4,040 bytes, that says which dataset and options it was made from. Then follow,
+little-endian:
 
-    32 bytes                      SHA-256 of everything behind it
-    int64 [3]                     num_samples, num_pieces, and the bytes of a document's number
+    32 bytes                      SHA-256 of everything after it
+    int64 [3]                     num_samples, num_pieces, and the number of bytes of a document's number
     int64 [num_samples + 1]       first piece of each sample, and num_pieces
     uint32 or uint64 [num_pieces] document of each piece
-    uint32 [num_pieces]           which part of its document a piece is; part k begins at its token k * sequence_length
+    uint32 [num_pieces]           the part of its document that a piece is; part k begins at the document's token k * sequence_length
 
-The options are in the first line and decide whether a file is used; a file of other options is replaced.
+A run uses a file only if the first line has the run's dataset and options; it replaces a file of other options.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _HASH_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingOptions:
-    """What a packing depends on beside the dataset."""
+    """The options that a packing depends on, in addition to the dataset."""
 
     sequence_length: int
     align: int = 1
@@ -52,13 +53,13 @@ class PackingOptions:
 
 
 class PackingIndex:
-    """A packing's file, open for reading; a sample's pieces are read when asked for."""
+    """An open file of a packing. The pieces of a sample are read when they are asked for."""
 
     def __init__(self, path: Path) -> None:
         """Raises:
-        DatasetError: if the file has not the length that it says.
+        DatasetError: if the length of the file is not the one that the file states.
         """
-        self.path, self._file = path, path.open("rb", buffering=0)  # open as long as the packing is
+        self.path, self._file = path, path.open("rb", buffering=0)  # it stays open as long as this object
         self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_COUNTS_START, 24), dtype="<i8").tolist()
         if item_bytes not in (4, 8):
             raise self.damage(f"a document's number has {item_bytes} bytes")
@@ -72,11 +73,11 @@ class PackingIndex:
             raise self.damage(f"{found} bytes, expected {self.num_bytes}")
 
     def __reduce__(self) -> tuple[type[PackingIndex], tuple[Path]]:
-        """Another process opens the file again."""
+        """Let another process open the file again."""
         return PackingIndex, (self.path,)
 
     def pieces(self, sample: int) -> tuple[NDArray[np.integer], NDArray[np.uint32]]:
-        """Documents and ordinals of a sample's pieces."""
+        """Return the document of each piece of a sample, and the part of its document that the piece is."""
         first, end = np.frombuffer(self._read(_HEADER_BYTES + 8 * sample, 16), dtype="<i8").tolist()
         if not 0 <= first < end <= self._num_pieces:
             raise self.damage(f"sample {sample} has pieces {first} to {end} of {self._num_pieces}")
@@ -85,10 +86,10 @@ class PackingIndex:
         return documents, np.frombuffer(self._read(self._ordinals_start + 4 * first, 4 * num), dtype="<u4")
 
     def verify_hash(self) -> None:
-        """Read the file and compare its sha256 with the one that is in it: other pieces, as many, would train in silence.
+        """Read the file and compare its SHA-256 with the hash that it contains. A run would train on wrong pieces without an error.
 
         Raises:
-            DatasetError: if they differ.
+            DatasetError: if the hashes differ.
         """
         found = hashlib.sha256()
         for start in range(_COUNTS_START, self.num_bytes, _HASH_AT_ONCE):
@@ -98,22 +99,22 @@ class PackingIndex:
             raise self.damage(f"its sha256 is {found.hexdigest()}, it was written with {expected.hex()}")
 
     def damage(self, fault: str) -> DatasetError:
-        """The error of a file that is not what was written."""
-        return DatasetError(f"{self.path} is damaged: {fault}; remove it, and it is built again")
+        """Return the error of a damaged file."""
+        return DatasetError(f"{self.path} is damaged: {fault}; remove the file, and the next run builds it again")
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
         return read_exactly(self._file.fileno(), num_bytes, offset, str(self.path))
 
 
 def packing_path(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> Path:
-    """Beside the dataset, or in ``directory``."""
+    """Return the path of a packing's file, in ``directory`` or by default in the directory of the dataset."""
     prefix = Path(dataset.prefix)
     variant = "".join([f"_{options.sequence_length}", f"_align{options.align}" * (options.align > 1), "_no_eos" * (options.eos == "drop")])
     return (prefix.parent if directory is None else Path(directory)) / f"{prefix.name}.best_fit{variant}{PACKING_SUFFIX}"
 
 
-def packings_beside(prefix: str) -> list[Path]:
-    """The packings of this version that lie beside a dataset; others are built again before they are used."""
+def packings_of(prefix: str) -> list[Path]:
+    """Return the packings in a dataset's directory that have this version's format. Packings of other versions are never used."""
     path = Path(prefix)
     packings = sorted(path.parent.glob(f"{glob.escape(path.name)}.best_fit_*{PACKING_SUFFIX}"))
     return [packing for packing in packings if _is_of_this_version(packing)]
@@ -123,21 +124,26 @@ def verify_packing_file(path: Path) -> None:
     """Compare a packing's file with the hash in it.
 
     Raises:
-        DatasetError: if it is missing, damaged, or not of this version.
+        DatasetError: if the file is missing, damaged, or has another version's format.
     """
     if not path.exists():
         raise DatasetError(f"{path} does not exist")
     if not _is_of_this_version(path):
-        raise DatasetError(f"{path} is no packing of this version of w1train; the next run that needs it builds it again")
+        raise DatasetError(f"{path} is not a packing of this version of w1train; the next run that needs it builds it again")
     PackingIndex(path).verify_hash()
 
 
 def ensure_packing(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> Path:
-    """Build the packing unless the file is there and of this dataset and these options. Of several processes one builds, the others wait.
+    """Build the packing unless its file exists and was made from this dataset and these options.
+
+    If several processes call this function, one of them builds the packing while the others wait.
+
+    Returns:
+        The path of the file.
 
     Raises:
         DatasetError: if the dataset cannot be packed.
-        OSError: if the file cannot be written; there is none under its name then.
+        OSError: if the file cannot be written; no incomplete file is left under its name.
     """
     path = packing_path(dataset, options, directory)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,10 +157,10 @@ def ensure_packing(dataset: TokenDataset, options: PackingOptions, directory: st
 
 
 def open_packing(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> PackingIndex:
-    """Map the packing.
+    """Open the file of a packing.
 
     Raises:
-        DatasetError: if it is missing, damaged, or of another dataset or other options.
+        DatasetError: if the file is missing or damaged, or was made from another dataset or other options.
     """
     path = packing_path(dataset, options, directory)
     found = _read_header(path)
@@ -166,8 +172,10 @@ def open_packing(dataset: TokenDataset, options: PackingOptions, directory: str 
 
 
 class BestFitDataset(SampleSource):
-    """Best-fit packing: no document is cut unless it is longer than a sample. The same documents share a sample in every epoch (they do
-    not see each other); the order of the samples is the epoch's own."""
+    """The samples of a best-fit packing, which cuts no document unless it is longer than a sample.
+
+    The same documents share a sample in every epoch, without seeing each other. The samples have another order in each epoch.
+    """
 
     def __init__(
         self,
@@ -180,8 +188,8 @@ class BestFitDataset(SampleSource):
         long_documents: LongDocuments = "restart",
         max_position: int | None = None,
     ) -> None:
-        """The packing must have been built (:func:`ensure_packing`). Arguments and errors are those of ``SampleSource`` and
-        :func:`open_packing`."""
+        """Open a packing that :func:`ensure_packing` has built. Accept the arguments of ``SampleSource`` and :func:`open_packing`, and
+        raise their errors."""
         self.index = open_packing(dataset, options, directory)
         self._options = options
         super().__init__(
@@ -225,7 +233,7 @@ def _build(dataset: TokenDataset, options: PackingOptions, path: Path, header: d
 
 
 def document_lengths(dataset: TokenDataset, eos: EndOfDocument) -> NDArray[np.int64]:
-    """Tokens of every document that are packed, int64 [num_documents]."""
+    """Return how many tokens of each document are packed, int64 [num_documents]."""
     return np.maximum(np.diff(dataset.document_offsets[:]) - (eos == "drop"), 0)
 
 
@@ -244,7 +252,7 @@ def _write(path: Path, header: dict[str, object], packed: PackedPieces, document
 
 
 def _header(dataset: TokenDataset, options: PackingOptions) -> dict[str, object]:
-    """What the packing was made from: the hash of the index, which has the lengths of all documents."""
+    """Return what the packing is made from: the options, and the hash of PREFIX.idx, which has the lengths of all documents."""
     return {"format_version": FORMAT_VERSION, "idx_sha256": _idx_sha256(dataset), **asdict(options)}
 
 
@@ -256,7 +264,7 @@ def _idx_sha256(dataset: TokenDataset) -> str:
 
 
 def _read_header(path: Path) -> dict[str, object] | None:
-    """None if there is no such file, or it is none of these."""
+    """Return the first line of a packing's file; None if the file does not exist or is not a packing."""
     try:
         with open(path, "rb") as file:
             content = file.read(_HEADER_BYTES)
@@ -264,7 +272,7 @@ def _read_header(path: Path) -> dict[str, object] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        logger.warning("%s is no packing of w1train's", path)
+        logger.warning("%s is not a packing that w1train wrote", path)
         return None
     return header if isinstance(header, dict) else None
 

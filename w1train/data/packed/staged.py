@@ -1,7 +1,7 @@
-"""The samples of a run in one global order, whose stages may mix corpora each in their own way.
+"""The samples of a run in one global order, in which each stage of the schedule may mix corpora with its own weights.
 
-A sample's place says all: which stretch it is in, by that which corpus it comes from and which sample of this it is. Nothing is
-counted while reading, so any rank, any worker and any resumed run finds the same sample at the same place.
+The index of a sample determines its stretch of the order, hence its corpus, and which of the corpus's samples it is. Nothing is counted
+while samples are read, so every rank, worker and resumed run finds the same sample at the same index.
 """
 
 from __future__ import annotations
@@ -12,59 +12,60 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from w1train.config.errors import UserError
+from w1train.data.batch import Sample
 from w1train.data.packed.interleave import Interleave
-from w1train.data.packed.packing import Sample, SampleSource
+from w1train.data.packed.packing import SampleSource
 
 
 class StageText(NamedTuple):
-    """What a stage of the schedule reads."""
+    """The part of the global order that a stage of the schedule reads."""
 
     first: int
-    """Its first sample in the run's global order."""
+    """First sample of the stage in the run's global order."""
     weights: Mapping[str, float]
-    """Shares of its samples by corpus."""
+    """Shares of the stage's samples, by corpus."""
     repeats: int = 1
-    """How often each sample comes in a row: 2 for the pairs of complementary masking."""
+    """How many times in a row each sample is read: 2 for the pairs of complementary masking, otherwise 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Consecutive samples of the global order that are dealt in one way."""
+    """Consecutive samples of the global order that are dealt to corpora by the same weights."""
 
     first: int
-    """Global index of the first of them."""
+    """Global index of the first sample."""
     weights: Mapping[str, float]
-    """Shares of the samples by corpus."""
+    """Shares of the samples, by corpus."""
     offsets: Mapping[str, int]
-    """Which of each corpus's samples comes first."""
+    """The first sample that is read of each corpus, by its number in the corpus."""
     repeats: int = 1
-    """How often each comes in a row."""
+    """How many times in a row each sample is read."""
     interleave: Interleave = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interleave", Interleave(self.weights))
 
     def texts(self, end: int) -> dict[str, int]:
-        """How many samples of each corpus are read up to global index ``end``, one that is read in part included."""
+        """Return how many samples of each corpus are read up to global index ``end``; a pair that ``end`` divides counts."""
         return self.interleave.counts(-(-max(end - self.first, 0) // self.repeats))
 
 
 class BlendError(UserError):
-    """A blend that its corpora cannot feed."""
+    """The error of a blend that reads a corpus more often than allowed."""
 
 
 def stretches(
     stages: Sequence[StageText], num_samples: int, limits: Mapping[str, int] | None = None, *, drop_exhausted: bool = False
 ) -> list[Stretch]:
-    """Lay the stages over their corpora: a corpus that is used again is read on.
+    """Divide the run into stretches. A stage continues to read a corpus where an earlier stage stopped.
 
     Args:
-        num_samples: of the run.
-        limits: samples that a corpus may give in all, for those that are limited.
-        drop_exhausted: a corpus that has given them is left out from there on, and the others fill its place.
+        num_samples: number of samples of the run.
+        limits: the most samples that may be read of a corpus in the whole run, for each corpus with a limit.
+        drop_exhausted: leave out a corpus from the sample on at which it reaches its limit, and let the others fill its place.
 
     Raises:
-        BlendError: if a corpus would have to give more (or, with ``drop_exhausted``, all corpora of a stage have given theirs).
+        BlendError: if a corpus would exceed its limit or, with ``drop_exhausted``, all corpora of a stage have reached theirs.
     """
     found: list[Stretch] = []
     used: dict[str, int] = {}
@@ -91,7 +92,10 @@ def stretches(
 
 
 def _first_exhausted(part: Stretch, end: int, limits: Mapping[str, int]) -> tuple[int, set[str]]:
-    """Where a stretch to ``end`` must stop because corpora have no sample left, and which they are; ``end`` and none if it need not."""
+    """Return where a stretch must stop because corpora have reached their limits, and the set of these corpora.
+
+    A stretch that can continue to ``end`` gives ``end`` and an empty set.
+    """
 
     def too_many(num_texts: int) -> set[str]:
         counts = part.interleave.counts(num_texts)
@@ -100,7 +104,7 @@ def _first_exhausted(part: Stretch, end: int, limits: Mapping[str, int]) -> tupl
     num_texts = -(-(end - part.first) // part.repeats)
     if not too_many(num_texts):
         return end, set()
-    # The first text that some corpus has not got.
+    # Find the first text that a corpus would have to give beyond its limit.
     low, high = 0, num_texts
     while high - low > 1:
         middle = (low + high) // 2
@@ -114,12 +118,12 @@ def _too_often(part: Stretch, end: int, limits: Mapping[str, int]) -> str:
         for name, count in part.texts(end).items()
         if part.offsets[name] + count > limits.get(name, part.offsets[name] + count)
     ]
-    advice = "lower its weight, raise its max_epochs, shorten the schedule, or set data.at_max_epochs=drop to go on without it"
+    advice = "lower its weight, raise its max_epochs, shorten the schedule, or set data.at_max_epochs=drop to continue without it"
     return "\n".join(["the schedule reads corpora more often than they may be read:", *lines, advice])
 
 
 class StagedSamples:
-    """The run's samples, whatever corpus each comes from."""
+    """The samples of the run, from all corpora."""
 
     def __init__(self, parts: Sequence[Stretch], sources: Mapping[str, SampleSource]) -> None:
         self.parts, self.sources = list(parts), dict(sources)
@@ -127,22 +131,22 @@ class StagedSamples:
         self._firsts = [part.first for part in self.parts]
 
     def part(self, global_index: int) -> Stretch:
-        """The stretch that a sample belongs to."""
+        """Return the stretch that a sample belongs to."""
         return self.parts[bisect_right(self._firsts, global_index) - 1]
 
     def locate(self, global_index: int) -> tuple[str, int]:
-        """The corpus that a sample comes from, and which of its samples it is."""
+        """Return the corpus of a sample, and the sample's number in the corpus."""
         part = self.part(global_index)
         name, number = part.interleave.locate((global_index - part.first) // part.repeats)
         return name, part.offsets[name] + number
 
     def sample(self, global_index: int) -> Sample:
-        """As ``SampleSource.sample``."""
+        """Return the sample at a global index; its errors are those of ``SampleSource.sample``."""
         name, index = self.locate(global_index)
         return self.sources[name].sample(index)
 
     def num_read(self, num_samples: int) -> dict[str, int]:
-        """Samples of each corpus among the first ``num_samples`` of the run; both of a pair count as one."""
+        """Return how many samples of each corpus are among the first ``num_samples`` samples of the run; a pair counts as one."""
         if num_samples == 0:
             return dict.fromkeys(self.sources, 0)
         last = self.parts.index(self.part(num_samples - 1))
@@ -153,10 +157,13 @@ class StagedSamples:
         return read
 
     def epochs(self, num_samples: int) -> dict[str, float]:
-        """Passes through each corpus after ``num_samples`` of the run."""
+        """Return the number of passes through each corpus after ``num_samples`` samples of the run."""
         return {name: count / self.sources[name].num_samples_per_epoch for name, count in self.num_read(num_samples).items()}
 
     def epoch(self, num_samples: int) -> float:
-        """Passes through the present corpus after ``num_samples`` of the run; of several, the one that was passed through most often."""
+        """Return the number of passes through the corpus that the last of ``num_samples`` samples belongs to.
+
+        In a blend it is the largest number among the corpora of the stretch.
+        """
         epochs = self.epochs(num_samples)
         return max(epochs[name] for name in self.part(max(num_samples - 1, 0)).interleave.names)

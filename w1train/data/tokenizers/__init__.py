@@ -1,1 +1,1 @@
-"""Tokenizers, and limits on what they make of a text."""
+"""Tokenizers, and limits on how much they may lengthen a text."""

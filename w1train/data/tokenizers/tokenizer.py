@@ -1,11 +1,11 @@
-"""The byte-level BPE tokenizer: a Hugging Face ``tokenizers`` file behind a small interface, and its training.
+"""The byte-level BPE tokenizer, a small interface to a Hugging Face ``tokenizers`` file, and its training.
 
-Layout of a vocabulary made here: special tokens first (``<pad>`` = 0, ``<eos>`` = 1, ``<bos>`` = 2, reserved ones, ``<mask>`` at
-a chosen id), then the 256 bytes, then the merges. A mask whose id is too high for that (LLaDA's 126336 of 126464) is alone at
-its id, among the merges. There is no normalisation, so any text comes back as it went in.
+A vocabulary that is trained here begins with the special tokens (``<pad>`` = 0, ``<eos>`` = 1, ``<bos>`` = 2, reserved tokens, and
+``<mask>`` at a chosen id). Then come the 256 bytes, and then the merges. A mask id that is too high for this layout (LLaDA's 126336 of
+126464) lies among the merges. The tokenizer does not normalise text, so decoding gives back exactly the text that was encoded.
 
-Merges stay inside pieces. By default every digit is a piece, and everything else is cut by the GPT-2 pattern: letters and symbols may
-carry one leading space, a run of white space is one piece but for its last character. :func:`train_tokenizer` has other rules.
+A merge joins no two pieces of the text. By default every digit is a piece, and the GPT-2 pattern cuts all other text: letters and symbols
+may have one leading space, and a run of white space without its last character is a piece. :func:`train_tokenizer` offers other rules.
 """
 
 from __future__ import annotations
@@ -35,36 +35,42 @@ PAD_TOKEN, EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<pad>", "<eos>", "<bos>", "<mask>
 MIN_NUM_SPECIAL_TOKENS = 16
 NUM_BYTES = 256
 MAX_VOCAB_SIZE = 2**24
-"""Dozens of times the largest vocabularies in use. The library takes memory for all ids before it has a text, and aborts without it."""
+"""The most ids, dozens of times as many as in the largest vocabularies in use. The library takes memory for all ids before it reads a text,
+and aborts if there is not enough."""
 
 LARGEST_TOKENIZER = 64 << 20
-"""The most bytes of a tokenizer.json; those of the largest vocabularies in use have half of it."""
+"""The most bytes of a tokenizer.json, twice as many as for the largest vocabularies in use."""
 LARGEST_GROWN = 1 << 32
-"""Characters that the steps of a tokenizer.json might make of one text; the library takes a hundred bytes for each that they do make."""
+"""The most characters that the steps of a tokenizer.json may make of one text. The library takes a hundred bytes of memory for each
+character."""
+LARGEST_DECODED = 1 << 28
+"""The most characters that the decoder of a tokenizer.json may make of the tokens of one call."""
+LONGEST_TOKEN = 1 << 16
+"""The most characters of a token. The longest tokens of the vocabularies in use have some hundred."""
 _PROBE = "Some text, 42 words.\n\tÜ \U0001f600"
 
 
 class TokenizerError(UserError):
-    """A tokenizer file that cannot be used, a vocabulary that cannot be built, or a text that has no tokens."""
+    """The error of a tokenizer file that cannot be used, a vocabulary that cannot be built, or a text that has no tokens."""
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """A tokenizer, which turns text into token ids and back.
 
-    Text is untrusted: ``<eos>`` or ``<mask>`` written in a document is encoded as the characters it is made of, never as the
-    special token.
+    Text is untrusted: if a document contains the characters ``<eos>`` or ``<mask>``, they are encoded as characters, never as the special
+    token.
     """
 
     def __init__(self, serialized: bytes, origin: str) -> None:
         """``serialized`` is the content of a tokenizer.json, ``origin`` its name in error messages."""
         self.serialized: bytes = serialized
-        """The file's content."""
+        """The content of the tokenizer.json."""
         self._origin = origin
-        self._backend, self._growth = _parse(serialized, origin)
+        self._backend, self._growth, self._decoded_growth = _parse(serialized, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
-        """sha256 of the file: two tokenizers are the same if and only if their files are."""
+        """SHA-256 of the file: two tokenizers are the same if and only if their files are."""
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        """Number of ids; the model's vocabulary may be larger, never smaller."""
+        """Number of ids. The model's vocabulary may be larger, but never smaller."""
         self.pad_token_id: int = self._special_token_id(PAD_TOKEN)
         self.eos_token_id: int = self._special_token_id(EOS_TOKEN)
         self.mask_token_id: int = self._special_token_id(MASK_TOKEN)
@@ -75,57 +81,59 @@ class Tokenizer:
         """Read a tokenizer.json.
 
         Raises:
-            TokenizerError: if there is no such file, or it is no tokenizer with the special tokens needed here.
+            TokenizerError: if the file does not exist, or is not a tokenizer with the special tokens that w1train needs.
         """
         return cls(read_tokenizer_file(Path(path)), origin=str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer.json, complete or not at all; its fingerprint is this object's."""
+        """Write the tokenizer.json, completely or not at all. The file has the fingerprint of this object."""
         write_bytes(path, self.serialized)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS.
+        """Return the token ids of a text, without EOS.
 
         Raises:
-            TokenizerError: it is not Unicode, or too long for what the tokenizer makes of it.
+            TokenizerError: if the text is not Unicode, or too long for the growth that the tokenizer's steps allow.
         """
         self._require_room([text])
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            # An argument whose bytes are not UTF-8 comes with these.
+            # Python puts lone surrogates into a command-line argument that is not UTF-8.
             raise TokenizerError(f"{text[:80]!r} is not Unicode: character {error.start} is a lone surrogate") from error
         with _panics_of(self._origin):
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, computed on all cores.
+        """Return the token ids of each text, computed on all cores.
 
         Raises:
-            TokenizerError: a text is too long for what the tokenizer makes of it.
+            TokenizerError: if a text is too long for the growth that the tokenizer's steps allow.
         """
         self._require_room(texts)
         with _panics_of(self._origin):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of the ids; special tokens are shown by name (``<mask>``) or left out, broken UTF-8 as U+FFFD.
+        """Return the text of the ids. Special tokens appear by their names (``<mask>``) or are left out; broken UTF-8 appears as U+FFFD.
 
         Raises:
-            TokenizerError: if an id is outside the vocabulary.
+            TokenizerError: an id is outside the vocabulary, or the text may become too long.
         """
         ids = [int(token_id) for token_id in ids]
         outside = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         if outside is not None:
-            # The library would leave such ids out in silence.
+            # The library would leave such ids out without an error.
             raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
+        self._require_room_for_tokens(ids)
         with _panics_of(self._origin):
             return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def num_bytes_by_token(self) -> NDArray[np.int64] | None:
-        """UTF-8 bytes that each id stands for, int64 [number of ids]; 0 for special tokens and ids without a token.
+        """Return how many bytes of UTF-8 each id stands for, int64 [number of ids]; None if the tokenizer is not a byte-level tokenizer.
 
-        Exact, since every character of a byte-level token is one byte of the text; None if this is no byte-level tokenizer.
+        The numbers are exact, since every character of a byte-level token is one byte of the text. Special tokens, and ids without a token,
+        have 0 bytes.
         """
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
@@ -148,13 +156,24 @@ class Tokenizer:
                 f"at most {LARGEST_GROWN} are supported; cut the text"
             )
 
+    def _require_room_for_tokens(self, ids: Sequence[int]) -> None:
+        """Raise TokenizerError where the decoder might make more characters of the tokens than memory has."""
+        if len(ids) * LONGEST_TOKEN * self._decoded_growth <= LARGEST_DECODED:
+            return
+        num_characters = sum(len(self._backend.id_to_token(token_id) or "") for token_id in ids)
+        if num_characters * self._decoded_growth > LARGEST_DECODED:
+            raise TokenizerError(
+                f"{len(ids)} tokens of {num_characters} characters are too many: the decoder of tokenizer {self._origin} may make "
+                f"{self._decoded_growth} characters of each, and at most {LARGEST_DECODED} are supported"
+            )
+
     def _try(self) -> None:
-        """Encode a short text: some models lack a token, and some steps have a parameter, with which they fail at the first text only."""
+        """Encode a short text, because the library finds some missing tokens and wrong parameters only when it encodes a text."""
         try:
             self.decode(self.encode(_PROBE))
         except TokenizerError:
             raise
-        except Exception as error:  # the library raises bare Exception for every fault of the file
+        except Exception as error:  # the library raises a bare Exception for each fault of the file
             raise TokenizerError(f"tokenizer {self._origin} cannot encode a text: {error}") from error
 
     def _special_token_id(self, token: str) -> int:
@@ -165,10 +184,10 @@ class Tokenizer:
 
 
 def read_tokenizer_file(path: Path) -> bytes:
-    """The content of a tokenizer.json, not parsed yet.
+    """Return the content of a tokenizer.json without parsing it.
 
     Raises:
-        TokenizerError: the file cannot be read, or is too large.
+        TokenizerError: if the file cannot be read, or is too large.
     """
     try:
         return read_bounded(path, LARGEST_TOKENIZER)
@@ -179,62 +198,64 @@ def read_tokenizer_file(path: Path) -> bytes:
 
 
 def parse_tokenizer_json(serialized: bytes, origin: str) -> dict[str, Any]:
-    """The object that a tokenizer.json holds, with its vocabulary and added tokens checked; the library would take memory for any id.
+    """Return the object in a tokenizer.json, and check its vocabulary and added tokens, because the library takes memory for any id.
 
     Raises:
-        TokenizerError: it is not JSON or nested too deeply, has no model, or an id is no number below MAX_VOCAB_SIZE.
+        TokenizerError: if the text is not JSON or nested too deeply, has no model, or has an id that is not a number below MAX_VOCAB_SIZE.
     """
     try:
         content = parse_json(serialized)
     except ValueError as error:
         raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise TokenizerError(f"{origin} is not a tokenizer.json: it is no JSON object with a model in it")
+        raise TokenizerError(f"{origin} is not a tokenizer.json: it is not a JSON object with a model in it")
     vocabulary, added = content["model"].get("vocab"), content.get("added_tokens") or []
     if not isinstance(vocabulary, dict | list):
         raise TokenizerError(f"{origin} is not a tokenizer.json: its model has no vocabulary")
-    # A Unigram model has a list, in which a token's place is its id.
+    # The vocabulary of a Unigram model is a list, in which the place of a token is its id.
     ids = {**vocabulary} if isinstance(vocabulary, dict) else {"the last token of the vocabulary": len(vocabulary)}
     if not isinstance(added, list) or not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
-        raise TokenizerError(f"{origin} is not a tokenizer.json: added_tokens is no list of tokens with a content")
+        raise TokenizerError(f"{origin} is not a tokenizer.json: added_tokens is not a list of tokens with a content")
     for token, number in chain(ids.items(), ((token["content"], token.get("id")) for token in added)):
         if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:
             raise TokenizerError(
                 f"{origin}: the id of {shorten(token)} is {shorten(number)}; ids are numbers from 0 to {MAX_VOCAB_SIZE - 1}"
             )
+        if len(token) > LONGEST_TOKEN:
+            raise TokenizerError(f"{origin}: the token {shorten(token)} has {len(token)} characters; at most {LONGEST_TOKEN} are supported")
     return content
 
 
 @contextlib.contextmanager
 def _panics_of(origin: str) -> Iterator[None]:
-    """Report a panic of the Rust library, which Python does not count among its exceptions, as what it is: a fault of the file."""
+    """Raise TokenizerError for a panic of the Rust library, which is a fault of the file but, for Python, not an Exception."""
     try:
         yield
     except BaseException as error:
-        # The class is made anew by each extension module, and none gives it a name to import.
+        # Each extension module makes this class anew, and no module exports it.
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"tokenizer {origin} cannot be used: {error}") from error
 
 
-def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int]:
-    """The library's tokenizer, and how many characters its steps may make of one."""
+def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int, int]:
+    """Return the library's tokenizer, and how many characters its steps may make of one when they encode and when they decode."""
     content = parse_tokenizer_json(serialized, origin)
     try:
-        growth = largest_growth(content)
+        encoding, decoding = largest_growth(content)
     except ValueError as error:
         raise TokenizerError(f"tokenizer {origin}: {error}") from error
     with _panics_of(origin):
         try:
-            # Not the file's own text: of a key that is there twice, the library may take the other value than the one that was checked.
+            # The library does not get the file's own text: if a key occurs twice there, it may take the value that was not checked.
             backend = BackendTokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the library raises bare Exception for every fault of the file
+        except Exception as error:  # the library raises a bare Exception for each fault of the file
             raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
         backend.encode_special_tokens = True
-        # A file saved by other software may carry these; they would cut or pad documents in silence.
+        # A file of other software may ask for truncation or padding, which would change documents without an error.
         backend.no_truncation()
         backend.no_padding()
-    return backend, growth
+    return backend, encoding, decoding
 
 
 def train_tokenizer(
@@ -244,23 +265,27 @@ def train_tokenizer(
     digits: Literal["single", "triples", "runs"] = "single",
     whitespace: Literal["runs", "lines"] = "runs",
 ) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; the same texts in the same order give the same file.
+    """Train a byte-level BPE tokenizer. The same texts in the same order give the same file.
 
     Args:
-        digits: pieces of a number: each digit, up to three from the left (Llama 3), or all of it with a leading space (GPT-2).
-        whitespace: "runs" = white space is one piece but for its last character (GPT-2); "lines" = the same, but line breaks end
-            a piece, with the white space before them, so that no token joins a line's end and the next one's indentation.
+        digits: pieces of a number: each digit, up to three digits from the left (Llama 3), or the whole number with a leading space
+            (GPT-2).
+        whitespace: "runs" = a run of white space without its last character is a piece (GPT-2); "lines" = the same, but a line break ends
+            a piece, which includes the white space before it, so that no token joins the end of a line with the next line's indentation.
 
-    The result has exactly ``vocab_size`` ids if the texts hold enough pairs seen at least twice, fewer (said in the log)
-    otherwise; a model's vocabulary may still be ``vocab_size``.
+    Returns:
+        A tokenizer with exactly ``vocab_size`` ids if enough pairs occur at least twice in the texts, otherwise with fewer ids, which the
+        log says. A model's vocabulary may still be ``vocab_size``.
 
     Raises:
-        TokenizerError: if the special tokens and the bytes do not fit in ``vocab_size``, that is above ``MAX_VOCAB_SIZE``,
-            ``mask_token_id`` is taken by another special token or too high for the corpus, or there is no text.
+        TokenizerError: if the special tokens and the bytes do not fit into ``vocab_size``, ``vocab_size`` is above ``MAX_VOCAB_SIZE``,
+            ``mask_token_id`` belongs to another special token or is too high for the corpus, or there is no text.
     """
     for name, number, limit in (("vocab_size", vocab_size, MAX_VOCAB_SIZE), ("mask_token_id", mask_token_id, MAX_VOCAB_SIZE - 1)):
         if number > limit:
-            raise TokenizerError(f"{name} {number} is too large: at most {limit}, for memory is taken for all ids at once")
+            raise TokenizerError(
+                f"{name} {number} is too large: at most {limit} is allowed, because the library takes memory for all ids at once"
+            )
     special_tokens = special_token_names(mask_token_id)
     mask_is_apart = MIN_NUM_SPECIAL_TOKENS + NUM_BYTES <= mask_token_id < vocab_size < len(special_tokens) + NUM_BYTES
     if mask_is_apart:
@@ -297,7 +322,7 @@ def train_tokenizer(
 
 
 def _pre_tokenizer(digits: str, whitespace: str) -> pre_tokenizers.PreTokenizer:
-    """What cuts text into the pieces that merges stay inside of."""
+    """Return the step that cuts text into the pieces that no merge joins."""
     if (digits, whitespace) == ("single", "runs"):
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
@@ -318,15 +343,15 @@ def _pre_tokenizer(digits: str, whitespace: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _insert_mask(serialized: str, mask_token_id: int) -> str:
-    """A tokenizer.json in which the ids from ``mask_token_id`` on have moved up by one, to make place for the mask.
+    """Return a tokenizer.json in which the mask has ``mask_token_id``, and the ids from there on are one higher than before.
 
-    The library gives a new token the next free id, whatever one asks for; merges name tokens, not ids, and stay as they are.
+    The library cannot do this, because it gives a new token the next free id. Merges name tokens, not ids, and do not change.
     """
     record = json.loads(serialized)
     vocabulary = record["model"]["vocab"]
     if len(vocabulary) < mask_token_id:
         raise TokenizerError(
-            f"mask_token_id {mask_token_id} cannot be had: the corpus gave only {len(vocabulary)} token ids to come before it; take more "
+            f"mask_token_id {mask_token_id} is too high: the corpus gave only {len(vocabulary)} token ids before it. Use more "
             "text, or a mask among the first ids (--mask-token-id 14, and diffusion.mask_token_id=14 in training)"
         )
     moved = [(token, token_id + (token_id >= mask_token_id)) for token, token_id in vocabulary.items()]
@@ -336,7 +361,7 @@ def _insert_mask(serialized: str, mask_token_id: int) -> str:
 
 
 def special_token_names(mask_token_id: int) -> list[str]:
-    """Names of the special tokens by id: at least 16, and up to the mask."""
+    """Return the names of the special tokens by id: at least 16 names, up to the mask."""
     fixed = [PAD_TOKEN, EOS_TOKEN, BOS_TOKEN]
     if mask_token_id < len(fixed):
         raise TokenizerError(f"mask_token_id must be at least {len(fixed)}, not {mask_token_id}: ids below are {', '.join(fixed)}")

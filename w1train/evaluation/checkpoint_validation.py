@@ -1,4 +1,4 @@
-"""Validation of a run's checkpoints on this process: the samples, noise and timesteps of training's own."""
+"""Validation of a run's checkpoints on this process, with the samples, noise and timesteps of validation during training."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ from w1train.training.validation import validate
 
 
 def open_validation(model: InferenceModel, prefix: str | None = None) -> ValidationData:
-    """The run's validation set, or another.
+    """Open the run's validation set, or another one.
 
     Raises:
-        UserError: there is none, it is damaged or does not fit the model, or it is in object storage and named by the run alone.
+        UserError: the run has no validation set; the set is damaged or does not fit the model; it is in object storage, and only the
+            run's configuration names it.
     """
     require_own(model.config.data, prefix)
     data = model.config.data if prefix is None else replace(model.config.data, validation=prefix, validation_sets={})
-    try:
-        return ValidationData(replace(model.config, data=data), current_ranks(model.device))
-    except UserError:
-        raise
-    except ValueError as error:
-        # Its refusal of a mask token is a plain ValueError.
-        raise UserError(str(error)) from error
+    return ValidationData(replace(model.config, data=data), current_ranks(model.device))
 
 
 def require_own(data: DataConfig, prefix: str | None) -> None:
-    """Raise UserError unless there is a validation set, which is local or, as ``prefix``, the user's own word."""
+    """Raise UserError unless there is a validation set that is local, or one in object storage that the user named as ``prefix``."""
     if prefix is not None:
         require_password(prefix)
         return
@@ -46,10 +41,10 @@ def require_own(data: DataConfig, prefix: str | None) -> None:
 
 
 def validate_checkpoint(model: InferenceModel, data: ValidationData, path: Path | None = None) -> dict[str, Any]:
-    """elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy, loss_by_t, as training's validation has them.
+    """Return elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy and loss_by_t, as validation during training does.
 
     Args:
-        path: a checkpoint whose weights the model gets first; None = those it has.
+        path: a checkpoint whose weights are loaded into the model first; None = the model keeps its weights.
 
     Raises:
         CheckpointError: the checkpoint is damaged.

@@ -1,4 +1,4 @@
-"""Documents from raw input: what is text, what is left out, and why."""
+"""The reader that makes documents of a corpus's units, and decides what is left out and why."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from data_tools.corpus_files import CorpusError, Limits, document_fault, split_text_fault
 from data_tools.decompress import ContentReader, damage
-from data_tools.files import CorpusError, Limits, document_fault, split_text_fault
-from data_tools.tables import rows_of
+from data_tools.table_rows import rows_of
 from data_tools.units import Unit
 
 __all__ = ["BLANK_LINES", "CorpusError", "Counts", "Document", "Rules"]
@@ -28,26 +28,26 @@ class Document:
 
     text: str
     origin: str
-    """FILE, FILE:LINE in JSONL, FILE:ROW in a table (both from 1), with #PIECE after it if the text was split."""
+    """FILE, or FILE:LINE in JSONL, or FILE:ROW in a table (both count from 1), followed by #PIECE if the text was split."""
     num_bytes: int
     """Length in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What documents are made of."""
+    """The rules that make documents of a corpus."""
 
     text_field: str = "text"
-    """Key or column that holds the text; a.b is b inside of a, unless there is a key "a.b"."""
+    """The key or column that holds the text. a.b is b inside of a, unless there is a key "a.b"."""
     split_on: str | None = None
-    """ "blank-lines" = texts are cut at blank lines, which are dropped; otherwise a regular expression (multi-line mode): a new
-    document begins at each match."""
+    """How to cut texts: "blank-lines" = at blank lines, which are dropped; otherwise a regular expression (multi-line mode), at each match
+    of which a new document begins."""
     filters: tuple[tuple[str, str], ...] = ()
-    """(field, regular expression): only records are taken in which each is found."""
+    """(field, regular expression): a record is taken only if each field matches its expression somewhere."""
     min_bytes: int = 0
     """Shorter documents are left out (UTF-8, after splitting)."""
     max_bytes: int | None = None
-    """Longer ones too."""
+    """Longer documents are left out; None = no limit."""
     on_error: Literal["fail", "skip"] = "fail"
     """The answer to input that is not text or is over a limit: stop, or leave it out, counted and logged."""
     limits: Limits = field(default_factory=Limits)
@@ -55,66 +55,70 @@ class Rules:
 
     @property
     def file_limit(self) -> int:
-        """Return the most bytes of a text file. A file that is split is held whole while its pieces, which are the documents, are taken one
-        by one."""
+        """Return the most bytes of a text file. A file that is split is in memory as a whole, while its pieces, the documents, are
+        processed one by one."""
         return self.limits.document if self.split_on is None else self.limits.row_group
 
 
 @dataclass(slots=True)
 class Counts:
-    """Of a part of a corpus, or of all of it."""
+    """The counts of a corpus or of a part of it."""
 
     num_documents: int = 0
     num_empty: int = 0
-    """Documents of white space alone, left out."""
+    """Documents that were left out because they consist of white space."""
     num_bad: int = 0
-    """Files, lines and rows that are not text, left out."""
+    """Files, lines and rows that were left out because they are not text."""
     num_too_large: int = 0
-    """Files, lines and rows over a limit, left out; of a row group over its limit, each row."""
+    """Files, lines and rows that were left out because they are over a limit; every row of a row group over its limit counts."""
     num_filtered: int = 0
-    """Records and documents that the filters and the bounds on the length left out."""
+    """Records and documents that were left out by a filter or a bound on the length."""
     num_duplicates: int = 0
-    """Documents that had been there before, left out."""
+    """Documents that were left out because their text had occurred before."""
 
     def add(self, other: Counts) -> None:
-        """Count another part, too."""
+        """Add the counts of another part."""
         for name in (counter.name for counter in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(slots=True)
 class UnitText:
-    """What a unit holds."""
+    """The documents of a unit, and the counts and messages about what was left out."""
 
     documents: list[Document] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     messages: list[str] = field(default_factory=list)
-    """Messages that say what is wrong with the first things that are left out; a row group is one thing."""
+    """Messages about the first faults for which input was left out. A row group has one message."""
     num_faults: int = 0
-    """The number of messages that there would be if all were kept."""
+    """The number of faults, also of those without a message."""
     num_bytes_decoded: int = 0
-    """The bytes of the unit's part of the files, decompressed; for the progress."""
+    """The number of decompressed bytes in the unit's part of the files, for the progress."""
     error: str | None = None
-    """With ``on_error`` "fail": the first bad record, at which reading stopped."""
+    """The message about the first bad record, at which reading stopped; only with ``on_error`` "fail"."""
 
 
 class _BadRecordError(Exception):
-    """Ends the reading of a unit."""
+    """The exception that ends the reading of a unit."""
 
 
 class UnitReader:
-    """From units to documents, by some rules; each process has its own."""
+    """A reader of the documents in units. Each process has its own reader."""
 
     def __init__(self, rules: Rules) -> None:
         """Raises:
-        CorpusError: if ``split_on`` or a filter is no regular expression.
+        CorpusError: if ``split_on`` or a filter is not a regular expression.
         """
         self._rules = rules
         self._split_text = splitter(rules.split_on)
         self._filters = [(name, _compile(pattern, f"cannot filter {name} by")) for name, pattern in rules.filters]
 
     def read(self, unit: Unit) -> UnitText:
-        """The unit's documents, in order. Files that cannot be opened or read raise OSError."""
+        """Return the documents of a unit, in order.
+
+        Raises:
+            OSError: if a file cannot be opened or read.
+        """
         result = UnitText(num_bytes_decoded=len(unit.content) + unit.num_bytes_passed)
         try:
             if unit.fault:
@@ -147,8 +151,10 @@ class UnitReader:
         return fault(num_bytes, self._rules.file_limit)
 
     def _content(self, path: str) -> tuple[bytes, int | None]:
-        """(the content of a file, its length without a byte order mark): no more is read than shows that the file is over the limit, and
-        then its length is None where the file does not say it."""
+        """Return the content of a file, and its length without a byte order mark.
+
+        Reading stops when the file exceeds the limit. The length is then None if the file is compressed.
+        """
         most = self._rules.file_limit + len(codecs.BOM_UTF8)
         content = bytearray()
         with ContentReader(path) as stream:
@@ -197,7 +203,7 @@ class UnitReader:
             raise CorpusError(f"no {kind} with a string {name!r}{found}")
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # "\ud800" is JSON, but no character
+        except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but not a character
             raise CorpusError(f"character {error.start} of {name!r} is a lone surrogate") from error
         if all(pattern.search(_as_text(look_up(record, name))) for name, pattern in self._filters):
             self._add(result, text, origin)
@@ -205,7 +211,7 @@ class UnitReader:
             result.counts.num_filtered += 1
 
     def _add(self, result: UnitText, text: str, origin: str) -> None:
-        """A document or its pieces, without those that are empty or too short or long."""
+        """Add a document or its pieces, and count those that are left out because they are empty, too short or too long."""
         texts = self._split_text(text)
         for i, piece in enumerate(texts):
             num_bytes = len(piece.encode("utf-8"))
@@ -220,7 +226,7 @@ class UnitReader:
                 result.documents.append(Document(piece, f"{origin}#{i}" if len(texts) > 1 else origin, num_bytes))
 
     def _reject(self, result: UnitText, message: str, num_too_large: int = 0) -> None:
-        """Count what is left out, a bad record unless so many are over a limit."""
+        """Count input that is left out: a bad record, or ``num_too_large`` records over a limit."""
         if self._rules.on_error == "fail":
             raise _BadRecordError(f"{message} {SKIP_HINT}")
         result.counts.num_too_large += num_too_large
@@ -231,7 +237,7 @@ class UnitReader:
 
 
 def look_up(record: object, name: str) -> Any:
-    """The value of a field; of a nested one if there is none of the whole name. None if there is neither."""
+    """Return the value of the field with this name, or else of the nested field; None if there is neither."""
     if isinstance(record, dict) and name in record:
         return record[name]
     for part in name.split("."):
@@ -242,7 +248,7 @@ def look_up(record: object, name: str) -> Any:
 
 
 def _as_text(value: object) -> str:
-    """A field's value as a filter sees it: text as it is, nothing as nothing, all else as JSON writes it."""
+    """Return a field's value as the text that filters match: a missing value as empty text, a value other than text as JSON."""
     if value is None:
         return ""
     if isinstance(value, bytes):
@@ -258,7 +264,7 @@ def _parse(line: str) -> object:
 
 
 def splitter(split_on: str | None) -> Callable[[str], list[str]]:
-    """Cuts a text into documents.
+    """Return a function that cuts a text into documents.
 
     Raises:
         CorpusError: if ``split_on`` is neither "blank-lines" nor a regular expression.
@@ -284,10 +290,13 @@ def _compile(pattern: str, purpose: str, fault: str = "not") -> re.Pattern[str]:
 
 
 def decode(content: bytes, offset: int = 0) -> str:
-    """UTF-8 to text; ``offset`` is where the bytes start in their file, at whose start a byte order mark is dropped.
+    """Decode UTF-8. A byte order mark at the start of a file is dropped.
+
+    Args:
+        offset: where the bytes begin in their file.
 
     Raises:
-        CorpusError: naming the byte that is not UTF-8.
+        CorpusError: if a byte is not UTF-8; the message names its place.
     """
     if offset == 0 and content.startswith(codecs.BOM_UTF8):
         content, offset = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
@@ -298,7 +307,7 @@ def decode(content: bytes, offset: int = 0) -> str:
 
 
 def split_lines(content: bytes) -> Iterator[bytes]:
-    """Lines with their ends; only a line feed ends one (bytes.splitlines also takes carriage returns, which JSONL may hold)."""
+    """Yield lines with their line feeds. bytes.splitlines would also split at carriage returns, which may occur in JSONL."""
     start = 0
     while start < len(content):
         stop = content.find(b"\n", start) + 1 or len(content)

@@ -1,29 +1,21 @@
-"""What the commands share: the options that name a corpus, and how they end on a user's mistake."""
+"""The options that commands share: those that describe a corpus, and the types of paths and sizes."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
-from collections.abc import Callable
 
 from data_tools.corpus import TextCorpus
-from data_tools.files import KINDS, Limits
-from data_tools.progress import setup_logging
-from data_tools.text import BLANK_LINES, CorpusError, Rules
-from data_tools.workers import WorkerError
-from w1train.config.errors import UserError
-from w1train.runtime.command import describe_error
-
-logger = logging.getLogger(__name__)
+from data_tools.corpus_files import KINDS, Limits
+from data_tools.unit_reader import BLANK_LINES, CorpusError, Rules
 
 _EMPTY = "the path is empty (an unset variable?)"
 _NO_NAMES = ("", os.curdir, os.pardir)
 
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:
-    """Options that :func:`corpus_from` reads."""
+    """Add the options that :func:`corpus_from` reads."""
     group = parser.add_argument_group("corpus")
     _add_file_options(group)
     _add_document_options(group)
@@ -38,9 +30,9 @@ def _add_file_options(group: argparse._ArgumentGroup) -> None:
         action="extend",
         required=True,
         metavar="PATH",
-        help="text files (one document each), .jsonl/.ndjson (one document a line), .parquet or .arrow files (one document a row), all but "
-        "the last two also as .gz or .zst; directories of them, searched recursively in sorted order, hidden entries left out; or "
-        "datasets that Hugging Face's save_to_disk wrote",
+        help="text files (one document each), .jsonl or .ndjson files (one document per line), .parquet or .arrow files (one "
+        "document per row); text and JSONL also compressed as .gz or .zst; directories of such files, searched recursively in sorted order "
+        "without hidden entries; or datasets that Hugging Face's save_to_disk wrote",
     )
     group.add_argument(
         "--extensions",
@@ -48,9 +40,9 @@ def _add_file_options(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar=".EXT",
-        help="take only such files from directories (default: all)",
+        help="take only files with these endings from directories (default: all)",
     )
-    group.add_argument("--format", choices=KINDS, help="what all files hold (default: as their names say, text if they do not)")
+    group.add_argument("--format", choices=KINDS, help="what all files hold (default: what their names tell, otherwise text)")
 
 
 def _add_document_options(group: argparse._ArgumentGroup) -> None:
@@ -66,14 +58,15 @@ def _add_document_options(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar="FIELD=REGEX",
-        help="take only records in which the field matches the regular expression somewhere ('^en$' = wholly); all of them, if several",
+        help="take only records whose field matches the regular expression somewhere ('^en$' = as a whole); with several filters, only "
+        "records that match all of them",
     )
     group.add_argument("--min-bytes", type=int, default=0, metavar="N", help="leave out shorter documents (UTF-8; default: %(default)s)")
-    group.add_argument("--max-bytes", type=int, metavar="N", help="leave out longer documents (default: none)")
+    group.add_argument("--max-bytes", type=int, metavar="N", help="leave out longer documents (default: no limit)")
     group.add_argument(
         "--split-on",
         metavar="REGEX",
-        help=f"cut texts into documents: a new one begins at each match of the regular expression (multi-line mode; WikiText: "
+        help=f"cut texts into documents: a new document begins at each match of the regular expression (multi-line mode; WikiText: "
         f"'^ = [^=].* = $'); or '{BLANK_LINES}' = cut at blank lines and drop them (default: no cutting)",
     )
 
@@ -83,8 +76,8 @@ def _add_error_options(group: argparse._ArgumentGroup) -> None:
         "--on-error",
         choices=["fail", "skip"],
         default="fail",
-        help="files, lines or rows that are not UTF-8 text or JSON, or are over one of the next two limits: stop, or leave them out, "
-        "logged and counted (default: %(default)s)",
+        help="the answer to files, lines or rows that are not UTF-8 text or JSON, or are over one of the next two limits: stop, or leave "
+        "them out, log them and count them (default: %(default)s)",
     )
     group.add_argument(
         "--max-document-size",
@@ -105,37 +98,37 @@ def _add_error_options(group: argparse._ArgumentGroup) -> None:
 
 
 def size(text: str) -> int:
-    """The type of options that are a number of bytes, such as 500000, 64M or 2G."""
+    """Parse an option that is a number of bytes, such as 500000, 64M or 2G."""
     if not (found := re.fullmatch(r"([0-9]{1,15})([KMG]?)", text)) or not (number := int(found[1])):
         raise argparse.ArgumentTypeError(f"must be a whole number of bytes, at least 1, such as 500000, 64M or 2G, not {text[:80]!r}")
     return number << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
 
 
 def input_path(text: str) -> str:
-    """The type of options that name what is read. An unset variable of the shell is no path; Python would take it for the directory
-    that the command runs in."""
+    """Accept an option that names an input. An empty text, which an unset variable of the shell gives, is refused, because Python would
+    read the current directory."""
     if not text:
         raise argparse.ArgumentTypeError(_EMPTY)
     return text
 
 
 def output_file(text: str) -> str:
-    """The type of options that name the file to write: asked before the work is done, not after."""
+    """Accept an option that names the file to write. A wrong name is refused before the work, not after it."""
     if os.path.basename(text) in _NO_NAMES or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} names a directory: the name of a file is needed" if text else _EMPTY)
     return text
 
 
 def output_prefix(text: str) -> str:
-    """The type of options that name the dataset to write. PREFIX.bin of a directory would be a hidden file inside of it."""
+    """Accept an option that names the dataset to write. If PREFIX were a directory, PREFIX/.bin would be a hidden file inside of it."""
     if os.path.basename(text) in _NO_NAMES:
         example = os.path.join(os.path.dirname(text), "train")
-        raise argparse.ArgumentTypeError(f"{text!r} names a directory: a name behind it is needed, such as {example}" if text else _EMPTY)
+        raise argparse.ArgumentTypeError(f"{text!r} names a directory: add the name of a dataset, such as {example}" if text else _EMPTY)
     return text
 
 
 def corpus_from(options: argparse.Namespace) -> TextCorpus:
-    """The corpus that the options of :func:`add_corpus_options` describe."""
+    """Return the corpus that the options of :func:`add_corpus_options` describe."""
     if bad := [text for text in options.filter if not text.partition("=")[0] or "=" not in text]:
         raise CorpusError(f"--filter {bad[0]} is not FIELD=REGEX")
     rules = Rules(
@@ -148,17 +141,3 @@ def corpus_from(options: argparse.Namespace) -> TextCorpus:
         limits=Limits(options.max_document_size, options.max_row_group_size),
     )
     return TextCorpus(options.input, rules, extensions=options.extensions, kind=options.format)
-
-
-def run_command(command: Callable[[], None]) -> int:
-    """Exit status of a command: 0; 1 after logging what the user or the machine (a full disk, say) got wrong; 130 after Ctrl-C."""
-    setup_logging()
-    try:
-        command()
-    except (CorpusError, UserError, WorkerError, OSError) as error:
-        logger.error("%s", describe_error(error))
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return 130
-    return 0

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files in small pieces, as Arrow streams; pyarrow is needed only where this is used."""
+"""The rows of Parquet and Arrow files in small pieces, as Arrow streams. pyarrow is imported only when such a file is read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from data_tools.arrow_messages import Message, MessageError, footer_blocks, read_message
-from data_tools.files import CorpusError, Kind, Limits, document_fault
+from data_tools.corpus_files import CorpusError, Kind, Limits, document_fault
 from data_tools.parquet_pages import MAX_FOOTER_BYTES, PageError, decoded_size
-from data_tools.row_sizes import text_sizes
+from data_tools.row_sizes import Known, text_sizes
+from w1train.config.errors import first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,49 +22,49 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 1024
 _ROWS_MEASURED_AT_ONCE = 1 << 16
 _DOCUMENTS_AT_ONCE = 4
-"""Rows of Parquet are decoded in batches that have at most about the size of so many of the largest documents allowed."""
+"""A batch of decoded Parquet rows has at most about the size of this number of the largest allowed documents."""
 _MAX_THRIFT_CONTAINER = 1_000_000
 
 
 class TableError(Exception):
-    """A file that is no table, is damaged, or lacks a column."""
+    """The error of a file that is not a table, is damaged, or lacks a column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a table, or the number of rows that are left out because they, or their row group, are over a limit."""
+    """Rows of a table, or the number of rows that are left out because they or their row group are over a limit."""
 
     first_row: int
-    """Rows before it in the file."""
+    """The number of rows that precede the piece in the file."""
     share: float
-    """The share of the file that is read after the rows."""
+    """The share of the file that has been read after these rows."""
     content: bytes = b""
     """The rows as an Arrow stream."""
     fault: str = ""
-    """The words that follow the file's name in the message about rows that are left out."""
+    """For rows that are left out, the part of the message that follows the file's name."""
     num_too_large: int = 0
-    """Rows left out."""
+    """The number of rows that are left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows as the file has them together."""
+    """Rows that are together in the file."""
 
     share: float
     num_rows: int
     batch: pyarrow.RecordBatch | None = None
-    """The decoded rows; None if they are not decoded."""
+    """The decoded rows; None if the rows are not decoded."""
     fault: str = ""
-    """The reason why rows are not decoded; empty for rows that are not wanted."""
+    """The reason why the rows are not decoded; empty for rows that are not needed."""
 
 
 def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, num_bytes: int, limits: Limits) -> Iterator[Piece]:
-    """The pieces of a file from a row on that is a piece's first; ``fields`` may be nested, a.b.
+    """Yield the pieces of a file from row ``first_row`` on, which must be the first row of a piece. ``fields`` may be nested, as in a.b.
 
-    A piece has about ``num_bytes`` of text, or one row that is longer.
+    A piece has about ``num_bytes`` bytes of text, or one longer row.
 
     Raises:
-        TableError: at what cannot be read.
+        TableError: at the place from which the file cannot be read.
         CorpusError: if pyarrow is not installed.
     """
     arrow = _pyarrow(path)
@@ -79,30 +80,34 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
                     yield from pieces.flush()
                     yield Piece(row, rows.share, b"", f": {rows.fault}", rows.num_rows)
                 row += rows.num_rows
-    # A damaged file may claim lengths that no memory has, and names that are no text.
+    # A damaged file may state lengths that exceed any memory, and names that are not text.
     except (arrow.ArrowException, OSError, EOFError, UnicodeDecodeError, MemoryError, PageError, MessageError) as error:
         yield from pieces.flush()
-        raise TableError(f"cannot be read after row {row}: {_first_line(error)}") from error
+        raise TableError(f"cannot be read after row {row}: {first_line(error)}") from error
     yield from pieces.flush()
 
 
 def rows_of(piece: bytes) -> Iterator[dict[str, Any] | str]:
-    """Rows as dictionaries, or what is wrong with one."""
+    """Yield the rows as dictionaries, or for a row that cannot be read a description of the fault."""
     import pyarrow
 
     for batch in pyarrow.ipc.open_stream(piece):
         try:
             yield from batch.to_pylist()
-        except (UnicodeDecodeError, ValueError, OverflowError):  # of one row among them; dates that Python has not, say
+        except (
+            UnicodeDecodeError,
+            ValueError,
+            OverflowError,
+        ):  # one of the rows cannot be read, for example because of a date that Python does not have
             for i in range(batch.num_rows):
                 try:
                     yield batch.slice(i, 1).to_pylist()[0]
                 except (UnicodeDecodeError, ValueError, OverflowError) as error:
-                    yield f"not readable: {_first_line(error)}"
+                    yield f"not readable: {first_line(error)}"
 
 
 class _Pieces:
-    """Cuts batches of rows into pieces, whatever the batches' sizes: a piece depends on nothing but its first row."""
+    """The pieces that batches of rows are cut into. A piece depends only on its first row, not on the sizes of the batches."""
 
     def __init__(self, num_bytes: int, max_cell_bytes: int) -> None:
         self._num_bytes = num_bytes
@@ -112,14 +117,20 @@ class _Pieces:
         self._share = 0.0
 
     def add(self, batch: pyarrow.RecordBatch, share: float, row: int, start: int) -> Iterator[Piece]:
-        """The pieces that are complete with a batch, whose first row is ``row`` of the file, from its row ``start`` on."""
-        for first in range(start, batch.num_rows, _ROWS_MEASURED_AT_ONCE):
-            yield from self._add(_checked(batch.slice(first, _ROWS_MEASURED_AT_ONCE)), share, row + first)
+        """Add the rows of a batch from its row ``start`` on, and yield the pieces that are now complete.
 
-    def _add(self, batch: pyarrow.RecordBatch, share: float, row: int) -> Iterator[Piece]:
-        sizes = np.stack([text_sizes(column) for column in batch.columns] or [np.zeros(batch.num_rows, dtype=np.int64)])
+        Args:
+            row: the number of the batch's first row in the file.
+        """
+        known: Known = {}
+        batch = _checked(batch)
+        for first in range(start, batch.num_rows, _ROWS_MEASURED_AT_ONCE):
+            yield from self._add(batch.slice(first, _ROWS_MEASURED_AT_ONCE), share, row + first, known)
+
+    def _add(self, batch: pyarrow.RecordBatch, share: float, row: int, known: Known) -> Iterator[Piece]:
+        sizes = np.stack([text_sizes(column, known) for column in batch.columns] or [np.zeros(batch.num_rows, dtype=np.int64)])
         largest = sizes.max(axis=0)
-        ends = np.cumsum(sizes.sum(axis=0) + 1)  # a row without text counts, too
+        ends = np.cumsum(sizes.sum(axis=0) + 1)  # a row without text counts as one byte
         too_large = np.append(np.flatnonzero(largest > self._max_cell_bytes), batch.num_rows)
         place = 0
         while place < batch.num_rows:
@@ -144,14 +155,14 @@ class _Pieces:
             place = stop
 
     def flush(self) -> Iterator[Piece]:
-        """The piece of the rows that are left, if there are any."""
+        """Yield a piece of the rows that are left, if there are any."""
         if self._size:
             yield Piece(self._first_row, self._share, self._stream.take())
         self._size = 0
 
 
 class _Stream:
-    """Batches as an Arrow stream: copies, so that a piece does not hold the large batches that it is cut from."""
+    """A writer of batches to an Arrow stream. It copies them, so that a piece does not keep the large batches that it was cut from."""
 
     def __init__(self) -> None:
         self._sink: pyarrow.BufferOutputStream | None = None
@@ -178,7 +189,7 @@ def _parquet_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits:
     from pyarrow import parquet
 
     _check_footer(file)
-    # The parts of a row group are read when they are needed: ahead of it, memory would hold all of the group.
+    # The parts of a row group are read when they are needed. Reading ahead would bring the whole group into memory.
     table = parquet.ParquetFile(
         file, pre_buffer=False, thrift_string_size_limit=MAX_FOOTER_BYTES, thrift_container_size_limit=_MAX_THRIFT_CONTAINER
     )
@@ -204,7 +215,7 @@ def _parquet_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits:
 def _within(
     batches: Iterator[pyarrow.RecordBatch], row: int, num_rows: int, shares: tuple[float, float], limits: Limits
 ) -> Iterator[_Rows]:
-    """The batches of a row group until they are over the limit: values may be many times as long as what they are encoded by."""
+    """Yield the batches of a row group until they exceed the limit. Decoded values may be many times as long as the encoded ones."""
     num_done = num_bytes = 0
     for batch in batches:
         num_bytes += batch.nbytes
@@ -223,12 +234,12 @@ def _group_fault(kind: str, row: int, num_rows: int, num_bytes: int | None, limi
 
 
 def _check_footer(file: BinaryIO) -> None:
-    """A footer is parsed as a whole, at many times its length in memory."""
+    """Refuse a footer over the limit, since parsing a footer takes many times its length in memory."""
     num_bytes = file.seek(0, 2)
     file.seek(max(0, num_bytes - 8))
     length = int.from_bytes(file.read(4), "little")
     file.seek(0)
-    if MAX_FOOTER_BYTES < length < num_bytes:  # a length over the file's is pyarrow's to refuse
+    if MAX_FOOTER_BYTES < length < num_bytes:  # pyarrow refuses a length that exceeds the file's
         raise TableError(f"has a footer of {length} bytes, over the limit of {MAX_FOOTER_BYTES}")
 
 
@@ -261,15 +272,17 @@ def _arrow_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits: L
 
 def _text_bytes(batch: pyarrow.RecordBatch) -> int:
     """Count the bytes of all texts of a batch, each as often as rows refer to it: a dictionary's entry and what views share, too."""
-    parts = (_checked(batch.slice(first, _ROWS_MEASURED_AT_ONCE)) for first in range(0, batch.num_rows, _ROWS_MEASURED_AT_ONCE))
-    return sum(int(text_sizes(column).sum()) for part in parts for column in part.columns)
+    batch = _checked(batch)
+    parts = (batch.slice(first, _ROWS_MEASURED_AT_ONCE) for first in range(0, batch.num_rows, _ROWS_MEASURED_AT_ONCE))
+    known: Known = {}
+    return sum(int(text_sizes(column, known).sum()) for part in parts for column in part.columns)
 
 
 type _Batches = Iterator[tuple[Message, Callable[[], pyarrow.RecordBatch]]]
 
 
 def _arrow_file(file: BinaryIO, num_bytes: int, limits: Limits) -> tuple[pyarrow.Schema, _Batches]:
-    """(the schema, each record batch's header with what reads the batch) of the file format."""
+    """Return, for the file format, the schema, and the header of each record batch with a function that reads the batch."""
     from pyarrow import ipc
 
     dictionaries, batches = footer_blocks(file, num_bytes)
@@ -280,7 +293,7 @@ def _arrow_file(file: BinaryIO, num_bytes: int, limits: Limits) -> tuple[pyarrow
 
 
 def _arrow_stream(file: BinaryIO, limits: Limits) -> tuple[pyarrow.Schema, _Batches]:
-    """The same of the stream format."""
+    """Return, for the stream format, the schema, and the header of each record batch with a function that reads the batch."""
     from pyarrow import ipc
 
     if (schema := read_message(file, 0)) is None:
@@ -309,7 +322,7 @@ def _read_part(reader: pyarrow.RecordBatchReader, parts: _Parts, start: int, sto
 
 
 class _Parts:
-    """A file of some parts of another, so that a stream's reader never sees the record batches that are left out."""
+    """A file that consists of parts of another file, so that the reader of a stream never sees record batches that are left out."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -321,7 +334,7 @@ class _Parts:
         self._parts.append((start, stop))
 
     def read(self, size: int) -> bytes:
-        """The next bytes; fewer only at the end of the last part."""
+        """Read the next bytes. Fewer than ``size`` are returned only at the end of the last part."""
         content = bytearray()
         while self._parts and len(content) < size:
             start, stop = self._parts.popleft()
@@ -339,7 +352,7 @@ class _Parts:
 
 def _record_batch(message: Message | None) -> Message:
     if message is None or not message.is_batch:
-        raise MessageError("a message is no record batch")
+        raise MessageError("a message is not a record batch")
     return message
 
 
@@ -351,7 +364,7 @@ def _check_dictionaries(messages: Sequence[Message | None], limits: Limits) -> N
 
 
 def _plain(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Give each value memory of its own: a dictionary, or what views refer to, would go with every piece. The batch is small already."""
+    """Give each value memory of its own. Otherwise every piece would contain the whole dictionary, or all the text that views refer to."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -368,7 +381,7 @@ def _plain(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def _as_bytes(column: pyarrow.Array) -> pyarrow.Array:
-    """Strings as bytes, so that one that is not UTF-8 is one bad row, not a bad batch."""
+    """Return strings as bytes, so that a string that is not UTF-8 makes one row bad, not the batch."""
     import pyarrow
 
     bytes_of = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
@@ -391,10 +404,6 @@ def _check_columns(schema: pyarrow.Schema, fields: Sequence[str]) -> None:
 
 def _column(schema: pyarrow.Schema, field: str) -> str:
     return field if field in schema.names else field.partition(".")[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _pyarrow(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""The files of a corpus: their names, the kind that each has by its name, and how large a part of a file may be."""
+"""The files of a corpus: how they are found, what their names say about their content, and how large their parts may be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS: tuple[Kind, ...] = ("text", "jsonl", "parquet", "arrow")
 _SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
-"""What Hugging Face's ``save_to_disk`` writes beside the .arrow files: of a dictionary of splits, of one dataset."""
+"""The files that Hugging Face's ``save_to_disk`` writes in addition to .arrow files: for a dictionary of splits, and for one dataset."""
 
 
 _MOST_NAMES = 5
@@ -27,17 +27,17 @@ _MOST_NAMES = 5
 
 
 class CorpusError(ValueError):
-    """A corpus that is missing, empty or not text."""
+    """The error of a corpus that is missing, empty or not text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on what must be in memory at once of a corpus, in bytes, decompressed."""
+    """The limits on how much of a corpus must be in memory at once, in decompressed bytes."""
 
     document: int = 32 << 20
-    """The most bytes of a document: a text file or a piece of one that is split, a line of JSONL or a cell of a table. The tokenizer
-    library needs about 130 times the length of a text in memory, which makes this default 4 GB for each worker; the longest books have a
-    third of it."""
+    """The most bytes of a document: of a text file or a piece of a split text file, a line of JSONL, or a cell of a table. The tokenizer
+    library takes about 130 bytes of memory for each byte of a text, so a document of the default size takes 4 GB in each worker. The
+    longest books have a third of the default size."""
     row_group: int = 2 << 30
     """The most bytes of a row group of Parquet or a record batch of Arrow, counting the columns that are read, or of a text file that is
     split. The default is what the 32-bit offsets of a column of strings reach."""
@@ -56,7 +56,7 @@ def split_text_fault(num_bytes: int | None, limit: int) -> str:
 
 
 def kind_of(path: str) -> Kind:
-    """By the name's ending, that of a compression left out; text if it says nothing else."""
+    """Return what a file holds by the ending of its name, without the ending of a compression; text for all other endings."""
     stem, suffix = os.path.splitext(path)
     if suffix in _COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
@@ -64,24 +64,24 @@ def kind_of(path: str) -> Kind:
 
 
 def compression_of(path: str) -> str | None:
-    """gzip or zstd, by the name's ending; None for a file that is not compressed."""
+    """Return "gzip" or "zstd" by the ending of a name; None for a file that is not compressed."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
 def broken_link(path: str | Path) -> str | None:
-    """What is wrong with a symbolic link that leads nowhere; None if the path is none."""
+    """Describe a broken symbolic link; return None if the path is not a broken link."""
     if os.path.islink(path) and not os.path.exists(path):
         return f"{path} is a symbolic link to {os.readlink(path)}, which is not there"
     return None
 
 
 def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
-    """A file itself; of a directory the files below it, and links that lead nowhere, sorted by path, hidden entries left out.
+    """Return the files that a path stands for: the file itself, or the files and broken links below the directory, sorted by path.
 
-    A directory that Hugging Face's ``save_to_disk`` wrote gives its .arrow files alone.
+    Hidden entries are left out. A directory that Hugging Face's ``save_to_disk`` wrote gives only its .arrow files.
 
     Raises:
-        CorpusError: if there is no such file or directory, or a dataset's split is not named.
+        CorpusError: if the path does not exist, or is a dataset with several splits.
     """
     if path.is_file():
         return [str(path)]
@@ -102,19 +102,19 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
             if name.startswith(".") or not name.endswith(tuple(extensions) or ""):
                 continue
             file = os.path.join(directory, name)
-            if broken_link(file) or S_ISREG(os.stat(file).st_mode):  # reading a pipe would wait for ever
+            if broken_link(file) or S_ISREG(os.stat(file).st_mode):  # a read from a pipe would never end
                 files.append(file)
             else:
                 num_irregular += 1
     if num_irregular:
-        logger.warning("left out %d entries of %s that are no regular files", num_irregular, path)
-    if links:  # followed, one to a directory above it would never end
+        logger.warning("left out %d entries of %s that are not regular files", num_irregular, path)
+    if links:  # they are not followed, since following a link to a directory above it would never end
         logger.warning("left out %d links to directories, such as %s: name them with --input to read them", len(links), min(links))
     return sorted(files, key=lambda file: file.split(os.sep))
 
 
 def _dataset_files(directory: Path) -> list[str]:
-    """The .arrow files of a saved Hugging Face dataset; others in the directory are remains, or say how rows were chosen."""
+    """Return the names of the .arrow files of a saved Hugging Face dataset. Other .arrow files there are remains, or record chosen rows."""
     try:
         state = read_json_object(directory / DATASET_STATE, "state of a Hugging Face dataset")
         names = [entry["filename"] for entry in state["_data_files"]]
@@ -122,7 +122,7 @@ def _dataset_files(directory: Path) -> list[str]:
     except FileContentError as error:
         raise CorpusError(str(error)) from error
     except (KeyError, TypeError) as error:
-        raise CorpusError(f"{directory / DATASET_STATE} is not what a Hugging Face dataset has there: {error!r}") from error
+        raise CorpusError(f"{directory / DATASET_STATE} is not the state of a Hugging Face dataset: {error!r}") from error
     if chosen:
         raise CorpusError(f"the dataset {directory} is a selection of its rows: save it again after flatten_indices()")
     if bad := [name for name in names if not isinstance(name, str) or "/" in name or not (directory / name).is_file()]:
@@ -131,5 +131,5 @@ def _dataset_files(directory: Path) -> list[str]:
 
 
 def _raise(error: OSError) -> None:
-    """A directory that cannot be listed is an error (os.walk would pass over it)."""
+    """Raise the error of a directory that cannot be listed, which os.walk would ignore."""
     raise error
