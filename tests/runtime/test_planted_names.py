@@ -185,7 +185,7 @@ def test_a_library_that_fails_leaves_what_was_there(tmp_path):
 
 ALLOWED = {
     "w1train/runtime/files.py": "the place that all others use",
-    "w1train/config/reference.py": "a file of this repository, named by who writes its documentation",
+    "w1train/config/schema_reference.py": "a file of this repository, named by who writes its documentation",
     "w1train/runtime/command.py": "/dev/null alone",
     "w1train/conversion/export.py": "in a directory that the same export has just made",
 }
