@@ -33,7 +33,7 @@ class _Frame(Protocol):
 
 
 class ContentReader:
-    """A reader of a file's content, which it decompresses if the name says so. Use it as a context manager.
+    """A reader of a file's content, which it decompresses if the name ends as those of compressed files do. Use it as a context manager.
 
     A file may have any number of gzip members or Zstandard frames, one after the other.
     """

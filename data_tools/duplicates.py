@@ -27,7 +27,7 @@ class _Run:
     def contains(self, items: NDArray[np.void]) -> NDArray[np.bool_]:
         """Return which items are among the hashes, bool [n].
 
-        The search goes by the first words of the hashes; the few entries that share a first word are compared one after the other.
+        The search compares the first words of the hashes; the few entries that share a first word are compared one after the other.
         """
         place = np.searchsorted(self.high, items["high"])
         found = np.zeros(len(items), dtype=bool)

@@ -3,7 +3,7 @@
 While a run writes, its files have partial names: PREFIX.bin.partial and PREFIX.idx.partial (PREFIX_00000..., in shards) and, for
 the first dataset only, PREFIX.progress.partial and PREFIX.hashes.partial. The record says how much of the files is on the disk, which
 documents these are, and which run they belong to. A resumed run cuts off what was written after the record. When all documents are
-written, a last record says so, and the datasets get their names; after a kill at this point the next run gives them their names again.
+written, a last record states this, and the datasets get their names; after a kill at this point the next run gives them their names again.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class Outputs:
                 output.add(unit.tokens[np.repeat(chosen, unit.lengths)], unit.lengths[chosen], unit.num_bytes[chosen])
 
     def is_record_due(self) -> bool:
-        """Return whether the last record is so old that another is due."""
+        """Return whether the last record is old enough for another record."""
         return time.monotonic() - self._last_record >= self._options.seconds_between_records
 
     def write_record(self, position: Position, is_complete: bool = False) -> None:
@@ -331,7 +331,7 @@ class Outputs:
 
 
 def _remove_old_shards(prefix: str, first: int) -> None:
-    """Remove the shards from number ``first`` on, which a replaced dataset had in addition to those of the new one."""
+    """Remove the shards from number ``first`` on, which a replaced dataset had in addition to those of the new dataset."""
     number = first
     while manifest_path(name := f"{prefix}_{number:05d}").exists():
         logger.info("removing %s, a shard of the dataset that is replaced", name)

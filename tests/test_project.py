@@ -23,8 +23,8 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_FOLDER_SHARE = 0.10
 
-# The rooms of w1train/, ground floor first: each may import from those above it in this list, and from itself.
-ROOMS = (
+# The packages of w1train/, lowest first: each may import from the packages before it in this list, and from itself.
+PACKAGES = (
     "config",
     "runtime",
     "data",
@@ -46,7 +46,7 @@ ROOMS = (
     "training",
     "evaluation",
 )
-LAYERS = {room: floor for floor, room in enumerate(ROOMS)}
+LAYERS = {package: layer for layer, package in enumerate(PACKAGES)}
 COMMANDS = max(LAYERS.values()) + 1
 BUILT_ON_THE_LIBRARY = ("data_tools", "launch", "recipes", "benchmarks", "tests")
 

@@ -2,7 +2,7 @@
 
 In block diffusion a clean token sees only clean tokens of its own and earlier blocks. The keys and values of a finished block are therefore
 final, and a noisy block needs nothing else of what precedes it. In masked diffusion every token sees every other: each token that is
-unmasked changes all keys, and none can be kept.
+unmasked changes all keys, and no key can be kept.
 
 Shapes: n = rows of a forward pass (padding of sequence parallelism included), b = samples, g = key/value heads of this rank,
 d = channels.

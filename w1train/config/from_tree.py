@@ -151,7 +151,7 @@ def _too_large(annotation: Any, value: Any) -> str:
     """Say that a number is too large to be converted exactly between integer and float, if this is the reason."""
     if {scalar_type(annotation), type(value)} != {int, float} or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return " (this one is too large)" if abs(value) > _LARGEST_EXACT_FLOAT else ""
+    return " (this number is too large)" if abs(value) > _LARGEST_EXACT_FLOAT else ""
 
 
 def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | None:

@@ -22,7 +22,7 @@ LARGEST_STATUS = 1 << 20
 DEEPEST = 64
 """Most levels of nested lists and objects. Known files have ten levels."""
 LONGEST_INTEGER = 40
-"""Most digits of an integer. Every integer of this length is a finite float; an integer of more than 308 digits may be none."""
+"""Most digits of an integer. Every integer of this length is a finite float; an integer of more than 308 digits may not be."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80

@@ -21,7 +21,7 @@ GLOBAL_HEADER = "# @package _global_"
 def packaged_directory() -> Path:
     """Return the directory of the ``recipes`` package, which is next to w1train in a checkout and in an installed wheel.
 
-    The package is not imported: where a command starts in a directory with another ``recipes``, Python would find that one first. Nor
+    The package is not imported: where a command starts in a directory with another ``recipes``, Python would find that package first. Nor
     does ``w1train.__file__`` serve, which is missing where a command starts next to the checkout that is installed.
     """
     directory = Path(__file__).resolve().parents[2] / "recipes"

@@ -46,7 +46,7 @@ class CheckpointConfig:
     from the newest checkpoint."""
     upload: Annotated[str, PathText(UPLOAD_URL)] | None = None
     """URL to which complete checkpoints are copied in the background, such as s3://bucket/runs/NAME; the rules for keeping checkpoints
-    apply to the copies too. A start without a good local checkpoint fetches the newest one from there."""
+    apply to the copies too. A start without a good local checkpoint fetches the newest copy from there."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -74,7 +74,7 @@ def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
         origin: the name of the file or directory, for messages.
 
     Raises:
-        UserError: the architecture is another one, or fields have values that this model cannot represent; all of them are named.
+        UserError: the architecture is unknown, or fields have values that this model cannot represent; all of them are named.
     """
     family = _family(config, origin)
     values = _Values(config)

@@ -76,7 +76,8 @@ class DocumentOffsets:
         """Return which documents the tokens [start, stop) belong to.
 
         Returns:
-            The number of the first of these documents, and an array of the first token of each of them followed by the end of the last one.
+            The number of the first of these documents, and an array of the first token of each of them followed by the end of the last
+            document.
         """
         itemsize = self._index.dtype.itemsize
         if self._landmarks is None:
@@ -158,7 +159,7 @@ class TokenDataset:
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
         """Check a dataset against its manifest, the run's tokenizer and the model's vocabulary, and open it.
 
-        A dataset without PREFIX.json, which other software such as Megatron-LM wrote, gets fewer checks, and the log says so.
+        A dataset without PREFIX.json, which other software such as Megatron-LM wrote, gets fewer checks, which the log mentions.
         This method does not compare hashes, because every rank calls it and a comparison reads every byte. A run calls
         :meth:`verify_hashes` on one rank.
 
@@ -322,7 +323,7 @@ def _check_size(path: Path, expected: int, source: Path) -> None:
     found = file_size(path)
     if found != expected:
         fault = "truncated" if found < expected else "longer than it was written"
-        raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} ({source.name} says so)")
+        raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} (from {source.name})")
 
 
 def _check_counts(prefix: str, manifest: DatasetManifest, index: Index, offsets: DocumentOffsets) -> None:

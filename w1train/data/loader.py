@@ -54,7 +54,8 @@ class BatchLoader:
         """
         Args:
             num_workers: number of threads or processes that prepare micro-batches; 0 = the caller's thread prepares them.
-            prefetch: number of micro-batches that are ready or in preparation while the caller uses another one; unused without workers.
+            prefetch: number of micro-batches that are ready or in preparation while the caller uses another micro-batch; unused without
+                workers.
             read_timeout: seconds to wait for a micro-batch before the caller gets an error; unused without workers.
 
         Raises:

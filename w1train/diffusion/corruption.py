@@ -65,10 +65,10 @@ class NoisyBatch:
     sample_indices: Tensor = field(metadata=_PER_SAMPLE)
     """int64 [b]."""
     annealed: float = 1.0
-    """How far the attention mask is on its way from causal to the whole document."""
+    """The progress of the attention mask from causal (0) to the whole document (1)."""
 
     def names(self, per: Extent) -> list[str]:
-        """Return the names of the tensors that have one value per token, segment or sample. Tensors that are None are left out."""
+        """Return the names of the tensors that have one value per token, segment or sample. A tensor that is None has no name here."""
         return [entry.name for entry in fields(self) if entry.metadata.get("per") == per and getattr(self, entry.name) is not None]
 
     def at(self, positions: Tensor) -> NoisyBatch:

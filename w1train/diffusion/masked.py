@@ -14,7 +14,7 @@ from w1train.diffusion.process import NoiseProcess
 
 @dataclass(frozen=True, slots=True)
 class MaskedProcess(NoiseProcess):
-    """All noise is on the mask token, and a token that is not masked is the text's own."""
+    """Masked diffusion: all noise is on the mask token, and a token that is not masked is the text's own."""
 
     mask_token_id: int
     name: ClassVar[str] = "masked diffusion"

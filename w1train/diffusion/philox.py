@@ -32,7 +32,8 @@ _NUM_ROUNDS = 10
 _HIGH = 1 if sys.byteorder == "little" else 0
 """Index of the upper one of the two 32-bit halves of a 64-bit word."""
 _COUNTERS_AT_ONCE = 16384
-"""Counters that are computed together. NumPy keeps 80 bytes for each of them meanwhile; with many more they leave a core's cache."""
+"""Counters that are computed together. NumPy keeps 80 bytes for each of them during the computation; with many more they
+leave a core's cache."""
 
 
 class Purpose(IntEnum):
@@ -110,7 +111,7 @@ def philox_4x32_numpy(counter: Sequence[NDArray[np.uint32]], key: tuple[int, int
         np.bitwise_xor(halves[..., _HIGH], added[::-1], out=multiplied)
         np.bitwise_xor(multiplied, round_key, out=multiplied)
         added = halves[..., 1 - _HIGH]
-        product, next_product = next_product, product  # the next round reads what this one has added
+        product, next_product = next_product, product  # the next round reads what this round has added
     words = np.empty((*shape, 4), np.int64)
     words[..., 0], words[..., 1], words[..., 2], words[..., 3] = multiplied[0], added[0], multiplied[1], added[1]
     return words

@@ -172,7 +172,8 @@ class NoiseProcess(ABC):
         return (kept[:, None] * stays + jump[:, None]) * before / now[:, None]
 
     def corrupt(self, batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> Corruption:
-        """Noise each token that may be noised with the noising probability at its segment's t, and take a loss of the noised tokens."""
+        """Apply noise to each token that may be noised, with the noising probability at its segment's t. The noised tokens have
+        a loss."""
         segments, segment_timesteps = draw.segment_timesteps(batch, config)
         timesteps = _at_tokens(segment_timesteps, segments)
         words = draw.words(self.words_per_token * batch.tokens.shape[1]).unflatten(1, (self.words_per_token, -1))

@@ -38,7 +38,7 @@ _DEFAULT_COUNT = 5
 
 @dataclass(frozen=True, slots=True)
 class AverageRequest:
-    """What to average. Where a field is None, the run's configuration decides."""
+    """A request for an average. Where a field is None, the run's configuration decides."""
 
     run: Path
     top_k: int | None

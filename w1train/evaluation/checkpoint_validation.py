@@ -17,7 +17,7 @@ from w1train.training.validation import validate
 
 
 def open_validation(model: InferenceModel, prefix: str | None = None) -> ValidationData:
-    """Open the run's validation set, or another one.
+    """Open the run's validation set, or the set under ``prefix``.
 
     Raises:
         UserError: the run has no validation set; the set is damaged or does not fit the model; it is in object storage, and only the

@@ -33,7 +33,7 @@ from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import at_stage
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.engine.building import build_stage
-from w1train.engine.schedule import run_schedule
+from w1train.engine.pipeline import run_schedule
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams
@@ -202,7 +202,7 @@ class BlockPredictor:
         return output
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
-        """Return logits of the block after the finished ones, float32 [b, n, v], from its tokens, int64 [b, n], and t, float32 [b]."""
+        """Return logits of the block after the finished blocks, float32 [b, n, v], from its tokens, int64 [b, n], and t, float32 [b]."""
         assert tokens.shape[1] <= self._block_size, "tokens of two blocks do not see each other as in one"
         outputs = self._pass(tokens, timesteps, self._noisy, num_logits=tokens.shape[1])
         return self._predictor.at_targets(tokens, outputs, self._cache.num_tokens, self._last_output)

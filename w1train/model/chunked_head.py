@@ -27,7 +27,7 @@ from w1train.model.row_terms import RowStatistics, RowTerm, Vocabulary
 
 @dataclass(slots=True, frozen=True)
 class Head:
-    """How the head is split and computed."""
+    """The split of the head over ranks and chunks, and the implementation that computes it."""
 
     vocabulary: Vocabulary
     chunk_size: int

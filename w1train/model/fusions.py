@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """Which fused kernels are on."""
+    """The fused kernels that are on."""
 
     rope: bool
     swiglu: bool

@@ -4,7 +4,7 @@
     h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
 
 The six vectors are computed from the segment's condition (adaLN-Zero, arXiv 2212.09748, section 3.2; W1 uses it). A model without
-conditioning (LLaDA) has none of them: both lines are then a norm, a block and a residual.
+conditioning (LLaDA) does not have these vectors: both lines are then a norm, a block and a residual.
 
 Shapes: s = tokens of this rank, b = samples, h = hidden size, g = segments, c = condition size, d = channels of a head.
 """
@@ -35,7 +35,7 @@ from w1train.model.norm import ModulatedRMSNorm, RMSNorm
 
 @dataclass(slots=True)
 class LayerInputs:
-    """What all layers of a micro-batch share besides the hidden states.
+    """The inputs that all layers of a micro-batch share besides the hidden states.
 
     It is passed in megatron-core's ``packed_seq_params`` argument, the only argument besides tensors that TransformerBlock passes on to
     its layers under every kind of recomputation.

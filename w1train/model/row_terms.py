@@ -36,7 +36,7 @@ class Vocabulary:
 
 @dataclass(slots=True, frozen=True)
 class RowStatistics:
-    """What a term needs of k rows besides their logits: float32, over the vocabulary of all ranks."""
+    """Numbers that a term needs of k rows besides their logits: float32, over the vocabulary of all ranks."""
 
     largest: Tensor
     """[k]: largest logit."""
@@ -94,7 +94,7 @@ class CrossEntropy(RowTerm):
     """-log p(target) in nats, [m]."""
 
     targets: Tensor
-    """int64 [m]: ids in the whole vocabulary, none of them the excluded token."""
+    """int64 [m]: ids in the whole vocabulary without the excluded token."""
 
     @property
     def chosen_ids(self) -> Tensor:

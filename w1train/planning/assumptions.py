@@ -1,4 +1,4 @@
-"""Assumptions about devices, networks and kernels. This project has measured none of the numbers: each has its source next to it, and
+"""Assumptions about devices, networks and kernels. This project has not measured these numbers: each has its source next to it, and
 ``--assume NAME=VALUE`` replaces it."""
 
 from __future__ import annotations

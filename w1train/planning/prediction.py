@@ -123,7 +123,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """Everything that all stages share."""
+    """Settings that all stages share."""
 
     config: Config
     layout: Layout

@@ -60,7 +60,7 @@ class JsonLinesSink(Sink):
         self._files.close()
 
     def _warn_of_missing_records(self) -> None:
-        """A resume writes the steps after its checkpoint, not those before it."""
+        """Warn of steps before the checkpoint that have no record: a resume writes the records of later steps alone."""
         path, step = self._run.directory.metrics, self._run.step
         recorded = recorded_steps(path, kind="train")
         missing = [number for number in range(1, step + 1) if number not in recorded]
@@ -75,7 +75,7 @@ class JsonLinesSink(Sink):
             )
 
     def _warn_of_a_clock_that_was_set_back(self) -> None:
-        """Times within a start follow each other, whatever is done to the clock; those of two starts may not."""
+        """Warn if this start begins before the newest event. Only the times of one start are sure to follow each other."""
         newest = (self._events.newest() or {}).get("time")
         # Somebody else may have written the file.
         behind = newest - SteadyTimeOfDay()() if isinstance(newest, int | float) and math.isfinite(newest) else 0.0

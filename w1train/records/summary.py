@@ -40,7 +40,7 @@ def tokens_per_second(steps: Sequence[Mapping[str, Any]], sequence_length: int) 
 
 
 def validation_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the validation of step 0 (None if its record is lost) and the newest one; None for a run without validation."""
+    """Return the validation of step 0 (None if its record is lost) and the newest validation; None for a run without validation."""
     names = ("step", "elbo", "elbo_bits_per_byte", "masked_cross_entropy")
     scored = [{name: record[name] for name in names} for record in records]
     return {"start": scored[0] if scored[0]["step"] == 0 else None, "end": scored[-1]} if scored else None

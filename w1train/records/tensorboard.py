@@ -20,7 +20,7 @@ _FILES = "events.out.tfevents."
 
 
 class TensorBoardSink(Sink):
-    """Writes records and samples as event files. Each start writes a file of its own."""
+    """The sink that writes records and samples as event files. Each start writes a file of its own."""
 
     def __init__(self, run: RecordedRun) -> None:
         """Raise UserError if the package is missing: the user would miss the files only at the end of the run."""

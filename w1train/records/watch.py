@@ -1,4 +1,4 @@
-"""A run's records, on their way to all sinks. Active on rank 0 only."""
+"""A run's records, which go to all sinks. Only rank 0 has sinks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Watch:
     """A context manager that hands records to the sinks. On ranks other than 0 it drops them."""
 
     def __init__(self, run: RecordedRun, ranks: Ranks, progress: Progress) -> None:
-        """``progress`` is the run's, and changes with it. Raise UserError if a package that a sink needs is missing."""
+        """Make the sinks. ``progress`` is the run's, and changes with it. Raise UserError if a package that a sink needs is missing."""
         self._run, self._ranks, self.progress = run, ranks, progress
         wanted = [sink(run) for sink in SINKS if sink.is_wanted(run.config.logging)]
         self._sinks = wanted if ranks.is_main else []
@@ -47,7 +47,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Close the sinks, the last one first."""
+        """Close the sinks in the reverse order."""
         self._started.__exit__(kind, error, traceback)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:

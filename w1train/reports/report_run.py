@@ -34,7 +34,7 @@ class Run:
     """The mapping in config.yaml, whose keys and values are not checked; None if there is no such file."""
     events: list[Record] = field(default_factory=list)
     other: Run | None = None
-    """The run whose validation is drawn beside this one's."""
+    """The run whose validation is drawn beside this run's."""
 
     @property
     def last_step(self) -> int:

@@ -38,7 +38,7 @@ def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     """Write ``run_dir/report.html``, and return its path. A torn last line of metrics.jsonl is left out: training may be writing it.
 
     Args:
-        other: a run whose validation is drawn beside this one's.
+        other: a run whose validation is drawn beside the run's.
 
     Raises:
         FileNotFoundError: a directory has no metrics.jsonl.

@@ -58,7 +58,7 @@ class BlockPredict(Protocol):
         """Keep the next finished blocks, int64 [b, n]."""
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
-        """Return logits [b, w, v] of the block after the finished ones, from its tokens, int64 [b, w], and t, float32 [b]."""
+        """Return logits [b, w, v] of the block after the finished blocks, from its tokens, int64 [b, w], and t, float32 [b]."""
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep some of the rows, int64 [new b]; the others have ended."""
@@ -135,7 +135,7 @@ def generate(
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
         config: all fields but interval and prompts are used, num_steps only without a threshold.
         device: where the model takes its tokens.
-        vocab_size: ids from this one on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
+        vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
             None = every id of the model but the mask token may be generated.
         on_step: called after every step of every batch.
 

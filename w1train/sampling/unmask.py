@@ -22,7 +22,7 @@ class Unmasking:
         """
         Args:
             rows: the place of each row's prompt, which seeds its random numbers.
-            vocab_size: ids from this one on are never chosen; None = every id but the mask token may be.
+            vocab_size: ids from this number on are never chosen; None = every id but the mask token may be.
         """
         self._config, self._mask_token_id, self._vocab_size = config, mask_token_id, vocab_size
         self._generators = [_row_generator(config.seed, row, torch.device(device)) for row in rows]
@@ -109,7 +109,7 @@ def above_threshold(confidence: Tensor, threshold: float) -> Tensor:
 
 
 def highest(order: Tensor, num: int) -> Tensor:
-    """Return which are the ``num`` highest of each row of [b, n], bool [b, n]. Of equal numbers the first ones count."""
+    """Return which are the ``num`` highest of each row of [b, n], bool [b, n]. Of equal numbers the first count."""
     # The sort is stable, because topk may order equal numbers differently on another device or in another batch size.
     places = order.sort(dim=1, descending=True, stable=True).indices[:, :num]
     return torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, places, True)

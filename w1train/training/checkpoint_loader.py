@@ -66,7 +66,7 @@ class CheckpointLoader:
         self._num_rewinds += 1
         times = f"{self._num_rewinds} of {health.max_rewinds} times"
         logger.warning("%s. Going back to the checkpoint of step %d (%s)", error, step, times)
-        # A damaged one that is later would count among the newest, and good ones be removed for it.
+        # A later damaged checkpoint would count among the newest, and good checkpoints would be removed for it.
         on_main_rank(partial(set_aside_damaged, self._run.checkpoints, step))
         self._model.gather_parameters()
         loaded = self.load(step)
@@ -84,7 +84,8 @@ class CheckpointLoader:
 
 
 def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
-    """Compare the configuration with that of the checkpoint of ``step``, before anything is built, and write the new one. Rank 0 only.
+    """Compare the configuration with that of the checkpoint of ``step``, before anything is built, and write the new configuration. Rank 0
+    only.
 
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.

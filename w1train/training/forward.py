@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
-from w1train.engine.schedule import run_schedule
+from w1train.engine.pipeline import run_schedule
 from w1train.model.row_terms import CrossEntropy
 from w1train.objectives.description import num_streams
 from w1train.objectives.named_sums import NamedSums, size_of

@@ -129,7 +129,7 @@ class Trainer:
 
     def compute_step_again(self, kept: list[NoisyBatch]) -> ComputedStep:
         """Compute the step that has just been computed, from the same batch, whose micro-batches are added to ``kept``. The iterator of the
-        run is past this batch, so that another one begins at it."""
+        run is past this batch, so a second iterator begins at the batch."""
         batches = self.noisy_batches()
         computed = self.compute_step(keep(batches, kept))
         batches.close()

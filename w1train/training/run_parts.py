@@ -35,7 +35,7 @@ type OpenWeights = Callable[[Config], LoadWeights]
 
 @dataclass(frozen=True, slots=True)
 class RunParts:
-    """What the training loop works with."""
+    """The parts that the training loop works with."""
 
     data: TrainingData
     model: TrainedModel

@@ -37,7 +37,7 @@ class SchedulePosition:
 
     @property
     def is_phase_end(self) -> bool:
-        """Whether the step that was done last is the last one of its phase."""
+        """Whether the step that was done last is the last step of its phase."""
         return self._progress.step in self._phase_ends
 
     @property

@@ -45,7 +45,8 @@ class BiasPlan:
 
 
 class TransformerEngineBackend(AttentionBackend):
-    """transformer-engine's fused kernels. If none of them supports a case it raises, instead of computing without fusion unnoticed."""
+    """transformer-engine's fused kernels. The backend raises if no fused kernel supports a case, because transformer-engine would
+    otherwise compute without fusion unnoticed."""
 
     name = "te"
 

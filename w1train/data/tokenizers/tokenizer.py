@@ -62,7 +62,7 @@ class Tokenizer:
     """
 
     def __init__(self, serialized: bytes, origin: str) -> None:
-        """``serialized`` is the content of a tokenizer.json, ``origin`` its name in error messages."""
+        """Parse the content of a tokenizer.json, whose name in error messages is ``origin``."""
         self.serialized: bytes = serialized
         """The content of the tokenizer.json."""
         self._origin = origin

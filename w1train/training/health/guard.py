@@ -103,7 +103,7 @@ class StepGuard:
     def _second_look(
         self, computed: ComputedStep, problem: Problem, compute_again: Callable[[list[NoisyBatch]], ComputedStep], stage: str
     ) -> Problem | None:
-        """Compute the step once more, and return what is still wrong with it. The new values replace the first ones."""
+        """Compute the step once more, and return what is still wrong with it. The new values replace the first values."""
         step = self._progress.step + 1
         where = self._where(problem)
         logger.warning("step %d: %s%s; computing it once more", step, problem.text, where)
