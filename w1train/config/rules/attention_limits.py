@@ -1,6 +1,6 @@
 """The attention that a run needs, and the cases that a backend cannot serve on any machine.
 
-These limits are in the package of the configuration, not with the kernels, so that a configuration is refused before anything is imported or
+These limits belong to the configuration, not to the kernels, so that a configuration is refused before anything is imported or
 built. w1train.attention.backends finds out what a machine lacks (a GPU, a package).
 """
 
