@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention
+from benchmarks.attention import __main__ as attention
 from benchmarks.attention.measure import Measured, measure_workload
 from benchmarks.attention.report import tables, verdicts
 from benchmarks.attention.sides import Side, UnfusedBackend, sides

@@ -536,7 +536,7 @@ def test_a_stream_changes_nothing_for_the_next_one():
         b"\x80\x02ctorch\nfloat32\n}X\x08\x00\x00\x00__name__X\x08\x00\x00\x00bfloat16sb.",
         b"\x80\x02ctorch\nfloat32\nN}X\x08\x00\x00\x00__name__X\x08\x00\x00\x00bfloat16s\x86b.",
     ):
-        with pytest.raises(ValueError, match="attributes to what has none"):
+        with pytest.raises(ValueError, match="attributes to an object that has no attributes"):
             legacy_index.read(stream)
     assert legacy_index._NAMES["torch.float32"].__name__ == "float32"
 

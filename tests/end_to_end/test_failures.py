@@ -76,7 +76,7 @@ def test_one_rank_cannot_write(tiny_run, undisturbed):
     message = one_line(outcome.output, "could not save")
     assert "rank 1: a file could not be written to its end (disk full, or a quota or file size limit reached" in message
     assert "rank 0: " not in message
-    assert "There is no older one" in message
+    assert "There is no older checkpoint" in message
     assert list(tiny_run.checkpoints.iterdir()) == []
     tiny_run.train(world_size=2).require(0)
     assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()

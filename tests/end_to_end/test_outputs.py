@@ -136,7 +136,9 @@ def test_bits_per_byte_are_those_of_the_samples_scored(undisturbed):
     validation = TokenDataset.open(run.data / "validation")
     packed = PackedDataset(validation, LENGTH, seed=0)
     assert packed.num_samples_per_epoch > 8
-    require_true_bits_per_byte(run, np.concatenate([tokens[ids >= 0] for tokens, ids, _ in map(packed.sample, range(8))]))
+    require_true_bits_per_byte(
+        run, np.concatenate([sample["tokens"][sample["document_ids"] >= 0] for sample in map(packed.sample, range(8))])
+    )
 
 
 def require_true_bits_per_byte(run: TinyRun, tokens: np.ndarray) -> None:

@@ -79,7 +79,8 @@ def _count_in_flight(_rank, _world_size, config):
         def count_forward(number):
             def hook(_module, _inputs, output):
                 held[number] += 1
-                output.register_hook(lambda _gradient: count_backward(number))
+                # The last stage returns a tuple of terms.
+                (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: count_backward(number))
 
             return hook
 

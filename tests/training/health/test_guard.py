@@ -19,6 +19,7 @@ import_megatron()
 
 from w1train.checkpoints.manifest import CheckpointError, Progress, read_progress  # noqa: E402
 from w1train.config.schema import HealthConfig  # noqa: E402
+from w1train.engine.gradient_hooks import GradientHooks  # noqa: E402
 from w1train.training.health import guard  # noqa: E402
 from w1train.training.health.guard import ComputedStep, StepGuard  # noqa: E402
 
@@ -38,7 +39,7 @@ class Steps:
         monkeypatch.setattr(guard.LocalGradients, "nonfinite_ranks", lambda gradients: ["rank 1 on here"])
         monkeypatch.setattr(guard, "write_bad_batch", lambda directory, step, *rest: self.written.append(step))
         self.progress = Progress()
-        model: Any = SimpleNamespace(chunks=[])
+        model: Any = SimpleNamespace(chunks=[], hooks=GradientHooks(SimpleNamespace(finalize_model_grads_func=None), []))
         self.guard = StepGuard(HealthConfig(**settings), self.progress, model, Path("bad"))
         self.num_computed = 0
 
