@@ -8,6 +8,7 @@ tests/prose_words.toml has the words. The rules are in docs/writing.md.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import re
@@ -57,7 +58,8 @@ def _bad_beginnings() -> frozenset[str]:
 
 @cache
 def _phrases() -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(rf"(?<![\w-]){pattern}(?![\w-])"), better) for pattern, better in words()["phrases"].items()]
+    # A phrase may be broken over two lines.
+    return [(re.compile(rf"(?<![\w-]){pattern}(?![\w-])".replace(" ", r"\s+")), better) for pattern, better in words()["phrases"].items()]
 
 
 def phrase_problems(text: str) -> Iterator[tuple[int, str]]:
@@ -120,7 +122,9 @@ def problems(path: Path) -> list[Problem]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the problems of the files that lie in the given folders, or of all files."""
-    folders = [Path(argument).resolve() for argument in arguments] or [REPOSITORY]
+    parser = argparse.ArgumentParser(prog="python -m tests.prose", description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="folders or files to read (default: all of the project)")
+    folders = [folder.resolve() for folder in parser.parse_args(arguments).folders] or [REPOSITORY]
     chosen = [path for path in all_files() if any(path.is_relative_to(folder) for folder in folders)]
     found = [problem for path in chosen for problem in problems(path)]
     for problem in found:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
 CLOSED_LIST = "w1train/checkpoints/format/legacy_index.py"
-"""Holds the one unpickler, which knows a closed list of names (tests/checkpoints/test_shard_index.py)."""
+"""Holds the one unpickler, which knows a closed list of names (tests/checkpoints/test_legacy_index.py)."""
 IMPORTS_BY_NAME = {
     "data_tools/decompress.py": "One of two names, by Python's version.",
     "w1train/diagnosis/packages.py": "Names of our own requirements.",

@@ -386,7 +386,7 @@ def _names_no_encoding(call: ast.Call) -> bool:
     if (
         "encoding" in options
         or None in options
-        or (isinstance(function, ast.Attribute) and _module(function.value) in ("os", "TokenDataset"))
+        or (isinstance(function, ast.Attribute) and _module(function.value) in ("os", "TokenDataset", "archive"))
     ):
         return False
     if name in ("run", "Popen", "check_output"):

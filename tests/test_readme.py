@@ -218,7 +218,8 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 
 
 def module_path(module: str) -> Path:
-    path = REPOSITORY.joinpath(*module.split(".")).with_suffix(".py")
+    place = REPOSITORY.joinpath(*module.split("."))
+    path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     if not path.is_file():
         raise CommandError(f"no module {module} in this repository")
     return path

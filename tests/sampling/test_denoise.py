@@ -277,7 +277,7 @@ def test_text_ends_before_the_first_eos():
         ({"temperature": math.nan}, "sampling.temperature is nan"),
         ({"remasking": "entropy"}, "valid: low_confidence, random"),
         ({"block_size": 5}, r"a divisor of sampling.num_tokens \(12\): 1, 2, 3, 4, 6, 12"),
-        ({"block_size": 4, "num_steps": 4}, "a multiple of the 3 blocks of 4 tokens"),
+        ({"block_size": 4, "num_steps": 4}, "a multiple of 3, the number of blocks of 4 tokens"),
         ({"num_tokens": 0, "temperature": -1.0}, "num_tokens is 0.*temperature is -1"),
     ],
 )

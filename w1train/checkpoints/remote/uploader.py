@@ -28,7 +28,7 @@ class _Job:
 
 class Uploader:
     """Uploader of a run's checkpoints, one after another; on rank 0. If checkpoints are saved faster than they can be uploaded, the newest
-    one is next, and those before it are skipped."""
+    checkpoint is next, and those before it are skipped."""
 
     def __init__(self, url: str) -> None:
         self._remote = RemoteCheckpoints(url)

@@ -281,11 +281,7 @@ def train_tokenizer(
         TokenizerError: if the special tokens and the bytes do not fit into ``vocab_size``, ``vocab_size`` is above ``MAX_VOCAB_SIZE``,
             ``mask_token_id`` belongs to another special token or is too high for the corpus, or there is no text.
     """
-    for name, number, limit in (("vocab_size", vocab_size, MAX_VOCAB_SIZE), ("mask_token_id", mask_token_id, MAX_VOCAB_SIZE - 1)):
-        if number > limit:
-            raise TokenizerError(
-                f"{name} {number} is too large: at most {limit} is allowed, because the library takes memory for all ids at once"
-            )
+    _require_limits(vocab_size, mask_token_id)
     special_tokens = special_token_names(mask_token_id)
     mask_is_apart = MIN_NUM_SPECIAL_TOKENS + NUM_BYTES <= mask_token_id < vocab_size < len(special_tokens) + NUM_BYTES
     if mask_is_apart:
@@ -319,6 +315,15 @@ def train_tokenizer(
             "the corpus gave %d token ids of the %d asked for: it has no more pairs seen at least twice", tokenizer.vocab_size, vocab_size
         )
     return tokenizer
+
+
+def _require_limits(vocab_size: int, mask_token_id: int) -> None:
+    """Raise TokenizerError for sizes that are too large."""
+    for name, number, limit in (("vocab_size", vocab_size, MAX_VOCAB_SIZE), ("mask_token_id", mask_token_id, MAX_VOCAB_SIZE - 1)):
+        if number > limit:
+            raise TokenizerError(
+                f"{name} {number} is too large: at most {limit} is allowed, because the library takes memory for all ids at once"
+            )
 
 
 def _pre_tokenizer(digits: str, whitespace: str) -> pre_tokenizers.PreTokenizer:
