@@ -74,7 +74,8 @@ def _taken(sizes: NDArray[np.int64], indices: pyarrow.Array) -> NDArray[np.int64
 
 
 def _view_lengths(array: pyarrow.Array) -> NDArray[np.int64]:
-    """Return the lengths of views. A view has 16 bytes, and its first four bytes are the length."""
+    """Return the length in bytes of each value of an Arrow array of type string_view or binary_view. A view has 16 bytes, and its first
+    four bytes are the length."""
     views = np.frombuffer(array.buffers()[1], dtype=np.int32).reshape(-1, 4)[array.offset : array.offset + len(array), 0]
     return np.where(array.is_valid(), views, 0).astype(np.int64)
 

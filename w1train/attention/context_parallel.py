@@ -125,7 +125,8 @@ class KeyExchange:
 
 
 def key_exchange(ownership: Ownership, num_streams: int, travel: Travel, group: Any) -> KeyExchange:
-    """Return the exchange for an ownership. A rank's rows are its positions of x_t and then, with two streams, the same positions of
+    """Return the exchange of keys for the positions that each context-parallel rank owns. A rank's rows are its positions of x_t and then,
+    with two streams, the same positions of
     x_0."""
     num_samples, num_ranks, num_own = ownership.positions.shape
     streams = 1 if travel == "clean" else num_streams

@@ -12,7 +12,8 @@ _NUM_STEPS = 50
 
 
 class SaveTimes:
-    """The ``checkpoint/`` metrics of training records. Each number is in one record: that of the first step that ends after it is known."""
+    """The ``checkpoint/`` metrics of training records. Each number is in one record: the record of the first step that ends after the
+    number is known."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

@@ -32,7 +32,7 @@ class CommandLine:
 
     action: Action
     config: Config | None
-    """The configuration for the actions run and print_config; None for the others."""
+    """The configuration, if the action is ``run`` or ``print_config``; None for the other actions."""
     config_dirs: list[str]
 
 

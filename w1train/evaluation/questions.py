@@ -96,7 +96,8 @@ def _parse(path: Path, number: int, line: str) -> Question:
 
 
 def answer_questions(model: InferenceModel, questions: Sequence[Question], *, num_draws: int, batch_size: int) -> list[Answer]:
-    """Score every choice of every question. Prompt and choice are tokenized apart, because a model that continues a prompt reads it so.
+    """Score every choice of every question. The prompt and the choice are tokenized separately, because a model that continues a prompt
+    also reads a prompt that was tokenized alone.
 
     Raises:
         UserError: a text is too long for the model, or has mask tokens.

@@ -30,7 +30,7 @@ class FlopsByPart:
     timestep_mlp: int
     """Sinusoid to condition, per segment."""
     output_head: int
-    """Hidden state to logits."""
+    """The matrix product from hidden states to logits."""
 
     @property
     def total(self) -> int:

@@ -64,7 +64,7 @@ def _rope_obstacle(on_cuda: bool) -> str | None:
 
 
 def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | None:
-    """Return why gradients cannot be accumulated in the product that computes them; None = they can.
+    """Return the reason why the matrix product that computes gradients cannot also accumulate them, or None if it can.
 
     transformer-engine's linears need nothing for it. megatron-core's linears, and the head, need apex's extension.
     """

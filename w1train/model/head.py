@@ -77,7 +77,7 @@ class OutputHead(ColumnParallelLinear):
                 return self._in_chunks(rows, weight, terms, max(1, len(rows)))
 
     def _logits(self, rows: Tensor, weight: Tensor | None) -> Tensor:
-        """Return [m, 1, v]."""
+        """Return the logits of the rows, [m, 1, v]."""
         return self._exclude_mask_token(super().forward(rows[:, None], weight=weight)[0])
 
     def _in_chunks(self, rows: Tensor, weight: Tensor | None, terms: Sequence[RowTerm], chunk_size: int) -> tuple[Tensor, ...]:

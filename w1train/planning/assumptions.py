@@ -60,7 +60,7 @@ class Assumptions:
     """Share of the bf16 peak with a dense mask, over ALL pairs, because torch's SDPA skips no pair. It is 11 % below unmasked attention
     (pytorch issue 138493)."""
     memory_efficiency: PositiveFraction = 0.80
-    """Share of the memory bandwidth in element-wise kernels."""
+    """Share of the memory bandwidth that element-wise kernels reach."""
     network_efficiency: PositiveFraction = 0.80
     """Share of the link bandwidth in collectives."""
     collective_latency: NonNegativeFloat = 20e-6

@@ -52,7 +52,7 @@ class _Found:
 
 
 def build_ranks(config: Config, world_size: int) -> Build:
-    """Build every distinct rank of the layout.
+    """Build one rank for each pair of a tensor and a pipeline coordinate of the layout.
 
     Raises:
         LayoutError: megatron-core refuses the layout.

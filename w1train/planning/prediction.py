@@ -32,7 +32,7 @@ class StagePlan:
     num_parameters: int
     """Parameters on each rank of the stage."""
     state: StateBytes
-    """Bytes of state on the data-parallel rank that has most."""
+    """Bytes of state on the data-parallel rank that has the most bytes of state."""
     in_flight: tuple[int, ...]
     """Micro-batches whose activations each chunk holds at once."""
     activations: list[ActivationBytes]

@@ -32,7 +32,8 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return GiB of memory: the most that was allocated on the GPU since the start, or on the CPU what this process holds now."""
+    """Return an amount of memory in GiB: on a GPU, the largest amount that was allocated since the start; on the CPU, the amount that this
+    process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MARKER = "run.json"
 _UNDONE_MANIFEST = "undone-manifest.json"
 _LARGEST_MARKER = 1 << 16
-"""The most bytes of a marker."""
+"""The largest number of bytes that a marker may have."""
 
 
 class UnfinishedCopyError(CheckpointError):
