@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -89,15 +90,14 @@ class DatasetWriter:
         self._bin_partial.parent.mkdir(parents=True, exist_ok=True)
         self._bin_file: BinaryIO | None = open_exclusively(self._bin_partial)
         self._may_be_noised_file: BinaryIO | None = None
-        try:
-            self._idx_file = _open_partial(self._idx_partial, resume)
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._bin_file.close)
+            self._idx_file = opened.enter_context(_open_partial(self._idx_partial, resume))
             if limits_noise:
                 self._may_be_noised_file = _open_partial(self._may_be_noised_partial, resume)
             else:  # a killed writer of the same prefix may have left the file
                 self._may_be_noised_partial.unlink(missing_ok=True)
-        except (OSError, ResumeError):
-            self._bin_file.close()
-            raise
+            opened.pop_all()  # without an error, all files stay open
         if resume is None:
             self._bin_file.truncate(0)
             begin_index(self._idx_file)

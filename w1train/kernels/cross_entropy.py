@@ -1,6 +1,6 @@
 """Kernels of the cross-entropy: what softmax needs of each row of logits, and the logits' gradient, each with its Triton twin.
 
-They see the logits of this rank alone. Sums over the ranks that share a vocabulary are taken in w1train/model/row_terms.py.
+They see the logits of this rank alone. Sums over the ranks that share a vocabulary are taken in w1train/model/chunked_head.py.
 
 Shapes: k = rows of a chunk, v = vocabulary of this rank, n = columns that are read in each row.
 """
