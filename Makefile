@@ -1,11 +1,11 @@
-# `make` alone lists what there is. Every target first makes sure that the environment is up to date (launch/bootstrap.sh).
+# `make` alone lists the targets. Most targets first bring the environment up to date (launch/bootstrap.sh).
 
 VENV ?= .venv
 RUNS ?= runs
 CORPUS ?=
 NPROC ?=
 ARGS ?=
-# Processes that run tests: one more than two cores, for some tests wait for processes of theirs.
+# The number of processes that run tests: one more than two cores, because some tests wait for processes that they start.
 WORKERS ?= 3
 export VENV RUNS CORPUS NPROC
 
@@ -23,25 +23,25 @@ install:  ## Create or update the environment in .venv
 demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS=path, NPROC=ranks, RUNS=runs, ARGS="KEY=VALUE ...")
 	@launch/demo.sh $(ARGS)
 
-curriculum: install  ## From autoregressive to block diffusion on the demo's text, beside training from scratch (same variables)
+curriculum: install  ## Train from autoregressive to block diffusion on the demo's text, and compare with training from scratch (same variables)
 	@launch/curriculum.sh $(ARGS)
 
-docker:  ## Build the image for clusters, on NVIDIA's PyTorch (IMAGE=name, ARGS="arguments of docker build")
+docker:  ## Build the image for GPU clusters from NVIDIA's PyTorch image (IMAGE=name, ARGS="arguments of docker build")
 	@docker/build.sh gpu $(ARGS)
 
 docker-cpu:  ## Build the image for CPUs (same variables)
 	@docker/build.sh cpu $(ARGS)
 
-test: install  ## Run the tests that need no GPU and take no long time (ARGS="-k name" for some of them)
+test: install  ## Run the fast tests that need no GPU (ARGS="-k name" selects tests)
 	@$(VENV)/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-all: install  ## Run the slow tests too: long ones of what rarely breaks
+test-all: install  ## Run all tests that need no GPU, also the slow ones
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-chaos: install  ## Disturb 120 trainings on two ranks at random moments, and compare with undisturbed ones (ARGS="--only hang --seed 3")
+chaos: install  ## Disturb 120 trainings on two ranks at random moments, and compare each with an undisturbed training (ARGS="--only hang --seed 3")
 	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 lint: install  ## Check style (ruff), types (mypy), shell scripts (shellcheck) and Dockerfiles (hadolint)
@@ -55,6 +55,6 @@ format: install  ## Format the code
 	@$(VENV)/bin/ruff check --fix
 	@$(VENV)/bin/ruff format
 
-clean:  ## Remove caches and build outputs; runs/ and .venv stay
+clean:  ## Remove caches and build outputs, but keep runs/ and .venv
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -path './.venv' -prune -o -path './$(RUNS)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""Measurements of the framework, each with its dated report beside it."""
+"""Measurements of the framework. Each writes a dated report to benchmarks/results."""

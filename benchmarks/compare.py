@@ -1,9 +1,9 @@
-"""The newest result of a benchmark beside the last one that was committed.
+"""The command that compares the newest result of a benchmark with the last committed one.
 
     python -m benchmarks.compare
     python -m benchmarks.compare attention --newest $OUT/2026-11-22-attention.json
 
-Without a name, all benchmarks that have results. A comparison between devices or versions is shown with a warning.
+Without a name, it compares all benchmarks that have results. A comparison between different devices or versions has a warning.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.records import Record
-from benchmarks.report import RESULTS, Table
+from benchmarks.common.records import Record
+from benchmarks.common.report import RESULTS, Table
 from w1train.config.errors import UserError
 
 _NOTEWORTHY = 0.05
-# By a metric's last word; others (shares, layers) are neither better nor worse for being larger.
+# By the last word of a metric. Other metrics (shares, layers) are neither better nor worse if they are larger.
 _LARGER_IS_BETTER = {"tflops": True, "fraction": True, "mfu": True, "second": True, "ms": False, "gib": False}
 
 
 def read_newest(benchmark: str, directory: Path) -> Record:
-    """The newest of the working tree.
+    """Return the newest result in the working tree.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no result.
     """
     found = [Record.from_json(path.read_text(encoding="utf-8")) for path in directory.glob(f"*-{benchmark}.json")]
     found = [record for record in found if record.benchmark == benchmark]
@@ -37,7 +37,7 @@ def read_newest(benchmark: str, directory: Path) -> Record:
 
 
 def read_committed(benchmark: str, directory: Path, newest: Record) -> Record | None:
-    """The newest one in git's HEAD that is not ``newest`` itself; None = there is none."""
+    """Return the newest result in git's HEAD that is older than ``newest``, or None."""
     listing = _git(directory, "ls-tree", "-r", "--name-only", "HEAD", "./")
     names = [name for name in listing.splitlines() if name.endswith(f"-{benchmark}.json")]
     found = [Record.from_json(_git(directory, "show", f"HEAD:./{name}")) for name in names]
@@ -54,7 +54,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 
 def warnings(newest: Record, committed: Record) -> list[str]:
-    """What else than the code may explain a difference."""
+    """Return what may explain a difference other than the code."""
     lines = []
     if newest.machine.get("device") != committed.machine.get("device"):
         lines.append(f"other device: {committed.machine.get('device')} -> {newest.machine.get('device')}")
@@ -71,7 +71,7 @@ def warnings(newest: Record, committed: Record) -> list[str]:
 
 
 def comparison(newest: Record, committed: Record) -> Table:
-    """Every metric that both have, and rows that one of them lacks."""
+    """Return the table of every metric that both results have, and of the rows that only one has."""
     rows: list[tuple[str, ...]] = []
     for name in list(dict.fromkeys([*committed.results, *newest.results])):
         before, after = committed.results.get(name), newest.results.get(name)
@@ -88,7 +88,7 @@ def comparison(newest: Record, committed: Record) -> Table:
 
 
 def judgement(metric: str, ratio: float) -> str:
-    """better, worse, or nothing where the difference is small or has no direction."""
+    """Return "better" or "worse", or an empty text if the difference is small or the metric has no direction."""
     larger_is_better = _LARGER_IS_BETTER.get(metric.rpartition("_")[2])
     if larger_is_better is None or not abs(ratio - 1) > _NOTEWORTHY:
         return ""
@@ -96,11 +96,12 @@ def judgement(metric: str, ratio: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print tables. Status 1: something is worse by more than 5 %, on the same device and versions."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="The newest result beside the last committed one.")
+    """Run the command: print the tables. Returns the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
+    versions, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare the newest result with the last committed one.")
     parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all that have results)")
-    parser.add_argument("--newest", type=Path, help="the JSON file of the newest result, wherever it is")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept (default: benchmarks/results)")
+    parser.add_argument("--newest", type=Path, help="the JSON file of the newest result")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     worse = False
     try:

@@ -1,11 +1,11 @@
-"""Whether the kernels of this machine compute what they should: relative errors of outputs and gradients, tensor by tensor.
+"""The command that checks the kernels of this machine: relative errors of outputs and gradients, tensor by tensor.
 
     python -m benchmarks.correctness
     python -m benchmarks.correctness --device cpu --tiny
 
-Every attention backend against an explicit softmax in fp32, on packs with padding, under every kind of mask; every Triton kernel
-against its PyTorch twin in fp32. In bf16, 1e-2 is allowed. What cannot run here is a row with the reason. Status 1: something is wrong.
-The tests marked gpu (`make test-gpu`) go further.
+It compares every attention backend with an explicit softmax in fp32, on packed samples with padding and under every kind of mask, and every
+Triton kernel with its PyTorch twin in fp32. In bf16, an error of 1e-2 is allowed. A kernel that cannot run here is a row with the reason.
+The exit status is 1 if a kernel is wrong. The tests marked gpu (`make test-gpu`) check more.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, gpu_environment, open_device, versions
-from benchmarks.report import RESULTS, Table, write_report
+from benchmarks.common.machine import describe, gpu_environment, open_device, versions
+from benchmarks.common.report import RESULTS, Table, write_report
 from w1train.config.errors import UserError
 from w1train.diagnosis.correctness import TOLERANCE, attention_checks, kernel_checks
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check, print, and with ``--report`` write YYYY-MM-DD-correctness.md."""
-    parser = argparse.ArgumentParser(prog="benchmarks.correctness", description="Kernels against references, on this machine.")
+    """Run the checks, and with ``--report`` write YYYY-MM-DD-correctness.md. Returns the exit status: 0, 1 if a kernel is wrong, 2 for bad
+    input."""
+    parser = argparse.ArgumentParser(prog="benchmarks.correctness", description="Check the kernels of this machine against references.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where to (default: benchmarks/results)")
+    parser.add_argument("--tiny", action="store_true", help="use small shapes")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the report (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)

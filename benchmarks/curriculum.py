@@ -1,9 +1,9 @@
-"""What `make curriculum` came to: is the road from autoregressive to blocks better than blocks from scratch, on as many tokens?
+"""The comparison of `make curriculum`: is the curriculum from autoregression to blocks better than blocks from scratch, on as many tokens?
 
     make curriculum
     python -m benchmarks.curriculum runs/curriculum runs/curriculum-scratch --report
 
-Reads the records of two finished runs; trains nothing.
+It reads the records of two finished runs, and trains nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.report import Table, environment, write_report
-from w1train.training.report_run import Run, read_run
+from benchmarks.common.report import Table, environment, write_report
+from w1train.reports.report_run import Run, read_run
 
 NUM_STEPS = 5
-"""Losses at a change of the objective are means over so many steps on either side."""
+"""Losses before and after a change of the objective are means over this number of steps."""
 
 
 def changes(run: Run, scratch: Run) -> Table:
-    """The training loss before and after each change of the objective, beside what a start from nothing has."""
+    """Return the table of the training loss before and after each change of the objective, and at a start from random weights."""
     start = mean(record["elbo"] for record in scratch.train[:NUM_STEPS])
     stages = [(name, list(records)) for name, records in groupby(run.train, key=lambda record: record["stage"])]
     rows = []
@@ -37,7 +37,7 @@ def changes(run: Run, scratch: Run) -> Table:
 
 
 def ends(run: Run, scratch: Run) -> Table:
-    """Validation of the last step of each, and of the average."""
+    """Return the table of the validation at the last step of both runs, and of the average."""
     rows = []
     for name, each in (("curriculum", run), ("from scratch", scratch)):
         last = each.validation[-1]
@@ -53,7 +53,7 @@ def ends(run: Run, scratch: Run) -> Table:
 
 
 def verdicts(run: Run, scratch: Run) -> list[tuple[str, bool]]:
-    """The three claims, and whether they held."""
+    """Return the three claims, and whether each of them holds."""
     start = mean(record["elbo"] for record in scratch.train[:NUM_STEPS])
     stages = [list(records) for _, records in groupby(run.train, key=lambda record: record["stage"])]
     jumps = [
@@ -78,11 +78,13 @@ def _scores(record: dict) -> tuple[str, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-curriculum.md."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.curriculum", description="The curriculum against training from scratch.")
+    """Run the command, and with ``--report`` write benchmarks/results/YYYY-MM-DD-curriculum.md. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.curriculum", description="Compare the curriculum with training from scratch."
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     run, scratch = read_run(options.run), read_run(options.scratch)
     tables = [ends(run, scratch), changes(run, scratch)]

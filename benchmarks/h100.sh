@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a Hopper GPU, in under nine minutes on a bare machine with PyTorch: are the kernels right, how fast is attention,
-# how fast is a step. In this order; a part that fails or runs out of time leaves what it has, and the next one begins.
-# Arguments go to every part: `benchmarks/h100.sh --device cpu --tiny` is a dry run.
+# Run all benchmarks that need a Hopper GPU, in under nine minutes on a machine that has only PyTorch: whether the kernels are right, how
+# fast attention is, and how fast a step is, in this order. A part that fails or runs out of time reports what it has, and the next one
+# begins.
+# Arguments are passed to every part: `benchmarks/h100.sh --device cpu --tiny` is a dry run.
 #
 # Environment variables:
-#   OUT      where reports, JSON, plots and the log go                      (default: build/h100)
-#   PARTS    a folder with the pieces of benchmarks/pack_for_device.sh       (default: none; packages are there)
-#   BUDGET   seconds for everything                                          (default: 530)
+#   OUT      directory of reports, JSON, plots and the log                   (default: build/h100)
+#   PARTS    directory with the files of benchmarks/pack_for_device.sh       (default: the packages are installed)
+#   BUDGET   seconds for all parts                                           (default: 530)
 #   PYTHON   the Python that has PyTorch                                     (default: python3)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -16,11 +17,12 @@ BUDGET="${BUDGET:-530}"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT" || exit 1
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-# Each run of the step is a process of its own: what one has compiled for cuDNN's kernels, the next need not compile again.
+# Each run of the step is a process of its own. With a cache, a run need not compile cuDNN's kernels that an earlier run has compiled.
 export FLEX_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLEX_ATTENTION_CUTE_DSL_CACHE_DIR="${TMPDIR:-/tmp}/w1train-h100-cute"
 status=0
 
-# part NAME SECONDS COMMAND...: at most so long, and never beyond the budget. SIGINT first: Python then reports what it has.
+# part NAME SECONDS COMMAND...: run a command for at most so long, within the budget. It gets SIGINT first, and Python then reports what it
+# has.
 part() {
   local name="$1" seconds="$2" left=$((BUDGET - SECONDS)) began=$SECONDS code
   shift 2
@@ -41,7 +43,7 @@ unpack() {
   local site
   site="$(mktemp -d)"
   cat "$PARTS"/site.tar.xz.* | tar -xJ -C "$site" || return 1
-  # The second folder is what a .pth file would add: such files are read in Python's own folders alone.
+  # A .pth file would add the second directory, but Python reads such files only in its own directories.
   export PYTHONPATH="$PYTHONPATH:$site:$site/nvidia_cutlass_dsl/dsl_packages"
 }
 
@@ -57,7 +59,7 @@ everything() {
   echo "== all: status $status after $SECONDS s, in $OUT"
 }
 
-# In this shell, for the status; the log sees the same.
+# It runs in this shell, which needs the status, and its output is logged too.
 everything "$@" > >(tee "$OUT/h100.log") 2>&1
 wait
 exit "$status"

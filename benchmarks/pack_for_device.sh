@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Packs what benchmarks/h100.sh needs beside PyTorch for an x86-64 machine with Python 3.12 that can fetch nothing, in two pieces small
-# enough to be sent one at a time, and prints how to send them.
+# Pack the packages that benchmarks/h100.sh needs in addition to PyTorch, for an x86-64 machine with Python 3.12 and no network. There are
+# two files, which are small enough to be sent one at a time, and the script prints how to send them.
 #
 #   benchmarks/pack_for_device.sh [FOLDER]      (default: .whl, which git ignores)
 #
@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 folder="${1:-.whl}"
 PYTHON="${PYTHON:-python3.12}"
-# cutlass-dsl's metadata asks for the libraries of CUDA 12 and 13; those of 13 do, hence --no-deps. cuda-bindings, protobuf,
-# typing-extensions, tokenizers and the rest are in the machine's image.
+# cutlass-dsl requires the libraries of CUDA 12 and 13, of which those of 13 are enough, hence --no-deps. cuda-bindings, protobuf,
+# typing-extensions, tokenizers and the other packages are in the machine's image.
 packages=(megatron-core==0.19.2 hydra-core==1.3.8 omegaconf==2.3.1 apache-tvm-ffi nvidia-cudnn-frontend==1.32.0
   nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-core==4.8.1 nvidia-cutlass-dsl-libs-cu13==4.8.1)
 platforms=()
@@ -24,7 +24,7 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
   --dest "$work/wheels" "${packages[@]}"
-# It has no wheel on PyPI.
+# antlr4-python3-runtime has no wheel on PyPI.
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" antlr4-python3-runtime==4.9.3
 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$work"/wheels/*.whl
 

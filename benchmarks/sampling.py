@@ -1,16 +1,16 @@
-"""Tokens a second of block-wise generation with cached keys, beside the same generation without a cache, on CPU.
+"""The benchmark of block-wise generation with cached keys and values, and of the same generation without a cache, on the CPU.
 
     python -m benchmarks.sampling --report
     python -m benchmarks.sampling diffusion.block_size=16 --lengths 128 256 --rows 4
 
-All ways denoise the same blocks in the same steps, greedily, with the same random weights:
+Three ways denoise the same blocks in the same steps, greedily, with the same random weights:
 
-- *cached*: ``BlockPredictor``. A step is a forward pass over one block; each finished block costs one more.
+- *cached*: ``BlockPredictor``. A step is a forward pass over one block. Each finished block costs one more pass.
 - *uncached, so far*: a step is a forward pass over [x_t ; x_0] of the text up to the end of the current block, with the mask of training.
-- *uncached, whole*: the same over the whole canvas, masks to come included: what a training step computes.
+- *uncached, whole*: the same pass over the whole canvas with all masks, which is what a training step computes.
 
-Without a cache the mask of a length is made once and kept, and logits are computed for the current block alone. The ways take
-turns, in another order each round, so that what else the machine does meets all alike, and their tokens are compared.
+Without a cache, the mask of each length is made once and kept, and logits are computed only for the current block. The ways take turns, in
+another order in each round, so that other work of the machine disturbs all of them equally, and their tokens are compared.
 """
 
 from __future__ import annotations
@@ -27,48 +27,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.report import Table, environment, spread, write_report
+from benchmarks.common.report import Table, environment, spread, write_report
 from w1train.config.compose import load_config
 from w1train.config.schema import Config, SamplingConfig
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.sampling.denoise import BlockPredict, generate
 
 import_megatron()
 
-from w1train.attention.plan import AttentionPlan, plan_attention  # noqa: E402
+from w1train.attention.attention_plan import AttentionPlan, plan_attention  # noqa: E402
 from w1train.attention.visibility import block_diffusion_visibility  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
+from w1train.inference.predictor import BlockPredictor, Predictor  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.model.transformer import DiffusionTransformer, ModelInputs  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.inference import BlockPredictor, Predictor  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 
 class TrainingMask:
-    """Block-wise generation that keeps nothing but tokens: each step is a pass over [x_t ; x_0]."""
+    """Block-wise generation that keeps only tokens: each step is a pass over [x_t ; x_0]."""
 
     def __init__(self, config: Config, model: DiffusionTransformer, *, whole: bool) -> None:
-        """whole: over the whole canvas, not the text up to the current block's end."""
+        """Prepare generation over the whole canvas if ``whole`` is true, and otherwise over the text up to the current block's end."""
         assert config.diffusion.block_size is not None
         self.block_size: int = config.diffusion.block_size
         self._mask_token_id, self._model, self._whole = config.diffusion.mask_token_id, model, whole
         self._plans: dict[int, AttentionPlan] = {}
 
     def start(self, length: int, block_size: int) -> None:
-        """A new batch, of rows of ``length`` tokens."""
+        """Begin a new batch, whose rows have ``length`` tokens."""
         self._length, self._used_block_size, self._finished = length, block_size, torch.empty((1, 0), dtype=torch.int64)
         self._plans.clear()
 
     def append(self, tokens: Tensor) -> None:
-        """The next finished blocks, int64 [b, n]."""
+        """Append finished blocks, int64 [b, n]."""
         self._finished = torch.cat([self._finished.expand(len(tokens), -1), tokens], dim=1)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Keep some of the rows."""
         self._finished = self._finished[rows]
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
-        """int64 [b, w], float32 [b] -> logits [b, w, v]."""
+        """Return logits [b, w, v] for tokens, int64 [b, w], at timesteps, float32 [b]."""
         num_rows, width = tokens.shape
         first = self._finished.shape[1]
         canvas = torch.cat([self._finished.expand(num_rows, -1), tokens], dim=1)
@@ -78,7 +78,7 @@ class TrainingMask:
         position = torch.arange(length).repeat(2).expand(num_rows, -1)
         row = torch.arange(num_rows)[:, None]
         inputs = ModelInputs(
-            # What stands in other noisy blocks is seen by no row whose logits are asked for, nor is the current block's clean one.
+            # Rows whose logits are computed see neither other noisy blocks nor the clean copy of the current block.
             input_ids=torch.cat([canvas, canvas], dim=1),
             positions=position,
             attention_plan=self._plan(length),
@@ -96,7 +96,7 @@ class TrainingMask:
 
 
 def benchmark_config(overrides: Sequence[str], longest: int) -> Config:
-    """The recipe as a model of block diffusion; there are no data."""
+    """Return the recipe's configuration as a model of block diffusion, without data."""
     length = -(-longest // 1024) * 1024  # that usual block sizes divide
     fixed = ["data.train=none", "data.tokenizer=none", "data.validation=null", f"data.sequence_length={length}"]
     fixed += [f"model.max_sequence_length={length}", "diffusion.block_size=32", "training.precision=fp32"]
@@ -104,7 +104,8 @@ def benchmark_config(overrides: Sequence[str], longest: int) -> Config:
 
 
 def build_model(config: Config) -> DiffusionTransformer:
-    """Random weights with open gates: at initialisation layers are the identity, and tokens would not depend on what is seen."""
+    """Return a model with random weights and open gates. At initialisation, layers are the identity, and tokens would not depend on
+    others."""
     model = build_stage(config, transformer_config(config.model, config.parallel, config.training.precision)).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -113,7 +114,7 @@ def build_model(config: Config) -> DiffusionTransformer:
 
 
 def measure(config: Config, options: argparse.Namespace) -> tuple[Table, float]:
-    """Tokens a second by length of the completion, and the share of tokens that all ways agree on."""
+    """Return tokens per second by length of the completion, and the share of tokens on which all ways agree."""
     model = build_model(config)
     ways: dict[str, BlockPredict] = {
         "cached": BlockPredictor(Predictor(config, [model])),
@@ -135,7 +136,7 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[Table, float]:
 def _take_turns(
     ways: dict[str, BlockPredict], config: Config, options: argparse.Namespace, length: int
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Seconds of each round by way, and the completions."""
+    """Return the seconds of each round by way, and the completions by way."""
     vocab_size = config.model.vocab_size
     prompts = torch.randint(vocab_size, (options.rows, options.prompt_length), generator=torch.Generator().manual_seed(1))
     prompts[prompts == config.diffusion.mask_token_id] += 1
@@ -148,7 +149,7 @@ def _take_turns(
     for number in range(options.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             started = time.perf_counter()
-            # An EOS that is no token: all ways generate everything.
+            # This EOS is not a token of the vocabulary, so that all ways generate the whole length.
             generation = generate(
                 ways[name], prompts, sampling, mask_token_id=config.diffusion.mask_token_id, eos_token_id=vocab_size, device="cpu"
             )
@@ -172,16 +173,18 @@ Tokens that agree with the cached ones (greedy, fp32): {agreement:.2%}."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and with ``--report`` write benchmarks/results/YYYY-MM-DD-sampling.md."""
-    parser = argparse.ArgumentParser(prog="benchmarks.sampling", description="Generation with cached blocks against none cached, on CPU.")
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-sampling.md. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmarks.sampling", description="Measure generation with and without cached blocks.")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless one is given)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="tokens generated (default: 128 to 1024)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="numbers of tokens to generate (default: 128 to 1024)"
+    )
     parser.add_argument("--prompt-length", type=int, default=16, help="tokens of the prompt (default: 16)")
-    parser.add_argument("--rows", type=int, default=1, help="prompts completed at once (default: 1)")
+    parser.add_argument("--rows", type=int, default=1, help="number of prompts completed at once (default: 1)")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps of a block (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="times each way runs at each length (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(options.threads)
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"tokens that agree with the cached ones: {agreement:.2%}")
     if options.report:
         tables = [table, environment(shlex.join(["python", "-m", "benchmarks.sampling", *arguments]))]
-        path = write_report("sampling", "Generation with cached blocks against none cached", tables, _notes(config, options, agreement))
+        path = write_report("sampling", "Generation with and without cached blocks", tables, _notes(config, options, agreement))
         print(f"wrote {path}")
     return 0
 

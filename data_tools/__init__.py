@@ -1,1 +1,1 @@
-"""From text to datasets: train a tokenizer, tokenize a corpus."""
+"""The commands that make datasets of text: they train a tokenizer, tokenize a corpus and inspect datasets."""

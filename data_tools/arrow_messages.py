@@ -1,6 +1,6 @@
 """Sizes of the record batches of an Arrow file, read from the messages' own headers before anything is decoded.
 
-The headers are FlatBuffers (github.com/apache/arrow, format/Message.fbs and File.fbs), of which only what is asked for is read.
+The headers are FlatBuffers (github.com/apache/arrow, format/Message.fbs and File.fbs). Only the fields that are needed are read.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from os import SEEK_END
 from typing import BinaryIO
 
 MAX_METADATA_BYTES = 16 << 20
-"""The most bytes of one message's header or of a file's footer; these hold no data."""
+"""The most bytes of a message's header or of a file's footer, which do not hold data."""
 BYTES_PER_VALUE = 8
-"""The fewest bytes that a value takes while its length is counted, even an absent value."""
+"""The number of bytes that each value counts in addition to its buffers, because even an absent value takes memory."""
 _CONTINUATION = 0xFFFFFFFF
 _DICTIONARY, _RECORD_BATCH = 2, 3
 
 
 class MessageError(ValueError):
-    """A header that is none."""
+    """The error of bytes that are not a header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message of a stream."""
+    """The header of a message of a stream."""
 
     is_batch: bool
     is_dictionary: bool
     num_rows: int
     decoded_bytes: int
-    """The bytes of all buffers, decompressed, and BYTES_PER_VALUE for each value."""
+    """The decompressed bytes of all buffers, and BYTES_PER_VALUE for each value."""
     end: int
     """The byte at which the next message begins."""
 
 
 def read_message(file: BinaryIO, place: int) -> Message | None:
-    """The message at a place of the file; None at the end of the stream.
+    """Return the header of the message at a place of the file; None at the end of the stream.
 
     Raises:
-        MessageError: for a header that is none.
+        MessageError: if the bytes are not a header.
     """
     num_bytes = file.seek(0, SEEK_END)
     file.seek(min(place, num_bytes))
@@ -75,7 +75,7 @@ def read_message(file: BinaryIO, place: int) -> Message | None:
 
 
 def _decompressed_bytes(file: BinaryIO, body: int, buffers: list[tuple[int, ...]]) -> int:
-    """A compressed buffer begins with its length in memory; -1 stands for one that is stored as it is."""
+    """Return the sum of the decompressed lengths, with which compressed buffers begin; -1 stands for a buffer that is not compressed."""
     total = 0
     for offset, length in buffers:
         if length > 0:
@@ -89,12 +89,12 @@ def footer_blocks(file: BinaryIO, num_bytes: int) -> tuple[list[int], list[int]]
     """Return where the (dictionaries, record batches) of a file in the file format begin.
 
     Raises:
-        MessageError: for a footer that is none.
+        MessageError: if the file has no valid footer.
     """
     file.seek(max(0, num_bytes - 10))
     length = int.from_bytes(file.read(4), "little", signed=True)
     if not 0 < length <= min(MAX_METADATA_BYTES, num_bytes - 10):
-        raise MessageError(f"the footer has {length} bytes, which is no length or over the limit of {MAX_METADATA_BYTES}")
+        raise MessageError(f"the footer has {length} bytes, which is not a valid length or over the limit of {MAX_METADATA_BYTES}")
     file.seek(num_bytes - 10 - length)
     try:
         footer = _Table.root(file.read(length))
@@ -107,7 +107,7 @@ def footer_blocks(file: BinaryIO, num_bytes: int) -> tuple[list[int], list[int]]
 
 
 class _Table:
-    """A FlatBuffers table; what leads outside of the bytes raises struct.error."""
+    """A FlatBuffers table. Reading outside of its bytes raises struct.error."""
 
     def __init__(self, content: bytes, place: int) -> None:
         self._content = content
@@ -144,7 +144,7 @@ class _Table:
         return _Table(self._content, place + self._unpack("<I", place)[0])
 
     def structs(self, number: int, kind: str) -> Iterator[tuple[int, ...]]:
-        """The structures of a vector; a vector that is not there has no structure."""
+        """Yield the structures of a vector; a missing vector counts as empty."""
         if not (place := self._field(number)):
             return
         start = place + self._unpack("<I", place)[0]

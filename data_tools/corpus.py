@@ -1,4 +1,4 @@
-"""A corpus: some files, and the rules by which they are documents."""
+"""A corpus: files, and the rules that make documents of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import CorpusError, Kind, find_files
-from data_tools.text import SKIP_HINT, Counts, Document, Rules, UnitReader, UnitText
+from data_tools.corpus_files import CorpusError, Kind, find_files
+from data_tools.unit_reader import SKIP_HINT, Counts, Document, Rules, UnitReader, UnitText
 from data_tools.units import FileUnits
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,11 @@ _DEFAULT_RULES = Rules()
 
 
 class TextCorpus(FileUnits):
-    """The documents of some files, in a fixed order: the paths as given, a directory's files sorted by path.
+    """The documents of files in a fixed order: the paths as given, and the files of a directory sorted by path.
 
-    What a file holds is told by its name: records a line (.jsonl, .ndjson), rows (.parquet, .arrow), otherwise one document;
-    .gz, .zst and .zstd are decompressed. Hidden files and directories (a leading dot) inside a directory are left out. Text is
-    UTF-8; a byte order mark at the start of a file is dropped. Documents of white space alone are left out and counted.
+    The name of a file tells what it holds: one record per line (.jsonl, .ndjson), rows (.parquet, .arrow), or otherwise one document.
+    Files ending in .gz, .zst and .zstd are decompressed. Hidden files and directories (with a leading dot) inside a directory are left out.
+    Text is UTF-8, and a byte order mark at the start of a file is dropped. Documents that consist of white space are left out and counted.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class TextCorpus(FileUnits):
     ) -> None:
         """
         Args:
-            extensions: endings of the files taken from directories, such as ".txt"; none = all files.
-            kind: what all files hold, whatever their names.
+            extensions: endings of the files to take from directories, such as ".txt"; an empty sequence takes all files.
+            kind: what all files hold, whatever their names; None = what their names tell.
 
         Raises:
-            CorpusError: if a path is missing, there is no file, a link leads nowhere (unless skipped), a rule is no regular expression,
-                or text files are to be filtered by a field.
+            CorpusError: if a path is missing, there is no file, a symbolic link is broken (unless it is left out), a rule is not a regular
+                expression, or there is a filter by field for text files.
         """
         self.rules = rules
         self.reader = UnitReader(rules)
@@ -53,27 +53,27 @@ class TextCorpus(FileUnits):
             raise CorpusError(f"the corpus is empty: no files{wanted} under {', '.join(map(str, paths))}")
         fields = [rules.text_field, *(name for name, _ in rules.filters)]
         super().__init__(self.files, fields, kind, limits=rules.limits, passes_over=rules.on_error == "skip")
-        if self.broken and rules.on_error == "fail":  # now, not when all that comes before it has been read
+        if self.broken and rules.on_error == "fail":  # the run fails now, not after it has read all files before the link
             raise CorpusError(f"{next(iter(self.broken.values()))} {SKIP_HINT}")
         whole = [file for file in self.files if file not in self.broken]
         self.kinds = Counter(map(self.kind_of, whole))
         if rules.filters and self.kinds["text"]:
             first = next(file for file in whole if self.kind_of(file) == "text")
-            raise CorpusError(f"{first} is a text file, which has no fields to filter by; --extensions or --format say what to read")
+            raise CorpusError(f"{first} is a text file, which has no fields to filter by; choose files with --extensions or --format")
         self.log = LeftOut()
 
     def __iter__(self) -> Iterator[Document]:
         return self.documents(lambda num_bytes_done, num_bytes_decoded: None)
 
     def documents(self, show_progress: Callable[[int, int], None]) -> Iterator[Document]:
-        """The documents; counts start anew with each pass.
+        """Yield the documents. Each pass starts to count from zero.
 
-        ``show_progress`` is called again and again, even where there is no document for a long time, with the bytes of the files that are
-        done and the bytes decoded since the call before.
+        ``show_progress`` is called regularly, even while no document is found for a long time, with the number of bytes of the files that
+        have been read and the number of bytes decoded since the last call.
 
         Raises:
-            CorpusError: for input that is not text or is over a limit (unless skipped), naming file, line and byte; or if no document was
-                found.
+            CorpusError: if input is not text or is over a limit (unless it is left out), where the message names the file, line and byte;
+                or if the corpus has no document.
         """
         self.log = LeftOut()
         self.num_bytes_read = 0
@@ -86,12 +86,12 @@ class TextCorpus(FileUnits):
         self.log.finish(len(self.files))
 
     def summary(self) -> str:
-        """What there is to read, for the log."""
+        """Describe the files to read, for the log."""
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.kinds.items()))
         return f"{self.kinds.total()} files ({kinds}), {self.num_bytes / 1e6:.1f} MB"
 
     def facts(self, options: dict[str, Any], counts: Counts) -> dict[str, Any]:
-        """For a manifest: what was read, how, and what was left out."""
+        """Return what a manifest records about the corpus: what was read, with which options, and how much was left out."""
         return {
             "num_files": len(self.files),
             "num_bytes": self.num_bytes,
@@ -101,7 +101,7 @@ class TextCorpus(FileUnits):
         }
 
     def fingerprint(self) -> str:
-        """sha256 of the files' names and sizes, in order."""
+        """Return the SHA-256 of the files' names and sizes, in order."""
         listing = hashlib.sha256()
         for name, start in zip(self.files, self._starts[1:], strict=True):
             listing.update(f"{name}\0{start}\n".encode("utf-8", "surrogateescape"))
@@ -109,17 +109,17 @@ class TextCorpus(FileUnits):
 
 
 class LeftOut:
-    """Counts of a corpus, and what the log says about what is no document."""
+    """The counts of a corpus, and the log messages about the input that is left out."""
 
     def __init__(self, counts: Counts | None = None) -> None:
         self.counts = counts or Counts()
         self._num_faults = 0
 
     def add(self, text: UnitText) -> None:
-        """Count a unit and log its bad records, the first of the corpus in full.
+        """Count a unit, and log its bad records, with their messages for the first of the corpus.
 
         Raises:
-            CorpusError: if the unit was not read to its end.
+            CorpusError: if the unit was not read to its end because of an error.
         """
         for number, message in enumerate(text.messages, self._num_faults + 1):
             if number <= _MAX_LOGGED:
@@ -137,7 +137,7 @@ class LeftOut:
         """
         counts = self.counts
         if self._num_faults > _MAX_LOGGED:
-            logger.warning("... and so %d more times", self._num_faults - _MAX_LOGGED)
+            logger.warning("... and %d more were left out", self._num_faults - _MAX_LOGGED)
         if counts.num_bad or counts.num_empty:
             logger.info("left out %d files or lines that are not text and %d empty documents", counts.num_bad, counts.num_empty)
         if counts.num_too_large:

@@ -1,4 +1,4 @@
-"""The content of a file in small pieces, decompressed as it is read, so that memory does not depend on what the file becomes."""
+"""A reader that decompresses a file in small pieces, so that memory does not depend on the decompressed length."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from types import ModuleType, TracebackType
 from typing import Protocol
 
-from data_tools.files import CorpusError, compression_of
+from data_tools.corpus_files import CorpusError, compression_of
 
 CHUNK_BYTES = 1 << 16
 _INPUT_BYTES = 1 << 14
-"""Compressed bytes that are read at once. What is left of them is copied at each end of a frame: a larger piece would make many small
-frames slow."""
+"""The compressed bytes that are read at once. The rest of such a piece is copied at each end of a frame, so larger pieces would be slow for
+many small frames."""
 _ZSTANDARD_WINDOW_LOG = 27
-"""A frame may ask for a window of 128 MiB, the most that the zstd command takes without --long; the decompressor holds the window."""
+"""The largest window of a frame, 128 MiB, which the decompressor holds in memory. The zstd command has the same limit without --long."""
 
 
 class _Frame(Protocol):
@@ -33,23 +33,23 @@ class _Frame(Protocol):
 
 
 class ContentReader:
-    """The content of a file, decompressed if its name says so; use as a context manager.
+    """A reader of a file's content, which it decompresses if the name ends as those of compressed files do. Use it as a context manager.
 
-    gzip members and Zstandard frames may follow each other, in any number.
+    A file may have any number of gzip members or Zstandard frames, one after the other.
     """
 
     def __init__(self, path: str) -> None:
         """Open the file.
 
         Raises:
-        CorpusError: for Zstandard where there is no library for it.
+        CorpusError: if the file needs Zstandard, and its library is not installed.
         OSError: if the file cannot be opened.
         """
         self._compression = compression_of(path)
         self._zstandard = _zstandard(path) if self._compression == "zstd" else None
         self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
         self.num_bytes: int | None = None if self._compression else os.fstat(self._file.fileno()).st_size
-        """Length of the content; None for a compressed file, which does not say it reliably."""
+        """Length of the content; None for a compressed file, whose statement of it is not reliable."""
 
     @property
     def num_bytes_read(self) -> int:
@@ -57,10 +57,10 @@ class ContentReader:
         return self._file.tell()
 
     def chunks(self, offset: int = 0) -> Iterator[bytes]:
-        """The content from an offset on, at most CHUNK_BYTES at once.
+        """Yield the content from an offset on, in chunks of at most CHUNK_BYTES.
 
-        A chunk is empty where a piece of the file decodes to nothing or lies before the offset: the caller can show progress even in a
-        file that decodes to nothing for a long time.
+        A chunk is empty if a piece of the file decodes to nothing or lies before the offset. The caller can therefore show progress even
+        while a file decodes to nothing for a long time.
 
         Raises:
             One of :func:`damage`, where the compressed file is damaged.
@@ -75,7 +75,7 @@ class ContentReader:
             offset = max(0, offset - len(chunk))
 
     def _decompressed(self) -> Iterator[bytes]:
-        # The gzip command takes zero bytes after a member for padding.
+        # Like the gzip command, treat zero bytes after a member as padding.
         padding = b"\0" if self._compression == "gzip" else b""
         data = self._file.read(_INPUT_BYTES)
         while data:
@@ -109,7 +109,7 @@ class _GzipMember:
     """A decoder of one gzip member, with the interface of Zstandard's decompressor."""
 
     def __init__(self) -> None:
-        self._inner = zlib.decompressobj(wbits=zlib.MAX_WBITS + 16)  # 16: with gzip's header and checksum
+        self._inner = zlib.decompressobj(wbits=zlib.MAX_WBITS + 16)  # adding 16 selects gzip's header and checksum
         self.needs_input = True
 
     @property
@@ -122,7 +122,7 @@ class _GzipMember:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         content = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-        # A full piece may leave output in zlib although zlib has taken all of the input.
+        # After a full piece, zlib may hold more output although it has taken all of the input.
         self.needs_input = len(content) < max_length and not self._inner.unconsumed_tail
         return content
 
@@ -138,7 +138,7 @@ def _has_zstandard() -> bool:
 
 
 def _zstandard(path: str) -> ModuleType:
-    """Python's own from 3.14 on, its backport before."""
+    """Return the Zstandard module: Python's own from 3.14 on, otherwise its backport."""
     name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Exact duplicates by hash: 128 bits a document, so two different documents would not meet by chance."""
+"""The search for documents of equal text by hashes of 128 bits, which two different documents practically never share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ _HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
 def hash_of(text: str) -> bytes:
-    """BLAKE2b of the text, 16 bytes."""
+    """Return the BLAKE2b hash of a text, 16 bytes."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=HASH_BYTES).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Sorted hashes, in two columns: a search in every second word of one would copy it."""
+    """Sorted hashes as two columns. NumPy would copy a column of a joint array before it searches."""
 
     high: NDArray[np.uint64]
     low: NDArray[np.uint64]
 
     def contains(self, items: NDArray[np.void]) -> NDArray[np.bool_]:
-        """Which items are in it. Found by their first words; the rare entries that share one are compared in turn."""
+        """Return which items are among the hashes, bool [n].
+
+        The search compares the first words of the hashes; the few entries that share a first word are compared one after the other.
+        """
         place = np.searchsorted(self.high, items["high"])
         found = np.zeros(len(items), dtype=bool)
         left = np.arange(len(items))
@@ -44,16 +47,20 @@ class _Run:
 
 
 class SeenHashes:
-    """A set that grows by batches, of 16 bytes an entry (up to three times that for a moment, when parts of it are joined).
+    """A set of hashes that grows by batches. It takes 16 bytes per entry, and up to three times as many while it joins parts.
 
-    Sorted runs, each at least twice as long as the next: n entries in at most log2(n) runs.
+    The set consists of sorted runs, each at least twice as long as the next, so that n entries are in at most log2(n) runs.
     """
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
 
     def add(self, hashes: bytes) -> NDArray[np.bool_]:
-        """bool [n]: whether each of n hashes is new, both to the set and among those before it in the batch."""
+        """Add n hashes to the set.
+
+        Returns:
+            bool [n]: whether each hash is new, neither in the set nor earlier among these hashes.
+        """
         batch = np.frombuffer(hashes, dtype=_HASH)
         unique, first = np.unique(batch, return_index=True)
         known = np.zeros(len(unique), dtype=bool)

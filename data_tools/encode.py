@@ -1,4 +1,4 @@
-"""From a unit of the corpus to tokens: what a worker does."""
+"""The work of a worker: it turns a unit of the corpus into tokens."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.duplicates import hash_of
-from data_tools.text import Document, Rules, UnitReader, UnitText
+from data_tools.unit_reader import Document, Rules, UnitReader, UnitText
 from data_tools.units import UNIT_BYTES, Unit
 from w1train.data.indexed import token_dtype
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 
 _CHARACTERS_AT_ONCE = UNIT_BYTES
 
 
 class Split(Protocol):
-    """Which documents, or pieces of them, are held out."""
+    """The choice of the documents, or pieces of documents, that are held out for validation."""
 
     def __call__(self, document: Document) -> list[tuple[Document, bool]]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What a worker needs to know."""
+    """The settings of a worker."""
 
     rules: Rules
     tokenizer: bytes
@@ -38,24 +38,24 @@ class Encoding:
 
 @dataclass(slots=True)
 class TokenizedUnit:
-    """Documents of a unit, n of them, as tokens."""
+    """The n documents of a unit as tokens."""
 
     tokens: NDArray[np.integer]
-    """[sum of lengths], each document's EOS included."""
+    """[sum of lengths]: the tokens of all documents, each document's EOS included."""
     lengths: NDArray[np.int64]
-    """[n], tokens."""
+    """[n]: number of tokens of each document."""
     num_bytes: NDArray[np.int64]
-    """[n], of the text in UTF-8."""
+    """[n]: length of each text in bytes of UTF-8."""
     held_out: NDArray[np.bool_]
-    """[n]: for validation."""
+    """[n]: whether each document is held out for validation."""
     hashes: bytes
-    """Of each document, if duplicates are sought."""
+    """The hash of each document; empty unless duplicates are left out."""
     text: UnitText
-    """Counts and messages; its documents are gone."""
+    """The counts and messages of the unit, without its documents."""
 
 
 class UnitTokenizer:
-    """Called with units. Processes that have been given the same :class:`Encoding` return the same."""
+    """The function that workers call with units. For equal units and equal settings, every process returns the same."""
 
     def __init__(self, encoding: Encoding) -> None:
         self._reader = UnitReader(encoding.rules)
@@ -65,7 +65,7 @@ class UnitTokenizer:
         self._deduplicate = encoding.deduplicate
 
     def __call__(self, unit: Unit) -> TokenizedUnit:
-        """Read and tokenize. A piece that has no token (there are tokenizers that drop characters) counts as empty."""
+        """Read and tokenize a unit. A piece without tokens, which a tokenizer that drops characters may give, counts as empty."""
         text = self._reader.read(unit)
         pieces = [piece for document in text.documents for piece in self._split(document)]
         tokens, lengths = self._encode([document.text for document, _ in pieces])
@@ -84,9 +84,10 @@ class UnitTokenizer:
         )
 
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """(tokens of all texts, each one's number of them with its EOS, or 0 if it has no token).
+        """Return the tokens of all texts, and the number of tokens of each with its EOS, or 0 for a text without tokens.
 
-        The library holds a hundred times the size of what it is given at once: a large text in many pieces goes to it bit by bit.
+        The library takes a hundred times as much memory as the texts that it gets at once. So a large text in many pieces goes to it a few
+        pieces at a time.
         """
         tokens, lengths = [self._concatenate([])], [np.zeros(0, dtype=np.int64)]
         for batch in _batches(texts):
@@ -101,7 +102,7 @@ class UnitTokenizer:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, in lists of at most about as many characters as a unit has bytes, or of one text that is longer."""
+    """Yield the texts in order, in lists with at most as many characters as a unit has bytes, or with one longer text."""
     batch: list[str] = []
     num_characters = 0
     for text in texts:

@@ -1,4 +1,4 @@
-"""How long documents are: bins that double in width, drawn in the terminal and as SVG."""
+"""A histogram of the lengths of documents, with bins that double in width, as text and as SVG."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _WIDTH, _ROW, _LABEL, _NUMBER = 720, 22, 130, 150
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Documents by length in tokens. Bin k holds the lengths [2^k, 2^(k+1)); those before the first and after the last are empty."""
+    """The numbers of documents by their lengths in tokens. Bin k holds the lengths in [2^k, 2^(k+1)); all other bins are empty."""
 
     first: int
-    """k of the first bin."""
+    """The number k of the first bin."""
     counts: list[int]
-    """Documents of each bin."""
+    """The number of documents in each bin."""
     tokens: list[int]
-    """Tokens that these documents have."""
+    """The number of tokens of the documents in each bin."""
 
     @classmethod
     def of(cls, lengths: NDArray[np.integer]) -> Histogram:
-        """Of lengths [n], at least one of which is not 0; documents without tokens are in no bin."""
+        """Return the histogram of lengths [n], of which at least one must not be 0. Documents without tokens are in no bin."""
         lengths = lengths[lengths > 0].astype(np.int64)
         assert len(lengths), "a histogram of nothing"
         # frexp is exact: log2 would put 2^k - 1 into the next bin for large k.
@@ -37,11 +37,11 @@ class Histogram:
         return cls(first, counts.tolist(), tokens.tolist())
 
     def labels(self) -> list[str]:
-        """Of each bin: "1024-2047"."""
+        """Return a label for each bin, such as "1024-2047"."""
         return [f"{2**k}-{2 ** (k + 1) - 1}" if k else "1" for k in range(self.first, self.first + len(self.counts))]
 
     def text(self, width: int = 40) -> str:
-        """Lines of bars: documents, and the share of the tokens that they hold."""
+        """Return the histogram as lines of bars, with the number of documents and their share of all tokens."""
         labels = self.labels()
         label_width, num_tokens = max(map(len, labels)), sum(self.tokens)
         lines = [f"{'tokens':>{label_width}}  {'documents':<{width}}  {'':>11} {'of tokens':>9}"]
@@ -52,7 +52,7 @@ class Histogram:
         return "\n".join(lines)
 
     def svg(self) -> str:
-        """A picture that stands alone, on light and dark pages."""
+        """Return the histogram as an SVG picture, for light and dark pages."""
         height = _ROW * (len(self.counts) + 1) + 8
         largest, num_tokens = max(self.counts), sum(self.tokens)
         rows = []

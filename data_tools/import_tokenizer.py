@@ -1,4 +1,7 @@
-"""Give a model's own tokenizer the special tokens that training needs: python -m data_tools.import_tokenizer --input tokenizer.json ..."""
+"""The command that gives a model's own tokenizer the special tokens for training.
+
+python -m data_tools.import_tokenizer --input tokenizer.json --eos TOKEN --output FILE
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import input_path, output_file, run_command
+from data_tools.command_runner import run_command
+from data_tools.corpus_options import input_path, output_file
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
-from w1train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer, TokenizerError, parse_tokenizer_json, read_tokenizer_file
+from w1train.data.tokenizers.tokenizer import (
+    EOS_TOKEN,
+    MASK_TOKEN,
+    PAD_TOKEN,
+    Tokenizer,
+    TokenizerError,
+    parse_tokenizer_json,
+    read_tokenizer_file,
+)
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
@@ -21,23 +33,23 @@ logger = logging.getLogger(__name__)
 
 @command("data_tools.import_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.import_tokenizer",
-        description="Make a Hugging Face tokenizer.json one that w1train trains with: its end-of-text token becomes <eos> at the same id, "
-        "<pad> and <mask> are added where nothing is. All other ids stay, so the model's embeddings fit.",
+        description="Make a tokenizer.json for w1train from that of a Hugging Face model: its end-of-text token becomes <eos> with the "
+        "same id, and <pad> and <mask> get free ids. No other id changes, so the tokenizer still fits the model's embeddings.",
     )
     parser.add_argument(
-        "--input", type=input_path, required=True, metavar="PATH", help="the model's tokenizer.json, or the directory that it is in"
+        "--input", type=input_path, required=True, metavar="PATH", help="the model's tokenizer.json, or the directory that contains it"
     )
-    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="where to write the new one")
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the tokenizer.json to write")
     parser.add_argument("--eos", required=True, metavar="TOKEN", help="the token that ends a document, such as '<|endoftext|>'")
-    parser.add_argument("--mask-token-id", type=int, metavar="ID", help="id of <mask>; the first free one if not given")
-    parser.add_argument("--mask", metavar="TOKEN", help="a special token that nothing uses, to become <mask> at its id")
-    parser.add_argument("--pad", metavar="TOKEN", help="one to become <pad> (default: a new one)")
+    parser.add_argument("--mask-token-id", type=int, metavar="ID", help="id of <mask> (default: the first free id)")
+    parser.add_argument("--mask", metavar="TOKEN", help="an unused special token, which becomes <mask> with the same id")
+    parser.add_argument("--pad", metavar="TOKEN", help="an unused special token, which becomes <pad> (default: a new token)")
     options = parser.parse_args(arguments)
     if options.mask and options.mask_token_id is not None:
-        parser.error("--mask has an id already: --mask-token-id does not go with it")
+        parser.error("--mask names a token that has an id: --mask-token-id must not be given as well")
     return run_command(lambda: _import(options))
 
 
@@ -55,7 +67,9 @@ def _import(options: argparse.Namespace) -> None:
     converted = with_special_tokens(content, renamed, options.mask_token_id, str(source))
     tokenizer = Tokenizer(json.dumps(converted, ensure_ascii=False).encode(), origin=str(source))
     if content.get("normalizer"):
-        logger.warning("%s normalises text (%s): not every text comes back as it went in", source, content["normalizer"].get("type"))
+        logger.warning(
+            "%s normalises text (%s): decoding does not give back every text that was encoded", source, content["normalizer"].get("type")
+        )
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
@@ -69,15 +83,15 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def with_special_tokens(content: dict[str, Any], renamed: dict[str, str], mask_token_id: int | None, origin: str) -> dict[str, Any]:
-    """The tokenizer.json with special tokens under new names (one becomes <eos>), and <mask> and <pad> added unless they are among those.
+    """Return the tokenizer.json with special tokens under new names, and with <mask> and <pad> added unless tokens were renamed to them.
 
     Raises:
-        TokenizerError: there is no such token among the added ones, or something is already at the mask's id.
+        TokenizerError: if a token to rename is not among the added tokens, or another token has the mask's id.
     """
     added = content.get("added_tokens") or []
     there = {token["content"]: token["id"] for token in added}
     if missing := [text for text in renamed if text not in there]:
-        raise TokenizerError(f"tokenizer {origin} has no special token {missing[0]}; it has: {', '.join(there) or 'none'}")
+        raise TokenizerError(f"tokenizer {origin} has no special token {missing[0]}; it has: {', '.join(there) or 'no special tokens'}")
     used = {number: text for text, number in (content["model"]["vocab"] | there).items()}
     new = [name for name in (MASK_TOKEN, PAD_TOKEN) if name not in renamed.values()]
     first_free = max(used) + 1
@@ -85,9 +99,9 @@ def with_special_tokens(content: dict[str, Any], renamed: dict[str, str], mask_t
     if mask in used:
         raise TokenizerError(f"--mask-token-id {mask} is {used[mask]!r} in {origin}; the first free id is {first_free}")
     if mask > first_free:
-        raise TokenizerError(f"--mask-token-id {mask} leaves ids without a token before it; the first free one is {first_free}")
+        raise TokenizerError(f"--mask-token-id {mask} leaves ids without a token before it; the first free id is {first_free}")
     tokens = [{**token, "content": renamed[token["content"]], "special": True} if token["content"] in renamed else token for token in added]
-    # A template that adds special tokens around texts would name the old one; documents get their EOS from the writer.
+    # A template that adds special tokens around texts would contain the old names. Documents get their EOS from the writer.
     return {
         **content,
         "added_tokens": [*tokens, *(_special_token(first_free + i, name) for i, name in enumerate(new))],

@@ -1,7 +1,7 @@
-"""Look at a dataset: python -m data_tools.inspect PREFIX --tokenizer tokenizer.json
+"""The command that shows and checks a dataset: python -m data_tools.inspect PREFIX --tokenizer tokenizer.json
 
-Counts, a histogram of the documents' lengths, some documents as text, and checks: that the index is whole, the files have their
-hashes, and every token is in the vocabulary, no mask, and every document ended by its EOS.
+It prints counts, a histogram of the documents' lengths and some documents as text. It checks that the index is whole, that the files have
+their hashes, that every token is in the vocabulary and not the mask, and that every document ends with EOS.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.command import run_command
+from data_tools.command_runner import run_command
 from data_tools.histogram import Histogram
 from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
-from w1train.data.shards import open_dataset
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.sharded_dataset import open_dataset
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 
@@ -34,11 +34,11 @@ _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something that a dataset must be."""
+    """The result of a check of a dataset."""
 
     name: str
     problem: str = ""
-    """What is wrong; empty = nothing."""
+    """The fault that the check found; empty if it found no fault."""
 
     def __str__(self) -> str:
         return f"FAILED  {self.name}: {self.problem}" if self.problem else f"ok      {self.name}"
@@ -46,19 +46,23 @@ class Check:
 
 @command("data_tools.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status, 1 if a check failed."""
+    """Run the command, and return its exit status, which is 1 if a check failed."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.inspect",
-        description="Counts, lengths, samples and checks of a dataset. The exit status is 1 if a check fails.",
+        description="Print counts, lengths and documents of a dataset, and check it. The exit status is 1 if a check fails.",
     )
     parser.add_argument("prefix", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")
-    parser.add_argument("--tokenizer", metavar="FILE", help="its tokenizer.json, to decode samples and to check the vocabulary")
-    parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to decode, drawn by --seed (default: %(default)s)")
-    parser.add_argument("--characters", type=int, default=300, metavar="N", help="of each, at most (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--no-scan", action="store_true", help="do not read the tokens: no check of hashes and of the vocabulary")
-    parser.add_argument("--svg", metavar="FILE", help="write the histogram as a picture")
-    parser.add_argument("--html", metavar="FILE", help="write everything as a page")
+    parser.add_argument("--tokenizer", metavar="FILE", help="the dataset's tokenizer.json, to decode documents and to check the vocabulary")
+    parser.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="number of documents to decode, which --seed draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--characters", type=int, default=300, metavar="N", help="the most characters of each document (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed that draws the documents (default: %(default)s)")
+    parser.add_argument("--no-scan", action="store_true", help="do not read the tokens, and check neither hashes nor the vocabulary")
+    parser.add_argument("--svg", metavar="FILE", help="write the histogram as an SVG picture")
+    parser.add_argument("--html", metavar="FILE", help="write all of it as an HTML page")
     options = parser.parse_args(arguments)
     return run_command(lambda: _inspect(options))
 
@@ -70,9 +74,10 @@ def _inspect(options: argparse.Namespace) -> None:
     counts = count(dataset, lengths)
     histogram = Histogram.of(lengths)
     samples = draw_samples(dataset, tokenizer, options.samples, options.characters, options.seed) if tokenizer else []
-    checks = [Check("the index is whole, and the files have its size")]
+    checks = [Check("the index is whole, and the files have the sizes that it implies")]
     if not options.no_scan:
         checks += [check_hashes(dataset), check_tokens(dataset, tokenizer)]
+        checks += [check_may_be_noised(dataset)] if dataset.limits_noise else []
     width = max(len(name) for name, _ in counts)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in counts), histogram.text(), sep="\n\n", end="\n\n")
     for number, text in samples:
@@ -83,11 +88,11 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.html:
         write_text(options.html, _page(options.prefix, counts, histogram, samples, checks))
     if failed := [check for check in checks if check.problem]:
-        raise DatasetError(f"dataset {options.prefix} is not as it should be: {failed[0].problem}")
+        raise DatasetError(f"dataset {options.prefix} failed a check: {failed[0].problem}")
 
 
 def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, str]]:
-    """(what, how much) of a dataset with documents of so many tokens, [n]."""
+    """Return pairs of a name and a value that describe a dataset; ``lengths`` [n] are the numbers of tokens of its documents."""
     rows = [("documents", f"{dataset.num_documents:,}"), ("tokens", f"{dataset.num_tokens:,}")]
     manifest = dataset.manifest
     if manifest is not None:
@@ -102,6 +107,8 @@ def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, 
         kinds = ("bad", "too_large", "empty", "filtered", "duplicates")
         left_out = [f"{manifest.corpus.get(f'num_{kind}', 0):,} {kind.replace('_', ' ')}" for kind in kinds]
         rows += [("left out of the corpus", ", ".join(left_out))] if manifest.corpus else []
+    if dataset.limits_noise:
+        rows.append(("may be noised", "only the tokens that the .may_be_noised file allows"))
     quantiles = np.quantile(lengths, _QUANTILES, method="inverted_cdf")
     rows.append(("tokens a document", f"mean {lengths.mean():,.1f}, least {lengths.min():,}, most {lengths.max():,}"))
     rows.append(("   quantiles", ", ".join(f"{share:.0%} {value:,}" for share, value in zip(_QUANTILES, quantiles, strict=True))))
@@ -109,11 +116,11 @@ def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, 
 
 
 def draw_samples(dataset: TokenDataset, tokenizer: Tokenizer, num: int, num_characters: int, seed: int) -> list[tuple[int, str]]:
-    """(number, the beginning of its text) of some documents, in the dataset's order."""
+    """Return the number and the beginning of the text of some documents, in the dataset's order."""
     chosen = np.random.default_rng(seed).choice(dataset.num_documents, min(num, dataset.num_documents), replace=False)
     samples = []
     for document in sorted(chosen.tolist()):
-        # No token is longer than a few characters on average; four a character would be bytes of the rarest scripts.
+        # A token has a few characters on average. Four tokens per character would be single bytes of the rarest scripts.
         length = int(dataset.document_offsets[document + 1] - dataset.document_offsets[document])
         text = tokenizer.decode(dataset.document_tokens(document, 0, min(length, 4 * num_characters)).tolist())
         samples.append((document, text if len(text) <= num_characters else text[:num_characters] + "..."))
@@ -121,10 +128,10 @@ def draw_samples(dataset: TokenDataset, tokenizer: Tokenizer, num: int, num_char
 
 
 def check_hashes(dataset: TokenDataset) -> Check:
-    """Whether the files are what was written."""
+    """Check that the files have the hashes of the manifest."""
     name = "the files have the hashes of the manifest"
     if dataset.manifest is None:
-        return Check(f"{name} (there is none: not checked)")
+        return Check(f"{name} (not checked: the dataset has no manifest)")
     try:
         dataset.verify_hashes()
     except DatasetError as error:
@@ -133,14 +140,15 @@ def check_hashes(dataset: TokenDataset) -> Check:
 
 
 def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
-    """Whether all tokens are in the vocabulary, none is the mask, and EOS ends the documents."""
+    """Check that all tokens are in the vocabulary, that no token is the mask, and that EOS ends the documents."""
     facts = tokenizer or dataset.manifest
     if facts is None:
-        return Check("every token is in the vocabulary (which needs --tokenizer: not checked)")
+        return Check("every token is in the vocabulary (not checked: this needs --tokenizer)")
     vocab_size = facts.vocab_size if isinstance(facts, Tokenizer) else facts.tokenizer_vocab_size
-    # A foreign dataset's documents end as its makers liked.
+    # The documents of a dataset that other software wrote need not end with EOS.
     ends_matter = dataset.manifest is not None
-    name = f"every token is in the vocabulary of {vocab_size}, none a mask" + (", every document ended by EOS" if ends_matter else "")
+    name = f"every token is in the vocabulary of {vocab_size} ids, and no token is the mask"
+    name += ", and every document ends with EOS" if ends_matter else ""
     ends = dataset.document_offsets[1:][np.diff(dataset.document_offsets) > 0] - 1
     with ByteProgress("reading", dataset.num_tokens * dataset.document_tokens(0, 0, 0).itemsize) as progress:
         for start, tokens in _chunks(dataset):
@@ -148,9 +156,20 @@ def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
                 return Check(name, problem)
             inside = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + len(tokens))]
             if ends_matter and len(open_ends := inside[tokens[inside - start] != facts.eos_token_id]):
-                return Check(name, f"token {open_ends[0]} is the last of its document, and no EOS")
+                return Check(name, f"token {open_ends[0]} is the last of its document, but not EOS")
             progress.update((start + len(tokens)) * tokens.itemsize)
     return Check(name)
+
+
+def check_may_be_noised(dataset: TokenDataset) -> Check:
+    """Count the tokens that may be noised, and check that the file says 0 or 1 for each token."""
+    num_noised = 0
+    try:
+        for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
+            num_noised += int(dataset.read_may_be_noised(start, min(start + _TOKENS_AT_ONCE, dataset.num_tokens)).sum())
+    except DatasetError as error:
+        return Check("the tokens that may be noised are known", str(error))
+    return Check(f"the tokens that may be noised are known: {num_noised:,}, {num_noised / dataset.num_tokens:.1%} of all")
 
 
 def _token_problem(tokens: NDArray[np.integer], start: int, vocab_size: int, mask_token_id: int) -> str:
@@ -163,7 +182,7 @@ def _token_problem(tokens: NDArray[np.integer], start: int, vocab_size: int, mas
 
 
 def _chunks(dataset: TokenDataset) -> Iterator[tuple[int, NDArray[np.integer]]]:
-    """(place, tokens) of the whole token file, read piece by piece: a memory map would count as memory."""
+    """Yield the first token's place and the tokens of each piece of the token file. A memory map would count as memory of the process."""
     for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
         yield start, dataset.read(start, min(start + _TOKENS_AT_ONCE, dataset.num_tokens))
 

@@ -1,4 +1,4 @@
-"""Whole lines of a file in blocks of about one size; a line over the limit is passed over without being held."""
+"""The lines of a file in blocks of about one size. A line over the limit is skipped without being held in memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _EMPTY_CHUNK_BYTES = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Whole lines; or a line that is over the limit, after a block that announces it; or nothing but progress."""
+    """Whole lines, or a skipped line over the limit, which an earlier block announces, or the progress of reading alone."""
 
     content: bytes = b""
-    """The last line of the file may lack its end."""
+    """The lines. The last line of the file may lack its line break."""
     num_bytes_passed: int = 0
-    """Decoded and dropped since the block before."""
+    """The number of bytes decoded and dropped since the last block."""
     announces_long_line: bool = False
-    """The next line is over the limit, and its end is still to be found."""
+    """Whether the next line is over the limit, and its end has not been found yet."""
     long_line: int | None = None
-    """Length of the line over the limit, without its end, if the block is this line."""
+    """The length of the line over the limit, without its line break, if the block stands for this line."""
     length: int = 0
     """The number of bytes of the file that the block stands for, decompressed."""
     fault: str = ""
@@ -35,15 +35,16 @@ class Block:
 class LineBlocks:
     """The blocks of a file, from the beginning of a line on.
 
-    A block ends with the last line that ends within ``block_bytes``, or with the first line where none does: that depends on
-    nothing but where the block begins.
+    A block ends with the last line that ends within ``block_bytes``, or with its first line if no line does. So the end of a block depends
+    only on its beginning.
     """
 
     def __init__(self, stream: ContentReader, offset: int, block_bytes: int, max_line_bytes: int) -> None:
         self._chunks = stream.chunks(offset)
         self._block_bytes = block_bytes
         self._most = max(block_bytes, max_line_bytes)
-        """Bytes in which a line must end; a shorter line over the limit is in a block like others, for the reader to leave out."""
+        """The number of bytes within which a line must end. A shorter line that is over the limit stays in its block, and the reader leaves
+        it out."""
         self._pending = bytearray()
         self._searched = 0
         self._num_quiet = 0

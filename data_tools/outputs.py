@@ -1,9 +1,9 @@
-"""The datasets of a run of data_tools.tokenize, and the record from which a killed run goes on.
+"""The datasets that a run of data_tools.tokenize writes, and the record of progress from which a killed run resumes.
 
-While a run writes, everything has a partial name: PREFIX.bin.partial and PREFIX.idx.partial (PREFIX_00000..., in shards), and, of
-the first dataset alone, PREFIX.progress.partial and PREFIX.hashes.partial. A record says how much of the files is on the disk, which
-documents that is, and which run it belongs to; what came after it is cut off. When all documents are there, a last record says
-so, and the datasets get their names; a kill in between is made good by doing that again.
+While a run writes, its files have partial names: PREFIX.bin.partial and PREFIX.idx.partial (PREFIX_00000..., in shards) and, for
+the first dataset only, PREFIX.progress.partial and PREFIX.hashes.partial. The record says how much of the files is on the disk, which
+documents these are, and which run they belong to. A resumed run cuts off what was written after the record. When all documents are
+written, a last record states this, and the datasets get their names; after a kill at this point the next run gives them their names again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from data_tools.duplicates import HASH_BYTES
 from data_tools.encode import TokenizedUnit
-from data_tools.text import Counts
+from data_tools.unit_reader import Counts
 from data_tools.units import Position
 from w1train.config.reading import read_json_object
-from w1train.data.indexed import DatasetError, bin_path, idx_path
-from w1train.data.manifest import DatasetManifest, manifest_path
-from w1train.data.shards import shard_notes
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manifest_path
+from w1train.data.indexed import DatasetError
+from w1train.data.sharded_dataset import shard_notes
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
 
@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """How datasets are written."""
+    """The options for writing datasets."""
 
     shard_tokens: int | None = None
-    """Tokens of a shard; None = one dataset."""
+    """The number of tokens of a shard; None = one dataset without shards."""
     overwrite: bool = False
     """Replace existing datasets."""
     seconds_between_records: float = 10.0
@@ -50,31 +50,31 @@ class OutputOptions:
 
 @dataclass(slots=True)
 class OutputRecord:
-    """One dataset, or its shards so far."""
+    """The progress of one dataset, or of its shards."""
 
     sealed: list[DatasetManifest] = field(default_factory=list)
-    """Shards that are complete, under their partial names."""
+    """The manifests of the complete shards, which still have partial names."""
     writer: WriterProgress | None = None
-    """What there is of the next; None = nothing."""
+    """The progress of the next shard; None = it has not been started."""
 
 
 @dataclass(slots=True)
 class Record:
-    """How far a run had come."""
+    """The record of a run's progress."""
 
     run: str
-    """A hash of everything that the output depends on."""
+    """A hash of all that the output depends on."""
     position: Position = field(default_factory=Position)
-    """Where the next unit starts."""
+    """The place in the corpus where the next unit starts."""
     counts: Counts = field(default_factory=Counts)
     num_hashes: int = 0
     outputs: list[OutputRecord] = field(default_factory=list)
     is_complete: bool = False
-    """There are no more documents; what is left is to give the datasets their names."""
+    """Whether all documents are written, and only the names of the datasets are missing."""
 
     @classmethod
     def read(cls, path: Path) -> Record | None:
-        """None if there is none, or it is not what this version writes."""
+        """Read a record; return None if the file does not exist, or if this version did not write it."""
         try:
             content = read_json_object(path, "record of progress")
             outputs = [
@@ -88,12 +88,12 @@ class Record:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("%s is no record of this version of data_tools.tokenize (%s): the run begins anew", path, error)
+            logger.warning("%s is not a record of this version of data_tools.tokenize (%s): the run starts from the beginning", path, error)
             return None
 
 
 class Output:
-    """One dataset, or PREFIX_00000 and so on of ``shard_tokens`` tokens each, the last document of a shard included."""
+    """One dataset, or the shards PREFIX_00000 and so on. A shard ends with the document that brings it to ``shard_tokens`` tokens."""
 
     def __init__(self, prefix: str, tokenizer: Tokenizer, shard_tokens: int | None, overwrite: bool, record: OutputRecord) -> None:
         self._prefix = prefix
@@ -101,7 +101,7 @@ class Output:
         self._shard_tokens = shard_tokens
         self._overwrite = overwrite
         self.sealed = list(record.sealed)
-        """Manifests of the complete shards; of the dataset, once it is."""
+        """The manifests of the complete shards, or of the dataset when it is complete."""
         for number, manifest in enumerate(self.sealed):
             check_sealed(self.name(number), manifest)
         self._writer = self._open(record.writer)
@@ -110,11 +110,11 @@ class Output:
         return DatasetWriter(self.name(len(self.sealed)), self._tokenizer, self._overwrite, resume)
 
     def name(self, number: int) -> str:
-        """Prefix of a shard, or of the dataset that is not in shards."""
+        """Return the prefix of a shard, or of the dataset that is not in shards."""
         return self._prefix if self._shard_tokens is None else f"{self._prefix}_{number:05d}"
 
     def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> None:
-        """Append documents; those that come after a shard is full go to the next one."""
+        """Append documents. When a shard is full, the following documents go to the next one."""
         while self._shard_tokens is not None and len(lengths):
             ends = np.cumsum(lengths)
             count = int(np.searchsorted(ends, self._shard_tokens - self._writer.num_tokens)) + 1
@@ -128,10 +128,10 @@ class Output:
             self._writer.add_documents(tokens, lengths, int(num_bytes.sum()))
 
     def seal(self) -> None:
-        """There are no more documents. A last shard without any is none.
+        """Complete the files after the last document. A last shard without documents is removed.
 
         Raises:
-            DatasetError: if there is no document at all.
+            DatasetError: if the dataset has no document.
         """
         if self.sealed and not self._writer.num_documents:
             self._writer.discard()
@@ -143,15 +143,15 @@ class Output:
         self._writer.keep()
 
     def record(self) -> OutputRecord:
-        """What is on the disk, after bringing it there."""
+        """Bring everything to the disk, and return the record of it."""
         return OutputRecord(self.sealed, self._writer.progress())
 
     def keep(self) -> None:
-        """Close the files, for a later run to go on with."""
+        """Close the files and keep them, for a later run to resume."""
         self._writer.keep()
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Close and remove the files."""
         self._writer.discard()
         for number in range(len(self.sealed)):
             for path in partial_paths(self.name(number)):
@@ -159,16 +159,20 @@ class Output:
 
 
 class Outputs:
-    """The datasets of one run; use as a context manager.
+    """The datasets of one run; use it as a context manager.
 
-    Leaving it by a mistake of the user removes what was written; by anything else (Ctrl-C, a full disk), what a record covers stays.
+    If a mistake of the user ends the block, the files are removed. If anything else ends it (Ctrl-C, a full disk), the files that the
+    record covers are kept.
     """
 
     def __init__(self, prefixes: Sequence[str], tokenizer: Tokenizer, run: str, options: OutputOptions) -> None:
-        """``run`` is a hash of everything that the datasets depend on; a record of another run is not gone on with.
+        """Open the datasets for writing, and resume an interrupted run if there is a record of it.
+
+        Args:
+            run: a hash of all that the datasets depend on; a record with another hash is not resumed.
 
         Raises:
-            DatasetError: if a dataset exists and is not to be overwritten, or another process is writing it.
+            DatasetError: if a dataset exists and may not be overwritten, or another process is writing it.
         """
         self._prefixes, self._tokenizer, self._options = prefixes, tokenizer, options
         self._record_path, hashes_path = (Path(f"{prefixes[0]}.{name}{PARTIAL_SUFFIX}") for name in ("progress", "hashes"))
@@ -184,10 +188,10 @@ class Outputs:
             raise
 
     def _resumed(self, run: str) -> Record | None:
-        """Everything as the record of an interrupted run says; None if there is none of this run, or the files do not fit it."""
+        """Resume the interrupted run, and return its record; None if this run has no record, or the files do not match it."""
         record = Record.read(self._record_path)
         if record is not None and record.run != run:
-            logger.warning("%s is of a run with other input or options: this one begins anew", self._record_path)
+            logger.warning("%s is of a run with other input or options: this run starts from the beginning", self._record_path)
             return None
         if record is None:
             return None
@@ -198,9 +202,9 @@ class Outputs:
             else:
                 self._check_complete(record)
         except ResumeError as error:
-            logger.warning("%s; the run begins anew", error)
+            logger.warning("%s; the run starts from the beginning", error)
             return None
-        logger.info("going on from an interrupted run: %d documents are done", record.counts.num_documents)
+        logger.info("resuming an interrupted run: %d documents are done", record.counts.num_documents)
         return record
 
     def _begun(self, run: str) -> Record:
@@ -216,7 +220,7 @@ class Outputs:
         return record
 
     def _refuse_old_shards(self) -> None:
-        """Before the first document, not when the run arrives at the shard."""
+        """Refuse to overwrite old shards before the first document, not when the run comes to the shard."""
         for prefix in map(Path, self._prefixes):
             pattern = f"{glob.escape(prefix.name)}_{'[0-9]' * 5}.json"
             if self._options.shard_tokens and (old := sorted(prefix.parent.glob(pattern))):
@@ -242,11 +246,11 @@ class Outputs:
                 yield prefix if self._options.shard_tokens is None else f"{prefix}_{number:05d}", manifest
 
     def old_hashes(self) -> bytes:
-        """Of the documents that an interrupted run had, 16 bytes each."""
+        """Return the hashes of the documents that an interrupted run had written, 16 bytes each."""
         return self._hashes_path.read_bytes()
 
     def add(self, unit: TokenizedUnit, is_new: NDArray[np.bool_] | None) -> None:
-        """Append a unit's documents, each to its dataset; ``is_new`` [n] leaves out the others."""
+        """Append a unit's documents, each to its dataset, without those for which ``is_new`` [n] is False."""
         if is_new is not None:
             new_hashes = np.frombuffer(unit.hashes, dtype=f"V{HASH_BYTES}")[is_new]
             self._hashes.write(new_hashes.tobytes())
@@ -261,11 +265,11 @@ class Outputs:
                 output.add(unit.tokens[np.repeat(chosen, unit.lengths)], unit.lengths[chosen], unit.num_bytes[chosen])
 
     def is_record_due(self) -> bool:
-        """Whether the last record is old."""
+        """Return whether the last record is old enough for another record."""
         return time.monotonic() - self._last_record >= self._options.seconds_between_records
 
     def write_record(self, position: Position, is_complete: bool = False) -> None:
-        """Bring everything to the disk, and then the record of it."""
+        """Bring everything to the disk, and then write the record of it."""
         self._hashes.flush()
         os.fsync(self._hashes.fileno())
         self.record.outputs = [OutputRecord(o.sealed) if is_complete else o.record() for o in self._outputs]
@@ -274,7 +278,7 @@ class Outputs:
         self._last_record = time.monotonic()
 
     def seal(self, position: Position) -> None:
-        """There are no more documents: complete all files, still under their partial names.
+        """Complete all files after the last document, still under their partial names.
 
         Raises:
             DatasetError: if a dataset would be empty.
@@ -284,7 +288,11 @@ class Outputs:
         self.write_record(position, is_complete=True)
 
     def publish(self, corpus: dict[str, Any]) -> list[tuple[str, DatasetManifest]]:
-        """Give the sealed datasets their names, with a word about the corpus in the manifests; (prefix, manifest) of each."""
+        """Give the sealed datasets their names, and write their manifests, which describe the corpus.
+
+        Returns:
+            The prefix and the manifest of each dataset.
+        """
         in_shards = self._options.shard_tokens is not None
         notes = [note for output in self.record.outputs for note in (shard_notes(output.sealed) if in_shards else [{}])]
         sealed = zip(self._sealed(self.record), notes, strict=True)
@@ -318,15 +326,15 @@ class Outputs:
         if remove:
             self._record_path.unlink(missing_ok=True)
         else:
-            logger.info("the same command goes on from the last record")
+            logger.info("the same command resumes from the last record")
         self._end_files(remove)
 
 
 def _remove_old_shards(prefix: str, first: int) -> None:
-    """Of a dataset that was replaced, and had more shards than the new one."""
+    """Remove the shards from number ``first`` on, which a replaced dataset had in addition to those of the new dataset."""
     number = first
     while manifest_path(name := f"{prefix}_{number:05d}").exists():
         logger.info("removing %s, a shard of the dataset that is replaced", name)
-        for path in (manifest_path(name), idx_path(name), bin_path(name)):
+        for path in dataset_paths(name):
             path.unlink(missing_ok=True)
         number += 1

@@ -1,7 +1,7 @@
-"""What packing does to a dataset's documents: python -m data_tools.pack_report PREFIX --sequence-length 4096
+"""The command that shows what packing does to a dataset's documents: python -m data_tools.pack_report PREFIX --sequence-length 4096
 
-For each policy: the share of the samples that is padding, the documents that are cut though they would fit whole, and how many
-documents a sample holds.
+For each policy of packing it prints which share of the samples is padding, how many documents are cut although they would fit into a
+sample, and how many documents a sample holds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.command import run_command
-from w1train.data.best_fit import pack_best_fit
-from w1train.data.shards import open_dataset
+from data_tools.command_runner import run_command
+from w1train.data.packed.best_fit import pack_best_fit
+from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
@@ -30,31 +30,33 @@ _COLUMNS = ("dataset", "policy", "length", "samples", "waste", "cut, though they
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
-    """Of one dataset by one policy."""
+    """The numbers of one dataset under one policy."""
 
     num_samples: int
     waste: float
     """Share of the samples' positions that hold no token."""
     num_cut: int
-    """Documents in more than one sample that would have fitted into one."""
+    """Number of documents that would fit into one sample, but are in more than one."""
     num_long: int
-    """Documents longer than a sample, which every policy must cut."""
+    """Number of documents that are longer than a sample, which every policy must cut."""
     mean_documents: float
-    """Documents, or parts of one, in a sample."""
+    """Mean number of documents, or parts of documents, in a sample."""
     max_documents: int
 
 
 @command("data_tools.pack_report")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.pack_report",
-        description="Waste, cut documents and documents a sample, for a sequence length and policies of packing.",
+        description="Print the share of padding, the cut documents and the documents per sample, by sequence length and policy of packing.",
     )
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")
-    parser.add_argument("--sequence-length", type=int, nargs="+", default=[4096], metavar="L", help="tokens of a sample (default: 4096)")
-    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="(default: all)")
-    parser.add_argument("--align", type=int, default=1, help="best_fit: documents start at multiples of this (default: %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=int, nargs="+", default=[4096], metavar="L", help="number of tokens of a sample (default: 4096)"
+    )
+    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="policies of packing (default: all)")
+    parser.add_argument("--align", type=int, default=1, help="best_fit: documents start at multiples of this number (default: %(default)s)")
     options = parser.parse_args(arguments)
     if min(options.sequence_length) < 1 or options.align < 1 or any(length % options.align for length in options.sequence_length):
         parser.error("--sequence-length must be at least 1, and a multiple of --align")
@@ -87,12 +89,12 @@ def _cells(report: PackReport, num_documents: int) -> list[str]:
 
 
 def report_cut(lengths: NDArray[np.int64], sequence_length: int) -> PackReport:
-    """Concatenated and cut (w1train/data/packing.py): an epoch that begins at the first document; other epochs cut other documents."""
+    """Report on concatenate-and-cut packing (w1train/data/packed/packing.py), for an epoch that starts to cut at the first document."""
     num_tokens = int(lengths.sum())
     num_samples = -(-num_tokens // sequence_length)
     ends = np.cumsum(lengths)
     first, last = (ends - lengths) // sequence_length, (ends - 1) // sequence_length
-    # A sample holds what began in it and, if its first token is in the midst of a document, that one too.
+    # A sample holds the documents that begin in it and, if its first token is inside a document, that document too.
     per_sample = np.bincount(first, minlength=num_samples)
     per_sample[1:] += ~np.isin(np.arange(1, num_samples) * sequence_length, ends, assume_unique=True)
     fits = lengths <= sequence_length
@@ -107,7 +109,7 @@ def report_cut(lengths: NDArray[np.int64], sequence_length: int) -> PackReport:
 
 
 def report_best_fit(lengths: NDArray[np.int64], sequence_length: int, align: int = 1) -> PackReport:
-    """As few samples as fit (w1train/data/best_fit.py): only documents longer than a sample are cut."""
+    """Report on best-fit packing (w1train/data/packed/best_fit.py), which cuts only documents that are longer than a sample."""
     packed = pack_best_fit(lengths, sequence_length, align)
     per_sample = np.bincount(packed.sample_of_piece, minlength=packed.num_samples)
     return PackReport(

@@ -1,4 +1,4 @@
-"""Decoded sizes of a Parquet row group, read from the pages' own headers: the file's footer may say anything.
+"""Decoded sizes of a Parquet row group, read from the headers of its pages, since the file's footer may state any size.
 
 The headers are small structures in Thrift's compact protocol (github.com/apache/parquet-format, parquet.thrift).
 """
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 MAX_FOOTER_BYTES = 16 << 20
-"""A footer takes up to some hundred times its length in memory; that of ten thousand row groups of ten columns has this length."""
+"""The most bytes of a footer, which takes up to some hundred times as much memory. A footer of ten thousand row groups of ten columns has
+this length."""
 BYTES_PER_VALUE = 8
-"""The fewest bytes that a value takes while it is decoded, even an absent value: levels and an offset."""
+"""The number of bytes that each value counts in addition, because even an absent value has levels and an offset while it is decoded."""
 _DELTA_BYTE_ARRAY = 7
 _MAX_DEPTH = 8
 _MAX_STRING_BYTES = 16 << 20
@@ -25,25 +26,24 @@ type _Struct = dict[int, int | _Struct]
 
 
 class PageError(ValueError):
-    """A page header that is none."""
+    """The error of bytes that are not a page header."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedSize:
-    """Sizes of the columns of a row group that are read, in bytes."""
+    """The decoded sizes of those columns of a row group that are read, in bytes."""
 
     total: int
-    """The bytes of all pages, decompressed, with the values in lists at the largest that they may be; at least BYTES_PER_VALUE for each
-    value."""
+    """The decompressed bytes of all pages, with the largest possible size of values in lists, and BYTES_PER_VALUE for each value."""
     largest_row: int
-    """The most to which an encoding that repeats (parts of) values may blow a value up, summed over the columns."""
+    """The largest size that an encoding which repeats values, or parts of them, may give to a value, summed over the columns."""
 
 
 def decoded_size(file: BinaryIO, metadata: pyarrow.parquet.FileMetaData, row_group: int, fields: Sequence[str], limit: int) -> DecodedSize:
-    """Adds up the headers of the pages; over the limit by what the footer says, the pages are not looked at.
+    """Return the sizes that the headers of the pages state. If the footer already states more than the limit, the pages are not read.
 
     Raises:
-        PageError: for a header that is none.
+        PageError: if a page has no valid header.
     """
     group, schema = metadata.row_group(row_group), metadata.schema
     wanted = [i for i in range(group.num_columns) if _is_wanted(group.column(i).path_in_schema, fields)]
@@ -71,7 +71,7 @@ def _column_size(file: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData, is
         decoded, stored = _number(header, 2), _number(header, 3)
         data = next((part for key in (5, 8) if isinstance(part := header.get(key), dict)), {})
         encoding = _number(data, 4 if 8 in header else 2) if data else None
-        if 7 in header or encoding == _DELTA_BYTE_ARRAY:  # a dictionary, or values that share beginnings
+        if 7 in header or encoding == _DELTA_BYTE_ARRAY:  # the page holds a dictionary, or values that share beginnings
             largest = max(largest, decoded)
         num_values += _number(data, 1) if data else 0
         num_bytes += decoded
@@ -88,7 +88,7 @@ def _number(struct: _Struct, key: int) -> int:
 
 
 def _read_struct(file: BinaryIO, depth: int) -> _Struct:
-    """Numbers and structures of a structure, by the numbers of their fields; all else is passed over."""
+    """Return the numbers and structures in a structure, by the numbers of their fields. Other fields are skipped."""
     if depth > _MAX_DEPTH:
         raise PageError("a page header is nested too deeply")
     fields: _Struct = {}
@@ -115,7 +115,7 @@ def _read_value(file: BinaryIO, kind: int, depth: int) -> int | _Struct | None:
         case _ if kind == _BINARY and (length := _varint(file)) <= _MAX_STRING_BYTES:
             file.seek(length, 1)
             return None
-    raise PageError("a page header has a part that page headers have not")
+    raise PageError("a page header has a field of a type that page headers do not have")
 
 
 def _zigzag(file: BinaryIO) -> int:
@@ -135,5 +135,5 @@ def _varint(file: BinaryIO) -> int:
 
 def _byte(file: BinaryIO) -> int:
     if not (byte := file.read(1)):
-        raise PageError("a page header is behind the end of the file")
+        raise PageError("a page header lies beyond the end of the file")
     return byte[0]

@@ -1,4 +1,4 @@
-"""Progress of a command: a bar with rate and time left on a terminal, plain log lines elsewhere."""
+"""The progress of a command: a bar with the rate and the time left on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def setup_logging() -> None:
 
 
 class ByteProgress:
-    """Bytes done out of a total, shown while the ``with`` statement lasts."""
+    """A display of the bytes that are done out of a total, while the ``with`` statement lasts."""
 
     def __init__(self, description: str, num_bytes: int) -> None:
         self._description = description
@@ -38,12 +38,12 @@ class ByteProgress:
         self._task = self._bar.add_task(description, total=num_bytes, decoded="")
 
     def update(self, num_bytes_done: int, num_bytes_decoded: int = 0) -> None:
-        """Show that this many bytes are done, and so many more of what they hold, decompressed."""
+        """Show that ``num_bytes_done`` bytes of the files are done, and that ``num_bytes_decoded`` more bytes have been decoded."""
         self._num_decoded += num_bytes_decoded
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)
         decoded = ""
-        if self._num_decoded > num_bytes_done:  # compressed, or passed over
+        if self._num_decoded > num_bytes_done:  # files are compressed, or input was skipped
             decoded = f"decoded {self._num_decoded / 1e6:.1f} MB, {self._num_decoded / seconds / 1e6:.2f} MB/s"
         self._bar.update(self._task, completed=num_bytes_done, decoded=decoded)
         if console.is_terminal or now - self._logged < _LOG_SECONDS:

@@ -1,7 +1,7 @@
-"""Collect the Python standard library's own sources as a corpus: python -m data_tools.python_corpus --output corpus.jsonl
+"""The command that makes a corpus of the sources of Python's standard library: python -m data_tools.python_corpus --output corpus.jsonl
 
-A corpus of real text and code that every machine with Python has. Left out: installed packages, tests, and files that are not
-UTF-8. One JSONL record {"path", "text"} a file, sorted by path.
+Every machine with Python has this corpus of real text and code. Installed packages, tests, and files that are not UTF-8 are left out. The
+corpus has one JSONL record {"path", "text"} for each file, sorted by path.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.command import output_file, run_command
-from data_tools.text import CorpusError
+from data_tools.command_runner import run_command
+from data_tools.corpus_options import output_file
+from data_tools.unit_reader import CorpusError
 from w1train.runtime.command import command
 from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
-# pydoc_data is one generated file as long as 60 others together: whichever split it falls into is no sample of the rest.
+# pydoc_data is one generated file, as long as 60 others together. The split that gets it would not be a sample of the other files.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 
 
 @command("data_tools.python_corpus")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.python_corpus",
         description="Collect the sources of the running Python's standard library as JSONL (keys path and text), without installed "
         "packages, tests and generated documentation.",
     )
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the .jsonl file to write")
-    parser.add_argument("--max-bytes", type=int, help="keep at most this much text, files chosen by a hash of their path (default: all)")
+    parser.add_argument(
+        "--max-bytes", type=int, help="keep at most this many bytes of text, in files chosen by a hash of their paths (default: all files)"
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _write(Path(options.output), options.max_bytes))
 
@@ -49,13 +52,13 @@ def _write(output: Path, max_bytes: int | None) -> None:
 
 
 def collect(directory: Path, max_bytes: int | None = None) -> list[tuple[str, str]]:
-    """(relative path, text) of the Python sources of a directory tree, sorted by path.
+    """Return the relative path and the text of the Python sources in a directory tree, sorted by path.
 
-    With ``max_bytes``, files are taken in the order of a hash of their path, a sample that is always the same, each that still
-    fits.
+    With ``max_bytes``, files are taken in the order of a hash of their paths, as long as each still fits, so that the choice is always the
+    same.
 
     Raises:
-        CorpusError: if there are none.
+        CorpusError: if there is no file to take.
     """
     paths = [path.relative_to(directory) for path in directory.rglob("*.py")]
     paths = [path for path in paths if not _LEFT_OUT.intersection(path.parts)]

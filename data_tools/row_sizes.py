@@ -1,4 +1,4 @@
-"""Sizes of the rows of an Arrow array as Python values, however little memory the array itself takes."""
+"""Sizes that the rows of an Arrow array have as Python values, which may be much larger than the array itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ELEMENT_BYTES = 8
-"""The bytes that an element of a list counts beside its text: lists of absent values take memory, too."""
+"""The bytes that an element of a list counts in addition to its text, because lists of absent values take memory, too."""
 
 
 type Known = dict[tuple[int, ...], tuple[NDArray[np.int64], pyarrow.Array]]
@@ -20,13 +20,13 @@ no other can get its addresses."""
 
 
 def text_sizes(array: pyarrow.Array, known: Known | None = None) -> NDArray[np.int64]:
-    """Measure the text in each row, with what it refers to (an entry of a dictionary, say) as often as it refers to it.
+    """Return the bytes of the text in each row. A text that a row refers to several times, such as a dictionary entry, counts each time.
 
     Args:
-        known: what several slices of a batch share is measured once for all calls that get the same dictionary.
+        known: arrays that several slices of a batch share are measured once for all calls that get the same dictionary.
 
     Returns:
-        int64 [rows], bytes.
+        int64 [rows].
     """
     import pyarrow
     from pyarrow import compute, types
@@ -74,13 +74,14 @@ def _taken(sizes: NDArray[np.int64], indices: pyarrow.Array) -> NDArray[np.int64
 
 
 def _view_lengths(array: pyarrow.Array) -> NDArray[np.int64]:
-    """A view is 16 bytes, of which the first four are the length."""
+    """Return the length in bytes of each value of an Arrow array of type string_view or binary_view. A view has 16 bytes, and its first
+    four bytes are the length."""
     views = np.frombuffer(array.buffers()[1], dtype=np.int32).reshape(-1, 4)[array.offset : array.offset + len(array), 0]
     return np.where(array.is_valid(), views, 0).astype(np.int64)
 
 
 def _union_child(array: pyarrow.Array, number: int, known: Known) -> NDArray[np.int64]:
-    """The largest row of a child stands for each: which rows are the child's is not looked at."""
+    """Return the size of the child's largest row for every row, since the rows of this child are not determined."""
     child = array.field(number)
     return np.full(len(array), _shared_sizes(child, known).max(initial=0))
 

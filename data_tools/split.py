@@ -1,4 +1,4 @@
-"""Which text is held out for validation."""
+"""The choice of the text that is held out for validation."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ import hashlib
 import logging
 from collections.abc import Iterable
 
-from data_tools.text import Document
+from data_tools.unit_reader import Document
 from w1train.data.indexed import DatasetError
 
 logger = logging.getLogger(__name__)
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document is one of the ``fraction`` held out: sha256 of its text, as a number in [0, 1), is below it."""
+    """Return whether a document is held out: whether the SHA-256 of its text, as a number in [0, 1), is below ``fraction``."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") < fraction * 2**64
 
 
 class HashSplit:
-    """Whole documents, by the hash of their text."""
+    """A split that holds out whole documents by the hash of their text."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
 
     def __call__(self, document: Document) -> list[tuple[Document, bool]]:
-        """(document, whether it is held out)."""
+        """Return the document, and whether it is held out."""
         return [(document, is_validation(document.text, self._fraction))]
 
 
 class TailSplit:
-    """The end of the corpus: the documents after a cut, which may run through a document, at a line break.
+    """A split that holds out the end of the corpus. The cut may be inside a document, at a line break.
 
     Call it once for each document, in the corpus's order.
     """
 
     def __init__(self, num_bytes: int, num_documents: int, fraction: float) -> None:
-        """``num_bytes`` and ``num_documents`` are the corpus's."""
+        """Accept the numbers of bytes and documents of the corpus, and the fraction to hold out."""
         self._num_bytes_left = round(num_bytes * (1 - fraction))
         self._num_documents_left = num_documents
         self._has_training_text = False
 
     def __call__(self, document: Document) -> list[tuple[Document, bool]]:
-        """(piece, whether it is held out): one piece, or the two of the document that is cut.
+        """Return each piece, and whether it is held out: the whole document, or the two pieces of the document that is cut.
 
         Raises:
-            DatasetError: if the corpus is one document of one line.
+            DatasetError: if the corpus is a single document of one line.
         """
         self._num_documents_left -= 1
         if self._has_training_text and self._num_bytes_left <= 0:
@@ -60,7 +60,7 @@ class TailSplit:
         if not is_last:
             return self._keep(document)
         if not self._has_training_text:
-            raise DatasetError(f"{document.origin} is a single line and the only document: nothing of it can be held out for validation")
+            raise DatasetError(f"{document.origin} is a single line and the only document: no part of it can be held out for validation")
         return [(document, True)]
 
     def _keep(self, document: Document) -> list[tuple[Document, bool]]:
@@ -70,7 +70,7 @@ class TailSplit:
 
 
 def choose_split(corpus: Iterable[Document], fraction: float) -> HashSplit | TailSplit:
-    """By hash, unless one side would then have no document. Reads the corpus only until both sides have one.
+    """Choose the split by hash, unless one side would then have no document. The corpus is read only until both sides have a document.
 
     Raises:
         CorpusError: if the corpus is empty or not text.
@@ -94,7 +94,8 @@ def choose_split(corpus: Iterable[Document], fraction: float) -> HashSplit | Tai
 
 
 def _line_break(text: str, wanted: int) -> int | None:
-    """Where the line begins that is nearest to a place, with text (not white space alone) on both sides; None if there is none."""
+    """Return the beginning of the line that is nearest to a place and has text other than white space on both sides; None without such a
+    line."""
     first = len(text) - len(text.lstrip())
     last = len(text.rstrip())
     wanted = min(max(wanted, first), last)

@@ -1,11 +1,11 @@
-"""Tokenize a corpus: python -m data_tools.tokenize --input PATH --tokenizer tokenizer.json --output PREFIX
+"""The command that tokenizes a corpus: python -m data_tools.tokenize --input PATH --tokenizer tokenizer.json --output PREFIX
 
-A part of the documents can go to a validation dataset in the same run. Which ones is decided by a hash of their text, so a
-document's side depends on nothing else in the corpus, and equal documents never fall on both sides. A corpus of so few
-documents that one side would stay empty is cut instead: its last lines are held out.
+A part of the documents can go to a validation dataset in the same run. A hash of a document's text decides whether it does, so the rest of
+the corpus has no influence, and equal documents never fall on both sides. If a corpus has so few documents that one side would be empty,
+its last lines are held out instead.
 
-The corpus is read in units (data_tools/units.py), each of which some worker tokenizes; they are written in the corpus's
-order, so the output depends on neither the number of workers nor interruptions.
+The corpus is read in units (data_tools/units.py), which workers tokenize. The results are written in the order of the corpus, so that the
+output depends neither on the number of workers nor on interruptions.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 
 import tokenizers
 
-from data_tools.command import add_corpus_options, corpus_from, input_path, output_prefix, run_command
+from data_tools.command_runner import run_command
 from data_tools.corpus import LeftOut, TextCorpus
+from data_tools.corpus_options import add_corpus_options, corpus_from, input_path, output_prefix
 from data_tools.duplicates import SeenHashes
 from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
 from data_tools.outputs import OutputOptions, Outputs
@@ -31,7 +32,7 @@ from data_tools.progress import ByteProgress
 from data_tools.split import HashSplit, TailSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.version import __version__
 
@@ -42,58 +43,62 @@ _UNITS_WORTH_A_WORKER = 8
 
 @command("data_tools.tokenize")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.tokenize",
         description="Tokenize a corpus into PREFIX.bin and PREFIX.idx (Megatron's format) with a manifest PREFIX.json. Every document ends "
-        "with <eos>. The dataset appears under its name only when it is complete; a run that was killed goes on when the command is given "
-        "again, and the result is the same to the byte.",
+        "with <eos>. The dataset gets its name only when it is complete. The same command resumes a run that was killed, and the result "
+        "is the same to the byte.",
     )
     add_corpus_options(parser)
     parser.add_argument(
-        "--tokenizer", type=input_path, required=True, metavar="FILE", help="tokenizer.json, as data_tools.train_tokenizer writes it"
+        "--tokenizer", type=input_path, required=True, metavar="FILE", help="a tokenizer.json that data_tools.train_tokenizer wrote"
     )
-    parser.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX", help="the dataset")
+    parser.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX", help="the dataset to write")
     parser.add_argument(
         "--validation-output",
         type=output_prefix,
         metavar="PREFIX",
-        help="a second dataset that gets --validation-fraction of the documents",
+        help="a second dataset, which gets --validation-fraction of the documents",
     )
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=0.0,
-        help="share of documents, chosen by hash; of too few documents, the last lines (default: %(default)s)",
+        help="share of the documents, chosen by a hash; of a corpus with very few documents, the last lines (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
     parser.add_argument(
         "--deduplicate",
         action="store_true",
-        help="keep the first of documents of equal text (by a hash of 128 bits; takes 16 bytes of memory a document, up to 48 at times)",
+        help="keep only the first of several documents of equal text, found by a hash of 128 bits (takes 16 bytes of memory "
+        "per document, and up to 48 for a moment)",
     )
     parser.add_argument(
         "--shard-size",
         type=_positive,
         metavar="TOKENS",
-        help="write datasets PREFIX_00000, PREFIX_00001, ..., each ended by the document that brings it to so many tokens (default: one "
-        "dataset)",
+        help="write shards PREFIX_00000, PREFIX_00001, ..., each of which ends with the document that brings it to this number of tokens "
+        "(default: one dataset)",
     )
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads, or processes if more than 8, that tokenize (default: the cores)"
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="number of workers, which are threads, or processes if more than 8 (default: the number of cores)",
     )
     parser.add_argument(
         "--record-seconds",
         type=float,
         default=10.0,
         metavar="S",
-        help="time between records on the disk, from which a killed run goes on (default: %(default)s)",
+        help="seconds between records of progress on the disk, from which a killed run resumes (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     if not 0 <= options.validation_fraction < 1:
         parser.error(f"--validation-fraction must be in [0, 1), not {options.validation_fraction}")
     if bool(options.validation_output) != (options.validation_fraction > 0):
-        parser.error("--validation-output and a --validation-fraction above 0 belong together")
+        parser.error("--validation-output and a --validation-fraction above 0 must be given together")
     if options.validation_output and os.path.realpath(options.validation_output) == os.path.realpath(options.output):
         parser.error(f"--output {options.output} and --validation-output {options.validation_output} are the same dataset")
     return run_command(lambda: _tokenize(options))
@@ -152,7 +157,7 @@ def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers
     if seen is not None:
         seen.add(outputs.old_hashes())
     position = outputs.record.position
-    # A cut through the corpus's tail depends on what came before: such a run, of few documents, leaves no record and begins anew.
+    # The cut before the end of the corpus depends on all documents before it. Such a run, of few documents, leaves no record of progress.
     may_record = isinstance(encoding.split, HashSplit)
     with ordered_workers(num_workers, UnitTokenizer, encoding) as tokenize, ByteProgress("tokenizing", corpus.num_bytes) as progress:
         unit: Unit
@@ -174,7 +179,7 @@ def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers
 
 
 def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> int:
-    """The cores, but no more than the corpus keeps busy; one where a document's side depends on those before it."""
+    """Return the number of workers: the cores, at most as many as the corpus keeps busy, or 1 if a document's side depends on others."""
     if not isinstance(encoding.split, HashSplit):
         return 1
     if wanted is not None:
@@ -183,7 +188,7 @@ def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> 
 
 
 def _fingerprint(corpus: TextCorpus, tokenizer: Tokenizer, options: dict[str, Any]) -> str:
-    """Of everything that the datasets depend on; of the files, by their sizes and times."""
+    """Return a hash of all that the datasets depend on, where sizes and times stand for the files."""
     stats = [os.stat(file, follow_symlinks=file not in corpus.broken) for file in corpus.files]
     times = hashlib.sha256(json.dumps([stat.st_mtime_ns for stat in stats]).encode()).hexdigest()
     software = [__version__, tokenizers.__version__]

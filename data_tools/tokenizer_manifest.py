@@ -1,4 +1,4 @@
-"""What is written beside a tokenizer.json: where it comes from, of what software, with hashes."""
+"""The manifest of a tokenizer, which records its source, the software that made it, and hashes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 import tokenizers
 
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import write_bytes
 from w1train.runtime.version import __version__
 
 
 def tokenizer_manifest_path(output: Path) -> Path:
-    """tokenizer.manifest.json beside tokenizer.json."""
+    """Return the path of the manifest, tokenizer.manifest.json for tokenizer.json."""
     return output.with_suffix(".manifest.json")
 
 
 def write_tokenizer_manifest(output: Path, tokenizer: Tokenizer, command: str, source: dict[str, Any]) -> None:
-    """After the tokenizer itself: a manifest whose hash is not the file's is of an earlier one.
+    """Write the manifest of a tokenizer. It is written after the tokenizer: a manifest with another hash belongs to an earlier file.
 
     Args:
-        command: which of the data tools made it.
-        source: what it was made from.
+        command: the data tool that made the tokenizer.
+        source: a description of what the tokenizer was made from.
     """
     content = {
         "created_by": f"{command} of w1train {__version__}",

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on a corpus: python -m data_tools.train_tokenizer --input PATH --output tokenizer.json"""
+"""The command that trains a byte-level BPE tokenizer: python -m data_tools.train_tokenizer --input PATH --output tokenizer.json"""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_tools.command import add_corpus_options, corpus_from, output_file, run_command
+from data_tools.command_runner import run_command
 from data_tools.corpus import TextCorpus
+from data_tools.corpus_options import add_corpus_options, corpus_from, output_file
 from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import write_tokenizer_manifest
-from w1train.data.tokenizer import train_tokenizer
+from w1train.data.tokenizers.tokenizer import train_tokenizer
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
@@ -21,34 +22,39 @@ logger = logging.getLogger(__name__)
 
 @command("data_tools.train_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.train_tokenizer",
         description="Train a byte-level BPE tokenizer. Special tokens come first (<pad> 0, <eos> 1, <bos> 2, reserved ones, <mask>), "
-        "then the 256 bytes, then merges; any text comes back as it went in.",
+        "then the 256 bytes, then merges. Decoding gives back exactly the text that was encoded.",
     )
     add_corpus_options(parser)
-    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="where to write tokenizer.json")
-    parser.add_argument("--vocab-size", type=int, default=64512, help="ids, special tokens included (default: %(default)s)")
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=int, default=64512, help="number of ids, special tokens included (default: %(default)s)")
     parser.add_argument(
         "--mask-token-id",
         type=int,
         default=14,
-        help="id of <mask>, at least 3; one too high for the special tokens is alone at its place (default: %(default)s)",
+        help="id of <mask>, at least 3; an id that is too high for the special tokens lies among the merges (default: %(default)s)",
     )
     parser.add_argument(
         "--digits",
         choices=["single", "triples", "runs"],
         default="single",
-        help="tokens of a number: single digits, up to three from the left, or any with a leading space (default: %(default)s)",
+        help="pieces of a number: single digits, up to three digits from the left, or all with a leading space (default: %(default)s)",
     )
     parser.add_argument(
         "--whitespace",
         choices=["runs", "lines"],
         default="runs",
-        help="tokens of white space: any run but its last character, or runs that end at line breaks (default: %(default)s)",
+        help="pieces of white space: runs without their last character, or the same but ending at line breaks (default: %(default)s)",
     )
-    parser.add_argument("--max-corpus-bytes", type=int, metavar="N", help="train on the first documents of so many bytes (default: on all)")
+    parser.add_argument(
+        "--max-corpus-bytes",
+        type=int,
+        metavar="N",
+        help="train on the first documents, up to this number of bytes (default: on all documents)",
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _train(options))
 

@@ -1,7 +1,7 @@
-"""A corpus in units: pieces small enough for memory, each a function of the input alone.
+"""The units of a corpus: pieces that fit into memory, each of which depends on the input alone.
 
-Whoever reads them, in whatever process, gets the same documents in the same order, and can begin at any of them: that is why the
-output does not depend on the number of workers, and why a killed run can go on.
+Every process that reads the units gets the same documents in the same order, and may begin at any unit. So the output does not depend on
+the number of workers, and a killed run can resume.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from data_tools.corpus_files import Kind, Limits, broken_link, compression_of, document_fault, kind_of
 from data_tools.decompress import ContentReader
-from data_tools.files import Kind, Limits, broken_link, compression_of, document_fault, kind_of
 from data_tools.lines import LineBlocks
-from data_tools.tables import Piece, TableError, read_pieces
+from data_tools.table_rows import Piece, TableError, read_pieces
 
 UNIT_BYTES = 1 << 19
 _DEFAULT_LIMITS = Limits()
@@ -26,41 +26,42 @@ class Position:
     """A place in a corpus."""
 
     file: int = 0
-    """Files before it."""
+    """The number of files before the place."""
     offset: int = 0
-    """Bytes before it in this file, decompressed; 0 in a table."""
+    """The number of decompressed bytes before the place in its file; 0 in a table."""
     record: int = 0
-    """Lines or rows before it in this file."""
+    """The number of lines or rows before the place in its file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a corpus: text files, which the reader opens; lines or rows of a file; or progress alone, where its end is its start."""
+    """A part of a corpus: text files, which the reader opens, or lines or rows of a file. A unit whose end is its start reports progress
+    alone."""
 
     kind: Kind
     paths: tuple[str, ...]
     start: Position
     end: Position
-    """Where the next unit starts."""
+    """The place where the next unit starts."""
     num_bytes_done: int
-    """Of the corpus's files, compressed as they are, up to the unit's end."""
+    """The number of bytes of the corpus's files, before decompression, up to the end of the unit."""
     content: bytes = b""
-    """Whole lines, or rows as an Arrow stream; nothing for text files."""
+    """Whole lines, or rows as an Arrow stream; empty for text files."""
     fault: str = ""
-    """Instead of content: why the rest of the file cannot be read, or what is too large."""
+    """In a unit without content, the reason why the rest of the file cannot be read, or the message about input over a limit."""
     num_too_large: int = 0
-    """Lines or rows that the fault leaves out since they, or their row group, are over a limit."""
+    """The number of lines or rows that are left out because they or their row group are over a limit."""
     num_bytes_passed: int = 0
-    """Decoded and dropped since the unit before."""
+    """The number of bytes decoded and dropped since the last unit."""
 
     @property
     def name(self) -> str:
-        """Where it begins, for messages."""
+        """Return the file and the line or row where the unit begins, for messages."""
         return f"{self.paths[0]}:{self.start.record + 1}" if self.kind != "text" else self.paths[0]
 
 
 class FileUnits:
-    """The units of some files, in order."""
+    """The units of files, in order."""
 
     def __init__(
         self,
@@ -73,9 +74,9 @@ class FileUnits:
     ) -> None:
         """
         Args:
-            fields: those that are needed of a table.
-            kind: of all files; None = by their names.
-            passes_over: what is over a limit is passed over, to read on behind it; otherwise a file ends there.
+            fields: the fields that are needed of a table.
+            kind: what all files hold; None = what their names tell.
+            passes_over: skip input over a limit, and continue to read after it; otherwise reading of the file ends there.
         """
         self._limits = limits
         self._passes_over = passes_over
@@ -83,17 +84,17 @@ class FileUnits:
         self._fields = fields
         self._kind = kind
         self.broken: dict[str, str] = {file: fault for file in files if (fault := broken_link(file))}
-        """Files that are none: what is wrong with each."""
+        """The broken links among the files, each with a description of its fault."""
         sizes = array("q", (0 if file in self.broken else os.stat(file).st_size for file in files))
         self._starts = array("q", accumulate(sizes, initial=0))
         self.num_bytes: int = self._starts[-1]
 
     def kind_of(self, path: str) -> Kind:
-        """Of one of the files."""
+        """Return what a file of the corpus holds."""
         return self._kind or kind_of(path)
 
     def units(self, start: Position = Position()) -> Iterator[Unit]:
-        """From a unit's start on, by default all."""
+        """Yield the units from the start of a unit on, by default from the first."""
         while start.file < len(self._files):
             file = self._files[start.file]
             kind = self.kind_of(file)
@@ -111,7 +112,8 @@ class FileUnits:
             start = Position(start.file + 1)
 
     def _text_unit(self, first: int) -> Unit:
-        """Text files from one on: as many as make up a unit. A compressed one, whose content may be of any size, is a unit."""
+        """Return a unit of as many text files as fit into it, from one on. A compressed file, whose content may have any size, is a unit
+        alone."""
         last = first + 1
         is_alone = compression_of(self._files[first]) is not None
         while not is_alone and last < len(self._files) and self._starts[last + 1] - self._starts[first] <= UNIT_BYTES:

@@ -1,4 +1,4 @@
-"""Compare datasets with the hashes in their manifests: python -m data_tools.verify PREFIX..."""
+"""The command that compares datasets with the hashes in their manifests: python -m data_tools.verify PREFIX..."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.command import run_command
+from data_tools.command_runner import run_command
 from w1train.data.indexed import bin_path
-from w1train.data.packing_index import PACKING_SUFFIX, packings_beside, verify_packing_file
-from w1train.data.shards import open_dataset
+from w1train.data.packed.packing_index import PACKING_SUFFIX, packings_of, verify_packing_file
+from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 @command("data_tools.verify")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status, 1 if a dataset is damaged."""
+    """Run the command, and return its exit status, which is 1 if a dataset is damaged."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify",
-        description="Read the files of datasets and compare them with the hashes in their manifests, and the best-fit packings beside them "
-        "with the hashes in these. Training does so by itself for files of up to 4 GiB.",
+        description="Read the files of datasets and compare them with the hashes in their manifests, and compare the best-fit packings in "
+        "the same directory with the hashes that they contain. Training does this by itself for files of up to 4 GiB.",
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize writes it; or one packing, *.pack")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset that data_tools.tokenize wrote, or one packing, *.pack")
     options = parser.parse_args(arguments)
     return run_command(lambda: _verify(options.prefixes))
 
@@ -34,9 +34,10 @@ def _verify(prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
         packings = [Path(prefix)]
         if not prefix.endswith(PACKING_SUFFIX) or bin_path(prefix).exists():
-            open_dataset(prefix).verify_hashes()
-            logger.info("%s is as it was written", prefix)
-            packings = packings_beside(prefix)
+            dataset = open_dataset(prefix)
+            dataset.verify_hashes()
+            logger.info("%s is as it was written%s", prefix, ", its .may_be_noised file included" if dataset.limits_noise else "")
+            packings = packings_of(prefix)
         for packing in packings:
             verify_packing_file(packing)
             logger.info("%s is as it was written", packing)

@@ -1,4 +1,4 @@
-"""A function on every item of a sequence, on several cores, with the results in the sequence's order."""
+"""Workers that apply a function to each item of a sequence, on several cores, and return the results in the order of the sequence."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from types import TracebackType
 _ITEMS_AHEAD = 2
 _SECONDS_TO_END = 5.0
 _SECONDS_OF_AN_ITEM = 1.0
-"""Longer than a unit takes."""
+"""The seconds to wait for an item after a fault, which is longer than a unit takes."""
 MAX_THREADS = 8
-"""More threads would wait for each other: about a fourteenth of tokenizing is Python, which one thread at a time runs."""
+"""The most threads. More would wait for each other: about a fourteenth of tokenizing is Python code, which one thread runs at a time."""
 
 
 @contextmanager
 def ordered_workers[Setting, Item, Result](
     num_workers: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting
 ) -> Iterator[Callable[[Iterable[Item]], Iterator[tuple[Item, Result]]]]:
-    """Workers that each make a function from a setting once: what is yielded maps items to (item, result), in the order of the items.
+    """Start workers, each of which makes its function once by ``make(setting)``. The context gives a function that maps items to pairs of
+    an item and its result, in the order of the items.
 
-    One worker is this thread, a few are threads (the tokenizer library lets others run while it works), more are processes.
+    One worker is this thread. A few workers are threads, since the tokenizer library lets other threads run while it works. More workers
+    are processes.
     """
     if num_workers > MAX_THREADS:
         with OrderedWorkers(num_workers, make, setting) as workers:
@@ -42,7 +44,7 @@ def ordered_workers[Setting, Item, Result](
 
 @contextmanager
 def _one_thread_a_tokenizer() -> Iterator[None]:
-    """The library's own threads off, which would be as many as there are cores, whatever was asked for."""
+    """Switch off the library's own threads, of which it would start as many as there are cores."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -55,19 +57,19 @@ def _one_thread_a_tokenizer() -> Iterator[None]:
 
 
 class OrderedThreads[Item, Result]:
-    """Threads of this process; use as a context manager. Memory does not depend on how many items there are to come."""
+    """Workers that are threads of this process; use it as a context manager. Memory does not grow with the number of items."""
 
     def __init__[Setting](self, num_threads: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting) -> None:
         self._make: Callable[[], Callable[[Item], Result]] = lambda: make(setting)
         self._function = make(setting) if num_threads == 1 else None
         self._inbox: queue.SimpleQueue[tuple[Item, Future[Result]] | None] = queue.SimpleQueue()
-        # Daemons, unlike those of concurrent.futures: Ctrl-C would wait for a document of 50 MB for half a minute.
+        # The threads are daemons, unlike those of concurrent.futures: Ctrl-C would wait half a minute for a document of 50 MB.
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_threads if num_threads > 1 else 0)]
         for thread in self._threads:
             thread.start()
 
     def map(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Each item with its result, in the order of the items; what the function raises is raised in its item's place."""
+        """Yield each item with its result, in the order of the items. An exception of the function is raised at the place of its item."""
         if self._function is not None:
             for item in items:
                 yield item, self._function(item)
@@ -91,9 +93,9 @@ class OrderedThreads[Item, Result]:
             try:
                 function = function or self._make()
                 future.set_result(function(item))
-            except BaseException as error:  # raised again where the result is wanted
+            except BaseException as error:  # the exception is raised where the result is asked for
                 future.set_exception(error)
-            del task, item, future  # or an idle thread would keep its last item and result
+            del task, item, future  # otherwise an idle thread would keep its last item and result in memory
 
     def __enter__(self) -> OrderedThreads[Item, Result]:
         return self
@@ -104,32 +106,32 @@ class OrderedThreads[Item, Result]:
                 self._inbox.get_nowait()
         for _ in self._threads:
             self._inbox.put(None)
-        # After a fault, a thread that has a long item is left to end by itself, or with this process.
+        # After a fault, a thread with a long item is not waited for: it ends after the item, or with this process.
         until = time.monotonic() + _SECONDS_OF_AN_ITEM
         for thread in self._threads:
             thread.join(None if kind is None else max(0.0, until - time.monotonic()))
 
 
 class WorkerError(RuntimeError):
-    """A worker that died: it ran out of memory, was killed, or has a fault (then its traceback is in the log)."""
+    """The error of a worker that died: it had no memory left, was killed, or raised an exception, whose traceback is in the log."""
 
 
 class OrderedWorkers[Item, Result]:
-    """Worker processes, each of which makes its function from a setting once; use as a context manager.
+    """Workers that are processes, each of which makes its function once from a setting; use it as a context manager.
 
-    Items go round the workers, each of which holds at most two, so that memory does not depend on how many there are to come.
-    Workers end with this process, however it ends.
+    The workers get items in turn, and each holds at most two, so that memory does not grow with the number of items. The workers end with
+    this process, however it ends.
     """
 
     def __init__[Setting](self, num_workers: int, make: Callable[[Setting], Callable[[Item], Result]], setting: Setting) -> None:
-        """``make`` and ``setting`` are sent to the processes: they must be picklable."""
+        """Start the processes. ``make`` and ``setting`` are sent to them, and must be picklable."""
         self._workers = [_start(make, setting) for _ in range(num_workers)]
 
     def map(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Each item with its result, in the order of the items.
+        """Yield each item with its result, in the order of the items.
 
         Raises:
-            WorkerError: naming the items that a worker had when it died.
+            WorkerError: if a worker dies; the message names the items that it had.
         """
         waiting: deque[tuple[Item, _Worker]] = deque()
         for number, item in enumerate(items):
@@ -182,8 +184,8 @@ class _Worker:
 
 
 def _start(make: Callable, setting: object) -> _Worker:
-    # Spawned: a fork would copy the locks of the tokenizer's and the progress bar's threads, and the other workers' connections, which
-    # then would not close when this process ends.
+    # Processes are spawned. A fork would copy locks of the threads of the tokenizer and the progress bar, and the other workers'
+    # connections, which would then not close when this process ends.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, make, setting), daemon=True)
@@ -193,8 +195,8 @@ def _start(make: Callable, setting: object) -> _Worker:
 
 
 def _work(connection: Connection, make: Callable, setting: object) -> None:
-    """Take items until the other end is closed. A thread takes them in, so that sending never waits for computing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends the connection
+    """Process items until the other end is closed. A thread receives them, so that the sender never waits for the computation."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent closes the connection
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     function = make(setting)
     inbox: queue.SimpleQueue = queue.SimpleQueue()

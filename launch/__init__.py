@@ -1,1 +1,1 @@
-"""Scripts that set up the environment and start runs."""
+"""Programs and scripts that set up the environment and start runs."""

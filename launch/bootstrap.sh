@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Create or update the virtual environment and install w1train into it. A second call with nothing changed returns at once.
+# Create or update the virtual environment and install w1train into it. If nothing has changed since the last call, this returns at once.
 #
 #   launch/bootstrap.sh                  the environment, with the development tools
-#   launch/bootstrap.sh --print-python   only print the Python it would be built on
+#   launch/bootstrap.sh --print-python   only print the Python that it would be built on
 #
 # Environment variables:
 #   VENV     the virtual environment                          (default: .venv beside pyproject.toml)
@@ -23,7 +23,7 @@ fail() {
   exit 1
 }
 
-# uv on PATH, else in the environment. It has to run: pyenv's shims answer on PATH for versions in which there is no uv.
+# Print the uv on PATH, or else the one in the environment. It is run to test it: pyenv's shims are on PATH even for versions without uv.
 find_uv() {
   local candidate
   for candidate in uv "$VENV/bin/uv"; do
@@ -34,7 +34,7 @@ find_uv() {
   done
 }
 
-# One candidate a line, the preferred first: 3.12 is what the tests run on.
+# Print one candidate on each line, the preferred one first. The tests run on 3.12.
 python_candidates() {
   local version directory uv
   if [[ -n "$PYTHON" ]]; then
@@ -51,7 +51,7 @@ python_candidates() {
   if [[ -n "$uv" ]]; then "$uv" python find --system '>=3.12' 2>/dev/null || true; fi
 }
 
-# "ok PATH", or why the candidate will not do. The path is that of the interpreter proper: were it a virtual environment's, an
+# Print "ok PATH", or why the candidate cannot be used. The path is that of the base interpreter: with a virtual environment's path, an
 # activated .venv would be built on itself.
 probe() {
   "$1" -c '
@@ -63,7 +63,7 @@ print("ok " + os.path.realpath(sys._base_executable) if new_enough else "is Pyth
   }
 }
 
-# Sets `python`, or ends with a list of all that was tried.
+# Set `python`, or fail with a list of all candidates.
 find_python() {
   local candidate answer tried=""
   while read -r candidate; do
@@ -81,7 +81,7 @@ Looked for more under ${PYENV_ROOT:-$HOME/.pyenv}/versions (pyenv) and with uv (
 Install one ('uv python install 3.12', 'pyenv install 3.12', or your system's package), or name it: PYTHON=/path/to/python3.12"
 }
 
-# Everything the environment depends on; the list of packages is part of it because an editable install maps each by name.
+# Print everything that the environment depends on. The list of packages is part of it, because an editable install maps each by its name.
 stamp_text() {
   local base
   base="$(probe "$VENV/bin/python")"
@@ -100,7 +100,7 @@ make_environment() {
     fi
     return
   elif [[ -e "$VENV/pyvenv.cfg" ]]; then
-    say "$VENV has no working Python any more: building it anew"
+    say "$VENV has no working Python any more: building it again"
     rm -rf "$VENV"
   elif [[ -n "$(ls -A "$VENV" 2>/dev/null)" ]]; then
     fail "$VENV is there and is no virtual environment: choose another place with VENV="
@@ -111,7 +111,7 @@ make_environment() {
   if [[ -n "$uv" ]]; then
     "$uv" venv --quiet --python "$python" "$VENV"
   elif ! "$python" -m venv "$VENV"; then
-    rm -rf "$VENV" # half an environment would pass for a whole one next time
+    rm -rf "$VENV" # otherwise half an environment would count as complete next time
     fail "$python cannot create virtual environments (Debian and Ubuntu: install python3-venv), and there is no uv"
   fi
 }
@@ -121,15 +121,15 @@ install_packages() {
   uv="$(find_uv)"
   if [[ -z "$uv" ]]; then
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
-    say "installing uv, which installs the rest in a fraction of pip's time"
-    if "$VENV/bin/python" -m pip install --quiet uv; then uv="$VENV/bin/uv"; else say "no uv to be had: pip installs everything"; fi
+    say "installing uv, which is much faster than pip"
+    if "$VENV/bin/python" -m pip install --quiet uv; then uv="$VENV/bin/uv"; else say "uv cannot be installed: pip installs everything"; fi
   fi
-  say "installing w1train[$EXTRAS]; the first time brings torch with CUDA, about 5 GB"
+  say "installing w1train[$EXTRAS]; the first time, this downloads torch with CUDA, about 5 GB"
   if [[ -n "$uv" ]]; then
-    # uv does not read pip's settings; a mirror named to pip is meant for uv too.
+    # uv does not read pip's settings. A mirror that is set for pip is used by uv too.
     if [[ -n "${PIP_INDEX_URL:-}" ]]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"; fi
-    # Compiled at once, by all cores: otherwise each of the first processes compiles torch for itself, or (where Python is told to
-    # write no bytecode) every process ever started does, ten seconds of CPU each.
+    # Compile bytecode now, on all cores. Otherwise each of the first processes compiles torch by itself or, if Python writes no bytecode,
+    # every process does, which takes ten seconds of CPU.
     "$uv" pip install --compile-bytecode --python "$VENV/bin/python" --editable "${repository}[$EXTRAS]"
   else
     "$VENV/bin/python" -m pip install --editable "${repository}[$EXTRAS]"
@@ -145,12 +145,12 @@ main() {
   elif (($# > 0)); then
     fail "unknown argument '$1'; the only one is --print-python"
   fi
-  # Two makes at once would install into one environment; the lock is on a file that is always there, so none is left behind.
+  # Without a lock, two calls of make would install into one environment at once. The lock is on a file that exists anyway.
   exec 9<"$repository/pyproject.toml"
   if command -v flock >/dev/null; then flock 9; fi
   if [[ -f "$stamp" && "$(stamp_text)" == "$(cat "$stamp")" ]]; then return; fi
   make_environment
-  rm -f "$stamp" # an installation that is stopped half-way must be taken up again
+  rm -f "$stamp" # an installation that was interrupted must be repeated
   install_packages
   stamp_text >"$stamp"
   say "ready: $VENV"

@@ -1,9 +1,9 @@
-"""What launchers must know of a run before they start it: that it is valid on so many ranks, and where it goes.
+"""The check that launchers make before they start a run: is the configuration valid on so many ranks?
 
     python -m launch.check --ranks 16 -- recipe=w1_4b
 
-prints two lines, the run directory and the seconds that its ranks may take to stop on a signal (health.stop_timeout). A mistake in the
-recipe is told once, before a rank is started or a job waits in a queue for it.
+It prints two lines: the run directory, and the seconds that ranks may take to stop after a signal (health.stop_timeout). A mistake in the
+recipe is reported once, before any rank is started or a job waits in a queue.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from pathlib import Path
 
 from w1train.config.command_line import parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 from w1train.runtime.command import command
 
 
 def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
-    """The configuration that these arguments of w1train.pretrain give.
+    """Return the configuration that arguments of w1train.pretrain describe.
+
+    Args:
+        num_ranks: the number of ranks that the layout must be valid on; None = not known.
 
     Raises:
-        ConfigurationError: every problem, those of the layout on ``num_ranks`` ranks too (None: not known).
+        ConfigurationError: the arguments, the recipe or the layout have problems; it has all of them.
     """
     command_line = parse_command_line(arguments)
     if command_line.config is None or command_line.action != "run":
@@ -35,8 +38,11 @@ def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
 
 
 def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
-    """Why nsys around these ranks (numbers separated by commas, or all; None: around none) would record nothing: it records only what
-    the run marks."""
+    """Return the reasons why nsys would record nothing, because it records only the steps and ranks that the run marks.
+
+    Args:
+        ranks: the ranks that run under nsys: numbers separated by commas, "all", or None for no rank.
+    """
     profiling = config.profiling
     wanted = 'profiling.tool=nsys "profiling.steps=[20,24]"'
     if ranks is None:
@@ -53,13 +59,13 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
 
 @command("launch.check")
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0, or 2 for a mistake."""
+    """Run the command. Returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, required=True, help="of the whole run")
-    parser.add_argument("--nsys", metavar="RANKS", help="that will run under nsys: numbers separated by commas, or all")
-    parser.add_argument("arguments", nargs="*", help="of w1train.pretrain, behind --")
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the whole run")
+    parser.add_argument("--nsys", metavar="RANKS", help="ranks that will run under nsys: numbers separated by commas, or all")
+    parser.add_argument("arguments", nargs="*", help="arguments of w1train.pretrain, after --")
     options = parser.parse_args(arguments)
     try:
         config = checked_config(options.arguments, options.ranks)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# From an autoregressive model to block diffusion, by LLaDA2.0's block-size curriculum, beside block diffusion from scratch on as many
-# tokens: what `make curriculum` runs. Steps that are done are not repeated, and training resumes where it stopped.
-# Arguments are overrides of the recipe, for both runs.
+# Train an autoregressive model and convert it to block diffusion by LLaDA2.0's block-size curriculum. Beside it, train block diffusion from
+# scratch on as many tokens. `make curriculum` runs this script. Steps that are done are not repeated, and training resumes where it
+# stopped. Arguments are overrides of the recipe, for both runs.
 #
-# Environment variables: those of launch/demo.sh, whose corpus this is.
+# Environment variables and the corpus are those of launch/demo.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Merges instead of the demo's bytes: what stands next to what is then worth learning, and autoregression, in which the neighbour is the
-# input itself, learns it at once.
+# The vocabulary has merges, unlike the demo's: which tokens are neighbours is then worth learning, and autoregression, whose input is the
+# neighbour itself, learns it at once.
 data="${RUNS:-runs}/curriculum-data"
 vocab_size=1024
 # shellcheck source=launch/demo_data.sh
@@ -28,4 +28,4 @@ step "5/6 from scratch, on $NPROC ranks" "" train curriculum-scratch block_16 \
   validation.interval=50 checkpoint.interval=50 checkpoint.keep_best=0 checkpoint.average_at_end=false "$@"
 step "6/6 report" "" "$python" -m w1train.report "$run" --compare "$scratch"
 "$python" -m benchmarks.curriculum "$run" "$scratch"
-printf 'The whole curriculum: %d s. Look at %s\n' "$(seconds_since "$script_began")" "$run/report.html"
+printf 'The whole curriculum took %d s. Look at %s\n' "$(seconds_since "$script_began")" "$run/report.html"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From text to a trained diffusion language model, step by step: what `make demo` runs. Each command works as well when typed alone.
-# Steps that are done are not repeated, and training resumes where it stopped. Arguments are overrides of the recipe.
+# Make a trained diffusion language model from text, step by step. `make demo` runs this script, and each command also works alone. Steps
+# that are done are not repeated, and training resumes where it stopped. Arguments are overrides of the recipe.
 #
 # Environment variables:
 #   CORPUS   text: a file, a directory or JSONL        (default: the sources of Python's standard library)
@@ -11,8 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 data="${RUNS:-runs}/demo-data"
-# 272 ids = bytes and special tokens alone: from bytes a small model learns within minutes. With a vocabulary of merges diffusion stays
-# at the frequencies of the tokens for a thousand steps, until it has found its neighbours (autoregression does not: launch/curriculum.sh).
+# 272 ids are bytes and special tokens: from bytes a small model learns within minutes. With a vocabulary of merges, diffusion predicts only
+# the frequencies of tokens for a thousand steps, until it uses neighbouring tokens (autoregression does not: launch/curriculum.sh).
 vocab_size=272
 # shellcheck source=launch/demo_data.sh
 source launch/demo_data.sh
@@ -25,5 +25,5 @@ step "4/5 pretraining on $NPROC ranks" "" \
 step "5/5 report" "" \
   "$python" -m w1train.report "$run"
 
-printf 'The whole demo: %d s. Look at %s, or have more text:\n' "$(seconds_since "$script_began")" "$run/report.html"
+printf 'The whole demo took %d s. Look at %s, or generate more text:\n' "$(seconds_since "$script_began")" "$run/report.html"
 printf '  %s -m w1train.sample %s --prompt "def main("\n' "$python" "$run"

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: where things are, steps that are not repeated, and the corpus, tokenizer and tokens of the demo.
-# They have set $data, where these go, and $vocab_size (and not the user's environment, which may have such names for its own ends).
+# The corpus, tokenizer and tokens of the demo, and steps that are not repeated. launch/demo.sh and launch/curriculum.sh source this script.
+# They set $data, the directory for these files, and $vocab_size. Variables of the user's environment with these names are not used.
 # shellcheck shell=bash
 
 CORPUS="${CORPUS:-}"
@@ -15,20 +15,20 @@ default_ranks() {
   if [[ "$num_gpus" == 1 ]]; then echo 1; else echo 2; fi
 }
 
-# Seconds of a clock that nobody sets: bash's own SECONDS follows the time of day, and jumps with it.
+# Print the seconds of a clock that is never set. bash's own SECONDS follows the time of day, and jumps with it.
 uptime_seconds() {
   local uptime rest
   read -r uptime rest </proc/uptime
   printf '%s\n' "${uptime%.*}"
 }
-# shellcheck disable=SC2034 # for the scripts that source this file
+# shellcheck disable=SC2034 # the scripts that source this file use it
 script_began="$(uptime_seconds)"
 
 seconds_since() { # seconds_since BEGIN
   printf '%s\n' $(($(uptime_seconds) - $1))
 }
 
-step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is there
+step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output exists
   local title="$1" output="$2" begin
   begin="$(uptime_seconds)"
   shift 2
@@ -41,21 +41,21 @@ step() { # step TITLE OUTPUT COMMAND...: run the command, unless its output is t
   printf '== %s: %d s\n\n' "$title" "$(seconds_since "$begin")"
 }
 
-# A run is bound to its tokenizer and data, so another corpus needs another place; until there is one of them, nothing is bound to a
-# corpus, which may have been mistyped.
+# A run depends on its tokenizer and data, so another corpus needs another directory. As long as neither exists, the corpus may change: it
+# may have been mistyped.
 check_corpus() {
   local source="${CORPUS:-Python standard library}"
   mkdir -p "$data"
   if [[ (-e "$data/tokenizer.json" || -e "$data/validation.json") && -e "$data/source.txt" && "$(cat "$data/source.txt")" != "$source" ]]; then
-    printf 'error: %s was made from: %s\nChoose another place (RUNS=other), or remove %s and the runs in %s.\n' \
+    printf 'error: %s was made from: %s\nChoose another directory (RUNS=other), or remove %s and the runs in %s.\n' \
       "$data" "$(cat "$data/source.txt")" "$data" "$RUNS" >&2
     exit 1
   fi
-  rm -f "$data/source.txt" # it may be a link to a file of somebody else's
+  rm -f "$data/source.txt" # it may be a link to a stranger's file
   printf '%s\n' "$source" >"$data/source.txt"
 }
 
-prepare_data() { # prepare_data NUM_STEPS: the first three of so many steps
+prepare_data() { # prepare_data NUM_STEPS: do the first three of so many steps
   local num_steps="$1"
   check_corpus
   if [[ -z "$CORPUS" ]]; then
@@ -73,5 +73,5 @@ prepare_data() { # prepare_data NUM_STEPS: the first three of so many steps
 }
 
 NPROC="${NPROC:-$(default_ranks)}"
-# Ranks on CPU share the cores: with more than one thread each they would wait for one another. On GPUs it makes no difference.
+# Ranks on the CPU share its cores, and with more than one thread each they would wait for one another. On GPUs it makes no difference.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

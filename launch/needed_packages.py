@@ -1,10 +1,10 @@
-"""Which of the pinned packages an image still needs: what w1train requires, and what is installed does not meet.
+"""The command that prints which pinned packages an image still needs: those that w1train requires and the installed ones do not meet.
 
     python needed_packages.py PYPROJECT EXTRAS CONSTRAINTS [PROTECTED ...]
 
-Prints NAME==VERSION lines, nothing when all requirements are met. What the base image has stays wherever it will do: requirements are
-followed through the metadata of installed packages alone, so the command is repeated after each installation until it prints nothing.
-Run by the Python of the environment; needs `packaging`.
+It prints NAME==VERSION lines, or nothing if all requirements are met. Packages of the base image stay wherever they meet the requirements.
+Requirements are read only from the metadata of installed packages, so the command is repeated after each installation until it prints
+nothing. The Python of the environment runs it, and it needs `packaging`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from packaging.utils import canonicalize_name
 
 
 class PackageError(Exception):
-    """What is required cannot be had from the pins."""
+    """The pins cannot meet a requirement."""
 
 
 def read_pins(constraints: Path) -> dict[str, str]:
-    """Versions by canonical name, of NAME==VERSION lines."""
+    """Return the versions by canonical name from a file of NAME==VERSION lines."""
     lines = (line.partition("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
     pairs = (line.split("==", 1) for line in lines if line)
     return {canonicalize_name(name): version for name, version in pairs}
 
 
 def project_requirements(pyproject: Path, extras: Sequence[str]) -> list[Requirement]:
-    """Of the project and of its named extras, those for this Python."""
+    """Return the requirements of the project and of its named extras that apply to this Python."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
     requirements = [Requirement(text) for group in groups for text in group]
@@ -39,7 +39,8 @@ def project_requirements(pyproject: Path, extras: Sequence[str]) -> list[Require
 
 
 def unmet(requirements: Sequence[Requirement]) -> Iterator[tuple[Requirement, str, str | None]]:
-    """(requirement, who requires it, installed version or None), through all that is installed."""
+    """Yield the requirements that are not met, directly or through installed packages: the requirement, the package that requires it, and
+    the installed version or None."""
     waiting = [(requirement, "w1train") for requirement in requirements]
     seen = set()
     while waiting:
@@ -52,7 +53,7 @@ def unmet(requirements: Sequence[Requirement]) -> Iterator[tuple[Requirement, st
         except metadata.PackageNotFoundError:
             yield requirement, source, None
             continue
-        # NVIDIA's torch is 2.13.0a0+...: a pre-release by its number.
+        # NVIDIA's torch has versions such as 2.13.0a0+..., which are pre-releases by their number.
         if not requirement.specifier.contains(found.version, prereleases=True):
             yield requirement, source, found.version
             continue
@@ -67,17 +68,17 @@ def _requirements_of(found: metadata.Distribution, extras: set[str]) -> Iterator
 
 
 def needed(requirements: Sequence[Requirement], pins: dict[str, str], protected: Sequence[str]) -> list[str]:
-    """NAME==VERSION of what has to be installed.
+    """Return NAME==VERSION for each package that has to be installed.
 
     Raises:
-        PackageError: a package that must stay as the base image has it is in the way, or there is no pin that will do.
+        PackageError: a protected package of the base image would have to change, or a requirement has no pin that meets it.
     """
     lines = set()
     for requirement, source, installed in unmet(requirements):
         name = canonicalize_name(requirement.name)
         if name in map(canonicalize_name, protected):
             found = installed or "none"
-            raise PackageError(f"{source} requires {requirement}, which the base image alone may bring; it has {found}: take another one")
+            raise PackageError(f"{source} requires {requirement}, which only the base image may provide; it has {found}: use another image")
         if name not in pins or not requirement.specifier.contains(pins[name], prereleases=True):
             pin = f"is pinned to {pins[name]}" if name in pins else "has no pin"
             raise PackageError(f"{source} requires {requirement}, which {pin}: run docker/compile_constraints.sh")
@@ -86,7 +87,7 @@ def needed(requirements: Sequence[Requirement], pins: dict[str, str], protected:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0, or 1 with the reason."""
+    """Run the command. Returns the exit status: 0, or 1 with the reason on stderr."""
     pyproject, extras, constraints, *protected = arguments
     requirements = project_requirements(Path(pyproject), [extra for extra in extras.split(",") if extra])
     try:

@@ -1,8 +1,8 @@
-"""Start a rank, under NVIDIA's Nsight Systems if it is one of the chosen.
+"""The command that starts a rank, under NVIDIA's Nsight Systems if it is one of the chosen ranks.
 
     python -m launch.nsys --ranks 0,8 --output runs/demo/nsys -- -m w1train.pretrain recipe=demo
 
-Behind `--` are the arguments for Python. Neither launcher starts this by hand: `launch/torchrun.sh --nsys`, `launch.slurm --nsys`.
+The arguments for Python come after `--`. `launch/torchrun.sh --nsys` and `launch.slurm --nsys` start ranks with this command.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from w1train.runtime.command import command
 
 _OPTIONS = (
     "--trace=cuda,nvtx,osrt,cublas,cudnn",
-    # Sampling the CPU needs rights that clusters do not give, and adds nothing to ranges and kernels.
+    # Sampling of the CPU needs rights that clusters do not give, and adds nothing to ranges and kernels.
     "--sample=none",
     "--cpuctxsw=none",
-    # Only the steps that the run marks (profiling.steps with profiling.tool=nsys): a whole run fills any disk. nsys goes on
-    # after them, where its default would stop the rank.
+    # Record only the steps that the run marks (profiling.steps with profiling.tool=nsys): a whole run would fill any disk. After them
+    # recording stops and the rank continues; by nsys's default the rank would be stopped.
     "--capture-range=cudaProfilerApi",
     "--capture-range-end=stop",
     "--force-overwrite=true",
@@ -31,19 +31,20 @@ _OPTIONS = (
 
 
 def nsys_command(ranks: str | None, run: Path) -> list[str]:
-    """What stands between `python` and its arguments in the command of every rank."""
+    """Return the words between `python` and its arguments in the command of every rank."""
     return [] if ranks is None else ["-m", "launch.nsys", "--ranks", ranks, "--output", str(run / "nsys"), "--"]
 
 
 @command("launch.nsys")
 def main(arguments: Sequence[str]) -> int:
-    """Becomes the rank (exec), so that signals and the exit status are the rank's own. Exit status 2: nsys is not there."""
+    """Run the command: become the rank by exec, so that signals reach the rank and the exit status is the rank's own. Returns 2 if nsys is
+    not on PATH."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.nsys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", required=True, help="numbers separated by commas, or all")
+    parser.add_argument("--ranks", required=True, help="ranks to profile: numbers separated by commas, or all")
     parser.add_argument("--output", required=True, type=Path, help="directory for the reports")
-    parser.add_argument("command", nargs="+", help="arguments for Python, behind --")
+    parser.add_argument("command", nargs="+", help="arguments for Python, after --")
     options = parser.parse_args(arguments)
     discover_ranks()
     rank = os.environ.get("RANK", "0")

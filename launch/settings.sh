@@ -1,26 +1,28 @@
 # shellcheck shell=bash
-# What the ranks find in their environment. launch/torchrun.sh sources this file, launch/slurm.py copies it into the job's script.
-# A value of yours wins: export it before, or give it to launch.slurm with --env.
+# Environment variables of the ranks. launch/torchrun.sh sources this file, and launch/slurm_script.py copies it into a job's script.
+# Your own values take precedence: export them before, or give them to launch.slurm with --env.
 
-# Threads of a rank's CPU operators. Unset, each rank takes all cores, and eight ranks a node fight for them; what a rank does on the
-# CPU (packing, logging) gains nothing from more. Data loading has workers of its own (data.num_workers).
+# Threads of a rank's CPU operators. If this is not set, each rank uses all cores, for which eight ranks of a node would compete. What a
+# rank does on the CPU (packing, logging) gains nothing from more threads. Data loading has its own workers (data.num_workers).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Python's output reaches the log at once, and a crash in native code (SIGSEGV, SIGABRT) leaves the Python stack there.
+# Python's output reaches the log at once, and a crash in native code (SIGSEGV, SIGABRT) writes the Python stack into it.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
-# One hardware queue up to Hopper: kernels start in the order of their launch, so that a collective launched before a matrix product is not
-# kept waiting behind it. Megatron's overlap of tensor and context parallelism counts on that order. Blackwell wants the default (8).
+# With one hardware queue, GPUs up to Hopper start kernels in the order of their launch, so that a collective that was launched before a
+# matrix product does not wait for it. Megatron's overlap of tensor and context parallelism relies on this order. Blackwell needs the
+# default (8).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Segments that grow instead of blocks that are too small for the next shape: packed batches differ from step to step, and would fragment.
+# Memory segments grow instead of being too small for the next shape. Packed batches differ from step to step, and would otherwise fragment
+# the memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
-# NCCL says what goes wrong, and its version. INFO adds topology and transports (where traffic goes): the first thing to look at
-# when collectives are slow. Its own choices (NCCL_ALGO, NCCL_PROTO, NCCL_NVLS_ENABLE, NCCL_IB_*) are left alone: docs/cluster.md says
-# when to set them. Where a node has several networks, gloo may take the wrong one: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name it.
+# NCCL logs its version and its errors. INFO adds the topology and the transports, which are the first thing to look at when collectives
+# are slow. NCCL's own choices (NCCL_ALGO, NCCL_PROTO, NCCL_NVLS_ENABLE, NCCL_IB_*) stay as they are; docs/cluster.md says when to set
+# them. On nodes with several networks, gloo may choose the wrong one: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the right one.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# The flight recorder: the last collectives of each rank, with their Python stacks, kept in memory and written out when one times out.
-# `torchfrtrace` compares the files of all ranks and names the rank that is missing or in another collective.
+# The flight recorder keeps the last collectives of each rank in memory, with their Python stacks, and writes them to a file when a
+# collective times out. `torchfrtrace` compares the files of all ranks, and names the rank that is missing or in another collective.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"

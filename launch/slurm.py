@@ -1,9 +1,9 @@
-"""Submit a run to Slurm.
+"""The command that submits a run to Slurm.
 
     python -m launch.slurm --nodes 8 --partition gpu --time 24:00:00 -- recipe=w1_4b
     python -m launch.slurm --nodes 8 --container-image w1train.sqsh --dry-run -- recipe=w1_4b
 
-The script that is submitted is made by launch/slurm_script.py; what it does while the job runs is in launch/job.sh.
+launch/slurm_script.py writes the script that is submitted. launch/job.sh is the part of the script that runs the ranks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from w1train.runtime.files import write_text
 
 
 class SubmissionError(Exception):
-    """sbatch did not take the job; the text says why."""
+    """sbatch did not accept the job; the message says why."""
 
 
 @command("launch.slurm")
 def main(words: Sequence[str]) -> int:
-    """Exit status: 0, 1 where sbatch fails or is not there, 2 for a mistake in what was asked."""
+    """Run the command. Returns the exit status: 0, 1 if sbatch fails or is not installed, 2 for bad input."""
     try:
         submission = parse(words, Path.cwd())
     except ConfigurationError as error:
@@ -46,20 +46,20 @@ def main(words: Sequence[str]) -> int:
 
 
 def submit(submission: Submission, script: str) -> list[str]:
-    """Hand the script to sbatch, once for each job of the chain; the numbers of the jobs.
+    """Submit the script once for each job of the chain, and return the numbers of the jobs.
 
     Raises:
-        SubmissionError: there is no sbatch, or it refused; jobs of a chain that it had taken are cancelled. Or an earlier chain of the
-            run has not ended: it could neither tell its own jobs from these, nor end itself.
+        SubmissionError: there is no sbatch, or it refused a job; the jobs of the chain that it had accepted are cancelled. Or an earlier
+            chain of the run has not ended, which could not tell its own jobs from the new jobs, nor cancel its own.
     """
     if shutil.which("sbatch") is None:
-        raise SubmissionError("sbatch is not on PATH: call this on a login node, or see the script with --dry-run")
+        raise SubmissionError("sbatch is not on PATH: run this on a login node, or print the script with --dry-run")
     logs = submission.run.directory / "logs"
-    logs.mkdir(parents=True, exist_ok=True)  # Slurm would not make it, and the job would fail without a word
+    logs.mkdir(parents=True, exist_ok=True)  # Slurm does not make it, and the job would fail silently
     _require_no_living_chain(logs / "chain", submission.job.job_name or submission.run.name)
     path = logs / "job.sh"
     write_text(path, script)
-    # What counts the failures of an earlier submission must not end this one.
+    # The count of failures of an earlier submission must not end this submission.
     for name in ("failures", "chain"):
         (logs / name).unlink(missing_ok=True)
     jobs: list[str] = []
@@ -81,7 +81,8 @@ def _require_no_living_chain(chain: Path, job_name: str) -> None:
     jobs = chain.read_text(encoding="utf-8").split() if chain.exists() else []
     if not jobs:
         return
-    # Of this name and user: the numbers may be another cluster's. One that Slurm has forgotten is an error where it is asked for alone.
+    # The name and the user are compared too, because the numbers may be another cluster's. If only a job is asked for that Slurm has
+    # forgotten, squeue fails, which means that it has ended.
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={job_name}", f"--jobs={','.join(jobs)}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")

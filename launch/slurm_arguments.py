@@ -1,4 +1,5 @@
-"""The command line of launch.slurm: Slurm's side before `--`, w1train.pretrain's behind it. All mistakes of both are told at once."""
+"""The command line of launch.slurm: options for Slurm before `--`, and arguments of w1train.pretrain after it. The mistakes of both are
+reported together."""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ from w1train.config.errors import ConfigurationError, Problem, closest, listing,
 from w1train.config.schema import Config
 
 PROGRAM = "launch.slurm"
-DESCRIPTION = """Submit a run to Slurm: one task a rank, saved before the time limit, requeued until its tokens are trained.
+DESCRIPTION = """Submit a run to Slurm. Each rank is a task. The job saves before its time limit and is requeued until the run ends.
 
   python -m launch.slurm --nodes 8 --partition gpu --time 24:00:00 -- recipe=w1_4b
   python -m launch.slurm --nodes 8 --container-image w1train.sqsh --dry-run -- recipe=w1_4b
 
-Behind -- are the arguments of w1train.pretrain, checked against nodes x ranks before anything is submitted. The script that is
-submitted is kept as logs/job.sh in the run directory."""
+The arguments of w1train.pretrain come after --. They are checked, for the number of ranks too, before anything is submitted. The submitted
+script is kept as logs/job.sh in the run directory."""
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _TIME_FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS"
-# Directives that launch.slurm writes itself, by the option that changes them.
+# Directives that launch.slurm writes itself, and the options that change them.
 _OWN_DIRECTIVES = {
     "--job-name": "--job-name",
     "--nodes": "--nodes",
@@ -51,20 +52,23 @@ _OWN_DIRECTIVES = {
 
 @dataclass(slots=True, frozen=True)
 class Submission:
-    """What a command line asks for."""
+    """The job and the run that a command line describes."""
 
     job: Job
     run: RunPlace
     arguments: list[str]
-    """Of w1train.pretrain."""
+    """Arguments of w1train.pretrain."""
     dry_run: bool
 
 
 def parse(words: Sequence[str], directory: Path) -> Submission:
-    """Read the command line; ``directory`` is where relative paths begin. Does not return for --help.
+    """Parse the command line. Does not return for --help.
+
+    Args:
+        directory: the directory that relative paths begin at.
 
     Raises:
-        ConfigurationError: every problem of the options, the recipe and the overrides, and of the layout on the nodes.
+        ConfigurationError: the options, the recipe, the overrides or the layout on the nodes have problems; it has all of them.
     """
     before, arguments = _split(words)
     known, unknown = _parser().parse_known_args(before)
@@ -93,45 +97,82 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _with_password(word: str) -> Problem:
-    """Others may read the script, and Slurm keeps a copy of it. The environment of launch.slurm goes to the job another way."""
-    valid = "no password of a URL on this command line, which the job's script would hold"
+    """Return the problem of a word that has the password of a URL. Others may read the script, and Slurm keeps a copy of it; variables of
+    launch.slurm's environment reach the job without being written into the script."""
+    valid = "a command line without passwords of URLs, which would be in the job's script"
     key = word.partition("=")[0]
-    return Problem(key, word, valid, f"export VARIABLE=URL in this shell, and behind -- {key}='${{oc.env:VARIABLE}}', if it is a key")
+    return Problem(key, word, valid, f"export VARIABLE=URL in this shell, and after -- {key}='${{oc.env:VARIABLE}}', if it is a key")
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Values are text here: a wrong one shall be told together with the others."""
+    """Return the parser of the options. All values are texts, so that wrong values are reported together later."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     size = parser.add_argument_group("size")
     size.add_argument("--nodes", default="1")
-    size.add_argument("--gpus-per-node", default="8", help="0 for a run on CPUs (default: 8)")
-    size.add_argument("--ranks-per-node", help="default: one a GPU, or 1")
-    size.add_argument("--cpus-per-rank", help="default: the cluster's")
+    size.add_argument("--gpus-per-node", default="8", help="number of GPUs of each node; 0 for a run on CPUs (default: 8)")
+    size.add_argument("--ranks-per-node", help="number of ranks on each node (default: one for each GPU, or 1)")
+    size.add_argument("--cpus-per-rank", help="number of CPUs of each rank (default: the cluster's)")
     slurm = parser.add_argument_group("Slurm")
     slurm.add_argument("--partition")
     slurm.add_argument("--account")
     slurm.add_argument("--qos")
-    slurm.add_argument("--time", help=f"limit of a job: {_TIME_FORMS}")
-    slurm.add_argument("--job-name", help="default: the run's")
-    slurm.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive; may be repeated")
-    slurm.add_argument("--srun", action="append", default=[], metavar="OPTION", help="the same for the ranks: --srun=--cpu-bind=none")
-    again = parser.add_argument_group("again and again")
-    again.add_argument(
-        "--chain", default="1", metavar="N", help="submit N jobs, each waiting for the one before, instead of requeueing one"
+    slurm.add_argument("--time", help=f"time limit of a job: {_TIME_FORMS}")
+    slurm.add_argument("--job-name", help="name of the job (default: the run's name)")
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option of sbatch, such as --sbatch=--exclusive; may be repeated",
     )
-    again.add_argument("--no-requeue", action="store_true", help="for clusters that do not allow it")
-    again.add_argument("--max-failures", default="3", metavar="N", help="attempts in a row without a new checkpoint (default: 3)")
-    inside = parser.add_argument_group("in the job")
-    inside.add_argument("--container-image", help="run in this image, by pyxis and enroot: a .sqsh file or REGISTRY#IMAGE:TAG")
-    inside.add_argument("--container-mounts", action="append", default=[], metavar="FROM:TO[:FLAGS]", help="beside code and run directory")
-    inside.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
-    inside.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell line before the ranks: 'module load cuda'")
-    inside.add_argument("--python", help="default: the one that runs this; python in a container")
-    inside.add_argument("--nsys", nargs="?", const="0", metavar="RANKS", help="profile these ranks with Nsight Systems (default: 0)")
+    slurm.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="an option of srun for the ranks, such as --srun=--cpu-bind=cores; may be repeated",
+    )
+    _add_restart_options(parser)
+    _add_job_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     return parser
+
+
+def _add_restart_options(parser: argparse.ArgumentParser) -> None:
+    again = parser.add_argument_group("restarts")
+    again.add_argument(
+        "--chain", default="1", metavar="N", help="submit N jobs, each of which waits for the one before it, instead of requeueing one job"
+    )
+    again.add_argument("--no-requeue", action="store_true", help="do not requeue the job, for clusters that do not allow it")
+    again.add_argument(
+        "--max-failures", default="3", metavar="N", help="give up after N attempts in a row without a new checkpoint (default: 3)"
+    )
+
+
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    inside = parser.add_argument_group("in the job")
+    inside.add_argument("--container-image", help="run the ranks in this image, with pyxis and enroot: a .sqsh file or REGISTRY#IMAGE:TAG")
+    inside.add_argument(
+        "--container-mounts",
+        action="append",
+        default=[],
+        metavar="FROM:TO[:FLAGS]",
+        help="another mount beside the code and the run directory; may be repeated",
+    )
+    inside.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the job's environment; may be repeated"
+    )
+    inside.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line that runs before the ranks, such as 'module load cuda'; may be repeated",
+    )
+    inside.add_argument("--python", help="Python in the job (default: the one that runs this command; in a container, python)")
+    inside.add_argument("--nsys", nargs="?", const="0", metavar="RANKS", help="profile these ranks with Nsight Systems (default: rank 0)")
 
 
 def _job(known: argparse.Namespace, directory: Path, problems: list[Problem]) -> Job:
@@ -199,7 +240,8 @@ def _is_ranks(text: str) -> bool:
 
 
 def _image(name: str | None, directory: Path) -> str | None:
-    """pyxis takes for a file only what begins with a slash or a dot; ``w1train.sqsh`` would be pulled from Docker's registry."""
+    """Return the image as pyxis needs it. pyxis takes only names that begin with a slash or a dot for files, and would pull
+    ``w1train.sqsh`` from Docker's registry."""
     if name is None or "#" in name or not name.endswith((".sqsh", ".sqfs", ".squashfs")):
         return name
     return str(directory / name)
@@ -207,7 +249,9 @@ def _image(name: str | None, directory: Path) -> str | None:
 
 def _unknown(word: str) -> Problem:
     if not word.startswith("-"):
-        return Problem(word, "an argument before --", "options here; recipe and overrides behind --", f"python -m {PROGRAM} ... -- {word}")
+        return Problem(
+            word, "an argument before --", "options before --, and the recipe and overrides after it", f"python -m {PROGRAM} ... -- {word}"
+        )
     options = [option for action in _parser()._actions for option in action.option_strings]
     match = closest(word.partition("=")[0], options)
     suggestion = f"did you mean {match}?" if match else f"--sbatch={word}, if it is an option of sbatch"
@@ -215,7 +259,8 @@ def _unknown(word: str) -> Problem:
 
 
 def _seconds(time: str | None) -> int | None:
-    """Of Slurm's forms of a time; None if it has none of them. Without days, one number is minutes and two are minutes and seconds."""
+    """Return the seconds of a time in one of Slurm's forms, or None if it has no such form. Without days, one number means minutes, and two
+    numbers mean minutes and seconds."""
     match = _TIME.fullmatch(time or "")
     if match is None:
         return None

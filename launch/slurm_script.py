@@ -1,6 +1,6 @@
-"""The sbatch script of a run: directives and variables, then launch/settings.sh and launch/job.sh word for word.
+"""The sbatch script of a run: directives and variables, then the text of launch/settings.sh and launch/job.sh.
 
-Nothing in it refers to this repository's scripts, so that it can be read, kept and submitted by hand.
+The script refers to no script of this repository, so that it can be read, kept and submitted by hand.
 """
 
 from __future__ import annotations
@@ -13,75 +13,75 @@ from pathlib import Path
 
 from launch.nsys import nsys_command
 
-# Slurm sends the warning up to a minute early, and asks for no more than it needs: saving has health.stop_timeout seconds.
+# Added to health.stop_timeout, the seconds that ranks may take to save: Slurm may send the warning up to a minute early.
 _SPARE_SECONDS = 60
-# After one rank has ended, the others may say why and write their part; what waits in a collective
-# for a rank that is dead would wait for its timeout.
+# The seconds that the other ranks have after one has ended, to log the reason and to write their part of a checkpoint. A rank that
+# waits in a collective for a dead rank would otherwise wait until the collective's timeout.
 _LAST_RANK_SECONDS = 120
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Job:
-    """What the user asks of Slurm."""
+    """The options of the user for Slurm."""
 
     nodes: int
     gpus_per_node: int
-    """0: a run on CPUs."""
+    """0 for a run on CPUs."""
     ranks_per_node: int
     python: str
-    """The interpreter in the job, in the container if there is one."""
+    """The interpreter in the job; if there is a container, the interpreter in the container."""
     cpus_per_rank: int | None = None
     job_name: str | None = None
-    """None: the run's name."""
+    """None = the run's name."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     time: str | None = None
-    """As sbatch takes it; None: the partition's."""
+    """The time limit in a form of sbatch; None = the partition's."""
     container_image: str | None = None
     container_mounts: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
-    """NAME=VALUE."""
+    """Variables of the job's environment, as NAME=VALUE."""
     setup: tuple[str, ...] = ()
     """Shell lines that run before the ranks, on the first node."""
     sbatch: tuple[str, ...] = ()
-    """Further options, as sbatch takes them."""
+    """Further options of sbatch."""
     srun: tuple[str, ...] = ()
-    """The same of srun, for the ranks."""
+    """Further options of srun, for the ranks."""
     chain: int = 1
-    """Jobs submitted at once, each waiting for the one before."""
+    """The number of jobs that are submitted together, each of which waits for the one before it."""
     requeue: bool = True
     max_failures: int = 3
     nsys: str | None = None
-    """Ranks under nsys: numbers separated by commas, or all."""
+    """The ranks that run under nsys: numbers separated by commas, or "all"; None = no rank."""
 
     @property
     def num_ranks(self) -> int:
-        """Of the whole run."""
+        """Ranks of the whole run."""
         return self.nodes * self.ranks_per_node
 
 
 @dataclass(slots=True, frozen=True)
 class RunPlace:
-    """The run that the job is for."""
+    """The run of a job, and its directories."""
 
     name: str
     directory: Path
     """The run directory, absolute."""
     working_directory: Path
-    """Where relative paths of the recipe begin, and the code lies; absolute."""
+    """The directory of the code, at which relative paths of the recipe begin; absolute."""
     stop_timeout: float
-    """Seconds that ranks may take to save and end after a signal (health.stop_timeout)."""
+    """The seconds that ranks may take to save and end after a signal (health.stop_timeout)."""
 
 
 def render(job: Job, run: RunPlace, arguments: Sequence[str]) -> str:
-    """The script. ``arguments`` are w1train.pretrain's."""
+    """Return the script. ``arguments`` are those of w1train.pretrain."""
     parts = [
         "#!/bin/bash",
         f"# Trains {run.name} with w1train; written by python -m launch.slurm, which submits it. By hand: sbatch THIS_FILE",
         *(f"#SBATCH {_directive(option)}" for option in _directives(job, run)),
         "",
-        # Before `set -u`: the scripts of environment modules and conda do not stand it.
+        # Before `set -u`, under which the scripts of environment modules and conda fail.
         *_environment(job),
         "set -uo pipefail",
         *_variables(job, run, arguments),
@@ -93,7 +93,7 @@ def render(job: Job, run: RunPlace, arguments: Sequence[str]) -> str:
 
 
 def warning_seconds(stop_timeout: float) -> int:
-    """How long before the time limit Slurm warns."""
+    """Return how many seconds before the time limit Slurm sends its warning."""
     return math.ceil(stop_timeout) + _SPARE_SECONDS
 
 
@@ -120,7 +120,7 @@ def _directives(job: Job, run: RunPlace) -> list[str]:
 
 def _variables(job: Job, run: RunPlace, arguments: Sequence[str]) -> list[str]:
     container = _container_options(job, run)
-    # Without binding each rank sees its node's GPUs and takes the one of its local rank; NCCL needs to see those of its neighbours.
+    # Without binding, each rank sees all GPUs of its node and uses the one of its local rank. NCCL needs to see the other GPUs.
     gpu_options = ["--gpu-bind=none"] if job.gpus_per_node else []
     ranks = ["--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *gpu_options, *container, *job.srun]
     train = [job.python, *nsys_command(job.nsys, run.directory), "-m", "w1train.pretrain", *arguments]
@@ -137,11 +137,11 @@ def _variables(job: Job, run: RunPlace, arguments: Sequence[str]) -> list[str]:
 
 
 def _container_options(job: Job, run: RunPlace) -> list[str]:
-    """Pyxis's options of srun. Code and run directory have the same paths inside as outside."""
+    """Return pyxis's options of srun. The code and the run directory have the same paths in the container as outside."""
     if job.container_image is None:
         return []
     own = [run.working_directory]
-    # Also where runs/ is a link to another file system: inside, it would lead nowhere.
+    # The target of a link is mounted too: if runs/ is a link to another file system, it would not exist in the container.
     own += [path for path in dict.fromkeys([run.directory.parent, run.directory.parent.resolve()]) if not path.is_relative_to(own[0])]
     mounts = [*(f"{path}:{path}" for path in own), *job.container_mounts]
     return [
@@ -154,24 +154,24 @@ def _container_options(job: Job, run: RunPlace) -> list[str]:
 def _environment(job: Job) -> list[str]:
     lines = [f"export {name}={shlex.quote(value)}" for name, _, value in (text.partition("=") for text in job.environment)]
     if job.cpus_per_rank is not None:
-        # srun takes it from here alone since Slurm 22.05; without, every rank would be bound to one core.
+        # Since Slurm 22.05, srun takes it only from this variable. Without it, every rank would be bound to one core.
         lines.append(f"export SRUN_CPUS_PER_TASK={job.cpus_per_rank}")
     return [*lines, *job.setup]
 
 
 def _array(name: str, words: Sequence[str]) -> str:
-    """One word a line: a changed option is a changed line."""
-    # shellcheck takes a bare comma for one between elements.
+    """Return the shell's definition of an array, with one word on each line, so that a changed option is a changed line."""
+    # shellcheck takes a comma without quotes for a separator of elements.
     quoted = [f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words]
     return "\n".join([f"{name}=(", *(f"  {word}" for word in quoted), ")"])
 
 
 def _directive(option: str) -> str:
-    """sbatch reads the values of its directives with quotes as the shell does."""
+    """Quote an option. sbatch reads quotes in directives as the shell does."""
     return shlex.quote(option)
 
 
 def _source(name: str) -> str:
-    """A script beside this file, without the line that is for shellcheck alone."""
+    """Return the text of a script beside this file, without the line that only shellcheck needs."""
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return text.removeprefix("# shellcheck shell=bash\n")

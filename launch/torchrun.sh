@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Train on this machine, or as one of many, with torchrun: it starts a rank for each GPU, and all ranks anew when one has died.
+# Train with torchrun on this machine, or on this machine as one of several. torchrun starts a rank for each GPU, and starts all ranks
+# again if one of them has died.
 #
 #   launch/torchrun.sh recipe=w1_4b                                          one node
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu1 launch/torchrun.sh recipe=w1_4b    the same on every node, with its NODE_RANK
 #   srun --ntasks-per-node=1 launch/torchrun.sh recipe=w1_4b                 Slurm says which node this is
 #   launch/torchrun.sh --nsys recipe=w1_4b profiling.tool=nsys "profiling.steps=[20,24]"      rank 0 under Nsight Systems
 #
-# Arguments are those of w1train.pretrain. Ends as it does: 0 finished, 75 stopped on a signal after saving (the same command goes on),
-# 2 a mistake of the user, 130 after Ctrl-C, 1 failed more than MAX_RESTARTS times.
+# Arguments are those of w1train.pretrain, and so is the exit status: 0 finished, 75 stopped by a signal after saving (the same command
+# resumes the run), 2 a mistake of the user, 130 after Ctrl-C, 1 failed more than MAX_RESTARTS times.
 #
-# Environment variables, beside those of launch/settings.sh:
+# Environment variables, in addition to those of launch/settings.sh:
 #   NPROC         ranks on this node                              (default: its GPUs, or 1)
 #   NNODES        nodes                                           (default: 1, or Slurm's)
 #   NODE_RANK     this node's number; node 0 hosts the rendezvous (default: 0, or Slurm's)
-#   MASTER_ADDR   node 0, reachable from all                      (default: localhost with one node, or Slurm's first)
+#   MASTER_ADDR   node 0, as all nodes reach it                   (default: localhost with one node, or Slurm's first)
 #   MASTER_PORT   a free port there                               (default: 29400)
-#   MAX_RESTARTS  how often all ranks are started anew            (default: 3)
-#   NSYS          ranks under nsys, as --nsys=; 1 means rank 0
+#   MAX_RESTARTS  how often all ranks are started again           (default: 3)
+#   NSYS          ranks under nsys, as with --nsys=; 1 is rank 0  (default: no rank)
 #   VENV          the environment of launch/bootstrap.sh          (default: .venv)
 set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -39,10 +40,10 @@ case "${1:-}" in
 --nsys=*) nsys="${1#--nsys=}" && shift ;;
 esac
 
-# Under srun, one task a node: Slurm's step says how many nodes there are, and which is the first.
+# Under srun with one task on each node, Slurm says how many nodes there are, and which is the first.
 if [[ -n "${SLURM_STEP_NUM_NODES:-}" && -z "${NNODES:-}" ]]; then
   if [[ "$SLURM_STEP_NUM_TASKS" != "$SLURM_STEP_NUM_NODES" ]]; then
-    fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES nodes, and torchrun wants one a node: --ntasks-per-node=1"
+    fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES nodes, and torchrun needs one for each node: --ntasks-per-node=1"
   fi
   NNODES="$SLURM_STEP_NUM_NODES"
   NODE_RANK="$SLURM_NODEID"
@@ -56,17 +57,17 @@ MASTER_PORT="${MASTER_PORT:-29400}"
 NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 if [[ "$NNODES" != 1 && -z "${MASTER_ADDR:-}" ]]; then fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of node 0"; fi
 
-# A mistake in the recipe is told once, here, not by every rank of every node.
+# A mistake in the recipe is reported once, here, and not by every rank of every node.
 if [[ -n "$nsys" && ! "$nsys" =~ ^(all|[0-9]+(,[0-9]+)*)$ ]]; then fail "--nsys=$nsys: ranks separated by commas, or all"; fi
 answer="$("$python" -m launch.check --ranks $((NNODES * NPROC)) ${nsys:+"--nsys=$nsys"} -- "$@")"
 { read -r run && read -r stop_timeout; } <<<"$answer"
 
 if [[ "$NNODES" == 1 ]]; then
-  # A port that is free, so that two runs can share the machine.
+  # torchrun chooses a free port, so that two runs can share the machine.
   rendezvous=(--standalone)
 else
-  # c10d, not static: when a rank dies on one node, the agents of the others notice and start theirs anew too. Who hosts is said, not
-  # guessed from names: a node's name for itself may not be the one that others have for it.
+  # With c10d, and not with static, the agents of all nodes notice that a rank has died on one node, and start their ranks again. is_host
+  # says which node hosts the rendezvous, because a node's name for itself may differ from the name that others have for it.
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
     --rdzv-id "${SLURM_JOB_ID:-${run##*/}}" --rdzv-conf "is_host=$([[ "$NODE_RANK" == 0 ]] && echo true || echo false),join_timeout=1800")
 fi
@@ -77,15 +78,16 @@ export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$logs/nccl_trace_rank
 command=(-m w1train.pretrain)
 if [[ -n "$nsys" ]]; then command=(-m launch.nsys --ranks "$nsys" --output "$run/nsys" -- "${command[@]}"); fi
 
-# All output goes to files (attempt, rank, stdout and stderr apart), that of the node's first rank to the console too: on one node
-# that is rank 0, on the others one that speaks only when something is wrong (c10d numbers nodes by their sorted names). Signals go on to the ranks, which have
-# health.stop_timeout to save; torchrun by itself would not know SIGUSR1, and kill after 30 s (before torch 2.12 it always does).
+# All output is written to files (by attempt, rank, stdout and stderr). The output of the node's first rank goes to the console too: on one
+# node this is rank 0, and on the others a rank that writes only when something is wrong (c10d numbers nodes by their sorted names). Signals
+# are passed on to the ranks, which have health.stop_timeout to save. By default, torchrun would not handle SIGUSR1, and would kill the
+# ranks after 30 s (before torch 2.12 it always does).
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$(printf '%.0f' "$stop_timeout")"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 before="$(cat "$run/status.json" 2>/dev/null || true)"
 printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC)) "$NPROC" "$logs"
 (
-  # What bash starts in the background would not hear Ctrl-C before it has a handler of its own.
+  # Processes that bash starts in the background ignore Ctrl-C until they have a handler of their own.
   trap - INT
   exec "$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
     --log-dir "$logs" --redirects 3 --tee 0:3 \
@@ -95,15 +97,15 @@ printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC))
 torchrun=$!
 trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM
 trap 'kill -USR1 "$torchrun" 2>/dev/null || true' USR1
-# Ctrl-C comes to the whole foreground; this shell waits until the ranks have gone.
+# Ctrl-C reaches all processes in the foreground. This shell waits until the ranks have ended.
 interrupted=no
 trap 'interrupted=yes' INT
 while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
 status=0
 wait "$torchrun" || status=$?
 if [[ "$status" == 0 ]]; then exit 0; fi
-# torchrun ends with 1 whatever its ranks end with; the run itself says whether it was stopped or has failed. What it says from the start
-# before does not count: ranks that never came to say anything would be started again for ever.
+# torchrun ends with 1 whatever its ranks end with. The run's status.json says whether it was stopped or has failed. A status.json of an
+# earlier start does not count: ranks that end before they write one would be started again for ever.
 status=1
 after="$(cat "$run/status.json" 2>/dev/null || true)"
 if [[ -n "$after" && "$after" != "$before" ]]; then
@@ -112,6 +114,7 @@ if [[ -n "$after" && "$after" != "$before" ]]; then
 fi
 if [[ "$status" == 75 ]]; then exit 75; fi
 if [[ "$interrupted" == yes ]]; then exit 130; fi
-# Configuration and data that have worked before are no mistake: then something else is wrong, a disk that is not there.
+# If configuration and data have worked before, they are not the mistake, but something else is, such as a disk that is not mounted. The
+# pattern is that of w1train/checkpoints/checkpoint_names.py.
 if [[ "$status" == 2 ]] && ! compgen -G "$run/checkpoints/step_*" >/dev/null; then exit 2; fi
 exit 1

@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_readme import check_python, check_torchrun
 from w1train.config.compose import load_config
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAND_IN = """#!/bin/sh

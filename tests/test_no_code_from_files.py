@@ -12,17 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
-CLOSED_LIST = "w1train/training/legacy_index.py"
-"""Holds the one unpickler, which knows a closed list of names (tests/training/test_shard_index.py)."""
+CLOSED_LIST = "w1train/checkpoints/format/legacy_index.py"
+"""Holds the one unpickler, which knows a closed list of names (tests/checkpoints/test_legacy_index.py)."""
 IMPORTS_BY_NAME = {
     "data_tools/decompress.py": "One of two names, by Python's version.",
     "w1train/diagnosis/packages.py": "Names of our own requirements.",
-    "w1train/training/adamw.py": "Names of the two libraries that have a fused Adam.",
+    "w1train/engine/adamw.py": "Names of the two libraries that have a fused Adam.",
 }
 """Files that import modules whose names are not constants, and why no file of somebody else can choose the name."""
 MODULE_AS_VALUE = {
-    "w1train/runtime/cpu.py": "torch's factory functions get stand-ins, and their names are in the source.",
-    "w1train/training/shard_index.py": "A dtype by its name, which is compared with a list first.",
+    "w1train/runtime/megatron_on_cpu.py": "torch's factory functions get stand-ins, and their names are in the source.",
+    "w1train/checkpoints/format/shard_index.py": "A dtype by its name, which is compared with a list first.",
 }
 """Files that hand on one of MODULES, and why no file of somebody else can choose what is called."""
 FORBIDDEN = (

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
@@ -19,24 +20,33 @@ from w1train.runtime.version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 500
-MAX_FUNCTION_LINES = 80
+MAX_FUNCTION_LINES = 60
+MAX_FOLDER_SHARE = 0.10
 
-# A package may import from those with a smaller number, and from its own; of two with the same number at most one may know the other.
-LAYERS = {
-    "config": 0,
-    "runtime": 1,
-    "data": 2,
-    "diffusion": 2,
-    "attention": 3,
-    "kernels": 3,
-    "model": 4,
-    "training": 5,
-    "sampling": 5,
-    "evaluation": 5,
-    "conversion": 5,
-    "planning": 5,
-    "diagnosis": 5,
-}
+# The packages of w1train/, lowest first: each may import from the packages before it in this list, and from itself.
+PACKAGES = (
+    "config",
+    "runtime",
+    "data",
+    "diffusion",
+    "kernels",
+    "attention",
+    "model",
+    "objectives",
+    "engine",
+    "sampling",
+    "profiling",
+    "planning",
+    "diagnosis",
+    "checkpoints",
+    "inference",
+    "conversion",
+    "records",
+    "reports",
+    "training",
+    "evaluation",
+)
+LAYERS = {package: layer for layer, package in enumerate(PACKAGES)}
 COMMANDS = max(LAYERS.values()) + 1
 BUILT_ON_THE_LIBRARY = ("data_tools", "launch", "recipes", "benchmarks", "tests")
 
@@ -106,6 +116,71 @@ def test_packages_do_not_import_each_other_in_a_circle():
         pytest.fail(f"packages import each other: {' <- '.join(error.args[1])}")
 
 
+def executed_imports(tree: ast.Module) -> Iterator[str]:
+    """Return what a module imports while it is imported: not what is imported inside functions, or for type checkers alone.
+
+    Of ``from package import name``, both ``package`` and ``package.name``: the name may be a module's.
+    """
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_circle(sources: dict[str, str]) -> list[str] | None:
+    """Return the modules of a circle of imports, or None.
+
+    Args:
+        sources: text of each module by its name. A package's is empty: what its modules import from it are other modules.
+    """
+    graph = {name: {*executed_imports(ast.parse(text))} & sources.keys() - {name} for name, text in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """In no order: which of them can be imported first would depend on who imports it."""
+    paths = python_files("w1train", "data_tools", "launch", "benchmarks")
+    circle = import_circle({module_name(path): path.read_text(encoding="utf-8") for path in paths})
+    assert circle is None, " <- ".join(circle or [])
+
+
+@pytest.mark.parametrize(
+    ("importing", "is_circle"),
+    [
+        ("import p.a", True),
+        ("from p import a", True),
+        ("from p.a import name", True),
+        ("if condition:\n    import p.a", True),
+        ("class C:\n    import p.a", True),
+        ("def f():\n    import p.a", False),
+        ("if TYPE_CHECKING:\n    import p.a", False),
+        ("from p import c", False),
+        ("import p.b", False),
+    ],
+)
+def test_what_is_a_circle(importing, is_circle):
+    sources = {"p": "", "p.a": "from p.b import x", "p.b": importing, "p.c": ""}
+    assert (import_circle(sources) is not None) == is_circle
+
+
 @pytest.mark.parametrize(
     ("location", "source", "problem"),
     [
@@ -128,11 +203,98 @@ def test_the_import_rule_sees_what_it_should(tmp_path, monkeypatch, location, so
     assert (problems == []) if problem is None else (len(problems) == 1 and problem in problems[0])
 
 
+# The parts of megatron-core that each folder of w1train/ may import. Every folder may also read parallel_state, and engine/ may import all
+# parts: builders, optimizers, data-parallel wrappers and pipeline schedules are used there alone.
+MEGATRON_PARTS = {
+    "model": ("enums", "extensions", "models", "process_groups_config", "tensor_parallel", "transformer", "utils"),
+    "attention": ("tensor_parallel", "transformer"),
+    "checkpoints": ("dist_checkpointing",),
+    "inference": ("tensor_parallel",),
+}
+# Exceptions. megatron_on_cpu.py redirects megatron-core to the CPU before anything is built: it imports the package ("") and what it
+# replaces. distributed.py makes the process groups, and seeds the random numbers of each rank with them.
+MEGATRON_EXCEPTIONS = {
+    "w1train/runtime/megatron_on_cpu.py": ("", "distributed.param_and_grad_buffer", "models", "optimizer"),
+    "w1train/runtime/distributed.py": ("tensor_parallel.model_parallel_cuda_manual_seed",),
+}
+
+
+def megatron_problems(path: Path) -> Iterator[str]:
+    """Yield the imports by which a module of w1train reaches parts of megatron-core that its folder may not use."""
+    name = path.relative_to(REPOSITORY).as_posix()
+    folder = name.split("/")[1]
+    if folder == "engine":
+        return
+    allowed = (*MEGATRON_PARTS.get(folder, ()), *MEGATRON_EXCEPTIONS.get(name, ()), "parallel_state")
+    for line, module in imported_modules(path):
+        part = module.removeprefix("megatron.core").removeprefix(".")
+        if module.startswith("megatron") and not any(part == each or (each and part.startswith(f"{each}.")) for each in allowed):
+            yield f"{name}:{line} imports {module}"
+
+
+def test_megatron_is_built_and_hooked_in_one_room():
+    problems = [problem for path in python_files("w1train") for problem in megatron_problems(path)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("location", "source", "found"),
+    [
+        ("w1train/training/a.py", "from megatron.core import parallel_state\n", False),
+        ("w1train/training/a.py", "from megatron.core.parallel_state import RankGenerator\n", False),
+        ("w1train/training/a.py", "from megatron.core.pipeline_parallel import get_forward_backward_func\n", True),
+        ("w1train/model/a.py", "from megatron.core.transformer.mlp import MLP\n", False),
+        ("w1train/model/a.py", "def f():\n    import megatron.core.optimizer\n", True),
+        ("w1train/model/a.py", "import megatron.core\n", True),
+        ("w1train/checkpoints/a.py", "from megatron.core import distributed\n", True),
+        ("w1train/engine/a.py", "from megatron.core.optimizer import distrib_optimizer\n", False),
+        ("w1train/a.py", "from megatron.core import tensor_parallel\n", True),
+    ],
+)
+def test_the_rule_about_megatron_sees_what_it_should(tmp_path, monkeypatch, location, source, found):
+    monkeypatch.setattr(f"{__name__}.REPOSITORY", tmp_path)
+    path = tmp_path / location
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert bool(list(megatron_problems(path))) is found
+
+
 def test_files_are_short():
     sources = [path for path in tracked_files() if path.suffix in (".py", ".sh")]
     lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in sources}
     assert lengths
     assert {name: length for name, length in lengths.items() if length >= MAX_FILE_LINES} == {}
+
+
+def folder_lines() -> Counter[str]:
+    """Return the lines of Python directly in each folder of w1train/."""
+    lines: Counter[str] = Counter()
+    for path in python_files("w1train"):
+        lines[str(path.parent.relative_to(REPOSITORY))] += len(path.read_text(encoding="utf-8").splitlines())
+    return lines
+
+
+def test_no_folder_is_too_large():
+    """A folder with a tenth of all lines has several subjects: each of them is a folder."""
+    lines = folder_lines()
+    too_large = {folder: f"{count / lines.total():.1%}" for folder, count in lines.items() if count > MAX_FOLDER_SHARE * lines.total()}
+    assert too_large == {}
+
+
+_SAME_MEANING = {
+    "rotary": "the rotary position embedding: model/ has its angles, kernels/ what applies them",
+    "status": "status.json of a run: runtime/ writes and reads it, the command prints it",
+}
+"""File names that several modules have, and what they all are about."""
+
+
+def test_a_file_name_means_one_thing():
+    """Two files of one name are taken for each other in editors, tracebacks and conversations."""
+    paths = [path for path in python_files("w1train", "data_tools") if not path.stem.startswith("__")]
+    counts = Counter(path.stem for path in paths)
+    shared = {name: [str(path.relative_to(REPOSITORY)) for path in paths if path.stem == name] for name in counts if counts[name] > 1}
+    assert {name: places for name, places in shared.items() if name not in _SAME_MEANING} == {}
+    assert _SAME_MEANING.keys() <= shared.keys(), "an exception that is needed no more"
 
 
 def test_functions_are_short():
@@ -224,7 +386,7 @@ def _names_no_encoding(call: ast.Call) -> bool:
     if (
         "encoding" in options
         or None in options
-        or (isinstance(function, ast.Attribute) and _module(function.value) in ("os", "TokenDataset"))
+        or (isinstance(function, ast.Attribute) and _module(function.value) in ("os", "TokenDataset", "archive"))
     ):
         return False
     if name in ("run", "Popen", "check_output"):
@@ -272,7 +434,7 @@ def test_what_is_text_of_the_locale(code, expected):
     assert _names_no_encoding(call) is expected
 
 
-_ALONE = ("launch.needed_packages", "w1train.config.reference")
+_ALONE = ("launch.needed_packages", "w1train.config.schema_reference")
 """Run while an image is built, without w1train; and by those who change the configuration, to write its documentation."""
 
 

@@ -29,7 +29,7 @@ from launch.slurm_arguments import parse as parse_slurm
 from w1train.config.command_line import CommandLine, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 from w1train.planning.arguments import parse as parse_plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def parse_only(module: str, arguments: list[str]) -> str:
 
     In a fork, so that what all these modules import takes its seconds once, here.
     """
-    from w1train.runtime.cpu import import_megatron
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
     importlib.import_module("w1train.training.loop")
@@ -218,7 +218,8 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 
 
 def module_path(module: str) -> Path:
-    path = REPOSITORY.joinpath(*module.split(".")).with_suffix(".py")
+    place = REPOSITORY.joinpath(*module.split("."))
+    path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     if not path.is_file():
         raise CommandError(f"no module {module} in this repository")
     return path

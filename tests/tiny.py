@@ -39,13 +39,14 @@ def tiny_config(**sections: dict) -> Config:
 
 
 def packed_batch(sample_indices: range | list[int], length: int = LENGTH, vocab_size: int = VOCAB_SIZE) -> PackedBatch:
-    """Random documents, a function of the sample index; every third sample ends in padding."""
+    """Make random documents that depend on the sample index alone. Every third sample ends in padding."""
     rows = [_sample(index, length, vocab_size) for index in sample_indices]
-    tokens, documents, positions = (torch.stack(part) for part in zip(*rows, strict=True))
-    return PackedBatch(tokens, documents.int(), positions.int(), torch.tensor(list(sample_indices)))
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return PackedBatch(**stacked, sample_indices=torch.tensor(list(sample_indices)))
 
 
-def _sample(index: int, length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sample(index: int, length: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Return the fields of one sample that have a value for each token."""
     generator = torch.Generator().manual_seed(index)
     tokens = torch.randint(16, vocab_size, (length,), generator=generator)
     starts = torch.zeros(length, dtype=torch.long)
@@ -55,4 +56,4 @@ def _sample(index: int, length: int, vocab_size: int) -> tuple[torch.Tensor, tor
     positions = torch.arange(length) - first
     if index % 3 == 2:
         documents[-5:], positions[-5:] = -1, 0
-    return tokens, documents, positions
+    return {"tokens": tokens, "document_ids": documents.int(), "positions": positions.int()}

@@ -1,12 +1,13 @@
-"""Average a run's best checkpoints, and say whether the average is better than they are.
+"""The command that averages a run's best checkpoints, and says whether the average is better than they are.
 
     python -m w1train.average RUN --top-k 5
     python -m w1train.average RUN --steps 100,200,300 --no-evaluate
     python -m w1train.average RUN --top-k 3 --output runs/other/checkpoints/step_0000000300
 
-The average goes to RUN/checkpoints/average_..., where `--checkpoint average` of w1train.sample and w1train.evaluate finds it, and no
-resume picks it up; the comparison goes to RUN/metrics.jsonl and summary.json. Elsewhere (--output), nothing is recorded: a run that is
-still going on can be averaged so, and under the name of a step it is what another run goes on from, optimizer included.
+The average is written to RUN/checkpoints/average_..., where `--checkpoint average` of w1train.sample and w1train.evaluate finds it. No
+run resumes from it by itself. The comparison is written to RUN/metrics.jsonl and summary.json. With --output, the average is written
+elsewhere and nothing is recorded, which also works while the run is training. If the directory has the name of a step, another run
+resumes from it, optimizer included.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ logger = logging.getLogger(__name__)
 
 @command("w1train.average")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, or 2 for bad input, with its reason on stderr."""
+    """Run the command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)
     if not (args.run / "config.yaml").is_file():
         print(f"error: {args.run} is not a run directory: it has no config.yaml", file=sys.stderr)
         return 2
-    # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
-    from w1train.runtime.cpu import import_megatron
+    # megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
+    from w1train.checkpoints.manifest import CheckpointError
     from w1train.evaluation.averages import AverageRequest, average_run
-    from w1train.training.checkpoint import CheckpointError
-    from w1train.training.comparison import comparison_lines
+    from w1train.records.average_comparison import comparison_lines
 
     request = AverageRequest(args.run, args.top_k, args.metric, args.steps, args.output, not args.no_evaluate, args.validation)
     try:
@@ -68,17 +69,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m w1train.average", description="Average the best checkpoints of a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     members = parser.add_mutually_exclusive_group()
-    members.add_argument("--top-k", type=int, metavar="K", help="how many of the best; checkpoint.keep_best if not given")
-    members.add_argument("--steps", type=_steps, metavar="N,N", help="the checkpoints of these steps instead")
-    parser.add_argument("--metric", choices=["elbo", "masked_cross_entropy"], help="what is best; checkpoint.best_metric if not given")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write instead of RUN/checkpoints/average_...")
-    parser.add_argument("--validation", metavar="PREFIX", help="compare on another validation set than the run's, and do not record it")
-    parser.add_argument("--no-evaluate", action="store_true", help="write the average, and do not compare it with its members")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
+    members.add_argument(
+        "--top-k", type=int, metavar="K", help="number of best checkpoints to average (default: the run's checkpoint.keep_best)"
+    )
+    members.add_argument("--steps", type=_steps, metavar="N,N", help="average the checkpoints of these steps instead")
+    parser.add_argument(
+        "--metric",
+        choices=["elbo", "masked_cross_entropy"],
+        help="metric that says which are best (default: the run's checkpoint.best_metric)",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory to write, instead of RUN/checkpoints/average_...")
+    parser.add_argument("--validation", metavar="PREFIX", help="compare on this validation set instead of the run's, and do not record it")
+    parser.add_argument("--no-evaluate", action="store_true", help="do not compare the average with its members")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    # Deprecations inside the libraries are not the user's.
+    # The user can do nothing about deprecations inside the libraries.
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main())

@@ -1,9 +1,9 @@
-"""Models from and to Hugging Face:
+"""The command that converts models from and to Hugging Face.
 
     python -m w1train.convert from-hf HF_DIR --output my_recipes/model/NAME.yaml
     python -m w1train.convert to-hf RUN_DIR OUT_DIR
 
-The first writes a model section for a recipe; the weights come in with training.initial_weights=HF_DIR.
+``from-hf`` writes the model section of a recipe. A run with training.initial_weights=HF_DIR then starts from the weights.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from w1train.runtime.command import command, describe_error
 from w1train.runtime.files import write_text
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-# Written even where they are the default: a reader of the recipe looks for them.
+# Fields that are written even if they have their default, because a reader of the recipe looks for them.
 _ALWAYS = ("num_query_groups", "kv_channels", "max_sequence_length", "rope_base", "norm_epsilon", "qk_norm", "qkv_bias", "tie_embeddings")
 
 
 @command("w1train.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 if something could not be read or written, or 2 for bad input."""
+    """Run the command. Returns the exit status: 0, 1 if a file could not be read or written, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def from_hugging_face(args: argparse.Namespace) -> int:
-    """Print or write the model section of a recipe."""
+    """Print the model section of a recipe, or write it to ``args.output``. Returns the exit status."""
     from w1train.conversion.families import model_from_config, read_config
 
     text = model_recipe(model_from_config(read_config(args.directory), str(args.directory)), args.directory)
@@ -62,17 +62,17 @@ def from_hugging_face(args: argparse.Namespace) -> int:
 
 
 def model_recipe(model: ModelConfig, directory: Path) -> str:
-    """The YAML of a file of the model group."""
-    from w1train.training.flops import num_parameters
+    """Return a model section as the YAML of a file of the recipes' model group."""
+    from w1train.model.flops import num_parameters
 
     lines = [
         f"# {num_parameters(model):,} parameters, from {directory} by w1train.convert.",
-        f"# training.initial_weights={directory} brings the weights.",
-        f"# A mask token of its own needs a row more: vocab_size {model.vocab_size + 1} or more (a multiple of parallel.tensor), and",
-        f"# diffusion.mask_token_id={model.vocab_size}. An id below {model.vocab_size} is re-used, with its row.",
+        f"# Set training.initial_weights={directory} to start from its weights.",
+        f"# A mask token of its own needs one more row: set vocab_size to {model.vocab_size + 1} or more, a multiple of parallel.tensor,",
+        f"# and diffusion.mask_token_id={model.vocab_size}. A mask token with a smaller id uses the row of this id.",
     ]
     if model.conditioning == "none":
-        lines.append("# conditioning: adaln adds the timestep; with adaln_init: identity the function at the start is the same.")
+        lines.append("# conditioning: adaln adds the timestep. With adaln_init: identity the model computes the same at the start.")
     for field in fields(ModelConfig):
         value = getattr(model, field.name)
         if field.name in _ALWAYS or field.default is MISSING or value != field.default:
@@ -81,21 +81,24 @@ def model_recipe(model: ModelConfig, directory: Path) -> str:
 
 
 def to_hugging_face(args: argparse.Namespace) -> int:
-    """Export a run's checkpoint. megatron-core is imported only here: seconds, which a mistyped command need not wait for."""
+    """Export a run's checkpoint. Returns the exit status."""
     if not (args.run / "config.yaml").is_file():
         raise UserError(f"{args.run} is not a run directory: it has no config.yaml")
-    from w1train.runtime.cpu import import_megatron
+    # megatron-core takes seconds to import, which a mistyped command should not wait for.
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
+    from w1train.checkpoints.checkpoint_names import step_path
+    from w1train.checkpoints.manifest import CheckpointError, complete_steps
+    from w1train.checkpoints.verification import verify_checkpoint
     from w1train.conversion.export import export
     from w1train.runtime.run_directory import RunDirectory
-    from w1train.training.checkpoint import CheckpointError, complete_steps, verify_checkpoint
 
     steps = complete_steps(args.run / "checkpoints")
     if not steps or args.step not in (None, *steps):
         wanted = "complete checkpoint" if args.step is None else f"checkpoint of step {args.step}"
         raise UserError(f"{args.run} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
-    checkpoint = args.run / "checkpoints" / f"step_{steps[-1] if args.step is None else args.step:010d}"
+    checkpoint = step_path(args.run / "checkpoints", steps[-1] if args.step is None else args.step)
     try:
         verify_checkpoint(checkpoint)
         exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size)
@@ -113,27 +116,31 @@ def _bytes(text: str) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.convert", description="Models from and to Hugging Face.")
+    parser = argparse.ArgumentParser(prog="python -m w1train.convert", description="Convert models from and to Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True)
-    incoming = commands.add_parser("from-hf", help="the model section of a recipe, from a Hugging Face directory (Llama, Qwen2, Qwen3)")
+    incoming = commands.add_parser("from-hf", help="write a recipe's model section for a Hugging Face model (Llama, Qwen2, Qwen3)")
     incoming.add_argument("directory", type=Path, metavar="HF_DIR", help="directory with config.json")
-    incoming.add_argument("--output", type=Path, metavar="FILE", help="where to write it, such as my_recipes/model/NAME.yaml; else printed")
-    outgoing = commands.add_parser("to-hf", help="a run's checkpoint as a directory that transformers loads")
+    incoming.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write, such as my_recipes/model/NAME.yaml (default: print it)"
+    )
+    outgoing = commands.add_parser("to-hf", help="write a run's checkpoint as a directory that transformers loads")
     outgoing.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
-    outgoing.add_argument("output", type=Path, metavar="OUT_DIR", help="a directory that is not there yet, or empty")
-    outgoing.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; the newest if not given")
+    outgoing.add_argument("output", type=Path, metavar="OUT_DIR", help="directory to write, which must be new or empty")
+    outgoing.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
     outgoing.add_argument(
         "--format",
         choices=["w1", "stock", "llama", "qwen2", "qwen3"],
         default="w1",
-        help="w1: a diffusion model with its own code, for AutoModel with trust_remote_code=True (default). stock: the class of "
-        "transformers that has these weights, which attends causally; or that class by name",
+        help="w1 (default): a diffusion model with its own code, for AutoModel with trust_remote_code=True. stock: the class of "
+        "transformers that has these weights; it attends causally. llama, qwen2, qwen3: such a class by its name",
     )
-    outgoing.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), metavar="SIZE", help="of a safetensors file (5GB)")
+    outgoing.add_argument(
+        "--max-shard-size", type=_bytes, default=_bytes("5GB"), metavar="SIZE", help="largest size of a safetensors file (default: 5GB)"
+    )
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    # Deprecations inside the libraries are not the user's.
+    # The user can do nothing about deprecations inside the libraries.
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main())

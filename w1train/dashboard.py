@@ -1,4 +1,4 @@
-"""python -m w1train.dashboard: create the W&B workspace that shows runs of this framework, or print what would be in it."""
+"""The command that creates the W&B workspace with this framework's charts, or prints its definition: python -m w1train.dashboard."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import sys
 
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import LoggingConfig
+from w1train.reports.live_dashboard import definition, workspace
 from w1train.runtime.command import command
-from w1train.training.dashboard import definition, workspace
 
 
 @command("w1train.dashboard")
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m w1train.dashboard", description="Create a W&B workspace with this framework's charts.")
-    parser.add_argument("--project", default=LoggingConfig().wandb_project, help="logging.wandb_project of the runs (default: %(default)s)")
-    parser.add_argument("--entity", help="user or team that the project belongs to (default: that of the key)")
+    parser.add_argument("--project", default=LoggingConfig().wandb_project, help="the runs' logging.wandb_project (default: %(default)s)")
+    parser.add_argument("--entity", help="user or team that owns the project (default: the key's default entity)")
     parser.add_argument("--print", action="store_true", help="print the definition as JSON and create nothing")
     arguments = parser.parse_args()
     if arguments.print:
@@ -30,13 +31,13 @@ def main() -> None:
 
 
 def create(entity: str | None, project: str) -> str:
-    """Create the workspace and return its address.
+    """Create the workspace and return its URL.
 
     Raises:
-        UserError: no key, no entity, wandb-workspaces is not installed, or W&B cannot be reached or refuses.
+        UserError: there is no key or no entity, wandb-workspaces is not installed, or W&B cannot be reached or refuses.
     """
     if not os.environ.get("WANDB_API_KEY"):
-        raise UserError("WANDB_API_KEY is not set, and W&B stores workspaces on its servers alone; --print shows what would be created")
+        raise UserError("WANDB_API_KEY is not set, and W&B stores workspaces only on its servers; --print shows what would be created")
     import wandb
 
     try:
@@ -48,7 +49,7 @@ def create(entity: str | None, project: str) -> str:
     except ImportError as error:
         raise UserError(f"{error}: pip install 'w1train[dashboard]'") from error
     except (wandb.Error, OSError) as error:
-        raise UserError(f"W&B did not create it: {error}") from error
+        raise UserError(f"W&B did not create the workspace: {error}") from error
     return str(made.url)
 
 

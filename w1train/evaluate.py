@@ -1,11 +1,12 @@
-"""How good a checkpoint is.
+"""The command that evaluates a checkpoint.
 
     python -m w1train.evaluate RUN
     python -m w1train.evaluate RUN --checkpoint average --validation data/other --json
     python -m w1train.evaluate RUN --likelihood questions.jsonl --draws 128
 
-Without --likelihood: the validation of training (1/t ELBO in nats per token and bits per byte, masked cross-entropy, by t). With it:
-log-likelihoods of completions by LLaDA's exact-count estimator (w1train/evaluation/likelihood.py), and accuracy where there are choices.
+Without --likelihood, it repeats the validation of training: the 1/t ELBO in nats per token and bits per byte, and the masked cross-entropy,
+also by timestep. With --likelihood, it estimates log-likelihoods of completions by LLaDA's exact-count estimator
+(w1train/evaluation/likelihood.py), and the accuracy for questions with choices.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 @command("w1train.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
+    """Run the command. Returns the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
@@ -48,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dict[str, Any]:
-    # Imported here because megatron-core takes seconds to import, which a mistake on the command line should not wait for.
-    from w1train.runtime.cpu import import_megatron
+    # megatron-core takes seconds to import, which a mistake on the command line should not wait for.
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.evaluation.checkpoints import open_validation, validate_checkpoint
-    from w1train.training.checkpoint import CheckpointError
-    from w1train.training.inference import load_for_inference, require_diffusion
+    from w1train.checkpoints.manifest import CheckpointError
+    from w1train.evaluation.checkpoint_validation import open_validation, validate_checkpoint
+    from w1train.inference.predictor import load_for_inference, require_diffusion
 
     try:
         model = load_for_inference(args.run, args.checkpoint)
@@ -73,8 +74,8 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
 def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:
     if block_size is not None and block_size < sequence_length:
         logging.getLogger(__name__).warning(
-            "the run was trained with blocks of %d tokens after clean ones; here a completion is scored as one block, "
-            "with attention in both directions throughout",
+            "the run was trained to denoise blocks of %d tokens after clean blocks; here a completion is scored as one block, "
+            "in which every token attends to every other one",
             block_size,
         )
 
@@ -131,19 +132,25 @@ def _as_json(answer: Answer) -> dict[str, Any]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.evaluate", description="How good a checkpoint is, on this process alone.")
+    parser = argparse.ArgumentParser(prog="python -m w1train.evaluate", description="Evaluate a checkpoint, in this process alone.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--validation", metavar="PREFIX", help="another validation set than the run's")
-    what.add_argument("--likelihood", type=Path, metavar="FILE", help=f"score a JSONL file, each line {FORMATS}")
-    parser.add_argument("--draws", type=int, default=DEFAULT_DRAWS, metavar="N", help="masks drawn of each completion (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most rows of one forward pass (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
+    what.add_argument("--validation", metavar="PREFIX", help="validation set to use instead of the run's")
+    what.add_argument(
+        "--likelihood", type=Path, metavar="FILE", help=f"score the completions in a JSONL file, in which each line is {FORMATS}"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=DEFAULT_DRAWS, metavar="N", help="random masks for each completion (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="largest number of rows in a forward pass (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    # Deprecations inside the libraries are not the user's.
+    # The user can do nothing about deprecations inside the libraries.
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main())

@@ -1,10 +1,10 @@
-"""Plan a run before a GPU is booked; needs none.
+"""The command that plans a run without a GPU: its memory, traffic and speed.
 
     python -m w1train.plan recipe=w1_4b gpus=512
     python -m w1train.plan recipe=w1_4b gpus=512 parallel.tensor=4 parallel.sequence=true --device h200 --json
     python -m w1train.plan recipe=llada_8b gpus=256 --search
 
-Memory, traffic and speed come from closed forms (w1train/planning); the layout's ranks are then built on meta tensors.
+The numbers come from closed forms (w1train/planning). The ranks of the layout are then built on meta tensors.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import warnings
 from rich.console import Console
 
 from w1train.config.errors import ConfigurationError, raise_if_any
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 from w1train.planning.arguments import PROGRAM, Request, parse
 from w1train.planning.as_json import plan_as_dict, search_as_dict
+from w1train.planning.plan_tables import print_plan, print_search
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
-from w1train.planning.tables import print_plan, print_search
 from w1train.runtime.command import command
 
 NUM_SHOWN = 15
@@ -30,7 +30,7 @@ NUM_SHOWN = 15
 
 @command("w1train.plan")
 def main(arguments: list[str]) -> int:
-    """Exit status: 0, 1 where the layout does not fit or cannot be built, 2 for a mistake in what was asked."""
+    """Run the command. Returns the exit status: 0, 1 if the layout does not fit or cannot be built, 2 for bad input."""
     try:
         request = parse(arguments)
         return search(request) if request.search else plan(request)
@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> int:
 
 
 def plan(request: Request) -> int:
-    """Plan and build the layout that was asked for."""
+    """Plan and build the layout of the request. Returns the exit status."""
     raise_if_any(validate(request.config, request.num_gpus))
-    # torch and megatron-core take seconds to import, which mistakes and --search need not wait for.
-    from w1train.planning.build import LayoutError, build_ranks
+    # torch and megatron-core take seconds to import, which bad input and --search should not wait for.
+    from w1train.planning.meta_build import LayoutError, build_ranks
 
     planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     try:
@@ -59,7 +59,7 @@ def plan(request: Request) -> int:
 
 
 def search(request: Request) -> int:
-    """Rank the layouts that fit."""
+    """Rank the layouts that fit. Returns the exit status."""
     result = search_layouts(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     if request.json:
         print(json.dumps(search_as_dict(result, NUM_SHOWN)))
@@ -69,13 +69,13 @@ def search(request: Request) -> int:
 
 
 def console() -> Console:
-    """As wide as the terminal; 120 columns where there is none."""
+    """Return a console as wide as the terminal, or with 120 columns if the output is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 if __name__ == "__main__":
-    # A GPU that is there shall not be touched, and the plan shall be the same everywhere.
+    # GPUs of this machine must not be used, and the plan must be the same on every machine.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Deprecations inside the libraries are not the user's.
+    # The user can do nothing about deprecations inside the libraries.
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main(sys.argv[1:]))

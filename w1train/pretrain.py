@@ -1,9 +1,9 @@
-"""Train: a recipe in, a trained run directory out.
+"""The command that trains a model: it reads a recipe and writes a run directory.
 
     python -m w1train.pretrain recipe=demo
     torchrun --nproc-per-node 8 -m w1train.pretrain recipe=w1_4b parallel.tensor=4
 
-The same command again resumes the run. The loop is in w1train/training/loop.py.
+The same command, given again, resumes the run. The training loop is in w1train/training/loop.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
-from w1train.config.validate import validate
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.exit_status import ExitStatus
@@ -30,8 +30,8 @@ from w1train.runtime.masking import remember_passwords
 
 logger = logging.getLogger(__name__)
 
-# Beginnings of warnings that are no news: of megatron-core about its own defaults and its own shards of the parameters, and of
-# torch about the way that megatron-core reads a checkpoint's metadata.
+# Beginnings of warnings that tell users nothing: those of megatron-core about its own defaults and its own shards of the parameters, and
+# those of torch about the way in which megatron-core reads a checkpoint's metadata.
 _LIBRARY_CHATTER = (
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
@@ -42,10 +42,12 @@ _LIBRARY_CHATTER = (
 
 @command("w1train.pretrain")
 def main(arguments: list[str]) -> int:
-    """Exit status: see w1train.runtime.exit_status. SIGTERM and SIGUSR1 end the run after the step that is under way, with a checkpoint;
-    before it holds its run directory, at once."""
+    """Run the command. Returns an ExitStatus (w1train.runtime.exit_status).
+
+    SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint. Before the run holds its directory, they end it at once.
+    """
     try:
-        # Before anything asks for RANK: the command line does, to say its mistakes once.
+        # This sets RANK, which the command line reads in order to report mistakes once.
         discovery = discover_ranks()
     except ConfigurationError as error:
         return _fail_alone(str(error), ExitStatus.MISTAKE)
@@ -61,32 +63,33 @@ def main(arguments: list[str]) -> int:
     try:
         return run(config)
     except KeyboardInterrupt:
-        # Ctrl-C goes to torchrun too, and whoever typed it waits.
-        return _fail_together("interrupted; the same command goes on from the last checkpoint", ExitStatus.INTERRUPTED, seconds=1.0)
+        # The user waits, and torchrun gets Ctrl-C too, so that the other ranks wait for a second only.
+        return _fail_together("interrupted; the same command resumes from the last checkpoint", ExitStatus.INTERRUPTED, seconds=1.0)
 
 
 def run(config: Config) -> int:
-    """Build and train. megatron-core is imported only here: seconds, which a mistake in the configuration need not wait for."""
-    gc.disable()  # imports leave no garbage, and looking for it takes an eighth of a start
-    from w1train.runtime.cpu import import_megatron
+    """Build the model and train it. Returns an ExitStatus."""
+    # megatron-core takes seconds to import, which a mistake in the configuration should not wait for.
+    gc.disable()  # imports leave no garbage, and the search for it takes an eighth of the time of a start
     from w1train.runtime.device import make_deterministic
     from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
+    from w1train.runtime.megatron_on_cpu import import_megatron
     from w1train.runtime.monitor import monitored
     from w1train.runtime.run_directory import RunDirectory
     from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
+    from w1train.checkpoints.manifest import CheckpointError
     from w1train.conversion.initial_weights import open_initial_weights
-    from w1train.training.checkpoint import CheckpointError
     from w1train.training.loop import Trainer
 
     gc.enable()
     if config.training.deterministic:
         make_deterministic()
     directory = RunDirectory(Path(config.runs_dir) / config.name)
-    # The watchdog ends a run that hangs, and says who holds it up; a collective's own timeout would only say that it waits.
+    # The watchdog ends a run that hangs, and names the rank that it waits for. A collective's timeout would only say that it waits.
     timeout = timedelta(seconds=2 * max(config.health.hang_timeout, config.health.start_timeout))
-    # Around the process groups, not inside: they are torn down at a clean end only.
+    # Errors are handled outside of the process groups, which are torn down only at a clean end.
     try:
         with distributed(config.parallel, timeout) as ranks:
             on_main_rank(directory.claim)
@@ -102,26 +105,26 @@ def run(config: Config) -> int:
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        return _fail_alone("lost the connection to another rank, which says why if it could", ExitStatus.FAILED)
+        return _fail_alone("lost the connection to another rank, whose own message, if it could write one, says why", ExitStatus.FAILED)
     finally:
         directory.release()
     return ExitStatus.STOPPED if trainer.stopped else ExitStatus.FINISHED
 
 
 def set_up_logging() -> None:
-    """Rank 0 tells the story; the others only what goes wrong."""
+    """Set up logging: rank 0 logs at INFO, the other ranks only warnings and errors."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # At INFO it prints its whole configuration and the name of every parameter.
+    # At INFO, megatron-core logs its whole configuration and the name of every parameter.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for message in _LIBRARY_CHATTER:
         warnings.filterwarnings("ignore", message=re.escape(message))
-    # What the libraries deprecate in each other.
+    # Deprecations of one library in another.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
 
 
 def _fail(error: Exception, status: int) -> int:
-    """Said by rank 0 for all, or by the rank that alone knows it."""
+    """Report an error once and return the status: by rank 0 if all ranks met it, and otherwise by this rank."""
     from w1train.runtime.distributed import is_agreed
 
     message = "\n".join([describe_error(error), *getattr(error, "__notes__", [])])
@@ -129,7 +132,7 @@ def _fail(error: Exception, status: int) -> int:
 
 
 def _fail_together(message: str, status: int, seconds: float = PATIENCE_SECONDS) -> int:
-    """For what ends all ranks alike. The others give rank 0 some seconds to say it."""
+    """Report an error that ends all ranks, on rank 0, and return the status. The other ranks give rank 0 some seconds for it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"w1train.pretrain: {message}", file=sys.stderr, flush=True)
     wait_for_main_rank(seconds)
@@ -137,7 +140,7 @@ def _fail_together(message: str, status: int, seconds: float = PATIENCE_SECONDS)
 
 
 def _fail_alone(message: str, status: int) -> int:
-    """For what no other rank need know."""
+    """Report an error that this rank alone has met, and return the status."""
     rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"w1train.pretrain{rank}: {message}", file=sys.stderr, flush=True)
     return status

@@ -1,4 +1,4 @@
-"""python -m w1train.report RUN [RUN...]: a page about a run, or one that compares several, from what they have left so far."""
+"""The command that writes a page about a run, or one that compares several runs: python -m w1train.report RUN [RUN...]."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import sys
 from pathlib import Path
 
 from w1train.config.errors import UserError
+from w1train.reports.report_compare import write_comparison
+from w1train.reports.run_report import write_report
 from w1train.runtime.command import command, describe_error
-from w1train.training.report import write_report
-from w1train.training.report_compare import write_comparison
 
 
 @command("w1train.report")
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m w1train.report",
-        description="Write RUN/report.html, one file to look at anywhere; of several runs, the first one's comparison.html.",
+        description="Write RUN/report.html, or for several runs, comparison.html in the directory of the first. Each page is one file.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory; a run that is still going on will do")
-    parser.add_argument("--compare", type=Path, metavar="RUN", help="another run, whose validation is drawn in the page of one RUN")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the comparison of several runs is written")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory; the run may still be training")
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="another run, whose validation is drawn into the page of a single RUN")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file of the comparison of several runs")
     arguments = parser.parse_args()
     several = len(arguments.runs) > 1
     if several and arguments.compare is not None:
-        parser.error("--compare goes with one RUN; several are compared with each other anyway")
+        parser.error("--compare needs a single RUN; several RUNs are compared with each other without it")
     if not several and arguments.output is not None:
-        parser.error("--output goes with several RUNs; the page of one is RUN/report.html")
+        parser.error("--output needs several RUNs; the page of a single RUN is RUN/report.html")
     try:
         if several:
             print(write_comparison(arguments.runs, arguments.output or arguments.runs[0] / "comparison.html"))

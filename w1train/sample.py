@@ -1,6 +1,6 @@
-"""Text from a trained run: ``python -m w1train.sample RUN --prompt "def main" --temperature 0.7``.
+"""The command that generates text with a trained run: ``python -m w1train.sample RUN --prompt "def main" --temperature 0.7``.
 
-What is not given comes from the run's own sampling configuration.
+Options that are not given have the values of the run's sampling configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
 
 
 class InferenceModel(Protocol):
-    """The part of w1train.training.inference.InferenceModel that this command uses."""
+    """The attributes of w1train.inference.predictor.InferenceModel that this command uses."""
 
     @property
     def predict(self) -> Predict: ...
@@ -52,16 +52,16 @@ class InferenceModel(Protocol):
 
 
 Load = Callable[[Path, int | str | None], InferenceModel]
-"""(run directory, step or name of the checkpoint, or None for the newest) -> model."""
+"""A function of a run directory and a checkpoint (its step, its name, or None for the newest step) that returns the model."""
 
-CHECKPOINT_HELP = "step of the checkpoint, or its name (average: the newest average); the newest step if not given"
+CHECKPOINT_HELP = "step or name of the checkpoint; average is the newest average (default: the newest step)"
 
 
 @command("w1train.sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for bad input, with its reason on stderr."""
+    """Run the command. Returns the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
-    # What the sampler skips is said at INFO.
+    # At INFO the sampler logs what it skips.
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train.sampling").setLevel(logging.INFO)
     try:
@@ -85,14 +85,14 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of all samples together."""
+    """The speed of generating all samples."""
 
     num_tokens: int
-    """Of the texts: what is computed after an EOS counts for nothing."""
+    """Tokens of the texts. What is computed after an EOS does not count."""
     seconds: float
     tokens_per_second: float
     tokens_per_forward: float
-    """Mean over forward passes of a sample, those that encode finished blocks included."""
+    """Tokens per forward pass of a sample. Passes that encode finished blocks count too."""
 
     def __str__(self) -> str:
         return (
@@ -102,7 +102,7 @@ class Speed:
 
 
 def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
-    view = DenoisingView(_console(), model.tokenizer, config.diffusion.mask_token_id, config.sampling.num_tokens) if show_steps else None
+    view = DenoisingView(_console(), model.tokenizer, config.sampling.num_tokens) if show_steps else None
     predict = model.blocks or model.predict
     started = time.perf_counter()
     with view or nullcontext():
@@ -114,17 +114,17 @@ def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> tuple
 
 
 def checkpoint_name(text: str) -> int | str:
-    """A step as a number, anything else as it is: the type of an argument."""
+    """Return a step as a number, and any other text as it is. This is the type of an argument."""
     return int(text) if text.isdecimal() else text
 
 
 def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
-    # Imported here because megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
-    from w1train.runtime.cpu import import_megatron
+    # megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
+    from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.training.checkpoint import CheckpointError
-    from w1train.training.inference import load_for_inference, require_diffusion
+    from w1train.checkpoints.manifest import CheckpointError
+    from w1train.inference.predictor import load_for_inference, require_diffusion
 
     try:
         model = load_for_inference(run, checkpoint)
@@ -135,12 +135,12 @@ def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
 
 
 def _console(stream: TextIO | None = None) -> Console:
-    """highlight=False: the text is the model's, not ours to colour."""
+    """Return a console that does not colour the model's text."""
     return Console(highlight=False, file=stream)
 
 
 def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingConfig:
-    """The run's sampling settings with those given on the command line."""
+    """Return the run's sampling settings with those of the command line."""
     given = {
         "prompts": args.prompt,
         "num_tokens": args.num_tokens,
@@ -174,26 +174,30 @@ def _as_json(
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.sample", description="Text from a trained run.")
+    parser = argparse.ArgumentParser(prog="python -m w1train.sample", description="Generate text with a trained run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
-    prompt_help = "text to go on from; repeat for several; empty = from nothing"
+    prompt_help = "text that the model continues; repeat the option for several texts; an empty text = without a prompt"
     parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help=prompt_help)
     parser.add_argument("--num-tokens", type=int, metavar="N", help="tokens to generate after the prompt")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps, all blocks together")
-    parser.add_argument("--threshold", type=float, metavar="P", help="unmask what is more probable than P at each step; 0 = by --steps")
-    block_help = "tokens denoised together, left to right; 0 = as trained (block diffusion) or all at once (masked diffusion)"
+    parser.add_argument("--steps", type=int, metavar="N", help="number of denoising steps of all blocks together")
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="unmask tokens that are more probable than P at each step; 0 = use --steps"
+    )
+    block_help = (
+        "tokens of a block; blocks are denoised from left to right; 0 = as trained (block diffusion) or one block (masked diffusion)"
+    )
     parser.add_argument("--block-size", type=int, metavar="N", help=block_help)
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy")
+    parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 = the most probable token")
     parser.add_argument("--remasking", choices=["low_confidence", "random"], help="which predictions are kept at each step")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
     parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--show-steps", action="store_true", help="draw the canvas at every denoising step")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    # Deprecations inside the libraries are not the user's.
+    # The user can do nothing about deprecations inside the libraries.
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b.*")
     sys.exit(main())

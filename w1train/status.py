@@ -1,11 +1,11 @@
-"""What runs are doing, from outside: their status.json and their ranks' heartbeats.
+"""The command that prints what runs are doing, by their status.json and the heartbeats of their ranks.
 
     python -m w1train.status runs/demo
     python -m w1train.status runs/*
 
-Exit status, for scripts: 0 finished, 75 to be run again (stopped on a signal after saving), 3 running, 1 failed or died, 2 not a run, or
-ended by a mistake of configuration or data.
-Of several runs the first of 2, 1, 3, 75 that one of them has.
+The exit status says what a run does: 0 = it has finished, 75 = it was stopped by a signal after saving, and is to be started again, 3 = it
+is running, 1 = it has failed or died, 2 = it is not a run, or was ended by a mistake in configuration or data. For several runs, it is the
+first of 2, 1, 3, 75 that any of them has.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _LONGEST_LINE = 4000
 
 @command("w1train.status")
 def main(arguments: Sequence[str]) -> int:
-    """Print a line a run; the exit status is the module's."""
-    parser = argparse.ArgumentParser(prog="w1train.status", description="What runs are doing.")
+    """Run the command: print one line for each run. Returns the exit status that the module's docstring describes."""
+    parser = argparse.ArgumentParser(prog="w1train.status", description="Print what runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(
-        "--silent", type=float, default=_SILENT_SECONDS, metavar="SECONDS", help="a run that gives no sign of life so long has died (1200)"
+        "--silent", type=float, default=_SILENT_SECONDS, metavar="SECONDS", help="silence after which a run counts as dead (default: 1200)"
     )
     options = parser.parse_args(arguments)
     found = []
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tuple[str, ExitStatus]:
-    """(one line, the exit status that stands for it)."""
+    """Return one line about a run, and the exit status for it."""
     status = read_status(directory)
     if status is None:
         if (directory / STATUS_FILE).exists():
@@ -58,8 +58,8 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
         return f"no {STATUS_FILE}: not a run directory, or never started", ExitStatus.MISTAKE
     now = time.time()
     heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
-    # What lives and does not get on is for its own watchdog, which knows how long a start or a step may take.
-    # A machine whose clock is ahead would seem to live for as long as that after its end.
+    # A run that lives without progress is left to its own watchdog, which knows how long a start or a step may take.
+    # Heartbeats of the future are ignored: a rank whose clock is ahead would seem to live for that long after its end.
     last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values() if heartbeat.time <= now + _MOST_CLOCKS_DIFFER)])
     died = status.state not in _STATUSES and (_is_gone(status) or now - last_sign > silent_seconds)
     share = status.step / status.num_steps if status.num_steps else 0.0
@@ -80,7 +80,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
 
 
 def _is_gone(status: Status) -> bool:
-    """Whether rank 0 is known to have died: only its own machine can tell."""
+    """Tell whether rank 0 is known to have died. Only its own machine can tell."""
     if status.host != socket.gethostname():
         return False
     try:
@@ -88,17 +88,17 @@ def _is_gone(status: Status) -> bool:
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
-        pass  # another user's, so it lives
+        pass  # the process belongs to another user, and lives
     return False
 
 
 def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
-    """Ranks that are behind the others: in steps, or silent for longer than is usual among them."""
+    """Describe the ranks that are behind the others: by their step, or because they are silent for longer than most."""
     if not heartbeats:
         return []
     step = max(heartbeat.step for heartbeat in heartbeats.values())
     now = time.time()
-    # A rank's own two times are of one clock; between its clock and this one there is any difference.
+    # The two times of a rank are of one clock. Its clock may differ from this machine's by any amount.
     silences = {
         rank: max(0.0, heartbeat.time - heartbeat.progress) + max(0.0, now - heartbeat.time) for rank, heartbeat in heartbeats.items()
     }
@@ -112,13 +112,13 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
 
 
 def _on_one_line(text: str) -> str:
-    """Replace the control characters by which a text of somebody else's file would steer the terminal."""
+    """Replace control characters, by which a text of a stranger's file would control the terminal."""
     return "".join(sign if sign.isprintable() else " " for sign in text[:_LONGEST_LINE])
 
 
 def _last_progress(seconds: float) -> str:
-    """Say how long ago the last progress was, by this machine's clock. A status of the future is of another clock, or of before this one
-    was set back."""
+    """Describe how long ago the last progress was, by this machine's clock. A status of the future was written by another clock, or before
+    this clock was set back."""
     text = f"last progress {_duration(max(0.0, seconds))} ago"
     return text if seconds >= -_MOST_CLOCKS_DIFFER else f"{text} (written by a clock that is {_duration(-seconds)} ahead of this machine's)"
 

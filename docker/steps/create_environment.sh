@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Create the virtual environment that w1train lives in, with the pinned uv. The base image's own packages are never written to: with
-# SYSTEM_SITE_PACKAGES=1 the environment sees them, and what it needs newer lies in front of them.
+# Create w1train's virtual environment, with the pinned uv. The base image's own packages are never changed: with SYSTEM_SITE_PACKAGES=1 the
+# environment sees them, and newer versions in the environment are found before them.
 #
 #   create_environment.sh PREFIX
 #
@@ -14,10 +14,11 @@ prefix="${1:?create_environment.sh PREFIX}"
 options=()
 if [[ "${SYSTEM_SITE_PACKAGES:-0}" == 1 ]]; then options+=(--system-site-packages); fi
 "${BASE_PYTHON:-python3}" -m venv "${options[@]}" "$prefix"
-# NVIDIA's images set PIP_CONSTRAINT to what they were built with. Installed even if the base has them: bin/uv must be this one.
+# NVIDIA's images set PIP_CONSTRAINT to the versions that they were built with. The packages are installed even if the base image has them,
+# because bin/uv must be the pinned one.
 env -u PIP_CONSTRAINT "$prefix/bin/python" -m pip install --no-cache-dir --no-deps --ignore-installed --quiet \
   --requirement "$here/../constraints-build.txt"
-# The base image's torchrun would start the base image's Python, which knows nothing of this environment.
+# The base image's torchrun would start the base image's Python, which does not use this environment.
 cat >"$prefix/bin/torchrun" <<END
 #!/bin/sh
 exec "$prefix/bin/python" -m torch.distributed.run "\$@"

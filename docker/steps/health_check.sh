@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Is the environment whole? Starts nothing on the GPUs, so it disturbs no training beside it.
+# Check that the environment is complete. Nothing runs on the GPUs, so that training in the same container is not disturbed.
 #
 #   health_check.sh PREFIX [SECONDS]      (default: 100)
 set -euo pipefail
 prefix="${1:?health_check.sh PREFIX [SECONDS]}"
-# From a folder of no meaning: a w1train/ in the working directory would be the one that is looked at.
+# Change to another directory: a w1train/ in the working directory would be examined instead of the installed one.
 cd /
 exec timeout --kill-after=5 "${2:-100}" "$prefix/bin/python" -m w1train.doctor --quick

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Install Debian's or Ubuntu's packages, of the release that the base image's digest fixes.
+# Install packages of Debian or Ubuntu. The base image's digest fixes their release.
 #
 #   system_packages.sh NAME...
 #
 # Environment variables:
-#   DRY_RUN   1: only say what apt would do   (default: 0)
+#   DRY_RUN   1: only print what apt would do   (default: 0)
 set -euo pipefail
 
 (($# > 0)) || { echo "system_packages: name at least one package" >&2; exit 1; }
@@ -15,5 +15,5 @@ if [[ "${DRY_RUN:-0}" == 1 ]]; then
 fi
 apt-get update
 apt-get install --yes --no-install-recommends "$@"
-# The lists are as large as the packages, and stale tomorrow.
+# The lists are as large as the packages, and soon out of date.
 rm -rf /var/lib/apt/lists/*

@@ -16,7 +16,7 @@ from w1train.attention.visibility import (
     document_visibility,
     scattered_visibility,
 )
-from w1train.config.attention_limits import AttentionCase, VisibilityKind
+from w1train.config.rules.attention_limits import AttentionCase, VisibilityKind
 
 # By name: (kind of the case, document ids and a size -> visibility).
 VARIANTS: dict[str, tuple[VisibilityKind, Callable[[Tensor, int], Visibility]]] = {

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from w1train.attention.backends.cudnn import CudnnBackend, CudnnPlan, create_plan
 from w1train.attention.visibility import block_diffusion_visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 LENGTH = 1024
 

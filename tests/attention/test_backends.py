@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from tests.attention.cases import VARIANTS, inputs_of, long_pack, to_device, visibilities
 from tests.tiny import packed_batch
+from w1train.attention.attention_plan import plan_attention
 from w1train.attention.backends import rectangles
 from w1train.attention.backends.choice import BACKENDS
 from w1train.attention.backends.reference import ReferenceBackend, attend_reference
 from w1train.attention.backends.sdpa import DensePlan, SdpaBackend
-from w1train.attention.plan import plan_attention
 from w1train.attention.visibility import document_visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6}
 NUM_HEADS = 4

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.attention.test_visibility import packs
 from w1train.attention.visibility import block_diffusion_visibility
 
-# (number of ones, first 16 hex digits of sha256 over the row-major uint8 mask), layout [x_t | x_0]; masks.md section 2.
+# (number of ones, first 16 hex digits of sha256 over the row-major uint8 mask), layout [x_t | x_0].
 GOLDEN = {
     (4, 1): (20, "4a0932fc28862899"),
     (4, 2): (24, "082bd2e74d5e7702"),

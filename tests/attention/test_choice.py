@@ -8,10 +8,10 @@ import torch
 from tests.tiny import tiny_config
 from w1train.attention.backends import cudnn, interface, te
 from w1train.attention.backends.choice import BACKENDS, choose_backend
-from w1train.config.attention_limits import AttentionCase, attention_case, limit
 from w1train.config.errors import UserError
+from w1train.config.rules.attention_limits import AttentionCase, attention_case, limit
+from w1train.config.rules.validate import validate
 from w1train.config.stages import at_stage
-from w1train.config.validate import validate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.attention.cases import long_pack
 from w1train.attention.backends import cudnn
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASE = AttentionCase("blocks", "bf16", 4, 2, 64)

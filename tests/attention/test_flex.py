@@ -11,7 +11,7 @@ from tests.distributed import run_distributed
 from w1train.attention.backends import flex
 from w1train.attention.backends.flex import FlexBackend, interval_block_mask
 from w1train.attention.backends.reference import attend_reference
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 INTERVAL_KINDS = tuple(name for name in VARIANTS if name != "scattered")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.attention.cases import VARIANTS, long_pack, visibilities
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.backends.te import BiasPlan, PackedPlan, TransformerEngineBackend, bias_plan, packed_plan
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 
 @given(visibilities(kinds=("documents", "causal")))

@@ -65,7 +65,7 @@ def test_causal_sees_what_is_before_and_as_far_behind_as_its_extent(documents, e
 
 
 def test_scattered_pairs_go_from_causal_to_all():
-    """masks.md section 2: of eight tokens 36 pairs at ratio 0, 64 at ratio 1."""
+    """Of eight tokens 36 pairs are visible at ratio 0, and 64 at ratio 1."""
     documents, samples = torch.zeros((1, 8), dtype=torch.int32), torch.tensor([5])
     assert [int(scattered_visibility(documents, ratio, 0, samples).num_visible_pairs()) for ratio in (0.0, 1.0)] == [36, 64]
     wide = torch.zeros((2, 64), dtype=torch.int32)

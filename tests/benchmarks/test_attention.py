@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention
-from benchmarks.attention_measure import Measured, measure_workload
-from benchmarks.attention_report import tables, verdicts
-from benchmarks.attention_sides import Side, UnfusedBackend, sides
-from benchmarks.attention_workloads import tiny_workloads, workload, workloads
-from benchmarks.report import RESULTS
+from benchmarks.attention import __main__ as attention
+from benchmarks.attention.measure import Measured, measure_workload
+from benchmarks.attention.report import tables, verdicts
+from benchmarks.attention.sides import Side, UnfusedBackend, sides
+from benchmarks.attention.workloads import tiny_workloads, workload, workloads
+from benchmarks.common.report import RESULTS
 from tests.attention.cases import inputs_of, long_pack
 from w1train.attention.backends.reference import attend_reference
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 from w1train.diagnosis.correctness import relative_errors
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import attention_cpu
+from benchmarks.attention import cpu as attention_cpu
 
 
 def test_compares_every_workload(capsys):

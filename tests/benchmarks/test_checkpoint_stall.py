@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import checkpoint_stall
-from benchmarks.checkpoint_stall import MODEL, Measurements, Training, measure, tables
+from benchmarks.checkpoints import stall as checkpoint_stall
+from benchmarks.checkpoints.stall import MODEL, Measurements, Training, measure, tables
 from tests.distributed import run_distributed
 from w1train.config.compose import load_config
 from w1train.runtime.distributed import distributed

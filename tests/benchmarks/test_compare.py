@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from benchmarks import compare
-from benchmarks.records import Record
+from benchmarks.common.records import Record
 
 
 def record(date, results, device="NVIDIA H100 80GB HBM3", torch="2.11.0", benchmark="step"):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import corruption
+from benchmarks.data import corruption
 from w1train.config.schema import DiffusionConfig
 
 

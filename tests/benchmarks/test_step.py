@@ -9,9 +9,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from benchmarks import step, step_profile
-from benchmarks.step_report import key_results, shares, verdicts
+from benchmarks.step import __main__ as step
+from benchmarks.step import profile as step_profile
+from benchmarks.step.report import key_results, shares, verdicts
 from tests.distributed import run_distributed
+from w1train.runtime.ranges import kernel_group
 
 FOUND = {
     "seconds": 0.2,
@@ -138,6 +140,7 @@ def test_shares_and_verdicts():
 class Model:
     """Two functions, one of them in a range and recomputed in the backward pass."""
 
+    @kernel_group("attention")
     def attend(self, x):
         return (x @ x).softmax(dim=-1)
 
@@ -150,7 +153,7 @@ def test_backward_and_recomputed_work_goes_where_its_forward_pass_is():
         # All of them: which take longest is chance.
         step_profile.NUM_LARGEST = 1000
         model, weight = Model(), torch.randn((64, 64), requires_grad=True)
-        return step_profile.profile_step(lambda: model.loss(weight).backward(), [("attention", model, "attend")], torch.device("cpu"))
+        return step_profile.profile_step(lambda: model.loss(weight).backward(), torch.device("cpu"))
 
     # In a fork, as the profiler leaves a thread.
     found = run_distributed(profile, 1, process_group=False)[0]

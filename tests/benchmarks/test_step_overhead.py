@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from benchmarks import report, step_overhead
+from benchmarks.common import report
+from benchmarks.step import overhead as step_overhead
 from tests.distributed import run_distributed
 
 TINY = [
@@ -33,7 +34,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """In a process of its own: groups and threads of this one would be in the way of every later fork."""
-    from benchmarks.loops import compare
+    from benchmarks.step.loops import compare
 
     config = step_overhead.benchmark_config(TINY, tmp_path_factory.mktemp("run"))
     return run_distributed(lambda _rank, _size: compare(config, num_steps=2, num_warmup=1), 1, process_group=False)[0]

@@ -1,10 +1,10 @@
-"""``python -m tests.chaos``: the campaign, a table of what it survived, and exit status 1 unless that is all of it."""
+"""The command ``python -m tests.chaos``: it runs the campaign and prints a table of the faults that runs recovered from."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports torch, as in tests/conftest.py: one thread a process, no GPU, nothing uploaded.
+# Before anything imports torch, as in tests/conftest.py: one thread for each process, no GPU, no uploads.
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.report import Table, environment, write_report
+from benchmarks.common.report import Table, environment, write_report
 from tests.chaos.campaign import Campaign, Result, draw
 from tests.chaos.disk import how_a_disk_fills
 from tests.chaos.faults import FAULTS
@@ -32,7 +32,7 @@ _BUSY = "import time; end = time.monotonic() + 7200\nwhile time.monotonic() < en
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 0 if every run survived, else 1."""
+    """Run the campaign. Returns the exit status: 0 if every run recovered, else 1."""
     options = parse(arguments)
     directory = Path(tempfile.mkdtemp(prefix="w1train-chaos-"))
     began, results = time.monotonic(), []
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     minutes = (time.monotonic() - began) / 60
     print(f"{len(results) - len(failed)} of {len(results)} runs recovered, in {minutes:.1f} minutes")
     if failed:
-        print(f"what the others left: {directory}")
+        print(f"the files of the others are in {directory}")
     else:
         shutil.rmtree(directory)
     if options.report:
@@ -60,18 +60,27 @@ def main(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     names = [fault.name for fault in FAULTS]
     parser = argparse.ArgumentParser(prog="tests.chaos", description="Disturb trainings on two ranks, and compare with undisturbed ones.")
-    parser.add_argument("--num-runs", type=int, default=NUM_RUNS, help=f"default: {NUM_RUNS}")
-    parser.add_argument("--seed", type=int, default=0, help="of steps, delays, victims and places (default: 0)")
-    parser.add_argument("--only", action="append", default=[], choices=names, metavar="FAULT", help=f"may be repeated: {', '.join(names)}")
-    parser.add_argument("--busy", type=int, default=0, metavar="NUMBER", help="of processes that compute beside the campaign (default: 0)")
-    parser.add_argument("--report", action="store_true", help="write the dated report")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="on every run's command line")
+    parser.add_argument("--num-runs", type=int, default=NUM_RUNS, help=f"number of runs (default: {NUM_RUNS})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of steps, delays, ranks and places (default: 0)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        choices=names,
+        metavar="FAULT",
+        help=f"only runs with this fault; may be repeated: {', '.join(names)}",
+    )
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="NUMBER", help="number of processes that compute during the campaign (default: 0)"
+    )
+    parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides for every run")
     return parser.parse_args(arguments)
 
 
 @contextlib.contextmanager
 def busy_processes(number: int) -> Iterator[None]:
-    """So many processes that do nothing but compute, while the block lasts, two hours at most, and never longer than this process."""
+    """Run processes that only compute during the block, for two hours at most and never longer than this process."""
     processes = [
         subprocess.Popen([sys.executable, "-c", _BUSY], preexec_fn=partial(die_with_parent, signal.SIGKILL)) for _ in range(number)
     ]
@@ -84,7 +93,7 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def summary(results: Sequence[Result]) -> Table:
-    """One row a fault, and the sum."""
+    """Return the table with a row for each fault, and a row for all."""
     columns = ("fault", "runs", "recovered", "restarts", "steps redone, most", "worst recovery, s")
     rows = []
     for fault in FAULTS:
@@ -102,7 +111,7 @@ def _numbers(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def listing(results: Sequence[Result]) -> Table:
-    """One row a run."""
+    """Return the table with a row for each run."""
     rows = []
     for result in results:
         story = result.story
@@ -113,7 +122,7 @@ def listing(results: Sequence[Result]) -> Table:
 
 
 def notes(num_runs: int, minutes: float, num_busy: int) -> str:
-    """What was done, and what the columns mean."""
+    """Return the report's text: what was done, and what the columns mean."""
     beside = f"beside {num_busy} processes that compute all the time" if num_busy else "with no other process started by the campaign"
     return f"""\
 {num_runs} trainings of a tiny model in {minutes:.1f} minutes, {beside}: {NUM_STEPS} steps on two ranks, a checkpoint every

@@ -1,4 +1,4 @@
-"""Draws the runs of a campaign and goes through them."""
+"""The campaign: which runs it has, and how each of them is made and judged."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.faulty_storage import PROTOCOL
 from w1train.config.compose import load_config
 
 TIMEOUT = 900.0
-"""Seconds for a whole run, which takes seconds: what needs more hangs, and no watchdog has noticed. No other limit depends on the
-machine's speed."""
+"""The longest time of a whole run in seconds. A run takes some seconds; one that needs more hangs, and no watchdog has noticed it. No other
+limit depends on the machine's speed."""
 _STEP_TOKENS = BATCH * LENGTH
 _OVERRIDES = (f"checkpoint.interval={CHECKPOINT_INTERVAL}", "checkpoint.keep=3", "health.heartbeat_interval=0.5")
 _STEPS = (f"schedule.stages.stable.tokens={(NUM_STEPS - 2) * _STEP_TOKENS}",)
@@ -44,7 +44,7 @@ _UNDISTURBED = Fault(name="none", title="nothing", strike=lambda scene: iter(())
 
 @dataclass(slots=True)
 class Result:
-    """What became of one run of the campaign."""
+    """The result of one run of the campaign."""
 
     number: int
     fault: Fault
@@ -55,10 +55,10 @@ class Result:
     notes: list[str]
     problems: list[str]
     load: float
-    """The machine's load average over the last minute of it."""
+    """The machine's load average over the last minute of the run."""
 
     def line(self) -> str:
-        """For the console."""
+        """Return a line about the run for the console."""
         head = f"{self.number:3}  {self.fault.name:12} {self.layout:8}"
         if self.problems:
             return f"{head} FAILED ({'; '.join(self.notes)}): " + "; ".join(self.problems)
@@ -69,19 +69,19 @@ class Result:
 
 @dataclass(slots=True)
 class Campaign:
-    """A directory with the data, the undisturbed runs, and the disturbed ones while they last."""
+    """A directory with the data, the undisturbed runs, and the current disturbed run."""
 
     directory: Path
     seed: int
     overrides: Sequence[str] = ()
-    """On every run's command line."""
+    """Overrides of every run."""
     _expected: dict[str, TinyRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data.mkdir(parents=True)
         # In a process of its own: the tokenizer's threads would make forking from this one unsafe.
         assert launch(1, self._make_data) == [0], (self.data / "log").read_text()
-        load_config(["recipe=tiny"], [str(self.data / "recipes")])  # composed here for all ranks
+        load_config(["recipe=tiny"], [str(self.data / "recipes")])  # composed once, before ranks are forked
 
     @property
     def data(self) -> Path:
@@ -93,7 +93,7 @@ class Campaign:
         return 0
 
     def run(self, number: int, fault: Fault, layout: str) -> Result:
-        """One run, its fault drawn from the seed and its number; what it leaves is removed if it survived."""
+        """Make one run, whose fault is drawn from the seed and the run's number. Its files are removed if it recovered."""
         scene = self._scene(f"{number:03}-{fault.name}-{layout}", layout, f"{self.seed}/{number}")
         with small_disk(scene.run.runs_dir) if fault.small_disk else nullcontext():
             story = self._supervise(scene, fault, fault.hook(scene) if fault.hook is not None else None)
@@ -106,13 +106,13 @@ class Campaign:
         return Result(number, fault, layout, story, step, scene.notes, found, os.getloadavg()[0])
 
     def _expected_run(self, fault: Fault, scene: Scene, story: Story) -> TinyRun:
-        """The undisturbed run that a disturbed one must be equal to."""
+        """Return the undisturbed run that a disturbed run must be equal to."""
         if scene.next_layout and story.resumed_at:
             return self._changed(scene.layout, scene.next_layout, story.resumed_at)
         return self._straight(scene.next_layout or scene.layout, phases=fault.phases, skips=fault.skips)
 
     def _straight(self, layout: str, *, phases: bool, skips: bool) -> TinyRun:
-        """The run of this layout that nothing happens to, or that a NaN, on another rank than first, makes skip a step; made once."""
+        """Return the undisturbed run of a layout, or the run that skips a step for a NaN on a rank other than the first. Made once."""
         name = f"expected-{layout}{'-phases' if phases else ''}{'-skips' if skips else ''}"
         if name not in self._expected:
             scene = self._scene(name, layout, f"{self.seed}/{layout}")
@@ -122,7 +122,7 @@ class Campaign:
         return self._expected[name]
 
     def _changed(self, layout: str, next_layout: str, step: int) -> TinyRun:
-        """The run that is stopped at this step, and goes on under the other layout; made once."""
+        """Return the run that is stopped at this step and resumed under the other layout. Made once."""
         name = f"expected-{layout}-{step}-{next_layout}"
         if name not in self._expected:
             scene = self._scene(name, layout, name)
@@ -155,7 +155,7 @@ class Campaign:
 
 
 def draw(num_runs: int, only: Sequence[str] = ()) -> Iterator[tuple[int, Fault, str]]:
-    """(number, fault, layout) of each run: the faults in turn, the layouts in turn, so that every fault meets every layout."""
+    """Yield the number, fault and layout of each run. Faults and layouts take turns, so that every fault meets every layout."""
     chosen = [fault for fault in FAULTS if not only or fault.name in only]
     layouts = list(LAYOUTS)
     for number in range(num_runs):

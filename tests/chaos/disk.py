@@ -1,7 +1,7 @@
-"""A disk of a few megabytes for one run's directory, and how it fills.
+"""A disk of a few megabytes for the directory of a run, and how it is filled.
 
-Root may mount a small tmpfs. Anybody else gets a limit on the size of files instead (RLIMIT_FSIZE), set from outside on the ranks that are
-there: a shard cannot be written to its end.
+For root, the disk is a small tmpfs. Other users cannot mount one, and set a limit on the size of files instead (RLIMIT_FSIZE), from outside
+on running ranks, so that a shard cannot be written to its end.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 
 SIZE = "12m"
-"""Ten checkpoints of the tiny run."""
+"""The size of ten checkpoints of the tiny run."""
 
 
 def how_a_disk_fills() -> str:
-    """In words, for the report."""
+    """Describe the disk in words, for the report."""
     if os.geteuid() == 0:
         return f"a tmpfs of {SIZE} for the run directory, on which another file takes the rest"
     return "a limit on the size of files (RLIMIT_FSIZE), set from outside on running ranks; a small tmpfs takes root to mount"
@@ -29,7 +29,7 @@ def how_a_disk_fills() -> str:
 
 @contextlib.contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
-    """``directory``, on a tmpfs of its own where that may be mounted."""
+    """Put a directory on a tmpfs of its own, if this user may mount one."""
     directory.mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "w1train-chaos", str(directory)], capture_output=True)
@@ -41,16 +41,17 @@ def small_disk(directory: Path) -> Iterator[None]:
 
 
 class SmallDisk:
-    """How a directory's disk is filled and freed."""
+    """The small disk of a directory, which can be filled and freed."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._limited = directory, list[int]()
 
     def fill(self, num_bytes_left: int, pids: list[int]) -> str:
-        """Leave so many bytes, or, without a mount, that length of a file to these processes; says which it was."""
+        """Fill the disk except for a number of bytes, or without a mount, limit files of these processes to this length. Returns which it
+        was, in words."""
         if self._directory.is_mount():
             free = shutil.disk_usage(self._directory).free
-            with contextlib.suppress(OSError):  # a rank that writes meanwhile makes it full before
+            with contextlib.suppress(OSError):  # a rank that is writing may fill the disk before
                 (self._directory / "ballast").write_bytes(bytes(max(0, free - num_bytes_left)))
             return f"a tmpfs of {SIZE} with {num_bytes_left} bytes left"
         for pid in pids:
@@ -60,7 +61,7 @@ class SmallDisk:
         return f"RLIMIT_FSIZE of {max(num_bytes_left, 100_000)} bytes"
 
     def free(self) -> None:
-        """As it was."""
+        """Make the disk as it was before ``fill``."""
         (self._directory / "ballast").unlink(missing_ok=True)
         for pid in self._limited:
             if psutil.pid_exists(pid):

@@ -1,4 +1,5 @@
-"""The faults. Each is a generator that the supervisor resumes every few milliseconds: it waits for its moment, strikes, and may do more."""
+"""The faults. Each is a generator that the supervisor continues every few milliseconds: it waits for its moment, strikes, and may do
+more."""
 
 from __future__ import annotations
 
@@ -30,28 +31,31 @@ class Fault:
 
     name: str
     title: str
-    """For the table."""
+    """The name in tables."""
     strike: Strike
     max_restarts: int = 1
-    """More of them, and the run did not get over its fault at once."""
+    """The most restarts of a run that recovers at once."""
     statuses: frozenset[int] = frozenset({1, -signal.SIGKILL, -signal.SIGTERM})
-    """How ranks of a start that did not finish may end. SIGTERM is the launcher's, for the others of a rank that has failed."""
+    """The exit statuses that ranks of a start that did not finish may have. The launcher sends SIGTERM to the others when a rank has
+    failed."""
     evidence: str = ""
-    """A regular expression for what the ranks must have said: proof that the fault hit what it was aimed at, and was understood."""
+    """A regular expression for what the ranks must have logged, which proves that the fault struck where it should and was recognized."""
     overrides: Sequence[str] = ()
     hook: Callable[[Scene], Sabotage] | None = None
     torchrun: bool = False
     small_disk: bool = False
     is_hang: bool = False
-    """The first start has short limits, for its watchdog is what is tried. All other starts have limits that no slow machine meets."""
+    """Whether the first start has short limits, so that its watchdog is tested. The limits of other starts are never met, even on a slow
+    machine."""
     uploads: bool = False
-    """Checkpoints are sent to the scene's bucket."""
+    """Whether checkpoints are uploaded to the scene's bucket."""
     phases: bool = False
-    """The run has phases, and each ends with an average."""
+    """Whether the run has phases, each of which ends with an average."""
     changes_layout: bool = False
-    """The starts after the first have another layout. The run must end as one that stopped at the same checkpoint to change its layout."""
+    """Whether the starts after the first have another layout. The run must end as a run that was stopped at the same checkpoint to change
+    its layout."""
     skips: bool = False
-    """The run must end as the run that skipped the same step, not as the undisturbed one."""
+    """Whether the run must end as a run that skipped the same step, and not as the undisturbed run."""
 
 
 def _kill_one(scene: Scene) -> Iterator[None]:
@@ -67,7 +71,7 @@ def _kill_all(scene: Scene) -> Iterator[None]:
 
 
 def _kill_twice(scene: Scene) -> Iterator[None]:
-    """Again while the ranks start, or in their first steps."""
+    """Kill all ranks, and kill them again while they start or in their first steps."""
     yield from _kill_all(scene)
     first_job = scene.job
     yield from until(lambda: scene.job is not first_job and bool(scene.pids))
@@ -84,7 +88,8 @@ def _kill_and_change_layout(scene: Scene) -> Iterator[None]:
 
 
 def _freeze(scene: Scene) -> Iterator[None]:
-    """For ever: only the other rank can notice. Before the ranks have met, the one that is left would only say that it cannot meet it."""
+    """Stop one rank for ever, which only the other rank can notice. It strikes after the ranks have met: before, the other rank would only
+    log that it cannot meet the stopped one."""
     yield from scene.moment(first=1)
     scene.strike()
     victim = scene.random.choice(_ALL)
@@ -93,12 +98,12 @@ def _freeze(scene: Scene) -> Iterator[None]:
 
 
 def _who_hangs(victim: int, how: str) -> str:
-    """What the watchdog says, as a regular expression."""
+    """Return a regular expression for the message of the watchdog."""
     return rf"no progress for \d+ s at step \d+ \(health.hang_timeout\): rank {victim} .*{how}"
 
 
 def _freeze_and_thaw(scene: Scene) -> Iterator[None]:
-    """For longer than a save takes, at any moment or in the middle of one."""
+    """Stop ranks for longer than a save takes and continue them, at any moment or in the middle of a save."""
     yield from scene.moment()
     if scene.random.random() < 0.5:
         yield from until(scene.is_saving)
@@ -111,14 +116,14 @@ def _freeze_and_thaw(scene: Scene) -> Iterator[None]:
 
 
 def _ask_to_stop(number: signal.Signals) -> Strike:
-    """As Slurm does before it takes the machine away: of one rank, or of all."""
+    """Return a fault that sends a signal to one rank or to all ranks, as Slurm does before it takes the machine away."""
 
     def strike(scene: Scene) -> Iterator[None]:
         yield from scene.moment()
         scene.strike()
         assert scene.blow is not None
         if scene.blow.reached > 0:
-            # Before the first step it may come before the ranks listen; from then on it must not simply kill them.
+            # Before the first step, the signal may come before the ranks handle it. From then on it must not simply kill them.
             scene.evidence = r"stopped by a signal at step \d+; the same command goes on from there"
         scene.signal(number, scene.random.choice([_ALL, _ALL, [0], [1]]))
 
@@ -126,8 +131,8 @@ def _ask_to_stop(number: signal.Signals) -> Strike:
 
 
 def _kill_in_save(scene: Scene) -> Iterator[None]:
-    """The ranks are stopped for the look whether the checkpoint is still half written; if it is not, the next one is tried, sooner after
-    its beginning: a fast machine writes one in 20 ms."""
+    """Kill ranks during a save. The ranks are stopped first, to see whether the checkpoint is still being written. If it is not, the next
+    save is tried, sooner after its beginning: a fast machine writes a checkpoint in 20 ms."""
     yield from scene.moment(last=NUM_STEPS - 3 * CHECKPOINT_INTERVAL)
     longest = 0.1
     while True:
@@ -146,14 +151,14 @@ def _kill_in_save(scene: Scene) -> Iterator[None]:
 
 
 def _damage(harm: Callable[[Path, Scene], object]) -> Strike:
-    """All ranks die, and a shard of the newest checkpoint is not what it was when they come back."""
+    """Return a fault that kills all ranks and damages a shard of the newest checkpoint before they are started again."""
 
     def strike(scene: Scene) -> Iterator[None]:
         yield from scene.moment(first=2 * CHECKPOINT_INTERVAL)
         yield from until(lambda: len(scene.complete_checkpoints()) >= 2 and bool(scene.pids))
         scene.strike()
         scene.signal(signal.SIGKILL, _ALL)
-        while scene.pids:  # without letting the supervisor start the next ones
+        while scene.pids:  # without a yield, so that the supervisor does not start the next ranks
             time.sleep(0.001)
         *_, older, newest = scene.complete_checkpoints()
         assert scene.blow is not None
@@ -183,13 +188,13 @@ def _make_unreadable(shard: Path, scene: Scene) -> None:
 
 
 def _unreadable_hook(scene: Scene) -> Sabotage:
-    """The hook of a start before the damage finds no file to fail."""
+    """Return a hook that makes reading the damaged file fail. In a start before the damage there is no such file."""
     path = scene.marks / "unreadable"
     return fail_files(scene.marks / "failed", errno.EIO, "r", lambda name: path.exists() and name == path.read_text())
 
 
 def _fill_disk(scene: Scene) -> Iterator[None]:
-    """Somebody else's file takes the disk, all of it or so much that no checkpoint fits, until a save has failed."""
+    """Fill the disk, completely or so far that no checkpoint fits, until a save has failed."""
     yield from scene.moment(first=1)
     first_job = scene.job
     disk = SmallDisk(scene.run.runs_dir)
@@ -203,7 +208,7 @@ def _fill_disk(scene: Scene) -> Iterator[None]:
 
 
 def _marked(name: str, then: Strike | None = None) -> Strike:
-    """What a hook does, noticed by its mark."""
+    """Return a fault that a hook causes, and that is noticed by the hook's mark."""
 
     def strike(scene: Scene) -> Iterator[None]:
         mark = scene.marks / name
@@ -218,7 +223,7 @@ def _marked(name: str, then: Strike | None = None) -> Strike:
 
 
 def _kill_later(scene: Scene) -> Iterator[None]:
-    """Some steps after a skip: what was skipped must be known after a restart too."""
+    """Kill all ranks some steps after a skip: the skipped step must still be known after the restart."""
     assert scene.blow is not None
     yield from scene.moment(scene.blow.reached, min(scene.blow.reached + 2 * CHECKPOINT_INTERVAL, NUM_STEPS - 4))
     scene.strike()
@@ -226,7 +231,8 @@ def _kill_later(scene: Scene) -> Iterator[None]:
 
 
 def nan_hook(scene: Scene, *, once: bool) -> Sabotage:
-    """NaN in a gradient; one that stays is at the step that was chosen for the layout, and the run to be compared with has it there too."""
+    """Return a hook that puts a NaN into a gradient. A NaN that stays is at the step that was chosen for the layout, at which the run that
+    is compared with this one has it too."""
     step = scene.random.randint(1, NUM_STEPS - 6) if once else scene.nan_step
     victim, parameter = scene.random.choice(_ALL), scene.random.randrange(1000)
     scene.notes.append(f"in parameter {parameter} of rank {victim} at step {step}")
@@ -241,14 +247,14 @@ def _hang_hook(scene: Scene) -> Sabotage:
 
 
 def _kill_others(scene: Scene) -> Iterator[None]:
-    """Or leave them to notice that a rank has killed itself."""
+    """Kill all ranks, or none, so that the others have to notice that a rank has killed itself."""
     yield
     scene.signal(signal.SIGKILL, scene.random.choice([_ALL, []]))
 
 
 def _change_hook(word: Callable[[Scene], str], num_changes: Sequence[int], num_groups: int = 1) -> Callable[[Scene], Sabotage]:
-    """A rank that kills itself before one of the changes of files that concern the word. Rank r makes ``num_changes[r]`` of them, the first
-    rank in each of ``num_groups`` groups."""
+    """Return a hook that makes a rank kill itself before one of the changes of files whose path has the word. Rank r makes
+    ``num_changes[r]`` such changes; rank 0 makes them in each of ``num_groups`` groups."""
 
     def hook(scene: Scene) -> Sabotage:
         number = scene.random.randint(1, sum(num_changes))
@@ -262,7 +268,7 @@ def _change_hook(word: Callable[[Scene], str], num_changes: Sequence[int], num_g
 
 
 def _removed(scene: Scene) -> str:
-    """One of the checkpoints that make room for newer ones."""
+    """Return the name under which one of the old checkpoints is removed."""
     return f"removing-step_{scene.random.choice([1, 2, 3]) * CHECKPOINT_INTERVAL:010d}"
 
 
@@ -279,7 +285,7 @@ def _full_at_manifest_hook(scene: Scene) -> Sabotage:
 
 
 def _slow_hook(scene: Scene) -> Sabotage:
-    """Seconds longer than a hang takes, in pieces that do get on."""
+    """Return a hook that makes a file slow for longer than health.hang_timeout, while its bytes keep moving."""
     victim, step = scene.random.choice(_ALL), scene.random.randrange(CHECKPOINT_INTERVAL, NUM_STEPS + 1, CHECKPOINT_INTERVAL)
     scene.notes.append(f"of rank {victim} at step {step}")
     name = f"step_{step:010d}/rank_{victim:05d}.shards"
@@ -287,7 +293,7 @@ def _slow_hook(scene: Scene) -> Sabotage:
 
 
 def _clock_hook(scene: Scene) -> Sabotage:
-    """Of one rank or of all, backwards or forwards."""
+    """Return a hook that sets the clock of one rank or of all ranks, backwards or forwards."""
     victims, seconds = scene.random.choice([_ALL, [0], [1]]), scene.random.choice([-3600.0, 86400.0])
     step = scene.random.randint(1, NUM_STEPS - 6)
     scene.notes.append(f"of ranks {victims} by {seconds:.0f} s at step {step}")
@@ -295,7 +301,7 @@ def _clock_hook(scene: Scene) -> Sabotage:
 
 
 def _kill_worker(scene: Scene) -> Iterator[None]:
-    """A process that reads ahead; by whom the kernel takes memory from."""
+    """Kill a worker process that reads data ahead, as the kernel does when memory is short."""
 
     def killed() -> bool:
         try:
@@ -315,7 +321,7 @@ def _kill_worker(scene: Scene) -> Iterator[None]:
 
 _STOPPED = frozenset({75, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGKILL, 1})
 
-_DAMAGED = r"is damaged and is now damaged-step_\d+; training goes on from step"
+_DAMAGED = r"is damaged and is now damaged-step_\d+; training resumes from step"
 
 FAULTS = [
     Fault(name="kill", title="SIGKILL of one rank", strike=_kill_one),
@@ -393,7 +399,7 @@ FAULTS = [
         strike=_marked("nan", _kill_later),
         hook=lambda scene: nan_hook(scene, once=False),
         skips=True,
-        evidence=r"step \d+ is left out",
+        evidence=r"step \d+ is skipped",
     ),
     Fault(
         name="worker",

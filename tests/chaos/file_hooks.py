@@ -1,7 +1,7 @@
-"""Faults of files inside a rank: it is killed in the middle of a group of changes, or one file cannot be read or written.
+"""Faults of files inside a rank: the rank is killed in the middle of a group of changes, or a file cannot be read or written.
 
-As the hooks of hooks.py, they are set by the launcher before training begins, leave a mark when they strike, and know nothing of who in
-w1train opens, renames or removes a file: they see the calls themselves.
+As the hooks of hooks.py, the launcher sets them before training begins, and they leave a mark when they strike. They do not depend on
+w1train's code that opens, renames or removes a file, because they see the calls themselves.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from tests.end_to_end.runs import Sabotage
 
 _CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-"""Python's audit events of what changes a directory; an event ``open`` does so only where the file is opened for writing."""
+"""Python's audit events of changes of a directory. An event ``open`` is one only if the file is opened for writing."""
 
 
 def kill_at_change(mark: Path, *, victim: int, word: str, number: int, group: int = 0) -> Sabotage:
-    """Rank ``victim`` kills itself before the ``number``-th change of files whose path has ``word`` in it, or before the last one of the
-    group if there are fewer; once. The last change of a group gives a directory another name without the word, or removes it.
+    """Make rank ``victim`` kill itself once, before the ``number``-th change of files whose path has ``word`` in it, or before the last
+    change of the group if there are fewer. The last change of a group gives a directory a name without the word, or removes it.
 
-    The removal of a directory's content, whose events have names without their directory, counts with the directory.
+    The removal of a directory's content counts with the directory, although its events have names without the directory.
 
     Args:
-        group: how many groups of changes pass before.
+        group: the number of groups of changes that pass before.
     """
 
     def sabotage(rank: int) -> None:
@@ -60,7 +60,7 @@ def kill_at_change(mark: Path, *, victim: int, word: str, number: int, group: in
 
 
 def _is_last(event: str, word: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether a change ends its group."""
+    """Tell whether a change ends its group."""
     return word in str(arguments[0]) and (event == "os.rmdir" or (event == "os.rename" and word not in str(arguments[1])))
 
 
@@ -71,14 +71,14 @@ def kill_myself(mark: Path, where: str) -> None:
 
 
 _MODES = {"r": ("rb",), "w": ("wb", "x+b")}
-"""How w1train opens files of bytes to read them, and to write them anew."""
+"""The modes in which w1train opens files of bytes to read them, and to write them from the beginning."""
 
 
 def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) -> Sabotage:
-    """Whatever file is opened to read ("r") or to write ("w") under a path that ``is_bad`` opens, and each read or write of it fails.
+    """Make each read ("r") or write ("w") of the files whose path ``is_bad`` accepts fail. Opening them succeeds.
 
     Args:
-        code: of the OSError.
+        code: the number of the OSError.
     """
 
     def open_file(path: str | Path) -> _FailingFile:
@@ -91,8 +91,8 @@ def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) 
 
 
 def slow_file(mark: Path, *, victim: int, name: str, seconds: float) -> Sabotage:
-    """Each write of rank ``victim`` to the file whose path ends with ``name`` takes half a second, until so many seconds are over: then it
-    leaves its mark. A start that finds the mark is spared."""
+    """Make each write of rank ``victim`` to the file whose path ends with ``name`` take half a second, until the given seconds are over.
+    Then the mark is left. A start that finds the mark is not disturbed."""
 
     def open_file(path: str | Path) -> _SlowFile:
         file = _SlowFile(path, "w")
@@ -107,7 +107,7 @@ def slow_file(mark: Path, *, victim: int, name: str, seconds: float) -> Sabotage
 
 
 def _replace_files(mode: str, is_chosen: Callable[[str], bool], open_file: Callable[[str | Path], io.FileIO]) -> None:
-    """Whoever opens a chosen file in this mode, in this process, gets another one."""
+    """Replace chosen files that this process opens in a mode by those of ``open_file``."""
     original = io.open
 
     def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -116,11 +116,11 @@ def _replace_files(mode: str, is_chosen: Callable[[str], bool], open_file: Calla
         file = open_file(path)
         return io.BufferedReader(file) if mode == "r" else io.BufferedWriter(file)
 
-    io.open = builtins.open = opened  # pathlib asks the one, all others the other
+    io.open = builtins.open = opened  # pathlib calls io.open, and all others the builtin
 
 
 class _FailingFile(io.FileIO):
-    """A file of a disk that gives nothing and takes nothing."""
+    """A file on a disk on which every read and write fails."""
 
     code: int
 
@@ -135,7 +135,7 @@ class _FailingFile(io.FileIO):
 
 
 class _SlowFile(io.FileIO):
-    """A file of a disk that is slow for a while."""
+    """A file on a disk that is slow for some time."""
 
     mark: Path
     seconds_left: float

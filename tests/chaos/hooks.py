@@ -1,6 +1,7 @@
-"""Faults inside a rank: what the launcher changes in a forked rank before it trains. w1train knows nothing of them.
+"""Faults inside a rank, which the launcher sets in a forked rank before it trains. w1train has no code for them.
 
-A hook leaves its mark, a file, when it strikes; one that strikes once looks for it first, so that a rank that is started again is spared.
+A hook leaves a mark, which is a file, when it strikes. A hook that strikes once looks for its mark first, so that a rank that is started
+again is not disturbed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.end_to_end.runs import Sabotage
 from w1train.runtime.pulse import pulse
 from w1train.training import loop
 
-# Those through which w1train and megatron-core speak to other ranks while they train, validate and save.
+# The collectives through which w1train and megatron-core communicate while they train, validate and save.
 _COLLECTIVES = (
     "all_reduce",
     "all_gather",
@@ -32,10 +33,10 @@ _COLLECTIVES = (
 
 
 def nan_in_gradient(mark: Path, *, victim: int, step: int, parameter: int, once: bool) -> Sabotage:
-    """One element of the gradient of one parameter on rank ``victim`` is NaN at ``step``: every time the step is computed, or once.
+    """Put a NaN into one element of a parameter's gradient on rank ``victim`` at ``step``, once or every time that the step is computed.
 
     Args:
-        parameter: which of the rank's parameters; counted round.
+        parameter: the index of the parameter on the rank, modulo their number.
     """
 
     def sabotage(rank: int) -> None:
@@ -63,7 +64,7 @@ def nan_in_gradient(mark: Path, *, victim: int, step: int, parameter: int, once:
 
 
 def hang_before_collective(mark: Path, *, victim: int, step: int, number: int) -> Sabotage:
-    """Rank ``victim`` sleeps for ever before the ``number``-th collective after ``step`` began; once."""
+    """Make rank ``victim`` sleep for ever, once, before the ``number``-th collective after the beginning of ``step``."""
 
     def sabotage(rank: int) -> None:
         if rank != victim or mark.exists():
@@ -94,7 +95,7 @@ def hang_before_collective(mark: Path, *, victim: int, step: int, number: int) -
 
 
 def kill_at_phase_end(mark: Path, *, victim: int, number: int, after: bool) -> Sabotage:
-    """Rank ``victim`` kills itself right before or after it has done what is due at the end of the ``number``-th phase; once."""
+    """Make rank ``victim`` kill itself once, right before or after the work at the end of the ``number``-th phase."""
 
     def sabotage(rank: int) -> None:
         if rank != victim or mark.exists():
@@ -116,7 +117,7 @@ def kill_at_phase_end(mark: Path, *, victim: int, number: int, after: bool) -> S
 
 
 def shift_clock(mark: Path, *, victims: Sequence[int], step: int, seconds: float) -> Sabotage:
-    """The wall clock of these ranks jumps by so many seconds at ``step``, and stays there, also in later starts."""
+    """Shift the wall clock of ranks by a number of seconds at ``step``. It stays shifted, also in later starts."""
 
     def sabotage(rank: int) -> None:
         if rank not in victims:
@@ -136,7 +137,7 @@ def shift_clock(mark: Path, *, victims: Sequence[int], step: int, seconds: float
 
 
 def stop_at(step: int) -> Sabotage:
-    """Every rank stops at ``step`` as after a SIGTERM: with a checkpoint, to be started again."""
+    """Stop every rank at ``step`` as after a SIGTERM: with a checkpoint, and to be started again."""
 
     def sabotage(_rank: int) -> None:
         original = loop.Trainer.train_step

@@ -1,7 +1,7 @@
-"""The ranks of one start of a training: forked from this process, or torchrun's.
+"""The ranks of one start of a training, which are forked from this process or started by torchrun.
 
-Two fresh interpreters that import torch and megatron-core cost 12 seconds of CPU, forks of a process that has imported them nothing: most
-runs are forked, with torchrun's environment variables; a few go through the real torchrun.
+Two new interpreters that import torch and megatron-core take 12 seconds of CPU, and forks of a process that has imported them take nothing.
+Most runs are therefore forked, with torchrun's environment variables, and a few use the real torchrun.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from w1train import pretrain
 
 WORLD_SIZE = 2
 GRACE_SECONDS = 3.0
-"""Between the SIGTERM and the SIGKILL that the other ranks get when one has failed. torchrun waits 30 s."""
+"""Seconds between the SIGTERM and the SIGKILL that the other ranks get when a rank has failed. torchrun waits 30 s."""
 TORCHRUN_RESTARTS = 3
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Job(Protocol):
-    """Ranks that run."""
+    """Running ranks."""
 
     num_starts: int
-    """How often ranks have been started: more than once only where the launcher does it by itself."""
+    """How often the ranks were started: more than once only if the launcher starts them again by itself."""
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process, of those that are there now."""
+        """Return the process of each rank that is running."""
         ...
 
     def poll(self) -> list[int] | None:
-        """Exit statuses once all have ended (negative: the signal that did it), else None. Ends the rest when one has failed."""
+        """Return the exit statuses when all ranks have ended (negative for a signal), and otherwise None. Ends the others when a rank has
+        failed."""
         ...
 
     def kill(self) -> None:
-        """End everything at once."""
+        """End all ranks at once."""
 
     def log(self) -> str:
-        """What the ranks have written."""
+        """Return the output of the ranks."""
         ...
 
 
@@ -64,16 +65,16 @@ class ForkedJob:
     def __init__(self, arguments: list[str], directory: Path, logs: Path, hook: Sabotage | None) -> None:
         """
         Args:
-            arguments: of w1train.pretrain.
-            directory: where the ranks start in.
-            logs: a directory of this start's own.
+            arguments: the arguments of w1train.pretrain.
+            directory: the working directory of the ranks.
+            logs: a directory for the logs of this start alone.
         """
         logs.mkdir(parents=True)
         self._logs = [logs / f"rank-{rank}.log" for rank in range(WORLD_SIZE)]
         self._kill_at: float | None = None
         prepare_to_train()
         port, context = free_port(), multiprocessing.get_context("fork")
-        # Not daemons: those may not have children, and data.workers=process has.
+        # The ranks are not daemons, which may not have children: data.workers=process needs children.
         self._ranks: list[ForkProcess] = []
         for rank, log in enumerate(self._logs):
             self._ranks.append(context.Process(target=_rank_main, args=(arguments, directory, log, hook, rank, port)))
@@ -81,11 +82,11 @@ class ForkedJob:
             process.start()
 
     def ranks(self) -> dict[int, int]:
-        """As ``Job``."""
+        """Do as ``Job`` says."""
         return {rank: process.pid or 0 for rank, process in enumerate(self._ranks) if process.is_alive()}
 
     def poll(self) -> list[int] | None:
-        """As ``Job``."""
+        """Do as ``Job`` says."""
         alive = [process for process in self._ranks if process.is_alive()]
         if not alive:
             return [process.exitcode or 0 for process in self._ranks]
@@ -99,25 +100,25 @@ class ForkedJob:
         return None
 
     def kill(self) -> None:
-        """As ``Job``."""
+        """Do as ``Job`` says."""
         for process in self._ranks:
             process.kill()
         for process in self._ranks:
             process.join()
 
     def log(self) -> str:
-        """As ``Job``."""
+        """Do as ``Job`` says."""
         return "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
 
 
 def die_with_parent(number: int) -> None:
-    """A campaign that is killed leaves no ranks behind."""
+    """End this process with its parent, so that a campaign that is killed leaves no ranks behind."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _rank_main(arguments: list[str], directory: Path, log: Path, hook: Sabotage | None, rank: int, port: int) -> None:
     die_with_parent(signal.SIGKILL)
-    gc.freeze()  # the parent's garbage is the parent's: a finalizer run here would delete its temporary directories
+    gc.freeze()  # the parent's garbage stays untouched: a finalizer that runs here would delete its temporary directories
     os.environ.update(rank_environment(rank, WORLD_SIZE, port))
     os.chdir(directory)
     with output_to(log):
@@ -131,7 +132,7 @@ class TorchrunJob:
     """``torchrun --max-restarts``, which starts the ranks again by itself."""
 
     def __init__(self, arguments: list[str], directory: Path, logs: Path) -> None:
-        """As ``ForkedJob``."""
+        """Start torchrun. The arguments are those of ``ForkedJob``."""
         logs.mkdir(parents=True)
         self._log = logs / "torchrun.log"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
@@ -150,11 +151,11 @@ class TorchrunJob:
 
     @property
     def num_starts(self) -> int:
-        """As ``Job``: counted by the processes seen."""
+        """Return the number of starts, counted by the processes that were seen."""
         return len(self._seen) // WORLD_SIZE
 
     def ranks(self) -> dict[int, int]:
-        """As ``Job``."""
+        """Do as ``Job`` says."""
         found = {}
         try:
             for child in psutil.Process(self._agent.pid).children():
@@ -166,7 +167,7 @@ class TorchrunJob:
         return found
 
     def poll(self) -> list[int] | None:
-        """As ``Job``; the status is torchrun's."""
+        """Do as ``Job`` says. The exit status is torchrun's."""
         status = self._agent.poll()
         if status is None:
             self.ranks()
@@ -174,12 +175,12 @@ class TorchrunJob:
         return [status]
 
     def kill(self) -> None:
-        """As ``Job``."""
+        """Do as ``Job`` says."""
         for pid in [*self.ranks().values(), self._agent.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._agent.wait()
 
     def log(self) -> str:
-        """As ``Job``; and torchrun's own."""
+        """Return the output of the ranks and of torchrun."""
         return self._log.read_text(errors="replace")

@@ -1,4 +1,4 @@
-"""A run as it is seen from outside, and the bookkeeping of the fault that strikes it."""
+"""A run as seen from outside, and the record of the fault that strikes it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ NUM_STEPS = 24
 NUM_PHASES = 3
 CHECKPOINT_INTERVAL = 4
 HANG_SECONDS = 6
-"""health.hang_timeout of a start whose watchdog is tried."""
+"""health.hang_timeout of a start whose watchdog is tested."""
 LENGTH_OF_A_STEP = 0.1
-"""Seconds, roughly: a moment is a step and a random time after it, up to this."""
+"""About the seconds of a step. A random moment is at most this long after a step."""
 SECONDS_TO_START = 1.0
-"""The same for the first step: reading the configuration, building the model, the first validation."""
+"""About the seconds before the first step: reading the configuration, building the model, the first validation."""
 
 
 @dataclass(slots=True)
 class Blow:
-    """When a fault struck, and what the run had then."""
+    """The moment when a fault struck, and the state of the run then."""
 
     time: float
-    """time.monotonic()."""
+    """The moment by time.monotonic()."""
     reached: int
     """The newest recorded step."""
     saved: int
-    """The newest complete checkpoint's step that a restart must find, 0 without one."""
+    """The step of the newest complete checkpoint, which a restart must find; 0 if there is none."""
 
 
 @dataclass(slots=True)
 class Scene:
-    """What a fault sees and may touch."""
+    """The run that a fault strikes, and what the fault may see and change."""
 
     run: TinyRun
     layout: str
@@ -48,36 +48,36 @@ class Scene:
     """A directory for the hooks' marks and the starts' logs, on another disk than the run's."""
     random: random.Random
     nan_step: int = 0
-    """Where a NaN that stays is."""
+    """The step with a NaN that stays."""
     next_layout: str = ""
-    """Of the starts after the first, where that is another."""
+    """The layout of the starts after the first, if it is another one."""
     has_lost_records: bool = False
-    """The run's directory went with its records: those from the restart on are compared."""
+    """Whether the run's directory was lost with its records, so that only records from the restart on are compared."""
     job: Job | None = None
-    """The present start's ranks."""
+    """The ranks of the current start."""
     blow: Blow | None = None
     recovered_at: float | None = None
     evidence: str = ""
-    """What the ranks must say beside the fault's own evidence, as a regular expression: of this blow alone."""
+    """A regular expression for what the ranks must log because of this blow, in addition to the fault's own evidence."""
     _signature: tuple[int, ...] = ()
     _newest: int = 0
     notes: list[str] = field(default_factory=list)
-    """What the fault did, for whoever reads about a failure."""
+    """What the fault did, in words, for the description of a failure."""
 
     # What can be seen
 
     @property
     def pids(self) -> dict[int, int]:
-        """Rank -> process."""
+        """Process ids by rank."""
         return self.job.ranks() if self.job is not None else {}
 
     @property
     def bucket(self) -> Path:
-        """The object storage of a run that has one."""
+        """The directory of the run's object storage."""
         return self.marks / "bucket"
 
     def newest_step(self) -> int:
-        """The last training step in metrics.jsonl."""
+        """Return the last training step in metrics.jsonl."""
         path = self.run.path / "metrics.jsonl"
         try:
             status = path.stat()
@@ -92,16 +92,16 @@ class Scene:
         return self._newest
 
     def complete_checkpoints(self) -> list[Path]:
-        """Under their final names, the oldest first."""
+        """Return the complete checkpoints, the oldest first."""
         return sorted(path for path in self.run.checkpoints.glob("step_*") if (path / "manifest.json").is_file())
 
     def newest_saved(self) -> int:
-        """The step of the newest complete checkpoint, 0 without one."""
+        """Return the step of the newest complete checkpoint, or 0 if there is none."""
         checkpoints = self.complete_checkpoints()
         return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is half written at this moment."""
+        """Tell whether a checkpoint is being written at this moment."""
         return any(self.run.checkpoints.glob(".writing-step_*"))
 
     # What a fault does
@@ -127,7 +127,7 @@ class Scene:
 
 
 def until(condition: Callable[[], bool]) -> Iterator[None]:
-    """Wait, in a fault: the supervisor goes on meanwhile."""
+    """Wait for a condition in a fault, while the supervisor continues."""
     while not condition():
         yield
 

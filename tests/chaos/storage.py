@@ -1,4 +1,4 @@
-"""Faults of object storage: the run's own checkpoints are lost or damaged, and the copies are in storage that fails, lies or is slow."""
+"""Faults of object storage: the run's own checkpoints are lost or damaged, and the storage with the copies fails, is wrong or is slow."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from tests.chaos.jobs import WORLD_SIZE
 from tests.chaos.scene import CHECKPOINT_INTERVAL, Scene, until
 from tests.end_to_end.runs import Sabotage
 from tests.faulty_storage import create, set_faults
+from w1train.checkpoints.manifest import CheckpointError
+from w1train.checkpoints.remote.remote_checkpoints import MARKER
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.runtime import object_storage
-from w1train.training.manifest import CheckpointError, verify_checkpoint
-from w1train.training.remote_checkpoints import MARKER
 
 _PASSING = ("OSError", "TimeoutError", "FSTimeoutError", "ClientError", "HttpError", "ClientConnectionError")
 _SLOW_SECONDS = 0.05
-"""Of each put and get: a checkpoint has seven files."""
+"""The seconds of each put and get. A checkpoint has seven files."""
 _NO_MANIFESTS = ("", "not JSON", "[]", '{"step": 4, "files": 7}', '{"files": {"../../config.yaml": {"size": 1, "sha256": ""}}}')
 
 
 def upload_hook(scene: Scene) -> Sabotage:
-    """The storage is made, and the attempts after a failure are made at once: a campaign has no minutes to wait."""
+    """Make the storage, and return a hook that repeats failed attempts almost at once, because a campaign cannot wait for minutes."""
     create(scene.bucket)
 
     def sabotage(_rank: int) -> None:
@@ -33,20 +34,20 @@ def upload_hook(scene: Scene) -> Sabotage:
 
 
 def remote_steps(scene: Scene) -> list[int]:
-    """Steps of the copies that are complete and good, ascending."""
+    """Return the steps of the copies that are complete and good, ascending."""
     found = []
     for path in sorted(scene.bucket.glob("step_*")):
         try:
             verify_checkpoint(path)
             found.append(int(path.name.removeprefix("step_")))
-        except (CheckpointError, OSError):  # it is being sent or removed at this moment
+        except (CheckpointError, OSError):  # it is being uploaded or removed at this moment
             continue
     return found
 
 
 def fail(scene: Scene) -> Iterator[None]:
-    """A part of all puts fails; then everything here is lost, and a part of all that the restart asks for fails, less often of each kind
-    than the product makes attempts: no start may end with it."""
+    """Let a share of all puts fail. Then lose the run's own files, and let a share of the restart's requests fail, fewer of each kind than
+    w1train makes attempts, so that no start may fail."""
     random = scene.random
     share, error, seed = random.choice([0.3, 0.5]), random.choice(_PASSING), random.randrange(1000)
     slow = random.choice([0.0, _SLOW_SECONDS])
@@ -60,7 +61,7 @@ def fail(scene: Scene) -> Iterator[None]:
 
 
 def lie(scene: Scene) -> Iterator[None]:
-    """The copies are not what the storage says, or it says that there are none."""
+    """Let the storage list or return other copies than it has, or none."""
     yield from scene.moment(first=2 * CHECKPOINT_INTERVAL + 1)
     yield from until(lambda: bool(scene.pids) and len(remote_steps(scene)) >= 2)
     kind = scene.random.choice(["manifest", "gone", "shard", "invented", "stale", "empty"])
@@ -77,9 +78,9 @@ def lie(scene: Scene) -> Iterator[None]:
     job, num_resumes = scene.job, _num_resumes(scene)
     yield from until(lambda: scene.job is not job)
     if kind == "empty":
-        scene.evidence = r"has no checkpoint, but .* says that this run has saved some"
+        scene.evidence = r"has no checkpoint, but .* says that this run has saved checkpoints"
         job = scene.job
-        yield from until(lambda: scene.job is not job or "has saved some" in (job.log() if job is not None else ""))
+        yield from until(lambda: scene.job is not job or "has saved checkpoints" in (job.log() if job is not None else ""))
     else:
         yield from until(lambda: _num_resumes(scene) > num_resumes)
     set_faults(scene.bucket)
@@ -98,10 +99,10 @@ def _lies(scene: Scene, kind: str, newest: int) -> dict[str, Any]:
 
 
 def _lose(scene: Scene, what: str) -> None:
-    """All ranks die, and what is here is lost before they come back."""
+    """Kill all ranks, and lose the run's own files before the ranks are started again."""
     scene.strike()
     scene.signal(signal.SIGKILL, list(range(WORLD_SIZE)))
-    while scene.pids:  # without letting the supervisor start the next ones
+    while scene.pids:  # without a yield, so that the supervisor does not start the next ranks
         time.sleep(0.001)
     scene.notes.append(f"lost: {what}")
     if what == "damage":

@@ -1,4 +1,5 @@
-"""Starts a training, lets its fault happen, and starts it again as often as a launcher would, until it has ended or its time is over."""
+"""The supervisor of a run: it starts the training, lets the fault strike, and starts it again as a launcher would, until the run has
+ended."""
 
 from __future__ import annotations
 
@@ -13,35 +14,35 @@ from tests.chaos.scene import Scene
 POLL_SECONDS = 0.004
 MAX_STARTS = 6
 _BEGINS_AT = re.compile(r"^ +steps +(\d+) of \d+ done", re.MULTILINE)
-"""What rank 0 says of a start before its first step."""
+"""What rank 0 logs about a start before its first step."""
 
 
 @dataclass(slots=True)
 class Story:
-    """What became of a run."""
+    """The events of a run."""
 
     endings: list[list[int]] = field(default_factory=list)
-    """Exit statuses by rank of each start; of torchrun, its own."""
+    """Exit statuses of each start by rank; for torchrun, its own status."""
     num_starts: int = 0
-    """Ranks were started so often, by us or by torchrun."""
+    """How often the ranks were started, by the supervisor or by torchrun."""
     resumed_at: int | None = None
-    """The step that the first start after the blow went on from."""
+    """The step that the first start after the blow resumed from."""
     lost: int = 0
-    """Recorded steps that were done again, over all restarts."""
+    """The number of recorded steps that were trained again, over all restarts."""
     recovery_seconds: float | None = None
-    """From the blow until a step was done that had not been done before (or the run had ended), the restarts included."""
+    """Seconds from the blow to the first step that had not been trained before (or to the end of the run), with the restarts."""
     hung: bool = False
-    """Its time was over; everything was killed."""
+    """Whether the run's time was over, so that all its processes were killed."""
     log: str = ""
-    """Of all ranks, over all starts."""
+    """The output of all ranks of all starts."""
 
 
 def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], timeout: float) -> Story:
-    """Run to the end.
+    """Run a training to its end, with its fault and all restarts.
 
     Args:
-        start: starts the ranks, given how often that has been done.
-        timeout: seconds for all of it.
+        start: starts the ranks; its argument is the number of starts before.
+        timeout: seconds for the whole run.
     """
     story, deadline = Story(), time.monotonic() + timeout
     reached = 0
@@ -55,7 +56,7 @@ def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], 
         begun_at = [int(step) for step in _BEGINS_AT.findall(log)]
         if job.num_starts > 1 and scene.blow is not None and begun_at:
             _count_loss(story, begun_at[-1], scene.blow.reached)  # torchrun's restarts, all in one log
-        elif story.endings and begun_at:  # a start that is killed early says nothing
+        elif story.endings and begun_at:  # a start that is killed early logs nothing
             _count_loss(story, begun_at[0], reached)
         reached = max(reached, newest)
         story.log += log
@@ -71,7 +72,7 @@ def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], 
 
 
 def _watch(job: Job, scene: Scene, fault: Iterator[None], deadline: float) -> list[int] | None:
-    """One start to its end; None if the time was over first."""
+    """Watch one start to its end, and return its statuses, or None if the time was over first."""
     num_starts = job.num_starts
     while time.monotonic() < deadline:
         next(fault, None)
@@ -89,14 +90,14 @@ def _watch(job: Job, scene: Scene, fault: Iterator[None], deadline: float) -> li
 
 
 def _not_recovered(scene: Scene, reached: int) -> None:
-    """What was done after the blow was the last that ranks did before they died of it."""
+    """Note that the ranks had not recovered: the steps after the blow were the last ones before they died of it."""
     if scene.blow is not None:
         scene.recovered_at = None
         scene.blow.reached = max(scene.blow.reached, reached)
 
 
 def _count_loss(story: Story, resumed: int, reached: int) -> None:
-    """A start goes on from the step ``resumed``, though ``reached`` was recorded before."""
+    """Count the steps that a start trains again, because it resumed at ``resumed`` although ``reached`` was recorded."""
     if story.resumed_at is None:
         story.resumed_at = resumed
     story.lost += max(0, reached - resumed)

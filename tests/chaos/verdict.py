@@ -1,4 +1,4 @@
-"""Whether a run ended as if nothing had happened."""
+"""The verdict on a run: did it end as if nothing had happened?"""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.chaos.scene import NUM_STEPS, Scene
 from tests.chaos.storage import remote_steps
 from tests.chaos.supervisor import Story
 from tests.end_to_end.runs import TinyRun
-from w1train.training.shards import Shards
+from w1train.checkpoints.format.shard_reader import Shards
 
 MEASURED = ("time/", "checkpoint/", "health/slowest_rank", "health/rank_spread")
-"""Beginnings of what a clock measures; everything else in a record must be the undisturbed run's, bit for bit."""
+"""Beginnings of the names of metrics that a clock measures. All other metrics must be those of the undisturbed run, bit for bit."""
 
 
 def records(run: TinyRun) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is measured by a clock, and without the gradient norm of a step that was left out: whether a NaN is in
-    the norm depends on where it was (megatron-core counts the first tensor-parallel rank's copy of a parameter alone)."""
+    """Return the records of metrics.jsonl without metrics that a clock measures, and without the gradient norm of skipped steps: whether a
+    NaN is in the norm depends on its place (megatron-core counts only the first tensor-parallel rank's copy of a parameter)."""
     found = []
     for record in run.metrics():
         left_out = ("grad_norm", "nonfinite") if "skipped" in record else ()
@@ -31,7 +31,7 @@ def records(run: TinyRun) -> list[dict[str, Any]]:
 
 
 def state(run: TinyRun) -> dict[str, str]:
-    """SHA-256 of every tensor of the last checkpoint, by name and place: weights, masters and moments."""
+    """Return the SHA-256 of every shard of the last checkpoint, by tensor and place: weights, master weights and moments."""
     last = run.checkpoints / f"step_{NUM_STEPS:010d}"
     if not (last / "manifest.json").is_file():
         return {}
@@ -44,10 +44,10 @@ def state(run: TinyRun) -> dict[str, str]:
 
 
 def problems(fault: Fault, scene: Scene, story: Story, expected: TinyRun) -> list[str]:
-    """What is wrong with a run, nothing if it survived. Nothing of it depends on how fast the machine is.
+    """Return the problems of a run, or an empty list if it recovered. They do not depend on the speed of the machine.
 
     Args:
-        expected: the run that must be equal.
+        expected: the run that it must be equal to.
     """
     if story.hung:
         return [f"it hung: ranks {sorted(scene.pids) or 'none'} were left at step {scene.newest_step()}"]
@@ -75,14 +75,14 @@ def _story_problems(fault: Fault, scene: Scene, story: Story) -> list[str]:
 
 
 def _upload_problems(scene: Scene, story: Story) -> list[str]:
-    """The newest checkpoint must be in object storage at the end, or somebody must have said that it is not."""
+    """Return a problem unless the newest checkpoint is in object storage at the end, or a rank has logged that it is not."""
     steps = remote_steps(scene)
     is_there = NUM_STEPS in steps or "could not be uploaded" in story.log
     return [] if is_there else [f"object storage has steps {steps}, and nobody said that the last one is not there"]
 
 
 def _result_problems(scene: Scene, expected: TinyRun, since: int | None) -> list[str]:
-    """What differs in the results; in records of later steps than ``since`` if it is given."""
+    """Return the differences in the results. If ``since`` is given, only records of later steps are compared."""
     run, found = scene.run, []
     if difference := first_difference(records(run), [record for record in records(expected) if since is None or record["step"] > since]):
         found.append(difference)
@@ -98,7 +98,7 @@ def _result_problems(scene: Scene, expected: TinyRun, since: int | None) -> list
 
 
 def negative_durations(run: TinyRun) -> list[str]:
-    """What a clock that jumped has left in the records."""
+    """Return the first negative duration in the records, which a clock that jumped may have caused."""
     found = []
     for file in ("metrics.jsonl", "events.jsonl"):
         for record in map(json.loads, (run.path / file).read_text().splitlines()):
@@ -108,7 +108,7 @@ def negative_durations(run: TinyRun) -> list[str]:
 
 
 def first_difference(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> str | None:
-    """The first record, and the field of it, in which two runs differ."""
+    """Describe the first record in which two runs differ, and its fields that differ."""
     for ours, theirs in zip(found, expected, strict=False):
         if ours != theirs:
             names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

@@ -20,7 +20,7 @@ TREE: dict[str, Any] = {
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, making the mappings on the way."""
+    """Set a dotted key; mappings that are missing on its path are made."""
     *parents, name = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

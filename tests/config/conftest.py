@@ -10,23 +10,23 @@ import pytest
 from hypothesis import settings
 
 from tests.config.config_trees import TREE, set_key
-from w1train.config.convert import convert
+from w1train.config.from_tree import config_from_tree
 from w1train.config.schema import Config
 
-# Wall-clock time says nothing on a machine shared by others.
+# Other processes share the machine, so a slow example is no failure.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
 @pytest.fixture
 def make_config() -> Callable[..., Config]:
-    """A function from changes by dotted key to a configuration (not validated)."""
+    """Return a function from changes by dotted key to a configuration, which is not validated."""
 
     def make(changes: dict[str, Any] | None = None) -> Config:
         changed = copy.deepcopy(TREE)
         for key, value in (changes or {}).items():
             set_key(changed, key, value)
-        conversion = convert(changed)
+        conversion = config_from_tree(changed)
         assert not conversion.problems, conversion.problems
         return conversion.config
 

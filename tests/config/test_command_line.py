@@ -1,4 +1,4 @@
-"""Flags and overrides, in any order; what is printed and how it exits."""
+"""The command line: flags and overrides in any order, output and exit status."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_mistakes_go_to_stderr_without_a_traceback(capsys: pytest.CaptureFixture
     assert output.err.startswith("w1train.pretrain: 4 problems in the configuration:\n1. --cgf\n")
     for words in (
         "did you mean --cfg?",
-        "without dashes, if it is a key: parallel.tensor=2",
+        "without dashes if it is a key: parallel.tensor=2",
         "did you mean model.hidden_size?",
         "training.seed",
     ):
@@ -139,7 +139,7 @@ def test_under_torchrun_other_ranks_let_the_first_one_speak(
 
 
 def test_after_ctrl_c_they_do_not_keep_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun, which has been interrupted too, waits for all ranks."""
+    """A torchrun that has been interrupted as well waits for all ranks."""
 
     def interrupted(_config: Config) -> int:
         raise KeyboardInterrupt

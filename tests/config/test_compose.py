@@ -1,4 +1,4 @@
-"""Recipes and overrides: what is packaged, what users bring, what is refused."""
+"""Recipes and overrides: packaged recipes, directories of users, and mistakes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(directory: Path, name: str, text: str) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_what_they_were(recipe: str) -> None:
-    """Any change of a recipe or of a default shows in a reviewed file."""
+    """Every change of a recipe or of a default changes a file that reviewers see."""
     config = load_config([f"recipe={recipe}"])
     text, path = config_to_yaml(config), GOLDEN / f"{recipe}.yaml"
     if os.environ.get("UPDATE_GOLDEN") == "1":
@@ -63,10 +63,10 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
     lines = (packaged_directory() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
     comment = lines[1] if group == "recipe" else lines[0]
     assert comment.startswith("# ")
-    assert "Source" in comment or "this project's choice" in comment
+    assert "Source" in comment
     if group != "recipe":
-        # An option for 4B parameters need not fit the demo, but it says nothing unknown or of a wrong type.
-        # The demo changes stages of its own schedule; bd3lm takes the one it is given as it is.
+        # An option for 4B parameters need not fit the demo, but it has no unknown key and no value of a wrong type.
+        # The demo changes stages of its own schedule; bd3lm uses the schedule that it gets without changes.
         recipe = "bd3lm" if group == "schedule" and option != "wsd" else "demo"
         assert rejected_keys([f"recipe={recipe}", f"{group}={option}"]) <= {
             "data.sequence_length",
@@ -84,7 +84,7 @@ def rejected_keys(overrides: list[str]) -> set[str]:
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Parameters by the arithmetic of objectives.md C3 (biases in adaLN and in the timestep MLP only)."""
+    """Count the parameters in closed form; only adaLN and the timestep MLP have biases."""
     h, channels = model.hidden_size, model.kv_channels or model.hidden_size // model.num_attention_heads
     groups_ = model.num_query_groups or model.num_attention_heads
     attention = 2 * h * model.num_attention_heads * channels + 2 * h * groups_ * channels
@@ -230,7 +230,7 @@ def test_what_was_typed_for_a_text_is_suggested_in_quotes(text: str) -> None:
 def test_what_was_typed_before_a_mapping_is_no_suggestion() -> None:
     corpora = ["recipe=demo", "data.train=null", "data.blend.a.prefix=1e3", "data.blend={a: {prefix: 2.5}}"]
     assert problems_of(*corpora)["data.blend.a.prefix"].suggestion == "the text in quotes"
-    # A key that another one begins with is not above it.
+    # nam is a prefix of name but not its parent.
     assert problems_of("recipe=demo", "name=1e3", "+nam=2")["name"].suggestion == """in quotes; on a command line: name='"1e3"'"""
 
 
@@ -390,7 +390,7 @@ def test_many_processes_compose_at_once_and_write_nothing(tmp_path: Path) -> Non
 
 
 def test_a_directory_named_recipes_beside_the_command(tmp_path: Path) -> None:
-    """Which Python takes for the package of that name: with an __init__.py always, without where w1train is installed from a checkout."""
+    """Python takes such a directory for the package recipes if it has an __init__.py, or if w1train is installed from a checkout."""
     write(tmp_path / "recipes", "recipe/mine.yaml", "# @package _global_\ndefaults: [demo]\nname: mine\n")
     (tmp_path / "recipes/__init__.py").touch()
     environment = {**os.environ, "PYTHONPATH": str(packaged_directory().parent)}

@@ -1,4 +1,4 @@
-"""Plain trees to dataclasses: types, unknown and missing keys, YAML there and back."""
+"""Conversion of plain trees to dataclasses: types, unknown and missing keys, YAML written and read back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.config.config_trees import TREE, set_key
-from w1train.config.convert import convert
+from w1train.config.constraints import LARGEST_FLOAT
 from w1train.config.errors import NOT_GIVEN, ConfigurationError, Problem
-from w1train.config.ranges import LARGEST_FLOAT
+from w1train.config.from_tree import config_from_tree
 from w1train.config.schema import Config, StageConfig
 from w1train.config.serialization import ABSENT, Difference, config_differences, config_from_yaml, config_to_yaml, flatten
 
 SECTIONS = ["", "model", "data", "diffusion", "parallel", "optimizer", "schedule", "schedule.stages.warmup", "training", "sampling"]
-KNOWN = set(flatten(convert(TREE).config)) | {field.name for field in dataclasses.fields(Config)}
+KNOWN = set(flatten(config_from_tree(TREE).config)) | {field.name for field in dataclasses.fields(Config)}
 NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,15}", fullmatch=True)
 
 
@@ -28,7 +28,7 @@ def problems_of(changes: dict[str, Any]) -> list[Problem]:
     tree = copy.deepcopy(TREE)
     for key, value in changes.items():
         set_key(tree, key, value)
-    return convert(tree).problems
+    return config_from_tree(tree).problems
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def problems_of(changes: dict[str, Any]) -> list[Problem]:
 def test_valid_values(key: str, given: Any, expected: Any) -> None:
     tree = copy.deepcopy(TREE)
     set_key(tree, key, given)
-    conversion = convert(tree)
+    conversion = config_from_tree(tree)
     assert conversion.problems == []
     value = flatten(conversion.config)[key]
     assert value == expected
@@ -68,8 +68,8 @@ def test_valid_values(key: str, given: Any, expected: Any) -> None:
         ("model.kv_channels", "12", "an integer or null", "without quotes: model.kv_channels=12"),
         ("model.norm_epsilon", False, "a number", None),
         ("model.norm_epsilon", 10**400, "a number", None),
-        ("data.read_timeout", 2**63, "a number (this one is too large)", None),
-        ("data.prefetch", 1e300, "an integer (this one is too large)", None),
+        ("data.read_timeout", 2**63, "a number (this number is too large)", None),
+        ("data.prefetch", 1e300, "an integer (this number is too large)", None),
         ("model.norm_epsilon", "1e-6", "a number", "without quotes: model.norm_epsilon=1e-6"),
         ("parallel.sequence", 1, "true or false", None),
         ("parallel.sequence", "yes", "true or false", "parallel.sequence=true"),
@@ -111,7 +111,7 @@ def test_names_of_mappings_must_be_strings() -> None:
 def test_missing_keys_are_reported_and_a_missing_section_once() -> None:
     tree = copy.deepcopy(TREE)
     del tree["model"], tree["data"]["tokenizer"], tree["schedule"]["stages"]["stable"]["tokens"]
-    problems = convert(tree).problems
+    problems = config_from_tree(tree).problems
     assert [problem.key for problem in problems] == ["model", "data.tokenizer", "schedule.stages.stable.tokens"]
     assert {problem.found for problem in problems} == {NOT_GIVEN}
 
@@ -122,7 +122,7 @@ def test_missing_keys_are_reported_and_a_missing_section_once() -> None:
         ("model.hiden_size", "did you mean model.hidden_size?"),
         ("model.Hidden_Size", "did you mean model.hidden_size?"),
         ("modle.hidden_sise", "did you mean model.hidden_size?"),
-        ("optm.lr", "did you mean optimizer? Its keys: beta1, beta2, epsilon, weight_decay, clip_grad, rate_multipliers"),
+        ("optm.lr", "did you mean optimizer? Its keys: name, beta1, beta2, epsilon, weight_decay, clip_grad, rate_multipliers"),
         ("hidden_size", "did you mean model.hidden_size?"),
         ("training.mask_token", "did you mean diffusion.mask_token_id?"),
         ("schedule.stages.warmup.learning_rat", "did you mean schedule.stages.warmup.learning_rate?"),
@@ -142,7 +142,7 @@ def test_unknown_keys_are_suggested(key: str, suggestion: str | None) -> None:
 )
 def test_every_unknown_key_is_reported_in_full(wrong: dict[tuple[str, str, tuple[str, ...]], int]) -> None:
     keys = [".".join(filter(None, [section, name, *rest])) for section, name, rest in wrong]
-    # A key below another one would replace its value, and a known one is not wrong.
+    # A key below another key would replace its value, and a known key is not wrong.
     keys = [key for key in keys if not any(other != key and other.startswith(f"{key}.") for other in keys)]
     keys = [key for key in keys if not any(key == known or f"{known}.".startswith(f"{key}.") for known in KNOWN)]
     keys = [key for key in keys if key.split(".")[0] not in {"name", "runs_dir"} and key.rpartition(".")[0] not in KNOWN]
@@ -158,7 +158,7 @@ def test_the_error_numbers_every_problem() -> None:
     text = config_text(tree)
     with pytest.raises(ConfigurationError) as caught:
         config_from_yaml(text)
-    # The layers are not known, yet all rules that do without them have been checked.
+    # The number of layers is unknown, but all rules that do not need it have been checked.
     assert {problem.key for problem in caught.value.problems} == {
         "name",
         "model.hiden_size",
@@ -204,7 +204,7 @@ def test_yaml_reads_back_equal(changes: dict[str, Any]) -> None:
     tree = copy.deepcopy(TREE)
     for key, value in changes.items():
         set_key(tree, key, value)
-    config = convert(tree).config
+    config = config_from_tree(tree).config
     text = config_to_yaml(config)
     assert config_from_yaml(text) == config
     assert config_to_yaml(config_from_yaml(text)) == text
@@ -217,7 +217,7 @@ def test_yaml_reads_back_equal(changes: dict[str, Any]) -> None:
 @example(name=64 * "7")
 @example(name=40 * "1" + "e5")
 def test_the_name_of_a_run_may_be_a_hash(name: str) -> None:
-    config = convert({**TREE, "name": name}).config
+    config = config_from_tree({**TREE, "name": name}).config
     assert config_from_yaml(config_to_yaml(config)) == config
 
 
@@ -226,7 +226,7 @@ def test_yaml_files_may_be_written_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
     assert "1e-3" in text
-    assert config_from_yaml(path) == convert(TREE).config
+    assert config_from_yaml(path) == config_from_tree(TREE).config
 
 
 @pytest.mark.parametrize(
@@ -254,11 +254,11 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message
 
 
 def test_flatten_and_differences() -> None:
-    old = convert(TREE).config
+    old = config_from_tree(TREE).config
     tree = copy.deepcopy(TREE)
     tree["model"]["kv_channels"] = None
     tree["schedule"]["stages"]["cooldown"] = tree["schedule"]["stages"].pop("decay")
-    new = convert(tree).config
+    new = config_from_tree(tree).config
     assert flatten(old)["schedule.stages.warmup.style"] == "linear"
     assert flatten(old)["sampling.prompts"] == [""]
     assert config_differences(old, old) == []
@@ -266,5 +266,5 @@ def test_flatten_and_differences() -> None:
     assert differences[0] == Difference("model.kv_channels", 12, None)
     assert Difference("schedule.stages.cooldown.tokens", ABSENT, 200) in differences
     assert Difference("schedule.stages.decay.tokens", 200, ABSENT) in differences
-    # kv_channels, and every field of a stage twice but its empty mappings.
+    # One difference is kv_channels. Every field of the renamed stage differs twice, except its two empty mappings.
     assert len(differences) == 1 + 2 * (len(dataclasses.fields(StageConfig)) - 2)

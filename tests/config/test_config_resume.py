@@ -1,4 +1,4 @@
-"""What may change when a run is resumed."""
+"""Keys that may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.config.config_trees import TREE
-from w1train.config.convert import convert
+from w1train.config.from_tree import config_from_tree
 from w1train.config.resume import allowed_on_resume, check_resume
 from w1train.config.schema import Config, ScheduleConfig
 
@@ -71,7 +71,7 @@ def test_data_may_move_if_they_can_be_recognised(make_config: MakeConfig) -> Non
 
 
 def test_the_blend_is_part_of_what_a_run_is(make_config: MakeConfig) -> None:
-    """Its files may move; its weights may change in stages to come alone."""
+    """The files of a blend may move, but its weights may change only in future stages."""
     blend = {"a": {"prefix": "x", "weight": 1.0}, "b": {"prefix": "y"}}
     base = {"data.train": None, "data.blend": blend}
     moved = {**base, "data.blend": {"a": {"prefix": "elsewhere/x", "weight": 1.0}, "b": {"prefix": "y"}}}
@@ -91,7 +91,7 @@ def test_all_forbidden_changes_are_reported(make_config: MakeConfig) -> None:
     assert [problem.key for problem in problems] == ["model.qk_norm", "training.seed", "schedule.stages.warmup"]
 
 
-# The base: warmup 0-100, stable 100-1100, decay 1100-1300.
+# The stages of TREE: warmup 0-100, stable 100-1100, decay 1100-1300.
 @pytest.mark.parametrize(
     ("stages", "consumed", "problem_key"),
     [
@@ -104,7 +104,7 @@ def test_all_forbidden_changes_are_reported(make_config: MakeConfig) -> None:
         ({**STAGES, "decay": STAGES["decay"] | {"tokens": 900, "style": "linear"}}, 1100, None),
         ({**STAGES, "decay": STAGES["decay"] | {"tokens": 900}}, 1200, "schedule.stages.decay"),
         ({**STAGES, "again": {"tokens": 5, "learning_rate": 1.0e-3}}, 1300, None),
-        # The last batch goes a little beyond the end of the schedule.
+        # The last batch ends a little after the end of the schedule.
         ({**STAGES, "again": {"tokens": 5, "learning_rate": 1.0e-3}}, 1310, None),
         ({"warmup": STAGES["warmup"], "stable": STAGES["stable"]}, 1100, None),
         ({"warmup": STAGES["warmup"], "stable": STAGES["stable"]}, 1101, "schedule.stages.decay"),
@@ -123,7 +123,7 @@ def test_the_past_of_the_schedule_is_fixed(make_config: MakeConfig, stages: dict
 
 
 def rate(schedule: ScheduleConfig, token: int) -> float | None:
-    """The learning rate at a token, by the schema's words; None after the end."""
+    """Return the learning rate at a token as the schema defines it; None after the end."""
     start, first = 0, 0.0
     for stage in schedule.stages.values():
         progress = (token - start) / stage.tokens
@@ -153,7 +153,7 @@ def test_what_passes_has_the_same_learning_rates_in_the_past(
     stages: list[dict[str, Any]], others: list[dict[str, Any]], shared: int, consumed: int
 ) -> None:
     def config(stage_list: list[dict[str, Any]]) -> Config:
-        return convert(TREE | {"schedule": {"stages": {f"s{index}": stage for index, stage in enumerate(stage_list)}}}).config
+        return config_from_tree(TREE | {"schedule": {"stages": {f"s{index}": stage for index, stage in enumerate(stage_list)}}}).config
 
     old, new = config(stages), config([*stages[:shared], *others])
     consumed = min(consumed, sum(stage["tokens"] for stage in stages))

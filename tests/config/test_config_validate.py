@@ -1,10 +1,13 @@
-"""Ranges and rules between keys."""
+"""Ranges of single values, and rules between keys."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import inspect
 import math
+import pkgutil
 from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
@@ -13,35 +16,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.config.config_trees import TREE, set_key
-from w1train.config.convert import Conversion, convert, field_types
-from w1train.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER
+from w1train.config import rules
+from w1train.config.constraints import LARGEST_FLOAT, LARGEST_INTEGER, Range
+from w1train.config.field_types import constraint_of, field_types, scalar_type, without_null
+from w1train.config.from_tree import Conversion, config_from_tree
+from w1train.config.rules.validate import RULES, validate, validate_conversion
 from w1train.config.schema import Config
-from w1train.config.validate import RANGES, validate, validate_conversion
 
 MakeConfig = Callable[..., Config]
 
 
-def numeric_patterns(cls: Any = Config, prefix: str = "") -> set[str]:
-    """The keys of all numeric fields of the schema, in the notation of RANGES."""
-    patterns = set()
-    for name, annotation in field_types(cls).items():
-        key = f"{prefix}{name}"
-        arguments = set(get_args(annotation))
-        if dataclasses.is_dataclass(annotation):
-            patterns |= numeric_patterns(annotation, f"{key}.")
-        elif get_origin(annotation) is dict and get_args(annotation)[1] is float:
-            patterns.add(f"{key}.*")
-        elif get_origin(annotation) is dict and dataclasses.is_dataclass(get_args(annotation)[1]):
-            patterns |= numeric_patterns(get_args(annotation)[1], f"{key}.*.")
-        elif get_origin(annotation) is list and arguments & {int, float}:
-            patterns.add(f"{key}[*]")
-        elif annotation in (int, float) or (type(None) in arguments and arguments & {int, float}):
-            patterns.add(key)
-    return patterns
+def numeric_types(annotation: Any = Config, key: str = "") -> dict[str, Any]:
+    """Return the types of all numbers of the schema by key; ``*`` stands for a name of a mapping, ``[*]`` for an index of a list."""
+    annotation = without_null(annotation)
+    if dataclasses.is_dataclass(annotation):
+        types = [numeric_types(inner, f"{key}.{name}".lstrip(".")) for name, inner in field_types(annotation).items()]
+        return {full_key: inner for inner_types in types for full_key, inner in inner_types.items()}
+    if get_origin(annotation) is dict:
+        return numeric_types(get_args(annotation)[1], f"{key}.*")
+    if get_origin(annotation) is list:
+        return numeric_types(get_args(annotation)[0], f"{key}[*]")
+    return {key: annotation} if scalar_type(annotation) in (int, float) else {}
+
+
+RANGES: dict[str, Any] = {key: constraint_of(annotation) for key, annotation in numeric_types().items()}
 
 
 def test_every_numeric_field_has_a_range() -> None:
-    assert set(RANGES) == numeric_patterns()
+    assert len(RANGES) > 80
+    assert [key for key, valid in RANGES.items() if not isinstance(valid, Range)] == []
+
+
+def test_every_rule_is_registered() -> None:
+    """A rule that is in no list is never checked."""
+    modules = [importlib.import_module(f"{rules.__name__}.{module.name}") for module in pkgutil.iter_modules(rules.__path__)]
+    defined = {value for module in modules for name, value in vars(module).items() if name.endswith("_rule") and inspect.isfunction(value)}
+    assert len(defined) > 30
+    assert {inspect.unwrap(rule) for rule in RULES} == defined
 
 
 def test_the_base_is_valid(make_config: MakeConfig) -> None:
@@ -51,15 +62,15 @@ def test_the_base_is_valid(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("pattern", RANGES)
 def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: str) -> None:
     valid = RANGES[pattern]
-    is_float = "float" in str(field_annotation(pattern))
-    outside: list[float] = [valid.low - 1, *([valid.low] if not valid.includes_low else [])]
+    is_float = scalar_type(numeric_types()[pattern]) is float
+    outside: list[float] = [valid.minimum - 1, *([valid.minimum] if not valid.includes_minimum else [])]
     if is_float:
         outside += [math.nan, math.inf]
-    if valid.high != math.inf:
-        outside += [valid.high + 1, *([valid.high] if not valid.includes_high else [])]
+    if valid.maximum != math.inf:
+        outside += [valid.maximum + 1, *([valid.maximum] if not valid.includes_maximum else [])]
     for value in outside:
         key = pattern.replace("*", "stable").removesuffix("[stable]")
-        inside = 0.5 if valid.high == 1 else 1
+        inside = 0.5 if valid.maximum == 1 else 1
         required = {"data.blend.stable.prefix": "x"} if pattern.startswith("data.blend") else {}
         config = make_config({**required, key: [inside, value] if pattern.endswith("]") else value})
         reported = [problem.key for problem in validate(config)]
@@ -69,13 +80,13 @@ def test_values_outside_a_range_are_reported(make_config: MakeConfig, pattern: s
 @pytest.mark.parametrize("value", [2**63, 10**400, 1e300])
 @pytest.mark.parametrize("pattern", RANGES)
 def test_numbers_too_large_for_anything_are_reported(pattern: str, value: float) -> None:
-    """Beside every other problem, whatever the rules between keys compute with them."""
+    """They are reported together with every other problem, whatever rules between keys compute from them."""
     tree, key = copy.deepcopy(TREE), pattern.replace("*", "stable").removesuffix("[stable]")
     if pattern.startswith("data.blend"):
         set_key(tree, "data.blend.stable.prefix", "x")
     set_key(tree, key, [value] if pattern.endswith("]") else value)
     set_key(tree, "name", "a b")
-    conversion = convert(tree)
+    conversion = config_from_tree(tree)
     reported = [problem.key for problem in conversion.problems + validate_conversion(conversion)]
     assert (f"{key}[0]" if pattern.endswith("]") else key) in reported
     assert "name" in reported
@@ -114,13 +125,6 @@ def test_divisors_of_an_enormous_number_are_found_soon(make_config: MakeConfig, 
     assert "1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50, ..." in valid[0]
 
 
-def field_annotation(pattern: str) -> Any:
-    annotation: Any = Config
-    for part in pattern.removesuffix("[*]").split("."):
-        annotation = get_args(annotation)[1] if part == "*" else field_types(annotation)[part]
-    return annotation
-
-
 @pytest.mark.parametrize(
     ("changes", "key", "words"),
     [
@@ -138,7 +142,7 @@ def field_annotation(pattern: str) -> Any:
         ),
         ({"data.train": None, "data.blend": {"a": {"prefix": "x"}, "b": {"prefix": "x"}}}, "data.blend.b.prefix", "another dataset"),
         ({"data.train": None, "data.blend": {"a": {"prefix": ""}}}, "data.blend.a.prefix", "a path"),
-        ({"schedule.stages.stable.blend": {"cod": 1.0}}, "schedule.stages.stable.blend.cod", "it is empty"),
+        ({"schedule.stages.stable.blend": {"cod": 1.0}}, "schedule.stages.stable.blend.cod", "which is empty"),
         (
             {"schedule.stages.stable.blend": {"a": 1.0}, "schedule.stages.stable.train": "y"},
             "schedule.stages.stable.blend",
@@ -195,7 +199,7 @@ def field_annotation(pattern: str) -> Any:
         ({"schedule.stages": {"a.b": {"tokens": 1, "learning_rate": 1}}}, "schedule.stages.a.b", "letters"),
         ({"validation.timesteps": []}, "validation.timesteps", "at least one"),
         ({"validation.timesteps": [0.1, 0.5]}, "validation.timesteps", "midpoints of 2 equal bins"),
-        ({"sampling.block_size": 32, "sampling.num_steps": 6}, "sampling.num_steps", "a multiple of the 4 blocks"),
+        ({"sampling.block_size": 32, "sampling.num_steps": 6}, "sampling.num_steps", "a multiple of 4, the number of blocks"),
         ({"sampling.threshold": 0.9, "sampling.remasking": "random"}, "sampling.remasking", "low_confidence"),
         ({"training.seed": 1 << 63}, "training.seed", "<= 9223372036854775807"),
         ({"diffusion.num_strata": 1 << 21}, "diffusion.num_strata", "<= 1048576"),
@@ -236,7 +240,7 @@ def field_annotation(pattern: str) -> Any:
                 "parallel.num_layers_in_last_stage": 2,
             },
             "parallel.virtual_pipeline",
-            "1 when the layers of both",
+            "1 when the layers of both stages",
         ),
         ({"training.micro_batch_size": 3}, "training.global_batch_size", "multiple of training.micro_batch_size (3)"),
     ],
@@ -287,7 +291,7 @@ def test_blocks_of_block_diffusion_need_not_divide(make_config: MakeConfig) -> N
 
 
 def test_the_pipeline_rules_are_reported_together(make_config: MakeConfig) -> None:
-    """Four layers, three of them in the first of three stages: one is left for two stages, and three are no two equal chunks."""
+    """Three of four layers are in the first of three stages: one layer is left for two stages, and three layers are no two equal chunks."""
     changes = {"parallel.pipeline": 3, "parallel.virtual_pipeline": 2, "parallel.num_layers_in_first_stage": 3}
     assert [problem.key for problem in validate(make_config(changes))] == ["parallel.pipeline", "parallel.virtual_pipeline"]
 
@@ -315,7 +319,7 @@ def test_what_is_allowed(make_config: MakeConfig, changes: dict[str, Any]) -> No
 def test_the_layout_over_a_world(world_size: int, tensor: int, pipeline: int, micro: int, batch: int) -> None:
     tree = TREE | {"parallel": {"tensor": tensor, "pipeline": pipeline}}
     tree |= {"training": {"micro_batch_size": micro, "global_batch_size": batch}}
-    problems = validate(convert(tree).config, world_size)
+    problems = validate(config_from_tree(tree).config, world_size)
     replicas, rest = divmod(world_size, tensor * pipeline)
     expected = {"parallel.tensor"} if rest else set()
     if batch % micro or (not rest and batch % (micro * replicas)):
@@ -332,8 +336,19 @@ def test_the_world_size_rules_say_what_would_fit(make_config: MakeConfig) -> Non
     assert problem.suggestion == "12 or 24"
 
 
+def test_values_beside_unset_fields_are_checked(make_config: MakeConfig) -> None:
+    """Values of a stage are checked even if the run's own diffusion has an unset field."""
+    stages = {"stable": {"tokens": 1000, "learning_rate": 1.0e-3, "diffusion": {"num_strata": 0}}}
+    conversion = config_from_tree(TREE | {"diffusion": {"block_size": "x", "t_min": -1}, "schedule": {"stages": stages}})
+    assert [problem.key for problem in conversion.problems] == ["diffusion.block_size"]
+    assert [problem.key for problem in validate_conversion(conversion)] == [
+        "diffusion.t_min",
+        "schedule.stages.stable.diffusion.num_strata",
+    ]
+
+
 def test_rules_with_unset_fields_are_left_out_and_others_are_not() -> None:
-    conversion = convert(TREE | {"training": {"global_batch_size": 16}, "name": "a b"})
+    conversion = config_from_tree(TREE | {"training": {"global_batch_size": 16}, "name": "a b"})
     assert [problem.key for problem in conversion.problems] == ["training.micro_batch_size"]
     assert [problem.key for problem in validate_conversion(conversion)] == ["name"]
 
@@ -342,6 +357,6 @@ def test_a_mistake_in_a_rule_is_not_taken_for_an_unset_field(make_config: MakeCo
     def broken_rule(config: Config) -> Any:
         yield config.nonsense  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("w1train.config.validate.RULES", (broken_rule,))
+    monkeypatch.setattr("w1train.config.rules.validate.RULES", (broken_rule,))
     with pytest.raises(AttributeError, match="nonsense"):
         validate_conversion(Conversion(make_config(), [], complete=False))

@@ -22,7 +22,7 @@ from w1train.config.serialization import config_differences, config_from_yaml, c
 
 UPLOAD = "s3://user:hunter2@host/runs"
 
-# What a URL may hold unencoded in its user and password (RFC 3986), and what people write there nevertheless.
+# Characters that may be unencoded in the user and the password of a URL (RFC 3986), and others that people write there nevertheless.
 PASSWORD = st.text(st.characters(codec="utf-8", exclude_characters='"<>', exclude_categories=("Z", "C")), min_size=1, max_size=12)
 NAME = st.text("abcXYZ019-_.", min_size=1, max_size=8)
 USER = st.builds(lambda name, domain: f"{name}{domain}", NAME, st.sampled_from(["", "@corp.com"]))
@@ -33,7 +33,7 @@ USER = st.builds(lambda name, domain: f"{name}{domain}", NAME, st.sampled_from([
 @example(user="u", password="1/2", path="p", words=[])
 def test_an_encoded_password_is_masked_and_nothing_else(user, password, path, words):
     words = " ".join(words)
-    encoded = quote(password, safe="!$&'()*+,;=")  # the standard's
+    encoded = quote(password, safe="!$&'()*+,;=")  # characters that the standard allows
     text = f"{words} (s3://{user}:{encoded}@host:80/{path}@2), {words}"
     expected = f"{words} (s3://{user}:{MASK}@host:80/{path}@2), {words}"
     assert mask_urls(text) == expected
@@ -51,7 +51,7 @@ def test_an_encoded_password_is_masked_and_nothing_else(user, password, path, wo
 def test_a_password_that_nobody_encoded_is_masked_too(user, password, path):
     masked = mask_urls(f"s3://{user}:{password}@host/{path}")
     assert masked.startswith(f"s3://{user}:{MASK}@")
-    # Only behind an @ in the password may something be left of one that has / ? or # too.
+    # If a password has an @ and also / ? or #, a part of it after the @ may remain.
     if "@" not in password:
         assert masked == f"s3://{user}:{MASK}@host/{path}"
 
@@ -135,7 +135,7 @@ for piece in ("a", "://", "://:a", "://:a@", "://@%3A", ":/@", "?token", "://?to
 
 
 def test_a_search_takes_time_in_proportion_to_the_text():
-    """A second or two for all of these texts of 1 MiB; hours where the time grows like the square."""
+    """All of these texts of 1 MiB take a second or two; they would take hours if the time grew quadratically."""
     subprocess.run([sys.executable, "-c", SEARCHES], check=True, timeout=60, cwd=REPOSITORY)
 
 

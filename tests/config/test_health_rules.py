@@ -1,4 +1,4 @@
-"""Rules of what is done about what goes wrong."""
+"""Rules of the reactions to what goes wrong."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from w1train.config.resume import allowed_on_resume
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 
 MakeConfig = Callable[..., Config]
 

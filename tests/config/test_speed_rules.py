@@ -1,4 +1,4 @@
-"""Rules of overlap, FP8 and the loss in chunks."""
+"""Rules of overlap and FP8, and the range of the loss's chunks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 
 TE = {"model.transformer_impl": "te"}
-# 16 divides every product of it: 64 = 4 heads x 16.
+# 16 divides every size of a product: 64 = 4 heads x 16.
 DIVISIBLE = {
     "model.hidden_size": 64,
     "model.num_attention_heads": 4,
@@ -21,7 +21,7 @@ DIVISIBLE = {
     "training.fp8": "tensorwise",
     **TE,
 }
-# 80 positions in two streams, 40 in one.
+# Two streams have 80 positions, one stream has 40.
 TWO_STREAMS = {"data.sequence_length": 40, "training.micro_batch_size": 1, "diffusion.block_size": 8}
 ONE_STREAM_AT_LAST = {"schedule.stages.decay.diffusion": {"block_size": None}}
 
@@ -74,7 +74,7 @@ def test_is_allowed(make_config, changes):
 
 
 def test_all_overlaps_ask_for_transformer_engine():
-    """The command of docs/performance.md."""
+    """The command in docs/performance.md needs transformer-engine and is valid with it."""
     overrides = ["recipe=llada_8b", "parallel=tensor_4", "parallel.tp_comm_overlap=true"]
     with pytest.raises(ConfigurationError, match=r"parallel\.tp_comm_overlap") as refusal:
         load_config(overrides)

@@ -1,4 +1,4 @@
-"""What cannot be imported is said before anything is built, with the file or the key to change."""
+"""Weights that cannot be imported are refused before anything is built, and the error names the file or the key to change."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def directory(saved, tmp_path):
-    """A copy to damage."""
+    """Return a copy of a model directory that a test may damage."""
     return shutil.copytree(saved, tmp_path / "llama")
 
 
@@ -34,7 +34,7 @@ def change_config(directory, **values):
 
 
 def complaint(directory, config=None):
-    """The text of the error."""
+    """Return the text of the error."""
     config = config or config_for(directory)
     with pytest.raises(UserError) as error:
         _open(config, directory, find_checkpoint(directory))
@@ -78,7 +78,7 @@ def test_an_index_that_names_what_is_not_there(directory):
 
 
 def _rewrite(directory, change):
-    """The weights in one file, changed."""
+    """Write the changed weights to one file."""
     tensors = {}
     for path in directory.glob("*.safetensors"):
         tensors |= safetensors.load_file(path)
@@ -195,7 +195,7 @@ def test_every_key_of_another_model_is_named(directory):
     }
     assert (problems["model.num_layers"].found, problems["model.num_layers"].valid) == ("2", f"4, as in {directory}")
     assert problems["model.vocab_size"].valid == f"at least {VOCAB_SIZE}, the rows of {directory}"
-    assert problems["model.adaln_init"].valid.startswith("identity, for")
+    assert problems["model.adaln_init"].valid.startswith("identity, because")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs as models of transformers: bit for bit what came in, loadable by stock classes and by the code that goes with them."""
+"""Exports for transformers: weights equal the imported ones bit for bit, and stock classes and the exported code load them."""
 
 import json
 import shutil
@@ -27,21 +27,21 @@ from tests.distributed import run_distributed
 from tests.parallel.layouts import open_gates, whole_tensors
 from tests.tiny import tiny_config
 from w1train import convert
+from w1train.checkpoints.manifest import CheckpointError
 from w1train.config.errors import UserError
 from w1train.conversion.export import _copy_companion
 from w1train.conversion.export import export as export_checkpoint
 from w1train.conversion.sources import SafetensorsDirectory
-from w1train.data.tokenizer import train_tokenizer
+from w1train.data.tokenizers.tokenizer import train_tokenizer
+from w1train.engine.building import build_trained_model
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.manifest import CheckpointError
-from w1train.training.setup import build_trained_model
 
 SAVED = {"tensor": 2, "pipeline": 2, "sequence": True}
 CAUSAL = torch.ones(TOKENS.shape[1], TOKENS.shape[1], dtype=torch.bool).tril().expand(len(TOKENS), -1, -1)
 
 
 def export(run: Path, output: Path, *arguments: str) -> None:
-    """The command, in a process of its own."""
+    """Run the command in another process."""
     command = ["to-hf", str(run), str(output), "--max-shard-size", "20KB", *arguments]
     assert run_distributed(lambda _rank, _size: convert.main(command), 1, process_group=False) == [0]
 
@@ -59,7 +59,7 @@ def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def loaded_logits(auto: str, directory: Path, cache: Path, **inputs: torch.Tensor) -> torch.Tensor:
-    """``auto.from_pretrained`` in a process of its own, without w1train's modules in reach of the model's code."""
+    """Run ``auto.from_pretrained`` in another process, in which the model's code cannot import w1train."""
 
     def inside(_rank: int, _size: int) -> torch.Tensor:
         transformers.dynamic_module_utils.HF_MODULES_CACHE = str(cache)
@@ -73,7 +73,7 @@ def loaded_logits(auto: str, directory: Path, cache: Path, **inputs: torch.Tenso
 
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_what_comes_in_goes_out(case, tmp_path):
-    """Also through the stock class, whose logits are the same to the last bit, and in again."""
+    """The stock class gives the same logits bit for bit, and the export can be imported again."""
     original, run, output = (tmp_path / name for name in ("original", "run", "output"))
     model = make(case, original)
     config = config_for(original, parallel=SAVED)
@@ -95,13 +95,13 @@ def test_own_code_is_the_same_model_causally(case, tmp_path):
     assert_identical(read_all(output), read_all(original))
     found = loaded_logits("AutoModel", output, tmp_path, attention_mask=CAUSAL)
     torch.testing.assert_close(found, causal_logits(model), rtol=0, atol=1e-5)
-    # Names and keys are Llama's, so that the stock class, asked by name, takes the files too.
+    # Names and keys are those of Llama, so the stock class also loads the files if it is requested by name.
     found = loaded_logits(type(model).__name__, output, tmp_path)
     assert torch.equal(found, causal_logits(model))
 
 
 def _trained(config, run):
-    """A run with ordinary weights, modulations and biases in it; its logits."""
+    """Return a run with ordinary weights, modulations and biases, and its logits."""
     model = build_trained_model(config)
     with torch.no_grad():
         for parameter in model.stages[0].parameters():
@@ -128,7 +128,7 @@ SCALED = {
     ids=str,
 )
 def test_own_code_equals_the_trained_model(fields, tmp_path):
-    """adaLN with random modulations; in again, the weights are the same to the last bit."""
+    """A model with adaLN and random modulations has the same weights bit for bit after export and import."""
     run, output = tmp_path / "run", tmp_path / "output"
     config = tiny_config(model=fields)
     ((expected, tensors),) = on_ranks(_trained, config, run)
@@ -173,11 +173,11 @@ def test_exported_code_needs_nothing_of_w1train():
 
 @pytest.mark.parametrize("place", ["original", "copy", "copy, and another original"])
 def test_the_tokenizer_goes_along(tmp_path, place):
-    """Also on a machine that has only the run, with its copy, or where another tokenizer has taken the original's place."""
+    """The export has the run's tokenizer on a machine without the original file, and where another tokenizer has replaced it."""
     run, output, path, text = tmp_path / "run", tmp_path / "output", tmp_path / "tokenizer.json", "some text to train on"
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
 
-    # Tokenizers have threads, beside which this process could fork no ranks.
+    # Tokenizers start threads, and this process could then fork no ranks.
     def encode_here(_rank, _size):
         tokenizer = train_tokenizer([text] * 9, 290)
         tokenizer.save(path)
@@ -212,7 +212,7 @@ def conditioned_run(tmp_path_factory):
     [
         (["--format", "stock"], "no stock class is this model"),
         (["--format", "llama"], "model.conditioning is adaln"),
-        (["--format", "qwen2"], "model.qkv_bias is false, not so in qwen2"),
+        (["--format", "qwen2"], "model.qkv_bias is false, and true in qwen2"),
         (["--step", "7"], "no checkpoint of step 7; it has: 1"),
     ],
     ids=str,

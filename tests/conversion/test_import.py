@@ -1,4 +1,4 @@
-"""Weights from transformers: the same function under every layout, every parameter once, and nothing read that is not needed."""
+"""Import of weights from transformers: the same function under every layout, each parameter once, and no unnecessary reads."""
 
 import dataclasses
 
@@ -23,13 +23,13 @@ from tests.tiny import tiny_config
 from w1train.conversion.initial_weights import InitialWeights
 from w1train.conversion.sources import SafetensorsDirectory
 from w1train.conversion.tensors import shapes
+from w1train.engine.building import build_trained_model
 from w1train.model.initialization import global_named_parameters
-from w1train.training.setup import build_trained_model
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
 def imported(request, tmp_path_factory):
-    """(directory, causal logits of transformers)."""
+    """Return (directory, causal logits of transformers)."""
     directory = tmp_path_factory.mktemp(request.param)
     return directory, causal_logits(make(request.param, directory))
 
@@ -51,7 +51,7 @@ def test_adaln_is_added_without_a_change(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_master_weights_are_the_imported_ones(tmp_path, precision):
-    """A step of nothing: masters that were made before the import would bring the random weights back."""
+    """A step that changes nothing keeps the imported weights; masters made before the import would bring back the random weights."""
     make("qwen2", tmp_path)
     config = config_for(tmp_path, training={"precision": precision})
 
@@ -86,7 +86,7 @@ def test_each_rank_reads_its_slices_and_all_ranks_together_read_everything_once(
             total[name] = total.get(name, 0) + torch.Size(size).numel()
     whole = SafetensorsDirectory(tmp_path).tensors
     for name, shape in whole.items():
-        # Norms are on both tensor-parallel ranks, and the tied embedding on the first stage and the last.
+        # Norms are on both tensor-parallel ranks, and the tied embedding is on the first and the last stage.
         copies = 2 if "norm" in name or "embed" in name else 1
         assert total[name] == copies * torch.Size(shape).numel(), name
     assert total.keys() == whole.keys()
@@ -107,7 +107,7 @@ NUM_NEW = 8
 
 @pytest.fixture(scope="module")
 def enlarged(tmp_path_factory):
-    """(directory, its embedding and head, whole tensors of a model with more rows)."""
+    """Return (directory, its embedding and head, whole tensors of a model with more rows)."""
     directory = tmp_path_factory.mktemp("enlarged")
     model = make("llama", directory)
     config = config_for(directory, model={"vocab_size": VOCAB_SIZE + NUM_NEW}, diffusion={"mask_token_id": VOCAB_SIZE})
@@ -116,8 +116,8 @@ def enlarged(tmp_path_factory):
 
 
 def test_new_rows_are_like_the_others(enlarged):
-    """The mask's row has an ordinary norm (a short one would explode) around the others' mean; a new token gets no more of the softmax
-    than an average one."""
+    """The row of the mask is the mean row plus noise, with an ordinary norm (the gradient of a row with a small norm would explode). A new
+    token gets no more of the softmax than an average token."""
     _, embedding, head, tensors = enlarged
     rows, head_rows = tensors["embedding.word_embeddings.weight"], tensors["output_layer.weight"]
     assert torch.equal(rows[:VOCAB_SIZE], embedding)
@@ -160,7 +160,7 @@ def test_a_reused_id_keeps_its_row(tmp_path):
 
 
 def test_causal_and_bidirectional_differ(tmp_path):
-    """The oracle of this file can fail: the mask matters."""
+    """The oracle of this file can fail: another mask gives other logits."""
     expected = causal_logits(make("llama", tmp_path))
     (found,) = on_ranks(lambda config: logits(config, build(config), causal=False), config_for(tmp_path))
     assert (found - expected).abs().max() > 0.1

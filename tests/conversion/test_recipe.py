@@ -1,4 +1,4 @@
-"""``from-hf``: a model section that composes to the model it was made from."""
+"""The command ``from-hf`` writes a model section that composes to the model that it was made from."""
 
 import pytest
 

@@ -14,19 +14,20 @@ pytest.importorskip("safetensors")
 
 from tests.distributed import run_distributed  # noqa: E402
 from tests.parallel.layouts import whole_tensors, world_size  # noqa: E402
+from tests.saving import save_now  # noqa: E402
 from tests.tiny import tiny_config  # noqa: E402
 from w1train.attention.visibility import causal_visibility  # noqa: E402
+from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.config.schema import Config  # noqa: E402
 from w1train.config.serialization import config_to_yaml  # noqa: E402
 from w1train.conversion.families import model_from_config, read_config  # noqa: E402
 from w1train.conversion.initial_weights import InitialWeights  # noqa: E402
+from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
+from w1train.inference import predictor as inference  # noqa: E402
+from w1train.inference.predictor import Predictor  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training import inference  # noqa: E402
-from w1train.training.checkpoint import Progress, save_checkpoint  # noqa: E402
-from w1train.training.inference import Predictor  # noqa: E402
-from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
-# A progress bar leaves a thread behind, beside which this process could fork no ranks.
+# A progress bar leaves a thread, and this process could then fork no ranks.
 transformers.utils.logging.disable_progress_bar()
 
 VOCAB_SIZE = 96
@@ -39,7 +40,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
 }
-# At the original length of 16, the four pairs of channels are of all three kinds: kept, between, divided.
+# At the original length of 16, the four pairs of channels have all three kinds of frequencies: kept, interpolated and divided.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 UNSCALED = {"rope_type": "default"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,7 +60,7 @@ TOKENS = torch.arange(2 * 20).reshape(2, 20) * 7 % VOCAB_SIZE
 
 
 def make(case: str, directory: Path, **changes: Any) -> Any:
-    """A model of transformers with no two weights alike (biases and norms included), saved in several shards."""
+    """Save a model of transformers in several shards; no two of its weights are equal, biases and norms included."""
     name, settings = CASES[case]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, **changes})
     torch.manual_seed(7)
@@ -73,13 +74,13 @@ def make(case: str, directory: Path, **changes: Any) -> Any:
 
 
 def causal_logits(model: Any) -> torch.Tensor:
-    """float32 [b, l, v]."""
+    """Return logits, float32 [b, l, v]."""
     with torch.no_grad():
         return model(TOKENS).logits
 
 
 def config_for(directory: Path, **sections: dict) -> Config:
-    """A run that starts from a directory of transformers, with its own model section but for ``sections``."""
+    """Return a run that starts from a directory of transformers; ``sections`` replace parts of that model's section."""
     config = tiny_config(training={"initial_weights": str(directory)}, diffusion={"exclude_mask_logit": False})
     config.model = model_from_config(read_config(directory), str(directory))
     for section, values in sections.items():
@@ -90,12 +91,12 @@ def config_for(directory: Path, **sections: dict) -> Config:
 
 
 def build(config: Config) -> TrainedModel:
-    """As a new run builds it."""
+    """Build the model as a new run does."""
     return build_trained_model(config, InitialWeights(config).load)
 
 
 def on_ranks(function: Callable[..., Any], config: Config, *args: Any) -> list[Any]:
-    """``function(config, *args)`` on every rank of the layout."""
+    """Run ``function(config, *args)`` on every rank of the layout."""
 
     def inside(_rank: int, _size: int) -> Any:
         with distributed(config.parallel):
@@ -105,9 +106,9 @@ def on_ranks(function: Callable[..., Any], config: Config, *args: Any) -> list[A
 
 
 def logits(config: Config, model: TrainedModel, *, causal: bool, timesteps: float = 0.5) -> torch.Tensor:
-    """float32 [b, l, v] of TOKENS."""
+    """Return the logits of TOKENS, float32 [b, l, v]."""
     if causal:
-        # In this forked rank alone.
+        # This changes only the forked rank.
         inference.document_visibility = causal_visibility
     predictor = Predictor(config, list(model.chunks))
     with predictor.evaluating():
@@ -115,29 +116,29 @@ def logits(config: Config, model: TrainedModel, *, causal: bool, timesteps: floa
 
 
 def imported_logits(config: Config) -> torch.Tensor:
-    """Import, and run causally."""
+    """Import the weights, and run the model causally."""
     return logits(config, build(config), causal=True)
 
 
 def imported_tensors(config: Config) -> dict[str, torch.Tensor]:
-    """Import; whole parameters under global names (on rank 0)."""
+    """Import the weights, and return whole parameters under global names (on rank 0)."""
     return whole_tensors(build(config), lambda parameter: parameter.data)
 
 
 def step_of_nothing(model: TrainedModel) -> None:
-    """An optimizer step without gradients at rate 0: the weights come back from the masters, and there is state to save."""
+    """Run an optimizer step without gradients at rate 0: weights are copied back from the masters, and there is state to save."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.step()
 
 
 def save_run(config: Config, model: TrainedModel, run: Path) -> None:
-    """A run directory with one checkpoint of the model."""
+    """Write a run directory with one checkpoint of the model."""
     step_of_nothing(model)
     if torch.distributed.get_rank() == 0:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(config_to_yaml(config))
-    save_checkpoint(run / "checkpoints", model, Progress(step=1), config_to_yaml(config), keep=1)
+    save_now(run / "checkpoints", model, Progress(step=1), config_to_yaml(config))
 
 
 def import_and_save(config: Config, run: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from w1train.data.writer import DatasetWriter
 
 # Hypothesis would fail a test for 0.2 s of a busy machine.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.data.best_fit import pack_best_fit
+from w1train.data.packed.best_fit import pack_best_fit
 
 lengths = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any)
 

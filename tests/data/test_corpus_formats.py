@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from data_tools.corpus import TextCorpus
-from data_tools.files import CorpusError
-from data_tools.text import Rules
+from data_tools.corpus_files import CorpusError
+from data_tools.unit_reader import Rules
 from data_tools.units import UNIT_BYTES
 
 pa = pytest.importorskip("pyarrow")
@@ -140,8 +140,8 @@ def test_saved_datasets_are_read_by_split(tmp_path):
     for content, message in [
         ("[", r"state\.json is no state of a Hugging Face dataset"),
         ("[" * 100 + "]" * 100, "nested deeper"),
-        ('{"_data_files": 7}', "is not what"),
-        ('{"_data_files": [1]}', "is not what"),
+        ('{"_data_files": 7}', "is not the state of"),
+        ('{"_data_files": [1]}', "is not the state of"),
         ('{"_data_files": [{"filename": "gone.arrow"}]}', r"lacks 'gone\.arrow'"),
         ('{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}', "flatten_indices"),
     ]:

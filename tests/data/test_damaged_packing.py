@@ -13,12 +13,14 @@ from data_tools import verify
 from tests.tiny import LENGTH, tiny_config
 from w1train.config.schema import CorpusConfig
 from w1train.data.dataset import DatasetError
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
 from w1train.runtime.distributed import Ranks
-from w1train.training.data import TrainingData, prepare_data
+from w1train.training.training_data import TrainingData, prepare_data
 
 RANKS = Ranks(rank=0, world_size=2, data_parallel_rank=0, data_parallel_size=2, device=torch.device("cpu"))
-DAMAGED = r"x\.best_fit_\d+\.pack is damaged: its sha256 is \w{64}, it was written with \w{64}; remove it, and it is built again"
+DAMAGED = (
+    r"x\.best_fit_\d+\.pack is damaged: its sha256 is \w{64}, it was written with \w{64}; remove the file, and the next run builds it again"
+)
 
 
 @pytest.fixture
@@ -44,14 +46,14 @@ def spoil(path, num_pieces):
 
 
 def test_a_run_does_not_start_on_it_and_builds_another_when_it_is_gone(dataset, config, monkeypatch):
-    monkeypatch.setattr("w1train.data.packing_index._HASH_AT_ONCE", 100)
+    monkeypatch.setattr("w1train.data.packed.packing_index._HASH_AT_ONCE", 100)
     prepare_data(config)
     options = PackingOptions(sequence_length=LENGTH)
     path = ensure_packing(dataset, options)
     whole = path.read_bytes()
     spoil(path, dataset.num_documents)
     packed = BestFitDataset(dataset, options, 1)
-    samples = [packed.sample(index)[0] for index in range(packed.num_samples_per_epoch)]
+    samples = [packed.sample(index)["tokens"] for index in range(packed.num_samples_per_epoch)]
     assert {int(token) for sample in samples for token in sample} == {1, 20}, "other text, and nothing to be seen"
     prepare_data(config)
     with pytest.raises(DatasetError, match=DAMAGED):
@@ -91,7 +93,7 @@ def test_a_large_one_is_named(dataset, config, monkeypatch, caplog):
     prepare_data(config)
     path = ensure_packing(dataset, PackingOptions(sequence_length=LENGTH))
     spoil(path, dataset.num_documents)
-    monkeypatch.setattr("w1train.training.data.MAX_VERIFIED_BYTES", 1000)
+    monkeypatch.setattr("w1train.training.training_data.MAX_VERIFIED_BYTES", 1000)
     TrainingData(config, RANKS)
     assert f"{path} has 0.0 GB: not compared with the hash in it; `python -m data_tools.verify {path}` compares it" in caplog.text
 
@@ -105,7 +107,7 @@ def test_verify_reads_those_beside_a_dataset_and_others_by_name(dataset, tmp_pat
         caplog.clear()
         assert verify.main([name]) == 1
         assert f"{path} is damaged: its sha256" in caplog.text
-        assert "remove it, and it is built again" in caplog.text
+        assert "remove the file, and the next run builds it again" in caplog.text
 
 
 def test_names_that_mislead(make_dataset, tmp_path, caplog):
@@ -127,7 +129,7 @@ def test_one_of_an_older_version_is_built_again(dataset, caplog):
     path.write_bytes(json.dumps(header).encode().ljust(4071) + b"\n" + whole[4072:])
     assert verify.main([dataset.prefix]) == 0, "it is not used"
     assert verify.main([str(path)]) == 1
-    assert "is no packing of this version" in caplog.text
+    assert "is not a packing of this version" in caplog.text
     assert ensure_packing(dataset, options).read_bytes() == whole
     assert verify.main([f"{path}.pack"]) == 1
     assert "does not exist" in caplog.text

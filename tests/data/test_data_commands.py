@@ -15,9 +15,9 @@ import pytest
 
 from data_tools import import_tokenizer, python_corpus, split, tokenize, train_tokenizer, verify
 from data_tools.corpus import TextCorpus
-from data_tools.text import Document
+from data_tools.unit_reader import Document
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -181,8 +181,8 @@ def test_the_search_for_both_sides_ends_with_them():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--validation-fraction", "0.1"], "belong together"),
-        (["--validation-output", "v"], "belong together"),
+        (["--validation-fraction", "0.1"], "must be given together"),
+        (["--validation-output", "v"], "must be given together"),
         (["--validation-output", "v", "--validation-fraction", "1.5"], r"must be in [0, 1), not 1.5"),
         (["--shard-size", "1e3"], "argument --shard-size: must be a whole number, at least 1, not '1e3'"),
         (["--workers", "0"], "argument --workers: must be a whole number, at least 1, not '0'"),

@@ -15,9 +15,9 @@ import pytest
 
 from w1train.data.dataset import DatasetError
 from w1train.data.loader import BatchLoader
-from w1train.data.packing import PackedDataset
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
-from w1train.data.workers import LoaderError
+from w1train.data.loader_workers import LoaderError
+from w1train.data.packed.packing import PackedDataset
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
 
 LENGTH = 16
 KINDS = ["thread", "process"]
@@ -95,7 +95,10 @@ def test_a_read_that_hangs(dataset, workers, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pread", hang)
     began = time.monotonic()
-    with open_loader(packed, workers, read_timeout=0.5) as loader, pytest.raises(LoaderError, match=r"no micro-batch for 0\.5 s.*hangs"):
+    with (
+        open_loader(packed, workers, read_timeout=0.5) as loader,
+        pytest.raises(LoaderError, match=r"no micro-batch has come for 0\.5 s.*hangs"),
+    ):
         next(loader.micro_batches(0))
     assert time.monotonic() - began < 10
     assert not children()
@@ -138,7 +141,7 @@ def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_not_hidden(dataset,
     monkeypatch.setattr("w1train.data.dataset._RETRY_SECONDS", (0.01, 0.01, 0.01))
     monkeypatch.setattr(os, "pread", fail_first)
     packed = PackedDataset(dataset, LENGTH, seed=3, shuffle=False)
-    tokens, _, _ = packed.sample(0)
+    tokens = packed.sample(0)["tokens"]
     assert np.array_equal(tokens, np.fromfile(f"{dataset.prefix}.bin", dtype=np.uint16, count=LENGTH))
     assert caplog.text.count("trying again") == 2
     faults += [errno.EIO] * 100

@@ -13,7 +13,7 @@ from w1train.data.batch import PackedBatch
 from w1train.data.documents import block_bounds, block_ordinals
 from w1train.data.loader import collate_run
 from w1train.diffusion.corruption import NoisyBatch, corrupt, corrupt_at
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 

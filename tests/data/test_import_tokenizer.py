@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools import import_tokenizer
-from w1train.data.tokenizer import Tokenizer as TrainingTokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer as TrainingTokenizer
 
 TEXT = "def main(argument):\n    return argument + 12  # a comment\n"
 

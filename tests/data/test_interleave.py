@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w1train.data.interleave import Interleave
+from w1train.data.packed.interleave import Interleave
 
 weights = st.lists(st.floats(1e-6, 1.0) | st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]), min_size=1, max_size=12).filter(any)
 BOUND = 1.7

@@ -13,7 +13,7 @@ import torch
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import DatasetError
 from w1train.data.loader import BatchLoader, validation_batches
-from w1train.data.packing import PackedDataset
+from w1train.data.packed.packing import PackedDataset
 
 LENGTH = 16
 
@@ -31,9 +31,10 @@ def take(packed, num_batches, first_sample=0, **options) -> list[PackedBatch]:
 
 
 def rows(batches):
-    """Every sample of the batches as one tuple: index, tokens, document ids, positions."""
+    """Every sample of the batches as one tuple: the index, and each field that has a value for each token."""
+    names = [field.name for field in PackedBatch.fields() if field.per == "token"]
     return [
-        (int(batch.sample_indices[i]), *(tuple(field[i].tolist()) for field in (batch.tokens, batch.document_ids, batch.positions)))
+        (int(batch.sample_indices[i]), *(tuple(getattr(batch, name)[i].tolist()) for name in names))
         for batch in batches
         for i in range(len(batch.sample_indices))
     ]
@@ -43,10 +44,16 @@ def test_batches_are_the_samples_of_the_packed_dataset(packed):
     batch = take(packed, 1, first_sample=7)[0]
     assert batch.sample_indices.tolist() == [7, 8]
     for row, index in enumerate((7, 8)):
-        for field, expected in zip((batch.tokens, batch.document_ids, batch.positions), packed.sample(index), strict=True):
-            assert np.array_equal(field[row], expected)
-    dtypes = [field.dtype for field in (batch.tokens, batch.document_ids, batch.positions, batch.sample_indices)]
-    assert dtypes == [torch.int64, torch.int32, torch.int32, torch.int64]
+        for name, expected in packed.sample(index).items():
+            assert np.array_equal(getattr(batch, name)[row], expected)
+    dtypes = {field.name: getattr(batch, field.name).dtype for field in PackedBatch.fields()}
+    assert dtypes == {
+        "tokens": torch.int64,
+        "document_ids": torch.int32,
+        "positions": torch.int32,
+        "sample_indices": torch.int64,
+        "may_be_noised": torch.bool,
+    }
 
 
 @pytest.mark.parametrize("size", [2, 4, 7])
@@ -160,7 +167,8 @@ def test_validation_takes_each_sample_once(packed, size, num_samples):
     samples = [row for batches in ranks for row in rows(batches)]
     expected = min(num_samples, whole.num_samples_per_epoch)
     assert sorted(row[0] for row in samples if row[0] >= 0) == list(range(expected))
-    for index, tokens, document_ids, positions in samples:
+    for index, tokens, document_ids, positions, may_be_noised in samples:
+        assert may_be_noised == tuple(document_id >= 0 for document_id in document_ids)
         if index < 0:
             assert (set(tokens), set(document_ids), set(positions)) == ({0}, {-1}, {0})
     if num_samples > whole.num_samples_per_epoch:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.tiny import LENGTH, tiny_config
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import write_index
-from w1train.data.packing import PackedDataset
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing
-from w1train.training.data import open_source, packing_options
+from w1train.data.packed.packing import PackedDataset
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
+from w1train.training.training_data import open_source, packing_options
 
 document_lengths = st.lists(st.integers(0, 12), min_size=1, max_size=20).filter(any)
 
@@ -42,10 +42,13 @@ def epoch_samples(packed, epoch=0):
     return [packed.sample(index) for index in range(epoch * num_samples, (epoch + 1) * num_samples)]
 
 
+def arrays_of(sample):
+    return sample["tokens"], sample["document_ids"], sample["positions"]
+
+
 def real(sample):
     """tokens, document_ids and positions without padding."""
-    mask = sample[1] >= 0
-    return tuple(array[mask] for array in sample)
+    return tuple(array[sample["document_ids"] >= 0] for array in arrays_of(sample))
 
 
 @given(document_lengths, st.integers(1, 15), st.integers(0, 2**64 - 1), st.integers(0, 3), st.sampled_from([PackedDataset, best_fit]))
@@ -77,7 +80,7 @@ def test_cut_samples_follow_the_ring(lengths, sequence_length, shuffle, epoch):
     begins = {cut for cut in cuts if {(cut + k * sequence_length) % num_tokens for k in range(len(samples))} == cuts}
     assert begins & set(starts.tolist())
     if not shuffle:
-        assert [int(sample[0][0]) for sample in samples] == list(range(0, num_tokens, sequence_length))
+        assert [int(sample["tokens"][0]) for sample in samples] == list(range(0, num_tokens, sequence_length))
 
 
 @given(document_lengths, st.sampled_from([(12, 1), (12, 3), (12, 4), (5, 1)]))
@@ -88,7 +91,7 @@ def test_best_fit_samples_hold_whole_documents(lengths, shape):
         samples = epoch_samples(best_fit(dataset, sequence_length, 3, align=align))
     starts = np.repeat(np.cumsum([0, *lengths])[:-1], lengths)
     ends = np.repeat(np.cumsum(lengths), lengths)
-    for tokens, document_ids, positions in samples:
+    for tokens, document_ids, positions in map(arrays_of, samples):
         present = np.unique(document_ids[document_ids >= 0])
         assert present.tolist() == list(range(len(present)))
         for document in present:
@@ -131,7 +134,7 @@ def test_eos_can_be_left_out(make_dataset, tokenizer, tmp_path, packing):
     tokens = np.concatenate([real(sample)[0] for sample in samples])
     assert tokenizer.eos_token_id not in tokens
     assert sorted(tokens.tolist()) == sorted(token for document in documents for token in document)
-    assert all((np.diff((sample[1] < 0).astype(int)) >= 0).all() for sample in samples), "padding is a suffix"
+    assert all((np.diff((sample["document_ids"] < 0).astype(int)) >= 0).all() for sample in samples), "padding is a suffix"
     with pytest.raises(DatasetError, match="no manifest"):
         PackedDataset(numbered_dataset(tmp_path / "foreign", [3]), 2, 0, eos="drop")
 
@@ -142,7 +145,7 @@ def test_a_sample_of_an_eos_alone_is_padding(make_dataset, tmp_path, sequence_le
     packed = PackedDataset(make_dataset(tmp_path / "x", [[20] * 5, [21] * 4, [22] * 10]), sequence_length, 1, eos="drop")
     for epoch in range(3):
         samples = epoch_samples(packed, epoch)
-        assert any((document_ids == -1).all() for _, document_ids, _ in samples)
+        assert any((sample["document_ids"] == -1).all() for sample in samples)
         assert sorted(np.concatenate([real(sample)[0] for sample in samples]).tolist()) == [20] * 5 + [21] * 4 + [22] * 10
 
 
@@ -168,7 +171,7 @@ def test_a_damaged_packing_is_named_or_gives_whole_samples(packed_file, data):
         message = str(error)
     finally:
         path.write_bytes(content)
-    assert str(path) in message or (samples and all((document_ids >= 0).any() for _, document_ids, _ in samples))
+    assert str(path) in message or (samples and all((sample["document_ids"] >= 0).any() for sample in samples))
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])
@@ -193,14 +196,14 @@ def test_a_sample_depends_on_its_index_alone(indices):
         with ThreadPoolExecutor(4) as executor:
             threaded = list(executor.map(packed.sample, indices))
     for one, other in zip(fresh, threaded, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("packing", [PackedDataset, best_fit])
 def test_epochs_and_seeds_differ(tmp_path, packing):
     dataset = numbered_dataset(tmp_path, [5] * 40)
     orders = [
-        np.concatenate([tokens for tokens, _, _ in epoch_samples(packing(dataset, 5, seed), epoch)]).tolist()
+        np.concatenate([sample["tokens"] for sample in epoch_samples(packing(dataset, 5, seed), epoch)]).tolist()
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
     ]
     assert len({tuple(order) for order in orders}) == 3
@@ -209,7 +212,7 @@ def test_epochs_and_seeds_differ(tmp_path, packing):
 def test_epochs_are_cut_elsewhere(tmp_path):
     """So that no document is cut in every epoch."""
     packed = PackedDataset(numbered_dataset(tmp_path, [7] * 40), 10, seed=0)
-    cuts = [frozenset(int(sample[0][0]) for sample in epoch_samples(packed, epoch)) for epoch in range(4)]
+    cuts = [frozenset(int(sample["tokens"][0]) for sample in epoch_samples(packed, epoch)) for epoch in range(4)]
     assert len(set(cuts)) > 1
 
 

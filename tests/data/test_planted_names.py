@@ -17,7 +17,7 @@ __all__ = ["victim"]
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_writer_of_tokens_changes_no_other_file(plant, tmp_path, victim, tokenizer):
-    for_tokens, for_index = partial_paths(tmp_path / "train")
+    for_tokens, for_index, _ = partial_paths(tmp_path / "train")
     plant(victim, for_tokens)
     with pytest.raises(UnsafeFileError, match=r"train\.bin\.partial"):
         DatasetWriter(tmp_path / "train", tokenizer)

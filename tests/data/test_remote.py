@@ -159,7 +159,7 @@ def test_a_storage_that_fails_is_one_error_of_the_dataset(faulty, tmp_path, kind
 def test_what_a_listing_has_of_elsewhere_is_refused(faulty, tmp_path, monkeypatch, listed):
     url, bucket = faulty
     monkeypatch.setattr(ObjectStorage, "glob", lambda self, pattern: [f"{bucket}/s_00000.bin", listed.format(root=f"{bucket}/s")])
-    with pytest.raises(DatasetError, match=r"the storage lists '.*', which is no shard of this dataset"):
+    with pytest.raises(DatasetError, match=r"the storage lists '.*', which is not a shard of this dataset"):
         localize(url.replace("/x", "/s"), str(tmp_path / "cache"))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 

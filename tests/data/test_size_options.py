@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from data_tools.command import size
+from data_tools.corpus_options import size
 
 
 def test_sizes_are_numbers_with_a_unit():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.data.staged import BlendError, StagedSamples, StageText, stretches
+from w1train.data.packed.staged import BlendError, StagedSamples, StageText, stretches
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.corpus import TextCorpus
-from data_tools.text import CorpusError, Rules, splitter
+from data_tools.unit_reader import CorpusError, Rules, splitter
 
 
 def texts_of(*paths, **options):

@@ -95,7 +95,7 @@ def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path, nu
         time.sleep(generator.uniform(0, 0.1 + 0.15 * num_kills))
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
-        num_resumed += "going on from an interrupted run" in errors
+        num_resumed += "resuming an interrupted run" in errors
         # Refused: the run before was killed when it had done everything but end.
         if process.returncode == 0 or (num_kills and "exists already" in errors):
             break
@@ -127,15 +127,15 @@ def test_interrupted_at_a_certain_record(corpus, tokenizer_file, expected, tmp_p
     with caplog.at_level("INFO"):
         if status:
             assert tokenize.main(command) == 0
-    assert ("going on from an interrupted run" in caplog.text) == (0 < moment < 10**9)
+    assert ("resuming an interrupted run" in caplog.text) == (0 < moment < 10**9)
     assert content(tmp_path) == expected
 
 
 def test_a_record_of_other_input_or_damaged_files_is_not_gone_on_with(corpus, tokenizer_file, expected, tmp_path, monkeypatch, caplog):
     command = arguments(corpus, tokenizer_file, tmp_path, "--workers", "1")
     for damage, message in [
-        (lambda: (tmp_path / "train_00001.bin.partial").write_bytes(b""), "the run begins anew"),
-        (lambda: (tmp_path / "train.progress.partial").write_text("[]"), "is no record of this version"),
+        (lambda: (tmp_path / "train_00001.bin.partial").write_bytes(b""), "the run starts from the beginning"),
+        (lambda: (tmp_path / "train.progress.partial").write_text("[]"), "is not a record of this version"),
         (lambda: (tmp_path / "train.hashes.partial").write_bytes(b""), "its progress record says"),
     ]:
         with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from tests.data.conftest import TEXTS
-from w1train.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 
 NUM_SPECIAL = 16
 SPECIAL_STRINGS = ["<mask>", "<eos>", "<pad>", "<bos>", "<reserved_7>"]
@@ -70,7 +70,7 @@ def test_a_mask_at_a_high_id(mask_token_id, tmp_path):
 
 
 def test_a_mask_above_what_the_corpus_gives():
-    with pytest.raises(TokenizerError, match=r"mask_token_id 126336 cannot be had: the corpus gave only 27. token ids"):
+    with pytest.raises(TokenizerError, match=r"mask_token_id 126336 is too high: the corpus gave only 27. token ids"):
         train_tokenizer(["some text"], vocab_size=126464, mask_token_id=126336)
 
 

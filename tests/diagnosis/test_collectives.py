@@ -1,4 +1,4 @@
-"""The collective test over forked ranks: right where all is well, and it names what is wrong, and on which rank."""
+"""The test of collectives over forked ranks: it passes if all is well; otherwise it names the fault and the rank."""
 
 from __future__ import annotations
 

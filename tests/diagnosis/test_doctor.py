@@ -1,4 +1,4 @@
-"""w1train.doctor sees what is wrong with a machine, says it, and ends with the right status."""
+"""w1train.doctor finds and names faults of a machine, and ends with the right exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from w1train import doctor
-from w1train.diagnosis import correctness, devices, host, kernels, packages
+from w1train.diagnosis import correctness, devices, host, kernel_findings, packages
 from w1train.diagnosis.correctness import Check
 from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
 
@@ -62,10 +62,10 @@ def test_a_kernel_that_computes_something_else_is_a_failure(monkeypatch, tmp_pat
 
 def test_checks_of_a_kernel_become_one_line():
     good, absent = Check("flex", "one", {"output": 1e-3}), Check("flex", "two", reason="no intervals")
-    assert kernels.summarize("flex", [good, absent]).value == "right in 1 of 2 cases"
-    assert kernels.summarize("flex", [absent]) == Finding("flex", "cannot serve", "note", "no intervals")
+    assert kernel_findings.summarize("flex", [good, absent]).value == "right in 1 of 2 cases"
+    assert kernel_findings.summarize("flex", [absent]) == Finding("flex", "cannot serve", "note", "no intervals")
     raised = Check("flex", "three", reason="failed: OutOfMemoryError", failed=True)
-    finding = kernels.summarize("flex", [good, raised])
+    finding = kernel_findings.summarize("flex", [good, raised])
     assert (finding.status, finding.value) == ("failed", "WRONG in 1 of 2 cases")
     assert "three" in finding.detail
     assert "OutOfMemoryError" in finding.detail
@@ -199,9 +199,9 @@ def test_a_local_rank_without_a_gpu_is_a_mistake_of_the_user(monkeypatch, capsys
 
 
 def test_under_srun_a_task_is_a_rank(monkeypatch, tmp_path, capsys):
-    """Else each of sixteen tasks would take itself for the whole machine, all on the first GPU."""
+    """Otherwise each of sixteen tasks would think that it is alone, and all would use the first GPU."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "gpu1"}
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "1", **step}.items():

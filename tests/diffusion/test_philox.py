@@ -36,7 +36,7 @@ def test_known_answers(counter, key, expected, implementation):
 
 
 def test_words_depend_on_every_argument_and_on_nothing_else():
-    base = {"draw": 0, "purpose": Purpose.MASK, "num": 9}
+    base = {"draw": 0, "purpose": Purpose.NOISE, "num": 9}
     indices = torch.tensor([5, 2**40 + 5, -1])
     words = random_words(7, indices, **base)
     assert torch.equal(words[1:2], random_words(7, indices[1:2], **base)), "independent of the rest of the batch"
@@ -85,7 +85,7 @@ def test_several_streams_at_once_are_those_drawn_one_by_one():
 @pytest.mark.parametrize("num", [1, 4, 37])
 def test_devices_draw_the_same_words(num, monkeypatch):
     """What a GPU draws with, on the CPU; indices of 64 bits, and seeds."""
-    streams = [(Purpose.MASK, torch.tensor([0, -1, 2**62 + 5])), (Purpose.LENGTH, torch.tensor([2**32 - 1, 2**32]))]
+    streams = [(Purpose.NOISE, torch.tensor([0, -1, 2**62 + 5])), (Purpose.LENGTH, torch.tensor([2**32 - 1, 2**32]))]
     for seed in (0, 1234, 2**64 - 1):
         arrays = random_words_of_streams(seed, streams, draw=2**24 - 1, num=num)
         with monkeypatch.context() as patch:
@@ -97,7 +97,7 @@ def test_devices_draw_the_same_words(num, monkeypatch):
 
 @pytest.mark.parametrize("counters_at_once", [1, 6, 9])
 def test_blocks_of_counters_are_drawn_as_one(counters_at_once, monkeypatch):
-    streams = [(Purpose.MASK, torch.tensor([7, -1, 2**40, 3])), (Purpose.LENGTH, torch.tensor([7, 2**62]))]
+    streams = [(Purpose.NOISE, torch.tensor([7, -1, 2**40, 3])), (Purpose.LENGTH, torch.tensor([7, 2**62]))]
     whole = random_words_of_streams(5, streams, draw=3, num=10)
     monkeypatch.setattr(philox, "_COUNTERS_AT_ONCE", counters_at_once)
     blocks = random_words_of_streams(5, streams, draw=3, num=10)
@@ -105,7 +105,7 @@ def test_blocks_of_counters_are_drawn_as_one(counters_at_once, monkeypatch):
 
 
 def test_words_are_uniform():
-    words = random_words(1, torch.arange(512), draw=0, purpose=Purpose.MASK, num=512)
+    words = random_words(1, torch.arange(512), draw=0, purpose=Purpose.NOISE, num=512)
     assert words.min() >= 0
     assert words.max() < 2**32
     counts = torch.bincount((words >> 24).flatten(), minlength=256).double()

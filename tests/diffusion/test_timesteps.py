@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from w1train.config.schema import DiffusionConfig
-from w1train.diffusion.timesteps import draw_fractions, mask_thresholds, timesteps_from_fractions
+from w1train.diffusion.timesteps import draw_fractions, timesteps_from_fractions, word_thresholds
 
 CONFIG = DiffusionConfig(num_strata=64)
 
@@ -57,4 +57,4 @@ def test_range_and_thresholds():
     timesteps = _timesteps(0, 1000, config)
     assert timesteps.min() >= 0.3
     assert timesteps.max() < 0.8
-    assert mask_thresholds(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 2**31, 2**32]
+    assert word_thresholds(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 2**31, 2**32]

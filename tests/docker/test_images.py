@@ -128,7 +128,7 @@ def test_without_docker_or_its_daemon_it_says_so(docker):
     assert "there is no docker on PATH" in result.stderr
     docker.stand_in(daemon=False)
     assert "no daemon answers" in docker.build("gpu").stderr
-    assert "say which" in docker.build().stderr
+    assert "name the image" in docker.build().stderr
 
 
 @pytest.mark.parametrize(("kind", "file", "suffix"), [("gpu", "docker/Dockerfile", ""), ("cpu", "docker/Dockerfile.cpu", "-cpu")])

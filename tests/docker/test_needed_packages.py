@@ -37,7 +37,7 @@ def test_what_is_too_old_is_replaced_unless_it_is_protected(base):
     install(base, "numpy", "1.26.4")
     install(base, "torch", "2.10.0a0+x.nv25.12")
     assert needs(["numpy>=2"], {"numpy": "2.5.5"}) == ["numpy==2.5.5"]
-    with pytest.raises(PackageError, match=r"w1train requires torch>=2\.11, which the base image alone may bring; it has 2\.10"):
+    with pytest.raises(PackageError, match=r"w1train requires torch>=2\.11, which only the base image may provide; it has 2\.10"):
         needs(["torch>=2.11"], {"torch": "2.15.0"}, ["torch"])
     with pytest.raises(PackageError, match="it has none"):
         needs(["transformer_engine"], {}, ["transformer-engine"])

@@ -141,7 +141,7 @@ def test_an_environment_over_a_base_image(tmp_path, wheels):
     shutil.rmtree(base / "torch-2.13.0a0+nv.dist-info")
     refused = step("install_packages.sh", *arguments, **offline)
     assert refused.returncode == 1
-    assert "which the base image alone may bring; it has none" in refused.stderr
+    assert "which only the base image may provide; it has none" in refused.stderr
 
     # The CPU image's torch comes from an index of its own, where versions end in +cpu.
     write_wheel(tmp_path / "index" / "torch", "torch", "2.15.0+cpu")

@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.distributed import free_port
 from tests.forking import prepare_to_fork, rank_environment
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
@@ -210,7 +210,7 @@ def prepare_to_train() -> None:
     for name in _IMPORTED_BY_RANKS:
         importlib.import_module(name)
     parse_command_line(["recipe=demo", "name=a_b", "runs_dir=/tmp/runs-0", "training.precision=bf16", "checkpoint.interval=1"])
-    importlib.import_module("w1train.training.summary").code_versions()
+    importlib.import_module("w1train.records.summary").code_versions()
     prepare_to_fork()
 
 

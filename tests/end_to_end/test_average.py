@@ -17,9 +17,9 @@ from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_resume import require_equal
 from w1train import average, evaluate, sample
-from w1train.training.checkpoint import read_scores
-from w1train.training.inference import load_for_inference
-from w1train.training.report import write_report
+from w1train.checkpoints.manifest import read_scores
+from w1train.inference.predictor import load_for_inference
+from w1train.reports.run_report import write_report
 
 OPTIONS = ("validation.interval=3", "checkpoint.keep=1", "checkpoint.keep_best=2", "checkpoint.average_at_end=true")
 # So much that the loss jumps about: the best checkpoints, 3 and 9, are not the newest.

@@ -34,7 +34,7 @@ from w1train.config.errors import UserError
 from w1train.runtime import distributed
 from w1train.runtime.exit_status import ExitStatus
 from w1train.status import describe_run
-from w1train.training import loop
+from w1train.training import run_parts
 
 WRONG_LAYOUTS = {
     "parallel.tensor=4": r"4 x parallel.pipeline 1 = 4 ranks a replica, in a world of 2",
@@ -140,7 +140,7 @@ def test_wrong_data(copied_run, what):
 
 
 def test_files_too_large_to_be_compared_are_named(copied_run, monkeypatch):
-    monkeypatch.setattr("w1train.training.data.MAX_VERIFIED_BYTES", 1000)
+    monkeypatch.setattr("w1train.training.training_data.MAX_VERIFIED_BYTES", 1000)
     outcome = copied_run.train(world_size=2).require(0)
     for name in ("train", "validation"):
         require_message(outcome.output, rf"{name}.bin\s.*(\n.*)?not compared(.*\n)*?.*data_tools.verify")
@@ -182,7 +182,7 @@ def test_an_error_of_a_library_keeps_its_traceback(tiny_run):
         def build(*_: object) -> None:
             raise ValueError("not enough values to unpack")
 
-        loop.build_trained_model = build
+        run_parts.build_trained_model = build
 
     outcome = tiny_run.train(sabotage=fail).require(1)
     assert "Traceback" in outcome.output

@@ -12,8 +12,8 @@ import pytest
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun
 from tests.end_to_end.test_resume import require_equal
-from w1train.data import packing_index
 from w1train.data.dataset import TokenDataset
+from w1train.data.packed import packing_index
 
 SETTINGS = [
     "data.train=null",

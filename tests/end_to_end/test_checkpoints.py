@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(undisturbed,
     act(run.checkpoints / "step_0000000012")
     outcome = run.train(world_size=2).require(0)
     assert "step_0000000012 is damaged" in outcome.output
-    assert "is now damaged-step_0000000012; training goes on from step 9" in outcome.output
+    assert "is now damaged-step_0000000012; training resumes from step 9" in outcome.output
     assert f"resuming from {run.checkpoints}/step_0000000009" in outcome.output
     assert (run.checkpoints / "damaged-step_0000000012" / "config.yaml").exists()
     require_equal(run, expected)
@@ -74,7 +74,7 @@ def test_without_a_good_checkpoint_a_run_does_not_begin_again(undisturbed, tmp_p
         os.truncate(next((run.checkpoints / f"step_{step:010d}").glob("rank_00001.*")), 100)
     for _ in range(2):  # nothing is set aside, so the second start says the same
         outcome = run.train(world_size=2).require(1)
-        one_line(outcome.output, "has no good checkpoint, only damaged ones: step_0000000009, step_0000000012.")
+        one_line(outcome.output, "has no good checkpoint, only damaged checkpoints: step_0000000009, step_0000000012.")
         assert run.steps_saved() == [9, 12]
         assert run.metrics() == records
 
@@ -114,7 +114,7 @@ def test_saves_that_fail_do_not_stop_training_but_its_end(tiny_run, undisturbed)
     outcome = tiny_run.train(world_size=2, sabotage=limit).require(1)
     message = one_line(outcome.output, "step_0000000012, with ")
     assert "rank 1: a file could not be written to its end" in message
-    assert outcome.output.count("Training goes on, and saves again") >= 2
+    assert outcome.output.count("Training continues, and saves again") >= 2
     assert tiny_run.train_records() == undisturbed(2, "fp32").train_records(), "all steps were done"
     assert list(tiny_run.checkpoints.iterdir()) == []
     tiny_run.train(world_size=2).require(0)
@@ -132,5 +132,5 @@ def test_a_full_disk_loses_a_checkpoint_and_nothing_else(small_disk, tiny_data, 
     outcome = run.train("checkpoint.asynchronous=false", world_size=2, sabotage=full_for_a_while).require(0)
     assert "the next checkpoint may not fit into" in outcome.output
     assert "step_0000000006, with 0." in outcome.output
-    assert "The one of step 3 is untouched" in outcome.output
+    assert "The checkpoint of step 3 is untouched" in outcome.output
     require_equal(run, undisturbed(2, "fp32"))

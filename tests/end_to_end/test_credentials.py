@@ -172,12 +172,12 @@ def test_a_traceback_shows_no_secret(tiny_run, tmp_path):
     """A fault of the program itself keeps its traceback, with the text of the exception."""
 
     def fault(rank: int) -> None:
-        from w1train.training import loop
+        from w1train.training import run_parts
 
         def broken(*_: Any) -> None:
             raise KeyError(f"vault://amelie:{PASSWORDS[0]}@host: wrong password {PASSWORDS[0]}")
 
-        loop.prepare_data = broken
+        run_parts.prepare_data = broken
 
     outcome = tiny_run.train(*given(tiny_run, tmp_path, PASSWORDS[0]), sabotage=fault)
     assert outcome.statuses == [1]

@@ -19,7 +19,7 @@ from tests.end_to_end.runs import BATCH, LENGTH, TinyRun, launch, output_to
 from w1train import sample
 from w1train.data import loader
 from w1train.data.dataset import DatasetError
-from w1train.training import metrics_log
+from w1train.runtime import record_files as metrics_log
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
         outcome = run.train("checkpoint.asynchronous=false", "checkpoint.on_error=stop", world_size=2, sabotage=trap).require(1)
         message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
         assert "No space left on device" in message or "disk full" in message
-        assert "The one of step 6 is untouched: the same command goes on from it" in message
+        assert "The checkpoint of step 6 is untouched: the same command resumes from it" in message
         assert outcome.outputs[1] == ""
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_0000000003", "step_0000000006"]
         (small_disk / "ballast").unlink()
@@ -76,7 +76,7 @@ def test_one_rank_cannot_write(tiny_run, undisturbed):
     message = one_line(outcome.output, "could not save")
     assert "rank 1: a file could not be written to its end (disk full, or a quota or file size limit reached" in message
     assert "rank 0: " not in message
-    assert "There is no older one" in message
+    assert "There is no older checkpoint" in message
     assert list(tiny_run.checkpoints.iterdir()) == []
     tiny_run.train(world_size=2).require(0)
     assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
@@ -240,7 +240,7 @@ def test_a_learning_rate_that_is_much_too_high(tiny_run):
 
 def test_ctrl_c_is_one_line_and_loses_nothing(tiny_run, undisturbed):
     outcome = tiny_run.train(world_size=2, sabotage=traps.interrupt(7)).require(130)
-    one_line(outcome.output, "interrupted; the same command goes on from the last checkpoint")
+    one_line(outcome.output, "interrupted; the same command resumes from the last checkpoint")
     assert outcome.outputs[1] == ""
     tiny_run.train(world_size=2).require(0)
     assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()

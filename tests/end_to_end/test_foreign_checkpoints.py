@@ -18,7 +18,7 @@ from tests.checkpoint_files import vouch
 from tests.end_to_end.runs import NUM_STEPS, TinyRun
 from tests.end_to_end.test_average import in_a_process
 from w1train import average, convert, evaluate, sample
-from w1train.training.shards import Shards
+from w1train.checkpoints.format.shard_reader import Shards
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_before_2026_12.tar.xz"
 OLD_STEP = "step_0000000006"

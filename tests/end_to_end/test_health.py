@@ -116,7 +116,7 @@ def test_a_run_goes_back_past_a_damaged_checkpoint(tiny_run, undisturbed):
 
     overrides = ("health.max_skips=0", "checkpoint.asynchronous=false")
     outcome = tiny_run.train(*overrides, world_size=2, sabotage=sabotage).require(0)
-    assert "is now damaged-step_0000000006; training goes on from step 3" in outcome.output
+    assert "is now damaged-step_0000000006; training resumes from step 3" in outcome.output
     assert "Going back to the checkpoint of step 3 (1 of 1 times)" in outcome.output
     require_undisturbed(tiny_run, undisturbed(2, "fp32"))
     assert [path.name for path in tiny_run.checkpoints.glob("*-step_*")] == ["damaged-step_0000000006"]

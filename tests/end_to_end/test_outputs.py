@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TIMEOUT, VOCAB_SIZE, TinyRun, launch, output_to
-from tests.training.wandb_file import read_history, read_run
+from tests.records.wandb_file import read_history, read_run
 from w1train import report, sample
 from w1train.data.dataset import TokenDataset
-from w1train.data.packing import PackedDataset
-from w1train.data.tokenizer import Tokenizer
-from w1train.training.inference import load_for_inference
+from w1train.data.packed.packing import PackedDataset
+from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.inference.predictor import load_for_inference
 
 TRAIN_KEYS = {
     *("kind", "step", "samples", "tokens", "loss", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "mask_ratio", "loss_by_t"),
@@ -136,7 +136,9 @@ def test_bits_per_byte_are_those_of_the_samples_scored(undisturbed):
     validation = TokenDataset.open(run.data / "validation")
     packed = PackedDataset(validation, LENGTH, seed=0)
     assert packed.num_samples_per_epoch > 8
-    require_true_bits_per_byte(run, np.concatenate([tokens[ids >= 0] for tokens, ids, _ in map(packed.sample, range(8))]))
+    require_true_bits_per_byte(
+        run, np.concatenate([sample["tokens"][sample["document_ids"] >= 0] for sample in map(packed.sample, range(8))])
+    )
 
 
 def require_true_bits_per_byte(run: TinyRun, tokens: np.ndarray) -> None:

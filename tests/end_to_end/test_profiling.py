@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel import schedules
 
 from w1train.config.schema_operation import ProfilingConfig
-from w1train.training import profiling
-from w1train.training.kernel_times import replaced
-from w1train.training.profiling import Profiler
-from w1train.training.profiling_targets import PARTS
-from w1train.training.step_parts import Part, PartClock, parts_table
+from w1train.profiling.profiler import Profiler
+from w1train.profiling.step_parts import PARTS, Part, PartClock, parts_table
+from w1train.runtime.ranges import KernelGroup, step_part
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def test_traces_hold_the_parts(profiled):
         trace = json.loads(gzip.decompress((run.path / "profile" / f"step_{step}_rank_1.json.gz").read_bytes()))
         found = {event.get("name") for event in trace["traceEvents"]}
         assert {"data", "forward", "backward", "reduce", "optimizer", *others} <= found
-        assert {"w1train: attention", "aten::mm"} <= found
+        assert {f"w1train: {group}" for group in get_args(KernelGroup)} | {"aten::mm"} <= found
         assert not ({"validate", "sample"} - others) & found
 
 
@@ -64,19 +63,18 @@ def test_the_table_adds_up(profiled):
     assert "profiling.steps: this start did not come to 13" in outcome.output
 
 
-def test_nothing_is_touched_when_off(profiled):
-    model = SimpleNamespace()
+def test_nobody_listens_when_off():
     ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"))
-    backward_step = schedules.backward_step
     timer = SimpleNamespace(restart=lambda: pytest.fail("no time was spent"))
-    with Profiler(ProfilingConfig(), ranks, None, model, SimpleNamespace()) as profiler:
+    with Profiler(ProfilingConfig(), ranks, None) as profiler:
         profiler.step_begins(1, timer)
-        assert schedules.backward_step is backward_step
+        with step_part.listening(lambda name: pytest.fail("no range was opened")):
+            pass
 
 
 def test_nsys_needs_a_gpu(caplog):
     ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"))
-    with Profiler(ProfilingConfig(tool="nsys", steps=[1]), ranks, None, SimpleNamespace(), SimpleNamespace()) as profiler:
+    with Profiler(ProfilingConfig(tool="nsys", steps=[1]), ranks, None) as profiler:
         profiler.step_begins(1, SimpleNamespace())
     assert "NVTX ranges need a GPU" in caplog.text
 
@@ -88,27 +86,34 @@ def test_nsys_records_from_the_first_to_the_last_step(monkeypatch, first, expect
     cudart = SimpleNamespace(cudaProfilerStart=lambda: calls.append("start"), cudaProfilerStop=lambda: calls.append("stop"))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(profiling, "part_targets", lambda model, trainer: [])
     ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cuda"))
-    with Profiler(ProfilingConfig(tool="nsys", steps=[5, 3]), ranks, None, SimpleNamespace(), SimpleNamespace()) as profiler:
+    with Profiler(ProfilingConfig(tool="nsys", steps=[5, 3]), ranks, None) as profiler:
         for step in range(first, 8):
             profiler.step_begins(step, SimpleNamespace())
             calls.append(step)
     assert calls == expected
 
 
-def test_a_part_inside_another_belongs_to_that():
+def test_nsys_marks_every_part(monkeypatch):
+    """Parts inside parts, too: a tool with a time line shows both."""
     marks: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: contextlib.nullcontext(marks.append(name)))
+    forward = step_part("forward")(lambda: None)
+    ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cuda"))
+    with Profiler(ProfilingConfig(tool="nsys"), ranks, None):
+        step_part("validate")(forward)()
+    forward()
+    assert marks == ["validate", "forward"]
 
-    def mark(part):
-        marks.append(part)
-        return replaced(owner, "marked", part)
 
-    owner = SimpleNamespace(inner=lambda: owner.marked, outer=lambda: owner.inner())
-    clock = PartClock(torch.device("cpu"), mark)
-    with clock.measured([("forward", owner, "inner"), ("validate", owner, "outer")]):
+def test_a_part_inside_another_is_counted_as_that():
+    marks: list[str] = []
+    clock = PartClock(torch.device("cpu"), lambda name: contextlib.nullcontext(marks.append(name)))
+    forward = step_part("forward")(lambda: 7)
+    validate = step_part("validate")(forward)
+    with step_part.listening(clock.part):
         clock.start()
-        assert (owner.outer(), owner.inner(), owner.inner()) == ("validate", "forward", "forward")
+        assert (validate(), forward(), forward()) == (7, 7, 7)
         parts = clock.stop()
     assert marks == ["validate", "forward", "forward"]
     assert {name: part.calls for name, part in parts.items()} == {"step": 1, "validate": 1, "forward": 2}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.runs import Sabotage
-from w1train.training import averaging, manifest, shard_files
+from w1train.checkpoints import averaging, verification
+from w1train.checkpoints.format import shard_files
 
 HANG = ("health.hang_timeout=3", "health.heartbeat_interval=0.5")
 SLOW_SECONDS = 5.0
@@ -69,7 +70,7 @@ def test_slow_hashing_and_slow_averaging_of_one_rank_are_waited_for(tiny_run):
 
     def sabotage(rank: int) -> None:
         slow(averaging, "_averaged", rank=1, seconds=4.0)(rank)
-        slow(manifest, "_sha256", rank=1, seconds=4.0)(rank)
+        slow(verification, "_sha256", rank=1, seconds=4.0)(rank)
 
     average = ("checkpoint.keep_best=2", "checkpoint.average_at_end=true", "validation.interval=3")
     outcome = tiny_run.train(*HANG, *average, world_size=2, sabotage=sabotage).require(0)

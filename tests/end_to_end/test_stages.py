@@ -9,7 +9,7 @@ import pytest
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun
 from tests.end_to_end.test_resume import require_equal
-from w1train.training.checkpoint import read_scores
+from w1train.checkpoints.manifest import read_scores
 
 STEP = BATCH * LENGTH
 # (name, steps, what it sets); 13 steps, of which the phases' ends are 3, 6, 8 and 13.

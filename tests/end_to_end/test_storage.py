@@ -16,9 +16,9 @@ from tests.end_to_end.test_checkpoints import copy_of
 from tests.end_to_end.test_failures import one_line
 from tests.end_to_end.test_resume import require_equal
 from tests.faulty_storage import counts, create, set_faults
+from w1train.checkpoints.manifest import complete_steps
+from w1train.checkpoints.remote.remote_checkpoints import MARKER
 from w1train.runtime import object_storage
-from w1train.training.manifest import complete_steps
-from w1train.training.remote_checkpoints import MARKER
 
 
 def impatient(sabotage: Sabotage = lambda rank: None) -> Sabotage:
@@ -112,7 +112,7 @@ def test_a_storage_that_fails_ends_a_start_with_one_line(lost, bucket):
 def test_a_run_whose_copies_and_checkpoints_are_gone_does_not_begin_again(undisturbed, lost, tmp_path, bucket):
     set_faults(bucket, gone=["step_*"])
     outcome = train(lost, bucket).require(1)
-    one_line(outcome.output, f"faulty://{bucket} has no good checkpoint, but its run.json says that the checkpoint of step 12 was sent")
+    one_line(outcome.output, f"faulty://{bucket} has no good checkpoint, but its run.json says that the checkpoint of step 12 was uploaded")
     # Here the run's own directory tells of it, whatever the storage shows.
     run = copy_of(undisturbed(1, "fp32"), tmp_path / "copy")
     shutil.rmtree(run.checkpoints)
@@ -120,7 +120,7 @@ def test_a_run_whose_copies_and_checkpoints_are_gone_does_not_begin_again(undist
     for upload in (f"faulty://{tmp_path}/nowhere", None):
         outcome = run.train(*([f"checkpoint.upload={upload}"] if upload else []), world_size=2).require(1)
         one_line(
-            outcome.output, f"has no checkpoint, but {run.path}/events.jsonl says that this run has saved some, the last one at step 12."
+            outcome.output, f"has no checkpoint, but {run.path}/events.jsonl says that this run has saved checkpoints, the last at step 12."
         )
         assert run.metrics() == records
     (run.path / "events.jsonl").unlink()
@@ -133,5 +133,5 @@ def test_killed_before_the_first_upload_a_run_begins_again(tiny_run, undisturbed
     assert json.loads((bucket / MARKER).read_text()) == {"newest": None}
     shutil.rmtree(tiny_run.path)
     outcome = train(tiny_run, bucket).require(0)
-    assert "its run.json says that none was sent: this run ended before its first upload did" in outcome.output
+    assert "its run.json says that no checkpoint was uploaded: the run ended before its first upload did" in outcome.output
     require_equal(tiny_run, undisturbed(1, "fp32"))

@@ -1,5 +1,5 @@
-"""A run that was started twice, as those who watch it see it: W&B's and TensorBoard's files, the dashboard, events, the page that explains
-the metrics."""
+"""The records of a run that was started twice: W&B's and TensorBoard's files, the dashboard, events, and the page that explains the
+metrics."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from statistics import median
 import pytest
 
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
-from tests.training.wandb_file import read_history, read_run
-from w1train.training import async_save, forward
-from w1train.training.dashboard import SECTIONS
-from w1train.training.loggers import wandb_metrics
-from w1train.training.metrics_log import read_metrics
-from w1train.training.summary import code_versions
+from tests.records.wandb_file import read_history, read_run
+from w1train.checkpoints import saver as saver_module
+from w1train.records.chart_metrics import chart_metrics
+from w1train.records.summary import code_versions
+from w1train.reports.live_dashboard import SECTIONS
+from w1train.runtime.record_files import read_metrics
+from w1train.training import forward
 
 REPOSITORY = Path(__file__).parents[2]
-# As the issue lists them.
+# The metrics that users expect by name.
 NAMED = {
     *("loss", "elbo", "loss_by_t/0.95", "grad_norm", "mfu", "tokens_per_second", "data_wait_seconds", "communication_seconds"),
     *("memory_gib", "context_balance", "phase"),
@@ -32,16 +33,16 @@ FIRST_STEPS = 6
 
 
 def waiting_for_writers(rank: int) -> None:
-    """Each step boundary finds done what was being written before: on a slow disk, a save may otherwise last beyond the run's last
-    record, which then says nothing of it."""
-    poll = async_save.CheckpointSaver.poll
+    """Make each step boundary wait for the writing of a save: on a slow disk, a save may otherwise last beyond the run's last record, which
+    then has no times of it."""
+    poll = saver_module.CheckpointSaver.poll
 
-    def wait_and_poll(saver: async_save.CheckpointSaver) -> None:
+    def wait_and_poll(saver: saver_module.CheckpointSaver) -> None:
         if saver._save is not None:
             wait([saver._save.work], timeout=60)
         poll(saver)
 
-    async_save.CheckpointSaver.poll = wait_and_poll
+    saver_module.CheckpointSaver.poll = wait_and_poll
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,10 @@ def test_wandb_has_every_metric_of_every_record(watched):
     records = read_metrics(watched.path / "metrics.jsonl")
     assert {record["step"] for record in records} == set(range(NUM_STEPS + 1))
     for record in records:
-        for name, value in wandb_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
+        for name, value in chart_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
             assert history[record["step"]][name] == value, name
     for step in range(1, NUM_STEPS + 1):
-        # No noise level may lack a bin for good, but a step of 256 tokens may.
+        # A step of 256 tokens may have no tokens in a bin of t; the whole run may not.
         assert (NAMED - {"loss_by_t/0.95"}) <= history[step].keys()
     assert set().union(*history.values()) >= NAMED
     assert [history[step]["phase"] for step in (1, 2, 3)] == [1, 1, 2]
@@ -110,11 +111,11 @@ def test_configuration_and_code_are_attached(watched):
 
 @pytest.mark.skipif(not HAS_TENSORBOARD, reason="tensorboard is not installed")
 def test_tensorboard_has_the_same(watched):
-    from tests.training.test_tensorboard import read_scalars
+    from tests.records.test_tensorboard import read_scalars
 
     scalars = read_scalars(watched.path)
     for record in read_metrics(watched.path / "metrics.jsonl"):
-        for name, value in wandb_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
+        for name, value in chart_metrics(record, [0.25, 0.75], ("warmup", "stable")).items():
             assert scalars[name][record["step"]] == pytest.approx(value, rel=1e-6), name
 
 
@@ -127,20 +128,20 @@ def test_events(watched):
 
 
 def documented() -> dict[str, str | None]:
-    """{key of metrics.jsonl: W&B name} of the tables in docs/watching.md."""
+    """Return {key of metrics.jsonl: W&B name} of the tables in docs/watching.md."""
     page = (REPOSITORY / "docs" / "watching.md").read_text().partition("## Training records")[2]
     rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`)?", page, re.MULTILINE)
     return {key: name or None for key, name in rows}
 
 
 def test_the_page_explains_every_metric_of_a_run(watched):
-    """Under the names that metrics.jsonl and W&B have, and no others but those of blends."""
+    """The page has every metric under its names in metrics.jsonl and W&B. Its other metrics are those of blends."""
     prefixes, found = {"train": "", "validation": "validation/"}, {}
     for record in read_metrics(watched.path / "metrics.jsonl"):
         kind = record["kind"]
         for key in record.keys() - ({"kind", "step", "tokens", "stage", "block_size"} if kind == "validation" else set()):
             if record[key] is not None:
-                names = wandb_metrics({"kind": kind, key: record[key]}, [0.25, 0.75], ("warmup", "stable")).keys() - {None}
+                names = chart_metrics({"kind": kind, key: record[key]}, [0.25, 0.75], ("warmup", "stable")).keys() - {None}
                 first = f"{prefixes[kind]}loss_by_t/{'0.25' if kind == 'validation' else '0.05'}"
                 found[prefixes[kind] + key] = first if key == "loss_by_t" else next(iter(names), None)
     page = documented()
@@ -159,10 +160,10 @@ def delayed_on_the_other_rank(rank: int) -> None:
 
 
 def test_waiting_for_a_slow_rank_is_communication(tiny_run):
-    """Rank 0 records: it waits in the gradients' reduction for rank 1, which is late at each of its micro-batches."""
+    """Rank 0, which records, waits in the gradients' reduction for rank 1, which is late at each micro-batch."""
     tiny_run.train("training.micro_batch_size=4", "sampling.interval=0", world_size=2, sabotage=delayed_on_the_other_rank).require(0)
     records = read_metrics(tiny_run.path / "metrics.jsonl", kind="train")
     assert all(record["time/communication_seconds"] <= record["time/step_seconds"] for record in records)
-    # A busy machine may hold rank 0 up as long, now and then.
+    # At some steps, a busy machine may delay rank 0 as long.
     assert median(record["time/communication_seconds"] for record in records) > 0.1
     assert median(record["time/data_wait_seconds"] for record in records) < 0.05

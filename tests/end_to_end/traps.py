@@ -1,4 +1,4 @@
-"""Places to be killed at. Each trap is called in a forked rank before it trains (see runs.Sabotage)."""
+"""Traps: functions that a forked rank calls before it trains (runs.Sabotage), and that kill it, or do other harm, at some place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.end_to_end.runs import Sabotage
-from w1train.training import commit, loop, metrics_log, retention, shard_files, watch
+from w1train.checkpoints import commit
+from w1train.checkpoints.format import shard_files
+from w1train.records import watch
+from w1train.runtime import record_files as metrics_log
+from w1train.training import loop
 
 
 def die() -> None:
-    """What the kernel does to a process without memory, or a scheduler without patience."""
+    """Kill this process, as the kernel does when memory runs out, and a scheduler when time does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -63,22 +67,22 @@ def _at_call(owner: Any, name: str, number: int, *, after: bool, rank: int | Non
 
 
 def before_record(number: int) -> Sabotage:
-    """The optimizer has done its step, and nothing has been written about it."""
+    """Kill rank 0 after the optimizer's step, before anything is written about that step."""
     return _at_call(loop.Trainer, "record_step", number, after=False)
 
 
 def after_record(number: int) -> Sabotage:
-    """A step boundary."""
+    """Kill rank 0 at a step boundary."""
     return _at_call(loop.Trainer, "record_step", number, after=True)
 
 
 def act_after_record(number: int, action: Callable[[], None]) -> Sabotage:
-    """At a step boundary, on rank 0."""
+    """Call ``action`` on rank 0 at a step boundary."""
     return _at_call(loop.Trainer, "record_step", number, after=True, action=action)
 
 
 def interrupt(number: int) -> Sabotage:
-    """Ctrl-C, which a terminal sends to all ranks."""
+    """Send the signal of Ctrl-C to all ranks, as a terminal does."""
     return _at_call(loop.Trainer, "record_step", number, after=True, rank=None, action=lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
@@ -91,7 +95,7 @@ def after_samples(number: int) -> Sabotage:
 
 
 def after_shards(number: int, rank: int) -> Sabotage:
-    """The rank's shard is written, the checkpoint's metadata and manifest are not."""
+    """Kill a rank when its shard is written, but neither the checkpoint's index nor its manifest."""
     return _at_call(shard_files, "_leave_note", number, after=True, rank=rank)
 
 
@@ -100,17 +104,17 @@ def before_manifest(number: int) -> Sabotage:
 
 
 def before_commit(number: int) -> Sabotage:
-    """Everything is written; the rename is all that lacks."""
+    """Kill rank 0 when all files of a checkpoint are written, before the rename."""
     return _at_call(commit, "_commit", number, after=False)
 
 
 def after_commit(number: int) -> Sabotage:
-    """The new checkpoint is there, and more old ones than are kept."""
+    """Kill rank 0 when a new checkpoint is complete, before old ones are removed."""
     return _at_call(commit, "_commit", number, after=True)
 
 
 def while_removing(number: int) -> Sabotage:
-    """Half of an old checkpoint is gone."""
+    """Kill rank 0 when a part of an old checkpoint is removed."""
 
     def sabotage(rank: int) -> None:
         original = shutil.rmtree
@@ -125,13 +129,13 @@ def while_removing(number: int) -> Sabotage:
             original(path, *args, **kwargs)
 
         if rank == 0:
-            retention.shutil.rmtree = trapped
+            commit.shutil.rmtree = trapped
 
     return sabotage
 
 
 def torn_line(kind: str, step: int) -> Sabotage:
-    """Half a record reaches the file. kind: train, validation, or sample."""
+    """Kill rank 0 when half a record is in its file. kind: train, validation, or sample."""
 
     def sabotage(rank: int) -> None:
         original: Callable = metrics_log.MetricsLog.append
@@ -151,12 +155,12 @@ def torn_line(kind: str, step: int) -> Sabotage:
 
 
 def before_summary() -> Sabotage:
-    """The last checkpoint is saved; the summary is not written."""
+    """Kill rank 0 after the last checkpoint, before the summary is written."""
     return _at_call(loop.Trainer, "summarize", 1, after=False)
 
 
 def nan_gradient(step: int) -> Sabotage:
-    """The loss of a step becomes NaN on every rank."""
+    """Make the loss of a step NaN on every rank."""
 
     def sabotage(rank: int) -> None:
         original = loop.run_micro_batches
@@ -175,7 +179,7 @@ def nan_gradient(step: int) -> Sabotage:
 
 
 def infinite_parameter(step: int, rank: int) -> Sabotage:
-    """The update of a step overflows on one rank."""
+    """Make a parameter infinite on a rank after the update of a step."""
 
     def sabotage(this_rank: int) -> None:
         original = loop.Trainer.train_step
@@ -192,7 +196,7 @@ def infinite_parameter(step: int, rank: int) -> Sabotage:
 
 
 def wait_at_step(step: int, here: Any, go_on: Any) -> Sabotage:
-    """Touch ``here`` when ``step`` is done and wait for ``go_on`` to exist."""
+    """Touch ``here`` when ``step`` is done, and wait until ``go_on`` exists."""
 
     def sabotage(rank: int) -> None:
         original = watch.Watch.record
@@ -211,7 +215,7 @@ def wait_at_step(step: int, here: Any, go_on: Any) -> Sabotage:
 
 
 def fill_disk(directory: Any, num_bytes_left: int, number: int) -> Sabotage:
-    """A file takes all but so many bytes of a disk, right before the ``number``-th save."""
+    """Fill a disk up to ``num_bytes_left`` with a file, right before the ``number``-th save."""
 
     def fill() -> None:
         (directory / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(directory).free - num_bytes_left)))
@@ -220,7 +224,7 @@ def fill_disk(directory: Any, num_bytes_left: int, number: int) -> Sabotage:
 
 
 def at_average_commit() -> Sabotage:
-    """The average of checkpoints is written aside; the rename is all that lacks."""
+    """Kill rank 0 when all files of an average are written, before the rename."""
 
     def sabotage(rank: int) -> None:
         original = commit._commit
@@ -237,7 +241,7 @@ def at_average_commit() -> Sabotage:
 
 
 def nan_in_gradient(rank: int, steps: list[int], times: int) -> Sabotage:
-    """One element of a rank's gradients becomes NaN, the first so many times that each of the steps is computed."""
+    """Make an element of a rank's gradients NaN, the first ``times`` times that each of the steps is computed."""
 
     def sabotage(this_rank: int) -> None:
         calls: dict[int, int] = {}
@@ -246,7 +250,7 @@ def nan_in_gradient(rank: int, steps: list[int], times: int) -> Sabotage:
         def compute_step(trainer: loop.Trainer, batches: Any) -> Any:
             step = trainer.progress.step + 1
             calls[step] = calls.get(step, 0) + 1
-            # In the backward pass, where a fault of the machine is: also before buckets that travel during it.
+            # In the backward pass, as a fault of the machine would: it comes before the reduction of buckets during that pass too.
             parameter = next(trainer.model.stages[0].parameters())
             bad = step in steps and calls[step] <= times
             hook = (
@@ -266,7 +270,7 @@ def nan_in_gradient(rank: int, steps: list[int], times: int) -> Sabotage:
 
 
 def scaled_gradient(steps: list[int], factor: float) -> Sabotage:
-    """The gradients of some steps are so many times too large, however often they are computed."""
+    """Multiply the gradients of some steps by ``factor``, each time that they are computed."""
 
     def sabotage(rank: int) -> None:
         original = loop.Trainer.compute_step
@@ -286,12 +290,12 @@ def scaled_gradient(steps: list[int], factor: float) -> Sabotage:
 
 
 def signal_after_record(number: int, which: signal.Signals, rank: int) -> Sabotage:
-    """A rank gets a signal at a step boundary."""
+    """Send a signal to a rank at a step boundary."""
     return _at_call(loop.Trainer, "record_step", number, after=True, rank=rank, action=lambda: os.kill(os.getpid(), which))
 
 
 def hang_at_step(step: int, rank: int, number: signal.Signals | None = None) -> Sabotage:
-    """A rank never gets to the collectives of a step; it may have got a signal right before."""
+    """Hang a rank before the collectives of a step; ``number``: a signal that it gets right before."""
 
     def sabotage(this_rank: int) -> None:
         original = loop.Trainer.compute_step
@@ -310,5 +314,5 @@ def hang_at_step(step: int, rank: int, number: signal.Signals | None = None) -> 
 
 
 def after_call_of_save(number: int, action: Callable[[], None]) -> Sabotage:
-    """Do something when the ``number``-th save has returned."""
+    """Call ``action`` when the ``number``-th save has returned."""
     return _at_call(loop.Trainer, "save", number, after=True, action=action)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from w1train.runtime.cpu import import_megatron
-from w1train.training.metrics_log import MetricsLog
+from w1train.runtime.megatron_on_cpu import import_megatron
+from w1train.runtime.record_files import MetricsLog
 
 import_megatron()
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.reports.fake_run import write_fake_run
 from tests.tiny import tiny_config
-from tests.training.fake_run import write_fake_run
 from w1train import report, status
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
+from w1train.data.dataset_manifest import DatasetManifest
 from w1train.data.indexed import write_index
-from w1train.data.manifest import DatasetManifest
-from w1train.data.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 
 MOST_LINES = 230
 """The longest answer: fifty problems of four lines each."""

@@ -20,9 +20,9 @@ from tests.hostile.commands import Main, answer, make_dataset, may_refuse, requi
 from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
 from w1train import plan, pretrain
 from w1train.data.dataset import DatasetError, TokenDataset
-from w1train.data.packing_index import BestFitDataset, PackingOptions, ensure_packing, packing_path
-from w1train.data.tokenizer import Tokenizer, TokenizerError, parse_tokenizer_json
-from w1train.data.tokenizer_growth import largest_growth
+from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing, packing_path
+from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, parse_tokenizer_json
+from w1train.data.tokenizers.tokenizer_growth import largest_growth
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def test_a_key_that_is_there_twice_has_the_value_that_was_checked():
 
 
 def test_a_text_that_would_grow_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr("w1train.data.tokenizer.LARGEST_GROWN", 2000)
+    monkeypatch.setattr("w1train.data.tokenizers.tokenizer.LARGEST_GROWN", 2000)
     replaced = {"type": "Replace", "pattern": {"Regex": "a"}, "content": "x" * 9}
     # With five of the byte-level step, fifty characters of one.
     tokenizer = Tokenizer(
@@ -171,7 +171,7 @@ def test_a_text_that_would_grow_too_large_is_refused(monkeypatch):
 
 
 def test_tokens_that_the_decoder_would_make_too_long_are_refused(monkeypatch):
-    monkeypatch.setattr("w1train.data.tokenizer.LARGEST_DECODED", 1000)
+    monkeypatch.setattr("w1train.data.tokenizers.tokenizer.LARGEST_DECODED", 1000)
     replaced = {"type": "Replace", "pattern": {"Regex": "."}, "content": "y" * 9}
     tokenizer = Tokenizer(changed(decoder={"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}), "t.json")
     ids = tokenizer.encode(100 * "a")
@@ -261,6 +261,16 @@ def prefix(request, tmp_path):
 @pytest.mark.parametrize("content", NOT_INDEXES)
 def test_an_index(prefix, content, capsys):
     put(prefix.with_suffix(".idx"), NOT_INDEXES[content])
+    for main, options in DATA_COMMANDS.values():
+        require_refusal(main, [str(prefix), *options], capsys, 1, str(prefix))
+
+
+NOT_A_BYTE_FOR_EACH_TOKEN: dict[str, Content] = {**NOT_FILES, "empty": b"", "short": bytes(8), "long": bytes(10)}
+
+
+@pytest.mark.parametrize("content", NOT_A_BYTE_FOR_EACH_TOKEN)
+def test_a_file_of_tokens_that_may_be_noised(prefix, content, capsys):
+    put(prefix.with_suffix(".may_be_noised"), NOT_A_BYTE_FOR_EACH_TOKEN[content])
     for main, options in DATA_COMMANDS.values():
         require_refusal(main, [str(prefix), *options], capsys, 1, str(prefix))
 
@@ -387,8 +397,11 @@ def swapped(value: Any, draw: Any) -> Any:
 def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
     prefix = make_dataset(directory / "data")
-    suffix = data.draw(st.sampled_from([".idx", ".json", ".bin"]))
+    suffix = data.draw(st.sampled_from([".idx", ".json", ".bin", ".may_be_noised"]))
     path = prefix.with_suffix(suffix)
+    if suffix == ".may_be_noised":
+        prefix.with_suffix(".json").unlink()
+        path.write_bytes(b"\0\1\1" * 3)
     if suffix == ".json" and data.draw(st.booleans()):
         path.write_text(json.dumps(swapped(json.loads(path.read_text()), data.draw)))
     else:
@@ -399,6 +412,7 @@ def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
         dataset = TokenDataset.open(prefix)
         inspect.count(dataset, np.diff(dataset.document_offsets))
         inspect.check_tokens(dataset, None)
+        dataset.read_may_be_noised(0, dataset.num_tokens)
 
 
 @settings(max_examples=30, deadline=None)

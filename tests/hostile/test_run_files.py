@@ -30,20 +30,20 @@ from tests.hostile.commands import (
 )
 from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
 from tests.hostile.test_data_files import mutated, swapped
-from tests.training.fake_run import sample_record, train_record, validation_record
+from tests.reports.fake_run import sample_record, train_record, validation_record
 from w1train import average, convert, evaluate, sample
+from w1train.checkpoints.recovery import _is_to_return
 from w1train.config.errors import UserError
 from w1train.config.serialization import config_from_yaml, config_to_yaml
 from w1train.evaluation import averages
-from w1train.runtime.cpu import import_megatron
+from w1train.reports.report_compare import write_comparison
+from w1train.reports.run_report import write_report
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.status import describe_run
-from w1train.training.recovery import _is_to_return
-from w1train.training.report import write_report
-from w1train.training.report_compare import write_comparison
 
 import_megatron()
 
-from w1train.evaluation.checkpoints import require_own  # noqa: E402 - the line above has to come first
+from w1train.evaluation.checkpoint_validation import require_own  # noqa: E402 - the line above has to come first
 
 MARKUP = "<script>alert(1)</script>"
 
@@ -131,7 +131,7 @@ def test_nothing_is_fetched_because_a_run_says_so(run, tmp_path, url, is_further
     config.data.validation_sets = {"further": url} if is_further else {}
     (run / "config.yaml").write_text(config_to_yaml(config))
     model = SimpleNamespace(config=config_from_yaml(run / "config.yaml"), checkpoint=run / "checkpoints/step_0000000004")
-    monkeypatch.setattr("w1train.training.inference.load_for_inference", lambda *_: model)
+    monkeypatch.setattr("w1train.inference.predictor.load_for_inference", lambda *_: model)
     require_refusal(average.main, [str(run), "--steps", "4,8"], capsys, 2, url, "Give the dataset with --validation")
     require_refusal(evaluate.main, [str(run)], capsys, 2, url, "Give the dataset with --validation")
     assert not cache.parent.exists()
@@ -148,7 +148,7 @@ TOKENIZERS: dict[str, Content] = {
 @pytest.mark.parametrize("content", TOKENIZERS)
 def test_a_tokenizer(run, content, capsys, monkeypatch):
     # The checkpoint of this run has no weights, which would be found first.
-    monkeypatch.setattr("w1train.training.inference.require_stored", lambda *_: None, raising=False)
+    monkeypatch.setattr("w1train.inference.predictor.require_stored", lambda *_: None, raising=False)
     put(run / "tokenizer.json", TOKENIZERS[content])
     for command in ("sample", "evaluate") if content == "list" else ["sample"]:
         assert str(run / "tokenizer.json") in refused(run, command, capsys)

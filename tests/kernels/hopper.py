@@ -40,12 +40,12 @@ KERNELS = {
     triton_modulation._sum_pieces: ({"partial": FP32, "sums": FP32, "first": INT32}, {"BLOCK": 256}, 4),
     triton_rotary._rotate: ({"t": BF16, "output": BF16, "angles": FP32, "direction": "fp32"}, {"HEADS": 32, "PAIRS": 64}, 4),
     triton_cross_entropy._row_statistics: (
-        {"logits": BF16, "targets": INT64} | dict.fromkeys(("largest", "total", "of_target"), FP32),
+        {"logits": BF16, "columns": INT64} | dict.fromkeys(("largest", "total", "chosen"), FP32),
         {"BLOCK": triton_cross_entropy.BLOCK},
         8,
     ),
-    triton_cross_entropy._logits_to_gradient: (
-        {"logits": BF16, "targets": INT64, "largest": FP32, "scale": FP32, "gradient": FP32},
+    triton_cross_entropy._write_gradient: (
+        {"logits": BF16, "columns": INT64, "largest": FP32, "scale": FP32, "gradients": FP32},
         {"BLOCK": triton_cross_entropy.BLOCK},
         8,
     ),

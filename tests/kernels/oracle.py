@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w1train.kernels.cross_entropy import Head, linear_cross_entropy
 from w1train.kernels.modulation import gate_residual, rms_norm
 from w1train.kernels.segments import Segments
+from w1train.model.chunked_head import Head, linear_row_terms
+from w1train.model.row_terms import CrossEntropy, Entropy, LogProbabilities, RowTerm, Vocabulary
 
 EPS = 1e-6
 # Name -> number of segments, and the segment of each token of [7, 3] (None = the sample's).
@@ -101,24 +102,58 @@ def check_gate(name: str, shape: tuple[int, int], size: int, dtype: torch.dtype,
     )
 
 
-def check_cross_entropy(
-    num_rows: int, vocabulary: int, chunk_size: int, excluded: int | None, dtype: torch.dtype, implementation: Any, tolerance: float
+def one_rank(chunk_size: int, excluded: int | None = None, implementation: Any = "auto") -> Head:
+    """A head whose vocabulary is not split over ranks."""
+    return Head(Vocabulary(None, 0, excluded, implementation), chunk_size, sum_row_gradients=True)
+
+
+TERMS = ("cross-entropy", "log-probabilities", "entropy")
+
+
+def make_term(name: str, num_rows: int, vocabulary: int, excluded: int | None) -> RowTerm:
+    """A term whose ids are spread over the vocabulary, none of them excluded. Two of the five ids of a row are the same."""
+    first = torch.arange(num_rows)[:, None] * 7 + torch.tensor([1, 12, 23, 1, 44])
+    ids = first % vocabulary
+    ids = torch.where(ids == (-1 if excluded is None else excluded), (ids + 1) % vocabulary, ids)
+    if name == "entropy":
+        return Entropy()
+    return CrossEntropy(ids[:, 0]) if name == "cross-entropy" else LogProbabilities(ids)
+
+
+def dense_term(term: RowTerm, logits: Tensor) -> Tensor:
+    """The term by its definition, from all logits [m, vocabulary]."""
+    log_probabilities = logits.log_softmax(dim=-1)
+    match term:
+        case CrossEntropy(targets):
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        case LogProbabilities(ids):
+            return log_probabilities.gather(1, ids)
+        case _:
+            return -(log_probabilities.exp() * log_probabilities.clamp_min(-1e9)).sum(dim=-1)
+
+
+def dense_logits(rows: Tensor, weight: Tensor, excluded: int | None) -> Tensor:
+    """Logits [m, vocabulary], -inf at the excluded token."""
+    logits = rows @ weight.t()
+    return logits if excluded is None else logits.index_fill(1, torch.tensor([excluded]), float("-inf"))
+
+
+def check_term(
+    name: str,
+    num_rows: int,
+    vocabulary: int,
+    chunk_size: int,
+    excluded: int | None,
+    dtype: torch.dtype,
+    implementation: Any,
+    tolerance: float,
 ) -> None:
-    """One rank; several are in tests/parallel."""
-    size = 12
-    targets = (torch.arange(num_rows) * 7 + 1) % vocabulary
-    targets = torch.where(targets == (-1 if excluded is None else excluded), (targets + 1) % vocabulary, targets)
-    head = Head(chunk_size, None, 0, excluded, sum_row_gradients=True, implementation=implementation)
-
-    def by_autograd(rows: Tensor, weight: Tensor) -> Tensor:
-        logits = rows @ weight.t()
-        if excluded is not None:
-            logits = logits.index_fill(1, torch.tensor([excluded]), float("-inf"))
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
+    """One rank; several are in tests/model/test_row_terms.py and tests/parallel."""
+    size, term = 12, make_term(name, num_rows, vocabulary, excluded)
+    head = one_rank(chunk_size, excluded, implementation)
     compare(
-        lambda rows, weight: linear_cross_entropy(rows, weight, targets, head),
-        by_autograd,
+        lambda rows, weight: linear_row_terms(rows, weight, [term], head)[0],
+        lambda rows, weight: dense_term(term, dense_logits(rows, weight, excluded)),
         [tokens((num_rows, size), dtype), tokens((vocabulary, size), dtype)],
         tolerance,
     )

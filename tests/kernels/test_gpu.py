@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.kernels import oracle
-from w1train.kernels.cross_entropy import Head, linear_cross_entropy
 from w1train.kernels.rotary import apply_rotary
+from w1train.model.chunked_head import linear_row_terms
+from w1train.model.row_terms import CrossEntropy
 
 pytestmark = pytest.mark.gpu
 SHAPE = (300, 2)
@@ -36,8 +37,9 @@ def test_plain_norm(with_segments, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_cross_entropy(dtype):
-    oracle.check_cross_entropy(100, 64512, 33, 14, dtype, "triton", {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype])
+@pytest.mark.parametrize("name", oracle.TERMS)
+def test_row_terms(name, dtype):
+    oracle.check_term(name, 100, 64512, 33, 14, dtype, "triton", {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype])
 
 
 def test_gradient_goes_into_the_fp32_buffer():
@@ -46,7 +48,7 @@ def test_gradient_goes_into_the_fp32_buffer():
     weight = torch.randn((512, 128), dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, 512, (64,))
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones((512, 128)), False
-    linear_cross_entropy(rows, weight, targets, Head(16, None, 0, None, sum_row_gradients=True)).sum().backward()
+    linear_row_terms(rows, weight, [CrossEntropy(targets)], oracle.one_rank(16))[0].sum().backward()
     wide = weight.detach().double().requires_grad_()
     torch.nn.functional.cross_entropy(rows.detach().double() @ wide.t(), targets, reduction="sum").backward()
     assert (weight.main_grad - 1 - wide.grad).norm() / wide.grad.norm() < 1e-2

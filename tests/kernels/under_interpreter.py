@@ -61,9 +61,10 @@ def test_equals_the_twin_and_itself(check):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(("vocabulary", "chunk_size", "excluded"), [(50, 4, None), (50, 9, 14), (4100, 3, 4099)])
-def test_cross_entropy(vocabulary, chunk_size, excluded, dtype):
-    """The last one's vocabulary is more than one block of the kernels."""
-    oracle.check_cross_entropy(9, vocabulary, chunk_size, excluded, dtype, "triton", {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
+@pytest.mark.parametrize("name", oracle.TERMS)
+def test_row_terms(name, vocabulary, chunk_size, excluded, dtype):
+    """The last vocabulary is more than one block of the kernels."""
+    oracle.check_term(name, 9, vocabulary, chunk_size, excluded, dtype, "triton", {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

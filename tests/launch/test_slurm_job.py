@@ -231,7 +231,7 @@ def test_a_chain_hands_over_and_its_rest_is_cancelled_at_the_end(job):
     job.plan("75 0000000005", "0 0000000010")
     status, output = job.end(chain=3)
     assert status == 75
-    assert "the next job of the chain goes on" in output
+    assert "the next job of the chain resumes the run" in output
     assert not job.requeued
     assert not job.stand_in.calls("scancel")
     assert job.end(chain=3, number=8)[0] == 0

@@ -105,7 +105,7 @@ def test_words_reach_the_ranks_as_they_were_typed():
         (["--gpus-per-node", "3", "--", "recipe=w1_4b", "parallel.tensor=2"], ["in a world of 3"]),
         (["--nodes", "3", "--", "recipe=w1_4b"], ["data-parallel ranks (", "x 24 = "]),
         (["--nodez", "2", "--", "recipe=w1_4b"], ["--nodez", "did you mean --nodes?"]),
-        (["recipe=w1_4b"], ["recipe and overrides behind --", "recipe=w1_4b"]),
+        (["recipe=w1_4b"], ["options before --, and the recipe and overrides after it", "recipe=w1_4b"]),
         (
             ["--time", "1 day", "--nodes", "x", "--", "recipe=w1_4b", "model.hiden_size=3"],
             ["3 problems", "--time", "--nodes", "hidden_size"],

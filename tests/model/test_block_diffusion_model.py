@@ -6,11 +6,11 @@ import torch
 from tests.model.test_transformer import _awake, single_process
 from tests.tiny import LENGTH, VOCAB_SIZE, packed_batch, tiny_config
 from w1train.data.batch import PackedBatch
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
-from w1train.attention.plan import plan_attention  # noqa: E402
+from w1train.attention.attention_plan import plan_attention  # noqa: E402
 from w1train.attention.visibility import causal_visibility  # noqa: E402
 from w1train.data.documents import block_bounds  # noqa: E402
 from w1train.diffusion.corruption import corrupt, corrupt_at  # noqa: E402
@@ -44,7 +44,7 @@ def _other(tokens):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_who_learns_of_whom(variant):
-    """masks.md, property 4: change one token of a stream, and the outputs that may know of it change, no other does, bit for bit."""
+    """If one token of a stream changes, the outputs that may depend on it change, and every other output keeps its bits."""
 
     @single_process
     def body():
@@ -132,8 +132,8 @@ def _only(noisy, document, config):
 
 @pytest.mark.parametrize("clean_attention", ["block_causal", "token_causal"])
 def test_block_size_one_with_everything_masked_is_autoregression(clean_attention):
-    """masks.md, property 2: each position is predicted from a mask token behind the clean tokens before it, as by one causal pass over
-    (x_<p, [MASK]) for each p."""
+    """Each position is predicted from a mask token and the clean tokens before it, as by one causal pass over (x_<p, [MASK])
+    for each p."""
 
     @single_process
     def body():

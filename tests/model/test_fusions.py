@@ -9,15 +9,15 @@ from tests.tiny import tiny_config
 from w1train.config.errors import UserError
 from w1train.config.schema import KernelsConfig
 from w1train.model import linears as linears_module
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
+from w1train.engine import adamw  # noqa: E402
 from w1train.kernels.selection import MAX_ROW  # noqa: E402
 from w1train.model import fusions  # noqa: E402
 from w1train.model.linears import linears  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
-from w1train.training import adamw  # noqa: E402
 
 needs_te = pytest.mark.skipif(not linears_module.has_transformer_engine(), reason="transformer-engine is not installed")
 without_te = pytest.mark.skipif(linears_module.has_transformer_engine(), reason="transformer-engine is installed")
@@ -117,8 +117,8 @@ def test_linears_of_transformer_engine_have_the_same_parameters():
     from tests.distributed import run_distributed
 
     def names(_rank, _size):
+        from w1train.engine.building import build_stage
         from w1train.runtime.distributed import distributed
-        from w1train.training.setup import build_stage
 
         found = []
         for implementation in ("local", "te"):

@@ -6,21 +6,23 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
+from tests.kernels.oracle import dense_term
 from tests.tiny import LENGTH, VOCAB_SIZE, packed_batch, tiny_config
 from w1train.config.compose import load_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt, corrupt_at  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
+from w1train.model.flops import num_parameters  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.model.row_terms import CrossEntropy, Entropy, LogProbabilities  # noqa: E402
 from w1train.model.transformer import DiffusionTransformer  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.flops import num_parameters  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
-# The W1 count is that of the published 7.48 GB bf16 file; the LLaDA ones are those of its paper's table (objectives.md B1, C3).
+# The W1 count is that of the published 7.48 GB bf16 file; the LLaDA counts are in the paper's table (arXiv 2502.09992).
 COUNTS = {"w1_4b": 3_739_097_600, "llada_8b": 8_015_581_184, "llada_1b": 1_487_243_264}
 
 
@@ -110,6 +112,27 @@ def _logits(model, config, noisy):
     inputs.logit_positions = torch.arange(noisy.input_ids.numel())
     with torch.no_grad():
         return model(inputs).reshape(*noisy.input_ids.shape, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("loss_chunk_size", [None, 7])
+def test_the_head_answers_what_is_asked_of_its_logits(loss_chunk_size, tie_embeddings):
+    """One term or several, with the logits in chunks or not."""
+
+    @single_process
+    def body():
+        config = tiny_config(model={"tie_embeddings": tie_embeddings}, training={"loss_chunk_size": loss_chunk_size})
+        model = _awake(config)
+        inputs = rank_inputs(corrupt(packed_batch(range(3)), config.diffusion, 0), config).model
+        logits = model(inputs).double()
+        assert len(logits) % 7 > 0, "the last chunk is a short one"
+        ids = (torch.arange(len(logits)) * 7) % config.diffusion.mask_token_id
+        terms = (CrossEntropy(ids), LogProbabilities(torch.stack([ids, ids.flip(0)], dim=1)), Entropy())
+        (alone,), together = model(inputs, terms[:1]), model(inputs, terms)
+        for term, value in [(terms[0], alone), *zip(terms, together, strict=True)]:
+            torch.testing.assert_close(value.double(), dense_term(term, logits), rtol=1e-5, atol=1e-5)
+
+    body()
 
 
 @pytest.mark.parametrize("timestep_per", ["sequence", "document"])

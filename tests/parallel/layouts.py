@@ -15,20 +15,22 @@ import torch.distributed as dist
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch
 from w1train.config.schema import Config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from tests.saving import save_now  # noqa: E402
+from w1train.checkpoints.loading import load_checkpoint  # noqa: E402
+from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
+from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
-from w1train.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
 from w1train.training.inputs import RankInputs  # noqa: E402
-from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
 
 NUM_STEPS = 3
 LEARNING_RATE = 1e-4
@@ -132,19 +134,24 @@ def _train(
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
         with _noted(inputs):
-            sums, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+            metrics, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
         if step == first_step and not config.parallel.distributed_optimizer:
             gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
         for group in model.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group["lr_mult"]
         norms.append(float(model.optimizer.step()[1]))
-        losses.append(sums.metrics(config.diffusion)["loss"])
+        losses.append(loss_of(metrics, config))
         works.append(work)
     model.gather_parameters()
     if save is not None:
-        save_checkpoint(save, model, Progress(step=first_step + num_steps, samples=0), "", keep=1)
+        save_now(save, model, Progress(step=first_step + num_steps, samples=0))
     parameters = whole_tensors(model, lambda parameter: parameter.data)
     return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs)
+
+
+def loss_of(metrics: dict[str, Any], _config: Config) -> float:
+    """The step's loss over all ranks."""
+    return metrics["loss"]
 
 
 @contextmanager

@@ -7,16 +7,16 @@ import torch
 from tests.distributed import run_distributed
 from tests.parallel.layouts import micro_batches, open_gates, whole_tensors
 from tests.tiny import packed_batch, tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
-from w1train.training.setup import build_trained_model  # noqa: E402
 
 
 def _expected(config, model):

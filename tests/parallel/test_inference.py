@@ -9,9 +9,9 @@ from tests.distributed import run_distributed
 from tests.parallel.layouts import open_gates, world_size
 from tests.parallel.test_layouts import layout_config
 from tests.tiny import packed_batch
+from w1train.engine.building import build_trained_model
+from w1train.inference.predictor import Predictor, block_predictor
 from w1train.runtime.distributed import distributed
-from w1train.training.inference import Predictor, block_predictor
-from w1train.training.setup import build_trained_model
 from w1train.training.validation import validate
 
 LAYOUTS = [

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parallel.layouts import NUM_STEPS, Outcome, train_layout, train_layouts
 from tests.tiny import tiny_config
-from w1train.training import buckets
+from w1train.engine import buckets
 
 STREAMS = {
     "one-stream": {"timestep_per": "document"},

@@ -13,13 +13,13 @@ from megatron.core import parallel_state
 from tests.parallel.layouts import train_layout
 from tests.parallel.test_layouts import assert_equal_numbers, layout_config, reference
 from w1train.attention import context_parallel
-from w1train.diffusion import corruption, philox, timesteps
+from w1train.diffusion import corruption, philox, process, timesteps
+from w1train.engine import building as training_setup
+from w1train.engine.building import TrainedModel
 from w1train.model import megatron_config, transformer
 from w1train.model.initialization import global_named_parameters
 from w1train.training import forward
 from w1train.training import inputs as inputs_module
-from w1train.training import setup as training_setup
-from w1train.training.setup import TrainedModel
 
 TENSOR = {"tensor": 2, "sequence": True, "distributed_optimizer": False}
 PIPELINE = {"pipeline": 2, "distributed_optimizer": False}
@@ -94,8 +94,8 @@ def _slice_noise_per_context_rank(noisy, config):
     rank = parallel_state.get_context_parallel_rank()
     if rank > 0:
         samples, length = noisy.targets.shape
-        words = philox.random_words(config.training.seed + rank, torch.arange(samples), draw=0, purpose=philox.Purpose.MASK, num=length)
-        masked = (words < timesteps.mask_thresholds(noisy.target_timesteps)) & (noisy.document_ids >= 0)
+        words = philox.random_words(config.training.seed + rank, torch.arange(samples), draw=0, purpose=philox.Purpose.NOISE, num=length)
+        masked = (words < timesteps.word_thresholds(noisy.target_timesteps)) & (noisy.document_ids >= 0)
         input_ids = noisy.tokens.masked_fill(masked, config.diffusion.mask_token_id)
         noisy = replace(noisy, input_ids=input_ids, loss_mask=masked)
     return inputs_module.rank_inputs(noisy, config)
@@ -163,8 +163,8 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation("config.has_cond_embedder", PIPELINE, mutate=_no_conditional_embedder),
     Mutation("head leaves partial gradients to the gather", TENSOR, mutate=_head_reduces),
-    Mutation("noise by global sample index", DATA, 2, patch=(corruption, "random_words", _words_by_place)),
-    Mutation("timesteps by global sample index", DATA, 2, patch=(corruption, "draw_fractions", _fractions_by_place)),
+    Mutation("noise by global sample index", DATA, 2, patch=(process, "random_words", _words_by_place)),
+    Mutation("timesteps by global sample index", DATA, 2, patch=(process, "draw_fractions", _fractions_by_place)),
     Mutation("one global denominator", DATA, 2, patch=(training_setup, "finalize_model_grads", _mean_of_means)),
     Mutation(
         "timestep embedding in a bucket of its own",

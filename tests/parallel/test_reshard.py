@@ -7,7 +7,7 @@ import pytest
 from tests.parallel.layouts import NUM_STEPS, train_layout
 from tests.parallel.test_layouts import GRID_STREAMS, layout_config
 from w1train.config.errors import ConfigurationError
-from w1train.training import buckets
+from w1train.engine import buckets
 
 SAVED = ({"tensor": 2, "sequence": True, "pipeline": 2}, 2)
 LOADED = [

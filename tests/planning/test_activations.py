@@ -1,4 +1,4 @@
-"""Predicted activation bytes against what autograd saves, in unique storages, on the real model."""
+"""Predicted activation bytes, compared with the unique storages that autograd saves on the real model."""
 
 import dataclasses
 import functools
@@ -13,21 +13,22 @@ from tests.tiny import packed_batch, tiny_config
 from w1train.planning.activations import CPU_KERNELS, CUDA_KERNELS, chunk_activation_bytes, sizes_of
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.workload import workload_of
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
 from w1train.kernels import triton_modulation, triton_rotary  # noqa: E402
 from w1train.kernels.rotary import apply_rotary  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
-from w1train.runtime import cpu  # noqa: E402
+from w1train.model.row_terms import CrossEntropy  # noqa: E402
+from w1train.runtime import megatron_on_cpu as cpu  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss, _work  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 LENGTH = 64
 
@@ -35,13 +36,13 @@ LENGTH = 64
 def _config(**sections):
     sections.setdefault("diffusion", {})["random_length_probability"] = 0.0
     sections.setdefault("data", {})["sequence_length"] = LENGTH
-    # Fused attention on CUDA wants head channels that are a multiple of 8.
+    # Fused attention on CUDA needs head channels that are a multiple of 8.
     sections["model"] = {"kv_channels": 16, **sections.get("model", {})}
     return tiny_config(**sections)
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of the unique storages that autograd keeps, parameters left out."""
+    """Return the bytes of the unique storages that autograd keeps, without parameters."""
 
     def __init__(self, stage):
         self.parameters = {parameter.untyped_storage()._cdata for parameter in stage.parameters()}
@@ -51,7 +52,7 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.parameters:
-            # The tensor is kept too, so that no other can come to lie at its address.
+            # The tensor is kept as well, so that no other tensor gets its address.
             self.storages[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
@@ -65,7 +66,7 @@ def _inputs(config):
 
 
 def _measure(_rank, _world_size, configs):
-    """For each configuration, what ``_measure_chunks`` gives."""
+    """Return the result of ``_measure_chunks`` for each configuration."""
     results = []
     for config in configs:
         with distributed(config.parallel):
@@ -74,7 +75,7 @@ def _measure(_rank, _world_size, configs):
 
 
 def _measure_chunks(config):
-    """For each chunk of this rank: bytes saved, and the numbers of logits and segments."""
+    """Return, for each chunk of this rank, the bytes saved and the numbers of logits and segments."""
     results = []
     megatron = transformer_config(config.model, config.parallel, config.training.precision)
     for vp_stage in range(config.parallel.virtual_pipeline):
@@ -85,7 +86,7 @@ def _measure_chunks(config):
             stage.set_input_tensor(torch.randn((num_positions, num_samples, config.model.hidden_size), requires_grad=True).bfloat16())
         saved = _SavedBytes(stage)
         with saved:
-            output = stage(inputs.model, inputs.targets)
+            output = stage(inputs.model, [CrossEntropy(inputs.targets)])
             if stage.post_process:
                 _loss(config, inputs, _work(inputs), output)
         results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))
@@ -93,9 +94,9 @@ def _measure_chunks(config):
 
 
 def _predict(config, world_size, kernels, measured, rank=0):
-    """Bytes saved by each chunk of a rank, with the measured numbers of logits and segments."""
+    """Predict the bytes saved by each chunk of a rank, with the measured numbers of logits and segments."""
     layout = layout_of(config, world_size)
-    # Several documents ask for a mask; how many there are matters otherwise only to the number of segments.
+    # Several documents need a mask. Otherwise their number matters only for the number of segments.
     work = workload_of(config, 16)
     predictions = []
     for chunk, (_, num_logits, num_segments) in zip(chunks_of(layout, layout.coordinates(rank).pipeline), measured, strict=True):
@@ -153,7 +154,7 @@ TWO_RANK_NAMES = ["tensor", "tensor-full", "sequence", "sequence-full", "pipelin
 
 @functools.cache
 def _measured_on_one_rank():
-    """All configurations in one fork."""
+    """Measure all configurations in one fork."""
     return run_distributed(_measure, 1, ONE_RANK, timeout=240, process_group=False)[0]
 
 
@@ -178,11 +179,11 @@ def test_two_ranks(config):
         assert _predict(config, 2, CPU_KERNELS, measured, rank) == pytest.approx([size for size, *_ in measured], rel=0.02), rank
 
 
-# On CUDA other kernels run. Fake tensors say what autograd saves there without a GPU: shapes, types and storages, no numbers.
+# On CUDA other kernels run. Fake tensors (shapes, types and storages without numbers) show without a GPU what autograd saves there.
 
 
 def _fused_attention(query, key, value, attn_mask=None, scale=None, enable_gqa=False):
-    """What scaled_dot_product_attention chooses on CUDA; without a GPU it cannot choose it by itself."""
+    """Run the kernel that scaled_dot_product_attention chooses on CUDA, which it cannot choose without a GPU."""
     assert not enable_gqa
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
@@ -196,7 +197,7 @@ def _on_fake_cuda(tensor):
 
 
 def _move(instance):
-    """The tensors of a dataclass, and of dataclasses in it."""
+    """Return the tensors of a dataclass and of the dataclasses in it."""
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if isinstance(value, torch.Tensor):
@@ -214,7 +215,7 @@ def _move_parameters(stage):
 
 
 def _replace_triton():
-    """Kernels that compute nothing, for tensors that hold nothing."""
+    """Replace kernels by functions that compute nothing, because fake tensors hold no numbers."""
     triton_rotary.rotate = lambda t, angles, direction: torch.empty_like(t)
     triton_modulation.gate_forward = lambda residual, gate, x, index: torch.empty_like(x)
     triton_modulation.norm_forward = lambda x, *_: (torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32))
@@ -222,7 +223,7 @@ def _replace_triton():
 
 def _measure_on_fake_cuda(_rank, _world_size, config, masked):
     F.scaled_dot_product_attention = _fused_attention
-    # megatron-core puts torch.compile on SwiGLU, which does not take fake tensors from outside.
+    # megatron-core compiles SwiGLU, and compiled functions do not take fake tensors.
     torch.compiler.set_stance("force_eager")
     with distributed(config.parallel):
         megatron = transformer_config(config.model, config.parallel, config.training.precision)
@@ -235,7 +236,7 @@ def _measure_on_fake_cuda(_rank, _world_size, config, masked):
         with torch.device("meta"):
             stage = build_stage(config, megatron)
         num_logits = len(inputs.logit_positions)
-        cpu._is_cuda = lambda _device: False  # fake CUDA is CUDA here
+        cpu._is_cuda = lambda _device: False  # the fake CUDA device counts as CUDA here
         with FakeTensorMode(), torch.device("cuda"):
             _move_parameters(stage)
             _move(inputs)
@@ -257,6 +258,6 @@ def test_cuda_kernels(model, timestep_per, masked):
     (predicted,) = _predict(config, 1, CUDA_KERNELS, [measured])
     if not masked:
         predicted -= config.model.num_layers * config.training.micro_batch_size * LENGTH**2 * 2
-    # The loss needs collectives, which fake tensors do not do: its probabilities, mask, index and weights are not in the measurement.
+    # The loss needs collectives, which fake tensors do not support: the measurement lacks its probabilities, mask, index and weights.
     predicted -= measured[1] * (config.model.vocab_size * 4 + 1 + 8 + 4)
     assert predicted == pytest.approx(measured[0], rel=0.02)

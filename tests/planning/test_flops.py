@@ -1,4 +1,4 @@
-"""The plan's FLOPs per token against torch's FLOP counter on the real model, part by part."""
+"""The plan's FLOPs per token, compared part by part with torch's FLOP counter on the real model."""
 
 from collections import Counter
 
@@ -10,18 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.distributed import run_distributed
 from tests.tiny import VOCAB_SIZE, tiny_config
 from w1train.planning.workload import flops_per_token, workload_of
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.model.row_terms import CrossEntropy  # noqa: E402
+from w1train.objectives.description import num_streams  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import _loss, _work  # noqa: E402
 from w1train.training.inputs import rank_inputs, sequence_visibility  # noqa: E402
-from w1train.training.objective import num_streams  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 LENGTH, NUM_SAMPLES = 64, 2
 PARTS = {
@@ -41,15 +42,15 @@ def _batch(document_length):
 
 
 def _counted(_rank, _world_size, config, document_length):
-    """FLOPs of one micro-batch by part, and all of them."""
+    """Count the FLOPs of one micro-batch by part and in total."""
     with distributed(config.parallel):
         stage = build_stage(config, transformer_config(config.model, config.parallel, "fp32"))
         noisy = corrupt(_batch(document_length), config.diffusion, 0)
         assert bool(noisy.loss_mask.all())
         inputs = rank_inputs(noisy, config)
-        # The fused kernels' backward computes the scores again, and the counter counts that; the plan does not.
+        # The backward pass of fused kernels computes the scores again. The counter counts this, the plan does not.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            _loss(config, inputs, _work(inputs), stage(inputs.model, inputs.targets))[0].backward()
+            _loss(config, inputs, _work(inputs), stage(inputs.model, [CrossEntropy(inputs.targets)]))[0].backward()
         counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     parts = Counter()
     for part, names in PARTS.items():

@@ -1,21 +1,21 @@
-"""Ranks, chunks and micro-batches in flight, against megatron-core's schedules and layers."""
+"""Ranks, chunks and micro-batches in flight, compared with megatron-core's schedules and layers."""
 
 import pytest
 
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch, tiny_config
-from w1train.config.validate import validate
-from w1train.planning.build import build_ranks
+from w1train.config.rules.validate import validate
+from w1train.model.flops import num_parameters
 from w1train.planning.layout import Coordinates, bubble_fraction, chunks_of, in_flight, layout_of
-from w1train.runtime.cpu import import_megatron
-from w1train.training.flops import num_parameters
+from w1train.planning.meta_build import build_ranks
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine.building import build_trained_model  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
-from w1train.training.setup import build_trained_model  # noqa: E402
 
 
 def _layout(world_size=4, num_micro_batches=8, num_layers=8, **parallel):
@@ -60,7 +60,7 @@ def test_bubble():
     ids=str,
 )
 def test_layers_are_dealt_as_megatron_deals_them(num_layers, parallel):
-    """``build_ranks`` compares names, and so the numbers of layers, on every rank."""
+    """``build_ranks`` compares names, and therefore the numbers of layers, on every rank."""
     config = tiny_config(model={"num_layers": num_layers}, parallel=parallel)
     world_size = parallel["pipeline"]
     layout = layout_of(config, world_size)
@@ -71,7 +71,7 @@ def test_layers_are_dealt_as_megatron_deals_them(num_layers, parallel):
 
 
 def _count_in_flight(_rank, _world_size, config):
-    """Micro-batches that each chunk has run forward and not yet backward, whenever a backward pass begins."""
+    """Return how many micro-batches each chunk has run forward but not backward, at the start of each backward pass."""
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
         held, peaks = [0] * len(model.chunks), set()
@@ -79,7 +79,8 @@ def _count_in_flight(_rank, _world_size, config):
         def count_forward(number):
             def hook(_module, _inputs, output):
                 held[number] += 1
-                output.register_hook(lambda _gradient: count_backward(number))
+                # The last stage returns a tuple of terms.
+                (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: count_backward(number))
 
             return hook
 

@@ -1,11 +1,11 @@
-"""python -m w1train.plan: its words, its exit status, its JSON."""
+"""python -m w1train.plan: its options, exit status and JSON."""
 
 import json
 
 import pytest
 
 from w1train import plan
-from w1train.planning import build
+from w1train.planning import meta_build
 from w1train.planning.arguments import parse
 
 SMALL = ["recipe=demo", "gpus=2"]
@@ -77,7 +77,7 @@ def test_search_prints_layouts_and_how_to_ask_for_the_first(capsys):
 
 
 def test_a_layout_that_breaks_rules_lists_them_all_and_builds_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(build, "build_ranks", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(meta_build, "build_ranks", lambda *_: pytest.fail("built"))
     assert plan.main(["recipe=w1_4b", "gpus=512", "training.micro_batch_size=2"]) == 2
     assert "multiple of training.micro_batch_size x data-parallel ranks (2 x 512 = 1024)" in capsys.readouterr().err
     assert plan.main(["recipe=w1_4b", "gpus=3", "parallel.tensor=2"]) == 2

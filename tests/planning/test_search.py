@@ -1,11 +1,11 @@
-"""The layouts that --search finds, and how predictions move with the layout."""
+"""The layouts that --search finds, and how predictions depend on the layout."""
 
 import dataclasses
 
 import pytest
 
 from w1train.config.compose import load_config
-from w1train.config.validate import validate
+from w1train.config.rules.validate import validate
 from w1train.planning.assumptions import DEVICES, Assumptions, replace_assumptions
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
@@ -36,7 +36,7 @@ def test_only_valid_layouts_that_fit_fastest_first(found):
 
 
 def test_every_kind_of_layout_is_tried(found):
-    """8B fits on 16 devices only with some help, and there is more than one kind of help."""
+    """8B does not fit on 16 devices with data parallelism alone, and layouts of every kind make it fit."""
     layouts = [plan.layout for plan in found.plans]
     assert {layout.tensor for layout in layouts} >= {2, 4, 8}
     assert {layout.pipeline for layout in layouts} >= {1, 2, 4}
@@ -77,7 +77,7 @@ def test_less_nvlink_slows_tensor_parallelism_down_only(w1):
 
 
 def test_packed_documents_need_fewer_model_flops_but_not_less_time(w1):
-    """A dense mask computes every pair, so packing lowers MFU until a kernel skips what is masked."""
+    """With a dense mask every pair is computed, so packing lowers MFU unless a kernel skips masked pairs."""
     whole, packed = (predict(w1, 512, H100, Assumptions(), documents) for documents in (None, 512))
     assert packed.work.visible_pairs == 8 * 512**2
     assert packed.flops_per_token["attention_core"] == whole.flops_per_token["attention_core"] / 8

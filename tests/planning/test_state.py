@@ -1,4 +1,4 @@
-"""Predicted bytes of parameters, gradients and optimizer states against a real run's storages, to the byte."""
+"""Predicted bytes of parameters, gradients and optimizer states, compared to the byte with a real run's storages."""
 
 import math
 
@@ -9,16 +9,16 @@ from tests.tiny import packed_batch, tiny_config
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import buffer_layout, shard_numels, state_bytes
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine import buckets  # noqa: E402
+from w1train.engine.building import build_trained_model  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training import buckets  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
-from w1train.training.setup import build_trained_model  # noqa: E402
 
 TIED = {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True, "num_query_groups": 2}
 # World size, layout, precision, model.
@@ -45,12 +45,12 @@ CASES = {
 
 
 def _storage_bytes(tensors):
-    """Bytes of the distinct storages behind some tensors."""
+    """Return the bytes of the distinct storages of tensors."""
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _allocated(_rank, world_size, config):
-    """(parameters, gradients, optimizer) bytes after one step, and the names and shapes of the parameters."""
+    """Return (parameters, gradients, optimizer) bytes after one step, and the names and shapes of the parameters."""
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
         num_samples = config.training.global_batch_size // ranks.data_parallel_size
@@ -64,7 +64,7 @@ def _allocated(_rank, world_size, config):
         assert model.optimizer.step()[0]
         parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
         buffers = [buffer for chunk in model.chunks for buffer in chunk.buffers]
-        # The optimizers behind megatron-core's wrappers: their groups hold masters, or views of fp32 parameters.
+        # The groups of the optimizers inside megatron-core's wrappers hold masters, or views of fp32 parameters.
         inner = [optimizer.optimizer for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])]
         updated = [parameter for optimizer in inner for group in optimizer.param_groups for parameter in group["params"]]
         moments = [state[key] for optimizer in inner for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]

@@ -1,4 +1,4 @@
-"""The cheapest recomputation that fits, as the device's memory shrinks."""
+"""The cheapest recomputation that fits, for devices with less and less memory."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def test_less_memory_asks_for_more_recomputation():
 
 
 def test_groups_of_layers_are_chosen_for_memory():
-    """One layer a group keeps 48 inputs; the best group keeps fewer and has few layers back at once."""
+    """Groups of one layer keep 48 inputs; the best size keeps fewer inputs and recomputes few layers at once."""
     best = suggest_recomputation(_plan(_plan(recompute="full").needed_bytes))
     least = min(_plan(recompute="full", recompute_num_layers=size).needed_bytes for size in (1, 2, 3, 4, 6, 8, 12))
     assert best.needed_bytes <= least
@@ -45,6 +45,6 @@ def test_a_loss_in_chunks_needs_less_memory(chunk):
     plans = [predict(plan.run, 8, H100, Assumptions(), 512) for plan in (whole, chunked)]
     vocabulary, rows = whole.run.model.vocab_size, 2 * 4096
     saved = plans[0].needed_bytes - plans[1].needed_bytes
-    # fp32 probabilities and bf16 logits of all rows against bf16 logits of a chunk and the gradient of the head's input.
+    # Compared are fp32 probabilities and bf16 logits of all rows with bf16 logits of a chunk and the gradient of the head's input.
     expected = rows * vocabulary * 6 - (chunk * vocabulary + rows * whole.run.model.hidden_size) * 2
     assert saved == pytest.approx(expected, rel=1e-3)

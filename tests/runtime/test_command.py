@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 from tests.distributed import run_distributed
-from tests.training.fake_run import write_fake_run
+from tests.records.recorded_run import recorded_run, started
+from tests.reports.fake_run import train_record, write_fake_run
 from w1train import dashboard, report, status
+from w1train.records.console import ConsoleSink
 from w1train.runtime.command import allow_open_files, command, describe_error, is_out_of_files, prepare_streams, text_argument
-from w1train.training.console import TrainingConsole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_ASCII = "a box ┃, a mask ░, a model that says ä"
@@ -152,10 +153,9 @@ def test_training_goes_on_without_its_console(caplog):
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    console = TrainingConsole(total_tokens=10, total_steps=2, start_step=0, enabled=True, interval=1, stream=Broken())
-    with console:
-        for _ in range(3):
-            console.print_line("a line")
+    with started(ConsoleSink(recorded_run(Path("unused"), interval=1), Broken())) as console:
+        for step in (1, 2, 3):
+            console.record(train_record(step))
     assert caplog.text.count("training goes on without it") == 1
 
 

@@ -13,9 +13,9 @@ from tests.test_project import REPOSITORY, python_files
 from w1train.data.writer import open_exclusively
 from w1train.runtime import files
 from w1train.runtime.files import UnsafeFileError, exclusive, open_in_place, open_new, replace_by_library, replace_file, write_text
+from w1train.runtime.record_files import MetricsLog
 from w1train.runtime.run_directory import RunDirectory, RunDirectoryError
 from w1train.runtime.status import Heartbeat, write_heartbeat, write_json
-from w1train.training.metrics_log import MetricsLog
 
 VICTIM = b"kept\n"
 
@@ -185,7 +185,7 @@ def test_a_library_that_fails_leaves_what_was_there(tmp_path):
 
 ALLOWED = {
     "w1train/runtime/files.py": "the place that all others use",
-    "w1train/config/reference.py": "a file of this repository, named by who writes its documentation",
+    "w1train/config/schema_reference.py": "a file of this repository, named by who writes its documentation",
     "w1train/runtime/command.py": "/dev/null alone",
     "w1train/conversion/export.py": "in a directory that the same export has just made",
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import packed_batch, tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.runtime.streams import hand_over, side_stream, tensors_in
 
 import_megatron()
@@ -45,7 +45,7 @@ def test_every_tensor_of_the_inputs_is_found():
     model, plan = inputs.model, inputs.model.attention_plan
     wanted = [model.input_ids, model.positions, model.segment_index, model.segment_timesteps, model.logit_positions]
     wanted += [plan.visibility.endpoints, plan.kernel_plan.mask]
-    wanted += [noisy.targets, noisy.weights, noisy.loss_mask, noisy.target_timesteps, noisy.has_target]
+    wanted += [inputs.rows.targets, inputs.rows.weights, inputs.rows.timesteps, inputs.rows.num_masked, inputs.rows.num_tokens]
     assert {id(tensor) for tensor in wanted} <= {id(tensor) for tensor in tensors_in((inputs, inputs.targets))}
 
 
@@ -85,7 +85,7 @@ def test_inputs_are_made_on_their_own_stream_and_handed_over(monkeypatch):
     assert events == [("enter", "inputs"), "corruption", ("leave", "inputs"), ("model", "waits for", "inputs")]
     handed_over = {id(tensor) for tensor in tensors_in(prepared)}
     inputs, targets, work = prepared
-    assert {id(tensor) for tensor in (targets, work, *inputs.noisy.loss_timesteps_and_weights())} <= handed_over
+    assert {id(tensor) for tensor in (targets, work, inputs.rows.timesteps, inputs.rows.weights)} <= handed_over
     assert set(recorded) == {(tensor, "model") for tensor in handed_over}
 
 

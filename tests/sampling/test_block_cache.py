@@ -6,20 +6,20 @@ import torch
 from tests.distributed import run_distributed
 from tests.tiny import VOCAB_SIZE, tiny_config
 from w1train.config.schema import SamplingConfig
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.sampling.denoise import generate
 
 import_megatron()
 
+from w1train.attention.attention_plan import plan_attention  # noqa: E402
 from w1train.attention.cache import KeyValueCache, cached_visibility  # noqa: E402
-from w1train.attention.plan import plan_attention  # noqa: E402
 from w1train.attention.visibility import Visibility, block_diffusion_visibility  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch  # noqa: E402
+from w1train.engine.building import build_stage  # noqa: E402
+from w1train.inference.predictor import BlockPredictor, Predictor, block_predictor  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.inference import BlockPredictor, Predictor, block_predictor  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
-from w1train.training.setup import build_stage  # noqa: E402
 
 BLOCK_SIZE = 8
 MASK = 14
@@ -66,8 +66,8 @@ def training_logits(predictor: Predictor, clean: torch.Tensor, noisy: torch.Tens
         targets=clean,
         loss_mask=everywhere,
         has_target=everywhere,
-        weights=torch.ones(clean.shape),
         target_timesteps=torch.zeros(clean.shape),
+        target_segments=torch.zeros_like(clean),
         next_targets=None,
         next_mask=None,
         document_ids=torch.zeros(clean.shape, dtype=torch.int32),

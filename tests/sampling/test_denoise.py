@@ -14,13 +14,14 @@ from torch import Tensor
 
 from w1train.config.schema import SamplingConfig
 from w1train.sampling.denoise import DenoisingStep, Generation, PlannedBlock, cut_at_eos, generate, plan_blocks
-from w1train.sampling.unmask import transfer_counts
+from w1train.sampling.unmask import Unmasking, transfer_counts
 
 VOCAB_SIZE, MASK, EOS = 16, 15, 0
 
 
 def toy_logits(tokens: Tensor, _t: Tensor) -> Tensor:
-    """The closed-form model of masks.md: i, v from 0; the sum runs over (token + 1) of all unmasked tokens, prompt included."""
+    """A model in closed form, 3 cos(0.7 (i + 1)(v + 1) + 0.13 sum) at position i for token v. The sum is over token + 1 of all tokens that
+    are not masked, prompt included."""
     total = ((tokens + 1) * (tokens != MASK)).sum(dim=1)[:, None, None]
     position = torch.arange(1, tokens.shape[1] + 1)[None, :, None]
     return 3 * torch.cos(0.7 * position * torch.arange(1, VOCAB_SIZE + 1) + 0.13 * total)
@@ -117,12 +118,14 @@ def test_every_step_unmasks_the_planned_tokens_and_changes_nothing_else(config, 
     batches = {tuple(state.rows): [] for state in seen}
     for state in seen:
         batches[tuple(state.rows)].append(state.tokens)
+    opened = (state.is_open for state in seen)
     assert sorted(row for rows in batches for row in rows) == list(range(len(prompts)))
     for rows, states in batches.items():
         prompt = torch.tensor([prompts[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
         before = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=MASK)
         for (block, num_unmasked), after in zip(plans[prompt.shape[1]], states, strict=True):
             newly = (before == MASK) & (after != MASK)
+            assert torch.equal(after == MASK, next(opened))
             assert torch.equal(before[~newly], after[~newly])  # the prompt, decided tokens and remaining masks stay
             assert newly.sum(dim=1).tolist() == [num_unmasked] * len(rows)
             columns = newly.any(dim=0).nonzero()[:, 0]
@@ -238,6 +241,18 @@ def test_confidence_is_finer_than_float32():
     assert states[0] == [MASK, 5]
 
 
+def test_no_token_marks_what_is_open():
+    """Open positions hold ordinary tokens, as under uniform noise, and a decided one holds the mask token's id."""
+    tokens = torch.tensor([[MASK, 5, 6, 7], [1, 2, 3, 4]])
+    is_open = torch.tensor([[False, True, True, True], [True, False, True, False]])
+    logits = torch.zeros(2, 4, VOCAB_SIZE)
+    logits[:, torch.arange(4), torch.tensor([8, 9, 10, 11])] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    unmasking = Unmasking(SamplingConfig(num_tokens=4), [0, 1], mask_token_id=MASK, vocab_size=None, device="cpu")
+    after, still_open = unmasking.step(tokens, is_open, logits, 2)
+    assert after.tolist() == [[MASK, 5, 10, 11], [8, 2, 10, 4]]
+    assert still_open.tolist() == [[False, True, False, False], [False] * 4]
+
+
 def test_steps_without_a_token_are_skipped_and_said(caplog):
     with caplog.at_level("INFO"):
         generation = run([[3]], SamplingConfig(num_tokens=4, num_steps=10))
@@ -262,7 +277,7 @@ def test_text_ends_before_the_first_eos():
         ({"temperature": math.nan}, "sampling.temperature is nan"),
         ({"remasking": "entropy"}, "valid: low_confidence, random"),
         ({"block_size": 5}, r"a divisor of sampling.num_tokens \(12\): 1, 2, 3, 4, 6, 12"),
-        ({"block_size": 4, "num_steps": 4}, "a multiple of the 3 blocks of 4 tokens"),
+        ({"block_size": 4, "num_steps": 4}, "a multiple of 3, the number of blocks of 4 tokens"),
         ({"num_tokens": 0, "temperature": -1.0}, "num_tokens is 0.*temperature is -1"),
     ],
 )

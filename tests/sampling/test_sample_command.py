@@ -238,8 +238,9 @@ def test_show_steps_off_a_terminal_prints_each_canvas(sample):
 def test_on_a_terminal_the_canvas_is_drawn_in_place_and_styled():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=60, height=20, color_system="standard", legacy_windows=False)
-    with DenoisingView(console, ByteTokenizer(), MASK, num_tokens=4) as view:
-        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([[*b"ab", MASK, *b"c", MASK, MASK]])))
+    with DenoisingView(console, ByteTokenizer(), num_tokens=4) as view:
+        is_open = torch.tensor([[False, False, True, False, True, True]])
+        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([list(b"abxcyz")]), is_open))
     print_samples(console, [TextSample("ab", "cd", list(b"cd"), 2)])
     drawn = stream.getvalue()
     assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m" in drawn

@@ -17,7 +17,7 @@ from w1train.sampling.unmask import above_threshold
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.95, [1, 0, 0, 0]), (0.5, [1, 1, 0, 0]), (0.99, [1, 0, 0, 0])])
 def test_golden_choices(threshold, expected):
-    """masks.md section 2: maximum probabilities .97, .6, (decided), .4."""
+    """Of maximum probabilities .97, .6, (decided), .4."""
     confidence = torch.tensor([[0.97, 0.6, -math.inf, 0.4]])
     assert above_threshold(confidence, threshold).int().tolist() == [expected]
 

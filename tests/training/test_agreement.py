@@ -5,26 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import run_distributed
-from w1train.training.agreement import Agreement, StepFlags, agree
-
-QUIET = StepFlags()
+from w1train.training.agreement import Agreement
 
 
-def exchange(rank: int, world_size: int, flags: list[StepFlags]) -> tuple[StepFlags, StepFlags]:
-    under_way = Agreement(flags[rank])
+def exchange(rank: int, world_size: int, stops: list[bool]) -> tuple[bool, bool]:
+    under_way = Agreement(stops[rank])
     # Another exchange meanwhile is not mixed up with it.
-    return agree(StepFlags(stop_requested=rank == 0)), under_way.wait()
+    return Agreement(rank == 0).wait(), under_way.wait()
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([QUIET, QUIET], QUIET),
-        ([QUIET, StepFlags(stop_requested=True)], StepFlags(stop_requested=True)),
-        ([StepFlags(save_failed=True), QUIET], StepFlags(save_failed=True)),
-        ([StepFlags(saved=False), QUIET], StepFlags(saved=False)),
-        ([StepFlags(saved=False), StepFlags(saved=False, stop_requested=True)], StepFlags(saved=False, stop_requested=True)),
-    ],
-)
-def test_flags_of_any_and_of_all(flags, expected):
-    assert run_distributed(exchange, 2, flags) == [(StepFlags(stop_requested=True), expected)] * 2
+@pytest.mark.parametrize("stops", [[False, False], [False, True], [True, False], [True, True]])
+def test_one_rank_that_is_to_stop_is_enough(stops):
+    assert run_distributed(exchange, 2, stops) == [(True, any(stops))] * 2

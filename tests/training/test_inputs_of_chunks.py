@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from tests.tiny import tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 NUM_MICRO_BATCHES = 6
 

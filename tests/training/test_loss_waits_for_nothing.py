@@ -7,12 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import VOCAB_SIZE, tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.objectives.loss_rows import LossRows  # noqa: E402
 from w1train.training.forward import _loss, _prepare  # noqa: E402
 
 LENGTH, NUM_SAMPLES = 64, 2
@@ -46,7 +47,7 @@ objectives = pytest.mark.parametrize(
     "diffusion",
     [
         {},
-        {"normalizer": "masked", "timestep_per": "document", "weight": "inverse_fraction"},
+        {"normalizer": "masked_tokens", "timestep_per": "document", "weight": "inverse_fraction"},
         {"block_size": 8, "autoregressive_weight": 0.5},
     ],
     ids=["masked", "by_document", "joint"],
@@ -61,7 +62,7 @@ def test_the_loss_asks_the_device_for_nothing(diffusion):
     assert "nonzero" in before.found, "what the loss needs is picked before the model runs"
     cross_entropy = torch.rand(len(targets), requires_grad=True)
     with _WaitsOf() as loss:
-        _loss(config, inputs, work, cross_entropy)[0].backward()
+        _loss(config, inputs, work, (cross_entropy,))[0].backward()
     assert loss.found == []
 
 
@@ -70,16 +71,8 @@ def test_the_loss_is_computed_of_tensors_without_values(diffusion):
     """Tensors of the meta device refuse what no dispatched operation shows on a CPU: tolist, numpy, copies to the host."""
     config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
     inputs, targets, work = _prepare(_noisy(config), config)
-    noisy = replace(inputs.noisy)
-    for entry in fields(noisy):
-        setattr(noisy, entry.name, _without_values(getattr(inputs.noisy, entry.name)))
+    rows = LossRows(**{entry.name: getattr(inputs.rows, entry.name).to("meta") for entry in fields(inputs.rows)})
     cross_entropy = torch.rand(len(targets), device="meta", requires_grad=True)
-    weighted, denominator, kept = _loss(config, replace(inputs, noisy=noisy), work.to("meta"), cross_entropy)
+    weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), (cross_entropy,))
     weighted.backward()
     assert {tensor.device.type for tensor in (weighted, denominator, kept, cross_entropy.grad)} == {"meta"}
-
-
-def _without_values(value):
-    if isinstance(value, tuple):
-        return tuple(_without_values(tensor) for tensor in value)
-    return value.to("meta") if isinstance(value, torch.Tensor) else value

@@ -1,1 +1,1 @@
-"""Attention: who sees whom, and the kernels that compute it."""
+"""Attention: which tokens see which, and the kernels that compute it."""

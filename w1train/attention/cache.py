@@ -1,8 +1,8 @@
 """Keys and values of finished tokens, kept between the forward passes of generation.
 
-In block diffusion a clean token sees clean tokens of its own and earlier blocks alone, so the keys and values of a finished block
-are final, and a noisy block needs nothing else of the past. In masked diffusion every token sees every other: each token that is
-unmasked changes all keys, and there is nothing to keep.
+In block diffusion a clean token sees only clean tokens of its own and earlier blocks. The keys and values of a finished block are therefore
+final, and a noisy block needs nothing else of what precedes it. In masked diffusion every token sees every other: each token that is
+unmasked changes all keys, and no key can be kept.
 
 Shapes: n = rows of a forward pass (padding of sequence parallelism included), b = samples, g = key/value heads of this rank,
 d = channels.
@@ -18,22 +18,25 @@ from torch import Tensor
 from w1train.attention.visibility import Visibility
 
 Causality = Literal["block", "token"]
-"""How far a token sees inside its own block: all of it, or up to itself."""
+"""What a token sees of its own block: all of it, or the tokens up to itself."""
 
 
 class KeyValueCache:
     """Keys and values of the kept tokens, for all layers of this rank."""
 
     def __init__(self, capacity: int) -> None:
-        """capacity: kept tokens and rows of the last pass together, at most."""
+        """
+        Args:
+            capacity: the largest number of kept tokens and rows of the last pass together.
+        """
         self.capacity, self.num_tokens = capacity, 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Lay a pass's keys and values [n, b, g, d] behind the kept ones; both together, [num_tokens + n, b, g, d].
+        """Write the keys and values of a pass, [n, b, g, d], after the kept ones; return all of them, [num_tokens + n, b, g, d].
 
-        They stay if ``keep`` follows, otherwise the next pass overwrites them. So a pass may be repeated, as virtual pipeline
-        stages do, and a denoising step copies nothing but its own rows.
+        They stay if ``keep`` is called next; otherwise the next pass overwrites them. A pass may therefore be repeated, as virtual pipeline
+        stages do, and a denoising step copies only its own rows.
         """
         end = self.num_tokens + len(key)
         assert end <= self.capacity, (end, self.capacity)
@@ -44,11 +47,11 @@ class KeyValueCache:
         return keys[:end], values[:end]
 
     def keep(self, num_tokens: int) -> None:
-        """Make the first rows of the last pass part of the cache; called once, after all layers."""
+        """Make the first rows of the last pass part of the cache. It is called once, after all layers."""
         self.num_tokens += num_tokens
 
     def select_samples(self, samples: Tensor) -> None:
-        """Go on with some samples of the batch, int64 [new b]."""
+        """Keep some samples of the batch, int64 [new b]; the others have ended."""
         for layer_number, (keys, values) in self._layers.items():
             self._layers[layer_number] = keys.index_select(1, samples), values.index_select(1, samples)
 
@@ -56,15 +59,16 @@ class KeyValueCache:
 def cached_visibility(
     num_cached: int, num_tokens: int, block_size: int, causality: Causality, *, num_rows: int, device: torch.device | str
 ) -> Visibility:
-    """What new tokens of a document see of [cached ; new] keys: everything before them, and their own block as ``causality`` says.
+    """Return what new tokens of a document see of [cached ; new] keys: everything before them, and their own block as ``causality`` says.
 
-    Clean tokens and a noisy block alike: only what lies in the cache differs. Blocks are counted from the document's start.
+    It is the same for clean tokens and for a noisy block, which only find other keys in the cache. Blocks are counted from the start of the
+    document.
 
     Args:
-        num_rows: rows of the pass; those from ``num_tokens`` on are padding, which sees nothing and is seen by nothing.
+        num_rows: rows of the pass. Rows from ``num_tokens`` on are padding, which sees nothing and which no token sees.
 
     Returns:
-        For one sample (b = 1), the same for all.
+        The visibility of one sample (b = 1), which is the same for all samples.
     """
     position = num_cached + torch.arange(num_rows, device=device, dtype=torch.int32)
     unit = block_size if causality == "block" else 1

@@ -1,18 +1,18 @@
 """Context parallelism: which rank owns which positions, and how keys reach the queries that see them.
 
-Positions are dealt in chunks, the same chunks of the noisy and the clean stream, so that every rank owns as many positions
-and (nearly) as many visible pairs. Contiguous or zig-zag splits cannot balance packed documents: a chunk's work depends on
-where its documents begin, not on where the sample does.
+Positions are dealt to ranks in chunks, the same chunks of the noisy and of the clean stream. Every rank owns equally many positions and
+nearly equally many visible pairs. Contiguous or zig-zag splits cannot balance packed documents, because the work of a chunk
+depends on where its documents begin.
 
-Each rank computes attention for the queries of its own positions:
+Each rank computes attention for the queries of its own positions. What ranks exchange (``Travel``) is one of:
 
-- ``clean`` keys travel (block diffusion): keys are [gathered x_0 in sample order ; own x_t]. Noisy keys stay at home, for a
-  noisy block is seen by itself alone. Needs every noisy block inside one chunk.
-- ``all`` keys travel (one stream, or blocks that cross chunk borders): keys are all positions of all streams, in sample order.
-- ``heads`` travel (Ulysses): each rank has all positions of some heads.
+- ``clean`` keys (block diffusion): a rank has the keys [gathered x_0 in sample order ; own x_t]. Noisy keys are not exchanged, because only
+  the block itself sees them. This needs every noisy block inside one chunk.
+- ``all`` keys (one stream, or blocks that cross chunk borders): a rank has all positions of all streams, in sample order.
+- ``heads`` (Ulysses, arXiv 2309.14509): a rank has all positions of some heads.
 
-Which rank owns what is a function of the documents, computed alike on every rank; visibility is per query row, so any
-ownership costs the kernels nothing.
+Which rank owns which positions is a function of the documents, and every rank computes it. Visibility is described for each query row,
+so that kernels are as fast with any ownership.
 
 Shapes: b = samples, l = sequence_length, c = context-parallel ranks, n = l / c positions of a rank, p = number of streams
 (1 or 2), k = keys.
@@ -43,15 +43,16 @@ class Ownership:
     positions: Tensor
     """int64 [b, c, n]."""
     balance: float
-    """max / mean over ranks of the visible pairs of their queries, of the whole micro-batch."""
+    """max / mean over ranks of the visible pairs of their queries, in the whole micro-batch."""
 
 
 def deal_positions(visibility: Visibility, num_streams: int, num_ranks: int, chunk_size: int) -> Ownership:
-    """Deal chunks of positions to ranks: each as many, visible pairs balanced (longest first to the least loaded).
+    """Deal equally many chunks of positions to each rank so that visible pairs are balanced: chunks with more pairs come first, and each
+    goes to the rank with fewest pairs.
 
     Args:
-        visibility: of the whole sequence, rows [x_t ; x_0] for two streams.
-        chunk_size: positions per chunk; l must be a multiple of num_ranks * chunk_size.
+        visibility: of the whole sequence, with rows [x_t ; x_0] for two streams.
+        chunk_size: positions of a chunk; l must be a multiple of num_ranks * chunk_size.
     """
     num_samples, num_rows = visibility.endpoints.shape[1:]
     length = num_rows // num_streams
@@ -65,7 +66,7 @@ def deal_positions(visibility: Visibility, num_streams: int, num_ranks: int, chu
 
 
 def _deal(costs: list[int], num_ranks: int) -> tuple[list[list[int]], list[int]]:
-    """Chunks of each rank (ascending) and its load."""
+    """Return the chunks of each rank, in ascending order, and the sum of their costs."""
     capacity = len(costs) // num_ranks
     chunks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
@@ -79,27 +80,27 @@ def _deal(costs: list[int], num_ranks: int) -> tuple[list[list[int]], list[int]]
 
 @dataclass(slots=True)
 class KeyExchange:
-    """One micro-batch's key exchange on one rank; shared by all layers."""
+    """The exchange of keys in one micro-batch, for one rank and all layers."""
 
     travel: Travel
     group: Any
     """The context-parallel process group."""
     num_streams: int
     gathered_to_sample: Tensor
-    """int64 [b, rows]: for each key in sample order, its place in the ranks' rows laid end to end."""
+    """int64 [b, rows]: for each key in sample order, its place in the concatenation of the ranks' rows."""
     sample_to_gathered: Tensor
-    """int64 [b, rows]: its inverse."""
+    """int64 [b, rows]: the inverse permutation."""
 
     def exchange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, b, heads, d] of own positions -> what attention runs on."""
+        """Return the query, key and value that attention reads, from those of this rank's positions, [rows, b, heads, d]."""
         if self.travel == "heads":
             return tuple(self._heads_to_positions(tensor) for tensor in (query, key, value))
-        # One collective for both: half the latencies.
+        # One collective for both has half the latency of two.
         gathered = self._gather(torch.cat([key, value], dim=-1))
         return query, *gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
 
     def restore(self, output: Tensor) -> Tensor:
-        """The attention's output back at the positions' owner: [rows, b, heads, d]."""
+        """Return the attention's output of this rank's positions, [rows, b, heads, d]."""
         if self.travel != "heads":
             return output
         size = dist.get_world_size(self.group)
@@ -107,7 +108,7 @@ class KeyExchange:
         return _AllToAll.apply(ordered.unflatten(0, (size, -1)), self.group).movedim(0, 2).flatten(2, 3)
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """Keys: [rows, b, heads, d] -> [k, b, heads, d]."""
+        """Return all keys that this rank needs, [k, b, heads, d], from its own, [rows, b, heads, d]."""
         own_noisy = None
         if self.travel == "clean":
             own_noisy, tensor = tensor.chunk(2)
@@ -116,7 +117,7 @@ class KeyExchange:
         return ordered if own_noisy is None else torch.cat([ordered, own_noisy])
 
     def _heads_to_positions(self, tensor: Tensor) -> Tensor:
-        """[rows, b, heads, d] -> [c * rows, b, heads / c, d] in sample order."""
+        """Return all positions of some heads in sample order, [c * rows, b, heads / c, d], from [rows, b, heads, d]."""
         size = dist.get_world_size(self.group)
         by_head = tensor.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
         gathered = _AllToAll.apply(by_head, self.group).flatten(0, 1)
@@ -124,7 +125,9 @@ class KeyExchange:
 
 
 def key_exchange(ownership: Ownership, num_streams: int, travel: Travel, group: Any) -> KeyExchange:
-    """The exchange for an ownership. Rows of a rank: its positions of x_t, then (two streams) the same of x_0."""
+    """Return the exchange of keys for the positions that each context-parallel rank owns. A rank's rows are its positions of x_t and then,
+    with two streams, the same positions of
+    x_0."""
     num_samples, num_ranks, num_own = ownership.positions.shape
     streams = 1 if travel == "clean" else num_streams
     length = num_ranks * num_own
@@ -138,7 +141,7 @@ def key_exchange(ownership: Ownership, num_streams: int, travel: Travel, group: 
 
 
 def local_visibility(visibility: Visibility, ownership: Ownership, rank: int, num_streams: int, travel: Travel) -> Visibility:
-    """Visibility of this rank's query rows, in the coordinates of the keys it will have."""
+    """Return the visibility of this rank's query rows, with the places that keys have after the exchange."""
     if travel == "heads":
         return visibility
     own = ownership.positions[:, rank]
@@ -151,15 +154,16 @@ def local_visibility(visibility: Visibility, ownership: Ownership, rank: int, nu
 
 
 def _clean_first(endpoints: Tensor, own: Tensor, length: int) -> Tensor:
-    """From keys [x_t ; x_0] to keys [x_0 ; own x_t]: the own noisy block comes last, the clean interval before it.
+    """Return endpoints over keys [x_0 ; own x_t], from endpoints over keys [x_t ; x_0]: the clean interval comes before the noisy block.
 
-    Noisy rows have (0, block start, block end, l + clean start, l + clean end), clean rows (0, l + start, l + end, =, =).
+    The given endpoints are (0, block start, block end, l + clean start, l + clean end) in noisy rows, and (0, l + start, l + end, l + end,
+    l + end) in clean rows.
     """
     num_own = own.shape[1]
     noisy, clean = endpoints.split([num_own, num_own], dim=2)
     zero = torch.zeros_like(noisy[0])
     real = noisy[2] > noisy[1]
-    # A block lies inside one chunk, so it is contiguous among the rank's positions and starts as far before the row there.
+    # A block is inside one chunk. It is therefore contiguous among the rank's positions, and starts as far before the row as in the sample.
     place = torch.arange(num_own, device=own.device, dtype=torch.int32)
     shift = (place - own.to(torch.int32)) + length
     new_noisy = torch.stack([zero, noisy[3] - length, noisy[4] - length, noisy[1] + shift, noisy[2] + shift])
@@ -169,21 +173,22 @@ def _clean_first(endpoints: Tensor, own: Tensor, length: int) -> Tensor:
 
 
 def blocks_stay_home(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"], chunk_size: int) -> bool:
-    """Whether every block lies inside one chunk, so that no noisy key has to travel. Padding sees nothing and needs no key."""
+    """Tell whether every block is inside one chunk, so that no rank needs noisy keys of another. Padding sees nothing and needs no key."""
     start, end = block_bounds(document_ids, block_size, block_index)
     inside = torch.div(start, chunk_size, rounding_mode="floor") == torch.div(end - 1, chunk_size, rounding_mode="floor")
     return bool((inside | (document_ids < 0)).all())
 
 
 def _rows_index(order: Tensor, tensor: Tensor) -> Tensor:
-    """[b, rows] -> an index for ``tensor.gather(0, ...)`` on [rows, b, heads, d]."""
+    """Return an index for ``tensor.gather(0, ...)`` on [rows, b, heads, d], from order [b, rows]."""
     return order.transpose(0, 1)[:, :, None, None].expand(-1, -1, *tensor.shape[2:])
 
 
 class _Reorder(torch.autograd.Function):
-    """Permute the rows of each sample: [rows, b, heads, d] by int64 [b, rows].
+    """A permutation of the rows of each sample, of [rows, b, heads, d] by int64 [b, rows].
 
-    Autograd's own gather keeps its input for backward and adds with atomics; a permutation's gradient is a gather by the inverse.
+    Autograd's own gather would keep its input for the backward pass, and add up its gradient with atomics. The gradient of a permutation
+    is a gather by the inverse permutation.
     """
 
     @staticmethod
@@ -198,7 +203,7 @@ class _Reorder(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """Concatenate over ranks along dimension 0; backward adds the ranks' gradients where they belong (reduce-scatter)."""
+    """Concatenation over ranks along dimension 0. The backward pass adds up the ranks' gradients of each row (reduce-scatter)."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
@@ -215,7 +220,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Exchange slices of dimension 0 with the ranks of those numbers; its own inverse, and its own backward."""
+    """An exchange in which rank i gets slice i of dimension 0 from each rank. It is its own inverse, and its own backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
@@ -228,7 +233,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _exchange_slices(tensor: Tensor, group: Any) -> Tensor:
-    # The collective knows memory, not strides: a result with the strides of a transposed input would be scrambled without an error.
+    # The collective ignores strides: a result with the strides of a transposed input would be scrambled without an error.
     output = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     dist.all_to_all_single(output, tensor.contiguous(), group=group)
     return output

@@ -11,14 +11,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from w1train.attention.plan import AttentionPlan
+from w1train.attention.attention_plan import AttentionPlan
 
 
 class CoreAttention(MegatronModule):
-    """softmax(Q K^T / sqrt(d)) V over the visible keys, by the backend that the plan was made for.
+    """softmax(Q K^T / sqrt(d)) V over the visible keys, computed by the backend that the plan was made for.
 
-    Fits megatron-core's ``CoreAttentionBuilder``. The plan comes in ``packed_seq_params.attention_plan``: of the
-    arguments that reach a layer, only that one passes activation recomputation without being a tensor.
+    The class fits megatron-core's ``CoreAttentionBuilder``. The plan is passed in ``packed_seq_params.attention_plan``, because of
+    the arguments that reach a layer this is the only one that activation recomputation passes on without being a tensor.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_kwargs: Any) -> None:
@@ -29,7 +29,7 @@ class CoreAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, _attention_mask: Tensor | None, *, packed_seq_params: Any, **_kwargs: Any
     ) -> Tensor:
-        """query [q, b, n, d], key and value [q, b, g, d] of this rank's positions -> [q, b, n * d]."""
+        """Return attention [q, b, n * d] of this rank's positions, from query [q, b, n, d], key and value [q, b, g, d]."""
         plan: AttentionPlan = packed_seq_params.attention_plan
         if plan.exchange is not None:
             query, key, value = plan.exchange.exchange(query, key, value)

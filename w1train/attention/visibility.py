@@ -1,10 +1,10 @@
-"""Who sees whom: the one description every mask, kernel plan and FLOP count is derived from.
+"""Which keys each query sees: the description from which every mask, kernel plan and FLOP count is derived.
 
 Each query row sees a union of at most ``(num_endpoints + 1) / 2`` key intervals,
 
     visible = [0, F0) U [F1, F2) U [F3, F4),    0 <= F0 <= F1 <= F2 <= F3 <= F4 <= num_keys,
 
-so that 1, 3 or 5 endpoints describe one, two or three intervals (the format of cuDNN's flex attention).
+so 1, 3 or 5 endpoints describe one, two or three intervals (the format of cuDNN's flex attention).
 
 Shapes: b = samples, q = query rows, k = key columns, e = num_endpoints.
 """
@@ -29,41 +29,41 @@ class Visibility:
     """int32 [e, b, q], e in {1, 3, 5}, nondecreasing over e."""
     num_keys: int
     scattered: Tensor | None = None
-    """bool [b, q, k]: visible pairs beyond the intervals (random annealing), which dense kernels alone can have."""
+    """bool [b, q, k]: visible pairs besides the intervals (random annealing), which only dense kernels support."""
 
     def dense(self) -> Tensor:
-        """The boolean mask, bool [b, q, k]; True = visible."""
+        """Return the mask, bool [b, q, k]; True = visible."""
         mask = self.inside(torch.arange(self.num_keys, device=self.endpoints.device, dtype=torch.int32))
         return mask if self.scattered is None else mask | self.scattered
 
     def inside(self, keys: Tensor) -> Tensor:
-        """Which of some keys, int32 [j], lie in the intervals of each row, bool [b, q, j]."""
+        """Return which of some keys, int32 [j], are in the intervals of each row, bool [b, q, j]."""
         mask = keys < self.endpoints[0][..., None]
         for start, end in zip(self.endpoints[1::2], self.endpoints[2::2], strict=True):
             mask |= (keys >= start[..., None]) & (keys < end[..., None])
         return mask
 
     def pairs_per_row(self) -> Tensor:
-        """int64 [b, q]: keys that each query row sees."""
+        """Return the number of keys that each query row sees, int64 [b, q]."""
         if self.scattered is not None:
             return self.dense().sum(dim=-1)
         endpoints = self.endpoints.to(torch.int64)
         return endpoints[0] + (endpoints[2::2] - endpoints[1::2]).sum(dim=0)
 
     def num_visible_pairs(self) -> Tensor:
-        """int64 scalar: visible (query, key) pairs of the micro-batch, one head."""
+        """Return the number of visible (query, key) pairs of the micro-batch in one head, int64 scalar."""
         return self.pairs_per_row().sum()
 
     def everything_visible(self) -> bool:
-        """Whether every row sees every key: then a kernel needs no mask."""
+        """Tell whether every row sees every key, so that a kernel needs no mask."""
         return int(self.num_visible_pairs()) == self.endpoints.shape[1] * self.endpoints.shape[2] * self.num_keys
 
 
 def document_visibility(document_ids: Tensor) -> Visibility:
-    """Bidirectional attention inside documents (the mask of masked diffusion; LLaDA2.0 eq. 4).
+    """Return bidirectional attention inside documents, the mask of masked diffusion (LLaDA2.0, arXiv 2512.15745, eq. 4).
 
     Args:
-        document_ids: int [b, l], contiguous runs; negative = padding, which sees nothing and is seen by nothing.
+        document_ids: int [b, l], in contiguous runs; negative = padding, which sees nothing and which no token sees.
     """
     start, end = document_bounds(document_ids)
     real = document_ids >= 0
@@ -72,11 +72,12 @@ def document_visibility(document_ids: Tensor) -> Visibility:
 
 
 def causal_visibility(document_ids: Tensor, extent: int = 0) -> Visibility:
-    """Attention to what is before in the document, to itself, and to ``extent`` tokens behind: 0 is the autoregressive mask, and
-    the mask of masked diffusion is reached when no document is longer than extent + 1.
+    """Return attention of each token to the tokens before it in its document, to itself, and to the ``extent`` tokens after it.
+
+    Extent 0 is the autoregressive mask. If no document is longer than extent + 1, it is the mask of masked diffusion.
 
     Args:
-        document_ids: int [b, l]; negative = padding, which sees nothing and is seen by nothing.
+        document_ids: int [b, l]; negative = padding, which sees nothing and which no token sees.
     """
     start, end = document_bounds(document_ids)
     behind = torch.arange(1, document_ids.shape[1] + 1, device=start.device, dtype=torch.int32) + extent
@@ -88,7 +89,8 @@ def causal_visibility(document_ids: Tensor, extent: int = 0) -> Visibility:
 
 
 def scattered_visibility(document_ids: Tensor, ratio: float, seed: int, sample_indices: Tensor) -> Visibility:
-    """The causal mask, and each pair behind it with probability ``ratio`` (DiffuLLaMA's annealing), drawn anew for each sample.
+    """Return the causal mask with each later token of the document visible with probability ``ratio``, drawn anew for each sample
+    (DiffuLLaMA's annealing, arXiv 2410.17891).
 
     Args:
         document_ids: int [b, l]; negative = padding.
@@ -109,14 +111,14 @@ def block_diffusion_visibility(
     clean_attention: Literal["block_causal", "token_causal"] = "block_causal",
     noisy_attention: Literal["bidirectional", "causal"] = "bidirectional",
 ) -> Visibility:
-    """Attention over [x_t ; x_0], 2l rows and keys (LLaDA2.0 eq. 3 with documents; masks.md 1.1).
+    """Return attention over [x_t ; x_0], 2l rows and keys (LLaDA2.0, arXiv 2512.15745, eq. 3, inside documents).
 
-    A noisy row sees its own noisy block (``causal``: up to itself) and the clean tokens of strictly earlier blocks of its document;
-    a clean row sees the clean tokens of its own and earlier blocks (``token_causal``: up to itself), and no noisy one. (Strictly:
-    with the own block's clean tokens in view the loss would fall by itself.)
+    A noisy row sees its own noisy block (with ``causal`` up to itself) and the clean tokens of strictly earlier blocks of its document. If
+    it saw the clean tokens of its own block, it could copy the tokens that it has to predict. A clean row sees the clean tokens of its own
+    and earlier blocks (with ``token_causal`` up to itself), and no noisy token.
 
     Args:
-        document_ids: int [b, l]; negative = padding, which sees nothing and is seen by nothing.
+        document_ids: int [b, l]; negative = padding, which sees nothing and which no token sees.
     """
     length = document_ids.shape[1]
     start, _ = document_bounds(document_ids)

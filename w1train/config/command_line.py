@@ -18,7 +18,7 @@ from w1train.config.serialization import config_to_yaml
 Action = Literal["run", "print_config", "list", "help"]
 _FLAGS = {
     "--cfg": ("job", "print the resolved configuration, every default included, and exit"),
-    "--config-dir": ("DIR", "a directory with recipes of yours (DIR/recipe/NAME.yaml, DIR/model/NAME.yaml, ...); may be repeated"),
+    "--config-dir": ("DIR", "a directory with your own recipes (DIR/recipe/NAME.yaml, DIR/model/NAME.yaml, ...); may be repeated"),
     "--list": ("", "list the recipes and exit"),
     "--help": ("", "show this text and exit"),
 }
@@ -28,17 +28,17 @@ PATIENCE_SECONDS = 20.0
 
 @dataclass(slots=True)
 class CommandLine:
-    """What a command line asks for."""
+    """The request of a command line."""
 
     action: Action
     config: Config | None
-    """Set for the actions run and print_config."""
+    """The configuration, if the action is ``run`` or ``print_config``; None for the other actions."""
     config_dirs: list[str]
 
 
 @dataclass(slots=True)
 class _Words:
-    """The arguments by kind, nothing interpreted yet."""
+    """The arguments by kind, not interpreted yet."""
 
     overrides: list[str] = field(default_factory=list)
     config_dirs: list[str] = field(default_factory=list)
@@ -47,14 +47,18 @@ class _Words:
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read a command line (without the program's name). Raises ``ConfigurationError`` with the problems of flags and configuration."""
+    """Read a command line (without the program's name).
+
+    Raises:
+        ConfigurationError: with the problems of the flags and of the configuration.
+    """
     words = _split(argv)
     if "--help" in words.flags:
         return CommandLine("help", None, words.config_dirs)
     if "--list" in words.flags:
         raise_if_any(words.problems)
         return CommandLine("list", None, words.config_dirs)
-    # Hydra takes a third of a second to import; --help and --list do without.
+    # To import Hydra takes a third of a second, and --help and --list do not need it.
     from w1train.config.compose import load_config
 
     try:
@@ -66,7 +70,10 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 
 
 def config_from_command_line(argv: Sequence[str], program: str, description: str) -> Config:
-    """The configuration a program shall run. Does not return for --cfg, --list and --help (exit 0) nor for mistakes (2, on stderr)."""
+    """Return the configuration that a program shall run.
+
+    The function does not return for --cfg, --list and --help (exit status 0) or for mistakes (exit status 2, text on stderr).
+    """
     try:
         command_line = parse_command_line(argv)
     except ConfigurationError as error:
@@ -110,7 +117,7 @@ def _split(argv: Sequence[str]) -> _Words:
 
 def _unknown_flag(flag: str, word: str) -> Problem:
     match = closest(flag, _FLAGS)
-    suggestion = f"did you mean {match}?" if match else f"without dashes, if it is a key: {word.lstrip('-')}"
+    suggestion = f"did you mean {match}?" if match else f"without dashes if it is a key: {word.lstrip('-')}"
     return Problem(word, "an unknown flag", listing(_FLAGS), suggestion)
 
 
@@ -138,7 +145,7 @@ def _help_text(program: str, description: str, config_dirs: Sequence[str]) -> st
             "groups (parts of a run):",
             *choices,
             "",
-            "Every KEY, its type, default and meaning: docs/configuration.md or python -m w1train.config.reference",
+            "Every KEY, its type, default and meaning: docs/configuration.md or python -m w1train.config.schema_reference",
         ]
     )
 
@@ -151,12 +158,12 @@ def _recipe_list(config_dirs: Sequence[str]) -> str:
 
 
 def _directories(config_dirs: Sequence[str]) -> list[Path]:
-    """Packaged and user's directories; mistakes in the user's are reported when a recipe is used, not when one asks what there is."""
+    """Return the packaged and the user's directories. Mistakes in a user's directory are reported when a recipe is used, not by --list."""
     return [packaged_directory(), *check_user_directories(config_dirs)[0]]
 
 
 def _exit_with(text: str, status: int) -> NoReturn:
-    # Every rank of a torchrun comes here, with the same text unless a node has other files: so one rank of each node says it.
+    # Every rank of a torchrun has the same text here, unless a node has other files: one rank of each node prints it.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr if status else sys.stdout, flush=True)
     if status:
@@ -165,7 +172,10 @@ def _exit_with(text: str, status: int) -> NoReturn:
 
 
 def wait_for_main_rank(seconds: float = PATIENCE_SECONDS) -> None:
-    """Before a failure that rank 0 reports: torchrun ends all ranks as soon as one has failed, and would cut rank 0 off if another
-    one were quicker. It also ends this wait, unless it has been interrupted itself: then it waits for all ranks."""
+    """Wait before a failure that rank 0 reports, on every other rank under torchrun.
+
+    torchrun ends all ranks as soon as one has failed, and would end rank 0 before its report if another rank were faster. torchrun also
+    ends this wait, unless it has been interrupted itself: it then waits for all ranks.
+    """
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(seconds)

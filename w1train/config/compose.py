@@ -1,8 +1,8 @@
-"""Recipes and overrides to a checked configuration.
+"""The composition of recipes and overrides to a checked configuration.
 
-Hydra composes plain YAML (which files, in which order); the values given on the command line are put in here, and
-``w1train.config.convert`` decides what is valid. Hydra itself would stop at the first mistake, accept ``+model.hiden_size=1`` and
-accept text for numbers. Its compose API writes nothing, so any number of ranks may do this at once.
+Hydra composes plain YAML: which files, in which order. This module then sets the values from the command line, and
+``w1train.config.from_tree`` decides what is valid. Hydra itself would stop at the first mistake, and accept ``+model.hiden_size=1`` and
+text for numbers. Its compose API writes no files, so any number of ranks may compose at once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hydra.version import VersionBase
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w1train.config.convert import convert
+from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, raise_if_any, show
-from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.from_tree import config_from_tree
 from w1train.config.recipe_files import (
     GLOBAL_HEADER,
     RECIPE_GROUP,
@@ -37,9 +37,9 @@ from w1train.config.recipe_files import (
     packaged_directory,
     recipe_is_global,
 )
+from w1train.config.rules.validate import validate_conversion
 from w1train.config.schema import Config
 from w1train.config.serialization import find_masked
-from w1train.config.validate import validate_conversion
 
 _ALL_SECTIONS = frozenset(config_field.name for config_field in dataclasses.fields(Config))
 _MISSING_VALUE = "???"
@@ -47,26 +47,31 @@ _MISSING_VALUE = "???"
 
 @dataclass(slots=True)
 class _Request:
-    """What the overrides ask for."""
+    """The choices and edits that the overrides ask for."""
 
     choices: dict[str, str] = field(default_factory=dict)
-    """Option by group, "null" for none."""
+    """The chosen option of each group; "null" stands for no option."""
     edits: list[Override] = field(default_factory=list)
     """Values to set and keys to remove, in order."""
     unknown_sections: frozenset[str] = frozenset()
-    """Sections that a choice without a file would have set."""
+    """Sections that a recipe file would have set, but the file does not exist."""
     problems: list[Problem] = field(default_factory=list)
 
 
 def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Config:
     """Compose recipes and overrides (``recipe=w1_4b``, ``parallel.tensor=4``, ``~schedule.stages.decay``) to a valid configuration.
 
-    ``config_dirs``: the user's directories of recipes, beside the packaged ones. Values in overrides are merged into mappings and
-    replace everything else; ``~key`` goes back to the default. Raises ``ConfigurationError`` with every problem there is.
+    A mapping in an override is merged into the tree, every other value replaces what was there, and ``~key`` goes back to the default.
+
+    Args:
+        config_dirs: the user's directories of recipes, in addition to the packaged recipes.
+
+    Raises:
+        ConfigurationError: with every problem of the overrides, the recipe files and the configuration.
     """
     user_directories, problems = check_user_directories(config_dirs)
     if too_large := list(oversized(user_directories)):
-        # Hydra would not come to an end with these.
+        # Hydra would read these files without a limit.
         raise_if_any(problems + too_large)
     directories = [packaged_directory(), *user_directories]
     options = groups(directories)
@@ -75,14 +80,14 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     try:
         tree, unknown_sections = _compose(request.choices, user_directories), request.unknown_sections
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        # Hydra's words for a defaults list that is none, a file that is not UTF-8 (ValueError) or that is a number (OSError), or one that
-        # includes itself.
+        # Hydra raises these for an invalid defaults list, a file that is not UTF-8 (ValueError) or that is a number (OSError), and a
+        # defaults list that includes itself (RecursionError).
         problems.append(_composition_problem(error, options))
         tree, unknown_sections = {}, _ALL_SECTIONS
     tree = {section: value for section, value in tree.items() if section not in unknown_sections}
     problems += _apply(request.edits, tree, unknown_sections)
     tree, unresolved = _resolve(tree)
-    conversion = convert(tree, unknown_sections, _typed_texts(request.edits))
+    conversion = config_from_tree(tree, unknown_sections, _typed_texts(request.edits))
     problems += unresolved + _no_recipe(request.choices, conversion.problems, options) + conversion.problems
     problems += find_masked(conversion.config) if conversion.complete else []
     raise_if_any(problems + validate_conversion(conversion))
@@ -99,7 +104,7 @@ def _read_overrides(overrides: Sequence[str], options: Mapping[str, Sequence[str
             request.problems.append(_syntax_problem(text, error, options))
             continue
         except ValueError as error:
-            # Python's own, which Hydra lets through: an integer of thousands of digits is not even read.
+            # Python raises this error for an integer of thousands of digits, and Hydra does not catch it.
             key = text.lstrip("+~").partition("=")[0]
             request.problems.append(Problem(key, f"a number: {error}", f"an integer of at most {LARGEST_INTEGER}, or text in quotes"))
             continue
@@ -158,7 +163,7 @@ def _key_problem(text: str, key: str) -> Problem:
 
 
 def _in_quotes(key: str, value: str) -> str | None:
-    """The value as a string, if quotes are all that it lacks, for Hydra and for a shell."""
+    """Suggest the value in quotes for Hydra and a shell, if quotes make it readable."""
     is_plain = value.isprintable() and "'" not in value and "${" not in value
     return f"""{key}='"{value}"'""" if is_plain and _is_readable(f'{key}="{value}"') else None
 
@@ -173,7 +178,7 @@ def _is_readable(text: str) -> bool:
 
 @contextmanager
 def _hydra(directory: Path) -> Iterator[None]:
-    """Hydra's global state for one composition; afterwards it is what it was, for callers that use Hydra themselves."""
+    """Set Hydra's global state for one composition, and restore it afterwards for callers that use Hydra themselves."""
     global_hydra, version = GlobalHydra.instance().hydra, VersionBase.instance().version_base
     GlobalHydra.instance().clear()
     try:
@@ -185,7 +190,7 @@ def _hydra(directory: Path) -> Iterator[None]:
 
 
 def _compose(choices: Mapping[str, str], user_directories: Sequence[Path]) -> dict[str, Any]:
-    """The tree that the chosen files make, interpolations not yet resolved."""
+    """Return the tree that the chosen files make; its interpolations are not resolved yet."""
     search_path = ",".join(_quote(f"file://{directory}") for directory in user_directories)
     overrides = [f"{group}={option if option == 'null' else _quote(option)}" for group, option in choices.items()]
     with _hydra(packaged_directory()):
@@ -196,7 +201,7 @@ def _compose(choices: Mapping[str, str], user_directories: Sequence[Path]) -> di
 
 
 def _quote(text: str) -> str:
-    """A string in the grammar of Hydra's overrides."""
+    """Return a string in the grammar of Hydra's overrides."""
     return "'" + text.replace("'", "\\'") + "'"
 
 
@@ -218,7 +223,7 @@ def _apply(edits: Sequence[Override], tree: dict[str, Any], unknown_sections: fr
         node = tree
         for parent in parents:
             if not isinstance(node.get(parent), dict):
-                # A scalar in the way is replaced; the conversion then says that a mapping is not valid there.
+                # A scalar on the path is replaced by a mapping, which the conversion then reports as invalid.
                 node[parent] = {}
             node = node[parent]
         if not edit.is_delete():
@@ -231,11 +236,11 @@ def _apply(edits: Sequence[Override], tree: dict[str, Any], unknown_sections: fr
 
 
 def _typed_texts(edits: Sequence[Override]) -> dict[str, str]:
-    """What was typed for numbers and booleans, by key: of the value alone it cannot be told (1e3 is 1000.0)."""
+    """Return the text that was typed for numbers and booleans, by key. The value alone does not tell it: 1e3 becomes 1000.0."""
     texts: dict[str, str] = {}
     for edit in edits:
         key = edit.key_or_group
-        # What was set below a key before it was set itself is no longer what was typed.
+        # An override of a key replaces everything that was typed for keys below it.
         texts = {other: text for other, text in texts.items() if not f"{other}.".startswith(f"{key}.")}
         if isinstance(edit.value(), int | float):
             texts[key] = _typed_text(edit)
@@ -245,7 +250,7 @@ def _typed_texts(edits: Sequence[Override]) -> dict[str, str]:
 def _nothing_to_remove(key: str, name: str, node: Mapping[str, Any]) -> Problem:
     match = closest(name, node)
     suggestion = f"did you mean ~{key.removesuffix(name)}{match}?" if match else None
-    return Problem(f"~{key}", "nothing: no recipe sets this key", f"a key that is set: {listing(node) or 'none is, here'}", suggestion)
+    return Problem(f"~{key}", "nothing: no recipe sets this key", f"a key that is set: {listing(node) or 'no key is set here'}", suggestion)
 
 
 def _merge(node: dict[str, Any], name: str, value: Any) -> None:
@@ -257,7 +262,7 @@ def _merge(node: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _resolve(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Fill in interpolations (``${data.train}``, ``${oc.env:HOME}``); keys that are ``???`` are missing."""
+    """Resolve interpolations (``${data.train}``, ``${oc.env:HOME}``), and leave out keys whose value is ``???``."""
     tree = _without_missing(tree)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
@@ -274,7 +279,7 @@ def _without_missing(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_recipe(choices: Mapping[str, str], problems: Sequence[Problem], options: Mapping[str, Sequence[str]]) -> list[Problem]:
-    """Most keys are missing because no recipe was chosen: say so first."""
+    """Return the problem that no recipe was chosen, which is reported before the keys that are missing for this reason."""
     if RECIPE_GROUP in choices or not any(problem.found == NOT_GIVEN for problem in problems):
         return []
     return [Problem(RECIPE_GROUP, NOT_GIVEN, f"a complete run: {listing(options[RECIPE_GROUP])}", f"{RECIPE_GROUP}=demo")]

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, the one exception that carries all of it, and the base of all errors of users."""
+"""Problems of a configuration, the exception that carries all of them, and the base class of all errors of users."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from w1train.config.credentials import mask_tree, mask_urls
 
 NOT_GIVEN = "(not given)"
 MOST_PROBLEMS = 50
-"""The most problems of one configuration that are shown: a file that is no configuration at all has a problem at each of its keys."""
+"""Most problems of one configuration that are shown. A file that is no configuration has a problem at each of its keys."""
 _LONGEST_VALUE = 80
 _LONGEST_KEY = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake: the key to change, what was found there and what would be valid."""
+    """A mistake: the key to change, the value found there and what would be valid."""
 
     key: str
     """Full key in the tree, for example ``model.hidden_size``; or the flag, file or override that is wrong."""
@@ -28,7 +28,7 @@ class Problem:
     valid: str
     """What would be valid."""
     suggestion: str | None = None
-    """What the user most probably wants."""
+    """What the user probably meant."""
 
     def __str__(self) -> str:
         lines = [_on_one_line(self.key), f"   found: {self.found}", f"   valid: {self.valid}"]
@@ -38,18 +38,22 @@ class Problem:
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. Commands show its text alone; any other error is one of the program and keeps its traceback.
-    The text has no passwords of URLs."""
+    """A mistake in what the user gave. Commands show only its text; every other error is a fault of the program and keeps its traceback.
+    The text does not contain passwords of URLs."""
 
     def __str__(self) -> str:
         return mask_urls(super().__str__())
 
 
 class ConfigurationError(UserError):
-    """A configuration that cannot be used; the text lists the problems, numbered: all of them up to MOST_PROBLEMS."""
+    """A configuration that cannot be used. The text is a numbered list of the first MOST_PROBLEMS problems."""
 
     def __init__(self, problems: Sequence[Problem], origin: str | None = None):
-        """``origin`` is the file that the configuration comes from, if it is one file."""
+        """Keep the problems and make the text.
+
+        Args:
+            origin: the file that the configuration comes from, if it comes from a single file.
+        """
         assert problems, "a ConfigurationError needs a problem"
         self.problems, self.origin = list(problems), origin
         count = len(self.problems)
@@ -58,24 +62,25 @@ class ConfigurationError(UserError):
         super().__init__("\n".join([title, *shown, *([f"... and {count - MOST_PROBLEMS} more"] if count > MOST_PROBLEMS else [])]))
 
     def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem], str | None]]:
-        """Rank 0 sends it to the others, whose copy would otherwise take the text for the problems."""
+        """Keep the problems when the error is pickled: other ranks, to which rank 0 sends it, would otherwise take the text for them."""
         return ConfigurationError, (self.problems, self.origin)
 
 
 def _on_one_line(key: str) -> str:
-    """A key as it is, unless it is a text that would fill the screen or steer the terminal."""
+    """Return a key as it is, or shortened and escaped if it would fill the screen or control the terminal."""
     return key if len(key) <= _LONGEST_KEY and key.isprintable() else ascii(key[:_LONGEST_KEY])
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:
-    """Raise a ConfigurationError with all problems, if there are any."""
+    """Raise a ConfigurationError with all problems if there are any."""
     if problems:
         raise ConfigurationError(problems)
 
 
 def show(value: object) -> str:
-    """A value as it would be written in YAML, on one line and shortened, without passwords of URLs."""
-    value = mask_tree(value)  # before it is shortened: what is left of a URL may end in the middle of its password
+    """Return a value as YAML on one line, shortened and without passwords of URLs."""
+    # Passwords are masked first: a URL that is shortened in the middle of its password would not be recognized.
+    value = mask_tree(value)
     if isinstance(value, str):
         text = repr(value)
     else:
@@ -85,12 +90,17 @@ def show(value: object) -> str:
 
 
 def listing(names: Iterable[object]) -> str:
-    """Names separated by commas."""
+    """Join names with commas."""
     return ", ".join(str(name) for name in names)
 
 
 def closest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that ``name`` was probably meant to be, if any is near."""
+    """Return the candidate that ``name`` was probably meant to be; None if no candidate is similar."""
     by_lower_case = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
     return by_lower_case[matches[0]] if matches else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
-"""The door for text files that somebody else may have written: sizes, nesting and numbers are bounded before anything is made of them.
+"""Reading of text files that somebody else may have written, with bounds on their size, their nesting and their numbers.
 
-Every JSON file that a command reads comes through here, and every YAML file's bytes do (``w1train.config.serialization`` and
-``w1train.config.recipe_files`` parse them). Whoever hands us a file can then cost us a stated amount of memory and time, and an error.
+Commands read every JSON file, and the bytes of every YAML file, by these functions (``w1train.config.serialization`` and
+``w1train.config.recipe_files`` parse the YAML). A hostile file can then cost only a limited amount of memory and time before it is refused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from w1train.config.errors import UserError
 
 LARGEST_JSON = 16 << 20
-"""The most bytes of a JSON file, and of a line of a JSONL file. The index of the largest published model has 9 MB."""
+"""Most bytes of a JSON file or of a line of a JSONL file. The index of the largest published model has 9 MB."""
 LARGEST_STATUS = 1 << 20
-"""The most bytes of a small file that runs replace all the time: status.json, a heartbeat, the note of who holds a lock."""
+"""Most bytes of a small file that runs replace often: status.json, a heartbeat, the owner of a lock."""
 DEEPEST = 64
-"""Levels of lists and objects inside each other; the files that we know have ten."""
+"""Most levels of nested lists and objects. Known files have ten levels."""
 LONGEST_INTEGER = 40
-"""Digits. Any integer of so many is a finite float; of a longer one that is not sure."""
+"""Most digits of an integer. Every integer of this length is a finite float; an integer of more than 308 digits may not be."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -30,35 +30,35 @@ _short.maxlevel, _short.maxdict, _short.maxlist = 2, 3, 3
 
 
 class FileContentError(UserError):
-    """A file that is too large, or not what its name promises; the message begins with its name."""
+    """A file that is too large or has the wrong content. The message begins with the file's name."""
 
 
 def shorten(value: object) -> str:
-    """A value of somebody else's file for a message: its repr, of bounded length and without control characters."""
+    """Return the repr of a value from somebody else's file for a message: of bounded length and without control characters."""
     return _short.repr(value)
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is no file: opening a pipe to which nobody writes would wait for ever, and a device has no end.
+    """Refuse paths that are not regular files: to open a pipe without a writer would wait forever, and a device has no end.
 
     Raises:
-        FileContentError: it is a directory, a pipe or a device.
-        OSError: there is nothing at the path.
+        FileContentError: the path is a directory, a pipe or a device.
+        OSError: the path does not exist.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise FileContentError(f"{path} is not a regular file")
 
 
 def read_bounded(path: Path, largest: int) -> bytes:
-    """The content of a regular file of at most ``largest`` bytes.
+    """Return the content of a regular file of at most ``largest`` bytes.
 
     Raises:
-        FileContentError: the file is larger, or it is a directory, a pipe or a device.
-        OSError: it cannot be opened or read.
+        FileContentError: the file is larger, or the path is a directory, a pipe or a device.
+        OSError: the file cannot be opened or read.
     """
     require_regular(path)
     with path.open("rb") as file:
-        # The size that the system tells is no bound: a file under /proc has size 0.
+        # The size that the system reports is no bound: a file under /proc has size 0.
         content = file.read(largest + 1)
     if len(content) > largest:
         raise FileContentError(f"{path} is too large: it has more than {largest:,} bytes")
@@ -66,7 +66,7 @@ def read_bounded(path: Path, largest: int) -> bytes:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: the text is not JSON, is nested deeper than DEEPEST, or has an integer of more than LONGEST_INTEGER digits.
@@ -76,33 +76,33 @@ def parse_json(text: bytes | str) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
     num_opened = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
-    # Counting is far quicker than walking, and most texts have few lists and objects.
+    # Counting brackets is much faster than a walk, and most texts have few lists and objects.
     if num_opened > DEEPEST:
         _check_depth(value)
     return value
 
 
 def read_json_object(path: Path, what: str, largest: int = LARGEST_JSON) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Return the JSON object that a file holds.
 
     Args:
-        what: what the file should be, for messages: "dataset manifest".
+        what: what the file should be, in words for messages: "dataset manifest".
 
     Raises:
-        FileContentError: the file is too large, not JSON, or has no object at its top.
-        OSError: it cannot be opened or read.
+        FileContentError: the file is too large or not JSON, or its top is not an object.
+        OSError: the file cannot be opened or read.
     """
     return parse_json_object(read_bounded(path, largest), f"{path} is no {what}")
 
 
 def parse_json_object(content: bytes, complaint: str) -> dict[str, Any]:
-    """Parse a file's content that is a JSON object.
+    """Parse the content of a file as a JSON object.
 
     Args:
-        complaint: what is said of the file if it is no JSON object; the reason is added.
+        complaint: the start of the message if the content is no JSON object; the reason follows.
 
     Raises:
-        FileContentError: the content is not JSON, or has no object at its top.
+        FileContentError: the content is not JSON, or its top is not an object.
     """
     try:
         value = parse_json(content)
@@ -114,7 +114,7 @@ def parse_json_object(content: bytes, complaint: str) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value of a JSON text is a number; true and false are none, though Python counts them as integers."""
+    """Tell whether a value of a JSON text is a number. Python counts true and false as integers; this function does not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -125,7 +125,7 @@ def _parse_integer(digits: str) -> int:
 
 
 def _check_depth(value: Any) -> None:
-    """Check the depth one level after the other, without recursion."""
+    """Check the depth level by level, without recursion."""
     level = [value] if isinstance(value, list | dict) else []
     for _ in range(DEEPEST):
         level = [child for parent in level for child in _children(parent) if isinstance(child, list | dict)]

@@ -1,4 +1,4 @@
-"""Where recipes are, packaged and the user's, and what is wrong with a user's directory."""
+"""The directories of recipes, packaged and the user's, and checks of the user's directories."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ GLOBAL_HEADER = "# @package _global_"
 
 @functools.cache
 def packaged_directory() -> Path:
-    """The directory of the ``recipes`` package, beside w1train in a checkout as in an installed wheel. Python's own search would find the
-    user's ``recipes`` first, where a command starts beside a directory of that name; nor is w1train itself asked, which has no
-    ``__file__`` where a command starts beside the checkout that it is installed from."""
+    """Return the directory of the ``recipes`` package, which is next to w1train in a checkout and in an installed wheel.
+
+    The package is not imported: where a command starts in a directory with another ``recipes``, Python would find that package first. Nor
+    does ``w1train.__file__`` serve, which is missing where a command starts next to the checkout that is installed.
+    """
     directory = Path(__file__).resolve().parents[2] / "recipes"
     assert directory.is_dir(), f"the recipes package is not a directory: {directory}"
     return directory
 
 
 def groups(directories: Sequence[Path]) -> dict[str, list[str]]:
-    """The options of every group, sorted: {"model": ["llada_1b", ...], "recipe": [...], ...}."""
+    """Return the options of every group, sorted: {"model": ["llada_1b", ...], "recipe": [...], ...}."""
     options: dict[str, set[str]] = {}
     for directory in directories:
         for path in _recipe_files(directory, ".yaml"):
@@ -39,13 +41,13 @@ def groups(directories: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def first_comment(directories: Sequence[Path], group: str, option: str) -> str:
-    """What a recipe file says it is: its first comment that is no directive to Hydra."""
+    """Return a recipe file's description of itself: its first comment that is no directive to Hydra."""
     comments = (line.lstrip("# ").strip() for line in _lines(directories, group, option) if line.startswith("#") and line != GLOBAL_HEADER)
     return next(comments, "")
 
 
 def recipe_is_global(directories: Sequence[Path], option: str) -> bool:
-    """Whether a recipe's keys are set at the top of the tree. Hydra looks for the header on the first lines only."""
+    """Tell whether a recipe's keys are set at the top of the tree. Hydra looks for the header only in the first lines."""
     return _lines(directories, RECIPE_GROUP, option)[:1] == [GLOBAL_HEADER]
 
 
@@ -57,7 +59,7 @@ def _lines(directories: Sequence[Path], group: str, option: str) -> list[str]:
 
 
 def check_user_directories(config_dirs: Sequence[str]) -> tuple[list[Path], list[Problem]]:
-    """Absolute paths of the usable directories, and the problems of all."""
+    """Return the absolute paths of the directories that exist, and the problems of all directories."""
     directories: list[Path] = []
     problems: list[Problem] = []
     for given in config_dirs:
@@ -73,8 +75,7 @@ def check_user_directories(config_dirs: Sequence[str]) -> tuple[list[Path], list
 
 
 def oversized(directories: Sequence[Path]) -> Iterator[Problem]:
-    """The files that Hydra would read and copy without a limit. What is wrong with a file otherwise is Hydra's to say, if a recipe uses the
-    file."""
+    """Yield the files that Hydra would read and copy without a limit. Hydra reports other faults of a file when a recipe uses it."""
     for path in [path for directory in directories for path in _recipe_files(directory, ".yaml")]:
         try:
             check_limits(read_bounded(path, LARGEST_YAML).decode("utf-8"))
@@ -87,13 +88,13 @@ def oversized(directories: Sequence[Path]) -> Iterator[Problem]:
 
 
 def _misnamed(directory: Path) -> Iterator[Problem]:
-    """Hydra passes over .yml files without a word."""
+    """Report files with the extension .yml, which Hydra ignores silently."""
     for path in _recipe_files(directory, ".yml"):
         yield Problem(str(path), "the extension .yml", "the extension .yaml", f"rename it to {path.with_suffix('.yaml').name}")
 
 
 def _shadowed(directory: Path, earlier: Sequence[Path]) -> Iterator[Problem]:
-    """Hydra takes the first of two files of one name without a word, so a user's variant of a packaged one would not be used."""
+    """Report files whose name an earlier directory has: Hydra silently takes the first file, and would not use the user's."""
     for path in _recipe_files(directory, ".yaml"):
         relative = path.relative_to(directory)
         hidden_by = [other / relative for other in earlier if (other / relative).is_file()]
@@ -104,7 +105,7 @@ def _shadowed(directory: Path, earlier: Sequence[Path]) -> Iterator[Problem]:
 
 
 def _recipe_files(directory: Path, suffix: str) -> list[Path]:
-    """The root file and the files of groups that exist; the rest of a user's directory is none of our business (it may be ".")."""
+    """List the root file and the files of existing groups. A user's directory may hold other files (it may be "."), which do not matter."""
     group_names = [path.name for path in packaged_directory().iterdir() if path.is_dir()]
     candidates = [directory / f"{ROOT_NAME}{suffix}"]
     for group in group_names:

@@ -1,4 +1,4 @@
-"""Which keys of a run may change between two starts of it."""
+"""The check of a configuration against the one that a run began with: which keys may change on resume."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from w1train.config.errors import Problem, listing, show
 from w1train.config.schema import Config, ScheduleConfig, StageConfig
 from w1train.config.serialization import ABSENT, Difference, config_differences
 
-# What changes neither the model nor the stream of noisy samples it is trained on. The micro-batch goes with the layout: it only says
-# how a global batch is cut up. The schedule is judged on its own, by what has been consumed.
+# These keys change neither the model nor the stream of noisy samples. training.micro_batch_size belongs to the layout: it only says how a
+# global batch is divided. The schedule has a check of its own, which depends on the tokens consumed.
 ALLOWED_ON_RESUME = (
     "name",
     "runs_dir",
@@ -23,9 +23,9 @@ ALLOWED_ON_RESUME = (
     "data.prefetch",
     "data.read_timeout",
     "data.cache_directory",
-    "parallel.[!d]*",  # all but distributed_optimizer: its states have another form in the checkpoint
+    "parallel.[!d]*",  # all but distributed_optimizer, whose states have another form in the checkpoint
     "training.micro_batch_size",
-    "attention.*",  # another kernel, the same function
+    "attention.*",  # another kernel computes the same function
     "training.loss_chunk_size",
     "kernels.*",
     "validation.interval",
@@ -35,15 +35,15 @@ ALLOWED_ON_RESUME = (
     "health.*",
     "profiling.*",
 )
-# Files may move while a run waits. Whether they still hold what the run began with is told by the hash of the training tokens that the
-# checkpoint has, and the hash of the tokenizer that the tokens have.
+# Files may move between two starts. The checkpoint has a hash of the training tokens, and the tokens have a hash of the tokenizer: these
+# tell whether the files still hold what the run began with.
 _MAY_MOVE = ("data.train", "data.blend.*.prefix", "data.validation", "data.tokenizer")
 _SCHEDULE_RULE = "the schedule of tokens not yet consumed: new or changed future stages, a longer or shorter running constant stage"
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stretch of the schedule that has begun; positions in tokens."""
+    """A part of the schedule that has begun. ``start`` and ``end`` are in tokens."""
 
     name: str
     start: int
@@ -53,10 +53,10 @@ class _Piece:
     last_rate: float
     batch_size: int
     others: str
-    """What else the stage sets."""
+    """Everything else that the stage sets, as text."""
 
     def same_training(self, other: _Piece) -> bool:
-        """Whether both give the same learning rate and batch size to the same tokens, whatever the stages are called."""
+        """Tell whether both parts train the same tokens in the same way. The stages' names may differ."""
         return replace(self, name="") == replace(other, name="")
 
     def __str__(self) -> str:
@@ -66,16 +66,16 @@ class _Piece:
 
 
 def allowed_on_resume(key: str, patterns: Iterable[str] = ALLOWED_ON_RESUME) -> bool:
-    """Whether a key may change freely when a run directory is resumed."""
+    """Tell whether a key may change freely when a run is resumed."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_hashed: bool = True) -> list[Problem]:
-    """Every change that would make the resumed run another run.
+    """Return a problem for every change that would make the resumed run another run.
 
     Args:
-        tokens_consumed: tokens the checkpoint has been trained on; learning rate and batch size up to there must be what they were.
-        data_are_hashed: whether the checkpoint knows the hash of its training tokens, which then may lie elsewhere.
+        tokens_consumed: tokens on which the checkpoint has been trained. The schedule of these tokens must not change.
+        data_are_hashed: whether the checkpoint has the hash of its training tokens, whose files may then have moved.
     """
     changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
     patterns = ALLOWED_ON_RESUME + (_MAY_MOVE if data_are_hashed else ())
@@ -84,14 +84,14 @@ def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_has
 
 
 def _forbidden(change: Difference) -> Problem:
-    reason = f"{_show(change.old)}, as the run began with; it is part of what the checkpoints are. May change: {_allowed_text()}"
+    reason = f"{_show(change.old)}, as the run began with; checkpoints depend on it. May change: {_allowed_text()}"
     return Problem(change.key, _show(change.new), reason, "start a run of another name")
 
 
 def _check_schedule(old: Config, new: ScheduleConfig, tokens_consumed: int) -> Iterator[Problem]:
-    """The first stage that has begun and is not what it was (all later ones follow from it)."""
+    """Yield a problem for the first stage that has begun and has changed; later stages differ as a consequence."""
     consumed = min(tokens_consumed, sum(stage.tokens for stage in old.schedule.stages.values()))
-    # The old default for both: a change of it is forbidden by its own key, and reported once.
+    # Both schedules are read with the old default batch size: a change of the default is reported at its own key.
     default = old.training.global_batch_size
     for before, after in zip_longest(_begun(old.schedule, default, consumed), _begun(new, default, consumed)):
         if before is not None and after is not None and before.same_training(after):
@@ -104,7 +104,7 @@ def _check_schedule(old: Config, new: ScheduleConfig, tokens_consumed: int) -> I
 
 
 def _begun(schedule: ScheduleConfig, default_batch_size: int, consumed: int) -> Iterator[_Piece]:
-    """The pieces that begin before ``consumed``. What is left of a constant one is cut off, for its length says nothing about the past."""
+    """Yield the parts that begin before ``consumed``. A constant part ends at ``consumed``, because its length does not affect the past."""
     start, rate = 0, 0.0
     for name, stage in schedule.stages.items():
         if start >= consumed:

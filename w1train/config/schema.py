@@ -1,10 +1,10 @@
-"""The configuration: one tree of slotted dataclasses, the only truth about types, defaults and meanings.
+"""The configuration: one tree of slotted dataclasses, which alone defines types, defaults, ranges and meanings.
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
-objects, and ``w1train.config.validate`` checks the whole. The rest of the package sees nothing but these classes.
-Those of how a run is operated (checkpoints, logging, health) are in ``schema_operation.py``.
-A field without a default must be set by a recipe. The string under each field is its documentation
-(``docs/configuration.md`` is written from it).
+objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees nothing but these classes.
+The classes for operating a run (checkpoints, logging, health) are in ``schema_operation.py``.
+A recipe must set each field without a default. A field's type carries the range of its values (``constraints.py``), and the
+string under the field is its documentation: ``docs/configuration.md`` is written from both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from w1train.config.constraints import (
+    Fraction,
+    FractionBelowOne,
+    Length,
+    NonNegativeFloat,
+    NonNegativeInteger,
+    OptionalPath,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInteger,
+    Range,
+    RequiredPath,
+    Seconds,
+    Seed,
+    Size,
+    Tokens,
+)
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
@@ -24,57 +41,59 @@ BackendName = Literal["cudnn", "flex", "te", "sdpa", "reference"]
 class ModelConfig:
     """The diffusion Transformer."""
 
-    vocab_size: int
+    vocab_size: Annotated[int, Range(2, 1 << 24)]
     """Rows of the embedding and of the output head, special tokens included."""
-    num_layers: int
+    # Each layer costs milliseconds and memory before it has a weight, even in a plan; the deepest Transformers have a thousand layers.
+    num_layers: Annotated[int, Range(1, 4096)]
     """Transformer layers."""
-    hidden_size: int
+    hidden_size: Size
     """Width h of the residual stream."""
-    num_attention_heads: int
+    num_attention_heads: Size
     """Query heads."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Size
     """Inner width of SwiGLU."""
-    num_query_groups: int | None = None
-    """Key/value heads (grouped-query attention); null = as many as query heads."""
-    kv_channels: int | None = None
+    num_query_groups: Size | None = None
+    """Key/value heads (grouped-query attention); null = as many as there are query heads."""
+    kv_channels: Size | None = None
     """Channels of one head; null = hidden_size / num_attention_heads. W1 has 24 x 128 = 3,072 in 2,048."""
-    max_sequence_length: int = 4096
-    """Longest document position the model is meant for; data.sequence_length may not exceed it."""
-    rope_base: float = 10000.0
+    max_sequence_length: Length = 4096
+    """The largest number of positions of a document that the model is meant for; data.sequence_length may not exceed it."""
+    rope_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "llama3"] = "none"
-    """llama3: low frequencies are divided by rope_scaling_factor, high ones kept, those between interpolated (Llama 3.1)."""
-    rope_scaling_factor: float = 8.0
+    """llama3: low frequencies are divided by rope_scaling_factor, high frequencies are kept, and frequencies between them are
+    interpolated (Llama 3.1). none: all frequencies are kept."""
+    rope_scaling_factor: Annotated[float, Range(1)] = 8.0
     """Divisor of the low frequencies under llama3."""
-    rope_low_frequency_factor: float = 1.0
-    """Under llama3, wavelengths above rope_original_length / this are divided wholly."""
-    rope_high_frequency_factor: float = 4.0
-    """Under llama3, wavelengths below rope_original_length / this are kept."""
-    rope_original_length: int = 8192
-    """Sequence length that the model was trained at before the scaling, for llama3."""
-    norm_epsilon: float = 1.0e-6
+    rope_low_frequency_factor: PositiveFloat = 1.0
+    """Under llama3, frequencies whose wavelength is above rope_original_length / rope_low_frequency_factor are divided."""
+    rope_high_frequency_factor: PositiveFloat = 4.0
+    """Under llama3, frequencies whose wavelength is below rope_original_length / rope_high_frequency_factor are kept."""
+    rope_original_length: Length = 8192
+    """For llama3: the sequence length at which the model was trained before the scaling."""
+    norm_epsilon: PositiveFloat = 1.0e-6
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
     """RMSNorm on each head's query and key before the rotary embedding (Qwen3)."""
     qkv_bias: bool = False
     """Biases in the projections to queries, keys and values (Qwen2, Qwen2.5)."""
     tie_embeddings: bool = False
-    """One matrix for input embedding and output head."""
+    """The input embedding and the output head share one matrix."""
     conditioning: Literal["adaln", "none"] = "adaln"
     """adaln: the timestep modulates every layer (W1). none: no timestep input at all (LLaDA)."""
-    condition_size: int = 256
+    condition_size: Size = 256
     """Width of the condition vector that the timestep MLP gives to adaLN."""
-    timestep_frequency_size: int = 256
-    """Width of the sinusoid of the timestep; even."""
-    timestep_scale: float = 1000.0
-    """The sinusoid sees t times this, t in [0, 1]."""
+    timestep_frequency_size: Size = 256
+    """Width of the sinusoidal embedding of the timestep; an even number."""
+    timestep_scale: PositiveFloat = 1000.0
+    """Factor of t, which is in [0, 1], before the sinusoidal embedding."""
     adaln_init: Literal["zero", "identity"] = "zero"
-    """zero: gates start at 0 (every layer starts as the identity). identity: gates start at 1, shift and scale at 0
-    (the layer starts as if it had no adaLN)."""
+    """zero: gates start at 0, so that every layer starts as the identity. identity: gates start at 1, and shifts and scales at 0,
+    so that every layer starts as if it had no adaLN."""
     transformer_impl: Literal["local", "te"] = "local"
-    """Linear layers of the Transformer: local = megatron-core's. te = transformer-engine's, which training.fp8 and
-    parallel.tp_comm_overlap need. Parameters have the same names and shapes; transformer-engine's checkpoints have FP8 states besides."""
-    init_std: float = 0.02
+    """Linear layers of the Transformer: local = those of megatron-core, te = those of transformer-engine, which training.fp8 and
+    parallel.tp_comm_overlap need. Parameters have the same names and shapes; checkpoints under te also hold FP8 states."""
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
 
 
@@ -82,158 +101,168 @@ class ModelConfig:
 class CorpusConfig:
     """One corpus of a blend."""
 
-    prefix: str
-    """Prefix of its dataset, as in data.train."""
-    weight: float = 1.0
-    """Its share of the samples, relative to the other corpora's weights; 0 = only in stages that give it a weight."""
-    max_epochs: float | None = None
-    """How often it may be read in the whole run (see data.at_max_epochs); null = as often as its weight asks for."""
+    prefix: RequiredPath
+    """Prefix of the corpus's dataset, as in data.train."""
+    weight: NonNegativeFloat = 1.0
+    """Share of the samples that come from this corpus, relative to the other corpora's weights; 0 = the corpus is read only in stages
+    that give it a weight."""
+    max_epochs: PositiveFloat | None = None
+    """How often the corpus may be read in the whole run (data.at_max_epochs says what happens then); null = as often as its weight
+    demands."""
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from."""
+    """Datasets, tokenizer, packing and loader."""
 
-    train: str | None = None
+    train: OptionalPath = None
     """Prefix of the training dataset: PREFIX.bin, PREFIX.idx and PREFIX.json as data_tools.tokenize writes them, or all of its shards
-    PREFIX_00000.bin and so on; null with data.blend. A prefix such as s3://bucket/train is copied to data.cache_directory first."""
+    PREFIX_00000.bin and so on; null when data.blend names the corpora. Files of a prefix such as s3://bucket/train are first copied to
+    data.cache_directory."""
     blend: dict[str, CorpusConfig] = field(default_factory=dict)
-    """Several corpora instead of data.train, by name."""
+    """Several corpora by name, instead of data.train."""
     at_max_epochs: Literal["error", "drop"] = "error"
-    """When the schedule would read a corpus more often than its max_epochs. error: the run does not start. drop: the corpus is left out
-    from there on, and the others take its place."""
-    validation: str | None = None
-    """Prefix of the validation dataset; null = no validation. It may not be a training dataset."""
-    validation_sets: dict[str, str] = field(default_factory=dict)
-    """Prefixes of further validation datasets by name, scored beside data.validation; their metrics end in /NAME."""
-    tokenizer: str
+    """What happens when the schedule would read a corpus more often than its max_epochs. error: the run does not start. drop: the corpus
+    is left out from then on, and the other corpora take its place."""
+    validation: OptionalPath = None
+    """Prefix of the validation dataset, which may not be a training dataset; null = no validation."""
+    validation_sets: dict[str, RequiredPath] = field(default_factory=dict)
+    """Prefixes of further validation datasets by name. They are scored together with data.validation, and their metrics end in /NAME."""
+    tokenizer: RequiredPath
     """The tokenizer's file (tokenizer.json)."""
-    sequence_length: int
+    sequence_length: Length
     """Tokens of one packed sample."""
     packing: Literal["cut", "best_fit"] = "cut"
-    """cut: documents are concatenated and cut into samples (Megatron's). best_fit: no document is cut unless it is longer than a sample;
-    the rest of each sample is padding. Built at the first start, or before by `python -m w1train.data.build_packing`."""
-    align: int = 1
-    """With best_fit, documents begin at multiples of this inside their sample, such as the block size; what is between is padding."""
-    packing_seed: int = 0
-    """Which of several equally long documents best_fit puts where; runs with the same one share the packing."""
+    """cut: documents are concatenated and cut into samples (as Megatron does). best_fit: no document is cut unless it is longer than a
+    sample, and the rest of each sample is padding. The first start builds the packing, or `python -m w1train.data.build_packing`
+    builds it before."""
+    align: Length = 1
+    """With best_fit, each document begins at a multiple of this number inside its sample (the block size, for example), after padding."""
+    packing_seed: Seed = 0
+    """With best_fit, decides which of several documents of equal length goes where; runs with the same seed share the packing."""
     long_documents: Literal["restart", "continue"] = "restart"
-    """Positions of what is cut from a document's beginning: restart at 0 as if the text began there, or continue, below
-    model.max_sequence_length."""
+    """Positions in a later part of a document that was cut. restart: they begin at 0, as if the text began there. continue: they go on
+    from the part before, and always stay below model.max_sequence_length."""
     eos: Literal["keep", "drop"] = "keep"
-    """keep: a document ends with its EOS, which is learned like any token. drop: it is left out."""
+    """keep: a document ends with its EOS token, which is learned like any other token. drop: the EOS token is left out."""
     loader: Literal["torch", "dali"] = "torch"
-    """What reads ahead of the step: this project's workers, or an NVIDIA DALI pipeline (the dali extra)."""
+    """What reads batches ahead of the step. torch: workers of this project. dali: an NVIDIA DALI pipeline (needs the extra dali)."""
     workers: Literal["thread", "process"] = "thread"
-    """What the workers of loader=torch are: processes do not share the interpreter with the training loop; threads start at once."""
-    num_workers: int = 1
-    """Workers that prepare batches ahead of the step; 0 = in the training thread, where a read that hangs is not noticed."""
-    prefetch: int = 4
+    """What the workers of loader=torch are. process: workers do not share the interpreter with the training loop. thread: workers start
+    at once."""
+    num_workers: Annotated[int, Range(0, 1024)] = 1
+    """Workers that prepare batches ahead of the step; 0 = the training thread prepares them, and data.read_timeout does
+    not apply."""
+    prefetch: Annotated[int, Range(1, 10_000)] = 4
     """Micro-batches kept ready by the workers."""
-    read_timeout: float = 300.0
-    """Seconds after which a worker that gives no micro-batch stops the run with an error; loader=dali waits for ever."""
-    cache_directory: str | None = None
-    """Local directory for datasets of object storage and for packings (null: these are beside their dataset); one for the ranks of a
-    node, not one for each."""
+    read_timeout: Seconds = 300.0
+    """Seconds after which a worker that gives no micro-batch stops the run with an error; loader=dali waits without a limit."""
+    cache_directory: OptionalPath = None
+    """Local directory for copies of datasets from object storage and for packings; all ranks of a node share it. null = packings are in
+    the directory of their dataset."""
 
 
 @dataclass(slots=True, kw_only=True)
 class DiffusionConfig:
-    """Forward process and objective. A stage of the schedule may set any of these otherwise (schedule.stages.NAME.diffusion)."""
+    """Forward process and objective. A stage of the schedule may set other values (schedule.stages.NAME.diffusion)."""
 
     objective: Literal["diffusion", "autoregressive"] = "diffusion"
-    """diffusion: masked tokens are predicted. autoregressive: every token predicts the next one of its document from clean text
+    """diffusion: the model predicts masked tokens. autoregressive: every token predicts the next token of its document from clean text
     under a causal mask; of the other fields only random_length_probability and exclude_mask_logit then have a meaning."""
-    mask_token_id: int = 14
+    mask_token_id: NonNegativeInteger = 14
     """Vocabulary id of the mask token."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
-    """What shares one timestep t; block needs block_size."""
-    t_min: float = 1.0e-3
+    """The tokens that share one timestep t: a whole sample (sequence), a document or a block; block needs block_size."""
+    t_min: Fraction = 1.0e-3
     """Smallest mask probability (LLaDA's eps): t = t_min + (t_max - t_min) u, u uniform in [0, 1)."""
-    t_max: float = 1.0
+    t_max: PositiveFraction = 1.0
     """Largest mask probability."""
-    block_size: int | None = None
+    block_size: Length | None = None
     """Tokens denoised together, with clean earlier blocks as context (two streams, [x_t ; x_0]); null = masked diffusion of
     whole documents (one stream)."""
     block_index: Literal["document", "sample"] = "document"
-    """Where blocks are counted from: the start of each document, or the start of the sample (LLaDA2.0 eq. 3)."""
+    """Where the count of blocks starts: at each document, or at the sample (LLaDA2.0 eq. 3)."""
     clean_attention: Literal["block_causal", "token_causal"] = "block_causal"
-    """What a clean token sees in its own block: all of it (BD3-LM, LLaDA2.0, SDAR), or only what is before it, so that a finished
-    block's keys and values are an autoregressive cache (Nemotron, I-DLM)."""
+    """What a clean token sees in its own block. block_causal: the whole block (BD3-LM, LLaDA2.0, SDAR). token_causal: only tokens before
+    it, so that a finished block's keys and values are an autoregressive cache (Nemotron, I-DLM)."""
     noisy_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """What a noisy token sees in its own noisy block: all of it, or only what is before it (I-DLM)."""
+    """What a noisy token sees in its own noisy block. bidirectional: the whole block. causal: only tokens before it (I-DLM)."""
     shift: bool = False
-    """The output at a position predicts the next token of its document, as autoregressive models do (Dream, Fast-dLLM v2); the first
-    token of a document then has nothing to predict it and is never masked. False: it predicts its own token (LLaDA, SDAR)."""
+    """true: the output at a position predicts the next token of its document, as in autoregressive models (Dream, Fast-dLLM v2); no
+    output predicts the first token of a document, which is never masked. false: the output predicts its own token (LLaDA, SDAR)."""
     complementary: bool = False
-    """Samples come in pairs of the same text, masked at t and, where the first one is not, at 1 - t: each token is predicted once a
-    pair (LLaDA2.0, Fast-dLLM v2). t is drawn up to 1 - t_min at most. Global batches are even, and hold half as many texts."""
-    num_strata: int = 64
-    """u is stratified over each run of this many consecutive samples of the global order (a power of two),
-    rotated at random; a global batch that is a multiple of it is stratified exactly."""
+    """Samples come in pairs of the same text. The first is masked at t, and the second, at 1 - t, masks exactly the tokens that the
+    first does not mask, so that each token is predicted once in a pair (LLaDA2.0, Fast-dLLM v2). t is at most 1 - t_min. Global batch
+    sizes are even, and a batch holds half as many texts."""
+    num_strata: Annotated[int, Range(1, 1 << 20)] = 64
+    """u is stratified over groups of this many consecutive samples of the global order, a power of two, with a random rotation for each
+    group; a global batch that is a multiple of this number is stratified exactly."""
     attention_annealing: Literal["none", "extent", "random"] = "none"
-    """From a causal mask to the whole document while ``annealing_tokens`` of the stage go by, for a model that was autoregressive; one
-    stream only. extent: a token sees more and more of what is behind it. random: each pair behind is visible with growing
-    probability (DiffuLLaMA; no intervals, so no fused kernels). Validation and samples see the whole document throughout."""
-    annealing_tokens: int = 0
-    """Length of the annealing, from the start of the stage."""
-    mask_embedding_noise: float = 0.0
-    """Standard deviation of Gaussian noise on the embeddings of masked tokens while training: it keeps a mask token that an
-    autoregressive model has never seen, of a norm near zero, from blowing up gradients (LLaDA2.0). Set it in the first stage alone."""
+    """For a model that was autoregressive: how the mask changes from causal to the whole document during the first annealing_tokens of
+    the stage; for one stream only. extent: a token sees a growing number of the tokens that follow it. random: it sees each following
+    token with a growing probability (DiffuLLaMA); such masks are no intervals, so that fused kernels cannot serve. Validation and samples
+    always see the whole document."""
+    annealing_tokens: NonNegativeInteger = 0
+    """Length of the annealing in tokens, from the start of the stage."""
+    mask_embedding_noise: NonNegativeFloat = 0.0
+    """Standard deviation of Gaussian noise on the embeddings of masked tokens during training. An autoregressive model has never seen
+    the mask token, whose embedding has a norm near zero and would cause very large gradients without this noise (LLaDA2.0). Set it in the
+    first stage only."""
     weight: LossWeight = "inverse_t"
     """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
     normalizer: LossNormalizer = "tokens"
     """What the weighted sum over the global batch is divided by: all tokens that can be predicted, or the masked ones."""
-    autoregressive_weight: float = 0.0
-    """Adds this times the clean stream's next-token cross-entropies to the objective, before it is divided (Nemotron, I-DLM); needs
-    two streams and clean_attention=token_causal. No token predicts one of another document."""
+    autoregressive_weight: NonNegativeFloat = 0.0
+    """Factor of the clean stream's next-token cross-entropies, which are added to the weighted sum before it is divided (Nemotron,
+    I-DLM). A value above 0 needs two streams and clean_attention=token_causal. No token predicts a token of another document."""
     exclude_mask_logit: bool = True
-    """Take the mask token out of the softmax: the model never predicts it."""
-    random_length_probability: float = 0.01
-    """Share of samples cut to a random length in [1, sequence_length] (LLaDA: 1 %)."""
+    """Leave the mask token out of the softmax, so that the model never predicts it."""
+    random_length_probability: Fraction = 0.01
+    """Share of samples that are cut to a random length in [1, sequence_length] (LLaDA: 1 %)."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    """How the model is laid out over ranks; data parallelism takes what is left of the world."""
+    """Layout of the model over ranks. The number of data-parallel ranks is the world size divided by the product of the others."""
 
-    tensor: int = 1
+    tensor: Size = 1
     """Tensor-parallel ranks."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group (Megatron's SP)."""
-    pipeline: int = 1
+    pipeline: Size = 1
     """Pipeline stages."""
-    virtual_pipeline: int = 1
-    """Model chunks per pipeline stage (interleaved 1F1B): a smaller bubble for more communication."""
-    num_layers_in_first_stage: int | None = None
-    """Layers of the first pipeline stage, which also has the embedding; null = as many as the others."""
-    num_layers_in_last_stage: int | None = None
-    """Layers of the last pipeline stage, which also has the head; null = as many as the others."""
+    virtual_pipeline: Size = 1
+    """Model chunks per pipeline stage (interleaved 1F1B): more chunks make the bubble smaller and need more communication."""
+    num_layers_in_first_stage: Size | None = None
+    """Layers of the first pipeline stage, which also has the embedding; null = as many as the other stages have."""
+    num_layers_in_last_stage: Size | None = None
+    """Layers of the last pipeline stage, which also has the head; null = as many as the other stages have."""
     embedding_counts_as_layer: bool = False
     """Split the pipeline as if the embedding were one more layer."""
     head_counts_as_layer: bool = False
     """Split the pipeline as if the output head were one more layer."""
-    context: int = 1
+    context: Size = 1
     """Context-parallel ranks: each owns a part of every sequence."""
     context_method: Literal["all_gather", "all_to_all"] = "all_gather"
-    """all_gather: keys and values travel (in block diffusion the clean stream's alone). all_to_all: heads are exchanged for
-    positions (Ulysses); needs key/value heads divisible by tensor * context."""
-    context_chunk_size: int = 128
-    """Positions dealt to context-parallel ranks together; a multiple of the block size keeps noisy keys at home."""
+    """all_gather: ranks gather keys and values (in block diffusion only those of the clean stream). all_to_all: ranks exchange heads for
+    positions (Ulysses); tensor * context must divide the number of key/value heads."""
+    context_chunk_size: Length = 128
+    """Consecutive positions that one context-parallel rank gets together. If it is a multiple of the block size, noisy keys stay on their
+    rank."""
     distributed_optimizer: bool = True
     """Shard optimizer states and fp32 masters over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: selective = core attention only, full = every layer."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: Size = 1
     """Layers per recomputed group when recompute is full."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks bucket by bucket while the backward pass of the last micro-batch goes on."""
+    """Reduce gradients over data-parallel ranks bucket by bucket during the backward pass of the last micro-batch."""
     overlap_param_gather: bool = False
     """Gather updated parameters bucket by bucket during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
     tp_comm_overlap: bool = False
-    """Tensor-parallel collectives behind the matrix products they feed (transformer-engine's user buffers); CUDA alone, needs sequence
-    and model.transformer_impl=te."""
+    """Overlap tensor-parallel collectives with the matrix products that use their results (transformer-engine's user buffers). Only on
+    CUDA; needs parallel.sequence and model.transformer_impl=te."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -243,152 +272,159 @@ class AttentionConfig:
     backend: Literal["auto", BackendName] = "auto"
     """Who computes attention in training and validation: cudnn (interval kernels for Hopper and Blackwell), flex (torch's
     FlexAttention), te (transformer-engine), sdpa (torch's dense kernels; on the CPU by rectangles where that is faster), reference
-    (explicit softmax in fp32). auto = the first of these that can serve on the device; a named one that cannot is an error. The choice,
-    and why others were passed over, is in the log. Generation always runs on sdpa."""
+    (explicit softmax in fp32). auto = the first of these backends that can serve on the device. A named backend that cannot serve is an
+    error. The log says which backend was chosen and why others were not. Generation always uses sdpa."""
 
 
 @dataclass(slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW."""
+    """The optimizer."""
 
-    beta1: float = 0.9
+    name: str = "adamw"
+    """The name of the optimizer: adamw (arXiv 1711.05101)."""
+    beta1: FractionBelowOne = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: FractionBelowOne = 0.95
     """Decay of the second moment."""
-    epsilon: float = 1.0e-8
+    epsilon: PositiveFloat = 1.0e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay; norms, biases and other vectors have none."""
-    clip_grad: float = 1.0
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay; it does not apply to norms, biases and other vectors."""
+    clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 = no clipping."""
-    rate_multipliers: dict[str, float] = field(default_factory=dict)
-    """Learning rates of some parameters as multiples of the schedule's, by patterns of their names, the first that fits:
-    {"*.mlp.*": 0.1, "embedding.*": 0} in a recipe; 0 = frozen. Names are those of the whole model: embedding.word_embeddings.weight,
-    decoder.layers.0.self_attention.linear_qkv.weight, ..."""
+    rate_multipliers: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Factors of the schedule's learning rate by patterns of parameter names, such as {"*.mlp.*": 0.1, "embedding.*": 0} in a recipe.
+    The first pattern that fits a parameter applies; 0 = the parameter is frozen. Names are those of the whole model:
+    embedding.word_embeddings.weight, decoder.layers.0.self_attention.linear_qkv.weight, ..."""
 
 
 @dataclass(slots=True, kw_only=True)
 class StageConfig:
-    """One stage of the schedule: a stretch of tokens with its learning rate and, where they differ from the run's, its batch, its
-    text and its objective. Stages of different block sizes are LLaDA2.0's road from autoregressive to diffusion."""
+    """One stage of the schedule: a number of tokens with a learning rate and, where the stage differs from the run, its own batch size,
+    datasets and objective. LLaDA2.0 converts an autoregressive model by stages of different block sizes."""
 
-    tokens: int
+    tokens: Tokens
     """Length of the stage in tokens."""
-    learning_rate: float
-    """Learning rate at the stage's end; a constant stage has it throughout."""
-    global_batch_size: int | None = None
-    """Sequences of one optimizer step in this stage (batch-size warmup); null = training.global_batch_size."""
+    learning_rate: NonNegativeFloat
+    """Learning rate at the end of the stage; a constant stage has this rate from its first step."""
+    global_batch_size: Length | None = None
+    """Samples of one optimizer step in this stage (batch-size warmup); null = training.global_batch_size."""
     style: DecayStyle = "constant"
-    """How the rate goes from the previous stage's end to this one's: constant (jump), linear, cosine, one_minus_sqrt."""
-    rewarm_tokens: int = 0
-    """The rate starts from 0 and is back on its curve after so many tokens of the stage; 0 = it goes on as it was."""
+    """How the learning rate changes from the end of the previous stage to the end of this stage: constant (at once), linear, cosine or
+    one_minus_sqrt."""
+    rewarm_tokens: NonNegativeInteger = 0
+    """Tokens at the start of the stage during which the learning rate rises from 0 back to its curve; 0 = no second warmup."""
     diffusion: Annotated[dict[str, Any], DiffusionConfig] = field(default_factory=dict)
-    """Fields of diffusion that this stage sets otherwise, such as {block_size: 4}."""
-    train: str | None = None
-    """Prefix of the training dataset of this stage; null = data.train or data.blend. A dataset used by several stages is
-    read on, not again."""
-    blend: dict[str, float] = field(default_factory=dict)
-    """Weights of corpora of data.blend in this stage; those not named are left out. Empty = the weights that they have there."""
+    """Fields of diffusion that have other values in this stage, such as {block_size: 4}."""
+    train: OptionalPath = None
+    """Prefix of the training dataset of this stage; null = data.train or data.blend. When several stages use one dataset, each goes on
+    reading where the stage before stopped."""
+    blend: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Weights of corpora of data.blend in this stage; corpora that are not named are left out. Empty = the weights in data.blend."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ScheduleConfig:
-    """Warmup-Stable-Decay: any number of named stages, in order; the run ends when the last one does."""
+    """Warmup-Stable-Decay: any number of named stages, in order. The run ends with the last stage."""
 
     stages: dict[str, StageConfig]
-    """The stages by name; the first starts from learning rate 0."""
+    """The stages by name. The first stage starts from learning rate 0."""
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainingConfig:
-    """The run."""
+    """Batch sizes, precision, seed and initial weights."""
 
-    global_batch_size: int
-    """Sequences of one optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: int
-    """Sequences of one forward and backward pass on one rank."""
+    global_batch_size: Length
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: Size
+    """Samples of one forward and backward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: bf16 weights and activations, fp32 master weights and gradients."""
-    seed: int = 1234
-    """Seeds initial weights, data order and noise, each through its own stream."""
-    initial_weights: str | None = None
+    """bf16: weights and activations are in bf16, master weights and gradients in fp32. fp32: everything is in fp32."""
+    seed: Seed = 1234
+    """Seed of the initial weights, the data order and the noise, each of which has its own stream of random numbers."""
+    initial_weights: OptionalPath = None
     """Where a new run takes its weights from: a Hugging Face directory (Llama, Qwen2 or Qwen3: config.json and *.safetensors), a run
-    directory (its newest checkpoint) or one checkpoint; null = random. Not read on resume."""
-    loss_chunk_size: int | None = None
-    """Positions whose logits exist at once while the loss is computed, by each of which the head is computed twice (a third more
-    FLOPs in the head alone); null = all positions, once, with their probabilities kept in fp32."""
+    directory (its newest checkpoint) or one checkpoint; null = random weights. A run that resumes does not read it."""
+    loss_chunk_size: Length | None = None
+    """Positions whose logits are in memory at once while the loss is computed. The head is then computed twice, which costs a third more
+    FLOPs in the head only. null = all positions at once; the head is computed once, and the probabilities are kept in fp32."""
     fp8: Literal["none", "tensorwise", "blockwise"] = "none"
-    """FP8 products in the layers' linears (head, embedding, attention and conditioning stay bf16): one scale a tensor (tensorwise), or
-    one for 1 x 128 and 128 x 128 blocks (blockwise, Hopper). Needs bf16 and model.transformer_impl=te."""
+    """Matrix products in FP8 in the linear layers of the Transformer (head, embedding, attention and conditioning stay in bf16).
+    tensorwise: each tensor has one scale. blockwise: each block of 1 x 128 or 128 x 128 has one scale (Hopper). Both need bf16 and
+    model.transformer_impl=te."""
     deterministic: bool = False
-    """Deterministic kernels on CUDA (slower). CPU runs always are."""
+    """Use deterministic kernels on CUDA, which are slower. Runs on the CPU are always deterministic."""
 
 
 @dataclass(slots=True, kw_only=True)
 class KernelsConfig:
-    """Which implementation computes what; the numbers agree to rounding. auto = the fastest that this machine has; the log says what was
-    taken, and why not another."""
+    """Implementations of single operations, whose results agree up to rounding. auto = the fastest implementation on this machine;
+    the log says which one was chosen and why others were not."""
 
     elementwise: Literal["auto", "triton", "torch"] = "auto"
-    """Modulated RMSNorm, gated residual, and the softmax of a chunked loss: this project's Triton kernels, or plain PyTorch."""
+    """Modulated RMSNorm, gated residual, and the softmax of a chunked loss. triton: Triton kernels of this project. torch: plain
+    PyTorch."""
     rope: Literal["auto", "fused", "unfused"] = "auto"
-    """Rotary embedding: fused = this project's Triton kernel, as libraries' take one angle a place and not one a token."""
+    """Rotary embedding. fused: a Triton kernel of this project; kernels of other libraries take one angle for each place of the sequence,
+    not for each token. unfused: plain PyTorch."""
     swiglu: Literal["auto", "fused", "unfused"] = "auto"
-    """SwiGLU: fused = megatron-core's, through torch.compile."""
+    """SwiGLU. fused: megatron-core's function, through torch.compile. unfused: plain PyTorch."""
     gradient_accumulation: Literal["auto", "fused", "unfused"] = "auto"
-    """Weight gradients added to the fp32 buffer inside the matrix product: apex's CUDA extension, or transformer-engine's linears."""
+    """fused: the matrix product itself adds weight gradients to the fp32 buffer, by apex's CUDA extension or transformer-engine's linear
+    layers. unfused: a separate operation adds them."""
     adamw: Literal["auto", "te", "apex", "torch"] = "auto"
-    """AdamW: transformer-engine's FusedAdam, apex's, or torch's fused kernel."""
+    """AdamW. te: transformer-engine's FusedAdam. apex: apex's FusedAdam. torch: torch's fused kernel."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ValidationConfig:
     """Validation with fixed noise at fixed timesteps."""
 
-    interval: int = 1000
-    """Steps between validations; one more runs before the first step and one after the last."""
-    num_samples: int = 128
-    """Validation samples, the first of the validation set; fewer if it is smaller."""
-    timesteps: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
-    """Every sample is scored at each of these t (midpoints of equal bins: the mean is the ELBO's quadrature)."""
-    block_sizes: list[int] = field(default_factory=list)
-    """Score the samples at these block sizes too, beside the present one; data.sequence_length stands for masked diffusion."""
+    interval: PositiveInteger = 1000
+    """Steps between validations. A run also validates before its first step and after its last step."""
+    num_samples: PositiveInteger = 128
+    """Number of samples, taken from the start of the validation set; fewer if the set is smaller."""
+    timesteps: list[PositiveFraction] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
+    """Every sample is scored at each of these t. They are midpoints of equal bins, so that the mean approximates the ELBO's integral."""
+    block_sizes: list[Length] = field(default_factory=list)
+    """Block sizes at which the samples are scored in addition to the current one; data.sequence_length stands for masked diffusion."""
 
 
 @dataclass(slots=True, kw_only=True)
 class SamplingConfig:
     """Text generated while training, and the defaults of w1train.sample."""
 
-    interval: int = 0
+    interval: NonNegativeInteger = 0
     """Steps between samples during training; 0 = never."""
     prompts: list[str] = field(default_factory=lambda: [""])
-    """One sample is drawn from each."""
-    num_tokens: int = 128
+    """One text is sampled after each prompt."""
+    num_tokens: Length = 128
     """Tokens generated after the prompt."""
-    num_steps: int = 64
-    """Denoising steps, all blocks together; not used with a threshold."""
-    threshold: float | None = None
-    """Each step unmasks every token whose prediction is more probable than this, at least one, until the block is full
-    (confidence-threshold parallel decoding); null = as many tokens a step as num_steps asks for."""
-    block_size: int | None = None
-    """Tokens denoised together, left to right; null = diffusion.block_size for a model of block diffusion, all at once for one
-    of masked diffusion (otherwise semi-autoregressive)."""
-    temperature: float = 0.0
-    """0 = greedy; otherwise Gumbel-max sampling at this temperature."""
+    num_steps: Length = 64
+    """Denoising steps of all blocks together; not used with a threshold."""
+    threshold: PositiveFraction | None = None
+    """Each step unmasks every token whose prediction is more probable than this threshold, and at least one token, until no token of the
+    block is masked (confidence-threshold parallel decoding); null = num_steps decides how many tokens each step unmasks."""
+    block_size: Length | None = None
+    """Tokens that are denoised together; blocks follow each other from left to right. null = diffusion.block_size for a model of block
+    diffusion, and one block of all tokens for a model of masked diffusion, which is otherwise semi-autoregressive."""
+    temperature: NonNegativeFloat = 0.0
+    """0 = the most probable token; otherwise Gumbel-max sampling at this temperature."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Which predictions are kept at each step."""
-    seed: int = 0
+    """Which predictions are masked again at each step: the least confident ones, or random ones."""
+    seed: NonNegativeInteger = 0
     """Seed of the sampler's noise."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Config:
-    """A run."""
+    """The configuration of a run."""
 
     name: str
-    """Name of the run; its directory is runs_dir/name."""
-    runs_dir: str = "runs"
-    """Where run directories live."""
+    """Name of the run, whose directory is runs_dir/name."""
+    runs_dir: RequiredPath = "runs"
+    """Directory that holds the run directories."""
     model: ModelConfig
     data: DataConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

@@ -1,111 +1,123 @@
-"""The part of the configuration tree (w1train/config/schema.py) that says how a run is operated: what it saves, records and shows, and what
-it does when something goes wrong. None of it changes what an undisturbed run computes."""
+"""The classes of the configuration tree (w1train/config/schema.py) for operating a run: what it saves, records and shows, and what it
+does when something goes wrong. Their fields do not change what an undisturbed run computes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from w1train.config.constraints import NonNegativeInteger, PathText, PositiveFloat, PositiveInteger, Range, Seconds
 
 BestMetric = Literal["elbo", "masked_cross_entropy"]
+UPLOAD_URL = "a URL that fsspec knows, such as s3://bucket/runs/NAME; or null"
+"""What checkpoint.upload takes, in words."""
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    """When state is saved and how much of it is kept."""
+    """Saving, keeping, loading and copying of checkpoints."""
 
-    interval: int = 1000
-    """Steps between checkpoints; one more is written at the end."""
-    keep: int = 3
-    """Newest checkpoints kept."""
-    keep_every: int = 0
-    """Beside these, checkpoints of every so many steps are kept for ever; 0 = none are."""
-    keep_best: int = 0
-    """Beside the newest, as many of the best by checkpoint.best_metric are kept; every checkpoint must then be at a validation."""
+    interval: PositiveInteger = 1000
+    """Steps between checkpoints. A run also writes a checkpoint at its end."""
+    keep: PositiveInteger = 3
+    """Number of newest checkpoints that are kept."""
+    keep_every: NonNegativeInteger = 0
+    """Also keep every checkpoint whose step is a multiple of this number, without a limit; 0 = no further checkpoints are kept."""
+    keep_best: NonNegativeInteger = 0
+    """Also keep this many of the best checkpoints by checkpoint.best_metric; there must then be a validation at each checkpoint's step."""
     best_metric: BestMetric = "elbo"
-    """What of the validation at a checkpoint's step ranks it; lower is better."""
+    """Metric of the validation at a checkpoint's step that ranks the checkpoint; lower is better."""
     average_at_end: bool = False
-    """Average the weights of the keep_best best checkpoints at the end of the run and of each of its phases, and compare the average
-    with them (LLaDA2.0's merge; w1train.average does the same at any time). Averages are kept."""
+    """At the end of the run and of each of its phases, average the weights of the keep_best best checkpoints and compare the average with
+    them (LLaDA2.0's merge; w1train.average does the same at any time). Averages are never removed."""
     asynchronous: bool = True
-    """Copy the state to host memory and write it while training goes on; false = training waits until it is written, and needs no memory
-    for the copy."""
+    """true: the state is copied to host memory and written while training goes on. false: training waits until the state is written, and
+    needs no memory for the copy."""
     on_error: Literal["warn", "stop"] = "warn"
-    """What a save that fails (no space left, a quota) does to the run: warn = old checkpoints stay and training goes on, stop = it stops.
-    The last save of a run must succeed either way."""
+    """What happens when a save fails (no space left, a quota). warn: the old checkpoints stay and training goes on. stop: the run stops.
+    The last save of a run must succeed in both cases."""
     verify: bool = True
-    """Compare a checkpoint's files with their hashes before it is loaded; false = their sizes alone."""
+    """Compare a checkpoint's files with their hashes before the checkpoint is loaded; false = compare only their sizes."""
     on_damage: Literal["fall_back", "stop"] = "fall_back"
-    """What a start does about a damaged newest checkpoint: fall_back = set it aside and go on from the newest good one, stop = nothing."""
-    resume_step: int | None = None
-    """Go on from the checkpoint of this step; later ones are set aside. Obeyed once: the same command again goes on from the newest."""
-    upload: str | None = None
-    """Where complete checkpoints are copied to in the background, such as s3://bucket/runs/NAME, under the same rules of what is kept. A
-    start that has no good checkpoint of its own fetches the newest from there."""
+    """What a start does when the newest checkpoint is damaged. fall_back: it renames that checkpoint and resumes from the newest good
+    one. stop: it ends with an error."""
+    resume_step: PositiveInteger | None = None
+    """Resume from the checkpoint of this step, and rename later checkpoints. This happens once: the same command, given again, resumes
+    from the newest checkpoint."""
+    upload: Annotated[str, PathText(UPLOAD_URL)] | None = None
+    """URL to which complete checkpoints are copied in the background, such as s3://bucket/runs/NAME; the rules for keeping checkpoints
+    apply to the copies too. A start without a good local checkpoint fetches the newest copy from there."""
 
 
 @dataclass(slots=True, kw_only=True)
 class LoggingConfig:
-    """What is written while training."""
+    """Console, metrics and trackers."""
 
-    interval: int = 10
-    """Steps between console lines; metrics.jsonl has every step."""
-    num_t_bins: int = 10
-    """Equal bins of t for the loss by t."""
+    interval: PositiveInteger = 10
+    """Steps between lines on the console; metrics.jsonl has a line for every step."""
+    num_t_bins: Annotated[int, Range(1, 10_000)] = 10
+    """Number of equal bins of t in the metrics of the loss by t."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto = online if WANDB_API_KEY is set, else offline."""
+    """Mode of Weights & Biases; auto = online if WANDB_API_KEY is set, otherwise offline."""
     wandb_project: str = "w1train"
-    """Weights & Biases project."""
-    peak_tflops: float | None = None
-    """Dense bf16 peak of the device for MFU, TFLOP/s; null = from the device's name (none on CPU)."""
+    """Project in Weights & Biases."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense bf16 peak of the device in TFLOP/s, from which MFU is computed; null = the peak that belongs to the device's name (on the CPU
+    there is no MFU)."""
     communication: bool = True
-    """Time each step's gradient reduction and parameter gather (time/communication_seconds)."""
+    """Measure the time of each step's gradient reduction and parameter gather (time/communication_seconds)."""
     tensorboard: bool = False
-    """Write the same metrics and samples for TensorBoard, to tensorboard/ in the run directory (extra: tensorboard)."""
+    """Also write metrics and samples for TensorBoard, to tensorboard/ in the run directory (needs the extra tensorboard)."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ProfilingConfig:
-    """Which steps are looked into, and with what (docs/profiling.md)."""
+    """Steps and ranks to profile, and the tool (docs/profiling.md)."""
 
-    steps: list[int] = field(default_factory=list)
-    """Steps to profile, counted from 1; each is slower than the others, and so are its times in metrics.jsonl."""
-    ranks: list[int] = field(default_factory=lambda: [0])
+    steps: list[PositiveInteger] = field(default_factory=list)
+    """Steps to profile, counted from 1. A profiled step is slower than others, which its times in metrics.jsonl show."""
+    ranks: list[NonNegativeInteger] = field(default_factory=lambda: [0])
     """Ranks that profile."""
     tool: Literal["torch", "nsys"] = "torch"
-    """torch: PyTorch's profiler, traces and a table of time by part in profile/ of the run directory. nsys: NVTX ranges at every step, and
-    the steps from the first to the last of profiling.steps marked for nsys profile --capture-range=cudaProfilerApi."""
+    """torch: PyTorch's profiler writes traces and a table of the time of each part to profile/ in the run directory. nsys: every step has
+    NVTX ranges, and the steps from the first to the last of profiling.steps are marked for
+    nsys profile --capture-range=cudaProfilerApi."""
     memory: bool = True
-    """With torch, on GPUs: a snapshot of the allocator's memory for each profiled step."""
+    """With tool=torch, on GPUs: write a snapshot of the allocator's memory for each profiled step."""
 
 
 @dataclass(slots=True, kw_only=True)
 class HealthConfig:
-    """What is done about what goes wrong; all of it on by default (docs/health.md)."""
+    """Reactions to what goes wrong; every check is on by default (docs/health.md)."""
 
     on_nonfinite: Literal["skip", "stop"] = "skip"
-    """A loss or gradient norm that is no number, twice for the same batch: skip = leave the batch out; stop = end the run."""
-    max_skips: int = 3
-    """As many steps in a row may be left out for non-finite values; one more, and the run goes back to its newest checkpoint."""
-    max_rewinds: int = 1
-    """How often a start of the run may go back to a checkpoint before it stops."""
-    spike_sigma: float | None = 6.0
-    """A step whose masked cross-entropy is so many standard deviations above the median of the last spike_window is left out;
-    null = never."""
-    spike_gradient_sigma: float | None = 12.0
-    """The same of the logarithm of the gradient norm, which has long tails; null = never."""
-    spike_window: int = 128
-    """Steps that spikes are compared with; nothing is a spike before half of them are there, in each stage anew."""
-    heartbeat_interval: float = 10.0
+    """What happens when the loss or the gradient norm is NaN or infinite twice for the same batch. skip: the batch is skipped. stop: the
+    run ends."""
+    max_skips: NonNegativeInteger = 3
+    """Most steps in a row that may be skipped for NaN or infinite values; after one more, the run goes back to its newest checkpoint."""
+    max_rewinds: NonNegativeInteger = 1
+    """How often a run may go back to a checkpoint, counted from its last start, before it stops."""
+    spike_sigma: PositiveFloat | None = 6.0
+    """A step is skipped if its masked cross-entropy is more than this many standard deviations above the median of the last
+    spike_window steps; null = never."""
+    spike_gradient_sigma: PositiveFloat | None = 12.0
+    """A step is skipped if the logarithm of its gradient norm, which has long tails, is more than this many standard deviations above
+    that median; null = never."""
+    spike_window: Annotated[int, Range(2, 1 << 20)] = 128
+    """Number of earlier steps that a step is compared with. Each stage begins anew, and no step is a spike before half of this number of
+    steps is there."""
+    heartbeat_interval: Seconds = 10.0
     """Seconds between heartbeats of a rank."""
-    hang_timeout: float = 600.0
-    """Seconds without progress on a rank after which all of them write their stacks and end."""
-    start_timeout: float = 3600.0
-    """The same before the first step, where data are copied and packed and checkpoints read."""
-    stop_timeout: float = 100.0
-    """Seconds after SIGTERM or SIGUSR1 for finishing the step and saving; then the process ends as it is."""
-    straggler_interval: int = 100
-    """Steps between measurements of how long ranks wait for the slowest; 0 = never."""
-    straggler_share: float = 0.1
-    """A warning names the slowest rank if the others have waited longer than this share of a step three times in a row."""
-    gc_interval: int = 100
-    """Steps between garbage collections, at the same step on all ranks; 0 = whenever Python thinks fit."""
+    hang_timeout: Seconds = 600.0
+    """Seconds without progress on a rank after which all ranks write their stacks and end."""
+    start_timeout: Seconds = 3600.0
+    """The same time limit before the first step, while data are copied and packed and checkpoints are read."""
+    stop_timeout: Seconds = 100.0
+    """Seconds that a process has, after SIGTERM or SIGUSR1, to finish the step and save; then it ends as it is."""
+    straggler_interval: NonNegativeInteger = 100
+    """Steps between measurements of how long ranks wait for the slowest rank; 0 = never."""
+    straggler_share: PositiveFloat = 0.1
+    """A warning names the slowest rank if the other ranks have waited for longer than this share of a step in three measurements in a
+    row."""
+    gc_interval: NonNegativeInteger = 100
+    """Steps between garbage collections, which happen at the same step on all ranks; 0 = Python decides when."""

@@ -1,4 +1,4 @@
-"""The configuration inside a stage of the schedule."""
+"""The configuration of a stage of the schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from w1train.config.schema import Config
 
 
 def at_stage(config: Config, name: str) -> Config:
-    """The run's configuration with what the stage sets otherwise: its diffusion and its batch. Shares all other sections."""
+    """Return the run's configuration with the stage's own values of diffusion and batch size. All other sections are shared, not copied."""
     stage = config.schedule.stages[name]
     if not stage.diffusion and stage.global_batch_size is None:
         return config
@@ -21,7 +21,7 @@ def at_stage(config: Config, name: str) -> Config:
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
-    """Every global batch size of the run by its key."""
+    """Return every global batch size of the run by its key."""
     sizes = {"training.global_batch_size": config.training.global_batch_size}
     for name, stage in config.schedule.stages.items():
         if stage.global_batch_size is not None:

@@ -1,7 +1,7 @@
-"""Limits on a YAML text, checked before anything is made of it: the configuration of a run, and the files of recipes.
+"""Limits on the YAML of configurations and recipes, which are checked before any object is built from the text.
 
-Parsing yields events and does not recurse, so that neither ten thousand levels of nesting nor aliases that stand for billions of values
-(ten lists of ten aliases to each other) cost more than the text itself.
+The parser yields events and does not recurse. Ten thousand levels of nesting, or aliases that stand for billions of values (ten lists of
+ten aliases to each other), therefore cost no more than the text itself.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ import yaml
 from w1train.config.reading import LONGEST_INTEGER
 
 LARGEST_YAML = 1 << 20
-"""The most bytes of a configuration file."""
+"""Most bytes of a configuration file."""
 DEEPEST_YAML = 32
-"""Levels of mappings and lists inside each other; the schema has six."""
+"""Most levels of nested mappings and lists; the schema has six."""
 MOST_YAML_NODES = 20_000
-"""Keys and values of a file, each alias counted as what it stands for. One takes some twenty microseconds to read."""
+"""Most keys and values of a file; an alias counts as many as it stands for. Reading one key or value takes about 20 microseconds."""
 _RESOLVER = yaml.resolver.Resolver()
 _INTEGER = "tag:yaml.org,2002:int"
 _NOT_SPECIFIC = "!"
 
 
 class LimitError(yaml.MarkedYAMLError):
-    """A text that holds more, or something else, than a configuration does."""
+    """A text that exceeds the limits of a configuration."""
 
 
 def check_limits(text: str) -> None:
-    """Count the keys and values of a YAML text, and look at the scalars.
+    """Check the limits on the keys, values, nesting and scalars of a YAML text.
 
     Raises:
-        LimitError: there are more keys and values than a configuration has, they are nested deeper, an integer is longer
-            than LONGEST_INTEGER (Python would read hexadecimal digits without end), or a value has a tag such as !!bool (the library fails
-            at a tag on a text that it does not fit).
+        LimitError: the text has too many keys and values or is nested too deep, an integer is longer than LONGEST_INTEGER (Python has
+            no limit for hexadecimal digits), or a value has a tag such as !!bool (the library fails where a tag does not fit its value).
         yaml.YAMLError: the text is not YAML.
     """
     num_nodes = 0
@@ -61,7 +60,7 @@ def check_limits(text: str) -> None:
 
 def _check_scalar(event: yaml.ScalarEvent) -> None:
     _check_tag(event)
-    # YAML's own rules say what an integer is: the name of a run may be a hash, whose first digit is decimal.
+    # Only YAML's own rules tell what an integer is: the name of a run may be a hash that begins with a decimal digit.
     if (
         event.implicit[0]
         and len(event.value) > LONGEST_INTEGER
@@ -76,4 +75,4 @@ def _check_tag(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
 
 
 def _error(problem: str, event: yaml.Event) -> LimitError:
-    return LimitError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]  # the stubs know of two classes of marks
+    return LimitError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]  # the stubs have two classes of marks

@@ -1,1 +1,1 @@
-"""Weights from and to other formats: Hugging Face checkpoints in, Hugging Face models out."""
+"""Conversion of weights: Hugging Face checkpoints to models of w1train, and back."""

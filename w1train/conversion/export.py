@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face model directory: config.json, safetensors, tokenizer, and code where stock classes do not do."""
+"""The export of a checkpoint as a Hugging Face model directory: config.json, safetensors, tokenizer, and code for transformers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w1train.checkpoints.stored_size import require_stored
+from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
@@ -22,12 +24,10 @@ from w1train.conversion.filling import StoredModel, require_fit
 from w1train.conversion.sources import CheckpointDirectory, find_inside
 from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
-from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
+from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
 from w1train.runtime.names import is_plain_name, open_inside
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.checkpoint import read_config
-from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_c
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What has been written."""
+    """The files and the size of an export."""
 
     model_type: str
     files: tuple[str, ...]
@@ -47,17 +47,17 @@ class Exported:
 
 
 def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str, max_shard_bytes: int) -> Exported:
-    """Write ``output``, complete or not at all; one tensor of the model is in memory at a time.
+    """Write the directory ``output`` completely or not at all. One tensor of the model is in memory at a time.
 
     Args:
-        checkpoint: of the run, verified by the caller.
-        model_format: one of FORMATS.
+        checkpoint: a checkpoint of the run, which the caller has verified.
+        model_format: a name in FORMATS.
 
     Raises:
-        UserError: ``output`` holds something, the stock class asked for is not this model, or the checkpoint's tensors are not those of its
-            configuration.
+        UserError: ``output`` is not empty, the requested stock class cannot compute this model, or the checkpoint's tensors are not those
+            of its configuration.
         CheckpointError: the checkpoint's index cannot be read.
-        OSError: it cannot be written.
+        OSError: ``output`` cannot be written.
     """
     config = read_config(checkpoint)
     require_stored(checkpoint, config.model)
@@ -66,7 +66,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     dtype = _one_dtype(checkpoint, source)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
-        raise UserError(f"this model is no {model_type}: {listing(problems)}; export it with --format {W1}")
+        raise UserError(f"this model is not a {model_type} model: {listing(problems)}; export it with --format {W1}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already and not empty: remove it, or choose another place")
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
@@ -86,7 +86,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         output.rmdir()
     partial.rename(output)
     if model_type != W1:
-        logger.warning("%s attends causally, as a diffusion model does not: load it as such for its weights alone", model_type)
+        logger.warning("the stock class of %s attends causally, unlike a diffusion model: use this export only for its weights", model_type)
     names = tuple(sorted(path.name for path in output.iterdir()))
     return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
 
@@ -107,7 +107,7 @@ def _entries(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
 
 
 def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter taken apart: the inverse of w1train.conversion.filling."""
+    """Yield the parts of each parameter: the inverse of w1train.conversion.filling."""
     for parameter in parameters:
         whole = source.read(parameter.name, tuple(slice(0, extent) for extent in parameter.shape))
         rows = whole.view(parameter.num_groups, -1, *parameter.shape[1:])
@@ -117,11 +117,11 @@ def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
 
 
 def _copy_companion(directory: Path, name: str, output: Path) -> None:
-    """Copy a file that lies beside a tokenizer, if it is there, but for an auto_map: it names code, even of another place, which
-    transformers would run for those who trust this export's own.
+    """Copy a file from the directory of a tokenizer, if the file exists, without its auto_map.
 
+    An auto_map names code, even of other repositories, which transformers would run for users who trust this export's own code.
     The directory's name comes from a config.yaml that somebody else may have written, and exports are published: a file that is too large,
-    or a link to a file elsewhere, is left out with a warning.
+    or a link to a file in another directory, is left out with a warning.
     """
     path = directory / name
     try:
@@ -146,10 +146,10 @@ def _copy_companion(directory: Path, name: str, output: Path) -> None:
 
 
 def _open_companion(directory: Path, name: str) -> BufferedReader:
-    """Open a regular file of a directory; the links that the cache of huggingface_hub is made of are followed, as those of the weights are.
+    """Open a regular file of a directory. Links of the cache of huggingface_hub are followed, as for weights (w1train.conversion.sources).
 
     Raises:
-        OSError: it is not there, cannot be read, or is another link or no regular file.
+        OSError: the file does not exist, cannot be read, is another link or is not a regular file.
     """
     if (target := find_inside(directory, name)) is not None and is_plain_name(target.name):
         return open_inside(target.parent, target.name)
@@ -157,19 +157,20 @@ def _open_companion(directory: Path, name: str) -> BufferedReader:
 
 
 def _tokenizer_files(copy: Path, original: Path, output: Path) -> dict[str, Any]:
-    """Write the tokenizer and what transformers keeps beside it; the ids of its special tokens for config.json.
+    """Write the tokenizer and the settings that transformers keeps with it, and return the ids of its special tokens for config.json.
 
     Args:
-        copy: the run's own, for the original may be on another machine by now.
+        copy: the run's own copy of the tokenizer, because the original may be on another machine.
+        original: the file that the run's configuration names; settings in its directory are copied.
     """
     path = next((path for path in (copy, original) if path.is_file()), None)
     if path is None:
-        logger.warning("the run's tokenizer is neither %s nor %s: the export goes without one", copy, original)
+        logger.warning("the run's tokenizer is neither %s nor %s: the export has no tokenizer", copy, original)
         return {}
     tokenizer = Tokenizer.load(path)
     tokenizer.save(output / "tokenizer.json")
     if not original.parent.is_dir():
-        logger.warning("%s is not there: what transformers keeps beside a tokenizer is written anew", original.parent)
+        logger.warning("%s does not exist: the export gets default settings of the tokenizer", original.parent)
     for name in _COMPANIONS:
         _copy_companion(original.parent, name, output)
     if not (output / "tokenizer_config.json").is_file():

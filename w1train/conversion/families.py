@@ -1,4 +1,4 @@
-"""Model families of Hugging Face transformers that this model can be: their config.json as a ModelConfig, and back."""
+"""Model families of Hugging Face transformers that this model can represent: their config.json as a ModelConfig, and back."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError, listing
+from w1train.config.field_types import field_ranges
 from w1train.config.reading import read_json_object, shorten
 from w1train.config.schema import ModelConfig
-from w1train.config.validate import RANGES
 
 CONFIG_FILE = "config.json"
 W1 = "w1"
-"""Model type of this project's own export, which w1train/conversion/remote_code implements."""
+"""Model type of this project's own export, whose code is in w1train/conversion/remote_code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A dense decoder with RMSNorm, rotary positions, SwiGLU and grouped queries; what tells it from the others."""
+    """The differences of a model family from others. All are dense decoders with RMSNorm, rotary positions, SwiGLU and grouped queries."""
 
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
     head_dim: int | None = None
-    """Channels of a head where the file does not say; None = hidden_size / num_attention_heads."""
+    """Channels of a head if the file does not give them; None = hidden_size / num_attention_heads."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
 }
-"""By config.json's model_type."""
+"""Families by the model_type in config.json."""
 W1_FAMILY = Family("W1ForMaskedDiffusion")
 
 
@@ -42,7 +42,7 @@ def _is_full_attention(layer_types: Any) -> bool:
     return not layer_types or (isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types))
 
 
-# What would make the files another function than this model: the key, whether its value is harmless, and what would be valid.
+# Keys with which the files would compute another function than this model: whether a value is harmless, and the valid values in words.
 _HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in (None, "silu", "swish"), "silu"),
     "attention_bias": (lambda value: not value, "false: here only queries, keys and values may have biases (Qwen2)"),
@@ -55,10 +55,10 @@ _HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The directory's config.json.
+    """Read a directory's config.json.
 
     Raises:
-        UserError: it is missing or no JSON object.
+        UserError: the file is missing or not a JSON object.
     """
     path = directory / CONFIG_FILE
     try:
@@ -68,13 +68,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
-    """The model that a config.json describes.
+    """Return the model that a config.json describes.
 
     Args:
-        origin: its name in messages.
+        origin: the name of the file or directory, for messages.
 
     Raises:
-        UserError: another architecture, or fields that this model has no switch for; all of them are named.
+        UserError: the architecture is unknown, or fields have values that this model cannot represent; all of them are named.
     """
     family = _family(config, origin)
     values = _Values(config)
@@ -101,12 +101,12 @@ def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
         "init_std": values.number("initializer_range", 0.02),
         **(values.conditioning() if of_own_export else {"conditioning": "none"}),
     }
-    # A value that has been reported is replaced by a zero here, and not to be reported once more.
+    # Values that have been reported are zeros here, which must not be reported again.
     if not values.problems:
         values.problems += [
-            f"model.{name} would be {shorten(value)}, not {RANGES[f'model.{name}'].words(value)}"
-            for name, value in fields.items()
-            if f"model.{name}" in RANGES and value not in RANGES[f"model.{name}"]
+            f"model.{name} would be {shorten(fields[name])}, not {valid.words(fields[name])}"
+            for name, valid in field_ranges(ModelConfig).items()
+            if name in fields and fields[name] not in valid
         ]
     if values.problems:
         raise UserError(f"{origin} cannot be imported: " + "; ".join(values.problems))
@@ -133,12 +133,12 @@ def _named(architectures: list[Any]) -> str:
 
 
 class _Values:
-    """The values of a config.json by their types; what is missing or of another type is noted among the problems."""
+    """The values of a config.json by their types. Values that are missing or of another type become problems."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.problems: list[str] = []
         self._config = config
-        # transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters.
+        # transformers 4 has rope_theta and rope_scaling; version 5 has both in rope_parameters.
         self._rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
         self.rope: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
@@ -149,7 +149,7 @@ class _Values:
                 self.problems.append(f"{key} is {shorten(value)}, not an object")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """An integer; the default also where the file says null."""
+        """Return an integer, or the default if the file has null or lacks the key."""
         value = self._config.get(key)
         if value is None and default is not None:
             return default
@@ -160,19 +160,19 @@ class _Values:
         return value if type(value) is int else 0
 
     def number(self, key: str, default: float) -> float:
-        """A number, of rope_parameters or at the top; the default also where the file says null."""
+        """Return a number from rope_parameters or from the top, or the default if the file has null or lacks the key."""
         found = (value for value in (self.rope.get(key), self._config.get(key)) if value is not None)
         return self._as_number(key, next(found, default))
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false; the default also where the file says null."""
+        """Return true or false, or the default if the file has null or lacks the key."""
         value = self._config.get(key)
         if value is not None and not isinstance(value, bool):
             self.problems.append(f"{key} is {shorten(value)}, not true or false")
         return value if isinstance(value, bool) else default
 
     def rope_scaling(self) -> dict[str, Any]:
-        """The ModelConfig's fields of rope scaling."""
+        """Return the fields of ModelConfig for rope scaling."""
         kind = self.rope.get("rope_type", self.rope.get("type", "default"))
         if kind == "default":
             return {}
@@ -193,7 +193,10 @@ class _Values:
         return {"rope_scaling": "llama3", **values}
 
     def conditioning(self) -> dict[str, Any]:
-        """Only this project's own export has any; its modulations are in the files, so their initial values are unused."""
+        """Return the fields of ModelConfig for conditioning.
+
+        Only this project's own export has a timestep input. Its files hold the modulations, so their initial values are not used.
+        """
         kind = self._config.get("conditioning", "none")
         if kind not in ("none", "adaln"):
             self.problems.append(f"conditioning is {shorten(kind)}; supported: none, adaln")
@@ -211,10 +214,10 @@ class _Values:
 
 
 def stock_family(model: ModelConfig) -> str:
-    """The family whose stock class is this model, run causally.
+    """Return the family whose stock class computes this model causally.
 
     Raises:
-        UserError: there is none.
+        UserError: no stock class does.
     """
     for name, family in FAMILIES.items():
         if not family_problems(model, name) and (model.qkv_bias, model.qk_norm) == (family.qkv_bias, family.qk_norm):
@@ -224,23 +227,23 @@ def stock_family(model: ModelConfig) -> str:
 
 
 def family_problems(model: ModelConfig, name: str) -> list[str]:
-    """Why a family's stock class is not this model; empty if it is."""
+    """Return the reasons why a family's stock class cannot compute this model; empty if it can."""
     family, problems = FAMILIES[name], []
     if model.conditioning != "none":
         problems.append(f"model.conditioning is {model.conditioning}, and stock classes have no timestep")
     for field in ("qkv_bias", "qk_norm"):
         if getattr(model, field) != getattr(family, field):
-            problems.append(f"model.{field} is {str(getattr(model, field)).lower()}, not so in {name}")
+            problems.append(f"model.{field} is {str(getattr(model, field)).lower()}, and {str(getattr(family, field)).lower()} in {name}")
     return problems
 
 
 def config_of(model: ModelConfig, model_type: str, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a model as ``model_type`` (a family, or "w1").
+    """Return the config.json of a model as ``model_type`` (a family, or "w1").
 
-    Keys are those of transformers 4, which 5 reads too.
+    The keys are those of transformers 4, which transformers 5 reads too.
 
     Args:
-        dtype: the weights' torch dtype by name.
+        dtype: the name of the weights' torch dtype.
         special: further keys, such as eos_token_id.
     """
     family = W1_FAMILY if model_type == W1 else FAMILIES[model_type]

@@ -1,4 +1,4 @@
-"""Stored weights into the parameters of this rank's stages, slice by slice.
+"""The copy of stored weights into the parameters of this rank's stages, slice by slice.
 
 Shapes: r = rows of a parameter on this rank, h = hidden size.
 """
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_A_TIME = 8192
 _MOST_NAMES = 8
 
-# Switches that must be those of the stored model. Those of the vocabulary and of adaLN have rules of their own, and the longest sequence is
-# free: it is what the model is used for.
+# Fields that must be equal in the stored model. The vocabulary and adaLN have rules of their own. The longest sequence may
+# differ, because it only says how the model is used.
 _SAME = (
     "num_layers",
     "hidden_size",
@@ -45,22 +45,22 @@ _SAME_IN_ADALN = ("condition_size", "timestep_frequency_size", "timestep_scale")
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """Weights that are to become a model's."""
+    """Stored weights, and the parameters of the model that will take them."""
 
     origin: str
-    """Its name in messages."""
+    """Name of the file or directory, for messages."""
     model: ModelConfig
-    """What the weights are of."""
+    """The model that the weights belong to."""
     source: TensorSource
     parameters: tuple[Parameter, ...]
-    """Of the model that is to be filled, with the names that the source has for them."""
+    """Parameters of the model that will be filled, with the names of their parts in the source."""
 
 
 def require_fit(stored: StoredModel, model: ModelConfig) -> None:
-    """Compare all that can be compared without reading weights.
+    """Check that stored weights fit a model, without reading weights.
 
     Raises:
-        ConfigurationError: the configured model is not the stored one; every key that differs, with the value that would fit.
+        ConfigurationError: the configured model is not the stored model; every key that differs is named with the value that would fit.
         UserError: tensors are missing, unexpected or of another shape than the stored model's configuration says.
     """
     raise_if_any(_model_problems(model, stored.model, stored.origin))
@@ -75,7 +75,7 @@ def require_fit(stored: StoredModel, model: ModelConfig) -> None:
     found = stored.source.tensors
     ignored = {name for name in found.keys() - expected.keys() if _is_superfluous(name, model)}
     if ignored:
-        logger.info("%s: left out %s (computed, or the embedding once more)", stored.origin, _some(ignored))
+        logger.info("%s: left out %s (values that are computed, or a copy of the embedding)", stored.origin, _some(ignored))
     problems = []
     if missing := expected.keys() - found.keys():
         problems.append(f"missing: {_some(missing)}")
@@ -94,7 +94,8 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _is_superfluous(name: str, model: ModelConfig) -> bool:
-    """Old files hold the rotary table of every layer; some hold a tied head beside the embedding."""
+    """Tell whether a stored tensor is not needed: old files hold the rotary table of every layer, and some hold a tied head as well as the
+    embedding."""
     return name.endswith("rotary_emb.inv_freq") or (model.tie_embeddings and name == "lm_head.weight")
 
 
@@ -109,9 +110,11 @@ def _model_problems(model: ModelConfig, stored: ModelConfig, origin: str) -> lis
     if model.vocab_size < stored.vocab_size:
         problems.append(Problem("model.vocab_size", show(model.vocab_size), f"at least {stored.vocab_size}, the rows of {origin}"))
     if model.conditioning == "none" and stored.conditioning == "adaln":
-        problems.append(Problem("model.conditioning", "none", f"adaln, as in {origin}: without its modulation it is another function"))
+        problems.append(
+            Problem("model.conditioning", "none", f"adaln, as in {origin}: without its modulation the model computes another function")
+        )
     elif model.conditioning == "adaln" and stored.conditioning == "none" and model.adaln_init != "identity":
-        valid = f"identity, for {origin} has no adaLN: with gates of zero no layer, and so none of its weights, would have an effect"
+        valid = f"identity, because {origin} has no adaLN: with gates of zero, no layer would have an effect"
         problems.append(Problem("model.adaln_init", model.adaln_init, valid))
     return problems
 
@@ -127,10 +130,10 @@ def _resolved(model: ModelConfig, field: str) -> object:
 
 @torch.no_grad()
 def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelConfig, *, tensor_rank: int, tensor_size: int) -> None:
-    """Write every parameter of this rank's stages, which hold their initial values, once.
+    """Write every parameter of this rank's stages once. Before the call, parameters hold their initial values.
 
-    One slice is in memory at a time beside the parameters. adaLN's parameters keep their initial values if the source has none. Rows of
-    the vocabulary beyond the source's are made from its own (``_fill_new_rows``).
+    Besides the parameters, one slice is in memory at a time. Parameters of adaLN keep their initial values if the source has no adaLN.
+    New rows of the vocabulary are made from the source's rows (``_fill_new_rows``).
 
     Raises:
         OSError, UserError: a file cannot be read.
@@ -153,7 +156,7 @@ def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelCon
 
 
 def _fill_one(target: Tensor, parameter: Parameter, source: TensorSource, dimension: int | None, rank: int, size: int) -> None:
-    """Interleave this rank's rows (or columns) of each part."""
+    """Write a parameter by interleaving this rank's rows (or columns) of each part."""
     splits = size if dimension == 0 else 1
     num_groups = max(1, parameter.num_groups // splits)
     rows = target.view(num_groups, -1, *target.shape[1:])
@@ -172,7 +175,7 @@ def _fill_one(target: Tensor, parameter: Parameter, source: TensorSource, dimens
 
 
 def _fill_vocabulary(target: Tensor, parameter: Parameter, stored: StoredModel, model: ModelConfig, rank: int) -> None:
-    """This rank's rows [rank * r, (rank + 1) * r): those that the source has, and new ones behind them."""
+    """Write this rank's rows [rank * r, (rank + 1) * r): first the rows that the source has, then new rows."""
     (part,) = parameter.parts
     first, num_rows = rank * len(target), len(target)
     num_known = min(max(stored.model.vocab_size - first, 0), num_rows)
@@ -184,16 +187,16 @@ def _fill_vocabulary(target: Tensor, parameter: Parameter, stored: StoredModel, 
 
 
 def _fill_new_rows(rows: Tensor, name: str, tensor: str, stored: StoredModel, model: ModelConfig) -> None:
-    """Rows for tokens that the source does not have, the same under every layout.
+    """Write rows for tokens that the source does not have. They are the same under every layout.
 
-    Embedding: the mean row and on it noise as strong as the rows' own spread, so that the row's norm is an ordinary one. The mean alone
-    is short (RMSNorm blows it up, and its gradient explodes; LLaDA2.0 saw that with a mask row near zero), and noise of init_std is
-    too, or too long, where trained rows have another scale. A tied head shares these rows.
-    Head: the mean row, whose logit is the mean logit; by convexity a new token gets at most an average token's share of the softmax.
+    Embedding: the mean row plus noise with the standard deviation of the rows, so that a new row has an ordinary norm. The mean row alone
+    has a small norm, which RMSNorm scales up, and its gradient explodes (LLaDA2.0 observed this for a mask row near zero). Noise of
+    init_std gives a norm that is too small or too large where trained rows have another scale. A tied head shares these rows.
+    Head: the mean row, whose logit is the mean logit. By convexity, a new token gets at most an average token's share of the softmax.
     """
     mean, deviation = _row_statistics(stored, tensor, rows.shape[1])
     if name == EMBEDDING:
-        # The rows hold their initial values still: standard normal noise times init_std, a function of seed and row.
+        # The rows still hold their initial values: standard normal noise times init_std, which is a function of seed and row.
         noise = rows.to(torch.float64) * (deviation / model.init_std)
         rows.copy_(mean.to(rows.device) + noise)
     else:
@@ -202,7 +205,7 @@ def _fill_new_rows(rows: Tensor, name: str, tensor: str, stored: StoredModel, mo
 
 
 def _row_statistics(stored: StoredModel, tensor: str, hidden_size: int) -> tuple[Tensor, float]:
-    """Mean row, float64 [h], and the root mean square of the elements' distance from it; the table is read a stretch at a time."""
+    """Return the mean row, float64 [h], and the root mean square of the elements' distance from it. The table is read in pieces."""
     total, squares, num_rows = torch.zeros(hidden_size, dtype=torch.float64), 0.0, stored.model.vocab_size
     for start in range(0, num_rows, _ROWS_AT_A_TIME):
         stop = min(start + _ROWS_AT_A_TIME, num_rows)

@@ -1,4 +1,4 @@
-"""A new run's weights from a Hugging Face directory or from another run (``training.initial_weights``)."""
+"""Initial weights of a new run from a Hugging Face directory or from another run (``training.initial_weights``)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import MANIFEST, latest_step
+from w1train.checkpoints.stored_size import require_stored
+from w1train.checkpoints.verification import read_config as read_checkpoint_config
+from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.conversion.families import CONFIG_FILE, model_from_config, read_config
 from w1train.conversion.filling import StoredModel, fill, require_fit
 from w1train.conversion.sources import CheckpointDirectory, SafetensorsDirectory
 from w1train.conversion.tensors import checkpoint_parameters, hugging_face_parameters
+from w1train.engine.building import LoadWeights
 from w1train.runtime.distributed import all_or_none
-from w1train.training.checkpoint import MANIFEST, latest_step, verify_checkpoint
-from w1train.training.checkpoint import read_config as read_checkpoint_config
-from w1train.training.setup import LoadWeights
-from w1train.training.stored_size import require_stored
 
 logger = logging.getLogger(__name__)
 
 
 class InitialWeights:
-    """Opened and compared with the configuration; not read yet."""
+    """Stored weights that are opened and compared with the configuration, but not read yet."""
 
     def __init__(self, config: Config) -> None:
-        """Called on every rank, before the model is built. ``training.initial_weights`` is set.
+        """Open the weights on every rank, before the model is built. ``training.initial_weights`` must be set.
 
         Raises:
-            UserError: on every rank: nothing usable is there, or it does not fit ``config.model``.
-            CheckpointError: on every rank: it is a checkpoint and damaged.
+            UserError: on every rank: the path holds no weights, or they do not fit ``config.model``.
+            CheckpointError: on every rank: the path is a damaged checkpoint.
         """
         assert config.training.initial_weights is not None
         self.config = config
@@ -45,7 +47,7 @@ class InitialWeights:
         self.stored = all_or_none(partial(_open, config, path, checkpoint))
 
     def load(self, stages: Sequence[torch.nn.Module]) -> None:
-        """Write the parameters of this rank's stages; on every rank, before the optimizer copies them to fp32 masters."""
+        """Write the parameters of this rank's stages. Every rank calls this before the optimizer copies parameters to fp32 masters."""
         all_or_none(partial(self._fill, stages))
         self._report()
 
@@ -60,24 +62,24 @@ class InitialWeights:
         model, stored = self.config.model, self.stored.model
         logger.info("initial weights from %s", self.stored.origin)
         if model.conditioning == "adaln" and stored.conditioning == "none":
-            logger.info("adaLN is new: it starts as the identity, so the function is that of %s", self.stored.origin)
+            logger.info("adaLN is new and starts as the identity, so that the model computes the function of %s", self.stored.origin)
         if model.vocab_size > stored.vocab_size:
-            logger.info("vocabulary rows %d to %d are new, made from the others", stored.vocab_size, model.vocab_size - 1)
+            logger.info("vocabulary rows %d to %d are new and are made from the other rows", stored.vocab_size, model.vocab_size - 1)
         mask = self.config.diffusion.mask_token_id
         if mask < stored.vocab_size:
             logger.info("the mask token %d keeps the row that it has in %s", mask, self.stored.origin)
 
 
 def open_initial_weights(config: Config) -> LoadWeights:
-    """What the training loop takes: opens and compares at once (see :class:`InitialWeights`), and loads when it is called."""
+    """Open the weights and compare them with the configuration (:class:`InitialWeights`), and return the function that loads them."""
     return InitialWeights(config).load
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a directory is, or the newest of the run that it is; None if it is neither, but has a config.json.
+    """Return a directory that is a checkpoint, or the newest checkpoint of a run directory; None for a directory with a config.json.
 
     Raises:
-        UserError: it is none of the three.
+        UserError: the path is neither a checkpoint nor a run directory nor a Hugging Face directory.
     """
     if (path / MANIFEST).is_file():
         return path
@@ -85,7 +87,7 @@ def find_checkpoint(path: Path) -> Path | None:
         step = latest_step(path / "checkpoints")
         if step is None:
             raise UserError(f"training.initial_weights: the run {path} has no complete checkpoint")
-        return path / "checkpoints" / f"step_{step:010d}"
+        return step_path(path / "checkpoints", step)
     if (path / CONFIG_FILE).is_file():
         return None
     what = f"has neither {CONFIG_FILE} (Hugging Face) nor config.yaml (a run) nor {MANIFEST} (a checkpoint)"

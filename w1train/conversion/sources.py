@@ -1,6 +1,6 @@
-"""Stored weights as something to take boxes out of: a Hugging Face directory, or one of w1train's checkpoints.
+"""Sources of stored weights, of which boxes can be read: a Hugging Face directory, or a checkpoint of w1train.
 
-Nothing is read but what is asked for: a rank takes its slices, one after another, straight into its parameters.
+Only requested boxes are read: a rank copies its slices, one after another, directly into its parameters.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from w1train.checkpoints.format.shard_reader import Shards
+from w1train.checkpoints.manifest import DamagedCheckpointError
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import read_json_object, shorten
-from w1train.training.manifest import damaged
-from w1train.training.shards import Shards
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 LARGEST_HEADER = 16 << 20
-"""The most bytes of a safetensors file's header; the published headers stay below a megabyte."""
+"""Most bytes of a safetensors file's header; published headers are below a megabyte."""
 _SIZE_BYTES = 8
 _MOST_TENSORS = 500_000
-"""The most tensors of a checkpoint, counted by layer. The largest models of the field have some 50,000."""
+"""Most tensors of a checkpoint, counted by layer. The largest published models have about 50,000."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Of safetensors, those that weights are imported from."""
+"""Names in safetensors of the dtypes from which weights are imported."""
 
 
 class TensorSource(Protocol):
-    """Tensors by name."""
+    """Stored tensors by name."""
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
+        """The shape of every tensor."""
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        """The part of a tensor that a start and stop for each of its dimensions cut out; on the CPU, in the stored dtype."""
+        """Return the box of a tensor that has a slice (start and stop) for each dimension, on the CPU and in the stored dtype."""
 
 
 class SafetensorsDirectory:
-    """The *.safetensors of a Hugging Face directory."""
+    """The *.safetensors files of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Opens every file (memory-mapped: only headers are read).
+        """Open every file. The files are memory-mapped, and only headers are read.
 
         Raises:
-            UserError: no such files, a shard that is missing or damaged, or whose name leads elsewhere, an index that does not fit, a
-                dtype that is no weight's.
+            UserError: there are no such files; a shard is missing, damaged or outside of the directory; the index does not fit the
+                files; or a dtype cannot be imported.
         """
         self._files: dict[str, Any] = {}
         self.tensors: dict[str, tuple[int, ...]] = {}
@@ -82,7 +82,7 @@ class SafetensorsDirectory:
             self.dtypes[name] = DTYPES[part.get_dtype()]
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        """See TensorSource.
+        """Return a box of a tensor (see TensorSource).
 
         Raises:
             UserError: the file has changed since it was opened.
@@ -117,10 +117,10 @@ def _read_index(directory: Path) -> dict[str, str] | None:
 
 
 def _require_inside(directory: Path, name: str) -> None:
-    """A file's name comes from an index that somebody else has written. Before the file is opened: it must be a plain name of a safetensors
-    file (other formats hold code), and not a link to another place.
+    """Check a file's name before the file is opened, because somebody else has written the index that gives it.
 
-    The cache of huggingface_hub is made of links: ``snapshots/COMMIT/NAME`` to ``blobs/HASH`` of the same model, which are followed.
+    It must be the plain name of a safetensors file (other formats hold code), and the file must not be a link to another directory.
+    In the cache of huggingface_hub, ``snapshots/COMMIT/NAME`` is a link to ``blobs/HASH`` of the same model; these links are followed.
     """
     if not name.endswith(SUFFIX) or name != Path(name).name or not name.isprintable():
         raise UserError(f"{directory}: {shorten(name)} is not the plain name of a {SUFFIX} file; no other files are read")
@@ -140,7 +140,7 @@ def find_inside(directory: Path, name: str) -> Path | None:
 
 
 def _require_small_header(path: Path) -> None:
-    """The library takes headers of up to 100 MB, of which it makes many times as much."""
+    """Check the size of the header: the library reads headers of up to 100 MB, and needs many times as much memory for them."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(_SIZE_BYTES), "little")
     if size > LARGEST_HEADER:
@@ -159,7 +159,7 @@ def _files_without_index(directory: Path) -> list[str]:
 
 
 class CheckpointDirectory:
-    """The model of one of w1train's checkpoints, layer by layer (megatron-core stores the layers of a model as one tensor)."""
+    """The model of a w1train checkpoint, layer by layer. megatron-core stores a parameter of all layers as one tensor."""
 
     _STACKED = "decoder.layers."
 
@@ -175,7 +175,8 @@ class CheckpointDirectory:
         for key, stored in self._shards.tensors.items():
             if not key.startswith("optimizer."):
                 if stored.dtype not in DTYPES.values():
-                    raise damaged(directory, [f"{shorten(key)} is of type {stored.dtype}; weights are of {listing(DTYPES.values())}"])
+                    problem = f"{shorten(key)} is of type {stored.dtype}; weights are of {listing(DTYPES.values())}"
+                    raise DamagedCheckpointError(directory, [problem])
                 self._list(key, stored.sizes, stored.dtype)
 
     def _list(self, key: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -184,13 +185,13 @@ class CheckpointDirectory:
             return
         if not size or len(self.tensors) + size[0] > _MOST_TENSORS:
             what = f"{shorten(key)} of sizes {list(size)} is not cut into layers, or there are more than {_MOST_TENSORS} tensors"
-            raise damaged(self._shards.path, [what])
+            raise DamagedCheckpointError(self._shards.path, [what])
         for layer in range(size[0]):
             name = f"{self._STACKED}{layer}.{key.removeprefix(self._STACKED)}"
             self.tensors[name], self.dtypes[name] = size[1:], dtype
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        """See TensorSource."""
+        """Return a box of a tensor (see TensorSource)."""
         key, squeezed = name, box
         if stacked := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.*)", name):
             layer = int(stacked.group(2))

@@ -1,9 +1,9 @@
-"""Which stored tensors make up each parameter of the model.
+"""The stored tensors of which each parameter of the model is made.
 
-A *part* is a run of rows of a stored tensor. A parameter is its parts, interleaved by group: megatron-core's projection to
-queries, keys and values has, for each query group, that group's queries, its key and its value, so that a tensor-parallel
-rank's rows are whole groups; SwiGLU's first matrix has the gate and below it the other half, and a rank has a part of both.
-Everything else is one tensor. Under tensor parallelism along rows each part is split evenly, whatever the number of groups.
+A *part* is a number of consecutive rows of a stored tensor. A parameter consists of its parts, interleaved by group. megatron-core's
+projection to queries, keys and values has for each query group the queries, the key and the value of that group, so that the rows of a
+tensor-parallel rank are whole groups. SwiGLU's first matrix has the gate and then the other half, and a rank has a part of both. Every
+other parameter is one tensor. Tensor parallelism along rows splits each part evenly, whatever the number of groups.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of the whole model, and where it is stored."""
+    """A parameter of the whole model, and the stored tensors that hold it."""
 
     name: str
-    """As in ``global_named_parameters``."""
+    """Name as in ``global_named_parameters``."""
     shape: tuple[int, ...]
-    """Of the whole parameter, without tensor parallelism."""
+    """Shape of the whole parameter, without tensor parallelism."""
     parts: tuple[Part, ...]
     num_groups: int = 1
 
     @property
     def is_conditioning(self) -> bool:
-        """Part of the timestep's way into the model, which autoregressive models lack."""
+        """Whether the parameter belongs to the timestep input, which autoregressive models do not have."""
         return "modulation." in self.name or self.name.startswith("timestep_embedding.")
 
     @property
     def is_vocabulary(self) -> bool:
-        """One row for each token."""
+        """Whether the parameter has one row for each token."""
         return self.name in (EMBEDDING, HEAD)
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the whole model, in the order of its layers."""
+    """Return the shape of every parameter of the whole model, in the order of its layers."""
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     query = model.num_attention_heads * channels
     query_key_value = query + 2 * (model.num_query_groups or model.num_attention_heads) * channels
@@ -86,7 +86,7 @@ def _linear(prefix: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_parameters(model: ModelConfig) -> Iterator[Parameter]:
-    """Parameters as w1train's own checkpoints store them: each one tensor."""
+    """Yield parameters as checkpoints of w1train store them: each parameter is one tensor."""
     for name, shape in shapes(model).items():
         rows = shape[0]
         halves = 2 if name.endswith("linear_fc1.weight") else 1
@@ -111,7 +111,7 @@ _LAYER_NAMES = {
 
 
 def hugging_face_parameters(model: ModelConfig) -> Iterator[Parameter]:
-    """Parameters as Llama, Qwen2 and Qwen3 store them in Hugging Face files; adaLN's go by this project's names."""
+    """Yield parameters as Llama, Qwen2 and Qwen3 store them in Hugging Face files; parameters of adaLN have this project's names."""
     num_groups = model.num_query_groups or model.num_attention_heads
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     heads = {"q_proj": model.num_attention_heads, "k_proj": num_groups, "v_proj": num_groups}

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: the format wants sizes first and bytes after, so none need wait in memory."""
+"""Writing of safetensors files tensor by tensor. The format has all sizes before all bytes, so no tensor waits in memory."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Entry:
 
 
 def write_safetensors(directory: Path, entries: Sequence[Entry], tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int) -> list[str]:
-    """Write shards of at most ``max_shard_bytes`` (a larger tensor has one of its own) and, if they are several, their index.
+    """Write shards of at most ``max_shard_bytes`` (a larger tensor has a shard of its own) and, if there are several, their index.
 
     Args:
-        tensors: each entry's name and tensor, in the order of ``entries``.
+        tensors: the name and the tensor of each entry, in the order of ``entries``.
 
     Returns:
-        The files' names.
+        The names of the files.
     """
     shards = deal(entries, max_shard_bytes)
     width = len(shards)
@@ -53,7 +53,7 @@ def write_safetensors(directory: Path, entries: Sequence[Entry], tensors: Iterat
 
 
 def deal(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
-    """Entries in their order, cut into shards."""
+    """Divide entries into shards, in their order."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -66,7 +66,7 @@ def deal(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
 
 
 def _write_shard(path: Path, entries: Sequence[Entry], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Eight bytes with the header's length, the header (JSON, padded to a multiple of eight), and the tensors one behind the other."""
+    """Write eight bytes with the header's length, the header (JSON, padded to a multiple of eight), and the tensors one after another."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:

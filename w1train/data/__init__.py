@@ -1,1 +1,1 @@
-"""From token files to packed batches."""
+"""The data path: from token files to packed batches."""

@@ -1,4 +1,4 @@
-"""Packs a dataset ahead of a run with ``data.packing=best_fit``, which else does it at its start.
+"""The command that builds a dataset's best-fit packing ahead of a run; otherwise the run builds it at its start.
 
 python -m w1train.data.build_packing data/train --sequence-length 4096
 """
@@ -11,21 +11,29 @@ import sys
 from collections.abc import Sequence
 
 from w1train.config.errors import UserError
-from w1train.data.packing_index import PackingOptions, ensure_packing
-from w1train.data.shards import open_dataset
+from w1train.data.packed.packing_index import PackingOptions, ensure_packing
+from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 
 @command("w1train.data.build_packing")
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 built or there already, 1 the file cannot be written, 2 the dataset or an option is wrong."""
-    parser = argparse.ArgumentParser(prog="w1train.data.build_packing", description="Pack a dataset's documents into samples, best fit.")
+    """Run the command.
+
+    Returns:
+        The exit status: 0 if the packing exists now, 1 if the file cannot be written, 2 if the dataset or an option is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="w1train.data.build_packing", description="Pack the documents of a dataset into samples by best fit."
+    )
     parser.add_argument("prefix", help="the dataset: PREFIX.bin, PREFIX.idx")
     parser.add_argument("--sequence-length", type=int, required=True, help="data.sequence_length")
     parser.add_argument("--align", type=int, default=1, help="data.align (default: 1)")
     parser.add_argument("--eos", choices=("keep", "drop"), default="keep", help="data.eos (default: keep)")
     parser.add_argument("--seed", type=int, default=0, help="data.packing_seed (default: 0)")
-    parser.add_argument("--directory", default=None, help="data.cache_directory, if the run has one (default: beside the dataset)")
+    parser.add_argument(
+        "--directory", default=None, help="data.cache_directory, if the run has one (default: the directory of the dataset)"
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed must be in [0, 2^63), not {options.seed}")

@@ -1,7 +1,7 @@
-"""Micro-batches through an NVIDIA DALI pipeline (``data.loader=dali``, the dali extra): the same batches in the same order.
+"""A loader that reads through an NVIDIA DALI pipeline (``data.loader=dali``): it gives the batches of ``BatchLoader`` in the same order.
 
-DALI's worker processes call the samples' source, hand batches over in shared memory, and the pipeline copies them to the GPU on a stream of
-its own. Without a GPU the pipeline is the same but for the copy, which is what the tests run.
+DALI's worker processes make the batches and hand them over in shared memory; the pipeline copies them to the GPU on a stream of its own.
+Without a GPU the pipeline does the same except for the copy, and the tests run it that way. DALI comes with the dali extra.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from w1train.config.errors import UserError
-from w1train.data.batch import PackedBatch
+from w1train.data.batch import BatchField, PackedBatch
 from w1train.data.loader import Samples, collate_run
-from w1train.data.workers import LoaderError
-
-_FIELDS = ("tokens", "document_ids", "positions", "sample_indices")
+from w1train.data.loader_workers import LoaderError
 
 
 class DaliLoader:
-    """``BatchLoader`` by other means; close it (or use it in a ``with`` statement) to stop its processes."""
+    """The loader. Close it, or use it in a ``with`` statement, to stop its processes."""
 
     def __init__(
         self,
@@ -37,7 +35,7 @@ class DaliLoader:
         prefetch: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Arguments as ``BatchLoader``'s; ``num_workers`` is at least 1.
+        """Accept the arguments of ``BatchLoader``; ``num_workers`` must be at least 1.
 
         Raises:
             UserError: if DALI is not installed.
@@ -52,11 +50,11 @@ class DaliLoader:
         self._num_workers, self._prefetch = num_workers, prefetch
         self._device = torch.device(device)
         self._pipelines: dict[_Source, Any] = {}
-        """Of each iterator that is in use. Held here alone: closing the loader must destroy them."""
+        """The pipeline of each iterator in use. Nothing else refers to a pipeline, so that closing the loader destroys it."""
         self._closed = False
 
     def micro_batches(self, first_sample: int = 0) -> Iterator[PackedBatch]:
-        """As ``BatchLoader.micro_batches``."""
+        """Yield the micro-batches as ``BatchLoader.micro_batches`` does."""
         if first_sample < 0:
             raise ValueError(f"first_sample must be at least 0, not {first_sample}")
         self._check_open()
@@ -66,7 +64,7 @@ class DaliLoader:
     def close(self) -> None:
         """Stop the processes."""
         self._closed = True
-        # A pipeline ends its processes when it is destroyed; there is no other way to ask for that.
+        # A pipeline ends its processes only when it is destroyed.
         self._pipelines.clear()
 
     def _run(self, source: _Source) -> Iterator[PackedBatch]:
@@ -77,9 +75,10 @@ class DaliLoader:
                 began = time.perf_counter()
                 try:
                     outputs = self._pipelines[source].run()
-                except Exception as error:  # what a worker raises comes as a bare Exception, with the worker's traceback as its text
+                except Exception as error:  # DALI reports a worker's exception as a bare Exception whose text is the worker's traceback
                     raise LoaderError(f"the DALI pipeline failed: {error}") from error
-                batch = PackedBatch(**{name: self._tensor(output) for name, output in zip(_FIELDS, outputs, strict=True)})
+                pairs = zip(PackedBatch.fields(), outputs, strict=True)
+                batch = PackedBatch(**{field.name: self._tensor(output, field) for field, output in pairs})
                 self.data_wait_seconds += time.perf_counter() - began
                 yield batch
         finally:
@@ -94,25 +93,26 @@ class DaliLoader:
             num_threads=1,
             device_id=(self._device.index or 0) if on_gpu else None,
             py_num_workers=self._num_workers,
-            # A new interpreter, not a fork: this process has threads of NCCL and CUDA, and DALI forks late.
+            # DALI starts its processes late, when this process has threads of NCCL and CUDA, which a fork would break.
             py_start_method="spawn",
             prefetch_queue_depth=self._prefetch,
         )
-        dtypes = [types.INT64, types.INT32, types.INT32, types.INT64]
+        # DALI's names of the types are NumPy's in capitals: INT64, INT32, BOOL.
+        dtypes = [getattr(types, field.dtype.name.upper()) for field in PackedBatch.fields()]
         with pipeline:
             outputs = fn.external_source(
-                source=source, num_outputs=len(_FIELDS), batch=True, parallel=True, dtype=dtypes, prefetch_queue_depth=self._prefetch
+                source=source, num_outputs=len(dtypes), batch=True, parallel=True, dtype=dtypes, prefetch_queue_depth=self._prefetch
             )
             pipeline.set_outputs(*(output.gpu() if on_gpu else output for output in outputs))
         pipeline.build()
         return pipeline
 
-    def _tensor(self, output: Any) -> torch.Tensor:
+    def _tensor(self, output: Any, field: BatchField) -> torch.Tensor:
         dense = output.as_tensor()
         if self._device.type == "cuda":
-            # Without the copy DALI would write the next batch into the same memory.
-            return torch.from_dlpack(dense).clone()
-        return torch.from_numpy(np.array(dense))
+            # Without the copy DALI would write the next batch into the same memory. DLPack may pass booleans as bytes.
+            return torch.from_dlpack(dense).to(torch.from_numpy(np.empty(0, field.dtype)).dtype, copy=True)
+        return torch.from_numpy(np.array(dense, dtype=field.dtype))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -126,12 +126,12 @@ class DaliLoader:
 
 
 class _Source:
-    """What DALI's processes call; sent to them by pickling."""
+    """The function that DALI's processes call, and that is sent to them by pickling."""
 
     def __init__(self, packed: Samples, micro_batch_size: int, first: int, stride: int) -> None:
         self._packed, self._micro_batch_size, self._first, self._stride = packed, micro_batch_size, first, stride
 
     def __call__(self, iteration: int) -> tuple[NDArray[Any], ...]:
-        """The arrays of a micro-batch."""
+        """Return the arrays of a micro-batch, in the order of ``PackedBatch.fields``."""
         batch = collate_run(self._packed, self._micro_batch_size, self._first + iteration * self._stride)
-        return tuple(getattr(batch, name).numpy() for name in _FIELDS)
+        return tuple(getattr(batch, field.name).numpy() for field in PackedBatch.fields())

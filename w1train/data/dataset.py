@@ -1,4 +1,4 @@
-"""A dataset of tokenized documents, opened for reading after its files have been checked."""
+"""A dataset of tokenized documents, which is opened for reading after its files have been checked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, read_index
-from w1train.data.manifest import DatasetManifest, manifest_path
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.dataset_manifest import DatasetManifest, manifest_path
+from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, may_be_noised_path, read_index
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX
 
 __all__ = ["DatasetError", "TokenDataset"]
@@ -25,25 +25,27 @@ __all__ = ["DatasetError", "TokenDataset"]
 logger = logging.getLogger(__name__)
 
 _PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-"""What a file system over a network says when it may well work again."""
+"""Errors of a file system on a network after which another attempt may succeed."""
 _LANDMARK_STEP = 512
 _LANDMARKS_AT_ONCE = 1 << 12
 _RETRY_SECONDS = (0.1, 0.5, 2.0)
 
 
 class DocumentOffsets:
-    """First token of each document in PREFIX.bin, and behind the last one the number of tokens.
+    """The first token of each document in PREFIX.bin, followed by the number of tokens; it is indexed like an array of num_documents + 1
+    items.
 
-    No rank has a gigabyte for those of a hundred million documents: every 512th is kept, and what is between is read when asked for (read,
-    not mapped: touched pages would add up to the whole, and a mapped file that is cut short kills the process). Only where documents
-    are several sequences, as in some foreign datasets, is the mapped index searched.
+    The offsets of a hundred million documents would take about a gigabyte on each rank. So every 512th offset is kept in memory, and those
+    between are read from PREFIX.idx when they are needed. They are not mapped: the pages that are touched would add up to the whole file,
+    and a mapped file that is cut short kills the process. Only for datasets whose documents have several sequences, which other software
+    may write, the mapped index is searched.
     """
 
     def __init__(self, index: Index, path: Path) -> None:
         self._index, self._path = index, str(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open as long as the dataset)
         self.one_sequence_each = _documents_are_sequences(index)
-        """Whether every document is one sequence, as in all datasets made here."""
+        """Whether each document is one sequence, as in all datasets that w1train writes."""
         self._landmarks = _landmarks(index) if self.one_sequence_each else None
 
     def __len__(self) -> int:
@@ -67,12 +69,16 @@ class DocumentOffsets:
         return np.asarray(self[:], dtype=dtype)
 
     def document_of(self, token: int) -> int:
-        """The document that a token belongs to."""
+        """Return the document that a token belongs to."""
         return self.around(token, token + 1)[0]
 
     def around(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
-        """The first of the documents that tokens [start, stop) belong to, and where it and the following ones up to the last of them begin,
-        and where that one ends."""
+        """Return which documents the tokens [start, stop) belong to.
+
+        Returns:
+            The number of the first of these documents, and an array of the first token of each of them followed by the end of the last
+            document.
+        """
         itemsize = self._index.dtype.itemsize
         if self._landmarks is None:
             first, last = (bisect_right(self, token, 0, len(self)) - 1 for token in (start, stop - 1))
@@ -85,11 +91,11 @@ class DocumentOffsets:
         return begin + first, block[first : last + 2] // itemsize
 
     def bounds(self, documents: Iterable[int]) -> NDArray[np.int64]:
-        """Where each document begins and ends, int64 [documents, 2]."""
+        """Return where each document begins and ends, int64 [documents, 2]."""
         return np.array([self._between(document, document + 2) for document in documents]) // self._index.dtype.itemsize
 
     def _between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Bytes of PREFIX.bin at which documents [start, stop) begin."""
+        """Return the bytes of PREFIX.bin at which the documents [start, stop) begin."""
         if self._landmarks is None:
             self._check_length()
             return self._index.pointers_of(slice(start, stop))
@@ -99,14 +105,14 @@ class DocumentOffsets:
         return inside if start + num_inside == stop else np.append(inside, self._index.num_bin_bytes)
 
     def _check_length(self) -> None:
-        """What is mapped beyond a file's end cannot be read without the process being killed."""
+        """Raise DatasetError if PREFIX.idx has become shorter: a read of mapped memory after the end of the file would kill the process."""
         found = os.fstat(self._file.fileno()).st_size
         if found < len(self._index.mapped):
-            raise DatasetError(f"{self._path} was truncated while it was in use: {found} bytes, it had {len(self._index.mapped)}")
+            raise DatasetError(f"{self._path} was truncated while it was in use: it has {found} bytes, and had {len(self._index.mapped)}")
 
 
 def _landmarks(index: Index) -> NDArray[np.int64]:
-    """Where every 512th sequence begins, in bytes."""
+    """Return the byte at which every 512th sequence begins."""
     found = np.empty(-(-len(index.sequence_pointers) // _LANDMARK_STEP), dtype=np.int64)
     for start in range(0, len(found), _LANDMARKS_AT_ONCE):
         part = found[start : start + _LANDMARKS_AT_ONCE]
@@ -126,10 +132,10 @@ def _documents_are_sequences(index: Index) -> bool:
 
 
 class TokenDataset:
-    """Documents of token ids: PREFIX.bin, PREFIX.idx and, unless foreign, PREFIX.json.
+    """A dataset of documents of token ids: PREFIX.bin, PREFIX.idx and, unless other software wrote it, PREFIX.json.
 
-    Open with :meth:`open`, which checks; the constructor does not. Tokens are read, not mapped: a mapped file that is cut short, or whose
-    file system fails, kills the process without a word. It may be used by several threads and by forked processes.
+    Open it with :meth:`open`, which checks the files; the constructor does not. Tokens are read, not mapped: a mapped file that is cut
+    short, or whose file system fails, kills the process without a message. Several threads and forked processes may use one object.
     """
 
     def __init__(
@@ -137,33 +143,36 @@ class TokenDataset:
     ) -> None:
         self.prefix = prefix
         self.manifest = manifest
-        """None for a foreign dataset."""
+        """The content of PREFIX.json; None for a dataset that other software wrote."""
         self.document_offsets = offsets
-        """num_documents + 1: first token of each document, and num_tokens."""
+        """The first token of each document, and num_tokens; num_documents + 1 items."""
         self.num_documents: int = index.num_documents
         self.num_tokens: int = index.num_bin_bytes // index.dtype.itemsize
         self._dtype = index.dtype
         self._vocab_size = vocab_size
         self._bin_path = str(bin_path(prefix))
         self._bin_file = open(self._bin_path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        flags = may_be_noised_path(prefix)
+        self._may_be_noised_file = open(flags, "rb", buffering=0) if flags.exists() else None  # noqa: SIM115
 
     @classmethod
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
-        """Check a dataset against its manifest, the run's tokenizer and the model's vocabulary, then open it.
+        """Check a dataset against its manifest, the run's tokenizer and the model's vocabulary, and open it.
 
-        A dataset without PREFIX.json (made by Megatron-LM, say) is opened with fewer checks, which the log says.
-        Hashes are not compared here, on every rank, since that reads every byte: see :meth:`verify_hashes`, which a run calls on one.
+        A dataset without PREFIX.json, which other software such as Megatron-LM wrote, gets fewer checks, which the log mentions.
+        This method does not compare hashes, because every rank calls it and a comparison reads every byte. A run calls
+        :meth:`verify_hashes` on one rank.
 
         Raises:
             DatasetError: if a file is missing, truncated or inconsistent, the dataset was made with another tokenizer, or
-                it holds token ids that the vocabulary has not.
+                it contains token ids outside the vocabulary.
         """
         prefix = str(prefix)
         _check_exists(prefix)
         manifest = DatasetManifest.read(manifest_path(prefix)) if manifest_path(prefix).exists() else None
         if manifest is not None:
-            _check_size(idx_path(prefix), manifest.idx_num_bytes, manifest_path(prefix))
-            _check_size(bin_path(prefix), manifest.bin_num_bytes, manifest_path(prefix))
+            for file in manifest.files(prefix):
+                _check_size(file.path, file.num_bytes, manifest_path(prefix))
         index = read_index(idx_path(prefix))
         if index.num_bin_bytes == 0:
             raise DatasetError(f"dataset {prefix} holds no tokens")
@@ -171,29 +180,30 @@ class TokenDataset:
         if manifest is None:
             _check_size(bin_path(prefix), index.num_bin_bytes, idx_path(prefix))
             logger.warning(
-                "%s is missing: the dataset is taken as made by other software; its tokenizer, its completeness and its largest "
-                "token id are not checked beforehand (token ids are, as they are read)",
+                "%s is missing, so the dataset counts as written by other software: its tokenizer, its completeness and its largest "
+                "token id are not checked beforehand. Token ids are checked when they are read",
                 manifest_path(prefix),
             )
         else:
             _check_counts(prefix, manifest, index, offsets)
             _check_fits(prefix, manifest, tokenizer, vocab_size)
+        _check_may_be_noised(prefix, manifest, index)
         return cls(prefix, index, offsets, manifest, vocab_size)
 
     @property
     def parts(self) -> Sequence[TokenDataset]:
-        """Itself; of a dataset in shards, these."""
+        """Return the datasets that this dataset consists of: itself, or its shards."""
         return [self]
 
     def __reduce__(self) -> tuple[Callable[..., TokenDataset], tuple[object, ...]]:
-        """Another process opens the files again: open files cannot be sent, and mapped ones would be sent whole."""
+        """Let another process open the files again: open files cannot be pickled, and mapped files would be pickled whole."""
         return TokenDataset.open, (self.prefix, None, self._vocab_size)
 
     def document_tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
-        """Tokens [start, stop) of a document, read-only, in the file's dtype; by default all of it.
+        """Return the tokens [start, stop) of a document, by default all of them, as a read-only array of the file's dtype.
 
         Raises:
-            DatasetError: if one of them is outside the vocabulary.
+            DatasetError: if a token is outside the vocabulary.
         """
         first, end = self.document_offsets[document], self.document_offsets[document + 1]
         length = end - first
@@ -202,11 +212,11 @@ class TokenDataset:
         return self.read(first + start, first + stop)
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
-        """Tokens [start, stop) of PREFIX.bin, read-only, in the file's dtype.
+        """Return the tokens [start, stop) of PREFIX.bin as a read-only array of the file's dtype.
 
         Raises:
-            DatasetError: if one of them is outside the vocabulary, or the file is shorter than it was when it was opened.
-            OSError: if it cannot be read, which is tried again a few times where that may help.
+            DatasetError: if a token is outside the vocabulary, or the file has become shorter since it was opened.
+            OSError: if the file cannot be read, after several attempts where another attempt may help.
         """
         itemsize = self._dtype.itemsize
         content = read_exactly(self._bin_file.fileno(), (stop - start) * itemsize, start * itemsize, self._bin_path)
@@ -215,22 +225,44 @@ class TokenDataset:
             self._check_vocabulary(tokens, self._vocab_size, start)
         return tokens
 
-    def verify_hashes(self) -> None:
-        """Read both files and compare their sha256 with the manifest's.
+    @property
+    def limits_noise(self) -> bool:
+        """Return whether the dataset says which of its tokens may be noised; if it does not, all may."""
+        return self._may_be_noised_file is not None
+
+    def read_may_be_noised(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return whether each of the tokens [start, stop) of PREFIX.bin may be noised, bool [stop - start].
 
         Raises:
-            DatasetError: if the content of a file has changed since it was written, or there is no manifest.
+            DatasetError: if a byte of PREFIX.may_be_noised is neither 0 nor 1, or the file has become shorter since it was opened.
+            OSError: as :meth:`read`.
+        """
+        if self._may_be_noised_file is None:
+            return np.ones(stop - start, dtype=np.bool_)
+        path = str(may_be_noised_path(self.prefix))
+        flags = np.frombuffer(read_exactly(self._may_be_noised_file.fileno(), stop - start, start, path), dtype=np.uint8)
+        if len(flags) and flags.max() > 1:
+            offset = int(np.argmax(flags > 1))
+            raise DatasetError(f"{path} is corrupt: the byte of token {start + offset} is {flags[offset]}, expected 0 or 1")
+        return flags.view(np.bool_)
+
+    def verify_hashes(self) -> None:
+        """Read the files and compare their SHA-256 with the manifest's.
+
+        Raises:
+            DatasetError: if the content of a file has changed since it was written, or the dataset has no manifest.
         """
         if self.manifest is None:
             raise DatasetError(f"dataset {self.prefix} has no manifest to compare its files with")
-        for path, expected in ((bin_path(self.prefix), self.manifest.bin_sha256), (idx_path(self.prefix), self.manifest.idx_sha256)):
+        for path, _, expected in self.manifest.files(self.prefix):
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 raise DatasetError(f"{path} is corrupt: its sha256 is {found}, the manifest has {expected}")
 
     def _check_vocabulary(self, tokens: NDArray[np.integer], vocab_size: int, first: int) -> None:
-        """Catches, before an embedding lookup reads past its table, what the manifest cannot: damage and foreign datasets."""
+        """Refuse ids outside the vocabulary before an embedding lookup reads past its table. The manifest cannot rule them out in a damaged
+        file or in a dataset that other software wrote."""
         if tokens.min() >= 0 and tokens.max() < vocab_size:
             return
         offset = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
@@ -242,11 +274,13 @@ class TokenDataset:
 
 
 def read_exactly(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
-    """``num_bytes`` at ``offset`` of an open file. No shared position: threads and forked processes do not disturb each other.
+    """Return ``num_bytes`` bytes at ``offset`` of an open file.
+
+    The file's own position is not used, so threads and forked processes do not disturb each other.
 
     Raises:
-        DatasetError: if the file ends before.
-        OSError: if it cannot be read, which is tried again a few times where that may help.
+        DatasetError: if the file ends before these bytes do.
+        OSError: if the file cannot be read, after several attempts where another attempt may help.
     """
     content = _read_patiently(descriptor, num_bytes, offset, path)
     while len(content) < num_bytes:
@@ -289,11 +323,11 @@ def _check_size(path: Path, expected: int, source: Path) -> None:
     found = file_size(path)
     if found != expected:
         fault = "truncated" if found < expected else "longer than it was written"
-        raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} ({source.name} says so)")
+        raise DatasetError(f"{path} is {fault}: {found} bytes, expected {expected} (from {source.name})")
 
 
 def _check_counts(prefix: str, manifest: DatasetManifest, index: Index, offsets: DocumentOffsets) -> None:
-    """The manifest and the index must describe the same dataset, with one sequence a document."""
+    """Require that the manifest and the index describe the same dataset, in which each document is one sequence."""
     found = {
         "dtype": index.dtype.name,
         "num_documents": index.num_documents,
@@ -306,6 +340,17 @@ def _check_counts(prefix: str, manifest: DatasetManifest, index: Index, offsets:
             raise DatasetError(f"{idx_path(prefix)} does not belong to {manifest_path(prefix)}: {name} is {value}, expected {expected}")
     if not offsets.one_sequence_each:
         raise DatasetError(f"{idx_path(prefix)} is corrupt: a document is not one sequence")
+
+
+def _check_may_be_noised(prefix: str, manifest: DatasetManifest | None, index: Index) -> None:
+    """Require that PREFIX.may_be_noised, if it is there, belongs to the dataset. Without a manifest its size alone can tell."""
+    path = may_be_noised_path(prefix)
+    if manifest is None and path.exists():
+        _check_size(path, index.num_bin_bytes // index.dtype.itemsize, idx_path(prefix))
+    if manifest is not None and not manifest.may_be_noised_sha256 and path.exists():
+        raise DatasetError(
+            f"{path} does not belong to the dataset: {manifest_path(prefix).name} does not list it. Remove it, or write the dataset again"
+        )
 
 
 def _check_fits(prefix: str, manifest: DatasetManifest, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:

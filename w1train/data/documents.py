@@ -1,4 +1,4 @@
-"""Where documents and blocks of a packed sample begin and end.
+"""Functions that find where the documents and blocks of a packed sample begin and end.
 
 Shapes: b = samples, l = sequence_length.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First position and one past the last position of each token's document, int32 [b, l] each."""
+    """Return the first position and one past the last of each token's document, int32 [b, l] each."""
     num_samples, length = document_ids.shape
     position = torch.arange(length, device=document_ids.device, dtype=torch.int32).expand(num_samples, length)
     changes = document_ids[:, 1:] != document_ids[:, :-1]
@@ -24,7 +24,7 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_bounds(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> tuple[Tensor, Tensor]:
-    """First position and one past the last position of each token's block, int32 [b, l] each; a block ends with its document."""
+    """Return the first position and one past the last of each token's block, int32 [b, l] each; a block ends with its document."""
     start, end = document_bounds(document_ids)
     position = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32).expand_as(start)
     origin = start if block_index == "document" else torch.zeros_like(start)
@@ -33,7 +33,7 @@ def block_bounds(document_ids: Tensor, block_size: int, block_index: Literal["do
 
 
 def block_ordinals(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> Tensor:
-    """Number of each token's block inside its sample, from 0; int64 [b, l]."""
+    """Return the number of each token's block inside its sample, counted from 0; int64 [b, l]."""
     start, _ = block_bounds(document_ids, block_size, block_index)
     position = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32)
     return (start == position).cumsum(dim=1) - 1

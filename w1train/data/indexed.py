@@ -1,13 +1,13 @@
-"""megatron-core's token files, read and written without megatron-core (whose import takes many seconds and pulls in torch).
+"""Functions that read and write megatron-core's token files without megatron-core, whose import takes many seconds and imports torch.
 
-PREFIX.bin is the tokens of all sequences, one after another. PREFIX.idx is, little-endian and unaligned:
+PREFIX.bin holds the tokens of all sequences, one sequence after the other. PREFIX.idx holds, little-endian and unaligned:
 
     9s  magic "MMIDIDX\\0\\0"      Q  version 1      B  dtype code      Q  num_sequences      Q  num_documents + 1
     int32 [num_sequences]         tokens of each sequence
     int64 [num_sequences]         byte offset of each sequence in PREFIX.bin
     int64 [num_documents + 1]     first sequence of each document, and num_sequences
 
-(megatron/core/datasets/indexed_dataset.py). Datasets made here have one sequence a document.
+The format is defined in megatron/core/datasets/indexed_dataset.py. In datasets that w1train writes, each document is one sequence.
 """
 
 from __future__ import annotations
@@ -36,43 +36,51 @@ DTYPES: dict[int, np.dtype] = {
     5: np.dtype("int64"),
     8: np.dtype("uint16"),
 }
-"""Integer dtypes by code; megatron's codes 6 and 7 are floats, which are no tokens."""
+"""Integer dtypes by code. Megatron's codes 6 and 7 are floating-point types, which cannot hold tokens."""
 _HEADER = struct.Struct("<9sQBQQ")
 _CHECK_CHUNK = 1 << 20
 
 
 class DatasetError(UserError):
-    """A dataset that is missing, damaged or unfit for the run."""
+    """The error of a dataset that is missing, damaged or unsuitable for the run."""
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """The tokens."""
+    """Return the path of the file of tokens, PREFIX.bin."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """Where each document lies in them."""
+    """Return the path of the index, PREFIX.idx, which says where each document begins in PREFIX.bin."""
     return Path(f"{prefix}.idx")
 
 
+def may_be_noised_path(prefix: str | Path) -> Path:
+    """Return PREFIX.may_be_noised, which says which tokens may be noised; a dataset without the file says that all may.
+
+    The file has one byte for each token of PREFIX.bin, in the same order: 1 if the token may be noised, 0 if it may not.
+    """
+    return Path(f"{prefix}.may_be_noised")
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype that megatron-core chooses for a vocabulary: uint16 below 65,500 ids, else int32."""
+    """Return the dtype that megatron-core chooses for a vocabulary: uint16 for fewer than 65,500 ids, otherwise int32."""
     return np.dtype("uint16") if vocab_size < 65500 else np.dtype("int32")
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A checked PREFIX.idx, memory-mapped."""
+    """The memory-mapped content of a PREFIX.idx that has been checked."""
 
     dtype: np.dtype
     sequence_lengths: NDArray[np.int32]
-    """[num_sequences], tokens."""
+    """[num_sequences]: number of tokens of each sequence."""
     sequence_pointers: NDArray[np.int64]
-    """[num_sequences], bytes."""
+    """[num_sequences]: first byte of each sequence in PREFIX.bin."""
     document_indices: NDArray[np.int64]
-    """[num_documents + 1], sequences."""
+    """[num_documents + 1]: first sequence of each document, and the number of sequences."""
     mapped: np.memmap
-    """The file, which the arrays are views of."""
+    """The mapped file. The arrays are views of it."""
 
     @property
     def num_documents(self) -> int:
@@ -80,20 +88,21 @@ class Index:
 
     @property
     def num_bin_bytes(self) -> int:
-        """Size that PREFIX.bin must have."""
+        """Return the size in bytes that PREFIX.bin must have."""
         if len(self.sequence_lengths) == 0:
             return 0
         return int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
 
     @property
     def pointers_start(self) -> int:
-        """Byte of PREFIX.idx at which the pointers to sequences begin."""
+        """Return the byte of PREFIX.idx at which the pointers to sequences begin."""
         return lengths_end(len(self.sequence_lengths))
 
     def pointers_of(self, documents: slice) -> NDArray[np.int64]:
-        """First byte in PREFIX.bin of some documents, of which one past the last begins where the tokens end; int64 [documents].
+        """Return the first byte in PREFIX.bin of each of some documents; int64 [documents].
 
-        Of some only: all of them together would be gigabytes for a large index.
+        The number one past the last document counts as a document that begins where the tokens end. Ask only for a part of a large index:
+        the array for all documents can have gigabytes.
         """
         sequences = self.document_indices[documents]
         starts = np.full(len(sequences), self.num_bin_bytes, dtype=np.int64)
@@ -102,32 +111,32 @@ class Index:
         return starts
 
     def release_pages(self) -> None:
-        """Give back the memory of what has been read; it is mapped again when it is touched."""
+        """Give back the memory of the pages that have been read. The system maps a page again when it is next read."""
         self.mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def write_index(file: BinaryIO, dtype: np.dtype, sequence_lengths: NDArray[np.int32]) -> None:
-    """Write the index of a dataset whose every sequence is a document."""
+    """Write the index of a dataset in which each document is one sequence."""
     begin_index(file)
     file.write(sequence_lengths.astype("<i4", copy=False).tobytes())
     _finish_index(file, dtype, len(sequence_lengths), lambda start, stop: sequence_lengths[start:stop])
 
 
 def begin_index(file: BinaryIO) -> None:
-    """Leave room for the header, behind which int32 lengths of sequences may be written as they come."""
+    """Leave room for the header. The int32 lengths of sequences may then be written one after the other."""
     file.seek(0)
     file.write(bytes(_HEADER.size))
 
 
 def lengths_end(num_sequences: int) -> int:
-    """Byte of the index at which the lengths of so many sequences end."""
+    """Return the byte of the index at which the lengths of ``num_sequences`` sequences end."""
     return _HEADER.size + 4 * num_sequences
 
 
 def finish_index(file: BinaryIO, dtype: np.dtype, num_sequences: int) -> None:
-    """Complete an index that has its lengths: pointers, one document a sequence, and the header. Memory does not grow with it.
+    """Complete an index that holds its lengths: write the pointers, one document for each sequence, and the header, in constant memory.
 
-    ``file`` is open for reading and writing, and holds nothing behind the lengths.
+    ``file`` must be open for reading and writing, and must end with the lengths.
     """
 
     def read_lengths(start: int, stop: int) -> NDArray[np.int32]:
@@ -156,10 +165,10 @@ def _finish_index(file: BinaryIO, dtype: np.dtype, num_sequences: int, lengths: 
 
 
 def read_index(path: Path) -> Index:
-    """Memory-map PREFIX.idx and check its header, its size and that its arrays agree with each other.
+    """Map PREFIX.idx into memory, and check its header, its size and that its arrays agree with each other.
 
     Raises:
-        DatasetError: naming the file and what is wrong with it.
+        DatasetError: if the file is not a valid index; the message names the file and the fault.
     """
     try:
         require_regular(path)
@@ -172,7 +181,7 @@ def read_index(path: Path) -> Index:
         fault = "truncated" if num_bytes < expected else "longer than its header says"
         raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    content = mapped.view(np.ndarray)  # a memmap takes microseconds to give an item
+    content = mapped.view(np.ndarray)  # reading one item of a memmap takes microseconds
     pointers_start = lengths_end(num_sequences)
     pointers_end = pointers_start + 8 * num_sequences
     index = Index(
@@ -188,31 +197,31 @@ def read_index(path: Path) -> Index:
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
-    """The token dtype, the number of sequences and the length of document_indices."""
+    """Return the token dtype, the number of sequences and the length of document_indices."""
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
-        raise DatasetError(f"{path} is truncated: {len(header)} bytes, its header alone has {_HEADER.size}")
+        raise DatasetError(f"{path} is truncated: it has {len(header)} bytes, and its header alone has {_HEADER.size}")
     magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
     if magic != MAGIC:
-        raise DatasetError(f"{path} is no megatron index: it starts with {magic!r}, expected {MAGIC!r}")
+        raise DatasetError(f"{path} is not a Megatron index: it starts with {magic!r}, expected {MAGIC!r}")
     if version != VERSION:
         raise DatasetError(f"{path} has version {version} of the index format, expected {VERSION}")
     if code not in DTYPES:
-        raise DatasetError(f"{path} has dtype code {code}, which is none of the integer types {sorted(DTYPES)}")
+        raise DatasetError(f"{path} has dtype code {code}, which is not the code of an integer type: {sorted(DTYPES)}")
     if num_boundaries < 2:
         raise DatasetError(f"{path} lists no documents")
     return DTYPES[code], num_sequences, num_boundaries
 
 
 def chunks(num_items: int) -> Iterator[slice]:
-    """Overlapping by one item, so that every pair of neighbours is in a chunk; keeps the check's memory flat."""
+    """Yield slices that overlap by one item, so that each pair of neighbours is in a slice. Checks by slices need little memory."""
     for start in range(0, max(num_items, 1), _CHECK_CHUNK):
         yield slice(start, min(start + _CHECK_CHUNK + 1, num_items))
 
 
 def _check_sequences(path: Path, index: Index) -> None:
-    """Sequences must follow each other without holes: a flipped bit in a length or a pointer breaks this."""
+    """Require that sequences follow each other without holes, which finds a flipped bit in a length or a pointer."""
     if len(index.sequence_pointers) and index.sequence_pointers[0] != 0:
         raise DatasetError(f"{path} is corrupt: its first sequence starts at byte {index.sequence_pointers[0]}, expected 0")
     for chunk in chunks(len(index.sequence_lengths)):
@@ -243,10 +252,10 @@ def _check_documents(path: Path, index: Index) -> None:
 
 
 def file_size(path: Path) -> int:
-    """Size in bytes.
+    """Return the size of a file in bytes.
 
     Raises:
-        DatasetError: if there is no such file.
+        DatasetError: if the file does not exist.
     """
     try:
         return os.stat(path).st_size

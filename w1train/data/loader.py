@@ -1,7 +1,7 @@
-"""Packed samples to micro-batches, read ahead by workers.
+"""The loader of micro-batches, whose workers read packed samples ahead of the training step.
 
-The global order is arithmetic: global micro-batch k holds samples [first + k * b * d, first + (k + 1) * b * d), of which
-data-parallel rank r takes the r-th run of b. The number of workers changes nothing about it.
+Arithmetic gives the global order: global micro-batch k holds the samples [first + k * b * d, first + (k + 1) * b * d), of which
+data-parallel rank r takes the r-th group of b. The order does not depend on the number of workers.
 
 Shapes: b = micro_batch_size, d = data_parallel_size, l = sequence_length.
 """
@@ -19,15 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from w1train.data.batch import PackedBatch
-from w1train.data.packing import Sample, SampleSource
-from w1train.data.workers import ProcessWorkers, ThreadWorkers, Workers
-
-PADDING_SAMPLE = -1
+from w1train.data.batch import PADDING_SAMPLE, PackedBatch, Sample, padding_arrays
+from w1train.data.loader_workers import ProcessWorkers, ThreadWorkers, Workers
+from w1train.data.packed.packing import SampleSource
 
 
 class Samples(Protocol):
-    """What a loader reads: ``SampleSource`` or ``StagedSamples``."""
+    """The samples that a loader reads: ``SampleSource`` or ``StagedSamples``."""
 
     sequence_length: int
 
@@ -35,9 +33,9 @@ class Samples(Protocol):
 
 
 class BatchLoader:
-    """The training batches of one data-parallel rank, without end.
+    """The loader of the training batches of one data-parallel rank, which never end.
 
-    Close it (or use it in a ``with`` statement) to stop its workers.
+    Close it, or use it in a ``with`` statement, to stop its workers.
     """
 
     def __init__(
@@ -55,9 +53,10 @@ class BatchLoader:
     ) -> None:
         """
         Args:
-            num_workers: threads or processes that prepare micro-batches; 0 = in the caller's thread.
-            prefetch: micro-batches ready or under way while the caller uses one; unused without workers.
-            read_timeout: seconds without a micro-batch after which the caller gets an error; unused without workers.
+            num_workers: number of threads or processes that prepare micro-batches; 0 = the caller's thread prepares them.
+            prefetch: number of micro-batches that are ready or in preparation while the caller uses another micro-batch; unused without
+                workers.
+            read_timeout: seconds to wait for a micro-batch before the caller gets an error; unused without workers.
 
         Raises:
             ValueError: if a count is out of range.
@@ -66,7 +65,7 @@ class BatchLoader:
         if num_workers < 0 or prefetch < 1:
             raise ValueError(f"num_workers must be at least 0 and prefetch at least 1, not {num_workers} and {prefetch}")
         self.data_wait_seconds: float = 0.0
-        """Time that the caller has spent waiting for micro-batches (or making them, without workers)."""
+        """Time that the caller has spent waiting for micro-batches or, without workers, making them."""
         self._packed = packed
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
@@ -80,19 +79,20 @@ class BatchLoader:
         self._open_workers: list[Workers] = []
 
     def micro_batches(self, first_sample: int = 0) -> Iterator[PackedBatch]:
-        """Micro-batches from global sample ``first_sample`` on, for ever; an error in a worker is raised at its place in the order.
+        """Yield micro-batches from global sample ``first_sample`` on, without end. An error in a worker is raised at its place in the
+        order.
 
         Raises:
             ValueError: if ``first_sample`` is negative.
-            LoaderError: if a worker dies or gives nothing for ``read_timeout`` seconds, while iterating.
-            RuntimeError: if the loader is closed, now or while iterating.
+            LoaderError: while iterating, if a worker dies or prepares no micro-batch for ``read_timeout`` seconds.
+            RuntimeError: now or while iterating, if the loader is closed.
         """
         self._check_open()
         starts = sample_starts(first_sample, self._micro_batch_size, self._rank, self._size)
         return self._read_inline(starts) if self._num_workers == 0 else self._read_ahead(starts)
 
     def close(self) -> None:
-        """Stop the workers; iterators of this loader raise from now on."""
+        """Stop the workers. From now on, iterators of this loader raise RuntimeError."""
         self._closed = True
         for workers in self._open_workers:
             workers.close()
@@ -151,7 +151,7 @@ class BatchLoader:
 
 
 def sample_starts(first_sample: int, micro_batch_size: int, rank: int, size: int) -> Iterator[int]:
-    """First sample of each of a data-parallel rank's micro-batches from global sample ``first_sample`` on.
+    """Yield the first sample of each micro-batch of a data-parallel rank, from global sample ``first_sample`` on.
 
     Raises:
         ValueError: if ``first_sample`` is negative.
@@ -169,10 +169,10 @@ def validation_batches(
     data_parallel_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[PackedBatch]:
-    """The first ``num_samples`` samples of epoch 0 (fewer if the set is smaller), each once over all ranks.
+    """Yield a rank's part of the first ``num_samples`` samples of epoch 0, or of all samples if there are fewer.
 
-    Every rank yields the same number of micro-batches, since each of them is a collective operation; the places that are
-    left over are padding samples: document_ids -1 throughout and sample index -1.
+    Over all ranks, each sample comes once. Every rank yields the same number of micro-batches, since each micro-batch is a collective
+    operation; samples of padding (see ``PackedBatch``) fill the places that are left over.
 
     Raises:
         ValueError: if a count is out of range.
@@ -193,44 +193,44 @@ def _validation_batches(
 
 
 def validation_token_counts(packed: SampleSource, num_samples: int, vocab_size: int) -> NDArray[np.int64]:
-    """How often each id occurs in the samples of :func:`validation_batches` over all ranks, padding left out; int64 [vocab_size]."""
+    """Count how often each id occurs among the tokens that may be noised in the samples of :func:`validation_batches` over all ranks.
+
+    These are the tokens that a validation loss is an average over.
+
+    Returns:
+        int64 [vocab_size].
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for index in range(min(num_samples, packed.num_samples_per_epoch)):
-        tokens, document_ids, _ = packed.sample(index)
-        counts += np.bincount(tokens[document_ids >= 0], minlength=vocab_size)
+        sample = packed.sample(index)
+        counts += np.bincount(sample["tokens"][sample["may_be_noised"]], minlength=vocab_size)
     return counts
 
 
 def collate(packed: Samples, sample_indices: NDArray[np.int64]) -> PackedBatch:
-    """The samples of the indices, int64 [b]; PADDING_SAMPLE stands for one of padding alone."""
-    shape = (len(sample_indices), packed.sequence_length)
-    tokens = np.zeros(shape, dtype=np.int64)
-    document_ids = np.full(shape, -1, dtype=np.int32)
-    positions = np.zeros(shape, dtype=np.int32)
+    """Return a batch of the samples with the given indices, int64 [b]; PADDING_SAMPLE stands for a sample of padding."""
+    arrays = padding_arrays(len(sample_indices), packed.sequence_length)
+    arrays["sample_indices"][:] = sample_indices
     for row, index in enumerate(sample_indices.tolist()):
         if index != PADDING_SAMPLE:
-            tokens[row], document_ids[row], positions[row] = packed.sample(index)
-    return PackedBatch(
-        tokens=torch.from_numpy(tokens),
-        document_ids=torch.from_numpy(document_ids),
-        positions=torch.from_numpy(positions),
-        sample_indices=torch.from_numpy(sample_indices),
-    )
+            for name, values in packed.sample(index).items():
+                arrays[name][row] = values
+    return PackedBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def collate_run(packed: Samples, micro_batch_size: int, start: int) -> PackedBatch:
-    """The micro-batch that begins at a global sample index."""
+    """Return the micro-batch that begins at a global sample index."""
     return collate(packed, np.arange(start, start + micro_batch_size))
 
 
 def _enter_device(device: torch.device) -> None:
-    """A thread starts on GPU 0: pinning there would make every rank of a node open a context on that GPU."""
+    """Set the thread's GPU to the rank's. A thread starts on GPU 0, where pinning memory would make every rank of a node open a context."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch on the device. The copy from page-locked memory runs while the CPU goes on."""
+    """Return the batch on the device. The CPU does not wait for the copy from page-locked memory."""
     if device.type == "cpu":
         return batch
     if not batch.tokens.is_pinned():

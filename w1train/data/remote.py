@@ -1,7 +1,7 @@
-"""Datasets of object storage: copied once to a local directory, which the ranks of a node share.
+"""Local copies of datasets in object storage, in a directory that the ranks of a machine share.
 
-Samples are read in random order, a few kilobytes at a time: each would be a request of its own. So a dataset is copied whole before
-the run, by one process of each machine, and read from there.
+Samples are read in random order, a few kilobytes at a time, and each read from object storage would be a request of its own. So one process
+of each machine copies the whole dataset before the run, and the ranks read the copy.
 """
 
 from __future__ import annotations
@@ -19,39 +19,41 @@ from typing import Any
 
 from w1train.config.credentials import is_masked, mask_urls
 from w1train.config.errors import UserError
-from w1train.data.indexed import DatasetError, bin_path, idx_path
-from w1train.data.manifest import manifest_path
-from w1train.data.shards import SHARD_PATTERN, shard_names
+from w1train.config.reading import LARGEST_JSON, parse_json
+from w1train.data.dataset_manifest import dataset_paths, manifest_path
+from w1train.data.indexed import DatasetError, bin_path, idx_path, may_be_noised_path
+from w1train.data.sharded_dataset import SHARD_PATTERN, shard_names
 from w1train.runtime.files import exclusive, replace_file, write_text
 from w1train.runtime.object_storage import ObjectStorage, StorageError, require_protocol
 
 logger = logging.getLogger(__name__)
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "created")
-"""What storages call the version of a file, or the time of its last change."""
+"""Names that storages give to the version of a file, or to the time of its last change."""
 
 
 def is_remote(prefix: str) -> bool:
-    """Whether a prefix names object storage, such as s3://bucket/train."""
+    """Return whether a prefix names object storage, such as s3://bucket/train."""
     return "://" in prefix
 
 
 def localize(prefix: str, cache_directory: str | None) -> str:
-    """The prefix of a local copy of a dataset, made unless it is there; a local prefix is its own. Waits while another process copies.
+    """Return the prefix of a local copy of a dataset, and make the copy unless it exists. A local prefix is returned unchanged.
 
-    A file in the cache is taken for the remote one if it has its length and, where the storage knows one, its version.
+    If another process is making the copy, the function waits for it. A file of the copy is up to date if it has the length of the remote
+    file and, if the storage tells versions, its version.
 
     Raises:
-        DatasetError: if the dataset is not there, a file cannot be copied, or the storage's protocol is not installed.
+        DatasetError: if the dataset does not exist, a file cannot be copied, or the storage's protocol is not installed.
     """
     if not is_remote(prefix):
         return prefix
     require_password(prefix)
     if cache_directory is None:
         raise DatasetError(
-            f"{prefix} is copied before it is read, and the run has no data.cache_directory for the copy: give a local dataset"
+            f"{prefix} must be copied before it is read, and the run has no data.cache_directory for the copy: name a local dataset"
         )
-    # Two buckets may have a dataset of the same name.
+    # Two buckets may have datasets with the same name.
     directory = Path(cache_directory) / hashlib.sha256(mask_urls(prefix).encode()).hexdigest()[:16]
     try:
         require_protocol("a dataset", prefix)
@@ -67,17 +69,38 @@ def _localize_all(storage: ObjectStorage, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     suffixes = _suffixes(storage)
     for suffix in suffixes:
-        # The manifest last: it is the sign of completeness here too.
-        for path_of in (bin_path, idx_path, manifest_path):
-            target = path_of(directory / f"{name}{suffix}")
-            with exclusive(target):
-                _fill(storage, _remote_path(path_of, f"{storage.root}{suffix}"), target, required=path_of is not manifest_path)
+        _localize_one(storage, f"{storage.root}{suffix}", directory / f"{name}{suffix}")
     _forget_others(directory / name, {f"{name}{suffix}" for suffix in suffixes})
     return directory / name
 
 
+def _localize_one(storage: ObjectStorage, remote: str, local: Path) -> None:
+    """Copy the files of a dataset that is not in shards. The manifest comes last, for it tells that the copy is complete."""
+    is_listed = _lists_may_be_noised(storage, remote)
+    is_required = {bin_path: True, idx_path: True, may_be_noised_path: is_listed is True, manifest_path: False}
+    if is_listed is False:
+        # A storage may answer a question about a file that does not exist with a refusal, which would end the run.
+        del is_required[may_be_noised_path]
+        may_be_noised_path(local).unlink(missing_ok=True)
+    for path_of, required in is_required.items():
+        target = path_of(local)
+        with exclusive(target):
+            _fill(storage, _remote_path(path_of, remote), target, required)
+
+
+def _lists_may_be_noised(storage: ObjectStorage, prefix: str) -> bool | None:
+    """Return whether a dataset's manifest lists PREFIX.may_be_noised; None for a dataset without a manifest."""
+    try:
+        manifest = parse_json(storage.read(_remote_path(manifest_path, prefix), LARGEST_JSON))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # the manifest is damaged, which is reported when the copy is opened
+        return False
+    return isinstance(manifest, dict) and "may_be_noised_sha256" in manifest
+
+
 def require_password(prefix: str) -> None:
-    """Raise DatasetError if the prefix is a URL out of a config.yaml, which has no passwords."""
+    """Raise DatasetError if the prefix is a URL from a run's config.yaml, where *** replaces passwords."""
     if is_masked(prefix):
         raise DatasetError(
             f"{prefix}: *** stands for a password, which a run's config.yaml does not have. Give the dataset's whole URL with --validation"
@@ -85,52 +108,52 @@ def require_password(prefix: str) -> None:
 
 
 def require_local(prefix: str) -> None:
-    """Raise DatasetError if the prefix of a dataset, out of the config.yaml of a finished run, names object storage.
+    """Raise DatasetError if the prefix of a dataset, read from the config.yaml of a finished run, names object storage.
 
-    Somebody else may have written that file: its URL could have this machine fetch whatever its network reaches (chained protocols such as
-    reference::http://... too), and the copy would be written where the file says (data.cache_directory).
+    Somebody else may have written this file. Its URL could make this machine fetch anything that its network reaches, also by chained
+    protocols such as reference::http://..., and would write the copy where the file says (data.cache_directory).
     """
     require_password(prefix)
     if is_remote(prefix):
         raise DatasetError(
-            f"{prefix} comes from the run's config.yaml, and nothing is fetched because a file says so. Give the dataset with --validation"
+            f"{prefix} comes from the run's config.yaml, and w1train does not fetch what a file names. Give the dataset with --validation"
         )
 
 
 def _remote_path(path_of: Callable[[str], Path], prefix: str) -> str:
-    """The path of a dataset's file in the storage: Path would take one of two slashes away, which are two names there."""
+    """Return the path of a dataset's file in the storage. ``Path`` would remove one of two slashes, which makes another name there."""
     directory, slash, name = prefix.rpartition("/")
     return f"{directory}{slash}{path_of(name)}"
 
 
 def _suffixes(storage: ObjectStorage) -> list[str]:
-    """Return what the names of a prefix's datasets have after it: "" for a dataset that is not in shards; else that of each shard.
+    """Return what follows the prefix in the names of its datasets: "" for a dataset that is not in shards, or the ending of each shard.
 
     Raises:
-        DatasetError: the storage lists what was not asked for, such as a path outside of the prefix.
+        DatasetError: if the storage lists a file that was not asked for, such as a path outside of the prefix.
     """
     if storage.exists(_remote_path(bin_path, storage.root)):
         return [""]
     found = sorted(storage.glob(_remote_path(bin_path, f"{glob.escape(storage.root)}{SHARD_PATTERN}")))
     suffixes = [path.removeprefix(storage.root).removesuffix(".bin") for path in found]
     for path, suffix in zip(found, suffixes, strict=True):
-        # The name becomes that of a local file.
+        # The local file gets this name.
         if not path.startswith(storage.root) or not fnmatch.fnmatchcase(suffix, SHARD_PATTERN):
-            raise DatasetError(f"{storage.url}: the storage lists {path!r}, which is no shard of this dataset")
+            raise DatasetError(f"{storage.url}: the storage lists {path!r}, which is not a shard of this dataset")
     return suffixes or [""]
 
 
 def _forget_others(local: Path, names: set[str]) -> None:
-    """Copies of what was there before under the same prefix: more shards, or a dataset that is in shards now."""
+    """Remove local copies of datasets that the prefix no longer names: further shards, or a dataset that now is in shards."""
     for manifest in [manifest_path(local), *map(manifest_path, shard_names(local))]:
         other = str(manifest).removesuffix(".json")
         if other.rsplit("/", 1)[1] not in names:
-            for path in (manifest, idx_path(other), bin_path(other)):
+            for path in dataset_paths(other):
                 path.unlink(missing_ok=True)
 
 
 def _fill(storage: ObjectStorage, remote: str, target: Path, required: bool) -> None:
-    """Copy a file, complete or not at all, unless it is in the cache already."""
+    """Copy a file, completely or not at all, unless the cache already has it. A file that is not required may be missing."""
     try:
         info = storage.info(remote)
     except FileNotFoundError:

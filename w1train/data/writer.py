@@ -1,7 +1,8 @@
-"""Writes a dataset that appears under its name only when it is complete, and that a killed process can go on with."""
+"""The writer of a dataset, which gets its name only when it is complete, and which another process can continue after a kill."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -17,9 +18,18 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from w1train.data.indexed import DatasetError, begin_index, bin_path, finish_index, idx_path, lengths_end, token_dtype
-from w1train.data.manifest import DatasetManifest, manifest_path
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.dataset_manifest import DatasetManifest, manifest_path
+from w1train.data.indexed import (
+    DatasetError,
+    begin_index,
+    bin_path,
+    finish_index,
+    idx_path,
+    lengths_end,
+    may_be_noised_path,
+    token_dtype,
+)
+from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, open_in_place, open_new, sync_directory
 from w1train.runtime.version import __version__
 
@@ -30,12 +40,12 @@ _READ_BYTES = 1 << 20
 
 
 class ResumeError(DatasetError):
-    """The files of an interrupted run are not what its record says."""
+    """The error of an interrupted run's files that do not match its record of progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriterProgress:
-    """What a writer had on the disk at some moment; a writer that is given it goes on from there."""
+    """The part of a dataset that a writer had brought to the disk. A writer that is given it continues from there."""
 
     num_documents: int
     num_tokens: int
@@ -43,16 +53,28 @@ class WriterProgress:
 
 
 class DatasetWriter:
-    """Documents in, PREFIX.bin, PREFIX.idx and PREFIX.json out, in constant memory.
+    """The writer of a dataset's files PREFIX.bin, PREFIX.idx, PREFIX.json and, if wanted, PREFIX.may_be_noised, in constant memory.
 
-    Use as a context manager: leaving it without :meth:`finalize` or :meth:`keep` throws away what was written. A killed process
-    leaves at most ``*.partial`` files, which the next writer of the same prefix replaces, or goes on with (``resume``).
+    Use it as a context manager: leaving it without :meth:`finalize` or :meth:`keep` removes what was written. A killed process
+    leaves only ``*.partial`` files, which the next writer of the same prefix replaces or, given ``resume``, continues.
     """
 
-    def __init__(self, prefix: str | Path, tokenizer: Tokenizer, overwrite: bool = False, resume: WriterProgress | None = None) -> None:
-        """Raises:
-        DatasetError: if the dataset exists and ``overwrite`` is not set, or another process is writing it.
-        ResumeError: if what ``resume`` says is on the disk is not.
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: Tokenizer,
+        overwrite: bool = False,
+        resume: WriterProgress | None = None,
+        *,
+        limits_noise: bool = False,
+    ) -> None:
+        """
+        Args:
+            limits_noise: write PREFIX.may_be_noised; every document must then come with the values for its tokens.
+
+        Raises:
+            DatasetError: if the dataset exists and ``overwrite`` is not set, or another process is writing it.
+            ResumeError: if the files are shorter than ``resume`` says.
         """
         self._prefix = str(prefix)
         self._tokenizer = tokenizer
@@ -62,18 +84,20 @@ class DatasetWriter:
         self._buffer: list[NDArray[np.integer]] = []
         self._num_buffered = 0
         self._num_documents = self._num_tokens = self._num_text_bytes = 0
-        self._bin_hash = hashlib.sha256()
+        self._bin_hash, self._may_be_noised_hash = hashlib.sha256(), hashlib.sha256()
         self._token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-        self._bin_partial, self._idx_partial = partial_paths(self._prefix)
+        self._bin_partial, self._idx_partial, self._may_be_noised_partial = partial_paths(self._prefix)
         self._bin_partial.parent.mkdir(parents=True, exist_ok=True)
         self._bin_file: BinaryIO | None = open_exclusively(self._bin_partial)
-        try:
-            self._idx_file = open_in_place(self._idx_partial, "r+b") if resume else open_new(self._idx_partial)
-        except OSError as error:
-            self._bin_file.close()
-            if not isinstance(error, FileNotFoundError):
-                raise
-            raise ResumeError(f"{self._idx_partial} is gone") from None
+        self._may_be_noised_file: BinaryIO | None = None
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._bin_file.close)
+            self._idx_file = opened.enter_context(_open_partial(self._idx_partial, resume))
+            if limits_noise:
+                self._may_be_noised_file = _open_partial(self._may_be_noised_partial, resume)
+            else:  # a killed writer of the same prefix may have left the file
+                self._may_be_noised_partial.unlink(missing_ok=True)
+            opened.pop_all()  # without an error, all files stay open
         if resume is None:
             self._bin_file.truncate(0)
             begin_index(self._idx_file)
@@ -82,34 +106,49 @@ class DatasetWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far."""
+        """Return the number of documents added so far."""
         return self._num_documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens added so far."""
+        """Return the number of tokens added so far."""
         return self._num_tokens
 
-    def add_document(self, token_ids: Sequence[int], num_text_bytes: int) -> None:
-        """Append a document's tokens (at least one, no mask) and EOS; ``num_text_bytes`` is the length of its text in UTF-8.
+    def add_document(self, token_ids: Sequence[int], num_text_bytes: int, may_be_noised: Sequence[bool] | None = None) -> None:
+        """Append a document's tokens and EOS.
+
+        Args:
+            token_ids: at least one, and no mask.
+            num_text_bytes: the length of the document's text in UTF-8.
+            may_be_noised: whether each token and, last, EOS may be noised; for a writer with ``limits_noise``.
 
         Raises:
-            DatasetError: if it has more tokens than the index format can say (2^31 - 1).
+            DatasetError: if the document has more tokens than the index format allows (2^31 - 1).
         """
         assert len(token_ids) > 0, "an empty document"
         assert num_text_bytes > 0, "a document without text"
         tokens = np.empty(len(token_ids) + 1, dtype=self._dtype)
         tokens[:-1] = token_ids
         tokens[-1] = self._tokenizer.eos_token_id
-        self.add_documents(tokens, np.array([len(tokens)]), num_text_bytes)
+        flags = None if may_be_noised is None else np.array(may_be_noised, dtype=np.bool_)
+        self.add_documents(tokens, np.array([len(tokens)]), num_text_bytes, flags)
 
-    def add_documents(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], num_text_bytes: int) -> None:
-        """Append documents at once: tokens [n], each document's EOS included, and how many of them each document has.
+    def add_documents(
+        self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], num_text_bytes: int, may_be_noised: NDArray[np.bool_] | None = None
+    ) -> None:
+        """Append several documents.
+
+        Args:
+            tokens: [n], the tokens of all documents, each document's EOS included.
+            lengths: the number of tokens of each document.
+            num_text_bytes: the length of all texts together in UTF-8.
+            may_be_noised: bool [n], whether each token may be noised; for a writer with ``limits_noise``.
 
         Raises:
-            DatasetError: if a document has more tokens than the index format can say (2^31 - 1).
+            DatasetError: if a document has more tokens than the index format allows (2^31 - 1).
         """
         assert int(lengths.sum()) == len(tokens), "lengths that are not the tokens'"
+        assert (may_be_noised is None) == (self._may_be_noised_file is None), "limits_noise says whether documents come with may_be_noised"
         if len(lengths) and int(lengths.max()) > np.iinfo(np.int32).max:
             number = self._num_documents + int(lengths.argmax())
             raise DatasetError(f"document {number} of {self._prefix} has {lengths.max()} tokens; the format allows 2^31 - 1")
@@ -119,24 +158,28 @@ class DatasetWriter:
         self._num_text_bytes += num_text_bytes
         self._buffer.append(tokens.astype(self._dtype, copy=False))
         self._num_buffered += len(tokens)
+        if self._may_be_noised_file is not None and may_be_noised is not None:
+            assert may_be_noised.dtype == np.bool_, may_be_noised.dtype
+            assert may_be_noised.shape == tokens.shape, "a value for each token"
+            self._may_be_noised_hash.update(may_be_noised.tobytes())
+            self._may_be_noised_file.write(may_be_noised.tobytes())
         if self._num_buffered >= _FLUSH_TOKENS:
             self._flush()
 
     def progress(self) -> WriterProgress:
-        """Bring everything to the disk, where neither a kill nor a power cut can take it back, and say how much it is."""
+        """Bring everything to the disk, where a kill or a power cut cannot undo it, and return how much it is."""
         self._flush()
-        assert self._bin_file is not None
-        for file in (self._bin_file, self._idx_file):
+        for file in self._files():
             file.flush()
             os.fsync(file.fileno())
         return WriterProgress(self._num_documents, self._num_tokens, self._num_text_bytes)
 
     def finalize(self, corpus: dict[str, Any] | None = None) -> DatasetManifest:
-        """Make the dataset visible: flush both files to the disk, rename them, and write the manifest last.
+        """Give the dataset its name: bring the files to the disk, rename them, and write the manifest last.
 
         Raises:
             DatasetError: if no document was added.
-            OSError: if the disk is full or fails; nothing is left under the dataset's name then.
+            OSError: if the disk is full or fails; the dataset's name then has no files.
         """
         manifest = dataclasses.replace(self.seal(), corpus=corpus or {})
         publish(self._prefix, manifest)
@@ -144,7 +187,7 @@ class DatasetWriter:
         return manifest
 
     def seal(self) -> DatasetManifest:
-        """Complete both files, still under their partial names; :func:`publish` makes them the dataset.
+        """Complete the files under their partial names; :func:`publish` gives them the dataset's name.
 
         Raises:
             DatasetError: if no document was added.
@@ -157,34 +200,43 @@ class DatasetWriter:
         return self._manifest()
 
     def keep(self) -> None:
-        """End without throwing away: for files that are published, or that a later writer goes on with."""
-        self._idx_file.close()
-        if self._bin_file is not None:
-            self._bin_file.close()
-            self._bin_file = None
+        """Close the files and keep them, because they are published or a later writer continues them."""
+        for file in self._files():
+            file.close()
+        self._bin_file = None
 
     def discard(self) -> None:
-        """End and throw away what was written, unless the writer has ended already."""
+        """Close and remove the files, unless the writer has ended already."""
         if self._bin_file is None:
             return
-        self._bin_partial.unlink(missing_ok=True)
-        self._idx_partial.unlink(missing_ok=True)
+        for path in partial_paths(self._prefix):
+            path.unlink(missing_ok=True)
         self.keep()
 
+    def _files(self) -> list[BinaryIO]:
+        """Return the files that are open."""
+        return [file for file in (self._bin_file, self._idx_file, self._may_be_noised_file) if file is not None and not file.closed]
+
     def _go_on_from(self, resume: WriterProgress) -> None:
-        """Cut off what came after, and count again what is there: hashes and counts have no state that could be kept."""
+        """Cut the files to the recorded lengths, and hash and count their content again: the state of a hash cannot be recorded."""
         assert self._bin_file is not None
         num_bytes = {self._bin_file: resume.num_tokens * self._dtype.itemsize, self._idx_file: lengths_end(resume.num_documents)}
+        if self._may_be_noised_file is not None:
+            num_bytes[self._may_be_noised_file] = resume.num_tokens
         for file, wanted in num_bytes.items():
             if (found := os.fstat(file.fileno()).st_size) < wanted:
                 self.keep()
                 raise ResumeError(f"{file.name} has {found} bytes, its progress record says {wanted}")
             file.truncate(wanted)
-        self._idx_file.seek(0, os.SEEK_END)
+            file.seek(0, os.SEEK_END)
         with open(self._bin_partial, "rb") as file:
             while content := file.read(_READ_BYTES):
                 self._bin_hash.update(content)
                 self._count(np.frombuffer(content, dtype=self._dtype.newbyteorder("<")))
+        if self._may_be_noised_file is not None:
+            with open(self._may_be_noised_partial, "rb") as file:
+                while content := file.read(_READ_BYTES):
+                    self._may_be_noised_hash.update(content)
         self._num_documents, self._num_tokens, self._num_text_bytes = resume.num_documents, resume.num_tokens, resume.num_text_bytes
 
     def _flush(self) -> None:
@@ -222,6 +274,8 @@ class DatasetWriter:
             bin_sha256=self._bin_hash.hexdigest(),
             idx_num_bytes=self._idx_partial.stat().st_size,
             idx_sha256=idx_sha256,
+            may_be_noised_num_bytes=0 if self._may_be_noised_file is None else self._may_be_noised_partial.stat().st_size,
+            may_be_noised_sha256="" if self._may_be_noised_file is None else self._may_be_noised_hash.hexdigest(),
             versions={"tokenizers": tokenizers.__version__},
         )
 
@@ -232,58 +286,77 @@ class DatasetWriter:
         self.discard()
 
 
-def partial_paths(prefix: str | Path) -> tuple[Path, Path]:
-    """The token file and the index while they are written."""
-    return Path(f"{bin_path(prefix)}{PARTIAL_SUFFIX}"), Path(f"{idx_path(prefix)}{PARTIAL_SUFFIX}")
+def partial_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """Return the names of PREFIX.bin, PREFIX.idx and PREFIX.may_be_noised while they are written."""
+    return _partial(bin_path(prefix)), _partial(idx_path(prefix)), _partial(may_be_noised_path(prefix))
+
+
+def _partial(path: Path) -> Path:
+    return Path(f"{path}{PARTIAL_SUFFIX}")
+
+
+def _open_partial(path: Path, resume: WriterProgress | None) -> BinaryIO:
+    """Open a file for writing: a new one, or the one that an interrupted writer left."""
+    if resume is None:
+        return open_new(path)
+    try:
+        return open_in_place(path, "r+b")
+    except FileNotFoundError:
+        raise ResumeError(f"{path} is gone") from None
 
 
 def publish(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Give sealed files the dataset's name. May be repeated: a kill between any two of its steps is made good by another call.
+    """Give sealed files the dataset's name. After a kill between two of its steps, another call completes the work.
 
-    An older dataset goes first, manifest before files, so that no mixture of the two ever counts as one.
+    An older dataset of the name is removed first, its manifest before its files, so that no mixture of the two datasets ever counts as a
+    dataset.
 
     Raises:
-        ResumeError: if the files are not those of the manifest.
+        ResumeError: if the files do not have the sizes in the manifest.
     """
     check_sealed(prefix, manifest)
     directory = bin_path(prefix).parent
-    partials = dict(zip((bin_path(prefix), idx_path(prefix)), partial_paths(prefix), strict=True))
-    if partials[idx_path(prefix)].exists():  # it is renamed last: the index under the dataset's name is an older one's
+    paths = [file.path for file in manifest.files(prefix)]
+    if _partial(idx_path(prefix)).exists():  # the index is renamed last, so one under the dataset's name belongs to an older dataset
         manifest_path(prefix).unlink(missing_ok=True)
         idx_path(prefix).unlink(missing_ok=True)
+        if may_be_noised_path(prefix) not in paths:
+            may_be_noised_path(prefix).unlink(missing_ok=True)
         sync_directory(directory)
-    for path, partial in partials.items():
-        if partial.exists():
-            os.replace(partial, path)
+    for path in paths:
+        if _partial(path).exists():
+            os.replace(_partial(path), path)
     sync_directory(directory)
     manifest.write(manifest_path(prefix))
 
 
 def check_sealed(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Whether sealed files, under either name, have the sizes that they were written with.
+    """Require that sealed files, under their partial or final names, have the sizes in the manifest.
 
     Raises:
-        ResumeError: if not.
+        ResumeError: if a file is missing or has another size.
     """
-    paths = zip((bin_path(prefix), idx_path(prefix)), partial_paths(prefix), strict=True)
-    for (path, partial), num_bytes in zip(paths, (manifest.bin_num_bytes, manifest.idx_num_bytes), strict=True):
-        there = partial if partial.exists() else path
+    for path, num_bytes, _ in manifest.files(prefix):
+        there = _partial(path) if _partial(path).exists() else path
         if not there.exists() or there.stat().st_size != num_bytes:
             raise ResumeError(f"{there} is not the file of {num_bytes} bytes that was written")
 
 
 def unigram_bits(token_counts: NDArray[np.int64]) -> float:
-    """Bits of a text under the order-0 model of its own token frequencies; ``token_counts`` int64 [vocab_size]."""
+    """Return the bits of a text under the order-0 model of its own token frequencies; ``token_counts`` is int64 [vocab_size]."""
     counts = token_counts[token_counts > 0].astype(np.float64)
     return float(math.fsum(counts * -np.log2(counts / counts.sum())))
 
 
 def open_exclusively(path: Path) -> BinaryIO:
-    """Open a file for appending that no other process has open for writing through this function.
+    """Open a file for appending, with a lock that only one process can hold.
 
-    The lock ends with the process, however it ends. The name is looked up again under the lock: the other writer may have
-    finished and renamed the file in between, and emptying it then would destroy its dataset. Raises DatasetError, and OSError as
-    :func:`open_in_place` does.
+    The lock ends with the process, however it ends. With the lock held, the name is looked up again: another writer may have finished and
+    renamed the file in between, and emptying the file then would destroy that writer's dataset.
+
+    Raises:
+        DatasetError: if another process has opened the file through this function.
+        OSError: as :func:`open_in_place`.
     """
     file = open_in_place(path, "ab")
     try:

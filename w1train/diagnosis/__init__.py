@@ -1,1 +1,1 @@
-"""What works on this machine, and how fast: the parts of w1train.doctor."""
+"""Checks of a machine for w1train.doctor: what works on it, and how fast."""

@@ -1,6 +1,6 @@
-"""Collectives over all ranks, in seconds: is their result right, how fast are they by size, and which rank is slow.
+"""Checks of collectives over all ranks, in seconds: whether results are right, how fast each size is, and which rank is slow.
 
-Every rank calls the same functions in the same order; what they return is the same on all of them.
+Every rank calls the same functions in the same order, and they return the same on all ranks.
 
 Shapes: n = elements of a rank's piece, w = ranks.
 """
@@ -24,40 +24,41 @@ from w1train.diagnosis.devices import matmul_tflops
 from w1train.diagnosis.findings import Finding, Section, Status
 
 TIMEOUT = datetime.timedelta(seconds=120)
-"""Until a rank that does not come ends the test of the others."""
+"""Time after which a missing rank ends the test on the other ranks."""
 _SIZES = {"cpu": (2**12, 2**18, 2**22, 2**24), "cuda": (2**12, 2**20, 2**24, 2**28)}
 _NEIGHBOUR_BYTES = {"cpu": 2**22, "cuda": 2**26}
 _SLOW = 1.5
-"""A rank is called slow when it takes so many times the median."""
+"""A rank is called slow when it takes more than this many times the median."""
 
 
 @dataclass(slots=True)
 class Collective:
-    """One kind, on one size: what to call, and what must come out."""
+    """A collective on one size: the call, and the result that it must give."""
 
     name: str
     call: Callable[[], Any]
     output: Tensor
     expected: Tensor
     moved: float
-    """Bytes that each rank's link must carry at least, the measure of nccl-tests' busbw."""
+    """The least number of bytes that each rank's link must carry, as in the busbw of nccl-tests."""
 
 
 def initialize(device: torch.device) -> None:
-    """The default group of torchrun's ranks."""
+    """Set up the default group of torchrun's ranks."""
     on_gpu = device.type == "cuda"
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
 
 
 def collective_section(device: torch.device, seconds: float, same: dict[str, Any], failed: list[str], warned: list[str]) -> Section:
-    """All of it, in about so many seconds.
+    """Return the findings of all checks, which take about ``seconds``.
 
     Args:
-        same: what should be the same on all ranks (versions, the kind of GPU).
-        failed: what does not work on this rank.
-        warned: what is amiss on its host; of one rank a host.
+        same: values that should be the same on all ranks (versions, the kind of GPU).
+        failed: names of findings that failed on this rank.
+        warned: names of findings with a warning about this rank's host; only one rank of each host passes them.
 
-    Raises RuntimeError where a rank is gone or does not come within TIMEOUT.
+    Raises:
+        RuntimeError: a rank has ended, or does not arrive within TIMEOUT.
     """
     sizes = _SIZES[device.type]
     share = seconds / (3 * len(sizes))
@@ -69,7 +70,7 @@ def collective_section(device: torch.device, seconds: float, same: dict[str, Any
 
 
 def _agreement(values: dict[str, Any]) -> Iterator[Finding]:
-    """Ranks with other versions than rank 0's compute other numbers, or hang."""
+    """Yield whether all ranks have the values of rank 0: ranks with other versions compute other numbers, or hang."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, values)
     for name, value in everyone[0].items():
@@ -79,7 +80,7 @@ def _agreement(values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _everywhere(what: str, complaints: list[str], status: Status) -> Finding:
-    """What each rank has to complain of."""
+    """Return a finding with the complaints of all ranks."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), complaints))
     found = [f"rank {rank} ({host}): {', '.join(texts)}" for rank, (host, texts) in enumerate(everyone) if texts]
@@ -87,8 +88,10 @@ def _everywhere(what: str, complaints: list[str], status: Status) -> Finding:
 
 
 def collectives(num_bytes: int, device: torch.device) -> Iterator[Collective]:
-    """all_reduce, all_gather and reduce_scatter of so many bytes, all ranks' pieces together. Small whole numbers in fp32: sums of
-    them are exact in any order."""
+    """Yield all_reduce, all_gather and reduce_scatter of ``num_bytes``, over the pieces of all ranks.
+
+    The values are small whole numbers in fp32, whose sums are exact in any order.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     piece = max(num_bytes // 4 // world_size, 1)
     whole = piece * world_size
@@ -97,7 +100,7 @@ def collectives(num_bytes: int, device: torch.device) -> Iterator[Collective]:
     share = 4 * whole * (world_size - 1) / world_size
     mine = slice(rank * piece, (rank + 1) * piece)
 
-    # One rank's input is another's plus a constant, so that a contribution that is lost or counted twice shows in every element.
+    # The inputs of two ranks differ by a constant, so that a contribution that is lost or counted twice shows in every element.
     summed = pattern + rank
     yield Collective("all_reduce", lambda: dist.all_reduce(summed), summed, total, 2 * share)
     gathered = torch.full_like(pattern, float("nan"))
@@ -120,14 +123,14 @@ def _measure(collective: Collective, num_bytes: int, device: torch.device, secon
 
 
 def ranks_where(condition: bool) -> list[int]:
-    """The ranks on which it holds."""
+    """Return the ranks on which the condition holds."""
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, condition)
     return [rank for rank, answer in enumerate(answers) if answer]
 
 
 def _seconds_of(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Of one call, on the slowest rank. Every rank makes the same number of calls."""
+    """Return the seconds of one call on the slowest rank. Every rank makes the same number of calls."""
     first = _largest(_timed(call, device, 1))
     repetitions = max(1, min(1000, int(seconds / max(first, 1e-6))))
     return _largest(_timed(call, device, repetitions)) / repetitions
@@ -150,7 +153,10 @@ def _largest(value: float) -> float:
 
 
 def rank_speeds(device: torch.device) -> Iterator[Finding]:
-    """In a collective all ranks end together, whoever was late; so each rank's own work, and its link to the next, are timed apart."""
+    """Yield the slowest rank of its own work and of its link to the next rank.
+
+    These are timed separately, because in a collective all ranks end together, whichever rank is late.
+    """
     yield slowest("matrix product", 1 / matmul_tflops(device))
     yield slowest("link to the next rank", _neighbour_seconds(device))
 

@@ -1,7 +1,8 @@
-"""Kernels against references: relative errors of outputs and gradients, tensor by tensor.
+"""Checks of kernels against references: relative errors of outputs and gradients, tensor by tensor.
 
-Every attention backend against an explicit softmax in fp32, on packs with padding, under every kind of mask; every Triton kernel
-against its PyTorch twin in fp32. In bf16, 1e-2 is allowed. What cannot run on this machine is a check with the reason.
+Every attention backend is compared with an explicit softmax in fp32, on packed samples with padding, under every kind of mask. Every
+Triton kernel is compared with its PyTorch twin in fp32. In bf16, an error of 1e-2 is allowed. The check of a kernel that cannot run on
+this machine has the reason.
 """
 
 from __future__ import annotations
@@ -17,40 +18,42 @@ from torch import Tensor
 from w1train.attention.backends.choice import BACKENDS
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility
-from w1train.config.attention_limits import AttentionCase, VisibilityKind
+from w1train.config.errors import first_line
+from w1train.config.rules.attention_limits import AttentionCase, VisibilityKind
 from w1train.config.schema import BackendName
-from w1train.kernels.cross_entropy import Head, linear_cross_entropy
 from w1train.kernels.modulation import gate_residual, rms_norm
 from w1train.kernels.rotary import apply_rotary
 from w1train.kernels.segments import Segments
 from w1train.kernels.selection import has_triton
+from w1train.model.chunked_head import Head, linear_row_terms
+from w1train.model.row_terms import CrossEntropy, Vocabulary
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-2
-"""Relative error of a tensor in bf16."""
+"""Largest relative error that is allowed in bf16."""
 _TENSORS = ("output", "query's gradient", "key's gradient", "value's gradient")
 
 
 @dataclass(slots=True)
 class Check:
-    """One kernel on one case."""
+    """The check of a kernel on one case."""
 
     kernel: str
     case: str
     errors: dict[str, float] = field(default_factory=dict)
-    """Relative, by tensor."""
+    """Relative errors by tensor."""
     reason: str | None = None
-    """Why it did not run."""
+    """Why the kernel did not run, if it did not."""
     failed: bool = False
 
     @property
     def passed(self) -> bool:
-        """Not that it ran: what cannot run here is not wrong."""
+        """Whether no result is wrong. A kernel that cannot run on this machine passes."""
         return not self.failed and all(error <= TOLERANCE for error in self.errors.values())
 
     def row(self) -> tuple[str, ...]:
-        """For the table."""
+        """Return the row of the table."""
         verdict = "not run" if self.reason and not self.failed else "right" if self.passed else "WRONG"
         reason = f": {self.reason}".replace("|", "/") if self.reason else ""
         output, *gradients = (f"{error:.1e}" for error in self.errors.values()) if self.errors else ("",)
@@ -58,10 +61,10 @@ class Check:
 
 
 def attention_checks(device: torch.device, length: int, channels: int) -> Iterator[Check]:
-    """Every backend, mask and number of key/value heads."""
+    """Yield the check of every backend, mask and number of key/value heads."""
     for name in BACKENDS:
         if name == "reference":
-            continue  # it is what the others are compared with
+            continue  # the other backends are compared with it
         for groups in (4, 1):
             for mask, (kind, visibility) in _masks(length, device).items():
                 case = AttentionCase(kind, "bf16", 4, groups, channels)
@@ -72,7 +75,7 @@ def attention_checks(device: torch.device, length: int, channels: int) -> Iterat
 
 
 def _masks(length: int, device: torch.device) -> dict[str, tuple[VisibilityKind, Visibility]]:
-    """Two samples of unaligned documents, the first with padding at its end."""
+    """Return the masks of two samples of unaligned documents, the first of which ends with padding."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.zeros((2, length), dtype=torch.int32)
     starts[:, torch.randint(1, length, (5,), generator=generator)] = 1
@@ -107,7 +110,7 @@ def _attention_errors(name: BackendName, case: AttentionCase, visibility: Visibi
 
 
 def kernel_checks(device: torch.device, num_rows: int, size: int, vocabulary: int) -> Iterator[Check]:
-    """Every Triton kernel of the step."""
+    """Yield the check of every Triton kernel of a step."""
     reason = "Triton's kernels need a GPU" if device.type != "cuda" else None if has_triton() else "triton is not installed"
     for name, errors in _KERNELS.items():
         check = Check(name, f"{num_rows} rows of {size}", reason=reason)
@@ -117,7 +120,7 @@ def kernel_checks(device: torch.device, num_rows: int, size: int, vocabulary: in
 
 
 def twin_errors(triton: Callable[..., Tensor], twin: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Output and gradients of ``triton`` on bf16 inputs against ``twin`` on the same in fp32."""
+    """Return the errors of output and gradients of ``triton`` on bf16 inputs, compared with ``twin`` on the same inputs in fp32."""
     narrow = [tensor.bfloat16().requires_grad_() for tensor in inputs]
     wide = [tensor.detach().float().requires_grad_() for tensor in narrow]
     output, expected = triton(*narrow), twin(*wide)
@@ -158,10 +161,11 @@ def _rotary_errors(device: torch.device, num_rows: int, _size: int, _vocabulary:
 
 def _loss_errors(device: torch.device, num_rows: int, size: int, vocabulary: int) -> dict[str, float]:
     targets = torch.randint(0, vocabulary, (num_rows,), device=device)
-    head = Head(max(1, num_rows // 3), None, 0, None, sum_row_gradients=True, implementation="triton")
+    vocabulary_part = Vocabulary(group=None, first_token=0, excluded_token=None, implementation="triton")
+    head = Head(vocabulary_part, max(1, num_rows // 3), sum_row_gradients=True)
     inputs = [torch.randn((num_rows, size), device=device), 0.02 * torch.randn((vocabulary, size), device=device)]
     return twin_errors(
-        lambda rows, weight: linear_cross_entropy(rows, weight, targets, head),
+        lambda rows, weight: linear_row_terms(rows, weight, [CrossEntropy(targets)], head)[0],
         lambda rows, weight: torch.nn.functional.cross_entropy(rows @ weight.t(), targets, reduction="none"),
         inputs,
     )
@@ -176,7 +180,7 @@ _KERNELS: dict[str, Callable[[torch.device, int, int, int], dict[str, float]]] =
 
 
 def relative_errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, float]:
-    """|found - wanted| / |wanted| by tensor, over the heads that ``wanted`` has; NaN counts as infinite."""
+    """Return |found - wanted| / |wanted| by tensor, over the heads that ``wanted`` has; NaN counts as infinite."""
     errors = {}
     for name, one, other in zip(_TENSORS, found, wanted, strict=True):
         error = float((one.detach()[:, : other.shape[1]].float() - other.detach()).norm() / other.detach().norm())
@@ -185,11 +189,10 @@ def relative_errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[s
 
 
 def run_check(check: Check, errors: Callable[[], dict[str, float]]) -> None:
-    """Fill in the check's errors, or why there are none."""
+    """Set the check's errors, or the reason why there are no errors."""
     try:
         check.errors = errors()
-    # Whatever a library raises: one kernel that fails must not hide what the others do. It is a row, and the exit status.
+    # A kernel that fails in any way must not hide the results of others. The failure is a row of the table, and sets the exit status.
     except Exception as error:
         logger.exception("%s, %s", check.kernel, check.case)
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        check.reason, check.failed = f"failed: {type(error).__name__}: {first_line[:120]}", True
+        check.reason, check.failed = f"failed: {type(error).__name__}: {first_line(error)[:120]}", True

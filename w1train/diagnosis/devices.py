@@ -1,4 +1,4 @@
-"""The GPUs: what they are, how they run, how they are linked, and how fast memory moves. On a CPU: its copies and products."""
+"""Findings about GPUs: their kinds, clocks and links, and the speed of copies. On a CPU: the speed of copies and products."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _MATMUL_SIZE = {"cuda": 4096, "cpu": 512}
 
 
 def device_section(device: torch.device, *, quick: bool) -> Section:
-    """quick: only what can be asked without putting anything on a GPU, where a training may be running."""
+    """Return the findings about devices.
+
+    Args:
+        quick: leave out everything that puts something on a GPU, on which a training may be running.
+    """
     findings = [*_gpus(), *_nvidia_smi()]
     if not quick:
         findings += [*bandwidths(device), *_links()]
@@ -41,7 +45,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def ask_nvidia_smi(*arguments: str) -> str | None:
-    """What it prints; None without it, or where it has no answer."""
+    """Return the output of nvidia-smi; None if the program is missing or fails."""
     try:
         output = subprocess.run(["nvidia-smi", *arguments], capture_output=True, timeout=_SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -50,7 +54,7 @@ def ask_nvidia_smi(*arguments: str) -> str | None:
 
 
 def driver_version() -> str:
-    """Of NVIDIA's driver."""
+    """Return the version of NVIDIA's driver, or "absent"."""
     lines = (ask_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") or "").split()
     return lines[0] if lines else "absent"
 
@@ -75,7 +79,7 @@ def _describe_gpu(gpu: dict[str, str]) -> Finding:
 
 
 def _links() -> Iterator[Finding]:
-    """Between the GPUs of the host: peer access by torch, and the kinds of links by nvidia-smi."""
+    """Yield the links between the GPUs of the host: peer access as torch reports it, and kinds of links as nvidia-smi does."""
     num_gpus = torch.cuda.device_count()
     if num_gpus < 2:
         return
@@ -90,9 +94,12 @@ def _links() -> Iterator[Finding]:
 
 
 def link_kinds(topology: str) -> dict[str, int]:
-    """Links between pairs of GPUs by kind (NV18: 18 NVLinks; SYS, NODE, PHB, PXB, PIX: over PCIe), of ``nvidia-smi topo -m``."""
+    """Count the links between pairs of GPUs by kind in the output of ``nvidia-smi topo -m``.
+
+    NV18 stands for 18 NVLinks; SYS, NODE, PHB, PXB and PIX for links over PCIe.
+    """
     cells = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in topology.splitlines()]
-    # The heading begins with GPU0 too, but only a row has the X of its own place.
+    # The heading also begins with GPU0, but only a row has an X in its own column.
     rows = [row[1:] for row in cells if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
     kinds: dict[str, int] = {}
     for number, row in enumerate(rows):
@@ -102,7 +109,7 @@ def link_kinds(topology: str) -> dict[str, int]:
 
 
 def bandwidths(device: torch.device) -> Iterator[Finding]:
-    """Copies to and from the GPU (pinned memory), inside it, and a matrix product; on a CPU the last two."""
+    """Yield the speed of copies to and from the GPU (pinned memory) and inside it, and of a matrix product; on a CPU only the last two."""
     num_bytes = _COPY_BYTES[device.type]
     here, there = (torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     here.zero_()
@@ -111,21 +118,21 @@ def bandwidths(device: torch.device) -> Iterator[Finding]:
         host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         yield _speed("copy to the GPU", num_bytes, best_seconds(lambda: here.copy_(host, non_blocking=True), device))
         yield _speed("copy from the GPU", num_bytes, best_seconds(lambda: host.copy_(here, non_blocking=True), device))
-    # Read once and written once.
+    # A copy reads and writes every byte once.
     yield _speed("copy in memory", 2 * num_bytes, best_seconds(lambda: here.copy_(there), device))
     size = _MATMUL_SIZE[device.type]
     yield Finding("matrix product, bf16", f"{matmul_tflops(device):,.2f} TFLOP/s", detail=f"{size} x {size}")
 
 
 def matmul_tflops(device: torch.device) -> float:
-    """Of one product of square bf16 matrices."""
+    """Return the TFLOP/s of a product of square bf16 matrices."""
     size = _MATMUL_SIZE[device.type]
     one, other = (torch.ones((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * size**3 / best_seconds(lambda: one @ other, device) / 1e12
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
-    """The shortest of some runs: what others do on the machine only makes them longer."""
+    """Return the seconds of the fastest of several runs: other work on the machine only makes runs longer."""
     work()
     shortest = float("inf")
     for _ in range(repetitions):
@@ -147,10 +154,10 @@ def _speed(name: str, num_bytes: int, seconds: float) -> Finding:
 
 
 def _clock_under_load(device: torch.device) -> Finding:
-    """A GPU that is too hot, or short of power, computes at a lower clock: seen only while it computes."""
+    """Return the SM clock under load. A GPU that is too hot or has too little power lowers its clock only while it computes."""
     size = 2 * _MATMUL_SIZE["cuda"]
     one = torch.ones((size, size), dtype=torch.bfloat16, device=device)
-    for _ in range(1000):  # more than a second of an H100: nvidia-smi needs some of it to start
+    for _ in range(1000):  # more than a second on an H100, because nvidia-smi needs time to start
         one @ one
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     answer = ask_nvidia_smi("--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}")

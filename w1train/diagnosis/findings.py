@@ -1,4 +1,4 @@
-"""What was found out, one line each, and how it is shown: a table on a terminal, plain lines elsewhere, JSON for programs."""
+"""Findings and their output: a table on a terminal, plain lines in a file or a pipe, JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from rich.table import Table
 from rich.text import Text
 
 Status = Literal["ok", "note", "warning", "failed"]
-"""note: nothing to judge, or a thing that can be done without. warning: works, but not as it should. failed: does not work."""
+"""note: information, or something that w1train does not need. warning: it works, but not as it should. failed: it does not work."""
 
 _STYLES: dict[Status, str] = {"ok": "green", "note": "dim", "warning": "yellow", "failed": "bold red"}
 
 
 @dataclass(slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     value: str
     status: Status = "ok"
     detail: str = ""
-    """Why it is so, or what to do."""
+    """The reason, or what to do."""
 
 
 @dataclass(slots=True)
 class Section:
-    """What belongs together."""
+    """Findings that belong together."""
 
     title: str
     findings: list[Finding] = field(default_factory=list)
 
 
 def failures(sections: Sequence[Section]) -> Iterator[Finding]:
-    """What does not work."""
+    """Return the findings that failed."""
     return (finding for section in sections for finding in section.findings if finding.status == "failed")
 
 
 def as_dict(sections: Sequence[Section]) -> dict[str, Any]:
-    """For JSON."""
+    """Return the sections as plain data for JSON."""
     return {"ok": not any(failures(sections)), "sections": [asdict(section) for section in sections]}
 
 
 def show(sections: Sequence[Section], console: Console) -> None:
-    """Everything, and the verdict last."""
+    """Print all findings, with the verdict at the end."""
     for section in sections:
         if console.is_terminal:
             console.print(_table(section))
@@ -70,7 +70,7 @@ def _table(section: Section) -> Table:
 
 
 def _print_plain(section: Section, console: Console) -> None:
-    """A line a finding, in columns, whatever the width of the terminal that is not there."""
+    """Print one line for each finding, in columns and without line breaks, because there is no terminal whose width matters."""
     console.print(Text(section.title))
     name_width = max((len(finding.name) for finding in section.findings), default=0)
     value_width = max((len(finding.value) for finding in section.findings), default=0)

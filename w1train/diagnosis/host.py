@@ -1,4 +1,4 @@
-"""The machine under the devices: cores, memory, limits, shared memory, disk."""
+"""Findings about the host: cores, memory, limits, shared memory, disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def host_section(runs_dir: Path, *, quick: bool) -> Section:
-    """quick: nothing that takes time or writes."""
+    """Return the findings about the host.
+
+    Args:
+        quick: leave out the check of the disk, which takes time and writes.
+    """
     memory = psutil.virtual_memory()
     findings = [
         Finding("host", socket.gethostname(), detail=" ".join(os.uname()[:3:2])),
@@ -63,7 +67,7 @@ def _shared_memory(path: Path) -> Finding:
 
 
 def disk_finding(runs_dir: Path) -> Finding:
-    """Write a small file where runs go (or would), to the disk and not to its cache."""
+    """Measure the writing of a file, through the cache to the disk, in the directory of runs or the nearest parent that exists."""
     folder = runs_dir.absolute()
     while not folder.is_dir():
         folder = folder.parent

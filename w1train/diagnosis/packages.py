@@ -1,4 +1,4 @@
-"""What is installed, in which version, and whether it is what its name says."""
+"""Findings about installed packages: their versions, and whether they are the packages that w1train means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from w1train.diagnosis.findings import Finding, Section, Status
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.runtime.version import __version__
 
 _REQUIRED = ("numpy", "hydra-core", "tokenizers", "wandb", "fsspec", "psutil", "rich")
@@ -33,7 +33,11 @@ _OPTIONAL = {
 
 
 def package_section(*, quick: bool) -> Section:
-    """Versions, ranges, impostors. quick: without imports that may put something on a GPU."""
+    """Return the findings about packages.
+
+    Args:
+        quick: leave out imports that may put something on a GPU.
+    """
     ranges = declared_ranges()
     findings = [
         Finding("w1train", __version__, detail=code_version()),
@@ -49,13 +53,13 @@ def package_section(*, quick: bool) -> Section:
 
 
 def code_version() -> str:
-    """Of an image (docker/), otherwise of where the package lies."""
+    """Return the directory of the package and, in an image (docker/), the version of the code that it was built from."""
     version = os.environ.get("W1TRAIN_CODE_VERSION")
     return f"{Path(__file__).resolve().parents[1]}{f', built from {version}' if version else ''}"
 
 
 def declared_ranges() -> dict[str, Requirement]:
-    """What w1train's own metadata asks for, extras included; empty where it is run without being installed."""
+    """Return the requirements in w1train's own metadata, extras included; empty if w1train is not installed."""
     try:
         texts = metadata.requires("w1train") or []
     except metadata.PackageNotFoundError:
@@ -65,7 +69,7 @@ def declared_ranges() -> dict[str, Requirement]:
 
 
 def installed_version(name: str) -> str | None:
-    """None: not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -73,7 +77,7 @@ def installed_version(name: str) -> str | None:
 
 
 def out_of_range(name: str, version: str, ranges: dict[str, Requirement]) -> str:
-    """What is wanted instead; empty where the version will do. NVIDIA's torch, 2.13.0a0, counts as 2.13."""
+    """Return the requirement that a version does not meet; empty if it does. NVIDIA's torch 2.13.0a0 counts as 2.13."""
     if name not in ranges or ranges[name].specifier.contains(re.sub(r"a0\b.*", "", version), prereleases=True):
         return ""
     return f"w1train wants {name}{ranges[name].specifier}"
@@ -94,13 +98,13 @@ def _torch(ranges: dict[str, Requirement]) -> Iterator[Finding]:
 def _megatron(ranges: dict[str, Requirement], *, quick: bool) -> Finding:
     version = installed_version("megatron-core") or "absent"
     wrong = out_of_range("megatron-core", version, ranges) if version != "absent" else "w1train does not run without it"
-    # With it comes transformer-engine, which may open the GPU.
+    # megatron-core imports transformer-engine, which may open the GPU.
     if quick and torch.cuda.is_available():
         return Finding("megatron-core", version, "failed" if wrong else "ok", wrong or "not imported: a training may be using the GPU")
     try:
         import_megatron()
     except (ImportError, OSError) as error:
-        # An image is built where there is no driver.
+        # Images are built on machines without a driver.
         status: Status = "warning" if "libcuda.so" in str(error) and not torch.cuda.is_available() else "failed"
         return Finding("megatron-core", version, status, f"cannot be imported: {error}")
     return Finding("megatron-core", version, "failed" if wrong else "ok", wrong)
@@ -127,10 +131,10 @@ def _optional(name: str, ranges: dict[str, Requirement]) -> Finding:
 
 
 def apex_finding() -> Finding:
-    """NVIDIA's apex, or PyPI's package of that name, which is a web toolkit; megatron-core imports whichever is there."""
+    """Tell NVIDIA's apex from PyPI's package of that name, which is a web toolkit; megatron-core would import either."""
     spec = find_spec("apex")
     if spec is None:
-        return Finding("apex", "absent", "note", "w1train does without it; it comes with NVIDIA's images")
+        return Finding("apex", "absent", "note", "w1train does not need it; NVIDIA's images have it")
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     version = installed_version("apex") or "unknown version"
     if not any((folder / "optimizers").is_dir() for folder in folders):
@@ -140,7 +144,7 @@ def apex_finding() -> Finding:
 
 
 def dali_finding(ranges: dict[str, Requirement]) -> Finding:
-    """NVIDIA DALI, whose name has the CUDA version in it; the one without is a placeholder."""
+    """Tell NVIDIA DALI, whose name has the CUDA version in it, from the placeholder without one."""
     for distribution in metadata.distributions():
         name = distribution.name or ""
         if name.startswith("nvidia-dali-cuda"):

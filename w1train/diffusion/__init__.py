@@ -1,1 +1,1 @@
-"""The diffusion process: timesteps, corruption and losses; plain tensors, no process groups."""
+"""Noise: timesteps, noise processes and corrupted batches, as plain tensors without process groups."""

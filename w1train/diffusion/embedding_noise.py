@@ -1,4 +1,4 @@
-"""Gaussian noise on the embeddings of masked tokens (LLaDA2.0's stabilisation of converted models).
+"""Gaussian noise on the embeddings of masked tokens, which stabilises converted models (LLaDA2.0, arXiv 2512.15745, section 7.1).
 
 Shapes: m = masked tokens of this rank, h = hidden size.
 """
@@ -14,27 +14,32 @@ from torch import Tensor
 from w1train.diffusion.philox import Purpose, random_words
 
 _PLACES = 1 << 24
-"""More than a sample has positions."""
+"""A bound on the positions of a sample."""
 
 
 @dataclass(slots=True)
 class EmbeddingNoise:
-    """Where noise is added, and what it depends on: the same under every layout."""
+    """The tokens that noise is added to, and the numbers that their noise depends on, which are the same in every layout."""
 
     std: float
     seed: int
     rows: Tensor
-    """int64 [m]: sample of the micro-batch."""
+    """int64 [m]: the token's sample, counted inside the micro-batch."""
     columns: Tensor
-    """int64 [m]: position among this rank's."""
+    """int64 [m]: the token's position, counted among this rank's positions."""
     sample_indices: Tensor
-    """int64 [m]: global index of the sample."""
+    """int64 [m]: global index of the token's sample."""
     places: Tensor
-    """int64 [m]: position in the sample."""
+    """int64 [m]: the token's position in its sample."""
 
     def add_to(self, embedded: Tensor, first_column: int | None = None) -> Tensor:
-        """The embeddings [s, b, h] of positions ``first_column`` and on, with the noise; None = of all positions. Then none has to be
-        picked out, for whose number the host would wait until the GPU is done with all that is queued."""
+        """Return embeddings [s, b, h] with their noise.
+
+        Args:
+            embedded: the embeddings of the positions from ``first_column`` on.
+            first_column: None if these are all positions of the rank. Then no token has to be picked out; to learn how many are picked,
+                the host would wait until the GPU has done all that is queued.
+        """
         if first_column is None:
             noise = self._draw(self.sample_indices, self.places, embedded.shape[2]).to(embedded.dtype)
             return embedded.index_put((self.columns, self.rows), noise, accumulate=True)
@@ -43,7 +48,7 @@ class EmbeddingNoise:
         return embedded.index_put((self.columns[here] - first_column, self.rows[here]), noise, accumulate=True)
 
     def _draw(self, sample_indices: Tensor, places: Tensor, size: int) -> Tensor:
-        """float64 [m, h], normal by inversion, as initial weights are."""
+        """Return normal numbers, float64 [m, h], from uniform ones by the inverse of the distribution function, as initial weights are."""
         indices = sample_indices * _PLACES + places
         if not len(indices):
             return torch.zeros((0, size), dtype=torch.float64, device=indices.device)

@@ -1,9 +1,9 @@
-"""Counter-based random numbers: Philox4x32-10 in integer operations, of tensors or (on the CPU) of NumPy's arrays.
+"""Counter-based random numbers: Philox4x32-10 in integer operations on tensors or (on the CPU) on NumPy's arrays.
 
 A random number here is a pure function of (seed, sample index, draw, purpose, position), never of a generator's state.
-So it is bit-identical on CPU and GPU, under every parallel layout and micro-batch size, and after a resume, and there
-is nothing to save. (A stateful generator differs between tensor- and context-parallel ranks unless every rank draws
-in the same order, and its state must survive a restart: two ways in which public trainers lose exactness.)
+So it is bit-identical on CPU and GPU, under every parallel layout and micro-batch size, and after a resume, and no state
+has to be saved. (A generator with a state differs between tensor- and context-parallel ranks unless every rank draws in the
+same order, and its state must survive a restart. Trainers lose exactness in both ways.)
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the constants and the known-answer vectors
 of the tests are those of the authors' Random123 distribution.
@@ -30,16 +30,17 @@ _WEYL_1 = 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
 _NUM_ROUNDS = 10
 _HIGH = 1 if sys.byteorder == "little" else 0
-"""Which of the 32-bit halves of a 64-bit word is the upper one."""
+"""Index of the upper one of the two 32-bit halves of a 64-bit word."""
 _COUNTERS_AT_ONCE = 16384
-"""For each, NumPy keeps 80 bytes while it computes: those of many more leave a core's cache."""
+"""Counters that are computed together. NumPy keeps 80 bytes for each of them during the computation; with many more they
+leave a core's cache."""
 
 
 class Purpose(IntEnum):
-    """What a stream of numbers is for; each has its own counters, so no two uses share a number."""
+    """The use of a stream of numbers. Each use has its own counters, so no two uses share a number."""
 
-    MASK = 0
-    """Which tokens are masked."""
+    NOISE = 0
+    """Which tokens are noised, and what noise puts in their places."""
     TIMESTEP = 1
     """Where a sample's t lies inside its stratum."""
     STRATUM = 2
@@ -57,7 +58,7 @@ class Purpose(IntEnum):
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32.
+    """Compute ten rounds of Philox4x32.
 
     Args:
         counter: four int64 tensors of one shape (or broadcastable), each word in [0, 2^32).
@@ -68,8 +69,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     multipliers, keys = _round_constants(key, c0.device, c0.dim())
-    # A short tensor's time is that of starting the operations: lanes in pairs, [2, ...], halve their number, and working in place
-    # spares a long one the allocations. A round leaves the pairs in the other order: (c2, c0) and (c3, c1), then back.
+    # For a short tensor most of the time is spent on starting operations, and lanes in pairs, [2, ...], halve their number. For a long
+    # tensor, working in place saves allocations. A round leaves the pairs in the other order, (c2, c0) and (c3, c1); the next restores it.
     multiplied, added, product = torch.stack([c0, c2]), torch.stack([c1, c3]), torch.empty((2, *c0.shape), dtype=c0.dtype, device=c0.device)
     lanes, added_lanes, product_lanes = multiplied.unbind(), added.unbind(), product.unbind()
     for multiplier, round_key in zip(multipliers, keys, strict=True):
@@ -77,8 +78,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
         torch.bitwise_right_shift(product, 32, out=multiplied)
         lanes[0].bitwise_xor_(added_lanes[1])
         lanes[1].bitwise_xor_(added_lanes[0])
-        # int64 wraps around, so the sign bit must be masked off the high word. Of the product, which is only added from now on,
-        # the upper half does not matter before the end.
+        # int64 wraps around, so the sign bit must be masked off the high word. The product is only added from now on, and its upper half
+        # does not matter before the end.
         multiplied.bitwise_xor_(round_key).bitwise_and_(_MASK32)
         added, product, added_lanes, product_lanes = product, added, product_lanes, added_lanes
     added.bitwise_and_(_MASK32)
@@ -86,19 +87,21 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
 
 
 def philox_4x32_numpy(counter: Sequence[NDArray[np.uint32]], key: tuple[int, int]) -> NDArray[np.int64]:
-    """``philox_4x32`` on the CPU: torch takes microseconds to start each operation, and has no unsigned numbers whose halves could be
-    looked at instead of computed. A few words take half its time; of many it is faster by a little.
+    """Compute ``philox_4x32`` with NumPy, on the CPU.
+
+    torch takes microseconds to start each operation, and it has no unsigned numbers whose halves can be read without computing them.
+    NumPy takes half of torch's time for a few words, and slightly less for many.
 
     Args:
         counter: four arrays that broadcast to one shape, [...].
         key: two words in [0, 2^32).
 
     Returns:
-        int64 [..., 4], the words beside each other.
+        int64 [..., 4]: the four words of each counter.
     """
     c0, c1, c2, c3 = counter
     shape = np.broadcast(c0, c1, c2, c3).shape
-    # Lanes in pairs, in the other order after each round, as above.
+    # Lanes are in pairs, which change their order in each round, as in philox_4x32.
     multiplied, added = np.empty((2, *shape), np.uint32), np.empty((2, *shape), np.uint32)
     multiplied[0], multiplied[1], added[0], added[1] = c0, c2, c1, c3
     product, next_product = np.empty((2, *shape), np.uint64), np.empty((2, *shape), np.uint64)
@@ -108,14 +111,14 @@ def philox_4x32_numpy(counter: Sequence[NDArray[np.uint32]], key: tuple[int, int
         np.bitwise_xor(halves[..., _HIGH], added[::-1], out=multiplied)
         np.bitwise_xor(multiplied, round_key, out=multiplied)
         added = halves[..., 1 - _HIGH]
-        product, next_product = next_product, product  # the next round reads what this one has added
+        product, next_product = next_product, product  # the next round reads what this round has added
     words = np.empty((*shape, 4), np.int64)
     words[..., 0], words[..., 1], words[..., 2], words[..., 3] = multiplied[0], added[0], multiplied[1], added[1]
     return words
 
 
 def random_words(seed: int, indices: Tensor, *, draw: int, purpose: Purpose, num: int) -> Tensor:
-    """Random 32-bit words that depend on nothing but the arguments.
+    """Return random 32-bit words that depend on nothing but the arguments.
 
     Args:
         seed: seed of the run, in [0, 2^64).
@@ -131,7 +134,8 @@ def random_words(seed: int, indices: Tensor, *, draw: int, purpose: Purpose, num
 
 
 def random_words_of_streams(seed: int, streams: Sequence[tuple[Purpose, Tensor]], *, draw: int, num: int) -> list[Tensor]:
-    """``random_words`` of several (purpose, indices) at the price of one: a few words cost what starting the operations costs."""
+    """Return ``random_words`` of several (purpose, indices) for the cost of one call: a few words cost no more than starting the
+    operations."""
     assert 0 <= draw < 1 << 24
     assert num >= 1
     assert all(indices.dtype == torch.int64 for _, indices in streams)
@@ -145,7 +149,7 @@ def random_words_of_streams(seed: int, streams: Sequence[tuple[Purpose, Tensor]]
 
 
 def _words_on_device(streams: Sequence[tuple[int, Tensor]], num_counters: int, key: tuple[int, int]) -> Tensor:
-    """Of several (stream, indices), one after the other: int64 [rows, num_counters, 4]."""
+    """Return the words of several (stream, indices), one after the other: int64 [rows, num_counters, 4]."""
     indices = torch.cat([indices for _, indices in streams])[:, None]
     stream = torch.cat([torch.full_like(indices, number) for number, indices in streams])[:, None]
     position = torch.arange(num_counters, device=indices.device, dtype=torch.int64)[None, :]
@@ -153,7 +157,7 @@ def _words_on_device(streams: Sequence[tuple[int, Tensor]], num_counters: int, k
 
 
 def _words_on_cpu(streams: Sequence[tuple[int, Tensor]], num_counters: int, key: tuple[int, int]) -> Tensor:
-    """The same words."""
+    """Return the words that ``_words_on_device`` returns."""
     indices = np.concatenate([indices.numpy() for _, indices in streams])[:, None]
     stream = np.repeat(np.array([number for number, _ in streams], np.uint32), [len(indices) for _, indices in streams])[:, None]
     position = np.arange(num_counters, dtype=np.uint32)[None, :]
@@ -167,20 +171,21 @@ def _words_on_cpu(streams: Sequence[tuple[int, Tensor]], num_counters: int, key:
 
 @lru_cache(maxsize=16)
 def _round_constants(key: tuple[int, int], device: torch.device, num_dimensions: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Multipliers and keys of each round for the pair of lanes, [2, 1, ...]. Kept, because on a GPU making them is a copy from the host."""
+    """Return multipliers and keys of each round for the pair of lanes, [2, 1, ...]. They are cached, because a GPU needs a copy from the
+    host to make them."""
     constants = torch.tensor(_schedule(key), device=device).reshape(2, _NUM_ROUNDS, 2, *[1] * num_dimensions)
     return list(constants[0]), list(constants[1])
 
 
 @lru_cache(maxsize=16)
 def _round_arrays(key: tuple[int, int], num_dimensions: int) -> tuple[list[NDArray[np.uint64]], list[NDArray[np.uint32]]]:
-    """``_round_constants`` for NumPy."""
+    """Return ``_round_constants`` as NumPy's arrays."""
     constants = np.array(_schedule(key), np.uint64).reshape(2, _NUM_ROUNDS, 2, *[1] * num_dimensions)
     return list(constants[0]), list(constants[1].astype(np.uint32))
 
 
 def _schedule(key: tuple[int, int]) -> tuple[list[list[int]], list[list[int]]]:
-    """(multipliers, keys) of each round for a pair of lanes."""
+    """Return (multipliers, keys) of each round for a pair of lanes."""
     multipliers, keys = [], []
     k0, k1 = key
     for number in range(_NUM_ROUNDS):

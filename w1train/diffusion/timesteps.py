@@ -1,15 +1,14 @@
-"""Drawing t: low-discrepancy over the global batch, from integers alone.
+"""Random timesteps that are spread evenly over the global batch, computed from integers alone.
 
 t = t_min + (t_max - t_min) u. The fraction u of sample i is stratified over each aligned group of ``num_strata``
-consecutive samples of the global order: stratum = (bit reversal of i's place in its group + a random rotation of the
-group) mod num_strata, jittered inside the stratum. Bit reversal spreads every aligned part of a group evenly, so each rank
-and micro-batch sees all of [0, 1) and not one end of it; the rotation unties u from the place in the batch (bd3lms ties
-strata to positions; ranks that draw their own strata repeat them). u depends on the sample index only, never on the
-batch size.
+consecutive samples of the global order: its stratum is (bit reversal of i's place in the group + a random rotation of the
+group) mod num_strata, and u is uniform inside the stratum. Bit reversal spreads every aligned part of a group evenly, so each
+rank and micro-batch sees all of [0, 1) and not one end of it. The rotation makes u independent of the place in the batch:
+without it each place would have the same t for ever. u depends on the sample index, never on the batch size.
 
-Document k of a sample has u_k = u + k * golden ratio (mod 1): uniform each, and well spread inside the sample.
+Segment k of a sample has u_k = u + k / golden ratio (mod 1): each is uniform, and together they are well spread inside the sample.
 
-u is held as a 32-bit integer, and the mask probability as a 32-bit threshold, so that CPU and GPU agree to the last bit.
+u is held as a 32-bit integer, and the noising probability as a 32-bit threshold, so that CPU and GPU agree to the last bit.
 
 Shapes: b = samples, g = segments (stretches that share one t) per sample.
 """
@@ -27,7 +26,7 @@ _GOLDEN_32 = 0x9E3779B9  # 2^32 / golden ratio, odd
 
 
 def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, num_segments: int, draw: int = 0) -> Tensor:
-    """Stratified fractions u for the segments of each sample.
+    """Return stratified fractions u for the segments of each sample.
 
     Args:
         sample_indices: int64 [b], global sample indices (>= 0).
@@ -48,15 +47,17 @@ def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, n
 
 
 def timesteps_from_fractions(config: DiffusionConfig, fractions: Tensor) -> Tensor:
-    """t in float64 of u * 2^32. Float64 holds u exactly; one multiplication and one addition round alike everywhere."""
+    """Return t of u * 2^32, both [b, g], t in float64. Float64 holds u exactly, and one multiplication and one addition round in the same
+    way on every device."""
     # The partner of a pair is at 1 - t, which must not fall below t_min either: its weight 1/t has no bound at 0.
     t_max = min(config.t_max, 1.0 - config.t_min) if config.complementary else config.t_max
     return config.t_min + (t_max - config.t_min) * (fractions.double() / _TWO_32)
 
 
-def mask_thresholds(timesteps: Tensor) -> Tensor:
-    """int64 thresholds: a token is masked when its random 32-bit word is below t * 2^32. t = 1 masks every token."""
-    return (timesteps.double() * _TWO_32).floor().to(torch.int64)
+def word_thresholds(probabilities: Tensor) -> Tensor:
+    """Return the int64 threshold of each probability: a random 32-bit word is below probability * 2^32 with this probability. Every word is
+    below the threshold of probability 1."""
+    return (probabilities.double() * _TWO_32).floor().to(torch.int64)
 
 
 def _bit_reverse(values: Tensor, num_bits: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a trained model is worth: validation of a checkpoint, and likelihoods of given texts."""
+"""Evaluation of a trained model: validation of checkpoints, and likelihoods of given texts."""

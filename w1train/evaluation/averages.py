@@ -1,4 +1,4 @@
-"""A run's checkpoints averaged from outside the run, on this process, and compared with one another."""
+"""Averages of a run's checkpoints that a command makes outside the run, on this process, and their comparison with the members."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w1train.checkpoints.averaging import average_steps
+from w1train.checkpoints.checkpoint_names import step_of_name, step_path
+from w1train.checkpoints.commit import remove_unfinished
+from w1train.checkpoints.manifest import complete_steps, read_progress
+from w1train.checkpoints.retention import best_steps
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
+from w1train.config.phases import phase_start
 from w1train.config.reading import read_json_object
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
-from w1train.evaluation.checkpoints import open_validation, require_own, validate_checkpoint
-from w1train.runtime.cpu import redirect_cuda_to_cpu
+from w1train.evaluation.checkpoint_validation import open_validation, require_own, validate_checkpoint
+from w1train.inference.predictor import load_for_inference
+from w1train.records.average_comparison import average_summary, compare
 from w1train.runtime.device import select_device
 from w1train.runtime.distributed import initialize_process_group
 from w1train.runtime.files import write_text
+from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
+from w1train.runtime.record_files import MetricsLog, read_metrics
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.averaging import average_steps
-from w1train.training.checkpoint import best_steps, complete_steps, read_progress, remove_unfinished, step_path
-from w1train.training.comparison import average_summary, compare
-from w1train.training.inference import load_for_inference
-from w1train.training.manifest import STEP_DIRECTORY
-from w1train.training.metrics_log import MetricsLog, read_metrics
-from w1train.training.phases import phase_start
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ _DEFAULT_COUNT = 5
 
 @dataclass(frozen=True, slots=True)
 class AverageRequest:
-    """What to average; what is None comes from the run's configuration."""
+    """A request for an average. Where a field is None, the run's configuration decides."""
 
     run: Path
     top_k: int | None
@@ -45,15 +47,19 @@ class AverageRequest:
     output: Path | None
     evaluate: bool
     validation: str | None = None
-    """Prefix of a validation set; None = the run's."""
+    """Prefix of a validation set; None = the validation set of the run."""
 
 
 def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
-    """Write the average; the comparison with its members, if that is asked for, is recorded in the run unless the output or the validation
-    set is elsewhere.
+    """Write the average, and compare it with its members if ``request.evaluate`` is set.
+
+    The comparison is recorded in the run if the average is in the run and the validation set is the run's.
+
+    Returns:
+        The directory of the average, and the comparison; None = no comparison was asked for.
 
     Raises:
-        UserError: not enough checkpoints; the run is in use, and the average would go into it; no validation set to compare on.
+        UserError: there are not enough checkpoints; the average would be written into a run that is in use; there is no validation set.
         CheckpointError: a member is damaged, or the average could not be written.
     """
     config = config_from_yaml(request.run / "config.yaml")
@@ -84,13 +90,13 @@ def _require_validation(request: AverageRequest, config: Config) -> None:
 
 
 def _is_own(request: AverageRequest, config: Config) -> bool:
-    """Tell whether the comparison is on the run's validation set, whose URL the run has without its password."""
+    """Tell whether the comparison is on the run's validation set. The run's configuration has its URL without the password."""
     return request.validation is None or mask_urls(request.validation) == config.data.validation
 
 
 @contextlib.contextmanager
 def _claimed(request: AverageRequest) -> Iterator[None]:
-    """Hold the run while its directory is written to: training would remove a member, or what is half written, at its next start."""
+    """Claim the run while its directory is written to. Otherwise training could start, and remove a member or the unfinished average."""
     if request.output is not None:
         yield
         return
@@ -127,14 +133,14 @@ def _members(request: AverageRequest, config: Config, metric: str) -> list[int]:
 
 
 def _require_name(output: Path, step: int) -> None:
-    """Under the name of another step training would not go on from it."""
+    """Raise UserError if the output is named after another step, because training would not resume from it."""
     name = step_path(output.parent, step).name
-    if STEP_DIRECTORY.fullmatch(output.name) and output.name != name:
+    if step_of_name(output.name) not in (None, step):
         raise UserError(f"--output is {output}; the average is of step {step}, as its newest member: call it {name}")
 
 
 def _compare(request: AverageRequest, path: Path, steps: list[int], metric: str) -> dict[str, Any]:
-    """All on this process, so that the layout's rounding is the same for all."""
+    """Validate the average and its members on this process, so that all have the same rounding, whatever the run's layout is."""
     checkpoints = request.run / "checkpoints"
     model = load_for_inference(request.run, steps[-1])
     data = open_validation(model, request.validation)
@@ -143,7 +149,7 @@ def _compare(request: AverageRequest, path: Path, steps: list[int], metric: str)
 
 
 def _is_recorded(run: Path, comparison: dict[str, Any]) -> bool:
-    """By an earlier call, but for what the clock measures."""
+    """Tell whether an earlier call has recorded this comparison, apart from times."""
     expected = {name: value for name, value in comparison.items() if not name.startswith("time/")}
     there = read_metrics(RunDirectory(run).metrics, kind="average")
     return any(expected.items() <= record.items() for record in there)

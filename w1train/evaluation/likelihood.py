@@ -1,16 +1,16 @@
-"""Conditional likelihood of a completion r of L tokens after a prompt p, by LLaDA's exact-count estimator (arXiv 2502.09992, eq. 6):
+"""The conditional likelihood of a completion r of L tokens after a prompt p, by LLaDA's exact-count estimator (arXiv 2502.09992, eq. 6):
 
     -log p(r | p) <= E over l ~ U{1..L}, S of l of the L places [ L / l * sum over i in S of -log p(r_i | p, r outside S) ]
 
-Exactly l tokens are masked, drawn without replacement, and the prompt never is: much less variance than masking each token with
-probability t. Three things lower it further and leave the expectation alone. The counts l of a completion's draws are stratified (one
-random offset, equal steps). Draws of the same l hide (or, beyond L / 2, show) consecutive pieces of one random order of the tokens, so
-that they have none in common. And where all 2^L - 1 masks are no more than the draws, each is taken once, with its probability: a
-single token costs one forward pass, and short answers are exact.
+Exactly l tokens of the completion are masked, drawn without replacement. This has much less variance than masking each token with
+probability t. Three things lower the variance further and do not change the expectation. The counts l of a completion's draws are
+stratified (one random offset, equal steps). Draws of the same l hide (or, beyond L / 2, show) consecutive pieces of one random order of the
+tokens, so that no token is in two of these pieces. And if there are at most as many masks, 2^L - 1, as draws, each mask is taken once,
+with its probability: a single token costs one forward pass, and short answers are exact.
 
-The noise is a function of the tokens: it depends neither on the order of the texts, nor on batches, nor on the device.
+The noise is a function of the tokens, and depends neither on the order of the texts, nor on batches, nor on the device.
 
-The t given to the model is the share of masked tokens in the whole sequence, for the reason in w1train/sampling/denoise.py.
+The t given to the model is the share of masked tokens in the whole sequence; w1train/sampling/denoise.py has the reason.
 
 Shapes: b = rows of one batch, s = tokens of prompt and completion, L = tokens of the completion, n = masks of a completion,
 v = vocabulary, m = masked tokens of a batch.
@@ -32,12 +32,12 @@ from w1train.diffusion.philox import Purpose, random_words
 from w1train.sampling.denoise import Predict
 
 DEFAULT_DRAWS = 128
-"""LLaDA's number; the i.i.d. form needs over 1,000."""
+"""LLaDA's number of draws. Masks that are drawn for each token by itself need over 1,000."""
 MAX_DRAWS = 1 << 16
 _MAX_LOGITS = 1 << 28
 """Logits of one batch: 1 GiB of them in float32."""
 _TWO_32 = 1 << 32
-# The noise is the same for every run, whatever its seed: runs can be compared.
+# The noise is the same for runs of every seed, so that runs can be compared.
 _SEED = 0
 
 
@@ -64,12 +64,12 @@ def log_likelihoods(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
 ) -> list[float]:
-    """Estimates of log p(completion | prompt), nats, in the order of the pairs; in expectation a lower bound.
+    """Return estimates of log p(completion | prompt) in nats, in the order of the pairs. Their expectation is a lower bound.
 
     Args:
         predict: the model, as the sampler calls it.
-        vocab_size: of the logits; bounds the rows of a batch, as does ``batch_size``.
-        num_draws: masks of a completion; fewer where that is all there are.
+        vocab_size: number of logits of a token. It limits the rows of a batch, as ``batch_size`` does.
+        num_draws: masks of a completion; a short completion has fewer masks.
 
     Raises:
         UserError: a completion is empty, or a pair has mask tokens.
@@ -96,9 +96,9 @@ def log_likelihoods(
 @dataclass(frozen=True, slots=True)
 class _Row:
     place: int
-    """Which pair."""
+    """Index of the pair."""
     masked: Tensor
-    """bool [s]."""
+    """bool [s]: masked tokens."""
     weight: float
 
 
@@ -111,16 +111,16 @@ def _rows(pairs: Sequence[Pair], places: Sequence[int], num_draws: int) -> Itera
 
 
 def completion_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
-    """Which tokens of the completion are masked, bool [n, L], and what each mask's sum of cross-entropies counts, float64 [n]."""
+    """Return which tokens of the completion each mask hides, bool [n, L], and the weight of its sum of cross-entropies, float64 [n]."""
     length = len(pair.completion)
-    # The shift alone would be a number of L bits.
+    # The first condition avoids 1 << length, a number of L bits.
     if length <= num_draws.bit_length() and (1 << length) - 1 <= num_draws:
         return _all_masks(length)
     return _drawn_masks(pair, num_draws)
 
 
 def _all_masks(length: int) -> tuple[Tensor, Tensor]:
-    """Each mask with its probability 1 / (L * (L over l)) times L / l."""
+    """Return every mask, with its probability 1 / (L * (L over l)) times L / l as its weight."""
     codes = torch.arange(1, 1 << length)
     masks = (codes[:, None] >> torch.arange(length)) & 1 == 1
     weights = [1 / (count * math.comb(length, count)) for count in masks.sum(dim=1).tolist()]
@@ -131,11 +131,11 @@ def _drawn_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
     length = len(pair.completion)
     index = torch.tensor([_index(pair)])
     offset = random_words(_SEED, index, draw=0, purpose=Purpose.LIKELIHOOD, num=1).item()
-    # l = 1 + floor(u L) with u = (draw + offset) / draws, in integers: each u is uniform, together they are evenly spaced.
+    # l = 1 + floor(u L) with u = (draw + offset) / draws, in integers. Each u is uniform, and all of them are evenly spaced.
     counts = torch.tensor([1 + (draw * _TWO_32 + int(offset)) * length // (num_draws * _TWO_32) for draw in range(num_draws)])
     words = random_words(_SEED, index, draw=1, purpose=Purpose.LIKELIHOOD, num=num_draws * length).reshape(num_draws, length)
     ranks = words.argsort(dim=1, stable=True).argsort(dim=1)
-    # Counts ascend, so draws of one count are neighbours; as many of them as there are whole pieces share the order of the first.
+    # Counts ascend, so draws of one count are neighbours. As many of them as the order has whole pieces share the order of the first.
     size = torch.minimum(counts, length - counts)
     draw = torch.arange(num_draws)
     piece = (draw - torch.searchsorted(counts, counts)) % (length // size.clamp_min(1))
@@ -146,13 +146,13 @@ def _drawn_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
 
 
 def _index(pair: Pair) -> int:
-    """A 64-bit number of the tokens."""
+    """Return a 64-bit hash of the tokens."""
     text = f"{pair.prompt}{pair.completion}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """float32 [m] of logits [b, s, v] and tokens, masked [b, s]."""
+    """Return the cross-entropies of masked tokens, float32 [m], from logits [b, s, v], tokens [b, s] and masked, bool [b, s]."""
     return torch.nn.functional.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")
 
 

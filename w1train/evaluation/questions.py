@@ -1,4 +1,4 @@
-"""Texts to score: a JSONL file of completions, or of questions with several choices, and what a model makes of them."""
+"""Texts to score: a JSONL file of completions, or of questions with several choices, and a model's answers to them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from w1train.config.errors import UserError
 from w1train.config.reading import parse_json, read_bounded
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
-if TYPE_CHECKING:  # it imports megatron-core: seconds, which a mistake in the file need not wait for
-    from w1train.training.inference import InferenceModel
+if TYPE_CHECKING:  # The import takes seconds, because it imports megatron-core; a mistake in the file is reported without it.
+    from w1train.inference.predictor import InferenceModel
 
 FORMATS = '{"prompt": TEXT, "completion": TEXT} or {"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
 _LARGEST = 256 << 20
@@ -23,14 +23,14 @@ _LARGEST = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A line of the file."""
+    """One line of the file."""
 
     line: int
     prompt: str
     choices: tuple[str, ...]
-    """One, for a line with a completion."""
+    """A line with a completion has one choice."""
     answer: int
-    """Index of the right one, from 0."""
+    """Index of the right choice, from 0."""
 
     @property
     def has_choices(self) -> bool:
@@ -39,35 +39,36 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model makes of a question."""
+    """The likelihoods that a model gives to the choices of a question."""
 
     question: Question
     log_likelihoods: tuple[float, ...]
-    """Of each choice, nats."""
+    """Of each choice, in nats."""
     num_tokens: tuple[int, ...]
-    """Of each choice."""
+    """Tokens of each choice."""
 
     @property
     def num_bytes(self) -> tuple[int, ...]:
-        """UTF-8 bytes of each choice."""
+        """Count the UTF-8 bytes of each choice."""
         return tuple(len(choice.encode()) for choice in self.question.choices)
 
     @property
     def chosen(self) -> int:
-        """The likeliest choice."""
+        """Return the index of the likeliest choice."""
         return _argmax(self.log_likelihoods)
 
     @property
     def chosen_by_byte(self) -> int:
-        """The likeliest per byte: a long choice is not less right for being long."""
+        """Return the index of the choice that is likeliest per byte. The total likelihood would favour short choices."""
         return _argmax([value / size for value, size in zip(self.log_likelihoods, self.num_bytes, strict=True)])
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The lines of a file; empty ones are passed over.
+    """Return the questions of a file. Empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, is no regular file, too large or empty; a line is none of FORMATS (the message names it).
+        UserError: the file cannot be read, is not a regular file, is too large or empty; a line has no form of FORMATS (the message gives
+            its number).
     """
     try:
         lines = read_bounded(path, _LARGEST).decode("utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have
@@ -82,7 +83,7 @@ def read_questions(path: Path) -> list[Question]:
 def _parse(path: Path, number: int, line: str) -> Question:
     try:
         record = parse_json(line)
-        json.dumps(record, ensure_ascii=False).encode("utf-8")  # which a lone \ud800 has no bytes in
+        json.dumps(record, ensure_ascii=False).encode("utf-8")  # A lone \ud800 cannot be encoded.
     except ValueError as error:
         raise UserError(f"{path}, line {number}, is not JSON ({error}); it must be {FORMATS}") from error
     match record:
@@ -95,7 +96,8 @@ def _parse(path: Path, number: int, line: str) -> Question:
 
 
 def answer_questions(model: InferenceModel, questions: Sequence[Question], *, num_draws: int, batch_size: int) -> list[Answer]:
-    """Score every choice of every question. Prompt and choice are tokenized apart, as a model that goes on from a prompt sees them.
+    """Score every choice of every question. The prompt and the choice are tokenized separately, because a model that continues a prompt
+    also reads a prompt that was tokenized alone.
 
     Raises:
         UserError: a text is too long for the model, or has mask tokens.
@@ -131,7 +133,7 @@ def _tokenize(model: InferenceModel, question: Question, choice: str) -> Pair:
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Likelihood of the right completions in nats per token and bits per byte, and accuracy over the questions with choices."""
+    """Return the likelihood of right completions in nats per token and bits per byte, and the accuracy on questions with choices."""
     right = [
         (answer.log_likelihoods[index], answer.num_tokens[index], answer.num_bytes[index])
         for answer in answers

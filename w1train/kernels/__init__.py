@@ -1,1 +1,1 @@
-"""Element-wise parts of the step and the loss as Triton kernels, each with a twin in plain PyTorch."""
+"""Triton kernels of the element-wise parts of a step and of the loss, each with a twin in plain PyTorch."""

@@ -1,10 +1,10 @@
-"""RMSNorm with modulation by segment, and the gated residual: one function each, a Triton kernel or plain PyTorch.
+"""RMSNorm with modulation by segment, and the gated residual: one function for each, which runs a Triton kernel or plain PyTorch.
 
     y = x / rms(x) * weight * (1 + scale[segment]) + shift[segment]
     y = residual + gate[segment] * x
 
-Everything between input and output is fp32 (fp64 for fp64). Kept for the backward pass are the input and 1 / rms of each row; no
-[s, b, h] tensor of modulation, and no normalised copy of the input.
+Intermediate values are fp32 (fp64 if the input is fp64). The input and 1 / rms of each row are kept for the backward pass, but no
+[s, b, h] tensor of modulation and no normalised copy of the input.
 
 Shapes: s = tokens of this rank, b = samples, h = hidden size, g = segments of the micro-batch.
 """
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from w1train.kernels.segments import Segments
 from w1train.kernels.selection import Implementation, runs_triton
+from w1train.runtime.ranges import kernel_group
 
 
+@kernel_group("norm and modulation")
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -29,17 +31,17 @@ def rms_norm(
     segments: Segments | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) and, with ``shift`` and ``scale``, adaLN's modulation (arXiv 2212.09748).
+    """Apply RMSNorm (arXiv 1910.07467) and, with ``shift`` and ``scale``, adaLN's modulation (arXiv 2212.09748).
 
     Args:
         x: [s, b, h], or [m, h] with segments that have an index [m].
         weight: [h].
-        shift, scale: [g, h]; both or none.
-        segments: which row each token has. Without modulation it only keeps what layers share, and may be None.
+        shift, scale: [g, h]. Both are given, or both are None.
+        segments: the row of shift and scale for each token. Without modulation it only saves work that layers share, and may be None.
         implementation: "auto" = Triton for CUDA tensors.
 
     Returns:
-        As x. Gradients of the tables are summed over each segment's tokens, in the same order in every run with Triton.
+        A tensor like x. Gradients of shift and scale are summed over each segment's tokens, in the same order in every run with Triton.
     """
     assert (shift is None) == (scale is None)
     if segments is None:
@@ -50,8 +52,9 @@ def rms_norm(
     return _TorchNorm.apply(x, weight, eps, shift, scale, segments)
 
 
+@kernel_group("norm and modulation")
 def gate_residual(residual: Tensor, gate: Tensor, x: Tensor, segments: Segments, implementation: Implementation = "auto") -> Tensor:
-    """residual + gate[segment] * x.
+    """Return residual + gate[segment] * x.
 
     Args:
         residual, x: [s, b, h].
@@ -94,8 +97,8 @@ class _TorchNorm(torch.autograd.Function):
 
 
 def _table_gradients(grad_normed: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight [h] and scale [g, h] from the sums over segments of (gradient * x / rms), wide [g, h]: every token of a
-    segment has the same weight and scale."""
+    """Return the gradients of weight [h] and scale [g, h], from the sums over segments of (gradient * x / rms) [g, h]. The sums
+    suffice because all tokens of a segment have the same weight and scale."""
     grad_weight = (grad_normed * (1 + scale.to(grad_normed.dtype))).sum(dim=0)
     return grad_weight, (grad_normed * weight).to(scale.dtype)
 

@@ -1,8 +1,8 @@
 """Rotary embedding with an angle for every token, as one Triton kernel.
 
-Libraries' fused kernels take one angle a place, for all samples; where positions restart with each document, every sample has its own.
-The twin in plain PyTorch is megatron-core's unfused ``apply_rotary_pos_emb``, which rounds cosines and sines to the input's precision
-first; this one does not.
+Fused kernels of libraries take one angle for each position, which all samples share. Here positions restart with each document, so
+every sample has its own. The twin in plain PyTorch is megatron-core's unfused ``apply_rotary_pos_emb``, which first rounds cosines and
+sines to the precision of the input; this kernel does not.
 
 Shapes: s = sequence_length, b = samples, n = heads, d = channels of a head.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def apply_rotary(t: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn each pair of channels (i, i + d / 2) of t [s, b, n, d] by angles, float32 [s, b, 1, d] (both halves alike).
+    """Turn each pair of channels (i, i + d / 2) of t [s, b, n, d] by angles, float32 [s, b, 1, d], whose two halves are equal.
 
-    The signature is that of transformer-engine's kernel in megatron-core's ``rope_utils``, whose place it takes.
+    The signature is that of transformer-engine's kernel in megatron-core's ``rope_utils``, which this function replaces.
     """
     assert not interleaved
     assert angles.shape[-1] == t.shape[-1]

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 PIECE_SIZE = 32
-"""Rows that one program of a backward kernel adds up."""
+"""Rows that one program of a backward kernel adds up, at most."""
 
 
 @dataclass(slots=True, frozen=True)
 class Pieces:
-    """Rows sorted by segment and cut into pieces of at most PIECE_SIZE rows, none with rows of two segments.
+    """Rows sorted by segment and cut into pieces of at most PIECE_SIZE rows, each within one segment.
 
-    A program adds up a piece, in order; a second pass adds up a segment's pieces, in order: the same sums in every run, which atomic
-    additions would not give, and balanced however long the segments are.
+    A program adds up the rows of a piece in order, and a second kernel adds up the pieces of a segment in order. The sums are therefore
+    the same in every run, which atomic additions would not ensure, and programs have equal work however long the segments are.
     """
 
     order: Tensor
-    """int32 [n]: rows by segment."""
+    """int32 [n]: rows in the order of their segments."""
     start: Tensor
-    """int32 [p]: each piece's first place in ``order``; those behind the last piece are empty."""
+    """int32 [p]: first place of each piece in ``order``. Entries after the last piece are empty pieces."""
     end: Tensor
-    """int32 [p]."""
+    """int32 [p]: first place after each piece."""
     segment: Tensor
     """int32 [p]: the segment of each piece."""
     first: Tensor
@@ -37,18 +37,18 @@ class Pieces:
 
 @dataclass(slots=True)
 class Segments:
-    """The row of the condition table for each token of a micro-batch; shared by all layers, so that its pieces are cut once."""
+    """The row of the condition table for each token of a micro-batch. All layers share it, so that its pieces are cut once."""
 
     index: Tensor | None
     """int64 [s, b] (or [m]); None = segment i is sample i."""
     _pieces: dict[tuple[int, int], Pieces] = field(default_factory=dict, repr=False)
 
     def rows(self, table: Tensor) -> Tensor:
-        """The table's row for each token, [s, b, h]; [1, b, h] (a view) when samples are segments."""
+        """Return the table's row for each token, [s, b, h], or a view [1, b, h] if each sample is one segment."""
         return table[None] if self.index is None else table[self.index]
 
     def sum(self, values: Tensor, num_segments: int) -> Tensor:
-        """Sum [s, b, h] over each segment's tokens, in fp32 (fp64 for fp64) -> [g, h]."""
+        """Return the sums of values [s, b, h] over each segment's tokens, [g, h] in fp32 (fp64 if the values are fp64)."""
         dtype = torch.promote_types(values.dtype, torch.float32)
         if self.index is None:
             return values.sum(dim=0, dtype=dtype)
@@ -56,10 +56,10 @@ class Segments:
         return sums.index_add_(0, self.index.flatten(), values.reshape(-1, values.shape[-1]).to(dtype))
 
     def pieces(self, num_rows: int, num_segments: int, device: torch.device) -> Pieces:
-        """Cut once for each number of rows and segments, without waiting for the GPU.
+        """Return the pieces, which are cut once for each number of rows and segments, without waiting for the GPU.
 
-        ``num_segments`` 1 = all rows together (a norm without modulation), whatever segments they are of: rows of the others would be in
-        no piece, and their gradients never written.
+        With ``num_segments`` 1 (a norm without modulation) all rows are one segment, whatever ``index`` says. Otherwise rows of other
+        segments would be in no piece, and their gradients would never be written.
         """
         key = (num_rows, num_segments)
         if key not in self._pieces:
@@ -72,8 +72,11 @@ class Segments:
 
 
 def cut_pieces(index: Tensor, num_segments: int, size: int = PIECE_SIZE) -> Pieces:
-    """int64 [n], the segment of each row, in any order -> pieces of at most ``size`` rows. Each size is known without their lengths:
-    there can be no more than n / size pieces that are full and one of each segment that is not."""
+    """Cut rows into pieces of at most ``size`` rows, from the segment of each row, int64 [n] in any order.
+
+    The number of pieces does not depend on the lengths of the segments, which only the GPU knows: at most n / size pieces are full, and at
+    most one of each segment is not.
+    """
     ordered, order = index.sort(stable=True)
     borders = torch.searchsorted(ordered, torch.arange(num_segments + 1, device=index.device))
     counts = torch.div(borders.diff() + size - 1, size, rounding_mode="floor")

@@ -1,6 +1,7 @@
-"""Triton or its PyTorch twin: by device, or as the configuration says.
+"""The choice between a Triton kernel and its PyTorch twin, by device or by configuration.
 
-Nothing here imports Triton, so that a CPU run never pays for it; the Triton files are imported at the first use of a kernel.
+This module does not import Triton, so that a run on the CPU does not spend time on it. The modules with Triton kernels are imported when a
+kernel is first used.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from w1train.config.errors import UserError
 Implementation = Literal["auto", "triton", "torch"]
 
 MAX_ROW = 16384
-"""Widest row that a program of the row kernels holds in registers."""
+"""Elements of the widest row that a program of the row kernels holds in registers."""
 
 
 def runs_triton(x: torch.Tensor, implementation: Implementation, *, row_size: int = 0) -> bool:
-    """Whether a kernel on ``x`` is Triton's. The Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors too.
+    """Tell whether a kernel on ``x`` is Triton's. The Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors too.
 
     Raises:
-        UserError: Triton is asked for where it cannot run.
+        UserError: ``implementation`` is triton, and Triton cannot run.
     """
     if implementation == "torch":
         return False
@@ -44,5 +45,5 @@ def _obstacle(device: str, row_size: int) -> str | None:
 
 @cache
 def has_triton() -> bool:
-    """Whether triton can be imported; it comes with torch for CUDA on Linux."""
+    """Tell whether triton can be imported. torch for CUDA on Linux installs it."""
     return find_spec("triton") is not None

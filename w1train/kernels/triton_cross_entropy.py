@@ -1,6 +1,6 @@
 """The Triton kernels of cross_entropy.py: logits are read once in each direction, and their gradient is written over them.
 
-Shapes: k = rows of a chunk, v = vocabulary of this rank.
+Shapes: k = rows of a chunk, v = vocabulary of this rank, n = columns that are read in each row.
 """
 
 from __future__ import annotations
@@ -14,29 +14,35 @@ BLOCK = 4096
 
 
 def row_statistics(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [k, v]: largest, sum of exp(logit - largest), logit at ``columns`` (0 where that is outside), each float32 [k]."""
+    """Compute w1train.kernels.cross_entropy.row_statistics."""
     num_rows, size = logits.shape
-    largest, total, of_target = torch.empty((3, num_rows), dtype=torch.float32, device=logits.device).unbind()
-    _row_statistics[(num_rows,)](logits, columns, largest, total, of_target, size, logits.stride(0), BLOCK=BLOCK, num_warps=8)
-    return largest, total, of_target
+    largest, total = torch.empty((2, num_rows), dtype=torch.float32, device=logits.device).unbind()
+    chosen = torch.empty(columns.shape, dtype=torch.float32, device=logits.device)
+    _row_statistics[(num_rows,)](
+        logits, columns.contiguous(), largest, total, chosen, len(columns), num_rows, size, logits.stride(0), BLOCK=BLOCK, num_warps=8
+    )
+    return largest, total, chosen
 
 
-def logits_to_gradient(logits: Tensor, columns: Tensor, largest: Tensor, scale: Tensor, gradient: Tensor) -> None:
-    """In place: exp(logit - largest) * scale, less gradient where the column is the target."""
+def write_gradient(logits: Tensor, columns: Tensor, largest: Tensor, scale: Tensor, gradients: Tensor) -> None:
+    """Compute w1train.kernels.cross_entropy.write_gradient."""
     num_rows, size = logits.shape
     grid = (num_rows, triton.cdiv(size, BLOCK))
-    _logits_to_gradient[grid](logits, columns, largest, scale, gradient.contiguous(), size, logits.stride(0), BLOCK=BLOCK, num_warps=8)
+    columns, gradients = columns.contiguous(), gradients.contiguous()
+    _write_gradient[grid](
+        logits, columns, largest, scale, gradients, len(columns), num_rows, size, logits.stride(0), BLOCK=BLOCK, num_warps=8
+    )
 
 
 @triton.jit
-def _row_statistics(logits, targets, largest, total, of_target, size, stride, BLOCK: tl.constexpr):
+def _row_statistics(logits, columns, largest, total, chosen, num_columns, num_rows, size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     summed = tl.zeros([BLOCK], dtype=tl.float32)
     # Each lane has a running maximum and sum of its own; one reduction at the end.
     for start in range(0, size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + row * stride + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
+        lanes = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + row * stride + lanes, mask=lanes < size, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(best, values)
         # A lane that has seen nothing but -inf would give inf - inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -45,17 +51,20 @@ def _row_statistics(logits, targets, largest, total, of_target, size, stride, BL
     top = tl.max(best, axis=0)
     tl.store(largest + row, top)
     tl.store(total + row, tl.sum(summed * tl.exp(best - top), axis=0))
-    target = tl.load(targets + row)
-    here = (target >= 0) & (target < size)
-    tl.store(of_target + row, tl.load(logits + row * stride + target, mask=here, other=0.0).to(tl.float32))
+    for place in range(num_columns):
+        column = tl.load(columns + place * num_rows + row)
+        here = (column >= 0) & (column < size)
+        tl.store(chosen + place * num_rows + row, tl.load(logits + row * stride + column, mask=here, other=0.0).to(tl.float32))
 
 
 @triton.jit
-def _logits_to_gradient(logits, targets, largest, scale, gradient, size, stride, BLOCK: tl.constexpr):
+def _write_gradient(logits, columns, largest, scale, gradients, num_columns, num_rows, size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    values = tl.load(logits + row * stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < size
+    values = tl.load(logits + row * stride + lanes, mask=inside, other=float("-inf")).to(tl.float32)
     outcome = tl.exp(values - tl.load(largest + row)) * tl.load(scale + row)
-    outcome -= tl.where(columns == tl.load(targets + row), tl.load(gradient + row), 0.0)
-    tl.store(logits + row * stride + columns, outcome.to(logits.dtype.element_ty), mask=inside)
+    for place in range(num_columns):
+        column = tl.load(columns + place * num_rows + row)
+        outcome -= tl.where(lanes == column, tl.load(gradients + place * num_rows + row), 0.0)
+    tl.store(logits + row * stride + lanes, outcome.to(logits.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""The Triton kernels of modulation.py: a program holds whole rows in registers, and reads and writes each tensor once.
+"""The Triton kernels of modulation.py. A program holds whole rows in registers, and reads and writes each tensor once.
 
 Shapes: n = rows, h = hidden size, g = segments, p = pieces (w1train.kernels.segments).
 """
@@ -18,7 +18,7 @@ COLUMNS_PER_REDUCTION = 256
 def norm_forward(
     x: Tensor, weight: Tensor, eps: float, shift: Tensor | None, scale: Tensor | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y as x [..., h], and 1 / rms, float32 [..., 1]."""
+    """Return y, a tensor like x [..., h], and 1 / rms, float32 [..., 1]."""
     size = x.shape[-1]
     y, rstd = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     shift_stride, scale_stride = _row_stride(shift), _row_stride(scale)
@@ -32,7 +32,7 @@ def norm_forward(
 def norm_backward(
     gradient: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, scale: Tensor | None, pieces: Pieces
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x; and, summed over each segment's rows in fp32 [g, h], gradient * x / rms and the gradient itself."""
+    """Return the gradient of x, and two sums over each segment's rows, float32 [g, h]: of gradient * x / rms and of the gradient."""
     size, grad_x = x.shape[-1], torch.empty_like(x)
     partial = torch.empty((2, len(pieces.start), size), dtype=torch.float32, device=x.device)
     _norm_backward[(len(pieces.start),)](
@@ -43,7 +43,7 @@ def norm_backward(
 
 
 def gate_forward(residual: Tensor, gate: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """residual + gate[segment] * x."""
+    """Return residual + gate[segment] * x."""
     size, y = x.shape[-1], torch.empty_like(x)
     _gate_forward[(x.numel() // size,)](
         residual, gate, x, index, y, size, len(gate), _row_stride(gate), INDEXED=index is not None, **_block(size)
@@ -52,7 +52,7 @@ def gate_forward(residual: Tensor, gate: Tensor, x: Tensor, index: Tensor | None
 
 
 def gate_backward(gradient: Tensor, x: Tensor, gate: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of the gate in fp32 [g, h]."""
+    """Return the gradients of x, and of the gate in fp32 [g, h]."""
     size, grad_x = x.shape[-1], torch.empty_like(x)
     partial = torch.empty((len(pieces.start), size), dtype=torch.float32, device=x.device)
     _gate_backward[(len(pieces.start),)](
@@ -62,7 +62,7 @@ def gate_backward(gradient: Tensor, x: Tensor, gate: Tensor, pieces: Pieces) -> 
 
 
 def _add_pieces(partial: Tensor, pieces: Pieces) -> Tensor:
-    """float32 [p, h] -> [g, h]."""
+    """Return the sums of each segment's pieces, [g, h], from float32 [p, h]."""
     num_segments, size = len(pieces.first) - 1, partial.shape[-1]
     sums = torch.empty((num_segments, size), dtype=torch.float32, device=partial.device)
     grid = (num_segments, triton.cdiv(size, COLUMNS_PER_REDUCTION))
@@ -71,7 +71,7 @@ def _add_pieces(partial: Tensor, pieces: Pieces) -> Tensor:
 
 
 def _row_stride(table: Tensor | None) -> int:
-    """Elements from row to row: tables are slices of one wide table and are read where they are."""
+    """Return the number of elements from one row to the next. Tables are slices of one wide table, and are not copied."""
     assert table is None or table.stride(-1) == 1
     return 0 if table is None else table.stride(0)
 

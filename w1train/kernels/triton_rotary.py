@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rotate(t: Tensor, angles: Tensor, direction: float) -> Tensor:
-    """t [s, b, n, d], any strides with the channels together, turned by direction * angles [s, b, 1, d] -> contiguous [s, b, n, d]."""
+    """Return t [s, b, n, d] turned by direction * angles [s, b, 1, d], in a contiguous tensor. t may have any strides."""
     if t.stride(-1) != 1:
         t = t.contiguous()
     length, samples, heads, channels = t.shape

@@ -1,1 +1,1 @@
-"""The diffusion Transformer, from megatron-core's layers."""
+"""The diffusion Transformer, built from megatron-core's layers."""

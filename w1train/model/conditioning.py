@@ -1,7 +1,7 @@
-"""The timestep's way into the model: sinusoid, MLP, and the vectors that modulate the layers.
+"""Conditioning on the timestep: sinusoid, MLP, and the vectors that modulate the layers.
 
-A segment is a stretch of tokens that share a timestep. adaLN gives one row of shifts, scales and gates per segment; what a layer does
-with them is in w1train.kernels.modulation.
+A segment is a stretch of tokens that share a timestep. adaLN gives each segment one row of shifts, scales and gates, which layers apply
+with w1train.kernels.modulation.
 
 Shapes: h = hidden size, g = segments of the micro-batch, c = condition size, f = frequency size.
 """
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from w1train.config.schema import ModelConfig
 from w1train.model.megatron_config import parameter_device
+from w1train.runtime.ranges import kernel_group
 
 MAX_PERIOD = 10000.0
 
 
 class ReplicatedLinear(torch.nn.Linear):
-    """A linear layer whose whole weight lives on every tensor-parallel rank.
+    """A linear layer of which every tensor-parallel rank has the whole weight.
 
-    Under sequence parallelism each rank sees only its tokens, so the gradient of weight AND bias must be summed over the
-    tensor-parallel group (flagging the weight alone lets the replicas drift apart).
+    Under sequence parallelism each rank sees its own tokens alone, so the gradients of weight AND bias must be summed over the
+    tensor-parallel group. (If only the weight had the flag, the replicas of the bias would drift apart.)
     """
 
     def __init__(self, input_size: int, output_size: int, config: TransformerConfig) -> None:
@@ -35,13 +36,13 @@ class ReplicatedLinear(torch.nn.Linear):
             parameter.sequence_parallel = config.sequence_parallel
 
     def reset_parameters(self) -> None:
-        """Left to ``initialize_parameters``, which is the same under every layout."""
+        """Do nothing: ``initialize_parameters`` fills the weights, with the same values under every layout."""
 
 
 class TimestepEmbedding(MegatronModule):
-    """t -> condition vector: fp32 sinusoid of width f, Linear, SiLU, Linear (DiT, arXiv 2212.09748, section 3.2).
+    """The map from t to the condition vector: fp32 sinusoid of width f, Linear, SiLU, Linear (DiT, arXiv 2212.09748, section 3.2).
 
-    Replicated on every pipeline stage, because every stage modulates; the stages' gradients must be summed.
+    Every pipeline stage has a replica, because every stage modulates. The gradients of the stages must be summed.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
@@ -52,15 +53,15 @@ class TimestepEmbedding(MegatronModule):
         self.linear_out = ReplicatedLinear(model.condition_size, model.condition_size, config)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """float32 [g] in [0, 1] -> [g, c]."""
+        """Return the conditions [g, c] of timesteps, float32 [g] in [0, 1]."""
         sinusoid = timestep_sinusoid(timesteps * self.scale, self.frequency_size)
         return self.linear_out(F.silu(self.linear_in(sinusoid.to(self.linear_in.weight.dtype))))
 
 
 def timestep_sinusoid(timesteps: Tensor, size: int) -> Tensor:
-    """cos and sin of t at geometrically spaced frequencies, in fp32 (bf16 has 8 bits: it cannot tell t = 0.500 from 0.502).
+    """Return cos and sin of t at geometrically spaced frequencies, float32 [g, size], from float32 [g].
 
-    float32 [g] -> float32 [g, size].
+    bf16 does not suffice, because its numbers between 0.5 and 1 are 0.004 apart.
     """
     exponents = torch.arange(size // 2, dtype=torch.float32, device=timesteps.device) / (size // 2)
     frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents)
@@ -69,13 +70,14 @@ def timestep_sinusoid(timesteps: Tensor, size: int) -> Tensor:
 
 
 class Modulation(MegatronModule):
-    """adaLN's linear map: SiLU(condition) -> ``num_vectors`` vectors of width h per segment."""
+    """adaLN's linear map from SiLU(condition) to ``num_vectors`` vectors of width h for each segment."""
 
     def __init__(self, config: TransformerConfig, condition_size: int, num_vectors: int) -> None:
         super().__init__(config=config)
         self.num_vectors = num_vectors
         self.linear = ReplicatedLinear(condition_size, num_vectors * config.hidden_size, config)
 
+    @kernel_group("norm and modulation")
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """[g, c] -> num_vectors tensors [g, h]."""
+        """Return ``num_vectors`` tensors [g, h], from conditions [g, c]."""
         return self.linear(F.silu(condition)).chunk(self.num_vectors, dim=-1)

@@ -1,4 +1,4 @@
-"""Which of the libraries' and this project's fused kernels a run uses, and why not the others."""
+"""The choice of fused kernels, of libraries and of this project, with the reason where one is not used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """On or off."""
+    """The fused kernels that are on."""
 
     rope: bool
     swiglu: bool
@@ -30,12 +30,12 @@ class Fusions:
 
 
 def choose_fusions(kernels: KernelsConfig, model: ModelConfig, *, on_cuda: bool) -> Fusions:
-    """What the configuration asks for and this machine has.
+    """Return the kernels that the configuration asks for and this machine can run.
 
     Raises:
-        UserError: a kernel is asked for by name that cannot run here.
+        UserError: the configuration names a kernel that cannot run here.
     """
-    # TransformerConfig refuses the fused rotary embedding where megatron-core has found none; ours takes its place.
+    # megatron-core refuses to fuse the rotary embedding if its own import of a fused kernel failed; this project's kernel takes that place.
     rope = _chosen("rope", kernels.rope, _rope_obstacle(on_cuda))
     if rope:
         rope_utils.fused_apply_rotary_pos_emb = apply_rotary
@@ -64,7 +64,10 @@ def _rope_obstacle(on_cuda: bool) -> str | None:
 
 
 def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | None:
-    """transformer-engine's linears do it themselves; megatron-core's, and the head, through apex's extension."""
+    """Return the reason why the matrix product that computes gradients cannot also accumulate them, or None if it can.
+
+    transformer-engine's linears need nothing for it. megatron-core's linears, and the head, need apex's extension.
+    """
     if not on_cuda:
         return "it needs CUDA"
     if find_spec("fused_weight_gradient_mlp_cuda") is None:
@@ -74,10 +77,10 @@ def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | 
 
 
 def describe_elementwise(kernels: KernelsConfig, hidden_size: int, *, on_cuda: bool) -> None:
-    """Say which kernels the modulated norm, the gate and the chunked loss take.
+    """Log which kernels the modulated norm, the gate and the chunked loss use.
 
     Raises:
-        UserError: ``kernels.elementwise`` is triton, which cannot run here.
+        UserError: ``kernels.elementwise`` is triton, and Triton cannot run here.
     """
     triton = kernels.elementwise != "torch" and on_cuda and has_triton()
     too_wide = f"model.hidden_size is {hidden_size}, and a program holds {MAX_ROW} elements at most" if hidden_size > MAX_ROW else None
@@ -92,15 +95,15 @@ def describe_elementwise(kernels: KernelsConfig, hidden_size: int, *, on_cuda: b
 
 @cache
 def _say(line: str) -> None:
-    """Once, however many models are built."""
+    """Log a line once, however many models are built."""
     logger.info(line)
 
 
 def fp8_settings(fp8: Literal["none", "tensorwise", "blockwise"]) -> dict[str, str | None]:
-    """TransformerConfig's fields for ``training.fp8``: E4M3 forward and, tensorwise, E5M2 gradients.
+    """Return the fields of TransformerConfig for ``training.fp8``: E4M3, and for tensorwise scaling E5M2 gradients.
 
     Raises:
-        UserError: transformer-engine is missing, or the GPU cannot.
+        UserError: transformer-engine is missing, or the GPU does not support this FP8 recipe.
     """
     if fp8 == "none":
         return {"fp8": None}

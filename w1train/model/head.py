@@ -1,9 +1,11 @@
-"""The output head, and the cross-entropy behind it.
+"""The output head: logits of rows, or the terms that are asked of these logits.
 
 Shapes: m = positions with logits, h = hidden size, v = vocabulary of this rank.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -13,14 +15,16 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from w1train.config.schema import ModelConfig
-from w1train.kernels.cross_entropy import Head, linear_cross_entropy
+from w1train.model.chunked_head import Head, linear_row_terms
+from w1train.model.row_terms import CrossEntropy, RowTerm, Vocabulary
+from w1train.runtime.ranges import kernel_group
 
 
 class OutputHead(ColumnParallelLinear):
-    """Rows to logits of this rank's part of the vocabulary, or to their cross-entropy over all of it.
+    """A layer from rows to the logits of this rank's part of the vocabulary, or to terms of the logits over all of it.
 
-    It reads gathered rows, all of them on each rank, so it must not gather again. Under sequence parallelism its input gradients stay
-    partial sums: the gather's backward adds them up while it scatters.
+    Each rank is given all rows, already gathered. Under sequence parallelism the gradients of the rows therefore stay partial sums: the
+    backward pass of the gather adds them up while it scatters them.
     """
 
     def __init__(
@@ -35,9 +39,9 @@ class OutputHead(ColumnParallelLinear):
     ) -> None:
         """
         Args:
-            mask_token_id: the token that is taken out of the softmax; None = none is.
-            loss_chunk_size: rows whose logits exist at once while the loss is computed; None = all.
-            has_weight: False = it is given the embedding's in every pass.
+            mask_token_id: the token that is taken out of the softmax; None = every token is in it.
+            loss_chunk_size: rows whose logits exist at once while terms are computed; None = all rows.
+            has_weight: False = every pass is given the weight of the embedding.
         """
         super().__init__(
             config.hidden_size,
@@ -53,32 +57,44 @@ class OutputHead(ColumnParallelLinear):
         self.mask_token_id, self.loss_chunk_size, self.tensor_group = mask_token_id, loss_chunk_size, tensor_group
         self.first_token = get_pg_rank(tensor_group) * (model.vocab_size // get_pg_size(tensor_group))
 
-    def forward(self, rows: Tensor, weight: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
-        """[m, h] -> logits [m, v]; with targets, int64 [m], cross-entropies in nats, float32 [m]."""
-        if targets is not None and self.loss_chunk_size is not None:
-            return linear_cross_entropy(rows, self.weight if weight is None else weight, targets, self._chunked(self.loss_chunk_size))
-        logits = self._exclude_mask_token(super().forward(rows[:, None], weight=weight)[0])
-        if targets is None:
-            return logits[:, 0]
-        # megatron-core's cross-entropy wants [sequence, batch, vocabulary].
-        return vocab_parallel_cross_entropy(logits, targets[:, None], tp_group=self.tensor_group)[:, 0]
+    @kernel_group("loss and head")
+    def forward(self, rows: Tensor, weight: Tensor | None = None, terms: Sequence[RowTerm] | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Return the logits [m, v] of rows [m, h], or the value of each term that is asked for.
 
-    def _chunked(self, chunk_size: int) -> Head:
-        """What is said above about ranks, for the loss in chunks."""
-        return Head(
-            chunk_size=chunk_size,
+        Without a chunk size, the cross-entropy alone is megatron-core's, which keeps the softmax for the backward pass. Other terms are
+        computed in one chunk of all rows.
+        """
+        if terms is None:
+            return self._logits(rows, weight)[:, 0]
+        if self.loss_chunk_size is not None:
+            return self._in_chunks(rows, weight, terms, self.loss_chunk_size)
+        match terms:
+            case [CrossEntropy(targets)]:
+                # megatron-core's cross-entropy wants [sequence, batch, vocabulary].
+                logits = self._logits(rows, weight)
+                return (vocab_parallel_cross_entropy(logits, targets[:, None], tp_group=self.tensor_group)[:, 0],)
+            case _:
+                return self._in_chunks(rows, weight, terms, max(1, len(rows)))
+
+    def _logits(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+        """Return the logits of the rows, [m, 1, v]."""
+        return self._exclude_mask_token(super().forward(rows[:, None], weight=weight)[0])
+
+    def _in_chunks(self, rows: Tensor, weight: Tensor | None, terms: Sequence[RowTerm], chunk_size: int) -> tuple[Tensor, ...]:
+        vocabulary = Vocabulary(
             group=self.tensor_group if get_pg_size(self.tensor_group) > 1 else None,
             first_token=self.first_token,
             excluded_token=self.mask_token_id,
-            sum_row_gradients=not self.config.sequence_parallel,
             implementation=self.config.elementwise_kernels,
         )
+        head = Head(vocabulary, chunk_size, sum_row_gradients=not self.config.sequence_parallel)
+        return linear_row_terms(rows, self.weight if weight is None else weight, terms, head)
 
     def _exclude_mask_token(self, logits: Tensor) -> Tensor:
         if self.mask_token_id is None:
             return logits
         column = self.mask_token_id - self.first_token
         if 0 <= column < logits.shape[-1]:
-            # In place and unseen by autograd: the cross-entropy's own gradient is zero where the probability is.
+            # In place and without autograd: where the probability is zero, the gradient of the cross-entropy is zero by itself.
             logits.detach()[..., column] = float("-inf")
         return logits

@@ -1,7 +1,7 @@
 """Initial weights as a function of (seed, parameter name, element): the same under every parallel layout.
 
-Each rank computes its own slice of each parameter, so tensor- and pipeline-parallel runs start from exactly the weights
-of the single-process run without a broadcast, and replicas agree because their names do.
+Each rank computes its own slice of each parameter. Runs in parallel layouts therefore start from exactly the weights of the single-process
+run, without a broadcast, and replicas of a parameter are equal because their names are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from w1train.config.schema import ModelConfig
 from w1train.diffusion.philox import Purpose, random_words
 
-# Words drawn at a time: bounds the int64 intermediates to some 100 MB.
+# Words that are drawn at a time, so that the int64 intermediates take about 100 MB at most.
 _CHUNK_ELEMENTS = 1 << 21
 
 
@@ -42,7 +42,8 @@ def initialize_parameters(module: torch.nn.Module, model: ModelConfig, seed: int
 
 
 def global_named_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters under layout-independent names: layers by their number in the whole model, a tied head as the embedding."""
+    """Yield each parameter with the name that it has in every layout: a layer has its number in the whole model, a tied head is the
+    embedding."""
     for name, parameter in module.named_parameters():
         match = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
         if match:
@@ -60,7 +61,8 @@ def _standard_deviation(name: str, model: ModelConfig) -> float:
 
 
 def _fill_normal(parameter: Tensor, name: str, std: float, seed: int, tensor_rank: int, tensor_size: int) -> None:
-    """Row by row from the rows' global numbers; a slice by columns draws whole rows and keeps its part."""
+    """Fill a matrix row by row, from the rows' numbers in the whole matrix. A rank with some of the columns draws whole rows and keeps
+    these columns."""
     dimension = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
     rows, columns = parameter.shape
     row_ids = torch.arange(rows, dtype=torch.int64, device=parameter.device)
@@ -79,7 +81,7 @@ def _fill_normal(parameter: Tensor, name: str, std: float, seed: int, tensor_ran
 
 
 def _global_rows(rows: Tensor, num_rows: int, gated: bool, tensor_rank: int, tensor_size: int) -> Tensor:
-    """Rows of the whole matrix that this rank holds. SwiGLU's first linear is [gate; up], and each rank has a part of both."""
+    """Return which rows of the whole matrix this rank has. SwiGLU's first matrix is [gate; up], and each rank has a part of both."""
     if not gated:
         return rows + tensor_rank * num_rows
     half = num_rows // 2

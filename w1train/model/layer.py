@@ -3,7 +3,8 @@
     h = h + gate_a * Attention(RMSNorm(h) * (1 + scale_a) + shift_a)
     h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
 
-The six vectors come from the segment's condition (W1; DiT's adaLN-Zero). Without conditioning (LLaDA) they fall away.
+The six vectors are computed from the segment's condition (adaLN-Zero, arXiv 2212.09748, section 3.2; W1 uses it). A model without
+conditioning (LLaDA) does not have these vectors: both lines are then a norm, a block and a residual.
 
 Shapes: s = tokens of this rank, b = samples, h = hidden size, g = segments, c = condition size, d = channels of a head.
 """
@@ -22,8 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from w1train.attention.attention_plan import AttentionPlan
 from w1train.attention.core_attention import CoreAttention
-from w1train.attention.plan import AttentionPlan
 from w1train.config.schema import ModelConfig
 from w1train.kernels.modulation import gate_residual
 from w1train.kernels.segments import Segments
@@ -34,10 +35,10 @@ from w1train.model.norm import ModulatedRMSNorm, RMSNorm
 
 @dataclass(slots=True)
 class LayerInputs:
-    """What every layer of a micro-batch shares besides the hidden states.
+    """The inputs that all layers of a micro-batch share besides the hidden states.
 
-    Travels in megatron-core's ``packed_seq_params`` argument: the only non-tensor that TransformerBlock hands on to its
-    layers under every kind of recomputation.
+    It is passed in megatron-core's ``packed_seq_params`` argument, the only argument besides tensors that TransformerBlock passes on to
+    its layers under every kind of recomputation.
     """
 
     attention_plan: AttentionPlan
@@ -50,7 +51,7 @@ class LayerInputs:
 class DiffusionTransformerLayer(TransformerLayer):
     """megatron-core's layer with adaLN between norm and linear, and gates on both residual branches.
 
-    The condition table [g, c] comes in ``context`` (unused in decoder-only models): a tensor argument, so that its
+    The condition table [g, c] is passed in ``context``, which decoder-only models do not use. It has to be a tensor argument, so that its
     gradient survives activation recomputation.
     """
 
@@ -67,7 +68,7 @@ class DiffusionTransformerLayer(TransformerLayer):
         packed_seq_params: LayerInputs | None = None,
         **_unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, h], context [g, c], rotary_pos_emb [S, b, 1, d] -> (hidden_states, context)."""
+        """Return (hidden_states, context), from hidden_states [s, b, h], context [g, c] and rotary_pos_emb [S, b, 1, d]."""
         assert packed_seq_params is not None
         attention = partial(
             self.self_attention, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
@@ -85,7 +86,7 @@ class DiffusionTransformerLayer(TransformerLayer):
 
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
-    """The layer's parts. The linears are plain: modulation sits between norm and linear, so no fused norm-linear fits."""
+    """Return the parts of a layer. The linears have no norm fused into them, because modulation comes between norm and linear."""
     linear: Linears = linears(model.transformer_impl)
     qk_norm = RMSNorm if model.qk_norm else None
     attention = ModuleSpec(

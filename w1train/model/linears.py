@@ -18,13 +18,13 @@ class Linears(NamedTuple):
 
 
 def has_transformer_engine() -> bool:
-    """Whether transformer-engine is installed."""
+    """Tell whether transformer-engine is installed."""
     return find_spec("transformer_engine") is not None
 
 
 def linears(implementation: TransformerImplementation) -> Linears:
-    """The pair of classes. Their parameters have the same names, shapes and splits, so weights of one are those of the other;
-    transformer-engine's modules have an ``_extra_state`` besides (FP8 scaling), which a checkpoint of the other has not.
+    """Return the classes of one implementation. The parameters of both implementations have the same names, shapes and splits, so that
+    weights fit both. transformer-engine's modules also have an ``_extra_state`` (FP8 scaling), which checkpoints of megatron-core's lack.
 
     Raises:
         UserError: transformer-engine is asked for and not installed.
@@ -40,7 +40,7 @@ def linears(implementation: TransformerImplementation) -> Linears:
 
 
 def require_transformer_engine(key: str, value: str, instead: str) -> None:
-    """Raise UserError where a setting needs transformer-engine and it is not there."""
+    """Raise UserError if transformer-engine, which a setting needs, is not installed."""
     if not has_transformer_engine():
         raise UserError(
             f"{key} is {value}, which needs transformer-engine, and it is not installed here: "

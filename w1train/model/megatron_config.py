@@ -1,8 +1,8 @@
-"""This project's configuration in megatron-core's terms."""
+"""The translation of this project's configuration into megatron-core's."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parameter_device(config: TransformerConfig) -> torch.device | None:
-    """Where megatron-core's own layers put their weights: the GPU, or torch's default device (which may be meta)."""
+    """Return where megatron-core's own layers put their weights: the GPU, or None, which is torch's default device (maybe meta)."""
     return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
@@ -27,10 +27,10 @@ def transformer_config(
     kernels: KernelsConfig | None = None,
     fp8: FP8 = "none",
 ) -> TransformerConfig:
-    """megatron-core's TransformerConfig for the model and layout; ``kernels`` None = the defaults.
+    """Return megatron-core's TransformerConfig for the model and layout. ``kernels`` None = the defaults.
 
     Raises:
-        UserError: a kernel or an FP8 recipe is asked for that this machine cannot run.
+        UserError: the configuration names a kernel or an FP8 recipe that this machine cannot run.
     """
     on_cuda = torch.cuda.is_available()
     kernels = kernels or KernelsConfig()
@@ -58,24 +58,8 @@ def transformer_config(
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        # Interleaved stages send both ways at once. Batched, two messages between the same two ranks (PP 2) can be taken for each
-        # other, silently; sent one by one, in an order both ends know, they cannot.
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        batch_p2p_comm=parallel.virtual_pipeline == 1,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_stage,
-        account_for_embedding_in_pipeline_split=parallel.embedding_counts_as_layer,
-        account_for_loss_in_pipeline_split=parallel.head_counts_as_layer,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        recompute_method="uniform" if parallel.recompute == "full" else None,
-        recompute_num_layers=parallel.recompute_num_layers if parallel.recompute == "full" else None,
-        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
-        # The loss function returns a sum and its count; gradients are divided by the count of the whole global batch.
+        **_layout(parallel),
+        # The loss function returns a sum and a count. Gradients are divided by the count of the whole global batch.
         calculate_per_token_loss=True,
         tp_comm_overlap=parallel.tp_comm_overlap,
         **fp8_settings(fp8),
@@ -87,7 +71,30 @@ def transformer_config(
         apply_rope_fusion=fusions.rope,
     )
     config.elementwise_kernels = kernels.elementwise
-    # Asks finalize_model_grads to sum the timestep embedding's gradients over pipeline stages. It needs this attribute
-    # AND param.pipeline_parallel; setting only the second (NeMo, DFM, Bridge) lets the stages' replicas drift.
+    # With this attribute AND param.pipeline_parallel, finalize_model_grads sums the timestep embedding's gradients over pipeline
+    # stages. With the second alone (as in NeMo, DFM and Bridge) the stages' replicas drift apart.
     config.has_cond_embedder = model.conditioning == "adaln"
     return config
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    """Return the fields of megatron-core's TransformerConfig that come from the layout over ranks, recomputation included."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Interleaved stages send in both directions at once. If they were batched, two messages between the same two ranks (PP 2)
+        # could be taken for each other without an error. Sent one by one, in an order that both ranks know, they cannot be.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_stage,
+        "account_for_embedding_in_pipeline_split": parallel.embedding_counts_as_layer,
+        "account_for_loss_in_pipeline_split": parallel.head_counts_as_layer,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        "recompute_granularity": None if parallel.recompute == "none" else parallel.recompute,
+        "recompute_method": "uniform" if parallel.recompute == "full" else None,
+        "recompute_num_layers": parallel.recompute_num_layers if parallel.recompute == "full" else None,
+        "recompute_modules": ["core_attn"] if parallel.recompute == "selective" else None,
+    }

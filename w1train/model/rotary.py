@@ -14,9 +14,9 @@ from w1train.config.schema import ModelConfig
 
 
 def rotary_angles(positions: Tensor, channels: int, model: ModelConfig) -> Tensor:
-    """Angles of RoPE (arXiv 2104.09864), half-split layout, all channels rotated.
+    """Return the angles of RoPE (arXiv 2104.09864), in the half-split layout, with all channels rotated.
 
-    megatron-core's own tables run from 0 to l - 1; here positions restart with each document, so each sample has its own.
+    megatron-core's own tables have the positions from 0 to l - 1. Here positions restart with each document, so each sample has its own.
 
     Args:
         positions: int [b, l].
@@ -29,10 +29,10 @@ def rotary_angles(positions: Tensor, channels: int, model: ModelConfig) -> Tenso
 
 
 def rotary_frequencies(channels: int, model: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians a position for each pair of channels, float32 [d / 2].
+    """Return how many radians each pair of channels turns from one position to the next, float32 [d / 2].
 
-    "llama3" (arXiv 2407.21783, section 3.4.2): pairs that turn often within the original length keep their frequency, pairs that turn
-    less than once there are slowed down to cover the longer one, and those between are a mixture.
+    With "llama3" (arXiv 2407.21783, section 3.4.2), pairs that turn often within the original length keep their frequency, pairs that turn
+    less than once there turn more slowly, so that they cover the longer context, and the frequencies of the pairs between are a mixture.
     """
     exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
     frequencies = 1.0 / model.rope_base**exponents

@@ -1,4 +1,4 @@
-"""The diffusion Transformer: embedding, conditioned layers, and a head where a loss is taken.
+"""The diffusion Transformer: embedding, conditioned layers, and an output head for the positions where a loss is taken.
 
 Shapes: b = samples, l = sequence_length, s = tokens of this rank (l, or l / tensor under sequence parallelism),
 h = hidden size, g = segments, c = condition size, m = positions with logits, v = vocabulary of this rank, d = head channels.
@@ -6,6 +6,7 @@ h = hidden size, g = segments, c = condition size, m = positions with logits, v 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from w1train.attention.plan import AttentionPlan
+from w1train.attention.attention_plan import AttentionPlan
 from w1train.config.schema import ModelConfig
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.kernels.segments import Segments
@@ -30,11 +31,13 @@ from w1train.model.head import OutputHead
 from w1train.model.layer import LayerInputs, layer_spec
 from w1train.model.norm import ModulatedRMSNorm
 from w1train.model.rotary import rotary_angles
+from w1train.model.row_terms import RowTerm
+from w1train.runtime.ranges import step_part
 
 
 @dataclass(slots=True)
 class ModelInputs:
-    """One micro-batch as the model sees it."""
+    """One micro-batch, as the model reads it."""
 
     input_ids: Tensor
     """int64 [b, l], corrupted tokens."""
@@ -42,19 +45,20 @@ class ModelInputs:
     """int [b, l], position inside the document."""
     attention_plan: AttentionPlan
     segment_timesteps: Tensor
-    """float32 [g]: t of each segment."""
+    """float32 [g]: timestep t of each segment."""
     segment_index: Tensor | None
     """int64 [b, l]: segment of each token; None = segment i is sample i."""
     logit_positions: Tensor
-    """int64 [m]: flattened (b * l + position) places where logits are computed."""
+    """int64 [m]: places where logits are computed, as sample * l + position."""
     embedding_noise: EmbeddingNoise | None = None
-    """Added to what is embedded; None = nothing is."""
+    """Noise that is added to the embeddings; None = no noise is added."""
 
 
 class TokenEmbedding(MegatronModule):
-    """Vocabulary-parallel embedding (a module of its own because megatron-core looks for ``embedding.word_embeddings``).
+    """Vocabulary-parallel embedding, in a module of its own because megatron-core looks for ``embedding.word_embeddings``.
 
-    A MegatronModule, for megatron-core's sharded state looks into no other: it would save one rank's rows as the whole table.
+    It must be a MegatronModule: megatron-core's sharded state does not ask other modules how they are split, and would save the rows of
+    one rank as the whole table.
     """
 
     def __init__(self, config: TransformerConfig, vocab_size: int, tensor_group: torch.distributed.ProcessGroup) -> None:
@@ -70,14 +74,14 @@ class TokenEmbedding(MegatronModule):
         self.sequence_parallel = config.sequence_parallel
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [b, l] -> [s, b, h]."""
+        """Return the embeddings [s, b, h] of tokens, int64 [b, l]."""
         embedded = self.word_embeddings(input_ids)
-        # With reduce-scatter the embedding has already put the sequence first, to split it.
+        # With reduce-scatter the embedding returns the sequence dimension first, because it splits it.
         return embedded if self.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
 
 class DiffusionTransformer(LanguageModule):
-    """One pipeline stage (all of the model when there is one)."""
+    """One pipeline stage of the model, or the whole model if there is one stage."""
 
     def __init__(
         self,
@@ -93,8 +97,8 @@ class DiffusionTransformer(LanguageModule):
     ) -> None:
         """
         Args:
-            mask_token_id: the token that is taken out of the softmax; None = none is.
-            loss_chunk_size: positions whose logits exist at once while the loss is computed; None = all.
+            mask_token_id: the token that is taken out of the softmax; None = every token is in it.
+            loss_chunk_size: positions whose logits exist at once while row terms are computed; None = all positions.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self.model = model
@@ -130,25 +134,26 @@ class DiffusionTransformer(LanguageModule):
         self._mark_replicated_over_pipeline()
 
     def _mark_replicated_over_pipeline(self) -> None:
-        """Every stage has the timestep embedding: its gradients are summed over stages, and its norm is counted once."""
+        """Mark the timestep embedding, which every stage has: its gradients are summed over stages, and its norm is counted once."""
         if self.timestep_embedding is None or self.config.pipeline_model_parallel_size == 1:
             return
         for parameter in self.timestep_embedding.parameters():
             parameter.pipeline_parallel = True
             parameter.shared = not self.pre_process
-            # The distributed optimizer shards a gradient before the stages add theirs up. Only in a bucket of its own is
-            # a parameter cut at the same places on every stage; elsewhere each stage would add a different slice.
+            # The distributed optimizer shards a gradient before the stages add theirs up. A parameter is cut at the same places on every
+            # stage only if it has a bucket of its own. In another bucket each stage would add a different slice.
             parameter.shared_embedding = True
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states from the previous stage; called by megatron-core's schedules."""
+        """Take the hidden states of the previous stage. megatron-core's schedules call this."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, inputs: ModelInputs, targets: Tensor | None = None) -> Tensor:
-        """Cross-entropies in nats, float32 [m], or without targets logits [m, v] on the last stage, hidden states [s, b, h] on the others.
+    @step_part("forward")
+    def forward(self, inputs: ModelInputs, terms: Sequence[RowTerm] | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Return hidden states [s, b, h], or on the last stage logits [m, v] or the values of terms.
 
         Args:
-            targets: int64 [m], the right tokens at ``inputs.logit_positions``.
+            terms: what is asked of the logits at ``inputs.logit_positions``; None = the logits themselves.
         """
         condition = None if self.timestep_embedding is None else self.timestep_embedding(inputs.segment_timesteps)
         hidden = self.decoder(
@@ -162,13 +167,13 @@ class DiffusionTransformer(LanguageModule):
             return hidden
         rows = self._head_inputs(hidden, condition, inputs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(rows, weight=weight, targets=targets)
+        return self.output_layer(rows, weight=weight, terms=terms)
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
         embedded = self.embedding(inputs.input_ids)
         if torch.is_grad_enabled() and not embedded.requires_grad:
-            # Under a frozen embedding nothing that goes into the first recomputed layers would ask for a gradient, and megatron-core's
-            # recomputation then gives their parameters none, without a word.
+            # With a frozen embedding no input of the first recomputed layers would need a gradient, and megatron-core's recomputation would
+            # then compute no gradients for their parameters, without an error.
             embedded.requires_grad_()
         if inputs.embedding_noise is None:
             return embedded
@@ -176,7 +181,7 @@ class DiffusionTransformer(LanguageModule):
         return inputs.embedding_noise.add_to(embedded, first_column)
 
     def _local_segment_index(self, inputs: ModelInputs) -> Tensor | None:
-        """[b, l] -> this rank's [s, b]."""
+        """Return this rank's part [s, b] of the segment index [b, l]."""
         if inputs.segment_index is None:
             return None
         index = inputs.segment_index.transpose(0, 1)
@@ -185,8 +190,10 @@ class DiffusionTransformer(LanguageModule):
         return index.contiguous()
 
     def _head_inputs(self, hidden: Tensor, condition: Tensor | None, inputs: ModelInputs) -> Tensor:
-        """[s, b, h] -> [m, h]: final norm and final adaLN at ``logit_positions`` only. At the others of a masked-diffusion batch the head
-        would cost its FLOPs and a vocabulary's memory for nothing."""
+        """Return the final norm with the final adaLN at ``logit_positions``, [m, h], from hidden states [s, b, h].
+
+        At other positions nobody asks for logits, which would cost the head's FLOPs and the memory of a vocabulary each.
+        """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         length, num_samples, size = hidden.shape
@@ -199,7 +206,7 @@ class DiffusionTransformer(LanguageModule):
         return self.final_norm(rows, *self.final_modulation(condition), Segments(segment))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        """As megatron-core's, with one owner for the timestep embedding that every stage holds."""
+        """Return megatron-core's sharded state, in which one stage owns the timestep embedding that every stage has."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         stage = (get_pg_rank(self.pp_group), self.vp_stage or 0)
         for key, value in state.items():

@@ -1,1 +1,1 @@
-"""What a run will need and how fast it can be, worked out without a GPU."""
+"""The plan of a run, computed without a GPU: what it needs and how fast it can be."""

@@ -1,8 +1,8 @@
 """Bytes that autograd saves for the backward pass, layer by layer, with and without recomputation.
 
-Counted are unique storages, as ``torch.autograd.graph.saved_tensors_hooks`` sees them. Two sets of kernels save different
-things for the same layer: on CUDA RMSNorm, SwiGLU and the rotary embedding are fused; on the CPU they are chains of element-wise
-operations. The norms of the residual stream and the gates keep the same on both (w1train.kernels.modulation).
+The closed forms count unique storages, as ``torch.autograd.graph.saved_tensors_hooks`` sees them. Two sets of kernels save different
+tensors for the same layer: on CUDA RMSNorm, SwiGLU and the rotary embedding are fused; on the CPU they are chains of element-wise
+operations. The norms of the residual stream and the gates save the same tensors on both (w1train.kernels.modulation).
 
 Shapes: s = positions of a rank in the residual stream (divided under sequence parallelism), l = positions of a rank in
 attention and MLP, b = samples, h = hidden size, q and k = widths of queries and keys of a rank, f = FFN width of a rank, d = head
@@ -27,14 +27,15 @@ Travel = Literal["clean", "all", "heads"]
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What decides how much an operation saves."""
+    """Choices of kernels, which decide how much an operation saves."""
 
     fused_norm: bool
-    """Saves its input and one number a row; unfused also the normalised rows, and in bf16 an fp32 copy of its input."""
+    """True: the norm saves its input and one number for each row. False: it also saves the normalized rows, and in bf16 an fp32 copy of its
+    input."""
     fused_swiglu: bool
-    """Saves its input; unfused also SiLU of one half and a copy of the other."""
+    """True: SwiGLU saves its input. False: it also saves SiLU of one half and a copy of the other half."""
     fused_rotary: bool
-    """Saves the angles, which all layers share; unfused cosines and sines, for q and for k in each layer."""
+    """True: the rotary embedding saves the angles, which all layers share. False: each layer saves cosines and sines for q and for k."""
 
 
 CUDA_KERNELS = Kernels(fused_norm=True, fused_swiglu=True, fused_rotary=True)
@@ -48,9 +49,9 @@ class Sizes:
     element: int
     samples: int
     positions: int
-    """l, all samples together."""
+    """l, over all samples."""
     residual_positions: int
-    """s, all samples together."""
+    """s, over all samples."""
     hidden: int
     channels: int
     heads: int
@@ -60,14 +61,14 @@ class Sizes:
     vocabulary: int
     num_logits: int
     loss_chunk: int | None
-    """Positions whose logits exist at once; None = all."""
+    """Positions whose logits are in memory at once; None = all positions."""
     segments: int
     condition: int
     frequencies: int
     segment_indexed: bool
     masked: bool
     travel: Travel | None
-    """What context-parallel ranks exchange; None without context parallelism."""
+    """The tensors that context-parallel ranks exchange; None without context parallelism."""
     rows: int
     """Query rows of a sample in attention."""
     keys: int
@@ -78,12 +79,12 @@ class Sizes:
 
     @property
     def residual(self) -> int:
-        """A tensor of the residual stream, [s, b, h]."""
+        """Bytes of a tensor of the residual stream, [s, b, h]."""
         return self.residual_positions * self.hidden * self.element
 
 
 def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Precision, num_logits: int | None = None) -> Sizes:
-    """Sizes of one micro-batch; ``num_logits`` None = as many as there can be."""
+    """Return the sizes of one micro-batch; ``num_logits`` None stands for the largest possible number of logits."""
     width, samples = widths(model), layout.micro_batch_size
     positions = samples * work.num_positions // layout.context
     travel = travel_of(layout, work)
@@ -116,8 +117,8 @@ def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Prec
 
 
 def travel_of(layout: Layout, work: Workload) -> Travel | None:
-    """What context-parallel ranks exchange (w1train.attention.context_parallel): heads, all keys, or, where no block crosses the border
-    of a chunk, the clean stream's keys."""
+    """Return what context-parallel ranks exchange (w1train.attention.context_parallel): heads, all keys, or only the keys of the clean
+    stream if no block crosses the border of a chunk. None without context parallelism."""
     if layout.context == 1:
         return None
     if layout.context_method == "all_to_all":
@@ -128,9 +129,13 @@ def travel_of(layout: Layout, work: Workload) -> Travel | None:
 
 
 def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is_saved: bool = False) -> int:
-    """RMSNorm. Fused: its input and 1/rms (fp32) a row. Unfused, also x/rms in fp32, and instead of a bf16 input its fp32 copy.
+    """Return the bytes that RMSNorm saves.
 
-    ``input_is_saved``: the input's storage is counted elsewhere.
+    A fused norm saves its input and 1/rms (fp32) of each row. An unfused norm also saves x/rms in fp32, and an fp32 copy instead of a
+    bf16 input.
+
+    Args:
+        input_is_saved: the input's storage is counted elsewhere.
     """
     statistics = rows * FP32_BYTES
     if kernels.fused_norm:
@@ -140,19 +145,19 @@ def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is
 
 
 def modulated_norm_bytes(rows: int, sizes: Sizes) -> int:
-    """The norms of the residual stream (w1train.kernels.modulation), with or without modulation, and the input of the linear layer behind
-    them: the input, 1/rms (fp32) a row, and the output. The twin on the CPU keeps the same."""
+    """Return the bytes that a norm of the residual stream saves (w1train.kernels.modulation), with or without modulation: its input, 1/rms
+    (fp32) of each row, and its output, which is the input of the next linear layer. The plain twin on the CPU saves the same."""
     return rows * FP32_BYTES + 2 * rows * sizes.hidden * sizes.element
 
 
 def branch_output_bytes(sizes: Sizes) -> int:
-    """The gate keeps the branch's output for its own gradient; a plain sum keeps nothing."""
+    """Return the bytes of the branch's output, which a gate saves for its own gradient; a plain sum saves nothing."""
     return sizes.residual if sizes.has_adaln else 0
 
 
 def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """What the projection and the rotary embedding keep: unfused cosines and sines [l, b, 1, d] for q and for k, and what QK-norm reads
-    (views of the projection, and a copy of q if heads are grouped)."""
+    """Return the bytes that QK-norm and the rotary embedding save: an unfused rotary embedding saves cosines and sines [l, b, 1, d] for q
+    and for k; QK-norm reads views of the projection, and a copy of q if heads are grouped."""
     total = 0 if kernels.fused_rotary else 4 * sizes.positions * sizes.channels * sizes.element
     if sizes.qk_norm:
         for width, copied in ((sizes.query, sizes.grouped_queries), (sizes.key, False)):
@@ -162,12 +167,11 @@ def query_key_value_bytes(sizes: Sizes, kernels: Kernels) -> int:
 
 
 def attention_input_bytes(sizes: Sizes, kernels: Kernels, *, recomputed: bool) -> int:
-    """q, k and v as attention saves them.
+    """Return the bytes of q, k and v that attention saves.
 
-    One projection gives q, k and v in one storage. v is a view of it that keeps it whole; q and k are new, from the rotary embedding.
-    Context parallelism makes new k and v of all keys, in one storage, or new q, k and v for other heads; the projection is then kept
-    only by a QK-norm that saves its input and no copy of it.
-    Recomputed, attention keeps its inputs from before the exchange.
+    One projection gives q, k and v in one storage. v is a view that keeps this storage; the rotary embedding makes new q and k.
+    Context parallelism makes new k and v of all keys in one storage, or new q, k and v of other heads. The projection is then kept
+    only by a QK-norm that saves its input and not a copy of the input. Recomputed attention saves its inputs from before the exchange.
     """
     projection = sizes.positions * (sizes.query + 2 * sizes.key)
     if sizes.travel is None or recomputed:
@@ -181,11 +185,12 @@ def attention_input_bytes(sizes: Sizes, kernels: Kernels, *, recomputed: bool) -
 
 
 def core_attention_bytes(sizes: Sizes) -> int:
-    """What only the core attention saves, and selective recomputation drops: the log-sum-exp (fp32, a number a head and position)
-    and, with a mask, its additive form [b, 1, q, k], which every layer makes for itself. The output is the next layer's input, or where
-    heads travel a tensor of its own.
+    """Return the bytes that only the core attention saves, and that selective recomputation does not keep.
 
-    Grouped queries with a mask are taken to run fused as well; no GPU was there to see it.
+    These are the log-sum-exp (fp32, one number for each head and position) and, with a mask, its additive form [b, 1, q, k], which every
+    layer makes for itself. The output is the input of the next linear layer; where ranks exchange heads, it is a separate tensor.
+
+    Grouped queries with a mask are assumed to run fused as well; this has not been checked on a GPU.
     """
     mask = sizes.samples * sizes.rows * sizes.keys * sizes.element if sizes.masked else 0
     output = sizes.positions * sizes.query * sizes.element if sizes.travel == "heads" else 0
@@ -193,20 +198,20 @@ def core_attention_bytes(sizes: Sizes) -> int:
 
 
 def mlp_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """SwiGLU: [gate, up] of width 2f, and the product of width f for the second linear layer."""
+    """Return the bytes that SwiGLU saves: [gate, up] of width 2f, and the product of width f for the second linear layer."""
     widths_saved = 3 if kernels.fused_swiglu else 5
     return sizes.positions * widths_saved * sizes.ffn * sizes.element
 
 
 def modulation_bytes(sizes: Sizes, num_vectors: int) -> int:
-    """SiLU of the condition [g, c], and the table of vectors [g, num_vectors h]."""
+    """Return the bytes of SiLU of the condition [g, c] and of the table of vectors [g, num_vectors h]."""
     if not sizes.has_adaln:
         return 0
     return sizes.segments * (sizes.condition + num_vectors * sizes.hidden) * sizes.element
 
 
 def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = False) -> int:
-    """A whole layer."""
+    """Return the bytes that a whole layer saves."""
     attention_output = sizes.positions * sizes.query * sizes.element
     total = modulation_bytes(sizes, 6)
     total += 2 * (modulated_norm_bytes(sizes.residual_positions, sizes) + branch_output_bytes(sizes))
@@ -217,7 +222,8 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
 
 
 def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int) -> int:
-    """All layers of a chunk. Fully recomputed, only the input of every group is kept; and the rotary angles (fp32) once."""
+    """Return the bytes that all layers of a chunk save. Full recomputation keeps only the input of every group and, once, the rotary
+    angles (fp32)."""
     angles = sizes.positions * sizes.channels * FP32_BYTES
     if layout.recompute == "full":
         num_groups = -(-num_layers // layout.recompute_num_layers)
@@ -227,7 +233,7 @@ def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int
 
 
 def conditioning_bytes(sizes: Sizes) -> int:
-    """Timestep MLP: sinusoid [g, f], two hidden layers and the condition [g, c]; and the segment of each position."""
+    """Return the bytes of the timestep MLP (sinusoid [g, f], two hidden layers and the condition [g, c]) and of each position's segment."""
     if not sizes.has_adaln:
         return 0
     index = sizes.residual_positions * _INT64_BYTES if sizes.segment_indexed else 0
@@ -235,20 +241,21 @@ def conditioning_bytes(sizes: Sizes) -> int:
 
 
 def head_bytes(sizes: Sizes) -> int:
-    """At the positions with logits: index, norm, modulation, the head's input, and the cross-entropy's probabilities in fp32, which
-    for bf16 logits are a copy and for fp32 ones overwrite them. In chunks, two numbers a row instead of probabilities."""
+    """Return the bytes that the head saves at the positions with logits: index, norm, modulation, the head's input, and the
+    cross-entropy's probabilities in fp32, which are a copy of bf16 logits and overwrite fp32 logits. A loss in chunks saves three
+    numbers for each row instead of the probabilities."""
     rows = sizes.num_logits
     indices = rows * _INT64_BYTES * (3 if sizes.has_adaln else 2)
     inputs = modulated_norm_bytes(rows, sizes)
     weights = rows * FP32_BYTES
-    # Beside the probabilities, which targets another rank has.
-    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 2 * rows * FP32_BYTES
+    # A byte for each row tells whether another rank has the target.
+    of_softmax = rows * (sizes.vocabulary * FP32_BYTES + 1) if sizes.loss_chunk is None else 3 * rows * FP32_BYTES
     return indices + inputs + modulation_bytes(sizes, 2) + of_softmax + weights
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationBytes:
-    """Saved for one micro-batch by one chunk."""
+    """Bytes that one chunk saves for one micro-batch."""
 
     layers: int
     conditioning: int
@@ -261,7 +268,7 @@ class ActivationBytes:
 
 
 def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk) -> ActivationBytes:
-    """What a chunk saves for one micro-batch."""
+    """Return the bytes that a chunk saves for one micro-batch."""
     return ActivationBytes(
         layers=layers_bytes(sizes, kernels, layout, chunk.num_layers),
         conditioning=conditioning_bytes(sizes),
@@ -271,7 +278,8 @@ def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk
 
 
 def logits_bytes(sizes: Sizes) -> int:
-    """The logits that exist at once, in the run's precision; in chunks with the gradients of all rows."""
+    """Return the bytes of the logits that are in memory at once, in the run's precision; with a loss in chunks, the gradients of the head's
+    input for all rows are added."""
     if sizes.loss_chunk is None:
         return sizes.num_logits * sizes.vocabulary * sizes.element
     chunk = min(sizes.loss_chunk, sizes.num_logits)
@@ -279,12 +287,12 @@ def logits_bytes(sizes: Sizes) -> int:
 
 
 def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, largest_parameter: int) -> int:
-    """The largest memory in use beside what is saved, while one micro-batch runs.
+    """Return the largest number of bytes in use besides saved tensors, while one micro-batch runs.
 
-    The last stage holds the logits or their gradient in the run's precision beside the probabilities, or those of a chunk beside the
-    gradient of the head's input; a fully recomputed group has its
-    layers' activations back; the dense mask (a byte a pair) lives as long as its micro-batch; a stage's output waits for its gradient;
-    the gradient of the largest parameter (in elements) exists in the run's precision before it is added to the fp32 buffer.
+    The last stage holds the logits or their gradient in the run's precision besides the probabilities, or those of a chunk besides the
+    gradient of the head's input. A fully recomputed group holds its layers' activations again. The dense mask (a byte for each pair)
+    lives as long as its micro-batch. A stage's output waits for its gradient. The gradient of the largest parameter (``largest_parameter``
+    elements) exists in the run's precision before it is added to the fp32 buffer.
     """
     logits = logits_bytes(sizes) if chunk.has_head else sizes.residual
     mask = sizes.samples * sizes.rows * sizes.keys if sizes.masked else 0

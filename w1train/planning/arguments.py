@@ -1,4 +1,4 @@
-"""The command line of w1train.plan: its own words, taken out; the rest is a recipe and overrides as everywhere."""
+"""The command line of w1train.plan: options of its own, and a recipe with overrides as in every other command."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DESCRIPTION = """Plan a run before a GPU is booked: memory, traffic, speed, and 
 
   gpus=N               devices of the run; also --gpus N
   --device NAME        h100 (default), h800 or h200
-  --documents TOKENS   length of the documents packed into a sample (default: one fills it)
+  --documents TOKENS   length of the documents packed into a sample (default: one document fills a sample)
   --assume NAME=VALUE  replace an assumption, for example matmul_efficiency=0.75; may be repeated
   --search             rank the layouts that fit by predicted MFU, instead of planning the given one
-  --json               one JSON object, for machines
+  --json               print one JSON object for programs
 
-Exit status: 0, or 1 where the layout does not fit or cannot be built, or 2 for a mistake in what was asked."""
+Exit status: 0; 1 if the layout does not fit or cannot be built; 2 for a mistake in the command line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to plan."""
+    """The run to plan, and how."""
 
     config: Config
     num_gpus: int
@@ -38,7 +38,7 @@ class Request:
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """Read a command line. Does not return for --help, --list and --cfg.
+    """Read a command line. The function does not return for --help, --list and --cfg.
 
     Raises:
         ConfigurationError: every problem of the flags, the recipe and the overrides.
@@ -80,7 +80,7 @@ def _count(key: str, text: str | None, problems: list[Problem]) -> int:
 
 
 def _problems_of(words: Sequence[str]) -> list[Problem]:
-    """Of the recipe and the overrides, to be told together with those of the flags."""
+    """Return the problems of the recipe and the overrides, which are reported together with those of the options."""
     try:
         parse_command_line(words)
     except ConfigurationError as error:

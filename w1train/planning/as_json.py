@@ -1,26 +1,26 @@
-"""The plan as plain data. Keys end in their units: _bytes, _seconds, _per_token; fractions and counts have none."""
+"""The plan as plain data. Keys end in their units: _bytes, _seconds, _per_token; keys of fractions and counts have no unit."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from w1train.model.flops import num_parameters
+from w1train.objectives.description import describe_objective
 from w1train.planning.assumptions import described
-from w1train.planning.communication import seconds
+from w1train.planning.communication_time import seconds
 from w1train.planning.prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.suggestion import suggest_recomputation
-from w1train.training.flops import num_parameters
-from w1train.training.objective import describe_objective
 
 if TYPE_CHECKING:  # at run time it would import torch
-    from w1train.planning.build import Build
+    from w1train.planning.meta_build import Build
 
 FORMAT_VERSION = 1
 
 
 def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
-    """One planned and built layout."""
+    """Return a planned and built layout as plain data."""
     return {
         "format_version": FORMAT_VERSION,
         "name": plan.config.name,
@@ -53,7 +53,7 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
 
 
 def _suggestion(plan: Plan) -> dict[str, Any] | None:
-    """The cheapest recomputation that fits; None if none does."""
+    """Return the cheapest recomputation that fits; None if no recomputation fits."""
     cheapest = suggest_recomputation(plan)
     if cheapest is None:
         return None
@@ -79,7 +79,7 @@ def _stage_of_schedule(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def speed_as_dict(plan: Plan) -> dict[str, float]:
-    """What the run will do, on the assumptions."""
+    """Return the predicted speed under the plan's assumptions."""
     return {
         "step_seconds": plan.step_seconds,
         "bubble_fraction": plan.bubble_fraction,
@@ -92,7 +92,7 @@ def speed_as_dict(plan: Plan) -> dict[str, float]:
 
 
 def search_as_dict(result: SearchResult, num_shown: int) -> dict[str, Any]:
-    """The best layouts, fastest first."""
+    """Return the best layouts, the fastest first."""
     return {
         "format_version": FORMAT_VERSION,
         "num_tried": result.num_tried,
@@ -111,7 +111,7 @@ def search_as_dict(result: SearchResult, num_shown: int) -> dict[str, Any]:
 
 
 def overrides(plan: Plan) -> list[str]:
-    """What to put on the command line for this layout."""
+    """Return the overrides that give this layout on a command line."""
     layout = plan.layout
     words = [
         f"parallel.tensor={layout.tensor}",

@@ -1,5 +1,5 @@
-"""What is assumed of devices, networks and kernels. None of it was measured by this project: every number has its source beside it,
-and ``--assume NAME=VALUE`` replaces it by a better one."""
+"""Assumptions about devices, networks and kernels. This project has not measured these numbers: each has its source next to it, and
+``--assume NAME=VALUE`` replaces it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from w1train.config.constraints import NonNegativeFloat, PositiveFraction
 from w1train.config.errors import Problem, closest, listing
-from w1train.training.throughput import device_peak_tflops
+from w1train.config.field_types import field_ranges
+from w1train.profiling.throughput import device_peak_tflops
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One accelerator and its way to the others. GB/s are 1e9 bytes a second in one direction."""
+    """An accelerator and its connections. GB/s are 1e9 bytes a second in one direction."""
 
     name: str
     peak_tflops: float
-    """Dense bf16."""
+    """Dense bf16 peak."""
     memory_bytes: int
     memory_gb_per_second: float
     nvlink_gb_per_second: float
-    """To the devices of its node."""
+    """Bandwidth to the other devices of its node."""
     network_gb_per_second: float
-    """Beyond its node: one 400 Gb/s InfiniBand port a device."""
+    """Bandwidth to other nodes: each device has one InfiniBand port of 400 Gb/s."""
     devices_per_node: int = 8
 
 
@@ -47,41 +49,43 @@ DEVICES = {
 class Assumptions:
     """Achievable shares of the peaks, and overheads."""
 
-    matmul_efficiency: float = 0.70
-    """Share of the bf16 peak in the linear layers. One square product of 8192 on an H100 reaches 0.8; the layers' are smaller."""
-    attention_efficiency: float = 0.46
+    matmul_efficiency: PositiveFraction = 0.70
+    """Share of the bf16 peak in the linear layers. A square product of size 8192 on an H100 reaches 0.8; the products of the layers are
+    smaller."""
+    attention_efficiency: PositiveFraction = 0.46
     """Share of the bf16 peak in unmasked attention, forward and backward together. From 608 and 502 TFLOP/s of torch's SDPA on an H100 at
-    8k (MagiAttention's benchmark), where backward does 2.5 times the forward's work but counts twice here."""
-    masked_attention_efficiency: float = 0.40
-    """The same with a dense mask, over ALL pairs: torch's SDPA skips none. 11 % below unmasked (pytorch issue 138493)."""
-    memory_efficiency: float = 0.80
-    """Share of the memory bandwidth in element-wise kernels."""
-    network_efficiency: float = 0.80
+    8k (MagiAttention's benchmark), where the backward pass does 2.5 times the work of the forward pass; here it counts
+    as twice the work."""
+    masked_attention_efficiency: PositiveFraction = 0.40
+    """Share of the bf16 peak with a dense mask, over ALL pairs, because torch's SDPA skips no pair. It is 11 % below unmasked attention
+    (pytorch issue 138493)."""
+    memory_efficiency: PositiveFraction = 0.80
+    """Share of the memory bandwidth that element-wise kernels reach."""
+    network_efficiency: PositiveFraction = 0.80
     """Share of the link bandwidth in collectives."""
-    collective_latency: float = 20e-6
-    """Seconds a collective takes however small it is."""
-    reserved_gib: float = 6.0
+    collective_latency: NonNegativeFloat = 20e-6
+    """Seconds that the smallest collective takes."""
+    reserved_gib: NonNegativeFloat = 6.0
     """Memory for the CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation."""
 
 
 def described(assumptions: Assumptions) -> dict[str, float]:
-    """By name, for output."""
+    """Return the assumptions by name, for output."""
     return dataclasses.asdict(assumptions)
 
 
 def replace_assumptions(assumptions: Assumptions, overrides: Sequence[str]) -> tuple[Assumptions, list[Problem]]:
-    """Apply NAME=VALUE texts; the problems of those that cannot be."""
-    names = [field.name for field in dataclasses.fields(Assumptions)]
+    """Apply NAME=VALUE texts, and return the problems of those that cannot be applied."""
+    ranges = field_ranges(Assumptions)
     problems = []
     for text in overrides:
         name, _, value = text.partition("=")
         number = _number(value)
-        if name not in names:
-            match = closest(name, names)
-            problems.append(Problem(f"--assume {text}", "an unknown name", listing(names), f"did you mean {match}?" if match else None))
-        elif number is None or number < 0 or (name.endswith("efficiency") and not 0 < number <= 1):
-            valid = "a number > 0 and <= 1" if name.endswith("efficiency") else "a number >= 0"
-            problems.append(Problem(f"--assume {text}", value or "nothing", valid))
+        if name not in ranges:
+            match = closest(name, ranges)
+            problems.append(Problem(f"--assume {text}", "an unknown name", listing(ranges), f"did you mean {match}?" if match else None))
+        elif number is None or number not in ranges[name]:
+            problems.append(Problem(f"--assume {text}", value or "nothing", f"a number {ranges[name]}"))
         else:
             assumptions = dataclasses.replace(assumptions, **{name: number})
     return assumptions, problems

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w1train.config.schema import Config, ModelConfig, ParallelConfig
-from w1train.training.buckets import bucket_size
+from w1train.engine.buckets import bucket_size
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
@@ -41,14 +41,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a run is spread over ``world_size`` ranks."""
+    """The distribution of a run over ``world_size`` ranks."""
 
     world_size: int
     tensor: int
     sequence: bool
     pipeline: int
     data: int
-    """Data-parallel ranks: each has samples of its own."""
+    """Number of data-parallel ranks, each of which has its own samples."""
     micro_batch_size: int
     num_micro_batches: int
     """Micro-batches of one rank in one optimizer step."""
@@ -57,7 +57,7 @@ class Layout:
     recompute_num_layers: int
     virtual_pipeline: int
     chunk_layers: tuple[int, ...]
-    """Layers of each chunk, in the order a micro-batch passes them: the first of every stage, then the second of every stage."""
+    """Layers of each chunk, in the order in which a micro-batch passes the chunks: the first chunk of every stage, then the second."""
     context: int
     context_method: ContextMethod
     context_chunk_size: int
@@ -66,29 +66,29 @@ class Layout:
 
     @property
     def num_optimizer_shards(self) -> int:
-        """Gradients are summed, and optimizer states sharded, over data- and context-parallel ranks alike."""
+        """Ranks over which gradients are summed and optimizer states sharded: data- and context-parallel ranks together."""
         return self.data * self.context
 
     def bucket_size(self, pipeline_rank: int) -> int | None:
-        """Elements after which a bucket of gradients ends; None = one bucket has all."""
+        """Return the elements after which a bucket of gradients ends; None if one bucket has all gradients."""
         return bucket_size(self.num_optimizer_shards, pipeline_rank, overlap_grad_reduce=self.overlap_grad_reduce)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The place of a global rank."""
+        """Return the coordinates of a global rank."""
         rank, tensor = divmod(rank, self.tensor)
         rank, context = divmod(rank, self.context)
         pipeline, data = divmod(rank, self.data)
         return Coordinates(tensor, context, data, pipeline)
 
     def rank(self, place: Coordinates) -> int:
-        """The inverse of ``coordinates``."""
+        """Return the global rank of coordinates."""
         return place.tensor + self.tensor * (place.context + self.context * (place.data + self.data * place.pipeline))
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout of a configuration that ``w1train.config.validate`` has passed for this world size.
+    """Return the layout of a configuration that is valid (``w1train.config.rules.validate``) for this world size.
 
-    Where the batch size changes with the schedule, it is that of training.global_batch_size.
+    Where the batch size changes with the schedule, the layout is that of training.global_batch_size.
     """
     parallel, training = config.parallel, config.training
     data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
@@ -114,8 +114,11 @@ def layout_of(config: Config, world_size: int) -> Layout:
 
 
 def deal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Layers of each chunk as megatron-core deals them: equal shares, but for the ends' own counts; a stage's share is divided among
-    its chunks; an end that counts as a layer takes the place of one."""
+    """Return the layers of each chunk, as megatron-core distributes them.
+
+    Stages have equal shares, except a first or last stage whose count is given. A stage's share is divided equally among its chunks. An
+    embedding or head that counts as a layer takes the place of one layer.
+    """
     stages, virtual = parallel.pipeline, parallel.virtual_pipeline
     ends = (parallel.num_layers_in_first_stage, parallel.num_layers_in_last_stage)
     fixed = [count for count in ends if count is not None]
@@ -132,7 +135,7 @@ def deal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]
 
 
 def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
-    """The chunks of a pipeline rank."""
+    """Return the chunks of a pipeline rank."""
     last = len(layout.chunk_layers) - 1
     return [
         Chunk(
@@ -148,13 +151,14 @@ def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
 
 
 def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
-    """How many micro-batches' activations each chunk of a rank holds, whenever they are most (1F1B; arXiv 2104.04473, section 2.2).
+    """Return how many micro-batches' activations each chunk of a rank holds at its peaks (1F1B; arXiv 2104.04473, section 2.2).
 
-    A rank runs some passes forward, then one forward and one backward in turn. Rank p of P begins with P - p - 1 passes; interleaved,
-    with 2 (P - p - 1) + (V - 1) P. Passes go P micro-batches to a chunk, chunk after chunk, backward in the opposite order.
+    A rank first runs some forward passes, then forward and backward passes in turn. Rank p of P begins with P - p - 1 forward passes;
+    interleaved, with 2 (P - p - 1) + (V - 1) P. P micro-batches pass one chunk, then the next chunk; backward passes take the chunks in
+    the opposite order.
     """
     stages, virtual = layout.pipeline, layout.virtual_pipeline
-    # What is held repeats with every P micro-batches once the pipeline is full.
+    # Once the pipeline is full, the counts repeat with every P micro-batches.
     num_passes = min(layout.num_micro_batches, 4 * stages) * virtual
     lead = stages - pipeline_rank - 1 if virtual == 1 else 2 * (stages - pipeline_rank - 1) + (virtual - 1) * stages
     held, peaks = [0] * virtual, set()
@@ -168,6 +172,7 @@ def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
 
 
 def bubble_fraction(layout: Layout) -> float:
-    """Share of a step that a rank waits for the pipeline to fill and drain: (P - 1) / (V M + P - 1) (arXiv 2104.04473, section 2.2)."""
+    """Return the share of a step in which a rank waits for the pipeline to fill and drain: (P - 1) / (V M + P - 1) (arXiv 2104.04473,
+    section 2.2)."""
     idle = layout.pipeline - 1
     return idle / (layout.virtual_pipeline * layout.num_micro_batches + idle)

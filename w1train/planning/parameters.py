@@ -1,7 +1,7 @@
 """Every parameter of a pipeline chunk in closed form: names, local shapes, and order, as the model registers them.
 
-The order decides where a parameter lies in megatron-core's flat buffers, so it is part of the byte-exact prediction; a test
-holds it against the built model.
+The order decides the place of a parameter in megatron-core's flat buffers, so it is part of the byte-exact prediction; a test
+compares it with the built model.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from w1train.planning.layout import Chunk, Layout
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tensor as a rank holds it."""
+    """A parameter as a rank holds it."""
 
     name: str
-    """In the whole model: layers by their number there."""
+    """Name in the whole model, in which layers are numbered."""
     shape: tuple[int, ...]
-    """On one tensor-parallel rank."""
+    """Shape on one tensor-parallel rank."""
     is_split: bool = False
-    """Over tensor-parallel ranks; otherwise each has all of it."""
+    """True: the parameter is split over tensor-parallel ranks. False: each rank has the whole parameter."""
     has_own_bucket: bool = False
-    """Summed over pipeline ranks as well, which megatron-core keeps apart in the gradient buffer."""
+    """True: its gradient is also summed over pipeline ranks, and megatron-core keeps it in a bucket of its own."""
 
     @property
     def numel(self) -> int:
@@ -39,17 +39,17 @@ class Widths:
     channels: int
     query: int
     key: int
-    """Of all keys together; values are as wide."""
+    """Width of all keys together; values are as wide."""
 
 
 def widths(model: ModelConfig) -> Widths:
-    """Head channels, and the widths of all queries and of all keys."""
+    """Return the channels of a head, and the widths of all queries and of all keys."""
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     return Widths(channels, model.num_attention_heads * channels, (model.num_query_groups or model.num_attention_heads) * channels)
 
 
 def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[Parameter]:
-    """The parameters of a chunk in the order of ``named_parameters``."""
+    """Return the parameters of a chunk in the order of ``named_parameters``."""
     vocabulary = (model.vocab_size // layout.tensor, model.hidden_size)
     embedding = "embedding.word_embeddings.weight"
     tied_apart = model.tie_embeddings and layout.pipeline > 1
@@ -71,7 +71,7 @@ def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[P
 
 
 def _timestep_embedding(model: ModelConfig, in_pipeline: bool) -> Iterator[Parameter]:
-    """On every chunk, since every layer modulates."""
+    """Yield the parameters of the timestep embedding, which every chunk has because every layer is modulated."""
     yield from _linear("timestep_embedding.linear_in.", model.condition_size, model.timestep_frequency_size, in_pipeline)
     yield from _linear("timestep_embedding.linear_out.", model.condition_size, model.condition_size, in_pipeline)
 
@@ -94,6 +94,6 @@ def _layer(model: ModelConfig, layout: Layout, prefix: str) -> Iterator[Paramete
 
 
 def _linear(prefix: str, rows: int, columns: int, has_own_bucket: bool = False) -> Iterator[Parameter]:
-    """A replicated linear map with a bias."""
+    """Yield the parameters of a replicated linear layer with a bias."""
     yield Parameter(prefix + "weight", (rows, columns), has_own_bucket=has_own_bucket)
     yield Parameter(prefix + "bias", (rows,), has_own_bucket=has_own_bucket)

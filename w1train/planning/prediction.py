@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
-from w1train.planning import communication, timing
+from w1train.planning import communication_time as communication
+from w1train.planning import timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
 from w1train.planning.assumptions import Assumptions, Device
-from w1train.planning.communication import Traffic
+from w1train.planning.communication_time import Traffic
 from w1train.planning.layout import Chunk, Layout, Precision, Recompute, bubble_fraction, chunks_of, in_flight, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import StateBytes, state_bytes
@@ -24,51 +25,51 @@ RECOMPUTE_CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One pipeline rank."""
+    """The plan of one pipeline rank."""
 
     pipeline_rank: int
     chunks: list[Chunk]
     num_parameters: int
-    """On each of its ranks."""
+    """Parameters on each rank of the stage."""
     state: StateBytes
-    """Of the data-parallel rank with most."""
+    """Bytes of state on the data-parallel rank that has the most bytes of state."""
     in_flight: tuple[int, ...]
     """Micro-batches whose activations each chunk holds at once."""
     activations: list[ActivationBytes]
-    """Of one micro-batch, by chunk."""
+    """Saved bytes of one micro-batch, by chunk."""
     activation_bytes: int
-    """Of all micro-batches in flight."""
+    """Saved bytes of all micro-batches in flight."""
     activations_by_recompute: dict[Recompute, int]
-    """Bytes of all micro-batches in flight, under each choice of recomputation."""
+    """Saved bytes of all micro-batches in flight, under each choice of recomputation."""
     working_bytes: int
     traffic: list[Traffic]
     seconds: StageSeconds
 
     @property
     def total_bytes(self) -> int:
-        """Everything predicted; what is reserved comes on top."""
+        """All predicted bytes; reserved memory is not included."""
         return self.state.total + self.activation_bytes + self.working_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run on a number of devices."""
+    """The plan of a run on a number of devices."""
 
     run: Config
     config: Config
-    """The run's, or what a stage of its schedule makes of it."""
+    """The configuration that is planned: the run's, or that of a stage of its schedule."""
     layout: Layout
     work: Workload
     device: Device
     assumptions: Assumptions
     stages: list[StagePlan]
     flops_per_token: dict[str, float]
-    """By part, and their total."""
+    """Model FLOPs of a token by part, and their total."""
     document_length: int | None
 
     @property
     def needed_bytes(self) -> int:
-        """On the fullest device, reserve included."""
+        """Bytes on the device that needs most, reserved memory included."""
         return max(stage.total_bytes for stage in self.stages) + round(self.assumptions.reserved_gib * 2**30)
 
     @property
@@ -81,7 +82,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """The slowest stage sets the pace of the pipeline, whose filling and draining come on top; then the work once a step."""
+        """Seconds of a step: those of the slowest pipeline rank, the bubble, and the work that happens once a step."""
         pace = max(stage.seconds.per_micro_batches for stage in self.stages) / (1 - self.bubble_fraction)
         return pace + max(stage.seconds.gradients_and_optimizer + stage.seconds.data_parallel for stage in self.stages)
 
@@ -95,25 +96,25 @@ class Plan:
 
     @property
     def tflops_per_device(self) -> float:
-        """Model TFLOP/s."""
+        """Model TFLOP/s of one device."""
         return self.flops_per_token["total"] * self.tokens_per_second / self.layout.world_size / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs against the device's dense bf16 peak."""
+        """Share of the device's dense bf16 peak that model FLOPs reach."""
         return self.tflops_per_device / self.device.peak_tflops
 
     @property
     def days(self) -> float:
-        """For the schedule's tokens, each stage at its batch size and objective."""
+        """Days for all tokens of the schedule; each stage has its own batch size and objective."""
         return sum(self.days_of(name) for name in self.run.schedule.stages)
 
     def days_of(self, stage: str) -> float:
-        """For the tokens of one stage."""
+        """Return the days for the tokens of one stage."""
         return self.run.schedule.stages[stage].tokens / self.at_stage(stage).tokens_per_second / 86400
 
     def at_stage(self, name: str) -> Plan:
-        """The plan of a stage of the schedule."""
+        """Return the plan of a stage of the schedule."""
         config = at_stage(self.run, name)
         if (config.diffusion, config.training) == (self.config.diffusion, self.config.training):
             return self
@@ -122,7 +123,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What all stages share."""
+    """Settings that all stages share."""
 
     config: Config
     layout: Layout
@@ -131,17 +132,17 @@ class _Setting:
     assumptions: Assumptions
 
     def sizes(self, num_logits: int | None = None) -> Sizes:
-        """Of a micro-batch; without ``num_logits`` with the most logits there can be."""
+        """Return the sizes of a micro-batch; ``num_logits`` None stands for the largest possible number of logits."""
         return sizes_of(self.config.model, self.layout, self.work, self.config.training.precision, num_logits)
 
     @property
     def memory_bandwidth(self) -> float:
-        """Bytes a second."""
+        """Achieved memory bandwidth in bytes per second."""
         return self.device.memory_gb_per_second * 1e9 * self.assumptions.memory_efficiency
 
 
 def predict(config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None) -> Plan:
-    """The plan of a configuration that is valid for ``world_size`` devices, in the stage of its schedule that needs most memory."""
+    """Return the plan of a valid configuration on ``world_size`` devices, for the stage of its schedule that needs most memory."""
     base = _predict(config, config, world_size, device, assumptions, document_length)
     return max((base.at_stage(name) for name in config.schedule.stages), key=lambda plan: plan.needed_bytes)
 
@@ -158,7 +159,7 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
     chunks = chunks_of(layout, pipeline_rank)
     parameters = [chunk_parameters(model, layout, chunk) for chunk in chunks]
     largest = max(parameter.numel for own in parameters for parameter in own)
-    # Memory is for the most there can be, time for what is expected.
+    # Memory is planned for the largest possible number of logits, time for the expected number.
     most = setting.sizes()
     usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
     states = state_bytes(
@@ -189,7 +190,7 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
 
 
 class _Held(NamedTuple):
-    """Activations of all micro-batches in flight, when they are most."""
+    """Activations of all micro-batches in flight at the peak of memory."""
 
     bytes: int
     counts: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Every layout worth trying, judged by the plan."""
+"""The search for the fastest layout: every layout worth trying is planned."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 
@@ -17,12 +17,12 @@ _VIRTUAL = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """All valid layouts."""
+    """The layouts that were tried, and the plans of those that fit."""
 
     num_tried: int
     num_valid: int
     plans: list[Plan]
-    """Those that fit, fastest first."""
+    """Plans that fit, the fastest first."""
 
 
 def search_layouts(
@@ -31,8 +31,8 @@ def search_layouts(
     """Plan every combination of tensor, sequence, context and pipeline parallelism (layers split evenly), micro-batch and recomputation
     that ``validate`` passes.
 
-    Tensor and context parallelism stay within a node, where they have NVLink. The global batch, and with it what is trained, is the
-    recipe's.
+    Tensor and context parallelism stay within a node, where they have NVLink. The global batch stays that of the recipe, so that every
+    layout trains the same.
     """
     num_tried = num_valid = 0
     plans = []

@@ -1,7 +1,7 @@
 """Bytes of parameters, gradients and optimizer states, exactly as megatron-core allocates them.
 
-Gradients live in one flat fp32 buffer per chunk. With the distributed optimizer the parameters are views of a flat buffer
-of the same lay-out, padded so that every rank's share starts on a boundary; each rank keeps fp32 masters (of bf16
+Gradients are in one flat fp32 buffer per chunk. With the distributed optimizer the parameters are views of a flat buffer
+of the same layout, which is padded so that every rank's share starts on a boundary; each rank keeps fp32 masters (of bf16
 parameters) and two fp32 moments of the parameters in its share, without the padding.
 """
 
@@ -22,18 +22,18 @@ _BUCKET_ALIGNMENT = 128
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A stretch of the flat buffer that is cut into equal shares."""
+    """A part of the flat buffer that is divided into equal shares."""
 
     start: int
     end: int
-    """Padding included."""
+    """End in elements, padding included."""
     spans: tuple[tuple[int, int], ...]
-    """Where parameters lie, ascending."""
+    """Start and end of each parameter, in ascending order."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes of one rank."""
+    """Bytes of parameters, gradients and optimizer states on one rank."""
 
     parameters: int
     gradients: int
@@ -45,11 +45,11 @@ class StateBytes:
 
 
 def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size: int | None = None) -> list[Bucket]:
-    """Where each parameter lies, as DistributedOptimizer.compute_full_param_layout puts it.
+    """Return the place of each parameter, as DistributedOptimizer.compute_full_param_layout computes it.
 
-    Parameters go in reverse order, each from a multiple of 64 elements; a bucket ends at a multiple of lcm(shards, 128).
-    A parameter with a bucket of its own begins and ends one; the others share, until a bucket has ``bucket_size`` elements (None =
-    there is no such bound, for their reduction does not overlap the backward pass).
+    Parameters are in reverse order, and each begins at a multiple of 64 elements; a bucket ends at a multiple of lcm(shards, 128).
+    A parameter with a bucket of its own begins and ends that bucket. Other parameters share a bucket until it has ``bucket_size``
+    elements; None = no bound, because their reduction does not overlap the backward pass.
     """
     buckets: list[Bucket] = []
     spans: list[tuple[int, int]] = []
@@ -76,7 +76,7 @@ def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size:
 
 
 def shard_numels(buckets: Sequence[Bucket], num_shards: int) -> list[int]:
-    """Elements of parameters in each rank's shares of all buckets."""
+    """Return the elements of parameters in each rank's shares of all buckets."""
     numels = [0] * num_shards
     for bucket in buckets:
         size = (bucket.end - bucket.start) // num_shards
@@ -90,9 +90,9 @@ def shard_numels(buckets: Sequence[Bucket], num_shards: int) -> list[int]:
 def state_bytes(
     chunks: Sequence[Sequence[Parameter]], precision: Precision, num_shards: int, *, distributed: bool, bucket_size: int | None = None
 ) -> list[StateBytes]:
-    """Bytes of the ranks that share these chunks, by their place among the ``num_shards`` data- and context-parallel ranks.
+    """Return the bytes of each rank that has these chunks, in the order of the ``num_shards`` data- and context-parallel ranks.
 
-    fp32 parameters are their own masters, so only the two moments are added to them.
+    fp32 parameters are their own masters, so the optimizer has only the two moments.
     """
     element = PRECISION_BYTES[precision]
     fp32_copies = 3 if precision == "bf16" else 2
@@ -110,8 +110,11 @@ def state_bytes(
 
 
 def staging_bytes(state: StateBytes, precision: Precision, num_shards: int, *, distributed: bool) -> float:
-    """Bytes of host memory that a rank copies its part of a checkpoint to, about: weights are dealt out to the ranks that have the same
-    ones, and so are states that are not sharded. In fp32 the distributed optimizer saves the weights as masters too."""
+    """Return about how many bytes of host memory a rank needs for the copy of its part of a checkpoint.
+
+    Ranks that have the same weights divide them among themselves, and also states that are not sharded. In fp32 the distributed optimizer
+    saves the weights as masters as well.
+    """
     if not distributed:
         return (state.parameters + state.optimizer) / num_shards
     return state.parameters / num_shards + state.optimizer * (3 / 2 if precision == "fp32" else 1)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.config.validate import validate
 from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 
 
 def suggest_recomputation(plan: Plan) -> Plan | None:
-    """The plan's run with the recomputation that fits and takes least time, and among those (groups of layers of any size cost the same
-    time) least memory; None = not even the least memory fits."""
+    """Return the plan of the same run with the fastest recomputation that fits; None if no recomputation fits.
+
+    Groups of layers of every size cost the same time, so the plan with the least memory is taken among equally fast ones.
+    """
     world_size = plan.layout.world_size
     fitting = [
         other
@@ -24,7 +26,7 @@ def suggest_recomputation(plan: Plan) -> Plan | None:
 
 
 def _choices(config: Config) -> Iterator[Config]:
-    """Groups of more layers keep fewer inputs and compute more layers again at once."""
+    """Yield the run with each recomputation. Larger groups of layers keep fewer inputs, and hold more recomputed layers at once."""
     for choice in RECOMPUTE_CHOICES:
         for size in range(1, config.model.num_layers + 1) if choice == "full" else (config.parallel.recompute_num_layers,):
             parallel = dataclasses.replace(config.parallel, recompute=choice, recompute_num_layers=size)

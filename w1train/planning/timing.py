@@ -1,7 +1,7 @@
 """Seconds of a step, from counted work and assumed efficiencies.
 
-The stages run their micro-batches one after another; nothing is assumed to overlap, not even where ``parallel.overlap_*`` will hide a
-collective behind computation: the time is an upper bound in this. What a rank does once a step (gradients, optimizer) comes on top.
+The stages run their micro-batches one after another. No overlap is assumed, although ``parallel.overlap_*`` runs collectives during
+computation: in this respect the time is an upper bound. The work that a rank does once a step (gradients, optimizer) is added.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from w1train.config.schema import ModelConfig
+from w1train.model.flops import FlopsByPart, model_flops
 from w1train.planning.activations import Sizes
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, StateBytes
 from w1train.planning.workload import Workload
-from w1train.training.flops import FlopsByPart, model_flops
 
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """What one rank spends in a step."""
+    """Seconds of one rank in a step, by part."""
 
     matmul: float
     attention: float
@@ -30,13 +30,13 @@ class StageSeconds:
     context_parallel: float
     pipeline_sends: float
     gradients_and_optimizer: float
-    """Once a step: memory passes over gradients and optimizer states."""
+    """Memory passes over gradients and optimizer states, once a step."""
     data_parallel: float
-    """Once a step: collectives of gradients and parameters."""
+    """Collectives of gradients and parameters, once a step."""
 
     @property
     def per_micro_batches(self) -> float:
-        """Of all micro-batches together."""
+        """Seconds of all micro-batches together."""
         return self.matmul + self.attention + self.elementwise + self.tensor_parallel + self.context_parallel + self.pipeline_sends
 
     @property
@@ -45,8 +45,10 @@ class StageSeconds:
 
 
 def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk, num_logits: int) -> FlopsByPart:
-    """Model FLOPs of one micro-batch in one chunk on one rank. adaLN and timestep MLP are repeated on
-    every tensor- and context-parallel rank."""
+    """Return the model FLOPs of one micro-batch in one chunk on one rank.
+
+    Every tensor- and context-parallel rank repeats adaLN and the timestep MLP.
+    """
     samples = layout.micro_batch_size
     whole = model_flops(
         model,
@@ -72,8 +74,11 @@ def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk
 def compute_seconds(
     flops: FlopsByPart, sizes: Sizes, layout: Layout, work: Workload, device: Device, assumptions: Assumptions
 ) -> tuple[float, float]:
-    """(linear layers, attention) of one micro-batch. Recomputation repeats the forward third; a dense mask computes every pair of a row
-    and a key that its kernel is given."""
+    """Return the seconds of (linear layers, attention) of one micro-batch.
+
+    Recomputation repeats the forward pass, which is a third of the work. With a dense mask, the kernel computes every pair of a row and a
+    key that it gets.
+    """
     peak = device.peak_tflops * 1e12
     repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
     in_layers = flops.attention_projections + flops.mlp + flops.adaln
@@ -87,11 +92,11 @@ def compute_seconds(
 
 
 def layer_elementwise_bytes(sizes: Sizes) -> int:
-    """Bytes that a layer's element-wise kernels read and write, forward and backward, counted from the code.
+    """Return the bytes that a layer's element-wise kernels read and write, forward and backward, counted from the code.
 
     In units of a residual tensor, for each of the two branches: modulated RMSNorm 2 + 3, gated residual 3 + 3, sum of the two gradients
     3; without adaLN the residual sum 3 replaces the gate. The rotary embedding passes 2 + 2 times over q and k; SwiGLU 3 + 5 times over a
-    tensor of its width. These are the fused kernels'; what an unfused choice of ``kernels`` costs is not counted.
+    tensor of its width. These are the numbers of the fused kernels; unfused choices of ``kernels`` cost more, which is not counted.
     """
     branch = 14 if sizes.has_adaln else 11
     rotary = 4 * sizes.positions * (sizes.query + sizes.key) * sizes.element
@@ -99,8 +104,11 @@ def layer_elementwise_bytes(sizes: Sizes) -> int:
 
 
 def head_elementwise_bytes(sizes: Sizes) -> int:
-    """The cross-entropy's passes over [m, v]: convert, maximum, subtract, exponentiate, sum, divide, scale in fp32 and convert back. In
-    chunks, one reading for the sums and one and a writing for the gradient; and each chunk's addition to the weight's fp32 gradient."""
+    """Return the bytes that the cross-entropy reads and writes.
+
+    Its passes over [m, v] convert, take the maximum, subtract, exponentiate, sum, divide, scale in fp32 and convert back. A loss in chunks
+    reads the logits once for the sums, reads and writes them once for the gradient, and adds each chunk to the weight's fp32 gradient.
+    """
     if sizes.loss_chunk is not None:
         num_chunks = -(-sizes.num_logits // sizes.loss_chunk)
         weight = num_chunks * sizes.vocabulary * sizes.hidden * 2 * FP32_BYTES
@@ -110,8 +118,11 @@ def head_elementwise_bytes(sizes: Sizes) -> int:
 
 
 def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, parameters: Sequence[Parameter]) -> int:
-    """Of one micro-batch: the layers (with a third of forward and backward again if recomputed), the head, and the addition of every
-    parameter's gradient to the fp32 buffer."""
+    """Return the bytes of the element-wise kernels in one micro-batch.
+
+    They belong to the layers (full recomputation repeats a third of forward and backward), the head, and the addition of every parameter's
+    gradient to the fp32 buffer.
+    """
     layers = chunk.num_layers * layer_elementwise_bytes(sizes)
     layers += layers // 3 if layout.recompute == "full" else 0
     gradients = sum(parameter.numel for parameter in parameters) * (sizes.element + 2 * FP32_BYTES)
@@ -119,8 +130,11 @@ def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, parameters: Se
 
 
 def optimizer_pass_bytes(state: StateBytes, precision: Precision) -> int:
-    """Once a step: zero and divide the gradient buffer (3 passes); norm and clipping of this rank's share (3), AdamW's reading of it (1)
-    and of master and moments, which it also writes."""
+    """Return the bytes that the optimizer reads and writes once a step.
+
+    Zeroing and dividing the gradient buffer takes 3 passes, norm and clipping of this rank's share 3 more. AdamW reads the share once, and
+    reads and writes master and moments.
+    """
     copies = 3 if precision == "bf16" else 2
     share = state.optimizer // copies
     return 3 * state.gradients + 4 * share + 2 * 3 * share

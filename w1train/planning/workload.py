@@ -1,4 +1,4 @@
-"""What a micro-batch contains: positions, visible pairs, logits and segments, from the recipe and a packing assumption."""
+"""The contents of a micro-batch: positions, visible pairs, logits and segments, from the recipe and an assumption about packing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from w1train.config.schema import Config, DiffusionConfig
-from w1train.training.flops import FlopsByPart, model_flops
-from w1train.training.objective import num_streams, samples_are_segments
+from w1train.model.flops import FlopsByPart, model_flops
+from w1train.objectives.description import num_streams, samples_are_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,21 +15,21 @@ class Workload:
     """One packed sample."""
 
     num_tokens: int
-    """Tokens of data."""
+    """Tokens of data in the sample."""
     num_streams: int
-    """Positions in the layers for each token: 1, or 2 where a clean copy runs beside the noisy one (block diffusion)."""
+    """Positions in the layers for each token: 1, or 2 if a clean stream runs with the noisy stream (block diffusion)."""
     num_documents: int
-    """Documents in it, all of one length but for the last."""
+    """Documents in the sample, which have equal lengths except for the last."""
     visible_pairs: int
-    """(query, key) pairs that may attend, one layer, one head."""
+    """Visible (query, key) pairs in one layer and one head."""
     num_logits: float
-    """Expected positions where a loss is taken."""
+    """Expected number of positions with a loss."""
     most_logits: int
-    """At the largest t."""
+    """Number of positions with a loss at the largest t."""
     num_segments: int
-    """Stretches that share a timestep."""
+    """Segments, whose tokens share a timestep."""
     segment_indexed: bool
-    """Whether a token's segment is found by an index; otherwise segments are samples."""
+    """True: an index gives each token's segment. False: segments are samples."""
     may_need_mask: bool
     """Whether a micro-batch may need a dense mask: several documents, two streams, or samples cut short."""
     block_spans: tuple[tuple[int, int], ...]
@@ -41,12 +41,12 @@ class Workload:
 
     @property
     def num_clean_segments(self) -> int:
-        """One for the clean streams of a whole micro-batch, at t = 0."""
+        """Segments of the clean streams: one for a whole micro-batch, at t = 0."""
         return self.num_streams - 1
 
     @property
     def visible_share(self) -> float:
-        """Of all pairs of positions."""
+        """Share of all pairs of positions that are visible."""
         return self.visible_pairs / self.num_positions**2
 
     @property
@@ -56,7 +56,7 @@ class Workload:
 
 
 def workload_of(config: Config, document_length: int | None = None) -> Workload:
-    """The samples of a recipe whose documents have the given length; None = one document fills the sample."""
+    """Return the samples of a recipe whose documents have the given length; None = one document fills the sample."""
     length, diffusion = config.data.sequence_length, config.diffusion
     document = min(document_length or length, length)
     num_documents = math.ceil(length / document)
@@ -64,10 +64,10 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     per = "sequence" if autoregressive else diffusion.timestep_per
     spans = block_spans(length, document, diffusion) if has_clean_stream or per == "block" else ()
     num_segments = {"sequence": 1, "document": num_documents, "block": len(spans)}[per]
-    # Positions with a token of their document behind them.
+    # Positions that have a next token in their document.
     num_next = length - num_documents if autoregressive or diffusion.autoregressive_weight > 0 else 0
     of_noisy = 0.0 if autoregressive else 1.0
-    # While a mask anneals, fewer pairs are visible than at its end, which is what is counted.
+    # While a mask anneals, fewer pairs are visible than at its end; the pairs at the end are counted.
     annealed = diffusion.attention_annealing != "none"
     one_stream = document_pairs(length, document, causal=autoregressive)
     pairs = block_pairs(spans, document, diffusion) if has_clean_stream else one_stream
@@ -76,7 +76,7 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
         num_streams=2 if has_clean_stream else 1,
         num_documents=num_documents,
         visible_pairs=pairs,
-        # t is uniform between its bounds, and a token is masked with probability t; with its partner at 1 - t, half of all are.
+        # t is uniform between its bounds, and a token is masked with probability t. Complementary pairs mask half of all tokens.
         num_logits=num_next + of_noisy * length * (0.5 if diffusion.complementary else (diffusion.t_min + diffusion.t_max) / 2),
         most_logits=num_next + math.ceil(of_noisy * length * (1 - diffusion.t_min if diffusion.complementary else diffusion.t_max)),
         num_segments=num_segments,
@@ -87,7 +87,7 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
 
 
 def document_pairs(length: int, document: int, *, causal: bool = False) -> int:
-    """Pairs inside documents, attention in both directions: floor(L / d) d^2 + (L mod d)^2; causal: d (d + 1) / 2 of d^2."""
+    """Return the visible pairs inside documents: floor(L / d) d^2 + (L mod d)^2; causal, d (d + 1) / 2 instead of d^2."""
     whole, rest = divmod(length, document)
     if causal:
         return whole * _triangle(document) + _triangle(rest)
@@ -99,7 +99,7 @@ def _triangle(size: int) -> int:
 
 
 def block_spans(length: int, document: int, diffusion: DiffusionConfig) -> tuple[tuple[int, int], ...]:
-    """Blocks of a sample, counted from the start of each document or of the sample; documents cut them."""
+    """Return the blocks of a sample, counted from the start of each document or of the sample. Borders of documents also divide blocks."""
     size = diffusion.block_size
     assert size is not None
     starts = set(range(0, length, document))
@@ -113,8 +113,11 @@ def block_spans(length: int, document: int, diffusion: DiffusionConfig) -> tuple
 
 
 def block_pairs(spans: tuple[tuple[int, int], ...], document: int, diffusion: DiffusionConfig) -> int:
-    """Pairs over [x_t ; x_0]: a noisy token sees its own noisy block and the clean blocks before it in its document, a clean token the
-    clean blocks up to its own; in its own block, each all of it or only what is before."""
+    """Return the visible pairs over [x_t ; x_0].
+
+    A noisy token sees its own noisy block and the clean blocks before it in its document; a clean token sees the clean blocks up to its
+    own. In their own block both see all tokens, or only tokens before them.
+    """
     total = 0
     for start, end in spans:
         size, before = end - start, start % document
@@ -125,9 +128,9 @@ def block_pairs(spans: tuple[tuple[int, int], ...], document: int, diffusion: Di
 
 
 def flops_per_token(config: Config, work: Workload) -> dict[str, float]:
-    """Model FLOPs, forward and backward, of one token of data, by part and in total.
+    """Return the model FLOPs, forward and backward, of one token of data, by part and in total.
 
-    ``model_flops`` counts whole things, so it is asked for many micro-batches, of which the expected logits are a whole number.
+    ``model_flops`` takes whole numbers, so it is called for many micro-batches, whose expected number of logits is a whole number.
     """
     num_batches = 1_000_000
     num_samples = num_batches * config.training.micro_batch_size

@@ -1,1 +1,1 @@
-"""What a process stands on: device, process groups, seeds, the run directory's lock."""
+"""The base of a process: device, process groups, files, signals, the run directory's lock, named ranges of time."""

@@ -8,14 +8,14 @@ from concurrent.futures import Future
 
 
 def in_background[Result](action: Callable[[], Result], name: str) -> Future[Result]:
-    """Do ``action`` in a thread of this name; the future has its result or its exception. The thread does not keep alive a process that has
-    to end."""
+    """Do ``action`` in a thread of this name, and return a future that gets its result or its exception. The thread does not keep alive a
+    process that has to end."""
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
             result = action()
-        except BaseException as error:  # handed over: whoever waits for the future meets it
+        except BaseException as error:  # raised again where the future's result is asked for
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -25,7 +25,7 @@ def in_background[Result](action: Callable[[], Result], name: str) -> Future[Res
 
 
 def nothing() -> Future[None]:
-    """Work that is done."""
+    """Return a future that is done."""
     future: Future[None] = Future()
     future.set_result(None)
     return future

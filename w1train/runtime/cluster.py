@@ -1,7 +1,7 @@
-"""Who this process is on a cluster: from Slurm, where no launcher has said so.
+"""The rank of this process on a cluster, found from Slurm where no launcher has set it.
 
 torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets. Under plain
-`srun`, one task a rank, they are made here from Slurm's variables. Nothing here needs torch.
+`srun`, one task a rank, they are made here from Slurm's variables. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ _FIRST_PORT, _NUM_PORTS = 12_000, 20_000
 def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str | None:
     """Set torch.distributed's variables from Slurm's, if this process is one of several tasks that `srun` started.
 
-    What is set already stays: torchrun's variables, or a MASTER_ADDR and MASTER_PORT of the user's. Returns a line for the log (where
-    the ranks came from, or that an allocation has more tasks than this one process uses), or None where there is nothing to say.
+    Variables that are set already stay: torchrun's, or the user's MASTER_ADDR and MASTER_PORT.
 
-    A process that was started in a shell of `sbatch` or `salloc`, without `srun`, is alone: Slurm describes the whole allocation there
-    (SLURM_NTASKS=16, SLURM_PROCID=0), and a rank 0 of 16 would wait for fifteen that nobody starts. Slurm's variables of a *step* tell
-    the two apart.
+    A process that was started in a shell of `sbatch` or `salloc`, without `srun`, is alone. Slurm's variables describe the whole allocation
+    there (SLURM_NTASKS=16, SLURM_PROCID=0), and a rank 0 of 16 would wait for fifteen ranks that nobody starts. Slurm's variables of a
+    *step* tell the two cases apart.
+
+    Returns:
+        A line for the log (where the ranks came from, or that an allocation has more tasks than this single process uses), or None.
 
     Raises:
-        ConfigurationError: Slurm's variables contradict each other, or `mpirun` started this: each process would take itself for a whole
-            run, and within Slurm for a rank of the step that mpirun starts its own daemons with.
+        ConfigurationError: Slurm's variables contradict each other, or `mpirun` started this process: each process would take itself for a
+            whole run, and within Slurm for a rank of the step in which mpirun starts its own daemons.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment:
@@ -56,18 +58,18 @@ def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str |
 
 
 def rendezvous_port(environment: Mapping[str, str]) -> int:
-    """A port that all ranks of a step know without talking, another one for each job and step: jobs may share a node."""
+    """Return a port that all ranks of a step compute alike. It differs between jobs and steps, which may share a node."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
     return _FIRST_PORT + (job * 7 + step) % _NUM_PORTS
 
 
 def first_host(nodes: str) -> str:
-    """The first name of Slurm's short form of a list: ``gpu001`` for ``gpu[001-004,007],login1``. Rank 0 runs there."""
+    """Return the first name of Slurm's short form of a list: ``gpu001`` for ``gpu[001-004,007],login1``. Rank 0 runs on that node."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form of a list of counts: ``8(x2),4`` is 8, 8, 4."""
+    """Expand Slurm's short form of a list of counts: ``8(x2),4`` is 8, 8, 4."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -80,7 +82,7 @@ def _unused_tasks(environment: Mapping[str, str]) -> str | None:
     num_tasks = environment.get("SLURM_NTASKS", "1")
     if in_step or num_tasks == "1":
         return None
-    return f"this one process is the whole run, in a Slurm allocation of {num_tasks} tasks: `srun` starts one rank a task"
+    return f"this single process is the whole run, in a Slurm allocation of {num_tasks} tasks: `srun` starts one rank a task"
 
 
 def _mpirun(environment: Mapping[str, str]) -> ConfigurationError:

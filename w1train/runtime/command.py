@@ -1,4 +1,5 @@
-"""The frame of every command: a poor environment ends it with one message, if at all, and never with a traceback."""
+"""The decorator of every command. If a full disk, a closed output or a limit on open files ends a command, it ends with one message and
+without a traceback."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ _CLOSED_PIPE = 141
 def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorate a command's ``main`` (``program`` is its name in messages).
 
-    Output has no passwords of URLs (masking.py).
-    Output that the console's encoding cannot show is replaced. A reader of the output that goes away (``| head -1``) ends the command
-    quietly. The limit on open files is raised as far as it goes; where that is not enough, a message says so.
+    Passwords of URLs are masked in the output (masking.py). Characters that the console's encoding cannot show are replaced. If the reader
+    of the output closes it (``| head -1``), the command ends without a message. The limit on open files is raised as far as the system
+    allows; where that is not enough, a message says what to change.
     """
 
     def decorate(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -48,44 +49,45 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
 
 
 def prepare_streams() -> None:
-    """Make standard output and error take every text. A stream that the caller has closed takes it and forgets it; its file descriptor is
-    taken, or the next file that is opened would get what is printed."""
+    """Make standard output and error accept every text. In place of a stream that the caller has closed, /dev/null is opened: otherwise the
+    next file that is opened would get the stream's descriptor, and what is printed."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             null = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             setattr(sys, name, null)
         elif name == "stdout" and hasattr(stream, "reconfigure"):
-            # Standard error does so by itself.
+            # Standard error replaces characters by itself.
             stream.reconfigure(errors="backslashreplace")
 
 
 def allow_open_files() -> None:
-    """Raise the soft limit on open files to the hard one: a rank has sockets to other ranks, data workers, shards of datasets. Many
-    machines begin with 1024, and allow far more to those who ask."""
+    """Raise the soft limit on open files to the hard limit. A rank has sockets to other ranks, data workers and shards of datasets open,
+    and many machines begin with a soft limit of 1024 and allow far more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, _MOST_FILES) if hard != resource.RLIM_INFINITY else _MOST_FILES
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
-    with contextlib.suppress(OSError, ValueError):  # a limit of the kernel's own; what is there has to do
+    with contextlib.suppress(OSError, ValueError):  # the kernel has a limit of its own, and the old limit stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def text_argument(text: str) -> str:
-    """The type of an argument that is a text. In a locale that is not UTF-8 (``LC_ALL=C``), Python hands its bytes on as surrogates."""
+    """Return an argument of the command line as text. In a locale that is not UTF-8 (``LC_ALL=C``), Python gives its bytes as
+    surrogates."""
     is_escaped = any("\udc80" <= character <= "\udcff" for character in text)
     return os.fsencode(text).decode("utf-8", "surrogateescape") if is_escaped and sys.getfilesystemencoding() != "utf-8" else text
 
 
 def is_out_of_files(error: BaseException) -> bool:
-    """Tell whether an error says that there are too many open files. torch's libraries say so in the text of a RuntimeError."""
+    """Tell whether an error means too many open files. torch's libraries show it only in the text of a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno in (errno.EMFILE, errno.ENFILE)
     return isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error)
 
 
 def describe_error(error: BaseException) -> str:
-    """The error's text (its last line, where a library has a stack in it), and what to do where it is that files ran out."""
+    """Return the error's text, and, where there are too many open files, what to do."""
     if not is_out_of_files(error):
         return str(error)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -94,7 +96,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _end(program: str, error: OSError | RuntimeError) -> None:
-    """Exit if the error is of the environment."""
+    """Exit if the environment is the cause of the error."""
     has_no_reader = isinstance(error, BrokenPipeError) and _has_no_reader()
     if not has_no_reader and not is_out_of_files(error) and getattr(error, "errno", None) not in _OF_THE_DISK:
         return
@@ -109,14 +111,14 @@ def _end(program: str, error: OSError | RuntimeError) -> None:
 
 
 def _has_no_reader() -> bool:
-    """Tell whether standard output is a pipe that nobody reads from any more; a broken pipe may be another's."""
+    """Tell whether standard output is a pipe that nobody reads from any more. The broken pipe may also be another file's."""
     watched = select.poll()
     watched.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def _discard_output() -> None:
-    """Throw away what standard output does not take: Python would try once more at its end, and complain."""
+    """Send the rest of standard output to /dev/null: Python would try to write it at its end, and print an error."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -10,7 +10,11 @@ from w1train.config.errors import UserError
 
 
 def select_device() -> torch.device:
-    """The GPU of this local rank, or the CPU where there is no CUDA."""
+    """Select the GPU of this local rank, or the CPU where there is no CUDA.
+
+    Raises:
+        UserError: there are fewer GPUs than local ranks.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -23,12 +27,13 @@ def select_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Name for logs and for the peak used by MFU."""
+    """Name the device, for logs and for the peak that MFU is computed with."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak GiB: allocated on the GPU since the start, or resident in this process on the CPU."""
+    """Return an amount of memory in GiB: on a GPU, the largest amount that was allocated since the start; on the CPU, the amount that this
+    process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil
@@ -37,6 +42,6 @@ def memory_gib(device: torch.device) -> float:
 
 
 def make_deterministic() -> None:
-    """Deterministic kernels (warn where there is none), and cuBLAS's fixed workspaces."""
+    """Choose deterministic kernels, with a warning where an operation has no such kernel, and fixed workspaces for cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed from torchrun's environment, then megatron-core's parallel state."""
+"""Process groups, torch.distributed's from torchrun's environment and megatron-core's for the layout, and errors that all ranks share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from w1train.config.errors import first_line
 from w1train.config.schema import ParallelConfig
-from w1train.runtime.cpu import redirect_cuda_to_cpu
 from w1train.runtime.device import select_device
+from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
 from w1train.runtime.rendezvous import store_of_this_start
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 @dataclass(slots=True, frozen=True)
 class Ranks:
-    """Where this process stands in the layout."""
+    """The place of this process in the layout."""
 
     rank: int
     world_size: int
@@ -35,16 +36,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes configuration, summary, report and the console."""
+        """Whether this is rank 0, which writes configuration, summary, report and the console."""
         return self.rank == 0
 
 
 @contextmanager
 def distributed(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Ranks]:
-    """Process groups for the run, torn down at a clean end; ``timeout`` is how long a collective waits for another rank.
+    """Make the process groups of the run, and tear them down if the block ends without an error. ``timeout`` is how long a collective waits
+    for another rank.
 
-    The caller has validated that the world size fits the layout. After an error the groups stay as they are until the process ends:
-    peers may sit in a collective, and NCCL's teardown would wait for them; the sockets that close then tell them.
+    The caller has validated that the world size fits the layout. After an error the groups stay until the process ends: other ranks may be
+    in a collective, and NCCL's teardown would wait for them. They see the error when the sockets of this process close.
     """
     redirect_cuda_to_cpu()
     device = select_device()
@@ -63,7 +65,7 @@ def initialize_process_group(device: torch.device, timeout: datetime.timedelta =
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        # A plain `python -m w1train.pretrain`: a world of one, without a port that another run could hold.
+        # A plain `python -m w1train.pretrain`: a world of one rank, which needs no port (another run could hold it).
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -74,15 +76,14 @@ def initialize_process_group(device: torch.device, timeout: datetime.timedelta =
         dist.init_process_group(backend, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        why = str(error).partition("\n")[0]
-        message = (
-            f"rank {os.environ['RANK']} could not meet the other ranks at {place} ({why}). Check that rank 0 runs and can be reached there"
-        )
-        raise ConnectionError(message) from error
+        raise ConnectionError(
+            f"rank {os.environ['RANK']} could not meet the other ranks at {place} ({first_line(error)}). Check that rank 0 runs and can be "
+            "reached there"
+        ) from error
 
 
 def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
-    """megatron-core's groups for the layout."""
+    """Make megatron-core's groups for the layout."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -94,12 +95,12 @@ def initialize_model_parallel(parallel: ParallelConfig, timeout: datetime.timede
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
-    # Nothing here draws from it (no dropout, counter-based noise), but sequence parallelism forks this tracker and wants it set.
+    # w1train draws nothing from this state (there is no dropout, and noise is counter-based), but sequence parallelism forks it.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
 
 def current_ranks(device: torch.device) -> Ranks:
-    """This process's place, from megatron-core's groups."""
+    """Read this process's place from megatron-core's groups."""
     from megatron.core import parallel_state
 
     return Ranks(
@@ -112,12 +113,12 @@ def current_ranks(device: torch.device) -> Ranks:
 
 
 def destroy() -> None:
-    """Tear the groups down; without it NCCL warns at exit, and a second layout in this process is refused."""
+    """Tear down the groups. Otherwise NCCL would warn at exit, and a second layout in this process would be refused."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    # It forgets some of its groups. One that is left is freed when the next layout takes its place: in a forked process, whose
-    # copy has no threads to join, for ever.
+    # parallel_state keeps some of its groups. They would be freed when the next layout replaces them, and in a forked process, whose copy
+    # of a group has no threads to join, that would take for ever.
     for name, value in vars(parallel_state).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
@@ -125,7 +126,7 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-# gloo's words when the other side ends while they talk, and when it has ended before they meet; NCCL's; the store's.
+# The words of gloo when the other side ends during an exchange or has ended before it, of NCCL, and of the store.
 _LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed"),
     *("remote process exited", "Did the remote server shutdown"),
@@ -133,30 +134,30 @@ _LOST_CONNECTION = (
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone. Libraries say so in words alone; under NCCL, which often says nothing,
-    the ranks that are left wait until the launcher or their watchdog ends them."""
+    """Tell whether a collective failed because another rank has ended. Libraries show this in the text of the error alone. NCCL often
+    raises nothing; the remaining ranks then wait until the launcher or their watchdog ends them."""
     return any(words in str(error) for words in _LOST_CONNECTION)
 
 
-# What comes out on all ranks when one meets it: mistakes of users, files, checkpoints.
+# Errors that all ranks raise when one rank meets them: mistakes of users, of files, of checkpoints.
 _SHARED_ERRORS = (ValueError, OSError, RuntimeError)
 
 
 def agreed[Error: BaseException](error: Error) -> Error:
-    """Mark an error that all ranks raise alike: rank 0 alone says it. Without the mark, the rank that met it does."""
+    """Mark an error that all ranks raise alike, which rank 0 alone prints. An error without the mark is printed by the rank that met it."""
     error.__dict__["agreed"] = True
     return error
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether all ranks raise this error."""
+    """Return whether all ranks raise this error."""
     return error.__dict__.get("agreed", False)
 
 
 def on_main_rank[Result](action: Callable[[], Result]) -> Result:
-    """Do ``action`` on rank 0 alone; its result, or its exception (agreed), comes out on every rank.
+    """Do ``action`` on rank 0 alone, and return its result, or raise its exception (marked as agreed), on every rank.
 
-    So a mistake that only rank 0 can see (a run directory in use) ends all ranks alike instead of leaving them waiting.
+    A mistake that only rank 0 can see (a run directory in use) then ends all ranks instead of leaving them waiting.
     """
     outcome: list[object] = [None, None]
     if dist.get_rank() == 0:
@@ -171,8 +172,8 @@ def on_main_rank[Result](action: Callable[[], Result]) -> Result:
 
 
 def all_or_none[Result](action: Callable[[], Result]) -> Result:
-    """Do ``action``, which must not wait for other ranks, on every rank; each gets its own result, or all raise the first error
-    of any (agreed; a note names the rank where not all have met one)."""
+    """Do ``action``, which must not wait for other ranks, on every rank. Each rank gets its own result; or, if any rank meets an error, all
+    raise the error of the lowest of these ranks (marked as agreed; a note names the ranks unless all met an error)."""
     result: Result | None = None
     failure: BaseException | None = None
     try:
@@ -191,7 +192,7 @@ def all_or_none[Result](action: Callable[[], Result]) -> Result:
 
 
 def on_every_rank[Result](action: Callable[[], Result]) -> list[Result]:
-    """``all_or_none``, and every rank gets all results, by rank."""
+    """Do ``action`` as :func:`all_or_none` does, and return the results of all ranks, by rank."""
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, all_or_none(action))
     return results

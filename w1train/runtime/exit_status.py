@@ -1,4 +1,4 @@
-"""How w1train.pretrain ends: what schedulers, launchers and scripts go by."""
+"""The exit statuses of w1train.pretrain, by which schedulers, launchers and scripts decide what to do next."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from enum import IntEnum
 
 
 class ExitStatus(IntEnum):
-    """Exit statuses of w1train.pretrain, and of w1train.status, which tells of a run what it would end with."""
+    """Exit statuses of w1train.pretrain, and of w1train.status, which ends with the status of the run that it describes."""
 
     FINISHED = 0
     FAILED = 1
-    """Stopped by what happened (a disk, a lost rank, a hang): the same command goes on from the last checkpoint, if the cause is gone."""
+    """Something failed (a disk, a lost rank, a hang). Once the cause is gone, the same command resumes from the last checkpoint."""
     MISTAKE = 2
-    """The user's: of configuration or data. The same command would fail again."""
+    """A mistake of the user, in the configuration or the data. The same command would fail again."""
     RUNNING = 3
-    """w1train.status alone: not ended."""
+    """The run has not ended. Used by w1train.status alone."""
     STOPPED = 75
-    """On a signal, after saving: the same command goes on (EX_TEMPFAIL of sysexits.h, which schedulers take as a reason to requeue)."""
+    """A signal ended the run after a save. The same command resumes (EX_TEMPFAIL of sysexits.h: schedulers requeue such a job)."""
     INTERRUPTED = 130
-    """Ctrl-C."""
+    """The user pressed Ctrl-C."""

@@ -1,8 +1,8 @@
-"""Files that are either the old one or the new one, never half of either; neither a kill nor a power cut makes it otherwise.
+"""Files that are replaced whole: after a kill or a power cut a file has its old content or its new content, and never a part of either.
 
 Every file that w1train writes at a name that somebody else can guess is opened here. In a directory that others may write to (/tmp, the
 runs of a group), such a name may hold a link that somebody has put there, and a plain ``open(path, "w")`` would empty the file behind it.
-Directories, and links to directories, are followed as ever: a run may lie on a scratch disk behind a link.
+Links to directories are followed, because a run may be on a scratch disk behind a link.
 """
 
 from __future__ import annotations
@@ -18,29 +18,33 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 PARTIAL_SUFFIX = ".partial"
-"""Ends the name of a file that is being written. The name is fixed, so that what a kill leaves is overwritten, not collected."""
+"""The end of the name of a file that is being written. The name is fixed, so that the file that a kill leaves is overwritten by the next
+write, and such files do not accumulate."""
 
 
 class UnsafeFileError(OSError):
-    """A name at which w1train would write holds something other than a file of that name alone; the message says what to do."""
+    """An error about a name at which w1train would write, but which holds something other than a file of that name alone. The message says
+    what to do."""
 
 
 def open_new(path: str | Path) -> BinaryIO:
-    """Open an empty file for reading and writing; a file, link or FIFO of that name is removed first, and what it led to is not touched.
+    """Open an empty file for reading and writing. A file, link or FIFO of that name is removed first, and what a link led to is not
+    touched.
 
-    Raises OSError (no permission; the name is a directory's).
+    Raises:
+        OSError: no permission, or the name is a directory's.
     """
     Path(path).unlink(missing_ok=True)
-    # "x": what somebody puts there between the removal and the opening is refused by the kernel.
+    # "x": if somebody makes a file there between the removal and the opening, the kernel refuses to open it.
     return open(path, "x+b", opener=_open_no_link)
 
 
 def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> BinaryIO:
-    """Open a file for writing without emptying it; it is made if it is not there, but for "r+b".
+    """Open a file for writing without emptying it. A file that is not there is made, unless the mode is "r+b".
 
     Raises:
-        UnsafeFileError: it is a symbolic link, has a second name (a hard link), or is no regular file.
-        OSError: it cannot be opened.
+        UnsafeFileError: the file is a symbolic link, has a second name (a hard link), or is not a regular file.
+        OSError: the file cannot be opened.
     """
     return open(path, mode, opener=_open_no_link)
 
@@ -72,9 +76,10 @@ def _unsafe(path: str, reason: str) -> UnsafeFileError:
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file beside ``path`` for writing; it takes ``path``'s place when the block ends without an exception.
+    """Open a file beside ``path`` for writing. It takes the place of ``path`` when the block ends without an exception.
 
-    Raises OSError (no space, no permission), with ``path`` untouched and the file beside it removed.
+    Raises:
+        OSError: no space, no permission. ``path`` is untouched, and the file beside it is removed.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
@@ -93,10 +98,12 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold the lock that stands for ``path`` (a file beside it): of several processes on a machine that would make the same file, one does,
-    while the others wait. The kernel frees the lock of a process that ends, however it ends.
+    """Hold the lock of ``path`` (a file beside it). Of several processes on a machine that would make the same file, one makes it, and the
+    others wait. The kernel frees the lock of a process that ends, however it ends.
 
-    Raises OSError if the file system has no locks, UnsafeFileError if something other than a file has the lock's name.
+    Raises:
+        OSError: the file system has no locks.
+        UnsafeFileError: something other than a file has the lock's name.
     """
     path = Path(path)
     with open_in_place(path.with_name(f".{path.name}.lock"), "ab") as lock:
@@ -122,19 +129,19 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8 through :func:`replace_file`; a lone surrogate, which UTF-8 has not, is written as its escape."""
+    """Write ``text`` as UTF-8 through :func:`replace_file`. A lone surrogate, which UTF-8 cannot express, is written as its escape."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def copy_if_different(source: str | Path, target: str | Path) -> None:
-    """Give ``target`` the content of ``source`` through :func:`replace_file`; a target that has it already is not touched."""
+    """Give ``target`` the content of ``source`` through :func:`replace_file`. A target that has this content already is not touched."""
     content = Path(source).read_bytes()
     if not Path(target).exists() or Path(target).read_bytes() != content:
         write_bytes(target, content)
 
 
 def sync_directory(directory: str | Path) -> None:
-    """Make renames in a directory survive a power cut (a rename alone may be lost, or come before the file's content)."""
+    """Make renames in a directory survive a power cut. Otherwise a rename may be lost, or reach the disk before the file's content."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

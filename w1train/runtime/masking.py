@@ -1,7 +1,7 @@
-"""Masks for the passwords of URLs in all that a process shows, whoever shows it: a log, a library's exception, a print.
+"""Masks for the passwords of URLs in all that a process shows: in its log, in exceptions of libraries, in what it prints.
 
-Most quote the URL, and are found by its form. Some storages take it apart and quote a piece; so the passwords of the command line, the
-environment and the configuration are remembered, and found wherever they are.
+Most texts quote the whole URL, and the password is found by the URL's form. Some storage libraries quote a piece of the URL. The passwords
+of the command line, the environment and the configuration are therefore remembered, and found anywhere in a text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from w1train.config.credentials import MASK, find_passwords, mask_urls
 
 _LEAST_ALONE = 8
-"""Characters of a password that is masked where it stands alone; a shorter one may be a part of any word."""
+"""The fewest characters of a password that is masked where it stands alone. A shorter password may be a part of any word."""
 _PLAIN_WORD = re.compile("[A-Za-z][a-z]{0,14}")
 """A password that is not masked where it stands alone: the "training" of postgres://user:training@host is in many messages."""
 _passwords: set[str] = set()
@@ -28,10 +28,11 @@ def remember_passwords(texts: Iterable[str]) -> None:
 
 
 def mask(text: str) -> str:
-    """The text without passwords of URLs, and without those that are remembered. Where a remembered password stands alone, it is masked if
-    it has 8 characters at least and is no plain word (up to 15 letters, small behind the first); between ``:`` and ``@`` it always is."""
+    """Return the text without passwords of URLs, and without remembered passwords. Where a remembered password stands alone, it is masked
+    if it has at least 8 characters and is not a plain word (up to 15 letters, all but the first small); between ``:`` and ``@`` it is
+    always masked."""
     text = mask_urls(text)
-    # The longest first: one may be the beginning of another.
+    # The longest password first: a shorter one may be its beginning.
     for password in sorted(_passwords, key=len, reverse=True):
         text = text.replace(password, MASK) if _is_masked_alone(password) else text.replace(f":{password}@", f":{MASK}@")
     return text
@@ -43,7 +44,7 @@ def _is_masked_alone(password: str) -> bool:
 
 def mask_output() -> None:
     """Remember the passwords of the command line and the environment, and mask what this process writes to stdout and stderr from now on.
-    Commands call this first (command.py): a log handler keeps the stream that it has found."""
+    Commands call this first (command.py), because a log handler keeps the stream that it has found."""
     remember_passwords([*sys.argv, *os.environ.values()])
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -52,13 +53,13 @@ def mask_output() -> None:
 
 
 def unmasked(stream: TextIO) -> TextIO:
-    """The stream that takes texts as they are. It is for what a model has generated, and for JSON whose texts are masked already: a mask
+    """Return the stream without its mask. It is for text that a model has generated, and for JSON whose texts are masked already: a mask
     over the whole could end inside a number or an escape."""
     return stream._stream if isinstance(stream, _MaskedStream) else stream
 
 
 class _MaskedStream:
-    """A text stream in all but ``write``."""
+    """A text stream whose ``write`` masks passwords."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Around a rank's run: status.json, heartbeats, signals and the watchdog, from the claim of the run directory to its end."""
+"""Everything that watches a rank's run: status.json, heartbeats, signals and the watchdog."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from w1train.config.errors import UserError
+from w1train.config.errors import UserError, first_line
 from w1train.config.schema import HealthConfig
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.pulse import SAVING, STARTING, VALIDATING, pulse
@@ -19,10 +19,11 @@ _STATES: dict[str, State] = {STARTING: "starting", SAVING: "saving", VALIDATING:
 
 @contextmanager
 def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator[StatusFile]:
-    """For the run directory's holder (rank 0) and the ranks that know it is held. An exception that ends the block is told in the
-    status; a clean end is told by the caller, who knows which."""
+    """Watch a run from the claim of its directory, which rank 0 holds, to its end. Called on every rank. If an exception ends the
+    block, its text becomes the status's message. After an end without an exception the caller updates the status: the run is finished or
+    stopped."""
     status = StatusFile(directory, ranks.world_size, active=ranks.is_main)
-    # The silence that the watchdog measures begins now, not when the process did: its thread looks at once.
+    # The watchdog's thread looks at once. The time without progress that it measures begins now, and not when the process did.
     pulse.beat()
     with StopSignals() as signals, Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals):
         pulse.observer = lambda: _show(status)
@@ -31,7 +32,7 @@ def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator
             yield status
         except BaseException as error:
             state: State = "mistake" if isinstance(error, UserError) else "failed"
-            status.update(state, message=str(error).partition("\n")[0] or type(error).__name__)
+            status.update(state, message=first_line(error))
             raise
         finally:
             pulse.observer = None

@@ -1,8 +1,8 @@
 """Object storage through fsspec (s3://, gs://, file://, ...).
 
-fsspec hands on what the library of a protocol raises. What botocore, gcsfs and aiohttp raise is often no OSError, and cannot always be sent
-to another rank. Here each fault becomes one StorageError, whose message names the storage and what to check, and a fault that may pass is
-met with another attempt.
+fsspec raises the exceptions of the library of a protocol. Those of botocore, gcsfs and aiohttp are often not OSErrors, and cannot always be
+sent to another rank. Here each failure becomes one StorageError, whose message names the storage and what to check. After a failure that
+may pass, another attempt is made.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WrongSizeError(StorageError):
 
 
 class _LocalError(Exception):
-    """A failure of the local disk in the middle of a transfer: the storage has no part in it."""
+    """A failure of the local disk in the middle of a transfer, which is not the storage's."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -70,11 +70,11 @@ class ObjectStorage:
     """The files under a URL. Paths are those of fsspec, and begin with ``root``.
 
     Every method makes ATTEMPTS attempts. It raises FileNotFoundError at once if the file is not there, and StorageError if the storage
-    refuses or the last attempt fails too. The first method that is called opens the connection: to make an object costs nothing.
+    refuses or the last attempt fails too. The first method that is called opens the connection; making the object opens nothing.
     """
 
     def __init__(self, url: str) -> None:
-        # Not the slashes of "://".
+        # Slashes at the end are removed, but not those of "://".
         self._url = re.sub(r"(?<![:/])/+$", "", url)
 
     @property
@@ -94,7 +94,7 @@ class ObjectStorage:
         return self._try("open it", partial(fsspec.core.url_to_fs, self._url))
 
     def names(self, directory: str) -> list[str]:
-        """The names directly under a directory; empty if it is not there. A listing may be stale."""
+        """Return the names directly under a directory; an empty list if it is not there. A listing may be stale."""
         try:
             paths = self._do("list", directory, lambda files: files.ls(directory, detail=False))
         except FileNotFoundError:
@@ -102,7 +102,7 @@ class ObjectStorage:
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
 
     def glob(self, pattern: str) -> list[str]:
-        """The paths that match a pattern. They come from a listing: the caller checks what it makes of them."""
+        """Return the paths that match a pattern. They come from a listing, which may be stale or wrong: the caller checks them."""
         return self._do("list", pattern, lambda files: files.glob(pattern))
 
     def info(self, path: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class ObjectStorage:
         return True
 
     def read(self, path: str, limit: int) -> bytes:
-        """The content of a small file, or its first ``limit`` + 1 bytes if it is longer than ``limit``."""
+        """Return the content of a small file, or its first ``limit`` + 1 bytes if it is longer than ``limit``."""
 
         def read(files: Any) -> bytes:
             with files.open(path, "rb") as source:
@@ -139,7 +139,7 @@ class ObjectStorage:
         self._do("write", path, lambda files: files.makedirs(path, exist_ok=True))
 
     def upload(self, file: Path, path: str, on_progress: Callable[[], None]) -> None:
-        """Copy a local file there. ``on_progress`` is called after each part whose arrival the library reports, and at the end."""
+        """Copy a local file to the storage. ``on_progress`` is called after each part whose arrival the library reports, and at the end."""
         from fsspec.callbacks import Callback
 
         class Progress(Callback):
@@ -178,7 +178,7 @@ class ObjectStorage:
         files = self._opened[0]
 
         def act() -> Result:
-            # What another process has changed is not in the listings that fsspec keeps.
+            # fsspec keeps listings, in which changes by other processes are missing.
             files.invalidate_cache()
             return action(files)
 
@@ -193,7 +193,7 @@ class ObjectStorage:
             except _LocalError as error:
                 raise error.error from None
             except (Exception, CancelledError) as error:
-                # All that is called here is the storage's library. It has no common base class for what it raises.
+                # Only the storage's library is called here, and its exceptions have no common base class.
                 if attempt == ATTEMPTS or not _may_pass(error):
                     raise self._explained(what, attempt, error) from error
                 logger.warning("%s: could not %s: %s; trying again", self.url, mask(what), _text(error))
@@ -225,13 +225,13 @@ def _copy(files: Any, path: str, file: BinaryIO, num_bytes: int) -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Tell whether another attempt has a chance: not after a refusal, and not without a package."""
+    """Tell whether another attempt may succeed. After a refusal, or without a package, it cannot."""
     is_refused = isinstance(error, PermissionError) or _http_status(error) in _REFUSALS or type(error).__name__ in _CREDENTIAL_ERRORS
     return not is_refused and not isinstance(error, ImportError)
 
 
 def _http_status(error: BaseException) -> object:
-    """The status of an HTTP answer, where botocore, gcsfs, aiohttp and azure keep it."""
+    """Return the status of an HTTP answer, from where botocore, gcsfs, aiohttp and azure keep it."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -240,6 +240,6 @@ def _http_status(error: BaseException) -> object:
 
 
 def _text(error: BaseException) -> str:
-    """The type and message of an exception, in one line and without passwords."""
+    """Return the type and message of an exception, in one line and without passwords."""
     message = " ".join(str(error).split())
     return mask(f"{type(error).__name__}: {message}" if message else type(error).__name__)

@@ -1,8 +1,8 @@
-"""What this process is doing, and whether it gets on: one record a process, written by the training loop, read by the watchdog's thread
+"""The activity and progress of this process: one record a process, written by the training loop, read by the watchdog's thread
 (w1train.runtime.watchdog) and shown in status.json.
 
-A global, as the signals that end up here are: what computes (a micro-batch, a pass of the sampler) says :func:`beat` without having to be
-handed anything. Without a watchdog nobody reads it.
+The record is a global of the process, as signals are. Code that computes something (a micro-batch, a pass of the sampler) calls
+:func:`beat`, and needs no object for it. Without a watchdog nobody reads the record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STARTING, TRAINING, VALIDATING, SAVING, LOADING = "starting", "training", "valid
 
 @dataclass(slots=True)
 class Pulse:
-    """Of one process."""
+    """The record of one process."""
 
     activity: str = STARTING
     step: int = 0
@@ -28,32 +28,33 @@ class Pulse:
     num_steps: int = 0
     total_tokens: int = 0
     progress: float = field(default_factory=time.monotonic)
-    """When it last got on."""
+    """Monotonic seconds of the last sign of progress."""
     moved: float = field(default_factory=time.monotonic)
-    """The time at which a thread of this process last read or wrote a piece of a checkpoint."""
+    """Monotonic seconds at which a thread of this process last read or wrote a piece of a checkpoint."""
     transfers: list[str] = field(default_factory=list)
-    """The files that its threads read or write at this moment, for the message of a hang."""
+    """The files that threads of this process read or write now, for the message of a hang."""
     stop_requested: bool = False
-    """A signal asks for the end, at the next step's boundary."""
+    """Whether a signal asks the run to end after the current step."""
     observer: Callable[[], None] | None = None
-    """Called at each sign of progress."""
+    """A function that is called at each sign of progress."""
 
     def beat(self) -> None:
-        """A sign of progress."""
+        """Record a sign of progress."""
         self.progress = time.monotonic()
         if self.observer is not None:
             self.observer()
 
     def note_movement(self) -> None:
-        """A piece of a checkpoint has been read or written. For the main thread it is a sign of progress; a save in the background is one
-        for those alone who wait for it (w1train.runtime.transfers), or it would hide a training step that hangs beside it."""
+        """Record that a piece of a checkpoint has been read or written. In the main thread this is a sign of progress. In another thread,
+        which saves in the background, it counts as progress only for ranks that wait for the save (w1train.runtime.transfers): otherwise
+        the save would hide a training step that hangs."""
         self.moved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self.beat()
 
     @contextmanager
     def transferring(self, what: str) -> Iterator[None]:
-        """Say what a thread reads or writes, while it does."""
+        """Name what a thread reads or writes inside the block."""
         self.note_movement()
         self.transfers.append(what)
         try:
@@ -63,7 +64,7 @@ class Pulse:
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
-        """Do something else than before for a while."""
+        """Set the activity inside the block."""
         before, self.activity = self.activity, activity
         self.beat()
         try:
@@ -77,10 +78,10 @@ pulse = Pulse()
 
 
 def beat() -> None:
-    """This process gets on."""
+    """Record a sign of progress of this process."""
     pulse.beat()
 
 
 def moved() -> None:
-    """A piece of a checkpoint has been read or written by this thread."""
+    """Record that this thread has read or written a piece of a checkpoint."""
     pulse.note_movement()

@@ -1,9 +1,9 @@
-"""Where the ranks of one start find each other under torchrun.
+"""The agreement of ranks on a name for their start, under torchrun.
 
-torchrun keeps one store for all its restarts, and torch's groups write their addresses under the same keys at every start: a rank that
-is quick after a restart finds the address of a process that is dead (gloo: "Connection refused"; NCCL: an old communicator's id;
-https://github.com/pytorch/pytorch/issues/135712). torchrun's count of restarts would tell starts apart, but each node counts its own.
-So the ranks agree on a name for this start, and keep all they store under it.
+torchrun keeps one store for all its restarts, and torch's groups write their addresses under the same keys at every start. A rank that
+is quick after a restart finds the address of a process that has ended (gloo: "Connection refused"; NCCL: an old communicator's id;
+https://github.com/pytorch/pytorch/issues/135712). torchrun's count of restarts cannot tell starts apart, because each node counts its own.
+Therefore the ranks agree on a name for this start, and store their keys under it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.05
 
 
 def store_of_this_start(timeout: timedelta) -> tuple[dist.Store, int, int] | None:
-    """(store, rank, world size) for ``init_process_group`` under torchrun's agent; None where no store outlives the ranks."""
+    """Return (store, rank, world size) for ``init_process_group`` under torchrun's agent, or None where no store outlives the ranks."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
@@ -30,10 +30,11 @@ def store_of_this_start(timeout: timedelta) -> tuple[dist.Store, int, int] | Non
 
 
 def name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that is the same on all ranks that call this now, and new, whatever earlier starts have left in the store.
+    """Return a name that is the same on all ranks that call this now, and new, whatever earlier starts have left in the store.
 
-    Each rank says hello with a number of its own; rank 0 makes the name of what it finds, dead ranks' hellos at first, and makes another
-    when they change. A rank agrees only to a name with its own hello in it, and uses it only once rank 0 has seen all agree.
+    Each rank stores a random number, its hello. Rank 0 makes a name from the hellos that it finds, which at first may be those of ranks
+    that have ended, and makes a new name when a hello changes. Another rank agrees only to a name that was made with its own hello, and
+    uses the name only after rank 0 has seen that all ranks agree.
 
     Raises:
         TimeoutError: not all ranks came.
@@ -59,7 +60,7 @@ class _Names:
         self._store.set(self._hellos[rank], self._hello)
 
     def offer(self) -> str | None:
-        """Rank 0: offer the name of the ranks that have said hello; it is settled when all have answered with it."""
+        """Publish a name, on rank 0, that is made from all hellos. Return the name when all ranks have answered with it."""
         hellos = self._read(self._hellos)
         if hellos is None:
             return None
@@ -73,7 +74,7 @@ class _Names:
         return name
 
     def accept(self) -> str | None:
-        """The other ranks: answer an offer that knows of this process."""
+        """Answer an offer, on the other ranks, that was made with this process's hello. Return the name when rank 0 has settled it."""
         found = self._read(["offer"])
         name, hellos = json.loads(found[0]) if found else ("", [])
         if self._hello not in hellos:
@@ -84,7 +85,7 @@ class _Names:
         return name if self._read(["settled"]) == [name] else None
 
     def _read(self, keys: list[str]) -> list[str] | None:
-        """Their values, None unless all are there; get would wait for them."""
+        """Return the values of the keys, or None unless all are there: the store's get would wait for them."""
         if keys and not self._store.check(keys):
             return None
         return [self._store.get(key).decode() for key in keys]

@@ -15,12 +15,12 @@ from w1train.runtime.files import UnsafeFileError, open_in_place
 
 
 class RunDirectoryError(UserError):
-    """The run directory cannot be used; the message says why and what to do."""
+    """An error about a run directory that cannot be used. The message says why, and what to do."""
 
 
 class RunDirectory:
     """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, events.jsonl, summary.json,
-    report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; and of what went wrong stacks/ and bad_batches/."""
+    report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; and after failures stacks/ and bad_batches/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class RunDirectory:
         """Create the directory and lock it until this process ends (the kernel frees the lock of a killed process).
 
         Raises:
-            RunDirectoryError: another process holds it, it cannot be created, or its lock is a link to another file.
+            RunDirectoryError: another process holds the directory, it cannot be created, or its lock is a link to another file.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -63,11 +63,11 @@ class RunDirectory:
         lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         lock.flush()
         self._lock = lock
-        # A forked data worker has a copy of the open file, and would keep the lock of a run that was killed until it ends too.
+        # A forked data worker has a copy of the open file. Without this it would keep the lock of a killed run until the worker ends too.
         os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
-        """Give the directory up."""
+        """Release the directory's lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

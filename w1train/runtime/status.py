@@ -1,6 +1,7 @@
-"""``status.json`` and the heartbeats: what a run is doing, for people and scripts that look from outside.
+"""``status.json`` and the heartbeats: files that tell users and scripts what a run is doing.
 
-Reading needs no torch; the files are small, replaced whole, and never waited for: a status that cannot be written is a warning.
+They can be read without torch. The files are small and replaced whole. A run does not wait for them, and a status that cannot be written is
+a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from w1train.config.ranges import LARGEST_INTEGER
+from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.reading import LARGEST_STATUS, FileContentError, read_json_object
 from w1train.runtime.files import open_new
 from w1train.runtime.masking import mask
@@ -31,7 +32,7 @@ _SECONDS_BETWEEN_WRITES = 1.0
 
 @dataclass(slots=True)
 class Status:
-    """The run as rank 0 sees it."""
+    """The state of a run, as rank 0 knows it."""
 
     state: State
     step: int
@@ -39,39 +40,40 @@ class Status:
     tokens: int
     total_tokens: int
     time: float
-    """Unix seconds of the last sign of progress: what hangs does not write."""
+    """Unix seconds of the last sign of progress. A run that hangs does not write it."""
     pid: int
     host: str
     world_size: int
     message: str | None = None
-    """Why it stopped or failed, and what else a reader should know."""
+    """The reason why the run stopped or failed, or another fact that a reader should know."""
 
 
 @dataclass(slots=True)
 class Heartbeat:
-    """A rank as it sees itself."""
+    """The state of one rank, which it writes itself."""
 
     rank: int
     host: str
     pid: int
     step: int
     activity: str
-    """What it does: starting, training, saving, ..."""
+    """What the rank does: starting, training, saving, ..."""
     time: float
-    """Unix seconds when this was written: the process lives."""
+    """Unix seconds at which the heartbeat was written: the process was alive then."""
     progress: float
-    """Unix seconds of its last sign of progress: a process that lives may hang."""
+    """Unix seconds of the rank's last sign of progress: a process that is alive may hang."""
     place: str
-    """Innermost Python function of its main thread."""
+    """The innermost Python function of the rank's main thread."""
     stalled: str = ""
     """The part of a checkpoint that the rank reads or writes, if no byte of it has moved for a while."""
 
 
 class StatusFile:
-    """Writes a run's status on rank 0; on other ranks it keeps quiet."""
+    """The writer of a run's status. It writes on rank 0 alone."""
 
     def __init__(self, directory: Path, world_size: int, *, active: bool) -> None:
-        """A run that has finished stays so until it trains on: starting it once more changes nothing."""
+        """Read the old status. If the run has finished, the file stays as it is until training continues: a start that finds nothing to do
+        changes nothing."""
         self.path, self._active = directory / STATUS_FILE, active
         self._status = Status("starting", 0, 0, 0, 0, 0.0, os.getpid(), socket.gethostname(), world_size)
         old = read_status(directory)
@@ -79,7 +81,7 @@ class StatusFile:
         self._written = float("-inf")
 
     def update(self, state: State | None = None, **values: Any) -> None:
-        """Change some fields. Written at once if the state or the message is another, otherwise at most once a second."""
+        """Change some fields. The file is written at once if the state or the message changes, and otherwise at most once a second."""
         status = self._status
         changed = (state or status.state, values.get("message", status.message)) != (status.state, status.message)
         status.state = state or status.state
@@ -94,18 +96,18 @@ class StatusFile:
 
     @property
     def is_held(self) -> bool:
-        """Whether the run has finished before, and nothing of this start is written yet, on any rank."""
+        """Whether the run had finished before this start, and this start has written nothing yet, on any rank."""
         return self._held
 
 
 def read_status(directory: Path) -> Status | None:
-    """The status of a run; None if it has none that can be read."""
+    """Return the status of a run, or None if there is no status that can be read."""
     values = _read_json(directory / STATUS_FILE)
     return None if values is None else _from_values(Status, values)
 
 
 def heartbeat_path(directory: Path, rank: int) -> Path:
-    """The file of a rank, there or not."""
+    """Return the path of a rank's file, whether or not the file exists."""
     return directory / HEARTBEATS / f"rank_{rank:05d}.json"
 
 
@@ -115,9 +117,9 @@ def write_heartbeat(directory: Path, heartbeat: Heartbeat) -> None:
 
 
 def read_heartbeats(directory: Path, world_size: int) -> dict[int, Heartbeat]:
-    """The heartbeats of a run's ranks that can be read, by rank."""
+    """Return the heartbeats of a run that can be read, by rank."""
     found = {}
-    # By the files, not by the world size, which somebody else's status.json may give as 10^18.
+    # The loop is over the files, and not over the world size, which somebody else's status.json may give as 10^18.
     for path in sorted((directory / HEARTBEATS).glob("rank_*.json")):
         values = _read_json(path)
         heartbeat = None if values is None else _from_values(Heartbeat, values)
@@ -127,9 +129,9 @@ def read_heartbeats(directory: Path, world_size: int) -> dict[int, Heartbeat]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a small file. Not waited for until it is on the disk: after a power cut the run is over anyway. What cannot be written is
-    a warning: a full disk is told by the checkpoint that needs it."""
-    # The watchdog's thread may write while the main one hangs in the middle of the same file.
+    """Replace a small file, and warn if it cannot be written: a full disk becomes an error when a checkpoint needs it. The file may reach
+    the disk later, because after a power cut the run is over anyway."""
+    # The watchdog's thread may write while the main thread hangs in the middle of the same file.
     partial = path.with_name(f".{path.name}.{threading.current_thread().name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +150,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _from_values[Record](kind: type[Record], values: dict[str, Any]) -> Record | None:
-    """Return None where a field is missing, unknown or not what such a field can be."""
+    """Make the record, or return None where a field is missing, is unknown or has an impossible value."""
     try:
         record = kind(**values)
     except TypeError:
@@ -159,7 +161,7 @@ def _from_values[Record](kind: type[Record], values: dict[str, Any]) -> Record |
 
 @cache
 def _types(name: str) -> dict[str, Any]:
-    """The types of the fields of one of this module's classes; a run of thousands of ranks has as many heartbeats."""
+    """Return the types of the fields of one of this module's classes. Kept, because a run of thousands of ranks has as many heartbeats."""
     return get_type_hints(globals()[name])
 
 

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1 ask a run to save and end (schedulers send them some time before they kill).
+"""SIGTERM and SIGUSR1, which ask a run to save and end (schedulers send them some time before they kill).
 
-Python runs a signal's handler between two bytecodes of the main thread: not while that waits in a collective. The interpreter's C code
-writes the signal's number to a pipe at once, wherever the main thread is; the watchdog's thread reads it there, and sees to it that the
-process ends in time even then.
+Python runs a signal's handler between two bytecodes of the main thread, and therefore not while the main thread waits in a collective. The
+interpreter's C code writes the signal's number to a pipe at once, wherever the main thread is. The watchdog's thread reads the pipe, and
+ends the process in time even if the main thread waits.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _SAME_REQUEST_SECONDS = 5.0
 
 
 class StopSignals:
-    """A context manager for the main thread. A first signal sets ``pulse.stop_requested``."""
+    """A context manager for the main thread, which handles the signals. The first signal sets ``pulse.stop_requested``."""
 
     def __init__(self) -> None:
         self.requested_at: float | None = None
         """Monotonic seconds of the first signal."""
         self.name = ""
-        """Of the first signal."""
+        """The name of the first signal."""
         self.is_urgent = False
-        """A later signal asked again."""
+        """Whether a later signal has asked again."""
 
     def __enter__(self) -> StopSignals:
         self._read, self._write = os.pipe()
@@ -39,9 +39,9 @@ class StopSignals:
         self._old_handlers: dict[signal.Signals, Any] = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._owner = os.getpid()
-        # Schedulers signal every process of a job. A forked data worker must neither die of it, before the rank has saved, nor write to
-        # our pipe; it ends with its parent.
-        # Blocked meanwhile: the child has our handlers until it has got rid of them.
+        # Schedulers signal every process of a job. A forked data worker must not end by the signal, before the rank has saved, and must not
+        # write to this process's pipe; it ends with its parent. Signals are blocked during the fork, because the child has its parent's
+        # handlers until _forget has removed them.
         os.register_at_fork(before=self._block, after_in_parent=self._unblock, after_in_child=self._forget)
         return self
 
@@ -54,14 +54,15 @@ class StopSignals:
         self._owner = -1
 
     def wait(self, seconds: float) -> None:
-        """For a thread beside the main one: sleep until a signal comes or :meth:`wake` is called, at most so long, and take note of it."""
+        """Wait until a signal comes or :meth:`wake` is called, for ``seconds`` at most, and note the signal. Called in a thread other than
+        the main thread."""
         ready, _, _ = select.select([self._read], [], [], seconds)
         for number in os.read(self._read, 256) if ready else b"":
             if number in STOP_SIGNALS:
                 self._note(signal.Signals(number))
 
     def wake(self) -> None:
-        """End the :meth:`wait` that is under way."""
+        """End the running :meth:`wait`."""
         os.write(self._write, b"\0")
 
     def _note(self, number: signal.Signals) -> None:
@@ -73,7 +74,8 @@ class StopSignals:
             self.is_urgent = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """At once, where the main thread can: whether it is a second signal is the pipe's to say, for this may come late."""
+        """Ask for the end as soon as the main thread runs. Whether the signal is the second is decided by what the pipe has, since this
+        handler may run late."""
         pulse.stop_requested = True
 
     def _block(self) -> None:

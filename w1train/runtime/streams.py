@@ -1,4 +1,4 @@
-"""Streams of a GPU for work that ends in a copy to the host: on the model's stream it would wait for all that the model has queued."""
+"""GPU streams for work that ends in a copy to the host. On the model's stream this work would wait for all that the model has queued."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @cache
 def side_stream(_name: str, device: torch.device) -> torch.cuda.Stream:
-    """One for each name. Of high priority: its small kernels go first wherever the model's large ones leave room."""
+    """Return the stream of a name. It has high priority: its small kernels run first wherever the model's large kernels leave room."""
     return torch.cuda.Stream(device, priority=-1)
 
 
@@ -24,15 +24,15 @@ def hand_over(value: Any, stream: torch.cuda.Stream) -> None:
 
 
 def keep_for(stream: torch.cuda.Stream, tensors: Iterable[Tensor]) -> None:
-    """Their memory belongs to the stream that made them, which would give it to its next tensors as soon as the host forgets these, while
-    ``stream`` may not have read them yet."""
+    """Keep the memory of tensors until ``stream`` has read them. The memory belongs to the stream that made the tensors, and would
+    otherwise be given to that stream's next tensors as soon as the host drops these."""
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(stream)
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor in an object, whatever it is nested in: some objects are other libraries' own."""
+    """Yield every tensor in an object, in its lists, tuples and attributes at any depth: some of the objects are other libraries'."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return

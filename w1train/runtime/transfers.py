@@ -1,5 +1,5 @@
-"""Slow storage is no hang: checkpoints are read and written in pieces of bounded time, each of which is a sign of progress, and ranks that
-wait for another rank's storage know whether it moves.
+"""Reading and writing of checkpoints in pieces, so that slow storage does not look like a hang. Each piece takes a bounded time and is a
+sign of progress, and ranks that wait for another rank's storage learn whether bytes move there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from w1train.runtime.background import in_background
 from w1train.runtime.pulse import beat, moved, pulse
 
 PIECE_BYTES = 16 << 20
-"""The most bytes that one read or write moves."""
+"""The most bytes that a single read or write moves."""
 SYNC_BYTES = 64 << 20
 """The most bytes that wait in the operating system's memory before they are sent to the disk: one fsync of a large file at its end could
 take longer than health.hang_timeout, without a sign of progress."""
@@ -30,7 +30,11 @@ class PiecewiseFile:
         self._file, self._num_unsynced = file, 0
 
     def write(self, data: Any) -> int:
-        """Write all of ``data``. Raises OSError."""
+        """Write all of ``data``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         view = memoryview(data).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
@@ -42,7 +46,11 @@ class PiecewiseFile:
         return len(view)
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk. Raises OSError."""
+        """Return when all that was written is on the disk.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
         self._num_unsynced = 0
@@ -56,19 +64,19 @@ class PiecewiseFile:
 
 
 class Movement:
-    """A memory of whether this process has read or written a byte of a checkpoint since the last question."""
+    """A memory of whether this process has read or written a byte of a checkpoint since it was last asked."""
 
     def __init__(self) -> None:
         self._seen = pulse.moved
 
     def is_new(self) -> bool:
-        """The answer; the next question is about the time from now on."""
+        """Return whether a byte has moved since the last call."""
         before, self._seen = self._seen, pulse.moved
         return self._seen != before
 
 
 def agree(values: list[int]) -> list[int]:
-    """The largest of each value over all ranks, through host memory. Called on every rank."""
+    """Return the largest of each value over all ranks, through host memory. Called on every rank."""
     tensor = torch.tensor(values)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
@@ -76,8 +84,8 @@ def agree(values: list[int]) -> list[int]:
 
 def together[Result](action: Callable[[], Result]) -> Callable[[], Result]:
     """Do ``action`` in a thread on every rank, and return on every rank when all ranks are done. ``action`` reads or writes files, and
-    talks to no other rank. A rank that is done early would look like one that hangs; here each rank learns whether bytes still move on any
-    rank, and takes that for a sign of its own progress.
+    talks to no other rank. A rank that is done early waits, which would look like a hang. Here each rank learns whether bytes still move on
+    any rank, and counts this as its own progress.
 
     Returns:
         A function that gives the result of ``action``, or raises what it raised.

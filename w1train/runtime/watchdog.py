@@ -1,9 +1,11 @@
-"""A thread in each rank that looks whether the main one gets on: heartbeats, and the end of a run that hangs or does not stop in time.
+"""A thread in each rank that watches the progress of the main thread. It writes heartbeats, and ends a run that hangs or does not stop in
+time.
 
-A collective waits for the slowest rank, so one that hangs, or is stopped, holds all of them without a word. When a rank has not got on
-for ``health.hang_timeout`` seconds it leaves a mark in the run directory; every rank whose thread still runs sees it, writes the stacks
-of its threads to ``stacks/rank_R.txt``, and ends with status 1, so that the launcher can start anew. A rank that leaves no stacks is
-missing; of the others those are named that are behind. All of it goes through files: what the ranks would talk through is what hangs.
+A collective waits for the slowest rank, and a rank that hangs or was stopped therefore holds up all ranks without a message. When a rank
+has made no progress for ``health.hang_timeout`` seconds, it leaves a mark in the run directory. Every rank whose thread still runs sees the
+mark, writes the stacks of its threads to ``stacks/rank_R.txt``, and ends with status 1, so that the launcher can start the run again. A
+rank that writes no stacks is missing; of the other ranks, the message names those that are behind. The ranks exchange all of this through
+files, because the network is what hangs.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ STACKS = "stacks"
 _HANG = "hang.json"
 _FEWEST_SECONDS, _MOST_SECONDS = 0.05, 1.0
 _PAUSE_SECONDS = 5.0
-# Where a rank that waits for others is: torch's collectives, megatron-core's pipeline messages, this project's exchanges of flags.
+# Parts of the places where a rank waits for others: torch's collectives, megatron-core's pipeline messages, w1train's exchanges of flags.
 _WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "w1train/training/agreement.py", "w1train/runtime/transfers.py")
-# Ends a place whose line waits for the handle of a collective that was begun before: torch has no Python function there, and megatron-core
-# waits in its layers.
+# The end of a place whose line waits for a collective that was begun before. torch has no Python function for this wait, and
+# megatron-core's layers wait there.
 _WAITS = ", waiting"
 _MOST_NAMED = 16
 
@@ -47,7 +49,11 @@ class Watchdog:
     def __init__(
         self, directory: Path, rank: int, world_size: int, settings: HealthConfig, status: StatusFile, signals: StopSignals
     ) -> None:
-        """``directory`` is the run's, which all ranks see; rank 0 has called :func:`put_stacks_aside`."""
+        """Prepare the thread. Rank 0 has called :func:`put_stacks_aside`.
+
+        Args:
+            directory: the run's, which all ranks see.
+        """
         self._directory, self._rank, self._world_size, self._settings = directory, rank, world_size, settings
         self._status, self._signals = status, signals
         self._tick = max(_FEWEST_SECONDS, min(_MOST_SECONDS, settings.heartbeat_interval, settings.hang_timeout / 10))
@@ -65,12 +71,12 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        """The thread."""
+        """Run in the thread until :meth:`__exit__`."""
         last_heartbeat, last_look = float("-inf"), time.monotonic()
         while not self._stopped:
             now = time.monotonic()
             if now - last_look > self._tick + _PAUSE_SECONDS:
-                # The whole process was stopped, and with it, as a rule, all of them: a suspended job is none that hangs.
+                # The whole process was stopped, and usually all other ranks with it. A job that was suspended does not hang.
                 pulse.progress = now
             last_look = now
             is_due = now - last_heartbeat >= self._settings.heartbeat_interval
@@ -125,7 +131,7 @@ class Watchdog:
         self._wait_for_stacks()
         if self._is_lowest_with_stacks():
             self._end(self._describe_hang(silence))
-        time.sleep(_MOST_SECONDS)  # the rank that says why is not cut off
+        time.sleep(_MOST_SECONDS)  # the rank that prints the reason has the time to print it
         os._exit(ExitStatus.FAILED)
 
     def _write_stacks(self) -> None:
@@ -147,7 +153,7 @@ class Watchdog:
         return self._directory / STACKS / f"rank_{rank}.txt"
 
     def _wait_for_stacks(self) -> None:
-        """Other ranks look for the mark with each heartbeat."""
+        """Wait until the other ranks, which look for the mark at each heartbeat, have written their stacks, or their time is over."""
         deadline = time.monotonic() + 2 * self._settings.heartbeat_interval + _MOST_SECONDS
         while self._missing() and time.monotonic() < deadline:
             time.sleep(self._tick)
@@ -159,7 +165,7 @@ class Watchdog:
         return not any(self._stacks_path(rank).exists() for rank in range(self._rank))
 
     def _describe_hang(self, silence: float) -> str:
-        """One sentence: who holds the others up, as far as can be told from outside."""
+        """Describe in one sentence which ranks hold up the others, as far as files show it."""
         heartbeats = read_heartbeats(self._directory, self._world_size)
         text = describe_hang(heartbeats, self._missing(), self._world_size)
         return (
@@ -167,14 +173,15 @@ class Watchdog:
         )
 
     def _end(self, message: str) -> None:
-        """Where the main thread cannot."""
+        """End the process from this thread: the main thread may be unable to."""
         self._status.update("failed", message=message)
         print(f"w1train.pretrain, rank {self._rank}: {message}", file=sys.stderr, flush=True)
         os._exit(ExitStatus.FAILED)
 
 
 def put_stacks_aside(directory: Path) -> None:
-    """Before a start's watchdogs, on rank 0: the stacks of an earlier start stay readable, and are not taken for this one's."""
+    """Rename the stacks of an earlier start, so that they stay readable and are not taken for this start's. Called on rank 0, before any
+    rank's watchdog starts."""
     stacks, previous = directory / STACKS, directory / f"{STACKS}.previous"
     if stacks.is_dir():
         shutil.rmtree(previous, ignore_errors=True)
@@ -182,8 +189,8 @@ def put_stacks_aside(directory: Path) -> None:
 
 
 def describe_hang(heartbeats: dict[int, Heartbeat], missing: list[int], world_size: int) -> str:
-    """Say which ranks hold the others up: those that are missing, or else those whose storage has stalled, or else those of the lowest
-    step, or else those that wait for nobody."""
+    """Say which ranks hold up the others: the missing ranks, or else those whose storage has stalled, or else those at the lowest step, or
+    else those that do not wait for another rank."""
     if missing:
         return f"{_listing(missing, heartbeats)} of {world_size} {_is_are(missing)} missing (stopped, or the machine is gone)"
     if not heartbeats:
@@ -202,16 +209,17 @@ def describe_hang(heartbeats: dict[int, Heartbeat], missing: list[int], world_si
 
 
 def is_waiting(place: str) -> bool:
-    """Whether a rank at this place waits for other ranks."""
+    """Return whether a rank at this place waits for other ranks."""
     return place.endswith(_WAITS) or any(part in place for part in _WAITING)
 
 
 def describe_place(frame: FrameType | None) -> str:
-    """``path/to/file.py:12 function`` of the innermost Python function of a thread, and whether its line waits for a handle."""
+    """Describe the innermost Python function of a thread as ``path/to/file.py:12 function``, and whether its line waits for a
+    collective."""
     if frame is None:
         return ""
     path = frame.f_code.co_filename
-    # From the package on: enough to find it, and the same on all machines.
+    # The path begins at the package, which is enough to find the file, and the same on all machines.
     for root in ("/site-packages/", "/w1train/"):
         _, found, after = path.rpartition(root)
         if found:

@@ -1,1 +1,1 @@
-"""Sampling: text from a trained model by iterative denoising; plain tensors, no process groups."""
+"""Sampling of text from a trained model by iterative denoising, with plain tensors and without process groups."""

@@ -1,19 +1,20 @@
 """Generation by iterative denoising (LLaDA, arXiv 2502.09992, algorithms 4 and 5; block diffusion, arXiv 2503.09573).
 
-A canvas starts as the prompt followed by mask tokens. Each step predicts every masked token of the current block and keeps
-some of the predictions: a number that is planned, the most confident or random ones, or all that are confident enough
-(threshold decoding); the others stay masked. Blocks are filled left to right.
+A canvas starts as the prompt followed by mask tokens, and the canvas has a second tensor that says which positions are still open. Each
+step predicts the token of every open position in the current block. It keeps some of the predictions: a planned number of the most
+confident or of random ones, or all that are confident enough (threshold decoding). The other positions stay open. Blocks are filled from
+left to right.
 
-A model of masked diffusion reads the whole canvas at each step. Its blocks begin after the prompt; one block as long as the
-generation is pure diffusion. Every token sees every other, so nothing can be kept from one step to the next.
+A model of masked diffusion reads the whole canvas at each step. Its blocks begin after the prompt; with one block as long as the
+generation, sampling is diffusion without an order of blocks. Every token sees every other, so no keys or values can be kept between steps.
 
-A model of block diffusion reads the current block alone, with what it has kept of the finished ones. Its blocks are counted
-from the start of the text, as in training: the first may begin with the prompt's last tokens, the last may be short.
+A model of block diffusion reads the current block alone, with the keys and values that it has kept of the finished blocks. Its blocks are
+counted from the start of the text, as in training: the first block may begin with the last tokens of the prompt, the last may be short.
 
-The t given to the model is the share of mask tokens in what shares a t in training: the whole sequence, prompt and later blocks
-included, or the current block. In training t is the probability with which *every* token of it is masked, so m masked tokens of
-l are most likely under t = m / l; the model cannot tell a prompt from tokens that happened to stay clean. The share among
-generated tokens alone would say t = 1 while half of the sequence is visible, a pair that training never shows.
+The t given to the model is the share of open positions among the tokens that share a t in training: the whole sequence, prompt and later
+blocks included, or the current block. In training t is the probability with which *every* such token is masked, so m masked tokens of
+l are most likely under t = m / l, and the model cannot distinguish a prompt from tokens that happened to stay clean. The share among
+generated tokens alone would give t = 1 while half of the sequence is visible, a combination that training never shows.
 
 Shapes: b = rows of one batch, p = prompt tokens, g = generated tokens, l = p + g, w = tokens of the current block,
 v = vocabulary.
@@ -32,8 +33,8 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError
+from w1train.config.rules.sampling_rules import denoising_problems
 from w1train.config.schema import SamplingConfig
-from w1train.config.validate import denoising_problems
 from w1train.sampling.unmask import Unmasking, transfer_counts
 
 logger = logging.getLogger(__name__)
@@ -44,23 +45,23 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class BlockPredict(Protocol):
-    """A block-diffusion model (w1train.training.inference.BlockPredictor)."""
+    """A block-diffusion model (w1train.inference.predictor.BlockPredictor)."""
 
     @property
     def block_size(self) -> int:
-        """Tokens of a block in training."""
+        """How many tokens a block had in training."""
 
     def start(self, length: int, block_size: int) -> None:
-        """A new batch, of rows of ``length`` tokens."""
+        """Start a new batch, of rows of ``length`` tokens."""
 
     def append(self, tokens: Tensor) -> None:
-        """The next finished blocks, int64 [b, n]."""
+        """Keep the next finished blocks, int64 [b, n]."""
 
     def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
-        """The block after the finished ones, int64 [b, w], and t, float32 [b] -> logits [b, w, v]."""
+        """Return logits [b, w, v] of the block after the finished blocks, from its tokens, int64 [b, w], and t, float32 [b]."""
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with some of the rows, int64 [new b]."""
+        """Keep some of the rows, int64 [new b]; the others have ended."""
 
 
 _REMASKING = get_args(get_type_hints(SamplingConfig)["remasking"])
@@ -68,45 +69,48 @@ _REMASKING = get_args(get_type_hints(SamplingConfig)["remasking"])
 
 @dataclass(frozen=True, slots=True)
 class DenoisingStep:
-    """The state after a step, for watching."""
+    """The state of a batch after a step."""
 
     step: int
-    """1-based."""
+    """Number of the step, from 1."""
     num_steps: int | None
-    """Steps that this batch takes; None = as many as the threshold asks for."""
+    """Steps that this batch takes; None = the threshold decides."""
     rows: list[int]
-    """Which prompts the batch holds (prompts of equal length go together; with block diffusion, those that have not ended)."""
+    """The prompts of the batch, which have equal lengths. With block diffusion, only those whose completion has not ended."""
     t: float
-    """The t the model was given; the largest, where rows differ."""
+    """The t that the model was given, or the largest t if rows differ."""
     tokens: Tensor
-    """int64 [b, l]; mask tokens where nothing is decided yet. A copy."""
+    """int64 [b, l], a copy."""
+    is_open: Tensor
+    """bool [b, l]: positions whose token is not decided yet. A copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What came out, in the order of the prompts."""
+    """The completions, in the order of the prompts."""
 
     prompts: list[list[int]]
     completions: Tensor
-    """int64 [number of prompts, g], on the CPU. What follows an EOS is kept here; EOS in blocks that were not needed any more."""
+    """int64 [number of prompts, g], on the CPU. Tokens after an EOS are kept; blocks that were skipped after one are all EOS."""
     num_forward_passes: list[int]
-    """Passes that each prompt needed: denoising steps, and with block diffusion those that encode the prompt and finished blocks."""
+    """Passes that each prompt needed: denoising steps, and with block diffusion passes that encode the prompt and finished blocks."""
     eos_token_id: int
 
     def completion(self, row: int) -> list[int]:
-        """The generated tokens of a prompt up to the first EOS, which is left out."""
+        """Return the generated tokens of a prompt before the first EOS."""
         return cut_at_eos(self.completions[row].tolist(), self.eos_token_id)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBlock:
-    """A block of the canvas and how it is filled."""
+    """A block of the canvas, with the number of tokens that each step decides."""
 
     start: int
-    """First position; with block diffusion it may be one of the prompt's."""
+    """First position. With block diffusion it may be a position of the prompt."""
     end: int
+    """First position after the block."""
     counts: list[int] | None
-    """Tokens that each step unmasks; None = as the threshold decides."""
+    """Tokens that each step decides; None = the threshold decides how many."""
 
 
 @torch.no_grad()
@@ -123,24 +127,23 @@ def generate(
 ) -> Generation:
     """Complete each prompt with ``config.num_tokens`` tokens.
 
-    Prompts may differ in length: those of equal length run as one batch, one batch after the other, so the model never
-    sees padding and a prompt's positions are its own. A prompt's noise depends on (config.seed, its place in
-    ``prompts``) only, not on the other prompts.
+    Prompts of equal length run as one batch, and batches run one after the other. The model therefore never sees padding, and the positions
+    of a prompt do not depend on other prompts. Nor does its noise, which depends on config.seed and on its place in ``prompts``.
 
     Args:
-        model: logits may or may not leave out the mask token, which is never generated.
+        model: its logits may be -inf at the mask token or not; the mask token is never generated.
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
-        config: all but interval and prompts are used; num_steps only without a threshold.
+        config: all fields but interval and prompts are used, num_steps only without a threshold.
         device: where the model takes its tokens.
-        vocab_size: ids from here on are never generated (a model's vocabulary is often rounded up beyond the tokenizer's);
-            None = every id of the model but the mask may be.
+        vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
+            None = every id of the model but the mask token may be generated.
         on_step: called after every step of every batch.
 
     Returns:
-        The completions. At temperature 0 each is a function of the prompt alone (with low-confidence remasking).
+        The completions. At temperature 0, with low-confidence remasking, a completion is a function of its prompt alone.
 
     Raises:
-        UserError: for a setting that cannot work (all of them in one message), no prompt, or a prompt with mask tokens.
+        UserError: settings cannot work (one message lists all of them), there is no prompt, or a prompt has mask tokens.
     """
     trained_block_size = model.block_size if isinstance(model, BlockPredict) else None
     _check_config(config, by_block=trained_block_size is not None)
@@ -155,22 +158,23 @@ def generate(
     for rows, plan in zip(groups, plans, strict=True):
         prompt = torch.tensor([prompt_lists[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
         canvas = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=mask_token_id).to(device)
+        is_open = torch.nn.functional.pad(torch.zeros_like(prompt, dtype=torch.bool), (0, config.num_tokens), value=True).to(device)
         source = _Blocks(model, canvas, config) if isinstance(model, BlockPredict) else _WholeCanvas(model)
         unmasking = Unmasking(config, rows, mask_token_id=mask_token_id, vocab_size=vocab_size, device=device)
-        for state in _Batch(rows, canvas, source, unmasking, mask_token_id, results).denoise(plan):
+        for state in _Batch(rows, canvas, is_open, source, unmasking, results).denoise(plan):
             if on_step is not None:
                 on_step(state)
     return results
 
 
 def plan_blocks(config: SamplingConfig, prompt_length: int, trained_block_size: int | None = None) -> list[PlannedBlock]:
-    """The blocks that hold generated tokens, in order.
+    """Return the blocks that have generated tokens, in order.
 
-    Steps are dealt to blocks by their masked tokens, rounded up; none has more steps than tokens. Blocks of masked diffusion are
-    alike, so that each gets its share of ``num_steps``.
+    A block has a share of ``num_steps`` in proportion to its generated tokens, rounded up, and never more steps than tokens. Blocks of
+    masked diffusion have equally many tokens, so their shares are equal.
 
     Args:
-        trained_block_size: of a block-diffusion model; None = masked diffusion.
+        trained_block_size: block size of a block-diffusion model in training; None = masked diffusion.
     """
     block_size = config.block_size or trained_block_size or config.num_tokens
     length = prompt_length + config.num_tokens
@@ -185,33 +189,33 @@ def plan_blocks(config: SamplingConfig, prompt_length: int, trained_block_size: 
 
 
 def cut_at_eos(tokens: list[int], eos_token_id: int) -> list[int]:
-    """The tokens before the first EOS, or all of them."""
+    """Return the tokens before the first EOS, or all tokens if there is no EOS."""
     return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
 
 
 class _WholeCanvas:
-    """Masked diffusion: a pass over the whole canvas at each step."""
+    """Logits of a masked-diffusion model, from a pass over the whole canvas at each step."""
 
     stops_at_eos = False
-    """A completion is kept whole, as LLaDA's generate gives it."""
+    """A completion is generated to its end, as by LLaDA's generate."""
 
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
 
     def enter(self, _canvas: Tensor, _start: int) -> int:
-        """Before the block at ``start``; how many passes that takes."""
+        """Prepare for the block at ``start``; return how many passes this took."""
         return 0
 
-    def logits(self, canvas: Tensor, is_mask: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Of the block [b, w, v], and the t that the model was given, float32 [b]."""
-        t = is_mask.sum(dim=1, dtype=torch.float32) / canvas.shape[1]
+    def logits(self, canvas: Tensor, is_open: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the logits of the block, [b, w, v], and the t that the model was given, float32 [b]."""
+        t = is_open.sum(dim=1, dtype=torch.float32) / canvas.shape[1]
         logits = self._predict(canvas.clone(), t)
         assert logits.shape[:2] == canvas.shape, f"predict gave {tuple(logits.shape)} for tokens {tuple(canvas.shape)}"
         return logits[:, start:end], t
 
 
 class _Blocks:
-    """Block diffusion: a pass over the block at each step, and one over each finished block."""
+    """Logits of a block-diffusion model, from a pass over the block at each step, and one pass over each finished block."""
 
     stops_at_eos = True
 
@@ -220,16 +224,16 @@ class _Blocks:
         model.start(canvas.shape[1], config.block_size or model.block_size)
 
     def enter(self, canvas: Tensor, start: int) -> int:
-        """Everything before ``start`` is finished: at first whole blocks of the prompt, later the block before."""
+        """Let the model keep what is finished before ``start``: at first whole blocks of the prompt, later the previous block."""
         if start == self._num_finished:
             return 0
         self._model.append(canvas[:, self._num_finished : start].clone())
         self._num_finished = start
         return 1
 
-    def logits(self, canvas: Tensor, is_mask: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """As _WholeCanvas.logits."""
-        t = is_mask[:, start:end].sum(dim=1, dtype=torch.float32) / (end - start)
+    def logits(self, canvas: Tensor, is_open: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return what _WholeCanvas.logits returns, from a pass over the block."""
+        t = is_open[:, start:end].sum(dim=1, dtype=torch.float32) / (end - start)
         return self._model.predict_block(canvas[:, start:end].clone(), t), t
 
     def select_rows(self, rows: Tensor) -> None:
@@ -237,20 +241,26 @@ class _Blocks:
 
 
 class _Batch:
-    """Prompts of equal length on their way through the blocks."""
+    """Prompts of equal length, while their completions are generated."""
 
     def __init__(
         self,
         rows: list[int],
         canvas: Tensor,
+        is_open: Tensor,
         source: _WholeCanvas | _Blocks,
         unmasking: Unmasking,
-        mask_token_id: int,
         results: Generation,
     ) -> None:
-        """canvas [b, l], one row for each prompt of ``rows``; what comes out is written to ``results``."""
-        self.rows, self.canvas, self.source, self.unmasking = rows, canvas, source, unmasking
-        self.mask_token_id, self.results = mask_token_id, results
+        """
+        Args:
+            canvas: int64 [b, l], one row for each prompt of ``rows``.
+            is_open: bool [b, l], positions whose token is not decided yet. The tokens there do not mark them: not every noise process
+                has a mask token.
+            results: where the completions are written.
+        """
+        self.rows, self.canvas, self.is_open, self.source, self.unmasking = rows, canvas, is_open, source, unmasking
+        self.results = results
         self.num_generated = results.completions.shape[1]
 
     def denoise(self, plan: list[PlannedBlock]) -> Iterator[DenoisingStep]:
@@ -260,30 +270,30 @@ class _Batch:
         for block in plan:
             self._count(self.source.enter(self.canvas, block.start))
             for num_unmasked in repeat(None) if block.counts is None else block.counts:
-                is_mask = self.canvas == self.mask_token_id
-                open_rows = is_mask[:, block.start : block.end].any(dim=1)
+                tokens, is_open = self.canvas[:, block.start : block.end], self.is_open[:, block.start : block.end]
+                open_rows = is_open.any(dim=1)
                 if not open_rows.any():
                     break
-                logits, t = self.source.logits(self.canvas, is_mask, block.start, block.end)
-                tokens = self.canvas[:, block.start : block.end]
-                self.canvas[:, block.start : block.end] = self.unmasking.step(tokens, logits, num_unmasked)
+                logits, t = self.source.logits(self.canvas, self.is_open, block.start, block.end)
+                tokens[:], is_open[:] = self.unmasking.step(tokens, is_open, logits, num_unmasked)
                 self._count(1, open_rows)
                 step += 1
-                yield DenoisingStep(step, sum(planned) or None, self.rows, t.max().item(), self.canvas.clone())
+                yield DenoisingStep(step, sum(planned) or None, self.rows, t.max().item(), self.canvas.clone(), self.is_open.clone())
             self._retire(block.end)
             if not self.rows:
                 return
 
     def _count(self, num_passes: int, rows: Tensor | None = None) -> None:
-        """Passes of some rows, bool [b], or of all."""
+        """Count passes for some rows, bool [b], or for all rows."""
         needed = repeat(True) if rows is None else rows.tolist()
         for row, is_needed in zip(self.rows, needed, strict=False):
             self.results.num_forward_passes[row] += num_passes * is_needed
 
     def _retire(self, end: int) -> None:
-        """Write down the rows that are complete, up to ``end``, and go on with the others.
+        """Write complete rows to the results, with the tokens before ``end``, and keep the other rows.
 
-        An EOS in a finished block cuts everything after it, and no block depends on a later one in block diffusion.
+        In block diffusion a row with an EOS in a finished block is complete, because everything after an EOS is cut off and no block
+        depends on a later one.
         """
         generated = self.canvas[:, -self.num_generated :]
         num_finished = self.num_generated - (self.canvas.shape[1] - end)
@@ -304,14 +314,15 @@ class _Batch:
             self.rows = []
             return
         index = torch.tensor(places, device=self.canvas.device)
-        self.rows, self.canvas = [self.rows[place] for place in places], self.canvas[index]
+        self.rows = [self.rows[place] for place in places]
+        self.canvas, self.is_open = self.canvas[index], self.is_open[index]
         self.unmasking.select_rows(places)
         assert isinstance(self.source, _Blocks), "in masked diffusion all rows end together"
         self.source.select_rows(index)
 
 
 def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
-    """Indices of the prompts, grouped by length in the order in which the lengths first occur."""
+    """Yield the indices of prompts of each length, in the order in which the lengths first occur."""
     groups: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(row)
@@ -319,7 +330,7 @@ def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
 
 
 def _say_what_differs(config: SamplingConfig, plans: list[list[PlannedBlock]], trained_block_size: int | None) -> None:
-    """From what was asked for, or from training."""
+    """Log where the plan differs from the settings, or from training."""
     if trained_block_size is not None and config.block_size not in (None, trained_block_size):
         _say_that_block_sizes_differ(config.block_size, trained_block_size)
     totals = {sum(len(block.counts) for block in plan if block.counts is not None) for plan in plans}

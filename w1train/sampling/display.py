@@ -1,4 +1,4 @@
-"""What a person sees of sampling: the finished texts, and the canvas while it is denoised."""
+"""The display of sampling on a terminal: the finished texts, and the canvas while it is denoised."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ from w1train.sampling.denoise import DenoisingStep
 from w1train.sampling.text import TextSample, TextTokenizer
 
 PROMPT_STYLE = "bold cyan"
-MASK_STYLE = "dim"
-MASK_GLYPH = "\N{LIGHT SHADE}"
+OPEN_STYLE = "dim"
+OPEN_GLYPH = "\N{LIGHT SHADE}"
 
-# Byte-level models write control bytes, above all early in training; raw, they move the cursor or recolour the terminal.
+# Byte-level models generate control bytes, most of all early in training. Printed unchanged, these move the cursor or change colours.
 _CONTROL_CHARACTERS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def visible(text: str) -> str:
-    """The text with control characters (but newline and tab) replaced."""
+    """Return the text with control characters replaced, except newline and tab."""
     return text.translate(_CONTROL_CHARACTERS)
 
 
 def print_samples(console: Console, samples: list[TextSample]) -> None:
-    """Each prompt with its completion, a blank line between samples; character by character unless on a terminal."""
+    """Print each prompt with its completion, and a blank line between samples. Elsewhere than on a terminal, no character is changed."""
     for place, sample in enumerate(samples):
         if place > 0:
             console.print()
         if console.is_terminal:
             console.print(Text.assemble((visible(sample.prompt), PROMPT_STYLE), visible(sample.text)), soft_wrap=True)
-        else:  # not through rich, which would wrap lines and expand tabs
+        else:  # without rich, which would wrap lines and expand tabs
             print(sample.prompt + sample.text, file=console.file)
 
 
 class DenoisingView:
-    """Draws each step's canvas: in place on a terminal, one after the other elsewhere. Give it to ``on_step``.
+    """A drawing of the canvas of each step, to be passed as ``on_step``: in place on a terminal, one below the other elsewhere.
 
-    A context manager; a drawing on a terminal disappears at the end, to make room for the finished texts.
+    It is a context manager. On a terminal the drawing disappears at its end, before the finished texts are printed.
     """
 
-    def __init__(self, console: Console, tokenizer: TextTokenizer, mask_token_id: int, num_tokens: int) -> None:
+    def __init__(self, console: Console, tokenizer: TextTokenizer, num_tokens: int) -> None:
         self._console = console
         self._tokenizer = tokenizer
-        self._mask_token_id = mask_token_id
         self._num_tokens = num_tokens
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -61,7 +60,7 @@ class DenoisingView:
     def __call__(self, state: DenoisingStep) -> None:
         of = "" if state.num_steps is None else f"/{state.num_steps}"
         heading = Text(f"step {state.step}{of}  t = {state.t:.3f}", style="bold")
-        canvases = [self.canvas(row) for row in state.tokens.tolist()]
+        canvases = [self.canvas(*row) for row in zip(state.tokens.tolist(), state.is_open.tolist(), strict=True)]
         if self._live is not None:
             lines: list[RenderableType] = [heading, *canvases]
             self._live.update(Group(*lines), refresh=True)
@@ -69,14 +68,14 @@ class DenoisingView:
             for line in (heading, *canvases):
                 self._console.print(line, soft_wrap=True)
 
-    def canvas(self, tokens: list[int]) -> Text:
-        """One row: the prompt, decided tokens as text, each mask as a faint block."""
+    def canvas(self, tokens: list[int], is_open: list[bool]) -> Text:
+        """Draw one row: the prompt, decided tokens as text, each open position as a faint block."""
         prompt, generated = tokens[: -self._num_tokens], tokens[-self._num_tokens :]
         drawing = Text.assemble((visible(self._tokenizer.decode(prompt)), PROMPT_STYLE))
-        for is_mask, run in groupby(generated, lambda token: token == self._mask_token_id):
-            run_tokens = list(run)
-            if is_mask:
-                drawing.append(MASK_GLYPH * len(run_tokens), style=MASK_STYLE)
+        for run_is_open, run in groupby(zip(generated, is_open[-self._num_tokens :], strict=True), lambda place: place[1]):
+            run_tokens = [token for token, _ in run]
+            if run_is_open:
+                drawing.append(OPEN_GLYPH * len(run_tokens), style=OPEN_STYLE)
             else:
                 drawing.append(visible(self._tokenizer.decode(run_tokens)))
         return drawing

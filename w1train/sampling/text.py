@@ -1,4 +1,4 @@
-"""Text in, text out: prompts through the tokenizer, the sampler and back. Used while training and by w1train.sample."""
+"""Sampling from texts to texts, with a tokenizer. Training and w1train.sample use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w1train.sampling.denoise import BlockPredict, DenoisingStep, Predict, gener
 
 
 class TextTokenizer(Protocol):
-    """The part of w1train.data.tokenizer.Tokenizer that sampling uses."""
+    """The part of w1train.data.tokenizers.tokenizer.Tokenizer that sampling uses."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -29,15 +29,15 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextSample:
-    """A prompt and what the model made of it."""
+    """A prompt with its completion."""
 
     prompt: str
     text: str
-    """The completion, up to the first EOS; the prompt is not repeated."""
+    """The completion before the first EOS, without the prompt."""
     tokens: list[int]
-    """Token ids of ``text``; fewer than sampling.num_tokens if the model ended the text itself."""
+    """Token ids of ``text``. There are fewer than sampling.num_tokens if the model generated an EOS."""
     num_forward_passes: int
-    """Passes of the model that it took."""
+    """Passes of the model that the completion took."""
 
 
 def sample_texts(
@@ -49,13 +49,13 @@ def sample_texts(
     device: torch.device | str,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> list[TextSample]:
-    """Complete each prompt as ``config.sampling`` says (its own list of prompts is not looked at).
+    """Complete each prompt as ``config.sampling`` says. The prompts of ``config.sampling`` are not read.
 
     Args:
         model, device, on_step: as in w1train.sampling.denoise.generate.
 
     Raises:
-        ValueError: for settings that cannot work, or a prompt that leaves no room for the completion.
+        UserError: settings cannot work, or a prompt is too long for a completion within model.max_sequence_length.
     """
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     _check_lengths(prompt_tokens, config)

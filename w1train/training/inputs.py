@@ -1,4 +1,4 @@
-"""From a corrupted batch to what this rank's model sees: streams, visibility, and the rank's part of the positions.
+"""The inputs of this rank's model, made of a corrupted batch: streams, visibility, and the rank's part of the positions.
 
 Shapes: b = samples, l = sequence_length, n = positions of this rank (l without context parallelism), p = number of streams
 (1: masked diffusion; 2: block diffusion's [x_t ; x_0]), g = segments.
@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from w1train.attention.attention_plan import AttentionPlan, plan_attention
 from w1train.attention.backends.choice import choose_backend
 from w1train.attention.context_parallel import (
     KeyExchange,
@@ -24,7 +25,6 @@ from w1train.attention.context_parallel import (
     key_exchange,
     local_visibility,
 )
-from w1train.attention.plan import AttentionPlan, plan_attention
 from w1train.attention.visibility import (
     Visibility,
     block_diffusion_visibility,
@@ -32,13 +32,16 @@ from w1train.attention.visibility import (
     document_visibility,
     scattered_visibility,
 )
-from w1train.config.attention_limits import attention_case
+from w1train.config.rules.attention_limits import attention_case
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
+from w1train.diffusion.processes import noise_process
 from w1train.model.transformer import ModelInputs
-from w1train.training.objective import num_streams, samples_are_segments
+from w1train.objectives.description import num_streams, samples_are_segments
+from w1train.objectives.loss_rows import LossRows, loss_rows
+from w1train.objectives.objective import objective_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,56 +51,56 @@ class RankInputs:
     """One micro-batch on one rank."""
 
     model: ModelInputs
-    noisy: NoisyBatch
-    """The rank's positions of the corrupted batch, [b, n]: targets and weights of its losses."""
+    rows: LossRows
+    """What the loss knows about the rows at ``model.logit_positions``."""
     balance: float
-    """max / mean visible pairs over context-parallel ranks; 1 without context parallelism."""
+    """Maximum / mean of visible pairs over context-parallel ranks; 1 without context parallelism."""
 
     @property
     def targets(self) -> Tensor:
         """int64 [m], the right tokens at ``model.logit_positions``: the noisy stream's, then the clean stream's next tokens."""
-        noisy = self.noisy
-        targets = noisy.targets[noisy.loss_mask]
-        if noisy.next_mask is None or noisy.next_targets is None:
-            return targets
-        return torch.cat([targets, noisy.next_targets[noisy.next_mask]])
+        return self.rows.targets
 
 
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
-    """The model's inputs on this rank. The same batch goes in on all ranks of a model replica."""
+    """Return the model's inputs on this rank. All ranks of a model replica pass the same batch."""
     streams = num_streams(config)
+    weights = objective_of(config.diffusion, config.logging.num_t_bins).weights(noisy)
     visibility = sequence_visibility(noisy, config, streams)
     backend = choose_backend(config.attention.backend, attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
-        return RankInputs(_assemble(noisy, config, streams, plan_attention(visibility, backend)), noisy, 1.0)
+        plan = plan_attention(visibility, backend)
+        return RankInputs(_assemble(noisy, config, streams, plan), loss_rows(noisy, weights), 1.0)
     travel = _travel(noisy, config, streams)
     ownership = _ownership(visibility, config, streams, travel)
     rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
     local = local_visibility(visibility, ownership, rank, streams, travel)
     exchange: KeyExchange = key_exchange(ownership, streams, travel, group)
-    own = noisy.at(ownership.positions[:, rank])
-    return RankInputs(_assemble(own, config, streams, plan_attention(local, backend, exchange=exchange)), own, ownership.balance)
+    plan = plan_attention(local, backend, exchange=exchange)
+    positions = ownership.positions[:, rank]
+    own = noisy.at(positions)
+    return RankInputs(_assemble(own, config, streams, plan), loss_rows(own, weights.gather(1, positions)), ownership.balance)
 
 
 def choose_backends(config: Config, device: torch.device) -> None:
-    """Choose the attention backend of every stage, so that a stage to come cannot end the run days from now.
+    """Choose the attention backend of every stage, so that a later stage cannot end the run after days of training.
 
     Raises:
-        UserError: attention.backend names one that cannot serve a stage on this device.
+        UserError: attention.backend names a backend that cannot serve a stage on this device.
     """
     for name in config.schedule.stages:
         choose_backend(config.attention.backend, attention_case(at_stage(config, name)), device)
 
 
 def sequence_visibility(noisy: NoisyBatch, config: Config, streams: int) -> Visibility:
-    """Who sees whom in whole sequences: p * l rows and keys."""
+    """Return who sees whom in whole sequences, with p * l rows and keys per sample."""
     diffusion, documents = config.diffusion, noisy.document_ids
     if streams == 2:
         assert diffusion.block_size is not None
         return block_diffusion_visibility(
             documents, diffusion.block_size, diffusion.block_index, diffusion.clean_attention, diffusion.noisy_attention
         )
-    if diffusion.objective == "autoregressive":
+    if noise_process(diffusion).is_causal:
         return causal_visibility(documents)
     if diffusion.attention_annealing == "none" or noisy.annealed >= 1:
         return document_visibility(documents)
@@ -122,9 +125,9 @@ def _travel(noisy: NoisyBatch, config: Config, streams: int) -> Travel:
 @cache
 def _say_that_noisy_keys_travel(block_size: int, chunk_size: int) -> None:
     logger.warning(
-        "blocks of %d tokens cross the borders of context-parallel chunks of %d positions: noisy keys travel too, twice the bytes. They "
-        "stay at home if parallel.context_chunk_size is a multiple of the block size and blocks begin at its multiples "
-        "(diffusion.block_index=sample, or documents that do)",
+        "blocks of %d tokens cross the borders of context-parallel chunks of %d positions, so ranks exchange noisy keys too, which takes "
+        "twice the bytes. They exchange clean keys alone if parallel.context_chunk_size is a multiple of the block size and blocks begin "
+        "at its multiples (diffusion.block_index=sample, or documents that begin there)",
         block_size,
         chunk_size,
     )
@@ -133,7 +136,7 @@ def _say_that_noisy_keys_travel(block_size: int, chunk_size: int) -> None:
 def _ownership(visibility: Visibility, config: Config, streams: int, travel: Travel) -> Ownership:
     num_ranks = config.parallel.context
     if travel == "heads":
-        # Every rank computes all positions of its heads: balanced whatever the ownership.
+        # Every rank computes all positions of its heads, so the work is balanced whatever positions it owns.
         positions = torch.arange(config.data.sequence_length, device=visibility.endpoints.device)
         num_samples = visibility.endpoints.shape[1]
         return Ownership(positions.reshape(1, num_ranks, -1).expand(num_samples, -1, -1), 1.0)
@@ -151,7 +154,7 @@ def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPl
     input_ids, positions = noisy.input_ids, noisy.positions
     if streams == 2:
         input_ids, positions = torch.cat([input_ids, noisy.tokens], dim=1), torch.cat([positions, positions], dim=1)
-        # The clean stream is at t = 0: one more row of the condition table.
+        # The clean stream is at t = 0, which is one more row of the condition table.
         clean = torch.full_like(segment_index, len(timesteps))
         timesteps, segment_index = torch.cat([timesteps, timesteps.new_zeros(1)]), torch.cat([segment_index, clean], dim=1)
     return ModelInputs(
@@ -166,7 +169,7 @@ def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPl
 
 
 def _embedding_noise(noisy: NoisyBatch, config: Config) -> EmbeddingNoise | None:
-    """For the masked tokens of the noisy stream, which comes first."""
+    """Return the noise for the masked tokens of the noisy stream, whose positions come first; None in evaluation and without such noise."""
     std = config.diffusion.mask_embedding_noise
     if std == 0 or not torch.is_grad_enabled():
         return None

@@ -1,7 +1,7 @@
-"""Validation: fixed samples, fixed noise, fixed timesteps, so that two numbers differ only by what the model learned.
+"""Validation on fixed samples with fixed noise at fixed timesteps, so that two numbers differ only by what the model learned.
 
-The 1/t ELBO is an integral over t in (0, 1]; its midpoints, each with its own noise, are a quadrature without the variance
-of random t.
+The ELBO is an integral over t in (0, 1]. The timesteps are the midpoints of a quadrature of it, each with its own noise, which has no
+variance from random t.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
-from w1train.data.loader import PADDING_SAMPLE
 from w1train.diffusion.corruption import corrupt_at
-from w1train.training.data import ValidationData, ValidationSet
+from w1train.diffusion.processes import noise_process
+from w1train.objectives.description import block_size
 from w1train.training.forward import run_micro_batches
-from w1train.training.objective import block_size
+from w1train.training.training_data import ValidationData, ValidationSet
 
-# The noise of validation is the same for every run, whatever its seed: runs can be compared.
+# The noise of validation is the same for every run, whatever its seed, so runs can be compared.
 _NOISE_SEED = 0
 _NAMED_METRICS = ("elbo", "elbo_bits_per_byte", "masked_cross_entropy")
 
 
 class HasChunks(Protocol):
-    """What holds a model's stages: w1train.training.setup.TrainedModel, or w1train.training.inference.Predictor."""
+    """An owner of a model's stages: w1train.engine.building.TrainedModel or w1train.inference.predictor.Predictor."""
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]: ...
@@ -38,8 +38,8 @@ def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str
 
     Returns:
         elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy (nats per masked token), loss_by_t (one per timestep), and
-        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B and elbo_bits_per_byte_at_block_size/B. Of the further
-        validation sets elbo/NAME, elbo_bits_per_byte/NAME and masked_cross_entropy/NAME.
+        the ELBO at each of ``validation.block_sizes`` as elbo_at_block_size/B and elbo_bits_per_byte_at_block_size/B. For each further
+        validation set elbo/NAME, elbo_bits_per_byte/NAME and masked_cross_entropy/NAME.
     """
     assert data.validation is not None
     started = time.perf_counter()
@@ -59,15 +59,16 @@ def _score_set(config: Config, model: HasChunks, validation: ValidationSet) -> d
     scores = _score(config, model, batches)
     others: dict[str, float | None] = {}
     # An autoregressive stage has not seen a mask token.
-    for size in config.validation.block_sizes if config.diffusion.objective == "diffusion" else ():
+    for size in () if noise_process(config.diffusion).is_causal else config.validation.block_sizes:
         elbo = _score(_with_blocks(config, size), model, batches)["elbo"]
         others |= {f"elbo_at_block_size/{size}": elbo, f"elbo_bits_per_byte_at_block_size/{size}": validation.bits_per_byte(elbo)}
     return {"elbo_bits_per_byte": validation.bits_per_byte(scores["elbo"]), **scores, **others}
 
 
 def _with_blocks(config: Config, block_size: int) -> Config:
-    """The same model's other factorisation of the text; all of it visible, one timestep a sample."""
-    diffusion = dataclasses.replace(config.diffusion, objective="diffusion", block_size=block_size, autoregressive_weight=0.0)
+    """Return the configuration in which the same model factorises the text into other blocks. Validation shows the model all of a document
+    and has one timestep a sample, whatever training does."""
+    diffusion = dataclasses.replace(config.diffusion, block_size=block_size, autoregressive_weight=0.0)
     return dataclasses.replace(config, diffusion=diffusion)
 
 
@@ -75,12 +76,12 @@ def _with_blocks(config: Config, block_size: int) -> Config:
 def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict[str, Any]:
     timesteps = config.validation.timesteps
     by_timestep = []
-    # One token at a time: the likelihood at t = 1 is the ELBO, with neither the noise of masks nor a t that such a stage may never
-    # have trained. One pass stands for all t.
+    # Where tokens are predicted one at a time, the likelihood at t = 1 is the ELBO. It has no variance from masks, and it needs no t that
+    # such a stage may never have trained, so one pass stands for all t.
     for draw, timestep in enumerate(timesteps if block_size(config) > 1 else [1.0], start=1):
         noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
-        sums, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
-        by_timestep.append(sums.metrics(config.diffusion))
+        metrics, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
+        by_timestep.append(metrics)
     by_timestep *= len(timesteps) // len(by_timestep)
     elbo = sum(metrics["elbo"] for metrics in by_timestep) / len(by_timestep)
     cross_entropies = [metrics["masked_cross_entropy"] for metrics in by_timestep]
@@ -94,20 +95,14 @@ def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict
 
 
 def scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a validation that rank checkpoints, by metric."""
+    """Return the numbers of a validation record by which checkpoints are ranked, by the names of their metrics."""
     return {name: value for name, value in record.items() if isinstance(value, float) and not name.startswith("time/")}
 
 
 def _fill_last_group(config: Config, batches: list[PackedBatch]) -> list[PackedBatch]:
-    """The schedule of virtual stages takes micro-batches in groups of as many as there are stages; with padding alone in the
-    places left over, which adds nothing to any sum."""
+    """Return the batches, and after them batches of padding, which add nothing to any sum. The schedule of virtual pipeline stages takes
+    micro-batches in groups of as many as there are stages."""
     parallel = config.parallel
     if parallel.virtual_pipeline == 1:
         return batches
-    padding = PackedBatch(
-        tokens=torch.zeros_like(batches[0].tokens),
-        document_ids=torch.full_like(batches[0].document_ids, -1),
-        positions=torch.zeros_like(batches[0].positions),
-        sample_indices=torch.full_like(batches[0].sample_indices, PADDING_SAMPLE),
-    )
-    return batches + [padding] * (-len(batches) % parallel.pipeline)
+    return batches + [batches[0].padding_like()] * (-len(batches) % parallel.pipeline)

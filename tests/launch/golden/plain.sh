@@ -34,34 +34,36 @@ status_command=(
   w1train.status
 )
 
-# What the ranks find in their environment. launch/torchrun.sh sources this file, launch/slurm.py copies it into the job's script.
-# A value of yours wins: export it before, or give it to launch.slurm with --env.
+# Environment variables of the ranks. launch/torchrun.sh sources this file, and launch/slurm_script.py copies it into a job's script.
+# Your own values take precedence: export them before, or give them to launch.slurm with --env.
 
-# Threads of a rank's CPU operators. Unset, each rank takes all cores, and eight ranks a node fight for them; what a rank does on the
-# CPU (packing, logging) gains nothing from more. Data loading has workers of its own (data.num_workers).
+# Threads of a rank's CPU operators. If this is not set, each rank uses all cores, for which eight ranks of a node would compete. What a
+# rank does on the CPU (packing, logging) gains nothing from more threads. Data loading has its own workers (data.num_workers).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Python's output reaches the log at once, and a crash in native code (SIGSEGV, SIGABRT) leaves the Python stack there.
+# Python's output reaches the log at once, and a crash in native code (SIGSEGV, SIGABRT) writes the Python stack into it.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
-# One hardware queue up to Hopper: kernels start in the order of their launch, so that a collective launched before a matrix product is not
-# kept waiting behind it. Megatron's overlap of tensor and context parallelism counts on that order. Blackwell wants the default (8).
+# With one hardware queue, GPUs up to Hopper start kernels in the order of their launch, so that a collective that was launched before a
+# matrix product does not wait for it. Megatron's overlap of tensor and context parallelism relies on this order. Blackwell needs the
+# default (8).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Segments that grow instead of blocks that are too small for the next shape: packed batches differ from step to step, and would fragment.
+# Memory segments grow instead of being too small for the next shape. Packed batches differ from step to step, and would otherwise fragment
+# the memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
-# NCCL says what goes wrong, and its version. INFO adds topology and transports (where traffic goes): the first thing to look at
-# when collectives are slow. Its own choices (NCCL_ALGO, NCCL_PROTO, NCCL_NVLS_ENABLE, NCCL_IB_*) are left alone: docs/cluster.md says
-# when to set them. Where a node has several networks, gloo may take the wrong one: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name it.
+# NCCL logs its version and its errors. INFO adds the topology and the transports, which are the first thing to look at when collectives
+# are slow. NCCL's own choices (NCCL_ALGO, NCCL_PROTO, NCCL_NVLS_ENABLE, NCCL_IB_*) stay as they are; docs/cluster.md says when to set
+# them. On nodes with several networks, gloo may choose the wrong one: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the right one.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# The flight recorder: the last collectives of each rank, with their Python stacks, kept in memory and written out when one times out.
-# `torchfrtrace` compares the files of all ranks and names the rank that is missing or in another collective.
+# The flight recorder keeps the last collectives of each rank in memory, with their Python stacks, and writes them to a file when a
+# collective times out. `torchfrtrace` compares the files of all ranks, and names the rank that is missing or in another collective.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"
 
-# The second half of a job's script: starts the ranks, hands them Slurm's warning, and decides what comes next. launch/slurm.py writes
-# the first half, which says what to run:
+# The second half of a job's script: it starts the ranks, passes Slurm's warning on to them, and decides what comes next. The first half,
+# which launch/slurm_script.py writes, sets these variables:
 : "${run:?}" "${max_failures:?}" "${requeue:?}" "${chain:?}" "${command[0]:?}" "${srun_options[0]:?}" "${status_command[0]:?}"
 
 attempt=0
@@ -73,7 +75,7 @@ status=0
 
 say() { printf '== %s job %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$SLURM_JOB_ID" "$*"; }
 
-# --signal=B:USR1 comes to this shell alone; srun hands it on. Slurm signals every process of a step, the helpers of the ranks too.
+# --signal=B:USR1 reaches only this shell, and srun passes it on. Otherwise Slurm would signal every process of a step, helpers included.
 before_the_limit() {
   stopping=yes
   if [[ "$warning" == none ]]; then warning=pending; fi
@@ -81,7 +83,8 @@ before_the_limit() {
   hand_on
 }
 
-# Once: ranks end without a checkpoint at a second one. What has just been forked may lose a signal, so it gets a second to begin.
+# Pass the warning on, once: at a second signal the ranks end without a checkpoint. A process that was just forked may lose a signal, so it
+# gets a second to start.
 hand_on() {
   if [[ -z "$step" || "$warning" != pending ]]; then return; fi
   warning=given
@@ -89,7 +92,7 @@ hand_on() {
   kill -USR1 "$step" 2>/dev/null
 }
 
-# Preempted, requeued or cancelled: Slurm sends SIGTERM to the ranks itself, and kills what is left after KillWait.
+# The job is preempted, requeued or cancelled: Slurm itself sends SIGTERM to the ranks, and kills those that are left after KillWait.
 being_ended() {
   stopping=yes
   say "SIGTERM: Slurm ends the job, the ranks save and stop"
@@ -98,20 +101,20 @@ being_ended() {
 trap before_the_limit USR1
 trap being_ended TERM
 
-# Names have leading zeros, and what is half written has another name (w1train/training/checkpoint.py).
+# The names have leading zeros, and incomplete checkpoints have other names (w1train/checkpoints/checkpoint_names.py).
 newest_checkpoint() {
   find "$run/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
 }
 
-# Whether an earlier job of the chain has done it all. The first may be there to take a finished run further.
+# Tell whether an earlier job of the chain has finished the run. The first job of a chain may be there to train a finished run further.
 finished_before() {
   local first_job
   [[ "$chain" == yes && -f "$run/logs/chain" ]] && read -r first_job <"$run/logs/chain" && [[ "$first_job" != "$SLURM_JOB_ID" ]] &&
     "${status_command[@]}" "$run"
 }
 
-# Sets `status` when the ranks have ended: the highest of theirs. The shell waits instead of running srun in front, because
-# bash looks at its traps only between commands and in `wait`.
+# Run the ranks, and set `status` to the highest of their exit statuses. srun runs in the background, because bash runs its traps only
+# between commands and in `wait`.
 run_ranks() {
   local logs console
   attempt=$((attempt + 1))
@@ -120,13 +123,13 @@ run_ranks() {
   ln -sfn "${logs##*/}" "$run/logs/latest"
   export TORCH_FR_DUMP_TEMP_FILE="$logs/nccl_trace_rank_"
   say "attempt $attempt from ${before:-the start}; each rank's log is in $logs"
-  # In --output a percent sign begins a field.
+  # A percent sign begins a field of --output.
   srun "${srun_options[@]}" --output="${logs//%/%%}/rank_%5t.log" "${command[@]}" &
   step=$!
   hand_on
   tail --follow=name --retry --lines=+1 --sleep-interval=0.5 --pid="$step" "$logs/rank_00000.log" 2>/dev/null &
   console=$!
-  # A trap ends `wait` early, with a status that is not srun's.
+  # A trap ends `wait` early, with another status than srun's.
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"
   status=$?
@@ -134,17 +137,17 @@ run_ranks() {
   while kill -0 "$console" 2>/dev/null; do wait "$console"; done
 }
 
-# Slurm starts the job once more, under its number. Jobs of a chain leave that to the next one.
+# Let Slurm start the job once more, under the same number. In a chain, the next job continues instead.
 start_again() {
   if [[ "$chain" == yes ]]; then
-    say "the next job of the chain goes on"
+    say "the next job of the chain resumes the run"
     exit 75
   fi
   if [[ "$requeue" == no ]]; then
-    say "to go on, submit this job again"
+    say "to resume the run, submit this job again"
     exit 75
   fi
-  # Slurm ends what it requeues, as a rule before scontrol is back: that is no preemption.
+  # Slurm ends a job that it requeues, usually before scontrol returns. This SIGTERM is not a preemption.
   trap '' TERM
   if scontrol requeue "$SLURM_JOB_ID"; then
     say "requeued"
@@ -162,7 +165,7 @@ end_chain() {
   done <"$run/logs/chain"
 }
 
-# The same end again and again is no bad luck: counts the attempts in a row, over all jobs, that saved nothing.
+# Count the attempts in a row, over all jobs, that saved nothing: an error that comes back will come back again.
 count_failures() {
   local after
   after="$(newest_checkpoint)"
@@ -171,7 +174,7 @@ count_failures() {
     if [[ -f "$run/logs/failures" ]]; then failures="$(<"$run/logs/failures")"; fi
     failures=$((failures + 1))
   fi
-  # Not through a link of that name: noclobber makes a new file or none.
+  # noclobber makes a new file or fails, so that nothing is written through a link of this name.
   rm -f "$run/logs/failures"
   (set -o noclobber && printf '%s\n' "$failures" >"$run/logs/failures")
 }
@@ -186,7 +189,7 @@ main() {
   [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint)" ]] && first=yes
   while true; do
     before="$(newest_checkpoint)"
-    # The end may be asked for before there are ranks.
+    # A signal may have come before there were ranks.
     if [[ "$stopping" == no ]]; then
       run_ranks
       say "the ranks ended with status $status"
@@ -195,7 +198,7 @@ main() {
         end_chain
         exit 0
       fi
-      # A mistake of configuration or data would be one again, unless these have worked before: then something else is wrong.
+      # A mistake in configuration or data would be made again. If the run has worked before, something else is wrong.
       if [[ "$status" == 2 && "$first" == yes && "$attempt" == 1 ]]; then
         end_chain
         exit 2
@@ -213,7 +216,7 @@ main() {
       exit 1
     fi
     if [[ "$status" == 75 || "$stopping" == yes ]]; then start_again; fi
-    say "failed ($failures in a row without a new checkpoint; $max_failures are too many): once more, in place"
+    say "failed ($failures attempts in a row without a new checkpoint; after $max_failures the job gives up): starting again in this job"
   done
 }
 

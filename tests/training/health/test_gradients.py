@@ -9,21 +9,21 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch, tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
 from w1train.config.schema import Config  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
-from w1train.runtime.distributed import distributed  # noqa: E402
-from w1train.training.forward import run_micro_batches  # noqa: E402
-from w1train.training.health.gradients import (  # noqa: E402
+from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
+from w1train.engine.gradients import (  # noqa: E402
     LocalGradients,
     nonfinite_parameters,
     prepare_gradients,
     step_with_prepared_gradients,
 )
-from w1train.training.setup import TrainedModel, build_trained_model  # noqa: E402
+from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training.forward import run_micro_batches  # noqa: E402
 
 
 def compute(model: TrainedModel, config: Config, rank: int, num_ranks: int, step: int) -> None:
@@ -90,7 +90,7 @@ def find_nonfinite(rank: int, world_size: int, sections: dict, name: str) -> tup
     config = tiny_config(**sections)
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
-        local = LocalGradients(model.chunks)
+        local = LocalGradients(model.hooks)
         place = ranks.data_parallel_rank, ranks.data_parallel_size
         local.begin()
         compute(model, config, *place, 0)

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
+from w1train.checkpoints.manifest import CheckpointError, Progress, read_progress  # noqa: E402
 from w1train.config.schema import HealthConfig  # noqa: E402
-from w1train.training.checkpoint import CheckpointError, Progress, read_progress  # noqa: E402
+from w1train.engine.gradient_hooks import GradientHooks  # noqa: E402
 from w1train.training.health import guard  # noqa: E402
 from w1train.training.health.guard import ComputedStep, StepGuard  # noqa: E402
 
@@ -38,7 +39,7 @@ class Steps:
         monkeypatch.setattr(guard.LocalGradients, "nonfinite_ranks", lambda gradients: ["rank 1 on here"])
         monkeypatch.setattr(guard, "write_bad_batch", lambda directory, step, *rest: self.written.append(step))
         self.progress = Progress()
-        model: Any = SimpleNamespace(chunks=[])
+        model: Any = SimpleNamespace(chunks=[], hooks=GradientHooks(SimpleNamespace(finalize_model_grads_func=None), []))
         self.guard = StepGuard(HealthConfig(**settings), self.progress, model, Path("bad"))
         self.num_computed = 0
 
@@ -143,17 +144,17 @@ WINDOW = {"stage": "a", "masked_cross_entropy": [2.0] * 64, "grad_norm": [1] * 6
     ("health", "fault"),
     [
         ([], r"says health: \[\]"),
-        ({"window": []}, r"health\.window: \[\], which is no JSON object"),
+        ({"window": []}, r"health\.window: \[\], which is not a JSON object"),
         ({"window": None}, r"health\.window: None"),
         ({"window": {**WINDOW, "stage": 7}}, r"health\.window\.stage: 7"),
-        ({"window": {"stage": "a"}}, r"health\.window\.masked_cross_entropy: None, which is no list"),
-        ({"window": {**WINDOW, "grad_norm": "1.0"}}, r"health\.window\.grad_norm: '1.0', which is no list"),
+        ({"window": {"stage": "a"}}, r"health\.window\.masked_cross_entropy: None, which is not a list"),
+        ({"window": {**WINDOW, "grad_norm": "1.0"}}, r"health\.window\.grad_norm: '1.0', which is not a list"),
         *(
-            ({"window": {**WINDOW, name: [1.0] * 63 + [wrong]}}, rf"health\.window\.{name} holds .*, which is no finite number")
+            ({"window": {**WINDOW, name: [1.0] * 63 + [wrong]}}, rf"health\.window\.{name} holds .*, which is not a finite number")
             for name in ("masked_cross_entropy", "grad_norm")
             for wrong in ("1.0", None, True, [1.0], {}, math.nan, -math.inf, 1e101, 1e200)
         ),
-        ({"skipped": "many"}, r"health\.skipped: 'many', which is no number of steps"),
+        ({"skipped": "many"}, r"health\.skipped: 'many', which is not a number of steps"),
         ({"in_a_row": None}, r"health\.in_a_row: None"),
         ({"in_a_row": -1}, r"health\.in_a_row: -1"),
         ({"skipped": 1.5}, r"health\.skipped: 1\.5"),

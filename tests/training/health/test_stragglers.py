@@ -12,10 +12,11 @@ import torch.distributed
 
 from tests.distributed import run_distributed
 from tests.tiny import tiny_config
-from w1train.runtime.cpu import import_megatron
+from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
 
+from w1train.engine.gradient_hooks import GradientHooks  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.health.garbage import GarbageCollection  # noqa: E402
 from w1train.training.health.stragglers import StragglerClock  # noqa: E402
@@ -34,7 +35,7 @@ def steps_with_a_slow_rank(rank: int, world_size: int, pipeline: int, seconds: d
             torch.distributed.all_reduce(torch.zeros(1))  # as the sum of gradients, it waits for all ranks
 
         config = SimpleNamespace(finalize_model_grads_func=finalize)
-        clock = StragglerClock(config, interval=2, warning_share=0.1)
+        clock = StragglerClock(GradientHooks(config, []), interval=2, warning_share=0.1)
         found = []
         for step in range(1, 7):
             clock.begin(step)

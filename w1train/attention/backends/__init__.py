@@ -1,1 +1,1 @@
-"""The kernels that compute attention, behind one interface, and the choice between them."""
+"""Kernels that compute attention, with one interface, and the choice between them."""

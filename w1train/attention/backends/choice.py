@@ -1,4 +1,4 @@
-"""Which backend serves a case: the one that was named, or the first that can."""
+"""The choice of a backend for a case: the backend that the configuration names, or the first that can compute the case."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from w1train.attention.backends.interface import AttentionBackend
 from w1train.attention.backends.reference import ReferenceBackend
 from w1train.attention.backends.sdpa import SdpaBackend
 from w1train.attention.backends.te import TransformerEngineBackend
-from w1train.config.attention_limits import AttentionCase
 from w1train.config.errors import UserError
+from w1train.config.rules.attention_limits import AttentionCase
 from w1train.config.schema import BackendName
 
 logger = logging.getLogger(__name__)
 
-# In the order of auto: kernels that skip what cannot be seen, then those that do for one stream only, then dense ones.
+# In the order of auto: kernels that skip what is not visible, then kernels that skip it for one stream only, then dense kernels.
 BACKENDS: dict[BackendName, type[AttentionBackend]] = {
     backend.name: backend for backend in (CudnnBackend, FlexBackend, TransformerEngineBackend, SdpaBackend, ReferenceBackend)
 }
@@ -28,10 +28,10 @@ BACKENDS: dict[BackendName, type[AttentionBackend]] = {
 
 @cache
 def choose_backend(name: Literal["auto", BackendName], case: AttentionCase, device: torch.device) -> AttentionBackend:
-    """The backend of a phase; chosen, and said in the log, once for each case.
+    """Return the backend of a phase. The choice is made, and logged, once for each case.
 
     Raises:
-        UserError: the named backend cannot serve the case on this device. No other is taken instead.
+        UserError: the named backend cannot compute the case on this device. No other backend is taken in its place.
     """
     if name != "auto":
         reason = BACKENDS[name].why_not(case, device)

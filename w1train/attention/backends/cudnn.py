@@ -14,7 +14,7 @@ from torch import Tensor
 
 from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.visibility import Visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 from w1train.runtime.streams import keep_for, side_stream, tensors_in
 
 _CAPABILITIES = ((9, 0), (10, 0), (10, 3))
@@ -22,23 +22,23 @@ _CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
 @dataclass(slots=True)
 class CudnnPlan:
-    """A mask plan that may still be in the making on its stream."""
+    """A mask plan, which another stream may still be computing."""
 
     mask_plan: Any
     ready: torch.cuda.Event | None
-    """None = it is finished."""
+    """None = the plan is finished."""
     tensors: tuple[Tensor, ...]
-    """Its memory, which the streams that read it must be known to."""
+    """The tensors of the plan. Their memory must not be reused before the streams that read them have done so."""
 
 
 class CudnnBackend(AttentionBackend):
-    """Tiles are sorted into empty, full and partial by kernels, once a micro-batch; a row that sees nothing gives zero."""
+    """cuDNN's flex attention. Kernels sort tiles into empty, full and partial once a micro-batch, and rows that see nothing give zero."""
 
     name = "cudnn"
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """A GPU of the right generation, or the packages."""
+        """Return that a GPU of a supported generation is missing, or the packages."""
         reason = missing_cuda(device, min(_CAPABILITIES))
         if reason is None and torch.cuda.get_device_capability(device) not in _CAPABILITIES:
             known = ", ".join(f"{major}.{minor}" for major, minor in _CAPABILITIES)
@@ -51,8 +51,11 @@ class CudnnBackend(AttentionBackend):
         self._case = case
 
     def prepare(self, visibility: Visibility) -> CudnnPlan:
-        """Made on a stream of its own, for it ends in a copy to the host that would otherwise wait for all work before it. It waits for
-        what the caller's stream holds now, which had to make the endpoints."""
+        """Compute the plan on a stream of its own.
+
+        The computation ends in a copy to the host, which on the caller's stream would wait for all earlier work. It waits for the work that
+        this stream has now, because that includes the computation of the endpoints.
+        """
         assert visibility.scattered is None
         device = visibility.endpoints.device
         stream = side_stream("attention plan", device)
@@ -64,7 +67,7 @@ class CudnnBackend(AttentionBackend):
         return CudnnPlan(mask_plan, ready, tuple(tensors_in(mask_plan)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: CudnnPlan, scale: float | None = None) -> Tensor:
-        """As the interface says."""
+        """Compute AttentionBackend.attend."""
         from cudnn.flex_attention import flex_attn_func
 
         if plan.ready is not None:
@@ -78,7 +81,7 @@ class CudnnBackend(AttentionBackend):
 
 
 def create_plan(visibility: Visibility, case: AttentionCase, *, backward: bool) -> Any:
-    """cudnn.flex_attention's MaskPlan. It asks for query, key and value to read their shapes alone, so they get no memory."""
+    """Return cudnn.flex_attention's MaskPlan. It reads only the shapes of query, key and value, so these are expanded from one channel."""
     from cudnn.flex_attention import create_mask_plan
 
     num_endpoints, num_samples, num_rows = visibility.endpoints.shape
@@ -90,7 +93,7 @@ def create_plan(visibility: Visibility, case: AttentionCase, *, backward: bool) 
 
 
 def missing_packages() -> str | None:
-    """What to install, if something is: cudnn.flex_attention came with 1.29 of its package."""
+    """Return which packages must be installed; None = they are. cudnn.flex_attention is in its package since 1.29."""
     if all(find_spec(module) for module in ("cudnn", "cudnn.flex_attention", "cutlass")):
         return None
     return "it needs nvidia-cudnn-frontend >= 1.29 and nvidia-cutlass-dsl (pip install -e '.[cudnn]')"

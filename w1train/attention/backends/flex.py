@@ -1,4 +1,4 @@
-"""torch's FlexAttention: Triton kernels that skip the tiles nobody sees.
+"""torch's FlexAttention: Triton kernels that skip tiles in which no key is visible.
 
 Shapes: b = samples, q = query rows, k = key columns, e = num_endpoints, n = query heads, g = key/value heads, d = channels,
 i = row tiles, j = key tiles.
@@ -22,33 +22,34 @@ _LOWEST_CAPABILITY = (8, 0)
 
 
 class FlexBackend(AttentionBackend):
-    """One compilation for all packings: documents and blocks reach the kernel in tensors, never in its code."""
+    """FlexAttention, compiled once for all packings: the kernel reads documents and blocks from tensors, so they are not in its code."""
 
     name = "flex"
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """torch has no backward of it for the CPU."""
+        """Return why FlexAttention cannot run. On the CPU torch has no backward pass of it."""
         return missing_cuda(device, _LOWEST_CAPABILITY)
 
     def prepare(self, visibility: Visibility) -> BlockMask:
-        """The tiles to visit, and the rule inside tiles seen in part."""
+        """Return the tiles to visit, with the rule inside tiles of which a part is visible."""
         return interval_block_mask(visibility)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: BlockMask, scale: float | None = None) -> Tensor:
-        """As the interface says; rows that see nothing are zeroed by the kernel itself."""
+        """Compute AttentionBackend.attend. The kernel itself writes zeros in rows that see nothing."""
         grouped = query.shape[1] != key.shape[1]
         return compiled_flex_attention()(query, key, value, block_mask=plan, scale=scale, enable_gqa=grouped)
 
 
 @cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """Not dynamic: shapes are those of the recipe, and the kernels are faster for knowing them."""
+    """Return the compiled function. It is compiled for the shapes of the recipe, because kernels that know their shapes are faster."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 def interval_block_mask(visibility: Visibility, tile: int = TILE) -> BlockMask:
-    """FlexAttention's block mask, from how many pairs of each tile are visible: b * q * j numbers, where the mask has b * q * k."""
+    """Return FlexAttention's block mask, from the number of visible pairs of each tile. This takes b * q * j numbers, and a dense mask
+    would take b * q * k."""
     assert visibility.scattered is None
     seen = _pairs_per_tile(visibility, tile)
     full = seen == tile * tile
@@ -66,7 +67,7 @@ def interval_block_mask(visibility: Visibility, tile: int = TILE) -> BlockMask:
 
 
 def _pairs_per_tile(visibility: Visibility, tile: int) -> Tensor:
-    """int64 [b, 1, i, j]; tiles that stick out over the last row or key are never full."""
+    """Return the visible pairs of each tile, int64 [b, 1, i, j]. Tiles that extend beyond the last row or key are never full."""
     endpoints = visibility.endpoints
     start = torch.arange(0, visibility.num_keys, tile, device=endpoints.device, dtype=torch.int32)
     zero = torch.zeros_like(endpoints[0])
@@ -78,13 +79,14 @@ def _pairs_per_tile(visibility: Visibility, tile: int) -> Tensor:
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [b, 1, i, j] -> how many of each row are true, int32 [b, 1, i], and an order with them first, int32 [b, 1, i, j]."""
+    """Return how many tiles of each row are true, int32 [b, 1, i], and an order with these first, int32 [b, 1, i, j]."""
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(dim=-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 def _inside(endpoints: Tensor) -> Any:
-    """mask_mod of FlexAttention. The endpoints are a tensor that it reads: numbers in its code would be compiled anew for each packing."""
+    """Return FlexAttention's mask_mod. It reads the endpoints from a tensor, because numbers in its code would need a new compilation for
+    each packing."""
 
     def mask_mod(sample: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         visible = key < endpoints[0, sample, row]

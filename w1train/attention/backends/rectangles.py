@@ -1,8 +1,8 @@
-"""Attention on the CPU that computes only what can be seen: rows that see much the same, against the keys they see.
+"""Attention on the CPU that computes little more than what is visible: stretches of rows with similar keys, against these keys.
 
-A micro-batch is cut into rectangles, stretches of rows with the union of their keys. Each is one call of torch's flash kernel, with a
-mask only where its rows differ. Neighbouring rows share a rectangle as long as the pairs that this adds cost less than another call;
-so documents, blocks and the staircase of a causal mask are cut by one rule.
+A micro-batch is cut into rectangles, each of which is a stretch of rows with the union of their keys. A rectangle is one call of torch's
+flash kernel, with a mask only if its rows differ. Neighbouring rows share a rectangle as long as the pairs that this adds cost less than
+another call. This rule cuts documents, blocks and the staircase of a causal mask.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, r = n / g, d = channels.
 """
@@ -20,26 +20,26 @@ from w1train.attention.visibility import Visibility
 
 Intervals = tuple[tuple[int, int], ...]
 
-# The time of a call, forward and backward, as that of so many (row, key, channel) triples of the dense kernel on one core: 0.1 ms
-# at 0.24 ns each, measured by benchmarks.attention_cpu on an AMD EPYC (benchmarks/results/).
+# The time of a call, forward and backward, in (row, key, channel) triples that the dense kernel computes in this time on one core: 0.1 ms
+# at 0.24 ns each, measured by benchmarks.attention.cpu on an AMD EPYC (benchmarks/results/).
 _TRIPLES_PER_CALL = 400_000
-# Keys are copied, their gradients added, and few rows use the matrix units badly: as if there were so many rows more. Measured: 32 to 64
-# were best for blocks and causal masks at widths of 64 to 1,024, and 16 or 128 within 15 % of them.
+# Keys are copied, their gradients are added up, and few rows use the matrix units badly: a call takes the time of so many more rows.
+# Measured: 32 to 64 were best for blocks and causal masks at widths of 64 to 1,024, and 16 or 128 within 15 % of them.
 _EXTRA_ROWS = 48
-# The mask is read, and made anew in every layer.
+# The factor of a mask, which every layer makes anew and reads.
 _MASKED_COST = 1.1
-# Less than this is not worth another order of summation.
+# The smallest gain for which another order of summation is acceptable.
 _LEAST_GAIN = 1.15
 
 
 @dataclass(slots=True)
 class Rectangle:
-    """Rows of one sample (of all, if they see alike) and the keys that any of them sees."""
+    """Rows of one sample (or of all samples, if these see the same) and the keys that any of the rows sees."""
 
     samples: slice
     rows: slice
     keys: Intervals
-    """Disjoint, ascending."""
+    """Disjoint intervals, in ascending order."""
     mask: Tensor | None
     """bool [rows, keys], True = visible; None = every row sees every key."""
 
@@ -52,7 +52,7 @@ class _Group:
     end: int
     keys: Intervals
     num_visible: int
-    """Pairs, of those that are computed."""
+    """Visible pairs among the computed ones."""
 
     @property
     def num_keys(self) -> int:
@@ -64,16 +64,16 @@ class _Group:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every row sees every key."""
+        """Tell whether every row sees every key."""
         return self.num_visible == self.num_computed
 
     @property
     def pair_cost(self) -> float:
-        """Of what is computed, in unmasked pairs."""
+        """Return the cost of the computed pairs, in pairs without a mask."""
         return self.num_computed * (1.0 if self.is_uniform else _MASKED_COST)
 
     def call_cost(self, per_call: float) -> float:
-        """Of being a rectangle at all."""
+        """Return the cost of a rectangle apart from its pairs."""
         return per_call + _EXTRA_ROWS * self.num_keys
 
     def joined(self, other: _Group) -> _Group:
@@ -82,11 +82,11 @@ class _Group:
 
 
 def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> list[Rectangle] | None:
-    """The rectangles of a micro-batch, or None if dense attention is estimated to be as fast.
+    """Return the rectangles of a micro-batch, or None if dense attention is estimated to be as fast.
 
     Args:
-        width: query heads times channels: a call costs as much time as the fewer pairs, the wider they are.
-        num_threads: of the kernels; a call's own time is not shared among them.
+        width: query heads times channels. The wider a pair is, the fewer pairs take the time of a call.
+        num_threads: threads of the kernels, which do not share the time of a call itself.
     """
     if visibility.scattered is not None:
         return None
@@ -94,7 +94,7 @@ def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> l
     num_samples, num_rows = endpoints.shape[1:]
     per_call = _TRIPLES_PER_CALL * num_threads / width
     dense = per_call + num_samples * (num_rows + _EXTRA_ROWS) * visibility.num_keys * _MASKED_COST
-    # Looking for rectangles takes as long as a layer of a small model, where there is nothing to be gained.
+    # The search for rectangles takes as long as a layer of a small model: it is skipped if no rectangles can be much faster.
     if _LEAST_GAIN * _least_cost(visibility, per_call) > dense:
         return None
     groups = [_merge(_runs(endpoints[:, sample]), per_call) for sample in range(num_samples)]
@@ -104,14 +104,14 @@ def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> l
 
 
 def _least_cost(visibility: Visibility, per_call: float) -> float:
-    """What no choice of rectangles is cheaper than: one call for each sample that sees anything, without a pair too many."""
+    """Return a lower bound on the cost of any rectangles: one call for each sample that sees anything, with visible pairs alone."""
     pairs = visibility.pairs_per_row()
     most = pairs.amax(dim=1)
     return per_call * int((most > 0).sum()) + _EXTRA_ROWS * int(most.sum()) + int(pairs.sum())
 
 
 def _runs(endpoints: Tensor) -> Iterator[_Group]:
-    """Runs of rows with equal endpoints, int [e, q]; rows that see nothing are left out."""
+    """Yield runs of rows with equal endpoints, int [e, q], without rows that see nothing."""
     changes = (endpoints[:, 1:] != endpoints[:, :-1]).any(dim=0)
     starts = [0, *(changes.nonzero()[:, 0] + 1).tolist()]
     bounds = torch.cat([torch.zeros_like(endpoints[:1]), endpoints])[:, starts].T.tolist()
@@ -122,9 +122,10 @@ def _runs(endpoints: Tensor) -> Iterator[_Group]:
 
 
 def _merge(runs: Iterator[_Group], per_call: float) -> list[_Group]:
-    """Join runs until what that computes for nothing costs more than another call: at most twice what the best cuts would cost.
+    """Join runs until the pairs that a group computes without need cost more than another call. The result costs at most twice as much as
+    the best cuts.
 
-    Asked for each run alone, a call of its own would never pay for the single rows of a causal mask.
+    The pairs of the whole group are compared, because for the single rows of a causal mask, one by one, a call would never be cheaper.
     """
     groups: list[_Group] = []
     for run in runs:
@@ -138,7 +139,7 @@ def _merge(runs: Iterator[_Group], per_call: float) -> list[_Group]:
 
 
 def _union(intervals: Intervals) -> Intervals:
-    """Disjoint and ascending; intervals that touch become one."""
+    """Return the union as disjoint intervals in ascending order. Intervals that touch become one."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -155,20 +156,20 @@ def _rectangle(visibility: Visibility, sample: int, group: _Group) -> Rectangle:
         part = Visibility(visibility.endpoints[:, sample : sample + 1, rows], visibility.num_keys)
         keys = torch.cat([torch.arange(start, end, dtype=torch.int32) for start, end in group.keys])
         mask = part.inside(keys)[0]
-    # The endpoints of one sample stand for any number of them.
+    # The endpoints of one sample may stand for all samples.
     samples = slice(None) if visibility.endpoints.shape[1] == 1 else slice(sample, sample + 1)
     return Rectangle(samples, rows, group.keys, mask)
 
 
 def attend_rectangles(query: Tensor, key: Tensor, value: Tensor, rectangles: Sequence[Rectangle], scale: float | None = None) -> Tensor:
-    """query [b, n, q, d], key and value [b, g, k, d] -> [b, n, q, d]; rows of no rectangle give zero."""
+    """Return attention [b, n, q, d], from query [b, n, q, d], key and value [b, g, k, d]. It is zero in rows of no rectangle."""
     return _AttendRectangles.apply(query, key, value, rectangles, scale)
 
 
 class _AttendRectangles(torch.autograd.Function):
-    """By hand, for autograd would make a tensor of the size of all keys for the gradient of every rectangle's.
+    """Attention by rectangles with a backward pass of its own. Autograd would make a gradient of the size of all keys for each rectangle.
 
-    Calls the kernels of torch's CPU flash attention; heads that share keys are laid end to end as rows.
+    It calls the kernels of torch's CPU flash attention, with the heads that share keys concatenated as rows.
     """
 
     @staticmethod
@@ -215,7 +216,7 @@ class _AttendRectangles(torch.autograd.Function):
 
 
 def _operands(rectangle: Rectangle, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What the kernel reads: query [b, g, r, q, d], key and value [b, g, k, d] -> rows, keys, values and additive mask."""
+    """Return what the kernel reads (rows, keys, values and additive mask), from query [b, g, r, q, d], key and value [b, g, k, d]."""
     bias = None
     if rectangle.mask is not None:
         bias = torch.zeros(rectangle.mask.shape, dtype=query.dtype).masked_fill_(~rectangle.mask, float("-inf"))
@@ -224,23 +225,23 @@ def _operands(rectangle: Rectangle, query: Tensor, key: Tensor, value: Tensor) -
 
 
 def _rows_of(rectangle: Rectangle, tensor: Tensor) -> Tensor:
-    """[b, g, r, q, d] -> [b, g, r * rows, d]."""
+    """Return the rectangle's rows of a tensor [b, g, r, q, d], as [b, g, r * rows, d]."""
     return tensor[rectangle.samples, :, :, rectangle.rows].flatten(2, 3)
 
 
 def _keys_of(rectangle: Rectangle, tensor: Tensor) -> Tensor:
-    """[b, g, k, d] -> [b, g, keys, d]."""
+    """Return the rectangle's keys of a tensor [b, g, k, d], as [b, g, keys, d]."""
     parts = [tensor[rectangle.samples, :, start:end] for start, end in rectangle.keys]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _write(rectangle: Rectangle, target: Tensor, part: Tensor) -> None:
-    """The inverse of _rows_of."""
+    """Write rows where _rows_of read them."""
     target[rectangle.samples, :, :, rectangle.rows] = part.unflatten(2, (target.shape[2], -1))
 
 
 def _add(rectangle: Rectangle, target: Tensor, part: Tensor) -> None:
-    """Add the keys' gradients where _keys_of took the keys."""
+    """Add gradients of keys where _keys_of read the keys."""
     sizes = [end - start for start, end in rectangle.keys]
     for (start, end), piece in zip(rectangle.keys, part.split(sizes, dim=2), strict=True):
         target[rectangle.samples, :, start:end] += piece

@@ -1,4 +1,4 @@
-"""Attention as its formula has it: the yardstick of the other backends.
+"""Attention by its formula, with which the other backends are compared.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels.
 """
@@ -13,21 +13,21 @@ from w1train.attention.visibility import Visibility
 
 
 class ReferenceBackend(AttentionBackend):
-    """All scores at once, in fp32: slow, and as large as the mask for each head and layer."""
+    """Attention that computes all scores at once, in fp32. It is slow, and takes as much memory as the mask for each head and layer."""
 
     name = "reference"
 
     def prepare(self, visibility: Visibility) -> Tensor:
-        """The dense mask, bool [b or 1, q, k]."""
+        """Return the dense mask, bool [b or 1, q, k]."""
         return visibility.dense()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float | None = None) -> Tensor:
-        """As the interface says."""
+        """Compute AttentionBackend.attend."""
         return attend_reference(query, key, value, plan, scale)
 
 
 def attend_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """The oracle: explicit softmax over the visible keys in fp32 (or fp64 inputs' precision); rows that see nothing give 0.
+    """Return the explicit softmax over the visible keys, times the values, in fp32 (in fp64 if the inputs are). Blind rows give zero.
 
     Args:
         query: [b, n, q, d]; key, value: [b, g, k, d] with n a multiple of g.

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention: with a dense mask everywhere, and on the CPU by rectangles where that is faster.
+"""torch's scaled_dot_product_attention with a dense mask on any device, and on the CPU with rectangles where these are faster.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels.
 """
@@ -21,18 +21,18 @@ class DensePlan:
     """The mask that dense kernels read."""
 
     mask: Tensor | None
-    """bool [b or 1, 1, q, k], True = visible; None when everything is visible, so that unmasked kernels can run."""
+    """bool [b or 1, 1, q, k], True = visible; None = everything is visible, and kernels without a mask can run."""
     blind_rows: Tensor | None
-    """bool [b or 1, q]: rows that see nothing (padding); their output is zero. None when there is none."""
+    """bool [b or 1, q]: rows that see nothing (padding), whose output is zero; None = every row sees a key."""
 
 
 class SdpaBackend(AttentionBackend):
-    """The kernel is torch's choice; flash where nothing is masked."""
+    """torch's attention, whose kernel torch chooses: flash attention if nothing is masked."""
 
     name = "sdpa"
 
     def prepare(self, visibility: Visibility) -> DensePlan | list[Rectangle]:
-        """Rectangles if they are estimated to take less time than the dense kernel, otherwise the dense mask."""
+        """Return rectangles if they are estimated to take less time than the dense kernel, otherwise the dense mask."""
         if visibility.everything_visible():
             return DensePlan(mask=None, blind_rows=None)
         if self.case is not None and visibility.endpoints.device.type == "cpu":
@@ -42,22 +42,22 @@ class SdpaBackend(AttentionBackend):
         return dense_plan(visibility)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: DensePlan | list[Rectangle], scale: float | None = None) -> Tensor:
-        """As the interface says."""
+        """Compute AttentionBackend.attend."""
         if isinstance(plan, DensePlan):
             return attend_dense(query, key, value, plan, scale)
         return attend_rectangles(query, key, value, plan, scale)
 
 
 def dense_plan(visibility: Visibility) -> DensePlan:
-    """The mask, and which of its rows are empty."""
+    """Return the mask, and which of its rows are empty."""
     mask = visibility.dense()
     blind = ~mask.any(dim=-1)
     return DensePlan(mask[:, None], blind if bool(blind.any()) else None)
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, plan: DensePlan, scale: float | None = None) -> Tensor:
-    """[b, n, q, d] -> [b, n, q, d]; a softmax over nothing is NaN in some kernels, and its gradient too, so blind rows see
-    everything and are zeroed."""
+    """Return attention [b, n, q, d] of query [b, n, q, d]. A softmax over no keys, and its gradient, is NaN in some kernels. Rows that see
+    nothing are therefore computed as if they saw everything, and then set to zero."""
     mask = plan.mask
     if plan.blind_rows is not None:
         assert mask is not None

@@ -1,7 +1,7 @@
 """transformer-engine's DotProductAttention: packed documents for one stream, an additive mask for everything else.
 
-The additive mask is how LLaDA2.0 trains block diffusion (docs/attention.md): dense, so four times the pairs at small blocks, and a
-baseline for the kernels that skip.
+LLaDA2.0 trains block diffusion with such a mask (docs/attention.md). It is dense, so that with small blocks four times the visible pairs
+are computed, and it is a baseline for kernels that skip pairs.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels, t = b * q.
 """
@@ -18,40 +18,41 @@ from torch import Tensor
 
 from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.visibility import Visibility
-from w1train.config.attention_limits import AttentionCase
+from w1train.config.rules.attention_limits import AttentionCase
 
 _LOWEST_CAPABILITY = (8, 0)
 
 
 @dataclass(slots=True)
 class PackedPlan:
-    """Documents end to end over all samples; each stretch of padding is one of its own."""
+    """The documents of all samples, concatenated. Each stretch of padding counts as a document."""
 
     boundaries: Tensor
     """int32 [documents + 1], ascending from 0 to t."""
     longest: int
     blind_rows: Tensor
-    """bool [b, q]: padding, whose output is zeroed."""
+    """bool [b, q]: padding, whose output is set to zero."""
 
 
 @dataclass(slots=True)
 class BiasPlan:
-    """A mask to add to the scores."""
+    """A mask that is added to the scores."""
 
     bias: Tensor
     """bfloat16 [b or 1, 1, q, k], 0 = visible, otherwise a large negative number; all 0 in rows that see nothing."""
     blind_rows: Tensor
-    """bool [b or 1, q]."""
+    """bool [b or 1, q]: rows that see nothing."""
 
 
 class TransformerEngineBackend(AttentionBackend):
-    """Its fused kernels alone: where none fits it raises, instead of computing unfused without a word."""
+    """transformer-engine's fused kernels. The backend raises if no fused kernel supports a case, because transformer-engine would
+    otherwise compute without fusion unnoticed."""
 
     name = "te"
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """A GPU, or the package."""
+        """Return that a GPU is missing, or the package."""
         reason = missing_cuda(device, _LOWEST_CAPABILITY)
         if reason is None and find_spec("transformer_engine") is None:
             reason = "it needs transformer-engine (pip install --no-build-isolation -e '.[te]')"
@@ -64,11 +65,11 @@ class TransformerEngineBackend(AttentionBackend):
         self._modules: dict[float | None, Any] = {}
 
     def prepare(self, visibility: Visibility) -> PackedPlan | BiasPlan:
-        """Boundaries of documents where a flash kernel knows the mask, otherwise the mask."""
+        """Return the boundaries of documents if a flash kernel supports the mask, otherwise the mask."""
         return packed_plan(visibility) if self._case.kind in ("documents", "causal") else bias_plan(visibility)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan | BiasPlan, scale: float | None = None) -> Tensor:
-        """As the interface says."""
+        """Compute AttentionBackend.attend."""
         if isinstance(plan, PackedPlan):
             output = self._packed(query, key, value, plan, scale)
         else:
@@ -101,7 +102,7 @@ class TransformerEngineBackend(AttentionBackend):
         return output.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
 
     def _module(self, scale: float | None) -> Any:
-        """It has no parameters; the layers share one."""
+        """Return the module, which has no parameters, so that all layers share it."""
         if scale not in self._modules:
             os.environ["NVTE_UNFUSED_ATTN"] = "0"
             if self._case.deterministic:
@@ -114,7 +115,7 @@ class TransformerEngineBackend(AttentionBackend):
 
 
 def packed_plan(visibility: Visibility) -> PackedPlan:
-    """From rows (0, start, end): a document begins where the start changes, and where a sample or its padding does."""
+    """Return the plan of endpoints (0, start, end): a document begins where the start changes, and where a sample or its padding begins."""
     start, end = visibility.endpoints[1:]
     blind = end <= start
     edge = torch.ones_like(blind[:, :1])
@@ -125,7 +126,8 @@ def packed_plan(visibility: Visibility) -> PackedPlan:
 
 
 def bias_plan(visibility: Visibility) -> BiasPlan:
-    """As transformer-engine's own example of arbitrary masks has it: -2^50, which bf16 holds and no sum of scores undoes."""
+    """Return the plan of an arbitrary mask. It adds -2^50, as transformer-engine's example does: bf16 can represent this number, and no
+    score is large enough to cancel it."""
     mask = visibility.dense()
     blind = ~mask.any(dim=-1)
     bias = torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device).masked_fill_(~(mask | blind[..., None]), -(2.0**50))

@@ -1,1 +1,1 @@
-"""Files that an exported model carries with it. They need torch and transformers, nothing of w1train."""
+"""Files that are copied into an exported model. They need torch and transformers, and import nothing from w1train."""

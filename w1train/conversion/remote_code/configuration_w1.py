@@ -8,9 +8,9 @@ from transformers import PretrainedConfig
 
 
 class W1Config(PretrainedConfig):
-    """Sizes and switches; the names are those of transformers' Llama where both have them.
+    """Sizes and switches of the model. Fields that Llama also has have the names of transformers' LlamaConfig.
 
-    Beyond these: ``qk_norm`` (RMSNorm on each head's query and key), ``qkv_bias``, ``conditioning`` ("adaln": the timestep modulates
+    Further fields: ``qk_norm`` (RMSNorm on each head's query and key), ``qkv_bias``, ``conditioning`` ("adaln": the timestep modulates
     every layer; "none"), ``mask_token_id``, and ``exclude_mask_logit`` (the mask token is never predicted).
     """
 
@@ -60,5 +60,5 @@ class W1Config(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.exclude_mask_logit = exclude_mask_logit
         self.initializer_range = initializer_range
-        # Tying has other defaults in other versions of transformers.
+        # The default of tie_word_embeddings differs between versions of transformers.
         super().__init__(**{"tie_word_embeddings": False, **kwargs})

@@ -3,8 +3,8 @@
     h = h + gate_a * Attention(RMSNorm(h) * (1 + scale_a) + shift_a)
     h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
 
-Shifts, scales and gates come from the timestep; with conditioning "none" they fall away. Attention sees the whole sequence unless
-a mask is given.
+Shifts, scales and gates come from the timestep; with conditioning "none" there are no shifts, scales and gates. Every token attends to
+the whole sequence unless a mask is given.
 
 Shapes: b = samples, l = tokens of a sample, h = hidden size, n = heads, d = channels of a head, v = vocabulary, c = condition size.
 """
@@ -26,7 +26,7 @@ MAX_PERIOD = 10000.0
 
 
 class W1RMSNorm(nn.Module):
-    """y = x / rms(x) * weight."""
+    """RMSNorm: y = x / rms(x) * weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class W1RMSNorm(nn.Module):
 
 
 class W1TimestepEmbedding(nn.Module):
-    """t -> condition vector: fp32 sinusoid, Linear, SiLU, Linear."""
+    """Map of t to the condition vector: fp32 sinusoid, Linear, SiLU, Linear."""
 
     def __init__(self, config: W1Config) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class W1TimestepEmbedding(nn.Module):
         self.linear_out = nn.Linear(config.condition_size, config.condition_size)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """float [b, 1 or l] -> [b, 1 or l, c]."""
+        """Return the condition vectors [b, 1 or l, c] of timesteps, float [b, 1 or l]."""
         exponents = torch.arange(self.size // 2, dtype=torch.float32, device=timesteps.device) / (self.size // 2)
         angles = (timesteps.float() * self.scale)[..., None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -55,7 +55,7 @@ class W1TimestepEmbedding(nn.Module):
 
 
 class W1Modulation(nn.Module):
-    """Condition -> ``num_vectors`` vectors of width h."""
+    """Map of the condition to ``num_vectors`` vectors of width h."""
 
     def __init__(self, config: W1Config, num_vectors: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class W1Attention(nn.Module):
         self.k_norm = W1RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """[b, l, h], cos and sin [b, 1, l, d], mask bool [b, 1, l, l] -> [b, l, h]."""
+        """Return the attention's output [b, l, h] for hidden [b, l, h], cos and sin [b, 1, l, d] and mask, bool [b, 1, l, l]."""
         query, key, value = (
             projection(hidden).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -90,7 +90,7 @@ class W1Attention(nn.Module):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         blind = None if mask is None else ~mask.any(dim=-1, keepdim=True)
-        # A softmax over nothing is NaN in some kernels: rows that see nothing see everything, and give zero.
+        # Some kernels give NaN for a row that sees no key. Such a row sees all keys here, and its output is set to zero.
         visible = None if mask is None else mask | blind
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=query.shape[1] != key.shape[1])
         if blind is not None:
@@ -99,13 +99,13 @@ class W1Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split layout: [b, n, l, d]."""
+    """Apply the rotary position embedding to x, [b, n, l, d], in the half-split layout."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def rotary_frequencies(config: W1Config, device: torch.device) -> Tensor:
-    """Radians a position for each pair of channels, float32 [d / 2]; "llama3" slows down those that turn seldom."""
+    """Return the radians per position of each pair of channels, float32 [d / 2]; "llama3" divides the low frequencies."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
@@ -131,7 +131,7 @@ class W1MLP(nn.Module):
 
 
 class W1Layer(nn.Module):
-    """Attention and MLP, modulated by the condition if there is one."""
+    """Attention and MLP, which the condition modulates if the model has one."""
 
     def __init__(self, config: W1Config) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class W1Layer(nn.Module):
 
 
 class W1Transformer(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers and final norm."""
 
     def __init__(self, config: W1Config) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class W1Transformer(nn.Module):
         self.final_modulation = W1Modulation(config, 2) if conditioned else None
 
     def forward(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, timesteps: Tensor) -> Tensor:
-        """int [b, l], int [b, l], bool [b, 1, l, l] and float [b, 1 or l] -> [b, l, h]."""
+        """Return hidden states [b, l, h] for int ids and positions [b, l], a bool mask [b, 1, l, l] and float timesteps [b, 1 or l]."""
         hidden = self.embed_tokens(input_ids)
         angles = positions.float()[:, None, :, None] * rotary_frequencies(self.config, input_ids.device)
         angles = torch.cat([angles, angles], dim=-1)
@@ -182,17 +182,17 @@ class W1Transformer(nn.Module):
 
 
 class W1ForMaskedDiffusion(PreTrainedModel):
-    """Corrupted tokens -> logits of the clean token at each position (no shift)."""
+    """A model that maps corrupted tokens to logits of the clean token at each position (no shift)."""
 
     config_class = W1Config
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["W1Layer"]  # noqa: RUF012 - as transformers has it
+    _no_split_modules = ["W1Layer"]  # noqa: RUF012 - transformers expects a list
 
     def __init__(self, config: W1Config) -> None:
         super().__init__(config)
         self.model = W1Transformer(config)
-        # A tied head is no module: it is the embedding's weight, under whatever rules transformers has for tying.
+        # A tied head is no module but the embedding's weight, so that no version's rules for tying matter.
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -213,12 +213,12 @@ class W1ForMaskedDiffusion(PreTrainedModel):
         timesteps: Tensor | None = None,
         **_unused: Any,
     ) -> MaskedLMOutput:
-        """Logits [b, l, v] in ``.logits``.
+        """Return the logits, [b, l, v], in ``.logits``.
 
         Args:
             input_ids: int [b, l].
-            attention_mask: None (every token sees all), [b, l] (1 = real, 0 = padding), or bool [b, l, l] or [b, 1, l, l] (True: the
-                row's token sees the column's), such as a causal or block-causal mask.
+            attention_mask: None (every token sees all tokens), [b, l] (1 = real token, 0 = padding), or bool [b, l, l] or [b, 1, l, l]
+                (True: the token of the row sees the token of the column), such as a causal or block-causal mask.
             position_ids: int [b, l] or [1, l], position inside the document; None = 0 to l - 1.
             timesteps: mask probability t in [0, 1], float [b] or [b, l]; None = the share of mask tokens among a sample's real tokens.
                 Without conditioning it has no effect.
@@ -236,18 +236,18 @@ class W1ForMaskedDiffusion(PreTrainedModel):
         return MaskedLMOutput(logits=logits)
 
     def _mask_share(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """float32 [b]."""
+        """Return the share of mask tokens among the real tokens of each sample, float32 [b]."""
         real = torch.ones_like(input_ids) if attention_mask is None or attention_mask.dim() != 2 else attention_mask
         masked = (input_ids == self.config.mask_token_id) & real.bool()
         return masked.sum(dim=1) / real.sum(dim=1).clamp_min(1)
 
 
 def _visible(attention_mask: Tensor | None) -> Tensor | None:
-    """bool [b, 1, 1 or l, l]."""
+    """Return the mask as bool [b, 1, 1 or l, l]; None if every token sees all tokens."""
     if attention_mask is None:
         return None
     mask = attention_mask.bool()
     if mask.dim() == 2:
-        # Padding sees what real tokens see; nobody sees padding.
+        # No token sees padding; padding itself sees the same tokens as real tokens do.
         return None if bool(mask.all()) else mask[:, None, None, :]
     return mask[:, None] if mask.dim() == 3 else mask

@@ -1,4 +1,4 @@
-"""A batch that was left out is written aside, to be looked at: ``bad_batches/step_N/rank_R.npz`` and a readable ``rank_R.json``."""
+"""Batches of skipped steps, written aside for people to look at: ``bad_batches/step_N/rank_R.npz`` and a readable ``rank_R.json``."""
 
 from __future__ import annotations
 
@@ -21,23 +21,28 @@ logger = logging.getLogger(__name__)
 
 
 def keep(batches: Iterable[NoisyBatch], kept: list[NoisyBatch]) -> Iterator[NoisyBatch]:
-    """The batches, each of them kept as it goes by."""
+    """Yield the batches, and add each of them to ``kept``."""
     for batch in batches:
         kept.append(batch)
         yield batch
 
 
+def step_directory(bad_batches: Path, step: int) -> Path:
+    """Return where the batch of a skipped step is, in the run's ``bad_batches``."""
+    return bad_batches / f"step_{step}"
+
+
 def write_bad_batch(
     directory: Path, step: int, reason: str, values: Mapping[str, Any], batches: Sequence[NoisyBatch], parameters: Sequence[str]
 ) -> None:
-    """This rank's part of a step that is left out. That it cannot be written is a warning.
+    """Write this rank's part of the batch of a skipped step. If it cannot be written, that is a warning.
 
     Args:
         directory: the run's ``bad_batches``.
-        batches: this rank's micro-batches; arrays of all of them have their samples below each other.
-        parameters: names of those whose gradients are no numbers.
+        batches: this rank's micro-batches; the arrays have the samples of all of them along the first dimension.
+        parameters: names of the parameters whose gradients are NaN or infinite.
     """
-    path = directory / f"step_{step}" / f"rank_{dist.get_rank()}"
+    path = step_directory(directory, step) / f"rank_{dist.get_rank()}"
     samples = torch.cat([batch.sample_indices for batch in batches])
     description = {
         "step": step,
@@ -50,10 +55,8 @@ def write_bad_batch(
         "timesteps": [batch.segment_timesteps.tolist() for batch in batches],
         "nonfinite_parameters": list(parameters),
     }
-    arrays: dict[str, Any] = {
-        name: _all_samples(batches, name) for name in ("tokens", "input_ids", "document_ids", "target_timesteps", "loss_mask")
-    }
-    arrays["sample_indices"] = samples.cpu().numpy()
+    names = [*batches[0].names("token"), *batches[0].names("sample")]
+    arrays: dict[str, Any] = {name: _all_samples(batches, name) for name in names}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path.with_suffix(".npz")) as file:
@@ -64,5 +67,5 @@ def write_bad_batch(
 
 
 def _all_samples(batches: Sequence[NoisyBatch], name: str) -> np.ndarray:
-    """[samples, l]"""
+    """Return a field of all micro-batches as one array, [samples, l]."""
     return torch.cat([getattr(batch, name) for batch in batches]).cpu().numpy()

@@ -1,5 +1,5 @@
-"""Garbage collections at the same steps on all ranks: by itself, Python collects on each rank at another moment, and with thousands of
-ranks one of them makes the others wait at almost every step."""
+"""Garbage collections at the same steps on all ranks. Python would collect at another moment on each rank, and with thousands of ranks, a
+rank would make the others wait at almost every step."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ import gc
 
 
 class GarbageCollection:
-    """A context manager around training."""
+    """A context manager around training that collects at chosen steps."""
 
     def __init__(self, interval: int) -> None:
-        """``interval``: steps; 0 = Python's own way."""
+        """
+        Args:
+            interval: steps between collections; 0 = Python collects when it wants.
+        """
         self._interval = interval
 
     def __enter__(self) -> GarbageCollection:
         if self._interval:
             gc.collect()
-            # Model, optimizer and modules stay to the end: no collection need look at them again.
+            # Model, optimizer and modules live until the end: frozen, they are not looked at again by each collection.
             gc.freeze()
             gc.disable()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The process ends soon, and collects what there is as it does: frozen, that would be leaks to the libraries it belongs to. A
-        forked process, which does not, has garbage of its parent that no collection here may touch: so none is enabled."""
+        """Unfreeze, for the end of the process: libraries would take objects that are frozen for leaks.
+
+        Collections stay disabled: in a forked process they would collect garbage that belongs to its parent.
+        """
         if self._interval:
             gc.unfreeze()
 
     def step_done(self, step: int) -> None:
-        """Collect, if it is time."""
+        """Collect, if a collection is due after this step."""
         if self._interval and step % self._interval == 0:
             gc.collect()

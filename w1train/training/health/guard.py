@@ -1,8 +1,8 @@
-"""Looks at each step's loss and gradient norm before the optimizer moves the weights, and decides whether it may.
+"""The guard of training steps: it looks at each step's loss and gradient norm, and decides whether the optimizer may update the weights.
 
-Both are sums over all ranks, the same on each, so all ranks decide alike. A step that is not good is computed once more from the same
-batch, which costs a step and tells a fault of the machine from one of the data: what is gone the second time was transient, and the run
-goes on as if it had not been. What is still there belongs to batch or weights: the batch is written aside and the step left out.
+Both numbers are sums over all ranks, the same on each rank, so that all ranks decide alike. A bad step is computed once more from the same
+batch, which tells a fault of the machine from a fault of the data. If the second result is good, the fault was transient, and the run goes
+on as if it had not happened. If it is bad too, batch or weights are the cause: the batch is written aside, and the step is skipped.
 """
 
 from __future__ import annotations
@@ -14,60 +14,62 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from w1train.checkpoints.manifest import Progress
 from w1train.config.schema import HealthConfig
 from w1train.diffusion.corruption import NoisyBatch
-from w1train.training.checkpoint import Progress
+from w1train.engine.building import TrainedModel
+from w1train.engine.gradients import LocalGradients, nonfinite_parameters
 from w1train.training.forward import StepWork
-from w1train.training.health.bad_batches import write_bad_batch
-from w1train.training.health.gradients import LocalGradients, nonfinite_parameters
+from w1train.training.health.bad_batches import step_directory, write_bad_batch
+from w1train.training.health.finite import require_finite
 from w1train.training.health.spikes import SpikeWindow
-from w1train.training.setup import TrainedModel
-from w1train.training.watch import require_finite
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class ComputedStep:
-    """Everything of a step but its update."""
+    """A step without its update."""
 
     values: dict[str, Any]
-    """For the record."""
+    """The values of the step's record."""
     grad_norm: Any
-    """As the optimizer gave it, and wants it back."""
+    """The gradient norm in the optimizer's type, in which the optimizer takes it back."""
     gradients_are_finite: bool
-    """Every rank's own: the norm does not count all of them."""
+    """Whether the gradients of each rank are finite. The norm alone does not tell: some gradients are not in it."""
     work: StepWork
 
 
 @dataclass(slots=True, frozen=True)
 class Problem:
-    """Why a step is not good."""
+    """The reason why a step is bad."""
 
     kind: Literal["nonfinite", "spike"]
     text: str
 
 
 class StepGuard:
-    """Its state (the window of spikes, the counts of what was left out) is the run's progress: a resumed run goes on with it."""
+    """The guard of one run. Its state (the values of the last steps, the counts of skipped steps) is part of the run's progress, so that a
+    resumed run goes on with it."""
 
     def __init__(self, settings: HealthConfig, progress: Progress, model: TrainedModel, bad_batches: Path) -> None:
         self._settings, self._progress, self._model, self._bad_batches = settings, progress, model, bad_batches
-        self.local_gradients = LocalGradients(model.chunks)
+        self.local_gradients = LocalGradients(model.hooks)
 
     @property
     def num_skipped(self) -> int:
-        """Steps that were left out, since the beginning of the run."""
+        """The number of skipped steps since the beginning of the run."""
         return self._progress.health.get("skipped", 0)
 
     def checked(self, computed: ComputedStep, compute_again: Callable[[list[NoisyBatch]], ComputedStep], stage: str) -> bool:
-        """Whether the weights may move by a step, of which ``computed`` then has the good numbers. Called on every rank.
+        """Return whether the optimizer may take a step. Called on every rank.
 
         Args:
-            compute_again: computes the step from the same batch, which it adds to the list.
+            computed: the step; the values of its second computation, if there was one, replace those of the first.
+            compute_again: computes the step from the same batch, whose micro-batches it adds to the list.
 
         Raises:
-            FloatingPointError: on every rank; the step, and too many before it, are not finite.
+            FloatingPointError: on every rank; the step is NaN or infinite, and the settings do not allow to skip it.
         """
         problem = self._problem(computed, stage)
         if problem is not None:
@@ -77,6 +79,14 @@ class StepGuard:
             return True
         self._leave_out(computed, problem)
         return False
+
+    def require_finite_parameters(self) -> None:
+        """Raise an error if a parameter is NaN or infinite. Called on every rank.
+
+        Raises:
+            FloatingPointError: on every rank.
+        """
+        require_finite(self._progress.step, {"the largest parameter": self._model.largest_parameter()})
 
     def _problem(self, computed: ComputedStep, stage: str) -> Problem | None:
         bad = [f"{name} is {value}" for name, value in _looked_at(computed).items() if not math.isfinite(value)]
@@ -93,7 +103,7 @@ class StepGuard:
     def _second_look(
         self, computed: ComputedStep, problem: Problem, compute_again: Callable[[list[NoisyBatch]], ComputedStep], stage: str
     ) -> Problem | None:
-        """What is wrong with the step when it is computed once more, whose numbers take the place of the first ones'."""
+        """Compute the step once more, and return what is still wrong with it. The new values replace the first values."""
         step = self._progress.step + 1
         where = self._where(problem)
         logger.warning("step %d: %s%s; computing it once more", step, problem.text, where)
@@ -104,7 +114,7 @@ class StepGuard:
             setattr(computed, field.name, getattr(again, field.name))
         if still is None:
             logger.warning(
-                "step %d: a transient fault%s: the second time all is well, and the run goes on as if nothing had been", step, where
+                "step %d: a transient fault%s: the second result is good, and the run goes on as if nothing had happened", step, where
             )
             return None
         parameters = nonfinite_parameters(self._model.chunks)
@@ -112,11 +122,11 @@ class StepGuard:
         return still
 
     def _where(self, problem: Problem) -> str:
-        """The ranks that a non-finite value came from."""
+        """Return the ranks that NaN or infinite gradients came from, as a part of a message."""
         if problem.kind == "spike":
             return ""
         ranks = self.local_gradients.nonfinite_ranks()
-        return f" (the gradients of {', '.join(ranks)})" if ranks else " (each rank's own gradients are finite, not their sum)"
+        return f" (the gradients of {', '.join(ranks)})" if ranks else " (the gradients of each rank are finite, but their sum is not)"
 
     def _accept(self, values: dict[str, Any], stage: str) -> None:
         self._window().add(values, stage)
@@ -130,16 +140,17 @@ class StepGuard:
         state["in_a_row"] = in_a_row + 1
         state["skipped"] = self.num_skipped + 1
         computed.values["skipped"] = problem.kind
-        logger.warning("step %d is left out: %s again; its batch is in %s", step, problem.text, self._bad_batches / f"step_{step}")
+        logger.warning("step %d is skipped: %s again; its batch is in %s", step, problem.text, step_directory(self._bad_batches, step))
         if problem.kind == "spike" and state["in_a_row"] >= self._settings.max_skips:
             logger.warning(
-                "so many spikes in a row are a new level: no step is a spike until %d have been seen", self._settings.spike_window // 2
+                "so many spikes in a row are a new level: no step counts as a spike until %d steps have been seen",
+                self._settings.spike_window // 2,
             )
             self._window().clear()
 
 
 def _looked_at(computed: ComputedStep) -> dict[str, float]:
-    """What must be finite; a gradient alone where nothing else tells of it."""
+    """Return the values that must be finite, by name; a gradient is one of them only if loss and norm do not show that it is not finite."""
     values = {name: computed.values[name] for name in ("loss", "grad_norm")}
     if not computed.gradients_are_finite and all(map(math.isfinite, values.values())):
         values["a gradient of some rank"] = math.nan

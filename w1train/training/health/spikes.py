@@ -1,9 +1,9 @@
-"""Loss spikes: a step far above what the last ones were.
+"""Loss spikes: steps whose loss or gradient norm is far above those of the steps before.
 
-As OLMo-core's SkipStepOptimizer does (6 standard deviations over 128 steps), a step is compared with those before it. Here with their
-median, so that the fall of the loss, and a spike that was let in, do not move the level; the deviation is the larger of the standard one
-and the scaled median one (a narrow middle with long tails is no reason to call the tails spikes). Of the gradient norm the logarithm is
-compared: weights of 1/t give the norm itself tails that no sigma describes.
+OLMo-core's SkipStepOptimizer also compares a step with those before it (6 standard deviations over 128 steps). Here a step is compared with
+their median, so that neither the fall of the loss nor a spike that was accepted moves the level. The deviation is the larger one of the
+standard deviation and the scaled median deviation: values in long tails around a narrow middle are no spikes. The logarithm of the gradient
+norm is compared, because weights of 1/t give the norm itself tails that no number of standard deviations describes.
 """
 
 from __future__ import annotations
@@ -13,33 +13,29 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-_MEDIAN_DEVIATION_TO_SIGMA = 1.4826  # of a normal distribution
-WATCHED = ("masked_cross_entropy", "grad_norm")
-_LARGEST = 1e100
-"""The square of a value, and a sum of squares, stay finite; what a step computes in float32 is below it by far."""
+from w1train.checkpoints.guard_state import is_watchable
+
+_MEDIAN_DEVIATION_TO_SIGMA = 1.4826
+"""Standard deviation over median deviation of a normal distribution."""
 _SMALLEST_SIGMA = {"masked_cross_entropy": 0.03, "grad_norm": 0.35}
-"""Of the median, and of a logarithm: what hurts a run is far larger than a batch of odd text, however equal the others were."""
-
-
-def is_watchable(value: object) -> bool:
-    """Tell whether a window may hold a value: the deviation of values that it holds is a finite number."""
-    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
+"""The smallest deviation that is used, as a share of the median, and of the logarithm. Spikes that harm a run are far larger than the
+difference that a batch of unusual text makes, however equal the batches before it were."""
 
 
 class SpikeWindow:
-    """The accepted values of the last steps of one stage. Its state is plain lists in a dict, which a checkpoint keeps."""
+    """The values of the last accepted steps of one stage. Its state is plain lists in a dictionary, which a checkpoint keeps."""
 
     def __init__(self, state: dict[str, Any], size: int, sigmas: Mapping[str, float | None]) -> None:
         """
         Args:
-            state: of an earlier process, or empty; changed in place.
-            size: steps.
-            sigmas: for masked_cross_entropy and grad_norm; None = never a spike.
+            state: the state of an earlier process, or an empty dictionary. It is changed in place.
+            size: the number of steps.
+            sigmas: deviations from which on masked_cross_entropy and grad_norm are a spike; None = a value is never a spike.
         """
         self._state, self._size, self._sigmas = state, size, sigmas
 
     def spike(self, values: Mapping[str, float], stage: str) -> str | None:
-        """What is a spike about a step that is about to be taken, in words; None = nothing."""
+        """Describe the spike of a step that is about to be taken; None if it is no spike."""
         if self._state.get("stage") != stage:
             return None
         for name, sigma in self._sigmas.items():
@@ -52,7 +48,7 @@ class SpikeWindow:
         return None
 
     def add(self, values: Mapping[str, float], stage: str) -> None:
-        """A step was taken."""
+        """Add the values of a step that was taken."""
         if self._state.get("stage") != stage:
             self._state.clear()
             self._state.update({"stage": stage, **{name: [] for name in self._sigmas}})
@@ -61,16 +57,16 @@ class SpikeWindow:
                 self._state[name] = [*self._state[name], values[name]][-self._size :]
 
     def clear(self) -> None:
-        """Begin anew: the level is another one."""
+        """Forget all values, because the level has changed."""
         self._state.clear()
 
 
 def _limit(name: str, window: list[float], sigma: float) -> float:
-    """Above it a value is a spike."""
+    """Return the largest value that is no spike."""
     if name == "grad_norm":
         logarithms = [math.log(max(value, 1e-30)) for value in window]
         middle, deviation = _middle_and_deviation(logarithms)
-        # Not beyond what a float holds.
+        # exp overflows a float above 709.
         return math.exp(min(700.0, middle + sigma * max(deviation, _SMALLEST_SIGMA[name])))
     middle, deviation = _middle_and_deviation(window)
     return middle + sigma * max(deviation, _SMALLEST_SIGMA[name] * abs(middle))
@@ -79,7 +75,7 @@ def _limit(name: str, window: list[float], sigma: float) -> float:
 def _middle_and_deviation(values: list[float]) -> tuple[float, float]:
     middle = statistics.median(values)
     median_deviation = statistics.median([abs(value - middle) for value in values])
-    # statistics.pstdev computes in fractions: a millisecond a step.
+    # statistics.pstdev would take a millisecond a step, because it computes in fractions.
     mean = math.fsum(values) / len(values)
     standard_deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
     return middle, max(_MEDIAN_DEVIATION_TO_SIGMA * median_deviation, standard_deviation)

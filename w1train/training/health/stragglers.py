@@ -1,7 +1,8 @@
-"""Which rank the others wait for: now and then all ranks meet before the gradients are added up, and say how long they waited.
+"""A measurement of the rank that the other ranks wait for. At some steps all ranks wait for each other before gradients are added, and
+compare how long each waited.
 
-The slowest waits least. Only ranks of the same pipeline stage are compared, for stages end their backward passes one after the other.
-With parallel.overlap_grad_reduce ranks have waited for each other in the backward pass already, and the differences come out smaller.
+The slowest rank waits least. Only ranks of the same pipeline stage are compared, because stages end their backward passes one after the
+other. With parallel.overlap_grad_reduce ranks have already waited for each other in the backward pass, and the differences are smaller.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
+
+from w1train.engine.gradient_hooks import GradientHooks
 
 logger = logging.getLogger(__name__)
 
@@ -25,49 +27,55 @@ _TIMES_BEFORE_WARNING = 3
 
 
 class StragglerClock:
-    """Measures inside megatron-core's finalize_model_grads, at the steps it is told to."""
+    """A measurement around megatron-core's finalize_model_grads, at every ``interval``-th step."""
 
-    def __init__(
-        self, config: TransformerConfig, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, hooks: GradientHooks, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         """
         Args:
-            config: the model's; its finalize_model_grads_func is wrapped.
-            interval: steps; 0 = never.
-            warning_share: of a step's time that ranks may wait without a warning.
+            hooks: the model's, to which the measurement is added.
+            interval: steps between two measurements; 0 = never.
+            warning_share: the share of a step's time that ranks may wait for each other without a warning.
         """
         self._interval, self._warning_share, self._clock = interval, warning_share, clock
-        self._finalize = config.finalize_model_grads_func
         self._is_due = False
         self._times_in_a_row = 0
         self.metrics: dict[str, float] = {}
-        """Of the present step; empty if it is not measured."""
+        """Metrics of the current step. The dictionary is empty if this step is not measured."""
         if interval:
-            config.finalize_model_grads_func = self._measured
+            hooks.register("stragglers", self._measured)
 
     def begin(self, step: int) -> None:
-        """The step of this number (from 1) begins."""
+        """Begin the step of this number, counted from 1."""
         self.metrics = {}
         self._is_due = self._interval > 0 and step % self._interval == 0
         self._start = self._clock()
 
-    def _measured(self, *arguments: Any, **keywords: Any) -> None:
-        if not self._is_due:
-            self._finalize(*arguments, **keywords)
-            return
-        self._is_due = False
-        # Kernels that are under way belong to this rank's work.
+    def _measured(self, finalize: Callable[..., None], _config: Any) -> Callable[..., None]:
+        def measured(*arguments: Any, **keywords: Any) -> None:
+            if not self._is_due:
+                finalize(*arguments, **keywords)
+                return
+            self._is_due = False
+            slowest, spread, together = self._meet()
+            finalize(*arguments, **keywords)
+            self._warn(slowest, spread, together - self._start)
+
+        return measured
+
+    def _meet(self) -> tuple[int, float, float]:
+        """Wait for all ranks. Return the slowest one, how long others waited for it, and the clock's time."""
+        # Kernels that still run belong to this rank's work.
         torch.cuda.synchronize()
         arrived = self._clock()
-        dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier that does not wait for a GPU
+        dist.all_reduce(torch.zeros(1))  # a barrier on the CPU, which does not wait for a GPU
         together = self._clock()
         slowest, spread = _compare(together - arrived)
         self.metrics = {"health/slowest_rank": slowest, "health/rank_spread": spread}
-        self._finalize(*arguments, **keywords)
-        self._warn(slowest, spread, together - self._start)
+        return slowest, spread, together
 
     def _warn(self, slowest: int, spread: float, seconds: float) -> None:
-        """By the rank that is meant, which knows its machine; once is chance."""
+        """Warn on the rank that is slow, which knows its machine, if it was the slowest in several measurements in a row. A single one may
+        be chance."""
         is_slow = slowest == dist.get_rank() and spread > self._warning_share * seconds
         self._times_in_a_row = self._times_in_a_row + 1 if is_slow else 0
         if self._times_in_a_row >= _TIMES_BEFORE_WARNING:
@@ -78,12 +86,12 @@ class StragglerClock:
 
 
 def _compare(waited: float) -> tuple[int, float]:
-    """(the rank that waited least, how much longer another of its pipeline stage did), of the stage where that is longest; the same on
-    all ranks."""
+    """Return the rank that waited least, and how many seconds longer another rank of its pipeline stage waited, for the stage in which that
+    difference is largest. All ranks get the same answer."""
     microseconds = min(round(waited * 1e6), 1 << 40)
     stage, num_stages = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
     least = torch.full((2, num_stages), _NOTHING, dtype=torch.int64)
-    # One minimum gives the shortest wait and whose it was, the other (of negatives) the longest.
+    # The first minimum gives the shortest wait with its rank, the second (of negative numbers) the longest wait.
     least[0, stage] = (microseconds << _RANK_BITS) | dist.get_rank()
     least[1, stage] = -microseconds
     dist.all_reduce(least, op=dist.ReduceOp.MIN)

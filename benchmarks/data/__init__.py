@@ -1,0 +1,1 @@
+"""Benchmarks of tokenizing, loading and corrupting data."""

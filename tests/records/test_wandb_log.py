@@ -1,0 +1,146 @@
+"""W&B's records, read back from the files that it writes offline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.records.recorded_run import STAGES, TIMESTEPS, recorded_run
+from tests.records.wandb_file import read_history, read_run
+from tests.reports.fake_run import train_record, validation_record
+from w1train.config.schema import HealthConfig, LoggingConfig
+from w1train.config.serialization import flatten
+from w1train.records import wandb_log
+from w1train.records.chart_metrics import chart_metrics
+from w1train.records.summary import code_versions
+from w1train.records.wandb_log import WandbSink, resolve_mode
+
+
+def start(run_dir: Path, mode: str = "offline") -> WandbSink:
+    sink = not_started(run_dir, mode)
+    sink.start()
+    return sink
+
+
+def not_started(run_dir: Path, mode: str = "offline") -> WandbSink:
+    return WandbSink(recorded_run(run_dir, wandb=mode, wandb_project="a-project"))
+
+
+@pytest.mark.parametrize(("key", "expected"), [("secret", "online"), ("", "offline"), (None, "offline")])
+def test_auto_is_online_only_with_a_key(monkeypatch, key, expected):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    assert resolve_mode("auto") == expected
+    assert resolve_mode("offline") == "offline"
+
+
+def test_offline_files_hold_every_metric_at_its_step(tmp_path, caplog, capfd):
+    caplog.set_level(logging.INFO)
+    records = [validation_record(step=0, num_timesteps=2), train_record(step=1), train_record(step=2)]
+    first = start(tmp_path)
+    for record in records:
+        first.record(record)
+    first.record_samples([{"step": 2, "tokens": 64, "prompt": "def", "text": "def f():"}])
+    first.close(failed=False)
+    second = start(tmp_path)
+    second.record(train_record(step=3))
+    second.close(failed=False)
+
+    # A process of W&B writes the files: on a busy machine it ends after finish() has returned.
+    deadline = time.monotonic() + 30
+    while set(history := read_history(tmp_path)) != {0, 1, 2, 3} and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert set(history) == {0, 1, 2, 3}
+    for record in [*records, train_record(step=3)]:
+        for name, value in chart_metrics(record, TIMESTEPS, STAGES).items():
+            assert history[record["step"]][name] == value, name
+    assert history[2]["samples/_type"] == "table-file"
+    assert history[2]["samples/nrows"] == 1
+
+    runs = read_run(tmp_path)
+    run_id = (tmp_path / "wandb_run_id").read_text().strip()
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {(run_id, "a-project", "demo")}
+    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    expected = flatten(recorded_run(tmp_path, wandb="offline", wandb_project="a-project").config)
+    assert {key: config[key] for key in expected} == expected
+    assert {key: config[f"versions.{key}"] for key in code_versions()} == code_versions()
+    assert not any(run.git.commit for run in runs)
+    assert not list(tmp_path.rglob("*.patch"))
+    assert f"wandb sync --id {run_id}" in caplog.text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_wandb_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = start(tmp_path)
+    run.record(train_record(step=1))
+    run.record_samples([{"step": 1, "tokens": 1, "prompt": "", "text": ""}])
+    run.close(failed=False)
+    assert not run.is_active
+    assert "Training goes on without W&B" in caplog.text
+
+
+def test_unwritable_directory_is_a_warning(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file where the directory should be")
+    assert not start(tmp_path).is_active
+    assert "FileExistsError" in caplog.text
+
+
+class DeadRun:
+    step = 0
+
+    def log(self, *_args, **_kwargs):
+        raise ConnectionResetError("the service is gone")
+
+
+def test_a_dead_service_ends_the_logging_once(tmp_path, caplog):
+    run = not_started(tmp_path)
+    run._run = DeadRun()
+    for step in (1, 2):
+        run.record(train_record(step=step))
+    assert caplog.text.count("the service is gone") == 1
+
+
+def test_the_end_does_not_wait_for_a_network_for_ever(tmp_path, monkeypatch, caplog):
+    run = start(tmp_path)
+    settings = run._run.settings
+    if not hasattr(settings, "finish_timeout"):
+        pytest.skip("this release of wandb waits as long as it takes")
+    assert 0 < settings.finish_timeout == wandb_log._FINISH_SECONDS < HealthConfig().stop_timeout
+    monkeypatch.setattr(wandb_log, "_FINISH_SECONDS", 0.0)
+    run.close(failed=False)
+    assert f"send the rest with: wandb sync {tmp_path}" in caplog.text
+
+
+def test_our_own_mistakes_are_not_swallowed(tmp_path):
+    run = not_started(tmp_path)
+    run._run = object()
+    with pytest.raises(AttributeError):
+        run.record(train_record(step=1))
+
+
+def test_disabled_is_no_sink():
+    assert not WandbSink.is_wanted(LoggingConfig(wandb="disabled"))
+    assert all(WandbSink.is_wanted(LoggingConfig(wandb=mode)) for mode in ("auto", "online", "offline"))
+
+
+def test_wandb_sees_no_password_on_the_command_line(tmp_path, monkeypatch):
+    """W&B keeps the command line in the run's metadata, and sends it."""
+    seen = []
+
+    import wandb
+
+    def init(settings: wandb.Settings, **_: object) -> None:
+        seen.extend(settings._args)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(sys, "argv", ["w1train.pretrain", "recipe=demo", "checkpoint.upload=s3://user:hunter2@host/runs"])
+    monkeypatch.setattr(wandb, "init", init)
+    start(tmp_path, mode="online")
+    assert seen == ["recipe=demo", "checkpoint.upload=s3://user:***@host/runs"]

@@ -1,0 +1,115 @@
+"""The page that compares runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.reports.fake_run import TOKENS_PER_STEP, train_record, validation_record, write_fake_run
+from tests.reports.test_report import Page, write_log
+from w1train.config.errors import UserError
+from w1train.reports.report_compare import MAX_RUNS, write_comparison
+from w1train.runtime.quantities import quantity
+from w1train.runtime.record_files import MetricsLog
+
+
+def compare(tmp_path: Path, *run_dirs: Path) -> Page:
+    page = Page(write_comparison(run_dirs, tmp_path / "comparison.html").read_text())
+    assert not re.search(r"nan|inf|None", " ".join(page.attributes("path", "d")))
+    return page
+
+
+def write_config(run_dir: Path, config: dict) -> None:
+    (run_dir / "config.yaml").write_text(json.dumps(config))
+
+
+def test_two_runs(tmp_path):
+    first, second = write_fake_run(tmp_path / "first", 120), write_fake_run(tmp_path / "second", 80)
+    write_config(first, {"name": "first", "model": {"num_layers": 6}, "optimizer": {"beta1": 0.9, "clip_grad": 1.0}})
+    write_config(second, {"name": "second", "model": {"num_layers": 6}, "optimizer": {"beta1": 0.8}, "flag": True})
+    page = compare(tmp_path, first, second)
+    assert {"Validation ELBO, bits per byte", "Training ELBO, bits per byte", "Gradient norm", "Tokens per second"} <= set(page.charts())
+    # The values of the longer run are interpolated at the end of the shorter run.
+    at, (before, after) = 80, (validation_record(75), validation_record(90))
+    expected = before["elbo"] + (after["elbo"] - before["elbo"]) * (at - 75) / 15
+    row = f"validation ELBO at {quantity(at * TOKENS_PER_STEP)} tokens {expected:.4f} {validation_record(80)['elbo']:.4f}"
+    assert row in page.words
+    assert f"validation, bits per byte {validation_record(120)['elbo_bits_per_byte']:.4f}" in page.words
+    assert "3 keys differ. first second optimizer.beta1 0.9 0.8 optimizer.clip_grad 1.0 \u2013 flag \u2013 true" in page.words
+    assert "num_layers" not in page.words
+
+
+def test_the_better_one_is_marked(tmp_path):
+    worse = [validation_record(0), train_record(1), validation_record(1)]
+    better = [validation_record(0), train_record(1), validation_record(1) | {"elbo": 1.0, "elbo_bits_per_byte": 0.4}]
+    page = compare(tmp_path, write_log(tmp_path / "worse", *worse), write_log(tmp_path / "better", *better))
+    assert re.search(r'<td>\d\.\d{4}</td><td class="best">0\.4000</td>', page.text)
+    assert "0.4000" in page.words
+
+
+def test_a_curve_is_where_its_tokens_are(tmp_path):
+    """The second run takes half as many tokens a step: its curve ends in the middle."""
+    first = write_log(tmp_path / "first", *(train_record(step) for step in range(1, 41)))
+    second = write_log(tmp_path / "second", *(train_record(step) | {"tokens": TOKENS_PER_STEP * step // 2} for step in range(1, 41)))
+    page = compare(tmp_path, first, second)
+    chart = page.text[page.text.index('aria-label="Gradient norm"') :]
+    ends = [float(path.rpartition("L")[2].split()[0]) for path in re.findall(r'<g class="curve series-\d"><path d="([^"]+)"', chart)[:2]]
+    starts = 44.0
+    assert ends[1] - starts == pytest.approx((ends[0] - starts) / 2, abs=1.0)
+    xs, labels = json.loads(page.attributes("svg", "data-hover")[0])
+    assert labels[0].startswith("tokens ")
+    assert "first " in labels[0]
+    assert "second " in labels[0]
+    assert len(xs) == 40
+
+
+def test_events_are_counted(tmp_path):
+    runs = []
+    for name, starts in (("calm", 1), ("troubled", 3)):
+        runs.append(write_log(tmp_path / name, train_record(1), train_record(2) | {"health/skipped_steps": starts - 1}))
+        with MetricsLog(runs[-1] / "events.jsonl") as log:
+            for number in range(starts):
+                log.append({"step": 0, "event": "start" if number == 0 else "resume", "time": 0.0})
+    words = compare(tmp_path, *runs).words
+    assert "restarts 0 2" in words
+    assert "steps skipped 0 2" in words
+
+
+def test_runs_of_one_name_are_told_apart_and_escaped(tmp_path):
+    page = compare(tmp_path, *(write_log(tmp_path / place / "<b>run", train_record(1)) for place in ("a", "b")))
+    assert f"{tmp_path}/a/<b>run" in page.words
+    assert f"{tmp_path}/b/<b>run" in page.words
+
+
+def test_too_many_runs(tmp_path):
+    run = write_log(tmp_path / "run", train_record(1))
+    compare(tmp_path, *[run] * MAX_RUNS)
+    with pytest.raises(UserError, match=f"{MAX_RUNS + 1} runs to compare; {MAX_RUNS} at most"):
+        compare(tmp_path, *[run] * (MAX_RUNS + 1))
+
+
+def test_empty_runs(tmp_path):
+    assert compare(tmp_path, write_log(tmp_path / "a"), write_log(tmp_path / "b")).words
+
+
+def test_steps_that_took_no_time(tmp_path):
+    """A run whose clock stood still has a page too."""
+    still = {"time/step_seconds": 0.0, "time/data_wait_seconds": 0.0}
+    runs = [write_log(tmp_path / name, train_record(1) | still) for name in "ab"]
+    assert "waiting for data" not in compare(tmp_path, *runs).words
+
+
+def test_the_command(tmp_path):
+    runs = [str(write_log(tmp_path / name, train_record(1))) for name in ("a", "b")]
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "w1train.report", *arguments], capture_output=True, text=True, timeout=60)
+
+    assert command(*runs).stdout.strip() == f"{runs[0]}/comparison.html"
+    assert command(*runs, "--output", str(tmp_path / "c.html")).stdout.strip() == str(tmp_path / "c.html")
+    assert "--compare needs a single RUN" in command(*runs, "--compare", runs[0]).stderr

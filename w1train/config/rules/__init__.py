@@ -1,0 +1,1 @@
+"""Rules for the values of a configuration, in one file for each subject."""

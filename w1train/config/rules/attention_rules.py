@@ -1,0 +1,28 @@
+"""The rule of the attention backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from w1train.config.errors import Problem
+from w1train.config.rules.attention_limits import attention_case, limit
+from w1train.config.rules.rule import Rule, at_every_stage
+from w1train.config.schema import Config
+
+
+def _attention_rule(config: Config) -> Iterator[Problem]:
+    """Report a backend that cannot serve the run on any machine. What this machine lacks is found when the run starts."""
+    backend = config.attention.backend
+    if backend == "auto":
+        return
+    reason = limit(backend, attention_case(config))
+    if reason is not None:
+        yield Problem(
+            "attention.backend",
+            backend,
+            f"auto, or a backend that can serve this run; {backend} cannot: {reason}",
+            "attention.backend=auto",
+        )
+
+
+ATTENTION_RULES: tuple[Rule, ...] = (at_every_stage(_attention_rule),)

@@ -1,0 +1,62 @@
+"""Validation of a whole configuration: every rule is checked, and no problem stops the search for others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from w1train.config.errors import Problem
+from w1train.config.from_tree import Conversion
+from w1train.config.rules.attention_rules import ATTENTION_RULES
+from w1train.config.rules.checkpoint_rules import CHECKPOINT_RULES
+from w1train.config.rules.data_rules import DATA_RULES
+from w1train.config.rules.diffusion_rules import DIFFUSION_RULES
+from w1train.config.rules.health_rules import HEALTH_RULES
+from w1train.config.rules.model_rules import MODEL_RULES
+from w1train.config.rules.parallel_rules import PARALLEL_RULES, world_size_problems
+from w1train.config.rules.rule import Rule
+from w1train.config.rules.run_rules import RUN_RULES
+from w1train.config.rules.sampling_rules import SAMPLING_RULES
+from w1train.config.rules.schedule_rules import SCHEDULE_RULES
+from w1train.config.rules.speed_rules import SPEED_RULES
+from w1train.config.rules.validation_rules import VALIDATION_RULES
+from w1train.config.rules.value_rules import VALUE_RULES
+from w1train.config.schema import Config
+
+RULES: tuple[Rule, ...] = (
+    *VALUE_RULES,
+    *RUN_RULES,
+    *MODEL_RULES,
+    *DATA_RULES,
+    *DIFFUSION_RULES,
+    *SCHEDULE_RULES,
+    *VALIDATION_RULES,
+    *SAMPLING_RULES,
+    *CHECKPOINT_RULES,
+    *PARALLEL_RULES,
+    *ATTENTION_RULES,
+    *SPEED_RULES,
+    *HEALTH_RULES,
+)
+"""All rules, in the order in which their problems are reported. A new rule goes into the list of its subject's file."""
+
+
+def validate(config: Config, world_size: int | None = None) -> list[Problem]:
+    """Return every problem of a configuration; with ``world_size`` (ranks) the layout over ranks is checked too."""
+    return [problem for rule in RULES for problem in rule(config)] + list(world_size_problems(config, world_size))
+
+
+def validate_conversion(conversion: Conversion) -> list[Problem]:
+    """Return the problems of a configuration some of whose fields may be unset: a rule ends at the first unset field that it reads."""
+    if conversion.complete:
+        return validate(conversion.config)
+    return [problem for rule in RULES for problem in _until_unset(rule(conversion.config))]
+
+
+def _until_unset(problems: Iterator[Problem]) -> Iterator[Problem]:
+    try:
+        yield from problems
+    except AttributeError as error:
+        # Only a schema field that conversion left unset may end a rule; anything else is a mistake in the rule.
+        if not (dataclasses.is_dataclass(error.obj) and error.name in {field.name for field in dataclasses.fields(error.obj)}):
+            raise

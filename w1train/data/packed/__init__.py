@@ -1,0 +1,1 @@
+"""The packing of documents into samples of one length, and blends of datasets."""

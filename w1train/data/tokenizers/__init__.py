@@ -1,0 +1,1 @@
+"""Tokenizers, and limits on how much they may lengthen a text."""

@@ -1,0 +1,80 @@
+"""Learning rates by parameter: multiples of the schedule's rate, and 0 for a frozen parameter."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+from w1train.config.errors import Problem, listing, raise_if_any
+from w1train.model.initialization import global_named_parameters
+
+logger = logging.getLogger(__name__)
+
+_KEY = "optimizer.rate_multipliers"
+_MOST_NAMES = 20
+
+
+def freeze_and_mark(stages: list[torch.nn.Module], multipliers: dict[str, float]) -> None:
+    """Give each parameter its ``rate_multiplier``, and switch the gradient off where the multiplier is 0 in every layer. Called before the
+    data-parallel wrapper is made, which counts the parameters that have gradients.
+
+    Raises:
+        ConfigurationError: on every rank; a pattern fits no parameter of the model, or every parameter is frozen.
+    """
+    named = [item for stage in stages for item in global_named_parameters(stage)]
+    names = _names_of_all_ranks({name for name, _ in named}) if multipliers else [name for name, _ in named]
+    _check(names, multipliers)
+    # Checkpoints stack the parameters of one kind over the layers, with their optimizer states. A layer without states would leave a hole
+    # in the stack. Where only some layers are frozen, they therefore keep states and gradients (which count in the norm), at a rate of 0.
+    trained_kinds = {_kind(name) for name in names if _multiplier(name, multipliers) > 0}
+    for name, parameter in named:
+        parameter.rate_multiplier = _multiplier(name, multipliers)
+        if _kind(name) not in trained_kinds:
+            parameter.requires_grad_(False)
+
+
+def rate_overrides(stages: list[torch.nn.Module]) -> dict[ParamKey, dict[str, float]]:
+    """Return what makes megatron-core's optimizer put the parameters of each multiplier into a group with that ``lr_mult``."""
+    found = {parameter.rate_multiplier for stage in stages for parameter in stage.parameters() if parameter.requires_grad}
+    return {
+        ParamKey(predicate=ParamPredicate(f"rate x {multiplier}", lambda parameter, rate=multiplier: parameter.rate_multiplier == rate)): {
+            "lr_mult": multiplier
+        }
+        for multiplier in sorted(found - {1.0})
+    }
+
+
+def _multiplier(name: str, multipliers: dict[str, float]) -> float:
+    return next((multiplier for pattern, multiplier in multipliers.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+
+
+def _kind(name: str) -> str:
+    """Return the name without the number of its layer."""
+    return re.sub(r"\blayers\.\d+\.", "layers.", name)
+
+
+def _names_of_all_ranks(names: set[str]) -> list[str]:
+    """Return the names on all ranks: a pipeline stage has only its own layers."""
+    everywhere: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, names)
+    return sorted(set().union(*everywhere))
+
+
+def _check(names: list[str], multipliers: dict[str, float]) -> None:
+    shown = listing([*names[:_MOST_NAMES], "..."])
+    problems = [
+        Problem(f"{_KEY}.{pattern}", "a pattern that fits no parameter", f"one that does: {shown}")
+        for pattern in multipliers
+        if not fnmatch.filter(names, pattern)
+    ]
+    num_frozen = sum(_multiplier(name, multipliers) == 0 for name in names)
+    if num_frozen == len(names):
+        problems.append(Problem(_KEY, "0 for every parameter", "a number above 0 for some: nothing would be trained"))
+    raise_if_any(problems)
+    if multipliers:
+        logger.info("%d of %d parameter tensors have a learning rate of 0", num_frozen, len(names))

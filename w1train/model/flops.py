@@ -1,0 +1,95 @@
+"""Model FLOPs and parameters in closed form.
+
+FLOPs are those of the matrix products that training must compute, 2mnk each: attention over visible pairs, the
+whole token stream (2L in block diffusion), logits only where a loss is taken, adaLN once for each segment. Recomputed
+activations, tiles that the mask hides and element-wise work are not counted, because an MFU that counted them would be too high.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from w1train.config.schema import ModelConfig
+
+_FORWARD_AND_BACKWARD = 3
+"""The backward pass takes two products of the size of the forward pass's: the gradients of the input and of the weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlopsByPart:
+    """FLOPs of one forward and backward pass over all layers."""
+
+    attention_projections: int
+    """Query, key, value and output projections."""
+    attention_core: int
+    """Scores and weighted values, over visible pairs."""
+    mlp: int
+    """The three matrices of SwiGLU."""
+    adaln: int
+    """Condition to modulation: six vectors a layer and two before the head, per segment."""
+    timestep_mlp: int
+    """Sinusoid to condition, per segment."""
+    output_head: int
+    """The matrix product from hidden states to logits."""
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_logits: int, num_segments: int) -> FlopsByPart:
+    """Return the FLOPs of training on some tokens, forward and backward.
+
+    Args:
+        num_tokens: positions that pass through the layers; block diffusion has two for each token of data.
+        visible_pairs: (query, key) pairs of which the query sees the key, in one layer, summed over samples. One sequence
+            of L tokens with full attention has L * L.
+        num_logits: positions whose logits are computed.
+        num_segments: stretches of tokens that share a timestep, summed over samples.
+    """
+    query_size, key_value_size = _attention_sizes(model)
+    hidden, condition = model.hidden_size, model.condition_size
+    has_adaln = model.conditioning == "adaln"
+    projections = hidden * (query_size + 2 * key_value_size) + query_size * hidden
+    modulation = condition * hidden * (6 * model.num_layers + 2)
+    # The sinusoid needs no gradient, so the first timestep matrix has two products instead of three.
+    timestep = 2 * model.timestep_frequency_size * condition + 3 * condition * condition
+    return FlopsByPart(
+        attention_projections=_training_flops(model.num_layers * num_tokens * projections),
+        attention_core=_training_flops(model.num_layers * visible_pairs * 2 * query_size),
+        mlp=_training_flops(model.num_layers * num_tokens * 3 * hidden * model.ffn_hidden_size),
+        adaln=_training_flops(num_segments * modulation) if has_adaln else 0,
+        timestep_mlp=2 * num_segments * timestep if has_adaln else 0,
+        output_head=_training_flops(num_logits * hidden * model.vocab_size),
+    )
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, and with qkv_bias
+    the maps to queries, keys and values; all others have no bias."""
+    query_size, key_value_size = _attention_sizes(model)
+    hidden, condition = model.hidden_size, model.condition_size
+    attention = hidden * (query_size + 2 * key_value_size) + query_size * hidden
+    attention += query_size + 2 * key_value_size if model.qkv_bias else 0
+    mlp = 3 * hidden * model.ffn_hidden_size
+    norms = 2 * hidden + (2 * _kv_channels(model) if model.qk_norm else 0)
+    embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
+    total = embeddings + model.num_layers * (attention + mlp + norms) + hidden
+    if model.conditioning == "adaln":
+        timestep_mlp = (model.timestep_frequency_size + 1) * condition + (condition + 1) * condition
+        total += (condition + 1) * hidden * (6 * model.num_layers + 2) + timestep_mlp
+    return total
+
+
+def _training_flops(multiply_adds: int) -> int:
+    return _FORWARD_AND_BACKWARD * 2 * multiply_adds
+
+
+def _kv_channels(model: ModelConfig) -> int:
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def _attention_sizes(model: ModelConfig) -> tuple[int, int]:
+    """Return the width of all queries together, and of all keys (or values) together."""
+    num_query_groups = model.num_query_groups or model.num_attention_heads
+    return model.num_attention_heads * _kv_channels(model), num_query_groups * _kv_channels(model)

@@ -1,0 +1,36 @@
+"""The autoregressive loss of the clean stream, beside a diffusion loss (Nemotron, I-DLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from w1train.objectives.loss_rows import LossRows
+from w1train.objectives.named_sums import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """The sum of weight * -log p(next token) over the clean stream. With weight 0 no batch has rows for it."""
+
+    weight: float
+
+    @property
+    def layout(self) -> Layout:
+        return {"next_cross_entropy": (), "num_next": ()}
+
+    def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor | None:
+        return self.weight * rows.of_clean_stream(cross_entropy).sum() if self.weight > 0 else None
+
+    def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
+        values = rows.of_clean_stream(cross_entropy).double()
+        return {"next_cross_entropy": values.sum(), "num_next": values.new_full((), len(values))}
+
+    def total(self, sums: Mapping[str, Any]) -> float:
+        return self.weight * sums["next_cross_entropy"]
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        return {"autoregressive_loss": sums["next_cross_entropy"] / max(sums["num_next"], 1.0)} if self.weight > 0 else {}

@@ -1,0 +1,83 @@
+"""What is trained, and what is logged of it, as named options: terms, the weight of each token and the normaliser.
+
+Every quantity is (sum of a numerator) / (sum of a denominator) over the global batch: over micro-batches, data- and context-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w1train.config.schema import DiffusionConfig
+from w1train.diffusion.corruption import NoisyBatch
+from w1train.diffusion.process import NoiseProcess
+from w1train.diffusion.processes import noise_process
+from w1train.objectives.denoising import Denoising
+from w1train.objectives.loss_rows import LossRows
+from w1train.objectives.named_sums import Layout, NamedSums, scalars_first
+from w1train.objectives.next_tokens import NextTokens
+from w1train.objectives.term import Term
+from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight
+
+TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
+    lambda config, num_t_bins: Denoising(noise_process(config), num_t_bins),
+    # Also with weight 0: a ring of ranks adds the numbers of a shorter vector in another order, which changes last bits of logged losses.
+    lambda config, num_t_bins: NextTokens(config.autoregressive_weight),
+)
+"""The terms, each made from (diffusion, intervals of t); None where the configuration does not ask for the term."""
+
+NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked"}
+"""The sum that the loss is divided by, for each value of diffusion.normalizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The terms of a loss, how it weighs the noised tokens, and what it is divided by."""
+
+    process: NoiseProcess
+    terms: tuple[Term, ...]
+    weight: Weight
+    normalizer: str
+    """The name of a sum."""
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of all sums."""
+        return scalars_first({name: shape for term in self.terms for name, shape in term.layout.items()})
+
+    def weights(self, noisy: NoisyBatch) -> Tensor:
+        """Return the weight of each output's loss, float32 [b, l], of whole samples."""
+        return self.weight(noisy, self.process)
+
+    def loss(self, cross_entropy: Tensor, rows: LossRows) -> tuple[Tensor, NamedSums]:
+        """Return the weighted sum over a micro-batch, to be differentiated and not yet divided, and the sums to log.
+
+        Args:
+            cross_entropy: float32 [m + k], nats, of all rows.
+        """
+        first, *others = [loss for term in self.terms if (loss := term.loss(cross_entropy, rows)) is not None]
+        with torch.no_grad():
+            sums = {name: value for term in self.terms for name, value in term.sums(cross_entropy.detach(), rows).items()}
+            packed = NamedSums.pack(sums, self.layout)
+        return sum(others, start=first), packed
+
+    def metrics(self, sums: NamedSums) -> dict[str, Any]:
+        """Return the metrics of a global batch, from sums that were already added over micro-batches and ranks."""
+        numbers = sums.numbers()
+        metrics: dict[str, Any] = {"loss": sum(term.total(numbers) for term in self.terms) / max(numbers[self.normalizer], 1.0)}
+        for term in self.terms:
+            metrics |= term.metrics(numbers)
+        return metrics
+
+
+def objective_of(config: DiffusionConfig, num_t_bins: int) -> Objective:
+    """Return the objective that a configuration asks for. ``num_t_bins``: intervals of t for the loss by t."""
+    process = noise_process(config)
+    terms = tuple(term for make in TERMS if (term := make(config, num_t_bins)) is not None)
+    # Without noise there is no t to weigh by.
+    weight = elbo_weight if process.is_causal else WEIGHTS[config.weight]
+    return Objective(process, terms, weight, NORMALIZERS[config.normalizer])

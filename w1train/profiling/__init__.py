@@ -1,0 +1,1 @@
+"""Measurements of the time and memory of a training step: traces, stopwatches, throughput."""

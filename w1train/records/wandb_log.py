@@ -1,0 +1,194 @@
+"""Weights & Biases: the same records as metrics.jsonl, under names that read well in its charts.
+
+wandb is imported when a run starts, and only then. Training never depends on it: an error of W&B is one warning, after which the run
+goes on without W&B.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import string
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from w1train.config.schema_operation import LoggingConfig
+from w1train.config.serialization import flatten
+from w1train.records.chart_metrics import chart_metrics
+from w1train.records.sink import Record, RecordedRun, Sink
+from w1train.records.summary import code_versions
+from w1train.runtime.files import write_text
+from w1train.runtime.masking import mask
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["online", "offline"]
+
+RUN_ID_FILE = "wandb_run_id"
+
+_TABLE_COLUMNS = ("step", "tokens", "prompt", "text")
+_FINISH_SECONDS = 60.0
+"""The longest wait for uploads at the end. Without a limit, wandb waits until a network that is down comes back: longer than a stopped run
+has (health.stop_timeout), and longer than srun leaves the last rank. Records that are not sent by then stay on the disk."""
+_MAX_TABLE_ROWS = 200
+"""wandb sends the whole table again each time that the table grows."""
+
+
+class WandbSink(Sink):
+    """Sends records and samples to one W&B run."""
+
+    def __init__(self, run: RecordedRun) -> None:
+        self._recorded = run
+        self._run: Any = None
+        self._first_step = 0
+        self._place = ""
+        self._samples: list[list[Any]] = []
+
+    @classmethod
+    def is_wanted(cls, settings: LoggingConfig) -> bool:
+        """Return whether W&B is not disabled."""
+        return settings.wandb != "disabled"
+
+    @property
+    def is_active(self) -> bool:
+        """Whether W&B takes records: it was started, and has not failed."""
+        return self._run is not None
+
+    def start(self) -> None:
+        """Start the W&B run, or continue the one whose id the run directory has. Its files go to ``wandb`` in the run directory."""
+        mode = self._recorded.config.logging.wandb
+        assert mode != "disabled", "SINKS has asked is_wanted"
+        self._guarded("start", lambda: self._initialize(resolve_mode(mode)))
+
+    def record(self, record: Record) -> None:
+        """Send the record's metrics at the record's own step."""
+        if self.is_active and record["step"] >= self._first_step:
+            config = self._recorded.config
+            metrics = chart_metrics(record, config.validation.timesteps, tuple(config.schedule.stages))
+            self._guarded("log", lambda: self._run.log(metrics, step=record["step"]))
+
+    def record_samples(self, samples: Sequence[Record]) -> None:
+        """Send the samples as a table. The table holds the earlier samples of this process too, because W&B shows only the last table of a
+        run."""
+        if self.is_active and samples:
+            rows = [[sample[column] for column in _TABLE_COLUMNS] for sample in samples]
+            self._samples = [*self._samples, *rows][-_MAX_TABLE_ROWS:]
+            self._guarded("log samples", lambda: self._log_table(samples[-1]["step"]))
+
+    def close(self, *, failed: bool) -> None:
+        """Finish the W&B run, and wait for its uploads: a minute at most."""
+        if self.is_active:
+            run, self._run = self._run, None
+            started = time.monotonic()
+            self._guarded("finish", lambda: run.finish(exit_code=int(failed)))
+            if time.monotonic() - started >= _FINISH_SECONDS:
+                logger.warning("W&B may not have sent all within %.0f s; send the rest with: wandb sync %s", _FINISH_SECONDS, self._place)
+
+    def _initialize(self, mode: Mode) -> None:
+        config, run_dir = self._recorded.config, self._recorded.directory.path
+        # If it cannot write here, wandb takes a temporary directory, and the user does not learn of it.
+        _require_writable(run_dir / "wandb")
+        run_id, is_restart = _run_id(run_dir)
+        # wandb reports its own crashes to its makers, unless it is told not to.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        # wandb records the command line.
+        sys.argv[1:] = map(mask, sys.argv[1:])
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            disable_job_creation=True,
+            # wandb may ask the cloud's metadata address for the machine's description, which an offline run must not do.
+            x_disable_machine_info=mode == "offline",
+        )
+        # Some releases that pyproject.toml allows do not have this setting.
+        if hasattr(settings, "finish_timeout"):
+            settings.finish_timeout = _FINISH_SECONDS
+        versions = {f"versions.{name}": value for name, value in code_versions().items()}
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.name,
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            dir=str(run_dir),
+            config={**flatten(config), **versions},
+            settings=settings,
+        )
+        # A run that was killed after its last checkpoint repeats steps. W&B has records of these, and warns of each that is sent again.
+        self._first_step = self._run.step
+        self._place = self._run.settings.sync_dir
+        _log_place(self._run, mode, is_restart)
+
+    def _log_table(self, step: int) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(_TABLE_COLUMNS), data=self._samples)
+        self._run.log({"samples": table}, step=step)
+
+    def _guarded(self, action: str, call: Callable[[], None]) -> None:
+        """Run ``call``. An error of wandb, of the file system or of the network ends the logging to W&B, not the training."""
+        try:
+            call()
+        except Exception as error:
+            if not _is_outside_our_code(error):
+                raise
+            self._run = None
+            logger.warning(
+                "W&B could not %s (%s: %s). Training goes on without W&B; metrics.jsonl has every record.",
+                action,
+                type(error).__name__,
+                error,
+            )
+
+
+def resolve_mode(mode: Literal["auto"] | Mode) -> Mode:
+    """Return the mode of logging.wandb; auto is online if WANDB_API_KEY is set, else offline."""
+    if mode == "auto":
+        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return mode
+
+
+def _require_writable(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write in {directory}")
+
+
+def _run_id(run_dir: Path) -> tuple[str, bool]:
+    """Return the id of the W&B run, and whether the run directory had it. A restart reads it there, and continues the W&B run."""
+    path = run_dir / RUN_ID_FILE
+    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
+        return run_id, True
+    alphabet = string.ascii_lowercase + string.digits
+    run_id = "".join(secrets.choice(alphabet) for _ in range(8))
+    write_text(path, run_id + "\n")
+    return run_id, False
+
+
+def _log_place(run: Any, mode: Mode, is_restart: bool) -> None:
+    """Tell the user where the W&B run is, and how to send one that is offline."""
+    if mode == "online":
+        logger.info("W&B %s run %s at %s", "continues" if is_restart else "starts", run.id, run.url)
+        if run.step:
+            logger.info("W&B has this run's records before step %d; they are not sent again", run.step)
+        return
+    # Every start writes a folder of its own. --id makes one run of all of them, in the order of their dates.
+    folders = Path(run.settings.sync_dir).parent / f"offline-run-*-{run.id}*"
+    logger.info("W&B is offline: run %s is written to %s", run.id, run.settings.sync_dir)
+    logger.info("send it with: wandb sync --id %s %s", run.id, folders)
+
+
+def _is_outside_our_code(error: Exception) -> bool:
+    """Return whether wandb, the file system or the network failed. wandb documents few of its exceptions, and moves them between releases,
+    so that this function asks for the package that an exception is defined in."""
+    return isinstance(error, ImportError | OSError) or type(error).__module__.partition(".")[0] == "wandb"

@@ -1,0 +1,102 @@
+"""The state of a run from its checkpoints: at a start, and when the run goes back after a step that is not finite."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.loading import load_checkpoint
+from w1train.checkpoints.manifest import Progress, read_progress
+from w1train.checkpoints.recovery import newest_good_step, set_aside_damaged
+from w1train.checkpoints.verification import read_config
+from w1train.config.errors import UserError, raise_if_any
+from w1train.config.resume import check_resume
+from w1train.config.schema import Config
+from w1train.config.serialization import config_differences, config_to_yaml
+from w1train.data.dataset import DatasetError
+from w1train.engine.building import TrainedModel
+from w1train.runtime.distributed import agreed, all_or_none, on_main_rank
+from w1train.runtime.files import write_text
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training.training_data import TrainingData
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointLoader:
+    """Loads the checkpoints of one run. Every method is called on every rank."""
+
+    def __init__(self, config: Config, run: RunDirectory, model: TrainedModel, data: TrainingData) -> None:
+        self._config, self._run, self._model, self._data = config, run, model, data
+        self._num_rewinds = 0
+
+    def load(self, step: int | None) -> Progress:
+        """Load model and optimizer from the checkpoint of ``step``, and return how far the run was. None = begin.
+
+        Raises:
+            UserError: on every rank; the checkpoint is of another step than its name says.
+            DatasetError: on every rank; the training data have changed since.
+        """
+        if step is None:
+            return Progress()
+        path = step_path(self._run.checkpoints, step)
+        logger.info("resuming from %s", path)
+        # It was verified when it was chosen.
+        progress = load_checkpoint(path, self._model, verify=False)
+        if progress.step != step:
+            name = step_path(self._run.checkpoints, progress.step).name
+            raise agreed(UserError(f"{path} is a checkpoint of step {progress.step}, by its manifest: rename it to {name}"))
+        all_or_none(partial(self._require_dataset, progress, path))
+        return progress
+
+    def go_back(self, progress: Progress, error: FloatingPointError) -> None:
+        """Load the newest good checkpoint, in the hope that a fault of the machine was the cause of ``error``. ``progress``, the run's, is
+        changed in place: other objects count the run's steps by it.
+
+        Raises:
+            FloatingPointError: ``error``, if there is no checkpoint, or the run may not go back any more.
+        """
+        health = self._config.health
+        step = newest_good_step(self._run.checkpoints, hashes=self._config.checkpoint.verify)
+        if health.on_nonfinite == "stop" or step is None or self._num_rewinds >= health.max_rewinds:
+            raise error
+        self._num_rewinds += 1
+        times = f"{self._num_rewinds} of {health.max_rewinds} times"
+        logger.warning("%s. Going back to the checkpoint of step %d (%s)", error, step, times)
+        # A later damaged checkpoint would count among the newest, and good checkpoints would be removed for it.
+        on_main_rank(partial(set_aside_damaged, self._run.checkpoints, step))
+        self._model.gather_parameters()
+        loaded = self.load(step)
+        for field in fields(Progress):
+            setattr(progress, field.name, getattr(loaded, field.name))
+
+    def _require_dataset(self, progress: Progress, path: Path) -> None:
+        fingerprint = self._data.fingerprint(progress.samples)
+        if progress.dataset != fingerprint:
+            datasets = " or ".join(self._data.train)
+            raise DatasetError(
+                f"dataset {datasets} has changed since {path} was saved: the SHA-256 of its tokens is "
+                f"{fingerprint}, it was {progress.dataset}. Bring the old data back, or start a run of another name"
+            )
+
+
+def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
+    """Compare the configuration with that of the checkpoint of ``step``, before anything is built, and write the new configuration. Rank 0
+    only.
+
+    Raises:
+        ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
+        CheckpointError: the checkpoint's configuration is not the one that was saved.
+    """
+    if step is not None:
+        checkpoint = step_path(run.checkpoints, step)
+        old = read_config(checkpoint)
+        progress = read_progress(checkpoint)
+        tokens = progress.samples * old.data.sequence_length
+        raise_if_any(check_resume(old, config, tokens, data_are_hashed=progress.dataset is not None))
+        for change in config_differences(old, config):
+            logger.info("configuration changed on resume: %s: %s -> %s", change.key, change.old, change.new)
+    write_text(run.config, config_to_yaml(config))

@@ -1,0 +1,27 @@
+"""The check that values of a run are finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from w1train.runtime.distributed import agreed
+
+
+def require_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raise an error if a value is NaN or infinite: the parameters are lost then, and the last checkpoint is not.
+
+    Args:
+        values: the same on all ranks, by the names that the message has for them.
+
+    Raises:
+        FloatingPointError: on every rank.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            error = FloatingPointError(
+                f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
+                "The same command resumes from the last checkpoint, if there is one. A lower learning rate or more clipping takes a run of "
+                "another name, which may start from the weights of this run (training.initial_weights)"
+            )
+            raise agreed(error)

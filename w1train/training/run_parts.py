@@ -1,0 +1,106 @@
+"""The parts of a run, built in the order in which mistakes are found soonest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from w1train.checkpoints.manifest import Progress
+from w1train.checkpoints.recovery import choose_checkpoint
+from w1train.checkpoints.saver import CheckpointSaver
+from w1train.config.schema import Config
+from w1train.config.serialization import config_to_yaml
+from w1train.engine.building import LoadWeights, TrainedModel, build_trained_model
+from w1train.profiling.stopwatches import communication_timer
+from w1train.profiling.throughput import StepTimer, device_peak_tflops
+from w1train.records.sink import RecordedRun
+from w1train.records.watch import Watch
+from w1train.runtime.device import device_name
+from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
+from w1train.runtime.files import copy_if_different
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training.checkpoint_loader import CheckpointLoader, prepare_resume
+from w1train.training.health.garbage import GarbageCollection
+from w1train.training.health.guard import StepGuard
+from w1train.training.health.stragglers import StragglerClock
+from w1train.training.inputs import choose_backends
+from w1train.training.run_records import describe_run
+from w1train.training.schedule_position import SchedulePosition
+from w1train.training.training_data import TrainingData, prepare_data
+
+type OpenWeights = Callable[[Config], LoadWeights]
+"""Opens the weights that a run begins from. The caller hands it in, for conversion is built on training."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunParts:
+    """The parts that the training loop works with."""
+
+    data: TrainingData
+    model: TrainedModel
+    checkpoints: CheckpointLoader
+    progress: Progress
+    """How far the run is. The loop changes it, and every part sees that."""
+    position: SchedulePosition
+    watch: Watch
+    saver: CheckpointSaver
+    timer: StepTimer
+    guard: StepGuard
+    stragglers: StragglerClock
+    garbage: GarbageCollection
+
+
+def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> RunParts:
+    """Choose the checkpoint that the run goes on from, and build all parts. Called on every rank, which has claimed the run directory.
+
+    Raises:
+        What configuration, data and checkpoint raise, on every rank.
+    """
+    step = choose_checkpoint(run.checkpoints, config.checkpoint, run.events)
+    on_main_rank(partial(prepare_resume, config, run, step))
+    all_or_none(partial(choose_backends, config, ranks.device))
+    all_or_none(partial(prepare_data, config))
+    data = all_or_none(partial(TrainingData, config, ranks))
+    on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
+    load = open_initial_weights(config) if step is None and config.training.initial_weights is not None else None
+    model = build_trained_model(config, load)
+    checkpoints = CheckpointLoader(config, run, model, data)
+    progress = checkpoints.load(step)
+    position = SchedulePosition(config, progress)
+    watch = _build_watch(config, ranks, run, data, progress, position)
+    saver = _build_saver(config, run, model, watch, is_resumed=step is not None)
+    timer = _build_timer(config, ranks, model)
+    health = config.health
+    guard = StepGuard(health, progress, model, run.bad_batches)
+    stragglers = StragglerClock(model.hooks, health.straggler_interval, health.straggler_share)
+    garbage = GarbageCollection(health.gc_interval)
+    return RunParts(data, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage)
+
+
+def _build_watch(
+    config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: Progress, position: SchedulePosition
+) -> Watch:
+    description = describe_run(config, ranks, run, data, f"{progress.step} of {position.num_steps} done")
+    recorded = RecordedRun(config, run, progress.step, position.num_steps, position.num_tokens, description)
+    return all_or_none(partial(Watch, recorded, ranks, progress))
+
+
+def _build_saver(config: Config, run: RunDirectory, model: TrainedModel, watch: Watch, *, is_resumed: bool) -> CheckpointSaver:
+    return CheckpointSaver(
+        run.checkpoints,
+        model,
+        config.checkpoint,
+        config_to_yaml(config),
+        before_commit=watch.sync,
+        after_commit=lambda saved_step, seconds: watch.event("checkpoint", step=saved_step, seconds=seconds),
+        is_resumed=is_resumed,
+        # Less than what the watchdog takes for a hang, which would end the run.
+        upload_patience=config.health.hang_timeout / 2,
+    )
+
+
+def _build_timer(config: Config, ranks: Ranks, model: TrainedModel) -> StepTimer:
+    peak = config.logging.peak_tflops or device_peak_tflops(device_name(ranks.device))
+    communication = communication_timer(model.hooks, ranks.device).take if config.logging.communication else None
+    return StepTimer(ranks.world_size, peak, communication=communication)
