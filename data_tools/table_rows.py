@@ -41,7 +41,7 @@ class Piece:
     content: bytes = b""
     """The rows as an Arrow stream."""
     fault: str = ""
-    """For rows that are left out, the part of the message that follows the file's name."""
+    """The part of the message that follows the file's name, for rows that are left out."""
     num_too_large: int = 0
     """The number of rows that are left out."""
 

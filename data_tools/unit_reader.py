@@ -40,7 +40,7 @@ class Rules:
     text_field: str = "text"
     """The key or column that holds the text. a.b is b inside of a, unless there is a key "a.b"."""
     split_on: str | None = None
-    """How to cut texts: "blank-lines" = at blank lines, which are dropped; otherwise a regular expression (multi-line mode), at each match
+    """The rule of cuts: "blank-lines" = at blank lines, which are dropped; otherwise a regular expression (multi-line mode), at each match
     of which a new document begins."""
     filters: tuple[tuple[str, str], ...] = ()
     """(field, regular expression): a record is taken only if each field matches its expression somewhere."""

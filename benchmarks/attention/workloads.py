@@ -23,7 +23,7 @@ class Workload:
     name: str
     length: int
     packed: bool
-    """Whether the sample has documents of log-normal lengths instead of one document."""
+    """This flag tells whether the sample has documents of log-normal lengths instead of one document."""
     block_size: int | None
     """None = one stream (masked diffusion)."""
 

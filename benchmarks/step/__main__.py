@@ -67,12 +67,12 @@ class Run:
     variant: Variant
     layers: int
     largest: bool = False
-    """Whether it has as many layers as fit."""
+    """This flag tells whether the run has as many layers as fit."""
     found: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     """The reason why it measured nothing."""
     failed: bool = False
-    """Whether it should have measured something, and did not."""
+    """Tell whether the run should have measured something, and did not."""
 
     @property
     def name(self) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib
 import struct
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -15,14 +12,6 @@ from data_tools.arrow_messages import MessageError, _Table, read_message
 from data_tools.row_sizes import text_sizes
 
 pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
-
-PACK = {"gz": gzip.compress, "zst": zstd.compress}
-MEGABYTE = 1 << 20
-NUM_MEGABYTES = 96
-MOST_GROWTH = 48 * MEGABYTE
-"""With documents of at most 1 MiB and row groups of at most 8 MiB; half of it is what any run of the command takes. A bomb has more."""
 
 
 def arrays():
