@@ -320,6 +320,32 @@ def test_nothing_built_is_tracked():
     assert built == []
 
 
+TOP_LEVEL = [
+    ".ci",
+    ".dockerignore",
+    ".gitignore",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "benchmarks",
+    "data_tools",
+    "docker",
+    "docs",
+    "launch",
+    "pyproject.toml",
+    "recipes",
+    "tests",
+    "w1train",
+]
+
+
+def test_nothing_lies_at_the_top_by_accident():
+    # A command that took --help as the name of its output wrote a file of this name, and the file was committed.
+    assert sorted({path.relative_to(REPOSITORY).parts[0] for path in tracked_files()} - set(TOP_LEVEL)) == []
+
+
 def test_the_version_is_the_one_that_is_declared():
     assert tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"] == __version__
 

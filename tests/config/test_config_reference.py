@@ -29,3 +29,10 @@ def test_the_committed_reference_is_up_to_date(tmp_path: Path) -> None:
     assert expected == reference()
     committed = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert committed == expected, "run: python -m w1train.config.schema_reference docs/configuration.md"
+
+
+def test_help_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert list(tmp_path.iterdir()) == []

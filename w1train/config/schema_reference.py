@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -91,11 +92,14 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Write the reference to the file that the argument names, or print it if there is no argument."""
-    if not arguments:
+    # argparse, because a bare sys.argv took --help as the name of the file.
+    parser = argparse.ArgumentParser(prog="python -m w1train.config.schema_reference", description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", help="where to write the reference; printed if absent")
+    path: Path | None = parser.parse_args(arguments).file
+    if path is None:
         print(reference(), end="")
-        return
-    (path,) = arguments
-    Path(path).write_text(reference(), encoding="utf-8")
+    else:
+        path.write_text(reference(), encoding="utf-8")
 
 
 if __name__ == "__main__":
