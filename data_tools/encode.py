@@ -47,7 +47,7 @@ class TokenizedUnit:
     num_bytes: NDArray[np.int64]
     """[n]: length of each text in bytes of UTF-8."""
     held_out: NDArray[np.bool_]
-    """[n]: whether each document is held out for validation."""
+    """[n]: True for each document that is held out for validation."""
     hashes: bytes
     """The hash of each document; empty unless duplicates are left out."""
     text: UnitText

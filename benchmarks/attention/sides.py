@@ -38,7 +38,7 @@ class Side:
     dense: str | None = None
     """The name of the side with the same library's kernel without a mask; None = there is no such side."""
     everything: bool = False
-    """Whether the side computes all pairs, whatever is visible. It measures a limit, and does not compute the workload."""
+    """True: the side computes all pairs, whatever is visible. Such a side measures a limit, and does not compute the workload."""
 
 
 class UnfusedBackend(AttentionBackend):

@@ -67,7 +67,7 @@ class _Save:
     work: Future[Any]
     """What this rank's thread does for the save now. Already done on the other ranks while rank 0 finishes the save."""
     is_finishing: bool = False
-    """Whether all parts are written, so that rank 0 makes a checkpoint of them."""
+    """This flag tells whether all parts are written, so that rank 0 makes a checkpoint of them."""
 
 
 class CheckpointSaver:

@@ -30,7 +30,7 @@ class Conversion:
     out the rule that reads it."""
     problems: list[Problem]
     complete: bool
-    """Whether every field is set."""
+    """This flag tells whether every field is set."""
 
 
 def config_from_tree(

@@ -45,7 +45,7 @@ class DocumentOffsets:
         self._index, self._path = index, str(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open as long as the dataset)
         self.one_sequence_each = _documents_are_sequences(index)
-        """Whether each document is one sequence, as in all datasets that w1train writes."""
+        """This flag tells whether each document is one sequence, as in all datasets that w1train writes."""
         self._landmarks = _landmarks(index) if self.one_sequence_each else None
 
     def __len__(self) -> int:

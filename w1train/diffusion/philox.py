@@ -46,7 +46,7 @@ class Purpose(IntEnum):
     STRATUM = 2
     """How the strata of a group of samples are rotated."""
     LENGTH = 3
-    """Whether a sample is cut to a random length, and to which."""
+    """The decision whether a sample is cut to a random length, and this length."""
     WEIGHT = 4
     """Initial weights (keyed by parameter name, not by sample)."""
     LIKELIHOOD = 5

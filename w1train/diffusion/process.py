@@ -76,7 +76,7 @@ class Corruption:
     segment_timesteps: Tensor
     """float64 [b, g]: t of each segment, for the model."""
     shift: bool
-    """Whether the output before a token predicts it. False: the output at the token's own position does."""
+    """True: the output at the position before a token predicts this token. False: the output at the token's own position predicts it."""
 
 
 class NoiseProcess(ABC):
@@ -85,7 +85,7 @@ class NoiseProcess(ABC):
     name: ClassVar[str]
     """The process in words, for logs."""
     is_causal: ClassVar[bool] = False
-    """Whether the text stays clean and each token is predicted from the tokens before it alone. There is no t then."""
+    """True: the text stays clean, and each token is predicted from the tokens before it alone, so there is no t. False: there is noise."""
     words_per_token: ClassVar[int] = 1
     """Random words that the corruption of one token takes: the first decides whether noise replaces the token."""
 

@@ -31,7 +31,7 @@ class Vocabulary:
     excluded_token: int | None
     """Id of the token that is taken out of the softmax; None = every token is in it."""
     implementation: Implementation = "auto"
-    """Whether Triton or torch computes what is read from the logits."""
+    """The library that computes what is read from the logits: Triton, torch, or the better of them ("auto")."""
 
 
 @dataclass(slots=True, frozen=True)

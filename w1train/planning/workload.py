@@ -31,7 +31,7 @@ class Workload:
     segment_indexed: bool
     """True: an index gives each token's segment. False: segments are samples."""
     may_need_mask: bool
-    """Whether a micro-batch may need a dense mask: several documents, two streams, or samples cut short."""
+    """True: a micro-batch may need a dense mask, because it has several documents, two streams, or samples that were cut short."""
     block_spans: tuple[tuple[int, int], ...]
     """First position and end of each block; empty with one stream."""
 
@@ -51,7 +51,7 @@ class Workload:
 
     @property
     def is_masked(self) -> bool:
-        """Whether every micro-batch needs a mask."""
+        """Tell whether every micro-batch needs a mask."""
         return self.num_documents > 1 or self.num_streams > 1
 
 

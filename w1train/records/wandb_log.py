@@ -55,7 +55,7 @@ class WandbSink(Sink):
 
     @property
     def is_active(self) -> bool:
-        """Whether W&B takes records: it was started, and has not failed."""
+        """Tell whether W&B takes records: it was started, and has not failed."""
         return self._run is not None
 
     def start(self) -> None:

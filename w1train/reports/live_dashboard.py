@@ -18,7 +18,7 @@ class Panel:
     pattern: str | None = None
     x: str = _BY_TOKENS
     log: bool = False
-    """Whether the vertical axis is logarithmic."""
+    """This flag tells whether the vertical axis is logarithmic."""
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes configuration, summary, report and the console."""
+        """Tell whether this is rank 0, which writes configuration, summary, report and the console."""
         return self.rank == 0
 
 

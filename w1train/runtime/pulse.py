@@ -34,7 +34,7 @@ class Pulse:
     transfers: list[str] = field(default_factory=list)
     """The files that threads of this process read or write now, for the message of a hang."""
     stop_requested: bool = False
-    """Whether a signal asks the run to end after the current step."""
+    """This flag tells whether a signal asks the run to end after the current step."""
     observer: Callable[[], None] | None = None
     """A function that is called at each sign of progress."""
 

@@ -30,7 +30,7 @@ class StopSignals:
         self.name = ""
         """The name of the first signal."""
         self.is_urgent = False
-        """Whether a later signal has asked again."""
+        """This flag tells whether a later signal has asked again."""
 
     def __enter__(self) -> StopSignals:
         self._read, self._write = os.pipe()

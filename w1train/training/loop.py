@@ -49,7 +49,7 @@ class Trainer:
         """The newest validation, and the step that it is of."""
         self.scored_step = -1
         self.stopped = False
-        """Whether a signal has ended training before its last step, after a checkpoint."""
+        """This flag tells whether a signal has ended training before its last step, after a checkpoint."""
 
     def fit(self) -> None:
         """Train to the end of the schedule, or to the step at which a signal asks for the end.

@@ -32,12 +32,12 @@ class SchedulePosition:
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps of the schedule are done."""
+        """Tell whether all steps of the schedule are done."""
         return self._progress.step >= self.num_steps
 
     @property
     def is_phase_end(self) -> bool:
-        """Whether the step that was done last is the last step of its phase."""
+        """Tell whether the step that was done last is the last step of its phase."""
         return self._progress.step in self._phase_ends
 
     @property

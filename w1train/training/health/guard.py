@@ -36,7 +36,7 @@ class ComputedStep:
     grad_norm: Any
     """The gradient norm in the optimizer's type, in which the optimizer takes it back."""
     gradients_are_finite: bool
-    """Whether the gradients of each rank are finite. The norm alone does not tell: some gradients are not in it."""
+    """This flag tells whether the gradients of each rank are finite. The norm cannot tell this, because it leaves some gradients out."""
     work: StepWork
 
 
