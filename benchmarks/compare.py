@@ -96,7 +96,7 @@ def judgement(metric: str, ratio: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command: print the tables. Returns the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
+    """Run the command: print the tables. Return the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
     versions, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare the newest result with the last committed one.")
     parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all that have results)")

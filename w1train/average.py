@@ -24,12 +24,10 @@ from typing import Any
 from w1train.config.errors import UserError
 from w1train.runtime.command import command, describe_error
 
-logger = logging.getLogger(__name__)
-
 
 @command("w1train.average")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, 1 for a damaged checkpoint or a full disk, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)

@@ -19,8 +19,9 @@ from benchmarks.attention.workloads import Workload
 from benchmarks.common.machine import Clock, allocated_bytes, peak_bytes
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility
+from w1train.config.errors import first_line
 from w1train.config.rules.attention_limits import AttentionCase
-from w1train.diagnosis.correctness import relative_errors
+from w1train.diagnosis.kernel_checks import relative_errors
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,7 @@ def measure_workload(
         # the others. The error becomes a row, its traceback is logged, and the exit status is 1.
         except Exception as error:
             logger.exception("%s cannot compute %s", side.name, workload.name)
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            row.reason, row.failed = f"failed: {type(error).__name__}: {first_line[:120]}", True
+            row.reason, row.failed = f"failed: {type(error).__name__}: {first_line(error)[:120]}", True
             _forget(device)
             continue
         if row.error is not None and not row.error <= LARGEST_ERROR:

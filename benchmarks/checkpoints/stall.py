@@ -168,7 +168,7 @@ def tables(found: Measurements, config: Config) -> list[Table]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark. Returns the exit status: 0, or 1 if the stall is above its limit."""
+    """Run the benchmark. Return the exit status: 0, or 1 if the stall is above its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints.stall", description=__doc__.partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides over the model of 200 million parameters")
     parser.add_argument("--rounds", type=int, default=6, help="number of saves of each kind (default: %(default)s)")

@@ -7,8 +7,8 @@ from itertools import groupby
 
 import torch
 
-from w1train.diagnosis.correctness import TOLERANCE, Check, attention_checks, kernel_checks
 from w1train.diagnosis.findings import Finding, Section
+from w1train.diagnosis.kernel_checks import TOLERANCE, Check, attention_checks, kernel_checks
 
 
 def kernel_section(device: torch.device) -> Section:

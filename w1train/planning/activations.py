@@ -39,7 +39,6 @@ class Kernels:
 
 
 CUDA_KERNELS = Kernels(fused_norm=True, fused_swiglu=True, fused_rotary=True)
-CPU_KERNELS = Kernels(fused_norm=False, fused_swiglu=False, fused_rotary=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,6 @@ class Chunk:
     """The part of the model that one rank runs between two sends."""
 
     pipeline_rank: int
-    virtual_stage: int
     first_layer: int
     num_layers: int
     has_embedding: bool
@@ -140,7 +139,6 @@ def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
     return [
         Chunk(
             pipeline_rank=pipeline_rank,
-            virtual_stage=number // layout.pipeline,
             first_layer=sum(layout.chunk_layers[:number]),
             num_layers=layout.chunk_layers[number],
             has_embedding=number == 0,

@@ -14,7 +14,7 @@ from w1train.config.errors import UserError
 from w1train.reports.plot_data import Values, finite, moving_average, scientific
 from w1train.reports.report_metrics import WIDE, figure, smoothing_width
 from w1train.reports.report_page import page
-from w1train.reports.report_run import Run, median, read_run
+from w1train.reports.run_content import Run, median, read_run
 from w1train.reports.svg_chart import Chart, Line
 from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from w1train.config.reading import is_number
 from w1train.reports.plot_data import Values, finite, moving_average
-from w1train.reports.report_run import Run
+from w1train.reports.run_content import Run
 from w1train.reports.svg_chart import Chart, Event, Line
 
 NARROW, WIDE = 350, 920

@@ -24,7 +24,7 @@ from w1train.reports.report_metrics import (
 )
 from w1train.reports.report_page import page
 from w1train.reports.report_phases import phases_table, stage_starts
-from w1train.reports.report_run import Record, Run, median, read_run
+from w1train.reports.run_content import Record, Run, median, read_run
 from w1train.reports.svg_chart import Chart, Line, heat_map, heat_range
 from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity

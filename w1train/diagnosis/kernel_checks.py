@@ -49,7 +49,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether no result is wrong. A kernel that cannot run on this machine passes."""
+        """Tell whether no result is wrong. A kernel that cannot run on this machine passes."""
         return not self.failed and all(error <= TOLERANCE for error in self.errors.values())
 
     def row(self) -> tuple[str, ...]:
