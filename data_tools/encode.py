@@ -55,7 +55,7 @@ class TokenizedUnit:
 
 
 class UnitTokenizer:
-    """The function that workers call with units. For equal units and equal settings, every process returns the same."""
+    """The function that workers call with units. For equal units and equal settings, every process returns the same result."""
 
     def __init__(self, encoding: Encoding) -> None:
         self._reader = UnitReader(encoding.rules)

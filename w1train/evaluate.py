@@ -30,7 +30,7 @@ from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 @command("w1train.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, or 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:

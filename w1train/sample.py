@@ -59,7 +59,7 @@ CHECKPOINT_HELP = "step or name of the checkpoint; average is the newest average
 
 @command("w1train.sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
-    """Run the command. Returns the exit status: 0, or 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     # At INFO the sampler logs what it skips.
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

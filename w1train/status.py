@@ -34,7 +34,7 @@ _LONGEST_LINE = 4000
 
 @command("w1train.status")
 def main(arguments: Sequence[str]) -> int:
-    """Run the command: print one line for each run. Returns the exit status that the module's docstring describes."""
+    """Run the command: print one line for each run. Return the exit status that the module's docstring describes."""
     parser = argparse.ArgumentParser(prog="w1train.status", description="Print what runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(

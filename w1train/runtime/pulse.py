@@ -1,5 +1,5 @@
-"""The activity and progress of this process: one record a process, written by the training loop, read by the watchdog's thread
-(w1train.runtime.watchdog) and shown in status.json.
+"""The activity and progress of this process: a single record, which the training loop writes and the watchdog's thread
+(w1train.runtime.watchdog) reads, and which status.json shows.
 
 The record is a global of the process, as signals are. Code that computes something (a micro-batch, a pass of the sampler) calls
 :func:`beat`, and needs no object for it. Without a watchdog nobody reads the record.

@@ -54,8 +54,8 @@ class StopSignals:
         self._owner = -1
 
     def wait(self, seconds: float) -> None:
-        """Wait until a signal comes or :meth:`wake` is called, for ``seconds`` at most, and note the signal. Called in a thread other than
-        the main thread."""
+        """Wait until a signal comes or :meth:`wake` is called, for ``seconds`` at most, and note the signal. A thread other than the main
+        thread calls this."""
         ready, _, _ = select.select([self._read], [], [], seconds)
         for number in os.read(self._read, 256) if ready else b"":
             if number in STOP_SIGNALS:

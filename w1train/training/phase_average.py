@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 def average_phase(
     config: Config, run: RunDirectory, model: TrainedModel, score: Callable[[], dict[str, Any]], *, step: int, after: int
 ) -> dict[str, Any] | None:
-    """Average the best checkpoints later than step ``after``, and compare the average with them. Called on every rank, right after ``step``
-    was saved: the model gets the weights of that checkpoint back.
+    """Average the best checkpoints later than step ``after``, and compare the average with them. Every rank calls this, right after
+    ``step`` was saved: the model gets the weights of that checkpoint back.
 
     Args:
-        score: validates the model as it is.
+        score: a function that validates the model with its current weights.
 
     Returns:
         The record of the comparison; None if fewer than two checkpoints have a score, or the comparison was recorded before.

@@ -20,7 +20,8 @@ from w1train.config.schema import BackendName
 
 logger = logging.getLogger(__name__)
 
-# In the order of auto: kernels that skip what is not visible, then kernels that skip it for one stream only, then dense kernels.
+# The order in which "auto" tries the backends: kernels that skip pairs that are not visible, then kernels that skip such pairs only with
+# one stream, then dense kernels.
 BACKENDS: dict[BackendName, type[AttentionBackend]] = {
     backend.name: backend for backend in (CudnnBackend, FlexBackend, TransformerEngineBackend, SdpaBackend, ReferenceBackend)
 }

@@ -9,10 +9,10 @@ from w1train.runtime.distributed import agreed
 
 
 def require_finite(step: int, values: Mapping[str, float]) -> None:
-    """Raise an error if a value is NaN or infinite: the parameters are lost then, and the last checkpoint is not.
+    """Raise an error if a value is NaN or infinite. The parameters are lost then, but the last checkpoint is still good.
 
     Args:
-        values: the same on all ranks, by the names that the message has for them.
+        values: the values by their names in the message; they are the same on all ranks.
 
     Raises:
         FloatingPointError: on every rank.
