@@ -1,4 +1,4 @@
-"""The command that compares the newest result of a benchmark with the last committed one.
+"""The command that compares the newest result of a benchmark with the last committed result.
 
     python -m benchmarks.compare
     python -m benchmarks.compare attention --newest $OUT/2026-11-22-attention.json
@@ -71,7 +71,7 @@ def warnings(newest: Record, committed: Record) -> list[str]:
 
 
 def comparison(newest: Record, committed: Record) -> Table:
-    """Return the table of every metric that both results have, and of the rows that only one has."""
+    """Return the table of every metric that both results have, and of the rows that only one result has."""
     rows: list[tuple[str, ...]] = []
     for name in list(dict.fromkeys([*committed.results, *newest.results])):
         before, after = committed.results.get(name), newest.results.get(name)

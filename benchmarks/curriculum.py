@@ -1,4 +1,5 @@
-"""The comparison of `make curriculum`: is the curriculum from autoregression to blocks better than blocks from scratch, on as many tokens?
+"""The comparison of `make curriculum`: is the curriculum from autoregression to blocks better than blocks from scratch on the same number
+of tokens?
 
     make curriculum
     python -m benchmarks.curriculum runs/curriculum runs/curriculum-scratch --report

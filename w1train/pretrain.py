@@ -124,7 +124,7 @@ def set_up_logging() -> None:
 
 
 def _fail(error: Exception, status: int) -> int:
-    """Report an error once and return the status: by rank 0 if all ranks met it, and otherwise by this rank."""
+    """Report an error once, and return the status. Rank 0 reports it if all ranks met it, and otherwise this rank reports it."""
     from w1train.runtime.distributed import is_agreed
 
     message = "\n".join([describe_error(error), *getattr(error, "__notes__", [])])

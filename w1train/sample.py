@@ -88,7 +88,7 @@ class Speed:
     """The speed of generating all samples."""
 
     num_tokens: int
-    """Tokens of the texts. What is computed after an EOS does not count."""
+    """Tokens of the texts. Tokens that are computed after an EOS do not count."""
     seconds: float
     tokens_per_second: float
     tokens_per_forward: float

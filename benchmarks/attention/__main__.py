@@ -7,7 +7,7 @@
 It measures the forward and backward pass of one layer on one sample, in bf16, with W1-4B's heads. All sides of a workload take turns on
 the same random inputs. The result of the first turn is compared with an explicit softmax and its time is not kept; a side with another
 result is reported as wrong and is not timed. A side that cannot compute a workload is a row with the reason. The workloads are in order
-of importance, and those that are left when --budget seconds are over are named.
+of importance, and the workloads that are left when --budget seconds are over are named.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Measured:
 
     @property
     def memory(self) -> int | None:
-        """Bytes that the passes held, and those of the plan."""
+        """Bytes that the passes held, and the bytes of the plan."""
         return None if self.peak_bytes is None else self.peak_bytes + (self.plan_bytes or 0)
 
 

@@ -61,7 +61,7 @@ MODEL = (
     "diffusion.num_strata=1",
 )
 _LIMIT = 0.10
-"""The share of the save that is waited for, which the stall must be below."""
+"""The bound of the stall, as a share of the time of the save that training waits for."""
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ def _require_same(one: Path, other: Path) -> None:
 
 
 def tables(found: Measurements, config: Config) -> list[Table]:
-    """Return the tables of the measurements: the first round, and the later ones."""
+    """Return the tables of the measurements: one for the first round, and one for the later rounds."""
     ratios = [stall / waited for stall, waited in zip(found.stalls, found.waited, strict=True)]
     slower = statistics.mean(found.steps_beside) / statistics.mean(found.steps_alone) - 1 if found.steps_beside else 0.0
     saves = [

@@ -44,7 +44,7 @@ class Check:
     errors: dict[str, float] = field(default_factory=dict)
     """Relative errors by tensor."""
     reason: str | None = None
-    """Why the kernel did not run, if it did not."""
+    """The reason why the kernel did not run; None if it ran."""
     failed: bool = False
 
     @property

@@ -1,4 +1,5 @@
-"""Findings about attention backends and kernels: each that can serve on this machine runs forward and backward against its reference."""
+"""Findings about attention backends and kernels: each of those that work on this machine runs forward and backward, and is compared with
+its reference."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Profiler:
             timer.restart()
 
     def _bound_for_nsys(self, step: int) -> None:
-        """Mark the profiled steps as what nsys records with --capture-range=cudaProfilerApi."""
+        """Mark the profiled steps as the steps that nsys records with --capture-range=cudaProfilerApi."""
         steps = self.config.steps
         if not self._records and steps and min(steps) <= step <= max(steps):
             self._records = True

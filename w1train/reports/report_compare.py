@@ -173,7 +173,7 @@ def _table(runs: Sequence[Run], rows: Sequence[tuple[str, list[tuple[str, str]]]
 
 
 def _learning(runs: Sequence[Run]) -> str:
-    """Return the charts of the losses, in bits per byte if all runs have those, else in nats per token."""
+    """Return the charts of the losses, in bits per byte if all runs have values in bits per byte, and otherwise in nats per token."""
     in_bits = all(finite(record.get("elbo_bits_per_byte") for record in [*run.train, *run.validation]) for run in runs)
     key, unit = ("elbo_bits_per_byte", "bits per byte") if in_bits else ("elbo", "nats per token")
     figures = [

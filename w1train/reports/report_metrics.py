@@ -131,7 +131,7 @@ def figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> 
     """Return a chart with its caption.
 
     Args:
-        wide: width of a second drawing for wide screens; None = the narrow one on every screen.
+        wide: width of a second drawing for wide screens; None = the narrow drawing is shown on every screen.
     """
     caption = f'<figcaption><b>{html.escape(title)}</b><span class="value">{html.escape(value)}</span></figcaption>'
     if wide is None:
