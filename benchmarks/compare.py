@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command: print the tables. Return the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
     versions, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare the newest result with the last committed one.")
-    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all that have results)")
+    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all with results)")
     parser.add_argument("--newest", type=Path, help="the JSON file of the newest result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default: benchmarks/results)")
     options = parser.parse_args(arguments)

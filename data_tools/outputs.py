@@ -70,7 +70,7 @@ class Record:
     num_hashes: int = 0
     outputs: list[OutputRecord] = field(default_factory=list)
     is_complete: bool = False
-    """Tell whether all documents are written, and only the names of the datasets are missing."""
+    """This flag tells whether all documents are written, and only the names of the datasets are missing."""
 
     @classmethod
     def read(cls, path: Path) -> Record | None:

@@ -47,7 +47,7 @@ class Measured:
     reason: str | None = None
     """The reason why the side was not measured."""
     failed: bool = False
-    """Tell whether the side should have computed the workload, and raised an error or was wrong."""
+    """This flag tells whether the side should have computed the workload, and raised an error or was wrong."""
     error: float | None = None
     """The largest relative error of output and gradients. None for a dense kernel, which does not compute the workload."""
     forward: list[float] = field(default_factory=list)

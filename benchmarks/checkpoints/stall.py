@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="number of saves of each kind (default: %(default)s)")
     parser.add_argument("--steps-between", type=int, default=3, help="steps without a save before each round (default: %(default)s)")
     parser.add_argument(
-        "--directory", type=Path, help="directory of the checkpoints, which are removed at the end (default: a temporary one)"
+        "--directory", type=Path, help="directory of the checkpoints, which are removed at the end (default: a temporary directory)"
     )
     parser.add_argument("--report", action="store_true", help="write benchmarks/results/DATE-checkpoint-stall.md")
     args = parser.parse_args(arguments)

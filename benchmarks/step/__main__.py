@@ -70,7 +70,7 @@ class Run:
     reason: str | None = None
     """The reason why it measured nothing."""
     failed: bool = False
-    """Tell whether the run should have measured something, and did not."""
+    """This flag tells whether the run should have measured something, and did not."""
 
     @property
     def name(self) -> str:
