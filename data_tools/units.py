@@ -75,8 +75,8 @@ class FileUnits:
         """
         Args:
             fields: the fields that are needed of a table.
-            kind: what all files hold; None = the name of each file tells what it holds. passes_over: skip input over a limit, and continue
-                to read after it; otherwise reading of the file ends there.
+            kind: what all files hold; None = the name of each file tells what it holds.
+            passes_over: skip input over a limit, and continue to read after it; otherwise reading of the file ends there.
         """
         self._limits = limits
         self._passes_over = passes_over

@@ -62,8 +62,7 @@ def cached_visibility(
     """Return what new tokens of a document see of [cached ; new] keys: everything before them, and their own block as ``causality`` says.
 
     The visibility is the same for clean tokens and for a noisy block: only the contents of the cache differ. Blocks are counted from the
-        start of the
-    document.
+    start of the document.
 
     Args:
         num_rows: rows of the pass. Rows from ``num_tokens`` on are padding, which sees nothing and which no token sees.

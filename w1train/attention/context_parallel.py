@@ -49,8 +49,8 @@ def deal_positions(visibility: Visibility, num_streams: int, num_ranks: int, chu
     goes to the rank with fewest pairs.
 
     Args:
-        visibility: the visibility of the whole sequence; with two streams its rows are [x_t ; x_0]. chunk_size: positions of a chunk; l
-        must be a multiple of num_ranks * chunk_size.
+        visibility: the visibility of the whole sequence; with two streams its rows are [x_t ; x_0].
+        chunk_size: positions of a chunk; l must be a multiple of num_ranks * chunk_size.
     """
     num_samples, num_rows = visibility.endpoints.shape[1:]
     length = num_rows // num_streams

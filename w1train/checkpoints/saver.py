@@ -92,8 +92,8 @@ class CheckpointSaver:
             before_commit: called on rank 0, in any thread, before a checkpoint becomes visible. Records of the steps up to the checkpoint
                 must be on the disk when it returns.
             after_commit: called on every rank at a step boundary, with the step of a complete checkpoint and the seconds that it took.
-            is_resumed: True for a run that was resumed, so that the time until its first step is recorded. upload_patience: the seconds
-            that ``close`` waits for an object storage in which nothing arrives.
+            is_resumed: True for a run that was resumed, so that the time until its first step is recorded.
+            upload_patience: the seconds that ``close`` waits for an object storage in which nothing arrives.
         """
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
         self.times = SaveTimes(clock)

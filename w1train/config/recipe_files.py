@@ -22,7 +22,7 @@ def packaged_directory() -> Path:
     """Return the directory of the ``recipes`` package, which is next to w1train in a checkout and in an installed wheel.
 
     The package is not imported: if a command starts in a directory with another ``recipes``, Python would find that package first.
-        ``w1train.__file__`` cannot be used either: it is missing if a command starts next to the checkout that is installed.
+    ``w1train.__file__`` cannot be used either: it is missing if a command starts next to the checkout that is installed.
     """
     directory = Path(__file__).resolve().parents[2] / "recipes"
     assert directory.is_dir(), f"the recipes package is not a directory: {directory}"

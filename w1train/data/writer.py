@@ -118,8 +118,10 @@ class DatasetWriter:
         """Append a document's tokens and EOS.
 
         Args:
-            token_ids: at least one token id, and no mask token. num_text_bytes: the length of the document's text in UTF-8. may_be_noised:
-                True for each token that may be noised; the last value is that of EOS. Only a writer with ``limits_noise`` takes it.
+            token_ids: at least one token id, and no mask token.
+            num_text_bytes: the length of the document's text in UTF-8.
+            may_be_noised: True for each token that may be noised; the last value is that of EOS. Only a writer with ``limits_noise``
+                takes it.
 
         Raises:
             DatasetError: if the document has more tokens than the index format allows (2^31 - 1).

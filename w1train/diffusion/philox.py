@@ -124,8 +124,9 @@ def random_words(seed: int, indices: Tensor, *, draw: int, purpose: Purpose, num
     Args:
         seed: seed of the run, in [0, 2^64).
         indices: int64 [b], the samples or groups that the words belong to (global sample indices, or stratum groups); any 64-bit value.
-        draw: repetition for the same samples: 0 in training, 1 + i for the i-th validation timestep. purpose: the stream. num: n, words per
-        index.
+        draw: repetition for the same samples: 0 in training, 1 + i for the i-th validation timestep.
+        purpose: the stream.
+        num: n, words per index.
 
     Returns:
         int64 [b, n], uniform in [0, 2^32).

@@ -70,8 +70,8 @@ class RowTerm(ABC):
         """Return the term's sums over this rank's vocabulary, float32 [s, k], from logits [k, v].
 
         Args:
-            part: the places of these rows among all rows, with which the term finds its own values for each row. statistics: the statistics
-                of these rows, whose sums are not known yet.
+            part: the places of these rows among all rows, with which the term finds its own values for each row.
+            statistics: the statistics of these rows, whose sums are not known yet.
         """
         raise NotImplementedError
 

@@ -14,8 +14,9 @@ def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members
 
     Args:
         checkpoint: name of the average.
-        metric: the metric that decides which checkpoint is better: lower is better. validation: scores of the average, as
-        w1train.training.validation.validate returns them. members: scores of the members by step; at least the metrics in ``COLUMNS``.
+        metric: the metric that decides which checkpoint is better: lower is better.
+        validation: scores of the average, as w1train.training.validation.validate returns them.
+        members: scores of the members by step; at least the metrics in ``COLUMNS``.
     """
     steps = sorted(members)
     best = min(steps, key=lambda step: (members[step][metric], -step))

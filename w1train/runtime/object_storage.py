@@ -154,8 +154,8 @@ class ObjectStorage:
         """Copy a file of ``num_bytes`` bytes into an open local file, and never write more bytes.
 
         Raises:
-            WrongSizeError: another number of bytes arrived, or the storage says that the file has another size. OSError: the local file
-            could not be written.
+            WrongSizeError: another number of bytes arrived, or the storage says that the file has another size.
+            OSError: the local file could not be written.
         """
         if (size := self.info(path)["size"]) != num_bytes:
             raise WrongSizeError(f"{self.url}: {mask(path)} has {size} bytes, expected {num_bytes}")

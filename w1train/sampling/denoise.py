@@ -136,10 +136,10 @@ def generate(
     Args:
         model: its logits may be -inf at the mask token or not; the mask token is never generated.
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
-        config: all fields except interval and prompts are used; num_steps is used only without a threshold. device: where the model takes
-        its tokens. vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the
-        tokenizer's;
-            None = every id of the model but the mask token may be generated.
+        config: all fields except interval and prompts are used; num_steps is used only without a threshold.
+        device: where the model takes its tokens.
+        vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
+            None = every id of the model except the mask token may be generated.
         on_step: called after every step of every batch.
 
     Returns:

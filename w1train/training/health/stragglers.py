@@ -32,7 +32,8 @@ class StragglerClock:
     def __init__(self, hooks: GradientHooks, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         """
         Args:
-            hooks: the hooks of the model, to which the measurement is added. interval: steps between two measurements; 0 = never.
+            hooks: the hooks of the model, to which the measurement is added.
+            interval: steps between two measurements; 0 = never.
             warning_share: the share of a step's time that ranks may wait for each other without a warning.
         """
         self._interval, self._warning_share, self._clock = interval, warning_share, clock
