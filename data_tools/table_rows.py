@@ -239,7 +239,7 @@ def _check_footer(file: BinaryIO) -> None:
     file.seek(max(0, num_bytes - 8))
     length = int.from_bytes(file.read(4), "little")
     file.seek(0)
-    if MAX_FOOTER_BYTES < length < num_bytes:  # pyarrow refuses a length that exceeds the file's
+    if MAX_FOOTER_BYTES < length < num_bytes:  # pyarrow refuses a length that exceeds the file's length
         raise TableError(f"has a footer of {length} bytes, over the limit of {MAX_FOOTER_BYTES}")
 
 

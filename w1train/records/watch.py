@@ -66,8 +66,8 @@ class Watch:
             sink.record_samples(records)
 
     def event(self, name: str, **values: Any) -> None:
-        """Record what happened and is no measurement (a start, a checkpoint), at the run's current step unless ``values`` has another.
-        Passwords in ``values`` are masked."""
+        """Record an event, which is not a measurement (a start, a checkpoint), at the run's current step unless ``values`` has another
+        step. Passwords in ``values`` are masked."""
         event = self._event(name, values)
         for sink in self._sinks:
             sink.record_event(event)

@@ -41,7 +41,7 @@ SECTIONS = (
             Panel(title="Mask ratio", metrics=("mask_ratio",)),
         ),
     ),
-    # By step: W&B does not know the number of tokens at the validation of step 0.
+    # The axis is the step, because W&B does not know the number of tokens at the validation of step 0.
     Section(
         name="Validation",
         panels=(

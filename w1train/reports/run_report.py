@@ -35,7 +35,8 @@ _MAX_HEAT_COLUMNS = 60
 
 
 def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
-    """Write ``run_dir/report.html``, and return its path. A torn last line of metrics.jsonl is left out: training may be writing it.
+    """Write ``run_dir/report.html``, and return its path. A torn last line of metrics.jsonl is left out, because training may be writing
+    this line.
 
     Args:
         other: a run whose validation is drawn beside the run's.

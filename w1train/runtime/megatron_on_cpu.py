@@ -150,7 +150,7 @@ def _redirect_cuda_module() -> None:
         yield
 
     def returning(value: Any) -> Callable[..., Any]:
-        # A new function each time: torch.compile refuses one object under two names.
+        # Each call makes a new function, because torch.compile refuses the same object under two names.
         return lambda *_args, **_kwargs: value
 
     stream = _NullStream()

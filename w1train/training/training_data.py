@@ -294,8 +294,8 @@ class TrainingData(ValidationData):
         return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
 
     def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
-        """Convert nats per token to bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from; of a blend, on
-        average. None if a dataset has no manifest."""
+        """Convert nats per token to bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from. For a blend this
+        is an average over its corpora. The result is None if a dataset has no manifest."""
         weights = self.samples.part(max(num_samples - 1, 0)).weights
         datasets = {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0}
         return bits_per_byte(nats_per_token, datasets, self.config.data.eos)

@@ -76,7 +76,7 @@ def _limit(name: str, window: list[float], sigma: float) -> float:
 def _middle_and_deviation(values: list[float]) -> tuple[float, float]:
     middle = statistics.median(values)
     median_deviation = statistics.median([abs(value - middle) for value in values])
-    # statistics.pstdev would take a millisecond a step, because it computes in fractions.
+    # statistics.pstdev would take a millisecond in each step, because it computes with fractions.
     mean = math.fsum(values) / len(values)
     standard_deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
     return middle, max(_MEDIAN_DEVIATION_TO_SIGMA * median_deviation, standard_deviation)
