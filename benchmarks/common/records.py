@@ -60,7 +60,7 @@ def _commit() -> str:
 
 def is_dry_run(options: argparse.Namespace) -> bool:
     """Tell whether --device or --tiny makes the run a dry run, whose numbers mean nothing."""
-    return options.tiny or options.device == "cpu"
+    return bool(options.tiny or options.device == "cpu")
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
