@@ -75,7 +75,7 @@ def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:
     if block_size is not None and block_size < sequence_length:
         logging.getLogger(__name__).warning(
             "the run was trained to denoise blocks of %d tokens after clean blocks; here a completion is scored as one block, "
-            "in which every token attends to every other one",
+            "in which every token attends to every other token",
             block_size,
         )
 

@@ -139,7 +139,7 @@ def _is_to_return(directory: Path, step: int | None) -> bool:
         marker.unlink(missing_ok=True)
         return False
     if marker.exists() and read_bounded(marker, LARGEST_STATUS) == str(step).encode():
-        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this start resumes from the newest checkpoint", step)
+        logger.info("an earlier start has obeyed checkpoint.resume_step=%d: this start resumes from the newest checkpoint", step)
         return False
     return True
 
@@ -265,7 +265,7 @@ def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> 
             )
         else:
             logger.warning(
-                "%s has no checkpoint, and its %s says that no checkpoint was uploaded: the run ended before its first upload did",
+                "%s has no checkpoint, and its %s says that no checkpoint was uploaded: the run ended before its first upload ended",
                 url,
                 MARKER,
             )

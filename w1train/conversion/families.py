@@ -224,7 +224,7 @@ def stock_family(model: ModelConfig) -> str:
         if not family_problems(model, name) and (model.qkv_bias, model.qk_norm) == (family.qkv_bias, family.qk_norm):
             return name
     problems = {problem for name in FAMILIES for problem in family_problems(model, name)}
-    raise UserError(f"no stock class is this model ({listing(sorted(problems))}): export it with --format {W1}")
+    raise UserError(f"no stock class computes this model ({listing(sorted(problems))}): export it with --format {W1}")
 
 
 def family_problems(model: ModelConfig, name: str) -> list[str]:

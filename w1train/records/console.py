@@ -106,7 +106,7 @@ class ConsoleSink(Sink):
         except OSError as error:
             # The terminal is gone, the pipe is closed, or the log file's disk is full. The other sinks have the records.
             self._is_broken = True
-            logger.warning("standard output takes no more (%s): training goes on without it", error)
+            logger.warning("standard output accepts no more text (%s): training continues without it", error)
 
     def _render(self) -> Group:
         return Group(self._progress, self._metrics_line)

@@ -66,7 +66,7 @@ class JsonLinesSink(Sink):
         missing = [number for number in range(1, step + 1) if number not in recorded]
         if missing:
             logger.warning(
-                "%s has no records of %d of the %d steps before this start (step %d to %d): they are lost, or another run's",
+                "%s has no records of %d of the %d steps before this start (step %d to %d): they are lost, or belong to another run",
                 path,
                 len(missing),
                 step,

@@ -342,7 +342,7 @@ def _say_what_differs(config: SamplingConfig, plans: list[list[PlannedBlock]], t
         if total < config.num_steps:
             logger.info("%d of %d denoising steps have no token left to unmask and are skipped", config.num_steps - total, config.num_steps)
         elif total > config.num_steps:
-            logger.info("%d denoising steps instead of %d: blocks that prompt or end cut short take whole steps", total, config.num_steps)
+            logger.info("%d denoising steps instead of %d: steps are rounded up in blocks that are cut short", total, config.num_steps)
 
 
 @cache

@@ -38,7 +38,7 @@ def average_phase(
     settings = config.checkpoint
     members = on_main_rank(partial(best_steps, run.checkpoints, settings.keep_best, settings.best_metric, after=after))
     if len(members) < 2:
-        logger.warning("no average: %d checkpoints after step %d have a score, and it takes two", len(members), after)
+        logger.warning("no average: %d checkpoints after step %d have a score, and an average needs two", len(members), after)
         return None
     path = average_steps(run.checkpoints, members)
     if on_main_rank(lambda: any(record["checkpoint"] == path.name for record in read_metrics(run.metrics, kind="average"))):

@@ -37,7 +37,7 @@ def choose_backend(name: Literal["auto", BackendName], case: AttentionCase, devi
     if name != "auto":
         reason = BACKENDS[name].why_not(case, device)
         if reason is not None:
-            raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes one that can")
+            raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes a backend that can")
         logger.info("attention of %s: %s, as attention.backend says", _describe(case), name)
         return BACKENDS[name](case)
     passed_over: list[tuple[str, str]] = []

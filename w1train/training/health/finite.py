@@ -21,7 +21,7 @@ def require_finite(step: int, values: Mapping[str, float]) -> None:
         if not math.isfinite(value):
             error = FloatingPointError(
                 f"{name} is {value} at step {step}; training stops before this reaches a checkpoint. "
-                "The same command resumes from the last checkpoint, if there is one. A lower learning rate or more clipping takes a run of "
+                "The same command resumes from the last checkpoint, if there is one. A lower learning rate or more clipping needs a run of "
                 "another name, which may start from the weights of this run (training.initial_weights)"
             )
             raise agreed(error)
