@@ -56,7 +56,7 @@ def test_the_first_word_of_a_docstring_is_checked(source, is_wrong):
 
 def test_comments_messages_and_docstrings_are_read(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text('"""There is none."""\n\nx = 1  # here is none\nraise ValueError("none is left")\n')
+    path.write_text('"""The list has none."""\n\nx = 1  # here is none\nraise ValueError("none is left")\n')
     assert [problem.line for problem in prose.problems(path)] == [1, 3, 4]
 
 
