@@ -1,4 +1,4 @@
-"""The command that compares the newest result of a benchmark with the last committed one.
+"""The command that compares the newest result of a benchmark with the last committed result.
 
     python -m benchmarks.compare
     python -m benchmarks.compare attention --newest $OUT/2026-11-22-attention.json
@@ -71,7 +71,7 @@ def warnings(newest: Record, committed: Record) -> list[str]:
 
 
 def comparison(newest: Record, committed: Record) -> Table:
-    """Return the table of every metric that both results have, and of the rows that only one has."""
+    """Return the table of every metric that both results have, and of the rows that only one result has."""
     rows: list[tuple[str, ...]] = []
     for name in list(dict.fromkeys([*committed.results, *newest.results])):
         before, after = committed.results.get(name), newest.results.get(name)
@@ -96,10 +96,10 @@ def judgement(metric: str, ratio: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command: print the tables. Returns the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
+    """Run the command: print the tables. Return the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
     versions, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare the newest result with the last committed one.")
-    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all that have results)")
+    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all with results)")
     parser.add_argument("--newest", type=Path, help="the JSON file of the newest result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default: benchmarks/results)")
     options = parser.parse_args(arguments)

@@ -22,11 +22,11 @@ import torch
 from benchmarks.common.machine import describe, gpu_environment, open_device, versions
 from benchmarks.common.report import RESULTS, Table, write_report
 from w1train.config.errors import UserError
-from w1train.diagnosis.correctness import TOLERANCE, attention_checks, kernel_checks
+from w1train.diagnosis.kernel_checks import TOLERANCE, attention_checks, kernel_checks
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the checks, and with ``--report`` write YYYY-MM-DD-correctness.md. Returns the exit status: 0, 1 if a kernel is wrong, 2 for bad
+    """Run the checks, and with ``--report`` write YYYY-MM-DD-correctness.md. Return the exit status: 0, 1 if a kernel is wrong, 2 for bad
     input."""
     parser = argparse.ArgumentParser(prog="benchmarks.correctness", description="Check the kernels of this machine against references.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,4 +1,5 @@
-"""The comparison of `make curriculum`: is the curriculum from autoregression to blocks better than blocks from scratch, on as many tokens?
+"""The comparison of `make curriculum`: is the curriculum from autoregression to blocks better than blocks from scratch on the same number
+of tokens?
 
     make curriculum
     python -m benchmarks.curriculum runs/curriculum runs/curriculum-scratch --report
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.common.report import Table, environment, write_report
-from w1train.reports.report_run import Run, read_run
+from w1train.reports.run_content import Run, read_run
 
 NUM_STEPS = 5
 """Losses before and after a change of the objective are means over this number of steps."""
@@ -78,7 +79,7 @@ def _scores(record: dict) -> tuple[str, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command, and with ``--report`` write benchmarks/results/YYYY-MM-DD-curriculum.md. Returns the exit status."""
+    """Run the command, and with ``--report`` write benchmarks/results/YYYY-MM-DD-curriculum.md. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.curriculum", description="Compare the curriculum with training from scratch."
     )

@@ -173,9 +173,9 @@ Tokens that agree with the cached ones (greedy, fp32): {agreement:.2%}."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-sampling.md. Returns the exit status."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-sampling.md. Return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.sampling", description="Measure generation with and without cached blocks.")
-    parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless one is given)")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless another recipe is given)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="numbers of tokens to generate (default: 128 to 1024)"
     )

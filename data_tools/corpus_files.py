@@ -40,7 +40,7 @@ class Limits:
     longest books have a third of the default size."""
     row_group: int = 2 << 30
     """The most bytes of a row group of Parquet or a record batch of Arrow, counting the columns that are read, or of a text file that is
-    split. The default is what the 32-bit offsets of a column of strings reach."""
+    split. The default is the largest column of strings that 32-bit offsets can address."""
 
 
 def document_fault(num_bytes: int | None, limit: int) -> str:
@@ -114,7 +114,8 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
 
 
 def _dataset_files(directory: Path) -> list[str]:
-    """Return the names of the .arrow files of a saved Hugging Face dataset. Other .arrow files there are remains, or record chosen rows."""
+    """Return the names of the .arrow files of a saved Hugging Face dataset. Other .arrow files in the directory are remains, or only record
+    which rows were chosen."""
     try:
         state = read_json_object(directory / DATASET_STATE, "state of a Hugging Face dataset")
         names = [entry["filename"] for entry in state["_data_files"]]

@@ -49,7 +49,7 @@ class ContentReader:
         self._zstandard = _zstandard(path) if self._compression == "zstd" else None
         self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
         self.num_bytes: int | None = None if self._compression else os.fstat(self._file.fileno()).st_size
-        """Length of the content; None for a compressed file, whose statement of it is not reliable."""
+        """Length of the content; None for a compressed file, because the length that such a file states is not reliable."""
 
     @property
     def num_bytes_read(self) -> int:
@@ -63,7 +63,7 @@ class ContentReader:
         while a file decodes to nothing for a long time.
 
         Raises:
-            One of :func:`damage`, where the compressed file is damaged.
+            One of the exceptions of :func:`damage`, where the compressed file is damaged.
         """
         if self._compression is None:
             self._file.seek(offset)

@@ -59,7 +59,7 @@ class SeenHashes:
         """Add n hashes to the set.
 
         Returns:
-            bool [n]: whether each hash is new, neither in the set nor earlier among these hashes.
+            bool [n]: True for each hash that is new: it is not in the set, and is not earlier among these hashes.
         """
         batch = np.frombuffer(hashes, dtype=_HASH)
         unique, first = np.unique(batch, return_index=True)

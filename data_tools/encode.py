@@ -47,7 +47,7 @@ class TokenizedUnit:
     num_bytes: NDArray[np.int64]
     """[n]: length of each text in bytes of UTF-8."""
     held_out: NDArray[np.bool_]
-    """[n]: whether each document is held out for validation."""
+    """[n]: True for each document that is held out for validation."""
     hashes: bytes
     """The hash of each document; empty unless duplicates are left out."""
     text: UnitText
@@ -55,7 +55,7 @@ class TokenizedUnit:
 
 
 class UnitTokenizer:
-    """The function that workers call with units. For equal units and equal settings, every process returns the same."""
+    """The function that workers call with units. For equal units and equal settings, every process returns the same result."""
 
     def __init__(self, encoding: Encoding) -> None:
         self._reader = UnitReader(encoding.rules)

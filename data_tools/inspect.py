@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from w1train.data.sharded_dataset import open_dataset
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
-
-logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 1 << 20
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)

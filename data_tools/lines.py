@@ -23,7 +23,7 @@ class Block:
     num_bytes_passed: int = 0
     """The number of bytes decoded and dropped since the last block."""
     announces_long_line: bool = False
-    """Tell whether the next line is over the limit, and its end has not been found yet."""
+    """This flag tells whether the next line is over the limit, and its end has not been found yet."""
     long_line: int | None = None
     """The length of the line over the limit, without its line break, if the block stands for this line."""
     length: int = 0

@@ -70,7 +70,7 @@ class Record:
     num_hashes: int = 0
     outputs: list[OutputRecord] = field(default_factory=list)
     is_complete: bool = False
-    """Tell whether all documents are written, and only the names of the datasets are missing."""
+    """This flag tells whether all documents are written, and only the names of the datasets are missing."""
 
     @classmethod
     def read(cls, path: Path) -> Record | None:
@@ -114,7 +114,7 @@ class Output:
         return self._prefix if self._shard_tokens is None else f"{self._prefix}_{number:05d}"
 
     def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> None:
-        """Append documents. When a shard is full, the following documents go to the next one."""
+        """Append documents. When a shard is full, the following documents go to the next shard."""
         while self._shard_tokens is not None and len(lengths):
             ends = np.cumsum(lengths)
             count = int(np.searchsorted(ends, self._shard_tokens - self._writer.num_tokens)) + 1
@@ -143,7 +143,7 @@ class Output:
         self._writer.keep()
 
     def record(self) -> OutputRecord:
-        """Bring everything to the disk, and return the record of it."""
+        """Bring all that was written to the disk, and return the record of it."""
         return OutputRecord(self.sealed, self._writer.progress())
 
     def keep(self) -> None:
@@ -161,8 +161,8 @@ class Output:
 class Outputs:
     """The datasets of one run; use it as a context manager.
 
-    If a mistake of the user ends the block, the files are removed. If anything else ends it (Ctrl-C, a full disk), the files that the
-    record covers are kept.
+    If a mistake of the user ends the ``with`` block, the files are removed. If another error ends it (Ctrl-C, a full disk), the files that
+    the record covers are kept.
     """
 
     def __init__(self, prefixes: Sequence[str], tokenizer: Tokenizer, run: str, options: OutputOptions) -> None:

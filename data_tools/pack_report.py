@@ -7,7 +7,6 @@ sample, and how many documents a sample holds.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from data_tools.command_runner import run_command
 from w1train.data.packed.best_fit import pack_best_fit
 from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
-
-logger = logging.getLogger(__name__)
 
 POLICIES = ("cut", "best_fit")
 _COLUMNS = ("dataset", "policy", "length", "samples", "waste", "cut, though they fit", "longer than a sample", "documents a sample")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 1024
 _ROWS_MEASURED_AT_ONCE = 1 << 16
 _DOCUMENTS_AT_ONCE = 4
-"""A batch of decoded Parquet rows has at most about the size of this number of the largest allowed documents."""
+"""A batch of decoded Parquet rows is at most about as large as this number of documents of the largest allowed size."""
 _MAX_THRIFT_CONTAINER = 1_000_000
 
 
@@ -239,7 +239,7 @@ def _check_footer(file: BinaryIO) -> None:
     file.seek(max(0, num_bytes - 8))
     length = int.from_bytes(file.read(4), "little")
     file.seek(0)
-    if MAX_FOOTER_BYTES < length < num_bytes:  # pyarrow refuses a length that exceeds the file's
+    if MAX_FOOTER_BYTES < length < num_bytes:  # pyarrow refuses a length that exceeds the file's length
         raise TableError(f"has a footer of {length} bytes, over the limit of {MAX_FOOTER_BYTES}")
 
 

@@ -1,8 +1,8 @@
 """The command that tokenizes a corpus: python -m data_tools.tokenize --input PATH --tokenizer tokenizer.json --output PREFIX
 
-A part of the documents can go to a validation dataset in the same run. A hash of a document's text decides whether it does, so the rest of
-the corpus has no influence, and equal documents never fall on both sides. If a corpus has so few documents that one side would be empty,
-its last lines are held out instead.
+A part of the documents can go to a validation dataset in the same run. A hash of a document's text decides to which dataset the document
+goes, so the rest of the corpus has no influence, and equal documents never go to different datasets. If a corpus has so few documents that
+one side would be empty, its last lines are held out instead.
 
 The corpus is read in units (data_tools/units.py), which workers tokenize. The results are written in the order of the corpus, so that the
 output depends neither on the number of workers nor on interruptions.
@@ -179,7 +179,8 @@ def _write(corpus: TextCorpus, encoding: Encoding, outputs: Outputs, num_workers
 
 
 def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> int:
-    """Return the number of workers: the cores, at most as many as the corpus keeps busy, or 1 if a document's side depends on others."""
+    """Return the number of workers: as many as there are cores, but no more than the corpus keeps busy, and 1 if other documents decide
+    whether a document is held out."""
     if not isinstance(encoding.split, HashSplit):
         return 1
     if wanted is not None:
@@ -188,7 +189,7 @@ def _num_workers(wanted: int | None, corpus: TextCorpus, encoding: Encoding) -> 
 
 
 def _fingerprint(corpus: TextCorpus, tokenizer: Tokenizer, options: dict[str, Any]) -> str:
-    """Return a hash of all that the datasets depend on, where sizes and times stand for the files."""
+    """Return a hash of all that the datasets depend on. For the input files it uses their sizes and times, not their content."""
     stats = [os.stat(file, follow_symlinks=file not in corpus.broken) for file in corpus.files]
     times = hashlib.sha256(json.dumps([stat.st_mtime_ns for stat in stats]).encode()).hexdigest()
     software = [__version__, tokenizers.__version__]

@@ -35,8 +35,8 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a corpus: text files, which the reader opens, or lines or rows of a file. A unit whose end is its start reports progress
-    alone."""
+    """A part of a corpus: text files, which the reader opens, or lines or rows of a file. A unit that ends where it starts only reports
+    progress."""
 
     kind: Kind
     paths: tuple[str, ...]
@@ -75,7 +75,7 @@ class FileUnits:
         """
         Args:
             fields: the fields that are needed of a table.
-            kind: what all files hold; None = what their names tell.
+            kind: what all files hold; None = the name of each file tells what it holds.
             passes_over: skip input over a limit, and continue to read after it; otherwise reading of the file ends there.
         """
         self._limits = limits
@@ -94,7 +94,7 @@ class FileUnits:
         return self._kind or kind_of(path)
 
     def units(self, start: Position = Position()) -> Iterator[Unit]:
-        """Yield the units from the start of a unit on, by default from the first."""
+        """Yield the units in order, from the unit that begins at ``start`` on; by default all units."""
         while start.file < len(self._files):
             file = self._files[start.file]
             kind = self.kind_of(file)
@@ -112,8 +112,8 @@ class FileUnits:
             start = Position(start.file + 1)
 
     def _text_unit(self, first: int) -> Unit:
-        """Return a unit of as many text files as fit into it, from one on. A compressed file, whose content may have any size, is a unit
-        alone."""
+        """Return a unit of text files: the file with the number ``first``, and as many of the following files as fit. A compressed file,
+        whose content may have any size, is a unit alone."""
         last = first + 1
         is_alone = compression_of(self._files[first]) is not None
         while not is_alone and last < len(self._files) and self._starts[last + 1] - self._starts[first] <= UNIT_BYTES:

@@ -34,7 +34,7 @@ find_uv() {
   done
 }
 
-# Print one candidate on each line, the preferred one first. The tests run on 3.12.
+# Print one candidate on each line, the preferred candidate first. The tests run on 3.12.
 python_candidates() {
   local version directory uv
   if [[ -n "$PYTHON" ]]; then

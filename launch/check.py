@@ -59,7 +59,7 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
 
 @command("launch.check")
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns the exit status: 0, or 2 for bad input."""
+    """Run the command. Return the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

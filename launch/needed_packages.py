@@ -1,4 +1,5 @@
-"""The command that prints which pinned packages an image still needs: those that w1train requires and the installed ones do not meet.
+"""The command that prints which pinned packages an image still needs: the packages whose installed versions do not meet w1train's
+requirements.
 
     python needed_packages.py PYPROJECT EXTRAS CONSTRAINTS [PROTECTED ...]
 
@@ -87,7 +88,7 @@ def needed(requirements: Sequence[Requirement], pins: dict[str, str], protected:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns the exit status: 0, or 1 with the reason on stderr."""
+    """Run the command. Return the exit status: 0, or 1 with the reason on stderr."""
     pyproject, extras, constraints, *protected = arguments
     requirements = project_requirements(Path(pyproject), [extra for extra in extras.split(",") if extra])
     try:

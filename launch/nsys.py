@@ -22,8 +22,8 @@ _OPTIONS = (
     # Sampling of the CPU needs rights that clusters do not give, and adds nothing to ranges and kernels.
     "--sample=none",
     "--cpuctxsw=none",
-    # Record only the steps that the run marks (profiling.steps with profiling.tool=nsys): a whole run would fill any disk. After them
-    # recording stops and the rank continues; by nsys's default the rank would be stopped.
+    # Record only the steps that the run marks (profiling.steps with profiling.tool=nsys): a whole run would fill any disk. After these
+    # steps the recording stops and the rank continues. By default nsys would stop the rank too.
     "--capture-range=cudaProfilerApi",
     "--capture-range-end=stop",
     "--force-overwrite=true",
@@ -37,7 +37,7 @@ def nsys_command(ranks: str | None, run: Path) -> list[str]:
 
 @command("launch.nsys")
 def main(arguments: Sequence[str]) -> int:
-    """Run the command: become the rank by exec, so that signals reach the rank and the exit status is the rank's own. Returns 2 if nsys is
+    """Run the command: become the rank by exec, so that signals reach the rank and the exit status is the rank's own. Return 2 if nsys is
     not on PATH."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.nsys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -27,7 +27,7 @@ class SubmissionError(Exception):
 
 @command("launch.slurm")
 def main(words: Sequence[str]) -> int:
-    """Run the command. Returns the exit status: 0, 1 if sbatch fails or is not installed, 2 for bad input."""
+    """Run the command. Return the exit status: 0, 1 if sbatch fails or is not installed, 2 for bad input."""
     try:
         submission = parse(words, Path.cwd())
     except ConfigurationError as error:
@@ -50,7 +50,7 @@ def submit(submission: Submission, script: str) -> list[str]:
 
     Raises:
         SubmissionError: there is no sbatch, or it refused a job; the jobs of the chain that it had accepted are cancelled. Or an earlier
-            chain of the run has not ended, which could not tell its own jobs from the new jobs, nor cancel its own.
+            chain of the run has not ended: it could not distinguish its own jobs from the new jobs when it cancels its jobs.
     """
     if shutil.which("sbatch") is None:
         raise SubmissionError("sbatch is not on PATH: run this on a login node, or print the script with --dry-run")
@@ -81,8 +81,8 @@ def _require_no_living_chain(chain: Path, job_name: str) -> None:
     jobs = chain.read_text(encoding="utf-8").split() if chain.exists() else []
     if not jobs:
         return
-    # The name and the user are compared too, because the numbers may be another cluster's. If only a job is asked for that Slurm has
-    # forgotten, squeue fails, which means that it has ended.
+    # The name and the user are compared too, because the numbers may be those of another cluster. squeue fails if Slurm has forgotten every
+    # job that it is asked for, which means that these jobs have ended.
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={job_name}", f"--jobs={','.join(jobs)}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")

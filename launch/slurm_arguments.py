@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_restart_options(parser: argparse.ArgumentParser) -> None:
     again = parser.add_argument_group("restarts")
     again.add_argument(
-        "--chain", default="1", metavar="N", help="submit N jobs, each of which waits for the one before it, instead of requeueing one job"
+        "--chain", default="1", metavar="N", help="submit N jobs, each of which waits for the job before it, instead of requeueing one job"
     )
     again.add_argument("--no-requeue", action="store_true", help="do not requeue the job, for clusters that do not allow it")
     again.add_argument(
@@ -171,7 +171,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="LINE",
         help="shell line that runs before the ranks, such as 'module load cuda'; may be repeated",
     )
-    inside.add_argument("--python", help="Python in the job (default: the one that runs this command; in a container, python)")
+    inside.add_argument("--python", help="Python in the job (default: the Python that runs this command; in a container, python)")
     inside.add_argument("--nsys", nargs="?", const="0", metavar="RANKS", help="profile these ranks with Nsight Systems (default: rank 0)")
 
 

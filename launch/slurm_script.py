@@ -15,7 +15,7 @@ from launch.nsys import nsys_command
 
 # Added to health.stop_timeout, the seconds that ranks may take to save: Slurm may send the warning up to a minute early.
 _SPARE_SECONDS = 60
-# The seconds that the other ranks have after one has ended, to log the reason and to write their part of a checkpoint. A rank that
+# The seconds that the other ranks have after one rank has ended, to log the reason and to write their part of a checkpoint. A rank that
 # waits in a collective for a dead rank would otherwise wait until the collective's timeout.
 _LAST_RANK_SECONDS = 120
 
@@ -49,7 +49,7 @@ class Job:
     srun: tuple[str, ...] = ()
     """Further options of srun, for the ranks."""
     chain: int = 1
-    """The number of jobs that are submitted together, each of which waits for the one before it."""
+    """The number of jobs that are submitted together, each of which waits for the job before it."""
     requeue: bool = True
     max_failures: int = 3
     nsys: str | None = None

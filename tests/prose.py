@@ -71,14 +71,14 @@ def phrase_problems(text: str) -> Iterator[tuple[int, str]]:
 
 
 def docstring_problems(node: ast.AST, docstring: str) -> Iterator[str]:
-    """Yield what is wrong with the first word of a docstring."""
+    """Yield what is wrong with the first word of a docstring of a function, a class or a module."""
     first = docstring.split()[0] if docstring.split() else ""
     word = first.rstrip(",.:;")
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         if not _is_property(node) and first not in _SECTIONS and word not in verbs():
             yield f"the docstring of {node.name} begins with {word!r}, not with a verb (tests/prose_words.toml lists the verbs)"
-    elif isinstance(node, ast.ClassDef) and word in _bad_beginnings():
-        yield f"the docstring of class {node.name} begins with {word!r}, not with a noun"
+    elif isinstance(node, ast.ClassDef | ast.Module) and word in _bad_beginnings():
+        yield f"the docstring of {getattr(node, 'name', 'the module')} begins with {word!r}, not with a noun"
 
 
 def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -94,6 +94,10 @@ def python_problems(path: Path) -> Iterator[Problem]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
             yield from (Problem(path, node.body[0].lineno, problem) for problem in docstring_problems(node, text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and str(node.value.value).lstrip().startswith("Whether "):
+            yield Problem(
+                path, node.lineno, "'Whether' begins a docstring: write 'Tell whether ...', 'This flag tells whether ...' or 'True: ...'"
+            )
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield from (Problem(path, node.lineno + offset, problem) for offset, problem in phrase_problems(node.value))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -14,7 +14,7 @@ _MANY = 1000
 
 
 def save_now(directory: Path, model: TrainedModel, progress: Progress, config_yaml: str = "") -> Path:
-    """Save, wait for it, and return the checkpoint's path; no other checkpoint is removed. Called on every rank."""
+    """Save, wait for it, and return the checkpoint's path; no other checkpoint is removed. Every rank calls this."""
     saver = CheckpointSaver(directory, model, CheckpointConfig(keep=_MANY, asynchronous=False, on_error="stop"), config_yaml)
     saver.save(progress)
     return step_path(directory, progress.step)

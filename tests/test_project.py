@@ -405,7 +405,7 @@ _BINARY = re.compile(r"[rwxa]?\+?b\+?|[rwxa]b\+?")
 
 
 def _names_no_encoding(call: ast.Call) -> bool:
-    """Whether a call opens a file as text, or gives a program's output as text, in an encoding that depends on the locale."""
+    """Tell whether a call opens a file as text, or gives a program's output as text, in an encoding that depends on the locale."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     options = {keyword.arg: keyword.value for keyword in call.keywords}

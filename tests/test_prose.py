@@ -23,6 +23,8 @@ def test_the_project_is_written_in_plain_english():
         ("A value that is no number is written as null.", ["is no number"]),
         ("If so, the run stops.", ["If so"]),
         ("It stays so.", ["stays so"]),
+        ("Save it. Called on\nevery rank. Returns the path.", ["Called on", "Returns the"]),
+        ("Called functions are listed.\n\nReturns:\n    The path.", []),
     ],
 )
 def test_phrases_are_found(text, found):
@@ -42,14 +44,23 @@ def test_the_line_of_a_phrase_is_given():
         ('@property\ndef f():\n    """The newest checkpoint."""', False),
         ('class C:\n    """Sums over a micro-batch."""', False),
         ('class C:\n    """What holds a model."""', True),
+        ('"""What a model is."""', True),
+        ('"""A model."""', False),
     ],
 )
 def test_the_first_word_of_a_docstring_is_checked(source, is_wrong):
-    node = ast.parse(source).body[0]
+    tree = ast.parse(source)
+    node = tree if isinstance(tree.body[0], ast.Expr) else tree.body[0]
     assert bool(list(prose.docstring_problems(node, ast.get_docstring(node)))) == is_wrong
 
 
 def test_comments_messages_and_docstrings_are_read(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text('"""There is none."""\n\nx = 1  # here is none\nraise ValueError("none is left")\n')
+    path.write_text('"""The list has none."""\n\nx = 1  # here is none\nraise ValueError("none is left")\n')
     assert [problem.line for problem in prose.problems(path)] == [1, 3, 4]
+
+
+def test_no_docstring_begins_with_whether(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('class C:\n    x: bool\n    """Whether it is on."""\n    y: bool\n    """Tell whether it is on."""\n')
+    assert [problem.line for problem in prose.problems(path)] == [3]

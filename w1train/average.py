@@ -1,4 +1,4 @@
-"""The command that averages a run's best checkpoints, and says whether the average is better than they are.
+"""The command that averages a run's best checkpoints, and says whether the average is better than these checkpoints.
 
     python -m w1train.average RUN --top-k 5
     python -m w1train.average RUN --steps 100,200,300 --no-evaluate
@@ -6,8 +6,8 @@
 
 The average is written to RUN/checkpoints/average_..., where `--checkpoint average` of w1train.sample and w1train.evaluate finds it. No
 run resumes from it by itself. The comparison is written to RUN/metrics.jsonl and summary.json. With --output, the average is written
-elsewhere and nothing is recorded, which also works while the run is training. If the directory has the name of a step, another run
-resumes from it, optimizer included.
+elsewhere and nothing is recorded, which also works while the run is training. If the directory has the name of a step, the run of that
+directory resumes from it, also with the states of the optimizer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from typing import Any
 from w1train.config.errors import UserError
 from w1train.runtime.command import command, describe_error
 
-logger = logging.getLogger(__name__)
-
 
 @command("w1train.average")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, 1 for a damaged checkpoint or a full disk, 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, 1 for a damaged checkpoint or a full disk, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)

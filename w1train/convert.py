@@ -31,7 +31,7 @@ _ALWAYS = ("num_query_groups", "kv_channels", "max_sequence_length", "rope_base"
 
 @command("w1train.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, 1 if a file could not be read or written, 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, 1 if a file could not be read or written, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train").setLevel(logging.INFO)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def from_hugging_face(args: argparse.Namespace) -> int:
-    """Print the model section of a recipe, or write it to ``args.output``. Returns the exit status."""
+    """Print the model section of a recipe, or write it to ``args.output``. Return the exit status."""
     from w1train.conversion.families import model_from_config, read_config
 
     text = model_recipe(model_from_config(read_config(args.directory), str(args.directory)), args.directory)
@@ -81,7 +81,7 @@ def model_recipe(model: ModelConfig, directory: Path) -> str:
 
 
 def to_hugging_face(args: argparse.Namespace) -> int:
-    """Export a run's checkpoint. Returns the exit status."""
+    """Export a run's checkpoint. Return the exit status."""
     if not (args.run / "config.yaml").is_file():
         raise UserError(f"{args.run} is not a run directory: it has no config.yaml")
     # megatron-core takes seconds to import, which a mistyped command should not wait for.

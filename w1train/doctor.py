@@ -40,7 +40,7 @@ _SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "n
 
 @command("w1train.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, 1 if something does not work, 2 if the command was started wrongly."""
+    """Run the command. Return the exit status: 0, 1 if something does not work, 2 if the command was started wrongly."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     try:

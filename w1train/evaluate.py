@@ -30,7 +30,7 @@ from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 @command("w1train.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, or 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
@@ -75,7 +75,7 @@ def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:
     if block_size is not None and block_size < sequence_length:
         logging.getLogger(__name__).warning(
             "the run was trained to denoise blocks of %d tokens after clean blocks; here a completion is scored as one block, "
-            "in which every token attends to every other one",
+            "in which every token attends to every other token",
             block_size,
         )
 

@@ -30,7 +30,7 @@ NUM_SHOWN = 15
 
 @command("w1train.plan")
 def main(arguments: list[str]) -> int:
-    """Run the command. Returns the exit status: 0, 1 if the layout does not fit or cannot be built, 2 for bad input."""
+    """Run the command. Return the exit status: 0, 1 if the layout does not fit or cannot be built, 2 for bad input."""
     try:
         request = parse(arguments)
         return search(request) if request.search else plan(request)
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def plan(request: Request) -> int:
-    """Plan and build the layout of the request. Returns the exit status."""
+    """Plan and build the layout of the request. Return the exit status."""
     raise_if_any(validate(request.config, request.num_gpus))
     # torch and megatron-core take seconds to import, which bad input and --search should not wait for.
     from w1train.planning.meta_build import LayoutError, build_ranks
@@ -59,7 +59,7 @@ def plan(request: Request) -> int:
 
 
 def search(request: Request) -> int:
-    """Rank the layouts that fit. Returns the exit status."""
+    """Rank the layouts that fit. Return the exit status."""
     result = search_layouts(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     if request.json:
         print(json.dumps(search_as_dict(result, NUM_SHOWN)))

@@ -42,7 +42,7 @@ _LIBRARY_CHATTER = (
 
 @command("w1train.pretrain")
 def main(arguments: list[str]) -> int:
-    """Run the command. Returns an ExitStatus (w1train.runtime.exit_status).
+    """Run the command. Return an ExitStatus (w1train.runtime.exit_status).
 
     SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint. Before the run holds its directory, they end it at once.
     """
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(config: Config) -> int:
-    """Build the model and train it. Returns an ExitStatus."""
+    """Build the model and train it. Return an ExitStatus."""
     # megatron-core takes seconds to import, which a mistake in the configuration should not wait for.
     gc.disable()  # imports leave no garbage, and the search for it takes an eighth of the time of a start
     from w1train.runtime.device import make_deterministic
@@ -124,7 +124,7 @@ def set_up_logging() -> None:
 
 
 def _fail(error: Exception, status: int) -> int:
-    """Report an error once and return the status: by rank 0 if all ranks met it, and otherwise by this rank."""
+    """Report an error once, and return the status. Rank 0 reports it if all ranks met it, and otherwise this rank reports it."""
     from w1train.runtime.distributed import is_agreed
 
     message = "\n".join([describe_error(error), *getattr(error, "__notes__", [])])

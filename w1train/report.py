@@ -1,4 +1,4 @@
-"""The command that writes a page about a run, or one that compares several runs: python -m w1train.report RUN [RUN...]."""
+"""The command that writes a page about a run, or a page that compares several runs: python -m w1train.report RUN [RUN...]."""
 
 from __future__ import annotations
 

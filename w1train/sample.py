@@ -59,7 +59,7 @@ CHECKPOINT_HELP = "step or name of the checkpoint; average is the newest average
 
 @command("w1train.sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
-    """Run the command. Returns the exit status: 0, or 2 for bad input; the reason is on stderr."""
+    """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
     # At INFO the sampler logs what it skips.
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -88,7 +88,7 @@ class Speed:
     """The speed of generating all samples."""
 
     num_tokens: int
-    """Tokens of the texts. What is computed after an EOS does not count."""
+    """Tokens of the texts. Tokens that are computed after an EOS do not count."""
     seconds: float
     tokens_per_second: float
     tokens_per_forward: float

@@ -34,7 +34,7 @@ _LONGEST_LINE = 4000
 
 @command("w1train.status")
 def main(arguments: Sequence[str]) -> int:
-    """Run the command: print one line for each run. Returns the exit status that the module's docstring describes."""
+    """Run the command: print one line for each run. Return the exit status that the module's docstring describes."""
     parser = argparse.ArgumentParser(prog="w1train.status", description="Print what runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(
@@ -59,7 +59,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
     now = time.time()
     heartbeats = {} if status.state in _STATUSES else read_heartbeats(directory, status.world_size)
     # A run that lives without progress is left to its own watchdog, which knows how long a start or a step may take.
-    # Heartbeats of the future are ignored: a rank whose clock is ahead would seem to live for that long after its end.
+    # Heartbeats with a time in the future are ignored: a rank whose clock is ahead would seem to live for that long after its end.
     last_sign = max([status.time, *(heartbeat.time for heartbeat in heartbeats.values() if heartbeat.time <= now + _MOST_CLOCKS_DIFFER)])
     died = status.state not in _STATUSES and (_is_gone(status) or now - last_sign > silent_seconds)
     share = status.step / status.num_steps if status.num_steps else 0.0
@@ -80,7 +80,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
 
 
 def _is_gone(status: Status) -> bool:
-    """Tell whether rank 0 is known to have died. Only its own machine can tell."""
+    """Tell whether rank 0 is known to have died. Only the machine of rank 0 can tell this."""
     if status.host != socket.gethostname():
         return False
     try:
@@ -98,7 +98,7 @@ def _slow(heartbeats: dict[int, Heartbeat]) -> list[str]:
         return []
     step = max(heartbeat.step for heartbeat in heartbeats.values())
     now = time.time()
-    # The two times of a rank are of one clock. Its clock may differ from this machine's by any amount.
+    # The two times of a rank come from the same clock, which may differ from this machine's clock by any amount.
     silences = {
         rank: max(0.0, heartbeat.time - heartbeat.progress) + max(0.0, now - heartbeat.time) for rank, heartbeat in heartbeats.items()
     }
@@ -117,8 +117,8 @@ def _on_one_line(text: str) -> str:
 
 
 def _last_progress(seconds: float) -> str:
-    """Describe how long ago the last progress was, by this machine's clock. A status of the future was written by another clock, or before
-    this clock was set back."""
+    """Describe how long ago the last progress was, by this machine's clock. A status with a time in the future was written by another
+    clock, or before this clock was set back."""
     text = f"last progress {_duration(max(0.0, seconds))} ago"
     return text if seconds >= -_MOST_CLOCKS_DIFFER else f"{text} (written by a clock that is {_duration(-seconds)} ahead of this machine's)"
 

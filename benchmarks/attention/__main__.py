@@ -7,7 +7,7 @@
 It measures the forward and backward pass of one layer on one sample, in bf16, with W1-4B's heads. All sides of a workload take turns on
 the same random inputs. The result of the first turn is compared with an explicit softmax and its time is not kept; a side with another
 result is reported as wrong and is not timed. A side that cannot compute a workload is a row with the reason. The workloads are in order
-of importance, and those that are left when --budget seconds are over are named.
+of importance, and the workloads that are left when --budget seconds are over are named.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +26,7 @@ from benchmarks.attention.measure import Measured, measure_workload
 from benchmarks.attention.report import NOTES, chart, key_results, tables, verdicts
 from benchmarks.attention.sides import sides
 from benchmarks.attention.workloads import Workload, tiny_workloads, workloads
-from benchmarks.common.machine import describe, gpu_environment, open_device, versions
-from benchmarks.common.records import Record, publish, require_report_place
+from benchmarks.common.records import device_of, publish, record_of
 from benchmarks.common.report import RESULTS
 from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase
@@ -40,7 +38,7 @@ _COMPILED_SHAPES = 64
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[list[Measured], list[str]]:
-    """Measure all sides of all workloads. Returns the measurements, and the names of workloads for which there was no time."""
+    """Measure all sides of all workloads. Return the measurements, and the names of workloads for which there was no time."""
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
         torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_SHAPES
@@ -84,15 +82,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write YYYY-MM-DD-attention.md, .json and .svg. Returns the exit status: 0, 1 if a side
+    """Run the benchmark, and with ``--report`` write YYYY-MM-DD-attention.md, .json and .svg. Return the exit status: 0, 1 if a side
     failed or is wrong, 2 for bad input."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    dry_run = options.tiny or options.device == "cpu"
     try:
-        device = open_device(options.device)
-        if options.report:
-            require_report_place(options.output, dry_run)
+        device = device_of(options)
     except UserError as error:
         print(f"benchmarks.attention: {error}", file=sys.stderr)
         return 2
@@ -103,18 +98,9 @@ def main(arguments: Sequence[str]) -> int:
     lines = [*verdicts(measured), *(f"not measured, out of time: {name}" for name in left)]
     print("\n".join(lines))
     if options.report:
-        command = shlex.join(["python", "-m", "benchmarks.attention", *arguments])
-        machine, software = describe(device), versions()
-        record = Record(
-            benchmark="attention" if not options.groups else f"attention-{options.groups}-groups",
-            command=command,
-            machine=machine,
-            versions=software,
-            results=key_results(measured),
-            dry_run=dry_run,
-        )
+        benchmark = f"attention-{options.groups}-groups" if options.groups else "attention"
+        record = record_of(benchmark, key_results(measured), device, options, "benchmarks.attention", arguments)
         notes = f"{NOTES}\n\n" + "\n".join(f"- {line}" for line in lines)
-        shown.append(gpu_environment(command, machine, software))
         print(f"wrote {publish(record, 'Attention backends side by side', shown, notes, chart(measured), options.output)}")
     return 1 if any(row.failed for row in measured) else 0
 

@@ -115,7 +115,7 @@ def _require_agreement(name: str, gradients: Sequence[Sequence[Tensor]]) -> None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-attention-cpu.md. Returns the exit status."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-attention-cpu.md. Return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.attention.cpu", description="Attention by rectangles against dense attention.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096; two streams have twice the rows)")
     parser.add_argument("--heads", type=int, default=4, help="number of query heads (default: 4)")

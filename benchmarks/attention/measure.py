@@ -19,8 +19,9 @@ from benchmarks.attention.workloads import Workload
 from benchmarks.common.machine import Clock, allocated_bytes, peak_bytes
 from w1train.attention.backends.reference import attend_reference
 from w1train.attention.visibility import Visibility
+from w1train.config.errors import first_line
 from w1train.config.rules.attention_limits import AttentionCase
-from w1train.diagnosis.correctness import relative_errors
+from w1train.diagnosis.kernel_checks import relative_errors
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Measured:
     reason: str | None = None
     """The reason why the side was not measured."""
     failed: bool = False
-    """Tell whether the side should have computed the workload, and raised an error or was wrong."""
+    """This flag tells whether the side should have computed the workload, and raised an error or was wrong."""
     error: float | None = None
     """The largest relative error of output and gradients. None for a dense kernel, which does not compute the workload."""
     forward: list[float] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Measured:
 
     @property
     def memory(self) -> int | None:
-        """Bytes that the passes held, and those of the plan."""
+        """Bytes that the passes held, and the bytes of the plan."""
         return None if self.peak_bytes is None else self.peak_bytes + (self.plan_bytes or 0)
 
 
@@ -124,8 +125,7 @@ def measure_workload(
         # the others. The error becomes a row, its traceback is logged, and the exit status is 1.
         except Exception as error:
             logger.exception("%s cannot compute %s", side.name, workload.name)
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            row.reason, row.failed = f"failed: {type(error).__name__}: {first_line[:120]}", True
+            row.reason, row.failed = f"failed: {type(error).__name__}: {first_line(error)[:120]}", True
             _forget(device)
             continue
         if row.error is not None and not row.error <= LARGEST_ERROR:

@@ -38,7 +38,7 @@ class Side:
     dense: str | None = None
     """The name of the side with the same library's kernel without a mask; None = there is no such side."""
     everything: bool = False
-    """Whether the side computes all pairs, whatever is visible. It measures a limit, and does not compute the workload."""
+    """True: the side computes all pairs, whatever is visible. Such a side measures a limit, and does not compute the workload."""
 
 
 class UnfusedBackend(AttentionBackend):
@@ -59,7 +59,7 @@ class UnfusedBackend(AttentionBackend):
         if groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
-        # The lowest finite number and not -inf, with which a row that sees nothing would become NaN.
+        # Hidden scores become the lowest finite number. With -inf, a row that sees nothing would become NaN.
         weights = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
         return (weights @ value).masked_fill(blind, 0.0)
 
@@ -110,7 +110,8 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
 
 
 def _cudnn_bias(_case: AttentionCase) -> tuple[Prepare, Attend]:
-    """Return attention through cuDNN with the mask as a bias. LLaDA2.0 says that it trains so; here it is without transformer-engine."""
+    """Return attention through cuDNN with the mask as a bias. LLaDA2.0 says that it trains in this way; this side works without
+    transformer-engine."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, plan: BiasPlan) -> Tensor:
         output = _attend_sdpa(query, key, value, plan.bias, (SDPBackend.CUDNN_ATTENTION,))

@@ -61,7 +61,7 @@ MODEL = (
     "diffusion.num_strata=1",
 )
 _LIMIT = 0.10
-"""The share of the save that is waited for, which the stall must be below."""
+"""The bound of the stall, as a share of the time of the save that training waits for."""
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ def _require_same(one: Path, other: Path) -> None:
 
 
 def tables(found: Measurements, config: Config) -> list[Table]:
-    """Return the tables of the measurements: the first round, and the later ones."""
+    """Return the tables of the measurements: one for the first round, and one for the later rounds."""
     ratios = [stall / waited for stall, waited in zip(found.stalls, found.waited, strict=True)]
     slower = statistics.mean(found.steps_beside) / statistics.mean(found.steps_alone) - 1 if found.steps_beside else 0.0
     saves = [
@@ -168,13 +168,13 @@ def tables(found: Measurements, config: Config) -> list[Table]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark. Returns the exit status: 0, or 1 if the stall is above its limit."""
+    """Run the benchmark. Return the exit status: 0, or 1 if the stall is above its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints.stall", description=__doc__.partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides over the model of 200 million parameters")
     parser.add_argument("--rounds", type=int, default=6, help="number of saves of each kind (default: %(default)s)")
     parser.add_argument("--steps-between", type=int, default=3, help="steps without a save before each round (default: %(default)s)")
     parser.add_argument(
-        "--directory", type=Path, help="directory of the checkpoints, which are removed at the end (default: a temporary one)"
+        "--directory", type=Path, help="directory of the checkpoints, which are removed at the end (default: a temporary directory)"
     )
     parser.add_argument("--report", action="store_true", help="write benchmarks/results/DATE-checkpoint-stall.md")
     args = parser.parse_args(arguments)

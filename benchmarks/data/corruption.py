@@ -79,7 +79,7 @@ def measure(loader: BatchLoader, config: DiffusionConfig, options: argparse.Name
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-corruption.md. Returns the exit status."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-corruption.md. Return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.data.corruption", description="Measure loader and corruption on one core.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of a micro-batch (default: 4)")

@@ -169,7 +169,7 @@ def _in_fork(action: Callable[[], Any]) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-loader.md. Returns the exit status."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-loader.md. Return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.data.loader", description="Measure the data path on one core, and its start.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of a micro-batch (default: 4)")

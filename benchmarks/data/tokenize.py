@@ -52,7 +52,7 @@ def make_texts(num_bytes: int) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Sequence[str], num_bytes: int) -> int:
-    """Write texts again and again, each time with another end, up to a size. Returns the bytes of text."""
+    """Write texts again and again, each time with another end, up to a size. Return the bytes of text."""
     written = size = number = 0
     with open(path, "w", encoding="utf-8") as file:
         while size < num_bytes:
@@ -155,7 +155,7 @@ def _children(tree: psutil.Process) -> list[psutil.Process]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-tokenize.md. Returns the exit status."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-tokenize.md. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.data.tokenize", description="Compare data_tools.tokenize with the tokenizer library alone."
     )

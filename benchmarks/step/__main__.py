@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common.machine import describe, gpu_environment, open_device, versions
-from benchmarks.common.records import Record, publish, require_report_place
+from benchmarks.common.records import device_of, publish, record_of
 from benchmarks.common.report import RESULTS
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from benchmarks.step.report import chart, key_results, notes, tables, verdicts
@@ -72,7 +70,7 @@ class Run:
     reason: str | None = None
     """The reason why it measured nothing."""
     failed: bool = False
-    """Tell whether the run should have measured something, and did not."""
+    """This flag tells whether the run should have measured something, and did not."""
 
     @property
     def name(self) -> str:
@@ -185,7 +183,7 @@ def run_in_process(run: Run, options: argparse.Namespace, directory: Path, secon
 
 
 def run_one(options: argparse.Namespace) -> int:
-    """Measure one run in this process, and write found.json. Returns the exit status."""
+    """Measure one run in this process, and write found.json. Return the exit status."""
     from w1train.pretrain import set_up_logging
     from w1train.runtime.megatron_on_cpu import import_megatron
 
@@ -229,7 +227,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str], run_apart: Callable[[Run, argparse.Namespace, Path, float], None] = run_in_process) -> int:
-    """Run the benchmark, and with ``--report`` write YYYY-MM-DD-step.md, .json and .svg. Returns the exit status: 0, 1 if a run failed, 2
+    """Run the benchmark, and with ``--report`` write YYYY-MM-DD-step.md, .json and .svg. Return the exit status: 0, 1 if a run failed, 2
     for bad input."""
     options = _parse(arguments)
     if options.device == "cpu":
@@ -237,11 +235,8 @@ def main(arguments: Sequence[str], run_apart: Callable[[Run, argparse.Namespace,
     if options.one:
         return run_one(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    dry_run = options.tiny or options.device == "cpu"
     try:
-        device = open_device(options.device)
-        if options.report:
-            require_report_place(options.output, dry_run)
+        device = device_of(options)
         with tempfile.TemporaryDirectory() as directory:
             write_data(options, Path(directory))
             runs = measure(options, Path(directory), run_apart)
@@ -253,10 +248,7 @@ def main(arguments: Sequence[str], run_apart: Callable[[Run, argparse.Namespace,
         table.print()
     print("\n".join(verdicts(runs)))
     if options.report:
-        command = shlex.join(["python", "-m", "benchmarks.step", *arguments])
-        machine, software = describe(device), versions()
-        record = Record(benchmark="step", command=command, machine=machine, versions=software, results=key_results(runs), dry_run=dry_run)
-        shown.append(gpu_environment(command, machine, software))
+        record = record_of("step", key_results(runs), device, options, "benchmarks.step", arguments)
         print(f"wrote {publish(record, 'A training step of W1-4B', shown, notes(options, runs), chart(runs), options.output)}")
     return 1 if any(run.failed for run in runs) else 0
 

@@ -44,7 +44,7 @@ class BareBatch:
     targets: Tensor
     """int64 [m]: the clean tokens at the positions with logits."""
     weights: Tensor
-    """float32 [m]: the objective's weight over the global batch's denominator."""
+    """float32 [m]: the objective's weight, divided by the denominator of the global batch."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -123,9 +123,9 @@ Largest relative difference between the losses of the two loops at a step: {diff
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-step-overhead.md. Returns the exit status."""
+    """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-step-overhead.md. Return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.step.overhead", description="Compare the framework's step with a bare PyTorch loop.")
-    parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless one is given)")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless another recipe is given)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads for both loops (default: 1)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each loop (default: 20)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each loop before the measured ones (default: 3)")

@@ -16,7 +16,7 @@ from benchmarks.common.report import RESULTS
 from tests.attention.cases import inputs_of, long_pack
 from w1train.attention.backends.reference import attend_reference
 from w1train.config.rules.attention_limits import AttentionCase
-from w1train.diagnosis.correctness import relative_errors
+from w1train.diagnosis.kernel_checks import relative_errors
 
 CPU = torch.device("cpu")
 CASE = AttentionCase("blocks", "bf16", 2, 1, 16)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import correctness
-from w1train.diagnosis.correctness import Check, run_check
+from w1train.diagnosis.kernel_checks import Check, run_check
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "h100.sh"
 

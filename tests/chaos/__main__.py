@@ -32,7 +32,7 @@ _BUSY = "import time; end = time.monotonic() + 7200\nwhile time.monotonic() < en
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the campaign. Returns the exit status: 0 if every run recovered, else 1."""
+    """Run the campaign. Return the exit status: 0 if every run recovered, else 1."""
     options = parse(arguments)
     directory = Path(tempfile.mkdtemp(prefix="w1train-chaos-"))
     began, results = time.monotonic(), []

@@ -47,7 +47,7 @@ class SmallDisk:
         self._directory, self._limited = directory, list[int]()
 
     def fill(self, num_bytes_left: int, pids: list[int]) -> str:
-        """Fill the disk except for a number of bytes, or without a mount, limit files of these processes to this length. Returns which it
+        """Fill the disk except for a number of bytes, or without a mount, limit files of these processes to this length. Return which it
         was, in words."""
         if self._directory.is_mount():
             free = shutil.disk_usage(self._directory).free

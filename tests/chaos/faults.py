@@ -45,17 +45,17 @@ class Fault:
     torchrun: bool = False
     small_disk: bool = False
     is_hang: bool = False
-    """Whether the first start has short limits, so that its watchdog is tested. The limits of other starts are never met, even on a slow
-    machine."""
+    """True: the first start has short limits, so that its watchdog is tested. All other starts have limits that even a slow machine never
+    meets."""
     uploads: bool = False
-    """Whether checkpoints are uploaded to the scene's bucket."""
+    """This flag tells whether checkpoints are uploaded to the scene's bucket."""
     phases: bool = False
-    """Whether the run has phases, each of which ends with an average."""
+    """This flag tells whether the run has phases, each of which ends with an average."""
     changes_layout: bool = False
-    """Whether the starts after the first have another layout. The run must end as a run that was stopped at the same checkpoint to change
+    """True: the starts after the first have another layout. The run must end as a run that was stopped at the same checkpoint to change
     its layout."""
     skips: bool = False
-    """Whether the run must end as a run that skipped the same step, and not as the undisturbed run."""
+    """This flag tells whether the run must end as a run that skipped the same step, and not as the undisturbed run."""
 
 
 def _kill_one(scene: Scene) -> Iterator[None]:

@@ -52,7 +52,7 @@ class Scene:
     next_layout: str = ""
     """The layout of the starts after the first, if it is another one."""
     has_lost_records: bool = False
-    """Whether the run's directory was lost with its records, so that only records from the restart on are compared."""
+    """This flag tells whether the run's directory was lost with its records, so that only records from the restart on are compared."""
     job: Job | None = None
     """The ranks of the current start."""
     blow: Blow | None = None

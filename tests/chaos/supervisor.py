@@ -32,7 +32,7 @@ class Story:
     recovery_seconds: float | None = None
     """Seconds from the blow to the first step that had not been trained before (or to the end of the run), with the restarts."""
     hung: bool = False
-    """Whether the run's time was over, so that all its processes were killed."""
+    """This flag tells whether the run's time was over, so that all its processes were killed."""
     log: str = ""
     """The output of all ranks of all starts."""
 

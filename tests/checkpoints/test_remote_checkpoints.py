@@ -244,10 +244,10 @@ def test_a_marker_of_a_stranger_is_checked(tmp_path, content, problem):
         (None, (), None, None, "this is the first start that uploads checkpoints to it, or the URL is wrong"),
         (event("start"), (), None, None, "this is the first start"),
         # Killed before the first save; and begun again on purpose, by a version that let one.
-        (event("start") * 3, (), lambda bucket, remote: remote.mark(), None, "the run ended before its first upload did"),
+        (event("start") * 3, (), lambda bucket, remote: remote.mark(), None, "the run ended before its first upload ended"),
         (SAVED + event("start"), (), None, None, "this is the first start"),
         # The first upload did not end.
-        (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "the run ended before its first upload did"),
+        (None, (9,), lambda bucket, remote: unfinish(bucket, remote, Marker()), None, "the run ended before its first upload ended"),
         (None, (9,), lambda bucket, remote: unfinish(bucket, remote, None), "it shows directories of step 9", None),
         # This run has been there before.
         (SAVED, (), None, "this run has saved checkpoints, the last at step 6", None),

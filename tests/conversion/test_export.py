@@ -210,7 +210,7 @@ def conditioned_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--format", "stock"], "no stock class is this model"),
+        (["--format", "stock"], "no stock class computes this model"),
         (["--format", "llama"], "model.conditioning is adaln"),
         (["--format", "qwen2"], "model.qkv_bias is false, and true in qwen2"),
         (["--step", "7"], "no checkpoint of step 7; it has: 1"),

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.data.kill import ends_before
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import write_index
 from w1train.data.tokenizers.tokenizer import train_tokenizer
@@ -208,36 +209,6 @@ def test_no_documents(tmp_path, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-class KilledError(BaseException):
-    """Stands for SIGKILL."""
-
-
-def finalize_until(fatal_call, prefix, tokenizer, monkeypatch) -> bool:
-    """Overwrite a dataset, dying at the n-th call that changes names on the disk or flushes to it; whether it came through."""
-    num_calls = 0
-
-    def mortal(function):
-        def call(*arguments, **options):
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls >= fatal_call:
-                raise KilledError
-            return function(*arguments, **options)
-
-        return call
-
-    new = DatasetWriter(prefix, tokenizer, overwrite=True)
-    new.add_document([40, 41], 2)
-    with monkeypatch.context() as patch:
-        for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
-            patch.setattr(owner, name, mortal(getattr(owner, name)))
-        try:
-            new.finalize()
-        except KilledError:
-            return False
-        return True
-
-
 def test_stopped_between_any_two_steps(written, tokenizer, monkeypatch, tmp_path):
     """What a reader finds is the old dataset, nothing, or the new one; never a mixture."""
     old, new = [[*ids, 1] for ids in DOCUMENTS], [[40, 41, 1]]
@@ -246,7 +217,9 @@ def test_stopped_between_any_two_steps(written, tokenizer, monkeypatch, tmp_path
         prefix = tmp_path / str(fatal_call)
         for suffix in (".bin", ".idx", ".json"):
             shutil.copy(written + suffix, f"{prefix}{suffix}")
-        completed = finalize_until(fatal_call, prefix, tokenizer, monkeypatch)
+        new_writer = DatasetWriter(prefix, tokenizer, overwrite=True)
+        new_writer.add_document([40, 41], 2)
+        completed = ends_before(fatal_call, new_writer.finalize, monkeypatch)
         try:
             dataset = TokenDataset.open(prefix)
             found = [dataset.document_tokens(i).tolist() for i in range(dataset.num_documents)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_tools import inspect, verify
+from tests.data.kill import ends_before
 from tests.data.test_may_be_noised import LENGTH, write_flagged
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.loader import collate_run
@@ -155,34 +157,6 @@ def test_a_document_comes_with_a_value_for_each_token(tokenizer, tmp_path, flags
         writer.add_document([20, 21], 2, [True, True, True])
 
 
-class KilledError(BaseException):
-    """Stands for SIGKILL."""
-
-
-def publish_until(fatal_call, prefix, manifest, monkeypatch) -> bool:
-    """Publish, but die at the n-th call that changes the disk; tell whether all was done before."""
-    num_calls = 0
-
-    def mortal(function):
-        def call(*arguments, **options):
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls >= fatal_call:
-                raise KilledError
-            return function(*arguments, **options)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
-            patch.setattr(owner, name, mortal(getattr(owner, name)))
-        try:
-            publish(prefix, manifest)
-        except KilledError:
-            return False
-    return True
-
-
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, True)])
 def test_stopped_between_any_two_steps_of_replacing(tokenizer, tmp_path, monkeypatch, before, after):
     """A reader finds the old dataset, nothing, or the new one, each with its own flags, and the next attempt makes it good."""
@@ -211,7 +185,7 @@ def test_stopped_between_any_two_steps_of_replacing(tokenizer, tmp_path, monkeyp
         writer = write(prefix, is_new=True)
         manifest = writer.seal()
         writer.keep()
-        is_done = publish_until(fatal_call, prefix, manifest, monkeypatch)
+        is_done = ends_before(fatal_call, partial(publish, prefix, manifest), monkeypatch)
         assert find(prefix) in [*possible, None]
         publish(prefix, manifest)
         assert find(prefix) == possible[1]

@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from w1train import doctor
-from w1train.diagnosis import correctness, devices, host, kernel_findings, packages
-from w1train.diagnosis.correctness import Check
+from w1train.diagnosis import devices, host, kernel_checks, kernel_findings, packages
 from w1train.diagnosis.findings import Finding, Section, as_dict, failures, show
+from w1train.diagnosis.kernel_checks import Check
 
 CPU = torch.device("cpu")
 TOPOLOGY = """\
@@ -42,7 +42,7 @@ def test_plain_output_of_a_healthy_machine(tmp_path, capsys):
 
 
 def test_quick_as_json_computes_nothing(capsys, monkeypatch):
-    for module, name in ((devices, "bandwidths"), (correctness, "run_check"), (host, "disk_finding")):
+    for module, name in ((devices, "bandwidths"), (kernel_checks, "run_check"), (host, "disk_finding")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a health check must disturb nobody"))
     assert doctor.main(["--quick", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -52,8 +52,8 @@ def test_quick_as_json_computes_nothing(capsys, monkeypatch):
 
 
 def test_a_kernel_that_computes_something_else_is_a_failure(monkeypatch, tmp_path, capsys):
-    right = correctness.BACKENDS["sdpa"].attend
-    monkeypatch.setattr(correctness.BACKENDS["sdpa"], "attend", lambda *args: 1.1 * right(*args))
+    right = kernel_checks.BACKENDS["sdpa"].attend
+    monkeypatch.setattr(kernel_checks.BACKENDS["sdpa"], "attend", lambda *args: 1.1 * right(*args))
     assert doctor.main([f"--runs-dir={tmp_path}"]) == 1
     out = capsys.readouterr().out
     assert "WRONG in 12 of 12 cases" in out

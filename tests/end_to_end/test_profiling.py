@@ -60,7 +60,7 @@ def test_the_table_adds_up(profiled):
     assert min(parts) > -1e-3
     assert "no memory snapshot" in outcome.output
     assert "there is no rank 7 among 2" in outcome.output
-    assert "profiling.steps: this start did not come to 13" in outcome.output
+    assert "profiling.steps: this start did not reach 13" in outcome.output
 
 
 def test_nobody_listens_when_off():

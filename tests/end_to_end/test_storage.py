@@ -133,5 +133,5 @@ def test_killed_before_the_first_upload_a_run_begins_again(tiny_run, undisturbed
     assert json.loads((bucket / MARKER).read_text()) == {"newest": None}
     shutil.rmtree(tiny_run.path)
     outcome = train(tiny_run, bucket).require(0)
-    assert "its run.json says that no checkpoint was uploaded: the run ended before its first upload did" in outcome.output
+    assert "its run.json says that no checkpoint was uploaded: the run ended before its first upload ended" in outcome.output
     require_equal(tiny_run, undisturbed(1, "fp32"))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.tiny import tiny_config
 from w1train.config.schema import ModelConfig
 from w1train.model.flops import FlopsByPart, model_flops, num_parameters
 
@@ -23,18 +24,10 @@ LLADA_1B = ModelConfig(
     ffn_hidden_size=5634,
     conditioning="none",
 )
-SMALL = ModelConfig(
-    vocab_size=97,
-    num_layers=2,
-    hidden_size=24,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=10,
-    ffn_hidden_size=40,
-    condition_size=12,
-    timestep_frequency_size=8,
-    qk_norm=True,
-)
+SMALL = tiny_config(
+    model={"vocab_size": 97, "hidden_size": 24, "num_query_groups": 2, "kv_channels": 10, "ffn_hidden_size": 40, "qk_norm": True}
+    | {"condition_size": 12, "timestep_frequency_size": 8}
+).model
 VARIANTS = {
     "gqa_adaln": SMALL,
     "mha_default_channels": replace(SMALL, num_query_groups=None, kv_channels=None, qk_norm=False),

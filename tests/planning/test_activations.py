@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch, tiny_config
-from w1train.planning.activations import CPU_KERNELS, CUDA_KERNELS, chunk_activation_bytes, sizes_of
+from w1train.planning.activations import CUDA_KERNELS, Kernels, chunk_activation_bytes, sizes_of
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.workload import workload_of
 from w1train.runtime.megatron_on_cpu import import_megatron
@@ -31,6 +31,7 @@ from w1train.training.forward import _loss, _work  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
 
 LENGTH = 64
+CPU_KERNELS = Kernels(fused_norm=False, fused_swiglu=False, fused_rotary=False)
 
 
 def _config(**sections):

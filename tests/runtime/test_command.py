@@ -156,7 +156,7 @@ def test_training_goes_on_without_its_console(caplog):
     with started(ConsoleSink(recorded_run(Path("unused"), interval=1), Broken())) as console:
         for step in (1, 2, 3):
             console.record(train_record(step))
-    assert caplog.text.count("training goes on without it") == 1
+    assert caplog.text.count("training continues without it") == 1
 
 
 def test_a_text_in_a_locale_that_is_not_utf_8():

@@ -194,7 +194,7 @@ LIBRARIES = {"os", "shutil", "np", "logging"}
 
 
 def writes(call: ast.Call) -> bool:
-    """Whether a call opens a file by its name for writing, as far as its text can tell."""
+    """Tell whether a call opens a file by its name for writing, as far as the call's text shows this."""
     function = call.func
     name = function.id if isinstance(function, ast.Name) else function.attr if isinstance(function, ast.Attribute) else ""
     if name == "open":

@@ -29,7 +29,8 @@ class AttentionPlan:
     exchange: KeyExchange | None = None
     """How context-parallel ranks exchange keys; None = each rank has whole sequences."""
     cache: KeyValueCache | None = None
-    """Keys of earlier passes, which precede those of this pass (generation by blocks); None = a pass has all its keys itself."""
+    """Keys of earlier passes, which precede the keys of this pass (generation by blocks); None = this pass computes all keys that it
+    needs."""
 
     @kernel_group("attention")
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -44,10 +45,10 @@ def plan_attention(
     exchange: KeyExchange | None = None,
     cache: KeyValueCache | None = None,
 ) -> AttentionPlan:
-    """Prepare what the kernels read of a visibility. It is called once a micro-batch, outside the layers.
+    """Prepare what the kernels read of a visibility. This is called once for each micro-batch, outside the layers.
 
     Args:
-        backend: None = torch's dense kernels, which suit generation, whose passes are short and have new lengths all the time.
+        backend: None = torch's dense kernels. They suit generation, whose passes are short and have many different lengths.
     """
     backend = backend or SdpaBackend()
     return AttentionPlan(visibility, backend, backend.prepare(visibility), exchange=exchange, cache=cache)

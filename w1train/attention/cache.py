@@ -1,8 +1,8 @@
 """Keys and values of finished tokens, kept between the forward passes of generation.
 
 In block diffusion a clean token sees only clean tokens of its own and earlier blocks. The keys and values of a finished block are therefore
-final, and a noisy block needs nothing else of what precedes it. In masked diffusion every token sees every other: each token that is
-unmasked changes all keys, and no key can be kept.
+final, and a noisy block needs nothing else of what precedes it. In masked diffusion every token sees every other token: each token that is
+unmasked changes all keys, so no key can be kept.
 
 Shapes: n = rows of a forward pass (padding of sequence parallelism included), b = samples, g = key/value heads of this rank,
 d = channels.
@@ -27,16 +27,16 @@ class KeyValueCache:
     def __init__(self, capacity: int) -> None:
         """
         Args:
-            capacity: the largest number of kept tokens and rows of the last pass together.
+            capacity: the largest sum of the number of kept tokens and the number of rows of a pass.
         """
         self.capacity, self.num_tokens = capacity, 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of a pass, [n, b, g, d], after the kept ones; return all of them, [num_tokens + n, b, g, d].
+        """Write the keys and values of a pass, [n, b, g, d], after the kept keys and values; return all of them, [num_tokens + n, b, g, d].
 
-        They stay if ``keep`` is called next; otherwise the next pass overwrites them. A pass may therefore be repeated, as virtual pipeline
-        stages do, and a denoising step copies only its own rows.
+        Those of the pass stay in the cache if ``keep`` is called next; otherwise the next pass overwrites them. A pass may therefore be
+        repeated, as virtual pipeline stages do, and a denoising step copies only its own rows.
         """
         end = self.num_tokens + len(key)
         assert end <= self.capacity, (end, self.capacity)
@@ -61,8 +61,8 @@ def cached_visibility(
 ) -> Visibility:
     """Return what new tokens of a document see of [cached ; new] keys: everything before them, and their own block as ``causality`` says.
 
-    It is the same for clean tokens and for a noisy block, which only find other keys in the cache. Blocks are counted from the start of the
-    document.
+    The visibility is the same for clean tokens and for a noisy block: only the contents of the cache differ. Blocks are counted from the
+    start of the document.
 
     Args:
         num_rows: rows of the pass. Rows from ``num_tokens`` on are padding, which sees nothing and which no token sees.

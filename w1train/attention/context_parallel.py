@@ -11,8 +11,8 @@ Each rank computes attention for the queries of its own positions. What ranks ex
 - ``all`` keys (one stream, or blocks that cross chunk borders): a rank has all positions of all streams, in sample order.
 - ``heads`` (Ulysses, arXiv 2309.14509): a rank has all positions of some heads.
 
-Which rank owns which positions is a function of the documents, and every rank computes it. Visibility is described for each query row,
-so that kernels are as fast with any ownership.
+Every rank computes which rank owns which positions, as a function of the documents. Visibility is described for each query row, so kernels
+are equally fast whatever positions a rank owns.
 
 Shapes: b = samples, l = sequence_length, c = context-parallel ranks, n = l / c positions of a rank, p = number of streams
 (1 or 2), k = keys.
@@ -20,7 +20,6 @@ Shapes: b = samples, l = sequence_length, c = context-parallel ranks, n = l / c 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,8 +29,6 @@ from torch import Tensor
 
 from w1train.attention.visibility import Visibility
 from w1train.data.documents import block_bounds
-
-logger = logging.getLogger(__name__)
 
 Travel = Literal["clean", "all", "heads"]
 
@@ -43,7 +40,8 @@ class Ownership:
     positions: Tensor
     """int64 [b, c, n]."""
     balance: float
-    """max / mean over ranks of the visible pairs of their queries, in the whole micro-batch."""
+    """The balance of the work: the largest number of visible pairs of a rank's queries, divided by the mean over ranks, in the whole
+    micro-batch."""
 
 
 def deal_positions(visibility: Visibility, num_streams: int, num_ranks: int, chunk_size: int) -> Ownership:
@@ -51,7 +49,7 @@ def deal_positions(visibility: Visibility, num_streams: int, num_ranks: int, chu
     goes to the rank with fewest pairs.
 
     Args:
-        visibility: of the whole sequence, with rows [x_t ; x_0] for two streams.
+        visibility: the visibility of the whole sequence; with two streams its rows are [x_t ; x_0].
         chunk_size: positions of a chunk; l must be a multiple of num_ranks * chunk_size.
     """
     num_samples, num_rows = visibility.endpoints.shape[1:]
@@ -92,10 +90,11 @@ class KeyExchange:
     """int64 [b, rows]: the inverse permutation."""
 
     def exchange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the query, key and value that attention reads, from those of this rank's positions, [rows, b, heads, d]."""
+        """Return the query, key and value that attention reads, from the query, key and value of this rank's positions, [rows, b, heads,
+        d]."""
         if self.travel == "heads":
             return tuple(self._heads_to_positions(tensor) for tensor in (query, key, value))
-        # One collective for both has half the latency of two.
+        # One collective for key and value has half the latency of two collectives.
         gathered = self._gather(torch.cat([key, value], dim=-1))
         return query, *gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
 
@@ -108,7 +107,7 @@ class KeyExchange:
         return _AllToAll.apply(ordered.unflatten(0, (size, -1)), self.group).movedim(0, 2).flatten(2, 3)
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """Return all keys that this rank needs, [k, b, heads, d], from its own, [rows, b, heads, d]."""
+        """Return all keys that this rank needs, [k, b, heads, d], from its own keys, [rows, b, heads, d]."""
         own_noisy = None
         if self.travel == "clean":
             own_noisy, tensor = tensor.chunk(2)
@@ -173,7 +172,8 @@ def _clean_first(endpoints: Tensor, own: Tensor, length: int) -> Tensor:
 
 
 def blocks_stay_home(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"], chunk_size: int) -> bool:
-    """Tell whether every block is inside one chunk, so that no rank needs noisy keys of another. Padding sees nothing and needs no key."""
+    """Tell whether every block is inside one chunk, so that no rank needs the noisy keys of another rank. Padding sees nothing and needs no
+    key."""
     start, end = block_bounds(document_ids, block_size, block_index)
     inside = torch.div(start, chunk_size, rounding_mode="floor") == torch.div(end - 1, chunk_size, rounding_mode="floor")
     return bool((inside | (document_ids < 0)).all())

@@ -17,8 +17,8 @@ from w1train.attention.attention_plan import AttentionPlan
 class CoreAttention(MegatronModule):
     """softmax(Q K^T / sqrt(d)) V over the visible keys, computed by the backend that the plan was made for.
 
-    The class fits megatron-core's ``CoreAttentionBuilder``. The plan is passed in ``packed_seq_params.attention_plan``, because of
-    the arguments that reach a layer this is the only one that activation recomputation passes on without being a tensor.
+    The class fits megatron-core's ``CoreAttentionBuilder``. The plan is passed in ``packed_seq_params.attention_plan``, because activation
+    recomputation passes only one argument that is not a tensor on to a layer, and this is that argument.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which keys each query sees: the description from which every mask, kernel plan and FLOP count is derived.
+"""The description of which keys each query sees. Every mask, kernel plan and FLOP count is derived from it.
 
 Each query row sees a union of at most ``(num_endpoints + 1) / 2`` key intervals,
 
@@ -89,7 +89,7 @@ def causal_visibility(document_ids: Tensor, extent: int = 0) -> Visibility:
 
 
 def scattered_visibility(document_ids: Tensor, ratio: float, seed: int, sample_indices: Tensor) -> Visibility:
-    """Return the causal mask with each later token of the document visible with probability ``ratio``, drawn anew for each sample
+    """Return the causal mask to which each later token of the document is added with probability ``ratio``, drawn anew for each sample
     (DiffuLLaMA's annealing, arXiv 2410.17891).
 
     Args:

@@ -1,4 +1,4 @@
-"""Checkpoints, in the order in which one comes about and is used.
+"""Checkpoints. The modules are listed in the order in which they make and use a checkpoint.
 
     model_state.py            what a checkpoint holds of model and optimizer
     format/shard_plan.py      plan: which rank writes which tensors

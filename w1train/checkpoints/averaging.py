@@ -3,10 +3,10 @@
 The average is a complete checkpoint under a name from which no run resumes by itself. It has the progress, the configuration and the Adam
 moments of its newest member. The fp32 master weights are averaged as (a + b + ...) / k in the order of the steps, and the weights are the
 rounded master weights: with the master weights of a member, the first optimizer step would restore that member's weights. The moments are
-not averaged, because they depend on the last tens of steps alone, and the newest member's belong to the learning rate that training would
-continue with.
+not averaged, because they depend only on the last tens of steps, and the moments of the newest member belong to the learning rate with
+which training would continue.
 
-Only one shard is in memory at a time, and the sum that it is added to. The ranks share the shards among them.
+Only one shard is in memory at a time, and the sum to which it is added. The ranks divide the shards among themselves.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ logger = logging.getLogger(__name__)
 
 _NUMBER = "average_number"
 _NUMBERS_END = 1 << 53
-"""Averages count from 1; what is not below this was not counted, and the number after one of 40 digits could not be read again."""
+"""The bound of the numbers of averages, which count from 1. A number that is not below it is not accepted: after a number of 40 digits, the
+next number could not be read again."""
 _OPTIMIZER = "optimizer."
-# megatron-core's names of the fp32 master weights: of the distributed optimizer, and of the one that is not.
+# megatron-core's names of the fp32 master weights, in the distributed optimizer and in the other optimizer.
 _MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 def average_steps(directory: Path, steps: Sequence[int], output: Path | None = None) -> Path:
-    """Average the checkpoints of some steps of a run, unless this average exists already. Called on every rank.
+    """Average the checkpoints of some steps of a run, unless this average exists already. Every rank calls this.
 
     Args:
         directory: the run's ``checkpoints``.
@@ -87,7 +88,7 @@ def _manifest_hash(member: Path) -> str:
 
 def _number(average: Path) -> int:
     """Return the position of an average in the order in which the run's averages were written, from 1 on. The times of files do not tell
-    it, because clocks are set back. Returns 0 for an average without such a number or without a manifest that can be read."""
+    it, because clocks are set back. Return 0 for an average without such a number or without a manifest that can be read."""
     try:
         number = read_manifest(average).get(_NUMBER)
     except CheckpointError:
@@ -96,8 +97,8 @@ def _number(average: Path) -> int:
 
 
 def _is_there(final: Path, remarks: dict[str, Any], *, may_replace: bool) -> bool:
-    """Tell whether the average is written already. Removes an average of checkpoints that have since been replaced, because their steps
-    were trained again."""
+    """Tell whether the average is written already. Remove an average of checkpoints that have been replaced after it was written, because
+    their steps were trained again."""
     if not final.exists():
         return False
     if is_complete(final) and read_manifest(final).get("average") == remarks["average"]:
@@ -136,7 +137,7 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
 
 
 def average_checkpoints(members: Sequence[Path], final: Path, remarks: dict[str, Any]) -> None:
-    """Write the average of complete checkpoints, which are given with the newest last. Called on every rank.
+    """Write the average of complete checkpoints, which are given with the newest last. Every rank calls this.
 
     Raises:
         UserError: the members do not hold the same tensors.
@@ -178,7 +179,7 @@ def _require_data(sources: list[Shards]) -> None:
 
 
 def _require_masters(source: Shards) -> None:
-    """Compare the sizes of each weight and its master, of which a box is read for the other's."""
+    """Compare the sizes of each weight and its master: a box of the weight is also read as a box of the master."""
     for key, tensor in source.tensors.items():
         master = _master(source, key)
         if master is not None and (sizes := source.tensors[master].sizes) != tensor.sizes:
@@ -193,8 +194,8 @@ def _master(source: Shards, key: str) -> str | None:
 
 
 def _write_shards(sources: list[Shards], writing: Path) -> None:
-    """Write this rank's share of the average's shards, which are cut as the newest member's: the largest first, dealt to the ranks in
-    turn."""
+    """Write this rank's share of the average's shards. The shards are cut like those of the newest member, and are dealt to the ranks in
+    turn, the largest first."""
     newest = sources[-1]
     all_of_them = [(key, tensor, shard) for key, tensor in newest.tensors.items() for shard in tensor.shards]
     order = sorted(all_of_them, key=lambda part: (-part[1].num_bytes(part[2]), part[0], part[2].offset))
@@ -217,7 +218,7 @@ def _write_file(path: Path, parts: Sequence[tuple[str, StoredTensor, Shard]], so
 
 
 def _averaged(key: str, tensor: StoredTensor, shard: Shard, sources: list[Shards]) -> Tensor:
-    """Return a shard of the average: the mean for weights and master weights, the newest member's values for all else (moments)."""
+    """Return a shard of the average: the mean for weights and master weights, the newest member's values for everything else (moments)."""
     newest = sources[-1]
     if not tensor.dtype.is_floating_point or (key.startswith(_OPTIMIZER) and not key.startswith(_MASTERS)):
         return newest.read(key, shard)

@@ -1,4 +1,4 @@
-"""How written files become a checkpoint, by a manifest and one rename, and how a checkpoint stops being one, by a rename as well.
+"""The renames by which written files become a checkpoint, after their manifest, and by which a checkpoint stops to be a checkpoint.
 
 A process that is killed at any moment leaves either a complete checkpoint or a directory with another name (checkpoint_names.py).
 """
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def write_complete(
     final: Path, write_shards: Callable[[Path], object], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint here and now. Called on every rank.
+    """Write a checkpoint, and wait until it is complete. Every rank calls this.
 
     Args:
         write_shards: writes this rank's file and, on rank 0, the index into the directory that it is given.
@@ -59,7 +59,7 @@ def _make_empty(path: Path) -> None:
 
 
 def finish(final: Path, files: Mapping[str, Any], progress: Progress, config_yaml: str, remarks: Mapping[str, Any]) -> None:
-    """Make a checkpoint of what all ranks have written at ``writing_path(final)``. Rank 0 only.
+    """Make a checkpoint of what all ranks have written at ``writing_path(final)``. Only rank 0 calls this.
 
     Args:
         files: the manifest's entries of the ranks' files.
@@ -112,7 +112,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed process was writing or removing. Rank 0 only, while it holds the run's lock."""
+    """Remove what a killed process was writing or removing. Only rank 0 calls this, while it holds the run's lock."""
     for path in unfinished_paths(directory):
         logger.info("removing unfinished checkpoint %s", path)
         if path.is_symlink() or not path.is_dir():
@@ -122,7 +122,7 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def raise_together(error: OSError | None) -> None:
-    """Raise on all ranks the errors that some of them met. Called on every rank, with its own error or None.
+    """Raise on all ranks the errors that some of them met. Every rank calls this, with its own error or None.
 
     Raises:
         CheckpointException: on every rank if any rank met an error; it holds the errors by rank.
@@ -135,7 +135,8 @@ def raise_together(error: OSError | None) -> None:
 
 
 def explain_failure(final: Path, error: BaseException) -> str:
-    """Remove the half-written files, which may be what fills the disk, and describe what failed and what is left. Rank 0 only."""
+    """Remove the half-written files, because they may be the reason why the disk is full, and describe what failed and what is left. Only
+    rank 0 calls this."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     free = min(shutil.disk_usage(final.parent).free, *(getattr(cause, FREE_BYTES, math.inf) for cause in causes))
     shutil.rmtree(writing_path(final), ignore_errors=True)

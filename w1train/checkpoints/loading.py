@@ -27,7 +27,7 @@ from w1train.runtime.distributed import all_or_none
 
 
 def load_checkpoint(path: Path, model: TrainedModel, *, verify: bool = True) -> Progress:
-    """Load model and optimizer, and return the progress. Called on every rank.
+    """Load model and optimizer, and return the progress. Every rank calls this.
 
     Args:
         verify: compare the files with their hashes first; False compares only their sizes.
@@ -40,7 +40,8 @@ def load_checkpoint(path: Path, model: TrainedModel, *, verify: bool = True) -> 
     shards = all_or_none(partial(Shards, path))
     state = sharded_state(model, is_loading=True)
     values = all_or_none(partial(_values_of, shards, progress, state))
-    # Each rank of a data- and context-parallel group reads its part of what all of them need and sends it to the others.
+    # Each rank of a data- and context-parallel group reads a part of the boxes that all of these ranks need, and sends it to the other
+    # ranks.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     loaded = _unshare(load_state(state, shards, values, group), set())
     for index, stage in enumerate(model.stages):
@@ -64,8 +65,8 @@ def _values_of(shards: Shards, progress: Progress, state: dict[str, Any]) -> dic
 
 
 def _unshare(value: Any, seen: set[int]) -> Any:
-    """Copy nested dicts and lists so that no tensor is in two places. What several chunks hold is read once, and the optimizer, which keeps
-    the tensors that it is given, would then update one state for all of them."""
+    """Copy nested dicts and lists so that no tensor is in two places. A tensor that several chunks hold is read once. The optimizer keeps
+    the tensors that it is given, and would then update one state for all of these chunks."""
     if isinstance(value, dict):
         return {key: _unshare(item, seen) for key, item in value.items()}
     if isinstance(value, list):
@@ -78,7 +79,7 @@ def _unshare(value: Any, seen: set[int]) -> Any:
 
 
 def load_model_weights(path: Path, stages: list[torch.nn.Module]) -> None:
-    """Load the model without its optimizer, for sampling and evaluation. Called on every rank.
+    """Load the model without its optimizer, for sampling and evaluation. Every rank calls this.
 
     Raises:
         DamagedCheckpointError: on every rank; a file is missing, too short or changed.
@@ -91,7 +92,7 @@ def load_model_weights(path: Path, stages: list[torch.nn.Module]) -> None:
 
 
 def require_position(path: Path) -> None:
-    """Compare the manifest's step with the step that is stored with the shards. Reads both, and no tensor.
+    """Compare the manifest's step with the step that is stored with the shards. Read only these two values, and no tensor.
 
     Raises:
         DamagedCheckpointError: they differ.

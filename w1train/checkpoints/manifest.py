@@ -51,7 +51,7 @@ class Progress:
     seconds: float = 0.0
     """Wall time of training up to this step, over all starts of the run, without work that a kill undid."""
     dataset: str | None = None
-    """SHA-256 of the training tokens, whose order ``samples`` is a place in. None for a dataset of another project, which has no hash."""
+    """SHA-256 of the training tokens; ``samples`` is a place in their order. None for a dataset of another project, which has no hash."""
     health: dict[str, Any] = field(default_factory=dict)
     """State of the guard of the steps (w1train.training.health.guard), as JSON. Empty in checkpoints that are older than the guard."""
 
@@ -62,7 +62,8 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def is_complete(path: Path) -> bool:
-    """Tell whether a checkpoint has its manifest. A directory gets a checkpoint's name when it has one, so otherwise it is damaged."""
+    """Tell whether a checkpoint has its manifest. A directory gets the name of a checkpoint only when it has a manifest, so a directory
+    without a manifest is damaged."""
     return (path / MANIFEST).is_file()
 
 

@@ -25,7 +25,8 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 
 def collect_state(model: TrainedModel, progress: Progress) -> LocalState:
-    """Return what this rank holds of model and optimizer: the tensors themselves, which the next step changes. Talks to no other rank."""
+    """Return what this rank holds of model and optimizer: the tensors themselves, which the next step changes. This does not communicate
+    with other ranks."""
     state = sharded_state(model, is_loading=False)
     state[PROGRESS] = position(progress)
     shards, common = save_preprocess(state, validate_access_integrity=False)
@@ -40,7 +41,8 @@ def position(progress: Progress) -> dict[str, int]:
 def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     """Return megatron-core's sharded state of model and optimizer."""
     models = {model_key(index): sharded_model(stage) for index, stage in enumerate(model.stages)}
-    # The optimizer finds its parameters' places through the model's state; with several stages it wants them all in one dictionary.
+    # The optimizer finds the places of its parameters through the model's state. With several stages it needs the states of all of them in
+    # one dictionary.
     model_state = models if len(models) > 1 else next(iter(models.values()))
     if not is_loading:
         make_states(model.optimizer)
@@ -50,7 +52,8 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
 def sharded_model(stage: torch.nn.Module) -> dict[str, Any]:
     """Return megatron-core's sharded state of one stage of the model."""
     state = stage.sharded_state_dict(metadata=_metadata())
-    # "_extra_state" exists for FP8 alone; here it is an empty object for each layer: thousands of files' worth of metadata.
+    # "_extra_state" exists only for FP8. Here it is an empty object for each layer, whose metadata would be as large as those of thousands
+    # of files.
     return {key: value for key, value in state.items() if not (isinstance(value, ShardedObject) and key.endswith("_extra_state"))}
 
 

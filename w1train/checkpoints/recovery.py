@@ -41,13 +41,13 @@ from w1train.runtime.transfers import together
 logger = logging.getLogger(__name__)
 
 _RETURNED = ".resume_step"
-"""The file with the value of checkpoint.resume_step that a start has obeyed: the same command resumes from the newest checkpoint after
-that, and does not go back again."""
+"""The file with the value of checkpoint.resume_step that a start has obeyed. A later start of the same command then resumes from the newest
+checkpoint, and does not go back again."""
 
 
 def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path | None = None) -> int | None:
     """Return the step of the checkpoint that a start resumes from, with its files verified, or None if the run never had a checkpoint.
-    Called on every rank, before anything else reads ``directory``.
+    Every rank calls this, before anything else reads ``directory``.
 
     Args:
         events: the run's events.jsonl, which records the saves; None = not known.
@@ -77,7 +77,8 @@ def choose_checkpoint(directory: Path, settings: CheckpointConfig, events: Path 
 
 
 def newest_good_step(directory: Path, *, hashes: bool = True) -> int | None:
-    """Return the step of the newest checkpoint whose files are what its manifest says, or None. Called on every rank; changes nothing.
+    """Return the step of the newest checkpoint whose files are what its manifest says, or None. Every rank calls this, and it changes
+    nothing.
 
     Args:
         hashes: False compares only the sizes of the files.
@@ -109,15 +110,16 @@ def _newest_or_stop(directory: Path, *, hashes: bool) -> int | None:
 
 
 def set_aside_damaged(directory: Path, good: int) -> None:
-    """Set aside the checkpoints that are newer than the newest good one: their steps are trained again. Rank 0 only."""
+    """Rename the checkpoints that are newer than the newest good checkpoint, because their steps are trained again. Only rank 0 calls
+    this."""
     for path in step_paths(directory):
         if step_of(path) > good or not is_complete(path):
             logger.warning("%s is damaged and is now %s; training resumes from step %d", path, set_aside(path, DAMAGED).name, good)
 
 
 def _chosen_step(directory: Path, settings: CheckpointConfig) -> int | None:
-    """Return checkpoint.resume_step the first time that a start has it, and None otherwise. Sets aside later checkpoints, whose steps are
-    trained again."""
+    """Return checkpoint.resume_step at the first start that has this value, and None otherwise. Rename later checkpoints, because their
+    steps are trained again."""
     step = settings.resume_step
     if not on_main_rank(partial(_is_to_return, directory, step)):
         return None
@@ -137,7 +139,7 @@ def _is_to_return(directory: Path, step: int | None) -> bool:
         marker.unlink(missing_ok=True)
         return False
     if marker.exists() and read_bounded(marker, LARGEST_STATUS) == str(step).encode():
-        logger.info("checkpoint.resume_step=%d was obeyed by an earlier start: this start resumes from the newest checkpoint", step)
+        logger.info("an earlier start has obeyed checkpoint.resume_step=%d: this start resumes from the newest checkpoint", step)
         return False
     return True
 
@@ -157,7 +159,7 @@ def _return_to(directory: Path, step: int) -> None:
 
 
 def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
-    """Copy the newest good checkpoint of object storage into ``directory``, and return its step. Returns None if the storage shows that
+    """Copy the newest good checkpoint of object storage into ``directory``, and return its step. Return None if the storage shows that
     this run has never uploaded a checkpoint.
 
     Raises:
@@ -178,8 +180,8 @@ def _fetch_newest(remote: RemoteCheckpoints, directory: Path) -> int | None:
 
 
 def fetch_checkpoint(remote: RemoteCheckpoints, step: int, directory: Path) -> None:
-    """Copy a checkpoint from object storage into the run's directory, where it appears when it is complete and verified. Called on every
-    rank: rank 0 copies, and the others wait as long as bytes arrive. After an error nothing is left of the copy.
+    """Copy a checkpoint from object storage into the run's directory, where it appears when it is complete and verified. Every rank calls
+    this: rank 0 copies, and the others wait as long as bytes arrive. After an error nothing is left of the copy.
 
     Raises:
         CheckpointError: on every rank; the copy in the storage has no manifest, or is not what its manifest says.
@@ -229,7 +231,7 @@ def _verify_copy(copy: Path) -> None:
         verify_checkpoint(copy, rank=dist.get_rank(), num_ranks=dist.get_world_size())
         on_main_rank(partial(require_position, copy))
     except DamagedCheckpointError as error:
-        # Without the advice for a checkpoint of the run's directory: the copy is removed.
+        # The message leaves out the advice for a checkpoint of the run's directory, because the copy is removed.
         raise agreed(CheckpointError(error.reason)) from error
 
 
@@ -244,7 +246,7 @@ def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> 
     """Refuse to begin at step 0 if the run has, or may have, uploaded checkpoints, and no good copy is left.
 
     Args:
-        is_unfinished: whether the storage has only uploads that did not end.
+        is_unfinished: True if the storage has only uploads that did not end.
 
     Raises:
         CheckpointError: checkpoints were uploaded, or it is not known whether they were.
@@ -263,7 +265,7 @@ def _require_none_sent(url: str, contents: Contents, *, is_unfinished: bool) -> 
             )
         else:
             logger.warning(
-                "%s has no checkpoint, and its %s says that no checkpoint was uploaded: the run ended before its first upload did",
+                "%s has no checkpoint, and its %s says that no checkpoint was uploaded: the run ended before its first upload ended",
                 url,
                 MARKER,
             )

@@ -1,4 +1,5 @@
-"""Which checkpoints are kept: the newest, one of every ``checkpoint.keep_every`` steps for ever, and the best of the phase.
+"""The rules for which checkpoints are kept: the newest, a checkpoint of every ``checkpoint.keep_every`` steps for ever, and the best of the
+phase.
 
 The choice depends only on the steps and scores of all checkpoints so far, and not on when it is made, so that a kill between a save and the
 removal changes nothing.
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def remove_old(directory: Path, settings: CheckpointConfig, phase_start: int, *, in_use: Collection[int] = ()) -> None:
-    """Remove the checkpoints of steps that the settings do not keep. Rank 0 only.
+    """Remove the checkpoints of steps that the settings do not keep. Only rank 0 calls this.
 
     Args:
         phase_start: only checkpoints of later steps than this are among the best.
@@ -47,7 +48,7 @@ def kept_steps(steps: Collection[int], best: Collection[int], keep: int, keep_ev
         steps: the steps of all checkpoints.
         best: the steps among them that are kept for their scores.
         keep: the number of newest checkpoints that are kept.
-        keep_every: checkpoints of multiples of this step are kept for ever; 0 = no checkpoint is.
+        keep_every: checkpoints of multiples of this step are kept for ever; 0 = no checkpoint is kept for this reason.
     """
     for_ever = {step for step in steps if keep_every > 0 and step % keep_every == 0}
     return {*sorted(steps)[-keep:], *best, *for_ever}
@@ -58,7 +59,7 @@ def best_steps(directory: Path, count: int, metric: str, *, after: int = 0) -> l
     not enough checkpoints have a score.
 
     Args:
-        after: only later steps than this are compared: scores of another phase, with another objective, mean something else.
+        after: only later steps than this are compared, because another phase has another objective, and its scores cannot be compared.
     """
     if count == 0:
         return []

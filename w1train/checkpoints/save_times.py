@@ -39,8 +39,8 @@ class SaveTimes:
         (self._beside if is_saving else self._alone).append(seconds)
 
     def saved(self, seconds: float) -> float | None:
-        """Note the seconds that a save took in the background. Returns by what fraction steps were longer during the save than without one
-        (negative if they were shorter), or None if there are no steps to compare."""
+        """Note the seconds that a save took in the background. Return by what fraction steps were longer during the save than without a
+        save (negative if they were shorter), or None if there are no steps to compare."""
         self._known["checkpoint/background_seconds"] = seconds
         dip = None
         if self._beside and self._alone:

@@ -65,9 +65,9 @@ class _Save:
     phase_start: int
     started: float
     work: Future[Any]
-    """What this rank's thread does for the save now. Already done on the other ranks while rank 0 finishes the save."""
+    """The work of this rank's thread for the save. On the other ranks it has ended while rank 0 finishes the save."""
     is_finishing: bool = False
-    """Whether all parts are written, so that rank 0 makes a checkpoint of them."""
+    """This flag tells whether all parts are written, so that rank 0 makes a checkpoint of them."""
 
 
 class CheckpointSaver:
@@ -92,7 +92,7 @@ class CheckpointSaver:
             before_commit: called on rank 0, in any thread, before a checkpoint becomes visible. Records of the steps up to the checkpoint
                 must be on the disk when it returns.
             after_commit: called on every rank at a step boundary, with the step of a complete checkpoint and the seconds that it took.
-            is_resumed: whether the run was resumed, so that the time until its first step is recorded.
+            is_resumed: True for a run that was resumed, so that the time until its first step is recorded.
             upload_patience: the seconds that ``close`` waits for an object storage in which nothing arrives.
         """
         self.directory, self.model, self.settings, self.config_yaml = directory, model, settings, config_yaml
@@ -104,7 +104,7 @@ class CheckpointSaver:
         self._save: _Save | None = None
         self._movement = Movement()
         self._saved_step: int | None = None
-        """The step of the save that has succeeded since the last call of ``poll``, if one has."""
+        """The step of the save that has succeeded since the last call of ``poll``; None if no save has succeeded."""
         self._failure: CheckpointError | None = None
         """The error of the newest save, if that save failed."""
         self._upload_patience = upload_patience
@@ -118,7 +118,7 @@ class CheckpointSaver:
         return self._save is not None
 
     def save(self, progress: Progress, *, phase_start: int = 0, scores: Mapping[str, float] | None = None) -> None:
-        """Save the current state, in the background if ``checkpoint.asynchronous`` is true. Waits for the previous save first, and does
+        """Save the current state, in the background if ``checkpoint.asynchronous`` is true. Wait for the previous save first, and do
         nothing more if that save was of the same step.
 
         Args:
@@ -141,7 +141,7 @@ class CheckpointSaver:
             final, remarks = step_path(self.directory, progress.step), {"validation": dict(scores or {})}
             tensors = tensors_of(self._plan, state.boxes)
             if self.settings.asynchronous:
-                # Copied in the plan's order; the state itself is not touched after this line.
+                # The copies are in the order of the plan. The state itself is not touched after this line.
                 tensors = self._staging.copy(tensors)
             write = partial(write_part, writing_path(final), dist.get_rank(), self._plan.boxes, tensors, state.values)
             self._save = _Save(final, copy.deepcopy(progress), remarks, phase_start, self._clock(), in_background(write, "checkpoint"))
@@ -149,7 +149,8 @@ class CheckpointSaver:
                 self.wait()
 
     def poll(self) -> None:
-        """Continue the save under way as far as possible without waiting. Called at every step boundary; the first call prepares saving.
+        """Continue the save under way as far as possible without waiting. This is called at every step boundary; the first call prepares
+        saving.
 
         Raises:
             CheckpointError: on every rank; the save failed, and ``checkpoint.on_error`` is "stop".
@@ -169,7 +170,7 @@ class CheckpointSaver:
         if is_moving:
             beat()
         if is_running:
-            # Also if a rank has failed already: the files are removed only when no rank writes there any more.
+            # This also waits if a rank has failed already, because the files are removed only when no rank writes there any more.
             return
         if has_failed:
             self._save = None
@@ -193,7 +194,8 @@ class CheckpointSaver:
 
     def _prepare(self) -> None:
         if self._uploader is not None:
-            # Not before the first step: a thread that exists when data workers are forked may hold a lock that they would wait for.
+            # No thread is started before the first step: a thread that exists when data workers are forked may hold a lock for which they
+            # would wait.
             self._uploader.begin()
         with self.times.stalling():
             state = collect_state(self.model, Progress())
@@ -202,7 +204,7 @@ class CheckpointSaver:
                 self._staging.prepare(tensors_of(self._plan, state.boxes))
 
     def _finish(self, save: _Save) -> None:
-        """Make a checkpoint of the written parts. Runs on rank 0, in the background."""
+        """Make a checkpoint of the written parts. This runs on rank 0, in the background."""
         with pulse.transferring(f"finishing {save.final}"):
             files = write_index(writing_path(save.final), dist.get_world_size())
             self._before_commit()
@@ -210,14 +212,14 @@ class CheckpointSaver:
             self._clean_up(save.final, save.phase_start)
 
     def _clean_up(self, final: Path, phase_start: int) -> None:
-        """Begin to upload a new checkpoint, and remove old checkpoints. Rank 0 only."""
+        """Begin to upload a new checkpoint, and remove old checkpoints. Only rank 0 calls this."""
         self._phase_start = phase_start
         if self._uploader is not None:
             self._uploader.upload(final, self.settings, phase_start)
         self.remove_old(phase_start)
 
     def remove_old(self, phase_start: int) -> None:
-        """Remove the checkpoints that the settings do not keep. Rank 0 only, while nothing is being saved."""
+        """Remove the checkpoints that the settings do not keep. Only rank 0 calls this, while nothing is being saved."""
         in_use = () if self._uploader is None else self._uploader.steps_in_use()
         remove_old(self.directory, self.settings, phase_start, in_use=in_use)
 
@@ -237,7 +239,7 @@ class CheckpointSaver:
             logger.warning("%s Training continues, and saves again when the next checkpoint is due (checkpoint.on_error=warn)", error)
 
     def wait(self) -> None:
-        """Wait until no save is under way. Raises as ``poll`` does."""
+        """Wait until no save is under way. Raise as ``poll`` does."""
         if self._save is None:
             return
         with self.times.stalling():
@@ -306,7 +308,7 @@ class CheckpointSaver:
             time.sleep(POLL_SECONDS)
 
     def _look_at_space(self) -> None:
-        """Warn before a save if the disk is probably too full for it. Rank 0 only."""
+        """Warn before a save if the disk is probably too full for it. Only rank 0 calls this."""
         newest = latest_step(self.directory)
         if newest is None:
             return

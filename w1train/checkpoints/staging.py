@@ -83,8 +83,8 @@ def _device_of(tensors: Sequence[Tensor]) -> torch.device | None:
 
 
 def _make_ready(memory: Tensor, device: torch.device | None) -> None:
-    """Make the kernel provide the memory's pages, and pin them so that the GPU copies to them by itself. torch's pool of pinned memory is
-    not used, because it allocates powers of two."""
+    """Make the kernel provide the memory's pages, and pin them so that the GPU can copy to them without the CPU. torch's pool of pinned
+    memory is not used, because it allocates powers of two."""
     memory.zero_()
     if device is None:
         return

@@ -25,7 +25,7 @@ def require_stored(checkpoint: Path, model: ModelConfig) -> None:
     """Compare the data in the files of a checkpoint's manifest with the number of parameters that a configuration asks for.
 
     The configuration and the manifest may claim anything: a model of 10^13 parameters would be built before the first tensor is found to
-    be missing. The bytes that the files occupy on the disk cannot be claimed. Their lengths can, because a sparse file of any length
+    be missing. The bytes that the files occupy on the disk are facts. Their lengths are only claims, because a sparse file of any length
     occupies nothing.
 
     Raises:

@@ -53,7 +53,7 @@ def read_config(path: Path) -> Config:
 
 
 def read_config_text(path: Path) -> str:
-    """Return the text of a complete checkpoint's configuration. Raises DamagedCheckpointError as ``read_config`` does."""
+    """Return the text of a complete checkpoint's configuration. Raise DamagedCheckpointError as ``read_config`` does."""
     _require_config(path)
     try:
         with open_inside(path, CONFIG) as file:

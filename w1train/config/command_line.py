@@ -58,7 +58,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     if "--list" in words.flags:
         raise_if_any(words.problems)
         return CommandLine("list", None, words.config_dirs)
-    # To import Hydra takes a third of a second, and --help and --list do not need it.
+    # The import of Hydra takes a third of a second, and --help and --list do not need it.
     from w1train.config.compose import load_config
 
     try:
@@ -163,7 +163,7 @@ def _directories(config_dirs: Sequence[str]) -> list[Path]:
 
 
 def _exit_with(text: str, status: int) -> NoReturn:
-    # Every rank of a torchrun has the same text here, unless a node has other files: one rank of each node prints it.
+    # Every rank of a torchrun has the same text here, unless a node has other files. Therefore one rank of each node prints it.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr if status else sys.stdout, flush=True)
     if status:

@@ -1,7 +1,7 @@
 """The composition of recipes and overrides to a checked configuration.
 
-Hydra composes plain YAML: which files, in which order. This module then sets the values from the command line, and
-``w1train.config.from_tree`` decides what is valid. Hydra itself would stop at the first mistake, and accept ``+model.hiden_size=1`` and
+Hydra composes plain YAML: it decides which files are merged, and in which order. This module then sets the values from the command line,
+and ``w1train.config.from_tree`` decides what is valid. Hydra itself would stop at the first mistake, and accept ``+model.hiden_size=1`` and
 text for numbers. Its compose API writes no files, so any number of ranks may compose at once.
 """
 
@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from w1train.config.constraints import LARGEST_INTEGER
-from w1train.config.errors import NOT_GIVEN, Problem, closest, listing, raise_if_any, show
+from w1train.config.errors import NOT_GIVEN, Problem, closest, first_line, listing, raise_if_any, show
 from w1train.config.from_tree import config_from_tree
 from w1train.config.recipe_files import (
     GLOBAL_HEADER,
@@ -151,8 +151,8 @@ def _syntax_problem(text: str, error: HydraException, options: Mapping[str, Sequ
     key, _, value = text.partition("=")
     if not _is_readable(f"{key}=0"):
         return _key_problem(text, key)
-    reason = str(error).splitlines()[0]
-    return Problem(text, f"text that cannot be read ({reason})", "KEY=VALUE; special characters in quotes", _in_quotes(key, value))
+    found = f"text that cannot be read ({first_line(error)})"
+    return Problem(text, found, "KEY=VALUE; special characters in quotes", _in_quotes(key, value))
 
 
 def _key_problem(text: str, key: str) -> Problem:
@@ -210,7 +210,7 @@ def _composition_problem(error: Exception, options: Mapping[str, Sequence[str]])
         group, _, option = error.missing_cfg_file.partition("/")
         if group in options:
             match = closest(option, options[group])
-            found = f"{show(option)}, in the defaults of a recipe file ({str(error).splitlines()[0]})"
+            found = f"{show(option)}, in the defaults of a recipe file ({first_line(error)})"
             return Problem(group, found, f"one of: {listing(options[group])}", f"did you mean {match}?" if match else None)
     reason = "a defaults list that includes itself" if isinstance(error, RecursionError) else " ".join(str(error).split())
     return Problem("the recipe files", reason, "YAML files that Hydra can compose")
@@ -268,7 +268,7 @@ def _resolve(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "the recipe files"
-        return tree, [Problem(key, f"an interpolation: {str(error).splitlines()[0]}", "${KEY} of a key that is set, or ${oc.env:VARIABLE}")]
+        return tree, [Problem(key, f"an interpolation: {first_line(error)}", "${KEY} of a key that is set, or ${oc.env:VARIABLE}")]
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}, []
 

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-# Every number is within these bounds, whatever its own range: integers end in 64-bit tensors, indices and clocks, others in fp32.
+# Every number is within these bounds, whatever its own range: integers end in 64-bit tensors, indices and clocks, and other numbers in
+# fp32.
 LARGEST_INTEGER = (1 << 63) - 1
 LARGEST_FLOAT = 1.0e38
 # Python's form of a byte that is not UTF-8 is a lone surrogate, which cannot be written to a file. NUL ends a path.
@@ -28,7 +29,8 @@ class Range:
     includes_maximum: bool = True
 
     def __contains__(self, value: float) -> bool:
-        # The conditions are positive, so that NaN is outside. No integer is converted to a float: one of 400 digits has no float.
+        # The conditions are positive, so that NaN is outside. No integer is converted to a float, because an integer of 400 digits has no
+        # float.
         above = value >= self.minimum if self.includes_minimum else value > self.minimum
         below = value <= self.maximum if self.includes_maximum else value < self.maximum
         return above and below and abs(value) <= _largest(value)

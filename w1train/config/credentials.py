@@ -19,8 +19,8 @@ _WORD = re.compile(r""":/[^\s"<>]+""")
 # In the standard, the host begins after the last @ before the first / ? or #. The user may be an e-mail address; the colon may be
 # percent-encoded, and one slash may be missing.
 _PASSWORD = re.compile(r"(:/{1,2}(?:[^/?#:%]|%(?!3A))*+(?::|%3A))([^/?#]+)(?=@)", re.IGNORECASE)
-# Passwords in which / ? or # are not encoded, up to 1024 characters. A text that looks like a port is no password, unless only digits
-# follow. A path that contains another slash follows an empty port.
+# Passwords in which / ? or # are not encoded, up to 1024 characters. A text that looks like a port is not a password, unless only digits
+# follow it. A path that contains another slash follows an empty port.
 _PORT = r"(?:[0-9]{1,5}(?:[/?#']|\Z)(?![0-9]+@)|[?#']|\Z|/[^@/]{0,1024}/)"
 _RAW_PASSWORD = re.compile(
     rf"(://(?:[^/?#:%\[\]]|%(?!3A))*+(?::|%3A))(?!{_PORT}|\*\*\*@)([^@]{{1,1024}}+(?:@[^/?#@]*+(?=@))*+)(?=@)", re.IGNORECASE

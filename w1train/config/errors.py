@@ -12,7 +12,7 @@ from w1train.config.credentials import mask_tree, mask_urls
 
 NOT_GIVEN = "(not given)"
 MOST_PROBLEMS = 50
-"""Most problems of one configuration that are shown. A file that is no configuration has a problem at each of its keys."""
+"""Most problems of one configuration that are shown. A file that is not a configuration has a problem at each of its keys."""
 _LONGEST_VALUE = 80
 _LONGEST_KEY = 200
 
@@ -62,7 +62,8 @@ class ConfigurationError(UserError):
         super().__init__("\n".join([title, *shown, *([f"... and {count - MOST_PROBLEMS} more"] if count > MOST_PROBLEMS else [])]))
 
     def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem], str | None]]:
-        """Keep the problems when the error is pickled: other ranks, to which rank 0 sends it, would otherwise take the text for them."""
+        """Keep the problems when the error is pickled. Rank 0 sends the error to other ranks, which would otherwise take its text for the
+        problems."""
         return ConfigurationError, (self.problems, self.origin)
 
 

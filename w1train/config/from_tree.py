@@ -1,6 +1,6 @@
 """Conversion of a plain tree (mappings, lists, scalars) to the configuration's dataclasses, which reports every mistake.
 
-Hydra and OmegaConf would not do: over plain YAML they accept any key, and ``key=abc`` for an integer.
+Hydra and OmegaConf do not suffice: for plain YAML they accept any key, and ``key=abc`` for an integer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from w1train.config.errors import MOST_PROBLEMS, NOT_GIVEN, Problem, closest, li
 from w1train.config.field_types import describe_type, field_types, is_optional, is_required, join, partial_class, scalar_type
 from w1train.config.schema import Config
 
-# Larger floats do not stand for one integer: 1e23 is 99999999999999991611392.
+# Larger floats do not stand for a single integer: 1e23 is 99999999999999991611392.
 _LARGEST_EXACT_FLOAT = 2**53
 _TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
 _INVALID: Any = object()
@@ -30,7 +30,7 @@ class Conversion:
     out the rule that reads it."""
     problems: list[Problem]
     complete: bool
-    """Whether every field is set."""
+    """This flag tells whether every field is set."""
 
 
 def config_from_tree(

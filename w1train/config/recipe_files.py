@@ -21,8 +21,8 @@ GLOBAL_HEADER = "# @package _global_"
 def packaged_directory() -> Path:
     """Return the directory of the ``recipes`` package, which is next to w1train in a checkout and in an installed wheel.
 
-    The package is not imported: where a command starts in a directory with another ``recipes``, Python would find that package first. Nor
-    does ``w1train.__file__`` serve, which is missing where a command starts next to the checkout that is installed.
+    The package is not imported: if a command starts in a directory with another ``recipes``, Python would find that package first.
+    ``w1train.__file__`` cannot be used either: it is missing if a command starts next to the checkout that is installed.
     """
     directory = Path(__file__).resolve().parents[2] / "recipes"
     assert directory.is_dir(), f"the recipes package is not a directory: {directory}"
@@ -94,7 +94,7 @@ def _misnamed(directory: Path) -> Iterator[Problem]:
 
 
 def _shadowed(directory: Path, earlier: Sequence[Path]) -> Iterator[Problem]:
-    """Report files whose name an earlier directory has: Hydra silently takes the first file, and would not use the user's."""
+    """Report files whose name an earlier directory has: Hydra silently takes the first file, and would not use the user's file."""
     for path in _recipe_files(directory, ".yaml"):
         relative = path.relative_to(directory)
         hidden_by = [other / relative for other in earlier if (other / relative).is_file()]

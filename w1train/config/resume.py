@@ -1,4 +1,4 @@
-"""The check of a configuration against the one that a run began with: which keys may change on resume."""
+"""The check of a configuration against the configuration that a run began with, and the list of keys that may change on resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALLOWED_ON_RESUME = (
     "data.prefetch",
     "data.read_timeout",
     "data.cache_directory",
-    "parallel.[!d]*",  # all but distributed_optimizer, whose states have another form in the checkpoint
+    "parallel.[!d]*",  # all keys except distributed_optimizer, whose states have another form in the checkpoint
     "training.micro_batch_size",
     "attention.*",  # another kernel computes the same function
     "training.loss_chunk_size",
@@ -75,7 +75,7 @@ def check_resume(old: Config, new: Config, tokens_consumed: int, *, data_are_has
 
     Args:
         tokens_consumed: tokens on which the checkpoint has been trained. The schedule of these tokens must not change.
-        data_are_hashed: whether the checkpoint has the hash of its training tokens, whose files may then have moved.
+        data_are_hashed: True if the checkpoint has the hash of its training tokens. The files of the tokens may then have moved.
     """
     changes = [change for change in config_differences(old, new) if not change.key.startswith("schedule.")]
     patterns = ALLOWED_ON_RESUME + (_MAY_MOVE if data_are_hashed else ())

@@ -1,10 +1,10 @@
 """The configuration: one tree of slotted dataclasses, which alone defines types, defaults, ranges and meanings.
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
-objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees nothing but these classes.
-The classes for operating a run (checkpoints, logging, health) are in ``schema_operation.py``.
-A recipe must set each field without a default. A field's type carries the range of its values (``constraints.py``), and the
-string under the field is its documentation: ``docs/configuration.md`` is written from both.
+objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees only these classes. The classes for operating
+a run (checkpoints, logging, health) are in ``schema_operation.py``. A recipe must set each field without a default. A field's type carries
+the range of its values (``constraints.py``), and the string under the field is its documentation: ``docs/configuration.md`` is written from
+both.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ class DataConfig:
     align: Length = 1
     """With best_fit, each document begins at a multiple of this number inside its sample (the block size, for example), after padding."""
     packing_seed: Seed = 0
-    """With best_fit, decides which of several documents of equal length goes where; runs with the same seed share the packing."""
+    """With best_fit, this seed decides which of several documents of equal length goes where; runs with the same seed share the packing."""
     long_documents: Literal["restart", "continue"] = "restart"
-    """Positions in a later part of a document that was cut. restart: they begin at 0, as if the text began there. continue: they go on
+    """Positions in a later part of a document that was cut. restart: they begin at 0, as if the text began there. continue: they continue
     from the part before, and always stay below model.max_sequence_length."""
     eos: Literal["keep", "drop"] = "keep"
     """keep: a document ends with its EOS token, which is learned like any other token. drop: the EOS token is left out."""
@@ -200,8 +200,8 @@ class DiffusionConfig:
     attention_annealing: Literal["none", "extent", "random"] = "none"
     """For a model that was autoregressive: how the mask changes from causal to the whole document during the first annealing_tokens of
     the stage; for one stream only. extent: a token sees a growing number of the tokens that follow it. random: it sees each following
-    token with a growing probability (DiffuLLaMA); such masks are no intervals, so that fused kernels cannot serve. Validation and samples
-    always see the whole document."""
+    token with a growing probability (DiffuLLaMA); such masks are not intervals, so fused kernels cannot compute them. Validation and
+    samples always see the whole document."""
     annealing_tokens: NonNegativeInteger = 0
     """Length of the annealing in tokens, from the start of the stage."""
     mask_embedding_noise: NonNegativeFloat = 0.0
@@ -212,7 +212,8 @@ class DiffusionConfig:
     """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
     normalizer: LossNormalizer = "tokens"
-    """What the weighted sum over the global batch is divided by: all tokens that can be predicted, or the masked ones."""
+    """What the weighted sum over the global batch is divided by: the number of all tokens that can be predicted, or of the masked
+    tokens."""
     autoregressive_weight: NonNegativeFloat = 0.0
     """Factor of the clean stream's next-token cross-entropies, which are added to the weighted sum before it is divided (Nemotron,
     I-DLM). A value above 0 needs two streams and clean_attention=token_causal. No token predicts a token of another document."""
@@ -245,8 +246,8 @@ class ParallelConfig:
     context: Size = 1
     """Context-parallel ranks: each owns a part of every sequence."""
     context_method: Literal["all_gather", "all_to_all"] = "all_gather"
-    """all_gather: ranks gather keys and values (in block diffusion only those of the clean stream). all_to_all: ranks exchange heads for
-    positions (Ulysses); tensor * context must divide the number of key/value heads."""
+    """all_gather: ranks gather keys and values (in block diffusion only those of the clean stream, if each block is inside a chunk).
+    all_to_all: ranks exchange heads for positions (Ulysses); tensor * context must divide the number of key/value heads."""
     context_chunk_size: Length = 128
     """Consecutive positions that one context-parallel rank gets together. If it is a multiple of the block size, noisy keys stay on their
     rank."""
@@ -261,8 +262,8 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters bucket by bucket during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
     tp_comm_overlap: bool = False
-    """Overlap tensor-parallel collectives with the matrix products that use their results (transformer-engine's user buffers). Only on
-    CUDA; needs parallel.sequence and model.transformer_impl=te."""
+    """Overlap tensor-parallel collectives with the matrix products that use their results (transformer-engine's user buffers). It works
+    only on CUDA, and needs parallel.sequence and model.transformer_impl=te."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -270,10 +271,10 @@ class AttentionConfig:
     """The kernels of attention (docs/attention.md)."""
 
     backend: Literal["auto", BackendName] = "auto"
-    """Who computes attention in training and validation: cudnn (interval kernels for Hopper and Blackwell), flex (torch's
+    """The kernels that compute attention in training and validation: cudnn (interval kernels for Hopper and Blackwell), flex (torch's
     FlexAttention), te (transformer-engine), sdpa (torch's dense kernels; on the CPU by rectangles where that is faster), reference
-    (explicit softmax in fp32). auto = the first of these backends that can serve on the device. A named backend that cannot serve is an
-    error. The log says which backend was chosen and why others were not. Generation always uses sdpa."""
+    (explicit softmax in fp32). auto = the first of these backends that works on the device. A named backend that does not work is an error.
+    The log says which backend was chosen, and why the others were not chosen. Generation always uses sdpa."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -287,7 +288,7 @@ class OptimizerConfig:
     beta2: FractionBelowOne = 0.95
     """Decay of the second moment."""
     epsilon: PositiveFloat = 1.0e-8
-    """Added to the root of the second moment."""
+    """A small number that is added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; it does not apply to norms, biases and other vectors."""
     clip_grad: NonNegativeFloat = 1.0
@@ -317,8 +318,8 @@ class StageConfig:
     diffusion: Annotated[dict[str, Any], DiffusionConfig] = field(default_factory=dict)
     """Fields of diffusion that have other values in this stage, such as {block_size: 4}."""
     train: OptionalPath = None
-    """Prefix of the training dataset of this stage; null = data.train or data.blend. When several stages use one dataset, each goes on
-    reading where the stage before stopped."""
+    """Prefix of the training dataset of this stage; null = data.train or data.blend. When several stages use one dataset, each stage
+    continues to read where the stage before it stopped."""
     blend: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weights of corpora of data.blend in this stage; corpora that are not named are left out. Empty = the weights in data.blend."""
 
@@ -360,7 +361,7 @@ class TrainingConfig:
 @dataclass(slots=True, kw_only=True)
 class KernelsConfig:
     """Implementations of single operations, whose results agree up to rounding. auto = the fastest implementation on this machine;
-    the log says which one was chosen and why others were not."""
+    the log says which implementation was chosen, and why the others were not chosen."""
 
     elementwise: Literal["auto", "triton", "torch"] = "auto"
     """Modulated RMSNorm, gated residual, and the softmax of a chunked loss. triton: Triton kernels of this project. torch: plain
@@ -388,7 +389,8 @@ class ValidationConfig:
     timesteps: list[PositiveFraction] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
     """Every sample is scored at each of these t. They are midpoints of equal bins, so that the mean approximates the ELBO's integral."""
     block_sizes: list[Length] = field(default_factory=list)
-    """Block sizes at which the samples are scored in addition to the current one; data.sequence_length stands for masked diffusion."""
+    """Block sizes at which the samples are scored in addition to the current block size; data.sequence_length stands for masked
+    diffusion."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -408,11 +410,11 @@ class SamplingConfig:
     block is masked (confidence-threshold parallel decoding); null = num_steps decides how many tokens each step unmasks."""
     block_size: Length | None = None
     """Tokens that are denoised together; blocks follow each other from left to right. null = diffusion.block_size for a model of block
-    diffusion, and one block of all tokens for a model of masked diffusion, which is otherwise semi-autoregressive."""
+    diffusion, and one block of all tokens for a model of masked diffusion, whose sampling is semi-autoregressive with smaller blocks."""
     temperature: NonNegativeFloat = 0.0
     """0 = the most probable token; otherwise Gumbel-max sampling at this temperature."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Which predictions are masked again at each step: the least confident ones, or random ones."""
+    """The predictions that are masked again at each step: the least confident predictions, or random predictions."""
     seed: NonNegativeInteger = 0
     """Seed of the sampler's noise."""
 

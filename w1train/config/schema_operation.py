@@ -40,7 +40,7 @@ class CheckpointConfig:
     """Compare a checkpoint's files with their hashes before the checkpoint is loaded; false = compare only their sizes."""
     on_damage: Literal["fall_back", "stop"] = "fall_back"
     """What a start does when the newest checkpoint is damaged. fall_back: it renames that checkpoint and resumes from the newest good
-    one. stop: it ends with an error."""
+    checkpoint. stop: it ends with an error."""
     resume_step: PositiveInteger | None = None
     """Resume from the checkpoint of this step, and rename later checkpoints. This happens once: the same command, given again, resumes
     from the newest checkpoint."""
@@ -75,7 +75,7 @@ class ProfilingConfig:
     """Steps and ranks to profile, and the tool (docs/profiling.md)."""
 
     steps: list[PositiveInteger] = field(default_factory=list)
-    """Steps to profile, counted from 1. A profiled step is slower than others, which its times in metrics.jsonl show."""
+    """Steps to profile, counted from 1. A profiled step is slower than other steps, and its times in metrics.jsonl show this."""
     ranks: list[NonNegativeInteger] = field(default_factory=lambda: [0])
     """Ranks that profile."""
     tool: Literal["torch", "nsys"] = "torch"
@@ -101,11 +101,11 @@ class HealthConfig:
     """A step is skipped if its masked cross-entropy is more than this many standard deviations above the median of the last
     spike_window steps; null = never."""
     spike_gradient_sigma: PositiveFloat | None = 12.0
-    """A step is skipped if the logarithm of its gradient norm, which has long tails, is more than this many standard deviations above
-    that median; null = never."""
+    """A step is skipped if the logarithm of its gradient norm, which has long tails, is more than this many standard deviations above the
+    median of these steps; null = never."""
     spike_window: Annotated[int, Range(2, 1 << 20)] = 128
-    """Number of earlier steps that a step is compared with. Each stage begins anew, and no step is a spike before half of this number of
-    steps is there."""
+    """Number of earlier steps that a step is compared with. The comparison begins anew in each stage, and no step is a spike before half of
+    this number of steps has been done."""
     heartbeat_interval: Seconds = 10.0
     """Seconds between heartbeats of a rank."""
     hang_timeout: Seconds = 600.0
@@ -113,7 +113,7 @@ class HealthConfig:
     start_timeout: Seconds = 3600.0
     """The same time limit before the first step, while data are copied and packed and checkpoints are read."""
     stop_timeout: Seconds = 100.0
-    """Seconds that a process has, after SIGTERM or SIGUSR1, to finish the step and save; then it ends as it is."""
+    """Seconds that a process has, after SIGTERM or SIGUSR1, to finish the step and save; after this time it ends without saving."""
     straggler_interval: NonNegativeInteger = 100
     """Steps between measurements of how long ranks wait for the slowest rank; 0 = never."""
     straggler_share: PositiveFloat = 0.1

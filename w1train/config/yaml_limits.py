@@ -15,7 +15,8 @@ LARGEST_YAML = 1 << 20
 DEEPEST_YAML = 32
 """Most levels of nested mappings and lists; the schema has six."""
 MOST_YAML_NODES = 20_000
-"""Most keys and values of a file; an alias counts as many as it stands for. Reading one key or value takes about 20 microseconds."""
+"""Most keys and values of a file; an alias counts as many times as the keys and values that it stands for. Reading one key or value takes
+about 20 microseconds."""
 _RESOLVER = yaml.resolver.Resolver()
 _INTEGER = "tag:yaml.org,2002:int"
 _NOT_SPECIFIC = "!"

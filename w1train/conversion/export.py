@@ -92,7 +92,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
 
 
 def _one_dtype(checkpoint: Path, source: CheckpointDirectory) -> torch.dtype:
-    """Return the dtype of all weights, which config.json has a single word for. Raises UserError if they are of several."""
+    """Return the dtype of the weights. config.json can name only one dtype, so weights of several dtypes raise UserError."""
     names = {dtype: name for name, dtype in source.dtypes.items()}
     if len(names) > 1:
         found = listing(f"{name} is {dtype}" for dtype, name in names.items())

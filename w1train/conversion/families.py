@@ -42,7 +42,8 @@ def _is_full_attention(layer_types: Any) -> bool:
     return not layer_types or (isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types))
 
 
-# Keys with which the files would compute another function than this model: whether a value is harmless, and the valid values in words.
+# Keys that can make the files compute another function than this model. Each key has a test of whether a value is harmless, and the valid
+# values in words.
 _HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in (None, "silu", "swish"), "silu"),
     "attention_bias": (lambda value: not value, "false: here only queries, keys and values may have biases (Qwen2)"),
@@ -217,13 +218,13 @@ def stock_family(model: ModelConfig) -> str:
     """Return the family whose stock class computes this model causally.
 
     Raises:
-        UserError: no stock class does.
+        UserError: no stock class computes this model.
     """
     for name, family in FAMILIES.items():
         if not family_problems(model, name) and (model.qkv_bias, model.qk_norm) == (family.qkv_bias, family.qk_norm):
             return name
     problems = {problem for name in FAMILIES for problem in family_problems(model, name)}
-    raise UserError(f"no stock class is this model ({listing(sorted(problems))}): export it with --format {W1}")
+    raise UserError(f"no stock class computes this model ({listing(sorted(problems))}): export it with --format {W1}")
 
 
 def family_problems(model: ModelConfig, name: str) -> list[str]:

@@ -130,9 +130,10 @@ def _require_inside(directory: Path, name: str) -> None:
 
 
 def find_inside(directory: Path, name: str) -> Path | None:
-    """Follow the links of a file of a directory; those of the cache of huggingface_hub lead to its ``blobs``. None: to another place.
+    """Follow the links of a file of a directory. Links in the cache of huggingface_hub lead to its ``blobs``. Return None if a link leads
+    to another place.
 
-    A link that leads to itself is its own target (``Path.resolve`` would raise RuntimeError), and no regular file.
+    A link that leads to itself is returned as its own target (``Path.resolve`` would raise RuntimeError), which is not a regular file.
     """
     place, target = Path(os.path.realpath(directory)), Path(os.path.realpath(directory / name))
     blobs = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
@@ -167,7 +168,7 @@ class CheckpointDirectory:
         """Read the index; the caller has verified the files.
 
         Raises:
-            CheckpointError: the index cannot be read, or a dtype is no weight's.
+            CheckpointError: the index cannot be read, or a tensor has a dtype that weights do not have.
         """
         self._shards = Shards(directory)
         self.tensors: dict[str, tuple[int, ...]] = {}

@@ -41,12 +41,12 @@ class Parameter:
 
     @property
     def is_conditioning(self) -> bool:
-        """Whether the parameter belongs to the timestep input, which autoregressive models do not have."""
+        """Tell whether the parameter belongs to the timestep input, which autoregressive models do not have."""
         return "modulation." in self.name or self.name.startswith("timestep_embedding.")
 
     @property
     def is_vocabulary(self) -> bool:
-        """Whether the parameter has one row for each token."""
+        """Tell whether the parameter has one row for each token."""
         return self.name in (EMBEDDING, HEAD)
 
 

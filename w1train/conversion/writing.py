@@ -1,4 +1,5 @@
-"""Writing of safetensors files tensor by tensor. The format has all sizes before all bytes, so no tensor waits in memory."""
+"""Writing of safetensors files tensor by tensor. The sizes of all tensors come first in a file, and they are known before the tensors are
+read, so only one tensor has to be in memory at a time."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class BatchField:
 
     name: str
     per: Literal["token", "sample"]
-    """Whether the field has a value for each token, with the shape [b, l], or for each sample, with the shape [b]."""
+    """The field has a value for each token, with the shape [b, l], or for each sample, with the shape [b]."""
     dtype: np.dtype
     padding: int
     """The value on padding."""
@@ -64,8 +64,8 @@ class PackedBatch:
     sample_indices: Tensor = field(metadata=_per_sample(np.int64, padding=PADDING_SAMPLE))
     """int64 [b]: index of the sample in the run's global order, which never repeats, not even in a later epoch."""
     may_be_noised: Tensor = field(default=None, metadata=_per_token(np.bool_, padding=False))
-    """bool [b, l]: whether the token may be noised; False on padding. A token that may not be noised (of a prompt, an image or fill) is
-    visible to the model as it is, and no loss is taken of it. By default all tokens of documents may be noised."""
+    """bool [b, l]: True where the token may be noised, and False on padding. The model sees a token that may not be noised (of a prompt, an
+    image or fill) unchanged, and the token does not count in the loss. By default all tokens of documents may be noised."""
 
     def __post_init__(self) -> None:
         if self.may_be_noised is None:

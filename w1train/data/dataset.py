@@ -35,17 +35,17 @@ class DocumentOffsets:
     """The first token of each document in PREFIX.bin, followed by the number of tokens; it is indexed like an array of num_documents + 1
     items.
 
-    The offsets of a hundred million documents would take about a gigabyte on each rank. So every 512th offset is kept in memory, and those
-    between are read from PREFIX.idx when they are needed. They are not mapped: the pages that are touched would add up to the whole file,
-    and a mapped file that is cut short kills the process. Only for datasets whose documents have several sequences, which other software
-    may write, the mapped index is searched.
+    The offsets of a hundred million documents would take about a gigabyte on each rank. So every 512th offset is kept in memory, and the
+    offsets between are read from PREFIX.idx when they are needed. They are not mapped: the pages that are touched would add up to the whole
+    file, and a mapped file that is cut short kills the process. Only for datasets whose documents have several sequences, which other
+    software may write, the mapped index is searched.
     """
 
     def __init__(self, index: Index, path: Path) -> None:
         self._index, self._path = index, str(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open as long as the dataset)
         self.one_sequence_each = _documents_are_sequences(index)
-        """Whether each document is one sequence, as in all datasets that w1train writes."""
+        """This flag tells whether each document is one sequence, as in all datasets that w1train writes."""
         self._landmarks = _landmarks(index) if self.one_sequence_each else None
 
     def __len__(self) -> int:
@@ -227,7 +227,7 @@ class TokenDataset:
 
     @property
     def limits_noise(self) -> bool:
-        """Return whether the dataset says which of its tokens may be noised; if it does not, all may."""
+        """Return whether the dataset says which of its tokens may be noised; if it does not, all tokens may be noised."""
         return self._may_be_noised_file is not None
 
     def read_may_be_noised(self, start: int, stop: int) -> NDArray[np.bool_]:

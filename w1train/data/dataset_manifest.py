@@ -40,7 +40,7 @@ class DatasetManifest:
     """The counts, hashes and origin of a dataset."""
 
     format_version: int = FORMAT_VERSION
-    """Version of the manifest's layout."""
+    """Version of the manifest's layout. :meth:`read` compares the version in the file with this code's version."""
     created_by: str
     """Name and version of the software that wrote the dataset."""
     num_documents: int

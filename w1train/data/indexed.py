@@ -56,7 +56,7 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def may_be_noised_path(prefix: str | Path) -> Path:
-    """Return PREFIX.may_be_noised, which says which tokens may be noised; a dataset without the file says that all may.
+    """Return PREFIX.may_be_noised, which says which tokens may be noised; without this file, all tokens may be noised.
 
     The file has one byte for each token of PREFIX.bin, in the same order: 1 if the token may be noised, 0 if it may not.
     """

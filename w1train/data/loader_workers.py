@@ -51,7 +51,7 @@ class Workers(Protocol):
         """Ask for the micro-batch that begins at a global sample index."""
 
     def receive(self) -> PackedBatch:
-        """Return the micro-batch that was asked for first among those not received yet.
+        """Return the oldest micro-batch that was asked for and has not been received yet.
 
         Raises:
             LoaderError: if the worker died, or the micro-batch does not come in time; otherwise the worker's own exception.
@@ -141,7 +141,7 @@ class _Slot:
             array[...] = getattr(batch, name).numpy()
 
     def read(self) -> PackedBatch:
-        """Return a copy of the batch, for the slot is written again."""
+        """Return a copy of the batch, because the slot will be written again."""
         return PackedBatch(**{name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()})
 
 
@@ -184,11 +184,6 @@ class ProcessWorkers:
             process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, slots))
-
-    @property
-    def process_ids(self) -> list[int]:
-        """Return the ids of the workers' processes."""
-        return [worker.process.pid or 0 for worker in self._workers]
 
     def submit(self, start: int) -> None:
         """Ask for a micro-batch, as in ``Workers``; the workers may owe at most ``prefetch`` micro-batches at a time."""

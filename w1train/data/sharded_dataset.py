@@ -43,7 +43,7 @@ def shard_names(prefix: str | Path) -> list[str]:
 
 
 def shard_notes(manifests: Sequence[DatasetManifest]) -> list[dict[str, Any]]:
-    """Return what the manifest of each shard records about all shards, which reveals a missing shard and one of another run."""
+    """Return what the manifest of each shard records about all shards, which reveals a missing shard or a shard of another run."""
     together = _joined_hash([manifest.content_sha256 for manifest in manifests])
     return [{"number": number, "count": len(manifests), "bins_sha256": together} for number in range(len(manifests))]
 

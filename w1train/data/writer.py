@@ -118,9 +118,10 @@ class DatasetWriter:
         """Append a document's tokens and EOS.
 
         Args:
-            token_ids: at least one, and no mask.
+            token_ids: at least one token id, and no mask token.
             num_text_bytes: the length of the document's text in UTF-8.
-            may_be_noised: whether each token and, last, EOS may be noised; for a writer with ``limits_noise``.
+            may_be_noised: True for each token that may be noised; the last value is that of EOS. Only a writer with ``limits_noise``
+                takes it.
 
         Raises:
             DatasetError: if the document has more tokens than the index format allows (2^31 - 1).
@@ -142,7 +143,7 @@ class DatasetWriter:
             tokens: [n], the tokens of all documents, each document's EOS included.
             lengths: the number of tokens of each document.
             num_text_bytes: the length of all texts together in UTF-8.
-            may_be_noised: bool [n], whether each token may be noised; for a writer with ``limits_noise``.
+            may_be_noised: bool [n], True for each token that may be noised. Only a writer with ``limits_noise`` takes it.
 
         Raises:
             DatasetError: if a document has more tokens than the index format allows (2^31 - 1).
@@ -296,7 +297,7 @@ def _partial(path: Path) -> Path:
 
 
 def _open_partial(path: Path, resume: WriterProgress | None) -> BinaryIO:
-    """Open a file for writing: a new one, or the one that an interrupted writer left."""
+    """Open a file for writing: a new file, or the file that an interrupted writer left."""
     if resume is None:
         return open_new(path)
     try:
@@ -317,7 +318,7 @@ def publish(prefix: str | Path, manifest: DatasetManifest) -> None:
     check_sealed(prefix, manifest)
     directory = bin_path(prefix).parent
     paths = [file.path for file in manifest.files(prefix)]
-    if _partial(idx_path(prefix)).exists():  # the index is renamed last, so one under the dataset's name belongs to an older dataset
+    if _partial(idx_path(prefix)).exists():  # the index is renamed last, so an index under the dataset's name belongs to an older dataset
         manifest_path(prefix).unlink(missing_ok=True)
         idx_path(prefix).unlink(missing_ok=True)
         if may_be_noised_path(prefix) not in paths:

@@ -132,7 +132,7 @@ def matmul_tflops(device: torch.device) -> float:
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
-    """Return the seconds of the fastest of several runs: other work on the machine only makes runs longer."""
+    """Return the seconds of the fastest of several runs: other work on the machine can only make runs longer."""
     work()
     shortest = float("inf")
     for _ in range(repetitions):

@@ -51,7 +51,7 @@ def _locked_memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("locked memory", "unlimited")
-    return Finding("locked memory", f"{soft / 2**20:.0f} MiB", "note", "InfiniBand wants it unlimited (docker run --ulimit memlock=-1)")
+    return Finding("locked memory", f"{soft / 2**20:.0f} MiB", "note", "InfiniBand needs it unlimited (docker run --ulimit memlock=-1)")
 
 
 def _limit(value: int) -> str:

@@ -1,4 +1,5 @@
-"""Findings about attention backends and kernels: each that can serve on this machine runs forward and backward against its reference."""
+"""Findings about attention backends and kernels: each of those that work on this machine runs forward and backward, and is compared with
+its reference."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from itertools import groupby
 
 import torch
 
-from w1train.diagnosis.correctness import TOLERANCE, Check, attention_checks, kernel_checks
 from w1train.diagnosis.findings import Finding, Section
+from w1train.diagnosis.kernel_checks import TOLERANCE, Check, attention_checks, kernel_checks
 
 
 def kernel_section(device: torch.device) -> Section:

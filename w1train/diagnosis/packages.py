@@ -1,4 +1,4 @@
-"""Findings about installed packages: their versions, and whether they are the packages that w1train means."""
+"""Findings about installed packages: their versions, and whether they are really the packages that w1train needs."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _optional(name: str, ranges: dict[str, Requirement]) -> Finding:
 
 
 def apex_finding() -> Finding:
-    """Tell NVIDIA's apex from PyPI's package of that name, which is a web toolkit; megatron-core would import either."""
+    """Distinguish NVIDIA's apex from PyPI's package of that name, which is a web toolkit; megatron-core would import either of them."""
     spec = find_spec("apex")
     if spec is None:
         return Finding("apex", "absent", "note", "w1train does not need it; NVIDIA's images have it")
@@ -144,7 +144,7 @@ def apex_finding() -> Finding:
 
 
 def dali_finding(ranges: dict[str, Requirement]) -> Finding:
-    """Tell NVIDIA DALI, whose name has the CUDA version in it, from the placeholder without one."""
+    """Distinguish NVIDIA DALI, whose package name has the CUDA version in it, from the placeholder, whose name has no version."""
     for distribution in metadata.distributions():
         name = distribution.name or ""
         if name.startswith("nvidia-dali-cuda"):

@@ -49,8 +49,8 @@ class AutoregressiveProcess(NoiseProcess):
         return torch.ones_like(timesteps)
 
     def corrupt(self, batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> Corruption:
-        """Take a loss of every token that has a token of its document before it. The model is told t = 0, in one segment a sample. For the
-        loss t is 1, as in the last step of a reverse process that reveals one token at a time."""
+        """Leave the text as it is, and give a loss to every token that has a token of its document before it. The model gets t = 0, and
+        each sample is one segment. For the loss t is 1, as in the last step of a reverse process that reveals one token at a time."""
         # The probability of the mask token is zero, so a mask token in the data can be no target.
         predicted = batch.may_be_noised & has_predecessor(batch.document_ids) & (batch.tokens != config.mask_token_id)
         return Corruption(

@@ -30,8 +30,8 @@ _PER_SAMPLE: dict[str, Extent] = {"per": "sample"}
 class NoisyBatch:
     """A corrupted micro-batch: what the model and the loss see.
 
-    Each tensor is declared with what it has a value for. Code that treats all tensors alike (a part of the positions, the file of a bad
-    batch) asks ``names`` for them, so that a new field is never left out.
+    The declaration of each tensor says whether the tensor has a value per token, per segment or per sample. Code that treats all tensors
+    alike (a part of the positions, the file of a bad batch) asks ``names`` for them, so that a new field is never left out.
     """
 
     input_ids: Tensor = field(metadata=_PER_TOKEN)
@@ -39,19 +39,19 @@ class NoisyBatch:
     tokens: Tensor = field(metadata=_PER_TOKEN)
     """int64 [b, l]: the clean tokens."""
     targets: Tensor = field(metadata=_PER_TOKEN)
-    """int64 [b, l]: what the output at each position predicts: its own token, or with ``shift`` the next token."""
+    """int64 [b, l]: the token that the output at each position predicts: the token at this position, or with ``shift`` the next token."""
     loss_mask: Tensor = field(metadata=_PER_TOKEN)
-    """bool [b, l]: outputs that a loss is taken of. Their targets are noised (in autoregression: any token), and never padding."""
+    """bool [b, l]: True for outputs that have a loss. Their targets are noised tokens (in autoregression any tokens), and never padding."""
     has_target: Tensor = field(metadata=_PER_TOKEN)
-    """bool [b, l]: outputs whose target could have been noised: the tokens that the objective is a likelihood of."""
+    """bool [b, l]: True for outputs whose target could have been noised. The objective bounds the likelihood of these targets."""
     target_timesteps: Tensor = field(metadata=_PER_TOKEN)
     """float32 [b, l]: t of each output's target, for the loss (the model does not see it)."""
     target_segments: Tensor = field(metadata=_PER_TOKEN)
     """int64 [b, l]: segment of each output's target, counted inside the sample."""
     next_targets: Tensor | None = field(metadata=_PER_TOKEN)
-    """int64 [b, l]: what the clean stream predicts, the next token; None without an autoregressive loss."""
+    """int64 [b, l]: the next token, which the clean stream predicts; None without an autoregressive loss."""
     next_mask: Tensor | None = field(metadata=_PER_TOKEN)
-    """bool [b, l]: outputs of the clean stream that a loss is taken of: those whose next token is of the same document."""
+    """bool [b, l]: True for outputs of the clean stream that have a loss: those whose next token is in the same document."""
     document_ids: Tensor = field(metadata=_PER_TOKEN)
     """int32 [b, l]: as in PackedBatch, after a cut to random length; -1 on padding."""
     positions: Tensor = field(metadata=_PER_TOKEN)
@@ -61,7 +61,7 @@ class NoisyBatch:
     segment_index: Tensor = field(metadata=_PER_TOKEN)
     """int64 [b, l]: row of segment_timesteps for each token."""
     segment_timesteps: Tensor = field(metadata=_PER_SEGMENT)
-    """float32 [b * g]: t of each segment, one row of the conditioning table each."""
+    """float32 [b * g]: t of each segment. Each segment has one row of the conditioning table."""
     sample_indices: Tensor = field(metadata=_PER_SAMPLE)
     """int64 [b]."""
     annealed: float = 1.0
@@ -72,7 +72,8 @@ class NoisyBatch:
         return [entry.name for entry in fields(self) if entry.metadata.get("per") == per and getattr(self, entry.name) is not None]
 
     def at(self, positions: Tensor) -> NoisyBatch:
-        """Return the batch at some positions of each sample, int64 [b, n]: a context-parallel rank's part of one global draw."""
+        """Return the batch at some positions of each sample, int64 [b, n]. A context-parallel rank gets its part of the global draw in this
+        way."""
         return dataclasses.replace(self, **{name: getattr(self, name).gather(1, positions) for name in self.names("token")})
 
     @property
@@ -84,9 +85,9 @@ class NoisyBatch:
 def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int = 0) -> NoisyBatch:
     """Corrupt a batch for training, each segment at a random t.
 
-    Pure in (seed, batch.sample_indices, draw): the same for every layout, device and micro-batch size.
+    The result depends only on (seed, batch.sample_indices, draw), so it is the same for every layout, device and micro-batch size.
     """
-    # Partners of a pair share every random number, those of the cut too.
+    # Partners of a pair share every random number, also the numbers that decide about a cut.
     keys = torch.div(batch.sample_indices, 2, rounding_mode="floor") if config.complementary else batch.sample_indices
     batch = cut_to_random_length(batch, config, seed, keys, draw=draw)
     return _corrupt(batch, config, NoiseDraw(seed, keys, draw))
@@ -103,7 +104,7 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
     LLaDA cuts a whole batch at once; a cut per sample is the same distribution and does not depend on the batch.
 
     Args:
-        keys: int64 [b], what the random numbers belong to.
+        keys: int64 [b], the key of the random numbers of each sample.
     """
     if config.random_length_probability == 0.0:
         return batch
@@ -121,7 +122,7 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
 
 
 def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> NoisyBatch:
-    """Let the configured process corrupt the batch, and move what belongs to a token to the output that predicts the token."""
+    """Let the configured process corrupt the batch, and move the values of each token to the output that predicts the token."""
     process = noise_process(config)
     corruption = process.corrupt(batch, config, draw)
     moved = _next if corruption.shift else _unmoved
@@ -148,7 +149,7 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> No
 
 
 def _next(tensor: Tensor) -> Tensor:
-    """Return what belongs to the position behind each position, [b, l]; the last position gets zero."""
+    """Return for each position the value of the next position, [b, l]; the last position gets zero."""
     return torch.cat([tensor[:, 1:], torch.zeros_like(tensor[:, :1])], dim=1)
 
 

@@ -37,8 +37,8 @@ class EmbeddingNoise:
 
         Args:
             embedded: the embeddings of the positions from ``first_column`` on.
-            first_column: None if these are all positions of the rank. Then no token has to be picked out; to learn how many are picked,
-                the host would wait until the GPU has done all that is queued.
+            first_column: None if these are all positions of the rank, so that no tokens have to be selected. To learn how many tokens are
+                selected, the host would have to wait until the GPU has done all its queued work.
         """
         if first_column is None:
             noise = self._draw(self.sample_indices, self.places, embedded.shape[2]).to(embedded.dtype)
@@ -48,7 +48,8 @@ class EmbeddingNoise:
         return embedded.index_put((self.columns[here] - first_column, self.rows[here]), noise, accumulate=True)
 
     def _draw(self, sample_indices: Tensor, places: Tensor, size: int) -> Tensor:
-        """Return normal numbers, float64 [m, h], from uniform ones by the inverse of the distribution function, as initial weights are."""
+        """Return normal numbers, float64 [m, h], from uniform numbers by the inverse of the distribution function, as for initial
+        weights."""
         indices = sample_indices * _PLACES + places
         if not len(indices):
             return torch.zeros((0, size), dtype=torch.float64, device=indices.device)

@@ -14,7 +14,7 @@ from w1train.diffusion.process import NoiseProcess
 
 @dataclass(frozen=True, slots=True)
 class MaskedProcess(NoiseProcess):
-    """Masked diffusion: all noise is on the mask token, and a token that is not masked is the text's own."""
+    """Masked diffusion: all noise is on the mask token, and a token that is not masked is the token of the text."""
 
     mask_token_id: int
     name: ClassVar[str] = "masked diffusion"
@@ -44,8 +44,8 @@ class MaskedProcess(NoiseProcess):
         return ids == self.mask_token_id
 
     def reverse_probabilities(self, ids: Tensor, predictions: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
-        """Return the probabilities of NoiseProcess.reverse_probabilities: a mask stays with probability s / t and becomes a token with the
-        rest, and every other token stays, also one to which the model gives no probability."""
+        """Return the probabilities of NoiseProcess.reverse_probabilities: a mask stays a mask with probability s / t, and otherwise becomes
+        a token. Every other token stays, even if the model gives it the probability 0."""
         stay = (earlier / timesteps)[:, None]
         every_id = torch.arange(predictions.shape[1], device=ids.device)
         of_mask = torch.where(every_id == self.mask_token_id, stay, (1 - stay) * predictions)

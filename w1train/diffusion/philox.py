@@ -1,9 +1,9 @@
 """Counter-based random numbers: Philox4x32-10 in integer operations on tensors or (on the CPU) on NumPy's arrays.
 
 A random number here is a pure function of (seed, sample index, draw, purpose, position), never of a generator's state.
-So it is bit-identical on CPU and GPU, under every parallel layout and micro-batch size, and after a resume, and no state
-has to be saved. (A generator with a state differs between tensor- and context-parallel ranks unless every rank draws in the
-same order, and its state must survive a restart. Trainers lose exactness in both ways.)
+It is therefore bit-identical on CPU and GPU, under every parallel layout and micro-batch size, and after a resume. No state has to be
+saved. (A generator with a state differs between tensor- and context-parallel ranks unless every rank draws in the same order, and its state
+must survive a restart. Trainers lose exactness in both ways.)
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the constants and the known-answer vectors
 of the tests are those of the authors' Random123 distribution.
@@ -32,29 +32,29 @@ _NUM_ROUNDS = 10
 _HIGH = 1 if sys.byteorder == "little" else 0
 """Index of the upper one of the two 32-bit halves of a 64-bit word."""
 _COUNTERS_AT_ONCE = 16384
-"""Counters that are computed together. NumPy keeps 80 bytes for each of them during the computation; with many more they
-leave a core's cache."""
+"""Counters that are computed together. NumPy keeps 80 bytes for each of them during the computation, and with many more counters these
+bytes would not fit into a core's cache."""
 
 
 class Purpose(IntEnum):
     """The use of a stream of numbers. Each use has its own counters, so no two uses share a number."""
 
     NOISE = 0
-    """Which tokens are noised, and what noise puts in their places."""
+    """The choice of the noised tokens, and of the tokens that noise puts in their places."""
     TIMESTEP = 1
-    """Where a sample's t lies inside its stratum."""
+    """The place of a sample's t inside its stratum."""
     STRATUM = 2
-    """How the strata of a group of samples are rotated."""
+    """The rotation of the strata of a group of samples."""
     LENGTH = 3
-    """Whether a sample is cut to a random length, and to which."""
+    """The decision whether a sample is cut to a random length, and this length."""
     WEIGHT = 4
     """Initial weights (keyed by parameter name, not by sample)."""
     LIKELIHOOD = 5
-    """Which tokens of a completion are masked to estimate its likelihood (keyed by its tokens)."""
+    """The choice of the tokens of a completion that are masked to estimate its likelihood (keyed by its tokens)."""
     EMBEDDING = 6
     """Noise on the embeddings of masked tokens (keyed by sample and position)."""
     ATTENTION = 7
-    """Which pairs an annealed causal mask lets through (keyed by sample and query)."""
+    """The choice of the pairs that an annealed causal mask lets through (keyed by sample and query)."""
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,8 +69,9 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     multipliers, keys = _round_constants(key, c0.device, c0.dim())
-    # For a short tensor most of the time is spent on starting operations, and lanes in pairs, [2, ...], halve their number. For a long
-    # tensor, working in place saves allocations. A round leaves the pairs in the other order, (c2, c0) and (c3, c1); the next restores it.
+    # For a short tensor most of the time is spent on starting operations. Lanes are therefore kept in pairs, [2, ...], which halves the
+    # number of operations. For a long tensor, working in place saves allocations. A round leaves the pairs in the other order, (c2, c0) and
+    # (c3, c1), and the next round restores the order.
     multiplied, added, product = torch.stack([c0, c2]), torch.stack([c1, c3]), torch.empty((2, *c0.shape), dtype=c0.dtype, device=c0.device)
     lanes, added_lanes, product_lanes = multiplied.unbind(), added.unbind(), product.unbind()
     for multiplier, round_key in zip(multipliers, keys, strict=True):
@@ -118,11 +119,11 @@ def philox_4x32_numpy(counter: Sequence[NDArray[np.uint32]], key: tuple[int, int
 
 
 def random_words(seed: int, indices: Tensor, *, draw: int, purpose: Purpose, num: int) -> Tensor:
-    """Return random 32-bit words that depend on nothing but the arguments.
+    """Return random 32-bit words that depend only on the arguments.
 
     Args:
         seed: seed of the run, in [0, 2^64).
-        indices: int64 [b], what the numbers belong to (global sample indices, or stratum groups); any 64-bit value.
+        indices: int64 [b], the samples or groups that the words belong to (global sample indices, or stratum groups); any 64-bit value.
         draw: repetition for the same samples: 0 in training, 1 + i for the i-th validation timestep.
         purpose: the stream.
         num: n, words per index.
@@ -134,8 +135,8 @@ def random_words(seed: int, indices: Tensor, *, draw: int, purpose: Purpose, num
 
 
 def random_words_of_streams(seed: int, streams: Sequence[tuple[Purpose, Tensor]], *, draw: int, num: int) -> list[Tensor]:
-    """Return ``random_words`` of several (purpose, indices) for the cost of one call: a few words cost no more than starting the
-    operations."""
+    """Return the result of ``random_words`` for several (purpose, indices). This costs as much as one call, because starting the operations
+    takes more time than computing a few words."""
     assert 0 <= draw < 1 << 24
     assert num >= 1
     assert all(indices.dtype == torch.int64 for _, indices in streams)

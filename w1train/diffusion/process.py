@@ -1,4 +1,4 @@
-"""The interface of a noise process: how tokens are corrupted, and what losses and samplers ask about the noise.
+"""The interface of a noise process: how it corrupts tokens, and what it tells losses and samplers about the noise.
 
 A process replaces each token x by z, independently of all other tokens, with probability
 
@@ -35,7 +35,7 @@ class NoiseDraw:
 
     seed: int
     keys: Tensor
-    """int64 [b]: what the random numbers of each sample belong to. Both samples of a complementary pair have the same key."""
+    """int64 [b]: the key of each sample's random numbers. Both samples of a complementary pair have the same key."""
     draw: int = 0
     """Repetition for the same samples: 0 in training, 1 + i for the i-th timestep of validation."""
     timestep: float | None = None
@@ -66,9 +66,9 @@ class Corruption:
     input_ids: Tensor
     """int64 [b, l]: the tokens after noise."""
     predicted: Tensor
-    """bool [b, l]: tokens that a loss is taken of."""
+    """bool [b, l]: True for tokens that have a loss."""
     predictable: Tensor
-    """bool [b, l]: tokens that the objective is a likelihood of, predicted in this draw or not."""
+    """bool [b, l]: True for tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
     timesteps: Tensor
     """float32 [b, l]: t of each token, for the loss."""
     segments: Tensor
@@ -76,7 +76,7 @@ class Corruption:
     segment_timesteps: Tensor
     """float64 [b, g]: t of each segment, for the model."""
     shift: bool
-    """Whether the output before a token predicts it. False: the output at the token's own position does."""
+    """True: the output at the position before a token predicts this token. False: the output at the token's own position predicts it."""
 
 
 class NoiseProcess(ABC):
@@ -85,7 +85,7 @@ class NoiseProcess(ABC):
     name: ClassVar[str]
     """The process in words, for logs."""
     is_causal: ClassVar[bool] = False
-    """Whether the text stays clean and each token is predicted from the tokens before it alone. There is no t then."""
+    """True: the text stays clean, and each token is predicted from the tokens before it alone, so there is no t. False: there is noise."""
     words_per_token: ClassVar[int] = 1
     """Random words that the corruption of one token takes: the first decides whether noise replaces the token."""
 
@@ -150,8 +150,8 @@ class NoiseProcess(ABC):
 
             p(z_s | z_t) = (alpha_t|s [z_s = z_t] + c_t|s(z_t)) q_s(z_s | prediction) / q_t(z_t | prediction)
 
-        with alpha_t|s = alpha_t / alpha_s and c_t|s = c_t - alpha_t|s c_s: Bayes' rule with the prediction in the place of the
-        one-hot clean token (GIDD, arXiv 2503.04482). The probabilities add up to 1.
+        with alpha_t|s = alpha_t / alpha_s and c_t|s = c_t - alpha_t|s c_s: Bayes' rule with the prediction instead of the one-hot clean
+        token (GIDD, arXiv 2503.04482). The probabilities add up to 1.
 
         Args:
             ids: int64 [n], z_t.
@@ -179,7 +179,8 @@ class NoiseProcess(ABC):
         words = draw.words(self.words_per_token * batch.tokens.shape[1]).unflatten(1, (self.words_per_token, -1))
         noised = self.noised_tokens(batch.tokens, timesteps, words[:, 0])
         if config.complementary and draw.timestep is None:
-            # Where the first sample of a pair is noised, its partner is not: the partner's noising probability is the rest.
+            # Where the first sample of a pair is noised, the second sample is not noised. The noising probability of the second sample is 1
+            # minus that of the first.
             is_partner = (batch.sample_indices % 2 == 1)[:, None]
             noised = noised ^ is_partner
             of_partner = self.timestep_at(1 - self.noising_probability(segment_timesteps))
@@ -218,5 +219,6 @@ def _segments(batch: PackedBatch, config: DiffusionConfig) -> Tensor:
 
 
 def _at_tokens(values: Tensor, segments: Tensor) -> Tensor:
-    """Return the value of each token's segment, [b, l]; one value for the whole sample stays [b, 1], which broadcasts."""
+    """Return the value of each token's segment, [b, l]. If a sample has a single value, the result has the shape [b, 1], which
+    broadcasts."""
     return values if values.shape[1] == 1 else values.gather(1, segments)

@@ -6,7 +6,7 @@ group) mod num_strata, and u is uniform inside the stratum. Bit reversal spreads
 rank and micro-batch sees all of [0, 1) and not one end of it. The rotation makes u independent of the place in the batch:
 without it each place would have the same t for ever. u depends on the sample index, never on the batch size.
 
-Segment k of a sample has u_k = u + k / golden ratio (mod 1): each is uniform, and together they are well spread inside the sample.
+Segment k of a sample has u_k = u + k / golden ratio (mod 1): each u_k is uniform, and the u_k of a sample are spread evenly.
 
 u is held as a 32-bit integer, and the noising probability as a 32-bit threshold, so that CPU and GPU agree to the last bit.
 

@@ -37,8 +37,8 @@ def prepare_adamw(config: Config) -> dict[str, Any]:
 
 
 def install(choice: Choice = "auto") -> None:
-    """Make megatron-core use the chosen AdamW, and treat the class of this module like the FusedAdam that it imitates. "auto" chooses
-    transformer-engine's, or else apex's, or else this module's.
+    """Make megatron-core use the chosen AdamW, and treat the class of this module like the FusedAdam that it imitates. "auto" chooses that
+    of transformer-engine, or else that of apex, or else the class of this module.
 
     Raises:
         UserError: ``choice`` names a library that is not installed.
@@ -78,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        """Take torch's arguments, and two of FusedAdam's that megatron-core passes: ``adam_w_mode`` and ``capturable``."""
+        """Take torch's arguments, and two arguments of FusedAdam that megatron-core passes: ``adam_w_mode`` and ``capturable``."""
         if not adam_w_mode or capturable:
             raise ValueError("only AdamW without graph capture is implemented here; install transformer-engine for the rest")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -88,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient once."""
         assert closure is None
         for group in self.param_groups:
-            # Counted even for a group without parameters on this rank: ranks' groups must agree in a checkpoint.
+            # The step counts even for a group without parameters on this rank, because the groups of all ranks must agree in a checkpoint.
             group["step"] = group.get("step", 0) + 1
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if params:

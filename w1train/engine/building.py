@@ -1,8 +1,7 @@
-"""The construction of what is trained: the model's stages in megatron-core's data-parallel wrapper, and the optimizer."""
+"""The construction of the model and its optimizer: the model's stages are in megatron-core's data-parallel wrapper."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,6 @@ from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
 from w1train.objectives.description import num_streams
 from w1train.runtime.ranges import kernel_group, step_part
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -54,18 +51,18 @@ class TrainedModel:
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
-        """Give every rank the parameters of the last optimizer step. Called on every rank before anything but the next training step reads
-        parameters: with parallel.overlap_param_gather only a forward pass gathers them, module by module."""
+        """Give every rank the parameters of the last optimizer step. Every rank must call this before anything except the next training
+        step reads parameters. With parallel.overlap_param_gather, otherwise only a forward pass gathers them, module by module."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     @torch.no_grad()
     def largest_parameter(self) -> float:
-        """Return the largest magnitude of a parameter over all ranks; infinity if a parameter is NaN or infinite. Called on every rank."""
+        """Return the largest magnitude of a parameter over all ranks; infinity if a parameter is NaN or infinite. Every rank calls this."""
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         largest = torch.stack([torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32) for parameter in parameters]).max()
-        # A maximum over ranks may lose a NaN, and keeps infinity.
+        # A maximum over ranks may lose a NaN, but it keeps infinity.
         largest = torch.where(largest.isnan(), torch.inf, largest)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return largest.item()
@@ -83,7 +80,7 @@ def build_trained_model(config: Config, load: LoadWeights | None = None) -> Trai
             that are written later would be undone by the first step.
 
     Raises:
-        ConfigurationError, UserError: on every rank; the configuration asks for what this model or machine does not have.
+        ConfigurationError, UserError: on every rank; the configuration asks for something that this model or machine does not have.
     """
     megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
     megatron.finalize_model_grads_func = finalize_model_grads

@@ -1,7 +1,7 @@
 """The list of measurements around megatron-core's gradient and parameter communication, and the order in which they are called.
 
-These functions of megatron-core are replaced in this module alone. A measurement registers under its name in ``ORDER``, which decides the
-order of calls; the order of registration does not matter. A function without a registered measurement stays megatron-core's own.
+Only this module replaces these functions of megatron-core. A measurement registers under its name in ``ORDER``, which decides the order of
+calls; the order of registration does not matter. A function without a registered measurement stays megatron-core's own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ Hook = Callable[[Function, Any], Function]
 HookName = Literal["time range", "stragglers", "communication", "local gradients"]
 
 ORDER: dict[str, tuple[HookName, ...]] = {
-    # Called once a step, at the end of the reduction. "stragglers" lets the ranks wait for each other. This wait belongs to the part
-    # "reduce" of a profile, and ends before the stopwatch of "communication" starts, which would otherwise count it as the network's time.
+    # This is called once in each step, at the end of the reduction. "stragglers" lets the ranks wait for each other. This wait belongs to
+    # the part "reduce" of a profile. It ends before the stopwatch of "communication" starts, which would otherwise count it as time of the
+    # network.
     "finalize_model_grads_func": ("time range", "stragglers", "communication"),
-    # Sends a bucket. Its gradients are still those of this rank alone.
+    # This sends a bucket, whose gradients are still those of this rank alone.
     "start_grad_sync": ("local gradients",),
-    # Gather a bucket of parameters.
+    # These gather a bucket of parameters.
     "start_param_sync": ("communication",),
     "finish_param_sync": ("communication",),
 }

@@ -50,8 +50,8 @@ class LocalGradients:
     """A check of each rank's own gradients for NaN and infinite values, before the gradients of all ranks are added and the rank that had
     such a value can no longer be found.
 
-    The gradient norm does not show all of these values. Of parameters that tensor-parallel ranks hold alike it counts the first rank's
-    gradient alone, and a NaN in another rank's gradient would reach that rank's weights.
+    The gradient norm does not show all of these values. If tensor-parallel ranks have copies of a parameter, the norm counts only the first
+    rank's gradient. A NaN in another rank's gradient would reach that rank's weights.
     """
 
     def __init__(self, hooks: GradientHooks) -> None:
@@ -65,7 +65,8 @@ class LocalGradients:
     def _noted(self, start: Callable[..., Any], group: Any) -> Callable[..., Any]:
         @torch.no_grad()
         def noted(*arguments: Any, **keywords: Any) -> Any:
-            # A sum is NaN or infinite if a term is. It is read later, so that the host does not wait for the GPU here.
+            # A sum is NaN or infinite if one of its terms is NaN or infinite. It is read later, so that the host does not wait for the GPU
+            # here.
             self._sums.extend(bucket.grad_data.sum() for bucket in group.buckets)
             return start(*arguments, **keywords)
 
@@ -73,7 +74,7 @@ class LocalGradients:
 
     @torch.no_grad()
     def are_finite(self) -> bool:
-        """Return whether all ranks' gradients of this step are finite. Called on every rank."""
+        """Return whether all ranks' gradients of this step are finite. Every rank calls this."""
         is_bad = self._is_bad()
         dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
         return is_bad.item() == 0
@@ -86,7 +87,7 @@ class LocalGradients:
         return (~torch.isfinite(total)).float()
 
     def nonfinite_ranks(self) -> list[str]:
-        """Name the ranks, with their machines, whose own gradients of this step had NaN or infinite values. Called on every rank."""
+        """Name the ranks, with their machines, whose own gradients of this step had NaN or infinite values. Every rank calls this."""
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, f"rank {dist.get_rank()} on {socket.gethostname()}" if self._is_bad().item() else None)
         return [name for name in found if name is not None]

@@ -1,4 +1,5 @@
-"""Corrections of megatron-core 0.19. A test proves that each is necessary, and its docstring says what goes wrong without it."""
+"""Corrections of megatron-core 0.19. A test proves that each correction is necessary, and the docstring of a correction says what goes
+wrong without it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 def give_padded_places_for_loading() -> None:
-    """Make megatron-core load optimizer states to the right places where there are several gradient buckets.
+    """Make megatron-core load optimizer states to the right places if there are several gradient buckets.
 
     For a load, megatron-core makes empty tensors without the padding between buckets, and then cuts parameters out of them at offsets that
     count the padding. The last parameters come out too short, and are filled up ("... can lead to data corruption", a log line). Here the

@@ -37,14 +37,14 @@ def save_optimizer_states_in_slices() -> None:
     def sharded_state_dict(self: DistributedOptimizer, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading:
             return original(self, model_state, is_loading, *args, **kwargs)
-        # Beside gathering, the original only collects garbage, which is a quarter of a second in which training would wait.
+        # Besides gathering, the original only collects garbage, for which training would wait a quarter of a second.
         return {**self.state_dict(), "param_state": dict(enumerate(state_shards(self, model_state))), "param_state_sharding_type": _FORMAT}
 
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
 
 
 def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[ShardedTensor]:
-    """Yield this rank's slices of the fp32 weights and moments, where it is the first of the ranks that have them.
+    """Yield this rank's slices of the fp32 weights and moments, if this rank is the first of the ranks that have them.
 
     Args:
         model_state: megatron-core's sharded state of the model, which holds the parameters themselves.
@@ -53,7 +53,8 @@ def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[
     for parameter, start, end in _slices(optimizer):
         assert parameter in places, f"a parameter of shape {tuple(parameter.shape)} is not in the model's state. {KEEP_VARS_HINT}"
         place = places[parameter]
-        # The places are (pipeline, tensor, data). Data-parallel ranks have different slices, so that only the first two make a replica.
+        # The places are (pipeline, tensor, data). Data-parallel ranks have different slices, so only the first two numbers tell whether a
+        # slice is a replica.
         if any(place.replica_id[:2]):
             continue
         states = optimizer._get_main_param_and_optimizer_states(parameter)
@@ -64,7 +65,7 @@ def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[
 
 
 def _slices(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-    """Yield (parameter, first element, end) of all that this rank's optimizer updates."""
+    """Yield (parameter, first element, end) of each range of elements that this rank's optimizer updates."""
     for ranges_by_dtype in optimizer.gbuf_ranges:
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:

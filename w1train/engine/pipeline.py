@@ -23,11 +23,12 @@ def run_schedule(
     """Run micro-batches through this rank's chunks of the model, by the schedule of the layout (pipelined, interleaved or neither).
 
     Args:
-        forward_step: given the chunk's inputs and the chunk, returns its output and the function that the last stage calls with it.
+        forward_step: a function of the chunk's inputs and the chunk. It returns the chunk's output, and the function that the last stage
+            calls with this output.
         inputs: one iterator over the micro-batches for each chunk.
         sequence_length: positions of a micro-batch over all context-parallel ranks: the size of what stages send each other.
         forward_only: leaves out backward passes and the reduction of gradients.
-        collect_non_loss_data: what the last stage's function returns is collected as it is, and is not a loss.
+        collect_non_loss_data: the results of the last stage's function are collected unchanged, and are not losses.
 
     Returns:
         One item for each micro-batch on the last pipeline stage, nothing on the other stages.

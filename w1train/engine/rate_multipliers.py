@@ -20,8 +20,8 @@ _MOST_NAMES = 20
 
 
 def freeze_and_mark(stages: list[torch.nn.Module], multipliers: dict[str, float]) -> None:
-    """Give each parameter its ``rate_multiplier``, and switch the gradient off where the multiplier is 0 in every layer. Called before the
-    data-parallel wrapper is made, which counts the parameters that have gradients.
+    """Give each parameter its ``rate_multiplier``, and switch the gradient off where the multiplier is 0 in every layer. This is called
+    before the data-parallel wrapper is made, because the wrapper counts the parameters that have gradients.
 
     Raises:
         ConfigurationError: on every rank; a pattern fits no parameter of the model, or every parameter is frozen.

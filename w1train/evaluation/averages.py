@@ -140,7 +140,8 @@ def _require_name(output: Path, step: int) -> None:
 
 
 def _compare(request: AverageRequest, path: Path, steps: list[int], metric: str) -> dict[str, Any]:
-    """Validate the average and its members on this process, so that all have the same rounding, whatever the run's layout is."""
+    """Validate the average and its members on this process, so that the same rounding applies to all of them, whatever the run's layout
+    is."""
     checkpoints = request.run / "checkpoints"
     model = load_for_inference(request.run, steps[-1])
     data = open_validation(model, request.validation)

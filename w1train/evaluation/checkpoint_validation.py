@@ -29,7 +29,7 @@ def open_validation(model: InferenceModel, prefix: str | None = None) -> Validat
 
 
 def require_own(data: DataConfig, prefix: str | None) -> None:
-    """Raise UserError unless there is a validation set that is local, or one in object storage that the user named as ``prefix``."""
+    """Raise UserError unless there is a local validation set, or the user named a validation set in object storage as ``prefix``."""
     if prefix is not None:
         require_password(prefix)
         return

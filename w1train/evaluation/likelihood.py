@@ -32,7 +32,7 @@ from w1train.diffusion.philox import Purpose, random_words
 from w1train.sampling.denoise import Predict
 
 DEFAULT_DRAWS = 128
-"""LLaDA's number of draws. Masks that are drawn for each token by itself need over 1,000."""
+"""LLaDA's number of draws. With masks that are drawn for each token by itself, more than 1,000 draws are needed."""
 MAX_DRAWS = 1 << 16
 _MAX_LOGITS = 1 << 28
 """Logits of one batch: 1 GiB of them in float32."""
@@ -135,7 +135,8 @@ def _drawn_masks(pair: Pair, num_draws: int) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([1 + (draw * _TWO_32 + int(offset)) * length // (num_draws * _TWO_32) for draw in range(num_draws)])
     words = random_words(_SEED, index, draw=1, purpose=Purpose.LIKELIHOOD, num=num_draws * length).reshape(num_draws, length)
     ranks = words.argsort(dim=1, stable=True).argsort(dim=1)
-    # Counts ascend, so draws of one count are neighbours. As many of them as the order has whole pieces share the order of the first.
+    # Counts ascend, so draws of one count are neighbours. The draws of one count share the random order of the first of them, as many as
+    # the order has whole pieces.
     size = torch.minimum(counts, length - counts)
     draw = torch.arange(num_draws)
     piece = (draw - torch.searchsorted(counts, counts)) % (length // size.clamp_min(1))

@@ -43,7 +43,7 @@ class Answer:
 
     question: Question
     log_likelihoods: tuple[float, ...]
-    """Of each choice, in nats."""
+    """The log-likelihood of each choice, in nats."""
     num_tokens: tuple[int, ...]
     """Tokens of each choice."""
 
@@ -67,8 +67,8 @@ def read_questions(path: Path) -> list[Question]:
     """Return the questions of a file. Empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, is not a regular file, is too large or empty; a line has no form of FORMATS (the message gives
-            its number).
+        UserError: the file cannot be read, is not a regular file, is too large or empty; or a line does not have a form of FORMATS (the
+            message gives the line's number).
     """
     try:
         lines = read_bounded(path, _LARGEST).decode("utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have

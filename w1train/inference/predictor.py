@@ -97,7 +97,8 @@ class Predictor:
         parallel = self.config.parallel
         beat()
         inputs = _inference_inputs(tokens, timesteps, plan, self.padded(tokens.shape[1]), first_position, num_logits)
-        # With virtual stages the schedule takes micro-batches in groups of as many as there are stages: it gets copies of the one.
+        # With virtual stages, the schedule takes as many micro-batches at a time as there are stages. It gets copies of the single
+        # micro-batch.
         batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)
         iterators = [iter(batches) for _ in self.chunks]
         results = run_schedule(
@@ -105,7 +106,7 @@ class Predictor:
             self.chunks,
             iterators,
             num_micro_batches=len(batches),
-            # Every rank of a context-parallel group has whole rows here, and the schedule divides this length by the group's size.
+            # The schedule divides this length by the size of the context-parallel group, but here every rank of the group has whole rows.
             sequence_length=inputs.input_ids.shape[1] * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=tokens.shape[0],
             forward_only=True,

@@ -1,6 +1,7 @@
-"""Kernels of the cross-entropy: what softmax needs of each row of logits, and the logits' gradient, each with its Triton twin.
+"""Kernels of the cross-entropy, each with its Triton twin: the numbers that a softmax needs of each row of logits, and the logits'
+gradient.
 
-They see the logits of this rank alone. Sums over the ranks that share a vocabulary are taken in w1train/model/chunked_head.py.
+They see only the logits of this rank. Sums over the ranks that share a vocabulary are taken in w1train/model/chunked_head.py.
 
 Shapes: k = rows of a chunk, v = vocabulary of this rank, n = columns that are read in each row.
 """
@@ -59,6 +60,6 @@ def write_gradient(
 
 
 def _on_this_rank(columns: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which columns these logits have, and the columns with 0 in the place of the others."""
+    """Return which columns these logits have, and the columns with 0 in the place of columns that they do not have."""
     here = (columns >= 0) & (columns < logits.shape[-1])
     return here, torch.where(here, columns, 0)

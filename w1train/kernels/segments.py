@@ -74,8 +74,8 @@ class Segments:
 def cut_pieces(index: Tensor, num_segments: int, size: int = PIECE_SIZE) -> Pieces:
     """Cut rows into pieces of at most ``size`` rows, from the segment of each row, int64 [n] in any order.
 
-    The number of pieces does not depend on the lengths of the segments, which only the GPU knows: at most n / size pieces are full, and at
-    most one of each segment is not.
+    The number of pieces does not depend on the lengths of the segments, which only the GPU knows: at most n / size pieces are full, and
+    each segment has at most one piece that is not full.
     """
     ordered, order = index.sort(stable=True)
     borders = torch.searchsorted(ordered, torch.arange(num_segments + 1, device=index.device))

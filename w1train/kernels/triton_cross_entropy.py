@@ -39,12 +39,12 @@ def _row_statistics(logits, columns, largest, total, chosen, num_columns, num_ro
     row = tl.program_id(0).to(tl.int64)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     summed = tl.zeros([BLOCK], dtype=tl.float32)
-    # Each lane has a running maximum and sum of its own; one reduction at the end.
+    # Each lane has a running maximum and sum of its own, and one reduction at the end combines them.
     for start in range(0, size, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
         values = tl.load(logits + row * stride + lanes, mask=lanes < size, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(best, values)
-        # A lane that has seen nothing but -inf would give inf - inf.
+        # A lane that has seen only -inf would compute inf - inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         summed = summed * tl.exp(best - base) + tl.exp(values - base)
         best = higher

@@ -1,8 +1,8 @@
 """Output head and row terms together, a chunk of rows at a time, over a vocabulary that tensor-parallel ranks share.
 
-The logits of a chunk exist in the run's precision while the chunk is worked on, and never all of them: a few numbers of each row are kept
-for the backward pass, which computes the chunk's logits again (as in cut cross-entropy, arXiv 2411.09009; a third more FLOPs in the
-head) and turns them in place into their gradient.
+Only the logits of one chunk exist at a time, in the run's precision. A few numbers of each row are kept for the backward pass. It computes
+the chunk's logits again, which costs a third more FLOPs in the head (as in cut cross-entropy, arXiv 2411.09009), and writes their gradient
+over them.
 
 For each chunk, the ranks that share the vocabulary exchange the largest logits; then the sums of exponentials, with the logits of the
 tokens that the terms name; then the other sums of the terms, if there are any. The backward pass exchanges the rows' gradients once.
@@ -33,8 +33,8 @@ class Head:
     chunk_size: int
     """Rows whose logits exist at once."""
     sum_row_gradients: bool
-    """Add the gradients of the rows over the vocabulary's ranks. Under sequence parallelism they stay partial sums, because the backward
-    pass of the gather that made the rows adds them up while it scatters them."""
+    """True: the gradients of the rows are added up over the ranks that share the vocabulary. It is False under sequence parallelism: there
+    they stay partial sums, because the backward pass of the gather that made the rows adds them up while it scatters them."""
 
 
 def linear_row_terms(rows: Tensor, weight: Tensor, terms: Sequence[RowTerm], head: Head) -> tuple[Tensor, ...]:
@@ -105,7 +105,7 @@ def _statistics(logits: Tensor, part: slice, ids: Tensor, terms: Sequence[RowTer
     """Return what is kept of rows ``part``, from their logits [k, v], float32 [f, k]: the two numbers of the softmax, the logits of
     their ids, and the sums of the terms."""
     kept = logits.new_empty((_num_kept(ids, terms), len(logits)), dtype=torch.float32)
-    # Views: what is written into them is kept. One message carries the sum of exponentials and the chosen logits.
+    # These are views, so that what is written into them is kept. One message carries the sum of exponentials and the chosen logits.
     largest, softmax_sums, term_sums = kept[0], kept[1 : 2 + len(ids)], kept[2 + len(ids) :]
     columns = ids[:, part] - vocabulary.first_token
     largest[:], softmax_sums[0], softmax_sums[1:] = row_statistics(logits, columns, vocabulary.implementation)
@@ -143,7 +143,7 @@ def _to_gradient(
 ) -> None:
     """Write the sum of the terms' gradients over the logits of rows ``part``.
 
-    A single gradient is written in place. Several are computed on fp32 copies of the logits, and rounded once.
+    A single gradient is written in place. Several gradients are computed on fp32 copies of the logits, and their sum is rounded once.
     """
     asked = [(term, own, gradient[part]) for term, own, gradient in zip(terms, statistics, gradients, strict=True) if gradient is not None]
     if len(asked) == 1:
@@ -170,7 +170,7 @@ class _WeightGradient:
         if rows.dtype == self.total.dtype:
             self.total.addmm_(grad_logits.t(), rows)
         elif rows.is_cuda:
-            # bf16 factors, fp32 sum: one product at full speed, without rounding each chunk's to bf16.
+            # The factors are bf16 and the sum is fp32: one product runs at full speed, and the product of a chunk is not rounded to bf16.
             torch.addmm(self.total, grad_logits.t(), rows, out_dtype=self.total.dtype, out=self.total)
         else:
             self.total.addmm_(grad_logits.t().float(), rows.float())

@@ -26,7 +26,7 @@ MAX_PERIOD = 10000.0
 class ReplicatedLinear(torch.nn.Linear):
     """A linear layer of which every tensor-parallel rank has the whole weight.
 
-    Under sequence parallelism each rank sees its own tokens alone, so the gradients of weight AND bias must be summed over the
+    Under sequence parallelism each rank sees only its own tokens, so the gradients of weight AND bias must be summed over the
     tensor-parallel group. (If only the weight had the flag, the replicas of the bias would drift apart.)
     """
 

@@ -1,8 +1,8 @@
 """Model FLOPs and parameters in closed form.
 
-FLOPs are those of the matrix products that training must compute, 2mnk each: attention over visible pairs, the
-whole token stream (2L in block diffusion), logits only where a loss is taken, adaLN once for each segment. Recomputed
-activations, tiles that the mask hides and element-wise work are not counted, because an MFU that counted them would be too high.
+Only the matrix products that training must compute are counted, each with 2mnk FLOPs: attention over visible pairs, the whole token stream
+(2L in block diffusion), logits only where a loss is taken, adaLN once for each segment. Recomputed activations, tiles that the mask hides
+and element-wise work are not counted, because an MFU that counted them would be too high.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class FlopsByPart:
     mlp: int
     """The three matrices of SwiGLU."""
     adaln: int
-    """Condition to modulation: six vectors a layer and two before the head, per segment."""
+    """The products that make modulations of the condition: six vectors for each layer and two before the head, for each segment."""
     timestep_mlp: int
-    """Sinusoid to condition, per segment."""
+    """The products that make the condition of the sinusoid, for each segment."""
     output_head: int
     """The matrix product from hidden states to logits."""
 

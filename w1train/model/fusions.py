@@ -1,4 +1,4 @@
-"""The choice of fused kernels, of libraries and of this project, with the reason where one is not used."""
+"""The choice of fused kernels, of libraries and of this project, and the reason why a kernel is not used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def choose_fusions(kernels: KernelsConfig, model: ModelConfig, *, on_cuda: bool)
     Raises:
         UserError: the configuration names a kernel that cannot run here.
     """
-    # megatron-core refuses to fuse the rotary embedding if its own import of a fused kernel failed; this project's kernel takes that place.
+    # megatron-core refuses to fuse the rotary embedding if its own import of a fused kernel failed; this project's kernel is put in the
+    # place of that import.
     rope = _chosen("rope", kernels.rope, _rope_obstacle(on_cuda))
     if rope:
         rope_utils.fused_apply_rotary_pos_emb = apply_rotary
@@ -66,7 +67,7 @@ def _rope_obstacle(on_cuda: bool) -> str | None:
 def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | None:
     """Return the reason why the matrix product that computes gradients cannot also accumulate them, or None if it can.
 
-    transformer-engine's linears need nothing for it. megatron-core's linears, and the head, need apex's extension.
+    transformer-engine's linears can always do this. megatron-core's linears, and the head, need apex's extension.
     """
     if not on_cuda:
         return "it needs CUDA"

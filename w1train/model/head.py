@@ -95,6 +95,6 @@ class OutputHead(ColumnParallelLinear):
             return logits
         column = self.mask_token_id - self.first_token
         if 0 <= column < logits.shape[-1]:
-            # In place and without autograd: where the probability is zero, the gradient of the cross-entropy is zero by itself.
+            # The change is in place and without autograd, because the gradient of the cross-entropy is zero where the probability is zero.
             logits.detach()[..., column] = float("-inf")
         return logits

@@ -1,7 +1,7 @@
 """Initial weights as a function of (seed, parameter name, element): the same under every parallel layout.
 
 Each rank computes its own slice of each parameter. Runs in parallel layouts therefore start from exactly the weights of the single-process
-run, without a broadcast, and replicas of a parameter are equal because their names are.
+run, without a broadcast, and replicas of a parameter are equal because their names are equal.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class LayerInputs:
     segments: Segments
     """Rows of the condition table, for this rank's tokens [s, b]."""
     qkv_format: ClassVar[str] = "sbhd"
-    """Read by megatron-core's Attention; anything but "thd" leaves the tensors as they are."""
+    """megatron-core's Attention reads this attribute by its name. It changes the layout of its tensors only if the value is "thd"."""
 
 
 class DiffusionTransformerLayer(TransformerLayer):

@@ -27,7 +27,7 @@ def linears(implementation: TransformerImplementation) -> Linears:
     weights fit both. transformer-engine's modules also have an ``_extra_state`` (FP8 scaling), which checkpoints of megatron-core's lack.
 
     Raises:
-        UserError: transformer-engine is asked for and not installed.
+        UserError: the caller asks for transformer-engine, which is not installed.
     """
     if implementation == "local":
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear

@@ -52,7 +52,7 @@ def transformer_config(
         add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights are filled by initialize_parameters, the same under every layout.
+        # initialize_parameters fills the weights, with the same values under every layout.
         perform_initialization=False,
         use_cpu_initialization=not on_cuda,
         params_dtype=DTYPES[precision],
@@ -84,7 +84,8 @@ def _layout(parallel: ParallelConfig) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         # Interleaved stages send in both directions at once. If they were batched, two messages between the same two ranks (PP 2)
-        # could be taken for each other without an error. Sent one by one, in an order that both ranks know, they cannot be.
+        # could be taken for each other without an error. If they are sent one by one, in an order that both ranks know, they cannot be
+        # confused.
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_stage,

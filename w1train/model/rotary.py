@@ -31,8 +31,9 @@ def rotary_angles(positions: Tensor, channels: int, model: ModelConfig) -> Tenso
 def rotary_frequencies(channels: int, model: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Return how many radians each pair of channels turns from one position to the next, float32 [d / 2].
 
-    With "llama3" (arXiv 2407.21783, section 3.4.2), pairs that turn often within the original length keep their frequency, pairs that turn
-    less than once there turn more slowly, so that they cover the longer context, and the frequencies of the pairs between are a mixture.
+    With "llama3" (arXiv 2407.21783, section 3.4.2), pairs that turn often within the original length keep their frequency. Pairs that turn
+    less than once within it turn more slowly, so that they cover the longer context. The frequencies of the pairs between them are a
+    mixture.
     """
     exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
     frequencies = 1.0 / model.rope_base**exponents

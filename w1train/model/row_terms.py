@@ -31,7 +31,7 @@ class Vocabulary:
     excluded_token: int | None
     """Id of the token that is taken out of the softmax; None = every token is in it."""
     implementation: Implementation = "auto"
-    """Whether Triton or torch computes what is read from the logits."""
+    """The library that computes what is read from the logits: Triton, torch, or the better of them ("auto")."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,7 +58,7 @@ class RowTerm(ABC):
 
     @property
     def chosen_ids(self) -> Tensor | None:
-        """Return the tokens whose logits the term reads, int64 [n, m]; None = it does not single out tokens."""
+        """Return the tokens whose logits the term reads, int64 [n, m]; None = the term does not read the logits of particular tokens."""
         return None
 
     @property
@@ -70,8 +70,8 @@ class RowTerm(ABC):
         """Return the term's sums over this rank's vocabulary, float32 [s, k], from logits [k, v].
 
         Args:
-            part: where these rows are among all rows, for what the term has of each row itself.
-            statistics: of these rows; its sums are not known yet.
+            part: the places of these rows among all rows, with which the term finds its own values for each row.
+            statistics: the statistics of these rows, whose sums are not known yet.
         """
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class RowTerm(ABC):
 
         Args:
             part: as in ``local_sums``.
-            statistics, gradient: of these rows.
+            statistics, gradient: the values of these rows.
         """
 
 

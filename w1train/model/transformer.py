@@ -140,8 +140,8 @@ class DiffusionTransformer(LanguageModule):
         for parameter in self.timestep_embedding.parameters():
             parameter.pipeline_parallel = True
             parameter.shared = not self.pre_process
-            # The distributed optimizer shards a gradient before the stages add theirs up. A parameter is cut at the same places on every
-            # stage only if it has a bucket of its own. In another bucket each stage would add a different slice.
+            # The distributed optimizer shards a gradient before the stages add up their gradients. A parameter is cut at the same places on
+            # every stage only if it has a bucket of its own. In another bucket each stage would add a different slice.
             parameter.shared_embedding = True
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -153,7 +153,7 @@ class DiffusionTransformer(LanguageModule):
         """Return hidden states [s, b, h], or on the last stage logits [m, v] or the values of terms.
 
         Args:
-            terms: what is asked of the logits at ``inputs.logit_positions``; None = the logits themselves.
+            terms: the terms to compute from the logits at ``inputs.logit_positions``; None = return the logits themselves.
         """
         condition = None if self.timestep_embedding is None else self.timestep_embedding(inputs.segment_timesteps)
         hidden = self.decoder(
@@ -192,7 +192,8 @@ class DiffusionTransformer(LanguageModule):
     def _head_inputs(self, hidden: Tensor, condition: Tensor | None, inputs: ModelInputs) -> Tensor:
         """Return the final norm with the final adaLN at ``logit_positions``, [m, h], from hidden states [s, b, h].
 
-        At other positions nobody asks for logits, which would cost the head's FLOPs and the memory of a vocabulary each.
+        Nobody needs the logits of other positions. Each of these positions would cost FLOPs of the head, and memory for one number per
+        token of the vocabulary.
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)

@@ -1,1 +1,1 @@
-"""What is trained: terms of the loss, weights and normalisers, and the sums that are logged."""
+"""Objectives, which say what is trained: terms of the loss, weights and normalisers, and the sums that are logged."""

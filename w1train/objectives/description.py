@@ -24,7 +24,7 @@ def block_size(config: Config) -> int:
 
 
 def samples_are_segments(config: Config) -> bool:
-    """Return whether all tokens of a sample are at one timestep, so that the sample's modulation needs no index."""
+    """Return whether all tokens of a sample are at one timestep, so that no index of segments is needed for the modulation."""
     diffusion = config.diffusion
     return num_streams(config) == 1 and (diffusion.timestep_per == "sequence" or noise_process(diffusion).is_causal)
 

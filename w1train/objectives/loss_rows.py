@@ -1,7 +1,7 @@
-"""What a loss knows about the rows of the model's output.
+"""The rows of the model's output that a loss is computed from, and what the loss knows about them.
 
-It is picked from a noisy batch before the model runs. Picking asks a GPU how many rows there are; asked after the forward pass, the host
-would wait for the model before it launches the backward pass.
+It is picked from a noisy batch before the model runs. To pick the rows, the host asks the GPU how many rows there are. If it asked after
+the forward pass, it would wait for the model before it launches the backward pass.
 
 Shapes: m = rows of the noisy stream, k = rows of the clean stream, b, l as in NoisyBatch.
 """
@@ -18,11 +18,11 @@ from w1train.diffusion.corruption import NoisyBatch
 
 @dataclass(slots=True)
 class LossRows:
-    """The rows that a loss is taken of: the noisy stream's, in the order of ``NoisyBatch.loss_mask`` flattened, and behind them the clean
-    stream's, in the order of ``NoisyBatch.next_mask``."""
+    """The rows that a loss is computed from: first the rows of the noisy stream, in the order of the flattened ``NoisyBatch.loss_mask``,
+    and then the rows of the clean stream, in the order of ``NoisyBatch.next_mask``."""
 
     targets: Tensor
-    """int64 [m + k], the right tokens."""
+    """int64 [m + k], the tokens that the rows should predict."""
     timesteps: Tensor
     """float32 [m], t of the targets."""
     weights: Tensor
@@ -30,19 +30,19 @@ class LossRows:
     num_masked: Tensor
     """int64 scalar: m."""
     num_tokens: Tensor
-    """int64 scalar: tokens that the objective is a likelihood of, in this draw predicted or not."""
+    """int64 scalar: the number of tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
 
     def of_noisy_stream(self, values: Tensor) -> Tensor:
-        """Return the noisy stream's part of what was computed of all rows, [m]."""
+        """Return the part of the noisy stream, [m], of values of all rows."""
         return values[: len(self.weights)]
 
     def of_clean_stream(self, values: Tensor) -> Tensor:
-        """Return the clean stream's part of what was computed of all rows, [k]."""
+        """Return the part of the clean stream, [k], of values of all rows."""
         return values[len(self.weights) :]
 
 
 def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
-    """Pick the rows of a batch; ``weights``: float32 [b, l], of the losses of all outputs."""
+    """Pick the rows of a batch. ``weights``, float32 [b, l], are the weights of the losses of all outputs."""
     where = noisy.loss_mask.nonzero(as_tuple=True)
     targets = noisy.targets[where]
     if noisy.next_mask is not None and noisy.next_targets is not None:

@@ -1,5 +1,5 @@
-"""Sums by name. Everything that is logged of a loss is made of sums, because only sums can be added over micro-batches and ranks: a mean of
-the ranks' means is another number whenever their counts differ."""
+"""Sums by name. Everything that is logged of a loss is made of sums, because only sums can be added over micro-batches and ranks: the mean
+of the ranks' means is wrong if the ranks have different counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NamedSums:
 
     @classmethod
     def pack(cls, sums: Mapping[str, Tensor], layout: Layout) -> Self:
-        """Return the sums in the order of the layout, which has the names of ``sums``."""
+        """Return the sums in one vector, in the order of the layout, whose names must be those of ``sums``."""
         assert sums.keys() == layout.keys(), (sorted(sums), sorted(layout))
         return cls(torch.cat([sums[name].double().reshape(-1) for name in layout]), layout)
 
@@ -48,5 +48,5 @@ def size_of(layout: Layout) -> int:
 
 
 def scalars_first(layout: Layout) -> Layout:
-    """Return the layout in its order, single numbers before arrays."""
+    """Return the layout in the same order, except that single numbers come before arrays."""
     return dict(sorted(layout.items(), key=lambda entry: entry[1] != ()))

@@ -14,7 +14,7 @@ from w1train.objectives.named_sums import Layout
 
 @dataclass(frozen=True, slots=True)
 class NextTokens:
-    """The sum of weight * -log p(next token) over the clean stream. With weight 0 no batch has rows for it."""
+    """The sum of weight * -log p(next token) over the clean stream. With weight 0 no batch has rows for this term."""
 
     weight: float
 

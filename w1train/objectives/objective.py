@@ -1,4 +1,5 @@
-"""What is trained, and what is logged of it, as named options: terms, the weight of each token and the normaliser.
+"""The objective that is trained, and the sums that are logged of it, from named options: terms, the weight of each token and the
+normaliser.
 
 Every quantity is (sum of a numerator) / (sum of a denominator) over the global batch: over micro-batches, data- and context-parallel ranks.
 """
@@ -25,10 +26,11 @@ from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight
 
 TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
     lambda config, num_t_bins: Denoising(noise_process(config), num_t_bins),
-    # Also with weight 0: a ring of ranks adds the numbers of a shorter vector in another order, which changes last bits of logged losses.
+    # The term is also there with weight 0. Without it the vector of sums would be shorter, a ring of ranks would add its numbers in another
+    # order, and last bits of logged losses would change.
     lambda config, num_t_bins: NextTokens(config.autoregressive_weight),
 )
-"""The terms, each made from (diffusion, intervals of t); None where the configuration does not ask for the term."""
+"""The terms, each made from (diffusion, intervals of t); the result is None if the configuration does not ask for the term."""
 
 NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked"}
 """The sum that the loss is divided by, for each value of diffusion.normalizer."""
@@ -54,7 +56,7 @@ class Objective:
         return self.weight(noisy, self.process)
 
     def loss(self, cross_entropy: Tensor, rows: LossRows) -> tuple[Tensor, NamedSums]:
-        """Return the weighted sum over a micro-batch, to be differentiated and not yet divided, and the sums to log.
+        """Return the weighted sum over a micro-batch, which is not divided yet and will be differentiated, and the sums to log.
 
         Args:
             cross_entropy: float32 [m + k], nats, of all rows.
@@ -78,6 +80,6 @@ def objective_of(config: DiffusionConfig, num_t_bins: int) -> Objective:
     """Return the objective that a configuration asks for. ``num_t_bins``: intervals of t for the loss by t."""
     process = noise_process(config)
     terms = tuple(term for make in TERMS if (term := make(config, num_t_bins)) is not None)
-    # Without noise there is no t to weigh by.
+    # Without noise there is no t on which a weight could depend.
     weight = elbo_weight if process.is_causal else WEIGHTS[config.weight]
     return Objective(process, terms, weight, NORMALIZERS[config.normalizer])

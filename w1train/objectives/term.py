@@ -12,7 +12,7 @@ from w1train.objectives.named_sums import Layout
 
 
 class Term(Protocol):
-    """A term: what it adds to the loss, the sums that it logs, and the metrics that it makes of them.
+    """A term of an objective: the part that it adds to the loss, the sums that it logs, and the metrics that it computes from them.
 
     Shapes: m = rows of the noisy stream, k = rows of the clean stream, as in LossRows.
     """
@@ -22,22 +22,22 @@ class Term(Protocol):
         """Names and shapes of the term's sums."""
 
     def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor | None:
-        """Return the weighted sum over a micro-batch, to be differentiated and not yet divided; None if the term has no rows.
+        """Return the weighted sum over a micro-batch, which is not divided yet and will be differentiated; None if the term has no rows.
 
         Args:
             cross_entropy: float32 [m + k], nats.
         """
 
     def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
-        """Return the sums of a micro-batch, in the shapes of ``layout``. No gradients are taken of them, and nothing may ask a GPU for a
-        value: the host would wait for the forward pass before it launches the backward pass.
+        """Return the sums of a micro-batch, in the shapes of ``layout``. They have no gradients. Nothing here may ask a GPU for a value,
+        because the host would then wait for the forward pass before it launches the backward pass.
 
         Args:
             cross_entropy: float32 [m + k], nats, detached.
         """
 
     def total(self, sums: Mapping[str, Any]) -> float:
-        """Return what the sums over the global batch say that the term adds to the loss, not yet divided."""
+        """Return the part that the term adds to the loss, from the sums over the global batch. It is not divided yet."""
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics of the global batch by the names that they have in records."""

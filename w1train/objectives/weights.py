@@ -1,6 +1,6 @@
 """The registered weights of a loss: what the cross-entropy of each noised token is multiplied by.
 
-A weight is computed of whole samples, before context parallelism takes them apart, so it may depend on all tokens of a sample.
+A weight is computed before context parallelism distributes the positions of a sample, so it may depend on all tokens of the sample.
 
 Shapes: b = samples, l = sequence_length.
 """
@@ -16,7 +16,7 @@ from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.process import NoiseProcess
 
 type Weight = Callable[[NoisyBatch, NoiseProcess], Tensor]
-"""(batch, process) -> float32 [b, l], at the outputs; only the values at ``loss_mask`` are used."""
+"""(batch, process) -> float32 [b, l], one weight for each output; only the weights at ``loss_mask`` are used."""
 
 
 def elbo_weight(noisy: NoisyBatch, process: NoiseProcess) -> Tensor:
@@ -25,7 +25,8 @@ def elbo_weight(noisy: NoisyBatch, process: NoiseProcess) -> Tensor:
 
 
 def _inverse_fraction(noisy: NoisyBatch, _process: NoiseProcess) -> Tensor:
-    """Return tokens / masked tokens of each target's segment: 1/t with the share that came about in the place of its expectation t."""
+    """Return tokens / masked tokens of each target's segment: this is 1/t with the share of tokens that were really masked in the place of
+    its expectation t."""
     segments = noisy.target_segments
     counts = torch.zeros((2, *segments.shape), device=segments.device)  # a segment's number is below l
     for count, chosen in zip(counts, (noisy.has_target, noisy.loss_mask), strict=True):

@@ -1,1 +1,1 @@
-"""The plan of a run, computed without a GPU: what it needs and how fast it can be."""
+"""The plan of a run, computed without a GPU: what the run needs, and how fast it can be."""

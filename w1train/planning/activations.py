@@ -39,7 +39,6 @@ class Kernels:
 
 
 CUDA_KERNELS = Kernels(fused_norm=True, fused_swiglu=True, fused_rotary=True)
-CPU_KERNELS = Kernels(fused_norm=False, fused_swiglu=False, fused_rotary=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,10 +288,10 @@ def logits_bytes(sizes: Sizes) -> int:
 def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, largest_parameter: int) -> int:
     """Return the largest number of bytes in use besides saved tensors, while one micro-batch runs.
 
-    The last stage holds the logits or their gradient in the run's precision besides the probabilities, or those of a chunk besides the
-    gradient of the head's input. A fully recomputed group holds its layers' activations again. The dense mask (a byte for each pair)
-    lives as long as its micro-batch. A stage's output waits for its gradient. The gradient of the largest parameter (``largest_parameter``
-    elements) exists in the run's precision before it is added to the fp32 buffer.
+    Besides the probabilities, the last stage holds the logits or their gradient in the run's precision. With a loss in chunks, it holds the
+    logits of a chunk, and the gradient of the head's input. A fully recomputed group holds its layers' activations again. The dense mask (a
+    byte for each pair) lives as long as its micro-batch. A stage's output waits for its gradient. The gradient of the largest parameter
+    (``largest_parameter`` elements) exists in the run's precision before it is added to the fp32 buffer.
     """
     logits = logits_bytes(sizes) if chunk.has_head else sizes.residual
     mask = sizes.samples * sizes.rows * sizes.keys if sizes.masked else 0

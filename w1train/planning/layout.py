@@ -32,7 +32,6 @@ class Chunk:
     """The part of the model that one rank runs between two sends."""
 
     pipeline_rank: int
-    virtual_stage: int
     first_layer: int
     num_layers: int
     has_embedding: bool
@@ -140,7 +139,6 @@ def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
     return [
         Chunk(
             pipeline_rank=pipeline_rank,
-            virtual_stage=number // layout.pipeline,
             first_layer=sum(layout.chunk_layers[:number]),
             num_layers=layout.chunk_layers[number],
             has_embedding=number == 0,
@@ -153,9 +151,9 @@ def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
 def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
     """Return how many micro-batches' activations each chunk of a rank holds at its peaks (1F1B; arXiv 2104.04473, section 2.2).
 
-    A rank first runs some forward passes, then forward and backward passes in turn. Rank p of P begins with P - p - 1 forward passes;
-    interleaved, with 2 (P - p - 1) + (V - 1) P. P micro-batches pass one chunk, then the next chunk; backward passes take the chunks in
-    the opposite order.
+    A rank first runs some forward passes, then forward and backward passes in turn. Rank p of P begins with P - p - 1 forward passes, or
+    with 2 (P - p - 1) + (V - 1) P forward passes if stages are interleaved. P micro-batches pass one chunk, then the next chunk; backward
+    passes take the chunks in the opposite order.
     """
     stages, virtual = layout.pipeline, layout.virtual_pipeline
     # Once the pipeline is full, the counts repeat with every P micro-batches.

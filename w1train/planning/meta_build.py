@@ -1,7 +1,7 @@
 """The build of a layout's ranks on meta tensors, in this process, over a process group that does not communicate.
 
-Ranks with equal tensor and pipeline coordinates build equal modules, so one of them is built. The groups of all ranks are checked
-against megatron-core's own rank generator.
+Ranks with equal tensor and pipeline coordinates build equal modules, so only one of these ranks is built. The groups of all ranks are
+checked against megatron-core's own rank generator.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class _Found:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole parameter: a split parameter has a part on each rank, a replicated one is whole on each rank."""
+        """Elements of the whole parameter: of a split parameter each rank has a part, and of a replicated parameter each rank has all
+        elements."""
         numels = list(self.by_tensor_rank.values())
         assert self.is_split or len(set(numels)) == 1, numels
         return sum(numels) if self.is_split else numels[0]

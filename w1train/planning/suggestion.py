@@ -13,7 +13,7 @@ from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
 def suggest_recomputation(plan: Plan) -> Plan | None:
     """Return the plan of the same run with the fastest recomputation that fits; None if no recomputation fits.
 
-    Groups of layers of every size cost the same time, so the plan with the least memory is taken among equally fast ones.
+    Groups of layers of every size cost the same time, so the plan with the least memory is taken among equally fast plans.
     """
     world_size = plan.layout.world_size
     fitting = [

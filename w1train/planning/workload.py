@@ -31,7 +31,7 @@ class Workload:
     segment_indexed: bool
     """True: an index gives each token's segment. False: segments are samples."""
     may_need_mask: bool
-    """Whether a micro-batch may need a dense mask: several documents, two streams, or samples cut short."""
+    """True: a micro-batch may need a dense mask, because it has several documents, two streams, or samples that were cut short."""
     block_spans: tuple[tuple[int, int], ...]
     """First position and end of each block; empty with one stream."""
 
@@ -51,7 +51,7 @@ class Workload:
 
     @property
     def is_masked(self) -> bool:
-        """Whether every micro-batch needs a mask."""
+        """Tell whether every micro-batch needs a mask."""
         return self.num_documents > 1 or self.num_streams > 1
 
 
@@ -67,7 +67,7 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     # Positions that have a next token in their document.
     num_next = length - num_documents if autoregressive or diffusion.autoregressive_weight > 0 else 0
     of_noisy = 0.0 if autoregressive else 1.0
-    # While a mask anneals, fewer pairs are visible than at its end; the pairs at the end are counted.
+    # While a mask anneals, fewer pairs are visible than at the end of the annealing. The pairs at the end are counted.
     annealed = diffusion.attention_annealing != "none"
     one_stream = document_pairs(length, document, causal=autoregressive)
     pairs = block_pairs(spans, document, diffusion) if has_clean_stream else one_stream
@@ -87,7 +87,7 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
 
 
 def document_pairs(length: int, document: int, *, causal: bool = False) -> int:
-    """Return the visible pairs inside documents: floor(L / d) d^2 + (L mod d)^2; causal, d (d + 1) / 2 instead of d^2."""
+    """Return the visible pairs inside documents: floor(L / d) d^2 + (L mod d)^2, with d (d + 1) / 2 instead of d^2 under a causal mask."""
     whole, rest = divmod(length, document)
     if causal:
         return whole * _triangle(document) + _triangle(rest)

@@ -108,7 +108,7 @@ def _backward_ranges(events: list[Any]) -> dict[tuple[int, int], str]:
 
 
 def _is_backward(event: Any) -> bool:
-    """Tell whether an event is autograd's. Both events that autograd has for a node show the number of the node's operator."""
+    """Tell whether an event belongs to autograd. Both events that autograd has for a node show the number of the node's operator."""
     return event.name.startswith("autograd::engine::evaluate_function") or event.scope == _BACKWARD_SCOPE
 
 

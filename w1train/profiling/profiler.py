@@ -66,7 +66,7 @@ class Profiler:
             self._running.end(write=error is None)
         self._marked.close()
         if self._steps and error is None:
-            logger.warning("profiling.steps: this start did not come to %s", ", ".join(map(str, sorted(self._steps))))
+            logger.warning("profiling.steps: this start did not reach %s", ", ".join(map(str, sorted(self._steps))))
 
     def step_begins(self, step: int, timer: StepTimer) -> None:
         """End the profile of the step before ``step``, and begin a profile of ``step`` if it is asked for. Writing a profile is not counted
@@ -83,7 +83,7 @@ class Profiler:
             timer.restart()
 
     def _bound_for_nsys(self, step: int) -> None:
-        """Mark the profiled steps as what nsys records with --capture-range=cudaProfilerApi."""
+        """Mark the profiled steps as the steps that nsys records with --capture-range=cudaProfilerApi."""
         steps = self.config.steps
         if not self._records and steps and min(steps) <= step <= max(steps):
             self._records = True

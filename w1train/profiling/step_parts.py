@@ -33,7 +33,7 @@ class PartClock:
 
     device: torch.device
     open_range: OpenRange
-    """Opens a range in the trace around each part that is counted."""
+    """A function that opens a range in the trace around each part that is counted."""
     _calls: dict[str, int] = field(default_factory=dict)
     _host: dict[str, HostStopwatch] = field(default_factory=dict)
     _gpu: dict[str, CudaStopwatch] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class PartClock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what is inside as this part."""
+        """Count the time inside the block as time of this part."""
         if self._is_inside:
             yield
             return

@@ -45,10 +45,10 @@ class HostStopwatch:
 
 class CudaStopwatch:
     """A stopwatch that records events on the model's stream. A collective that the stream waits for adds to the time. A collective that
-    runs beside the stream does not, so that overlapped communication counts only where it is not hidden.
+    runs beside the stream does not add to the time, so that overlapped communication counts only if it is not hidden.
 
-    Events are read after they have happened and are never waited for, because the host would lose its lead over the GPU. Communication at
-    the end of a step (the gathering of parameters) is counted in the next step where the GPU has not reached it yet.
+    Events are read after they have happened and are never waited for, because the host would then no longer be ahead of the GPU.
+    Communication at the end of a step (the gathering of parameters) is counted in the next step where the GPU has not reached it yet.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members
 
     Args:
         checkpoint: name of the average.
-        metric: the metric that decides which is better: the lower one.
+        metric: the metric that decides which checkpoint is better: lower is better.
         validation: scores of the average, as w1train.training.validation.validate returns them.
         members: scores of the members by step; at least the metrics in ``COLUMNS``.
     """

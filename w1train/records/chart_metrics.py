@@ -1,4 +1,4 @@
-"""The numbers of a record under the names that W&B and TensorBoard show: short ones, which read well in charts."""
+"""The numbers of a record under the names that W&B and TensorBoard show. The names are short, so that people can read them in charts."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _SAMPLE_CHARACTERS = 240
 
 
 class ConsoleSink(Sink):
-    """Shows the progress of a run to people."""
+    """The sink that shows the progress of a run to people."""
 
     def __init__(self, run: RecordedRun, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._is_broken = run, False
@@ -106,7 +106,7 @@ class ConsoleSink(Sink):
         except OSError as error:
             # The terminal is gone, the pipe is closed, or the log file's disk is full. The other sinks have the records.
             self._is_broken = True
-            logger.warning("standard output takes no more (%s): training goes on without it", error)
+            logger.warning("standard output accepts no more text (%s): training continues without it", error)
 
     def _render(self) -> Group:
         return Group(self._progress, self._metrics_line)
@@ -119,7 +119,7 @@ class _Console(Console):
 
 
 class _RemainingTime:
-    """The wall-clock time since the start, and until the end at the pace so far, which includes validation and checkpoints.
+    """The wall-clock time since the start, and the time until the end if the run keeps its pace, which includes validation and checkpoints.
 
     The pace is measured from the end of the first step, which is slower than the others (compilation, caches, allocator).
     """

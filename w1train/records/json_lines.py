@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLinesSink(Sink):
-    """Appends to the run directory's three files; metrics and samples are cut back when steps are done again."""
+    """The sink that appends to the run directory's three files. When steps are done again, it removes their metrics and samples first."""
 
     def __init__(self, run: RecordedRun) -> None:
         self._run = run
@@ -28,7 +28,7 @@ class JsonLinesSink(Sink):
         self._samples = self._files.enter_context(MetricsLog(directory.samples))
         self.go_back(self._run.last_kept_step)
         self._warn_of_missing_records()
-        # Never cut back: what happened, happened.
+        # This file is never cut back, because it tells what really happened.
         self._events = self._files.enter_context(MetricsLog(directory.events))
         self._warn_of_a_clock_that_was_set_back()
 
@@ -66,7 +66,7 @@ class JsonLinesSink(Sink):
         missing = [number for number in range(1, step + 1) if number not in recorded]
         if missing:
             logger.warning(
-                "%s has no records of %d of the %d steps before this start (step %d to %d): they are lost, or another run's",
+                "%s has no records of %d of the %d steps before this start (step %d to %d): they are lost, or belong to another run",
                 path,
                 len(missing),
                 step,

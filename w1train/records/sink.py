@@ -1,4 +1,4 @@
-"""What a sink is: a place that a run's records go to, one file each (JSON lines, W&B, TensorBoard, the console).
+"""The interface of a sink, a place that a run's records go to. Each sink has a file of its own: JSON lines, W&B, TensorBoard, the console.
 
 A new sink is a subclass of :class:`Sink` in a file of its own, and its name in ``SINKS`` (w1train/records/watch.py).
 """
@@ -31,16 +31,16 @@ class RecordedRun:
 
     @property
     def last_kept_step(self) -> int:
-        """The last step whose records this start keeps; it writes those of later steps again. -1 for a run that begins, which
-        writes records of step 0."""
+        """The last step whose records this start keeps, because it writes the records of later steps again. It is -1 for a run that begins,
+        which writes records of step 0."""
         return self.step if self.step > 0 else -1
 
 
 class Sink:
-    """A place that records go to. This class drops them all: a sink overrides what it has a use for.
+    """A place that records go to. This class drops all records: a sink overrides the methods for the records that it wants.
 
-    Every rank makes one, and rank 0 alone calls its other methods. What a sink raises ends the run, so that a sink that training can do
-    without catches the errors of its own library.
+    Every rank makes one sink of each kind, and only rank 0 calls the other methods. An exception that a sink raises ends the run. A sink
+    that training does not need therefore catches the errors of its own library.
     """
 
     def __init__(self, run: RecordedRun) -> None:
@@ -67,7 +67,7 @@ class Sink:
         """Forget the records of later steps than ``step``: the run does these steps again. Events stay."""
 
     def sync(self) -> None:
-        """Bring the records to the disk, before a checkpoint says that their steps are done. Called in any thread."""
+        """Bring the records to the disk, before a checkpoint says that their steps are done. Any thread may call this."""
 
     def close(self, *, failed: bool) -> None:
-        """End. ``failed``: an error ends the run. Also called if ``start`` has raised."""
+        """Stop writing. ``failed`` tells whether an error ends the run. This is also called if ``start`` has raised."""

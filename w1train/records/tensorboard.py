@@ -52,7 +52,7 @@ class TensorBoardSink(Sink):
         self._writer = SummaryWriter(str(self._directory), purge_step=first_step, flush_secs=10)
 
     def _sort_after_older_files(self) -> None:
-        """Give files whose names have a later time than now an earlier one.
+        """Rename files whose names have a time in the future, so that they have an earlier time.
 
         TensorBoard reads files in the order of their names, which begin with the time of day. After a clock was set back, it would read the
         steps that are done again before the steps that were undone, and show the latter.
@@ -82,7 +82,7 @@ class TensorBoardSink(Sink):
             self._writer.add_text(f"samples/{number}", text, sample["step"], walltime=self._time_of_day())
 
     def go_back(self, step: int) -> None:
-        """Begin another file, from which on TensorBoard shows the later steps anew."""
+        """Begin another file. TensorBoard shows the later steps from this file, and not from the files before it."""
         self._writer.close()
         self._open(step + 1)
 

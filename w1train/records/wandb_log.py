@@ -39,7 +39,7 @@ _MAX_TABLE_ROWS = 200
 
 
 class WandbSink(Sink):
-    """Sends records and samples to one W&B run."""
+    """The sink that sends records and samples to one W&B run."""
 
     def __init__(self, run: RecordedRun) -> None:
         self._recorded = run
@@ -55,11 +55,11 @@ class WandbSink(Sink):
 
     @property
     def is_active(self) -> bool:
-        """Whether W&B takes records: it was started, and has not failed."""
+        """Tell whether W&B takes records: it was started, and has not failed."""
         return self._run is not None
 
     def start(self) -> None:
-        """Start the W&B run, or continue the one whose id the run directory has. Its files go to ``wandb`` in the run directory."""
+        """Start a W&B run, or continue the W&B run whose id the run directory has. Its files go to ``wandb`` in the run directory."""
         mode = self._recorded.config.logging.wandb
         assert mode != "disabled", "SINKS has asked is_wanted"
         self._guarded("start", lambda: self._initialize(resolve_mode(mode)))
@@ -124,7 +124,8 @@ class WandbSink(Sink):
             config={**flatten(config), **versions},
             settings=settings,
         )
-        # A run that was killed after its last checkpoint repeats steps. W&B has records of these, and warns of each that is sent again.
+        # A run that was killed after its last checkpoint repeats steps. W&B has records of these steps, and would warn of each record that
+        # is sent again.
         self._first_step = self._run.step
         self._place = self._run.settings.sync_dir
         _log_place(self._run, mode, is_restart)
@@ -176,7 +177,7 @@ def _run_id(run_dir: Path) -> tuple[str, bool]:
 
 
 def _log_place(run: Any, mode: Mode, is_restart: bool) -> None:
-    """Tell the user where the W&B run is, and how to send one that is offline."""
+    """Tell the user where the W&B run is, and how to send an offline run to W&B later."""
     if mode == "online":
         logger.info("W&B %s run %s at %s", "continues" if is_restart else "starts", run.id, run.url)
         if run.step:

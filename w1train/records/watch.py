@@ -21,7 +21,7 @@ from w1train.runtime.distributed import Ranks
 from w1train.runtime.masking import mask
 
 SINKS: tuple[type[Sink], ...] = (JsonLinesSink, WandbSink, TensorBoardSink, ConsoleSink)
-"""All sinks that there are, in the order of their writes: the files that a resume reads come first."""
+"""All sinks, in the order in which they write: the files that a resume reads come first."""
 
 
 class Watch:
@@ -36,7 +36,8 @@ class Watch:
         self._time_of_day = SteadyTimeOfDay()
 
     def __enter__(self) -> Watch:
-        """Start the sinks, and send the event of this start to each of them before the next one starts. No file is touched before this."""
+        """Start the sinks, and send the event of this start to each sink before the next sink starts. No file is touched before this
+        call."""
         event = self._start_event() if self._sinks else {}
         with contextlib.ExitStack() as started:
             for sink in self._sinks:
@@ -65,20 +66,20 @@ class Watch:
             sink.record_samples(records)
 
     def event(self, name: str, **values: Any) -> None:
-        """Record what happened and is no measurement (a start, a checkpoint), at the run's current step unless ``values`` has another.
-        Passwords in ``values`` are masked."""
+        """Record an event, which is not a measurement (a start, a checkpoint), at the run's current step unless ``values`` has another
+        step. Passwords in ``values`` are masked."""
         event = self._event(name, values)
         for sink in self._sinks:
             sink.record_event(event)
 
     def go_back(self) -> None:
-        """Forget the records of later steps than the run's current one: they are done again."""
+        """Forget the records of steps after the run's current step, because the run does these steps again."""
         for sink in self._sinks:
             sink.go_back(self.progress.step)
         self.event("rewind")
 
     def sync(self) -> None:
-        """Bring the records to the disk, before a checkpoint says that their steps are done. Called in any thread."""
+        """Bring the records to the disk, before a checkpoint says that their steps are done. Any thread may call this."""
         for sink in self._sinks:
             sink.sync()
 

@@ -18,7 +18,7 @@ class Panel:
     pattern: str | None = None
     x: str = _BY_TOKENS
     log: bool = False
-    """Whether the vertical axis is logarithmic."""
+    """This flag tells whether the vertical axis is logarithmic."""
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ SECTIONS = (
             Panel(title="Mask ratio", metrics=("mask_ratio",)),
         ),
     ),
-    # By step: W&B does not know the number of tokens at the validation of step 0.
+    # The axis is the step, because W&B does not know the number of tokens at the validation of step 0.
     Section(
         name="Validation",
         panels=(

@@ -67,7 +67,8 @@ def linear_ticks(low: float, high: float, max_ticks: int, integer: bool = False)
     if integer:
         step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    # Rounded twelve digits behind the step's first digit: rounded at a fixed place, the ticks of very small numbers would all be 0.
+    # Ticks are rounded twelve digits behind the first digit of the step. If they were rounded at a fixed place, the ticks of very small
+    # numbers would all be 0.
     digits = max(12, 12 - math.floor(math.log10(step)))
     return [round(index * step, digits) for index in range(first, last + 1)]
 
@@ -121,7 +122,7 @@ def moving_average(ys: Values, window: int) -> list[float | None]:
 
 
 def bucket_means(xs: Sequence[float], ys: Values, max_points: int) -> tuple[list[float], list[float | None]]:
-    """Thin to ``max_points`` points at most: the mean x and the mean of the finite ys of groups of consecutive points."""
+    """Return at most ``max_points`` points: the mean x and the mean of the finite ys of groups of consecutive points."""
     size = math.ceil(len(xs) / max_points) or 1
     starts = range(0, len(xs), size)
     mean_xs = [_mean(xs[start : start + size]) for start in starts]

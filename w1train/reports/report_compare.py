@@ -14,7 +14,7 @@ from w1train.config.errors import UserError
 from w1train.reports.plot_data import Values, finite, moving_average, scientific
 from w1train.reports.report_metrics import WIDE, figure, smoothing_width
 from w1train.reports.report_page import page
-from w1train.reports.report_run import Run, median, read_run
+from w1train.reports.run_content import Run, median, read_run
 from w1train.reports.svg_chart import Chart, Line
 from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity
@@ -173,7 +173,7 @@ def _table(runs: Sequence[Run], rows: Sequence[tuple[str, list[tuple[str, str]]]
 
 
 def _learning(runs: Sequence[Run]) -> str:
-    """Return the charts of the losses, in bits per byte if all runs have those, else in nats per token."""
+    """Return the charts of the losses, in bits per byte if all runs have values in bits per byte, and otherwise in nats per token."""
     in_bits = all(finite(record.get("elbo_bits_per_byte") for record in [*run.train, *run.validation]) for run in runs)
     key, unit = ("elbo_bits_per_byte", "bits per byte") if in_bits else ("elbo", "nats per token")
     figures = [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from w1train.config.reading import is_number
 from w1train.reports.plot_data import Values, finite, moving_average
-from w1train.reports.report_run import Run
+from w1train.reports.run_content import Run
 from w1train.reports.svg_chart import Chart, Event, Line
 
 NARROW, WIDE = 350, 920
@@ -131,7 +131,7 @@ def figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> 
     """Return a chart with its caption.
 
     Args:
-        wide: width of a second drawing for wide screens; None = the narrow one on every screen.
+        wide: width of a second drawing for wide screens; None = the narrow drawing is shown on every screen.
     """
     caption = f'<figcaption><b>{html.escape(title)}</b><span class="value">{html.escape(value)}</span></figcaption>'
     if wide is None:

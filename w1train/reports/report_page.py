@@ -120,7 +120,7 @@ for (const svg of document.querySelectorAll('svg[data-hover]')) {
 
 
 def page(title: str, body: str) -> str:
-    """Return the whole document. Its policy forbids the browser to fetch anything, in case a sample escapes the escaping."""
+    """Return the whole document. Its policy forbids the browser to fetch anything, in case a part of a sample is not escaped."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

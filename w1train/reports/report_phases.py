@@ -16,7 +16,7 @@ _NUM_STEPS = 5
 
 
 class HasRecords(Protocol):
-    """The part of w1train.reports.report_run.Run that this module reads."""
+    """The part of w1train.reports.run_content.Run that this module reads."""
 
     train: list[Record]
     validation: list[Record]

@@ -24,7 +24,7 @@ from w1train.reports.report_metrics import (
 )
 from w1train.reports.report_page import page
 from w1train.reports.report_phases import phases_table, stage_starts
-from w1train.reports.report_run import Record, Run, median, read_run
+from w1train.reports.run_content import Record, Run, median, read_run
 from w1train.reports.svg_chart import Chart, Line, heat_map, heat_range
 from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity
@@ -35,7 +35,8 @@ _MAX_HEAT_COLUMNS = 60
 
 
 def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
-    """Write ``run_dir/report.html``, and return its path. A torn last line of metrics.jsonl is left out: training may be writing it.
+    """Write ``run_dir/report.html``, and return its path. A torn last line of metrics.jsonl is left out, because training may be writing
+    this line.
 
     Args:
         other: a run whose validation is drawn beside the run's.

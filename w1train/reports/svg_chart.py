@@ -78,7 +78,7 @@ class Chart:
     events: Sequence[Event] = ()
     """A restart is a line, a checkpoint a tick on the axis, a skipped step a cross at the top."""
     format: Callable[[float], str] = "{:.4g}".format
-    """Returns the text of the value under the pointer."""
+    """A function that returns the text of the value under the pointer."""
     hover_names: Sequence[str] = ()
     """The names of the curves, if the value of every curve is shown under the pointer; otherwise the last curve's is shown alone."""
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 
 
 def in_background[Result](action: Callable[[], Result], name: str) -> Future[Result]:
-    """Do ``action`` in a thread of this name, and return a future that gets its result or its exception. The thread does not keep alive a
-    process that has to end."""
+    """Do ``action`` in a thread of this name, and return a future that gets its result or its exception. The thread does not prevent the
+    process from ending."""
     future: Future[Result] = Future()
 
     def run() -> None:

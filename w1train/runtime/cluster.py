@@ -1,7 +1,7 @@
 """The rank of this process on a cluster, found from Slurm where no launcher has set it.
 
 torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets. Under plain
-`srun`, one task a rank, they are made here from Slurm's variables. This module does not need torch.
+`srun`, where each task is a rank, this module makes them from Slurm's variables. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FIRST_PORT, _NUM_PORTS = 12_000, 20_000
 def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str | None:
     """Set torch.distributed's variables from Slurm's, if this process is one of several tasks that `srun` started.
 
-    Variables that are set already stay: torchrun's, or the user's MASTER_ADDR and MASTER_PORT.
+    Variables that are set already stay: those of torchrun, or MASTER_ADDR and MASTER_PORT of the user.
 
     A process that was started in a shell of `sbatch` or `salloc`, without `srun`, is alone. Slurm's variables describe the whole allocation
     there (SLURM_NTASKS=16, SLURM_PROCID=0), and a rank 0 of 16 would wait for fifteen ranks that nobody starts. Slurm's variables of a
@@ -49,7 +49,7 @@ def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str |
     environment.update(
         RANK=str(rank), WORLD_SIZE=str(num_tasks), LOCAL_RANK=environment["SLURM_LOCALID"], LOCAL_WORLD_SIZE=str(per_node[node])
     )
-    # One node needs no name service, which is the first thing to be missing in a container.
+    # On one node no name service is needed, and in a container it is often missing.
     address = "127.0.0.1" if len(per_node) == 1 else first_host(environment["SLURM_STEP_NODELIST"])
     environment.setdefault("MASTER_ADDR", address)
     environment.setdefault("MASTER_PORT", str(rendezvous_port(environment)))

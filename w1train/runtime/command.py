@@ -50,7 +50,7 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
 
 def prepare_streams() -> None:
     """Make standard output and error accept every text. In place of a stream that the caller has closed, /dev/null is opened: otherwise the
-    next file that is opened would get the stream's descriptor, and what is printed."""
+    next file that is opened would get the stream's descriptor, and would get the printed text."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -1,9 +1,9 @@
-"""Process groups, torch.distributed's from torchrun's environment and megatron-core's for the layout, and errors that all ranks share."""
+"""Process groups (those of torch.distributed from torchrun's environment, and those of megatron-core for the layout), and errors that all
+ranks share."""
 
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +18,6 @@ from w1train.config.schema import ParallelConfig
 from w1train.runtime.device import select_device
 from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
 from w1train.runtime.rendezvous import store_of_this_start
-
-logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -36,7 +34,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes configuration, summary, report and the console."""
+        """Tell whether this is rank 0, which writes configuration, summary, report and the console."""
         return self.rank == 0
 
 
@@ -57,7 +55,7 @@ def distributed(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTI
 
 
 def initialize_process_group(device: torch.device, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
-    """Make the default group: NCCL for CUDA tensors and gloo for CPU ones; gloo alone without CUDA.
+    """Make the default group: NCCL for CUDA tensors and gloo for CPU tensors, or only gloo without CUDA.
 
     Raises:
         ConnectionError: the ranks have not met within the timeout.
@@ -134,8 +132,8 @@ _LOST_CONNECTION = (
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Tell whether a collective failed because another rank has ended. Libraries show this in the text of the error alone. NCCL often
-    raises nothing; the remaining ranks then wait until the launcher or their watchdog ends them."""
+    """Tell whether a collective failed because another rank has ended. Libraries show this only in the text of the error. NCCL often raises
+    no error. The remaining ranks then wait until the launcher or their watchdog ends them."""
     return any(words in str(error) for words in _LOST_CONNECTION)
 
 

@@ -14,7 +14,7 @@ class ExitStatus(IntEnum):
     MISTAKE = 2
     """A mistake of the user, in the configuration or the data. The same command would fail again."""
     RUNNING = 3
-    """The run has not ended. Used by w1train.status alone."""
+    """The run has not ended. Only w1train.status uses this status."""
     STOPPED = 75
     """A signal ended the run after a save. The same command resumes (EX_TEMPFAIL of sysexits.h: schedulers requeue such a job)."""
     INTERRUPTED = 130

@@ -23,8 +23,8 @@ write, and such files do not accumulate."""
 
 
 class UnsafeFileError(OSError):
-    """An error about a name at which w1train would write, but which holds something other than a file of that name alone. The message says
-    what to do."""
+    """An error about a name to which w1train would write, but which is not the single name of a regular file. The message says what to
+    do."""
 
 
 def open_new(path: str | Path) -> BinaryIO:
@@ -98,8 +98,8 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold the lock of ``path`` (a file beside it). Of several processes on a machine that would make the same file, one makes it, and the
-    others wait. The kernel frees the lock of a process that ends, however it ends.
+    """Hold the lock of ``path`` (a file beside it). If several processes on a machine want to make the same file, one of them makes it, and
+    the others wait. The kernel frees the lock of a process that ends, however it ends.
 
     Raises:
         OSError: the file system has no locks.

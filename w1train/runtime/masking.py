@@ -1,4 +1,4 @@
-"""Masks for the passwords of URLs in all that a process shows: in its log, in exceptions of libraries, in what it prints.
+"""Masks for the passwords of URLs in everything that a process shows: its log, exceptions of libraries, and printed text.
 
 Most texts quote the whole URL, and the password is found by the URL's form. Some storage libraries quote a piece of the URL. The passwords
 of the command line, the environment and the configuration are therefore remembered, and found anywhere in a text.
@@ -29,8 +29,8 @@ def remember_passwords(texts: Iterable[str]) -> None:
 
 def mask(text: str) -> str:
     """Return the text without passwords of URLs, and without remembered passwords. Where a remembered password stands alone, it is masked
-    if it has at least 8 characters and is not a plain word (up to 15 letters, all but the first small); between ``:`` and ``@`` it is
-    always masked."""
+    if it has at least 8 characters and is not a plain word (up to 15 letters, of which only the first may be a capital); between ``:`` and
+    ``@`` it is always masked."""
     text = mask_urls(text)
     # The longest password first: a shorter one may be its beginning.
     for password in sorted(_passwords, key=len, reverse=True):

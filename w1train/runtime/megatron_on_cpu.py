@@ -125,7 +125,7 @@ def _redirect_tensor_methods() -> None:
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
     def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):  # the device is the first argument, or given by name
+        if args and _is_cuda(args[0]):  # the device is the first argument, or is given by its name
             args = ("cpu", *args[1:])
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
@@ -150,7 +150,7 @@ def _redirect_cuda_module() -> None:
         yield
 
     def returning(value: Any) -> Callable[..., Any]:
-        # A new function each time: torch.compile refuses one object under two names.
+        # Each call makes a new function, because torch.compile refuses the same object under two names.
         return lambda *_args, **_kwargs: value
 
     stream = _NullStream()
@@ -225,6 +225,7 @@ def unless_alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_alone(group: Any) -> bool:
-    """Return whether a group (None = the world) has one rank. False where this rank is not a member, and before there are groups."""
+    """Return whether a group (None = the world) has one rank. The answer is False if this rank is not a member, and before there are
+    groups."""
     group = group or torch.distributed.group.WORLD
     return isinstance(group, torch.distributed.ProcessGroup) and group.size() == 1

@@ -1,4 +1,4 @@
-"""Everything that watches a rank's run: status.json, heartbeats, signals and the watchdog."""
+"""The parts that watch a rank's run: status.json, heartbeats, signals and the watchdog."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATES: dict[str, State] = {STARTING: "starting", SAVING: "saving", VALIDATING:
 
 @contextmanager
 def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator[StatusFile]:
-    """Watch a run from the claim of its directory, which rank 0 holds, to its end. Called on every rank. If an exception ends the
+    """Watch a run from the claim of its directory, which rank 0 holds, to its end. Every rank calls this. If an exception ends the
     block, its text becomes the status's message. After an end without an exception the caller updates the status: the run is finished or
     stopped."""
     status = StatusFile(directory, ranks.world_size, active=ranks.is_main)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 retry_seconds = 1.0
-"""Seconds before the second attempt; the time doubles before each further one. Tests set it to 0."""
+"""Seconds before the second attempt; the time doubles before each further attempt. Tests set it to 0."""
 CHUNK_BYTES = 16 << 20
 
 _REFUSALS = (401, 403)
@@ -52,10 +52,11 @@ class _LocalError(Exception):
 
 
 def require_protocol(key: str, url: str) -> None:
-    """Check that fsspec knows the protocol of a URL and finds its package. Opens no connection.
+    """Check that fsspec knows the protocol of a URL and finds its package. This opens no connection.
 
     Raises:
-        UserError: naming ``key``, the key of the configuration that has the URL.
+        UserError: fsspec does not know the protocol, or the package is missing. The message names ``key``, the configuration key of the
+            URL.
     """
     import fsspec
 
@@ -150,10 +151,10 @@ class ObjectStorage:
         on_progress()
 
     def download(self, path: str, file: BinaryIO, num_bytes: int) -> None:
-        """Copy a file of ``num_bytes`` bytes into an open local one, and never more than that.
+        """Copy a file of ``num_bytes`` bytes into an open local file, and never write more bytes.
 
         Raises:
-            WrongSizeError: another number of bytes came, or the storage says that the file has another.
+            WrongSizeError: another number of bytes arrived, or the storage says that the file has another size.
             OSError: the local file could not be written.
         """
         if (size := self.info(path)["size"]) != num_bytes:

@@ -1,5 +1,5 @@
-"""The activity and progress of this process: one record a process, written by the training loop, read by the watchdog's thread
-(w1train.runtime.watchdog) and shown in status.json.
+"""The activity and progress of this process: a single record, which the training loop writes and the watchdog's thread
+(w1train.runtime.watchdog) reads, and which status.json shows.
 
 The record is a global of the process, as signals are. Code that computes something (a micro-batch, a pass of the sampler) calls
 :func:`beat`, and needs no object for it. Without a watchdog nobody reads the record.
@@ -34,7 +34,7 @@ class Pulse:
     transfers: list[str] = field(default_factory=list)
     """The files that threads of this process read or write now, for the message of a hang."""
     stop_requested: bool = False
-    """Whether a signal asks the run to end after the current step."""
+    """This flag tells whether a signal asks the run to end after the current step."""
     observer: Callable[[], None] | None = None
     """A function that is called at each sign of progress."""
 

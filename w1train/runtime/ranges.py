@@ -17,7 +17,7 @@ KernelGroup = Literal["attention", "norm and modulation", "rotary and SwiGLU", "
 """What kernels compute."""
 
 OpenRange = Callable[[str], AbstractContextManager[Any]]
-"""Opens a range of a name in what a listener records."""
+"""A function that opens a range of a name in the records of a listener."""
 
 
 class Ranges[Name: str]:

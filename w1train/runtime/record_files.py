@@ -105,8 +105,8 @@ class MetricsLog:
             return None
 
     def sync(self) -> None:
-        """Wait until everything is on disk. Called before a checkpoint becomes visible: a power cut could otherwise keep the checkpoint and
-        lose the records before it, and a resume would not write them again."""
+        """Wait until everything is on disk. This is called before a checkpoint becomes visible. Otherwise a power cut could keep the
+        checkpoint and lose the records before it, and a resume would not write them again."""
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> int:
@@ -144,7 +144,7 @@ class MetricsLog:
         self.close()
 
     def _drop_torn_tail(self) -> None:
-        """Make the file end in a newline: cut a torn last line, complete one that lacks only its newline."""
+        """Make the file end in a newline: cut a torn last line, or complete a last line that lacks only its newline."""
         with open_in_place(self.path, "r+b") as file:
             start, tail = _last_line(file)
             if not tail or tail.endswith(b"\n"):

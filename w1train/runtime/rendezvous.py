@@ -37,7 +37,7 @@ def name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: t
     uses the name only after rank 0 has seen that all ranks agree.
 
     Raises:
-        TimeoutError: not all ranks came.
+        TimeoutError: a rank did not come in time.
     """
     names = _Names(store, rank, world_size)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -60,7 +60,7 @@ class _Names:
         self._store.set(self._hellos[rank], self._hello)
 
     def offer(self) -> str | None:
-        """Publish a name, on rank 0, that is made from all hellos. Return the name when all ranks have answered with it."""
+        """Publish a name that is made from all hellos. Only rank 0 calls this. Return the name when all ranks have answered with it."""
         hellos = self._read(self._hellos)
         if hellos is None:
             return None
@@ -74,7 +74,8 @@ class _Names:
         return name
 
     def accept(self) -> str | None:
-        """Answer an offer, on the other ranks, that was made with this process's hello. Return the name when rank 0 has settled it."""
+        """Answer an offer of rank 0 that was made with this process's hello. All other ranks call this. Return the name when rank 0 has
+        confirmed it."""
         found = self._read(["offer"])
         name, hellos = json.loads(found[0]) if found else ("", [])
         if self._hello not in hellos:

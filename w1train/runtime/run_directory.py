@@ -1,4 +1,4 @@
-"""The run directory: everything a run writes, held by one process group at a time."""
+"""The run directory, which holds everything that a run writes. Only one process group may use it at a time."""
 
 from __future__ import annotations
 

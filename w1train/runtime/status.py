@@ -96,7 +96,7 @@ class StatusFile:
 
     @property
     def is_held(self) -> bool:
-        """Whether the run had finished before this start, and this start has written nothing yet, on any rank."""
+        """Tell whether the run had finished before this start, and this start leaves the status file as it is. All ranks know this."""
         return self._held
 
 

@@ -30,7 +30,7 @@ class StopSignals:
         self.name = ""
         """The name of the first signal."""
         self.is_urgent = False
-        """Whether a later signal has asked again."""
+        """This flag tells whether a later signal has asked again."""
 
     def __enter__(self) -> StopSignals:
         self._read, self._write = os.pipe()
@@ -54,8 +54,8 @@ class StopSignals:
         self._owner = -1
 
     def wait(self, seconds: float) -> None:
-        """Wait until a signal comes or :meth:`wake` is called, for ``seconds`` at most, and note the signal. Called in a thread other than
-        the main thread."""
+        """Wait until a signal comes or :meth:`wake` is called, for ``seconds`` at most, and note the signal. A thread other than the main
+        thread calls this."""
         ready, _, _ = select.select([self._read], [], [], seconds)
         for number in os.read(self._read, 256) if ready else b"":
             if number in STOP_SIGNALS:

@@ -76,7 +76,7 @@ class Movement:
 
 
 def agree(values: list[int]) -> list[int]:
-    """Return the largest of each value over all ranks, through host memory. Called on every rank."""
+    """Return the largest of each value over all ranks, through host memory. Every rank calls this."""
     tensor = torch.tensor(values)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()

@@ -180,7 +180,7 @@ class Watchdog:
 
 
 def put_stacks_aside(directory: Path) -> None:
-    """Rename the stacks of an earlier start, so that they stay readable and are not taken for this start's. Called on rank 0, before any
+    """Rename the stacks of an earlier start, so that they stay readable and are not taken for this start's. Rank 0 calls this before any
     rank's watchdog starts."""
     stacks, previous = directory / STACKS, directory / f"{STACKS}.previous"
     if stacks.is_dir():

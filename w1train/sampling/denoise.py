@@ -1,15 +1,17 @@
 """Generation by iterative denoising (LLaDA, arXiv 2502.09992, algorithms 4 and 5; block diffusion, arXiv 2503.09573).
 
 A canvas starts as the prompt followed by mask tokens, and the canvas has a second tensor that says which positions are still open. Each
-step predicts the token of every open position in the current block. It keeps some of the predictions: a planned number of the most
-confident or of random ones, or all that are confident enough (threshold decoding). The other positions stay open. Blocks are filled from
-left to right.
+step predicts the token of every open position in the current block. It keeps some of the predictions: a planned number of predictions (the
+most confident, or random ones), or all predictions that are confident enough (threshold decoding). The other positions stay open. Blocks
+are filled from left to right.
 
 A model of masked diffusion reads the whole canvas at each step. Its blocks begin after the prompt; with one block as long as the
-generation, sampling is diffusion without an order of blocks. Every token sees every other, so no keys or values can be kept between steps.
+generation, sampling is diffusion without an order of blocks. Every token sees every other token, so no keys or values can be kept between
+steps.
 
 A model of block diffusion reads the current block alone, with the keys and values that it has kept of the finished blocks. Its blocks are
-counted from the start of the text, as in training: the first block may begin with the last tokens of the prompt, the last may be short.
+counted from the start of the text, as in training: the first block may begin with the last tokens of the prompt, and the last block may be
+short.
 
 The t given to the model is the share of open positions among the tokens that share a t in training: the whole sequence, prompt and later
 blocks included, or the current block. In training t is the probability with which *every* such token is masked, so m masked tokens of
@@ -49,7 +51,7 @@ class BlockPredict(Protocol):
 
     @property
     def block_size(self) -> int:
-        """How many tokens a block had in training."""
+        """The number of tokens that a block had in training."""
 
     def start(self, length: int, block_size: int) -> None:
         """Start a new batch, of rows of ``length`` tokens."""
@@ -91,7 +93,8 @@ class Generation:
 
     prompts: list[list[int]]
     completions: Tensor
-    """int64 [number of prompts, g], on the CPU. Tokens after an EOS are kept; blocks that were skipped after one are all EOS."""
+    """int64 [number of prompts, g], on the CPU. Tokens after an EOS are kept; blocks that were skipped after an EOS hold only EOS
+    tokens."""
     num_forward_passes: list[int]
     """Passes that each prompt needed: denoising steps, and with block diffusion passes that encode the prompt and finished blocks."""
     eos_token_id: int
@@ -127,16 +130,16 @@ def generate(
 ) -> Generation:
     """Complete each prompt with ``config.num_tokens`` tokens.
 
-    Prompts of equal length run as one batch, and batches run one after the other. The model therefore never sees padding, and the positions
-    of a prompt do not depend on other prompts. Nor does its noise, which depends on config.seed and on its place in ``prompts``.
+    Prompts of equal length run as one batch, and batches run one after the other. The model therefore never sees padding. Neither the
+    positions of a prompt nor its noise depend on other prompts: the noise depends on config.seed and on the prompt's place in ``prompts``.
 
     Args:
         model: its logits may be -inf at the mask token or not; the mask token is never generated.
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
-        config: all fields but interval and prompts are used, num_steps only without a threshold.
+        config: all fields except interval and prompts are used; num_steps is used only without a threshold.
         device: where the model takes its tokens.
         vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
-            None = every id of the model but the mask token may be generated.
+            None = every id of the model except the mask token may be generated.
         on_step: called after every step of every batch.
 
     Returns:
@@ -197,7 +200,7 @@ class _WholeCanvas:
     """Logits of a masked-diffusion model, from a pass over the whole canvas at each step."""
 
     stops_at_eos = False
-    """A completion is generated to its end, as by LLaDA's generate."""
+    """False: a completion is generated to its end, as in LLaDA's generate. True: it ends with the block that has its first EOS."""
 
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
@@ -224,7 +227,8 @@ class _Blocks:
         model.start(canvas.shape[1], config.block_size or model.block_size)
 
     def enter(self, canvas: Tensor, start: int) -> int:
-        """Let the model keep what is finished before ``start``: at first whole blocks of the prompt, later the previous block."""
+        """Let the model keep the keys and values of the tokens before ``start`` that it does not have yet: first the whole blocks of the
+        prompt, later the block that was just finished."""
         if start == self._num_finished:
             return 0
         self._model.append(canvas[:, self._num_finished : start].clone())
@@ -338,7 +342,7 @@ def _say_what_differs(config: SamplingConfig, plans: list[list[PlannedBlock]], t
         if total < config.num_steps:
             logger.info("%d of %d denoising steps have no token left to unmask and are skipped", config.num_steps - total, config.num_steps)
         elif total > config.num_steps:
-            logger.info("%d denoising steps instead of %d: blocks that prompt or end cut short take whole steps", total, config.num_steps)
+            logger.info("%d denoising steps instead of %d: steps are rounded up in blocks that are cut short", total, config.num_steps)
 
 
 @cache

@@ -26,7 +26,7 @@ def visible(text: str) -> str:
 
 
 def print_samples(console: Console, samples: list[TextSample]) -> None:
-    """Print each prompt with its completion, and a blank line between samples. Elsewhere than on a terminal, no character is changed."""
+    """Print each prompt with its completion, and a blank line between samples. If the output is not a terminal, no character is changed."""
     for place, sample in enumerate(samples):
         if place > 0:
             console.print()

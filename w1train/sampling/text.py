@@ -1,4 +1,4 @@
-"""Sampling from texts to texts, with a tokenizer. Training and w1train.sample use it."""
+"""Sampling of texts as completions of texts, with a tokenizer. Training and w1train.sample use it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Unmasking:
         """
         Args:
             rows: the place of each row's prompt, which seeds its random numbers.
-            vocab_size: ids from this number on are never chosen; None = every id but the mask token may be.
+            vocab_size: ids from this number on are never chosen; None = every id except the mask token may be chosen.
         """
         self._config, self._mask_token_id, self._vocab_size = config, mask_token_id, vocab_size
         self._generators = [_row_generator(config.seed, row, torch.device(device)) for row in rows]
@@ -38,7 +38,7 @@ class Unmasking:
             tokens: int64 [b, w].
             is_open: bool [b, w], positions whose token is not decided yet.
             logits: [b, w, v].
-            num_unmasked: how many tokens of each row are decided; None = those that sampling.threshold lets through, at least one.
+            num_unmasked: how many tokens of each row are decided; None = all tokens above sampling.threshold, and at least one token.
 
         Returns:
             ``tokens`` and ``is_open`` after the step. Decided tokens are never changed.
@@ -109,7 +109,7 @@ def above_threshold(confidence: Tensor, threshold: float) -> Tensor:
 
 
 def highest(order: Tensor, num: int) -> Tensor:
-    """Return which are the ``num`` highest of each row of [b, n], bool [b, n]. Of equal numbers the first count."""
+    """Return True for the ``num`` highest numbers of each row of [b, n], bool [b, n]. Of equal numbers, the first are chosen."""
     # The sort is stable, because topk may order equal numbers differently on another device or in another batch size.
     places = order.sort(dim=1, descending=True, stable=True).indices[:, :num]
     return torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, places, True)

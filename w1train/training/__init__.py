@@ -1,1 +1,1 @@
-"""Training: the loop and what it stands on."""
+"""Training: the loop, and the parts that it calls."""

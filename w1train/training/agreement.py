@@ -1,5 +1,5 @@
-"""What all ranks must decide alike between two steps, from what each of them knows alone: a signal may reach one rank only. The exchange
-is one small all-reduce a step, over gloo."""
+"""The agreement of all ranks between two steps about a signal that asks for the end, because a signal may reach only one rank. The exchange
+is a small all-reduce over gloo in each step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch.distributed as dist
 
 
 class Agreement:
-    """An exchange that is under way: it travels while the rank does other work."""
+    """An exchange that is under way while the rank does other work."""
 
     def __init__(self, stop_requested: bool) -> None:
-        """Send whether a signal asks this rank for the end. Called on every rank at the same place.
+        """Send whether a signal asks this rank for the end. Every rank calls this at the same place.
 
         Raises:
             RuntimeError: the connection to another rank is lost.
         """
         self._votes = torch.tensor([stop_requested], dtype=torch.int32)
-        # A CPU tensor goes over gloo: reading the answer then waits for no kernel.
+        # A CPU tensor is sent over gloo, so that a rank that reads the answer does not wait for a kernel.
         self._work = dist.all_reduce(self._votes, op=dist.ReduceOp.MAX, async_op=True)
 
     def wait(self) -> bool:

@@ -27,14 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointLoader:
-    """Loads the checkpoints of one run. Every method is called on every rank."""
+    """The loader of one run's checkpoints. Every rank calls each of its methods."""
 
     def __init__(self, config: Config, run: RunDirectory, model: TrainedModel, data: TrainingData) -> None:
         self._config, self._run, self._model, self._data = config, run, model, data
         self._num_rewinds = 0
 
     def load(self, step: int | None) -> Progress:
-        """Load model and optimizer from the checkpoint of ``step``, and return how far the run was. None = begin.
+        """Load model and optimizer from the checkpoint of ``step``, and return how far the run was. With None the run begins, and nothing
+        is loaded.
 
         Raises:
             UserError: on every rank; the checkpoint is of another step than its name says.
@@ -53,8 +54,8 @@ class CheckpointLoader:
         return progress
 
     def go_back(self, progress: Progress, error: FloatingPointError) -> None:
-        """Load the newest good checkpoint, in the hope that a fault of the machine was the cause of ``error``. ``progress``, the run's, is
-        changed in place: other objects count the run's steps by it.
+        """Load the newest good checkpoint, in the hope that a fault of the machine was the cause of ``error``. ``progress`` is the run's
+        own object, and is changed in place, because other objects read the run's step from it.
 
         Raises:
             FloatingPointError: ``error``, if there is no checkpoint, or the run may not go back any more.
@@ -66,7 +67,7 @@ class CheckpointLoader:
         self._num_rewinds += 1
         times = f"{self._num_rewinds} of {health.max_rewinds} times"
         logger.warning("%s. Going back to the checkpoint of step %d (%s)", error, step, times)
-        # A later damaged checkpoint would count among the newest, and good checkpoints would be removed for it.
+        # A later damaged checkpoint would count as one of the newest checkpoints, and a good checkpoint would be removed in its place.
         on_main_rank(partial(set_aside_damaged, self._run.checkpoints, step))
         self._model.gather_parameters()
         loaded = self.load(step)
@@ -84,12 +85,12 @@ class CheckpointLoader:
 
 
 def prepare_resume(config: Config, run: RunDirectory, step: int | None) -> None:
-    """Compare the configuration with that of the checkpoint of ``step``, before anything is built, and write the new configuration. Rank 0
-    only.
+    """Compare the configuration with that of the checkpoint of ``step``, before anything is built, and write the new configuration. Only
+    rank 0 calls this.
 
     Raises:
         ConfigurationError: a value differs that must not change between the checkpoint and the resumed run.
-        CheckpointError: the checkpoint's configuration is not the one that was saved.
+        CheckpointError: the checkpoint's configuration has changed since it was saved.
     """
     if step is not None:
         checkpoint = step_path(run.checkpoints, step)

@@ -1,6 +1,6 @@
 """Forward pass and loss of the micro-batches, in the form in which megatron-core's schedules call them.
 
-Shapes: m = rows that a loss is taken of, as in w1train.objectives.loss_rows.LossRows.
+Shapes: m = rows that have a loss, as in w1train.objectives.loss_rows.LossRows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StepWork:
     num_logits: int
     num_segments: int
     context_balance: float
-    """Maximum / mean of visible pairs over context-parallel ranks, averaged over micro-batches."""
+    """The largest number of visible pairs of a context-parallel rank, divided by the mean over ranks; averaged over micro-batches."""
 
 
 _NUM_WORK = 6
@@ -81,7 +81,7 @@ def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.
 
 def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
     """Return an iterator over all micro-batches for each chunk of a virtual pipeline. The chunks share each micro-batch's visibility and
-    plan of attention. itertools.tee would keep up to 57 items that every chunk has had, whose masks would fill the GPU."""
+    plan of attention. itertools.tee would keep up to 57 items that all chunks have used already, and their masks would fill the GPU."""
     waiting: list[deque[Prepared]] = [deque() for _ in range(num_chunks)]
 
     def draw(own: deque[Prepared]) -> Iterator[Prepared]:
@@ -102,7 +102,7 @@ def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
 
     Corruption, visibility, the plan of attention and the choice of loss rows ask the GPU for sizes (of segments, of masked tokens, of
     tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would then wait for the
-    host. On a stream of their own they wait for nothing but themselves.
+    host. On a stream of their own they do not wait for other work.
     """
     if not torch.cuda.is_available():
         return _prepare(next(batches), config)
@@ -125,7 +125,7 @@ def _input_stream() -> torch.cuda.Stream:
 @step_part("forward")
 @kernel_group("loss and head")
 def _loss(config: Config, inputs: RankInputs, work: Tensor, terms: tuple[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what megatron-core's schedule expects: the sum to differentiate, its denominator, and what is kept.
+    """Return what megatron-core's schedule expects: the sum to differentiate, its denominator, and the values to keep.
 
     Args:
         terms: the cross-entropy alone, float32 [m], at the rows of ``inputs.rows``.

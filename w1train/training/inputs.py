@@ -52,13 +52,14 @@ class RankInputs:
 
     model: ModelInputs
     rows: LossRows
-    """What the loss knows about the rows at ``model.logit_positions``."""
+    """The rows at ``model.logit_positions``, with what the loss knows about them."""
     balance: float
-    """Maximum / mean of visible pairs over context-parallel ranks; 1 without context parallelism."""
+    """The largest number of visible pairs of a context-parallel rank, divided by the mean over ranks; 1 without context parallelism."""
 
     @property
     def targets(self) -> Tensor:
-        """int64 [m], the right tokens at ``model.logit_positions``: the noisy stream's, then the clean stream's next tokens."""
+        """int64 [m], the tokens that the outputs at ``model.logit_positions`` should predict: first those of the noisy stream, then the
+        next tokens of the clean stream."""
         return self.rows.targets
 
 
@@ -93,7 +94,7 @@ def choose_backends(config: Config, device: torch.device) -> None:
 
 
 def sequence_visibility(noisy: NoisyBatch, config: Config, streams: int) -> Visibility:
-    """Return who sees whom in whole sequences, with p * l rows and keys per sample."""
+    """Return which tokens see which in whole sequences, with p * l rows and keys per sample."""
     diffusion, documents = config.diffusion, noisy.document_ids
     if streams == 2:
         assert diffusion.block_size is not None

@@ -34,7 +34,8 @@ class Trainer:
     """One run, from its first step or from its newest checkpoint, to its last step."""
 
     def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> None:
-        """Build the run, whose directory is claimed. Raise what configuration, data and checkpoint raise, on every rank.
+        """Build the run, whose directory must be claimed. Errors of the configuration, the data and the checkpoint are raised on every
+        rank.
 
         ``open_initial_weights`` is called if the run begins from other weights.
         """
@@ -46,10 +47,11 @@ class Trainer:
         self.guard, self.stragglers, self.garbage = parts.guard, parts.stragglers, parts.garbage
         self.profiler = Profiler(config.profiling, ranks, run.profile)
         self.scores: dict[str, float] = {}
-        """The newest validation, and the step that it is of."""
+        """The newest validation."""
         self.scored_step = -1
+        """The step of the newest validation."""
         self.stopped = False
-        """Whether a signal has ended training before its last step, after a checkpoint."""
+        """This flag tells whether a signal has ended training before its last step, after a checkpoint."""
 
     def fit(self) -> None:
         """Train to the end of the schedule, or to the step at which a signal asks for the end.
@@ -85,7 +87,7 @@ class Trainer:
                     self.rewind(error)
                     batches = self.noisy_batches()
             if self.stopped:
-                # Without waiting for its upload: the stop is forced soon, and the next start uploads the checkpoint.
+                # This does not wait for the upload, because the run must stop soon. The next start uploads the checkpoint.
                 self.saver.require_saved()
             else:
                 self.saver.close()
@@ -96,7 +98,7 @@ class Trainer:
         """Make one optimizer step on one global batch, if its loss and gradients are good.
 
         Raises:
-            FloatingPointError: on every rank; they are not, and the run cannot go on without the batch.
+            FloatingPointError: on every rank; loss or gradients are bad, and the run cannot continue without the batch.
         """
         self.position.enter_stage()
         self.stragglers.begin(self.progress.step + 1)
@@ -141,7 +143,7 @@ class Trainer:
         while True:
             with self.timer.waiting_for_data():
                 batch = next(batches)
-            # Only when the step asks for the batch is its stage known, and with it the objective.
+            # The stage of the batch, and with it the objective, is known only when the step asks for the batch.
             noisy = corrupt(batch, self.position.stage.diffusion, self.config.training.seed)
             noisy.annealed = self.position.annealed
             yield noisy
@@ -198,7 +200,7 @@ class Trainer:
     @step_part("sample")
     def sample(self) -> None:
         """Complete the prompts, on the first model replica."""
-        # A collective of all ranks, though only some of them sample.
+        # This is a collective of all ranks, although only some of them sample.
         self.model.gather_parameters()
         stage = self.position.stage
         if stage.diffusion.objective == "autoregressive":
@@ -212,7 +214,7 @@ class Trainer:
         """Begin to write a checkpoint. ``self.saver`` tells when it is complete."""
         with self.saver.times.stalling():
             self.model.gather_parameters()
-            # The loss of this step was finite before its update; the next one will not be if the update was not.
+            # The loss of this step was finite before the update. If the update was not finite, the next loss will not be finite.
             self.guard.require_finite_parameters()
             self.progress.seconds = time.perf_counter() - self.started
             self.progress.dataset = self.data.fingerprint(self.progress.samples)
@@ -224,8 +226,8 @@ class Trainer:
         self.timer.restart()
 
     def end_phase(self) -> None:
-        """Remove all checkpoints of a phase but the best, and average these if the configuration asks for it. The phase's last step was
-        saved before."""
+        """Remove all checkpoints of a phase except the best, and average the best checkpoints if the configuration asks for it. The phase's
+        last step was saved before."""
         settings, after = self.config.checkpoint, self.position.phase_start
         if settings.average_at_end or self.position.is_over:
             self.saver.require_saved()

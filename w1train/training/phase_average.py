@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 def average_phase(
     config: Config, run: RunDirectory, model: TrainedModel, score: Callable[[], dict[str, Any]], *, step: int, after: int
 ) -> dict[str, Any] | None:
-    """Average the best checkpoints later than step ``after``, and compare the average with them. Called on every rank, right after ``step``
-    was saved: the model gets the weights of that checkpoint back.
+    """Average the best checkpoints later than step ``after``, and compare the average with them. Every rank calls this, right after
+    ``step`` was saved: the model gets the weights of that checkpoint back.
 
     Args:
-        score: validates the model as it is.
+        score: a function that validates the model with its current weights.
 
     Returns:
         The record of the comparison; None if fewer than two checkpoints have a score, or the comparison was recorded before.
@@ -38,7 +38,7 @@ def average_phase(
     settings = config.checkpoint
     members = on_main_rank(partial(best_steps, run.checkpoints, settings.keep_best, settings.best_metric, after=after))
     if len(members) < 2:
-        logger.warning("no average: %d checkpoints after step %d have a score, and it takes two", len(members), after)
+        logger.warning("no average: %d checkpoints after step %d have a score, and an average needs two", len(members), after)
         return None
     path = average_steps(run.checkpoints, members)
     if on_main_rank(lambda: any(record["checkpoint"] == path.name for record in read_metrics(run.metrics, kind="average"))):

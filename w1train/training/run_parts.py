@@ -30,7 +30,8 @@ from w1train.training.schedule_position import SchedulePosition
 from w1train.training.training_data import TrainingData, prepare_data
 
 type OpenWeights = Callable[[Config], LoadWeights]
-"""Opens the weights that a run begins from. The caller hands it in, for conversion is built on training."""
+"""A function that opens the weights that a run begins from. The caller gives it, because the package of conversion may import training, and
+not the other way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class RunParts:
     model: TrainedModel
     checkpoints: CheckpointLoader
     progress: Progress
-    """How far the run is. The loop changes it, and every part sees that."""
+    """The progress of the run. The loop changes this object, and every part sees the changes."""
     position: SchedulePosition
     watch: Watch
     saver: CheckpointSaver
@@ -52,10 +53,10 @@ class RunParts:
 
 
 def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> RunParts:
-    """Choose the checkpoint that the run goes on from, and build all parts. Called on every rank, which has claimed the run directory.
+    """Choose the checkpoint that the run resumes from, and build all parts. Every rank calls this, after the run directory was claimed.
 
     Raises:
-        What configuration, data and checkpoint raise, on every rank.
+        The errors of configuration, data and checkpoint, on every rank.
     """
     step = choose_checkpoint(run.checkpoints, config.checkpoint, run.events)
     on_main_rank(partial(prepare_resume, config, run, step))
@@ -95,7 +96,7 @@ def _build_saver(config: Config, run: RunDirectory, model: TrainedModel, watch: 
         before_commit=watch.sync,
         after_commit=lambda saved_step, seconds: watch.event("checkpoint", step=saved_step, seconds=seconds),
         is_resumed=is_resumed,
-        # Less than what the watchdog takes for a hang, which would end the run.
+        # This is less than the time after which the watchdog would call it a hang and end the run.
         upload_patience=config.health.hang_timeout / 2,
     )
 

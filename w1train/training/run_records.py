@@ -16,7 +16,7 @@ from w1train.training.training_data import TrainingData
 
 
 def describe_run(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: str) -> dict[str, str]:
-    """Return titles and values for people; ``progress`` is what to say of the steps."""
+    """Return titles and values for people; ``progress`` is the text about the steps."""
     parallel = config.parallel
     layout = f"data {ranks.data_parallel_size}, tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
     return {
@@ -41,7 +41,7 @@ def step_flops(model: ModelConfig, work: StepWork) -> float:
 
 
 def is_summarized(run: RunDirectory, progress: Progress) -> bool:
-    """Return whether summary.json is there, and about as many steps as are done. Rank 0 only.
+    """Return whether summary.json exists, and has as many steps as are done. Only rank 0 calls this.
 
     Raises:
         UserError: the file is not a summary.
@@ -50,7 +50,8 @@ def is_summarized(run: RunDirectory, progress: Progress) -> bool:
 
 
 def summarize(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: Progress) -> None:
-    """Write summary.json, from the run's records: its times are those of the whole run, however often that was resumed. Rank 0 only."""
+    """Write summary.json, from the run's records: its times are those of the whole run, however often the run was resumed. Only rank 0
+    calls this."""
     steps = read_metrics(run.metrics, kind="train")
     write_summary(
         run.path,

@@ -1,4 +1,4 @@
-"""Where a run is in its schedule: the stage of its current step, and what that stage sets."""
+"""The place of a run in its schedule: the stage of its current step, and the settings of that stage."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class SchedulePosition:
         self._phase_ends = phase_ends(config)
         self.stage_name = ""
         self.stage = config
-        """The configuration as the current stage has it."""
+        """The configuration with the values of the current stage."""
         self.annealed = 1.0
         """The share of the stage's annealing that is done, in [0, 1]."""
         self._set_stage(stage_of_step(config, progress.step))
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps of the schedule are done."""
+        """Tell whether all steps of the schedule are done."""
         return self._progress.step >= self.num_steps
 
     @property
     def is_phase_end(self) -> bool:
-        """Whether the step that was done last is the last step of its phase."""
+        """Tell whether the step that was done last is the last step of its phase."""
         return self._progress.step in self._phase_ends
 
     @property
@@ -52,7 +52,8 @@ class SchedulePosition:
         return learning_rate(self._config.schedule, samples * self._config.data.sequence_length)
 
     def is_due(self, interval: int) -> bool:
-        """Return whether what happens every ``interval`` steps, and at the end of each phase, is due now. 0 = never."""
+        """Return whether something that happens every ``interval`` steps, and at the end of each phase, is due now. 0 = it never
+        happens."""
         return interval > 0 and (self._progress.step % interval == 0 or self.is_phase_end)
 
     def enter_stage(self) -> None:

@@ -11,7 +11,7 @@ from w1train.sampling.text import TextTokenizer, sample_texts
 
 
 def complete_prompts(config: Config, model: TrainedModel, tokenizer: TextTokenizer, device: torch.device) -> list[tuple[str, str]]:
-    """Complete ``sampling.prompts``. Called on the ranks of one model replica.
+    """Complete ``sampling.prompts``. The ranks of one model replica call this.
 
     Returns:
         (prompt, text) pairs.

@@ -32,7 +32,7 @@ from w1train.runtime.distributed import Ranks
 logger = logging.getLogger(__name__)
 
 MAX_VERIFIED_BYTES = 4 * 2**30
-"""The largest token file, and packing, that a start reads and compares with its hash: it takes rank 0 seconds."""
+"""The largest size of a token file or packing that a start reads and compares with its hash, which takes rank 0 some seconds."""
 
 
 class PositionOptions(TypedDict):
@@ -60,7 +60,8 @@ class ValidationSet:
         self.dataset = open_dataset(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
         # Validation data are cut, whatever data.packing is: no padding is scored, and no packing has to be built.
         self._packed = PackedDataset(self.dataset, config.data.sequence_length, seed=0, **position_options(config), eos=config.data.eos)
-        # Not a collective: a rank that could not open its files would not take part. The ranks agree on the result of opening all data.
+        # This is not a collective, because a rank that could not open its files would not take part. The ranks agree later, on the result
+        # of opening all data.
         if ranks.is_main:
             verify(self.dataset)
 
@@ -77,7 +78,7 @@ class ValidationSet:
 
     @cached_property
     def _text(self) -> ScoredText | None:
-        """The text that is scored; None if the tokenizer is not a byte-level one."""
+        """The text that is scored; None if the tokenizer is not a byte-level tokenizer."""
         num_bytes_by_token = self._tokenizer.num_bytes_by_token()
         if num_bytes_by_token is None:
             logger.warning("%s is no byte-level tokenizer: validation has no bits per byte", self._config.data.tokenizer)
@@ -214,7 +215,7 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
     """
     data, seed = config.data, config.training.seed
     if dataset.num_tokens < data.sequence_length:
-        # Training on the padding would work, and waste the run: the file or the length is the wrong one.
+        # Training on the padding would work, and waste the run: the file or the sequence length must be wrong.
         raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
     if data.packing == "best_fit":
         return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, **position_options(config))
@@ -293,8 +294,8 @@ class TrainingData(ValidationData):
         return known[0] if len(known) == 1 else hashlib.sha256("".join(known).encode()).hexdigest()
 
     def bits_per_byte(self, nats_per_token: float, num_samples: int) -> float | None:
-        """Convert nats per token to bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from; of a blend, on
-        average. None if a dataset has no manifest."""
+        """Convert nats per token to bits per UTF-8 byte of the text that the last of ``num_samples`` samples comes from. For a blend this
+        is an average over its corpora. The result is None if a dataset has no manifest."""
         weights = self.samples.part(max(num_samples - 1, 0)).weights
         datasets = {self.train[prefix]: weight for prefix, weight in weights.items() if weight > 0}
         return bits_per_byte(nats_per_token, datasets, self.config.data.eos)
@@ -309,7 +310,8 @@ class TrainingData(ValidationData):
         return {"elbo_bits_per_byte": bits, "epoch": self.samples.epoch(num_samples), **self._corpus_metrics(num_samples)}
 
     def _corpus_metrics(self, num_samples: int) -> dict[str, float]:
-        """Return tokens seen (in samples begun) and passes of each corpus of a blend, after ``num_samples`` of the run."""
+        """Return the tokens seen (of all samples that were begun) and the passes of each corpus of a blend, after ``num_samples`` samples
+        of the run."""
         names = {corpus.prefix: name for name, corpus in self.config.data.blend.items()}
         epochs, found = self.samples.epochs(num_samples), {}
         for prefix, count in self.samples.num_read(num_samples).items():
@@ -370,7 +372,8 @@ def verify_packing(packing: PackingIndex) -> None:
 
 
 def bits_per_byte(nats_per_token: float, datasets: Mapping[TokenDataset, float], eos: EndOfDocument = "keep") -> float | None:
-    """Convert nats per token to bits per UTF-8 byte of datasets with weights. None if a dataset has no manifest, which has the bytes."""
+    """Convert nats per token to bits per UTF-8 byte of datasets with weights. The result is None if a dataset has no manifest, because the
+    number of bytes is in the manifest."""
     num_bytes, total = 0.0, sum(datasets.values())
     for dataset, weight in datasets.items():
         if dataset.manifest is None:

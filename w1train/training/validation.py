@@ -1,7 +1,7 @@
 """Validation on fixed samples with fixed noise at fixed timesteps, so that two numbers differ only by what the model learned.
 
-The ELBO is an integral over t in (0, 1]. The timesteps are the midpoints of a quadrature of it, each with its own noise, which has no
-variance from random t.
+The ELBO is an integral over t in (0, 1]. The timesteps are the midpoints of a quadrature of this integral, so the result has no variance
+from random t. Each timestep has its own noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class HasChunks(Protocol):
 
 
 def validate(config: Config, model: HasChunks, data: ValidationData) -> dict[str, Any]:
-    """Score the validation samples at every timestep of ``validation.timesteps``. Called on every rank.
+    """Score the validation samples at every timestep of ``validation.timesteps``. Every rank calls this.
 
     Returns:
         elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy (nats per masked token), loss_by_t (one per timestep), and
@@ -66,8 +66,8 @@ def _score_set(config: Config, model: HasChunks, validation: ValidationSet) -> d
 
 
 def _with_blocks(config: Config, block_size: int) -> Config:
-    """Return the configuration in which the same model factorises the text into other blocks. Validation shows the model all of a document
-    and has one timestep a sample, whatever training does."""
+    """Return the configuration in which the same model factorises the text into other blocks. Validation always shows the model the whole
+    document, and has one timestep for each sample, even if training differs."""
     diffusion = dataclasses.replace(config.diffusion, block_size=block_size, autoregressive_weight=0.0)
     return dataclasses.replace(config, diffusion=diffusion)
 
@@ -76,8 +76,8 @@ def _with_blocks(config: Config, block_size: int) -> Config:
 def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict[str, Any]:
     timesteps = config.validation.timesteps
     by_timestep = []
-    # Where tokens are predicted one at a time, the likelihood at t = 1 is the ELBO. It has no variance from masks, and it needs no t that
-    # such a stage may never have trained, so one pass stands for all t.
+    # If tokens are predicted one at a time, the likelihood at t = 1 is the ELBO. It has no variance from masks, and it does not need a t at
+    # which such a stage may never have trained. One pass is therefore enough for all t.
     for draw, timestep in enumerate(timesteps if block_size(config) > 1 else [1.0], start=1):
         noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
         metrics, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)

@@ -48,7 +48,7 @@ class Steps:
         return ComputedStep(dict(values), values["grad_norm"], values is not HIDDEN, work)
 
     def take(self, first: dict[str, float], second: dict[str, float] | None = None) -> bool:
-        """Whether the step was taken; ``second``: what it gives when it is computed again."""
+        """Tell whether the step was taken. ``second`` has the values that the step gives when it is computed again."""
         computed = self._computed(first)
         self.num_computed += 1
 

@@ -20,7 +20,8 @@ from w1train.config.schema import BackendName
 
 logger = logging.getLogger(__name__)
 
-# In the order of auto: kernels that skip what is not visible, then kernels that skip it for one stream only, then dense kernels.
+# The order in which "auto" tries the backends: kernels that skip pairs that are not visible, then kernels that skip such pairs only with
+# one stream, then dense kernels.
 BACKENDS: dict[BackendName, type[AttentionBackend]] = {
     backend.name: backend for backend in (CudnnBackend, FlexBackend, TransformerEngineBackend, SdpaBackend, ReferenceBackend)
 }
@@ -36,7 +37,7 @@ def choose_backend(name: Literal["auto", BackendName], case: AttentionCase, devi
     if name != "auto":
         reason = BACKENDS[name].why_not(case, device)
         if reason is not None:
-            raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes one that can")
+            raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes a backend that can")
         logger.info("attention of %s: %s, as attention.backend says", _describe(case), name)
         return BACKENDS[name](case)
     passed_over: list[tuple[str, str]] = []

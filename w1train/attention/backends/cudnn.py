@@ -26,9 +26,9 @@ class CudnnPlan:
 
     mask_plan: Any
     ready: torch.cuda.Event | None
-    """None = the plan is finished."""
+    """The event that the stream of the plan records at its end; None = the plan is finished."""
     tensors: tuple[Tensor, ...]
-    """The tensors of the plan. Their memory must not be reused before the streams that read them have done so."""
+    """The tensors of the plan. Their memory must not be reused before all streams that read them have read them."""
 
 
 class CudnnBackend(AttentionBackend):
@@ -38,7 +38,7 @@ class CudnnBackend(AttentionBackend):
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """Return that a GPU of a supported generation is missing, or the packages."""
+        """Return what is missing: a GPU of a supported generation, or the packages."""
         reason = missing_cuda(device, min(_CAPABILITIES))
         if reason is None and torch.cuda.get_device_capability(device) not in _CAPABILITIES:
             known = ", ".join(f"{major}.{minor}" for major, minor in _CAPABILITIES)
@@ -53,8 +53,8 @@ class CudnnBackend(AttentionBackend):
     def prepare(self, visibility: Visibility) -> CudnnPlan:
         """Compute the plan on a stream of its own.
 
-        The computation ends in a copy to the host, which on the caller's stream would wait for all earlier work. It waits for the work that
-        this stream has now, because that includes the computation of the endpoints.
+        The computation ends in a copy to the host, which on the caller's stream would wait for all earlier work. The new stream first waits
+        for the work that the caller's stream has at this moment, because the computation of the endpoints is part of this work.
         """
         assert visibility.scattered is None
         device = visibility.endpoints.device
@@ -93,7 +93,7 @@ def create_plan(visibility: Visibility, case: AttentionCase, *, backward: bool) 
 
 
 def missing_packages() -> str | None:
-    """Return which packages must be installed; None = they are. cudnn.flex_attention is in its package since 1.29."""
+    """Return which packages must be installed; None = all of them are installed. cudnn.flex_attention is in its package since 1.29."""
     if all(find_spec(module) for module in ("cudnn", "cudnn.flex_attention", "cutlass")):
         return None
     return "it needs nvidia-cudnn-frontend >= 1.29 and nvidia-cutlass-dsl (pip install -e '.[cudnn]')"

@@ -43,13 +43,14 @@ class FlexBackend(AttentionBackend):
 
 @cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """Return the compiled function. It is compiled for the shapes of the recipe, because kernels that know their shapes are faster."""
+    """Return the compiled function. It is compiled for fixed shapes, those of the recipe, because kernels that know their shapes are
+    faster."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 def interval_block_mask(visibility: Visibility, tile: int = TILE) -> BlockMask:
-    """Return FlexAttention's block mask, from the number of visible pairs of each tile. This takes b * q * j numbers, and a dense mask
-    would take b * q * k."""
+    """Return FlexAttention's block mask, from the number of visible pairs of each tile. This takes b * q * j numbers, where a dense mask
+    would take b * q * k numbers."""
     assert visibility.scattered is None
     seen = _pairs_per_tile(visibility, tile)
     full = seen == tile * tile

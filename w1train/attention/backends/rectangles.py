@@ -1,7 +1,7 @@
-"""Attention on the CPU that computes little more than what is visible: stretches of rows with similar keys, against these keys.
+"""Attention on the CPU that computes few pairs besides the visible pairs: stretches of rows that see similar keys, and these keys.
 
 A micro-batch is cut into rectangles, each of which is a stretch of rows with the union of their keys. A rectangle is one call of torch's
-flash kernel, with a mask only if its rows differ. Neighbouring rows share a rectangle as long as the pairs that this adds cost less than
+flash kernel, with a mask only if its rows differ. Neighbouring rows share a rectangle as long as the unnecessary pairs cost less than
 another call. This rule cuts documents, blocks and the staircase of a causal mask.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, r = n / g, d = channels.
@@ -23,10 +23,11 @@ Intervals = tuple[tuple[int, int], ...]
 # The time of a call, forward and backward, in (row, key, channel) triples that the dense kernel computes in this time on one core: 0.1 ms
 # at 0.24 ns each, measured by benchmarks.attention.cpu on an AMD EPYC (benchmarks/results/).
 _TRIPLES_PER_CALL = 400_000
-# Keys are copied, their gradients are added up, and few rows use the matrix units badly: a call takes the time of so many more rows.
-# Measured: 32 to 64 were best for blocks and causal masks at widths of 64 to 1,024, and 16 or 128 within 15 % of them.
+# A call takes as much time as if it had this many more rows, because keys are copied, their gradients are added up, and products of few
+# rows do not use the matrix units well. Measured: 32 to 64 were best for blocks and causal masks at widths of 64 to 1,024, and 16 or 128
+# within 15 % of them.
 _EXTRA_ROWS = 48
-# The factor of a mask, which every layer makes anew and reads.
+# The factor by which a mask makes pairs slower, because every layer makes the mask again and reads it.
 _MASKED_COST = 1.1
 # The smallest gain for which another order of summation is acceptable.
 _LEAST_GAIN = 1.15
@@ -52,7 +53,7 @@ class _Group:
     end: int
     keys: Intervals
     num_visible: int
-    """Visible pairs among the computed ones."""
+    """Visible pairs among the computed pairs."""
 
     @property
     def num_keys(self) -> int:
@@ -86,7 +87,7 @@ def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> l
 
     Args:
         width: query heads times channels. The wider a pair is, the fewer pairs take the time of a call.
-        num_threads: threads of the kernels, which do not share the time of a call itself.
+        num_threads: threads of the kernels. They share the work of the pairs, but not the fixed time of a call.
     """
     if visibility.scattered is not None:
         return None
@@ -94,7 +95,8 @@ def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> l
     num_samples, num_rows = endpoints.shape[1:]
     per_call = _TRIPLES_PER_CALL * num_threads / width
     dense = per_call + num_samples * (num_rows + _EXTRA_ROWS) * visibility.num_keys * _MASKED_COST
-    # The search for rectangles takes as long as a layer of a small model: it is skipped if no rectangles can be much faster.
+    # The search for rectangles takes as long as a layer of a small model, so it is skipped if no rectangles can be much faster than dense
+    # attention.
     if _LEAST_GAIN * _least_cost(visibility, per_call) > dense:
         return None
     groups = [_merge(_runs(endpoints[:, sample]), per_call) for sample in range(num_samples)]
@@ -104,7 +106,8 @@ def rectangles_of(visibility: Visibility, width: int, num_threads: int = 1) -> l
 
 
 def _least_cost(visibility: Visibility, per_call: float) -> float:
-    """Return a lower bound on the cost of any rectangles: one call for each sample that sees anything, with visible pairs alone."""
+    """Return a lower bound on the cost of any rectangles: one call for each sample that sees anything, and no pairs except the visible
+    pairs."""
     pairs = visibility.pairs_per_row()
     most = pairs.amax(dim=1)
     return per_call * int((most > 0).sum()) + _EXTRA_ROWS * int(most.sum()) + int(pairs.sum())
@@ -122,10 +125,11 @@ def _runs(endpoints: Tensor) -> Iterator[_Group]:
 
 
 def _merge(runs: Iterator[_Group], per_call: float) -> list[_Group]:
-    """Join runs until the pairs that a group computes without need cost more than another call. The result costs at most twice as much as
-    the best cuts.
+    """Join runs until the unnecessary pairs of a group cost more than another call. The result costs at most twice as much as the best
+    cuts.
 
-    The pairs of the whole group are compared, because for the single rows of a causal mask, one by one, a call would never be cheaper.
+    The pairs of the whole group are compared with the call. If each row of a causal mask were compared by itself, another call would never
+    be cheaper, and all rows would be joined.
     """
     groups: list[_Group] = []
     for run in runs:
@@ -162,7 +166,7 @@ def _rectangle(visibility: Visibility, sample: int, group: _Group) -> Rectangle:
 
 
 def attend_rectangles(query: Tensor, key: Tensor, value: Tensor, rectangles: Sequence[Rectangle], scale: float | None = None) -> Tensor:
-    """Return attention [b, n, q, d], from query [b, n, q, d], key and value [b, g, k, d]. It is zero in rows of no rectangle."""
+    """Return attention [b, n, q, d], from query [b, n, q, d], key and value [b, g, k, d]. It is zero in rows that are in no rectangle."""
     return _AttendRectangles.apply(query, key, value, rectangles, scale)
 
 

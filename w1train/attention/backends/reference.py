@@ -27,7 +27,8 @@ class ReferenceBackend(AttentionBackend):
 
 
 def attend_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """Return the explicit softmax over the visible keys, times the values, in fp32 (in fp64 if the inputs are). Blind rows give zero.
+    """Return the explicit softmax over the visible keys, times the values, in fp32 (in fp64 if the inputs are in fp64). Rows that see
+    nothing give zero.
 
     Args:
         query: [b, n, q, d]; key, value: [b, g, k, d] with n a multiple of g.

@@ -1,7 +1,7 @@
 """transformer-engine's DotProductAttention: packed documents for one stream, an additive mask for everything else.
 
-LLaDA2.0 trains block diffusion with such a mask (docs/attention.md). It is dense, so that with small blocks four times the visible pairs
-are computed, and it is a baseline for kernels that skip pairs.
+LLaDA2.0 trains block diffusion with such a mask (docs/attention.md). With this dense mask and small blocks, four times as many pairs are
+computed as are visible. The backend is therefore a baseline for kernels that skip pairs.
 
 Shapes: b = samples, q = query rows, k = key columns, n = query heads, g = key/value heads, d = channels, t = b * q.
 """
@@ -52,7 +52,7 @@ class TransformerEngineBackend(AttentionBackend):
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
-        """Return that a GPU is missing, or the package."""
+        """Return what is missing: a GPU, or the package."""
         reason = missing_cuda(device, _LOWEST_CAPABILITY)
         if reason is None and find_spec("transformer_engine") is None:
             reason = "it needs transformer-engine (pip install --no-build-isolation -e '.[te]')"

@@ -1,8 +1,8 @@
 """The reader of checkpoints from before December 2026: torch's ``.metadata``, which is a pickle, and torch's archives. It executes nothing.
 
-A pickle names the functions that build its objects, so that to unpickle a stranger's file is to run the stranger's program. The unpickler
-here knows a closed list of names, builds its own inert classes for them, and refuses every other name. Nothing else in the project
-unpickles a file.
+A pickle names the functions that build its objects, so whoever unpickles a stranger's file runs the stranger's program. The unpickler here
+knows a closed list of names, builds its own inert classes for them, and refuses every other name. Nothing else in the project unpickles a
+file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOST_CODES = 10_000_000
 _MOST_ATTRIBUTES = 16
 """The most attributes of a record; torch's have up to six."""
 _LONGEST_INTEGER = 64
-"""The most bits of an integer: to print or to hash a long one takes time."""
+"""The most bits of an integer. A long integer takes time to print or to hash."""
 _MOST_OBJECTS = 16
 """The most objects beside the tensors. The checkpoints of this project have one."""
 _LARGEST_OBJECT = 1 << 20
@@ -108,7 +108,7 @@ def read_object(directory: Path, place: Place) -> dict[str, Any]:
 
 
 def _require_few(value: Any) -> None:
-    """Raise ValueError for lists that refer to the same lists again and again: to walk through them would take for ever."""
+    """Raise ValueError for lists that refer to the same lists again and again, because a walk through them would take for ever."""
     left, num_values = [value], 0
     while left:
         item = left.pop()
@@ -199,7 +199,7 @@ class _Unpickler(pickle._Unpickler):
         self.num_codes = 0
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a name. Raises UnpicklingError for a name that is not on the list."""
+        """Return the stand-in for a name. Raise UnpicklingError for a name that is not on the list."""
         if (known := self._names.get(f"{module}.{name}")) is None:
             message = f"it names {shorten(f'{module}.{name}')}, which no checkpoint needs and which may run a program"
             raise pickle.UnpicklingError(message)
@@ -227,7 +227,8 @@ def _load_items(unpickler: Any) -> None:
 
 
 def _require_keys(keys: Sequence[Any]) -> None:
-    """Refuse tuples as keys: where these are shared, to hash one takes time like two to the power of its depth."""
+    """Refuse tuples as keys: if a tuple refers to the same tuple twice at each level, its hash takes a time that grows like two to the
+    power of its depth."""
     if any(type(key) not in (str, int, _Index) for key in keys):
         raise pickle.UnpicklingError("a key is neither a text nor a whole number")
 
@@ -312,7 +313,7 @@ class _Dtype:
 
 
 class _Ignored:
-    """A stand-in for a layout or a memory format, which old checkpoints have in their plain form alone."""
+    """A stand-in for a layout or a memory format, which old checkpoints have only in its plain form."""
 
     def __new__(cls, *_arguments: Any) -> _Ignored:
         return object.__new__(cls)

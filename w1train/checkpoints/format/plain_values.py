@@ -13,7 +13,7 @@ from w1train.config.reading import shorten
 _TUPLE, _ITEMS = "$tuple", "$items"
 _SCALARS = (bool, int, float, str)
 _LARGEST = 1e100
-"""The largest number of an optimizer that is accepted. Real ones are far smaller, and fit into floats."""
+"""The largest number of an optimizer that is accepted. The numbers of real optimizers are far smaller, and fit into floats."""
 
 
 def encode(value: Any) -> Any:

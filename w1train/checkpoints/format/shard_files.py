@@ -20,6 +20,7 @@ from torch import Tensor
 
 from w1train.checkpoints.format.shard_index import Shard, ShardIndex, StoredTensor
 from w1train.checkpoints.format.shard_plan import Box
+from w1train.config.errors import first_line
 from w1train.config.reading import parse_json_object
 from w1train.runtime.files import open_new, write_text
 from w1train.runtime.pulse import pulse
@@ -107,7 +108,7 @@ def write_elements(stream: _HashedFile | PiecewiseFile, tensor: Tensor) -> None:
 
 
 def write_index(directory: Path, num_ranks: int) -> dict[str, Any]:
-    """Join the notes of all ranks into the index, and remove them. Rank 0 only, when all ranks have written their notes.
+    """Join the notes of all ranks into the index, and remove them. Only rank 0 calls this, when all ranks have written their notes.
 
     Returns:
         The manifest's entries of the ranks' files.
@@ -129,7 +130,7 @@ def _note(directory: Path, rank: int) -> Path:
 
 def describe_write_error(error: BaseException) -> str:
     """Describe an error in one line, without the traceback that torch puts into its text."""
-    text = str(error).strip().partition("\n")[0]
+    text = first_line(error)
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"a file could not be written to its end (disk full, or a quota or file size limit reached: {text})"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

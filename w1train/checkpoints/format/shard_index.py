@@ -95,7 +95,7 @@ class ShardIndex:
         return {"version": _VERSION, "values": self.values, "tensors": tensors}
 
     def write(self, directory: Path) -> None:
-        """Write ``shards.json``. Raises OSError."""
+        """Write ``shards.json``. Raise OSError if the file cannot be written."""
         with replace_file(directory / INDEX) as file:
             file.write(json.dumps(self.as_json()).encode())
 
@@ -124,8 +124,8 @@ class ShardIndex:
 
 
 class _Cover:
-    """A search for two boxes of a tensor that share an element. It gives up, and calls them not disjoint, if boxes are cut in a way in
-    which no save cuts them."""
+    """A search for two boxes of a tensor that share an element. If boxes are cut in a way in which no save cuts them, it gives up, and says
+    that they share an element."""
 
     def __init__(self, boxes: Sequence[Box]) -> None:
         self._visits_left = _VISITS_PER_BOX * len(boxes)
@@ -155,7 +155,7 @@ class _Cover:
 
 
 def dtype_named(name: object) -> torch.dtype:
-    """Return a dtype by its name. Raises ValueError if tensors of a checkpoint cannot have it."""
+    """Return a dtype by its name. Raise ValueError if tensors of a checkpoint cannot have it."""
     if name not in _DTYPES:
         raise ValueError(f"{shorten(name)} is not one of the types {', '.join(_DTYPES)}")
     return getattr(torch, str(name))

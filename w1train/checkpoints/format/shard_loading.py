@@ -23,7 +23,7 @@ from w1train.runtime.distributed import all_or_none
 
 
 def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Fill a sharded state from a complete checkpoint. Called on every rank.
+    """Fill a sharded state from a complete checkpoint. Every rank calls this.
 
     Args:
         values: the plain values of the state, from the checkpoint.

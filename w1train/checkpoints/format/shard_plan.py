@@ -80,7 +80,7 @@ def _box(shard: ShardedTensor) -> Box:
 
 
 def make_plan(state: LocalState) -> Plan:
-    """Make the plan of all ranks, and return this rank's part. Called on every rank."""
+    """Make the plan of all ranks, and return this rank's part. Every rank calls this."""
     held: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(list(state.boxes), held)
     dealt: list[Any] = [None] * dist.get_world_size()
@@ -109,7 +109,7 @@ def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
     for rank, boxes in enumerate(held):
         for box in boxes:
             holders[box].append(rank)
-    # Boxes that only one rank holds come first: they leave no choice, and count for the choices that follow.
+    # Boxes that only one rank holds come first: there is no choice for them, and the choices for other boxes take their bytes into account.
     order = sorted(holders, key=lambda box: (len(holders[box]) > 1, -box.num_bytes, box.key, box.offset))
     loads = [0] * len(held)
     parts: list[list[Box]] = [[] for _ in held]
@@ -121,8 +121,8 @@ def deal(held: Sequence[Sequence[Box]]) -> list[list[Box]]:
 
 
 def require_whole(boxes: Iterable[Box]) -> None:
-    """Assert that boxes are whole tensors together. Called when the plan is made, so that a mistake is found at the first step and not at
-    the first save."""
+    """Assert that boxes together are whole tensors. This is called when the plan is made, so that a mistake is found at the first step and
+    not at the first save."""
     by_key: dict[str, list[Box]] = defaultdict(list)
     for box in boxes:
         by_key[box.key].append(box)

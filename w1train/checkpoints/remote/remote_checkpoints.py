@@ -150,7 +150,7 @@ class RemoteCheckpoints:
         return manifest
 
     def require_sizes(self, step: int, files: dict[str, dict[str, Any]]) -> None:
-        """Compare the sizes in a manifest with those of the files in the storage. Raises CheckpointError if a file differs or is
+        """Compare the sizes in a manifest with those of the files in the storage. Raise CheckpointError if a file differs or is
         missing."""
         for name, entry in files.items():
             try:

@@ -44,19 +44,19 @@ class Uploader:
         makes progress."""
 
     def begin(self) -> None:
-        """Begin to write the run's marker into the storage. Returns at once."""
+        """Begin to write the run's marker into the storage. This returns at once."""
         with self._lock:
             self._start()
 
     def upload(self, checkpoint: Path, settings: CheckpointConfig, phase_start: int) -> None:
-        """Put the upload of a complete checkpoint into the queue, and the removal of old copies after it. Returns at once."""
+        """Put the upload of a complete checkpoint into the queue, and the removal of old copies after it. This returns at once."""
         with self._lock:
             if self._queued is not None:
                 logger.warning("%s is not uploaded: a newer checkpoint was saved before its turn", self._queued.checkpoint)
             self._queue(_Job(checkpoint, settings, phase_start))
 
     def try_again(self) -> bool:
-        """Put the newest checkpoint into the queue once more if its upload failed, and tell whether it had failed. Returns at once. No
+        """Put the newest checkpoint into the queue once more if its upload failed, and tell whether it had failed. This returns at once. No
         upload may be under way when this is called."""
         with self._lock:
             failed, self._failed = None if self._is_abandoned else self._failed, None
@@ -85,7 +85,7 @@ class Uploader:
         return f"the upload of step {steps} to {self._remote.url}" if steps else f"an answer from {self._remote.url}"
 
     def _queue(self, job: _Job) -> None:
-        """Put a job into the queue, in the place of the queued one. The caller holds the lock."""
+        """Put a job into the queue, in the place of the queued job. The caller holds the lock."""
         self._queued = job
         self._start()
 
@@ -123,7 +123,7 @@ class Uploader:
         self.num_sent += 1
 
     def _succeeds(self, job: _Job) -> bool:
-        """Do a job, and tell whether all of it succeeded. Warns if a part of it failed."""
+        """Do a job, and tell whether all of it succeeded. Warn if a part of it failed."""
         started, name = time.perf_counter(), job.checkpoint.name
         try:
             if not job.is_sent:

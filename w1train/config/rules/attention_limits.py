@@ -13,8 +13,8 @@ from typing import Literal
 from w1train.config.schema import BackendName, Config
 
 VisibilityKind = Literal["documents", "causal", "extent", "scattered", "blocks"]
-"""documents: masked diffusion. causal: autoregressive. extent and scattered: the two kinds of annealing. blocks: the two streams
-[x_t ; x_0] of block diffusion."""
+"""The kinds of visibility. documents: masked diffusion. causal: autoregressive. extent and scattered: the two kinds of annealing. blocks:
+the two streams [x_t ; x_0] of block diffusion."""
 
 _CUDNN_LARGEST_CHANNELS = 128
 _CUDNN_OTHER_CHANNELS = 256
@@ -35,7 +35,7 @@ class AttentionCase:
     channels: int
     """Channels of one head."""
     context_method: Literal["all_gather", "all_to_all"] | None = None
-    """How context-parallel ranks exchange keys; None without context parallelism."""
+    """The exchange of keys between context-parallel ranks; None without context parallelism."""
     deterministic: bool = False
 
     @property

@@ -12,7 +12,8 @@ _LARGEST_TRIED = 1_000_000
 
 
 def does_not_divide(divisor: int, number: int) -> bool:
-    """Tell whether a positive number is no multiple of a positive divisor. For other numbers the answer is False: ranges report these."""
+    """Tell whether a positive number is not a multiple of a positive divisor. For other numbers the answer is False, because ranges report
+    them."""
     return divisor > 0 and number > 0 and number % divisor != 0
 
 

@@ -1,4 +1,4 @@
-"""What a rule is: a function from a configuration to the problems that it finds."""
+"""The type of a rule: a function from a configuration to the problems that it finds."""
 
 from __future__ import annotations
 

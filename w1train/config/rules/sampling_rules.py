@@ -30,8 +30,8 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
     over blocks. w1train.sampling.denoise relies on this check.
 
     Args:
-        by_block: the model is one of block diffusion, whose blocks are counted from the start of the text, so that the first and the last
-            block may be shorter.
+        by_block: True for a model of block diffusion. Its blocks are counted from the start of the text, so the first and the last block
+            may be shorter.
     """
     if sampling.threshold is not None and sampling.remasking == "random":
         valid = "low_confidence when sampling.threshold is set: it keeps predictions by their confidence"

@@ -47,7 +47,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
 
 
 def validate_conversion(conversion: Conversion) -> list[Problem]:
-    """Return the problems of a configuration some of whose fields may be unset: a rule ends at the first unset field that it reads."""
+    """Return the problems of a configuration some of whose fields may be unset: a rule that reads an unset field ends there."""
     if conversion.complete:
         return validate(conversion.config)
     return [problem for rule in RULES for problem in _until_unset(rule(conversion.config))]

@@ -29,7 +29,8 @@ class Interleave:
     The corpora are the leaves of a Huffman tree of their weights. Each fork deals its samples to its two sides, by rounding the heavy
     side's share. After any number of samples, a corpus of weight w has its exact share to within 1/2 (1 + w / W_1 + w / W_2 + ...), where
     W_k are the weights of its ancestors below the root. This bound is 1/2 for two corpora, and below 1.7 for any weights, because in a
-    Huffman tree the W_k grow like the Fibonacci numbers. Random draws would be off by the square root of the number of samples.
+    Huffman tree the W_k grow like the Fibonacci numbers. With random draws the difference would grow like the square root of the number of
+    samples.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -71,7 +72,7 @@ def _integers(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _tree(weights: Mapping[str, int]) -> _Fork | str:
-    """Return the Huffman tree of the weights. Among equal weights the earlier ones are joined first."""
+    """Return the Huffman tree of the weights. Among equal weights the earlier weights are joined first."""
     heap: list[tuple[int, int, _Fork | str]] = [(weight, number, name) for number, (name, weight) in enumerate(weights.items())]
     heapq.heapify(heap)
     number = len(heap)

@@ -57,8 +57,8 @@ class SampleSource(ABC):
             shuffle: read the samples of each epoch in another random order; otherwise in the order of the dataset.
             long_documents: the positions of a piece that is not the beginning of its document "restart" at 0, as if the text began there,
                 or "continue" where the document was cut.
-            max_position: bound of the positions that continue; a piece whose positions would reach it starts at lower ones. None = no
-                bound.
+            max_position: bound of the positions that continue; a piece whose positions would reach the bound starts at lower positions.
+                None = no bound.
             eos: "drop" leaves out the last token of every document.
 
         Raises:

@@ -57,7 +57,7 @@ class PackingIndex:
 
     def __init__(self, path: Path) -> None:
         """Raises:
-        DatasetError: if the length of the file is not the one that the file states.
+        DatasetError: if the file does not have the length that it states.
         """
         self.path, self._file = path, path.open("rb", buffering=0)  # it stays open as long as this object
         self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_COUNTS_START, 24), dtype="<i8").tolist()

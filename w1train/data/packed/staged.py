@@ -25,7 +25,7 @@ class StageText(NamedTuple):
     weights: Mapping[str, float]
     """Shares of the stage's samples, by corpus."""
     repeats: int = 1
-    """How many times in a row each sample is read: 2 for the pairs of complementary masking, otherwise 1."""
+    """The number of times that each sample is read in a row: 2 for the pairs of complementary masking, otherwise 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Stretch:
         object.__setattr__(self, "interleave", Interleave(self.weights))
 
     def texts(self, end: int) -> dict[str, int]:
-        """Return how many samples of each corpus are read up to global index ``end``; a pair that ``end`` divides counts."""
+        """Return how many samples of each corpus are read up to global index ``end``. If ``end`` lies between the samples of a pair, the
+        pair counts."""
         return self.interleave.counts(-(-max(end - self.first, 0) // self.repeats))
 
 

@@ -1,1 +1,1 @@
-"""Health: what goes wrong in a run is noticed, said, and survived where that is possible."""
+"""Health: the code that notices and reports what goes wrong in a run, and lets the run continue where this is possible."""

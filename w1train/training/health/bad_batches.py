@@ -1,4 +1,4 @@
-"""Batches of skipped steps, written aside for people to look at: ``bad_batches/step_N/rank_R.npz`` and a readable ``rank_R.json``."""
+"""Batches of skipped steps, written to files that people can look at: ``bad_batches/step_N/rank_R.npz`` and a readable ``rank_R.json``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def step_directory(bad_batches: Path, step: int) -> Path:
 def write_bad_batch(
     directory: Path, step: int, reason: str, values: Mapping[str, Any], batches: Sequence[NoisyBatch], parameters: Sequence[str]
 ) -> None:
-    """Write this rank's part of the batch of a skipped step. If it cannot be written, that is a warning.
+    """Write this rank's part of the batch of a skipped step. If it cannot be written, the run warns.
 
     Args:
         directory: the run's ``bad_batches``.

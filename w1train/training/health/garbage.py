@@ -1,5 +1,5 @@
-"""Garbage collections at the same steps on all ranks. Python would collect at another moment on each rank, and with thousands of ranks, a
-rank would make the others wait at almost every step."""
+"""Garbage collections at the same steps on all ranks. Python would collect at a different moment on each rank. With thousands of ranks,
+some rank would then make the others wait at almost every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GarbageCollection:
     def __enter__(self) -> GarbageCollection:
         if self._interval:
             gc.collect()
-            # Model, optimizer and modules live until the end: frozen, they are not looked at again by each collection.
+            # Model, optimizer and modules live until the end. They are frozen, so that collections do not look at them again.
             gc.freeze()
             gc.disable()
         return self

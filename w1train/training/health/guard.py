@@ -1,8 +1,9 @@
 """The guard of training steps: it looks at each step's loss and gradient norm, and decides whether the optimizer may update the weights.
 
 Both numbers are sums over all ranks, the same on each rank, so that all ranks decide alike. A bad step is computed once more from the same
-batch, which tells a fault of the machine from a fault of the data. If the second result is good, the fault was transient, and the run goes
-on as if it had not happened. If it is bad too, batch or weights are the cause: the batch is written aside, and the step is skipped.
+batch, which distinguishes a fault of the machine from a fault of the data. If the second result is good, the fault was transient, and the
+run continues as if it had not happened. If it is bad too, the batch or the weights are the cause: the batch is written to a file, and the
+step is skipped.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class ComputedStep:
     values: dict[str, Any]
     """The values of the step's record."""
     grad_norm: Any
-    """The gradient norm in the optimizer's type, in which the optimizer takes it back."""
+    """The gradient norm in the type that the optimizer returned, because the optimizer later gets it back."""
     gradients_are_finite: bool
-    """Whether the gradients of each rank are finite. The norm alone does not tell: some gradients are not in it."""
+    """This flag tells whether the gradients of each rank are finite. The norm cannot tell this, because it leaves some gradients out."""
     work: StepWork
 
 
@@ -50,7 +51,7 @@ class Problem:
 
 class StepGuard:
     """The guard of one run. Its state (the values of the last steps, the counts of skipped steps) is part of the run's progress, so that a
-    resumed run goes on with it."""
+    resumed run continues with it."""
 
     def __init__(self, settings: HealthConfig, progress: Progress, model: TrainedModel, bad_batches: Path) -> None:
         self._settings, self._progress, self._model, self._bad_batches = settings, progress, model, bad_batches
@@ -62,7 +63,7 @@ class StepGuard:
         return self._progress.health.get("skipped", 0)
 
     def checked(self, computed: ComputedStep, compute_again: Callable[[list[NoisyBatch]], ComputedStep], stage: str) -> bool:
-        """Return whether the optimizer may take a step. Called on every rank.
+        """Return whether the optimizer may take a step. Every rank calls this.
 
         Args:
             computed: the step; the values of its second computation, if there was one, replace those of the first.
@@ -81,7 +82,7 @@ class StepGuard:
         return False
 
     def require_finite_parameters(self) -> None:
-        """Raise an error if a parameter is NaN or infinite. Called on every rank.
+        """Raise an error if a parameter is NaN or infinite. Every rank calls this.
 
         Raises:
             FloatingPointError: on every rank.

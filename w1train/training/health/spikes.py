@@ -1,9 +1,10 @@
 """Loss spikes: steps whose loss or gradient norm is far above those of the steps before.
 
 OLMo-core's SkipStepOptimizer also compares a step with those before it (6 standard deviations over 128 steps). Here a step is compared with
-their median, so that neither the fall of the loss nor a spike that was accepted moves the level. The deviation is the larger one of the
-standard deviation and the scaled median deviation: values in long tails around a narrow middle are no spikes. The logarithm of the gradient
-norm is compared, because weights of 1/t give the norm itself tails that no number of standard deviations describes.
+their median, so that neither the fall of the loss nor a spike that was accepted moves the level. The deviation is the larger of two
+numbers, the standard deviation and the scaled median deviation. Values in long tails around a narrow middle are therefore not spikes. The
+logarithm of the gradient norm is compared, because weights of 1/t give the norm itself tails that no number of standard deviations
+describes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class SpikeWindow:
         Args:
             state: the state of an earlier process, or an empty dictionary. It is changed in place.
             size: the number of steps.
-            sigmas: deviations from which on masked_cross_entropy and grad_norm are a spike; None = a value is never a spike.
+            sigmas: the numbers of deviations above which masked_cross_entropy and grad_norm are a spike; None = a value is never a spike.
         """
         self._state, self._size, self._sigmas = state, size, sigmas
 
@@ -75,7 +76,7 @@ def _limit(name: str, window: list[float], sigma: float) -> float:
 def _middle_and_deviation(values: list[float]) -> tuple[float, float]:
     middle = statistics.median(values)
     median_deviation = statistics.median([abs(value - middle) for value in values])
-    # statistics.pstdev would take a millisecond a step, because it computes in fractions.
+    # statistics.pstdev would take a millisecond in each step, because it computes with fractions.
     mean = math.fsum(values) / len(values)
     standard_deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
     return middle, max(_MEDIAN_DEVIATION_TO_SIGMA * median_deviation, standard_deviation)

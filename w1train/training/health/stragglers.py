@@ -32,7 +32,7 @@ class StragglerClock:
     def __init__(self, hooks: GradientHooks, interval: int, warning_share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         """
         Args:
-            hooks: the model's, to which the measurement is added.
+            hooks: the hooks of the model, to which the measurement is added.
             interval: steps between two measurements; 0 = never.
             warning_share: the share of a step's time that ranks may wait for each other without a warning.
         """
@@ -63,7 +63,7 @@ class StragglerClock:
         return measured
 
     def _meet(self) -> tuple[int, float, float]:
-        """Wait for all ranks. Return the slowest one, how long others waited for it, and the clock's time."""
+        """Wait for all ranks. Return the slowest rank, how long other ranks waited for it, and the time on the clock."""
         # Kernels that still run belong to this rank's work.
         torch.cuda.synchronize()
         arrived = self._clock()
@@ -74,8 +74,8 @@ class StragglerClock:
         return slowest, spread, together
 
     def _warn(self, slowest: int, spread: float, seconds: float) -> None:
-        """Warn on the rank that is slow, which knows its machine, if it was the slowest in several measurements in a row. A single one may
-        be chance."""
+        """Warn on the rank that is slow, which knows its machine, if it was the slowest in several measurements in a row. A single
+        measurement may be chance."""
         is_slow = slowest == dist.get_rank() and spread > self._warning_share * seconds
         self._times_in_a_row = self._times_in_a_row + 1 if is_slow else 0
         if self._times_in_a_row >= _TIMES_BEFORE_WARNING:

@@ -44,12 +44,12 @@ class Check:
     errors: dict[str, float] = field(default_factory=dict)
     """Relative errors by tensor."""
     reason: str | None = None
-    """Why the kernel did not run, if it did not."""
+    """The reason why the kernel did not run; None if it ran."""
     failed: bool = False
 
     @property
     def passed(self) -> bool:
-        """Whether no result is wrong. A kernel that cannot run on this machine passes."""
+        """Tell whether no result is wrong. A kernel that cannot run on this machine passes."""
         return not self.failed and all(error <= TOLERANCE for error in self.errors.values())
 
     def row(self) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has a summary of all its steps. One of fewer steps than the metrics is from before the run was prolonged."""
+        """Tell whether the run has a summary of all its steps. A summary with fewer steps than the metrics is from before the run was
+        prolonged."""
         return bool(self.summary) and self.summary.get("steps", 0) >= self.last_step
 
     @property
