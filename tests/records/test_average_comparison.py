@@ -35,7 +35,10 @@ def test_a_better_average():
 
 
 def test_an_average_that_is_not_better():
-    assert "not better than its best member, but than 2 of 3: ELBO 2.6000 against 2.5000 of step 300 (+4.00%)" in verdict(comparison(2.6))
+    assert (
+        "better than 2 of its 3 members, but not better than the best of them: ELBO 2.6000 against 2.5000 of step 300 (+4.00%)"
+        in verdict(comparison(2.6))
+    )
     assert not comparison(2.5)["is_better"]
     by_cross_entropy = comparison(2.25, "masked_cross_entropy")
     assert (by_cross_entropy["best_member"], by_cross_entropy["is_better"]) == (100, False)
@@ -57,7 +60,7 @@ def test_the_report_has_a_table_for_each_average(tmp_path):
             log.append({"kind": "average", "step": 40, "tokens": 1, **comparison(elbo)})
     text = write_report(run).read_text()
     assert "better than each of its 3 members" in text
-    assert "not better than its best member" in text
+    assert "not better than the best of them" in text
     assert text.count("<td>step 200</td>") == 2
     assert f"{validation_record(40)['elbo_bits_per_byte']:.3f}" in text, "the headline is still the last validation's"
 

@@ -48,7 +48,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     than = f"{COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({_change(value, best)})"
     if record["is_better"]:
         return f"The average is better than each of its {len(members)} members: {than}."
-    return f"The average is not better than its best member, but than {num_beaten} of {len(members)}: {than}."
+    return f"The average is better than {num_beaten} of its {len(members)} members, but not better than the best of them: {than}."
 
 
 def comparison_lines(record: Mapping[str, Any]) -> list[str]:
