@@ -112,7 +112,8 @@ def _distance(found: Parameters, wanted: Parameters, start: Parameters) -> float
     return max(float((found[name] - wanted[name]).norm() / (wanted[name] - start[name]).norm()) for name in wanted)
 
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
+"""A norm's weight is near 1 and changes by 1e-4, of which float32 rounds a thousandth."""
 
 
 @pytest.mark.parametrize(
@@ -149,4 +150,4 @@ def test_another_setting_shows(expected):
         config.optimizer = dataclasses.replace(config.optimizer, **change)
     (others,) = run_distributed(_all_by_torch, 1, configs, process_group=False)
     for change, (_, other, _) in zip(changes, others, strict=True):
-        assert _distance(other, wanted, start) > 100 * TOLERANCE, change
+        assert _distance(other, wanted, start) > 10 * TOLERANCE, change
