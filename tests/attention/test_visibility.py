@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from w1train.attention.visibility import Visibility, causal_visibility, document_visibility, scattered_visibility
 from w1train.data.documents import document_bounds
+from w1train.diffusion.philox import Purpose, random_words
 
 
 @st.composite
@@ -74,6 +75,17 @@ def test_scattered_pairs_go_from_causal_to_all():
     assert abs(float(half.triu(1).sum()) / (64 * 63) - 0.5) < 0.03
     assert not torch.equal(half[0], half[1]), "each sample draws its own"
     assert torch.equal(half[1], scattered_visibility(wide[:1], 0.5, 0, torch.tensor([6])).dense()[0]), "and draws it in any batch"
+
+
+def test_scattered_pairs_have_numbers_of_their_own():
+    """One word for each pair, which depends on the seed, the sample and both positions, and which noise does not draw."""
+    length, ratio, seed, samples = 12, 0.4, 9, [5, 2**33 + 1]
+    mask = scattered_visibility(torch.zeros((2, length), dtype=torch.int32), ratio, seed, torch.tensor(samples)).dense()
+    for row, sample in enumerate(samples):
+        for query in range(length):
+            key = torch.tensor([sample * length + query])
+            words = random_words(seed, key, draw=0, purpose=Purpose.ATTENTION, num=length)[0].tolist()
+            assert mask[row, query].tolist() == [place <= query or word < int(ratio * 2**32) for place, word in enumerate(words)]
 
 
 @given(packs(), st.floats(0, 1))

@@ -27,6 +27,9 @@ TINY = [
     # Full rate from the first step: a difference in the update must show in the next loss.
     "schedule.stages.warmup.tokens=512",
     "schedule.stages.warmup.learning_rate=1e-2",
+    # AdamW with a small epsilon does not depend on the gradients' scale, so no loss would show how they were clipped.
+    "optimizer.epsilon=1e-2",
+    "optimizer.clip_grad=0.1",
     "logging.wandb=disabled",
 ]
 

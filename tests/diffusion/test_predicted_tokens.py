@@ -1,5 +1,7 @@
 """Which token each output predicts: pairs, shift, autoregression, the clean stream; and noise on embeddings."""
 
+from statistics import NormalDist
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
 from w1train.diffusion.embedding_noise import EmbeddingNoise
+from w1train.diffusion.philox import Purpose, random_words
 
 MASK = DiffusionConfig().mask_token_id
 
@@ -100,6 +103,19 @@ def test_noise_on_masked_embeddings_is_normal_and_belongs_to_the_token():
     assert torch.equal(later.add_to(embedded[20:], first_column=20), noisy[20:]), "a sequence-parallel rank draws its part"
     noisy.sum().backward()
     assert (embedded.grad == 1).all()
+
+
+def test_noise_on_embeddings_is_a_function_of_seed_sample_and_position():
+    """Each number against the inverse of the normal distribution function, of a word that nothing else draws."""
+    size, std, seed = 6, 0.25, 11
+    samples, places = [3, 2**35, 3], [0, 9, 31]
+    noise = EmbeddingNoise(std, seed, torch.arange(3), torch.tensor([2, 0, 1]), torch.tensor(samples), torch.tensor(places))
+    noisy = noise.add_to(torch.zeros(4, 3, size, dtype=torch.float64))
+    for row, (sample, place, column) in enumerate(zip(samples, places, [2, 0, 1], strict=True)):
+        words = random_words(seed, torch.tensor([sample * 2**24 + place]), draw=0, purpose=Purpose.EMBEDDING, num=size)[0].tolist()
+        expected = [NormalDist(0, std).inv_cdf((word + 0.5) / 2**32) for word in words]
+        torch.testing.assert_close(noisy[column, row], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert noisy.count_nonzero() == 3 * size
 
 
 def test_with_shift_t_and_segment_are_those_of_the_target():

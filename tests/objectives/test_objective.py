@@ -62,12 +62,13 @@ def test_weights_and_normalizers():
             assert found["mask_ratio"] == pytest.approx(num_masked / num_tokens)
 
 
-def test_loss_by_t_puts_each_token_in_its_bin():
+@pytest.mark.parametrize(("timestep", "place"), [(0.05, 0), (0.25, 2), (0.95, 9), (1.0, 9)])
+def test_loss_by_t_puts_each_token_in_its_bin(timestep, place):
     config = DiffusionConfig(random_length_probability=0.0)
     batch = packed_batch(range(4))
-    noisy = corrupt_at(batch, config, seed=3, timestep=0.95, draw=1)
+    noisy = corrupt_at(batch, config, seed=3, timestep=timestep, draw=1)
     _, sums = loss(torch.full((int(noisy.loss_mask.sum()),), 1.5), noisy, config)
-    assert metrics(sums, config)["loss_by_t"] == [None] * 9 + [1.5]
+    assert metrics(sums, config)["loss_by_t"] == [None] * place + [1.5] + [None] * (9 - place)
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole():

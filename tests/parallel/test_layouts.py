@@ -1,5 +1,6 @@
 """Every layout gives the single process's numbers: loss, gradients, parameters after three steps, and the very same noise."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -81,6 +82,15 @@ def assert_equal_numbers(outcome: Outcome, expected: Outcome, which: str = "") -
         assert error <= 1e-6, f"{name} after the last step: relative error {error:.1e}"
 
 
+def assert_equal_work(outcome: Outcome, expected: Outcome, *, same_micro_batches: bool) -> None:
+    """FLOPs are counted once, on whichever ranks they are computed. Segments are counted in each micro-batch, so larger micro-batches have
+    another number of them."""
+    for work, wanted in zip(outcome.work, expected.work, strict=True):
+        found = dataclasses.replace(work, context_balance=wanted.context_balance)
+        assert work.context_balance >= wanted.context_balance == 1
+        assert found == (wanted if same_micro_batches else dataclasses.replace(wanted, num_segments=work.num_segments))
+
+
 def _assert_all_equal_the_single_process(names, parallel, data):
     """Each of the streams or objectives, on the same ranks. Without a pipeline two layers do: a first and a last one."""
     num_layers = 4 if parallel.get("pipeline", 1) > 1 else 2
@@ -89,6 +99,7 @@ def _assert_all_equal_the_single_process(names, parallel, data):
     num_inputs = NUM_STEPS * training.global_batch_size // (training.micro_batch_size * data)
     for name, outcome, expected in zip(names, train_layouts(configs, data), references(names, num_layers), strict=True):
         assert_equal_numbers(outcome, expected, name)
+        assert_equal_work(outcome, expected, same_micro_batches=data == parallel.get("pipeline", 1) == 1)
         assert outcome.inputs.count == num_inputs, "the chunks of a stage share a micro-batch's inputs"
 
 
@@ -143,6 +154,7 @@ def test_several_heads_a_rank_travel(streams, micro_batch_size):
 def test_clean_keys_alone_travel_where_blocks_stay_home(parallel, data):
     outcome = train_layout(layout_config("two-stream-aligned", data, **parallel, distributed_optimizer=False), data)
     assert outcome.inputs.travels == {"clean"}
+    assert_equal_work(outcome, reference("two-stream-aligned"), same_micro_batches=data == parallel.get("pipeline", 1) == 1)
     assert_equal_numbers(outcome, reference("two-stream-aligned"))
 
 
@@ -150,6 +162,7 @@ def test_noisy_keys_travel_where_blocks_cross_chunks():
     """Blocks of 4 from unaligned document starts, chunks of 2: no chunk border is a block border."""
     outcome = train_layout(layout_config("two-stream", context=2, context_chunk_size=2, distributed_optimizer=False))
     assert outcome.inputs.travels == {"all"}
+    assert_equal_work(outcome, reference("two-stream"), same_micro_batches=True)
     assert_equal_numbers(outcome, reference("two-stream"))
 
 

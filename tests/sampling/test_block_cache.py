@@ -272,6 +272,26 @@ def test_the_shift_takes_each_token_from_the_place_before(attention, at_once):
     assert torch.equal(whole_canvas[:, 1:], unshifted[:, :-1])
 
 
+def test_a_new_start_forgets_the_rows_before():
+    """Neither keys nor, with a shift, the last output of a text reach the next one, which may have no prompt."""
+    clean, noisy, t = random_canvas(2, 2 * BLOCK_SIZE)
+
+    def body(predictor):
+        results = []
+        for has_been_used in (False, True):
+            blocks = block_predictor(predictor)
+            if has_been_used:
+                blocks.start(2 * BLOCK_SIZE, BLOCK_SIZE)
+                blocks.append(clean[:, :BLOCK_SIZE])
+                blocks.predict_block(noisy[:, BLOCK_SIZE:], t[:, 1])
+            blocks.start(2 * BLOCK_SIZE, BLOCK_SIZE)
+            results.append(blocks.predict_block(noisy[:, :BLOCK_SIZE], t[:, 0]))
+        return results
+
+    fresh, used = in_one_process(block_config({"shift": True}), body)
+    assert torch.equal(fresh, used)
+
+
 def test_visibility_of_a_pass_is_that_of_training():
     """Clean and noisy passes, block by block, are the rows of the two-stream mask."""
     length, block_size = 22, 5

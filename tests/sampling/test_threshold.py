@@ -22,6 +22,14 @@ def test_golden_choices(threshold, expected):
     assert above_threshold(confidence, threshold).int().tolist() == [expected]
 
 
+def test_a_confidence_equal_to_the_threshold_is_not_above_it():
+    """A threshold of 1 would otherwise decide every token whose float probability is rounded to 1."""
+    confidence = torch.tensor([[0.5, 0.75, 0.5, 0.75], [1.0, 1.0, 0.25, 1.0]], dtype=torch.float64)
+    assert above_threshold(confidence, 0.5).int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 1]]
+    assert above_threshold(confidence, 0.75).int().tolist() == [[0, 1, 0, 0], [1, 1, 0, 1]]
+    assert above_threshold(confidence, 1.0).int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(("threshold", "expected"), [(0.95, [1, 0, 0, 0]), (0.5, [1, 1, 0, 0]), (0.99, [1, 0, 0, 0])])
 def test_golden_choices_through_a_model(threshold, expected):
     """The same probabilities as a model's: after one step as many tokens are there."""

@@ -97,12 +97,17 @@ def find_nonfinite(rank: int, world_size: int, sections: dict, name: str) -> tup
         before = local.nonfinite_ranks()
         assert local.are_finite()
         parameter = dict(model.stages[0].named_parameters())[name]
-        if rank == 1:
-            parameter.register_hook(lambda gradient: gradient * float("inf"))
+        factor = float("inf") if rank == 1 else 1.0
+        hook = parameter.register_hook(lambda gradient: gradient * factor)
         local.begin()
         compute(model, config, *place, 1)
         found = local.nonfinite_ranks(), nonfinite_parameters(model.chunks)
-        return before, *found, local.are_finite(), math.isfinite(prepare_gradients(model.optimizer))
+        result = before, *found, local.are_finite(), math.isfinite(prepare_gradients(model.optimizer))
+        hook.remove()
+        local.begin()
+        compute(model, config, *place, 2)
+        assert local.are_finite(), "a bad step says nothing of the next one"
+        return result
 
 
 @pytest.mark.parametrize("sections", [{}, {"parallel": {"overlap_grad_reduce": True}}, {"parallel": {"distributed_optimizer": False}}])
