@@ -42,7 +42,9 @@ def test_an_average_that_is_not_better():
     assert not comparison(2.5)["is_better"]
     by_cross_entropy = comparison(2.25, "masked_cross_entropy")
     assert (by_cross_entropy["best_member"], by_cross_entropy["is_better"]) == (100, False)
-    assert "than 2 of 3: masked CE 1.2500 against 1.0000 of step 100" in verdict(by_cross_entropy)
+    assert "than 2 of its 3 members, but not better than the best of them: masked CE 1.2500 against 1.0000 of step 100" in verdict(
+        by_cross_entropy
+    )
 
 
 def test_without_bytes_there_are_no_bits():
