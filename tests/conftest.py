@@ -33,14 +33,17 @@ if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 # Other processes share the machine, so a slow example is no failure; CI draws the same examples every time.
-hypothesis.settings.register_profile("w1train", deadline=None, derandomize="CI" in os.environ)
-hypothesis.settings.load_profile("w1train")
+_SETTINGS = hypothesis.settings(deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.register_profile("all", _SETTINGS)
+# `make test` draws a quarter of the examples.
+hypothesis.settings.register_profile("not slow", _SETTINGS, max_examples=_SETTINGS.max_examples // 4)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs unless they are asked for, so that the same tests run the same way on every machine."""
+    """Hide the GPUs unless they are asked for, so that the same tests run the same way on every machine. Choose the number of examples."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hypothesis.settings.load_profile("not slow" if config.getoption("markexpr") == "not slow" else "all")
 
 
 _DIRECTORIES_OF_LONG_TESTS = ("parallel", "launch", "end_to_end", "training", "planning", "conversion", "chaos")

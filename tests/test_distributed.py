@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 
 from tests.distributed import RankDiedError, RanksHungError, run_distributed
+from tests.slow import LONGER_THAN_A_TEST
 
 
 class UnpicklableError(Exception):
@@ -68,10 +69,8 @@ def test_a_ranks_exception_is_raised_here_while_the_others_wait_for_it():
             raise ValueError("heads are not divisible")
         torch.distributed.barrier()
 
-    begin = time.monotonic()
     with pytest.raises(ValueError, match="heads are not divisible") as caught:
-        run_distributed(fail_on_one, 3, timeout=30)
-    assert time.monotonic() - begin < 10
+        run_distributed(fail_on_one, 3, timeout=LONGER_THAN_A_TEST)
     assert "On rank 1:" in caught.value.__notes__[0]
     assert "in fail_on_one" in caught.value.__notes__[0]
 
@@ -93,7 +92,7 @@ def test_a_killed_rank_is_named():
         torch.distributed.barrier()
 
     with pytest.raises(RankDiedError, match=r"rank 1 ended without an answer: killed by SIGKILL"):
-        run_distributed(die, 2, timeout=30)
+        run_distributed(die, 2, timeout=LONGER_THAN_A_TEST)
 
 
 def test_an_exit_is_a_death_too():
@@ -108,10 +107,8 @@ def test_hung_ranks_are_named_with_their_stacks_and_killed():
         elif rank == 1:
             torch.distributed.barrier()
 
-    begin = time.monotonic()
     with pytest.raises(RanksHungError) as caught:
         run_distributed(never_comes, 3, timeout=1.5)
-    assert time.monotonic() - begin < 10
     message = str(caught.value)
     assert "ranks 1, 2 of 3" in message
     assert "barrier" in message.split("rank 1:")[1].split("rank 2:")[0]

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
@@ -62,8 +63,13 @@ def python_files(*folders: str) -> list[Path]:
     return [path for path in tracked_files() if path.suffix == ".py" and (not folders or path.relative_to(REPOSITORY).parts[0] in folders)]
 
 
-def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of each import, also of those inside functions."""
+@cache
+def imported_modules(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return (line, absolute module name) of each import, also of those inside functions. Several tests ask for it."""
+    return tuple(_imported_modules(path))
+
+
+def _imported_modules(path: Path) -> Iterator[tuple[int, str]]:
     package = path.relative_to(REPOSITORY).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.attention.cases import VARIANTS, inputs_of, long_pack, to_device, visibilities
+from tests.slow import examples
 from tests.tiny import packed_batch
 from w1train.attention.attention_plan import plan_attention
 from w1train.attention.backends import rectangles
@@ -48,7 +49,7 @@ def _check(backend, case, visibility, dtype, tolerance, scale=None, device="cpu"
 
 
 @given(visibilities(), st.sampled_from([4, 2, 1]), st.sampled_from(sorted(TOLERANCES, key=str)), st.sampled_from([None, 0.2]))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_dense_kernels(kind_and_visibility, groups, dtype, scale):
     kind, visibility = kind_and_visibility
     assert isinstance(SdpaBackend().prepare(visibility), DensePlan)
@@ -61,7 +62,7 @@ def test_dense_kernels(kind_and_visibility, groups, dtype, scale):
     st.sampled_from(sorted(TOLERANCES, key=str)),
     st.sampled_from([1, 300, 10_000, 10**6]),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_rectangles(kind_and_visibility, groups, dtype, triples_per_call):
     """However fine they are cut."""
     kind, visibility = kind_and_visibility
@@ -82,7 +83,7 @@ def test_bf16_on_the_cpu(kind, by_rectangles, monkeypatch):
 
 
 @given(visibilities(), st.sampled_from([4, 1]))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_reference_in_fp32(kind_and_visibility, groups):
     kind, visibility = kind_and_visibility
     _check(ReferenceBackend(), _case(kind, groups), visibility, torch.float32, TOLERANCES[torch.float32])

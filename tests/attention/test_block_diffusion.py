@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.attention.test_visibility import packs
+from tests.slow import examples
 from w1train.attention.visibility import block_diffusion_visibility
 
 # (number of ones, first 16 hex digits of sha256 over the row-major uint8 mask), layout [x_t | x_0].
@@ -62,7 +63,7 @@ def test_golden_packs(pack, expected):
     assert _fingerprint(block_diffusion_visibility(documents, block_size, block_index)) == expected
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(packs(), st.integers(1, 45), st.sampled_from(["document", "sample"]), st.sampled_from(sorted(VARIANTS)))
 def test_is_the_definition(documents, block_size, block_index, variant):
     visibility = block_diffusion_visibility(documents, block_size, block_index, *VARIANTS[variant])

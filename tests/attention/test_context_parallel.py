@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.attention.test_visibility import packs
+from tests.slow import examples
 from w1train.attention.context_parallel import Ownership, blocks_stay_home, deal_positions, key_exchange, local_visibility
 from w1train.attention.visibility import block_diffusion_visibility, document_visibility
 
@@ -18,7 +19,7 @@ def _padded(documents: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 @given(packs(), st.sampled_from([2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 6), st.sampled_from(["all", "clean", "heads"]))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_every_rank_sees_what_the_whole_sequence_shows(documents, num_ranks, chunk_size, block_size, travel):
     """Gathered and local keys, laid out as the exchange lays them, under the local endpoints = rows of the whole mask."""
     documents = _padded(documents, num_ranks * chunk_size)

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from tests.attention.cases import VARIANTS, inputs_of, long_pack, visibilities
 from tests.distributed import run_distributed
+from tests.slow import examples
 from w1train.attention.backends import flex
 from w1train.attention.backends.flex import FlexBackend, interval_block_mask
 from w1train.attention.backends.reference import attend_reference
@@ -32,7 +33,7 @@ def _listed(counts, indices):
 
 
 @given(visibilities(kinds=INTERVAL_KINDS), st.sampled_from([1, 4, 16, 128]))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_block_mask_is_the_dense_mask(kind_and_visibility, tile):
     _, visibility = kind_and_visibility
     mask = visibility.dense()
@@ -80,7 +81,7 @@ def _errors(groups):
     return errors
 
 
-@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("groups", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_outputs(groups):
     errors, _ = _with_counted_compilations(_errors, groups)
     assert set(errors) == set(INTERVAL_KINDS)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.attention.cases import VARIANTS, long_pack, visibilities
+from tests.slow import examples
 from w1train.attention.backends import rectangles
 from w1train.attention.backends.rectangles import rectangles_of
 from w1train.attention.backends.reference import attend_reference
@@ -29,7 +30,7 @@ def _covered(visibility, found):
 
 
 @given(visibilities(kinds=INTERVAL_KINDS), st.sampled_from([1, 30, 1000, 10**7]))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_every_visible_pair_once_and_no_other(kind_and_visibility, triples_per_call):
     _, visibility = kind_and_visibility
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +76,7 @@ def test_not_where_calls_cost_more_than_they_save():
 
 
 @given(visibilities(kinds=INTERVAL_KINDS), st.sampled_from([10, 100, 1000, 10**4, 10**5]))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_where_nothing_is_sought_nothing_would_be_found(kind_and_visibility, triples_per_call):
     _, visibility = kind_and_visibility
     with pytest.MonkeyPatch.context() as patch:

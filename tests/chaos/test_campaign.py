@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.chaos.scene import LAYOUTS, NUM_STEPS, Scene
 from tests.chaos.supervisor import supervise
 from tests.chaos.verdict import first_difference, negative_durations
 from tests.end_to_end.runs import Sabotage, TinyRun
+from tests.slow import slow_except
 from w1train.training import loop
 
 
@@ -36,9 +36,8 @@ def run(campaign: Campaign, name: str, layout: str) -> str:
 
 
 # A restart, the first save, an older checkpoint (for changed bits, and for what cannot be read), the watchdog, and the guard of a step.
-@pytest.mark.parametrize(
-    "name", ["save", "hang", *(pytest.param(name, marks=pytest.mark.slow) for name in ("first-save", "flip", "unreadable", "nan"))]
-)
+# tests/end_to_end has each of them in a faster form too: test_resume.py, test_checkpoints.py and test_health.py.
+@pytest.mark.parametrize("name", slow_except(["save"], ["save", "hang", "first-save", "flip", "unreadable", "nan"]))
 def test_a_fault_of_each_kind(campaign, name):
     # In one layout, whose undisturbed run is made once.
     line = run(campaign, name, "pipeline")
@@ -103,11 +102,9 @@ class Endless:
 def test_a_run_that_hangs_is_killed_when_its_time_is_over(tmp_path):
     job = Endless()
     scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, random.Random(0))
-    began = time.monotonic()
     story = supervise(lambda number: job, scene, iter(()), timeout=0.2)
     assert story.hung
     assert job.was_killed
-    assert time.monotonic() - began < 5.0
 
 
 class Start(Endless):

@@ -19,6 +19,7 @@ from tests.faulty_storage import create, set_faults
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, world_size
 from tests.parallel.test_layouts import layout_config
 from tests.saving import save_now
+from tests.slow import slow_except
 from w1train.checkpoints import saver as saver_module
 from w1train.checkpoints.loading import load_checkpoint
 from w1train.checkpoints.manifest import CheckpointError, Progress, complete_steps, read_progress
@@ -90,7 +91,7 @@ def poll_until_done(saver: CheckpointSaver) -> None:
         saver.poll()
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "data_parallel": 1}, {"distributed_optimizer": False}], ids=str)
+@pytest.mark.parametrize("parallel", slow_except([{}], [{}, {"tensor": 2, "data_parallel": 1}, {"distributed_optimizer": False}]), ids=str)
 def test_the_state_is_that_of_the_step_and_the_bytes_are_those_of_a_save_that_is_waited_for(tmp_path, parallel):
     def save(training: Steps) -> None:
         gate = Gate()
@@ -336,6 +337,7 @@ def test_a_last_upload_that_gets_on_is_no_hang(tmp_path):
     assert on_ranks(close, data_parallel=1) == [2]
 
 
+@pytest.mark.slow
 def test_the_checkpoints_that_stay_do_not_depend_on_the_storage(tmp_path):
     """What is being sent stays for that, and goes at the end. A storage that takes nothing holds the end up for a bounded time."""
     url = create(tmp_path / "bucket")

@@ -18,6 +18,7 @@ from tests.distributed import run_distributed
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, open_gates, train_layout, world_size
 from tests.parallel.test_layouts import layout_config
 from tests.saving import save_now
+from tests.slow import slow_except
 from w1train.checkpoints.averaging import average_steps, find_checkpoint
 from w1train.checkpoints.commit import write_complete
 from w1train.checkpoints.format.shard_files import write_index, write_part
@@ -74,7 +75,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(scope="module", params=slow_except(LAYOUTS[1::2], LAYOUTS), ids=str)
 def run(request, tmp_path_factory):
     parallel, data_parallel, precision = request.param
     config = layout_config("one-stream", **parallel)
@@ -342,6 +343,7 @@ def _load_plainly(directory: Path) -> None:
     shards.read("weight", shards.tensors["weight"].shards[0])
 
 
+@pytest.mark.slow
 def test_memory_stays_under_two_tensors_above_a_plain_load(tmp_path):
     large, tiny = _fake_members(tmp_path / "large", TENSOR_BYTES), _fake_members(tmp_path / "tiny", 1 << 12)
     plain = _peak_bytes_above_start(_load_plainly, large, tiny)

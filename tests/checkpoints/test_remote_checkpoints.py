@@ -17,6 +17,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.faulty_storage import counts, create, set_faults
+from tests.slow import examples
 from w1train.checkpoints import recovery
 from w1train.checkpoints.checkpoint_names import step_path
 from w1train.checkpoints.manifest import CheckpointError, check_manifest, complete_steps
@@ -327,7 +328,7 @@ JSON = st.recursive(
 
 
 @hypothesis.given(JSON)
-@hypothesis.settings(max_examples=50)
+@hypothesis.settings(max_examples=examples(50))
 def test_any_json_is_a_manifest_or_is_refused(value):
     for content in (value, {"files": value}, {"step": 1, "samples": 1, "seconds": 1, "dataset": None, "files": value}):
         names: list[str] = []

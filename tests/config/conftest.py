@@ -7,15 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from tests.config.config_trees import TREE, set_key
 from w1train.config.from_tree import config_from_tree
 from w1train.config.schema import Config
-
-# Other processes share the machine, so a slow example is no failure.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 
 @pytest.fixture

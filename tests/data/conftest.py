@@ -6,15 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from w1train.data.dataset import TokenDataset
 from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from w1train.data.writer import DatasetWriter
-
-# Hypothesis would fail a test for 0.2 s of a busy machine.
-settings.register_profile("busy_machine", deadline=None)
-settings.load_profile("busy_machine")
 
 TEXTS = [f"def function_{i}(value):\n    return value + {i}  # the sum, na\u00efve \U0001f600\n" for i in range(50)]
 

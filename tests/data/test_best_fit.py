@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +48,11 @@ def test_as_many_samples_as_one_piece_after_the_other(document_lengths, sequence
     assert sorted(sequence_length - filled) == sorted(rooms)
 
 
-def test_waste_and_time_on_real_lengths():
+def test_waste_on_real_lengths():
     """Log-normal, as those of web text: well under 1 % of padding."""
     generator = np.random.default_rng(0)
     documents = np.maximum(2, np.round(600 * np.exp(1.1 * generator.standard_normal(100_000)))).astype(np.int64)
-    began = time.process_time()
-    packed = pack_best_fit(documents, 4096)
-    seconds = time.process_time() - began
-    assert packed.waste(4096) < 0.01
-    assert seconds / (documents.sum() / 1e9) < 60, "seconds a billion tokens"
+    assert pack_best_fit(documents, 4096).waste(4096) < 0.01
     assert pack_best_fit(documents, 4096, align=32).waste(4096) < 0.03, "the gaps before documents are counted"
 
 

@@ -21,6 +21,7 @@ from data_tools.corpus import TextCorpus
 from data_tools.corpus_files import CorpusError, Limits
 from data_tools.decompress import ContentReader, damage
 from data_tools.unit_reader import Rules
+from tests.slow import examples
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -351,7 +352,7 @@ def test_progress_is_shown_while_frames_decode_to_nothing(tmp_path, compression,
 
 
 @pytest.mark.parametrize("compression", PACK)
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_any_framing_and_any_pieces_give_the_content(compression, data):
     parts = data.draw(st.lists(st.binary(max_size=300) | st.integers(0, 5000).map(b"a".__mul__), max_size=5))

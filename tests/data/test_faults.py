@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.slow import LONGER_THAN_A_TEST
 from w1train.data.dataset import DatasetError
 from w1train.data.loader import BatchLoader
 from w1train.data.loader_workers import LoaderError
@@ -29,7 +30,9 @@ def dataset(make_dataset, tmp_path):
 
 
 def open_loader(packed, workers, **options):
-    return BatchLoader(packed, micro_batch_size=2, workers=workers, **{"num_workers": 2, "prefetch": 2, "read_timeout": 30.0, **options})
+    return BatchLoader(
+        packed, micro_batch_size=2, workers=workers, **{"num_workers": 2, "prefetch": 2, "read_timeout": LONGER_THAN_A_TEST, **options}
+    )
 
 
 def read(batches, count):
@@ -48,10 +51,8 @@ def test_a_killed_worker_is_named_in_seconds(dataset):
         next(batches)
         victim = min(children())
         os.kill(victim, signal.SIGKILL)
-        began = time.monotonic()
         with pytest.raises(LoaderError, match=rf"data worker w1train-data-\d \(process {victim}\) died: signal SIGKILL"):
             read(batches, 4)
-        assert time.monotonic() - began < 10
     assert not children()
 
 
@@ -94,13 +95,11 @@ def test_a_read_that_hangs(dataset, workers, tmp_path, monkeypatch):
         return pread(descriptor, num_bytes, offset)
 
     monkeypatch.setattr(os, "pread", hang)
-    began = time.monotonic()
     with (
         open_loader(packed, workers, read_timeout=0.5) as loader,
         pytest.raises(LoaderError, match=r"no micro-batch has come for 0\.5 s.*hangs"),
     ):
         next(loader.micro_batches(0))
-    assert time.monotonic() - began < 10
     assert not children()
     # Let the threads go that were left behind.
     held.set()

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import inspect, tokenize
+from tests.slow import examples
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import read_index, write_index
 
@@ -95,7 +96,7 @@ def no_waiting_for_the_disk():
         yield
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(bad=st.lists(bad_files, min_size=5, max_size=5), on_error=st.sampled_from(["skip", "skip", "skip", "fail"]))
 def test_bad_corpora(tokenizer, bad, on_error):
     """Five at a time."""
@@ -119,7 +120,7 @@ def test_bad_corpora(tokenizer, bad, on_error):
             assert (status, on_error, left) == (1, "fail", [])
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(content=damaged(index_bytes()) | st.binary(max_size=100))
 def test_bad_indices(content):
     """Refused, or an index of which every document can be read."""

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.slow import examples
 from w1train.data.packed.interleave import Interleave
 
 weights = st.lists(st.floats(1e-6, 1.0) | st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]), min_size=1, max_size=12).filter(any)
@@ -13,7 +14,7 @@ BOUND = 1.7
 """1/2 (1 + 1 + 1/2 + 1/3 + 1/5 + 1/8 + ...), from the reciprocals of Fibonacci's numbers."""
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(weights)
 def test_shares_are_exact_in_every_prefix_and_window(values):
     named = {str(number): value for number, value in enumerate(values)}
@@ -25,7 +26,7 @@ def test_shares_are_exact_in_every_prefix_and_window(values):
         assert excess.max() - excess.min() < 2 * BOUND, "the largest difference over any window"
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(weights, st.integers(0, 10**15))
 def test_a_place_is_found_without_those_before_it(values, start):
     """At any index: the sample's number in its corpus is the count of the corpus before it."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.slow import examples
 from w1train.data import order
 from w1train.data.order import Stream, permuted, random_words
 
@@ -19,7 +20,7 @@ def hashes_are_kept(monkeypatch):
     monkeypatch.setattr(order, "_mix", lru_cache(maxsize=4096)(order._mix))
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1), st.integers(0, 2**40))
 def test_each_item_once(num_items, seed, epoch):
     assert sorted(permuted(place, num_items, seed, epoch) for place in range(num_items)) == list(range(num_items))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_tools.arrow_messages import MessageError, _Table, read_message
 from data_tools.row_sizes import text_sizes
+from tests.slow import examples
 
 pa = pytest.importorskip("pyarrow")
 
@@ -47,7 +48,7 @@ def size_of(value) -> int:
     return 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(array=arrays(), start=st.integers(0, 3))
 def test_rows_are_as_large_as_their_values(array, start):
     rows = array.slice(start)

@@ -18,6 +18,7 @@ from data_tools import inspect, tokenize, workers
 from data_tools.duplicates import SeenHashes, hash_of
 from data_tools.workers import MAX_THREADS, OrderedWorkers, WorkerError, ordered_workers
 from tests.data.conftest import TEXTS
+from tests.slow import LONGER_THAN_A_TEST, slow_except
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -81,7 +82,8 @@ def test_two_workers_write_the_same(corpus, tokenizer_file, expected, tmp_path, 
     assert content(tmp_path) == expected
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow  # tests/data/test_data_commands.py has one kill
+@pytest.mark.parametrize("num_workers", ["1", "2"])
 def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path, num_workers):
     """Each time a little later, until a run comes to its end."""
     command = [sys.executable, "-m", "data_tools.tokenize", *arguments(corpus, tokenizer_file, tmp_path, "--workers", num_workers)]
@@ -107,7 +109,7 @@ def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path, nu
     assert num_kills > 0
 
 
-@pytest.mark.parametrize("moment", [0, 3, 7, 9, 12, 20, 10**9])
+@pytest.mark.parametrize("moment", slow_except([0, 7, 12, 10**9], [0, 3, 7, 9, 12, 20, 10**9]))
 def test_interrupted_at_a_certain_record(corpus, tokenizer_file, expected, tmp_path, moment, monkeypatch, caplog):
     """After so many files have been replaced or renamed: the same at every step of the records and of the publication."""
     left = [moment]
@@ -227,11 +229,10 @@ def test_threads_raise_a_fault_in_its_place_and_hold_few_items(num_workers, monk
 
 def test_threads_with_a_long_item_hold_up_no_interruption():
     """Ctrl-C while a document of many megabytes is tokenized: the call into the library cannot be stopped, nor must it be waited for."""
-    before, release, begun = threading.enumerate(), threading.Event(), time.monotonic()
+    before, release = threading.enumerate(), threading.Event()
     try:
         with pytest.raises(KeyboardInterrupt):
             _interrupt_after_the_first(release)
-        assert time.monotonic() - begun < 10
     finally:
         release.set()
     for thread in set(threading.enumerate()) - set(before):
@@ -246,7 +247,7 @@ def _interrupt_after_the_first(release):
 
 
 def make_waiter(release):
-    return lambda item: item == "short" or release.wait(30)
+    return lambda item: item == "short" or release.wait(LONGER_THAN_A_TEST)
 
 
 def make_divider(setting):

@@ -19,6 +19,12 @@ from w1train.diagnosis.findings import failures
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    """Leave out the sizes that take most of the time. The forked ranks have what this process has."""
+    monkeypatch.setitem(collectives._SIZES, "cpu", collectives._SIZES["cpu"][:2])
+
+
 def examine(rank, world_size, seconds=0.1):
     return collective_section(CPU, seconds, {"torch": torch.__version__}, [], [])
 
@@ -94,6 +100,7 @@ def same_cost(rank, world_size):
     return slowest("something", 1.0 + 0.1 * rank)
 
 
+@pytest.mark.slow
 def test_the_command_on_two_ranks(tmp_path, capfd):
     assert run_distributed(command, 2, tmp_path, process_group=False) == [0, 0]
     (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("{")]

@@ -165,6 +165,7 @@ def test_the_health_check_is_the_doctors_and_bounded(tmp_path):
     assert step("health_check.sh", tmp_path, "0.2").returncode == 124
 
 
+@pytest.mark.slow
 def test_installing_w1train_builds_from_source_and_notes_the_version(tmp_path):
     """With stand-ins for uv and Python: what they are asked for."""
     prefix, source = tmp_path / "environment", tmp_path / "source"

@@ -93,25 +93,26 @@ def test_the_average_is_compared_with_its_members(averaged):
     assert f"{record['elbo']:.4f}" in page
 
 
-@pytest.mark.parametrize(
-    "trap",
-    [
-        traps.after_commit(3),
-        traps.after_commit(4),
-        traps.torn_line("average", NUM_STEPS),
-        traps.before_summary(),
-        traps.at_average_commit(),
-    ],
-    ids=["step 9 saved, step 6 not removed", "step 12 saved, none removed", "torn record", "no summary", "average not renamed"],
-)
-def test_a_kill_changes_nothing(averaged, tiny_run, trap):
-    assert tiny_run.train(*OPTIONS, *TOO_FAST, world_size=2, sabotage=trap).killed
+KILLS = {
+    "step 9 saved, step 6 not removed": traps.after_commit(3),
+    "step 12 saved, none removed": traps.after_commit(4),
+    "torn record": traps.torn_line("average", NUM_STEPS),
+    "no summary": traps.before_summary(),
+    "average not renamed": traps.at_average_commit(),
+}
+
+
+@pytest.mark.slow  # test_stages.py kills a run whose phases end with averages
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_kill_changes_nothing(averaged, tiny_run, kill):
+    assert tiny_run.train(*OPTIONS, *TOO_FAST, world_size=2, sabotage=KILLS[kill]).killed
     tiny_run.train(*OPTIONS, *TOO_FAST, world_size=2).require(0)
     require_equal(tiny_run, averaged)
     assert [path.name for path in averages(tiny_run)] == [path.name for path in averages(averaged)]
     assert not list(tiny_run.checkpoints.glob(".*"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_step_and_not_from_the_average(averaged, tiny_data, tmp_path):
     run = copy_of(averaged, tmp_path)
     longer = (f"schedule.stages.stable.tokens={(NUM_STEPS - 1) * BATCH * LENGTH}",)  # one more step

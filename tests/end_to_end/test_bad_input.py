@@ -30,6 +30,7 @@ import pytest
 from data_tools import tokenize, train_tokenizer
 from tests.end_to_end import traps
 from tests.end_to_end.runs import VOCAB_SIZE, TinyRun, launch, output_to
+from tests.slow import slow_except
 from w1train.config.errors import UserError
 from w1train.runtime import distributed
 from w1train.runtime.exit_status import ExitStatus
@@ -54,7 +55,7 @@ def require_message(output: str, pattern: str) -> None:
     assert re.search(pattern, output), output
 
 
-@pytest.mark.parametrize("override", WRONG_LAYOUTS)
+@pytest.mark.parametrize("override", slow_except(list(WRONG_LAYOUTS)[:1], WRONG_LAYOUTS))
 def test_a_layout_that_does_not_fit_the_world(tiny_run, override):
     outcome = tiny_run.train(override, world_size=2).require(2)
     require_message(outcome.output, WRONG_LAYOUTS[override])
@@ -128,7 +129,7 @@ def spoil(run: TinyRun, act: Callable[[Path], None]) -> None:
     assert launch(1, main) == [0], (run.data / "spoil.log").read_text()
 
 
-@pytest.mark.parametrize("what", WRONG_DATA)
+@pytest.mark.parametrize("what", slow_except(["no dataset", "truncated .idx", "zeroed .bin", "other data"], WRONG_DATA))
 def test_wrong_data(copied_run, what):
     act, pattern = WRONG_DATA[what]
     metrics, steps = copied_run.metrics(), copied_run.steps_saved()

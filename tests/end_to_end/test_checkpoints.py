@@ -14,6 +14,7 @@ from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_failures import DAMAGES, flip, one_line, small_disk
 from tests.end_to_end.test_resume import require_equal
+from tests.slow import slow_except
 
 __all__ = ["small_disk"]  # a fixture, used here too
 
@@ -24,14 +25,17 @@ def copy_of(run: TinyRun, directory: Path) -> TinyRun:
     return TinyRun(run.data, directory / "runs")
 
 
-def test_killed_while_a_save_is_in_the_background(tiny_run, undisturbed):
-    deaths = [
-        ("a part of step 3 is written", traps.after_shards(1, rank=1)),
-        ("step 3 has no manifest", traps.before_manifest(1)),
-        ("step 3 is not renamed", traps.before_commit(1)),
-        ("step 3 is renamed", traps.after_commit(1)),
-        ("step 9 is there, step 3 is half removed", traps.while_removing(1)),
-    ]
+DEATHS = [
+    ("a part of step 3 is written", traps.after_shards(1, rank=1)),
+    ("step 3 has no manifest", traps.before_manifest(1)),
+    ("step 3 is not renamed", traps.before_commit(1)),
+    ("step 3 is renamed", traps.after_commit(1)),
+    ("step 9 is there, step 3 is half removed", traps.while_removing(1)),
+]
+
+
+@pytest.mark.parametrize("deaths", [DEATHS[::2], pytest.param(DEATHS, marks=pytest.mark.slow)], ids=["three", "all"])
+def test_killed_while_a_save_is_in_the_background(tiny_run, undisturbed, deaths):
     for where, trap in deaths:
         outcome = tiny_run.train(world_size=2, sabotage=trap)
         assert outcome.killed, f"was not killed when {where}:\n{outcome.output}"
@@ -40,6 +44,7 @@ def test_killed_while_a_save_is_in_the_background(tiny_run, undisturbed):
     assert not list(tiny_run.checkpoints.glob(".*")), "leftovers of a save"
 
 
+@pytest.mark.slow
 def test_what_saving_costs_is_in_the_records(tiny_run):
     # Three steps more than usual: the save of step 12 waits for that of step 9, however slow, and the record of step 13 tells of it.
     longer = f"schedule.stages.stable.tokens={13 * BATCH * LENGTH}"
@@ -53,7 +58,7 @@ def test_what_saving_costs_is_in_the_records(tiny_run):
     assert "s in the background" in outcome.output
 
 
-@pytest.mark.parametrize("damage", ["a flipped bit", "a missing manifest", "a manifest of another step"])
+@pytest.mark.parametrize("damage", slow_except(["a flipped bit"], ["a flipped bit", "a missing manifest", "a manifest of another step"]))
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(undisturbed, tmp_path, damage):
     expected = undisturbed(2, "fp32")
     run = copy_of(expected, tmp_path)
@@ -106,6 +111,7 @@ def test_a_chosen_step_is_gone_back_to_once(undisturbed, tmp_path):
     require_equal(run, expected)
 
 
+@pytest.mark.slow
 def test_saves_that_fail_do_not_stop_training_but_its_end(tiny_run, undisturbed):
     def limit(rank: int) -> None:
         if rank == 1:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.end_to_end import traps
 from tests.end_to_end.runs import Sabotage, TinyRun
 from w1train import report, status
@@ -62,6 +64,7 @@ def event_times(run: TinyRun) -> list[float]:
     return [json.loads(line)["time"] for line in (run.path / "events.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_an_hour_back_and_a_day_forward_and_a_resume_before_its_own_start(tiny_run, undisturbed, capsys, monkeypatch):
     expected = undisturbed(2, "fp32")
     watched = ("health.hang_timeout=20", "health.heartbeat_interval=0.1")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
 import fsspec
+import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from tests.end_to_end.runs import BATCH, CHECKPOINT_INTERVAL, LENGTH, TinyRun, launch, output_to
@@ -100,10 +101,11 @@ def train(run: TinyRun, folder: Path, password: str, *overrides: str) -> str:
     return run.train(*arguments, sabotage=prepare, log="log").require(0).output
 
 
+HALF = f"schedule.stages.stable.tokens={(2 * CHECKPOINT_INTERVAL - 2) * BATCH * LENGTH}"
+
+
 def test_a_run_writes_and_shows_no_secret(tiny_run, tmp_path):
-    """From its start to what other commands make of it; a changed password is no change of the configuration."""
-    half = f"schedule.stages.stable.tokens={(2 * CHECKPOINT_INTERVAL - 2) * BATCH * LENGTH}"
-    output = train(tiny_run, tmp_path, PASSWORDS[0], half)
+    output = train(tiny_run, tmp_path, PASSWORDS[0], HALF)
     assert secrets_in(tmp_path, SECRETS) == []
     # What is written is all that should be, and the work was done with the passwords.
     url = f"vault://amelie:***@host{tmp_path}/bucket"
@@ -114,6 +116,11 @@ def test_a_run_writes_and_shows_no_secret(tiny_run, tmp_path):
     assert len(list((tmp_path / "bucket").glob("step_*/config.yaml"))) == 2
     assert any("amelie:***@host" in path.read_text(errors="replace") for path in (tiny_run.path / "wandb").rglob("*.wandb"))
 
+
+@pytest.mark.slow
+def test_a_resume_and_other_commands_show_no_secret(tiny_run, tmp_path):
+    """Resume with another password, which is no change of the configuration, and read the run with each command."""
+    train(tiny_run, tmp_path, PASSWORDS[0], HALF)
     again = train(tiny_run, tmp_path, PASSWORDS[1])
     assert "configuration changed on resume: schedule" in again
     assert "configuration changed on resume: checkpoint" not in again

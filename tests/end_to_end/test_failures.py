@@ -16,6 +16,7 @@ import pytest
 
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun, launch, output_to
+from tests.slow import slow_except
 from w1train import sample
 from w1train.data import loader
 from w1train.data.dataset import DatasetError
@@ -47,13 +48,15 @@ def blocks(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
-def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undisturbed):
+@pytest.mark.parametrize("files", ["a shard, manifest.json", pytest.param("shards.json, config.yaml", marks=pytest.mark.slow)])
+def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undisturbed, files):
     run = TinyRun(tiny_data, small_disk / "runs")
     run.train(world_size=2, sabotage=traps.after_commit(2))
     saved = run.checkpoints / "step_0000000006"
     shards, index = sum(map(blocks, saved.glob("*.shards"))), blocks(saved / "shards.json")
-    # Fails in: some shard, shards.json, config.yaml, manifest.json.
-    for num_bytes_left in (shards // 2, shards, shards + index, shards + index + 8192):
+    # The writing of these files fails.
+    free = {"a shard": shards // 2, "shards.json": shards, "config.yaml": shards + index, "manifest.json": shards + index + 8192}
+    for num_bytes_left in (free[file] for file in files.split(", ")):
         trap = traps.fill_disk(small_disk, num_bytes_left, number=1)
         outcome = run.train("checkpoint.asynchronous=false", "checkpoint.on_error=stop", world_size=2, sabotage=trap).require(1)
         message = one_line(outcome.output, "step_0000000009, with 0.0 MiB free on that disk: ")
@@ -67,6 +70,7 @@ def test_no_space_left_at_any_file_of_a_checkpoint(small_disk, tiny_data, undist
     assert run.samples() == undisturbed(2, "fp32").samples()
 
 
+@pytest.mark.slow
 def test_one_rank_cannot_write(tiny_run, undisturbed):
     def limit(rank: int) -> None:
         if rank == 1:
@@ -82,6 +86,7 @@ def test_one_rank_cannot_write(tiny_run, undisturbed):
     assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
 
 
+@pytest.mark.slow
 def test_no_space_left_for_a_record(tiny_run, undisturbed):
     def fill(rank: int) -> None:
         original = metrics_log.MetricsLog.append
@@ -148,7 +153,7 @@ def edit_manifest(path: Path, **changes: object) -> None:
     (path / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", slow_except(["a flipped bit", "a missing shard", "a torn manifest"], DAMAGES))
 def test_a_damaged_checkpoint_is_named(tiny_data, undisturbed, tmp_path, damage):
     shutil.copytree(undisturbed(2, "fp32").runs_dir, tmp_path / "runs")
     run = TinyRun(tiny_data, tmp_path / "runs")
@@ -208,7 +213,7 @@ def test_a_run_directory_has_one_user(tiny_run, undisturbed, tmp_path):
     assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_nan_stops_the_run_before_a_checkpoint(tiny_run, world_size):
     outcome = tiny_run.train("health.on_nonfinite=stop", world_size=world_size, sabotage=traps.nan_gradient(6)).require(1)
     assert "loss is nan at step 6; training stops before this reaches a checkpoint" in one_line(outcome.output, "nan")
@@ -217,6 +222,7 @@ def test_a_nan_stops_the_run_before_a_checkpoint(tiny_run, world_size):
     tiny_run.train(world_size=world_size).require(0)
 
 
+@pytest.mark.slow
 def test_an_update_that_overflows_reaches_no_checkpoint(tiny_run):
     """The loss of the step, taken before the update, is finite."""
     outcome = tiny_run.train("health.on_nonfinite=stop", world_size=2, sabotage=traps.infinite_parameter(6, rank=1)).require(1)
@@ -225,6 +231,7 @@ def test_an_update_that_overflows_reaches_no_checkpoint(tiny_run):
     assert tiny_run.steps_saved() == [3]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_much_too_high(tiny_run):
     outcome = tiny_run.train(
         f"schedule.stages={{all: {{tokens: {40 * BATCH * LENGTH}, learning_rate: 1e6}}}}",

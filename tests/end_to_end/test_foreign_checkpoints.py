@@ -17,6 +17,7 @@ import torch
 from tests.checkpoint_files import vouch
 from tests.end_to_end.runs import NUM_STEPS, TinyRun
 from tests.end_to_end.test_average import in_a_process
+from tests.slow import slow_except
 from w1train import average, convert, evaluate, sample
 from w1train.checkpoints.format.shard_reader import Shards
 
@@ -82,7 +83,7 @@ def _trained(run: TinyRun, *overrides: str, world_size: int) -> tuple[int, str, 
 
 
 @pytest.mark.parametrize("damage", [with_code_in_metadata, with_code_in_shards])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow_except(["sample", "resume"], COMMANDS))
 def test_no_command_runs_what_is_in_a_checkpoint(command, damage, tmp_path):
     run, ran = unpack_old_run(tmp_path), tmp_path / "ran"
     damage(run.checkpoints / OLD_STEP, Command(f"touch {ran}"))
@@ -107,7 +108,7 @@ def test_an_old_checkpoint_has_the_tensors_that_it_had(tmp_path):
         assert hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest() == expected[key], key
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_old_run_goes_on(tmp_path, world_size):
     run = unpack_old_run(tmp_path)
     expected = run.metrics()
@@ -123,6 +124,7 @@ def test_an_old_run_goes_on(tmp_path, world_size):
     assert (run.checkpoints / f"step_{NUM_STEPS:010d}" / "shards.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_old_run_is_averaged_with_a_new_checkpoint_and_sampled(tmp_path):
     run = unpack_old_run(tmp_path)
     run.train("checkpoint.keep=9", world_size=1).require(0)

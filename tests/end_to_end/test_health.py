@@ -32,7 +32,7 @@ def require_undisturbed(run: TinyRun, expected: TinyRun) -> None:
     assert run.samples() == expected.samples()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_transient_nan_changes_nothing_and_names_its_rank(tiny_run, undisturbed, tiny_data, tmp_path, overlap):
     """In a gradient of one rank, the first time that its step is computed."""
     overrides = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true") if overlap else ()
@@ -74,9 +74,8 @@ def test_a_persistent_nan_is_left_out_and_written_aside(tiny_run, undisturbed):
     assert f"its batch is in {directory}" in outcome.output
 
 
-@pytest.mark.parametrize(
-    "overrides", [(), pytest.param(("parallel.distributed_optimizer=false",), marks=pytest.mark.slow), ("checkpoint.interval=1",)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("parallel.distributed_optimizer=false",), ("checkpoint.interval=1",)], ids=str)
 def test_a_first_step_that_is_left_out_costs_no_checkpoint(tiny_data, tmp_path, overrides):
     """The optimizer has no moments yet when it is first looked at for what a save holds."""
     run, expected = TinyRun(tiny_data, tmp_path / "runs"), TinyRun(tiny_data, tmp_path / "expected")
@@ -107,6 +106,7 @@ def test_after_too_many_skips_the_run_goes_back_and_is_undisturbed(tiny_run, und
     require_undisturbed(again, undisturbed(2, "fp32"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_past_a_damaged_checkpoint(tiny_run, undisturbed):
     nan = traps.nan_in_gradient(rank=0, steps=[8], times=2)
 
@@ -122,6 +122,7 @@ def test_a_run_goes_back_past_a_damaged_checkpoint(tiny_run, undisturbed):
     assert [path.name for path in tiny_run.checkpoints.glob("*-step_*")] == ["damaged-step_0000000006"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_lost_come_back_from_a_checkpoint_but_not_for_ever(tiny_run, undisturbed):
     outcome = tiny_run.train(world_size=2, sabotage=traps.infinite_parameter(6, rank=1)).require(1)
     assert outcome.output.count("Going back to the checkpoint of step 3") == 1
@@ -131,6 +132,7 @@ def test_weights_that_are_lost_come_back_from_a_checkpoint_but_not_for_ever(tiny
     require_undisturbed(tiny_run, undisturbed(2, "fp32"))
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out_and_the_window_survives_a_kill(tiny_data, tmp_path):
     """The spike, in steps 10 and 11, comes after a kill that the window must live through to know it."""
     spiked = ("health.spike_window=8", "health.spike_gradient_sigma=3")
@@ -158,6 +160,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tiny_run, undisturbed, 
     assert f"finished, step 12/12 (100.0%), {12 * BATCH * LENGTH:,} of " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_step_that_does_not_end(tiny_run):
     """The main thread sits where no handler runs."""
     outcome = tiny_run.train(
@@ -184,6 +187,7 @@ def test_a_rank_that_hangs_is_named(tiny_run, undisturbed):
     require_undisturbed(tiny_run, undisturbed(2, "fp32"))
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_missed(tiny_run, undisturbed):
     def when_rank_0_has_ended(path: Path, act: Callable[[int], None]) -> None:
         """What a launcher does to the ranks that are left."""

@@ -235,13 +235,20 @@ def test_the_report_shows_the_run(thorough, tmp_path):
     assert f"{run.summary()['validation_elbo_bits_per_byte_end']:.3f}" in page
 
 
-def test_torchrun(tiny_run, undisturbed):
-    """The real thing, once: new interpreters, a launcher, the module as a program."""
-    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "w1train.pretrain", *tiny_run.arguments()]
+@pytest.mark.parametrize(
+    ("launcher", "world_size"),
+    [
+        ([], 1),
+        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 2, marks=pytest.mark.slow),
+    ],
+    ids=["alone", "torchrun"],
+)
+def test_new_interpreters(tiny_run, undisturbed, launcher, world_size):
+    """Run the real thing once: the module as a program, in processes that have imported nothing."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "NO_COLOR": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        [sys.executable, *launcher, "-m", "w1train.pretrain", *tiny_run.arguments()],
         cwd=tiny_run.data,
         env=environment,
         capture_output=True,
@@ -249,9 +256,9 @@ def test_torchrun(tiny_run, undisturbed):
         timeout=2 * TIMEOUT,
     )
     assert result.returncode == 0, result.stderr
-    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()
-    assert tiny_run.samples() == undisturbed(2, "fp32").samples()
-    # Nothing but our own log goes to stderr: no warnings of libraries, no line twice.
+    assert tiny_run.metrics() == undisturbed(world_size, "fp32").metrics()
+    assert tiny_run.samples() == undisturbed(world_size, "fp32").samples()
+    # Only our own log goes to stderr: no warnings of libraries, no line twice.
     log = result.stderr.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ INFO w1train\.", line) for line in log), result.stderr
     assert len(set(log)) == len(log)

@@ -49,6 +49,7 @@ def stalled(rank: int) -> Sabotage:
     return sabotage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_save_that_is_slower_than_the_patience_with_hangs_is_waited_for(tiny_run, undisturbed, asynchronous):
     """The other rank waits in the next save, or in this one."""
@@ -65,6 +66,7 @@ def test_a_save_of_which_no_byte_moves_is_a_hang_that_names_its_rank(tiny_run):
     assert f"writing {tiny_run.checkpoints / '.writing-step_0000000003/rank_00001.shards'}" in outcome.output
 
 
+@pytest.mark.slow
 def test_slow_hashing_and_slow_averaging_of_one_rank_are_waited_for(tiny_run):
     """Of a start, of the members of an average, of the average itself: each takes longer than a hang."""
 

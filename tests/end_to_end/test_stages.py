@@ -81,22 +81,29 @@ def test_phases_end_with_validation_checkpoint_and_average(straight):
     assert set(averages[-1]["members"]) == set(sorted(scores, key=scores.__getitem__)[:2])
 
 
-def test_killed_in_and_between_phases(straight, tiny_run, overrides):
+IN_AND_BETWEEN_PHASES = [
+    traps.before_record(2),
+    traps.after_commit(2),  # the first phase's end, saved and not averaged
+    traps.after_validation(2),
+    traps.before_commit(2),
+    traps.after_record(5),
+    traps.after_commit(3),
+]
+
+
+@pytest.mark.parametrize(
+    "deaths", [IN_AND_BETWEEN_PHASES[1:4], pytest.param(IN_AND_BETWEEN_PHASES, marks=pytest.mark.slow)], ids=["three", "all"]
+)
+def test_killed_in_and_between_phases(straight, tiny_run, overrides, deaths):
     expected, _ = straight
-    for trap in (
-        traps.before_record(2),
-        traps.after_commit(2),  # the first phase's end, saved and not averaged
-        traps.after_validation(2),
-        traps.before_commit(2),
-        traps.after_record(5),
-        traps.after_commit(3),
-    ):
+    for trap in deaths:
         outcome = tiny_run.train(*overrides, world_size=2, sabotage=trap)
         assert outcome.killed, outcome.output
     tiny_run.train(*overrides, world_size=2).require(0)
     require_equal(tiny_run, expected)
 
 
+@pytest.mark.slow
 def test_future_stages_may_change_and_past_ones_may_not(tiny_run, overrides):
     outcome = tiny_run.train(*overrides, sabotage=traps.after_commit(3))
     assert outcome.killed
@@ -107,6 +114,7 @@ def test_future_stages_may_change_and_past_ones_may_not(tiny_run, overrides):
     assert tiny_run.train_records()[-1]["block_size"] == 16
 
 
+@pytest.mark.slow
 def test_validation_at_other_block_sizes_is_what_training_at_them_sees(tiny_run, tiny_data, tmp_path):
     tiny_run.train("diffusion.block_size=4", f"validation.block_sizes=[8,{LENGTH}]", "checkpoint.interval=12").require(0)
     at_start = next(record for record in tiny_run.metrics() if record["kind"] == "validation")

@@ -16,6 +16,7 @@ from tests.end_to_end.test_checkpoints import copy_of
 from tests.end_to_end.test_failures import one_line
 from tests.end_to_end.test_resume import require_equal
 from tests.faulty_storage import counts, create, set_faults
+from tests.slow import slow_except
 from w1train.checkpoints.manifest import complete_steps
 from w1train.checkpoints.remote.remote_checkpoints import MARKER
 from w1train.runtime import object_storage
@@ -61,7 +62,7 @@ UPLOAD_FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", UPLOAD_FAULTS)
+@pytest.mark.parametrize("name", slow_except(list(UPLOAD_FAULTS)[:1], UPLOAD_FAULTS))
 def test_uploads_with_faults_keep_what_the_settings_keep(tiny_run, undisturbed, bucket, name):
     set_faults(bucket, **UPLOAD_FAULTS[name])
     outcome = train(tiny_run, bucket).require(0)
@@ -109,6 +110,7 @@ def test_a_storage_that_fails_ends_a_start_with_one_line(lost, bucket):
     assert list(lost.checkpoints.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_copies_and_checkpoints_are_gone_does_not_begin_again(undisturbed, lost, tmp_path, bucket):
     set_faults(bucket, gone=["step_*"])
     outcome = train(lost, bucket).require(1)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from data_tools import import_tokenizer, inspect, pack_report, tokenize, verify
 from tests.hostile.commands import Main, answer, make_dataset, may_refuse, require_refusal, tiny_tokenizer
 from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
+from tests.slow import examples
 from w1train import plan, pretrain
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing, packing_path
@@ -392,7 +393,7 @@ def swapped(value: Any, draw: Any) -> Any:
     return draw(VALUES)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -415,7 +416,7 @@ def test_any_damage_of_a_dataset_is_its_error(tmp_path_factory, data):
         dataset.read_may_be_noised(0, dataset.num_tokens)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_packing_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")
@@ -431,7 +432,7 @@ def test_any_damage_of_a_packing_is_its_error(tmp_path_factory, data):
             samples._pieces(0, sample)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_tokenizer_is_its_error(data):
     content = json.loads(_serialized())

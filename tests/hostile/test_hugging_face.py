@@ -20,6 +20,7 @@ from data_tools import import_tokenizer
 from tests.hostile.commands import answer, may_refuse, require_refusal, tiny_tokenizer
 from tests.hostile.content import NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
 from tests.hostile.test_data_files import mutated, swapped
+from tests.slow import examples
 from w1train import convert
 from w1train.config.errors import UserError
 from w1train.conversion.export import _tokenizer_files
@@ -281,7 +282,7 @@ def test_a_configuration(directory, content, capsys):
     require_refusal(convert.main, ["from-hf", str(directory)], capsys, 2, str(directory))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(data=st.data())
 def test_any_change_of_a_configuration_is_its_error(data):
     name = data.draw(st.sampled_from(sorted(CONFIG)))
@@ -290,7 +291,7 @@ def test_any_change_of_a_configuration_is_its_error(data):
         assert 0 < model.num_layers <= 4096
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_directory_is_its_error(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")

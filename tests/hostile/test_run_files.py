@@ -31,6 +31,7 @@ from tests.hostile.commands import (
 from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECTS, Content, as_json, put
 from tests.hostile.test_data_files import mutated, swapped
 from tests.reports.fake_run import sample_record, train_record, validation_record
+from tests.slow import examples
 from w1train import average, convert, evaluate, sample
 from w1train.checkpoints.recovery import _is_to_return
 from w1train.config.errors import UserError
@@ -327,7 +328,7 @@ def test_a_page_holds_any_numbers_and_no_markup(run, template, capsys):
         assert "<script>alert" not in page.read_text()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_any_damage_of_a_run_is_its_error(template, tmp_path_factory, data):
     run = shutil.copytree(template, tmp_path_factory.mktemp("fuzz") / "run")

@@ -21,11 +21,14 @@ def _run(*arguments, **environment):
     )
 
 
-def test_interpreted_kernels_equal_the_oracle():
-    result = _run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/under_interpreter.py", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_interpreted_kernels_equal_the_oracle(marker):
+    options = ("-q", "-p", "no:cacheprovider", "-m", marker)
+    result = _run("-m", "pytest", *options, "tests/kernels/under_interpreter.py", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path):
     """Without a byte of local memory, which is slow. (The cosine of a huge angle alone, above 10^5, wants some.)"""
     result = _run("-m", "tests.kernels.hopper", TRITON_CACHE_DIR=str(tmp_path))

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from launch import check
 from tests.test_readme import check_torchrun
+from w1train.config.schema import HealthConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Everything but the arithmetic of ranks is real: the check of the recipe, first_host.
+# Everything but the arithmetic of ranks is real: first_host, and the check of the recipe, unless the test is about what comes after it.
 PYTHON = f"""\
 case "$2" in
   w1train.status) exit "${{RUN_STATUS:-0}}" ;;
+  launch.check) if [ -n "$CHECKED" ]; then echo "$CHECKED"; exit; fi ;;
   *cuda*) echo 2; exit ;;
 esac
 exec {sys.executable} "$@"
@@ -33,9 +36,14 @@ class Torchrun:
         self.runs_dir = directory / "runs"
         (directory / "venv").mkdir()
         (directory / "venv/bin").symlink_to(stand_in.directory)
-        self.variables = {"VENV": str(directory / "venv")}
+        self.variables = {"VENV": str(directory / "venv"), "CHECKED": self.checked}
         stand_in.command("python", PYTHON)
         self.ends("exit 0")
+
+    @property
+    def checked(self) -> str:
+        """What launch.check answers for the recipe of these tests. The real one takes seconds."""
+        return f"{self.runs_dir}/demo\n{HealthConfig().stop_timeout}"
 
     @property
     def status_file(self) -> Path:
@@ -88,8 +96,16 @@ def torchrun(stand_in, tmp_path):
     return Torchrun(stand_in, tmp_path)
 
 
+REAL_CHECK = {"CHECKED": ""}
+
+
+def test_the_answer_of_the_check_is_the_real_one(torchrun, capsys):
+    assert check.main(["--ranks", "2", "--", "recipe=demo", f"runs_dir={torchrun.runs_dir}"]) == 0
+    assert capsys.readouterr().out == f"{torchrun.checked}\n"
+
+
 def test_one_node(torchrun):
-    status, output = torchrun.run("training.seed=7")
+    status, output = torchrun.run("training.seed=7", **REAL_CHECK)
     assert status == 0, output
     check_torchrun(torchrun.options)  # torchrun takes the options, and the run its layout
     assert "--standalone" in torchrun.options
@@ -137,7 +153,7 @@ def test_many_nodes_need_a_meeting_place(torchrun):
 
 
 def test_a_mistake_is_told_once_before_ranks_start(torchrun):
-    status, output = torchrun.run("parallel.pipeline=3")
+    status, output = torchrun.run("parallel.pipeline=3", **REAL_CHECK)
     assert status == 2
     assert output.count("in a world of 2") == 1
     assert torchrun.stand_in.calls("torchrun") == []
@@ -200,7 +216,7 @@ def test_a_status_that_is_gone_is_no_mistake(torchrun):
 
 @pytest.mark.parametrize(
     ("arguments", "variables", "ranks"),
-    [(["--nsys"], {}, "0"), (["--nsys=0,8"], {}, "0,8"), ([], {"NSYS": "1"}, "0"), ([], {"NSYS": "all"}, "all")],
+    [(["--nsys"], {}, "0"), (["--nsys=0,8"], REAL_CHECK, "0,8"), ([], {"NSYS": "1"}, "0"), ([], {"NSYS": "all"}, "all")],
 )
 def test_ranks_under_nsys(torchrun, arguments, variables, ranks):
     profiled = ["profiling.tool=nsys", "profiling.steps=[2]", "profiling.ranks=[0,8]"]
@@ -219,7 +235,7 @@ def test_ranks_under_nsys(torchrun, arguments, variables, ranks):
     ],
 )
 def test_a_profile_of_nothing_is_a_mistake(torchrun, arguments, complaint):
-    status, output = torchrun.run(*arguments)
+    status, output = torchrun.run(*arguments, **REAL_CHECK)
     assert status == 2
     assert complaint in output
     assert torchrun.stand_in.calls("torchrun") == []

@@ -96,14 +96,20 @@ def train_layouts(
     num_steps: int = NUM_STEPS,
     timeout: float = 240,
 ) -> list[Outcome]:
-    """``train_layout`` for several configurations of one layout, on the same ranks: forking them and making their groups takes longer
-    than the steps."""
-    assert all(config.parallel == configs[0].parallel for config in configs)
+    """Call ``train_layout`` for several configurations of one layout on the same ranks, because forking them and making their groups takes
+    longer than the steps. The configurations may differ in what the groups do not depend on, such as recomputation."""
+    assert all(_group_sizes(config) == _group_sizes(configs[0]) for config in configs)
     size = world_size(configs[0], data_parallel)
     results = run_distributed(_train_all, size, configs, mutate, load, save, num_steps, process_group=False, timeout=timeout)
     for result in results:
         assert [outcome.losses for outcome in result] == [outcome.losses for outcome in results[0]], "every rank reports the same loss"
     return results[0]
+
+
+def _group_sizes(config: Config) -> tuple[int, ...]:
+    """Return what the process groups depend on."""
+    parallel = config.parallel
+    return parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context
 
 
 def _train_all(_rank: int, _size: int, configs: Sequence[Config], *how: Any) -> list[Outcome]:

@@ -15,8 +15,8 @@ from w1train.runtime.distributed import distributed
 from w1train.training.validation import validate
 
 LAYOUTS = [
-    {"pipeline": 2, "virtual_pipeline": 2},
-    {"tensor": 2, "sequence": True},
+    pytest.param({"pipeline": 2, "virtual_pipeline": 2}, marks=pytest.mark.slow),
+    pytest.param({"tensor": 2, "sequence": True}, marks=pytest.mark.slow),
     {"context": 2},
     {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
 ]

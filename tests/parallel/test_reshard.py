@@ -5,17 +5,17 @@ from functools import cache
 import pytest
 
 from tests.parallel.layouts import NUM_STEPS, train_layout
-from tests.parallel.test_layouts import GRID_STREAMS, layout_config
+from tests.parallel.test_layouts import layout_config
 from w1train.config.errors import ConfigurationError
 from w1train.engine import buckets
 
 SAVED = ({"tensor": 2, "sequence": True, "pipeline": 2}, 2)
 LOADED = [
-    SAVED,
+    pytest.param(SAVED, marks=pytest.mark.slow),
     ({}, 1),
     ({"context": 2}, 2),
     ({"pipeline": 2, "virtual_pipeline": 2}, 1),
-    ({"tensor": 2}, 2),
+    pytest.param(({"tensor": 2}, 2), marks=pytest.mark.slow),
 ]
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
 
@@ -25,7 +25,7 @@ def _uninterrupted(streams):
     return train_layout(layout_config(streams, distributed_optimizer=False), num_steps=2 * NUM_STEPS)
 
 
-@pytest.fixture(scope="module", params=GRID_STREAMS)
+@pytest.fixture(scope="module", params=[pytest.param("one-stream", marks=pytest.mark.slow), "two-stream"])
 def saved(request, tmp_path_factory):
     """(streams, checkpoint, the uninterrupted run of a single process)."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -47,8 +47,9 @@ def test_next_losses_are_the_uninterrupted_ones(saved, layout):
     _assert_goes_on(path, streams, layout, expected)
 
 
-@pytest.mark.parametrize("distributed_optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", [(VIRTUAL, 2), pytest.param(({**VIRTUAL, "context": 2}, 1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize("layout", [(VIRTUAL, 2), ({**VIRTUAL, "context": 2}, 1)], ids=str)
 def test_virtual_stages_that_share_the_timestep_embedding(layout, distributed_optimizer, tmp_path):
     """Each chunk of a rank has a copy of it: saved once, loaded into both, which then go on apart."""
     parallel, data = layout
@@ -59,6 +60,7 @@ def test_virtual_stages_that_share_the_timestep_embedding(layout, distributed_op
         _assert_goes_on(tmp_path / f"step_{NUM_STEPS:010d}", "one-stream", loaded, expected, **options)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_buckets_in_flight(tmp_path, monkeypatch):
     """Parameters that were never gathered by a forward pass are saved as updated; states are cut at the borders of several buckets."""
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
@@ -68,6 +70,7 @@ def test_checkpoint_of_buckets_in_flight(tmp_path, monkeypatch):
     _assert_goes_on(tmp_path / f"step_{NUM_STEPS:010d}", "one-stream", ({}, 1), _uninterrupted("one-stream"))
 
 
+@pytest.mark.slow
 def test_frozen_layers_and_kinds_save_and_load(tmp_path):
     """Some layers of a kind frozen, all of another kind, and the embedding: no hole in the stacked states of the layers."""
     rates = {"embedding.*": 0.0, "decoder.layers.2.*": 0.0, "*.mlp.linear_fc1.*": 0.0}

@@ -67,12 +67,9 @@ def _inputs(config):
 
 
 def _measure(_rank, _world_size, configs):
-    """Return the result of ``_measure_chunks`` for each configuration."""
-    results = []
-    for config in configs:
-        with distributed(config.parallel):
-            results.append(_measure_chunks(config))
-    return results
+    """Return the result of ``_measure_chunks`` for each configuration. All of them have the same process groups."""
+    with distributed(configs[0].parallel):
+        return [_measure_chunks(config) for config in configs]
 
 
 def _measure_chunks(config):
@@ -173,10 +170,23 @@ def test_one_rank(number):
     assert _predict(ONE_RANK[number], 1, CPU_KERNELS, measured) == pytest.approx([size for size, *_ in measured], rel=0.02)
 
 
-@pytest.mark.parametrize("config", TWO_RANKS, ids=TWO_RANK_NAMES)
-def test_two_ranks(config):
-    results = run_distributed(_measure, 2, [config], timeout=60, process_group=False)
-    for rank, (measured,) in enumerate(results):
+def _group_sizes(config):
+    parallel = config.parallel
+    return parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context
+
+
+@functools.cache
+def _measured_on_two_ranks(group_sizes):
+    """Measure all configurations that have these process groups in one fork. Return the numbers of each rank by configuration."""
+    numbers = [number for number, config in enumerate(TWO_RANKS) if _group_sizes(config) == group_sizes]
+    ranks = run_distributed(_measure, 2, [TWO_RANKS[number] for number in numbers], timeout=240, process_group=False)
+    return {number: [measured[place] for measured in ranks] for place, number in enumerate(numbers)}
+
+
+@pytest.mark.parametrize("number", range(len(TWO_RANKS)), ids=TWO_RANK_NAMES)
+def test_two_ranks(number):
+    config = TWO_RANKS[number]
+    for rank, measured in enumerate(_measured_on_two_ranks(_group_sizes(config))[number]):
         assert _predict(config, 2, CPU_KERNELS, measured, rank) == pytest.approx([size for size, *_ in measured], rel=0.02), rank
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_distributed
+from tests.slow import slow_except
 from tests.tiny import packed_batch, tiny_config
 from w1train.planning.assumptions import DEVICES, Assumptions
 from w1train.planning.prediction import predict
@@ -96,7 +97,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+IN_EACH_RUN = ("tensor 2, sequence, data 2", "pipeline 2, data 2", "context 2, tensor 2")
+
+
+@pytest.mark.parametrize("name", slow_except(IN_EACH_RUN, LAYOUTS))
 def test_bytes_are_those_of_a_real_step(name):
     world_size, parallel = LAYOUTS[name]
     configs = [

@@ -20,7 +20,7 @@ def w1():
 
 @pytest.fixture(scope="module")
 def found():
-    return search_layouts(load_config(["recipe=llada_8b", "training.global_batch_size=64"]), 16, H100, Assumptions())
+    return search_layouts(load_config(["recipe=llada_8b", "training.global_batch_size=16"]), 16, H100, Assumptions())
 
 
 def test_only_valid_layouts_that_fit_fastest_first(found):
@@ -29,7 +29,7 @@ def test_only_valid_layouts_that_fit_fastest_first(found):
         assert validate(plan.config, 16) == []
         assert plan.fits
         assert plan.layout.world_size == plan.layout.tensor * plan.layout.context * plan.layout.pipeline * plan.layout.data
-        assert plan.layout.num_micro_batches * plan.layout.micro_batch_size * plan.layout.data == 64
+        assert plan.layout.num_micro_batches * plan.layout.micro_batch_size * plan.layout.data == 16
     speeds = [plan.mfu for plan in found.plans]
     assert speeds == sorted(speeds, reverse=True)
     assert found.num_tried > found.num_valid > len(found.plans)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from tests.distributed import run_distributed
+from tests.slow import slow_except
 from tests.tiny import packed_batch, tiny_config
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
@@ -74,7 +75,16 @@ def _allocated(_rank, world_size, config):
         return _storage_bytes(parameters), _storage_bytes([b.grad_data for b in buffers]), _storage_bytes(masters + moments), names
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_EACH_RUN = (
+    "one rank, plain optimizer, bf16",
+    "tensor 2, sequence, data 2, bf16",
+    "data 3, overlap, bf16",
+    "pipeline 2, virtual 2, data 2, bf16, tied",
+    "context 2, tensor 2, bf16",
+)
+
+
+@pytest.mark.parametrize("name", slow_except(IN_EACH_RUN, CASES))
 def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)

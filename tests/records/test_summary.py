@@ -44,6 +44,7 @@ def test_versions_name_what_ran():
     assert found["megatron-core"].startswith("0.19")
 
 
+@pytest.mark.slow
 def test_a_directory_that_passes_for_the_package():
     """If a command starts in the directory that contains a checkout named w1train, the ``__init__.py`` of the package does not run."""
     script = (

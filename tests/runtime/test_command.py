@@ -131,7 +131,7 @@ def test_errors_of_our_own_keep_their_traceback():
             main(error)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("redirection", "expected", "message"), [("| head -1", 141, ""), ("> /dev/full", 1, "No space left"), (">&-", 0, "")]
 )

@@ -135,6 +135,7 @@ for command in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_commands_import_megatron_without_its_compiler_and_warnings(tmp_path):
     (tmp_path / "config.yaml").touch()
     commands = [

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reports.fake_run import sample_record, train_record, validation_record
+from tests.slow import examples
 from w1train.runtime.record_files import MetricsLog, decode_record, encode_record, read_metrics, recorded_steps
 
 numbers = st.none() | st.integers(-(2**63), 2**63) | st.floats()
@@ -71,7 +72,7 @@ def test_reading_by_kind(tmp_path):
     assert recorded_steps(tmp_path / "m", "train") == {1, 2, 3, 4, 5, 6}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(data=st.data())
 def test_a_file_cut_anywhere_resumes_exactly(tmp_path_factory, data):
     """Whatever the cut and the checkpoint's step: what is left is what was whole and not after the step, byte for byte."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.slow import examples
 from w1train.config.schema import SamplingConfig
 from w1train.sampling.denoise import DenoisingStep, Generation, PlannedBlock, cut_at_eos, generate, plan_blocks
 from w1train.sampling.unmask import Unmasking, transfer_counts
@@ -87,7 +88,7 @@ def literal_greedy(prompt: list[int], config: SamplingConfig) -> list[int]:
 
 
 @given(sampling_configs(temperature=0.0, remasking="low_confidence"), prompt_lists)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_greedy_is_exactly_the_argmax_path(config, prompts):
     assert run(prompts, config).completions.tolist() == [literal_greedy(prompt, config) for prompt in prompts]
 
@@ -97,7 +98,7 @@ def _steps(config: SamplingConfig, prompt_length: int) -> list[tuple[PlannedBloc
 
 
 @given(sampling_configs(), prompt_lists)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_every_step_unmasks_the_planned_tokens_and_changes_nothing_else(config, prompts):
     seen: list[DenoisingStep] = []
     times: list[float] = []
@@ -136,7 +137,7 @@ def test_every_step_unmasks_the_planned_tokens_and_changes_nothing_else(config, 
 
 
 @given(sampling_configs(), prompt_lists, prompt_lists)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_row_does_not_depend_on_the_other_prompts(config, prompts, others):
     alone = run(prompts[:1], config).completions[0]
     assert torch.equal(run(prompts[:1] + others, config).completions[0], alone)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.sampling.test_denoise import EOS, MASK, VOCAB_SIZE, prompt_lists, run, toy_logits
+from tests.slow import examples
 from w1train.config.schema import SamplingConfig
 from w1train.sampling.denoise import DenoisingStep, Generation, plan_blocks
 from w1train.sampling.unmask import above_threshold
@@ -122,7 +123,7 @@ block_settings = st.fixed_dictionaries(
 
 
 @given(block_settings, prompt_lists)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_greedy_blocks_are_exactly_the_argmax_path(fields, prompts):
     """Any prompt length, block size and number of steps; rows end and fill up at different steps."""
     config = SamplingConfig(**fields)
@@ -133,7 +134,7 @@ def test_greedy_blocks_are_exactly_the_argmax_path(fields, prompts):
 
 
 @given(st.sampled_from([0.05, 0.3, 0.6, 1.0]), st.sampled_from([None, 2, 4]), prompt_lists)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_threshold_over_the_whole_canvas(threshold, block_size, prompts):
     """Masked diffusion: every step unmasks what exceeds the threshold and the most confident, whatever the other rows do."""
     states: list[DenoisingStep] = []

@@ -37,49 +37,56 @@ def compute(model: TrainedModel, config: Config, rank: int, num_ranks: int, step
     run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
 
 
-def train(rank: int, world_size: int, sections: dict, ready: bool) -> list:
-    """Norms and weights after three steps."""
-    config = tiny_config(**sections)
-    with distributed(config.parallel) as ranks:
-        model = build_trained_model(config)
-        norms = []
-        for step in range(3):
-            compute(model, config, ranks.data_parallel_rank, ranks.data_parallel_size, step)
-            for group in model.optimizer.param_groups:
-                group["lr"] = 1e-2
-            if ready:
-                norm = prepare_gradients(model.optimizer)
-                step_with_prepared_gradients(model.optimizer, norm)
-            else:
-                _, norm, _ = model.optimizer.step()
-            norms.append(float(norm))
-        model.gather_parameters()
-        return [norms, [parameter.detach().float().clone() for stage in model.stages for parameter in stage.parameters()]]
+def train(config: Config, num_ranks: int, rank: int, ready: bool) -> list:
+    """Return norms and weights after three steps."""
+    model = build_trained_model(config)
+    norms = []
+    for step in range(3):
+        compute(model, config, rank, num_ranks, step)
+        for group in model.optimizer.param_groups:
+            group["lr"] = 1e-2
+        if ready:
+            norm = prepare_gradients(model.optimizer)
+            step_with_prepared_gradients(model.optimizer, norm)
+        else:
+            _, norm, _ = model.optimizer.step()
+        norms.append(float(norm))
+    model.gather_parameters()
+    return [norms, [parameter.detach().float().clone() for stage in model.stages for parameter in stage.parameters()]]
 
 
-LAYOUTS = {
-    "fp32": {},
-    "bf16": {"training": {"precision": "bf16"}},
-    "without the distributed optimizer": {"parallel": {"distributed_optimizer": False}},
-    "overlap": {
-        "training": {"precision": "bf16"},
-        "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+def train_both_ways(_rank: int, _world_size: int, cases: dict[str, dict]) -> dict[str, list]:
+    """Return, for each case, what the whole step gives and what the step in two parts gives. The cases have the same process groups."""
+    configs = {name: tiny_config(**sections) for name, sections in cases.items()}
+    with distributed(next(iter(configs.values())).parallel) as ranks:
+        place = ranks.data_parallel_size, ranks.data_parallel_rank
+        return {name: [train(config, *place, ready) for ready in (False, True)] for name, config in configs.items()}
+
+
+LAYOUTS: dict[str, dict[str, dict]] = {
+    "data": {
+        "fp32": {},
+        "bf16": {"training": {"precision": "bf16"}},
+        "without the distributed optimizer": {"parallel": {"distributed_optimizer": False}},
+        "overlap": {
+            "training": {"precision": "bf16"},
+            "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        },
+        "hardly clipped": {"optimizer": {"clip_grad": 1e9}},
+        "not clipped": {"optimizer": {"clip_grad": 0.0}},
+        "all clipped": {"optimizer": {"clip_grad": 1e-3}},
     },
-    "tensor": {"parallel": {"tensor": 2}},
-    "pipeline": {"parallel": {"pipeline": 2}},
-    "hardly clipped": {"optimizer": {"clip_grad": 1e9}},
-    "not clipped": {"optimizer": {"clip_grad": 0.0}},
-    "all clipped": {"optimizer": {"clip_grad": 1e-3}},
+    "tensor": {"tensor": {"parallel": {"tensor": 2}}},
+    "pipeline": {"pipeline": {"parallel": {"pipeline": 2}}},
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_in_two_parts_is_the_whole_step(layout):
-    whole = run_distributed(train, 2, LAYOUTS[layout], False)
-    parts = run_distributed(train, 2, LAYOUTS[layout], True)
-    for one, other in zip(whole, parts, strict=True):
-        assert one[0] == other[0]
-        assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    for results in run_distributed(train_both_ways, 2, LAYOUTS[layout]):
+        for name, (whole, parts) in results.items():
+            assert whole[0] == parts[0], name
+            assert all(torch.equal(a, b) for a, b in zip(whole[1], parts[1], strict=True)), name
 
 
 LAST = "decoder.layers.1.mlp.linear_fc2.weight"
