@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from w1train.config.schema import SamplingConfig
+from w1train.sampling.counts import transfer_counts
 from w1train.sampling.denoise import DenoisingStep, Generation, PlannedBlock, cut_at_eos, generate, plan_blocks
-from w1train.sampling.unmask import Unmasking, transfer_counts
+from w1train.sampling.unmask import Unmasking
 
 VOCAB_SIZE, MASK, EOS = 16, 15, 0
 
