@@ -17,6 +17,7 @@ from w1train.config.command_line import parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
+from w1train.registered_names import NAME_RULES
 from w1train.runtime.command import command
 
 
@@ -29,7 +30,7 @@ def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
     Raises:
         ConfigurationError: the arguments, the recipe or the layout have problems; it has all of them.
     """
-    command_line = parse_command_line(arguments)
+    command_line = parse_command_line(arguments, NAME_RULES)
     if command_line.config is None or command_line.action != "run":
         flag = next(word for word in arguments if word.startswith("-"))
         raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", "python -m w1train.pretrain " + flag)])

@@ -21,6 +21,7 @@ import yaml
 
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
+from w1train.conversion.families import FAMILIES, STOCK, W1
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.files import write_text
 
@@ -118,7 +119,7 @@ def _bytes(text: str) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m w1train.convert", description="Convert models from and to Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True)
-    incoming = commands.add_parser("from-hf", help="write a recipe's model section for a Hugging Face model (Llama, Qwen2, Qwen3)")
+    incoming = commands.add_parser("from-hf", help=f"write a recipe's model section for a Hugging Face model ({', '.join(FAMILIES)})")
     incoming.add_argument("directory", type=Path, metavar="HF_DIR", help="directory with config.json")
     incoming.add_argument(
         "--output", type=Path, metavar="FILE", help="file to write, such as my_recipes/model/NAME.yaml (default: print it)"
@@ -129,10 +130,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     outgoing.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
     outgoing.add_argument(
         "--format",
-        choices=["w1", "stock", "llama", "qwen2", "qwen3"],
-        default="w1",
+        choices=[W1, STOCK, *FAMILIES],
+        default=W1,
         help="w1 (default): a diffusion model with its own code, for AutoModel with trust_remote_code=True. stock: the class of "
-        "transformers that has these weights; it attends causally. llama, qwen2, qwen3: such a class by its name",
+        "transformers that has these weights; it attends causally. Others: such a class by its name",
     )
     outgoing.add_argument(
         "--max-shard-size", type=_bytes, default=_bytes("5GB"), metavar="SIZE", help="largest size of a safetensors file (default: 5GB)"

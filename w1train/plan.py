@@ -23,6 +23,7 @@ from w1train.planning.as_json import plan_as_dict, search_as_dict
 from w1train.planning.plan_tables import print_plan, print_search
 from w1train.planning.prediction import predict
 from w1train.planning.search import search_layouts
+from w1train.registered_names import NAME_RULES
 from w1train.runtime.command import command
 
 NUM_SHOWN = 15
@@ -32,7 +33,7 @@ NUM_SHOWN = 15
 def main(arguments: list[str]) -> int:
     """Run the command. Return the exit status: 0, 1 if the layout does not fit or cannot be built, 2 for bad input."""
     try:
-        request = parse(arguments)
+        request = parse(arguments, NAME_RULES)
         return search(request) if request.search else plan(request)
     except ConfigurationError as error:
         print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the command line.", file=sys.stderr)

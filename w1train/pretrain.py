@@ -23,6 +23,7 @@ from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
+from w1train.registered_names import NAME_RULES
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.exit_status import ExitStatus
@@ -51,7 +52,9 @@ def main(arguments: list[str]) -> int:
         discovery = discover_ranks()
     except ConfigurationError as error:
         return _fail_alone(str(error), ExitStatus.MISTAKE)
-    config = config_from_command_line(arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.")
+    config = config_from_command_line(
+        arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.", rules=NAME_RULES
+    )
     remember_passwords(str(value) for _, value in leaves(config))  # a recipe or a variable of the environment may have brought them
     set_up_logging()
     if discovery is not None:

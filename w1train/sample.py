@@ -26,6 +26,7 @@ from w1train.runtime.command import command, text_argument
 from w1train.runtime.masking import mask, unmasked
 from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
+from w1train.sampling.rules import ORDERS
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
 
 
@@ -188,7 +189,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--block-size", type=int, metavar="N", help=block_help)
     parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 = the most probable token")
-    parser.add_argument("--remasking", choices=["low_confidence", "random"], help="which predictions are kept at each step")
+    parser.add_argument("--remasking", choices=[*ORDERS], help="which predictions are kept at each step")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
     parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
     output = parser.add_mutually_exclusive_group()

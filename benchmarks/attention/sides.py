@@ -22,7 +22,6 @@ from w1train.attention.backends.interface import AttentionBackend, missing_cuda
 from w1train.attention.backends.te import BiasPlan, TransformerEngineBackend, bias_plan
 from w1train.attention.visibility import Visibility
 from w1train.config.rules.attention_limits import AttentionCase
-from w1train.config.schema import BackendName
 
 Prepare = Callable[[Visibility], Any]
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -79,7 +78,7 @@ def sides() -> list[Side]:
     ]
 
 
-def _backend_side(name: BackendName) -> Side:
+def _backend_side(name: str) -> Side:
     return Side(name, BACKENDS[name].why_not, _methods(BACKENDS[name]), dense=f"{name} dense")
 
 

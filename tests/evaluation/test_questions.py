@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from w1train.config.errors import UserError
+from w1train.config.schema import DiffusionConfig
 from w1train.evaluation.questions import Answer, Question, answer_questions, read_questions, summarize
 
 
@@ -31,7 +32,7 @@ class FakeModel:
 
     config: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(
-            diffusion=SimpleNamespace(mask_token_id=0), model=SimpleNamespace(vocab_size=128, max_sequence_length=12)
+            diffusion=DiffusionConfig(mask_token_id=0), model=SimpleNamespace(vocab_size=128, max_sequence_length=12)
         )
     )
     tokenizer: LetterTokenizer = field(default_factory=LetterTokenizer)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +19,7 @@ from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.config.schema import LoggingConfig  # noqa: E402
 from w1train.records import watch as watch_module  # noqa: E402
 from w1train.records.json_lines import JsonLinesSink  # noqa: E402
-from w1train.records.sink import Record, RecordedRun, Sink  # noqa: E402
+from w1train.records.sink import Record, Sink  # noqa: E402
 from w1train.records.watch import SINKS, Watch  # noqa: E402
 from w1train.runtime.distributed import Ranks  # noqa: E402
 from w1train.runtime.masking import remember_passwords  # noqa: E402
@@ -178,30 +176,7 @@ def test_a_run_that_begins_keeps_nothing(tmp_path, caplog):
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-class BestLossSink(Sink):
-    """A worked example: it keeps the smallest loss so far in a file."""
-
-    def __init__(self, run: RecordedRun) -> None:
-        self.path, self.best = run.directory.path / "best_loss.json", math.inf
-
-    def record(self, record: Record) -> None:
-        """Write the loss if it is the smallest so far."""
-        if record["kind"] == "train" and record["loss"] < self.best:
-            self.best = record["loss"]
-            self.path.write_text(json.dumps({"step": record["step"], "loss": self.best}))
-
-
-def test_a_new_sink_is_a_class_and_its_registration(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch_module, "SINKS", (*SINKS[:1], BestLossSink))
-    progress = Progress()
-    with watching(tmp_path, progress) as watch:
-        for loss in (3.0, 1.0, 2.0):
-            progress.step += 1
-            watch.record("train", {"loss": loss})
-    assert json.loads((tmp_path / "best_loss.json").read_text()) == {"step": 2, "loss": 1.0}
-
-
 def test_nothing_but_the_registration_names_a_sink():
-    code = inspect.getsource(watch_module).partition('"""All sinks that there are')[2]
+    code = inspect.getsource(watch_module).partition('"""All sinks')[2]
     assert code
     assert [sink.__name__ for sink in SINKS if sink.__name__ in code] == []

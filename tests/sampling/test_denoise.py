@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tests.slow import examples
 from w1train.config.schema import SamplingConfig
+from w1train.sampling.counts import transfer_counts
 from w1train.sampling.denoise import DenoisingStep, Generation, PlannedBlock, cut_at_eos, generate, plan_blocks
-from w1train.sampling.unmask import Unmasking, transfer_counts
+from w1train.sampling.unmask import Unmasking
 
 VOCAB_SIZE, MASK, EOS = 16, 15, 0
 

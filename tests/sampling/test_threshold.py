@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.sampling.test_denoise import EOS, MASK, VOCAB_SIZE, prompt_lists, run, toy_logits
 from tests.slow import examples
 from w1train.config.schema import SamplingConfig
+from w1train.sampling.counts import above_threshold
 from w1train.sampling.denoise import DenoisingStep, Generation, plan_blocks
-from w1train.sampling.unmask import above_threshold
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.95, [1, 0, 0, 0]), (0.5, [1, 1, 0, 0]), (0.99, [1, 0, 0, 0])])

@@ -12,6 +12,7 @@ from typing import Literal, NoReturn
 
 from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
 from w1train.config.recipe_files import RECIPE_GROUP, check_user_directories, first_comment, groups, packaged_directory
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
 
@@ -46,8 +47,11 @@ class _Words:
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
+def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = ()) -> CommandLine:
     """Read a command line (without the program's name).
+
+    Args:
+        rules: what the caller checks beside the rules of the configuration.
 
     Raises:
         ConfigurationError: with the problems of the flags and of the configuration.
@@ -62,20 +66,20 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     from w1train.config.compose import load_config
 
     try:
-        config = load_config(words.overrides, words.config_dirs)
+        config = load_config(words.overrides, words.config_dirs, rules)
     except ConfigurationError as error:
         raise ConfigurationError(words.problems + error.problems) from error
     raise_if_any(words.problems)
     return CommandLine("print_config" if "--cfg" in words.flags else "run", config, words.config_dirs)
 
 
-def config_from_command_line(argv: Sequence[str], program: str, description: str) -> Config:
+def config_from_command_line(argv: Sequence[str], program: str, description: str, rules: Sequence[Rule] = ()) -> Config:
     """Return the configuration that a program shall run.
 
     The function does not return for --cfg, --list and --help (exit status 0) or for mistakes (exit status 2, text on stderr).
     """
     try:
-        command_line = parse_command_line(argv)
+        command_line = parse_command_line(argv, rules)
     except ConfigurationError as error:
         _exit_with(f"{program}: {error}\n\n'python -m {program} --help' explains the command line.", _USAGE_ERROR)
     if command_line.action == "help":

@@ -37,6 +37,7 @@ from w1train.config.recipe_files import (
     packaged_directory,
     recipe_is_global,
 )
+from w1train.config.rules.rule import Rule
 from w1train.config.rules.validate import validate_conversion
 from w1train.config.schema import Config
 from w1train.config.serialization import find_masked
@@ -58,13 +59,14 @@ class _Request:
     problems: list[Problem] = field(default_factory=list)
 
 
-def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Config:
+def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = (), rules: Sequence[Rule] = ()) -> Config:
     """Compose recipes and overrides (``recipe=w1_4b``, ``parallel.tensor=4``, ``~schedule.stages.decay``) to a valid configuration.
 
     A mapping in an override is merged into the tree, every other value replaces what was there, and ``~key`` goes back to the default.
 
     Args:
         config_dirs: the user's directories of recipes, in addition to the packaged recipes.
+        rules: what the caller checks beside the rules of the configuration.
 
     Raises:
         ConfigurationError: with every problem of the overrides, the recipe files and the configuration.
@@ -90,7 +92,7 @@ def load_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Co
     conversion = config_from_tree(tree, unknown_sections, _typed_texts(request.edits))
     problems += unresolved + _no_recipe(request.choices, conversion.problems, options) + conversion.problems
     problems += find_masked(conversion.config) if conversion.complete else []
-    raise_if_any(problems + validate_conversion(conversion))
+    raise_if_any(problems + validate_conversion(conversion, rules))
     return conversion.config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -100,6 +100,25 @@ def closest(name: str, candidates: Iterable[str]) -> str | None:
     by_lower_case = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
     return by_lower_case[matches[0]] if matches else None
+
+
+def unknown_name(key: str, name: str, known: Collection[str]) -> Problem:
+    """Return the problem of a name that a table does not have."""
+    return Problem(key, show(name), listing(known), closest(name, known))
+
+
+def look_up[Entry](table: Mapping[str, Entry], key: str, name: str) -> Entry:
+    """Return the entry that an option names.
+
+    Args:
+        key: the option.
+
+    Raises:
+        ConfigurationError: the table has no such entry.
+    """
+    if name not in table:
+        raise ConfigurationError([unknown_name(key, name, table.keys())])
+    return table[name]
 
 
 def first_line(error: BaseException) -> str:

@@ -34,7 +34,6 @@ from w1train.config.schema_operation import CheckpointConfig, HealthConfig, Logg
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
 LossNormalizer = Literal["tokens", "masked_tokens"]
-BackendName = Literal["cudnn", "flex", "te", "sdpa", "reference"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,9 +165,9 @@ class DataConfig:
 class DiffusionConfig:
     """Forward process and objective. A stage of the schedule may set other values (schedule.stages.NAME.diffusion)."""
 
-    objective: Literal["diffusion", "autoregressive"] = "diffusion"
-    """diffusion: the model predicts masked tokens. autoregressive: every token predicts the next token of its document from clean text
-    under a causal mask; of the other fields only random_length_probability and exclude_mask_logit then have a meaning."""
+    objective: str = "diffusion"
+    """The noise process. diffusion: the model predicts masked tokens. autoregressive: every token predicts the next token of its document
+    from clean text under a causal mask; of the other fields only random_length_probability and exclude_mask_logit then have a meaning."""
     mask_token_id: NonNegativeInteger = 14
     """Vocabulary id of the mask token."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
@@ -208,6 +207,8 @@ class DiffusionConfig:
     """Standard deviation of Gaussian noise on the embeddings of masked tokens during training. An autoregressive model has never seen
     the mask token, whose embedding has a norm near zero and would cause very large gradients without this noise (LLaDA2.0). Set it in the
     first stage only."""
+    loss: str = "cross_entropy"
+    """What is trained of each noised token, before its weight: cross_entropy."""
     weight: LossWeight = "inverse_t"
     """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
@@ -270,7 +271,7 @@ class ParallelConfig:
 class AttentionConfig:
     """The kernels of attention (docs/attention.md)."""
 
-    backend: Literal["auto", BackendName] = "auto"
+    backend: str = "auto"
     """The kernels that compute attention in training and validation: cudnn (interval kernels for Hopper and Blackwell), flex (torch's
     FlexAttention), te (transformer-engine), sdpa (torch's dense kernels; on the CPU by rectangles where that is faster), reference
     (explicit softmax in fp32). auto = the first of these backends that works on the device. A named backend that does not work is an error.
@@ -413,8 +414,8 @@ class SamplingConfig:
     diffusion, and one block of all tokens for a model of masked diffusion, whose sampling is semi-autoregressive with smaller blocks."""
     temperature: NonNegativeFloat = 0.0
     """0 = the most probable token; otherwise Gumbel-max sampling at this temperature."""
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """The predictions that are masked again at each step: the least confident predictions, or random predictions."""
+    remasking: str = "low_confidence"
+    """The predictions that are masked again at each step: low_confidence = the least confident predictions, random = random predictions."""
     seed: NonNegativeInteger = 0
     """Seed of the sampler's noise."""
 

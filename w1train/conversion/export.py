@@ -19,7 +19,7 @@ from w1train.checkpoints.stored_size import require_stored
 from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object
-from w1train.conversion.families import CONFIG_FILE, FAMILIES, W1, config_of, family_problems, stock_family
+from w1train.conversion.families import CONFIG_FILE, STOCK, W1, config_of, family_problems, stock_family
 from w1train.conversion.filling import StoredModel, require_fit
 from w1train.conversion.sources import CheckpointDirectory, find_inside
 from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
@@ -31,8 +31,6 @@ from w1train.runtime.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-STOCK = "stock"
-FORMATS = (W1, STOCK, *FAMILIES)
 _REMOTE_CODE = ("configuration_w1.py", "modeling_w1.py")
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
@@ -51,7 +49,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
 
     Args:
         checkpoint: a checkpoint of the run, which the caller has verified.
-        model_format: a name in FORMATS.
+        model_format: "w1", "stock" or a name in FAMILIES.
 
     Raises:
         UserError: ``output`` is not empty, the requested stock class cannot compute this model, or the checkpoint's tensors are not those

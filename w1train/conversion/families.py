@@ -16,6 +16,8 @@ from w1train.config.schema import ModelConfig
 CONFIG_FILE = "config.json"
 W1 = "w1"
 """Model type of this project's own export, whose code is in w1train/conversion/remote_code."""
+STOCK = "stock"
+"""Format of an export for the first family that fits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from w1train.config.errors import look_up
 from w1train.config.schema import DiffusionConfig
 from w1train.diffusion.autoregressive import AutoregressiveProcess
 from w1train.diffusion.masked import MaskedProcess
@@ -17,5 +18,5 @@ PROCESSES: dict[str, Callable[[DiffusionConfig], NoiseProcess]] = {
 
 
 def noise_process(config: DiffusionConfig) -> NoiseProcess:
-    """Return the noise process that a configuration asks for."""
-    return PROCESSES[config.objective](config)
+    """Return the noise process that a configuration asks for. Raise ConfigurationError if no process has this name."""
+    return look_up(PROCESSES, "diffusion.objective", config.objective)(config)

@@ -16,7 +16,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 
-from w1train.config.errors import Problem, closest, listing, raise_if_any, show
+from w1train.config.errors import look_up
 from w1train.config.schema import Config
 from w1train.engine.adamw import prepare_adamw
 from w1train.engine.megatron_fixes import give_padded_places_for_loading
@@ -38,9 +38,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         UserError: the optimizer cannot be used here.
     """
     settings = config.optimizer
-    if settings.name not in OPTIMIZERS:
-        raise_if_any([Problem("optimizer.name", show(settings.name), listing(OPTIMIZERS), closest(settings.name, OPTIMIZERS))])
-    own_fields = OPTIMIZERS[settings.name](config)
+    own_fields = look_up(OPTIMIZERS, "optimizer.name", settings.name)(config)
     give_padded_places_for_loading()
     save_optimizer_states_in_slices()
     optimizer_config = MegatronOptimizerConfig(

@@ -10,7 +10,8 @@ with its probability: a single token costs one forward pass, and short answers a
 
 The noise is a function of the tokens, and depends neither on the order of the texts, nor on batches, nor on the device.
 
-The t given to the model is the share of masked tokens in the whole sequence; w1train/sampling/denoise.py has the reason.
+The t given to the model has as its noising probability the share of masked tokens in the whole sequence; w1train/sampling/denoise.py has
+the reason.
 
 Shapes: b = rows of one batch, s = tokens of prompt and completion, L = tokens of the completion, n = masks of a completion,
 v = vocabulary, m = masked tokens of a batch.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from w1train.config.errors import UserError
 from w1train.diffusion.philox import Purpose, random_words
-from w1train.sampling.denoise import Predict
+from w1train.sampling.denoise import Predict, TimestepAt
 
 DEFAULT_DRAWS = 128
 """LLaDA's number of draws. With masks that are drawn for each token by itself, more than 1,000 draws are needed."""
@@ -63,6 +64,7 @@ def log_likelihoods(
     num_draws: int = DEFAULT_DRAWS,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
+    timestep_at: TimestepAt | None = None,
 ) -> list[float]:
     """Return estimates of log p(completion | prompt) in nats, in the order of the pairs. Their expectation is a lower bound.
 
@@ -70,6 +72,7 @@ def log_likelihoods(
         predict: the model, as the sampler calls it.
         vocab_size: number of logits of a token. It limits the rows of a batch, as ``batch_size`` does.
         num_draws: masks of a completion; a short completion has fewer masks.
+        timestep_at: as in w1train.sampling.denoise.generate.
 
     Raises:
         UserError: a completion is empty, or a pair has mask tokens.
@@ -84,7 +87,8 @@ def log_likelihoods(
             owners = torch.tensor([row.place for row in rows])
             tokens = torch.tensor([pairs[row.place].tokens for row in rows])  # [b, s]
             masked = torch.stack([row.masked for row in rows])  # [b, s]
-            timesteps = masked.sum(dim=1, dtype=torch.float32) / length
+            shares = masked.sum(dim=1, dtype=torch.float32) / length
+            timesteps = shares if timestep_at is None else timestep_at(shares)
             logits = predict(tokens.masked_fill(masked, mask_token_id).to(device), timesteps.to(device))
             cross_entropy = _cross_entropy(logits, tokens.to(device), masked.to(device)).double().cpu()  # [m]
             weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)

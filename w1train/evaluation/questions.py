@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
 from w1train.config.reading import parse_json, read_bounded
+from w1train.diffusion.processes import noise_process
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
 if TYPE_CHECKING:  # The import takes seconds, because it imports megatron-core; a mistake in the file is reported without it.
@@ -111,6 +112,7 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
         num_draws=num_draws,
         batch_size=batch_size,
         device=model.device,
+        timestep_at=noise_process(model.config.diffusion).timestep_at,
     )
     scored = iter(zip(scores, pairs, strict=True))
     answers = []

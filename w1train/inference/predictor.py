@@ -32,6 +32,7 @@ from w1train.config.schema import AttentionConfig, Config, KernelsConfig, Parall
 from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import at_stage
 from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.diffusion.processes import noise_process
 from w1train.engine.building import build_stage
 from w1train.engine.pipeline import run_schedule
 from w1train.model.megatron_config import transformer_config
@@ -246,7 +247,7 @@ class InferenceModel:
 
 def require_diffusion(model: InferenceModel) -> None:
     """Raise UserError for a model that was not trained to fill in masked text."""
-    if model.config.diffusion.objective == "autoregressive":
+    if noise_process(model.config.diffusion).is_causal:
         raise UserError(
             f"{model.checkpoint} is of an autoregressive stage, which has never seen a mask token: it can neither fill in text nor score "
             "it by filling in. Choose a checkpoint of a later stage (--checkpoint), or `python -m w1train.convert to-hf --format stock`"

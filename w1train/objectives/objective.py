@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w1train.config.errors import look_up
 from w1train.config.schema import DiffusionConfig
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.process import NoiseProcess
@@ -24,8 +25,13 @@ from w1train.objectives.next_tokens import NextTokens
 from w1train.objectives.term import Term
 from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight
 
+LOSSES: dict[str, Callable[[DiffusionConfig, int], Term]] = {
+    "cross_entropy": lambda config, num_t_bins: Denoising(noise_process(config), num_t_bins),
+}
+"""The main term for each value of diffusion.loss, made from (diffusion, intervals of t)."""
+
 TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
-    lambda config, num_t_bins: Denoising(noise_process(config), num_t_bins),
+    lambda config, num_t_bins: look_up(LOSSES, "diffusion.loss", config.loss)(config, num_t_bins),
     # The term is also there with weight 0. Without it the vector of sums would be shorter, a ring of ranks would add its numbers in another
     # order, and last bits of logged losses would change.
     lambda config, num_t_bins: NextTokens(config.autoregressive_weight),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from w1train.config.command_line import config_from_command_line, parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, closest, listing
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.planning.assumptions import DEVICES, Assumptions, Device, replace_assumptions
 
@@ -37,8 +38,11 @@ class Request:
     json: bool
 
 
-def parse(arguments: Sequence[str]) -> Request:
+def parse(arguments: Sequence[str], rules: Sequence[Rule] = ()) -> Request:
     """Read a command line. The function does not return for --help, --list and --cfg.
+
+    Args:
+        rules: what the caller checks beside the rules of the configuration.
 
     Raises:
         ConfigurationError: every problem of the flags, the recipe and the overrides.
@@ -56,8 +60,8 @@ def parse(arguments: Sequence[str]) -> Request:
         match = closest(known.device, DEVICES)
         problems.append(Problem("--device", known.device, listing(DEVICES), f"did you mean {match}?" if match else None))
     if problems and not asked_for_text:
-        raise ConfigurationError(problems + _problems_of(rest))
-    config = config_from_command_line(rest, PROGRAM, DESCRIPTION)
+        raise ConfigurationError(problems + _problems_of(rest, rules))
+    config = config_from_command_line(rest, PROGRAM, DESCRIPTION, rules)
     return Request(config, num_gpus, DEVICES[known.device], assumptions, documents, known.search, known.json)
 
 
@@ -79,10 +83,10 @@ def _count(key: str, text: str | None, problems: list[Problem]) -> int:
     return 0
 
 
-def _problems_of(words: Sequence[str]) -> list[Problem]:
+def _problems_of(words: Sequence[str], rules: Sequence[Rule]) -> list[Problem]:
     """Return the problems of the recipe and the overrides, which are reported together with those of the options."""
     try:
-        parse_command_line(words)
+        parse_command_line(words, rules)
     except ConfigurationError as error:
         return error.problems
     return []

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from w1train.config.schema import Config, DiffusionConfig
+from w1train.diffusion.process import NoiseProcess
+from w1train.diffusion.processes import noise_process
 from w1train.model.flops import FlopsByPart, model_flops
 from w1train.objectives.description import num_streams, samples_are_segments
 
@@ -60,7 +64,8 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     length, diffusion = config.data.sequence_length, config.diffusion
     document = min(document_length or length, length)
     num_documents = math.ceil(length / document)
-    autoregressive, has_clean_stream = diffusion.objective == "autoregressive", num_streams(config) == 2
+    process, has_clean_stream = noise_process(diffusion), num_streams(config) == 2
+    autoregressive = process.is_causal
     per = "sequence" if autoregressive else diffusion.timestep_per
     spans = block_spans(length, document, diffusion) if has_clean_stream or per == "block" else ()
     num_segments = {"sequence": 1, "document": num_documents, "block": len(spans)}[per]
@@ -71,19 +76,29 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     annealed = diffusion.attention_annealing != "none"
     one_stream = document_pairs(length, document, causal=autoregressive)
     pairs = block_pairs(spans, document, diffusion) if has_clean_stream else one_stream
+    mean, most = _noised_shares(process, diffusion)
     return Workload(
         num_tokens=length,
         num_streams=2 if has_clean_stream else 1,
         num_documents=num_documents,
         visible_pairs=pairs,
-        # t is uniform between its bounds, and a token is masked with probability t. Complementary pairs mask half of all tokens.
-        num_logits=num_next + of_noisy * length * (0.5 if diffusion.complementary else (diffusion.t_min + diffusion.t_max) / 2),
-        most_logits=num_next + math.ceil(of_noisy * length * (1 - diffusion.t_min if diffusion.complementary else diffusion.t_max)),
+        num_logits=num_next + of_noisy * length * mean,
+        most_logits=num_next + math.ceil(of_noisy * length * most),
         num_segments=num_segments,
         segment_indexed=not samples_are_segments(config),
         may_need_mask=num_documents > 1 or has_clean_stream or autoregressive or annealed or diffusion.random_length_probability > 0,
         block_spans=spans if has_clean_stream else (),
     )
+
+
+def _noised_shares(process: NoiseProcess, diffusion: DiffusionConfig) -> tuple[float, float]:
+    """Return the expected share of tokens that noise replaces, for t uniform between its bounds, and the share at the largest t."""
+    times = torch.linspace(diffusion.t_min, diffusion.t_max, 1001, dtype=torch.float64)
+    shares = process.noising_probability(times)
+    if diffusion.complementary:
+        # One sample of a pair has what the other sample keeps.
+        return 0.5, 1 - shares[0].item()
+    return shares.mean().item(), shares[-1].item()
 
 
 def document_pairs(length: int, document: int, *, causal: bool = False) -> int:

@@ -13,10 +13,11 @@ A model of block diffusion reads the current block alone, with the keys and valu
 counted from the start of the text, as in training: the first block may begin with the last tokens of the prompt, and the last block may be
 short.
 
-The t given to the model is the share of open positions among the tokens that share a t in training: the whole sequence, prompt and later
-blocks included, or the current block. In training t is the probability with which *every* such token is masked, so m masked tokens of
-l are most likely under t = m / l, and the model cannot distinguish a prompt from tokens that happened to stay clean. The share among
-generated tokens alone would give t = 1 while half of the sequence is visible, a combination that training never shows.
+The t given to the model has as its noising probability the share of open positions among the tokens that share a t in training: the
+whole sequence, prompt and later blocks included, or the current block. In training *every* such token is masked with this probability, so
+m masked tokens of l are most likely under the probability m / l, and the model cannot distinguish a prompt from tokens that happened to
+stay clean. The share among generated tokens alone would be 1 while half of the sequence is visible, a combination that training never
+shows.
 
 Shapes: b = rows of one batch, p = prompt tokens, g = generated tokens, l = p + g, w = tokens of the current block,
 v = vocabulary.
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
-from typing import Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,12 +38,17 @@ from torch import Tensor
 from w1train.config.errors import UserError
 from w1train.config.rules.sampling_rules import denoising_problems
 from w1train.config.schema import SamplingConfig
-from w1train.sampling.unmask import Unmasking, transfer_counts
+from w1train.sampling.rules import ORDERS, count_of
+from w1train.sampling.unmask import Unmasking
 
 logger = logging.getLogger(__name__)
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """A masked-diffusion model: (tokens int64 [b, l], t float32 [b]) -> logits [b, l, v]. Rows have equal lengths and no padding."""
+
+
+TimestepAt = Callable[[Tensor], Tensor]
+"""NoiseProcess.timestep_at: the t of noising probabilities, float32 [b]."""
 
 
 @runtime_checkable
@@ -66,9 +72,6 @@ class BlockPredict(Protocol):
         """Keep some of the rows, int64 [new b]; the others have ended."""
 
 
-_REMASKING = get_args(get_type_hints(SamplingConfig)["remasking"])
-
-
 @dataclass(frozen=True, slots=True)
 class DenoisingStep:
     """The state of a batch after a step."""
@@ -76,7 +79,7 @@ class DenoisingStep:
     step: int
     """Number of the step, from 1."""
     num_steps: int | None
-    """Steps that this batch takes; None = the threshold decides."""
+    """Steps that this batch takes; None = the predictions decide."""
     rows: list[int]
     """The prompts of the batch, which have equal lengths. With block diffusion, only those whose completion has not ended."""
     t: float
@@ -113,7 +116,7 @@ class PlannedBlock:
     end: int
     """First position after the block."""
     counts: list[int] | None
-    """Tokens that each step decides; None = the threshold decides how many."""
+    """Tokens that each step decides; None = the predictions decide how many."""
 
 
 @torch.no_grad()
@@ -126,6 +129,7 @@ def generate(
     eos_token_id: int,
     device: torch.device | str,
     vocab_size: int | None = None,
+    timestep_at: TimestepAt | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> Generation:
     """Complete each prompt with ``config.num_tokens`` tokens.
@@ -140,6 +144,7 @@ def generate(
         device: where the model takes its tokens.
         vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
             None = every id of the model except the mask token may be generated.
+        timestep_at: of the model's noise process; None = t is the noising probability, as in linear masked diffusion.
         on_step: called after every step of every batch.
 
     Returns:
@@ -162,7 +167,8 @@ def generate(
         prompt = torch.tensor([prompt_lists[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
         canvas = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=mask_token_id).to(device)
         is_open = torch.nn.functional.pad(torch.zeros_like(prompt, dtype=torch.bool), (0, config.num_tokens), value=True).to(device)
-        source = _Blocks(model, canvas, config) if isinstance(model, BlockPredict) else _WholeCanvas(model)
+        at = timestep_at or _linear
+        source = _Blocks(model, canvas, config, at) if isinstance(model, BlockPredict) else _WholeCanvas(model, at)
         unmasking = Unmasking(config, rows, mask_token_id=mask_token_id, vocab_size=vocab_size, device=device)
         for state in _Batch(rows, canvas, is_open, source, unmasking, results).denoise(plan):
             if on_step is not None:
@@ -182,13 +188,17 @@ def plan_blocks(config: SamplingConfig, prompt_length: int, trained_block_size: 
     block_size = config.block_size or trained_block_size or config.num_tokens
     length = prompt_length + config.num_tokens
     origin = prompt_length if trained_block_size is None else prompt_length // block_size * block_size
-    plan = []
+    plan, count = [], count_of(config)
     for start in range(origin, length, block_size):
         end = min(start + block_size, length)
         num_masked = end - max(start, prompt_length)
         num_steps = min(num_masked, -(-num_masked * config.num_steps // config.num_tokens))
-        plan.append(PlannedBlock(start, end, transfer_counts(num_masked, num_steps) if config.threshold is None else None))
+        plan.append(PlannedBlock(start, end, count.planned(num_masked, num_steps)))
     return plan
+
+
+def _linear(noising_probability: Tensor) -> Tensor:
+    return noising_probability
 
 
 def cut_at_eos(tokens: list[int], eos_token_id: int) -> list[int]:
@@ -202,8 +212,8 @@ class _WholeCanvas:
     stops_at_eos = False
     """False: a completion is generated to its end, as in LLaDA's generate. True: it ends with the block that has its first EOS."""
 
-    def __init__(self, predict: Predict) -> None:
-        self._predict = predict
+    def __init__(self, predict: Predict, timestep_at: TimestepAt) -> None:
+        self._predict, self._timestep_at = predict, timestep_at
 
     def enter(self, _canvas: Tensor, _start: int) -> int:
         """Prepare for the block at ``start``; return how many passes this took."""
@@ -211,7 +221,7 @@ class _WholeCanvas:
 
     def logits(self, canvas: Tensor, is_open: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the logits of the block, [b, w, v], and the t that the model was given, float32 [b]."""
-        t = is_open.sum(dim=1, dtype=torch.float32) / canvas.shape[1]
+        t = self._timestep_at(is_open.sum(dim=1, dtype=torch.float32) / canvas.shape[1])
         logits = self._predict(canvas.clone(), t)
         assert logits.shape[:2] == canvas.shape, f"predict gave {tuple(logits.shape)} for tokens {tuple(canvas.shape)}"
         return logits[:, start:end], t
@@ -222,8 +232,8 @@ class _Blocks:
 
     stops_at_eos = True
 
-    def __init__(self, model: BlockPredict, canvas: Tensor, config: SamplingConfig) -> None:
-        self._model, self._num_finished = model, 0
+    def __init__(self, model: BlockPredict, canvas: Tensor, config: SamplingConfig, timestep_at: TimestepAt) -> None:
+        self._model, self._num_finished, self._timestep_at = model, 0, timestep_at
         model.start(canvas.shape[1], config.block_size or model.block_size)
 
     def enter(self, canvas: Tensor, start: int) -> int:
@@ -237,7 +247,7 @@ class _Blocks:
 
     def logits(self, canvas: Tensor, is_open: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return what _WholeCanvas.logits returns, from a pass over the block."""
-        t = is_open[:, start:end].sum(dim=1, dtype=torch.float32) / (end - start)
+        t = self._timestep_at(is_open[:, start:end].sum(dim=1, dtype=torch.float32) / (end - start))
         return self._model.predict_block(canvas[:, start:end].clone(), t), t
 
     def select_rows(self, rows: Tensor) -> None:
@@ -273,13 +283,13 @@ class _Batch:
         step = 0
         for block in plan:
             self._count(self.source.enter(self.canvas, block.start))
-            for num_unmasked in repeat(None) if block.counts is None else block.counts:
+            for num_planned in repeat(None) if block.counts is None else block.counts:
                 tokens, is_open = self.canvas[:, block.start : block.end], self.is_open[:, block.start : block.end]
                 open_rows = is_open.any(dim=1)
                 if not open_rows.any():
                     break
                 logits, t = self.source.logits(self.canvas, self.is_open, block.start, block.end)
-                tokens[:], is_open[:] = self.unmasking.step(tokens, is_open, logits, num_unmasked)
+                tokens[:], is_open[:] = self.unmasking.step(tokens, is_open, logits, num_planned)
                 self._count(1, open_rows)
                 step += 1
                 yield DenoisingStep(step, sum(planned) or None, self.rows, t.max().item(), self.canvas.clone(), self.is_open.clone())
@@ -337,8 +347,8 @@ def _say_what_differs(config: SamplingConfig, plans: list[list[PlannedBlock]], t
     """Log where the plan differs from the settings, or from training."""
     if trained_block_size is not None and config.block_size not in (None, trained_block_size):
         _say_that_block_sizes_differ(config.block_size, trained_block_size)
-    totals = {sum(len(block.counts) for block in plan if block.counts is not None) for plan in plans}
-    for total in sorted(totals) if config.threshold is None else ():
+    totals = {sum(len(block.counts or ()) for block in plan) for plan in plans if all(block.counts is not None for block in plan)}
+    for total in sorted(totals):
         if total < config.num_steps:
             logger.info("%d of %d denoising steps have no token left to unmask and are skipped", config.num_steps - total, config.num_steps)
         elif total > config.num_steps:
@@ -370,8 +380,8 @@ def _check_config(config: SamplingConfig, *, by_block: bool) -> None:
         problems.append(f"sampling.temperature is {config.temperature}; it must be 0 (greedy) or a positive number")
     if config.threshold is not None and not 0 < config.threshold <= 1:
         problems.append(f"sampling.threshold is {config.threshold}; it must be a probability above 0, or null")
-    if config.remasking not in _REMASKING:
-        problems.append(f"sampling.remasking is {config.remasking!r}; valid: {', '.join(_REMASKING)}")
+    if config.remasking not in ORDERS:
+        problems.append(f"sampling.remasking is {config.remasking!r}; valid: {', '.join(ORDERS)}")
     if not problems:
         problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in denoising_problems(config, by_block)]
     if problems:

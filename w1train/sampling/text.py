@@ -10,6 +10,7 @@ import torch
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
+from w1train.diffusion.processes import noise_process
 from w1train.sampling.denoise import BlockPredict, DenoisingStep, Predict, generate
 
 
@@ -67,6 +68,7 @@ def sample_texts(
         eos_token_id=tokenizer.eos_token_id,
         device=device,
         vocab_size=tokenizer.vocab_size,
+        timestep_at=noise_process(config.diffusion).timestep_at,
         on_step=on_step,
     )
     completions = [generation.completion(row) for row in range(len(prompts))]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from w1train.config.schema import SamplingConfig
+from w1train.sampling.orders import Candidates
+from w1train.sampling.rules import ORDERS, count_of
 
 
 class Unmasking:
@@ -24,21 +26,22 @@ class Unmasking:
             rows: the place of each row's prompt, which seeds its random numbers.
             vocab_size: ids from this number on are never chosen; None = every id except the mask token may be chosen.
         """
-        self._config, self._mask_token_id, self._vocab_size = config, mask_token_id, vocab_size
+        self._temperature, self._mask_token_id, self._vocab_size = config.temperature, mask_token_id, vocab_size
+        self._order, self._count = ORDERS[config.remasking], count_of(config)
         self._generators = [_row_generator(config.seed, row, torch.device(device)) for row in rows]
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep some of the rows; the others have ended."""
         self._generators = [self._generators[row] for row in rows]
 
-    def step(self, tokens: Tensor, is_open: Tensor, logits: Tensor, num_unmasked: int | None) -> tuple[Tensor, Tensor]:
+    def step(self, tokens: Tensor, is_open: Tensor, logits: Tensor, num_planned: int | None) -> tuple[Tensor, Tensor]:
         """Take one step in a block.
 
         Args:
             tokens: int64 [b, w].
             is_open: bool [b, w], positions whose token is not decided yet.
             logits: [b, w, v].
-            num_unmasked: how many tokens of each row are decided; None = all tokens above sampling.threshold, and at least one token.
+            num_planned: how many tokens of each row the plan of the block says; None = the predictions decide.
 
         Returns:
             ``tokens`` and ``is_open`` after the step. Decided tokens are never changed.
@@ -53,20 +56,15 @@ class Unmasking:
         candidates[:, :, self._mask_token_id] = -torch.inf
         if self._vocab_size is not None:
             candidates[:, :, self._vocab_size :] = -torch.inf
-        predictions = self._choose(candidates, counts)
+        num_open = counts.tolist()
+        predictions = self._choose(candidates, num_open)
         # Decided positions have LLaDA's confidence of -inf.
-        order = self._keeping_order(candidates, predictions, counts).masked_fill(~is_real, -torch.inf)
-        kept = above_threshold(order.exp(), self._threshold) if num_unmasked is None else highest(order, num_unmasked)
-        kept &= is_real
+        order = self._order(Candidates(candidates, predictions, num_open, self._generators)).masked_fill(~is_real, -torch.inf)
+        kept = self._count.kept(order, num_planned) & is_real
         tokens = tokens.scatter(1, places, torch.where(kept, predictions, tokens.gather(1, places)))
         return tokens, is_open.scatter(1, places, is_real & ~kept)
 
-    @property
-    def _threshold(self) -> float:
-        assert self._config.threshold is not None
-        return self._config.threshold
-
-    def _choose(self, logits: Tensor, counts: Tensor) -> Tensor:
+    def _choose(self, logits: Tensor, num_open: list[int]) -> Tensor:
         """Return a token for each open position, int64 [b, n]: the argmax at temperature 0, otherwise a sample of
         softmax(logits / temperature) by the Gumbel-max trick.
 
@@ -76,43 +74,14 @@ class Unmasking:
 
         Args:
             logits: float64 [b, n, v].
-            counts: int64 [b], open positions of each row.
+            num_open: open positions of each row.
         """
-        if self._config.temperature == 0:
+        if self._temperature == 0:
             return logits.argmax(dim=2)
         noise = torch.ones_like(logits)
-        for row, (generator, count) in enumerate(zip(self._generators, counts.tolist(), strict=True)):
+        for row, (generator, count) in enumerate(zip(self._generators, num_open, strict=True)):
             noise[row, :count].exponential_(generator=generator)
-        return noise.log_().mul_(-self._config.temperature).add_(logits).argmax(dim=2)
-
-    def _keeping_order(self, logits: Tensor, predictions: Tensor, counts: Tensor) -> Tensor:
-        """Return a score by which predictions are kept, highest first, float64 [b, n]: a random number, or the log-probability of the
-        prediction (at temperature 1)."""
-        if self._config.remasking == "low_confidence":
-            return logits.gather(2, predictions[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
-        scores = torch.zeros(predictions.shape, dtype=torch.float64, device=logits.device)
-        for row, (generator, count) in enumerate(zip(self._generators, counts.tolist(), strict=True)):
-            scores[row, :count] = torch.rand(count, generator=generator, device=logits.device, dtype=torch.float64)
-        return scores
-
-
-def transfer_counts(num_masked: int, num_steps: int) -> list[int]:
-    """Return how many tokens each step decides: equally many, and one more in the first steps for the remainder (LLaDA's generate)."""
-    base, remainder = divmod(num_masked, num_steps)
-    return [base + (step < remainder) for step in range(num_steps)]
-
-
-def above_threshold(confidence: Tensor, threshold: float) -> Tensor:
-    """Return which confidences [b, n] are above the threshold, bool [b, n]; the highest of a row always counts (Fast-dLLM, arXiv
-    2505.22618)."""
-    return (confidence > threshold) | highest(confidence, 1)
-
-
-def highest(order: Tensor, num: int) -> Tensor:
-    """Return True for the ``num`` highest numbers of each row of [b, n], bool [b, n]. Of equal numbers, the first are chosen."""
-    # The sort is stable, because topk may order equal numbers differently on another device or in another batch size.
-    places = order.sort(dim=1, descending=True, stable=True).indices[:, :num]
-    return torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, places, True)
+        return noise.log_().mul_(-self._temperature).add_(logits).argmax(dim=2)
 
 
 def _row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:

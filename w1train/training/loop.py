@@ -10,6 +10,7 @@ from typing import Any
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch, corrupt
+from w1train.diffusion.processes import noise_process
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
 from w1train.profiling.profiler import Profiler
 from w1train.runtime.device import memory_gib
@@ -203,7 +204,7 @@ class Trainer:
         # This is a collective of all ranks, although only some of them sample.
         self.model.gather_parameters()
         stage = self.position.stage
-        if stage.diffusion.objective == "autoregressive":
+        if noise_process(stage.diffusion).is_causal:
             logger.info("no samples at step %d: an autoregressive stage has not seen a mask token", self.progress.step)
         elif self.ranks.data_parallel_rank == 0:
             self.watch.record_samples(complete_prompts(stage, self.model, self.data.tokenizer, self.ranks.device))

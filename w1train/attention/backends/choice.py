@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Literal
 
 import torch
 
@@ -14,32 +13,32 @@ from w1train.attention.backends.interface import AttentionBackend
 from w1train.attention.backends.reference import ReferenceBackend
 from w1train.attention.backends.sdpa import SdpaBackend
 from w1train.attention.backends.te import TransformerEngineBackend
-from w1train.config.errors import UserError
+from w1train.config.errors import UserError, look_up
 from w1train.config.rules.attention_limits import AttentionCase
-from w1train.config.schema import BackendName
 
 logger = logging.getLogger(__name__)
 
 # The order in which "auto" tries the backends: kernels that skip pairs that are not visible, then kernels that skip such pairs only with
 # one stream, then dense kernels.
-BACKENDS: dict[BackendName, type[AttentionBackend]] = {
+BACKENDS: dict[str, type[AttentionBackend]] = {
     backend.name: backend for backend in (CudnnBackend, FlexBackend, TransformerEngineBackend, SdpaBackend, ReferenceBackend)
 }
 
 
 @cache
-def choose_backend(name: Literal["auto", BackendName], case: AttentionCase, device: torch.device) -> AttentionBackend:
+def choose_backend(name: str, case: AttentionCase, device: torch.device) -> AttentionBackend:
     """Return the backend of a phase. The choice is made, and logged, once for each case.
 
     Raises:
-        UserError: the named backend cannot compute the case on this device. No other backend is taken in its place.
+        UserError: there is no such backend, or it cannot compute the case on this device. No other backend is taken in its place.
     """
     if name != "auto":
-        reason = BACKENDS[name].why_not(case, device)
+        named = look_up(BACKENDS, "attention.backend", name)
+        reason = named.why_not(case, device)
         if reason is not None:
             raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes a backend that can")
         logger.info("attention of %s: %s, as attention.backend says", _describe(case), name)
-        return BACKENDS[name](case)
+        return named(case)
     passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS.values():
         reason = backend.why_not(case, device)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from w1train.attention.visibility import Visibility
 from w1train.config.rules.attention_limits import AttentionCase, limit
-from w1train.config.schema import BackendName
 
 
 class AttentionBackend(ABC):
     """softmax(Q K^T scale) V over the visible keys, for one case. Visibility is prepared once a micro-batch, for all layers."""
 
-    name: ClassVar[BackendName]
+    name: ClassVar[str]
 
     def __init__(self, case: AttentionCase | None = None) -> None:
         """

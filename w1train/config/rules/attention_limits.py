@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from w1train.config.schema import BackendName, Config
+from w1train.config.schema import Config
 
 VisibilityKind = Literal["documents", "causal", "extent", "scattered", "blocks"]
 """The kinds of visibility. documents: masked diffusion. causal: autoregressive. extent and scattered: the two kinds of annealing. blocks:
@@ -71,9 +71,9 @@ def _kind(config: Config) -> VisibilityKind:
     return annealed[diffusion.attention_annealing]
 
 
-def limit(name: BackendName, case: AttentionCase) -> str | None:
-    """Return the reason why no machine can serve the case with this backend; None if some machine can."""
-    return _LIMITS[name](case)
+def limit(name: str, case: AttentionCase) -> str | None:
+    """Return the reason why no machine can serve the case with this backend; None if some machine can, or if only the backend knows."""
+    return _LIMITS.get(name, _anything)(case)
 
 
 def _cudnn(case: AttentionCase) -> str | None:

@@ -21,7 +21,7 @@ def _sampling_rule(config: Config) -> Iterator[Problem]:
 
 def _denoising_rule(config: Config) -> Iterator[Problem]:
     block_size = config.diffusion.block_size
-    if config.diffusion.objective == "diffusion":
+    if config.diffusion.objective != "autoregressive":
         yield from denoising_problems(config.sampling, by_block=block_size is not None and block_size < config.data.sequence_length)
 
 
@@ -33,7 +33,7 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
         by_block: True for a model of block diffusion. Its blocks are counted from the start of the text, so the first and the last block
             may be shorter.
     """
-    if sampling.threshold is not None and sampling.remasking == "random":
+    if sampling.threshold is not None and sampling.remasking != "low_confidence":
         valid = "low_confidence when sampling.threshold is set: it keeps predictions by their confidence"
         yield Problem("sampling.remasking", show(sampling.remasking), valid, "sampling.threshold=null")
     if by_block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from w1train.config.errors import Problem
 from w1train.config.from_tree import Conversion
@@ -46,11 +46,11 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
     return [problem for rule in RULES for problem in rule(config)] + list(world_size_problems(config, world_size))
 
 
-def validate_conversion(conversion: Conversion) -> list[Problem]:
+def validate_conversion(conversion: Conversion, more_rules: Sequence[Rule] = ()) -> list[Problem]:
     """Return the problems of a configuration some of whose fields may be unset: a rule that reads an unset field ends there."""
     if conversion.complete:
-        return validate(conversion.config)
-    return [problem for rule in RULES for problem in _until_unset(rule(conversion.config))]
+        return validate(conversion.config) + [problem for rule in more_rules for problem in rule(conversion.config)]
+    return [problem for rule in (*RULES, *more_rules) for problem in _until_unset(rule(conversion.config))]
 
 
 def _until_unset(problems: Iterator[Problem]) -> Iterator[Problem]:

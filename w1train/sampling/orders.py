@@ -1,0 +1,46 @@
+"""The orders in which a denoising step keeps predictions.
+
+Shapes: b = rows of a batch, n = open positions of the block in the row that has most, v = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The predictions for the open positions of a block. A row with fewer open positions than another is filled up at its end, and no rule
+    decides about the fill."""
+
+    logits: Tensor
+    """float64 [b, n, v]; -inf at ids that are never chosen."""
+    predictions: Tensor
+    """int64 [b, n]: the token that each position gets if it is kept."""
+    num_open: list[int]
+    """Open positions of each row."""
+    generators: list[torch.Generator]
+    """The random numbers of each row. A rule draws for the open positions of a row alone, so that no row depends on another."""
+
+
+type Order = Callable[[Candidates], Tensor]
+"""A function that returns a score of each prediction, float64 [b, n]. Predictions with the highest scores are kept first."""
+
+
+def low_confidence(candidates: Candidates) -> Tensor:
+    """Return the log-probability of each prediction, at temperature 1 (LLaDA, arXiv 2502.09992, algorithm 5)."""
+    logits = candidates.logits
+    return logits.gather(2, candidates.predictions[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
+
+
+def random_order(candidates: Candidates) -> Tensor:
+    """Return random numbers (LLaDA, arXiv 2502.09992, algorithm 4)."""
+    predictions = candidates.predictions
+    scores = torch.zeros(predictions.shape, dtype=torch.float64, device=predictions.device)
+    for row, (generator, count) in enumerate(zip(candidates.generators, candidates.num_open, strict=True)):
+        scores[row, :count] = torch.rand(count, generator=generator, device=predictions.device, dtype=torch.float64)
+    return scores
