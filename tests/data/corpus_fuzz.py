@@ -66,7 +66,7 @@ class Corpus:
 def draw_text(draw: random.Random) -> tuple[str, str]:
     """(outcome, text)."""
     kind = draw.choices(["read", "empty", "too_large", "marked"], [12, 2, 1, 2])[0]
-    words = [draw.choice(["cat", "na\u00efve", "\N{SNOWMAN}", "a\tb", '"quoted"', "[x],{y}", "back\\slash", "line\nfeed", "\u2028", "7"])]
+    words = [draw.choice(["cat", "na\u00efve", "\N{SNOWMAN}", "a\tb", '"quoted"', "[x],{y}", "back\\slash", "line\nfeed", "a\u2028b", "7"])]
     words += [draw.choice("abcdefgh") * draw.randint(1, 4) for _ in range(draw.randint(0, 12))]
     text = "again" if draw.random() < 0.2 else " ".join(words)
     if kind == "empty":
