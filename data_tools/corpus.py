@@ -14,7 +14,7 @@ from data_tools.corpus_files import find_files
 from data_tools.unit_reader import SKIP_HINT, Counts, Document, Rules, UnitReader, UnitText
 from data_tools.units import FileUnits
 from w1train.data.text.file_names import CorpusError, Kind
-from w1train.runtime.outputs import is_inside
+from w1train.runtime.output_files import is_inside
 
 logger = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ def _described(value: object, part: str) -> str:
 
 def schema_fault(schema: pyarrow.Schema, fields: Sequence[str]) -> str:
     """Describe what is wrong with a table of this schema: a field that it does not have, or a text field, the first of the fields, that is
-    not text. Returns an empty text if nothing is wrong."""
+    not text. The description is empty if nothing is wrong."""
     for number, field in enumerate(fields):
         if fault := _field_fault(schema, field, is_text=number == 0):
             return f"{fault}; its columns: {_listed(schema.names)}" if fault.startswith("has no column") else fault

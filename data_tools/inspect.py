@@ -25,7 +25,7 @@ from w1train.data.sharded_dataset import open_dataset
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
-from w1train.runtime.outputs import require_writable
+from w1train.runtime.output_files import require_writable
 
 _TOKENS_AT_ONCE = 1 << 20
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)

@@ -32,7 +32,7 @@ from w1train.data.sharded_dataset import shard_notes
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
-from w1train.runtime.outputs import require_writable
+from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from data_tools.corpus_options import output_file
 from w1train.data.text.file_names import CorpusError
 from w1train.runtime.command import command
 from w1train.runtime.files import write_bytes
-from w1train.runtime.outputs import require_writable
+from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
 

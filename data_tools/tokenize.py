@@ -34,7 +34,7 @@ from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
-from w1train.runtime.outputs import require_writable
+from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
 from w1train.data.tokenizers.tokenizer import train_tokenizer
 from w1train.runtime.command import command
-from w1train.runtime.outputs import OutputError
+from w1train.runtime.output_files import OutputError
 
 logger = logging.getLogger(__name__)
 

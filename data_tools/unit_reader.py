@@ -17,7 +17,7 @@ from data_tools.table_rows import rows_of
 from data_tools.units import Unit
 from w1train.data.text.decompress import ContentReader, DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, unsupported_compression
-from w1train.data.text.json_lines import BYTE_ORDER_MARK, first_record, parse_record
+from w1train.data.text.json_records import BYTE_ORDER_MARK, first_record, parse_record
 
 BLANK_LINES = "blank-lines"
 SKIP_HINT = "(--on-error skip leaves such input out)"

@@ -16,7 +16,7 @@ from data_tools.corpus_files import Limits, broken_link, document_fault
 from data_tools.lines import LineBlocks
 from data_tools.table_rows import Piece, TableError, read_pieces
 from w1train.data.text.file_names import Kind, compression_of, kind_of
-from w1train.data.text.json_lines import RecordReader
+from w1train.data.text.json_records import RecordReader
 
 UNIT_BYTES = 1 << 19
 _DEFAULT_LIMITS = Limits()

@@ -24,7 +24,7 @@ from w1train.config.schema import ModelConfig
 from w1train.conversion.families import FAMILIES, STOCK, W1
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.files import write_text
-from w1train.runtime.outputs import require_writable
+from w1train.runtime.output_files import require_writable
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Fields that are written even if they have their default, because a reader of the recipe looks for them.

@@ -10,7 +10,7 @@ from w1train.config.errors import UserError
 from w1train.reports.report_compare import write_comparison
 from w1train.reports.run_report import write_report
 from w1train.runtime.command import command, describe_error
-from w1train.runtime.outputs import require_writable
+from w1train.runtime.output_files import require_writable
 
 
 @command("w1train.report")

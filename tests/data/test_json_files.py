@@ -21,7 +21,7 @@ from data_tools.unit_reader import Rules
 from w1train.data.text import decompress
 from w1train.data.text.decompress import ContentReader, WindowError
 from w1train.data.text.file_names import CorpusError, kind_of
-from w1train.data.text.json_lines import RecordReader
+from w1train.data.text.json_records import RecordReader
 
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 

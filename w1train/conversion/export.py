@@ -27,7 +27,7 @@ from w1train.conversion.writing import Entry, write_safetensors
 from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
 from w1train.runtime.names import is_plain_name, open_inside
-from w1train.runtime.outputs import require_apart
+from w1train.runtime.output_files import require_apart
 from w1train.runtime.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)

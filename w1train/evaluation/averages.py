@@ -28,7 +28,7 @@ from w1train.runtime.device import select_device
 from w1train.runtime.distributed import initialize_process_group
 from w1train.runtime.files import write_text
 from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
-from w1train.runtime.outputs import require_apart
+from w1train.runtime.output_files import require_apart
 from w1train.runtime.record_files import MetricsLog, read_metrics
 from w1train.runtime.run_directory import RunDirectory
 

@@ -1,4 +1,4 @@
-"""What the name of a file says about its content: the format, and the compression."""
+"""Names of files, and what they say about the content: the format and the compression."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class _Folded:
         return stop
 
     def _take(self, character: int, folded: bytearray, place: int) -> bool:
-        """Change a character outside of texts where it must be changed. Returns whether the character only separates records."""
+        """Change a character outside of texts where it must be changed, and return whether the character only separates records."""
         is_outside = self._depth == int(self._is_array)
         match chr(character):
             case "[" if self._is_array and not self._depth:  # a second array begins a line of its own

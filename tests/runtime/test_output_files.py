@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from w1train.runtime.outputs import OutputError, require_apart, require_writable
+from w1train.runtime.output_files import OutputError, require_apart, require_writable
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_an_input_behind_a_link_is_an_input(corpus):
 def test_names_that_differ_in_case_may_be_one_file(corpus, monkeypatch):
     stat = os.stat
     require_writable(["in/A.JSON"], [corpus], overwrite=True)
-    monkeypatch.setattr("w1train.runtime.outputs.os.stat", lambda path: stat(str(path).replace("A.JSON", "a.json")))
+    monkeypatch.setattr("w1train.runtime.output_files.os.stat", lambda path: stat(str(path).replace("A.JSON", "a.json")))
     with pytest.raises(OutputError, match="is the input"):
         require_writable(["in/A.JSON"], [corpus], overwrite=True)
 
