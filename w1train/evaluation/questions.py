@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
-from w1train.diffusion.processes import noise_process
 from w1train.config.reading import FileContentError, parse_json, require_regular
 from w1train.data.text.decompress import DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, kind_of
 from w1train.data.text.json_records import BYTE_ORDER_MARK, RecordReader
+from w1train.diffusion.processes import noise_process
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
 if TYPE_CHECKING:  # The import takes seconds, because it imports megatron-core; a mistake in the file is reported without it.
