@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from data_tools.corpus_files import CorpusError
 from data_tools.progress import setup_logging
 from data_tools.workers import WorkerError
 from w1train.config.errors import UserError
+from w1train.data.text.file_names import CorpusError
 from w1train.runtime.command import describe_error
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus_files import CorpusError, Kind, find_files
+from data_tools.corpus_files import find_files
 from data_tools.unit_reader import SKIP_HINT, Counts, Document, Rules, UnitReader, UnitText
 from data_tools.units import FileUnits
+from w1train.data.text.file_names import CorpusError, Kind
+from w1train.runtime.output_files import is_inside
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,10 @@ _DEFAULT_RULES = Rules()
 class TextCorpus(FileUnits):
     """The documents of files in a fixed order: the paths as given, and the files of a directory sorted by path.
 
-    The name of a file tells what it holds: one record per line (.jsonl, .ndjson), rows (.parquet, .arrow), or otherwise one document.
-    Files ending in .gz, .zst and .zstd are decompressed. Hidden files and directories (with a leading dot) inside a directory are left out.
-    Text is UTF-8, and a byte order mark at the start of a file is dropped. Documents that consist of white space are left out and counted.
+    The name of a file tells what it holds: one record per line (.jsonl, .jsonlines, .ndjson), records in lines or in an array (.json), rows
+    (.parquet, .arrow), or otherwise one document. Files ending in .gz, .zst, .zstd, .xz and .bz2 are decompressed. Hidden files and
+    directories (with a leading dot) and files that w1train writes are left out inside of a directory. Text is UTF-8, and a byte order mark
+    at the start of a file or a row is dropped. Documents that consist of white space are left out and counted.
     """
 
     def __init__(
@@ -45,8 +48,9 @@ class TextCorpus(FileUnits):
             CorpusError: if a path is missing, there is no file, a symbolic link is broken (unless it is left out), a rule is not a regular
                 expression, or there is a filter by field for text files.
         """
-        self.rules = rules
+        self.rules = rules = dataclasses.replace(rules, is_text_stated=kind == "text")
         self.reader = UnitReader(rules)
+        self._directories, self._extensions = [Path(path) for path in paths if Path(path).is_dir()], extensions
         self.files: list[str] = [file for path in paths for file in find_files(Path(path), extensions)]
         if not self.files:
             wanted = f" ending in {', '.join(extensions)}" if extensions else ""
@@ -84,6 +88,12 @@ class TextCorpus(FileUnits):
             self.num_bytes_read = unit.num_bytes_done
             show_progress(unit.num_bytes_done, text.num_bytes_decoded)
         self.log.finish(len(self.files))
+
+    def reads_later(self, path: Path) -> Path | None:
+        """Return the directory of the corpus, if any, of which the next command would read a new file of this name."""
+        if not path.name.lower().endswith(tuple(extension.lower() for extension in self._extensions) or "") or path.name.startswith("."):
+            return None
+        return next((directory for directory in self._directories if is_inside(path, directory)), None)
 
     def summary(self) -> str:
         """Describe the files to read, for the log."""

@@ -1,4 +1,4 @@
-"""The files of a corpus: how they are found, what their names say about their content, and how large their parts may be."""
+"""The files of a corpus: how they are found, and how large their parts may be."""
 
 from __future__ import annotations
 
@@ -8,26 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Literal
 
+from data_tools.own_files import own_file
 from w1train.config.reading import FileContentError, read_json_object, shorten
+from w1train.data.text.file_names import CorpusError
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["text", "jsonl", "parquet", "arrow"]
-KINDS: tuple[Kind, ...] = ("text", "jsonl", "parquet", "arrow")
-_SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 DATASET_SPLITS, DATASET_STATE = "dataset_dict.json", "state.json"
 """The files that Hugging Face's ``save_to_disk`` writes in addition to .arrow files: for a dictionary of splits, and for one dataset."""
 
 
 _MOST_NAMES = 5
 """The most missing files that a message names."""
-
-
-class CorpusError(ValueError):
-    """The error of a corpus that is missing, empty or not text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +33,8 @@ class Limits:
     longest books have a third of the default size."""
     row_group: int = 2 << 30
     """The most bytes of a row group of Parquet or a record batch of Arrow, counting the columns that are read, or of a text file that is
-    split. The default is the largest column of strings that 32-bit offsets can address."""
+    split. The default is the largest column of strings that 32-bit offsets can address. The window of a compressed file may have as many
+    bytes."""
 
 
 def document_fault(num_bytes: int | None, limit: int) -> str:
@@ -55,19 +49,6 @@ def split_text_fault(num_bytes: int | None, limit: int) -> str:
     return f"the file has {found} (--max-row-group-size)"
 
 
-def kind_of(path: str) -> Kind:
-    """Return what a file holds by the ending of its name, without the ending of a compression; text for all other endings."""
-    stem, suffix = os.path.splitext(path)
-    if suffix in _COMPRESSIONS:
-        suffix = os.path.splitext(stem)[1]
-    return _SUFFIXES.get(suffix, "text")
-
-
-def compression_of(path: str) -> str | None:
-    """Return "gzip" or "zstd" by the ending of a name; None for a file that is not compressed."""
-    return _COMPRESSIONS.get(os.path.splitext(path)[1])
-
-
 def broken_link(path: str | Path) -> str | None:
     """Describe a broken symbolic link; return None if the path is not a broken link."""
     if os.path.islink(path) and not os.path.exists(path):
@@ -78,19 +59,26 @@ def broken_link(path: str | Path) -> str | None:
 def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
     """Return the files that a path stands for: the file itself, or the files and broken links below the directory, sorted by path.
 
-    Hidden entries are left out. A directory that Hugging Face's ``save_to_disk`` wrote gives only its .arrow files.
+    Hidden entries are left out, and so are files that w1train writes (tokenizers, datasets). A directory that Hugging Face's
+    ``save_to_disk`` wrote gives only its .arrow files.
+
+    Args:
+        extensions: the endings of the files to take from a directory, in upper or lower case.
 
     Raises:
-        CorpusError: if the path does not exist, or is a dataset with several splits.
+        CorpusError: if the path does not exist, is a dataset with several splits, or names a file that w1train writes.
     """
     if path.is_file():
+        if own := own_file(str(path)):
+            raise CorpusError(f"{path} is {own}, not a corpus: leave it out of --input")
         return [str(path)]
     if not path.is_dir():
         if fault := broken_link(path):
             raise CorpusError(f"corpus {fault}")
         raise CorpusError(f"corpus {path} does not exist" if not path.exists() else f"corpus {path} is neither a file nor a directory")
+    endings = tuple(extension.lower() for extension in extensions) or ""
     files: list[str] = []
-    num_irregular, links = 0, []
+    num_irregular, links, own_files = 0, [], []
     for directory, subdirectories, names in os.walk(path, onerror=_raise):
         subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         if DATASET_SPLITS in names:
@@ -99,18 +87,28 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
             subdirectories[:], names = [], _dataset_files(Path(directory))
         links += [link for name in subdirectories if os.path.islink(link := os.path.join(directory, name))]
         for name in names:
-            if name.startswith(".") or not name.endswith(tuple(extensions) or ""):
+            if name.startswith(".") or not name.lower().endswith(endings):
                 continue
             file = os.path.join(directory, name)
-            if broken_link(file) or S_ISREG(os.stat(file).st_mode):  # a read from a pipe would never end
-                files.append(file)
-            else:
+            if not broken_link(file) and not S_ISREG(os.stat(file).st_mode):  # a read from a pipe would never end
                 num_irregular += 1
+            elif own := own_file(file):
+                own_files.append(f"{file} ({own})")
+            else:
+                files.append(file)
+    _warn(path, num_irregular, links, own_files)
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def _warn(path: Path, num_irregular: int, links: Sequence[str], own_files: Sequence[str]) -> None:
+    """Log the entries of a directory that are not read."""
     if num_irregular:
         logger.warning("left out %d entries of %s that are not regular files", num_irregular, path)
     if links:  # they are not followed, since following a link to a directory above it would never end
         logger.warning("left out %d links to directories, such as %s: name them with --input to read them", len(links), min(links))
-    return sorted(files, key=lambda file: file.split(os.sep))
+    if own_files:
+        listed = ", ".join(sorted(own_files)[:_MOST_NAMES])
+        logger.warning("left out %d files of %s that are not text but files of w1train: %s", len(own_files), path, listed)
 
 
 def _dataset_files(directory: Path) -> list[str]:

@@ -7,8 +7,9 @@ import os
 import re
 
 from data_tools.corpus import TextCorpus
-from data_tools.corpus_files import KINDS, Limits
-from data_tools.unit_reader import BLANK_LINES, CorpusError, Rules
+from data_tools.corpus_files import Limits
+from data_tools.unit_reader import BLANK_LINES, Rules
+from w1train.data.text.file_names import KINDS, CorpusError
 
 _EMPTY = "the path is empty (an unset variable?)"
 _NO_NAMES = ("", os.curdir, os.pardir)
@@ -30,9 +31,10 @@ def _add_file_options(group: argparse._ArgumentGroup) -> None:
         action="extend",
         required=True,
         metavar="PATH",
-        help="text files (one document each), .jsonl or .ndjson files (one document per line), .parquet or .arrow files (one "
-        "document per row); text and JSONL also compressed as .gz or .zst; directories of such files, searched recursively in sorted order "
-        "without hidden entries; or datasets that Hugging Face's save_to_disk wrote",
+        help="text files (one document each), .jsonl, .jsonlines or .ndjson files (one document per line), .json files (lines, or one "
+        "array of documents), .parquet or .arrow files (one document per row); text and JSON also compressed as .gz, .zst, .xz or .bz2; "
+        "directories of such files, searched recursively in sorted order without hidden entries; or datasets that Hugging Face's "
+        "save_to_disk wrote",
     )
     group.add_argument(
         "--extensions",

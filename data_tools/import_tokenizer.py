@@ -16,7 +16,7 @@ from typing import Any
 
 from data_tools.command_runner import run_command
 from data_tools.corpus_options import input_path, output_file
-from data_tools.tokenizer_manifest import write_tokenizer_manifest
+from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
 from w1train.data.tokenizers.tokenizer import (
     EOS_TOKEN,
     MASK_TOKEN,
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--input", type=input_path, required=True, metavar="PATH", help="the model's tokenizer.json, or the directory that contains it"
     )
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the tokenizer.json to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never an input")
     parser.add_argument("--eos", required=True, metavar="TOKEN", help="the token that ends a document, such as '<|endoftext|>'")
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="id of <mask> (default: the first free id)")
     parser.add_argument("--mask", metavar="TOKEN", help="an unused special token, which becomes <mask> with the same id")
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _import(options: argparse.Namespace) -> None:
     source = Path(options.input)
     source = source / "tokenizer.json" if source.is_dir() else source
+    require_writable_tokenizer(Path(options.output), [source], options.overwrite)
     serialized = read_tokenizer_file(source)
     content = parse_tokenizer_json(serialized, f"tokenizer {source}")
     if not isinstance(content["model"]["vocab"], dict):

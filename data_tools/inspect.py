@@ -20,10 +20,12 @@ from data_tools.command_runner import run_command
 from data_tools.histogram import Histogram
 from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.dataset_manifest import dataset_paths
 from w1train.data.sharded_dataset import open_dataset
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
+from w1train.runtime.output_files import require_writable
 
 _TOKENS_AT_ONCE = 1 << 20
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-scan", action="store_true", help="do not read the tokens, and check neither hashes nor the vocabulary")
     parser.add_argument("--svg", metavar="FILE", help="write the histogram as an SVG picture")
     parser.add_argument("--html", metavar="FILE", help="write all of it as an HTML page")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never an input")
     options = parser.parse_args(arguments)
     return run_command(lambda: _inspect(options))
 
@@ -67,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     dataset = open_dataset(options.prefix, tokenizer)
+    inputs = [path for part in dataset.parts for path in dataset_paths(part.prefix)]
+    inputs += [Path(options.tokenizer)] if options.tokenizer else []
+    require_writable([path for path in (options.svg, options.html) if path], inputs, overwrite=options.overwrite)
     lengths = np.diff(dataset.document_offsets)
     counts = count(dataset, lengths)
     histogram = Histogram.of(lengths)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from data_tools.decompress import ContentReader, damage
+from w1train.data.text.decompress import ContentReader, DamagedError, WindowError
 
 _QUIET_BYTES = 1 << 26
 """The most bytes that are decoded before a block is yielded, so that progress is shown while a long line is skipped."""
@@ -30,6 +30,8 @@ class Block:
     """The number of bytes of the file that the block stands for, decompressed."""
     fault: str = ""
     """The reason why the rest of the file cannot be read."""
+    needs_memory: bool = False
+    """Tell whether the reason is a limit on memory."""
 
 
 class LineBlocks:
@@ -51,20 +53,20 @@ class LineBlocks:
         self._num_passed = 0
 
     def __iter__(self) -> Iterator[Block]:
-        fault = ""
+        fault, needs_memory = "", False
         try:
             for chunk in chain(self._chunks, [b""]):
                 self._pending += chunk
                 yield from self._blocks()
                 if self._is_quiet(chunk):
                     yield self._progress()
-        except damage() as error:
-            fault = f"the compressed file is damaged here: {error}"
+        except (DamagedError, WindowError) as error:
+            fault, needs_memory = str(error), isinstance(error, WindowError)
             del self._pending[self._pending.rfind(b"\n") + 1 :]  # the last line is cut
         if self._pending:
             yield Block(bytes(self._pending), length=len(self._pending))
         if fault:
-            yield Block(fault=fault)
+            yield Block(fault=fault, needs_memory=needs_memory)
 
     def _blocks(self) -> Iterator[Block]:
         while True:

@@ -8,10 +8,10 @@ written, a last record states this, and the datasets get their names; after a ki
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,11 +28,11 @@ from data_tools.unit_reader import Counts
 from data_tools.units import Position
 from w1train.config.reading import read_json_object
 from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manifest_path
-from w1train.data.indexed import DatasetError
 from w1train.data.sharded_dataset import shard_notes
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
+from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,23 @@ class Output:
                 path.unlink(missing_ok=True)
 
 
+def output_paths(prefix: str, in_shards: bool) -> list[Path]:
+    """Return the files that a dataset may have. Of shards, whose number is not known, these are the files of all numbers that occur."""
+    if not in_shards:
+        return dataset_paths(prefix)
+    folder = Path(prefix).parent
+    # On a file system that ignores case, the shards that exist may have another spelling.
+    pattern = re.compile(rf"{re.escape(Path(prefix).name)}_([0-9]{{5,}})\..*", re.IGNORECASE)
+    matches = map(pattern.fullmatch, os.listdir(folder) if folder.is_dir() else ())
+    numbers = sorted({int(match[1]) for match in matches if match})
+    return [path for number in numbers for path in dataset_paths(f"{prefix}_{number:05d}")]
+
+
+def progress_paths(prefix: str) -> tuple[Path, Path]:
+    """Return the paths of the record of progress and of the hashes of documents, which a run keeps beside its first dataset."""
+    return Path(f"{prefix}.progress{PARTIAL_SUFFIX}"), Path(f"{prefix}.hashes{PARTIAL_SUFFIX}")
+
+
 class Outputs:
     """The datasets of one run; use it as a context manager.
 
@@ -172,10 +189,11 @@ class Outputs:
             run: a hash of all that the datasets depend on; a record with another hash is not resumed.
 
         Raises:
-            DatasetError: if a dataset exists and may not be overwritten, or another process is writing it.
+            OutputError: if a file of a dataset exists and may not be overwritten.
+            DatasetError: if another process is writing a dataset.
         """
         self._prefixes, self._tokenizer, self._options = prefixes, tokenizer, options
-        self._record_path, hashes_path = (Path(f"{prefixes[0]}.{name}{PARTIAL_SUFFIX}") for name in ("progress", "hashes"))
+        self._record_path, hashes_path = progress_paths(prefixes[0])
         hashes_path.parent.mkdir(parents=True, exist_ok=True)
         self._hashes_path = hashes_path
         self._hashes = open_exclusively(hashes_path)
@@ -208,23 +226,16 @@ class Outputs:
         return record
 
     def _begun(self, run: str) -> Record:
+        paths = [path for prefix in self._prefixes for path in output_paths(prefix, self._options.shard_tokens is not None)]
+        require_writable(paths, (), overwrite=self._options.overwrite)
         for output in self._outputs:
             output.keep()
         self._outputs.clear()
         self._record_path.unlink(missing_ok=True)
         self._hashes.truncate(0)
-        if not self._options.overwrite:
-            self._refuse_old_shards()
         record = Record(run, outputs=[OutputRecord() for _ in self._prefixes])
         self._open_all(record.outputs)
         return record
-
-    def _refuse_old_shards(self) -> None:
-        """Refuse to overwrite old shards before the first document, not when the run comes to the shard."""
-        for prefix in map(Path, self._prefixes):
-            pattern = f"{glob.escape(prefix.name)}_{'[0-9]' * 5}.json"
-            if self._options.shard_tokens and (old := sorted(prefix.parent.glob(pattern))):
-                raise DatasetError(f"dataset {old[0].with_suffix('')} exists already; choose another name or overwrite it")
 
     def _open_all(self, records: Sequence[OutputRecord]) -> None:
         for prefix, record in zip(self._prefixes, records, strict=True):

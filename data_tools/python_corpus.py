@@ -17,9 +17,10 @@ from pathlib import Path
 
 from data_tools.command_runner import run_command
 from data_tools.corpus_options import output_file
-from data_tools.unit_reader import CorpusError
+from w1train.data.text.file_names import CorpusError
 from w1train.runtime.command import command
 from w1train.runtime.files import write_bytes
+from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "packages, tests and generated documentation.",
     )
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the .jsonl file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never an input")
     parser.add_argument(
         "--max-bytes", type=int, help="keep at most this many bytes of text, in files chosen by a hash of their paths (default: all files)"
     )
     options = parser.parse_args(arguments)
-    return run_command(lambda: _write(Path(options.output), options.max_bytes))
+    return run_command(lambda: _write(Path(options.output), options.max_bytes, options.overwrite))
 
 
-def _write(output: Path, max_bytes: int | None) -> None:
+def _write(output: Path, max_bytes: int | None, overwrite: bool) -> None:
+    require_writable([output], (), overwrite=overwrite)
     sources = collect(Path(sysconfig.get_path("stdlib")), max_bytes)
     output.parent.mkdir(parents=True, exist_ok=True)
     records = [json.dumps({"path": path, "text": text}, ensure_ascii=False) + "\n" for path, text in sources]

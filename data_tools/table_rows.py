@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from data_tools.arrow_messages import Message, MessageError, footer_blocks, read_message
-from data_tools.corpus_files import CorpusError, Kind, Limits, document_fault
+from data_tools.corpus_files import Limits, document_fault
+from data_tools.fields import schema_fault
 from data_tools.parquet_pages import MAX_FOOTER_BYTES, PageError, decoded_size
 from data_tools.row_sizes import Known, text_sizes
 from w1train.config.errors import first_line
+from w1train.data.text.file_names import CorpusError, Kind
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,12 +29,13 @@ _MAX_THRIFT_CONTAINER = 1_000_000
 
 
 class TableError(Exception):
-    """The error of a file that is not a table, is damaged, or lacks a column."""
+    """The error of a file that is not a table or is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a table, or the number of rows that are left out because they or their row group are over a limit."""
+    """Rows of a table, or the number of rows that are left out because they or their row group are over a limit, or the file does not have
+    a field."""
 
     first_row: int
     """The number of rows that precede the piece in the file."""
@@ -43,7 +46,9 @@ class Piece:
     fault: str = ""
     """The part of the message that follows the file's name, for rows that are left out."""
     num_too_large: int = 0
-    """The number of rows that are left out."""
+    """The number of rows that are left out because they are over a limit."""
+    num_bad: int = 0
+    """The number of rows that are left out because a field is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class _Rows:
     """The decoded rows; None if the rows are not decoded."""
     fault: str = ""
     """The reason why the rows are not decoded; empty for rows that are not needed."""
+    is_bad: bool = False
+    """Tell whether the reason is a missing field, and not a limit."""
 
 
 def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, num_bytes: int, limits: Limits) -> Iterator[Piece]:
@@ -78,7 +85,8 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
                     yield from pieces.add(rows.batch, rows.share, row, max(0, first_row - row))
                 elif rows.fault and row >= first_row:
                     yield from pieces.flush()
-                    yield Piece(row, rows.share, b"", f": {rows.fault}", rows.num_rows)
+                    num_bad = rows.num_rows if rows.is_bad else 0
+                    yield Piece(row, rows.share, b"", f": {rows.fault}", rows.num_rows - num_bad, num_bad)
                 row += rows.num_rows
     # A damaged file may state lengths that exceed any memory, and names that are not text.
     except (arrow.ArrowException, OSError, EOFError, UnicodeDecodeError, MemoryError, PageError, MessageError) as error:
@@ -193,7 +201,9 @@ def _parquet_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits:
     table = parquet.ParquetFile(
         file, pre_buffer=False, thrift_string_size_limit=MAX_FOOTER_BYTES, thrift_container_size_limit=_MAX_THRIFT_CONTAINER
     )
-    _check_columns(table.schema_arrow, fields)
+    if fault := schema_fault(table.schema_arrow, fields):
+        yield _Rows(1.0, table.metadata.num_rows, fault=fault, is_bad=True)
+        return
     row = 0
     for number in range(table.num_row_groups):
         num_rows = max(0, table.metadata.row_group(number).num_rows)
@@ -250,7 +260,9 @@ def _arrow_rows(file: BinaryIO, fields: Sequence[str], first_row: int, limits: L
     magic = file.read(6)
     file.seek(0)
     schema, batches = _arrow_file(file, num_bytes, limits) if magic == b"ARROW1" else _arrow_stream(file, limits)
-    _check_columns(schema, fields)
+    if fault := schema_fault(schema, fields):
+        yield _Rows(1.0, sum(message.num_rows for message, _ in batches), fault=fault, is_bad=True)
+        return
     columns = [name for name in schema.names if name in {_column(schema, field) for field in fields}]
     row = 0
     for message, read in batches:
@@ -395,11 +407,6 @@ def _checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     batch = pyarrow.RecordBatch.from_arrays([_as_bytes(column) for column in batch.columns], names=batch.schema.names)
     batch.validate(full=True)
     return batch
-
-
-def _check_columns(schema: pyarrow.Schema, fields: Sequence[str]) -> None:
-    if missing := [field for field in fields if _column(schema, field) not in schema.names]:
-        raise TableError(f"has no column {', '.join(map(repr, missing))}; its columns: {', '.join(schema.names)}")
 
 
 def _column(schema: pyarrow.Schema, field: str) -> str:

@@ -27,13 +27,14 @@ from data_tools.corpus import LeftOut, TextCorpus
 from data_tools.corpus_options import add_corpus_options, corpus_from, input_path, output_prefix
 from data_tools.duplicates import SeenHashes
 from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
-from data_tools.outputs import OutputOptions, Outputs
+from data_tools.outputs import OutputOptions, Outputs, output_paths, progress_paths
 from data_tools.progress import ByteProgress
 from data_tools.split import HashSplit, TailSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.command import command
+from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=0.0,
         help="share of the documents, chosen by a hash; of a corpus with very few documents, the last lines (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never an input")
     parser.add_argument(
         "--deduplicate",
         action="store_true",
@@ -115,7 +116,9 @@ def _positive(text: str) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> None:
+    prefixes = [prefix for prefix in (options.output, options.validation_output) if prefix]
     corpus = corpus_from(options)
+    _refuse_inputs(options, prefixes, corpus)
     tokenizer = Tokenizer.load(options.tokenizer)
     logger.info("tokenizing %s", corpus.summary())
     corpus_options = {
@@ -125,7 +128,6 @@ def _tokenize(options: argparse.Namespace) -> None:
         "shard_tokens": options.shard_size,
     }
     run = _fingerprint(corpus, tokenizer, corpus_options)
-    prefixes = [prefix for prefix in (options.output, options.validation_output) if prefix]
     output_options = OutputOptions(options.shard_size, options.overwrite, options.record_seconds)
     with Outputs(prefixes, tokenizer, run, output_options) as outputs:
         if not outputs.record.is_complete:
@@ -141,6 +143,12 @@ def _tokenize(options: argparse.Namespace) -> None:
                 manifest.num_bytes / manifest.num_tokens,
                 manifest.unigram_bits_per_byte,
             )
+
+
+def _refuse_inputs(options: argparse.Namespace, prefixes: Sequence[str], corpus: TextCorpus) -> None:
+    """Refuse outputs that are inputs. Whether an output exists is decided later: after a kill it may be this run's own."""
+    paths = [path for prefix in prefixes for path in output_paths(prefix, options.shard_size is not None)]
+    require_writable(paths, [*corpus.files, options.tokenizer], overwrite=True, also_written=progress_paths(prefixes[0]))
 
 
 def _split(corpus: TextCorpus, fraction: float) -> HashSplit | TailSplit:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from data_tools.own_files import own_file
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.runtime.files import write_bytes
+from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__
 
 
 def tokenizer_manifest_path(output: Path) -> Path:
     """Return the path of the manifest, tokenizer.manifest.json for tokenizer.json."""
     return output.with_suffix(".manifest.json")
+
+
+def require_writable_tokenizer(output: Path, inputs: Iterable[str | Path], overwrite: bool) -> None:
+    """Refuse to write a tokenizer over an input or, without ``overwrite``, over a file that exists. The manifest of a tokenizer that was
+    removed may be replaced.
+
+    Raises:
+        OutputError: if the tokenizer may not be written.
+    """
+    manifest = tokenizer_manifest_path(output)
+    is_remains = not output.exists() and own_file(str(manifest)) is not None
+    outputs, remains = ([output], [manifest]) if is_remains else ([output, manifest], [])
+    require_writable(outputs, inputs, overwrite=overwrite, also_written=remains)
 
 
 def write_tokenizer_manifest(output: Path, tokenizer: Tokenizer, command: str, source: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ from data_tools.command_runner import run_command
 from data_tools.corpus import TextCorpus
 from data_tools.corpus_options import add_corpus_options, corpus_from, output_file
 from data_tools.progress import ByteProgress
-from data_tools.tokenizer_manifest import write_tokenizer_manifest
+from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
 from w1train.data.tokenizers.tokenizer import train_tokenizer
 from w1train.runtime.command import command
+from w1train.runtime.output_files import OutputError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_corpus_options(parser)
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the tokenizer.json to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never an input")
     parser.add_argument("--vocab-size", type=int, default=64512, help="number of ids, special tokens included (default: %(default)s)")
     parser.add_argument(
         "--mask-token-id",
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> None:
     corpus = corpus_from(options)
     output = Path(options.output)
+    require_writable_tokenizer(output, corpus.files, options.overwrite)
+    if output.suffix.lower() != ".json" and (directory := corpus.reads_later(output)):
+        raise OutputError(f"{output} is inside of the input {directory}, and would be read as a text: call it {output.name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     logger.info("training a tokenizer of %d ids on %s", options.vocab_size, corpus.summary())
     tokenizer = train_tokenizer(

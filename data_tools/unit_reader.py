@@ -8,14 +8,16 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Literal
 
-from data_tools.corpus_files import CorpusError, Limits, document_fault, split_text_fault
-from data_tools.decompress import ContentReader, damage
+from data_tools.corpus_files import Limits, document_fault, split_text_fault
+from data_tools.fields import look_up
 from data_tools.table_rows import rows_of
 from data_tools.units import Unit
-
-__all__ = ["BLANK_LINES", "CorpusError", "Counts", "Document", "Rules"]
+from w1train.data.text.decompress import ContentReader, DamagedError, WindowError
+from w1train.data.text.file_names import CorpusError, unsupported_compression
+from w1train.data.text.json_records import BYTE_ORDER_MARK, first_record, parse_record
 
 BLANK_LINES = "blank-lines"
 SKIP_HINT = "(--on-error skip leaves such input out)"
@@ -52,6 +54,8 @@ class Rules:
     """The answer to input that is not text or is over a limit: stop, or leave it out, counted and logged."""
     limits: Limits = field(default_factory=Limits)
     """The limits on a document and a row group."""
+    is_text_stated: bool = False
+    """Tell whether the user has stated that all files are text, also those that look like JSON."""
 
     @property
     def file_limit(self) -> int:
@@ -122,7 +126,7 @@ class UnitReader:
         result = UnitText(num_bytes_decoded=len(unit.content) + unit.num_bytes_passed)
         try:
             if unit.fault:
-                self._reject(result, unit.fault, unit.num_too_large)
+                self._reject(result, unit.fault, unit.num_too_large, unit.num_bad)
             elif unit.kind == "text":
                 for path in unit.paths:
                     self._read_text(result, path)
@@ -135,16 +139,30 @@ class UnitReader:
         return result
 
     def _read_text(self, result: UnitText, path: str) -> None:
-        faults: tuple[type[Exception], ...] = (*damage(), CorpusError)
         try:
+            if fault := unsupported_compression(path):
+                raise CorpusError(fault)
             content, num_bytes = self._content(path)
             result.num_bytes_decoded += len(content)
             if num_bytes is None or num_bytes > self._rules.file_limit:
                 self._reject(result, f"{path}: {self._file_fault(num_bytes)}", 1)
             else:
-                self._add(result, decode(content), path)
-        except faults as error:
+                self._add(result, self._text_of(content), path)
+        except (CorpusError, DamagedError) as error:
             self._reject(result, f"{path}: {error}")
+        except WindowError as error:
+            self._reject(result, f"{path}: {error}", 1)
+
+    def _text_of(self, content: bytes) -> str:
+        """Decode a text file.
+
+        Raises:
+            CorpusError: if it is not UTF-8, or is JSON with the text field under a name without .json or .jsonl.
+        """
+        text, name = decode(content), self._rules.text_field
+        if not self._rules.is_text_stated and _is_json(text, name):
+            raise CorpusError(f"it is JSON with the key {name!r}: give --format json or jsonl, or --format text to take it as plain text")
+        return text
 
     def _file_fault(self, num_bytes: int | None) -> str:
         fault = document_fault if self._rules.split_on is None else split_text_fault
@@ -157,7 +175,7 @@ class UnitReader:
         """
         most = self._rules.file_limit + len(codecs.BOM_UTF8)
         content = bytearray()
-        with ContentReader(path) as stream:
+        with ContentReader(path, self._rules.limits.row_group) as stream:
             for chunk in stream.chunks():
                 content += chunk
                 if len(content) > most:
@@ -195,20 +213,32 @@ class UnitReader:
 
     def _add_record(self, result: UnitText, record: object, origin: str, kind: str) -> None:
         name = self._rules.text_field
-        text = look_up(record, name)
-        if isinstance(text, bytes):
-            text = decode(text)
-        if not isinstance(text, str):
-            found = "" if text is None else f" (it is {type(text).__name__})"
+        try:
+            value = look_up(record, name)
+        except CorpusError as error:
+            raise CorpusError(f"no {kind} with a string {name!r}: {error}") from error
+        # The start of a row is treated alike in all formats: one byte order mark is dropped, as at the start of a text file.
+        text = decode(value) if isinstance(value, bytes) else value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else None
+        if text is None:
+            found = "" if value is None else f" (it is {type(value).__name__})"
             raise CorpusError(f"no {kind} with a string {name!r}{found}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but not a character
             raise CorpusError(f"character {error.start} of {name!r} is a lone surrogate") from error
-        if all(pattern.search(_as_text(look_up(record, name))) for name, pattern in self._filters):
+        if self._passes(record, kind):
             self._add(result, text, origin)
         else:
             result.counts.num_filtered += 1
+
+    def _passes(self, record: object, kind: str) -> bool:
+        values = []
+        for name, _ in self._filters:
+            try:
+                values.append(_as_text(look_up(record, name)))
+            except CorpusError as error:
+                raise CorpusError(f"no {kind} with a field {name!r} to filter by: {error}") from error
+        return all(pattern.search(value) for value, (_, pattern) in zip(values, self._filters, strict=True))
 
     def _add(self, result: UnitText, text: str, origin: str) -> None:
         """Add a document or its pieces, and count those that are left out because they are empty, too short or too long."""
@@ -225,26 +255,15 @@ class UnitReader:
                 result.counts.num_documents += 1
                 result.documents.append(Document(piece, f"{origin}#{i}" if len(texts) > 1 else origin, num_bytes))
 
-    def _reject(self, result: UnitText, message: str, num_too_large: int = 0) -> None:
-        """Count input that is left out: a bad record, or ``num_too_large`` records over a limit."""
+    def _reject(self, result: UnitText, message: str, num_too_large: int = 0, num_bad: int = 1) -> None:
+        """Count input that is left out: ``num_too_large`` records over a limit, or else ``num_bad`` bad records."""
         if self._rules.on_error == "fail":
             raise _BadRecordError(f"{message} {SKIP_HINT}")
         result.counts.num_too_large += num_too_large
-        result.counts.num_bad += not num_too_large
+        result.counts.num_bad += 0 if num_too_large else num_bad
         result.num_faults += 1
         if len(result.messages) < _MAX_MESSAGES:
             result.messages.append(message)
-
-
-def look_up(record: object, name: str) -> Any:
-    """Return the value of the field with this name, or else of the nested field; None if there is neither."""
-    if isinstance(record, dict) and name in record:
-        return record[name]
-    for part in name.split("."):
-        if not isinstance(record, dict):
-            return None
-        record = record.get(part)
-    return record
 
 
 def _as_text(value: object) -> str:
@@ -253,13 +272,23 @@ def _as_text(value: object) -> str:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
+    if isinstance(value, Decimal):  # an integer of thousands of digits
+        return str(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _is_json(text: str, name: str) -> bool:
+    """Tell whether a text begins with a JSON object, also as the first of an array, that has a text under a name."""
+    try:
+        return isinstance(look_up(first_record(text), name), str)
+    except ValueError:  # an ordinary text, or another record
+        return False
 
 
 def _parse(line: str) -> object:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_record(line)
+    except ValueError as error:
         raise CorpusError(f"not JSON: {error}") from error
 
 
@@ -290,7 +319,7 @@ def _compile(pattern: str, purpose: str, fault: str = "not") -> re.Pattern[str]:
 
 
 def decode(content: bytes, offset: int = 0) -> str:
-    """Decode UTF-8. A byte order mark at the start of a file is dropped.
+    """Decode UTF-8. A byte order mark at the start is dropped: of a file, of a line (files with marks may have been joined) and of a cell.
 
     Args:
         offset: where the bytes begin in their file.
@@ -298,8 +327,8 @@ def decode(content: bytes, offset: int = 0) -> str:
     Raises:
         CorpusError: if a byte is not UTF-8; the message names its place.
     """
-    if offset == 0 and content.startswith(codecs.BOM_UTF8):
-        content, offset = content[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+    if content.startswith(codecs.BOM_UTF8):
+        content, offset = content[len(codecs.BOM_UTF8) :], offset + len(codecs.BOM_UTF8)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from data_tools.corpus_files import Kind, Limits, broken_link, compression_of, document_fault, kind_of
-from data_tools.decompress import ContentReader
+from data_tools.corpus_files import Limits, broken_link, document_fault
 from data_tools.lines import LineBlocks
 from data_tools.table_rows import Piece, TableError, read_pieces
+from w1train.data.text.file_names import Kind, compression_of, kind_of
+from w1train.data.text.json_records import RecordReader
 
 UNIT_BYTES = 1 << 19
 _DEFAULT_LIMITS = Limits()
@@ -51,6 +52,8 @@ class Unit:
     """In a unit without content, the reason why the rest of the file cannot be read, or the message about input over a limit."""
     num_too_large: int = 0
     """The number of lines or rows that are left out because they or their row group are over a limit."""
+    num_bad: int = 1
+    """The number of lines or rows that are left out because of a fault that is not a limit."""
     num_bytes_passed: int = 0
     """The number of bytes decoded and dropped since the last unit."""
 
@@ -108,7 +111,7 @@ class FileUnits:
                 yield unit
                 start = unit.end
                 continue
-            yield from self._line_units(start) if kind == "jsonl" else self._row_units(start, kind)
+            yield from self._line_units(start, kind) if kind in ("jsonl", "json") else self._row_units(start, kind)
             start = Position(start.file + 1)
 
     def _text_unit(self, first: int) -> Unit:
@@ -123,10 +126,10 @@ class FileUnits:
             last += 1
         return Unit("text", tuple(self._files[first:last]), Position(first), Position(last), self._starts[last])
 
-    def _line_units(self, start: Position) -> Iterator[Unit]:
+    def _line_units(self, start: Position, kind: Kind) -> Iterator[Unit]:
         path = self._files[start.file]
         before, after = self._starts[start.file], self._starts[start.file + 1]
-        with ContentReader(path) as stream:
+        with RecordReader(path, kind, self._limits.row_group) as stream:
             for block in LineBlocks(stream, start.offset, UNIT_BYTES, self._limits.document):
                 if block.announces_long_line and not self._passes_over:
                     fault = f"{path}:{start.record + 1}: {document_fault(None, self._limits.document)}"
@@ -134,7 +137,8 @@ class FileUnits:
                     return
                 if block.fault:
                     fault = f"{path}:{start.record + 1}: {block.fault}"
-                    yield Unit("jsonl", (path,), start, Position(start.file + 1), after, fault=fault)
+                    end = Position(start.file + 1)
+                    yield Unit("jsonl", (path,), start, end, after, fault=fault, num_too_large=int(block.needs_memory))
                     return
                 num_long = int(block.long_line is not None)
                 fault = f"{path}:{start.record + 1}: {document_fault(block.long_line, self._limits.document)}" if num_long else ""
@@ -168,4 +172,5 @@ class FileUnits:
 
     def _row_unit(self, path: str, start: Position, end: Position, num_bytes_done: int, piece: Piece) -> Unit:
         fault = f"{path}{piece.fault}" if piece.fault else ""
-        return Unit(self.kind_of(path), (path,), start, end, num_bytes_done, piece.content, fault, piece.num_too_large)
+        kind = self.kind_of(path)
+        return Unit(kind, (path,), start, end, num_bytes_done, piece.content, fault, piece.num_too_large, piece.num_bad)

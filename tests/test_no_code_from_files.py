@@ -15,7 +15,7 @@ FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
 CLOSED_LIST = "w1train/checkpoints/format/legacy_index.py"
 """Holds the one unpickler, which knows a closed list of names (tests/checkpoints/test_legacy_index.py)."""
 IMPORTS_BY_NAME = {
-    "data_tools/decompress.py": "One of two names, by Python's version.",
+    "w1train/data/text/decompress.py": "One of five names, by the compression and Python's version.",
     "w1train/diagnosis/packages.py": "Names of our own requirements.",
     "w1train/engine/adamw.py": "Names of the two libraries that have a fused Adam.",
 }

@@ -24,6 +24,7 @@ from w1train.config.schema import ModelConfig
 from w1train.conversion.families import FAMILIES, STOCK, W1
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.files import write_text
+from w1train.runtime.output_files import require_writable
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Fields that are written even if they have their default, because a reader of the recipe looks for them.
@@ -54,8 +55,7 @@ def from_hugging_face(args: argparse.Namespace) -> int:
     if args.output is None:
         print(text, end="")
         return 0
-    if args.output.exists():
-        raise UserError(f"{args.output} is there already: remove it, or choose another name")
+    require_writable([args.output], [args.directory / "config.json"], overwrite=None)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.output, text)
     print(f"wrote {args.output}: choose it with --config-dir {args.output.parent.parent} model={args.output.stem}", file=sys.stderr)

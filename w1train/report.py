@@ -10,6 +10,7 @@ from w1train.config.errors import UserError
 from w1train.reports.report_compare import write_comparison
 from w1train.reports.run_report import write_report
 from w1train.runtime.command import command, describe_error
+from w1train.runtime.output_files import require_writable
 
 
 @command("w1train.report")
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory; the run may still be training")
     parser.add_argument("--compare", type=Path, metavar="RUN", help="another run, whose validation is drawn into the page of a single RUN")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file of the comparison of several runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output if it exists, but never a file of a run")
     arguments = parser.parse_args()
     several = len(arguments.runs) > 1
     if several and arguments.compare is not None:
@@ -29,6 +31,9 @@ def main() -> None:
     if not several and arguments.output is not None:
         parser.error("--output needs several RUNs; the page of a single RUN is RUN/report.html")
     try:
+        if arguments.output is not None:
+            files = (path for run in arguments.runs for path in run.rglob("*") if path.suffix != ".html")
+            require_writable([arguments.output], files, overwrite=arguments.overwrite)
         if several:
             print(write_comparison(arguments.runs, arguments.output or arguments.runs[0] / "comparison.html"))
         else:

@@ -25,8 +25,12 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys):
     make("llama", tmp_path)
     (tmp_path / "mine.yaml").write_text("precious")
     assert convert.main(["from-hf", str(tmp_path), "--output", str(tmp_path / "mine.yaml")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already: remove it or choose another name" in capsys.readouterr().err
     assert (tmp_path / "mine.yaml").read_text() == "precious"
+    before = (tmp_path / "config.json").read_bytes()
+    assert convert.main(["from-hf", str(tmp_path), "--output", str(tmp_path / "config.json")]) == 2
+    assert "is the input" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_directory_that_is_none(tmp_path, capsys):

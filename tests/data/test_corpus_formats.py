@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from data_tools.corpus import TextCorpus
-from data_tools.corpus_files import CorpusError
 from data_tools.unit_reader import Rules
 from data_tools.units import UNIT_BYTES
+from w1train.data.text.file_names import CorpusError
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -78,7 +78,7 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
 def test_units_can_be_begun_at_each_of_them(tmp_path, kind, monkeypatch):
     """What a resumed run relies on."""
     monkeypatch.setattr("data_tools.units.UNIT_BYTES", 400)
-    monkeypatch.setattr("data_tools.decompress.CHUNK_BYTES", 150)
+    monkeypatch.setattr("w1train.data.text.decompress.CHUNK_BYTES", 150)
     corpus = TextCorpus([write(tmp_path, kind)])
     units = list(corpus.units())
     assert len(units) > 4
@@ -163,10 +163,10 @@ def test_a_missing_library_is_named(tmp_path, kind, library, monkeypatch):
 
 
 def test_formats_can_be_said_and_text_has_no_fields(tmp_path):
-    path = tmp_path / "x.json"
+    path = tmp_path / "x.data"
     path.write_bytes(jsonl(RECORDS))
     assert texts_of(path, kind="jsonl") == TEXTS
-    with pytest.raises(CorpusError, match=r"x\.json is a text file, which has no fields to filter by"):
+    with pytest.raises(CorpusError, match=r"x\.data is a text file, which has no fields to filter by"):
         TextCorpus([path], Rules(filters=(("n", "1"),)))
     with pytest.raises(CorpusError, match=r"cannot filter n by '\(': it is not a regular expression"):
         TextCorpus([path], Rules(filters=(("n", "("),)), kind="jsonl")

@@ -114,7 +114,8 @@ def test_an_existing_dataset_is_kept_unless_overwritten(corpus, tokenizer_file, 
     assert tokenize.main(arguments) == 0
     before = (tmp_path / "x.json").stat().st_mtime_ns
     assert tokenize.main(arguments) == 1
-    assert "exists already" in caplog.text
+    assert "x.json, " in caplog.text
+    assert "exist already: choose another name, or give --overwrite" in caplog.text
     assert (tmp_path / "x.json").stat().st_mtime_ns == before
     assert tokenize.main([*arguments, "--overwrite"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.corpus import TextCorpus
-from data_tools.unit_reader import CorpusError, Rules, splitter
+from data_tools.unit_reader import Rules, splitter
+from w1train.data.text.file_names import CorpusError
 
 
 def texts_of(*paths, **options):

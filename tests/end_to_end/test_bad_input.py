@@ -73,7 +73,9 @@ def test_wrong_configurations_are_reported_at_once(tiny_run):
 
 def other_tokenizer(data: Path) -> None:
     corpus, tokenizer = data / "corpus.jsonl", data / "tokenizer.json"
-    assert train_tokenizer.main(["--input", str(corpus), "--output", str(tokenizer), "--vocab-size", str(VOCAB_SIZE - 1)]) == 0
+    assert (
+        train_tokenizer.main(["--input", str(corpus), "--output", str(tokenizer), "--vocab-size", str(VOCAB_SIZE - 1), "--overwrite"]) == 0
+    )
 
 
 def other_data(data: Path) -> None:

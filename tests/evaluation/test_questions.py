@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import math
 import os
 from dataclasses import dataclass, field
@@ -115,6 +117,20 @@ def test_a_bad_line_is_named_with_what_it_must_be(tmp_path, record):
 def test_lines_end_at_newlines_alone(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a\u2028", "completion": "b"}', {"prompt": "c", "completion": "d"})
     assert [question.prompt for question in read_questions(path)] == ["a\u2028", "c"]
+
+
+def test_files_are_read_as_by_the_data_tools(tmp_path):
+    """Byte order marks, compression and arrays."""
+    records = [{"prompt": "\ufeffa", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    lines = "".join(f"\ufeff{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    (tmp_path / "x.jsonl").write_text(lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "x.json.xz").write_bytes(lzma.compress(json.dumps(records, indent=1).encode()))
+    for name in ("x.jsonl", "x.jsonl.gz", "x.json.xz"):
+        assert [question.prompt for question in read_questions(tmp_path / name)] == ["a", "c"]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-10])
+    with pytest.raises(UserError, match=r"cannot read .*x\.jsonl\.gz: the compressed file is damaged here"):
+        read_questions(tmp_path / "x.jsonl.gz")
 
 
 def test_files_that_cannot_be_used(tmp_path, monkeypatch):

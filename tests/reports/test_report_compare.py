@@ -12,6 +12,7 @@ import pytest
 
 from tests.reports.fake_run import TOKENS_PER_STEP, train_record, validation_record, write_fake_run
 from tests.reports.test_report import Page, write_log
+from w1train import report
 from w1train.config.errors import UserError
 from w1train.reports.report_compare import MAX_RUNS, write_comparison
 from w1train.runtime.quantities import quantity
@@ -113,3 +114,25 @@ def test_the_command(tmp_path):
     assert command(*runs).stdout.strip() == f"{runs[0]}/comparison.html"
     assert command(*runs, "--output", str(tmp_path / "c.html")).stdout.strip() == str(tmp_path / "c.html")
     assert "--compare needs a single RUN" in command(*runs, "--compare", runs[0]).stderr
+
+
+def test_the_command_replaces_no_file_of_a_run_and_no_other_page(tmp_path, monkeypatch):
+    runs = [str(write_log(tmp_path / name, train_record(1))) for name in ("a", "b")]
+    page = tmp_path / "page.html"
+
+    def fault(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["w1train.report", *runs, "--output", *arguments])
+        try:
+            report.main()
+        except SystemExit as error:
+            return str(error.code)
+        return ""
+
+    before = Path(runs[0], "metrics.jsonl").read_bytes()
+    (tmp_path / "link").symlink_to(Path(runs[0], "metrics.jsonl"))
+    for name in (f"{runs[0]}/metrics.jsonl", f"{tmp_path}/link"):
+        assert "is the input" in fault(name, "--overwrite")
+    assert Path(runs[0], "metrics.jsonl").read_bytes() == before
+    assert fault(str(page)) == ""
+    assert "exists already: choose another name, or give --overwrite" in fault(str(page))
+    assert fault(str(page), "--overwrite") == ""

@@ -27,6 +27,7 @@ from w1train.conversion.writing import Entry, write_safetensors
 from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes, write_text
 from w1train.runtime.names import is_plain_name, open_inside
+from w1train.runtime.output_files import require_apart
 from w1train.runtime.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         model_format: "w1", "stock" or a name in FAMILIES.
 
     Raises:
-        UserError: ``output`` is not empty, the requested stock class cannot compute this model, or the checkpoint's tensors are not those
-            of its configuration.
+        UserError: ``output`` is not empty or is among the run's checkpoints, the requested stock class cannot compute this model, or the
+            checkpoint's tensors are not those of its configuration.
         CheckpointError: the checkpoint's index cannot be read.
         OSError: ``output`` cannot be written.
     """
@@ -68,6 +69,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already and not empty: remove it, or choose another place")
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    require_apart([output, partial], [run.checkpoints])
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     parameters = list(hugging_face_parameters(config.model))

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from w1train.data.dataset_manifest import DatasetManifest, manifest_path
+from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manifest_path
 from w1train.data.indexed import (
     DatasetError,
     begin_index,
@@ -73,13 +73,13 @@ class DatasetWriter:
             limits_noise: write PREFIX.may_be_noised; every document must then come with the values for its tokens.
 
         Raises:
-            DatasetError: if the dataset exists and ``overwrite`` is not set, or another process is writing it.
+            DatasetError: if a file of the dataset exists and ``overwrite`` is not set, or another process is writing it.
             ResumeError: if the files are shorter than ``resume`` says.
         """
         self._prefix = str(prefix)
         self._tokenizer = tokenizer
-        if not overwrite and manifest_path(prefix).exists():
-            raise DatasetError(f"dataset {prefix} exists already; choose another name or overwrite it")
+        if not overwrite and (old := [path.name for path in dataset_paths(prefix) if path.exists()]):
+            raise DatasetError(f"dataset {prefix} exists already ({', '.join(old)}); choose another name or overwrite it")
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._buffer: list[NDArray[np.integer]] = []
         self._num_buffered = 0

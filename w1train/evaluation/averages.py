@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from w1train.checkpoints.averaging import average_steps
-from w1train.checkpoints.checkpoint_names import step_of_name, step_path
+from w1train.checkpoints.checkpoint_names import step_of_name, step_path, writing_path
 from w1train.checkpoints.commit import remove_unfinished
 from w1train.checkpoints.manifest import complete_steps, read_progress
 from w1train.checkpoints.retention import best_steps
@@ -28,6 +28,7 @@ from w1train.runtime.device import select_device
 from w1train.runtime.distributed import initialize_process_group
 from w1train.runtime.files import write_text
 from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
+from w1train.runtime.output_files import require_apart
 from w1train.runtime.record_files import MetricsLog, read_metrics
 from w1train.runtime.run_directory import RunDirectory
 
@@ -71,6 +72,8 @@ def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
     with _claimed(request):
         steps = _members(request, config, metric)
         if request.output is not None:
+            members = [step_path(request.run / "checkpoints", step) for step in steps]
+            require_apart([request.output, writing_path(request.output)], members)
             if not request.output.exists():
                 _require_name(request.output, max(steps))
             request.output.parent.mkdir(parents=True, exist_ok=True)

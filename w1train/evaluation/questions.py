@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
-from w1train.config.reading import parse_json, read_bounded
+from w1train.config.reading import FileContentError, parse_json, require_regular
+from w1train.data.text.decompress import DamagedError, WindowError
+from w1train.data.text.file_names import CorpusError, kind_of
+from w1train.data.text.json_records import BYTE_ORDER_MARK, RecordReader
 from w1train.diffusion.processes import noise_process
 from w1train.evaluation.likelihood import Pair, log_likelihoods
 
@@ -65,15 +68,16 @@ class Answer:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Return the questions of a file. Empty lines are skipped.
+    """Return the questions of a file, which may be compressed, or an array in a .json file, as the data tools read it. Empty lines are
+    skipped.
 
     Raises:
         UserError: the file cannot be read, is not a regular file, is too large or empty; or a line does not have a form of FORMATS (the
             message gives the line's number).
     """
     try:
-        lines = read_bounded(path, _LARGEST).decode("utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have
-    except (OSError, UnicodeDecodeError) as error:
+        lines = _read(path).decode("utf-8").split("\n")  # splitlines() would also cut at U+2028, which JSON texts may have
+    except (OSError, UnicodeDecodeError, CorpusError, DamagedError, WindowError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     questions = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
@@ -81,18 +85,29 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
+def _read(path: Path) -> bytes:
+    require_regular(path)
+    content = bytearray()
+    with RecordReader(str(path), "json" if kind_of(str(path)) == "json" else "jsonl") as reader:
+        for chunk in reader.chunks():
+            content += chunk
+            if len(content) > _LARGEST:
+                raise FileContentError(f"{path} is too large: it has more than {_LARGEST:,} bytes")
+    return bytes(content)
+
+
 def _parse(path: Path, number: int, line: str) -> Question:
     try:
-        record = parse_json(line)
+        record = parse_json(line.removeprefix(BYTE_ORDER_MARK))
         json.dumps(record, ensure_ascii=False).encode("utf-8")  # A lone \ud800 cannot be encoded.
     except ValueError as error:
         raise UserError(f"{path}, line {number}, is not JSON ({error}); it must be {FORMATS}") from error
     match record:
         case {"prompt": str(prompt), "completion": str(completion)} if completion and len(record) == 2:
-            return Question(number, prompt, (completion,), 0)
+            return Question(number, prompt.removeprefix(BYTE_ORDER_MARK), (completion,), 0)
         case {"prompt": str(prompt), "choices": [_, _, *_] as choices, "answer": int(answer)} if len(record) == 3:
             if all(isinstance(choice, str) and choice for choice in choices) and type(answer) is int and 0 <= answer < len(choices):
-                return Question(number, prompt, tuple(choices), answer)
+                return Question(number, prompt.removeprefix(BYTE_ORDER_MARK), tuple(choices), answer)
     raise UserError(f"{path}, line {number}, is {line[:80]!r}; it must be {FORMATS}, with no text but the prompt empty, answers from 0")
 
 

@@ -1,0 +1,177 @@
+"""What is JSON by its name or its content is read as JSON or refused, whatever its layout, its compression and its other fields are."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib
+import json
+import lzma
+import os
+import sys
+import tempfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.corpus import TextCorpus
+from data_tools.corpus_files import Limits
+from data_tools.unit_reader import Rules
+from w1train.data.text import decompress
+from w1train.data.text.decompress import ContentReader, WindowError
+from w1train.data.text.file_names import CorpusError, kind_of
+from w1train.data.text.json_records import RecordReader
+
+zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+RECORDS = [{"text": f'document {i}\n[x], {{y}}, "z\\', "n": [i, {"m": "]"}]} for i in range(9)]
+TEXTS = [record["text"] for record in RECORDS]
+MARK = "\ufeff"
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+ARRAY, INDENTED = json.dumps(RECORDS).encode(), json.dumps(RECORDS, indent=2).encode() + b"\n\n"
+OBJECTS = "\n".join(json.dumps(record, indent=1) for record in RECORDS).encode()
+
+
+def texts_of(path, **options):
+    return [document.text for document in TextCorpus([path], Rules(**options))]
+
+
+@pytest.mark.parametrize("layout", [LINES, ARRAY, INDENTED, OBJECTS, MARK.encode() + ARRAY, b" \n" + INDENTED], ids=range(6))
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".XZ", ".bz2"])
+def test_json_is_read_in_every_layout(tmp_path, layout, suffix):
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress, ".XZ": lzma.compress, ".bz2": bz2.compress}[suffix]
+    path = tmp_path / f"x.json{suffix}"
+    path.write_bytes(pack(layout))
+    assert texts_of(path) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["x.JSONL", "x.jsonlines", "x.ndjson", "x.Jsonl.GZ", "x.jsonl.xz"])
+def test_names_that_mean_lines(name):
+    assert kind_of(name) == "jsonl"
+
+
+json_values = st.recursive(
+    st.none() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+)
+
+
+@settings(max_examples=60)
+@given(
+    values=st.lists(json_values, min_size=1, max_size=6),
+    indent=st.none() | st.integers(0, 2),
+    size=st.integers(1, 30),
+    escapes=st.booleans(),
+)
+def test_an_array_is_folded_to_lines_of_the_same_length(values, indent, size, escapes):
+    """In chunks of any size, and from every line on."""
+    content = json.dumps(values, indent=indent, ensure_ascii=escapes).encode("utf-8", "surrogatepass")
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decompress, "CHUNK_BYTES", size)
+        path = os.path.join(directory, "x.json")
+        with open(path, "wb") as file:
+            file.write(content)
+
+        def read(offset: int) -> bytes:
+            with RecordReader(path, "json") as reader:
+                return b"".join(reader.chunks(offset))
+
+        folded = read(0)
+        assert len(folded) == len(content)
+        assert [json.loads(line) for line in folded.split(b"\n")] == values
+        starts = [place + 1 for place, byte in enumerate(folded) if byte == ord("\n")]
+        assert all(read(start) == folded[start:] for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "num_bad"),
+    [
+        (b'[{"text": "a"}, {"text": "b"}', ["a"], 1),
+        (b'[{"text": "a"}, {"text": "b', ["a"], 1),
+        (b'[{"text": "a"},\n3,\n["text"]]', ["a"], 2),
+        (b'[{"text": "a\nb"}, {"text": "c"}]', ["c"], 1),
+        (b'[{"text": "a"}]\n[{"text": "b"}]', ["a", "b"], 0),
+        (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}', ["a", "c"], 1),
+        (b'{"data": [\n{"text": "a"}\n]}', [], 1),
+        ('[{"text": "a"}]'.encode("utf-16"), [], 1),
+    ],
+)
+def test_bad_json_is_counted(tmp_path, content, texts, num_bad):
+    (tmp_path / "x.json").write_bytes(content)
+    (tmp_path / "y.jsonl").write_text('{"text": "good"}')
+    corpus = TextCorpus([tmp_path], Rules(on_error="skip"))
+    assert [document.text for document in corpus] == [*texts, "good"]
+    assert corpus.log.counts.num_bad == num_bad
+
+
+@pytest.mark.parametrize("content", [LINES, ARRAY, INDENTED, OBJECTS, MARK.encode() + LINES], ids=range(5))
+def test_json_under_another_name_is_refused(tmp_path, content):
+    path = tmp_path / "x.part"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"x\.part: it is JSON with the key 'text': give --format json or jsonl, or --format text"):
+        texts_of(path)
+    assert [document.text for document in TextCorpus([path], kind="json")] == TEXTS
+    assert len(list(TextCorpus([path], kind="text"))) == 1
+    path.write_text('{"other": 1}\n{ a brace begins this text }')
+    assert len(texts_of(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.lz4", "x.zip", "x.tar.gz", "x.7Z"])
+def test_archives_are_no_text(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
+    with pytest.raises(CorpusError, match=r"cannot be read: unpack it, or compress its files as \.gz, \.zst, \.zstd, \.xz, \.bz2"):
+        texts_of(tmp_path / name)
+
+
+def test_a_mark_at_the_start_is_dropped_alike(tmp_path):
+    """Of a text file, of each line, of each text, and of each cell; it is dropped once."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"{MARK}a", f"{MARK}{MARK}b", f"c{MARK}"]
+    records = [{"text": text} for text in texts]
+    (tmp_path / "1.jsonl").write_text("".join(f"{MARK}{json.dumps(record, ensure_ascii=False)}\n" for record in records))
+    (tmp_path / "2.json").write_text(MARK + json.dumps(records))
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "3.parquet")
+    parquet.write_table(pa.table({"text": [text.encode() for text in texts]}), tmp_path / "4.parquet")
+    for number, text in enumerate(texts):
+        (tmp_path / f"5{number}.txt").write_text(text)
+    assert texts_of(tmp_path) == ["a", f"{MARK}b", f"c{MARK}"] * 5
+
+
+def test_a_number_that_python_does_not_convert_costs_no_document(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "a", "n": {"7" * 5000}}}\n{{"text": "b", "n": [1, -{"3" * 5000}]}}\n{{"text": {"1" * 5000}}}\n')
+    corpus = TextCorpus([path], Rules(on_error="skip"))
+    assert [document.text for document in corpus] == ["a", "b"]
+    assert corpus.log.counts.num_bad == 1
+    assert texts_of(path, filters=(("n", "^7{5000}$"),), on_error="skip") == ["a"]
+
+
+def streamed(content: bytes) -> bytes:
+    """A frame that does not say its length, and therefore needs all of its window of 1 GiB."""
+    options = {zstd.CompressionParameter.window_log: 30, zstd.CompressionParameter.content_size_flag: 0}
+    compressor = zstd.ZstdCompressor(options=options)
+    return compressor.compress(content) + compressor.flush()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_long_windows_are_decoded_up_to_the_limit(tmp_path, caplog, suffix):
+    path = tmp_path / f"x.{suffix}.zst"
+    path.write_bytes(streamed(LINES if suffix == "jsonl" else b"a text"))
+    assert texts_of(path) == (TEXTS if suffix == "jsonl" else ["a text"])
+    with ContentReader(str(path), 1 << 29) as reader, pytest.raises(WindowError, match="more memory than the limit of 512 MiB"):
+        list(reader.chunks())
+    (tmp_path / "y.txt").write_text("good")
+    rules = Rules(limits=Limits(row_group=1 << 29), on_error="skip")
+    corpus = TextCorpus([tmp_path], rules)
+    assert [document.text for document in corpus] == ["good"]
+    assert (corpus.log.counts.num_too_large, corpus.log.counts.num_bad) == (1, 0)
+    assert "--max-row-group-size" in caplog.text
+    assert "damaged" not in caplog.text
+
+
+def test_the_dictionary_of_xz_has_the_limit(tmp_path):
+    path = tmp_path / "x.txt.xz"
+    path.write_bytes(lzma.compress(b"a text", filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 200 << 20}]))
+    assert texts_of(path) == ["a text"]
+    with ContentReader(str(path), 1) as reader, pytest.raises(WindowError, match="the limit of 128 MiB"):
+        list(reader.chunks())

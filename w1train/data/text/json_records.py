@@ -1,0 +1,193 @@
+"""Records of JSON files as lines: a file of lines, an array of records, or one record over several lines.
+
+An array is read as a stream. Outside of texts, the commas between its records become line feeds, and its own line feeds become blanks. No
+byte is added or removed, so that offsets and lines can be counted as in a file of lines.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from itertools import islice
+from typing import Any, Literal
+
+from w1train.data.text.decompress import DEFAULT_WINDOW, ContentReader, DamagedError
+from w1train.data.text.file_names import Kind
+
+BYTE_ORDER_MARK = "\ufeff"
+_LONGEST_INTEGER = 4000
+"""The digits up to which Python converts a text to an integer, with some distance to its limit of 4,300."""
+_HEAD_CHUNKS = 16
+"""The chunks in which the first record is looked for. A file may begin with any amount of white space."""
+_OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Possessive quantifiers, since a text of many megabytes would otherwise fill the matcher's stack.
+_TOKEN = re.compile(rb'"|[\[{\]},\n]|[^"\[{\]},\s]++')
+_FIRST_RECORD = re.compile(r"\s*(?:\[\s*)?(?=\{)")
+_REST_OF_TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+
+type Shape = Literal["lines", "array", "object"]
+
+
+class RecordReader(ContentReader):
+    """A reader of a JSON file, whose chunks have a record on each line."""
+
+    def __init__(self, path: str, kind: Kind, max_window: int = DEFAULT_WINDOW) -> None:
+        """
+        Args:
+            kind: "jsonl" for a file of lines; "json" for a file whose first bytes show how its records are laid out.
+
+        Raises:
+            CorpusError, OSError: as :class:`ContentReader`.
+        """
+        super().__init__(path, max_window)
+        self._path, self._kind, self._max_window = path, kind, max_window
+
+    def chunks(self, offset: int = 0) -> Iterator[bytes]:
+        """Yield the content as ``ContentReader.chunks`` does, from the beginning of a line on.
+
+        Raises:
+            DamagedError: also if the file is not UTF-8 but UTF-16, or if an array has no end.
+        """
+        with ContentReader(self._path, self._max_window) as reader:
+            head = next((chunk for chunk in islice(reader.chunks(), _HEAD_CHUNKS) if chunk.strip()), b"")
+        if head.startswith(_OTHER_ENCODINGS):
+            raise DamagedError("the file is UTF-16 or UTF-32: convert it to UTF-8")
+        shape = shape_of(head) if self._kind == "json" else "lines"
+        chunks = super().chunks(offset)
+        yield from chunks if shape == "lines" else _Folded(shape, offset > 0).chunks(chunks)
+
+
+def shape_of(head: bytes) -> Shape:
+    """Return how the records of a file are laid out, given its first bytes.
+
+    Each line of a file of lines is a record, so its first line is whole. The first line of a record over several lines ends where a
+    record cannot.
+    """
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"["):
+        return "array"
+    first, _, rest = head.partition(b"\n")
+    return "object" if rest and first.startswith(b"{") and first.rstrip().endswith((b"{", b"[", b",", b":")) else "lines"
+
+
+class _Folded:
+    """The content of an array, or of records over several lines, as lines of records."""
+
+    def __init__(self, shape: Shape, is_inside: bool) -> None:
+        """
+        Args:
+            is_inside: whether the chunks begin at a line after the first line, and so in an array behind a comma.
+        """
+        self._is_array = shape == "array"
+        self._depth = int(self._is_array and is_inside)
+        self._is_empty = True
+        """Tell whether the line has had no value so far."""
+        self._in_text = self._is_escaped = False
+
+    def chunks(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the chunks with a record on each line.
+
+        Raises:
+            DamagedError: if an array has no end.
+        """
+        for chunk in chunks:
+            yield self._fold(chunk)
+        if self._is_array and self._depth:
+            raise DamagedError("the JSON array has no end")
+
+    def _fold(self, chunk: bytes) -> bytes:
+        folded = bytearray(chunk)
+        place = 0
+        while place < len(chunk):
+            if self._in_text:
+                place = self._skip_text(chunk, folded, place)
+            elif token := _TOKEN.search(chunk, place):
+                place = token.end()
+                if token.group() == b'"':
+                    self._in_text, self._is_empty = True, False
+                elif len(token.group()) > 1 or not self._take(chunk[token.start()], folded, token.start()):
+                    self._is_empty = False
+            else:
+                break
+        return bytes(folded)
+
+    def _skip_text(self, chunk: bytes, folded: bytearray, place: int) -> int:
+        """Return where a text ends. A line feed in a text is not JSON. It becomes another character that is not, so that the record
+        stays one line."""
+        start, stop = place, place + 1
+        if not self._is_escaped:
+            match = _REST_OF_TEXT.match(chunk, place)
+            assert match is not None, "the pattern matches nothing, too"
+            stop = match.end() + 1
+        last = chunk[stop - 1 : stop]
+        self._in_text = self._is_escaped or last != b'"'
+        self._is_escaped = not self._is_escaped and last == b"\\"
+        folded[start:stop] = chunk[start:stop].replace(b"\n", b"\v")
+        return stop
+
+    def _take(self, character: int, folded: bytearray, place: int) -> bool:
+        """Change a character outside of texts where it must be changed, and return whether the character only separates records."""
+        is_outside = self._depth == int(self._is_array)
+        match chr(character):
+            case "[" if self._is_array and not self._depth:  # a second array begins a line of its own
+                folded[place] = ord(" " if self._is_empty else "\n")
+            case "," if self._is_array and is_outside:
+                folded[place] = ord("\n")
+            case "]" if self._is_array and is_outside:
+                folded[place] = ord(" ")
+                self._depth -= 1
+                return True
+            case "\n":
+                if self._is_array or self._depth:
+                    folded[place] = ord(" ")
+                return True
+            case "[" | "{":
+                self._depth += 1
+                return False
+            case "]" | "}":
+                self._depth -= self._depth > int(self._is_array)
+                return False
+            case _:
+                return False
+        self._depth, self._is_empty = int(self._is_array), True
+        return True
+
+
+def parse_record(line: str) -> Any:
+    """Return the value of a line of JSON. A byte order mark before it is dropped. An integer that is too long for Python becomes a Decimal.
+
+    Raises:
+        ValueError: if the line is not JSON, or is nested too deeply.
+    """
+    line = line.removeprefix(BYTE_ORDER_MARK)
+    try:
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # Python's limit on digits, which nothing but the text of its error tells apart
+            return json.loads(line, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def first_record(text: str) -> Any:
+    """Return the value of the object with which a text begins, also as the first element of an array.
+
+    Raises:
+        ValueError: if the text does not begin with a JSON object.
+    """
+    start = _FIRST_RECORD.match(text)
+    if start is None:
+        raise ValueError("no JSON object")
+    try:
+        return json.JSONDecoder(parse_int=_integer).raw_decode(text, start.end())[0]
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def _integer(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) <= _LONGEST_INTEGER else Decimal(digits)
