@@ -11,7 +11,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +31,7 @@ from w1train.data.indexed import DatasetError
 from w1train.data.sharded_dataset import shard_notes
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
-from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
+from w1train.runtime.files import PARTIAL_SUFFIX, sync_file, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -270,8 +269,7 @@ class Outputs:
 
     def write_record(self, position: Position, is_complete: bool = False) -> None:
         """Bring everything to the disk, and then write the record of it."""
-        self._hashes.flush()
-        os.fsync(self._hashes.fileno())
+        sync_file(self._hashes)
         self.record.outputs = [OutputRecord(o.sealed) if is_complete else o.record() for o in self._outputs]
         self.record.position, self.record.is_complete = position, is_complete
         write_bytes(self._record_path, json.dumps(asdict(self.record)).encode())
