@@ -52,7 +52,7 @@ def require_free(port: int) -> None:
 
 @command("launch.rendezvous_port")
 def main(arguments: Sequence[str]) -> int:
-    """Print the port. Returns the exit status: 0, or 2 if the port cannot be used."""
+    """Print the port. Return the exit status: 0, or 2 if the port cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.rendezvous_port", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
