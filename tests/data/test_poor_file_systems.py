@@ -172,7 +172,9 @@ def test_200_shards_take_no_more_files_than_their_share(shards):
 
 
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two, and the files of other tests, which may still be open, do not count."""
     monkeypatch.setattr(file_reader, "_most_open", lambda: 2)
+    monkeypatch.setattr(file_reader, "_OPEN", file_reader._OpenFiles())
 
 
 def readers(directory: Path, count: int) -> list[FileReader]:
