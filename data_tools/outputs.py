@@ -31,7 +31,7 @@ from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manife
 from w1train.data.sharded_dataset import shard_notes
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
-from w1train.runtime.files import PARTIAL_SUFFIX, write_bytes
+from w1train.runtime.files import PARTIAL_SUFFIX, sync_file, write_bytes
 from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
@@ -281,8 +281,7 @@ class Outputs:
 
     def write_record(self, position: Position, is_complete: bool = False) -> None:
         """Bring everything to the disk, and then write the record of it."""
-        self._hashes.flush()
-        os.fsync(self._hashes.fileno())
+        sync_file(self._hashes)
         self.record.outputs = [OutputRecord(o.sealed) if is_complete else o.record() for o in self._outputs]
         self.record.position, self.record.is_complete = position, is_complete
         write_bytes(self._record_path, json.dumps(asdict(self.record)).encode())

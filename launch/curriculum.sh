@@ -5,13 +5,13 @@
 #
 # Environment variables and the corpus are those of launch/demo.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The vocabulary has merges, unlike the demo's: which tokens are neighbours is then worth learning, and autoregression, whose input is the
 # neighbour itself, learns it at once.
 data="${RUNS:-runs}/curriculum-data"
 vocab_size=1024
 # shellcheck source=launch/demo_data.sh
-source launch/demo_data.sh
+source "$repository/launch/demo_data.sh"
 run="$RUNS/curriculum"
 scratch="$RUNS/curriculum-scratch"
 

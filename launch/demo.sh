@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Make a trained diffusion language model from text, step by step. `make demo` runs this script, and each command also works alone. Steps
-# that are done are not repeated, and training resumes where it stopped. Arguments are overrides of the recipe.
+# that are done are not repeated, and training resumes where it stopped. Arguments are overrides of the recipe. Relative paths begin at the
+# caller's directory.
 #
 # Environment variables:
 #   CORPUS   text: a file, a directory or JSONL        (default: the sources of Python's standard library)
 #   NPROC    ranks                                     (default: 1 with one GPU, else 2)
 #   RUNS     where the data and the run directory go   (default: runs)
-#   VENV     the environment of launch/bootstrap.sh    (default: .venv)
+#   VENV     the environment of launch/bootstrap.sh    (default: .venv beside pyproject.toml)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 data="${RUNS:-runs}/demo-data"
 # 272 ids are bytes and special tokens: from bytes a small model learns within minutes. With a vocabulary of merges, diffusion predicts only
 # the frequencies of tokens for a thousand steps, until it uses neighbouring tokens (autoregression does not: launch/curriculum.sh).
 vocab_size=272
 # shellcheck source=launch/demo_data.sh
-source launch/demo_data.sh
+source "$repository/launch/demo_data.sh"
 run="$RUNS/demo"
 
 prepare_data 5

@@ -1,12 +1,14 @@
 # The corpus, tokenizer and tokens of the demo, and steps that are not repeated. launch/demo.sh and launch/curriculum.sh source this script.
-# They set $data, the directory for these files, and $vocab_size. Variables of the user's environment with these names are not used.
+# They set $repository, $data, the directory for these files, and $vocab_size. Variables of the user's environment with these names are not used.
 # shellcheck shell=bash
 
 CORPUS="${CORPUS:-}"
 RUNS="${RUNS:-runs}"
-VENV="${VENV:-.venv}"
+: "${repository:?}" "${data:?}" "${vocab_size:?}"
+VENV="${VENV:-$repository/.venv}"
 python="$VENV/bin/python"
-: "${data:?}" "${vocab_size:?}"
+# The programs are those of this repository. Without PYTHONSAFEPATH, a module of the same name in the caller's directory would come first.
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 
 # The recipe's batch is 16 sequences in micro-batches of 8: two ranks at most.
 default_ranks() {

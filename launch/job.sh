@@ -38,11 +38,6 @@ being_ended() {
 trap before_the_limit USR1
 trap being_ended TERM
 
-# The names have leading zeros, and incomplete checkpoints have other names (w1train/checkpoints/checkpoint_names.py).
-newest_checkpoint() {
-  find "$run/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
-}
-
 # Tell whether an earlier job of the chain has finished the run. The first job of a chain may be there to train a finished run further.
 finished_before() {
   local first_job
@@ -105,7 +100,7 @@ end_chain() {
 # Count the attempts in a row, over all jobs, that saved nothing: an error that comes back will come back again.
 count_failures() {
   local after
-  after="$(newest_checkpoint)"
+  after="$(newest_checkpoint "$run")"
   failures=0
   if [[ "$after" == "$before" ]]; then
     if [[ -f "$run/logs/failures" ]]; then failures="$(<"$run/logs/failures")"; fi
@@ -123,9 +118,9 @@ main() {
     say "nothing is left to do"
     exit 0
   fi
-  [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint)" ]] && first=yes
+  [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint "$run")" ]] && first=yes
   while true; do
-    before="$(newest_checkpoint)"
+    before="$(newest_checkpoint "$run")"
     # A signal may have come before there were ranks.
     if [[ "$stopping" == no ]]; then
       run_ranks

@@ -29,7 +29,7 @@ class SubmissionError(Exception):
 def main(words: Sequence[str]) -> int:
     """Run the command. Return the exit status: 0, 1 if sbatch fails or is not installed, 2 for bad input."""
     try:
-        submission = parse(words, Path.cwd())
+        submission = parse(words, Path.cwd(), checkout())
     except ConfigurationError as error:
         print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the options.", file=sys.stderr)
         return 2
@@ -43,6 +43,12 @@ def main(words: Sequence[str]) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def checkout() -> Path | None:
+    """Return the directory of the checkout that this file is in, or None if the package is installed without one."""
+    directory = Path(__file__).absolute().parents[1]
+    return directory if (directory / "pyproject.toml").is_file() else None
 
 
 def submit(submission: Submission, script: str) -> list[str]:

@@ -61,11 +61,12 @@ class Submission:
     dry_run: bool
 
 
-def parse(words: Sequence[str], directory: Path) -> Submission:
+def parse(words: Sequence[str], directory: Path, code: Path | None = None) -> Submission:
     """Parse the command line. Does not return for --help.
 
     Args:
         directory: the directory that relative paths begin at.
+        code: the checkout whose code the ranks run; None = the code that is installed in their environment.
 
     Raises:
         ConfigurationError: the options, the recipe, the overrides or the layout on the nodes have problems; it has all of them.
@@ -87,7 +88,8 @@ def parse(words: Sequence[str], directory: Path) -> Submission:
     raise_if_any(problems)
     assert config is not None
     run_directory = directory / config.runs_dir / config.name
-    return Submission(job, RunPlace(config.name, run_directory, directory, config.health.stop_timeout), arguments, known.dry_run)
+    place = RunPlace(config.name, run_directory, directory, config.health.stop_timeout, code)
+    return Submission(job, place, arguments, known.dry_run)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

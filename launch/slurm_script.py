@@ -1,4 +1,4 @@
-"""The sbatch script of a run: directives and variables, then the text of launch/settings.sh and launch/job.sh.
+"""The sbatch script of a run: directives and variables, then the text of launch/settings.sh, newest_checkpoint.sh and job.sh.
 
 The script refers to no script of this repository, so that it can be read, kept and submitted by hand.
 """
@@ -18,6 +18,8 @@ _SPARE_SECONDS = 60
 # The seconds that the other ranks have after one rank has ended, to log the reason and to write their part of a checkpoint. A rank that
 # waits in a collective for a dead rank would otherwise wait until the collective's timeout.
 _LAST_RANK_SECONDS = 120
+# The variables that the script sets reach the ranks. Without this option, `sbatch --export=NONE` would also hold for every srun of the job.
+_ENVIRONMENT_OPTIONS = ("--export=ALL",)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -69,9 +71,11 @@ class RunPlace:
     directory: Path
     """The run directory, absolute."""
     working_directory: Path
-    """The directory of the code, at which relative paths of the recipe begin; absolute."""
+    """The directory in which launch.slurm was called, at which relative paths begin; absolute."""
     stop_timeout: float
     """The seconds that ranks may take to save and end after a signal (health.stop_timeout)."""
+    code: Path | None = None
+    """The checkout whose code the ranks run, absolute; None = the code that is installed in their environment."""
 
 
 def render(job: Job, run: RunPlace, arguments: Sequence[str]) -> str:
@@ -82,11 +86,12 @@ def render(job: Job, run: RunPlace, arguments: Sequence[str]) -> str:
         *(f"#SBATCH {_directive(option)}" for option in _directives(job, run)),
         "",
         # Before `set -u`, under which the scripts of environment modules and conda fail.
-        *_environment(job),
+        *_environment(job, run.code),
         "set -uo pipefail",
         *_variables(job, run, arguments),
         "",
         _source("settings.sh"),
+        _source("newest_checkpoint.sh"),
         _source("job.sh"),
     ]
     return "\n".join(parts)
@@ -122,9 +127,9 @@ def _variables(job: Job, run: RunPlace, arguments: Sequence[str]) -> list[str]:
     container = _container_options(job, run)
     # Without binding, each rank sees all GPUs of its node and uses the one of its local rank. NCCL needs to see the other GPUs.
     gpu_options = ["--gpu-bind=none"] if job.gpus_per_node else []
-    ranks = ["--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *gpu_options, *container, *job.srun]
+    ranks = [*_ENVIRONMENT_OPTIONS, "--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *gpu_options, *container, *job.srun]
     train = [job.python, *nsys_command(job.nsys, run.directory), "-m", "w1train.pretrain", *arguments]
-    alone = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *container] if container else []
+    alone = ["srun", *_ENVIRONMENT_OPTIONS, "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *container] if container else []
     return [
         f"run={shlex.quote(str(run.directory))}",
         f"max_failures={job.max_failures}",
@@ -137,12 +142,14 @@ def _variables(job: Job, run: RunPlace, arguments: Sequence[str]) -> list[str]:
 
 
 def _container_options(job: Job, run: RunPlace) -> list[str]:
-    """Return pyxis's options of srun. The code and the run directory have the same paths in the container as outside."""
+    """Return pyxis's options of srun. The caller's directory, the code and the run directory have the same paths in the container as
+    outside."""
     if job.container_image is None:
         return []
     own = [run.working_directory]
     # The target of a link is mounted too: if runs/ is a link to another file system, it would not exist in the container.
-    own += [path for path in dict.fromkeys([run.directory.parent, run.directory.parent.resolve()]) if not path.is_relative_to(own[0])]
+    others = [run.directory.parent, run.directory.parent.resolve(), *([run.code] if run.code is not None else [])]
+    own += [path for path in dict.fromkeys(others) if not path.is_relative_to(own[0])]
     mounts = [*(f"{path}:{path}" for path in own), *job.container_mounts]
     return [
         f"--container-image={job.container_image}",
@@ -151,8 +158,10 @@ def _container_options(job: Job, run: RunPlace) -> list[str]:
     ]
 
 
-def _environment(job: Job) -> list[str]:
+def _environment(job: Job, code: Path | None) -> list[str]:
     lines = [f"export {name}={shlex.quote(value)}" for name, _, value in (text.partition("=") for text in job.environment)]
+    if code is not None:
+        lines.append(f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     if job.cpus_per_rank is not None:
         # Since Slurm 22.05, srun takes it only from this variable. Without it, every rank would be bound to one core.
         lines.append(f"export SRUN_CPUS_PER_TASK={job.cpus_per_rank}")

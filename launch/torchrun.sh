@@ -8,24 +8,28 @@
 #   launch/torchrun.sh --nsys recipe=w1_4b profiling.tool=nsys "profiling.steps=[20,24]"      rank 0 under Nsight Systems
 #
 # Arguments are those of w1train.pretrain, and so is the exit status: 0 finished, 75 stopped by a signal after saving (the same command
-# resumes the run), 2 a mistake of the user, 130 after Ctrl-C, 1 failed more than MAX_RESTARTS times.
+# resumes the run), 2 a mistake of the user, 130 after Ctrl-C, 1 failed more than MAX_RESTARTS times. Relative paths begin at the caller's
+# directory.
 #
 # Environment variables, in addition to those of launch/settings.sh:
 #   NPROC         ranks on this node                              (default: its GPUs, or 1)
 #   NNODES        nodes                                           (default: 1, or Slurm's)
 #   NODE_RANK     this node's number; node 0 hosts the rendezvous (default: 0, or Slurm's)
 #   MASTER_ADDR   node 0, as all nodes reach it                   (default: localhost with one node, or Slurm's first)
-#   MASTER_PORT   a free port there                               (default: 29400)
+#   MASTER_PORT   a free port there                               (default: from the number of Slurm's job, or from the run directory)
 #   MAX_RESTARTS  how often all ranks are started again           (default: 3)
 #   NSYS          ranks under nsys, as with --nsys=; 1 is rank 0  (default: no rank)
-#   VENV          the environment of launch/bootstrap.sh          (default: .venv)
+#   VENV          the environment of launch/bootstrap.sh          (default: .venv beside pyproject.toml)
 set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$repository"
 # shellcheck source=launch/settings.sh
-source launch/settings.sh
-VENV="${VENV:-.venv}"
+source "$repository/launch/settings.sh"
+# shellcheck source=launch/newest_checkpoint.sh
+source "$repository/launch/newest_checkpoint.sh"
+VENV="${VENV:-$repository/.venv}"
 python="$VENV/bin/python"
+# The ranks run the code of this repository. Without PYTHONSAFEPATH, a module of the same name in the caller's directory would come first.
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 
 fail() {
   printf 'launch/torchrun.sh: %s\n' "$*" >&2
@@ -53,7 +57,6 @@ if [[ -n "${SLURM_STEP_NUM_NODES:-}" && -z "${NNODES:-}" ]]; then
 fi
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
-MASTER_PORT="${MASTER_PORT:-29400}"
 NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 if [[ "$NNODES" != 1 && -z "${MASTER_ADDR:-}" ]]; then fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of node 0"; fi
 
@@ -66,10 +69,13 @@ if [[ "$NNODES" == 1 ]]; then
   # torchrun chooses a free port, so that two runs can share the machine.
   rendezvous=(--standalone)
 else
+  is_host="$([[ "$NODE_RANK" == 0 ]] && echo true || echo false)"
+  MASTER_PORT="$("$python" -m launch.rendezvous_port "$run" --host "$is_host")"
   # With c10d, and not with static, the agents of all nodes notice that a rank has died on one node, and start their ranks again. is_host
   # says which node hosts the rendezvous, because a node's name for itself may differ from the name that others have for it.
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
-    --rdzv-id "${SLURM_JOB_ID:-${run##*/}}" --rdzv-conf "is_host=$([[ "$NODE_RANK" == 0 ]] && echo true || echo false),join_timeout=1800")
+    --rdzv-id "${SLURM_JOB_ID:-${run##*/}}" --rdzv-conf "is_host=$is_host,join_timeout=1800")
+  printf 'node %s of %s; the nodes meet at %s:%s\n' "$NODE_RANK" "$NNODES" "$MASTER_ADDR" "$MASTER_PORT"
 fi
 
 logs="$run/logs/torchrun_$(date '+%Y%m%d_%H%M%S')_node_$NODE_RANK"
@@ -114,7 +120,6 @@ if [[ -n "$after" && "$after" != "$before" ]]; then
 fi
 if [[ "$status" == 75 ]]; then exit 75; fi
 if [[ "$interrupted" == yes ]]; then exit 130; fi
-# If configuration and data have worked before, they are not the mistake, but something else is, such as a disk that is not mounted. The
-# pattern is that of w1train/checkpoints/checkpoint_names.py.
-if [[ "$status" == 2 ]] && ! compgen -G "$run/checkpoints/step_*" >/dev/null; then exit 2; fi
+# If configuration and data have worked before, they are not the mistake, but something else is, such as a disk that is not mounted.
+if [[ "$status" == 2 && -z "$(newest_checkpoint "$run")" ]]; then exit 2; fi
 exit 1

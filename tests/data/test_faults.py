@@ -137,7 +137,7 @@ def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_not_hidden(dataset,
             raise OSError(faults[0], os.strerror(faults.pop(0)))
         return pread(descriptor, num_bytes, offset)
 
-    monkeypatch.setattr("w1train.data.dataset._RETRY_SECONDS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("w1train.data.file_reader._RETRY_SECONDS", (0.01, 0.01, 0.01))
     monkeypatch.setattr(os, "pread", fail_first)
     packed = PackedDataset(dataset, LENGTH, seed=3, shuffle=False)
     tokens = packed.sample(0)["tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_a_copy_from_object_storage_replaces_links(tmp_path, victim):
     local = Path(remote.localize(f"file://{source}/train", str(cache)))
     (local.parent / "train.bin.version").unlink()
     link(victim, local.parent / "train.bin.version")
-    link(victim, local.parent / "train.bin.partial")
+    link(victim, local.parent / f"train.bin.{socket.gethostname()}.partial")
     remote.localize(f"file://{source}/train", str(cache))
     assert local.with_suffix(".bin").read_bytes() == b"content"
     assert not (local.parent / "train.bin.version").is_symlink()

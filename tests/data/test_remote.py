@@ -95,13 +95,13 @@ def test_a_copy_that_breaks_off_is_tried_again_and_never_half(tmp_path, monkeypa
     monkeypatch.setattr(object_storage, "retry_seconds", 0.0)
     target, storage = tmp_path / "x.bin", ObjectStorage("breaking://b/x")
     storage.__dict__["_opened"] = Breaking(b"0123456789", 4), "b/x"
-    remote._fill(storage, "b/x.bin", target, required=True)
+    remote._fill(storage, "b/x.bin", target, "", required=True)
     assert target.read_bytes() == b"0123456789"
     assert caplog.text.count("5 bytes came, expected 10") == 4
     target.unlink()
     storage.__dict__["_opened"] = Breaking(b"0123456789", 5), "b/x"
     with pytest.raises(WrongSizeError, match=r"breaking://b/x: could not fetch b/x\.bin, 5 times in a row: 5 bytes came, expected 10"):
-        remote._fill(storage, "b/x.bin", target, required=True)
+        remote._fill(storage, "b/x.bin", target, "", required=True)
     assert not list(tmp_path.glob("x.bin*"))
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun, launch, output_to
+from tests.poor_file_systems import lock_nothing, sync_no_directory
 from tests.slow import slow_except
 from w1train import sample
 from w1train.data import loader
@@ -46,6 +47,21 @@ def one_line(output: str, words: str) -> str:
 def blocks(path: Path) -> int:
     """Bytes that a file takes on its disk."""
     return path.stat().st_blocks * 512
+
+
+def test_a_poor_file_system_is_a_warning(tiny_run, undisturbed):
+    """Its directories cannot be synced, its files not be locked: every checkpoint is there, and the records are those of another run."""
+
+    def sabotage(rank: int) -> None:
+        patch = pytest.MonkeyPatch()  # never undone, because the rank ends
+        sync_no_directory(patch)
+        lock_nothing(patch)
+
+    outcome = tiny_run.train(sabotage=sabotage).require(0)
+    assert outcome.output.count("this file system cannot sync directories") == 1
+    assert outcome.output.count("its file system has no locks") == 1
+    assert tiny_run.metrics() == undisturbed(1, "fp32").metrics()
+    assert tiny_run.steps_saved() == [9, 12]
 
 
 @pytest.mark.parametrize("files", ["a shard, manifest.json", pytest.param("shards.json, config.yaml", marks=pytest.mark.slow)])

@@ -163,6 +163,40 @@ def test_failures_are_counted_over_jobs(job):
     assert "given up" in output
 
 
+STRAY = [
+    "step_latest",
+    "step_9",
+    "step_99999999999",
+    "step_9999999999.tmp",
+    "step_x",
+    ".writing-step_9999999999",
+    "damaged-step_9999999999",
+]
+
+
+def test_progress_is_that_of_checkpoints_alone(job):
+    """Links, files and directories that somebody else has put beside them sort after them."""
+    checkpoints = job.run / "checkpoints"
+    (checkpoints / "step_0000000001").mkdir(parents=True)
+    for name in STRAY:
+        (checkpoints / name).symlink_to("step_0000000001")
+    (checkpoints / "step_9999999998").write_text("a file")
+    (checkpoints / "step_9999999997").symlink_to("a link that leads nowhere")
+    job.plan("1 0000000003", "1 0000000006", "1 0000000009", "0 -")
+    status, output = job.end(max_failures=2)
+    assert status == 0, output
+    assert "attempt 1 from step_0000000001" in output
+    assert "attempt 4 from step_0000000009" in output
+
+
+def test_stray_entries_are_no_progress(job):
+    (job.run / "checkpoints/step_latest").mkdir(parents=True)
+    job.plan("2 -", "0 -")
+    status, output = job.end()
+    assert status == 2, output
+    assert "attempt 1 from the start" in output
+
+
 def test_a_mistake_of_the_user_is_not_repeated(job):
     job.plan("2 -", "0 -")
     status, _ = job.end()

@@ -17,10 +17,12 @@ from launch.slurm_arguments import _seconds, parse
 from launch.slurm_script import render
 from w1train.config.errors import ConfigurationError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 SECOND_HALF = "# The second half of a job's script"
 """Its first line."""
 HOME = Path("/home/me/w1train")
+"""The checkout, and the directory of the caller unless a test says another one."""
 
 PROFILED = ["profiling.tool=nsys", "profiling.steps=[20,24]", "profiling.ranks=[0,8]"]
 CASES = {
@@ -48,8 +50,8 @@ CASES = {
 }
 
 
-def script(*words: str) -> str:
-    submission = parse(["--python", "/home/me/.venv/bin/python", *words], HOME)
+def script(*words: str, directory: Path = HOME, code: Path | None = HOME) -> str:
+    submission = parse(["--python", "/home/me/.venv/bin/python", *words], directory, code)
     return render(submission.job, submission.run, submission.arguments)
 
 
@@ -82,9 +84,44 @@ def test_dry_run_prints_the_script_that_would_be_submitted(capsys, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     words = ["--python", "python", "--partition", "gpu"]
     assert slurm.main([*words, "--dry-run", "--", "recipe=w1_4b"]) == 0
-    submission = parse([*words, "--", "recipe=w1_4b"], tmp_path)
+    submission = parse([*words, "--", "recipe=w1_4b"], tmp_path, slurm.checkout())
     assert capsys.readouterr().out == render(submission.job, submission.run, submission.arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_callers_directory_and_the_code_are_two_places():
+    """Relative paths begin at the first, and modules are found in the second, also in a container."""
+    text = script("--container-image", "x", "--", "recipe=w1_4b", directory=Path("/data/me/project"))
+    assert "#SBATCH --chdir=/data/me/project\n" in text
+    assert "run=/data/me/project/runs/w1_4b\n" in text
+    assert 'export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}"\n' in text
+    assert "--container-mounts=/data/me/project:/data/me/project,/home/me/w1train:/home/me/w1train'" in text
+    assert "--container-workdir=/data/me/project\n" in text
+    assert "PYTHONPATH" not in script("--", "recipe=w1_4b", code=None)
+    assert slurm.checkout() == REPOSITORY
+
+
+def test_the_script_that_submits_keeps_the_callers_directory(stand_in, tmp_path):
+    """launch/slurm.sh, with modules of the same names in the caller's directory."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/__init__.py").write_text("raise SystemExit('a module of the caller')")
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    command = [REPOSITORY / "launch/slurm.sh", "--dry-run", "--gpus-per-node=0", "--", "recipe=demo"]
+    result = subprocess.run(command, env=os.environ | {"VENV": "venv"}, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"#SBATCH --chdir={tmp_path}\n" in result.stdout
+    assert f"run={tmp_path}/runs/demo\n" in result.stdout
+    assert f"export PYTHONPATH={REPOSITORY}" in result.stdout
+
+
+def test_variables_of_the_job_reach_every_step():
+    """Whatever ``sbatch --export`` was: with NONE, Slurm sets SLURM_EXPORT_ENV, which srun takes for its own option. The user has the last
+    word."""
+    text = script("--container-image", "x", "--srun=--export=NONE", "--sbatch=--export=NONE", "--", "recipe=w1_4b")
+    options, status = text.split("srun_options=(")[1].split("status_command=(")
+    assert options.split()[0] == "--export=ALL"
+    assert options.split(")")[0].split()[-1] == "--export=NONE"
+    assert status.split()[:2] == ["srun", "--export=ALL"]
 
 
 def test_words_reach_the_ranks_as_they_were_typed():

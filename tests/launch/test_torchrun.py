@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 
 from launch import check
+from launch.rendezvous_port import choose_port
 from tests.test_readme import check_torchrun
+from w1train.config.errors import UserError
 from w1train.config.schema import HealthConfig
+from w1train.runtime.cluster import rendezvous_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Everything but the arithmetic of ranks is real: first_host, and the check of the recipe, unless the test is about what comes after it.
@@ -34,6 +38,7 @@ class Torchrun:
     def __init__(self, stand_in, directory: Path) -> None:
         self.stand_in = stand_in
         self.runs_dir = directory / "runs"
+        self.seen = directory / "seen"
         (directory / "venv").mkdir()
         (directory / "venv/bin").symlink_to(stand_in.directory)
         self.variables = {"VENV": str(directory / "venv"), "CHECKED": self.checked}
@@ -120,9 +125,11 @@ def test_many_nodes(torchrun):
     status, output = torchrun.run(NNODES="2", NODE_RANK="1", NPROC="1", MASTER_ADDR="gpu1")
     assert status == 0, output
     check_torchrun(torchrun.options)
-    assert torchrun.option("--rdzv-endpoint") == "gpu1:29400"
+    port = choose_port(str(torchrun.runs_dir / "demo"), {}, os.getuid())
+    assert torchrun.option("--rdzv-endpoint") == f"gpu1:{port}"
     assert torchrun.option("--rdzv-conf").startswith("is_host=false,")
     assert "2 ranks, 1 on this node" in output
+    assert f"node 1 of 2; the nodes meet at gpu1:{port}" in output
 
 
 def slurm_step(node: int, **others: str) -> dict[str, str]:
@@ -135,9 +142,58 @@ def test_nodes_from_slurm(torchrun, node):
     status, output = torchrun.run(**slurm_step(node))
     assert status == 0, output
     assert torchrun.option("--nnodes") == "2"
-    assert torchrun.option("--rdzv-endpoint") == "gpu007:29400"
+    assert torchrun.option("--rdzv-endpoint") == f"gpu007:{rendezvous_port({'SLURM_JOB_ID': '12'})}"
     assert torchrun.option("--rdzv-id") == "12"
     assert torchrun.option("--rdzv-conf").startswith(f"is_host={'true' if node == 0 else 'false'},")
+
+
+def test_a_port_that_is_taken_is_a_mistake_where_the_others_connect_to(torchrun):
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        status, output = torchrun.run(NNODES="2", NPROC="1", MASTER_ADDR="gpu1", MASTER_PORT=port)
+        assert status == 2, output
+        assert f"the nodes cannot meet at port {port} of this machine (Address already in use): set MASTER_PORT" in output
+        assert torchrun.stand_in.calls("torchrun") == []
+        assert torchrun.run(NNODES="2", NODE_RANK="1", NPROC="1", MASTER_ADDR="gpu1", MASTER_PORT=port)[0] == 0
+    assert torchrun.option("--rdzv-endpoint") == f"gpu1:{port}"
+
+
+def test_runs_that_share_a_node_have_ports_of_their_own():
+    """Jobs and steps of Slurm, and runs and users where a step is of one node: salloc's shell is such a step."""
+    steps = [{"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_STEP_NUM_NODES": "2"} for job in ("7", "8") for step in ("0", "1")]
+    ports = {choose_port("runs/a", step, 0) for step in steps}
+    assert len(ports) == len(steps)
+    alone = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "1"}
+    by_hand = {choose_port(run, environment, user) for run in ("runs/a", "runs/b") for user in (0, 1) for environment in ({}, alone)}
+    assert len(by_hand) == 4
+    assert all(1024 < port < 32768 for port in ports | by_hand)
+    assert choose_port("runs/a", {"MASTER_PORT": "400"}, 0) == 400
+
+
+@pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])
+def test_a_port_that_is_none_is_a_mistake(port):
+    with pytest.raises(UserError, match=f"MASTER_PORT={port}: a port is a number from 1 to 65535"):
+        choose_port("runs/a", {"MASTER_PORT": port}, 0)
+
+
+def test_relative_paths_begin_where_the_caller_is(torchrun, tmp_path, monkeypatch):
+    """And the code is that of the repository, though the caller's directory has modules of the same names."""
+    here = tmp_path / "here"
+    (here / "launch").mkdir(parents=True)
+    for name in ("tokenize.py", "launch/__init__.py", "w1train.py"):
+        (here / name).write_text("raise SystemExit('a module of the caller')")
+    (here / "recipes/recipe").mkdir(parents=True)
+    (here / "recipes/recipe/mine.yaml").write_text("# @package _global_\ndefaults: [demo]\nname: mine\n")
+    monkeypatch.chdir(here)
+    torchrun.ends(f"pwd >{torchrun.seen}; env >>{torchrun.seen}; exec python -c 'import launch, w1train; print(launch.__path__[0])'")
+    command = [REPOSITORY / "launch/torchrun.sh", "--config-dir", "recipes", "recipe=mine", "runs_dir=elsewhere"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | torchrun.variables | {"NPROC": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(REPOSITORY / "launch")
+    assert torchrun.seen.read_text().splitlines()[0] == str(here)
+    assert (here / "elsewhere/mine/logs").is_dir()
+    assert torchrun.option("--log-dir").startswith("elsewhere/mine/logs/")
 
 
 def test_a_task_for_each_gpu_is_a_mistake(torchrun):
@@ -205,6 +261,13 @@ def test_a_mistake_after_checkpoints_is_none(torchrun):
     (torchrun.runs_dir / "demo/checkpoints/step_0000000005").mkdir(parents=True)
     torchrun.ends(f"{torchrun.says_status}; exit 1")
     assert torchrun.run(RUN_STATUS="2")[0] == 1
+
+
+@pytest.mark.parametrize("name", ["step_latest", "step_5", "step_00000000005", "step_0000000005.tmp", ".writing-step_0000000005"])
+def test_other_entries_beside_checkpoints_are_none(torchrun, name):
+    (torchrun.runs_dir / "demo/checkpoints" / name).mkdir(parents=True)
+    torchrun.ends(f"{torchrun.says_status}; exit 1")
+    assert torchrun.run(RUN_STATUS="2")[0] == 2
 
 
 def test_a_status_that_is_gone_is_no_mistake(torchrun):

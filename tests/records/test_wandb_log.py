@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +33,15 @@ def not_started(run_dir: Path, mode: str = "offline") -> WandbSink:
     return WandbSink(recorded_run(run_dir, wandb=mode, wandb_project="a-project"))
 
 
+def wait_for_history(run_dir: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
+    """Read what W&B has written, when it has all steps or half a minute is over: a process of W&B writes the files, and on a busy machine
+    it ends after finish() has returned."""
+    deadline = time.monotonic() + 30
+    while set(history := read_history(run_dir)) != steps and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return history
+
+
 @pytest.mark.parametrize(("key", "expected"), [("secret", "online"), ("", "offline"), (None, "offline")])
 def test_auto_is_online_only_with_a_key(monkeypatch, key, expected):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -52,10 +63,7 @@ def test_offline_files_hold_every_metric_at_its_step(tmp_path, caplog, capfd):
     second.record(train_record(step=3))
     second.close(failed=False)
 
-    # A process of W&B writes the files: on a busy machine it ends after finish() has returned.
-    deadline = time.monotonic() + 30
-    while set(history := read_history(tmp_path)) != {0, 1, 2, 3} and time.monotonic() < deadline:
-        time.sleep(0.2)
+    history = wait_for_history(tmp_path, {0, 1, 2, 3})
     assert set(history) == {0, 1, 2, 3}
     for record in [*records, train_record(step=3)]:
         for name, value in chart_metrics(record, TIMESTEPS, STAGES).items():
@@ -74,6 +82,53 @@ def test_offline_files_hold_every_metric_at_its_step(tmp_path, caplog, capfd):
     assert not list(tmp_path.rglob("*.patch"))
     assert f"wandb sync --id {run_id}" in caplog.text
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("server", ["refuses", "hangs"])
+def test_without_a_network_a_run_with_a_key_is_recorded_offline_from_its_first_step(tmp_path, monkeypatch, caplog, capfd, server):
+    """A socket of this machine stands for W&B's servers: nobody listens at it, or nobody answers."""
+    caplog.set_level(logging.INFO)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        if server == "refuses":
+            listening.close()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+        run = start(tmp_path, mode="auto")
+        assert run.is_active
+        for step in (1, 2):
+            run.record(train_record(step=step))
+        run.close(failed=False)
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("W&B is offline, because its servers do not answer or refuse (CommError: ")
+    assert "\n" not in warning
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    run_id = (tmp_path / "wandb_run_id").read_text().strip()
+    assert (
+        f"Run {run_id} is written to {folder}; send it with: wandb sync --id {run_id} {tmp_path}/wandb/offline-run-*-{run_id}*" in warning
+    )
+    assert set(wait_for_history(tmp_path, {1, 2})) == {1, 2}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_wait_for_the_servers_is_of_seconds(tmp_path, monkeypatch):
+    """wandb's own is of 90 s."""
+    import wandb
+
+    found = []
+    of_wandb = wandb.Settings().init_timeout
+
+    def init(settings: wandb.Settings, mode: str, **_: object) -> None:
+        found.append((mode, settings.init_timeout))
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    start(tmp_path, mode="online")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "40")
+    start(tmp_path, mode="online")
+    assert found == [("online", 15.0), ("offline", 15.0), ("online", of_wandb), ("offline", of_wandb)], "wandb reads the variable itself"
 
 
 def test_missing_wandb_is_a_warning(tmp_path, monkeypatch, caplog):
@@ -143,4 +198,4 @@ def test_wandb_sees_no_password_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["w1train.pretrain", "recipe=demo", "checkpoint.upload=s3://user:hunter2@host/runs"])
     monkeypatch.setattr(wandb, "init", init)
     start(tmp_path, mode="online")
-    assert seen == ["recipe=demo", "checkpoint.upload=s3://user:***@host/runs"]
+    assert seen == ["recipe=demo", "checkpoint.upload=s3://user:***@host/runs"] * 2, "online, and then offline"

@@ -118,7 +118,8 @@ def test_which_errors_are_of_too_many_files():
     assert describe_error(RuntimeError(text)).startswith("Too many open files: this process may have ")
     assert is_out_of_files(OSError(errno.ENFILE, "of the whole machine"))
     assert not is_out_of_files(RuntimeError("shapes differ"))
-    assert describe_error(OSError(errno.ENOENT, "no such thing", "x")) == "[Errno 2] no such thing: 'x'"
+    expected = "[Errno 2] no such thing: 'x': look whether the path is right, and its disk mounted"
+    assert describe_error(OSError(errno.ENOENT, "no such thing", "x")) == expected
 
 
 def test_errors_of_our_own_keep_their_traceback():

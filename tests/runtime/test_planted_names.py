@@ -12,7 +12,8 @@ import pytest
 from tests.test_project import REPOSITORY, python_files
 from w1train.data.writer import open_exclusively
 from w1train.runtime import files
-from w1train.runtime.files import UnsafeFileError, exclusive, open_in_place, open_new, replace_by_library, replace_file, write_text
+from w1train.runtime.files import UnsafeFileError, open_in_place, open_new, replace_by_library, replace_file, write_text
+from w1train.runtime.locks import exclusive
 from w1train.runtime.record_files import MetricsLog
 from w1train.runtime.run_directory import RunDirectory, RunDirectoryError
 from w1train.runtime.status import Heartbeat, write_heartbeat, write_json

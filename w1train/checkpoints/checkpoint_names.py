@@ -6,7 +6,7 @@
     .writing-removing-NAME              a checkpoint that is being removed
     damaged-NAME, undone-NAME           a checkpoint that was renamed, so that no run resumes from it
 
-No pattern of one kind matches a name of another kind. ``launch/job.sh`` repeats the pattern of the first kind.
+No pattern of one kind matches a name of another kind. ``launch/newest_checkpoint.sh`` repeats the pattern of the first kind.
 """
 
 from __future__ import annotations

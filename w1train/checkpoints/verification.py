@@ -15,6 +15,7 @@ from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.config.yaml_limits import LARGEST_YAML
 from w1train.runtime.distributed import agreed, on_every_rank
+from w1train.runtime.files import errors_named
 from w1train.runtime.names import open_inside
 from w1train.runtime.pulse import moved, pulse
 from w1train.runtime.transfers import together
@@ -98,7 +99,7 @@ def hash_files(paths: Iterable[Path]) -> dict[str, Any]:
     """Return the manifest's entries of files: the size and SHA-256 of each by its name."""
     entries = {}
     for path in paths:
-        with path.open("rb") as file:
+        with path.open("rb") as file, errors_named(path):
             entries[path.name] = {"size": path.stat().st_size, "sha256": _sha256(file)}
     return entries
 

@@ -158,7 +158,7 @@ class DataConfig:
     """Seconds after which a worker that gives no micro-batch stops the run with an error; loader=dali waits without a limit."""
     cache_directory: OptionalPath = None
     """Local directory for copies of datasets from object storage and for packings; all ranks of a node share it. null = packings are in
-    the directory of their dataset."""
+    the directory of their dataset, or in the run directory if that directory is read-only."""
 
 
 @dataclass(slots=True, kw_only=True)

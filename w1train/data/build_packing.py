@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from w1train.config.errors import UserError
 from w1train.data.packed.packing_index import PackingOptions, ensure_packing
 from w1train.data.sharded_dataset import open_dataset
-from w1train.runtime.command import command
+from w1train.runtime.command import command, describe_error
 
 
 @command("w1train.data.build_packing")
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"w1train.data.build_packing: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"w1train.data.build_packing: {error}", file=sys.stderr)
+        other = "" if options.directory is not None else "; --directory names another directory, for runs with this data.cache_directory"
+        print(f"w1train.data.build_packing: {describe_error(error)}{other}", file=sys.stderr)
         return 1
     return 0
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import os
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,19 +13,17 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from w1train.data.dataset_manifest import DatasetManifest, manifest_path
+from w1train.data.file_reader import FileReader
 from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, may_be_noised_path, read_index
 from w1train.data.tokenizers.tokenizer import Tokenizer
-from w1train.runtime.files import PARTIAL_SUFFIX
+from w1train.runtime.files import PARTIAL_SUFFIX, errors_named
 
 __all__ = ["DatasetError", "TokenDataset"]
 
 logger = logging.getLogger(__name__)
 
-_PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-"""Errors of a file system on a network after which another attempt may succeed."""
 _LANDMARK_STEP = 512
 _LANDMARKS_AT_ONCE = 1 << 12
-_RETRY_SECONDS = (0.1, 0.5, 2.0)
 
 
 class DocumentOffsets:
@@ -42,14 +37,17 @@ class DocumentOffsets:
     """
 
     def __init__(self, index: Index, path: Path) -> None:
-        self._index, self._path = index, str(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open as long as the dataset)
+        self._file = FileReader(path)
+        self._num_documents, self._num_bin_bytes, self._itemsize = index.num_documents, index.num_bin_bytes, index.dtype.itemsize
+        self._pointers_start = index.pointers_start
         self.one_sequence_each = _documents_are_sequences(index)
         """This flag tells whether each document is one sequence, as in all datasets that w1train writes."""
         self._landmarks = _landmarks(index) if self.one_sequence_each else None
+        # A mapped file counts as an open file, and a dataset may have hundreds of shards.
+        self._mapped = None if self.one_sequence_each else index
 
     def __len__(self) -> int:
-        return self._index.num_documents + 1
+        return self._num_documents + 1
 
     @overload
     def __getitem__(self, document: int) -> int: ...
@@ -62,8 +60,8 @@ class DocumentOffsets:
             start, stop, step = document.indices(len(self))
             if stop <= start:
                 return np.zeros(0, dtype=np.int64)
-            return self._between(start, stop)[::step] // self._index.dtype.itemsize
-        return int(self._between(document, document + 1)[0]) // self._index.dtype.itemsize
+            return self._between(start, stop)[::step] // self._itemsize
+        return int(self._between(document, document + 1)[0]) // self._itemsize
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.int64]:
         return np.asarray(self[:], dtype=dtype)
@@ -79,7 +77,7 @@ class DocumentOffsets:
             The number of the first of these documents, and an array of the first token of each of them followed by the end of the last
             document.
         """
-        itemsize = self._index.dtype.itemsize
+        itemsize = self._itemsize
         if self._landmarks is None:
             first, last = (bisect_right(self, token, 0, len(self)) - 1 for token in (start, stop - 1))
             return first, self[first : last + 2]
@@ -92,23 +90,22 @@ class DocumentOffsets:
 
     def bounds(self, documents: Iterable[int]) -> NDArray[np.int64]:
         """Return where each document begins and ends, int64 [documents, 2]."""
-        return np.array([self._between(document, document + 2) for document in documents]) // self._index.dtype.itemsize
+        return np.array([self._between(document, document + 2) for document in documents]) // self._itemsize
 
     def _between(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the bytes of PREFIX.bin at which the documents [start, stop) begin."""
-        if self._landmarks is None:
-            self._check_length()
-            return self._index.pointers_of(slice(start, stop))
+        if self._mapped is not None:
+            self._check_length(self._mapped)
+            return self._mapped.pointers_of(slice(start, stop))
         num_inside = min(stop, len(self) - 1) - start
-        content = read_exactly(self._file.fileno(), 8 * num_inside, self._index.pointers_start + 8 * start, self._path)
-        inside = np.frombuffer(content, dtype="<i8")
-        return inside if start + num_inside == stop else np.append(inside, self._index.num_bin_bytes)
+        inside = np.frombuffer(self._file.read(8 * num_inside, self._pointers_start + 8 * start), dtype="<i8")
+        return inside if start + num_inside == stop else np.append(inside, self._num_bin_bytes)
 
-    def _check_length(self) -> None:
+    def _check_length(self, index: Index) -> None:
         """Raise DatasetError if PREFIX.idx has become shorter: a read of mapped memory after the end of the file would kill the process."""
-        found = os.fstat(self._file.fileno()).st_size
-        if found < len(self._index.mapped):
-            raise DatasetError(f"{self._path} was truncated while it was in use: it has {found} bytes, and had {len(self._index.mapped)}")
+        found = self._file.size()
+        if found < len(index.mapped):
+            raise DatasetError(f"{self._file.path} was truncated while it was in use: it has {found} bytes, and had {len(index.mapped)}")
 
 
 def _landmarks(index: Index) -> NDArray[np.int64]:
@@ -150,10 +147,9 @@ class TokenDataset:
         self.num_tokens: int = index.num_bin_bytes // index.dtype.itemsize
         self._dtype = index.dtype
         self._vocab_size = vocab_size
-        self._bin_path = str(bin_path(prefix))
-        self._bin_file = open(self._bin_path, "rb", buffering=0)  # noqa: SIM115 (open as long as the dataset is)
+        self._bin_file = FileReader(bin_path(prefix))
         flags = may_be_noised_path(prefix)
-        self._may_be_noised_file = open(flags, "rb", buffering=0) if flags.exists() else None  # noqa: SIM115
+        self._may_be_noised_file = FileReader(flags) if flags.exists() else None
 
     @classmethod
     def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> TokenDataset:
@@ -219,8 +215,7 @@ class TokenDataset:
             OSError: if the file cannot be read, after several attempts where another attempt may help.
         """
         itemsize = self._dtype.itemsize
-        content = read_exactly(self._bin_file.fileno(), (stop - start) * itemsize, start * itemsize, self._bin_path)
-        tokens = np.frombuffer(content, dtype=self._dtype)
+        tokens = np.frombuffer(self._bin_file.read((stop - start) * itemsize, start * itemsize), dtype=self._dtype)
         if self._vocab_size is not None and len(tokens):
             self._check_vocabulary(tokens, self._vocab_size, start)
         return tokens
@@ -239,11 +234,12 @@ class TokenDataset:
         """
         if self._may_be_noised_file is None:
             return np.ones(stop - start, dtype=np.bool_)
-        path = str(may_be_noised_path(self.prefix))
-        flags = np.frombuffer(read_exactly(self._may_be_noised_file.fileno(), stop - start, start, path), dtype=np.uint8)
+        flags = np.frombuffer(self._may_be_noised_file.read(stop - start, start), dtype=np.uint8)
         if len(flags) and flags.max() > 1:
             offset = int(np.argmax(flags > 1))
-            raise DatasetError(f"{path} is corrupt: the byte of token {start + offset} is {flags[offset]}, expected 0 or 1")
+            raise DatasetError(
+                f"{self._may_be_noised_file.path} is corrupt: the byte of token {start + offset} is {flags[offset]}, expected 0 or 1"
+            )
         return flags.view(np.bool_)
 
     def verify_hashes(self) -> None:
@@ -255,7 +251,7 @@ class TokenDataset:
         if self.manifest is None:
             raise DatasetError(f"dataset {self.prefix} has no manifest to compare its files with")
         for path, _, expected in self.manifest.files(self.prefix):
-            with open(path, "rb") as file:
+            with open(path, "rb") as file, errors_named(path):
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 raise DatasetError(f"{path} is corrupt: its sha256 is {found}, the manifest has {expected}")
@@ -271,42 +267,6 @@ class TokenDataset:
             f"{bin_path(self.prefix)}: token {first + offset - self.document_offsets[document]} of document {document} is "
             f"{tokens[offset]}, outside the model's vocabulary of {vocab_size} ids"
         )
-
-
-def read_exactly(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
-    """Return ``num_bytes`` bytes at ``offset`` of an open file.
-
-    The file's own position is not used, so threads and forked processes do not disturb each other.
-
-    Raises:
-        DatasetError: if the file ends before these bytes do.
-        OSError: if the file cannot be read, after several attempts where another attempt may help.
-    """
-    content = _read_patiently(descriptor, num_bytes, offset, path)
-    while len(content) < num_bytes:
-        part = _read_patiently(descriptor, num_bytes - len(content), offset + len(content), path)
-        if not part:
-            missing = num_bytes - len(content)
-            raise DatasetError(
-                f"{path} was truncated while it was in use: it ends at byte {offset + len(content)}, {missing} before its end"
-            )
-        content += part
-    return content
-
-
-def _read_patiently(descriptor: int, num_bytes: int, offset: int, path: str) -> bytes:
-    for seconds in _RETRY_SECONDS:
-        try:
-            return os.pread(descriptor, num_bytes, offset)
-        except OSError as error:
-            if error.errno not in _PASSING_FAULTS:
-                raise OSError(error.errno, error.strerror, path) from error
-            logger.warning("%s, bytes %d to %d: %s; trying again in %g s", path, offset, offset + num_bytes, error.strerror, seconds)
-            time.sleep(seconds)
-    try:
-        return os.pread(descriptor, num_bytes, offset)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}, {len(_RETRY_SECONDS) + 1} times in a row", path) from error
 
 
 def _check_exists(prefix: str) -> None:

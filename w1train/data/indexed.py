@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, require_regular
+from w1train.runtime.files import errors_named
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -180,7 +181,8 @@ def read_index(path: Path) -> Index:
     if num_bytes != expected:
         fault = "truncated" if num_bytes < expected else "longer than its header says"
         raise DatasetError(f"{path} is {fault}: {num_bytes} bytes, expected {expected}")
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    with errors_named(path):
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
     content = mapped.view(np.ndarray)  # reading one item of a memmap takes microseconds
     pointers_start = lengths_end(num_sequences)
     pointers_end = pointers_start + 8 * num_sequences
@@ -198,7 +200,7 @@ def read_index(path: Path) -> Index:
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     """Return the token dtype, the number of sequences and the length of document_indices."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, errors_named(path):
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
         raise DatasetError(f"{path} is truncated: it has {len(header)} bytes, and its header alone has {_HEADER.size}")

@@ -23,7 +23,8 @@ from w1train.config.reading import LARGEST_JSON, parse_json
 from w1train.data.dataset_manifest import dataset_paths, manifest_path
 from w1train.data.indexed import DatasetError, bin_path, idx_path, may_be_noised_path
 from w1train.data.sharded_dataset import SHARD_PATTERN, shard_names
-from w1train.runtime.files import exclusive, replace_file, write_text
+from w1train.runtime.files import replace_file, write_text
+from w1train.runtime.locks import exclusive
 from w1train.runtime.object_storage import ObjectStorage, StorageError, require_protocol
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,8 @@ def _localize_one(storage: ObjectStorage, remote: str, local: Path) -> None:
         may_be_noised_path(local).unlink(missing_ok=True)
     for path_of, required in is_required.items():
         target = path_of(local)
-        with exclusive(target):
-            _fill(storage, _remote_path(path_of, remote), target, required)
+        with exclusive(target) as writer:
+            _fill(storage, _remote_path(path_of, remote), target, writer, required)
 
 
 def _lists_may_be_noised(storage: ObjectStorage, prefix: str) -> bool | None:
@@ -152,7 +153,7 @@ def _forget_others(local: Path, names: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _fill(storage: ObjectStorage, remote: str, target: Path, required: bool) -> None:
+def _fill(storage: ObjectStorage, remote: str, target: Path, writer: str, required: bool) -> None:
     """Copy a file, completely or not at all, unless the cache already has it. A file that is not required may be missing."""
     try:
         info = storage.info(remote)
@@ -166,17 +167,17 @@ def _fill(storage: ObjectStorage, remote: str, target: Path, required: bool) -> 
     if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text(encoding="utf-8") == version:
         return
     stamp.unlink(missing_ok=True)
-    _copy(storage, remote, target, info)
+    _copy(storage, remote, target, writer, info)
     write_text(stamp, version)
 
 
-def _copy(storage: ObjectStorage, remote: str, target: Path, info: dict[str, Any]) -> None:
+def _copy(storage: ObjectStorage, remote: str, target: Path, writer: str, info: dict[str, Any]) -> None:
     started, free = time.perf_counter(), shutil.disk_usage(target.parent).free
     if info["size"] > free:
         sizes = f"it has {info['size'] / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free"
         raise DatasetError(f"{remote} does not fit into {target.parent} (data.cache_directory): {sizes}")
     try:
-        with replace_file(target) as file:
+        with replace_file(target, writer) as file:
             storage.download(remote, file, info["size"])
     except FileNotFoundError as error:
         raise DatasetError(f"{remote} went away while it was copied to {target}") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -30,10 +30,13 @@ from w1train.data.indexed import (
     token_dtype,
 )
 from w1train.data.tokenizers.tokenizer import Tokenizer
-from w1train.runtime.files import PARTIAL_SUFFIX, open_in_place, open_new, sync_directory
+from w1train.runtime.files import PARTIAL_SUFFIX, errors_named, open_in_place, open_new, sync_directory, sync_file
+from w1train.runtime.locks import lock_file
 from w1train.runtime.version import __version__
 
 __all__ = ["DatasetWriter", "ResumeError", "WriterProgress", "check_sealed", "open_exclusively", "partial_paths", "publish", "unigram_bits"]
+
+logger = logging.getLogger(__name__)
 
 _FLUSH_TOKENS = 1 << 18
 _READ_BYTES = 1 << 20
@@ -171,8 +174,7 @@ class DatasetWriter:
         """Bring everything to the disk, where a kill or a power cut cannot undo it, and return how much it is."""
         self._flush()
         for file in self._files():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         return WriterProgress(self._num_documents, self._num_tokens, self._num_text_bytes)
 
     def finalize(self, corpus: dict[str, Any] | None = None) -> DatasetManifest:
@@ -230,12 +232,12 @@ class DatasetWriter:
                 raise ResumeError(f"{file.name} has {found} bytes, its progress record says {wanted}")
             file.truncate(wanted)
             file.seek(0, os.SEEK_END)
-        with open(self._bin_partial, "rb") as file:
+        with open(self._bin_partial, "rb") as file, errors_named(self._bin_partial):
             while content := file.read(_READ_BYTES):
                 self._bin_hash.update(content)
                 self._count(np.frombuffer(content, dtype=self._dtype.newbyteorder("<")))
         if self._may_be_noised_file is not None:
-            with open(self._may_be_noised_partial, "rb") as file:
+            with open(self._may_be_noised_partial, "rb") as file, errors_named(self._may_be_noised_partial):
                 while content := file.read(_READ_BYTES):
                     self._may_be_noised_hash.update(content)
         self._num_documents, self._num_tokens, self._num_text_bytes = resume.num_documents, resume.num_tokens, resume.num_text_bytes
@@ -257,7 +259,7 @@ class DatasetWriter:
 
     def _manifest(self) -> DatasetManifest:
         assert self._token_counts[self._tokenizer.mask_token_id] == 0, "a document holds the mask token"
-        with open(self._idx_partial, "rb") as idx_file:
+        with open(self._idx_partial, "rb") as idx_file, errors_named(self._idx_partial):
             idx_sha256 = hashlib.file_digest(idx_file, "sha256").hexdigest()
         return DatasetManifest(
             created_by=f"w1train {__version__}",
@@ -353,7 +355,8 @@ def open_exclusively(path: Path) -> BinaryIO:
     """Open a file for appending, with a lock that only one process can hold.
 
     The lock ends with the process, however it ends. With the lock held, the name is looked up again: another writer may have finished and
-    renamed the file in between, and emptying the file then would destroy that writer's dataset.
+    renamed the file in between, and emptying the file then would destroy that writer's dataset. Where the file system has no locks, a
+    warning says that nothing stops a second writer.
 
     Raises:
         DatasetError: if another process has opened the file through this function.
@@ -361,10 +364,12 @@ def open_exclusively(path: Path) -> BinaryIO:
     """
     file = open_in_place(path, "ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refusal = lock_file(file, wait=False)
         if not path.exists() or os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
             raise BlockingIOError
     except BlockingIOError:
         file.close()
         raise DatasetError(f"another process is writing {path}") from None
+    if refusal is not None:
+        logger.warning("%s: its file system has no locks, so that a second process with this output would damage it", refusal)
     return file

@@ -1,7 +1,7 @@
 """Weights & Biases: the same records as metrics.jsonl, under names that read well in its charts.
 
-wandb is imported when a run starts, and only then. Training never depends on it: an error of W&B is one warning, after which the run
-goes on without W&B.
+wandb is imported when a run starts, and only then. Training never depends on it. If W&B's servers cannot be reached at the start, the run
+is offline. Another error of W&B is one warning, after which the run goes on without W&B.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ Mode = Literal["online", "offline"]
 RUN_ID_FILE = "wandb_run_id"
 
 _TABLE_COLUMNS = ("step", "tokens", "prompt", "text")
+_INIT_SECONDS = 15.0
+"""The longest wait for W&B's servers at the start, unless WANDB_INIT_TIMEOUT sets another. wandb would wait for 90 s, and then give up."""
 _FINISH_SECONDS = 60.0
 """The longest wait for uploads at the end. Without a limit, wandb waits until a network that is down comes back: longer than a stopped run
 has (health.stop_timeout), and longer than srun leaves the last rank. Records that are not sent by then stay on the disk."""
@@ -59,7 +61,8 @@ class WandbSink(Sink):
         return self._run is not None
 
     def start(self) -> None:
-        """Start a W&B run, or continue the W&B run whose id the run directory has. Its files go to ``wandb`` in the run directory."""
+        """Start a W&B run, or continue the W&B run whose id the run directory has. Its files go to ``wandb`` in the run directory. If W&B's
+        servers cannot be reached, or refuse, the run is offline."""
         mode = self._recorded.config.logging.wandb
         assert mode != "disabled", "SINKS has asked is_wanted"
         self._guarded("start", lambda: self._initialize(resolve_mode(mode)))
@@ -89,7 +92,7 @@ class WandbSink(Sink):
                 logger.warning("W&B may not have sent all within %.0f s; send the rest with: wandb sync %s", _FINISH_SECONDS, self._place)
 
     def _initialize(self, mode: Mode) -> None:
-        config, run_dir = self._recorded.config, self._recorded.directory.path
+        run_dir = self._recorded.directory.path
         # If it cannot write here, wandb takes a temporary directory, and the user does not learn of it.
         _require_writable(run_dir / "wandb")
         run_id, is_restart = _run_id(run_dir)
@@ -98,8 +101,36 @@ class WandbSink(Sink):
         os.environ.setdefault("WANDB_SILENT", "true")
         # wandb records the command line.
         sys.argv[1:] = map(mask, sys.argv[1:])
+        failure = self._try_online(run_id) if mode == "online" else None
+        if self._run is None:
+            self._run = self._begin("offline", run_id)
+        # A run that was killed after its last checkpoint repeats steps. W&B has records of these steps, and would warn of each record that
+        # is sent again.
+        self._first_step = self._run.step
+        self._place = self._run.settings.sync_dir
+        if self._run.offline:
+            _log_offline_place(self._run, failure)
+        else:
+            _log_online_place(self._run, is_restart)
+
+    def _try_online(self, run_id: str) -> Exception | None:
+        """Start the run on W&B's servers, or return the error of W&B, the file system or the network that prevents it."""
         import wandb
 
+        try:
+            self._run = self._begin("online", run_id)
+        except Exception as error:
+            if not _is_outside_our_code(error):
+                raise
+            # wandb's service process would refuse the id, which it has in use.
+            wandb.teardown()
+            return error
+        return None
+
+    def _begin(self, mode: Mode, run_id: str) -> Any:
+        import wandb
+
+        config = self._recorded.config
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -110,25 +141,22 @@ class WandbSink(Sink):
             # wandb may ask the cloud's metadata address for the machine's description, which an offline run must not do.
             x_disable_machine_info=mode == "offline",
         )
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            settings.init_timeout = _INIT_SECONDS
         # Some releases that pyproject.toml allows do not have this setting.
         if hasattr(settings, "finish_timeout"):
             settings.finish_timeout = _FINISH_SECONDS
         versions = {f"versions.{name}": value for name, value in code_versions().items()}
-        self._run = wandb.init(
+        return wandb.init(
             project=config.logging.wandb_project,
             name=config.name,
             id=run_id,
             resume="allow",
             mode=mode,
-            dir=str(run_dir),
+            dir=str(self._recorded.directory.path),
             config={**flatten(config), **versions},
             settings=settings,
         )
-        # A run that was killed after its last checkpoint repeats steps. W&B has records of these steps, and would warn of each record that
-        # is sent again.
-        self._first_step = self._run.step
-        self._place = self._run.settings.sync_dir
-        _log_place(self._run, mode, is_restart)
 
     def _log_table(self, step: int) -> None:
         import wandb
@@ -176,17 +204,33 @@ def _run_id(run_dir: Path) -> tuple[str, bool]:
     return run_id, False
 
 
-def _log_place(run: Any, mode: Mode, is_restart: bool) -> None:
-    """Tell the user where the W&B run is, and how to send an offline run to W&B later."""
-    if mode == "online":
-        logger.info("W&B %s run %s at %s", "continues" if is_restart else "starts", run.id, run.url)
-        if run.step:
-            logger.info("W&B has this run's records before step %d; they are not sent again", run.step)
-        return
+def _log_online_place(run: Any, is_restart: bool) -> None:
+    """Tell the user where the W&B run is."""
+    logger.info("W&B %s run %s at %s", "continues" if is_restart else "starts", run.id, run.url)
+    if run.step:
+        logger.info("W&B has this run's records before step %d; they are not sent again", run.step)
+
+
+def _log_offline_place(run: Any, failure: Exception | None) -> None:
+    """Tell the user where the records of an offline run are, and how to send them to W&B later.
+
+    Args:
+        failure: the reason why a run that should be online is not.
+    """
     # Every start writes a folder of its own. --id makes one run of all of them, in the order of their dates.
-    folders = Path(run.settings.sync_dir).parent / f"offline-run-*-{run.id}*"
-    logger.info("W&B is offline: run %s is written to %s", run.id, run.settings.sync_dir)
-    logger.info("send it with: wandb sync --id %s %s", run.id, folders)
+    command = f"wandb sync --id {run.id} {Path(run.settings.sync_dir).parent / f'offline-run-*-{run.id}*'}"
+    if failure is None:
+        logger.info("W&B is offline: run %s is written to %s", run.id, run.settings.sync_dir)
+        logger.info("send it with: %s", command)
+        return
+    reason = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+    logger.warning(
+        "W&B is offline, because its servers do not answer or refuse (%s). Run %s is written to %s; send it with: %s",
+        reason,
+        run.id,
+        run.settings.sync_dir,
+        command,
+    )
 
 
 def _is_outside_our_code(error: Exception) -> bool:

@@ -60,7 +60,12 @@ def discover_ranks(environment: MutableMapping[str, str] | None = None) -> str |
 def rendezvous_port(environment: Mapping[str, str]) -> int:
     """Return a port that all ranks of a step compute alike. It differs between jobs and steps, which may share a node."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
-    return _FIRST_PORT + (job * 7 + step) % _NUM_PORTS
+    return port_of_number(job * 7 + step)
+
+
+def port_of_number(number: int) -> int:
+    """Return a port that follows from a number."""
+    return _FIRST_PORT + number % _NUM_PORTS
 
 
 def first_host(nodes: str) -> str:

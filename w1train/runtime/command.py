@@ -1,5 +1,5 @@
-"""The decorator of every command. If a full disk, a closed output or a limit on open files ends a command, it ends with one message and
-without a traceback."""
+"""The decorator of every command. If an error of a file, a closed output or a limit on open files ends a command, it ends with one message
+and without a traceback."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ from w1train.runtime.masking import mask_output
 
 _MOST_FILES = 1 << 20
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_ADVICE = {
+    errno.ENOSPC: "make space on this disk, and run the same command again",
+    errno.EDQUOT: "make space in your quota, and run the same command again",
+    errno.EFBIG: "allow larger files (ulimit -f), and run the same command again",
+    errno.EIO: "the disk fails, or the file system of a network: look into the system's log (dmesg)",
+    errno.ESTALE: "the file system of the network has lost this file: run the same command again",
+    errno.ENODEV: "the file system cannot map files into memory: copy the file to another file system",
+    errno.EROFS: "choose a directory that can be written to",
+    errno.EACCES: "get the permission (ls -ld shows who has it), or choose another file or directory",
+    errno.EPERM: "get the permission (ls -ld shows who has it), or choose another file or directory",
+    errno.ENOENT: "look whether the path is right, and its disk mounted",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "the path is a directory: choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+"""What the user can do about an error of a file."""
 _CLOSED_PIPE = 141
 """The exit status of a program that the signal SIGPIPE ends, as a shell gives it."""
 
@@ -87,18 +103,26 @@ def is_out_of_files(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the error's text, and, where there are too many open files, what to do."""
-    if not is_out_of_files(error):
-        return str(error)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    text = str(error) if isinstance(error, OSError) else os.strerror(errno.EMFILE)
-    return f"{text}: this process may have {limit} files open (ulimit -Hn). Allow more of them, 1024 at least, before the command starts"
+    """Return the error's text, and, where a file or the limit on open files is the cause, what to do."""
+    if is_out_of_files(error):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        text = str(error) if isinstance(error, OSError) else os.strerror(errno.EMFILE)
+        return (
+            f"{text}: this process may have {limit} files open (ulimit -Hn). Allow more of them, 1024 at least, before the command starts"
+        )
+    advice = _ADVICE.get(error.errno or 0) if isinstance(error, OSError) and (_is_of_a_file(error) or error.errno in _OF_THE_DISK) else None
+    return str(error) if advice is None else f"{error}: {advice}"
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _end(program: str, error: OSError | RuntimeError) -> None:
     """Exit if the environment is the cause of the error."""
     has_no_reader = isinstance(error, BrokenPipeError) and _has_no_reader()
-    if not has_no_reader and not is_out_of_files(error) and getattr(error, "errno", None) not in _OF_THE_DISK:
+    is_of_the_disk = _is_of_a_file(error) or getattr(error, "errno", None) in _OF_THE_DISK
+    if not has_no_reader and not is_out_of_files(error) and not is_of_the_disk:
         return
     try:
         sys.stdout.flush()

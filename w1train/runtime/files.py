@@ -8,18 +8,26 @@ Links to directories are followed, because a run may be on a scratch disk behind
 from __future__ import annotations
 
 import errno
-import fcntl
+import io
+import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
+
+logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
 """The end of the name of a file that is being written. The name is fixed, so that the file that a kill leaves is overwritten by the next
 write, and such files do not accumulate."""
+_NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES)
+"""Answers of file systems that cannot sync a directory (gocryptfs, CIFS, some FUSE mounts), and of a directory that may be written to and
+not be read."""
+_WITHOUT_DIRECTORY_SYNC: set[int] = set()
+"""The numbers of the file systems that this process has warned of."""
 
 
 class UnsafeFileError(OSError):
@@ -36,7 +44,7 @@ def open_new(path: str | Path) -> BinaryIO:
     """
     Path(path).unlink(missing_ok=True)
     # "x": if somebody makes a file there between the removal and the opening, the kernel refuses to open it.
-    return open(path, "x+b", opener=_open_no_link)
+    return _buffered(_NamedFile(os.fspath(path), "x+b", opener=_open_no_link))
 
 
 def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> BinaryIO:
@@ -46,7 +54,35 @@ def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> Binary
         UnsafeFileError: the file is a symbolic link, has a second name (a hard link), or is not a regular file.
         OSError: the file cannot be opened.
     """
-    return open(path, mode, opener=_open_no_link)
+    return _buffered(_NamedFile(os.fspath(path), mode, opener=_open_no_link))
+
+
+class _NamedFile(io.FileIO):
+    """A file whose errors have its path: Python's errors of writes do not tell which file they are about."""
+
+    def write(self, data: Buffer, /) -> int:
+        with errors_named(self.name):
+            return super().write(data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        with errors_named(self.name):
+            return super().truncate(size)
+
+
+def _buffered(file: _NamedFile) -> BinaryIO:
+    """Put the buffer around a file that ``open`` would."""
+    return cast(BinaryIO, io.BufferedRandom(file) if file.readable() else io.BufferedWriter(file))
+
+
+@contextmanager
+def errors_named(path: str | Path) -> Iterator[None]:
+    """Give an OSError of the block the path, unless it has a path: errors of an open file do not say which file it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -75,40 +111,27 @@ def _unsafe(path: str, reason: str) -> UnsafeFileError:
 
 
 @contextmanager
-def replace_file(path: str | Path) -> Iterator[BinaryIO]:
+def replace_file(path: str | Path, writer: str = "") -> Iterator[BinaryIO]:
     """Open a file beside ``path`` for writing. It takes the place of ``path`` when the block ends without an exception.
+
+    Args:
+        writer: a part of the name of the file beside ``path``. Processes that may write the same file at the same time need different ones.
 
     Raises:
         OSError: no space, no permission. ``path`` is untouched, and the file beside it is removed.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
+    partial = path.with_name(f"{path.name}{writer}{PARTIAL_SUFFIX}")
     try:
         with open_new(partial) as file:
             yield file
-            file.flush()
             # Without this a power loss can leave the new name on a file whose bytes never reached the disk.
-            os.fsync(file.fileno())
+            sync_file(file)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
-
-
-@contextmanager
-def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold the lock of ``path`` (a file beside it). If several processes on a machine want to make the same file, one of them makes it, and
-    the others wait. The kernel frees the lock of a process that ends, however it ends.
-
-    Raises:
-        OSError: the file system has no locks.
-        UnsafeFileError: something other than a file has the lock's name.
-    """
-    path = Path(path)
-    with open_in_place(path.with_name(f".{path.name}.lock"), "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
@@ -140,10 +163,46 @@ def copy_if_different(source: str | Path, target: str | Path) -> None:
         write_bytes(target, content)
 
 
+def sync_file(file: BinaryIO) -> None:
+    """Return when all that was written to a file is on the disk.
+
+    Raises:
+        OSError: the file cannot be written; the error has its path.
+    """
+    file.flush()
+    with errors_named(file.name):
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: str | Path) -> None:
-    """Make renames in a directory survive a power cut. Otherwise a rename may be lost, or reach the disk before the file's content."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    """Make renames in a directory survive a power cut. Otherwise a rename may be lost, or reach the disk before the file's content.
+
+    Some file systems cannot do this. They are used nevertheless, with a warning: the content of the files is on the disk.
+
+    Raises:
+        OSError: the disk fails.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with errors_named(directory):
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+        _warn_of_renames(directory, error)
+
+
+def _warn_of_renames(directory: str | Path, error: OSError) -> None:
+    """Warn once for each file system: a run renames files in a new directory at each checkpoint."""
+    if (file_system := os.stat(directory).st_dev) in _WITHOUT_DIRECTORY_SYNC:
+        return
+    _WITHOUT_DIRECTORY_SYNC.add(file_system)
+    logger.warning(
+        "%s: this file system cannot sync directories (%s). After a power cut, the names of its newest files may be lost; their content is "
+        "on the disk",
+        directory,
+        error.strerror,
+    )

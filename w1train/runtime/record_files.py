@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.errors import UserError
 from w1train.config.reading import LARGEST_JSON, parse_json, require_regular, shorten
-from w1train.runtime.files import open_in_place, replace_file
+from w1train.runtime.files import open_in_place, replace_file, sync_file
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Wait until everything is on disk. This is called before a checkpoint becomes visible. Otherwise a power cut could keep the
         checkpoint and lose the records before it, and a resume would not write them again."""
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
 
     def truncate_after(self, step: int) -> int:
         """Drop the records of later steps than ``step`` (the checkpoint's), which the resumed run writes again.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import BinaryIO
 from w1train.config.errors import UserError
 from w1train.config.reading import LARGEST_STATUS, parse_json, shorten
 from w1train.runtime.files import UnsafeFileError, open_in_place
+from w1train.runtime.locks import lock_file
+
+logger = logging.getLogger(__name__)
 
 
 class RunDirectoryError(UserError):
@@ -20,7 +23,8 @@ class RunDirectoryError(UserError):
 
 class RunDirectory:
     """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, events.jsonl, summary.json,
-    report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; and after failures stacks/ and bad_batches/."""
+    report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; after failures stacks/ and bad_batches/; and packings/ of
+    datasets that cannot be written to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,10 +37,12 @@ class RunDirectory:
         self.profile = path / "profile"
         self.summary = path / "summary.json"
         self.bad_batches = path / "bad_batches"
+        self.packings = path / "packings"
         self._lock: BinaryIO | None = None
 
     def claim(self) -> None:
-        """Create the directory and lock it until this process ends (the kernel frees the lock of a killed process).
+        """Create the directory and lock it until this process ends (the kernel frees the lock of a killed process). Where the file system
+        has no locks, warn that nothing stops a second process.
 
         Raises:
             RunDirectoryError: another process holds the directory, it cannot be created, or its lock is a link to another file.
@@ -49,16 +55,21 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(f"cannot use run directory {self.path}: {error}; set runs_dir to a writable place") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refusal = lock_file(lock, wait=False)
         except BlockingIOError:
             raise RunDirectoryError(
                 f"run directory {self.path} is in use by {_holder(lock)}; wait for it, stop it, or choose another name=..."
             ) from None
         except OSError as error:
-            raise RunDirectoryError(
-                f"run directory {self.path} cannot be locked ({error}): its file system has no locks. Mount it with them (Lustre: flock), "
-                "or set runs_dir to another place"
-            ) from error
+            raise RunDirectoryError(f"cannot lock run directory {self.path}: {error}; set runs_dir to another place") from error
+        if refusal is not None:
+            logger.warning(
+                "run directory %s is not locked (%s): its file system has no locks, and two processes that train in it would damage it. "
+                "The last process that began was %s. Make sure that it has ended, or mount the file system with locks (Lustre: flock)",
+                self.path,
+                refusal.strerror,
+                _holder(lock),
+            )
         lock.truncate(0)
         lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         lock.flush()

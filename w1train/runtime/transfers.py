@@ -4,7 +4,6 @@ sign of progress, and ranks that wait for another rank's storage learn whether b
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from w1train.runtime.background import in_background
+from w1train.runtime.files import sync_file
 from w1train.runtime.pulse import beat, moved, pulse
 
 PIECE_BYTES = 16 << 20
@@ -51,8 +51,7 @@ class PiecewiseFile:
         Raises:
             OSError: the file cannot be written.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
         self._num_unsynced = 0
         moved()
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypedDict
 
 from w1train.config.errors import UserError
@@ -28,6 +29,7 @@ from w1train.data.sharded_dataset import open_dataset
 from w1train.data.tokenizers.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
 from w1train.runtime.distributed import Ranks
+from w1train.runtime.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -192,13 +194,19 @@ def prepare_data(config: Config) -> None:
         return
     for prefix in training_prefixes(config):
         dataset = open_dataset(localize(prefix, data.cache_directory))
-        ensure_packing(dataset, packing_options(config), data.cache_directory)
+        ensure_packing(dataset, packing_options(config), data.cache_directory, spare_packings(config))
 
 
 def packing_options(config: Config) -> PackingOptions:
     """Return the settings that the best-fit packing of a dataset depends on."""
     data = config.data
     return PackingOptions(sequence_length=data.sequence_length, align=data.align, eos=data.eos, seed=data.packing_seed)
+
+
+def spare_packings(config: Config) -> Path:
+    """Return the directory of the packings of datasets whose own directories cannot be written to. It is in the run directory, which all
+    ranks see."""
+    return RunDirectory(Path(config.runs_dir) / config.name).packings
 
 
 def position_options(config: Config) -> PositionOptions:
@@ -218,7 +226,8 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
         # Training on the padding would work, and waste the run: the file or the sequence length must be wrong.
         raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
     if data.packing == "best_fit":
-        return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, **position_options(config))
+        spare, positions = spare_packings(config), position_options(config)
+        return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, spare_directory=spare, **positions)
     return PackedDataset(dataset, data.sequence_length, seed, **position_options(config), eos=data.eos)
 
 

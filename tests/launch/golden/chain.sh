@@ -11,12 +11,14 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
+export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}"
 set -uo pipefail
 run=/home/me/w1train/runs/llada_1b
 max_failures=2
 requeue=yes
 chain=yes
 srun_options=(
+  --export=ALL
   --kill-on-bad-exit=0
   --wait=120
   --gpu-bind=none
@@ -70,4 +72,16 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # collective times out. `torchfrtrace` compares the files of all ranks, and names the rank that is missing or in another collective.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"
+
+# How far a run has come. launch/torchrun.sh sources this file, and launch/slurm_script.py copies it into a job's script.
+
+# Print the name of the newest checkpoint of a run, or nothing. Only the names of w1train/checkpoints/checkpoint_names.py count: a link such
+# as step_latest would hide that new checkpoints are saved. The names sort by step, because the numbers have leading zeros.
+newest_checkpoint() { # newest_checkpoint RUN
+  local path newest=""
+  for path in "$1"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]; do
+    if [[ -d "$path" ]]; then newest="${path##*/}"; fi
+  done
+  printf '%s\n' "$newest"
+}
 

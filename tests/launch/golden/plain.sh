@@ -12,12 +12,14 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
+export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}"
 set -uo pipefail
 run=/home/me/w1train/runs/w1_4b
 max_failures=3
 requeue=yes
 chain=no
 srun_options=(
+  --export=ALL
   --kill-on-bad-exit=0
   --wait=120
   --gpu-bind=none
@@ -62,6 +64,18 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"
 
+# How far a run has come. launch/torchrun.sh sources this file, and launch/slurm_script.py copies it into a job's script.
+
+# Print the name of the newest checkpoint of a run, or nothing. Only the names of w1train/checkpoints/checkpoint_names.py count: a link such
+# as step_latest would hide that new checkpoints are saved. The names sort by step, because the numbers have leading zeros.
+newest_checkpoint() { # newest_checkpoint RUN
+  local path newest=""
+  for path in "$1"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]; do
+    if [[ -d "$path" ]]; then newest="${path##*/}"; fi
+  done
+  printf '%s\n' "$newest"
+}
+
 # The second half of a job's script: it starts the ranks, passes Slurm's warning on to them, and decides what comes next. The first half,
 # which launch/slurm_script.py writes, sets these variables:
 : "${run:?}" "${max_failures:?}" "${requeue:?}" "${chain:?}" "${command[0]:?}" "${srun_options[0]:?}" "${status_command[0]:?}"
@@ -100,11 +114,6 @@ being_ended() {
 
 trap before_the_limit USR1
 trap being_ended TERM
-
-# The names have leading zeros, and incomplete checkpoints have other names (w1train/checkpoints/checkpoint_names.py).
-newest_checkpoint() {
-  find "$run/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
-}
 
 # Tell whether an earlier job of the chain has finished the run. The first job of a chain may be there to train a finished run further.
 finished_before() {
@@ -168,7 +177,7 @@ end_chain() {
 # Count the attempts in a row, over all jobs, that saved nothing: an error that comes back will come back again.
 count_failures() {
   local after
-  after="$(newest_checkpoint)"
+  after="$(newest_checkpoint "$run")"
   failures=0
   if [[ "$after" == "$before" ]]; then
     if [[ -f "$run/logs/failures" ]]; then failures="$(<"$run/logs/failures")"; fi
@@ -186,9 +195,9 @@ main() {
     say "nothing is left to do"
     exit 0
   fi
-  [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint)" ]] && first=yes
+  [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint "$run")" ]] && first=yes
   while true; do
-    before="$(newest_checkpoint)"
+    before="$(newest_checkpoint "$run")"
     # A signal may have come before there were ranks.
     if [[ "$stopping" == no ]]; then
       run_ranks

@@ -14,23 +14,28 @@ A run uses a file only if the first line has the run's dataset and options; it r
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w1train.config.reading import parse_json
-from w1train.data.dataset import DatasetError, TokenDataset, read_exactly
+from w1train.data.dataset import DatasetError, TokenDataset
+from w1train.data.file_reader import FileReader
 from w1train.data.indexed import file_size, idx_path
 from w1train.data.packed.best_fit import PackedPieces, pack_best_fit
 from w1train.data.packed.packing import EndOfDocument, LongDocuments, Pieces, SampleSource
-from w1train.runtime.files import exclusive, replace_file
+from w1train.runtime.files import errors_named, replace_file
+from w1train.runtime.locks import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ _HEADER_BYTES = 4096
 _COUNTS_START = _HEADER_BYTES - 24
 _HASH_START = _COUNTS_START - 32
 _HASH_AT_ONCE = 1 << 20
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +65,7 @@ class PackingIndex:
         """Raises:
         DatasetError: if the file does not have the length that it states.
         """
-        self.path, self._file = path, path.open("rb", buffering=0)  # it stays open as long as this object
+        self.path, self._file = path, FileReader(path)
         self.num_samples, self._num_pieces, item_bytes = np.frombuffer(self._read(_COUNTS_START, 24), dtype="<i8").tolist()
         if item_bytes not in (4, 8):
             raise self.damage(f"a document's number has {item_bytes} bytes")
@@ -103,7 +109,7 @@ class PackingIndex:
         return DatasetError(f"{self.path} is damaged: {fault}; remove the file, and the next run builds it again")
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
-        return read_exactly(self._file.fileno(), num_bytes, offset, str(self.path))
+        return self._file.read(num_bytes, offset)
 
 
 def packing_path(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> Path:
@@ -133,10 +139,16 @@ def verify_packing_file(path: Path) -> None:
     PackingIndex(path).verify_hash()
 
 
-def ensure_packing(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> Path:
+def ensure_packing(
+    dataset: TokenDataset, options: PackingOptions, directory: str | None = None, spare_directory: Path | None = None
+) -> Path:
     """Build the packing unless its file exists and was made from this dataset and these options.
 
     If several processes call this function, one of them builds the packing while the others wait.
+
+    Args:
+        directory: the directory of the file; None = the directory of the dataset.
+        spare_directory: the directory of the file if ``directory`` is None and the directory of the dataset cannot be written to.
 
     Returns:
         The path of the file.
@@ -145,29 +157,58 @@ def ensure_packing(dataset: TokenDataset, options: PackingOptions, directory: st
         DatasetError: if the dataset cannot be packed.
         OSError: if the file cannot be written; no incomplete file is left under its name.
     """
-    path = packing_path(dataset, options, directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = _header(dataset, options)
-    if _read_header(path) == header:
+    paths = _possible_paths(packing_path(dataset, options, directory), header, None if directory else spare_directory)
+    path = _found(paths, header)
+    if path is not None:
         return path
-    with exclusive(path):
+    try:
+        return _ensure_at(paths[0], dataset, options, header)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or len(paths) == 1:
+            raise
+        return _ensure_at(paths[1], dataset, options, header, instead=error)
+
+
+def _ensure_at(
+    path: Path, dataset: TokenDataset, options: PackingOptions, header: dict[str, object], instead: OSError | None = None
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path) as writer:
         if _read_header(path) != header:
-            _build(dataset, options, path, header)
+            if instead is not None:
+                logger.warning(
+                    "the packing of %s is written to %s, because its directory cannot be written to: %s", dataset.prefix, path, instead
+                )
+            _build(dataset, options, path, header, writer)
     return path
 
 
-def open_packing(dataset: TokenDataset, options: PackingOptions, directory: str | None = None) -> PackingIndex:
-    """Open the file of a packing.
+def _possible_paths(path: Path, header: dict[str, object], spare_directory: Path | None) -> list[Path]:
+    """Return the paths that a packing may have, in the order in which they are tried."""
+    # Datasets of several directories may have the same name.
+    return [path] if spare_directory is None else [path, spare_directory / f"{str(header['idx_sha256'])[:16]}_{path.name}"]
+
+
+def _found(paths: Sequence[Path], header: dict[str, object]) -> Path | None:
+    return next((path for path in paths if _read_header(path) == header), None)
+
+
+def open_packing(
+    dataset: TokenDataset, options: PackingOptions, directory: str | None = None, spare_directory: Path | None = None
+) -> PackingIndex:
+    """Open the file of a packing. Accept the arguments of :func:`ensure_packing`.
 
     Raises:
         DatasetError: if the file is missing or damaged, or was made from another dataset or other options.
     """
-    path = packing_path(dataset, options, directory)
-    found = _read_header(path)
-    if found is None or found != _header(dataset, options):
+    header = _header(dataset, options)
+    paths = _possible_paths(packing_path(dataset, options, directory), header, None if directory else spare_directory)
+    path = _found(paths, header)
+    if path is None:
         arguments = f"--sequence-length {options.sequence_length} --align {options.align} --eos {options.eos} --seed {options.seed}"
-        state = "is not there" if found is None else "belongs to another dataset or other options"
-        raise DatasetError(f"{path} {state}; build it with `python -m w1train.data.build_packing {dataset.prefix} {arguments}`")
+        state = "is not there" if _read_header(paths[0]) is None else "belongs to another dataset or other options"
+        raise DatasetError(f"{paths[0]} {state}; build it with `python -m w1train.data.build_packing {dataset.prefix} {arguments}`")
     return PackingIndex(path)
 
 
@@ -184,13 +225,14 @@ class BestFitDataset(SampleSource):
         seed: int,
         *,
         directory: str | None = None,
+        spare_directory: Path | None = None,
         shuffle: bool = True,
         long_documents: LongDocuments = "restart",
         max_position: int | None = None,
     ) -> None:
         """Open a packing that :func:`ensure_packing` has built. Accept the arguments of ``SampleSource`` and :func:`open_packing`, and
         raise their errors."""
-        self.index = open_packing(dataset, options, directory)
+        self.index = open_packing(dataset, options, directory, spare_directory)
         self._options = options
         super().__init__(
             dataset,
@@ -218,11 +260,12 @@ class BestFitDataset(SampleSource):
         return Pieces(bounds[:, 0] + offsets, lengths, offsets, ends - sizes)
 
 
-def _build(dataset: TokenDataset, options: PackingOptions, path: Path, header: dict[str, object]) -> None:
+def _build(dataset: TokenDataset, options: PackingOptions, path: Path, header: dict[str, object], writer: str) -> None:
     started = time.perf_counter()
     logger.info("packing %s into samples of %d tokens", dataset.prefix, options.sequence_length)
     packed = pack_best_fit(document_lengths(dataset, options.eos), options.sequence_length, options.align, options.seed)
-    _write(path, header, packed, _document_type(dataset))
+    with replace_file(path, writer) as file:
+        _write(file, header, packed, _document_type(dataset))
     logger.info(
         "%s: %d samples, %.3f %% padding, in %.1f s",
         path,
@@ -237,7 +280,7 @@ def document_lengths(dataset: TokenDataset, eos: EndOfDocument) -> NDArray[np.in
     return np.maximum(np.diff(dataset.document_offsets[:]) - (eos == "drop"), 0)
 
 
-def _write(path: Path, header: dict[str, object], packed: PackedPieces, document_type: np.dtype) -> None:
+def _write(file: BinaryIO, header: dict[str, object], packed: PackedPieces, document_type: np.dtype) -> None:
     first_pieces = np.zeros(packed.num_samples + 1, dtype="<i8")
     np.cumsum(np.bincount(packed.sample_of_piece, minlength=packed.num_samples), out=first_pieces[1:])
     counts = np.array([packed.num_samples, len(packed.documents), document_type.itemsize], dtype="<i8")
@@ -245,10 +288,9 @@ def _write(path: Path, header: dict[str, object], packed: PackedPieces, document
     digest = hashlib.sha256()
     for part in body:
         digest.update(part)
-    with replace_file(path) as file:
-        file.write(json.dumps(header).encode().ljust(_HASH_START - 1) + b"\n" + digest.digest())
-        for part in body:
-            file.write(part)
+    file.write(json.dumps(header).encode().ljust(_HASH_START - 1) + b"\n" + digest.digest())
+    for part in body:
+        file.write(part)
 
 
 def _header(dataset: TokenDataset, options: PackingOptions) -> dict[str, object]:
@@ -259,14 +301,14 @@ def _header(dataset: TokenDataset, options: PackingOptions) -> dict[str, object]
 def _idx_sha256(dataset: TokenDataset) -> str:
     if dataset.manifest is not None:
         return dataset.manifest.idx_sha256
-    with open(idx_path(dataset.prefix), "rb") as file:
+    with open(idx_path(dataset.prefix), "rb") as file, errors_named(file.name):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_header(path: Path) -> dict[str, object] | None:
     """Return the first line of a packing's file; None if the file does not exist or is not a packing."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, errors_named(path):
             content = file.read(_HEADER_BYTES)
         header = parse_json(content[:_HASH_START].decode()) if len(content) == _HEADER_BYTES else None
     except FileNotFoundError:
