@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, read_bounded, shorten
+from w1train.data.tokenizers.long_runs import LongRuns
 from w1train.data.tokenizers.tokenizer_growth import largest_growth
 from w1train.runtime.files import write_bytes
 
@@ -267,6 +268,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer. The same texts in the same order give the same file.
 
+    A run of more than LONGEST_RUN letters and digits, of white space or of other characters is cut for the training (long_runs.py), and
+    the log says it.
+
     Args:
         digits: pieces of a number: each digit, up to three digits from the left (Llama 3), or the whole number with a leading space
             (GPT-2).
@@ -305,7 +309,7 @@ def train_tokenizer(
     first_text = next(texts, None)
     if first_text is None:
         raise TokenizerError("no text to train a tokenizer on")
-    backend.train_from_iterator(chain([first_text], texts), trainer)
+    backend.train_from_iterator(LongRuns().cut(chain([first_text], texts)), trainer)
     serialized = backend.to_str(pretty=True)
     if mask_is_apart:
         serialized = _insert_mask(serialized, mask_token_id)
