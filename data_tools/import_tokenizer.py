@@ -159,13 +159,13 @@ def _renamed_model(model: dict[str, Any], renamed: dict[str, str], origin: str) 
         TokenizerError: if unknown characters would become a renamed token, which is then not a token of its own.
     """
     vocabulary, unknown = model["vocab"], model.get("unk_token")
-    is_renamed = isinstance(unknown, str) and unknown in renamed
-    if is_renamed and not vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
+    new_unknown = renamed.get(unknown) if isinstance(unknown, str) else None
+    if new_unknown is not None and not vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
         raise TokenizerError(f"{unknown} stands for unknown characters in tokenizer {origin}, so texts contain it: choose another token")
     return {
         **model,
         "vocab": {renamed.get(text, text): number for text, number in vocabulary.items()},
-        **({"unk_token": renamed[unknown]} if is_renamed else {}),
+        **({} if new_unknown is None else {"unk_token": new_unknown}),
     }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from tests.data.conftest import TEXTS
-from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, _panics_of, train_tokenizer
 
 NUM_SPECIAL = 16
 SPECIAL_STRINGS = ["<mask>", "<eos>", "<pad>", "<bos>", "<reserved_7>"]
@@ -231,3 +231,24 @@ def test_ids_of_a_unigram_model():
     found = Tokenizer(json.dumps({"version": "1.0", "added_tokens": [{**flags, **token} for token in added], "model": model}).encode(), "u")
     assert (found.pad_token_id, found.eos_token_id, found.mask_token_id, found.vocab_size) == (1, 2, 5, 7)
     assert found.encode("ab") == [3, 4]
+
+
+def test_a_text_that_the_regular_expressions_give_up_on(tokenizer):
+    """The library panics for ten million blanks before a word, where the expression of the rule "lines", or of Qwen, tries each blank."""
+
+    class PanicException(BaseException):
+        """The library's class has this name."""
+
+    with (
+        pytest.raises(TokenizerError, match="a text has a run of millions of blanks, which is too long for its regular expressions; cut"),
+        _panics_of("t"),
+    ):
+        raise PanicException("Onig: Regex search error: retry-limit-in-match over")
+    with pytest.raises(TokenizerError, match="tokenizer t cannot be used: other"), _panics_of("t"):
+        raise PanicException("other")
+
+
+@pytest.mark.slow
+def test_ten_million_blanks_are_said():
+    with pytest.raises(TokenizerError, match="cut the text"):
+        train_tokenizer(TEXTS, 300, whitespace="lines").encode(" " * 12_000_000 + "x")

@@ -270,6 +270,10 @@ def _panics_of(origin: str) -> Iterator[None]:
         # Each extension module makes this class anew, and no module exports it.
         if type(error).__name__ != "PanicException":
             raise
+        # The library's regular expressions give up after ten million attempts, and some make an attempt for each blank of a run.
+        if "retry-limit" in str(error):
+            reason = "a text has a run of millions of blanks, which is too long for its regular expressions; cut the text"
+            raise TokenizerError(f"tokenizer {origin} cannot encode a text: {reason} ({error})") from error
         raise TokenizerError(f"tokenizer {origin} cannot be used: {error}") from error
 
 
