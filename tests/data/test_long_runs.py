@@ -8,8 +8,9 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from data_tools import train_tokenizer as command
 from tests.data.conftest import TEXTS
@@ -21,6 +22,7 @@ RULES = [{}, {"digits": "triples"}, {"digits": "runs"}, {"whitespace": "lines"},
 LENGTHS = [1, 2, 511, 512, 513, 1023, 1024, 1025, 1026, 1536, 2048, 2049, 5000]
 
 
+@example([(" ", 511), ("\xa0", 1), ("\u2003", 513)])
 @given(st.lists(st.tuples(st.sampled_from(["a", "1", "é", " ", "\n", "\u3000", "-", "_", "\x1c"]), st.sampled_from(LENGTHS)), max_size=6))
 def test_exactly_the_long_runs_are_cut(parts):
     """The oracle is a slow search for every run."""
@@ -33,6 +35,12 @@ def test_exactly_the_long_runs_are_cut(parts):
     assert "".join(pieces) == text
     assert all(not list(long_runs(piece)) for piece in pieces)
     assert len(pieces) == 1 + sum((end - start - 1) // LONGEST_RUN for start, end in expected)
+
+
+def test_white_space_is_that_of_the_library():
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    pieces = pre_tokenizers.Split(Regex(r"\s"), "removed").pre_tokenize_str(text)
+    assert "".join(piece for piece, _ in pieces) == re.sub(f"[{module._WHITE_SPACE}]", "", text)
 
 
 @given(st.lists(st.text()))
