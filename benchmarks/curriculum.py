@@ -9,8 +9,14 @@ It reads the records of two finished runs, and trains nothing.
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
+import argparse
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path

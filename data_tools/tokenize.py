@@ -10,13 +10,18 @@ output depends neither on the number of workers nor on interruptions.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
 import argparse
 import dataclasses
 import hashlib
 import json
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 

@@ -8,8 +8,14 @@ recipe is reported once, before any rank is started or a job waits in a queue.
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -7,10 +7,15 @@ The arguments for Python come after `--`. `launch/torchrun.sh --nsys` and `launc
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
 import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
+import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -11,10 +11,16 @@ also by timestep. With --likelihood, it estimates log-likelihoods of completions
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
 import argparse
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,9 +9,14 @@ The numbers come from closed forms (w1train/planning). The ranks of the layout a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
+import json
 import warnings
 
 from rich.console import Console

@@ -8,11 +8,16 @@ The same command, given again, resumes the run. The training loop is in w1train/
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
 import gc
 import logging
-import os
 import re
-import sys
 import warnings
 from datetime import timedelta
 from functools import partial

@@ -10,11 +10,16 @@ first of 2, 1, 3, 75 that any of them has.
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
+import argparse
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path

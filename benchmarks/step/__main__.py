@@ -13,13 +13,18 @@ for which --budget seconds are too few are named.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../../..")
+
 import argparse
 import dataclasses
 import json
 import logging
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence

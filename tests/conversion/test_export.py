@@ -30,8 +30,8 @@ from tests.tiny import tiny_config
 from w1train import convert
 from w1train.checkpoints.manifest import CheckpointError
 from w1train.config.errors import UserError
-from w1train.conversion.export import _copy_companion
 from w1train.conversion.export import export as export_checkpoint
+from w1train.conversion.exported_tokenizer import copy_companion
 from w1train.conversion.sources import SafetensorsDirectory
 from w1train.data.tokenizers.tokenizer import train_tokenizer
 from w1train.engine.building import build_trained_model
@@ -302,6 +302,6 @@ def test_tensors_that_are_not_those_of_the_configuration(conditioned_run, tmp_pa
 def test_a_link_to_itself_is_left_out(tmp_path, caplog):
     (tmp_path / "chat_template.jinja").symlink_to("chat_template.jinja")
     (tmp_path / "output").mkdir()
-    _copy_companion(tmp_path, "chat_template.jinja", tmp_path / "output")
+    copy_companion(tmp_path, "chat_template.jinja", tmp_path / "output", {})
     assert "chat_template.jinja is left out of the export: it is a link" in caplog.text
     assert not list((tmp_path / "output").iterdir())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from tests.data.conftest import TEXTS
-from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, _panics_of, train_tokenizer
 
 NUM_SPECIAL = 16
 SPECIAL_STRINGS = ["<mask>", "<eos>", "<pad>", "<bos>", "<reserved_7>"]
@@ -181,3 +181,74 @@ def test_truncation_saved_in_a_file_is_not_applied(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     assert Tokenizer.load(path).encode("a b c d e") == tokenizer.encode("a b c d e")
+
+
+def _changed(tokenizer, ids=None, added=None):
+    """Return the file of a tokenizer with other ids of tokens in its vocabulary, and with more added tokens."""
+    content = json.loads(tokenizer.serialized)
+    for token, number in (ids or {}).items():
+        content["model"]["vocab"][token] = number
+        for entry in content["added_tokens"]:
+            entry["id"] = number if entry["content"] == token else entry["id"]
+    content["added_tokens"] += [{**content["added_tokens"][0], "content": token, "id": number} for token, number in (added or {}).items()]
+    return json.dumps(content).encode()
+
+
+def test_the_bound_of_ids_is_the_largest_id_plus_one(tokenizer):
+    found = Tokenizer(_changed(tokenizer, ids={"<mask>": 70_001, "<eos>": 500}), "holes")
+    assert (found.vocab_size, found.mask_token_id, found.eos_token_id) == (70_002, 70_001, 500)
+    assert len(found.num_bytes_by_token()) == 70_002
+    assert found.decode([70_001, 14, 500]) == "<mask><eos>", "the id 14 has no token now"
+    with pytest.raises(TokenizerError, match="token id 70002 is outside the vocabulary of holes"):
+        found.decode([70_002])
+
+
+@pytest.mark.parametrize(("token", "other"), [("<mask>", "<eos>"), ("<eos>", "<pad>"), ("<pad>", "a"), ("<mask>", "a")])
+def test_a_special_token_with_the_id_of_another_token_is_refused(tokenizer, token, other):
+    number = tokenizer.ids_by_token()[other]
+    with pytest.raises(TokenizerError, match=rf"the same id, {number}; <pad>, <eos> and <mask> need ids of their own"):
+        Tokenizer(_changed(tokenizer, ids={token: number}), "shared")
+
+
+def test_an_id_that_the_library_does_not_keep_is_said(tokenizer, tmp_path, caplog):
+    """The library reads no ids of added tokens: where the ids have a hole, it gives the token the id of another token or a free id."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(_changed(tokenizer, added={"<|extra|>": 900}))
+    assert Tokenizer.load(path).vocab_size == tokenizer.vocab_size + 1
+    assert f"states the id 900 for '<|extra|>', but the tokenizers library gives this token the id {tokenizer.vocab_size}" in caplog.text
+    caplog.clear()
+    path.write_bytes(_changed(tokenizer, added={"<|extra|>": tokenizer.vocab_size}))
+    Tokenizer.load(path)
+    assert not caplog.text
+
+
+def test_ids_of_a_unigram_model():
+    """Its vocabulary is a list. Added tokens come after it."""
+    names = ["<unk>", "<pad>", "<eos>", "a", "b"]
+    added = [{"id": number, "content": name, "special": True} for name, number in {"<pad>": 1, "<eos>": 2, "<mask>": 5, "<x>": 6}.items()]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [[name, -float(number)] for number, name in enumerate(names)]}
+    found = Tokenizer(json.dumps({"version": "1.0", "added_tokens": [{**flags, **token} for token in added], "model": model}).encode(), "u")
+    assert (found.pad_token_id, found.eos_token_id, found.mask_token_id, found.vocab_size) == (1, 2, 5, 7)
+    assert found.encode("ab") == [3, 4]
+
+
+def test_a_text_that_the_regular_expressions_give_up_on(tokenizer):
+    """The library panics for ten million blanks before a word, where the expression of the rule "lines", or of Qwen, tries each blank."""
+
+    class PanicException(BaseException):
+        """The library's class has this name."""
+
+    with (
+        pytest.raises(TokenizerError, match="a text has a run of millions of blanks, which is too long for its regular expressions; cut"),
+        _panics_of("t"),
+    ):
+        raise PanicException("Onig: Regex search error: retry-limit-in-match over")
+    with pytest.raises(TokenizerError, match="tokenizer t cannot be used: other"), _panics_of("t"):
+        raise PanicException("other")
+
+
+@pytest.mark.slow
+def test_ten_million_blanks_are_said():
+    with pytest.raises(TokenizerError, match="cut the text"):
+        train_tokenizer(TEXTS, 300, whitespace="lines").encode(" " * 12_000_000 + "x")

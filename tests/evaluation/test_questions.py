@@ -147,5 +147,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         read_questions(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"line 1 has the mask token \(0\)"):
         answers_to(write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b\0"}))
+    with pytest.raises(UserError, match=r"line 1 has the token id 233, and model.vocab_size is 128"):
+        answers_to(write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "é"}))
     with pytest.raises(UserError, match=r"line 1 has 3 \+ 10 tokens, more than model.max_sequence_length = 12"):
         answers_to(write(tmp_path / "x.jsonl", {"prompt": "abc", "completion": 10 * "a"}))

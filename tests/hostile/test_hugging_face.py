@@ -23,7 +23,7 @@ from tests.hostile.test_data_files import mutated, swapped
 from tests.slow import examples
 from w1train import convert
 from w1train.config.errors import UserError
-from w1train.conversion.export import _tokenizer_files
+from w1train.conversion.exported_tokenizer import write_tokenizer
 from w1train.conversion.families import model_from_config, read_config
 from w1train.conversion.sources import LARGEST_HEADER, SafetensorsDirectory
 
@@ -104,7 +104,7 @@ def test_nothing_of_a_directory_is_executed(directory, tmp_path, capsys):
 def test_an_export_names_no_code_of_others(directory, tmp_path):
     settings_file = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["somebody/evil--evil.Tokenizer", None]}}
     (directory / "tokenizer_config.json").write_bytes(as_json(settings_file))
-    _tokenizer_files(directory / "tokenizer.json", directory / "tokenizer.json", tmp_path)
+    write_tokenizer(directory / "tokenizer.json", directory / "tokenizer.json", tmp_path, 1 << 20)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T"}
 
 
@@ -118,7 +118,7 @@ def test_an_export_has_no_files_from_elsewhere(directory, tmp_path, caplog):
         file.truncate((16 << 20) + 1)
     exported = tmp_path / "exported"
     exported.mkdir()
-    _tokenizer_files(directory / "tokenizer.json", directory / "tokenizer.json", exported)
+    write_tokenizer(directory / "tokenizer.json", directory / "tokenizer.json", exported, 1 << 20)
     assert sorted(path.name for path in exported.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     assert "secret" not in (exported / "tokenizer_config.json").read_text()
     assert caplog.text.count("is left out of the export") == 4
@@ -134,7 +134,7 @@ def test_an_export_follows_the_links_of_the_hub_cache(directory, tmp_path, outsi
         blobs.symlink_to(tmp_path / "secrets")
     (blobs / "abcd").write_text("{{ messages }}")
     (snapshot / "chat_template.jinja").symlink_to("../../blobs/abcd")
-    _tokenizer_files(directory / "tokenizer.json", snapshot / "tokenizer.json", exported)
+    write_tokenizer(directory / "tokenizer.json", snapshot / "tokenizer.json", exported, 1 << 20)
     assert (exported / "chat_template.jinja").exists() == (not outside)
     assert outside or (exported / "chat_template.jinja").read_text() == "{{ messages }}"
 

@@ -177,6 +177,14 @@ def test_long_lines_tabs_and_markup_are_printed_as_they_are(sample):
     assert out.count("\n") == 1
 
 
+def test_a_prompt_with_an_id_that_the_model_does_not_have(sample):
+    model = FakeModel()
+    model.config.model.vocab_size = ord("b")
+    status, _, error = sample("--prompt", "ab", model=model)
+    assert status != 0
+    assert "prompt 0 has the token id 98, and model.vocab_size is 98" in error
+
+
 def test_json_names_the_newest_checkpoint(sample):
     assert json.loads(sample("--json")[1])["checkpoint"] == 90
 

@@ -5,9 +5,15 @@ python -m w1train.data.build_packing data/train --sequence-length 4096
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../../..")
+
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from w1train.config.errors import UserError

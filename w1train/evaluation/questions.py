@@ -116,7 +116,7 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
     also reads a prompt that was tokenized alone.
 
     Raises:
-        UserError: a text is too long for the model, or has mask tokens.
+        UserError: a text is too long for the model, or has mask tokens or ids that are outside model.vocab_size.
     """
     pairs = [_tokenize(model, question, choice) for question in questions for choice in question.choices]
     scores = log_likelihoods(
@@ -140,6 +140,11 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
 def _tokenize(model: InferenceModel, question: Question, choice: str) -> Pair:
     pair = Pair(tuple(model.tokenizer.encode(question.prompt)), tuple(model.tokenizer.encode(choice)))
     limit, mask = model.config.model.max_sequence_length, model.config.diffusion.mask_token_id
+    if max(pair.tokens, default=0) >= (vocab_size := model.config.model.vocab_size):
+        raise UserError(
+            f"line {question.line} has the token id {max(pair.tokens)}, and model.vocab_size is {vocab_size}: the tokenizer is not that of "
+            "the model"
+        )
     if mask in pair.tokens:
         raise UserError(f"line {question.line} has the mask token ({mask}) in its text; only clean text can be scored")
     if len(pair.tokens) > limit:

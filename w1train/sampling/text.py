@@ -56,10 +56,11 @@ def sample_texts(
         model, device, on_step: as in w1train.sampling.denoise.generate.
 
     Raises:
-        UserError: settings cannot work, or a prompt is too long for a completion within model.max_sequence_length.
+        UserError: settings cannot work, a prompt is too long for a completion within model.max_sequence_length, or it has an id that is
+            outside model.vocab_size.
     """
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
-    _check_lengths(prompt_tokens, config)
+    _check_prompts(prompt_tokens, config)
     generation = generate(
         model,
         prompt_tokens,
@@ -78,9 +79,13 @@ def sample_texts(
     ]
 
 
-def _check_lengths(prompt_tokens: list[list[int]], config: Config) -> None:
-    num_tokens, limit = config.sampling.num_tokens, config.model.max_sequence_length
+def _check_prompts(prompt_tokens: list[list[int]], config: Config) -> None:
+    num_tokens, limit, vocab_size = config.sampling.num_tokens, config.model.max_sequence_length, config.model.vocab_size
     for row, tokens in enumerate(prompt_tokens):
+        if max(tokens, default=0) >= vocab_size:
+            raise UserError(
+                f"prompt {row} has the token id {max(tokens)}, and model.vocab_size is {vocab_size}: the tokenizer is not that of the model"
+            )
         if len(tokens) + num_tokens > limit:
             raise UserError(
                 f"prompt {row} has {len(tokens)} tokens and sampling.num_tokens is {num_tokens}, which together is more than "

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, read_bounded, shorten
+from w1train.data.tokenizers.long_runs import LongRuns
 from w1train.data.tokenizers.tokenizer_growth import largest_growth
 from w1train.runtime.files import write_bytes
 
@@ -66,14 +67,18 @@ class Tokenizer:
         self.serialized: bytes = serialized
         """The content of the tokenizer.json."""
         self._origin = origin
-        self._backend, self._growth, self._decoded_growth = _parse(serialized, origin)
+        content = parse_tokenizer_json(serialized, origin)
+        self._stated_ids: dict[str, int] = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        self._backend, self._growth, self._decoded_growth = _parse(content, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
         """SHA-256 of the file: two tokenizers are the same if and only if their files are."""
-        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        """Number of ids. The model's vocabulary may be larger, but never smaller."""
+        self.vocab_size: int = max(self.ids_by_token().values(), default=-1) + 1
+        """The largest id plus 1. There may be fewer tokens, because an id below it need not have a token. The model's vocabulary may be
+        larger, but never smaller."""
         self.pad_token_id: int = self._special_token_id(PAD_TOKEN)
         self.eos_token_id: int = self._special_token_id(EOS_TOKEN)
         self.mask_token_id: int = self._special_token_id(MASK_TOKEN)
+        self._require_own_ids()
         self._try()
 
     @classmethod
@@ -83,7 +88,9 @@ class Tokenizer:
         Raises:
             TokenizerError: if the file does not exist, or is not a tokenizer with the special tokens that w1train needs.
         """
-        return cls(read_tokenizer_file(Path(path)), origin=str(path))
+        tokenizer = cls(read_tokenizer_file(Path(path)), origin=str(path))
+        tokenizer._warn_of_other_ids()
+        return tokenizer
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, completely or not at all. The file has the fingerprint of this object."""
@@ -115,7 +122,8 @@ class Tokenizer:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Return the text of the ids. Special tokens appear by their names (``<mask>``) or are left out; broken UTF-8 appears as U+FFFD.
+        """Return the text of the ids. Special tokens appear by their names (``<mask>``) or are left out. Broken UTF-8 appears as U+FFFD,
+        and an id without a token gives no text.
 
         Raises:
             TokenizerError: an id is outside the vocabulary, or the text may become too long.
@@ -124,22 +132,25 @@ class Tokenizer:
         outside = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         if outside is not None:
             # The library would leave such ids out without an error.
-            raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} ({self.vocab_size} ids)")
+            raise TokenizerError(f"token id {outside} is outside the vocabulary of {self._origin} (ids 0 to {self.vocab_size - 1})")
         self._require_room_for_tokens(ids)
         with _panics_of(self._origin):
             return self._backend.decode(ids, skip_special_tokens=skip_special)
 
+    def ids_by_token(self) -> dict[str, int]:
+        """Return the id of each token, in the spelling of the file. Special tokens and other added tokens are included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def num_bytes_by_token(self) -> NDArray[np.int64] | None:
-        """Return how many bytes of UTF-8 each id stands for, int64 [number of ids]; None if the tokenizer is not a byte-level tokenizer.
+        """Return how many bytes of UTF-8 each id stands for, int64 [vocab_size]; None if the tokenizer is not a byte-level tokenizer.
 
         The numbers are exact, since every character of a byte-level token is one byte of the text. Special tokens, and ids without a token,
         have 0 bytes.
         """
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        num_bytes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-        for token, token_id in vocabulary.items():
+        num_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, token_id in self.ids_by_token().items():
             if token_id in added:
                 num_bytes[token_id] = 0 if added[token_id].special else len(token.encode("utf-8"))
             elif alphabet.issuperset(token):
@@ -165,6 +176,30 @@ class Tokenizer:
             raise TokenizerError(
                 f"{len(ids)} tokens of {num_characters} characters are too many: the decoder of tokenizer {self._origin} may make "
                 f"{self._decoded_growth} characters of each, and at most {LARGEST_DECODED} are supported"
+            )
+
+    def _require_own_ids(self) -> None:
+        """Raise TokenizerError where <pad>, <eos> or <mask> has the id of another token: documents would contain it where they do not end,
+        or would look masked."""
+        own = {self.pad_token_id: PAD_TOKEN, self.eos_token_id: EOS_TOKEN, self.mask_token_id: MASK_TOKEN}
+        for token, token_id in self.ids_by_token().items():
+            if own.get(token_id, token) != token:
+                raise TokenizerError(
+                    f"tokenizer {self._origin} gives {own[token_id]} and the token {shorten(token)} the same id, {token_id}; "
+                    f"{PAD_TOKEN}, {EOS_TOKEN} and {MASK_TOKEN} need ids of their own"
+                )
+
+    def _warn_of_other_ids(self) -> None:
+        """Warn if the file states an id that the library does not use. For an added token that is outside the model's vocabulary, the
+        library chooses the id itself."""
+        used = self.ids_by_token()
+        other = {token: number for token, number in self._stated_ids.items() if used.get(token) != number}
+        if other:
+            token, number = next(iter(other.items()))
+            logger.warning(
+                "tokenizer %s states the id %d for %s, but the tokenizers library gives this token the id %s (tokens with another id: %d); "
+                "data_tools.import_tokenizer writes a tokenizer.json that keeps the stated ids",
+                *(self._origin, number, shorten(token), used.get(token), len(other)),
             )
 
     def _try(self) -> None:
@@ -235,12 +270,15 @@ def _panics_of(origin: str) -> Iterator[None]:
         # Each extension module makes this class anew, and no module exports it.
         if type(error).__name__ != "PanicException":
             raise
+        # The library's regular expressions give up after ten million attempts, and some make an attempt for each blank of a run.
+        if "retry-limit" in str(error):
+            reason = "a text has a run of millions of blanks, which is too long for its regular expressions; cut the text"
+            raise TokenizerError(f"tokenizer {origin} cannot encode a text: {reason} ({error})") from error
         raise TokenizerError(f"tokenizer {origin} cannot be used: {error}") from error
 
 
-def _parse(serialized: bytes, origin: str) -> tuple[BackendTokenizer, int, int]:
+def _parse(content: dict[str, Any], origin: str) -> tuple[BackendTokenizer, int, int]:
     """Return the library's tokenizer, and how many characters its steps may make of one when they encode and when they decode."""
-    content = parse_tokenizer_json(serialized, origin)
     try:
         encoding, decoding = largest_growth(content)
     except ValueError as error:
@@ -266,6 +304,9 @@ def train_tokenizer(
     whitespace: Literal["runs", "lines"] = "runs",
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer. The same texts in the same order give the same file.
+
+    A run of more than LONGEST_RUN letters and digits, of white space or of other characters is cut for the training (long_runs.py), and
+    the log says it.
 
     Args:
         digits: pieces of a number: each digit, up to three digits from the left (Llama 3), or the whole number with a leading space
@@ -305,7 +346,7 @@ def train_tokenizer(
     first_text = next(texts, None)
     if first_text is None:
         raise TokenizerError("no text to train a tokenizer on")
-    backend.train_from_iterator(chain([first_text], texts), trainer)
+    backend.train_from_iterator(LongRuns().cut(chain([first_text], texts)), trainer)
     serialized = backend.to_str(pretty=True)
     if mask_is_apart:
         serialized = _insert_mask(serialized, mask_token_id)

@@ -1,0 +1,171 @@
+"""The tokenizer of an export, with the settings that transformers keeps beside tokenizer.json.
+
+transformers adds a token for each name in the settings that tokenizer.json does not have. Such a token gets an id that the model has no row
+for, or the id of another token. The settings therefore name only tokens that exist, and files that name others are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from w1train.config.errors import listing
+from w1train.config.reading import LARGEST_JSON, parse_json_object, shorten
+from w1train.conversion.sources import find_inside
+from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
+from w1train.runtime.files import write_bytes, write_text
+from w1train.runtime.names import is_plain_name, open_inside
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = "tokenizer_config.json"
+_COMPANIONS = (_SETTINGS, "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+_ROLES = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
+"""The names of w1train's special tokens, by their names in the settings of transformers."""
+_MARKER = re.compile(r"<\|[^|<>\s]+\|>")
+"""The usual spelling of special tokens in the templates of chats."""
+
+
+def write_tokenizer(copy: Path, original: Path, output: Path, vocab_size: int) -> dict[str, Any]:
+    """Write the tokenizer and the settings that transformers keeps with it, and return the ids of its special tokens for config.json.
+
+    Args:
+        copy: the run's own copy of the tokenizer, because the original may be on another machine.
+        original: the file that the run's configuration names; settings in its directory are copied.
+        vocab_size: number of rows of the model. The settings do not name special tokens without a row.
+    """
+    path = next((path for path in (copy, original) if path.is_file()), None)
+    if path is None:
+        logger.warning("the run's tokenizer is neither %s nor %s: the export has no tokenizer", copy, original)
+        return {}
+    tokenizer = Tokenizer.load(path)
+    tokenizer.save(output / "tokenizer.json")
+    ids = _ids_with_rows(tokenizer, vocab_size)
+    if not original.parent.is_dir():
+        logger.warning("%s does not exist: the export gets default settings of the tokenizer", original.parent)
+    for name in _COMPANIONS:
+        copy_companion(original.parent, name, output, ids)
+    if not (output / _SETTINGS).is_file():
+        tokens = {role: token for role, token in _ROLES.items() if token in ids}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+        write_text(output / _SETTINGS, json.dumps(settings, indent=2) + "\n")
+    return {f"{role}_id": ids[_ROLES[role]] for role in ("eos_token", "pad_token") if _ROLES[role] in ids}
+
+
+def _ids_with_rows(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
+    """Return the ids of the tokens that the model has rows for, and warn of the others."""
+    ids = tokenizer.ids_by_token()
+    without = sorted((number, token) for token, number in ids.items() if number >= vocab_size)
+    if without:
+        logger.warning(
+            "%d tokens of the tokenizer have no row in the model of %d rows (the first is %s with the id %d), and the export's settings do "
+            "not name them",
+            *(len(without), vocab_size, shorten(without[0][1]), without[0][0]),
+        )
+    return {token: number for token, number in ids.items() if number < vocab_size}
+
+
+def copy_companion(directory: Path, name: str, output: Path, ids: Mapping[str, int]) -> None:
+    """Copy a file from the directory of a tokenizer, if the file exists and does not contradict the tokenizer, without its auto_map.
+
+    An auto_map names code, even of other repositories, which transformers would run for users who trust this export's own code.
+    The directory's name comes from a config.yaml that somebody else may have written, and exports are published: a file that is too large,
+    or a link to a file in another directory, is left out with a warning.
+
+    Args:
+        ids: the id of each token of the exported tokenizer.
+    """
+    path = directory / name
+    content = _read_companion(directory, name)
+    if content is None:
+        return
+    if path.suffix == ".json":
+        settings = parse_json_object(content, f"{path} has no settings of a tokenizer")
+        contradictions = [*_of_tokens(settings, ids), *_of_ids(settings, ids)]
+        if settings.pop("auto_map", None) is not None:
+            logger.warning("%s: its auto_map, which names code to run, is left out of the export", path)
+            content = (json.dumps(settings, indent=2) + "\n").encode("utf-8")
+    else:
+        contradictions = list(_of_template(content.decode("utf-8", errors="replace"), ids))
+    if contradictions:
+        shown = listing(contradictions[:3])
+        logger.warning("%s is left out of the export, because it contradicts tokenizer.json: %s", path, shown)
+        return
+    write_bytes(output / name, content)
+
+
+def _of_tokens(settings: dict[str, Any], ids: Mapping[str, int]) -> Iterator[str]:
+    """Yield how tokens that the settings name contradict the tokenizer: they do not exist, or have another id or another role."""
+    for key, value in _named_tokens(settings):
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str):
+            continue
+        if token not in ids:
+            yield f"{key} is {shorten(token)}, which is not a token of the model"
+        elif key.isdecimal() and ids[token] != int(key):
+            yield f"{shorten(token)} has the id {key} there, and {ids[token]} in tokenizer.json"
+        elif (own := _ROLES.get(key)) in ids and token != own:
+            yield f"{key} is {shorten(token)}, and {own} in tokenizer.json"
+    yield from _of_template(json.dumps(settings.get("chat_template"), ensure_ascii=False), ids)
+
+
+def _named_tokens(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield each token of the settings, a text or an object with its content, with its key or its id."""
+    for key, value in settings.items():
+        if key.endswith("_token") or key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            for name, token in value.items() if isinstance(value, dict) and "content" not in value else [(key, value)]:
+                yield from ((name, each) for each in (token if isinstance(token, list) else [token]))
+
+
+def _of_ids(settings: dict[str, Any], ids: Mapping[str, int]) -> Iterator[str]:
+    """Yield how ids such as eos_token_id, which may be a list, contradict the tokenizer."""
+    known = set(ids.values())
+    for key, value in settings.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not key.endswith("_token_id") or value is None:
+            continue
+        own = ids.get(_ROLES.get(key.removesuffix("_id"), ""))
+        if own is not None and own not in numbers:
+            yield f"{key} is {shorten(value)}, and {own} in tokenizer.json"
+        elif unknown := [number for number in numbers if type(number) is not int or number not in known]:
+            yield f"{key} is {shorten(value)}, and the tokenizer has no token {shorten(unknown[0])}"
+
+
+def _of_template(template: str, ids: Mapping[str, int]) -> Iterator[str]:
+    """Yield the special tokens that the template of a chat writes and the tokenizer does not have."""
+    yield from (f"it writes {token}, which is not a token of the model" for token in sorted({*_MARKER.findall(template)} - ids.keys()))
+
+
+def _read_companion(directory: Path, name: str) -> bytes | None:
+    """Return the content of a file; None if it does not exist, or cannot be exported, which the log says."""
+    path = directory / name
+    try:
+        with _open_companion(directory, name) as file:
+            content = file.read(LARGEST_JSON + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning(
+            "%s is left out of the export: it is a link to a file elsewhere, or cannot be read (%s)", path, error.strerror or error
+        )
+        return None
+    if len(content) > LARGEST_JSON:
+        logger.warning("%s is left out of the export: it has more than %d bytes", path, LARGEST_JSON)
+        return None
+    return content
+
+
+def _open_companion(directory: Path, name: str) -> BufferedReader:
+    """Open a regular file of a directory. Links of the cache of huggingface_hub are followed, as for weights (w1train.conversion.sources).
+
+    Raises:
+        OSError: the file does not exist, cannot be read, is another link or is not a regular file.
+    """
+    if (target := find_inside(directory, name)) is not None and is_plain_name(target.name):
+        return open_inside(target.parent, target.name)
+    return open_inside(directory, name)
