@@ -1,5 +1,9 @@
-"""The command that generates text with a trained run: ``python -m w1train.sample RUN --prompt "def main" --temperature 0.7``.
+"""The command that generates text with a trained run.
 
+    python -m w1train.sample RUN --prompt "def main" --temperature 0.7
+    python -m w1train.sample RUN --prompt "def main(" --suffix "return 0"
+
+With --suffix, the text is filled in between the prompt and the suffix.
 Options that are not given have the values of the run's sampling configuration.
 """
 
@@ -78,7 +82,8 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
         config = replace(model.config, sampling=_override(model.config.sampling, args))
         if args.steps is not None and config.sampling.threshold is not None:
             print("--steps is not used: with a threshold, steps run until each block is full", file=sys.stderr)
-        samples, speed = _sample(model, config, show_steps=args.show_steps)
+        suffixes = _suffixes(args.suffix, len(config.sampling.prompts))
+        samples, speed = _sample(model, config, suffixes, show_steps=args.show_steps)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -108,16 +113,27 @@ class Speed:
         )
 
 
-def _sample(model: InferenceModel, config: Config, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
+def _suffixes(given: list[str] | None, num_prompts: int) -> list[str] | None:
+    """Return the suffix of each prompt, of which one stands for all; None if the text does not end with suffixes."""
+    if given is None or len(given) == num_prompts:
+        return given
+    if len(given) > 1:
+        raise UserError(f"there are {len(given)} texts with --suffix for {num_prompts} prompts; give one for each prompt, or one for all")
+    return given * num_prompts
+
+
+def _sample(model: InferenceModel, config: Config, suffixes: list[str] | None, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
     view = DenoisingView(_console(), model.tokenizer, config.sampling.num_tokens) if show_steps else None
     predict = model.blocks or model.predict
     started = time.perf_counter()
     with view or nullcontext():
-        samples = sample_texts(predict, model.tokenizer, config.sampling.prompts, config, device=model.device, on_step=view)
+        samples = sample_texts(
+            predict, model.tokenizer, config.sampling.prompts, config, device=model.device, suffixes=suffixes, on_step=view
+        )
     seconds = time.perf_counter() - started
     num_tokens = sum(len(sample.tokens) for sample in samples)
     num_passes = sum(sample.num_forward_passes for sample in samples)
-    return samples, Speed(num_tokens, seconds, num_tokens / seconds, num_tokens / num_passes)
+    return samples, Speed(num_tokens, seconds, num_tokens / seconds, num_tokens / max(num_passes, 1))
 
 
 def checkpoint_name(text: str) -> int | str:
@@ -185,6 +201,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     prompt_help = "text that the model continues; repeat the option for several texts; an empty text = without a prompt"
     parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help=prompt_help)
+    suffix_help = (
+        "text after the generated tokens, which are filled in between prompt and suffix; once for all prompts, or once for each prompt; "
+        "not with block diffusion, where a block does not see later blocks"
+    )
+    parser.add_argument("--suffix", action="append", type=text_argument, metavar="TEXT", help=suffix_help)
     parser.add_argument("--num-tokens", type=int, metavar="N", help="tokens to generate after the prompt")
     parser.add_argument("--steps", type=int, metavar="N", help="number of denoising steps of all blocks together")
     parser.add_argument(

@@ -174,6 +174,16 @@ def test_divisors_of_an_enormous_number_are_found_soon(make_config: MakeConfig, 
         ({"diffusion.noisy_attention": "causal"}, "diffusion.noisy_attention", "below data.sequence_length (64)"),
         ({"diffusion.autoregressive_weight": 1.0, "diffusion.block_size": 16}, "diffusion.clean_attention", "token_causal"),
         (
+            {
+                "diffusion.autoregressive_weight": 1.0,
+                "diffusion.block_size": 16,
+                "diffusion.clean_attention": "token_causal",
+                "diffusion.normalizer": "samples",
+            },
+            "diffusion.normalizer",
+            "tokens or masked_tokens",
+        ),
+        (
             {"diffusion.autoregressive_weight": 1.0, "diffusion.clean_attention": "token_causal"},
             "diffusion.autoregressive_weight",
             "a diffusion.block_size below",

@@ -13,6 +13,7 @@ from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
 from w1train.objectives import objective
+from w1train.objectives.loss_rows import loss_rows
 from w1train.objectives.named_sums import NamedSums, scalars_first, size_of
 from w1train.objectives.objective import NORMALIZERS, objective_of
 from w1train.objectives.weights import WEIGHTS
@@ -61,6 +62,46 @@ def test_weights_and_normalizers():
             assert found["mask_ratio"] == pytest.approx(num_masked / num_tokens)
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"shift": True}, {"objective": "autoregressive"}, {"weight": "constant", "complementary": True}], ids=str
+)
+def test_a_cut_sample_weighs_as_much_as_a_whole_one(given):
+    """Algorithm 1 of LLaDA (arXiv 2502.09992): the mean over samples of -1 / (t L) * sum of log p, with L the tokens of each sample."""
+    config = DiffusionConfig(normalizer="samples", random_length_probability=0.5, num_strata=8, **given)
+    batch = packed_batch(range(12))
+    batch.may_be_noised[4] = False  # a sample without a target is no part of the mean
+    noisy = corrupt(batch, config, seed=3)
+    cross_entropy = torch.rand(noisy.input_ids.shape)
+    weights = objective_of(DiffusionConfig(**given), NUM_BINS).weights(noisy)
+    means = [
+        float((cross_entropy[row] * weights[row])[noisy.loss_mask[row]].double().sum()) / int(noisy.has_target[row].sum())
+        for row in range(12)
+        if noisy.has_target[row].any()
+    ]
+    assert len(means) == 11 or "shift" in given or "objective" in given
+    assert len({int(count) for count in noisy.has_target.sum(dim=1)}) > 3, "samples are of several lengths"
+    _, whole = loss(cross_entropy[noisy.loss_mask], noisy, config)
+    assert metrics(whole, config)["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
+    assert "num_samples" not in objective_of(DiffusionConfig(**given), NUM_BINS).layout, "last bits of other losses would change"
+
+
+def test_samples_are_counted_once_where_ranks_share_their_positions():
+    """Parts of the positions and parts of the samples, as context- and data-parallel ranks have them."""
+    config = DiffusionConfig(normalizer="samples", random_length_probability=0.5, num_strata=8)
+    noisy = corrupt(packed_batch(range(12)), config, seed=2)
+    objective = objective_of(config, NUM_BINS)
+    weights, cross_entropy = objective.weights(noisy), torch.rand(noisy.input_ids.shape)
+    _, whole = loss(cross_entropy[noisy.loss_mask], noisy, config)
+    assert int(whole["num_samples"]) == 12
+    total = torch.zeros_like(whole.values)
+    for first in range(3):
+        positions = torch.arange(first, noisy.input_ids.shape[1], 3).expand(12, -1)
+        part = noisy.at(positions)
+        values = cross_entropy.gather(1, positions)[part.loss_mask]
+        total += objective.loss(values, loss_rows(part, weights.gather(1, positions)))[1].values
+    torch.testing.assert_close(total, whole.values, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("timestep", "place"), [(0.05, 0), (0.25, 2), (0.95, 9), (1.0, 9)])
 def test_loss_by_t_puts_each_token_in_its_bin(timestep, place):
     config = DiffusionConfig(random_length_probability=0.0)
@@ -101,7 +142,8 @@ def test_every_weight_and_normalizer_of_the_configuration_is_registered():
     names = {field.name: get_args(get_type_hints(DiffusionConfig)[field.name]) for field in fields(DiffusionConfig)}
     assert set(WEIGHTS) == set(names["weight"])
     assert set(NORMALIZERS) == set(names["normalizer"])
-    assert set(NORMALIZERS.values()) <= objective_of(DiffusionConfig(), NUM_BINS).layout.keys()
+    for name, count in NORMALIZERS.items():
+        assert count in objective_of(DiffusionConfig(normalizer=name), NUM_BINS).layout
 
 
 @pytest.mark.parametrize("timestep_per", ["sequence", "document", "block"])
@@ -145,10 +187,11 @@ def test_joint_loss_adds_the_clean_streams_next_tokens():
 
 def test_the_elbo_is_the_processs_whatever_is_trained():
     """Beside each weight and normaliser the same number, bit for bit."""
-    noisy = corrupt(packed_batch(range(6)), DiffusionConfig(timestep_per="document"), seed=1)
-    cross_entropy = torch.rand(int(noisy.loss_mask.sum()))
     options = [{"weight": weight} for weight in WEIGHTS] + [{"normalizer": normalizer} for normalizer in NORMALIZERS]
-    elbos = {metrics(loss(cross_entropy, noisy, config)[1], config)["elbo"] for config in (DiffusionConfig(**given) for given in options)}
+    configs = [DiffusionConfig(timestep_per="document", **given) for given in options]
+    *_, noisy = batches = [corrupt(packed_batch(range(6)), config, seed=1) for config in configs]
+    cross_entropy = torch.rand(int(noisy.loss_mask.sum()))
+    elbos = {metrics(loss(cross_entropy, each, config)[1], config)["elbo"] for each, config in zip(batches, configs, strict=True)}
     expected = (cross_entropy.double() * (1.0 / noisy.target_timesteps[noisy.loss_mask].double())).sum() / int(noisy.num_tokens)
     assert elbos == {float(expected)}
 

@@ -28,7 +28,10 @@ def _expected(config, model):
     cross_entropy = torch.nn.functional.cross_entropy(logits, noisy.targets[noisy.loss_mask], reduction="none")
     timesteps = noisy.target_timesteps[noisy.loss_mask]
     weights = {"inverse_t": 1 / timesteps, "constant": torch.ones_like(timesteps)}[config.diffusion.weight]
-    count = {"tokens": (noisy.document_ids >= 0).sum(), "masked_tokens": noisy.loss_mask.sum()}[config.diffusion.normalizer]
+    real = noisy.document_ids >= 0
+    if config.diffusion.normalizer == "samples":
+        weights = weights / real.sum(dim=1, keepdim=True).expand_as(real)[noisy.loss_mask]
+    count = {"tokens": real.sum(), "masked_tokens": noisy.loss_mask.sum(), "samples": len(real)}[config.diffusion.normalizer]
     names, parameters = zip(*global_named_parameters(stage), strict=True)
     gradients = torch.autograd.grad((cross_entropy * weights).sum() / count, parameters)
     return dict(zip(names, gradients, strict=True))
@@ -56,7 +59,7 @@ def _measure(_rank, _size, config):
 
 
 @pytest.mark.parametrize("data_parallel", [1, 2])
-@pytest.mark.parametrize(("weight", "normalizer"), [("inverse_t", "tokens"), ("constant", "masked_tokens")])
+@pytest.mark.parametrize(("weight", "normalizer"), [("inverse_t", "tokens"), ("constant", "masked_tokens"), ("inverse_t", "samples")])
 def test_is_that_of_the_objective_over_the_global_batch(weight, normalizer, data_parallel):
     """With samples cut to random lengths, so that no two micro-batches count alike."""
     config = tiny_config(

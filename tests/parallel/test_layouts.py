@@ -28,7 +28,14 @@ OBJECTIVES = {
     "annealed": {"attention_annealing": "extent", "annealing_tokens": 1000, "shift": True, "mask_embedding_noise": 0.5},
     "shifted-pairs": {"block_size": 4, "shift": True, "complementary": True, "weight": "inverse_fraction", "mask_embedding_noise": 0.5},
     "joint": {"block_size": 4, "clean_attention": "token_causal", "autoregressive_weight": 0.5, "normalizer": "masked_tokens"},
-    "causal-blocks": {"block_size": 4, "clean_attention": "token_causal", "noisy_attention": "causal", "timestep_per": "document"},
+    "causal-blocks": {
+        "block_size": 4,
+        "clean_attention": "token_causal",
+        "noisy_attention": "causal",
+        "timestep_per": "document",
+        "normalizer": "samples",
+        "random_length_probability": 0.5,
+    },
 }
 
 

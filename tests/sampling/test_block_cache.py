@@ -97,6 +97,7 @@ VARIANTS = [
     {"diffusion": {"clean_attention": "token_causal"}},
     {"diffusion": {"clean_attention": "token_causal", "noisy_attention": "causal"}},
     {"diffusion": {"noisy_attention": "causal"}},
+    {"diffusion": {"block_index": "sample"}},
 ]
 
 

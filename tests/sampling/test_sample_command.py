@@ -208,14 +208,15 @@ def test_json(sample, run_dir):
             "remasking": "random",
             "seed": 5,
         },
-        "samples": [{"prompt": "abc", "text": "defghijk", "tokens": list(b"defghijk"), "num_forward_passes": 4}],
+        "samples": [{"prompt": "abc", "text": "defghijk", "tokens": list(b"defghijk"), "num_forward_passes": 4, "suffix": ""}],
     }
 
 
 def test_the_text_ends_at_eos(sample):
     status, out, _ = sample("--json", model=FakeModel(predict=with_eos_at(6)))
     assert status == 0
-    assert json.loads(out)["samples"] == [{"prompt": "abc", "text": "def", "tokens": list(b"def"), "num_forward_passes": 4}]
+    expected = {"prompt": "abc", "text": "def", "tokens": list(b"def"), "num_forward_passes": 4, "suffix": ""}
+    assert json.loads(out)["samples"] == [expected]
 
 
 def test_block_size_zero_undoes_the_runs_blocks(sample):
@@ -248,12 +249,15 @@ def test_on_a_terminal_the_canvas_is_drawn_in_place_and_styled():
     console = Console(file=stream, force_terminal=True, width=60, height=20, color_system="standard", legacy_windows=False)
     with DenoisingView(console, ByteTokenizer(), num_tokens=4) as view:
         is_open = torch.tensor([[False, False, True, False, True, True]])
-        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([list(b"abxcyz")]), is_open))
-    print_samples(console, [TextSample("ab", "cd", list(b"cd"), 2)])
+        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([list(b"abxcyz")]), is_open, 2))
+        with_suffix = torch.nn.functional.pad(is_open, (0, 2))
+        view(DenoisingStep(2, 2, [0], 0.5, torch.tensor([list(b"abxcyzef")]), with_suffix, 2))
+    print_samples(console, [TextSample("ab", "cd", list(b"cd"), 2, "ef"), TextSample("ab", "cd", list(b"cd"), 2)])
     drawn = stream.getvalue()
     assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m" in drawn
+    assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m\x1b[1;36mef\x1b[0m" in drawn
     assert "\x1b[?25h" in drawn  # the cursor is back
-    assert drawn.endswith("\x1b[1;36mab\x1b[0mcd\n")
+    assert drawn.endswith("\x1b[1;36mab\x1b[0mcd\x1b[1;36mef\x1b[0m\n\n\x1b[1;36mab\x1b[0mcd\n")
 
 
 def test_control_bytes_of_the_model_do_not_reach_the_terminal():
@@ -316,3 +320,52 @@ def test_sample_texts_leaves_the_configuration_alone():
     [text] = sample_texts(model.predict, model.tokenizer, ["xyz"], model.config, device="cpu")
     assert text.text == "defghijk"
     assert model.config == before
+
+
+def test_a_suffix_is_filled_in_before(sample):
+    """Its five tokens are in the places after the generated ones, and none of them is generated again."""
+    assert sample("--prompt", "abc", "--suffix", "ijklm", "--num-tokens", "5", "--steps", "5")[:2] == (0, "abcdefghijklm\n")
+    shown = json.loads(sample("--json", "--prompt", "a", "--prompt", "ab", "--suffix", "xyz", "--num-tokens", "2")[1])["samples"]
+    assert [(each["prompt"], each["text"], each["suffix"]) for each in shown] == [("a", "bc", "xyz"), ("ab", "cd", "xyz")]
+    each_its_own = sample("--prompt", "a", "--suffix", "x", "--prompt", "ab", "--suffix", "yz", "--num-tokens", "2", "--steps", "1")
+    assert each_its_own[:2] == (0, "abcx\n\nabcdyz\n")
+
+
+def test_a_suffix_is_shown_at_each_step(sample):
+    out = sample("--prompt", "ab", "--suffix", "xyz", "--num-tokens", "2", "--steps", "2", "--show-steps")[1]
+    assert out.splitlines() == ["step 1/2  t = 0.286", "abc\u2591xyz", "step 2/2  t = 0.143", "abcdxyz", "abcdxyz"]
+
+
+def test_nothing_is_filled_in_where_no_token_is_asked_for(sample):
+    status, out, err = sample("--prompt", "ab", "--suffix", "xyz", "--num-tokens", "0")
+    assert (status, out) == (0, "abxyz\n")
+    assert "0 tokens in" in err
+    assert sample("--suffix", "", "--num-tokens", "0", model=FakeModel(blocks=AlphabetBlocks()))[:2] == (0, "abc\n")
+    assert sample("--num-tokens", "0")[0] == 2
+
+
+def test_an_empty_suffix_is_no_suffix(sample):
+    for arguments in (["--temperature", "1"], ["--num-tokens", "4", "--remasking", "random"]):
+        assert sample(*arguments, "--suffix", "")[:2] == sample(*arguments)[:2]
+    model = FakeModel(blocks=AlphabetBlocks())
+    assert sample("--suffix", "", model=model)[:2] == (0, "abcdefghijk\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suffix", "x", "--suffix", "y", "--suffix", "z", "--prompt", "a", "--prompt", "b"], "3 texts with --suffix for 2 prompts"),
+        (["--suffix", "x" * 22], "prompt 0 has 3 tokens, its suffix has 22 tokens and sampling.num_tokens is 8, which together"),
+    ],
+)
+def test_bad_suffixes(sample, arguments, message):
+    status, out, err = sample(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_blocks_do_not_see_a_suffix(sample):
+    status, out, err = sample("--suffix", "x", model=FakeModel(blocks=AlphabetBlocks()))
+    assert (status, out) == (2, "")
+    assert "blocks of 3 tokens, and a block does not see the blocks after it" in err

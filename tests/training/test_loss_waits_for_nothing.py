@@ -49,8 +49,9 @@ objectives = pytest.mark.parametrize(
         {},
         {"normalizer": "masked_tokens", "timestep_per": "document", "weight": "inverse_fraction"},
         {"block_size": 8, "autoregressive_weight": 0.5},
+        {"normalizer": "samples"},
     ],
-    ids=["masked", "by_document", "joint"],
+    ids=["masked", "by_document", "joint", "mean_of_samples"],
 )
 
 
@@ -71,7 +72,8 @@ def test_the_loss_is_computed_of_tensors_without_values(diffusion):
     """Tensors of the meta device refuse what no dispatched operation shows on a CPU: tolist, numpy, copies to the host."""
     config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
     inputs, targets, work = _prepare(_noisy(config), config)
-    rows = LossRows(**{entry.name: getattr(inputs.rows, entry.name).to("meta") for entry in fields(inputs.rows)})
+    values = {entry.name: getattr(inputs.rows, entry.name) for entry in fields(inputs.rows)}
+    rows = LossRows(**{name: value if value is None else value.to("meta") for name, value in values.items()})
     cross_entropy = torch.rand(len(targets), device="meta", requires_grad=True)
     weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), (cross_entropy,))
     weighted.backward()

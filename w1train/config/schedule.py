@@ -1,6 +1,6 @@
 """The learning rate as a pure function of consumed tokens: any number of stages (Warmup-Stable-Decay and similar schedules).
 
-LLaDA 8B's schedule (arXiv 2502.09992) is five stages: warmup to 4e-4, constant 4e-4 until 1.2T tokens, constant 1e-4
+LLaDA 8B's schedule (arXiv 2502.09992) is four stages: warmup to 4e-4, constant 4e-4 until 1.2T tokens, constant 1e-4
 for 0.8T, and linear to 1e-5 over the last 0.3T. The schedule counts tokens, not steps: it then means the same at every batch size,
 and a resumed run needs no scheduler state.
 """

@@ -33,7 +33,7 @@ from w1train.config.schema_operation import CheckpointConfig, HealthConfig, Logg
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
-LossNormalizer = Literal["tokens", "masked_tokens"]
+LossNormalizer = Literal["tokens", "masked_tokens", "samples"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,7 +167,8 @@ class DiffusionConfig:
 
     objective: str = "diffusion"
     """The noise process. diffusion: the model predicts masked tokens. autoregressive: every token predicts the next token of its document
-    from clean text under a causal mask; of the other fields only random_length_probability and exclude_mask_logit then have a meaning."""
+    from clean text under a causal mask; of the other fields only random_length_probability, exclude_mask_logit and normalizer then have a
+    meaning."""
     mask_token_id: NonNegativeInteger = 14
     """Vocabulary id of the mask token."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
@@ -180,7 +181,7 @@ class DiffusionConfig:
     """Tokens denoised together, with clean earlier blocks as context (two streams, [x_t ; x_0]); null = masked diffusion of
     whole documents (one stream)."""
     block_index: Literal["document", "sample"] = "document"
-    """Where the count of blocks starts: at each document, or at the sample (LLaDA2.0 eq. 3)."""
+    """Where the count of blocks starts: at each document, or at the sample (LLaDA2.0 eq. 3). Generated text counts from its own start."""
     clean_attention: Literal["block_causal", "token_causal"] = "block_causal"
     """What a clean token sees in its own block. block_causal: the whole block (BD3-LM, LLaDA2.0, SDAR). token_causal: only tokens before
     it, so that a finished block's keys and values are an autoregressive cache (Nemotron, I-DLM)."""
@@ -213,8 +214,9 @@ class DiffusionConfig:
     """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
     normalizer: LossNormalizer = "tokens"
-    """What the weighted sum over the global batch is divided by: the number of all tokens that can be predicted, or of the masked
-    tokens."""
+    """What the weighted sum over the global batch is divided by. tokens: the number of all tokens that can be predicted. masked_tokens: the
+    number of masked tokens. samples: each sample's sum is divided by the sample's own number of tokens that can be predicted, and the total
+    by the number of samples. A sample that is cut short then weighs as much as a whole sample (LLaDA's algorithm 1)."""
     autoregressive_weight: NonNegativeFloat = 0.0
     """Factor of the clean stream's next-token cross-entropies, which are added to the weighted sum before it is divided (Nemotron,
     I-DLM). A value above 0 needs two streams and clean_attention=token_causal. No token predicts a token of another document."""

@@ -13,12 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from w1train.checkpoints.manifest import read_progress
 from w1train.checkpoints.stored_size import require_stored
 from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
+from w1train.config.phases import stage_of_step
+from w1train.config.stages import at_stage
 from w1train.conversion.exported_tokenizer import write_tokenizer
 from w1train.conversion.families import CONFIG_FILE, STOCK, W1, config_of, family_problems, stock_family
 from w1train.conversion.filling import StoredModel, require_fit
+from w1train.conversion.output_meaning import meaning_of_outputs
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
@@ -54,6 +58,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         OSError: ``output`` cannot be written.
     """
     config = read_config(checkpoint)
+    config = at_stage(config, stage_of_step(config, read_progress(checkpoint).step))
     require_stored(checkpoint, config.model)
     source = CheckpointDirectory(checkpoint)
     require_fit(StoredModel(str(checkpoint), config.model, source, tuple(checkpoint_parameters(config.model))), config.model)
@@ -70,7 +75,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     parameters = list(hugging_face_parameters(config.model))
     entries = list(_entries(source, parameters))
     write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
-    special = write_tokenizer(run.tokenizer, Path(config.data.tokenizer), partial, config.model.vocab_size)
+    special = write_tokenizer(run.tokenizer, Path(config.data.tokenizer), partial, config.model.vocab_size) | meaning_of_outputs(config)
     if model_type == W1:
         special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
         for name in _REMOTE_CODE:
@@ -80,8 +85,12 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    if model_type != W1:
-        logger.warning("the stock class of %s attends causally, unlike a diffusion model: use this export only for its weights", model_type)
+    if model_type != W1 and special["process"] != "autoregressive":
+        logger.warning(
+            "the stock class of %s attends causally and takes each output as the next token's. This model's outputs are its own token's "
+            "unless config.json says shift, and see more: use this export only for its weights",
+            model_type,
+        )
     names = tuple(sorted(path.name for path in output.iterdir()))
     return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from w1train.config.errors import UserError, listing
 from w1train.config.field_types import field_ranges
-from w1train.config.reading import read_json_object, shorten
+from w1train.config.reading import is_number, read_json_object, shorten
 from w1train.config.schema import ModelConfig
 
 CONFIG_FILE = "config.json"
@@ -41,20 +40,21 @@ W1_FAMILY = Family("W1ForMaskedDiffusion")
 
 
 def _is_full_attention(layer_types: Any) -> bool:
-    return not layer_types or (isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types))
+    return isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
 
 
-# Keys that can make the files compute another function than this model. Each key has a test of whether a value is harmless, and the valid
-# values in words.
+# Keys that can make the files compute another function than this model. Each key has a test of whether a value is harmless (null always
+# is), and the valid values in words.
 _HARMLESS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "hidden_act": (lambda value: value in (None, "silu", "swish"), "silu"),
-    "attention_bias": (lambda value: not value, "false: here only queries, keys and values may have biases (Qwen2)"),
-    "mlp_bias": (lambda value: not value, "false"),
-    "use_sliding_window": (lambda value: not value, "false: attention sees whole documents"),
+    "hidden_act": (lambda value: value in ("silu", "swish"), "silu"),
+    "attention_bias": (lambda value: value is False, "false: here only queries, keys and values may have biases (Qwen2)"),
+    "mlp_bias": (lambda value: value is False, "false"),
+    "use_sliding_window": (lambda value: value is False, "false: attention sees whole documents"),
     "layer_types": (_is_full_attention, "full_attention in every layer"),
-    "partial_rotary_factor": (lambda value: value in (None, 1, 1.0), "1: all channels are rotated"),
-    "quantization_config": (lambda value: value is None, "absent: weights in float32, bfloat16 or float16"),
+    "partial_rotary_factor": (lambda value: is_number(value) and value == 1, "1: all channels are rotated"),
+    "quantization_config": (lambda value: False, "absent: weights in float32, bfloat16 or float16"),
 }
+_RANGES = field_ranges(ModelConfig)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -77,42 +77,33 @@ def model_from_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
         origin: the name of the file or directory, for messages.
 
     Raises:
-        UserError: the architecture is unknown, or fields have values that this model cannot represent; all of them are named.
+        UserError: the architecture is unknown, or keys have values that this model cannot represent. Each of these keys is named once.
     """
     family = _family(config, origin)
     values = _Values(config)
-    for key, (is_harmless, valid) in _HARMLESS.items():
-        if not is_harmless(value := config.get(key, values.rope.get(key))):
-            values.problems.append(f"{key} is {shorten(value)}; supported: {valid}")
-    num_heads, hidden_size = values.integer("num_attention_heads"), values.integer("hidden_size")
+    values.require_harmless()
+    num_heads, hidden_size = values.integer("num_attention_heads", "num_attention_heads"), values.integer("hidden_size", "hidden_size")
     of_own_export = config.get("model_type") == W1
     fields = {
-        "vocab_size": values.integer("vocab_size"),
-        "num_layers": values.integer("num_hidden_layers"),
+        "vocab_size": values.integer("vocab_size", "vocab_size"),
+        "num_layers": values.integer("num_hidden_layers", "num_layers"),
         "hidden_size": hidden_size,
         "num_attention_heads": num_heads,
-        "num_query_groups": values.integer("num_key_value_heads", num_heads),
-        "kv_channels": values.integer("head_dim", family.head_dim or hidden_size // max(num_heads, 1)),
-        "ffn_hidden_size": values.integer("intermediate_size"),
-        "max_sequence_length": values.integer("max_position_embeddings", 2048),
-        "rope_base": values.number("rope_theta", 10000.0),
+        "num_query_groups": values.integer("num_key_value_heads", "num_query_groups", num_heads),
+        "kv_channels": values.head_dim(family.head_dim, hidden_size, num_heads),
+        "ffn_hidden_size": values.integer("intermediate_size", "ffn_hidden_size"),
+        "max_sequence_length": values.integer("max_position_embeddings", "max_sequence_length", 2048),
+        "rope_base": values.rope_base(),
         **values.rope_scaling(),
-        "norm_epsilon": values.number("rms_norm_eps", 1e-6),
+        "norm_epsilon": values.number("rms_norm_eps", "norm_epsilon", 1e-6),
         "qk_norm": values.flag("qk_norm", family.qk_norm),
         "qkv_bias": values.flag("qkv_bias", family.qkv_bias),
         "tie_embeddings": values.flag("tie_word_embeddings", False),
-        "init_std": values.number("initializer_range", 0.02),
+        "init_std": values.number("initializer_range", "init_std", 0.02),
         **(values.conditioning() if of_own_export else {"conditioning": "none"}),
     }
-    # Values that have been reported are zeros here, which must not be reported again.
-    if not values.problems:
-        values.problems += [
-            f"model.{name} would be {shorten(fields[name])}, not {valid.words(fields[name])}"
-            for name, valid in field_ranges(ModelConfig).items()
-            if name in fields and fields[name] not in valid
-        ]
     if values.problems:
-        raise UserError(f"{origin} cannot be imported: " + "; ".join(values.problems))
+        raise UserError(f"{origin} cannot be imported: " + "; ".join(values.problems.values()))
     return ModelConfig(**fields)
 
 
@@ -136,84 +127,118 @@ def _named(architectures: list[Any]) -> str:
 
 
 class _Values:
-    """The values of a config.json by their types. Values that are missing or of another type become problems."""
+    """The values of a config.json by their types and ranges. A value that is missing or wrong becomes a problem, and its smallest valid
+    value stands in for it, so that the other keys can be read."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.problems: list[str] = []
+        self.problems: dict[str, str] = {}
+        """Messages by keys, so that no key has two."""
         self._config = config
         # transformers 4 has rope_theta and rope_scaling; version 5 has both in rope_parameters.
         self._rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        self.rope: dict[str, Any] = {}
+        self._rope: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
-            value = config.get(key) or {}
+            value = config.get(key)
             if isinstance(value, dict):
-                self.rope |= value
-            else:
-                self.problems.append(f"{key} is {shorten(value)}, not an object")
+                self._rope |= value
+            elif value is not None:
+                self._report(key, value, "not an object")
+        for key, value in self._rope.items():
+            if isinstance(value, dict):
+                self._report(self._in_rope(key), value, "not a single value: all layers have the same rotary embedding here")
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return an integer, or the default if the file has null or lacks the key."""
+    def require_harmless(self) -> None:
+        """Report keys with which the files would compute another function than this model."""
+        for key, (is_harmless, valid) in _HARMLESS.items():
+            for name, value in ((key, self._config.get(key)), (self._in_rope(key), self._rope.get(key))):
+                if value is not None and not is_harmless(value):
+                    self._report(name, value, f"supported: {valid}")
+
+    def integer(self, key: str, field: str, default: int | None = None) -> int:
+        """Return an integer for a field of ModelConfig, or the default if the file has null or lacks the key."""
         value = self._config.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            self.problems.append(f"{key} is missing")
-        elif type(value) is not int:
-            self.problems.append(f"{key} is {shorten(value)}, not an integer")
-        return value if type(value) is int else 0
+        return default if value is None and default is not None else self._integer(key, field, value)
 
-    def number(self, key: str, default: float) -> float:
-        """Return a number from rope_parameters or from the top, or the default if the file has null or lacks the key."""
-        found = (value for value in (self.rope.get(key), self._config.get(key)) if value is not None)
-        return self._as_number(key, next(found, default))
+    def number(self, key: str, field: str, default: float) -> float:
+        """Return a number for a field of ModelConfig, or the default if the file has null or lacks the key."""
+        value = self._config.get(key)
+        return default if value is None else self._number(key, field, value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false, or the default if the file has null or lacks the key."""
         value = self._config.get(key)
         if value is not None and not isinstance(value, bool):
-            self.problems.append(f"{key} is {shorten(value)}, not true or false")
+            self._report(key, value, "not true or false")
         return value if isinstance(value, bool) else default
+
+    def head_dim(self, default: int | None, hidden_size: int, num_heads: int) -> int:
+        """Return the channels of a head. Without the key they are the family's, or hidden_size / num_attention_heads."""
+        derived = default or hidden_size // num_heads
+        if derived == 0 and self._config.get("head_dim") is None and "hidden_size" not in self.problems:
+            self._report("num_attention_heads", num_heads, f"supported: at most hidden_size ({hidden_size})")
+        return self.integer("head_dim", "kv_channels", max(derived, 1))
+
+    def rope_base(self) -> float:
+        """Return the base of the rotary embedding from rope_parameters, or from the top."""
+        nested = self._rope.get("rope_theta")
+        if nested is None:
+            return self.number("rope_theta", "rope_base", 10000.0)
+        return self._number(self._in_rope("rope_theta"), "rope_base", nested)
 
     def rope_scaling(self) -> dict[str, Any]:
         """Return the fields of ModelConfig for rope scaling."""
-        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
+        kind = next((kind for name in ("rope_type", "type") if (kind := self._rope.get(name)) is not None), "default")
         if kind == "default":
             return {}
         if kind != "llama3":
-            self.problems.append(f"{self._rope_key}.rope_type is {shorten(kind)}; supported: default, llama3")
+            self._report(self._in_rope("rope_type"), kind, "supported: default, llama3")
             return {}
-        names = {
+        length = "original_max_position_embeddings"
+        factors = {
             "rope_scaling_factor": "factor",
             "rope_low_frequency_factor": "low_freq_factor",
             "rope_high_frequency_factor": "high_freq_factor",
-            "rope_original_length": "original_max_position_embeddings",
         }
-        missing = [f"{self._rope_key}.{key} is missing" for key in names.values() if self.rope.get(key) is None]
-        self.problems += missing
-        values = {} if missing else {field: self._as_number(f"{self._rope_key}.{key}", self.rope[key]) for field, key in names.items()}
-        if values:
-            values["rope_original_length"] = int(values["rope_original_length"])
-        return {"rope_scaling": "llama3", **values}
+        return {
+            "rope_scaling": "llama3",
+            **{field: self._number(self._in_rope(key), field, self._rope.get(key)) for field, key in factors.items()},
+            "rope_original_length": self._integer(self._in_rope(length), "rope_original_length", self._rope.get(length)),
+        }
 
     def conditioning(self) -> dict[str, Any]:
         """Return the fields of ModelConfig for conditioning.
 
         Only this project's own export has a timestep input. Its files hold the modulations, so their initial values are not used.
         """
-        kind = self._config.get("conditioning", "none")
-        if kind not in ("none", "adaln"):
-            self.problems.append(f"conditioning is {shorten(kind)}; supported: none, adaln")
+        kind = self._config.get("conditioning")
+        if kind not in (None, "none", "adaln"):
+            self._report("conditioning", kind, "supported: none, adaln")
         if kind != "adaln":
             return {"conditioning": "none"}
-        sizes = {key: self.integer(key) for key in ("condition_size", "timestep_frequency_size")}
-        scale = self.number("timestep_scale", 1000.0)
+        sizes = {key: self.integer(key, key) for key in ("condition_size", "timestep_frequency_size")}
+        scale = self.number("timestep_scale", "timestep_scale", 1000.0)
         return {"adaln_init": "identity", "conditioning": kind, **sizes, "timestep_scale": scale}
 
-    def _as_number(self, key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.problems.append(f"{key} is {shorten(value)}, not a number")
-            return 0.0
-        return float(value)
+    def _in_rope(self, key: str) -> str:
+        return f"{self._rope_key}.{key}"
+
+    def _integer(self, key: str, field: str, value: Any) -> int:
+        if type(value) is int and value in _RANGES[field]:
+            return value
+        self._report(key, value, f"not {_RANGES[field].words(value) if type(value) is int else 'an integer'}")
+        return int(_RANGES[field].minimum)
+
+    def _number(self, key: str, field: str, value: Any) -> float:
+        if is_number(value) and value in _RANGES[field]:
+            return float(value)
+        self._report(key, value, f"not {_RANGES[field].words(value) if is_number(value) else 'a number'}")
+        return 1.0
+
+    def _report(self, key: str, value: Any, valid: str) -> None:
+        """Keep the first message of a key: it is missing, or has a value that is not valid."""
+        separator = "; " if valid.startswith("supported") else ", "
+        message = f"{key} is missing" if value is None else f"{key} is {shorten(value)}{separator}{valid}"
+        self.problems.setdefault(key, message)
 
 
 def stock_family(model: ModelConfig) -> str:

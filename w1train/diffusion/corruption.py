@@ -64,6 +64,9 @@ class NoisyBatch:
     """float32 [b * g]: t of each segment. Each segment has one row of the conditioning table."""
     sample_indices: Tensor = field(metadata=_PER_SAMPLE)
     """int64 [b]."""
+    first_targets: Tensor | None = field(default=None, metadata=_PER_TOKEN)
+    """bool [b, l]: the first output of each sample that has a target, by which samples are counted: only one context-parallel rank has it.
+    None where no loss is divided by the number of samples."""
     annealed: float = 1.0
     """The progress of the attention mask from causal (0) to the whole document (1)."""
 
@@ -128,13 +131,14 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> No
     moved = _next if corruption.shift else _unmoved
     num_samples, length = batch.tokens.shape
     rows = torch.arange(num_samples, device=batch.tokens.device)[:, None] * corruption.segment_timesteps.shape[1]
+    has_target = moved(corruption.predictable)
     next_mask = _next_mask(batch, config) if config.autoregressive_weight > 0 and not process.is_causal else None
     return NoisyBatch(
         input_ids=corruption.input_ids,
         tokens=batch.tokens,
         targets=moved(batch.tokens),
         loss_mask=moved(corruption.predicted),
-        has_target=moved(corruption.predictable),
+        has_target=has_target,
         target_timesteps=moved(corruption.timesteps),
         target_segments=moved(corruption.segments),
         next_targets=None if next_mask is None else _next(batch.tokens),
@@ -145,6 +149,7 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> No
         segment_index=rows + corruption.segments,
         segment_timesteps=corruption.segment_timesteps.flatten().float(),
         sample_indices=batch.sample_indices,
+        first_targets=has_target & (has_target.cumsum(dim=1) == 1) if config.normalizer == "samples" else None,
     )
 
 

@@ -31,6 +31,8 @@ class LossRows:
     """int64 scalar: m."""
     num_tokens: Tensor
     """int64 scalar: the number of tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
+    num_samples: Tensor | None
+    """int64 scalar: the number of samples that have such tokens; None where no loss is divided by it."""
 
     def of_noisy_stream(self, values: Tensor) -> Tensor:
         """Return the part of the noisy stream, [m], of values of all rows."""
@@ -53,4 +55,5 @@ def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
         weights=weights[where],
         num_masked=noisy.loss_mask.sum(),
         num_tokens=noisy.num_tokens,
+        num_samples=None if noisy.first_targets is None else noisy.first_targets.sum(),
     )

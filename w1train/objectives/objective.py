@@ -22,6 +22,7 @@ from w1train.objectives.denoising import Denoising
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout, NamedSums, scalars_first
 from w1train.objectives.next_tokens import NextTokens
+from w1train.objectives.sample_count import SampleCount
 from w1train.objectives.term import Term
 from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight
 
@@ -35,10 +36,12 @@ TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
     # The term is also there with weight 0. Without it the vector of sums would be shorter, a ring of ranks would add its numbers in another
     # order, and last bits of logged losses would change.
     lambda config, num_t_bins: NextTokens(config.autoregressive_weight),
+    # Only where the loss needs it, for the same reason.
+    lambda config, num_t_bins: SampleCount() if config.normalizer == "samples" else None,
 )
 """The terms, each made from (diffusion, intervals of t); the result is None if the configuration does not ask for the term."""
 
-NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked"}
+NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked", "samples": "num_samples"}
 """The sum that the loss is divided by, for each value of diffusion.normalizer."""
 
 
@@ -59,7 +62,11 @@ class Objective:
 
     def weights(self, noisy: NoisyBatch) -> Tensor:
         """Return the weight of each output's loss, float32 [b, l], of whole samples."""
-        return self.weight(noisy, self.process)
+        weights = self.weight(noisy, self.process)
+        if self.normalizer != "num_samples":
+            return weights
+        # 1 / (t L) with the sample's own L (LLaDA, arXiv 2502.09992, algorithm 1).
+        return weights / noisy.has_target.sum(dim=1, keepdim=True).clamp_min(1)
 
     def loss(self, cross_entropy: Tensor, rows: LossRows) -> tuple[Tensor, NamedSums]:
         """Return the weighted sum over a micro-batch, which is not divided yet and will be differentiated, and the sums to log.

@@ -7,11 +7,12 @@ are filled from left to right.
 
 A model of masked diffusion reads the whole canvas at each step. Its blocks begin after the prompt; with one block as long as the
 generation, sampling is diffusion without an order of blocks. Every token sees every other token, so no keys or values can be kept between
-steps.
+steps. The canvas may end with a suffix, which is clean from the start: the model then fills in the text between prompt and suffix.
 
 A model of block diffusion reads the current block alone, with the keys and values that it has kept of the finished blocks. Its blocks are
-counted from the start of the text, as in training: the first block may begin with the last tokens of the prompt, and the last block may be
-short.
+counted from the start of the text: the first block may begin with the last tokens of the prompt, and the last block may be short. Training
+counts in the same way with diffusion.block_index=document, and with block_index=sample for documents that begin where a block begins. A
+block does not see the blocks after it, so there can be no suffix.
 
 The t given to the model has as its noising probability the share of open positions among the tokens that share a t in training: the
 whole sequence, prompt and later blocks included, or the current block. In training *every* such token is masked with this probability, so
@@ -19,8 +20,8 @@ m masked tokens of l are most likely under the probability m / l, and the model 
 stay clean. The share among generated tokens alone would be 1 while half of the sequence is visible, a combination that training never
 shows.
 
-Shapes: b = rows of one batch, p = prompt tokens, g = generated tokens, l = p + g, w = tokens of the current block,
-v = vocabulary.
+Shapes: b = rows of one batch, p = prompt tokens, g = generated tokens, s = tokens of the suffix, l = p + g + s, w = tokens of the current
+block, v = vocabulary.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class DenoisingStep:
     """int64 [b, l], a copy."""
     is_open: Tensor
     """bool [b, l]: positions whose token is not decided yet. A copy."""
+    start: int
+    """First generated position: p."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +133,12 @@ def generate(
     device: torch.device | str,
     vocab_size: int | None = None,
     timestep_at: TimestepAt | None = None,
+    suffixes: Sequence[Sequence[int]] | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> Generation:
-    """Complete each prompt with ``config.num_tokens`` tokens.
+    """Complete each prompt with ``config.num_tokens`` tokens, or fill in so many tokens between each prompt and its suffix.
 
-    Prompts of equal length run as one batch, and batches run one after the other. The model therefore never sees padding. Neither the
+    Rows of equal lengths run as one batch, and batches run one after the other. The model therefore never sees padding. Neither the
     positions of a prompt nor its noise depend on other prompts: the noise depends on config.seed and on the prompt's place in ``prompts``.
 
     Args:
@@ -145,32 +149,36 @@ def generate(
         vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
             None = every id of the model except the mask token may be generated.
         timestep_at: of the model's noise process; None = t is the noising probability, as in linear masked diffusion.
+        suffixes: token ids of the text after each generation, as for the prompts; ``config.num_tokens`` may then be 0. None = no suffixes.
         on_step: called after every step of every batch.
 
     Returns:
         The completions. At temperature 0, with low-confidence remasking, a completion is a function of its prompt alone.
 
     Raises:
-        UserError: settings cannot work (one message lists all of them), there is no prompt, or a prompt has mask tokens.
+        UserError: settings cannot work (one message lists all of them), there is no prompt, a prompt or suffix has mask tokens, or the
+            model cannot see a suffix.
     """
     trained_block_size = model.block_size if isinstance(model, BlockPredict) else None
-    _check_config(config, by_block=trained_block_size is not None)
+    _check_config(config, by_block=trained_block_size is not None, fewest_tokens=1 if suffixes is None else 0)
     prompt_lists: list[list[int]] = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
-    _check_prompts(prompt_lists, mask_token_id)
-    groups = list(_rows_of_equal_length(prompt_lists))
+    suffix_lists: list[list[int]] = [[] for _ in prompt_lists] if suffixes is None else [list(suffix) for suffix in suffixes]
+    _check_prompts(prompt_lists, suffix_lists, mask_token_id, trained_block_size)
+    groups = list(_rows_of_equal_lengths(prompt_lists, suffix_lists))
     plans = [plan_blocks(config, len(prompt_lists[rows[0]]), trained_block_size) for rows in groups]
     _say_what_differs(config, plans, trained_block_size)
     results = Generation(
         prompt_lists, torch.empty(len(prompt_lists), config.num_tokens, dtype=torch.int64), [0] * len(prompt_lists), eos_token_id
     )
     for rows, plan in zip(groups, plans, strict=True):
-        prompt = torch.tensor([prompt_lists[row] for row in rows], dtype=torch.int64).reshape(len(rows), -1)
-        canvas = torch.nn.functional.pad(prompt, (0, config.num_tokens), value=mask_token_id).to(device)
-        is_open = torch.nn.functional.pad(torch.zeros_like(prompt, dtype=torch.bool), (0, config.num_tokens), value=True).to(device)
+        start, masks = len(prompt_lists[rows[0]]), [mask_token_id] * config.num_tokens
+        canvas = torch.tensor([prompt_lists[row] + masks + suffix_lists[row] for row in rows], dtype=torch.int64, device=device)
+        is_open = torch.zeros_like(canvas, dtype=torch.bool)
+        is_open[:, start : start + config.num_tokens] = True
         at = timestep_at or _linear
         source = _Blocks(model, canvas, config, at) if isinstance(model, BlockPredict) else _WholeCanvas(model, at)
         unmasking = Unmasking(config, rows, mask_token_id=mask_token_id, vocab_size=vocab_size, device=device)
-        for state in _Batch(rows, canvas, is_open, source, unmasking, results).denoise(plan):
+        for state in _Batch(rows, start, canvas, is_open, source, unmasking, results).denoise(plan):
             if on_step is not None:
                 on_step(state)
     return results
@@ -185,6 +193,8 @@ def plan_blocks(config: SamplingConfig, prompt_length: int, trained_block_size: 
     Args:
         trained_block_size: block size of a block-diffusion model in training; None = masked diffusion.
     """
+    if config.num_tokens == 0:
+        return []
     block_size = config.block_size or trained_block_size or config.num_tokens
     length = prompt_length + config.num_tokens
     origin = prompt_length if trained_block_size is None else prompt_length // block_size * block_size
@@ -260,6 +270,7 @@ class _Batch:
     def __init__(
         self,
         rows: list[int],
+        start: int,
         canvas: Tensor,
         is_open: Tensor,
         source: _WholeCanvas | _Blocks,
@@ -268,12 +279,13 @@ class _Batch:
     ) -> None:
         """
         Args:
+            start: first generated position.
             canvas: int64 [b, l], one row for each prompt of ``rows``.
             is_open: bool [b, l], positions whose token is not decided yet. The tokens there do not mark them: not every noise process
                 has a mask token.
             results: where the completions are written.
         """
-        self.rows, self.canvas, self.is_open, self.source, self.unmasking = rows, canvas, is_open, source, unmasking
+        self.rows, self.start, self.canvas, self.is_open, self.source, self.unmasking = rows, start, canvas, is_open, source, unmasking
         self.results = results
         self.num_generated = results.completions.shape[1]
 
@@ -292,7 +304,8 @@ class _Batch:
                 tokens[:], is_open[:] = self.unmasking.step(tokens, is_open, logits, num_planned)
                 self._count(1, open_rows)
                 step += 1
-                yield DenoisingStep(step, sum(planned) or None, self.rows, t.max().item(), self.canvas.clone(), self.is_open.clone())
+                canvas, is_open = self.canvas.clone(), self.is_open.clone()
+                yield DenoisingStep(step, sum(planned) or None, self.rows, t.max().item(), canvas, is_open, self.start)
             self._retire(block.end)
             if not self.rows:
                 return
@@ -309,8 +322,8 @@ class _Batch:
         In block diffusion a row with an EOS in a finished block is complete, because everything after an EOS is cut off and no block
         depends on a later one.
         """
-        generated = self.canvas[:, -self.num_generated :]
-        num_finished = self.num_generated - (self.canvas.shape[1] - end)
+        generated = self.canvas[:, self.start : self.start + self.num_generated]
+        num_finished = end - self.start
         has_ended = (generated[:, :num_finished] == self.results.eos_token_id).any(dim=1) & self.source.stops_at_eos
         if num_finished == self.num_generated:
             has_ended = torch.ones_like(has_ended)
@@ -335,11 +348,11 @@ class _Batch:
         self.source.select_rows(index)
 
 
-def _rows_of_equal_length(prompts: list[list[int]]) -> Iterator[list[int]]:
-    """Yield the indices of prompts of each length, in the order in which the lengths first occur."""
-    groups: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), []).append(row)
+def _rows_of_equal_lengths(prompts: list[list[int]], suffixes: list[list[int]]) -> Iterator[list[int]]:
+    """Yield the indices of prompts and suffixes of each pair of lengths, in the order in which the pairs first occur."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (prompt, suffix) in enumerate(zip(prompts, suffixes, strict=True)):
+        groups.setdefault((len(prompt), len(suffix)), []).append(row)
     yield from groups.values()
 
 
@@ -360,21 +373,30 @@ def _say_that_block_sizes_differ(block_size: int | None, trained: int) -> None:
     logger.warning("sampling.block_size is %s, but the model was trained with blocks of %d tokens: expect other text", block_size, trained)
 
 
-def _check_prompts(prompts: list[list[int]], mask_token_id: int) -> None:
+def _check_prompts(prompts: list[list[int]], suffixes: list[list[int]], mask_token_id: int, trained_block_size: int | None) -> None:
     if not prompts:
         raise UserError("no prompt given; an empty prompt ([]) generates from nothing")
-    for row, prompt in enumerate(prompts):
-        if mask_token_id in prompt:
-            place = prompt.index(mask_token_id)
-            raise UserError(f"prompt {row} has the mask token ({mask_token_id}) at position {place}; prompts must be clean tokens")
+    if len(suffixes) != len(prompts):
+        raise UserError(f"there are {len(suffixes)} suffixes for {len(prompts)} prompts; each prompt needs its own")
+    if trained_block_size is not None and any(suffixes):
+        raise UserError(
+            f"the model denoises blocks of {trained_block_size} tokens, and a block does not see the blocks after it: no text can be "
+            "filled in before a suffix. A checkpoint of a stage of masked diffusion (diffusion.block_size=null) can fill it in"
+        )
+    for what, texts in (("prompt", prompts), ("suffix", suffixes)):
+        for row, text in enumerate(texts):
+            if mask_token_id in text:
+                place = text.index(mask_token_id)
+                raise UserError(f"{what} {row} has the mask token ({mask_token_id}) at position {place}; it must have clean tokens alone")
 
 
-def _check_config(config: SamplingConfig, *, by_block: bool) -> None:
+def _check_config(config: SamplingConfig, *, by_block: bool, fewest_tokens: int) -> None:
     """Raise one UserError that lists every setting that cannot work, with the values that would."""
+    smallest = {"num_tokens": fewest_tokens, "num_steps": 1, "block_size": 1}
     problems = [
-        f"sampling.{name} is {value}; it must be at least 1"
-        for name, value in (("num_tokens", config.num_tokens), ("num_steps", config.num_steps), ("block_size", config.block_size))
-        if value is not None and value < 1
+        f"sampling.{name} is {value}; it must be at least {least}"
+        for name, least in smallest.items()
+        if (value := getattr(config, name)) is not None and value < least
     ]
     if not 0 <= config.temperature < float("inf"):
         problems.append(f"sampling.temperature is {config.temperature}; it must be 0 (greedy) or a positive number")
@@ -382,7 +404,7 @@ def _check_config(config: SamplingConfig, *, by_block: bool) -> None:
         problems.append(f"sampling.threshold is {config.threshold}; it must be a probability above 0, or null")
     if config.remasking not in ORDERS:
         problems.append(f"sampling.remasking is {config.remasking!r}; valid: {', '.join(ORDERS)}")
-    if not problems:
+    if not problems and config.num_tokens > 0:
         problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in denoising_problems(config, by_block)]
     if problems:
         raise UserError("; ".join(problems))

@@ -26,14 +26,16 @@ def visible(text: str) -> str:
 
 
 def print_samples(console: Console, samples: list[TextSample]) -> None:
-    """Print each prompt with its completion, and a blank line between samples. If the output is not a terminal, no character is changed."""
+    """Print each prompt with its completion and suffix, and a blank line between samples. If the output is not a terminal, no character is
+    changed."""
     for place, sample in enumerate(samples):
         if place > 0:
             console.print()
         if console.is_terminal:
-            console.print(Text.assemble((visible(sample.prompt), PROMPT_STYLE), visible(sample.text)), soft_wrap=True)
+            given = [(visible(text), PROMPT_STYLE) for text in (sample.prompt, sample.suffix)]
+            console.print(Text.assemble(given[0], visible(sample.text), given[1]), soft_wrap=True)
         else:  # without rich, which would wrap lines and expand tabs
-            print(sample.prompt + sample.text, file=console.file)
+            print(sample.prompt + sample.text + sample.suffix, file=console.file)
 
 
 class DenoisingView:
@@ -60,7 +62,7 @@ class DenoisingView:
     def __call__(self, state: DenoisingStep) -> None:
         of = "" if state.num_steps is None else f"/{state.num_steps}"
         heading = Text(f"step {state.step}{of}  t = {state.t:.3f}", style="bold")
-        canvases = [self.canvas(*row) for row in zip(state.tokens.tolist(), state.is_open.tolist(), strict=True)]
+        canvases = [self.canvas(*row, state.start) for row in zip(state.tokens.tolist(), state.is_open.tolist(), strict=True)]
         if self._live is not None:
             lines: list[RenderableType] = [heading, *canvases]
             self._live.update(Group(*lines), refresh=True)
@@ -68,14 +70,18 @@ class DenoisingView:
             for line in (heading, *canvases):
                 self._console.print(line, soft_wrap=True)
 
-    def canvas(self, tokens: list[int], is_open: list[bool]) -> Text:
-        """Draw one row: the prompt, decided tokens as text, each open position as a faint block."""
-        prompt, generated = tokens[: -self._num_tokens], tokens[-self._num_tokens :]
-        drawing = Text.assemble((visible(self._tokenizer.decode(prompt)), PROMPT_STYLE))
-        for run_is_open, run in groupby(zip(generated, is_open[-self._num_tokens :], strict=True), lambda place: place[1]):
+    def canvas(self, tokens: list[int], is_open: list[bool], start: int) -> Text:
+        """Draw one row: the prompt, decided tokens as text, each open position as a faint block, and the suffix.
+
+        Args:
+            start: first generated position.
+        """
+        end = start + self._num_tokens
+        drawing = Text.assemble((visible(self._tokenizer.decode(tokens[:start])), PROMPT_STYLE))
+        for run_is_open, run in groupby(zip(tokens[start:end], is_open[start:end], strict=True), lambda place: place[1]):
             run_tokens = [token for token, _ in run]
             if run_is_open:
                 drawing.append(OPEN_GLYPH * len(run_tokens), style=OPEN_STYLE)
             else:
                 drawing.append(visible(self._tokenizer.decode(run_tokens)))
-        return drawing
+        return drawing.append(visible(self._tokenizer.decode(tokens[end:])), style=PROMPT_STYLE)

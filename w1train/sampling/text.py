@@ -30,7 +30,7 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextSample:
-    """A prompt with its completion."""
+    """A prompt with its completion, and the suffix before which the completion was filled in."""
 
     prompt: str
     text: str
@@ -39,6 +39,8 @@ class TextSample:
     """Token ids of ``text``. There are fewer than sampling.num_tokens if the model generated an EOS."""
     num_forward_passes: int
     """Passes of the model that the completion took."""
+    suffix: str = ""
+    """The given text after the completion."""
 
 
 def sample_texts(
@@ -48,19 +50,22 @@ def sample_texts(
     config: Config,
     *,
     device: torch.device | str,
+    suffixes: Sequence[str] | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> list[TextSample]:
     """Complete each prompt as ``config.sampling`` says. The prompts of ``config.sampling`` are not read.
 
     Args:
         model, device, on_step: as in w1train.sampling.denoise.generate.
+        suffixes: a text for each prompt, before which the completion is filled in; None = no suffixes.
 
     Raises:
-        UserError: settings cannot work, a prompt is too long for a completion within model.max_sequence_length, or it has an id that is
-            outside model.vocab_size.
+        UserError: settings cannot work, a prompt with its suffix is too long for a completion within model.max_sequence_length, or a prompt
+            or suffix has an id that is outside model.vocab_size.
     """
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
-    _check_prompts(prompt_tokens, config)
+    suffix_tokens = None if suffixes is None else [tokenizer.encode(suffix) for suffix in suffixes]
+    _check_given_tokens(prompt_tokens, suffix_tokens or [[] for _ in prompts], config)
     generation = generate(
         model,
         prompt_tokens,
@@ -70,24 +75,27 @@ def sample_texts(
         device=device,
         vocab_size=tokenizer.vocab_size,
         timestep_at=noise_process(config.diffusion).timestep_at,
+        suffixes=suffix_tokens,
         on_step=on_step,
     )
     completions = [generation.completion(row) for row in range(len(prompts))]
+    ends = [""] * len(prompts) if suffixes is None else suffixes
     return [
-        TextSample(prompt, tokenizer.decode(tokens), tokens, num_passes)
-        for prompt, tokens, num_passes in zip(prompts, completions, generation.num_forward_passes, strict=True)
+        TextSample(prompt, tokenizer.decode(tokens), tokens, num_passes, suffix)
+        for prompt, tokens, num_passes, suffix in zip(prompts, completions, generation.num_forward_passes, ends, strict=True)
     ]
 
 
-def _check_prompts(prompt_tokens: list[list[int]], config: Config) -> None:
+def _check_given_tokens(prompt_tokens: list[list[int]], suffix_tokens: list[list[int]], config: Config) -> None:
     num_tokens, limit, vocab_size = config.sampling.num_tokens, config.model.max_sequence_length, config.model.vocab_size
-    for row, tokens in enumerate(prompt_tokens):
-        if max(tokens, default=0) >= vocab_size:
+    for row, (prompt, suffix) in enumerate(zip(prompt_tokens, suffix_tokens, strict=False)):
+        if (largest := max([*prompt, *suffix], default=0)) >= vocab_size:
             raise UserError(
-                f"prompt {row} has the token id {max(tokens)}, and model.vocab_size is {vocab_size}: the tokenizer is not that of the model"
+                f"prompt {row} has the token id {largest}, and model.vocab_size is {vocab_size}: the tokenizer is not that of the model"
             )
-        if len(tokens) + num_tokens > limit:
+        if len(prompt) + num_tokens + len(suffix) > limit:
+            with_suffix = f", its suffix has {len(suffix)} tokens" if suffix else ""
             raise UserError(
-                f"prompt {row} has {len(tokens)} tokens and sampling.num_tokens is {num_tokens}, which together is more than "
-                f"model.max_sequence_length = {limit}; the two may add up to {limit} at most"
+                f"prompt {row} has {len(prompt)} tokens{with_suffix} and sampling.num_tokens is {num_tokens}, which together is more than "
+                f"model.max_sequence_length = {limit}; they may add up to {limit} at most"
             )

@@ -52,6 +52,9 @@ def _autoregressive_rule(config: Config) -> Iterator[Problem]:
     if diffusion.block_size is None or diffusion.block_size >= config.data.sequence_length:
         found = f"{show(diffusion.autoregressive_weight)} without a clean stream"
         yield Problem("diffusion.autoregressive_weight", found, "0, or a diffusion.block_size below data.sequence_length")
+    if diffusion.normalizer == "samples":
+        valid = "tokens or masked_tokens, because diffusion.autoregressive_weight is not 0: its loss is a sum over tokens, not over samples"
+        yield Problem("diffusion.normalizer", "samples", valid)
     if diffusion.clean_attention != "token_causal":
         valid = (
             "token_causal, because diffusion.autoregressive_weight is not 0: a clean token would otherwise see the token that it predicts"

@@ -12,6 +12,21 @@ class W1Config(PretrainedConfig):
 
     Further fields: ``qk_norm`` (RMSNorm on each head's query and key), ``qkv_bias``, ``conditioning`` ("adaln": the timestep modulates
     every layer; "none"), ``mask_token_id``, and ``exclude_mask_logit`` (the mask token is never predicted).
+
+    These fields say what the model was trained to predict, and from what:
+
+    - ``process``: the noise, "masked diffusion" (mask tokens replace tokens) or "autoregressive" (no noise).
+    - ``prediction``: "full" (the distribution of the clean token, given everything that its position sees) or "next_token" (of the clean
+      token, given the tokens before it).
+    - ``shift``: whether the network's output at a position is for the next token. The model's forward pass moves outputs, so that its
+      logits at a position are always those of the position's own token.
+    - ``block_size``: the number of tokens that are denoised together, after clean blocks; None = all tokens of a document.
+    - ``block_index``: where training counted blocks from, "document" or "sample" (the packed sequence that holds the document). The
+      forward pass counts them from position 0.
+    - ``clean_attention``: what a token of a clean block sees of its block, all of it ("block_causal") or the tokens up to itself
+      ("token_causal").
+    - ``noisy_attention``: what a token of a block with mask tokens sees of its block, all of it ("bidirectional") or the tokens up to
+      itself ("causal").
     """
 
     model_type = "w1"
@@ -37,6 +52,13 @@ class W1Config(PretrainedConfig):
         timestep_scale: float = 1000.0,
         mask_token_id: int | None = None,
         exclude_mask_logit: bool = True,
+        process: str = "masked diffusion",
+        prediction: str = "full",
+        shift: bool = False,
+        block_size: int | None = None,
+        block_index: str | None = None,
+        clean_attention: str | None = None,
+        noisy_attention: str = "bidirectional",
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -59,6 +81,13 @@ class W1Config(PretrainedConfig):
         self.timestep_scale = timestep_scale
         self.mask_token_id = mask_token_id
         self.exclude_mask_logit = exclude_mask_logit
+        self.process = process
+        self.prediction = prediction
+        self.shift = shift
+        self.block_size = block_size
+        self.block_index = block_index
+        self.clean_attention = clean_attention
+        self.noisy_attention = noisy_attention
         self.initializer_range = initializer_range
         # The default of tie_word_embeddings differs between versions of transformers.
         super().__init__(**{"tie_word_embeddings": False, **kwargs})

@@ -4,7 +4,7 @@
     h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
 
 Shifts, scales and gates come from the timestep; with conditioning "none" there are no shifts, scales and gates. Every token attends to
-the whole sequence unless a mask is given.
+the whole sequence, or in a model of block diffusion to its own block and to earlier blocks, unless a mask is given.
 
 Shapes: b = samples, l = tokens of a sample, h = hidden size, n = heads, d = channels of a head, v = vocabulary, c = condition size.
 """
@@ -182,7 +182,7 @@ class W1Transformer(nn.Module):
 
 
 class W1ForMaskedDiffusion(PreTrainedModel):
-    """A model that maps corrupted tokens to logits of the clean token at each position (no shift)."""
+    """A model that maps noised tokens to the logits of the clean token at each position, also where the network's outputs are shifted."""
 
     config_class = W1Config
     base_model_prefix = "model"
@@ -213,33 +213,75 @@ class W1ForMaskedDiffusion(PreTrainedModel):
         timesteps: Tensor | None = None,
         **_unused: Any,
     ) -> MaskedLMOutput:
-        """Return the logits, [b, l, v], in ``.logits``.
+        """Return the logits, [b, l, v], in ``.logits``. The logits at a position are those of the clean token of this position.
+
+        With ``config.block_size``, blocks are counted from position 0, and a block is noisy if it has a mask token. The logits are those of
+        training up to the first noisy block, which may hold any share of masks. Blocks after it see its mask tokens, which training
+        never shows: fill the blocks in their order. With ``config.shift``, the logits of the first token of a document (position 0) come
+        from its own position, because no output is trained to predict this token.
 
         Args:
             input_ids: int [b, l].
-            attention_mask: None (every token sees all tokens), [b, l] (1 = real token, 0 = padding), or bool [b, l, l] or [b, 1, l, l]
-                (True: the token of the row sees the token of the column), such as a causal or block-causal mask.
-            position_ids: int [b, l] or [1, l], position inside the document; None = 0 to l - 1.
-            timesteps: mask probability t in [0, 1], float [b] or [b, l]; None = the share of mask tokens among a sample's real tokens.
-                Without conditioning it has no effect.
+            attention_mask: None (every token sees all tokens, or those of its own and earlier blocks), [b, l] (1 = real token, 0 = padding,
+                which no token sees), or bool [b, l, l] or [b, 1, l, l] (True: the token of the row sees the token of the column), which is
+                used as it is, also in block diffusion.
+            position_ids: int [b, l] or [1, l], position inside the document; None = the number of real tokens before each token.
+            timesteps: mask probability t in [0, 1], float [b] (of the whole sample, or of its noisy blocks: clean blocks are at 0) or
+                [b, l]; None = the share of mask tokens among the real tokens of a sample or of a block. Without conditioning it has no
+                effect.
+
+        Raises:
+            ValueError: a forward pass over one copy of the tokens cannot give training's outputs, and ``attention_mask`` has no rows.
         """
+        is_given = attention_mask is not None and attention_mask.dim() > 2
+        real = torch.ones_like(input_ids) if attention_mask is None or is_given else attention_mask
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = (real.long().cumsum(dim=1) - 1).clamp_min(0)
+        position_ids = position_ids.expand_as(input_ids)
+        shares = self._mask_shares(input_ids, position_ids, real.bool())
         if timesteps is None:
-            timesteps = self._mask_share(input_ids, attention_mask)
-        if timesteps.dim() == 1:
-            timesteps = timesteps[:, None]
-        hidden = self.model(input_ids, position_ids.expand_as(input_ids), _visible(attention_mask), timesteps)
+            timesteps = shares
+        elif timesteps.dim() == 1:
+            timesteps = timesteps[:, None] if self.config.block_size is None else timesteps[:, None] * (shares > 0)
+        mask = _visible(attention_mask)
+        if self.config.block_size is not None and not is_given:
+            blocks = self._block_mask(position_ids, shares > 0)
+            mask = blocks if mask is None else mask & blocks
+        hidden = self.model(input_ids, position_ids, mask, timesteps)
+        if self.config.shift:
+            before = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+            hidden = torch.where((position_ids == 0)[..., None], hidden, before)
         logits = F.linear(hidden, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
         if self.config.exclude_mask_logit and self.config.mask_token_id is not None:
             logits[..., self.config.mask_token_id] = float("-inf")
         return MaskedLMOutput(logits=logits)
 
-    def _mask_share(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the share of mask tokens among the real tokens of each sample, float32 [b]."""
-        real = torch.ones_like(input_ids) if attention_mask is None or attention_mask.dim() != 2 else attention_mask
-        masked = (input_ids == self.config.mask_token_id) & real.bool()
-        return masked.sum(dim=1) / real.sum(dim=1).clamp_min(1)
+    def _mask_shares(self, input_ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+        """Return the share of mask tokens among the real tokens of each sample, float32 [b, 1], or of each token's block, [b, l]."""
+        if self.config.process == "autoregressive":
+            # Training has no noise, and a mask token in the text is a token like others.
+            return torch.zeros(input_ids.shape, device=input_ids.device)
+        masked = (input_ids == self.config.mask_token_id) & real
+        if self.config.block_size is None:
+            return masked.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1)
+        block = positions // self.config.block_size
+        same = block[:, :, None] == block[:, None, :]
+        return (same & masked[:, None, :]).sum(dim=2) / (same & real[:, None, :]).sum(dim=2).clamp_min(1)
+
+    def _block_mask(self, positions: Tensor, is_noisy: Tensor) -> Tensor:
+        """Return what each token sees, bool [b, 1, l, l]: the tokens of earlier blocks, and of its own block all or those up to itself."""
+        config = self.config
+        clean_sees_all, noisy_sees_all = config.clean_attention == "block_causal", config.noisy_attention == "bidirectional"
+        if config.shift and config.block_size > 1 and clean_sees_all != noisy_sees_all:
+            raise ValueError(
+                f"with shift, clean_attention={config.clean_attention} and noisy_attention={config.noisy_attention}, the output that "
+                "predicts a block's first token is of a noisy copy of the clean block before it: give attention_mask of shape [b, l, l], "
+                "and input_ids that have this copy"
+            )
+        block = positions // config.block_size
+        sees_all = torch.where(is_noisy, noisy_sees_all, clean_sees_all)[:, :, None]
+        own = (block[:, None, :] == block[:, :, None]) & (sees_all | (positions[:, None, :] <= positions[:, :, None]))
+        return ((block[:, None, :] < block[:, :, None]) | own)[:, None]
 
 
 def _visible(attention_mask: Tensor | None) -> Tensor | None:

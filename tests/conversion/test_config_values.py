@@ -1,0 +1,156 @@
+"""Values of somebody else's config.json: each key that cannot be used has one message, and all of them come together."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.hostile.commands import may_refuse
+from w1train.config.errors import UserError
+from w1train.config.field_types import field_ranges
+from w1train.config.schema import ModelConfig
+from w1train.conversion.families import FAMILIES, model_from_config
+
+MISSING = object()
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "layer_types": ["full_attention"] * 2,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "qk_norm": False,
+    "qkv_bias": False,
+}
+OF_VERSION_4 = {"rope_theta": 10000.0, "rope_scaling": {"type": "llama3", **ROPE}}
+OF_VERSION_5 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **ROPE}}
+OF_OUR_OWN = {"conditioning": "adaln", "condition_size": 16, "timestep_frequency_size": 16, "timestep_scale": 1000.0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    **{name: {**COMMON, **OF_VERSION_4, "model_type": name, "architectures": [each.architecture]} for name, each in FAMILIES.items()},
+    "w1": {**COMMON, **OF_VERSION_5, **OF_OUR_OWN, "model_type": "w1"},
+}
+VALUES = [MISSING, None, "7", "", "text", -1, -7, 0, 10**30, 1.5, -0.5, 1e300, math.nan, math.inf, True, False, [], [1], {}, {"a": 1}]
+# With other values of these keys, some of the other keys are not read.
+_DECIDING = ("rope_scaling", "rope_parameters", "type", "rope_type", "conditioning")
+
+type Path = tuple[str, ...]
+
+
+def paths(config: dict[str, Any]) -> list[Path]:
+    """The keys of a configuration, those of nested objects too, without the names of the architecture."""
+    found: list[Path] = [(key,) for key in config if key not in ("model_type", "architectures")]
+    return found + [(key, inner) for key, value in config.items() if isinstance(value, dict) for inner in value]
+
+
+def changed(config: dict[str, Any], changes: dict[Path, Any]) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    for (*parents, key), value in changes.items():
+        place = config[parents[0]] if parents else config
+        if value is MISSING:
+            del place[key]
+        else:
+            place[key] = value
+    return config
+
+
+def complaint(config: dict[str, Any]) -> str | None:
+    """The problems as text; None if the configuration is a model whose values are all in their ranges."""
+    try:
+        model = model_from_config(config, "origin")
+    except UserError as error:
+        beginning, _, problems = str(error).partition("origin cannot be imported: ")
+        return problems if beginning == "" else f"not the error of its keys: {error}"
+    for field, valid in field_ranges(ModelConfig).items():
+        value = getattr(model, field)
+        assert value is None or value in valid, field
+    for field in ("vocab_size", "hidden_size", "num_query_groups", "kv_channels", "max_sequence_length", "rope_original_length"):
+        assert type(getattr(model, field)) is int, field
+    return None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configurations_themselves_are_models(name):
+    assert complaint(CONFIGS[name]) is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_value_of_each_key_alone(name):
+    """It has one message, which begins with the key."""
+    for path in paths(CONFIGS[name]):
+        for value in VALUES:
+            text = complaint(changed(CONFIGS[name], {path: value}))
+            if text is not None and path[-1] not in _DECIDING:
+                assert re.match(rf"{re.escape('.'.join(path))} is ", text), (path, value, text)
+                named = [other for other in paths(CONFIGS[name]) if re.search(rf"(?:^|; ){re.escape('.'.join(other))} is ", text)]
+                assert named == [path], text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", None, "hidden_size is missing"),
+        ("hidden_size", 4096.0, "hidden_size is 4096.0, not an integer"),
+        ("hidden_size", "4096", "hidden_size is '4096', not an integer"),
+        ("hidden_size", -4096, "hidden_size is -4096, not a number >= 1 and <= 1048576"),
+        ("num_hidden_layers", 10**30, f"num_hidden_layers is {10**30}, not a number >= 1 and <= 4096"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps is '1e-6', not a number"),
+        ("rms_norm_eps", 0, "rms_norm_eps is 0, not a number > 0"),
+        ("rope_scaling", [], "rope_scaling is [], not an object"),
+        ("rope_scaling", {"rope_theta": "1e6"}, "rope_scaling.rope_theta is '1e6', not a number"),
+        ("rope_scaling", {"full_attention": {"rope_theta": 1e6}}, "rope_scaling.full_attention is {'rope_theta': 1000000.0}, not a single"),
+        ("rope_scaling", {"partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor is 0.5; supported: 1"),
+        ("attention_bias", "false", "attention_bias is 'false'; supported: false"),
+        ("layer_types", "", "layer_types is ''; supported: full_attention in every layer"),
+    ],
+)
+def test_messages(key, value, message):
+    for name in FAMILIES:
+        assert (complaint({**CONFIGS[name], key: value}) or "").startswith(message)
+
+
+def test_more_heads_than_channels():
+    config = {**CONFIGS["llama"], "num_attention_heads": 64, "head_dim": None}
+    assert complaint(config) == "num_attention_heads is 64; supported: at most hidden_size (32)"
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_all_problems_come_together(data):
+    """Several keys of any family at once: exactly the messages that each has alone."""
+    config = CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]
+    free = [path for path in paths(config) if path[-1] not in _DECIDING]
+    chosen = data.draw(st.lists(st.sampled_from(free), unique=True, max_size=8))
+    changes = {path: data.draw(st.sampled_from(VALUES)) for path in chosen}
+    alone = [text for path, value in changes.items() if (text := complaint(changed(config, {path: value}))) is not None]
+    together = complaint(changed(config, changes)) or ""
+    assert "; ".join(sorted(alone, key=together.find)) == together
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_values_of_any_keys_are_a_model_or_one_error(data):
+    """With the deciding keys and the names of the architecture too."""
+    config = CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]
+    keys = data.draw(st.lists(st.sampled_from(sorted(config)), unique=True, max_size=8))
+    changes = {(key,): data.draw(st.sampled_from(VALUES)) for key in keys}
+    with may_refuse(UserError, "origin "):
+        model_from_config(changed(config, changes), "origin")

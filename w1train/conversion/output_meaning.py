@@ -1,0 +1,28 @@
+"""The keys of an exported config.json that say what the model's outputs mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from w1train.config.schema import Config
+from w1train.diffusion.processes import noise_process
+from w1train.objectives.description import num_streams
+
+
+def meaning_of_outputs(config: Config) -> dict[str, Any]:
+    """Return the keys of config.json without which a reader would misread the outputs of a model, or give it other inputs than in training.
+
+    An autoregressive model is one of causal blocks of one token, whose output at a position predicts the next token.
+
+    Args:
+        config: the run's configuration at the stage of the checkpoint.
+    """
+    diffusion, process = config.diffusion, noise_process(config.diffusion)
+    keys: dict[str, Any] = {"process": process.name, "prediction": "full", "shift": diffusion.shift}
+    if process.is_causal:
+        blocks = {"block_size": 1, "block_index": "document", "clean_attention": "token_causal", "noisy_attention": "causal"}
+        return {**keys, "prediction": "next_token", "shift": True, **blocks}
+    if num_streams(config) == 1:
+        return {**keys, "block_size": None, "block_index": None, "clean_attention": None, "noisy_attention": "bidirectional"}
+    names = ("block_size", "block_index", "clean_attention", "noisy_attention")
+    return keys | {name: getattr(diffusion, name) for name in names}

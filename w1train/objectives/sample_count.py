@@ -1,0 +1,34 @@
+"""The number of samples, for a loss that is a mean over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from w1train.objectives.loss_rows import LossRows
+from w1train.objectives.named_sums import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCount:
+    """A term that adds nothing to the loss, and counts the samples that have a token to predict."""
+
+    @property
+    def layout(self) -> Layout:
+        return {"num_samples": ()}
+
+    def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor | None:
+        return None
+
+    def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
+        assert rows.num_samples is not None
+        return {"num_samples": rows.num_samples}
+
+    def total(self, sums: Mapping[str, Any]) -> float:
+        return 0.0
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
