@@ -145,7 +145,8 @@ class FileUnits:
                 num_lines = block.content.count(b"\n") + num_long
                 end = Position(start.file, start.offset + block.length, start.record + num_lines)
                 done = end.offset if block.length and stream.num_bytes is not None else stream.num_bytes_read
-                yield Unit("jsonl", (path,), start, end, min(before + done, after), block.content, fault, num_long, block.num_bytes_passed)
+                num_passed, done = block.num_bytes_passed, min(before + done, after)
+                yield Unit("jsonl", (path,), start, end, done, block.content, fault, num_long, num_bytes_passed=num_passed)
                 start = end
 
     def _row_units(self, start: Position, kind: Kind) -> Iterator[Unit]:

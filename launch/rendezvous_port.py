@@ -8,10 +8,15 @@ from the run directory, as the command line names it, and from the user. MASTER_
 
 from __future__ import annotations
 
-import argparse
 import os
-import socket
 import sys
+
+if not __package__ and not sys.flags.safe_path:
+    # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
+    sys.path[0] = os.path.realpath(f"{__file__}/../..")
+
+import argparse
+import socket
 import zlib
 from collections.abc import Mapping, Sequence
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Python's own threshold of 700 new objects spends a tenth of the suite's time on looking for garbage; forked ranks inherit this one.
 gc.set_threshold(100_000, 50, 100)
+
+# A shell starts its background jobs with Ctrl-C ignored, and ranks that tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if sys.platform == "linux":
     # Ranks exchange thousands of short messages on few cores: woken ones wait their turn instead of pushing the sender aside, which

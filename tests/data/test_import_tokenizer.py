@@ -124,7 +124,7 @@ def test_ids_stay_where_a_vocabulary_has_holes(kind, in_vocabulary, tmp_path):
         holes = sorted(set(range(max(ids.values()))) - {*ids.values()})
         wanted = [None, holes[0], holes[-1], max(ids.values()) + 1, max(ids.values()) + 50][seed % 5]
         options = [] if wanted is None else ["--mask-token-id", str(wanted)]
-        assert run(source, tmp_path / "new.json", "--eos", "<|end|>", *options) == 0
+        assert run(source, tmp_path / "new.json", "--overwrite", "--eos", "<|end|>", *options) == 0
         after = TrainingTokenizer.load(tmp_path / "new.json")
         first_free = max(ids.values()) + 1
         mask = first_free if wanted is None else wanted

@@ -51,6 +51,7 @@ def with_workers(rank: int, trap=None) -> None:
         trap(rank)
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_a_blend_goes_on_bit_for_bit(blend_data, tmp_path):
     straight = TinyRun(blend_data, tmp_path / "straight")
     straight.train(*blend(), world_size=2, sabotage=with_workers).require(0)

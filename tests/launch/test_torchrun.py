@@ -187,7 +187,9 @@ def test_relative_paths_begin_where_the_caller_is(torchrun, tmp_path, monkeypatc
     monkeypatch.chdir(here)
     torchrun.ends(f"pwd >{torchrun.seen}; env >>{torchrun.seen}; exec python -c 'import launch, w1train; print(launch.__path__[0])'")
     command = [REPOSITORY / "launch/torchrun.sh", "--config-dir", "recipes", "recipe=mine", "runs_dir=elsewhere"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | torchrun.variables | {"NPROC": "1"}
+    environment = (
+        {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | torchrun.variables | REAL_CHECK | {"NPROC": "1"}
+    )
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(REPOSITORY / "launch")

@@ -146,6 +146,7 @@ def test_objectives_keep_the_numbers(parallel, data):
     _assert_all_equal_the_single_process(list(OBJECTIVES), parallel, data)
 
 
+@pytest.mark.slow
 def test_several_heads_a_rank_travel():
     """Train with two heads a rank: with one, strides that are wrong describe the same memory."""
     cases = list(itertools.product(GRID_STREAMS, (1, 2)))
@@ -252,6 +253,7 @@ def test_models_keep_the_numbers():
         assert_equal_numbers(outcome, expected, str(fields))
 
 
+@pytest.mark.slow
 def test_rates_by_parameter_keep_the_numbers():
     """A frozen embedding below recomputed layers, a slow MLP, a frozen layer (all of a stage's chunk); without the distributed optimizer
     and with it."""
@@ -305,6 +307,7 @@ def test_loss_in_chunks_keeps_the_numbers(parallel):
         assert_equal_numbers(outcome, reference(name), name)
 
 
+@pytest.mark.slow
 def test_loss_in_chunks_of_a_tied_head():
     """One weight with two gradients, that of the head straight in the fp32 buffer and that of the embedding through autograd."""
     configs = [layout_config("one-stream", distributed_optimizer=False)]

@@ -94,7 +94,9 @@ def test_without_a_network_a_run_with_a_key_is_recorded_offline_from_its_first_s
             listening.close()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+        # wandb reads WANDB_INIT_TIMEOUT once in a process, and an earlier test may have been first.
+        monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+        monkeypatch.setattr(wandb_log, "_INIT_SECONDS", 1.0)
         run = start(tmp_path, mode="auto")
         assert run.is_active
         for step in (1, 2):
