@@ -14,7 +14,7 @@ from data_tools.duplicates import hash_of
 from data_tools.unit_reader import Document, Rules, UnitReader, UnitText
 from data_tools.units import UNIT_BYTES, Unit
 from w1train.data.indexed import token_dtype
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 
 _CHARACTERS_AT_ONCE = UNIT_BYTES
 

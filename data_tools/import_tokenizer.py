@@ -27,7 +27,7 @@ from data_tools.corpus_options import input_path, output_file
 from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
 from w1train.config.errors import listing
 from w1train.config.reading import shorten
-from w1train.data.tokenizers.tokenizer import (
+from w1train.data.tokenizer import (
     EOS_TOKEN,
     MASK_TOKEN,
     MAX_VOCAB_SIZE,

@@ -28,7 +28,7 @@ from data_tools.progress import ByteProgress
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.dataset_manifest import dataset_paths
 from w1train.data.sharded_dataset import open_dataset
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 from w1train.runtime.output_files import require_writable

@@ -29,7 +29,7 @@ from data_tools.units import Position
 from w1train.config.reading import read_json_object
 from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manifest_path
 from w1train.data.sharded_dataset import shard_notes
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
 from w1train.runtime.files import PARTIAL_SUFFIX, sync_file, write_bytes
 from w1train.runtime.output_files import require_writable

@@ -37,7 +37,7 @@ from data_tools.progress import ByteProgress
 from data_tools.split import HashSplit, TailSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__

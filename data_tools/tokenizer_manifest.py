@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from data_tools.own_files import own_file
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import write_bytes
 from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__

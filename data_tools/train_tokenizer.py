@@ -20,7 +20,7 @@ from data_tools.corpus import TextCorpus
 from data_tools.corpus_options import add_corpus_options, corpus_from, output_file
 from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
-from w1train.data.tokenizers.tokenizer import train_tokenizer
+from w1train.data.tokenizer import train_tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.output_files import OutputError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 from w1train.data.writer import DatasetWriter
 
 # The standard deviation of the logarithm of document lengths: most lengths are between a ninth of the median and nine times the median.

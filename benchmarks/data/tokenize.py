@@ -36,7 +36,7 @@ import psutil
 
 from benchmarks.common.report import Table, environment, spread, write_report
 from data_tools import python_corpus, tokenize
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
 _BATCH_BYTES = 1 << 19
 _SAMPLE_SECONDS = 0.02

@@ -33,7 +33,7 @@ from w1train.config.errors import UserError
 from w1train.conversion.export import export as export_checkpoint
 from w1train.conversion.exported_tokenizer import copy_companion
 from w1train.conversion.sources import SafetensorsDirectory
-from w1train.data.tokenizers.tokenizer import train_tokenizer
+from w1train.data.tokenizer import train_tokenizer
 from w1train.engine.building import build_trained_model
 from w1train.runtime.run_directory import RunDirectory
 

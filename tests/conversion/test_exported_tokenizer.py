@@ -8,7 +8,7 @@ from data_tools import import_tokenizer
 from tests.conversion.tiny_models import transformers
 from tests.distributed import run_distributed
 from w1train.conversion.exported_tokenizer import write_tokenizer
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 from w1train.data.writer import DatasetWriter
 
 TEXTS = [f"def function_{i}(value):\n    return value + {i}  # the sum, na\u00efve \U0001f600\n" for i in range(50)]

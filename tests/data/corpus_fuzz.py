@@ -25,7 +25,7 @@ from unittest import mock
 
 from data_tools import tokenize
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,

@@ -17,7 +17,7 @@ from data_tools import import_tokenizer, python_corpus, split, tokenize, train_t
 from data_tools.corpus import TextCorpus
 from data_tools.unit_reader import Document
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 

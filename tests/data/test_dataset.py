@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.data.kill import ends_before
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.indexed import write_index
-from w1train.data.tokenizers.tokenizer import train_tokenizer
+from w1train.data.tokenizer import train_tokenizer
 from w1train.data.writer import DatasetWriter
 
 DOCUMENTS = [[20, 21, 22], [299], [30] * 50]

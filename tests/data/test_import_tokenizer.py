@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from data_tools import import_tokenizer, inspect, tokenize
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizers.tokenizer import Tokenizer as TrainingTokenizer
+from w1train.data.tokenizer import Tokenizer as TrainingTokenizer
 
 TEXT = "def main(argument):\n    return argument + 12  # a comment\n"
 

@@ -14,9 +14,9 @@ from tokenizers import Regex, pre_tokenizers
 
 from data_tools import train_tokenizer as command
 from tests.data.conftest import TEXTS
-from w1train.data.tokenizers import long_runs as module
-from w1train.data.tokenizers.long_runs import LONGEST_RUN, LongRuns, long_runs
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data import long_runs as module
+from w1train.data.long_runs import LONGEST_RUN, LongRuns, long_runs
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
 RULES = [{}, {"digits": "triples"}, {"digits": "runs"}, {"whitespace": "lines"}, {"digits": "runs", "whitespace": "lines"}]
 LENGTHS = [1, 2, 511, 512, 513, 1023, 1024, 1025, 1026, 1536, 2048, 2049, 5000]

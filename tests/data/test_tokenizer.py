@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from tests.data.conftest import TEXTS
-from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, _panics_of, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, TokenizerError, _panics_of, train_tokenizer
 
 NUM_SPECIAL = 16
 SPECIAL_STRINGS = ["<mask>", "<eos>", "<pad>", "<bos>", "<reserved_7>"]

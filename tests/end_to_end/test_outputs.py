@@ -21,7 +21,7 @@ from tests.records.wandb_file import read_history, read_run
 from w1train import report, sample
 from w1train.data.dataset import TokenDataset
 from w1train.data.packed.packing import PackedDataset
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.inference.predictor import load_for_inference
 
 TRAIN_KEYS = {

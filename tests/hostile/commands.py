@@ -21,7 +21,7 @@ from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
 from w1train.data.dataset_manifest import DatasetManifest
 from w1train.data.indexed import write_index
-from w1train.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
 MOST_LINES = 230
 """The longest answer: fifty problems of four lines each."""

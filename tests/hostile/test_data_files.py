@@ -22,8 +22,8 @@ from tests.slow import examples
 from w1train import plan, pretrain
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing, packing_path
-from w1train.data.tokenizers.tokenizer import Tokenizer, TokenizerError, parse_tokenizer_json
-from w1train.data.tokenizers.tokenizer_growth import largest_growth
+from w1train.data.tokenizer import Tokenizer, TokenizerError, parse_tokenizer_json
+from w1train.data.tokenizer_growth import largest_growth
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def test_a_key_that_is_there_twice_has_the_value_that_was_checked():
 
 
 def test_a_text_that_would_grow_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr("w1train.data.tokenizers.tokenizer.LARGEST_GROWN", 2000)
+    monkeypatch.setattr("w1train.data.tokenizer.LARGEST_GROWN", 2000)
     replaced = {"type": "Replace", "pattern": {"Regex": "a"}, "content": "x" * 9}
     # With five of the byte-level step, fifty characters of one.
     tokenizer = Tokenizer(
@@ -172,7 +172,7 @@ def test_a_text_that_would_grow_too_large_is_refused(monkeypatch):
 
 
 def test_tokens_that_the_decoder_would_make_too_long_are_refused(monkeypatch):
-    monkeypatch.setattr("w1train.data.tokenizers.tokenizer.LARGEST_DECODED", 1000)
+    monkeypatch.setattr("w1train.data.tokenizer.LARGEST_DECODED", 1000)
     replaced = {"type": "Replace", "pattern": {"Regex": "."}, "content": "y" * 9}
     tokenizer = Tokenizer(changed(decoder={"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}), "t.json")
     ids = tokenizer.encode(100 * "a")

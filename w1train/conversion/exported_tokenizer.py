@@ -17,7 +17,7 @@ from typing import Any
 from w1train.config.errors import listing
 from w1train.config.reading import LARGEST_JSON, parse_json_object, shorten
 from w1train.conversion.sources import find_inside
-from w1train.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
+from w1train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, Tokenizer
 from w1train.runtime.files import write_bytes, write_text
 from w1train.runtime.names import is_plain_name, open_inside
 

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from w1train.data.dataset_manifest import DatasetManifest, manifest_path
 from w1train.data.file_reader import FileReader
 from w1train.data.indexed import DatasetError, Index, bin_path, chunks, file_size, idx_path, may_be_noised_path, read_index
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, errors_named
 
 __all__ = ["DatasetError", "TokenDataset"]

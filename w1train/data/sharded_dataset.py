@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from w1train.data.dataset import DatasetError, DocumentOffsets, TokenDataset
 from w1train.data.dataset_manifest import DatasetManifest, manifest_path
 from w1train.data.indexed import bin_path, idx_path
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 
 SHARD_PATTERN = "_" + "[0-9]" * 5
 

@@ -29,7 +29,7 @@ from w1train.data.indexed import (
     may_be_noised_path,
     token_dtype,
 )
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import PARTIAL_SUFFIX, errors_named, open_in_place, open_new, sync_directory, sync_file
 from w1train.runtime.locks import lock_file
 from w1train.runtime.version import __version__

@@ -31,7 +31,7 @@ from w1train.config.phases import stage_of_step
 from w1train.config.schema import AttentionConfig, Config, KernelsConfig, ParallelConfig
 from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import at_stage
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.diffusion.processes import noise_process
 from w1train.engine.building import build_stage
 from w1train.engine.pipeline import run_schedule

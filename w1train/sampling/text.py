@@ -15,7 +15,7 @@ from w1train.sampling.denoise import BlockPredict, DenoisingStep, Predict, gener
 
 
 class TextTokenizer(Protocol):
-    """The part of w1train.data.tokenizers.tokenizer.Tokenizer that sampling uses."""
+    """The part of w1train.data.tokenizer.Tokenizer that sampling uses."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -26,7 +26,7 @@ from w1train.data.packed.packing_index import BestFitDataset, PackingIndex, Pack
 from w1train.data.packed.staged import StagedSamples, StageText, stretches
 from w1train.data.remote import localize
 from w1train.data.sharded_dataset import open_dataset
-from w1train.data.tokenizers.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.run_directory import RunDirectory

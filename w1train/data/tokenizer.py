@@ -26,8 +26,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, read_bounded, shorten
-from w1train.data.tokenizers.long_runs import LongRuns
-from w1train.data.tokenizers.tokenizer_growth import largest_growth
+from w1train.data.long_runs import LongRuns
+from w1train.data.tokenizer_growth import largest_growth
 from w1train.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,0 @@
-"""Tokenizers, and limits on how much they may lengthen a text."""
