@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from w1train.data.indexed import MAGIC
-from w1train.data.packed.packing_index import PACKING_SUFFIX
+from w1train.data.indexed import MAGIC, PACKING_SUFFIX
 from w1train.runtime.files import PARTIAL_SUFFIX
 
 _OF_DATASETS = (".bin", ".may_be_noised")

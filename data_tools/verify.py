@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.command_runner import run_command
-from w1train.data.indexed import bin_path
-from w1train.data.packed.packing_index import PACKING_SUFFIX, packings_of, verify_packing_file
+from w1train.data.indexed import PACKING_SUFFIX, bin_path
+from w1train.data.packed.packing_index import packings_of, verify_packing_file
 from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 

@@ -6,7 +6,7 @@
 newest_checkpoint() { # newest_checkpoint RUN
   local path newest=""
   for path in "$1"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]; do
-    if [[ -d "$path" ]]; then newest="${path##*/}"; fi
+    if [[ -d "$path" && ! -L "$path" ]]; then newest="${path##*/}"; fi
   done
   printf '%s\n' "$newest"
 }

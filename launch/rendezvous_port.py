@@ -41,7 +41,7 @@ def choose_port(run: str, environment: Mapping[str, str], user: int) -> int:
         return int(port)
     if int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1:
         return rendezvous_port(environment)
-    return port_of_number(zlib.crc32(f"{user} {run}".encode("utf-8", "surrogateescape")))
+    return port_of_number(zlib.crc32(f"{user} {os.path.abspath(run)}".encode("utf-8", "surrogateescape")))
 
 
 def require_free(port: int) -> None:

@@ -161,7 +161,8 @@ def _container_options(job: Job, run: RunPlace) -> list[str]:
 def _environment(job: Job, code: Path | None) -> list[str]:
     lines = [f"export {name}={shlex.quote(value)}" for name, _, value in (text.partition("=") for text in job.environment)]
     if code is not None:
-        lines.append(f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+        # Without PYTHONSAFEPATH, a module of the same name in the caller's directory would come first.
+        lines.append(f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1')
     if job.cpus_per_rank is not None:
         # Since Slurm 22.05, srun takes it only from this variable. Without it, every rank would be bound to one core.
         lines.append(f"export SRUN_CPUS_PER_TASK={job.cpus_per_rank}")

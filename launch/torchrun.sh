@@ -74,7 +74,7 @@ else
   # With c10d, and not with static, the agents of all nodes notice that a rank has died on one node, and start their ranks again. is_host
   # says which node hosts the rendezvous, because a node's name for itself may differ from the name that others have for it.
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
-    --rdzv-id "${SLURM_JOB_ID:-${run##*/}}" --rdzv-conf "is_host=$is_host,join_timeout=1800")
+    --rdzv-id "${SLURM_JOB_ID:-${run##*/}}_$MASTER_PORT" --rdzv-conf "is_host=$is_host,join_timeout=1800")
   printf 'node %s of %s; the nodes meet at %s:%s\n' "$NODE_RANK" "$NNODES" "$MASTER_ADDR" "$MASTER_PORT"
 fi
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-NO_DIRECTORY_SYNC = [errno.EINVAL, errno.ENOTSUP]
-NO_LOCKS = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS]
+NO_DIRECTORY_SYNC = [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENXIO, errno.ENOTTY, errno.EROFS, 524]
+NO_LOCKS = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF, 524]
 
 
 def error_of(code: int, *path: object) -> OSError:

@@ -22,6 +22,12 @@ from w1train.data.tokenizer import Tokenizer
 REPOSITORY = Path(__file__).parents[2]
 
 
+def test_tokenizing_needs_no_torch():
+    """torch takes seconds and half a gigabyte in each worker process."""
+    script = "import sys; import data_tools.tokenize, data_tools.train_tokenizer; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True, timeout=120)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """300 kB of the standard library's sources."""

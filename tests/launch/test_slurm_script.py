@@ -94,7 +94,7 @@ def test_the_callers_directory_and_the_code_are_two_places():
     text = script("--container-image", "x", "--", "recipe=w1_4b", directory=Path("/data/me/project"))
     assert "#SBATCH --chdir=/data/me/project\n" in text
     assert "run=/data/me/project/runs/w1_4b\n" in text
-    assert 'export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}"\n' in text
+    assert 'export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1\n' in text
     assert "--container-mounts=/data/me/project:/data/me/project,/home/me/w1train:/home/me/w1train'" in text
     assert "--container-workdir=/data/me/project\n" in text
     assert "PYTHONPATH" not in script("--", "recipe=w1_4b", code=None)

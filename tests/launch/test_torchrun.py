@@ -142,8 +142,9 @@ def test_nodes_from_slurm(torchrun, node):
     status, output = torchrun.run(**slurm_step(node))
     assert status == 0, output
     assert torchrun.option("--nnodes") == "2"
-    assert torchrun.option("--rdzv-endpoint") == f"gpu007:{rendezvous_port({'SLURM_JOB_ID': '12'})}"
-    assert torchrun.option("--rdzv-id") == "12"
+    port = rendezvous_port({"SLURM_JOB_ID": "12"})
+    assert torchrun.option("--rdzv-endpoint") == f"gpu007:{port}"
+    assert torchrun.option("--rdzv-id") == f"12_{port}"
     assert torchrun.option("--rdzv-conf").startswith(f"is_host={'true' if node == 0 else 'false'},")
 
 
@@ -158,7 +159,7 @@ def test_a_port_that_is_taken_is_a_mistake_where_the_others_connect_to(torchrun)
     assert torchrun.option("--rdzv-endpoint") == f"gpu1:{port}"
 
 
-def test_runs_that_share_a_node_have_ports_of_their_own():
+def test_runs_that_share_a_node_have_ports_of_their_own(monkeypatch):
     """Jobs and steps of Slurm, and runs and users where a step is of one node: salloc's shell is such a step."""
     steps = [{"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_STEP_NUM_NODES": "2"} for job in ("7", "8") for step in ("0", "1")]
     ports = {choose_port("runs/a", step, 0) for step in steps}
@@ -168,6 +169,10 @@ def test_runs_that_share_a_node_have_ports_of_their_own():
     assert len(by_hand) == 4
     assert all(1024 < port < 32768 for port in ports | by_hand)
     assert choose_port("runs/a", {"MASTER_PORT": "400"}, 0) == 400
+    assert choose_port("runs/a", {}, 0) == choose_port(os.path.abspath("runs/a"), {}, 0), "nodes may spell one directory in two ways"
+    here = choose_port("runs/a", {}, 0)
+    monkeypatch.chdir("/")
+    assert choose_port("runs/a", {}, 0) != here, "two directories may each have a run of one name"
 
 
 @pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])

@@ -51,7 +51,7 @@ class FileReader:
         self.path = str(path)
         self._descriptor: _Descriptor | None = _Descriptor(self.path)
         self._status = os.fstat(self._descriptor.number)
-        self._last_use = 0
+        self._last_use = next(_USES)  # opening is a use: of files with equal numbers, any could be closed
         _OPEN.add(self)
 
     def size(self) -> int:

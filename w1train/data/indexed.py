@@ -28,6 +28,8 @@ from w1train.config.reading import FileContentError, require_regular
 from w1train.runtime.files import errors_named
 
 MAGIC = b"MMIDIDX\x00\x00"
+PACKING_SUFFIX = ".pack"
+"""The end of the names of best-fit packings. It is here for programs that do without torch, which packings import."""
 VERSION = 1
 DTYPES: dict[int, np.dtype] = {
     1: np.dtype("uint8"),

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 PARTIAL_SUFFIX = ".partial"
 """The end of the name of a file that is being written. The name is fixed, so that the file that a kill leaves is overwritten by the next
 write, and such files do not accumulate."""
-_NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES)
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOTTY, 524)
+"""Answers of file systems that do not know a call. 524 is the kernel's own ENOTSUPP, which some network file systems pass on."""
+_NO_DIRECTORY_SYNC = (*NOT_SUPPORTED, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EROFS)
 """Answers of file systems that cannot sync a directory (gocryptfs, CIFS, some FUSE mounts), and of a directory that may be written to and
 not be read."""
 _WITHOUT_DIRECTORY_SYNC: set[int] = set()

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from w1train.runtime.files import errors_named, open_in_place
+from w1train.runtime.files import NOT_SUPPORTED, errors_named, open_in_place
 
 logger = logging.getLogger(__name__)
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LOCKS = (errno.ENOLCK, *NOT_SUPPORTED)
 """Answers of file systems without locks: Lustre that is mounted without them, NFS without its lock daemon, some FUSE mounts."""
 
 

@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 set -uo pipefail
 run=/home/me/w1train/runs/llada_1b
 max_failures=2
@@ -80,7 +80,7 @@ export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"
 newest_checkpoint() { # newest_checkpoint RUN
   local path newest=""
   for path in "$1"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]; do
-    if [[ -d "$path" ]]; then newest="${path##*/}"; fi
+    if [[ -d "$path" && ! -L "$path" ]]; then newest="${path##*/}"; fi
   done
   printf '%s\n' "$newest"
 }

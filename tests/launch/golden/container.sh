@@ -16,7 +16,7 @@
 
 export NCCL_DEBUG=INFO
 export NOTE='it'"'"'s two words'
-export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH=/home/me/w1train"${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 module load slurm
 set -uo pipefail
 run=/scratch/me/runs/w1_4b
@@ -90,7 +90,7 @@ export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"
 newest_checkpoint() { # newest_checkpoint RUN
   local path newest=""
   for path in "$1"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]; do
-    if [[ -d "$path" ]]; then newest="${path##*/}"; fi
+    if [[ -d "$path" && ! -L "$path" ]]; then newest="${path##*/}"; fi
   done
   printf '%s\n' "$newest"
 }

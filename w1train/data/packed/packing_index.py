@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from w1train.config.reading import parse_json
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.file_reader import FileReader
-from w1train.data.indexed import file_size, idx_path
+from w1train.data.indexed import PACKING_SUFFIX, file_size, idx_path
 from w1train.data.packed.best_fit import PackedPieces, pack_best_fit
 from w1train.data.packed.packing import EndOfDocument, LongDocuments, Pieces, SampleSource
 from w1train.runtime.files import errors_named, replace_file
@@ -40,7 +40,6 @@ from w1train.runtime.locks import exclusive
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-PACKING_SUFFIX = ".pack"
 _HEADER_BYTES = 4096
 _COUNTS_START = _HEADER_BYTES - 24
 _HASH_START = _COUNTS_START - 32
