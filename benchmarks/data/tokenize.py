@@ -34,7 +34,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.results_page import Table, environment, spread, write_report
 from data_tools import python_corpus, tokenize
 from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
