@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.records import Record
-from benchmarks.common.report import RESULTS, Table
+from benchmarks.common.results_page import RESULTS, Table
 from w1train.config.errors import UserError
 
 _NOTEWORTHY = 0.05

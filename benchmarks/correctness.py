@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.machine import describe, gpu_environment, open_device, versions
-from benchmarks.common.report import RESULTS, Table, write_report
+from benchmarks.common.results_page import RESULTS, Table, write_report
 from w1train.config.errors import UserError
 from w1train.diagnosis.kernel_checks import TOLERANCE, attention_checks, kernel_checks
 

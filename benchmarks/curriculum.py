@@ -22,7 +22,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.common.report import Table, environment, write_report
+from benchmarks.common.results_page import Table, environment, write_report
 from w1train.reports.run_content import Run, read_run
 
 NUM_STEPS = 5

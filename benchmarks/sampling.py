@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.results_page import Table, environment, spread, write_report
 from w1train.config.compose import load_config
 from w1train.config.schema import Config, SamplingConfig
 from w1train.runtime.megatron_on_cpu import import_megatron

@@ -94,7 +94,8 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def with_special_tokens(content: dict[str, Any], renamed: dict[str, str], mask_token_id: int | None, origin: str) -> dict[str, Any]:
-    """Return the tokenizer.json with special tokens under new names, and with <mask> and <pad> added unless the file has them.
+    """Return the tokenizer.json with special tokens under new names, and add <mask> and <pad>, unless a token has this name or was
+    renamed to it.
 
     Args:
         renamed: the new names of special tokens, by their names in the file.

@@ -24,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON_FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "recipes/**/*.yaml")
 _CODE = re.compile(r"```.*?```|``[^`]*``|`[^`]*`|\"[^\"\n]*\"|https?://\S+", re.DOTALL)
+_TABLE_RULE = re.compile(r"\|\s*:?-{3,}:?\s*\|")
+_TABLE_RULE_ALONE = re.compile(r"\s*\|(\s*:?-{3,}:?\s*\|)+\s*")
 _SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:", "Shapes:")
 
 
@@ -105,12 +107,20 @@ def python_problems(path: Path) -> Iterator[Problem]:
             yield from (Problem(path, token.start[0], problem) for _, problem in phrase_problems(token.string))
 
 
+def table_problems(text: str) -> Iterator[tuple[int, str]]:
+    """Yield (line in the text, problem) for each table of Markdown whose rows were wrapped into a paragraph. Code is left out."""
+    for offset, line in enumerate(_CODE.sub(lambda match: re.sub(r"[^\n]", "_", match.group(0)), text).split("\n")):
+        if _TABLE_RULE.search(line) and not _TABLE_RULE_ALONE.fullmatch(line):
+            yield offset, "a table's row of dashes has other text on its line: write each row of the table on its own line"
+
+
 def page_problems(path: Path) -> Iterator[Problem]:
     """Yield the problems of a page in Markdown, or of the comments of a recipe."""
     text = path.read_text()
     if path.suffix == ".yaml":
         text = "\n".join(line.partition("#")[2] for line in text.split("\n"))
-    yield from (Problem(path, 1 + offset, problem) for offset, problem in phrase_problems(text))
+    found = [*phrase_problems(text), *(table_problems(text) if path.suffix == ".md" else ())]
+    yield from (Problem(path, 1 + offset, problem) for offset, problem in found)
 
 
 def all_files() -> list[Path]:

@@ -290,13 +290,17 @@ def test_no_folder_is_too_large():
 _SAME_MEANING = {
     "rotary": "the rotary position embedding: model/ has its angles, kernels/ what applies them",
     "status": "status.json of a run: runtime/ writes and reads it, the command prints it",
+    # A benchmark has the name of what it measures: benchmarks/data/tokenize.py is the command that measures data_tools/tokenize.py.
+    "corruption": "data/ has the corruption of a batch, benchmarks/data/ the command that measures it",
+    "loader": "data/ has the loader, benchmarks/data/ the command that measures it",
+    "tokenize": "data_tools/ has the command, benchmarks/data/ the command that measures it",
 }
 """File names that several modules have, and what they all are about."""
 
 
 def test_a_file_name_means_one_thing():
     """Two files of one name are taken for each other in editors, tracebacks and conversations."""
-    paths = [path for path in python_files("w1train", "data_tools") if not path.stem.startswith("__")]
+    paths = [path for path in python_files("w1train", "data_tools", "benchmarks") if not path.stem.startswith("__")]
     counts = Counter(path.stem for path in paths)
     shared = {name: [str(path.relative_to(REPOSITORY)) for path in paths if path.stem == name] for name in counts if counts[name] > 1}
     assert {name: places for name, places in shared.items() if name not in _SAME_MEANING} == {}
@@ -305,7 +309,7 @@ def test_a_file_name_means_one_thing():
 
 def test_functions_are_short():
     too_long = {}
-    for path in python_files("w1train", "data_tools", "launch"):
+    for path in python_files("w1train", "data_tools", "launch", "benchmarks"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -64,3 +64,25 @@ def test_no_docstring_begins_with_whether(tmp_path):
     path = tmp_path / "module.py"
     path.write_text('class C:\n    x: bool\n    """Whether it is on."""\n    y: bool\n    """Tell whether it is on."""\n')
     assert [problem.line for problem in prose.problems(path)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("Words:\n\n| a | b |\n|---|---:|\n| 1 | 2 |\n", []),
+        ("   | a | b |\n   | :--- | --- |\n", []),
+        ("| a |\n|---|\n", []),
+        ("Words:\n\n   | a | b | |---|---| | 1 |\n   2 |\n", [2]),
+        ("| a | b |\n|---|---| | 1 | 2 |\n", [1]),
+        ("| a | |---|\n", [0]),
+        ("The row `|---|` of a table.\n\n```\na |---| b\n```\n", []),
+    ],
+)
+def test_a_table_that_was_wrapped_into_a_paragraph_is_found(text, lines):
+    assert [line for line, _ in prose.table_problems(text)] == lines
+
+
+def test_tables_of_pages_are_read(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("# Words\n\n| word | meaning | |---|---| | step | one update\nof the weights |\n")
+    assert [problem.line for problem in prose.problems(path)] == [3]

@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.attention.attention_report import NOTES, chart, key_results, tables, verdicts
 from benchmarks.attention.measure import Measured, measure_workload
-from benchmarks.attention.report import NOTES, chart, key_results, tables, verdicts
 from benchmarks.attention.sides import sides
 from benchmarks.attention.workloads import Workload, tiny_workloads, workloads
 from benchmarks.common.records import device_of, publish, record_of
-from benchmarks.common.report import RESULTS
+from benchmarks.common.results_page import RESULTS
 from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase
 

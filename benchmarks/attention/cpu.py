@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common.report import Table, environment, write_report
+from benchmarks.common.results_page import Table, environment, write_report
 from w1train.attention.backends.rectangles import Rectangle
 from w1train.attention.backends.sdpa import DensePlan, SdpaBackend
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility

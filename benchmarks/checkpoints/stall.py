@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.results_page import Table, environment, spread, write_report
 from w1train.config.compose import load_config
 from w1train.config.schema import Config
 from w1train.runtime.megatron_on_cpu import import_megatron

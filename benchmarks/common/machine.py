@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.report import Table, environment
+from benchmarks.common.results_page import Table, environment
 from w1train.config.errors import UserError
 
 GPU_PACKAGES = ("torch", "triton", "megatron-core", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "transformer-engine")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.machine import describe, gpu_environment, open_device, versions
-from benchmarks.common.report import RESULTS, Table, write_report
+from benchmarks.common.results_page import RESULTS, Table, write_report
 from w1train.config.errors import UserError
 
 Results = dict[str, dict[str, float | None]]

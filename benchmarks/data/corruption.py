@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.results_page import Table, environment, spread, write_report
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch

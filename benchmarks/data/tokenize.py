@@ -2,10 +2,10 @@
 
 Speed: two ways tokenize the same texts in turns. (a) The library loads the tokenizer's file and runs ``encode_batch_fast`` on texts that
 are in memory already. It drops the tokens, and has as many threads as the command has workers. (b) The whole command reads JSONL from the
-disk and writes token files, hashes and manifest. It is started in this process, so that its imports do not count, and everything else of
-its start does. CPU seconds are those of this process and its children, and say more than the clock on a machine that others use.
+disk and writes token files, hashes and manifest. It runs in this process. Its imports are therefore not measured, but the rest of its
+start is measured. CPU seconds are added up over this process and its children. On a shared machine they are more reliable than wall time.
 
-Memory: the largest sum of the resident sizes of the command's process and its children, by sampling.
+Memory: the largest sum of the resident sizes of the command's process and its children that was seen when they were sampled.
 
     python -m benchmarks.data.tokenize --report
 """
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.results_page import Table, environment, spread, write_report
 from data_tools import python_corpus, tokenize
 from w1train.data.tokenizer import Tokenizer, train_tokenizer
 

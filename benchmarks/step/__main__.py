@@ -28,14 +28,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from benchmarks.common.records import device_of, publish, record_of
-from benchmarks.common.report import RESULTS
+from benchmarks.common.results_page import RESULTS
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
-from benchmarks.step.report import chart, key_results, notes, tables, verdicts
+from benchmarks.step.step_report import chart, key_results, notes, tables, verdicts
+from benchmarks.step.step_run import Run, Variant
 from w1train.config.compose import load_config
 from w1train.config.errors import UserError, raise_if_any
 from w1train.config.rules.validate import validate
@@ -43,7 +42,6 @@ from w1train.config.schema import Config
 
 logger = logging.getLogger(__name__)
 
-Variant = Literal["recipe", "flex", "unfused", "kernels off"]
 OVERRIDES: dict[Variant, list[str]] = {
     "recipe": [],
     "flex": ["attention.backend=flex"],
@@ -60,27 +58,6 @@ _SHARE_OF_MEMORY = 0.92
 _FEWER_LAYERS, _ATTEMPTS = 4, 3
 _LONGEST_RUN = 240.0
 _NOT_DONE = f"not done after {_LONGEST_RUN:.0f} s"
-
-
-@dataclass(slots=True)
-class Run:
-    """A run in a process of its own: what it trains, and what it measured."""
-
-    streams: int
-    variant: Variant
-    layers: int
-    largest: bool = False
-    """This flag tells whether the run has as many layers as fit."""
-    found: dict[str, Any] = field(default_factory=dict)
-    reason: str | None = None
-    """The reason why it measured nothing."""
-    failed: bool = False
-    """This flag tells whether the run should have measured something, and did not."""
-
-    @property
-    def name(self) -> str:
-        """Name of the run in tables and results."""
-        return f"{self.streams} stream{'s' if self.streams > 1 else ''}, {self.variant}, {self.layers} layers"
 
 
 def step_config(run: Run, options: argparse.Namespace, directory: Path) -> Config:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.common.report import Table, environment, spread, write_report
+from benchmarks.common.results_page import Table, environment, spread, write_report
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from w1train.config.compose import load_config
 from w1train.config.schema import Config

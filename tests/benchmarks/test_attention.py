@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks.attention import __main__ as attention
+from benchmarks.attention.attention_report import tables, verdicts
 from benchmarks.attention.measure import Measured, measure_workload
-from benchmarks.attention.report import tables, verdicts
 from benchmarks.attention.sides import Side, UnfusedBackend, sides
 from benchmarks.attention.workloads import tiny_workloads, workload, workloads
-from benchmarks.common.report import RESULTS
+from benchmarks.common.results_page import RESULTS
 from tests.attention.cases import inputs_of, long_pack
 from w1train.attention.backends.reference import attend_reference
 from w1train.config.rules.attention_limits import AttentionCase

@@ -11,7 +11,7 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks.step import __main__ as step
 from benchmarks.step import profile as step_profile
-from benchmarks.step.report import key_results, shares, verdicts
+from benchmarks.step.step_report import key_results, shares, verdicts
 from tests.distributed import run_distributed
 from w1train.runtime.ranges import kernel_group
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common.report import Table, environment, write_report
+from benchmarks.common.results_page import Table, environment, write_report
 from tests.chaos.campaign import Campaign, Result, draw
 from tests.chaos.disk import how_a_disk_fills
 from tests.chaos.faults import FAULTS

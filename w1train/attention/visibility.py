@@ -63,7 +63,7 @@ def document_visibility(document_ids: Tensor) -> Visibility:
     """Return bidirectional attention inside documents, the mask of masked diffusion (LLaDA2.0, arXiv 2512.15745, eq. 4).
 
     Args:
-        document_ids: int [b, l], in contiguous runs; negative = padding, which sees nothing and which no token sees.
+        document_ids: int [b, l], in contiguous runs. A negative id is padding: padding sees no token, and no token sees padding.
     """
     start, end = document_bounds(document_ids)
     real = document_ids >= 0

@@ -68,7 +68,7 @@ def is_complete(path: Path) -> bool:
 
 
 def require_manifests(directory: Path) -> None:
-    """Refuse checkpoints without a manifest: to resume silently from an older checkpoint would undo training.
+    """Refuse a checkpoint without a manifest. Otherwise the run would silently resume from an older checkpoint and lose training.
 
     Raises:
         DamagedCheckpointError: a checkpoint has no manifest.

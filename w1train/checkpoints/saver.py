@@ -333,7 +333,8 @@ class CheckpointSaver:
 
 
 def _error_of(work: Future[None]) -> OSError | None:
-    """Return the OSError that ended a thread's work, or None. Any other error is a bug of ours, and is raised on the rank that met it."""
+    """Return the OSError that ended a thread's work, or None. Any other error is a bug in w1train, and is raised on the
+    rank where it happened."""
     error = work.exception()
     if error is not None and not isinstance(error, OSError):
         raise error

@@ -62,13 +62,13 @@ class ConfigurationError(UserError):
         super().__init__("\n".join([title, *shown, *([f"... and {count - MOST_PROBLEMS} more"] if count > MOST_PROBLEMS else [])]))
 
     def __reduce__(self) -> tuple[type[ConfigurationError], tuple[list[Problem], str | None]]:
-        """Keep the problems when the error is pickled. Rank 0 sends the error to other ranks, which would otherwise take its text for the
-        problems."""
+        """Keep the problems when the error is pickled. Rank 0 sends the error to other ranks. Without this method, they would
+        rebuild the error with its text in the place of the list of problems."""
         return ConfigurationError, (self.problems, self.origin)
 
 
 def _on_one_line(key: str) -> str:
-    """Return a key as it is, or shortened and escaped if it would fill the screen or control the terminal."""
+    """Return the key. A key that is very long is shortened, and control characters are escaped."""
     return key if len(key) <= _LONGEST_KEY and key.isprintable() else ascii(key[:_LONGEST_KEY])
 
 

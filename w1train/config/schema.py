@@ -209,7 +209,7 @@ class DiffusionConfig:
     the mask token, whose embedding has a norm near zero and would cause very large gradients without this noise (LLaDA2.0). Set it in the
     first stage only."""
     loss: str = "cross_entropy"
-    """What is trained of each noised token, before its weight: cross_entropy."""
+    """The loss of each noised token before it is multiplied by the weight. cross_entropy is the only loss that comes with w1train."""
     weight: LossWeight = "inverse_t"
     """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""

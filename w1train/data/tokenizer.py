@@ -278,7 +278,8 @@ def _panics_of(origin: str) -> Iterator[None]:
 
 
 def _parse(content: dict[str, Any], origin: str) -> tuple[BackendTokenizer, int, int]:
-    """Return the library's tokenizer, and how many characters its steps may make of one when they encode and when they decode."""
+    """Return the library's tokenizer, and the largest number of characters into which its steps may turn one character, for encoding and
+    for decoding."""
     try:
         encoding, decoding = largest_growth(content)
     except ValueError as error:

@@ -50,7 +50,8 @@ def _growth_of(content: dict[str, Any], *kinds: str) -> int:
 
 
 def _steps(step: Any, kind: str) -> Iterator[_Step]:
-    """Yield the steps of a kind, also those in nested sequences. w1train.config.reading limits the depth of nesting."""
+    """Yield all tokenizer steps of one kind. Steps inside nested sequences are included. w1train.config.reading limits
+    the depth of nesting."""
     if step is None:
         return
     # For a step without a type, the library would take the first type that has the step's parameters.

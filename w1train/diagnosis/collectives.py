@@ -153,7 +153,7 @@ def _largest(value: float) -> float:
 
 
 def rank_speeds(device: torch.device) -> Iterator[Finding]:
-    """Yield the slowest rank of its own work and of its link to the next rank.
+    """Yield the rank that computes most slowly, and the rank whose link to the next rank is slowest.
 
     These are timed separately, because in a collective all ranks end together, whichever rank is late.
     """

@@ -89,7 +89,7 @@ class Predictor:
         """Run one pass over consecutive tokens, int64 [b, l], of one document in each row, with one t for each row, float32 [b].
 
         Args:
-            plan: for the padded rows. If it has a cache, the pass reads the cache and writes to it.
+            plan: the attention plan of the rows after padding. If it has a cache, the pass reads the cache and writes to it.
             num_logits: how many of the last positions have logits; 0 = the pass only writes to the cache.
 
         Returns:

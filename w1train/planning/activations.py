@@ -221,8 +221,8 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
 
 
 def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int) -> int:
-    """Return the bytes that all layers of a chunk save. Full recomputation keeps only the input of every group and, once, the rotary
-    angles (fp32)."""
+    """Return the bytes that all layers of a chunk save. Full recomputation saves the input of each group of layers, and one copy
+    of the rotary angles (fp32)."""
     angles = sizes.positions * sizes.channels * FP32_BYTES
     if layout.recompute == "full":
         num_groups = -(-num_layers // layout.recompute_num_layers)
@@ -277,8 +277,8 @@ def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk
 
 
 def logits_bytes(sizes: Sizes) -> int:
-    """Return the bytes of the logits that are in memory at once, in the run's precision; with a loss in chunks, the gradients of the head's
-    input for all rows are added."""
+    """Return the bytes of the logits that are in memory at once, in the run's precision. If the loss is computed in chunks, this also
+    counts the gradients of the head's input for all rows."""
     if sizes.loss_chunk is None:
         return sizes.num_logits * sizes.vocabulary * sizes.element
     chunk = min(sizes.loss_chunk, sizes.num_logits)

@@ -82,7 +82,8 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step: those of the slowest pipeline rank, the bubble, and the work that happens once a step."""
+        """The seconds of a step. This is the time of the slowest pipeline rank, plus the bubble, plus the work that is done once in each
+        step."""
         pace = max(stage.seconds.per_micro_batches for stage in self.stages) / (1 - self.bubble_fraction)
         return pace + max(stage.seconds.gradients_and_optimizer + stage.seconds.data_parallel for stage in self.stages)
 

@@ -96,7 +96,7 @@ def _noised_shares(process: NoiseProcess, diffusion: DiffusionConfig) -> tuple[f
     times = torch.linspace(diffusion.t_min, diffusion.t_max, 1001, dtype=torch.float64)
     shares = process.noising_probability(times)
     if diffusion.complementary:
-        # One sample of a pair has what the other sample keeps.
+        # In one sample of a pair, noise replaces exactly the tokens that the other sample keeps.
         return 0.5, 1 - shares[0].item()
     return shares.mean().item(), shares[-1].item()
 

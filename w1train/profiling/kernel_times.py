@@ -82,7 +82,7 @@ def _work(events: list[Any], ranges: dict[tuple[int, int], str], on_gpu: bool) -
 
 
 def _device_events(events: list[Any]) -> Iterator[Any]:
-    """Yield kernels and copies, and leave out the copies of ranges that the profiler shows on the device."""
+    """Yield kernels and copies. The profiler also shows each named range on the device; leave these entries out."""
     for event in events:
         if event.device_type == DeviceType.CUDA and not event.name.startswith(_PREFIX) and not getattr(event, "is_user_annotation", False):
             yield event

@@ -28,7 +28,11 @@ class Watch:
     """A context manager that hands records to the sinks. On ranks other than 0 it drops them."""
 
     def __init__(self, run: RecordedRun, ranks: Ranks, progress: Progress) -> None:
-        """Make the sinks. ``progress`` is the run's, and changes with it. Raise UserError if a package that a sink needs is missing."""
+        """Make the sinks. ``progress`` is the run's own object, so it changes while the run trains.
+
+        Raises:
+            UserError: if a package that a sink needs is missing.
+        """
         self._run, self._ranks, self.progress = run, ranks, progress
         wanted = [sink(run) for sink in SINKS if sink.is_wanted(run.config.logging)]
         self._sinks = wanted if ranks.is_main else []

@@ -23,7 +23,7 @@ class Count(Protocol):
 
         Args:
             order: float64 [b, n], the scores; -inf at fill.
-            num_planned: this step's number in what ``planned`` returned.
+            num_planned: the number that ``planned`` returned for this step.
         """
 
 

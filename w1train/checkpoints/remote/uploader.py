@@ -27,8 +27,8 @@ class _Job:
 
 
 class Uploader:
-    """Uploader of a run's checkpoints, one after another; on rank 0. If checkpoints are saved faster than they can be uploaded, the newest
-    checkpoint is next, and those before it are skipped."""
+    """The uploader of a run's checkpoints. It uploads them one after another, on rank 0. If checkpoints are saved faster than they can be
+    uploaded, the newest checkpoint is next, and those before it are skipped."""
 
     def __init__(self, url: str) -> None:
         self._remote = RemoteCheckpoints(url)

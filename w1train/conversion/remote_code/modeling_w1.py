@@ -226,9 +226,9 @@ class W1ForMaskedDiffusion(PreTrainedModel):
                 which no token sees), or bool [b, l, l] or [b, 1, l, l] (True: the token of the row sees the token of the column), which is
                 used as it is, also in block diffusion.
             position_ids: int [b, l] or [1, l], position inside the document; None = the number of real tokens before each token.
-            timesteps: mask probability t in [0, 1], float [b] (of the whole sample, or of its noisy blocks: clean blocks are at 0) or
-                [b, l]; None = the share of mask tokens among the real tokens of a sample or of a block. Without conditioning it has no
-                effect.
+            timesteps: t in [0, 1], which equals the mask probability only in linear masking, float [b] (of the whole sample, or of its
+                noisy blocks: clean blocks are at 0) or [b, l]; None = the share of mask tokens among the real tokens of a sample or of a
+                block. Without conditioning it has no effect.
 
         Raises:
             ValueError: a forward pass over one copy of the tokens cannot give training's outputs, and ``attention_mask`` has no rows.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from benchmarks.attention.measure import Measured
 from benchmarks.common.plot import Bar, bar_chart
 from benchmarks.common.records import Results
-from benchmarks.common.report import Table
+from benchmarks.common.results_page import Table
 
 NOTES = """\
 Forward and backward of one layer's attention on one sample in bf16, all sides of a workload in turns on the same random inputs, L2

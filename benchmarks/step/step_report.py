@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from benchmarks.common.plot import Bar, bar_chart
 from benchmarks.common.records import Results
-from benchmarks.common.report import Table
-
-if TYPE_CHECKING:
-    from benchmarks.step.__main__ import Run
+from benchmarks.common.results_page import Table
+from benchmarks.step.step_run import Run
 
 GOALS = {1: 0.60, 2: 0.55}
 """The MFU to reach by number of streams, on one H100 or H800."""
