@@ -24,8 +24,8 @@ class Term(Protocol):
         """Names and shapes of the term's sums."""
 
     def row_terms(self, rows: LossRows) -> Mapping[str, RowTerm]:
-        """Return what the term asks of the m + k rows of logits, by name. Terms of an objective that use the same name must ask for the same
-        row term, which is computed once."""
+        """Return what the term asks of the m + k rows of logits, by name. Terms of an objective that use the same name must ask for the
+        same row term, which is computed once."""
 
     def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor | None:
         """Return the weighted sum over a micro-batch, which is not divided yet and will be differentiated; None if the term has no rows.

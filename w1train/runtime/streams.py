@@ -32,7 +32,8 @@ def keep_for(stream: torch.cuda.Stream, tensors: Iterable[Tensor]) -> None:
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield every tensor in an object, in its lists, tuples, dictionaries and attributes at any depth: some of the objects are other libraries'."""
+    """Yield every tensor in an object, in its lists, tuples, dictionaries and attributes at any depth: some of the objects are other
+    libraries'."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return

@@ -1,5 +1,4 @@
-"""Forward pass and loss of the micro-batches, in the form in which megatron-core's schedules call them.
-"""
+"""Forward pass and loss of the micro-batches, in the form in which megatron-core's schedules call them."""
 
 from __future__ import annotations
 
