@@ -1,9 +1,8 @@
 """The numbers that a loss, a likelihood or a sampler may ask of each row of logits: a closed list, one class for each.
 
-No caller holds the logits of many rows over the whole vocabulary. The output head computes a chunk of rows at a time, and all terms
+Training never holds the logits of all rows over the whole vocabulary. The output head computes a chunk of rows at a time, and all terms
 that are asked for in one pass (w1train/model/chunked_head.py); each term writes the gradient of its own value over the chunk's logits.
-Evaluation and sampling have whole
-rows of logits already, of which ``value_of`` computes a term.
+Evaluation and sampling already have the logits of all rows, and compute a term of them with ``value_of``.
 To add a term, write one class here; a Triton kernel for it goes into w1train/kernels.
 
 Shapes: m = rows, k = rows of a chunk, v = vocabulary of this rank, n = tokens that a term names in each row, s = sums of a term.
@@ -60,8 +59,8 @@ class RowTerm(ABC):
     """A differentiable number of each row of logits, or several numbers. Each subclass is a dataclass."""
 
     def is_same(self, other: RowTerm) -> bool:
-        """Return whether both are of one class and have the same tensors; tensors with equal values are not compared, because that would
-        wait for a GPU."""
+        """Tell whether both are of one class and have the same tensor objects. Values are not compared, because the comparison would wait
+        for a GPU."""
         names = [entry.name for entry in fields(self)]
         return type(self) is type(other) and all(getattr(self, name) is getattr(other, name) for name in names)
 
