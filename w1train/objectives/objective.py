@@ -74,7 +74,8 @@ class Objective:
         asked: dict[str, RowTerm] = {}
         for term in self.terms:
             for name, row_term in term.row_terms(rows).items():
-                assert asked.setdefault(name, row_term).is_same(row_term), f"two row terms have the name {name}"
+                earlier = asked.setdefault(name, row_term)
+                assert earlier.is_same(row_term), f"two row terms have the name {name}"
         return asked
 
     def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> tuple[Tensor, NamedSums]:
