@@ -218,7 +218,7 @@ class BareLoop:
 
     def _denominator(self, rows: LossRows) -> float:
         objective = objective_of(self.config.diffusion, self.config.logging.num_t_bins)
-        _, sums = objective.loss(torch.zeros(len(rows.targets)), rows)
+        _, sums = objective.loss({name: torch.zeros(len(rows.targets)) for name in objective.row_terms(rows)}, rows)
         return float(sums[objective.normalizer])
 
 

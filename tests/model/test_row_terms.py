@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed import run_distributed
 from tests.kernels import oracle
 from w1train.model.chunked_head import Head, linear_row_terms
-from w1train.model.row_terms import CrossEntropy, Entropy, LogProbabilities, Vocabulary
+from w1train.model.row_terms import CrossEntropy, Entropy, LogProbabilities, Vocabulary, value_of
 
 NUM_ROWS, VOCABULARY, SIZE = 9, 52, 12
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -22,6 +22,20 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("name", oracle.TERMS)
 def test_each_term_is_its_definition(name, chunk_size, excluded, dtype):
     oracle.check_term(name, NUM_ROWS, VOCABULARY, chunk_size, excluded, dtype, "torch", TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", oracle.TERMS)
+def test_each_term_of_whole_rows_is_its_definition(name, dtype):
+    """In the precision of the logits, and also where the logits are large."""
+    logits = 100 * torch.randn((NUM_ROWS, VOCABULARY), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    logits = logits.index_fill(1, torch.tensor([14]), float("-inf")).to(dtype)
+    term, before = oracle.make_term(name, NUM_ROWS, VOCABULARY, 14), logits.clone()
+    found = value_of(term, logits)
+    assert found.dtype == dtype
+    assert torch.equal(logits, before)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(found.double(), oracle.dense_term(term, logits.double()), rtol=tolerance, atol=tolerance)
 
 
 def _all_terms(excluded):

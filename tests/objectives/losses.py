@@ -18,7 +18,7 @@ NUM_BINS = 10
 def loss(cross_entropy: torch.Tensor, noisy: NoisyBatch, config: DiffusionConfig) -> tuple[torch.Tensor, NamedSums]:
     """(weighted sum, sums) of cross-entropies at ``loss_mask`` and behind them at ``next_mask``."""
     objective = objective_of(config, NUM_BINS)
-    return objective.loss(cross_entropy, loss_rows(noisy, objective.weights(noisy)))
+    return objective.loss({"cross_entropy": cross_entropy}, loss_rows(noisy, objective.weights(noisy)))
 
 
 def metrics(sums: NamedSums, config: DiffusionConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tests.tiny import packed_batch
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
+from w1train.model.row_terms import CrossEntropy
 from w1train.objectives import objective
 from w1train.objectives.loss_rows import loss_rows
 from w1train.objectives.named_sums import NamedSums, scalars_first, size_of
@@ -98,7 +99,7 @@ def test_samples_are_counted_once_where_ranks_share_their_positions():
         positions = torch.arange(first, noisy.input_ids.shape[1], 3).expand(12, -1)
         part = noisy.at(positions)
         values = cross_entropy.gather(1, positions)[part.loss_mask]
-        total += objective.loss(values, loss_rows(part, weights.gather(1, positions)))[1].values
+        total += objective.loss({"cross_entropy": values}, loss_rows(part, weights.gather(1, positions)))[1].values
     torch.testing.assert_close(total, whole.values, rtol=1e-12, atol=1e-12)
 
 
@@ -220,11 +221,14 @@ class _Squares:
 
     layout: ClassVar = {"squares": (), "squares_of_halves": (2,)}
 
-    def loss(self, cross_entropy, rows):
-        return 0.1 * rows.of_noisy_stream(cross_entropy).square().sum()
+    def row_terms(self, rows):
+        return {"cross_entropy": CrossEntropy(rows.targets)}
 
-    def sums(self, cross_entropy, rows):
-        squares = rows.of_noisy_stream(cross_entropy).square().double()
+    def loss(self, values, rows):
+        return 0.1 * rows.of_noisy_stream(values["cross_entropy"]).square().sum()
+
+    def sums(self, values, rows):
+        squares = rows.of_noisy_stream(values["cross_entropy"]).square().double()
         return {"squares": squares.sum(), "squares_of_halves": torch.stack([half.sum() for half in squares.tensor_split(2)])}
 
     def total(self, sums):

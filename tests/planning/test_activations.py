@@ -86,7 +86,7 @@ def _measure_chunks(config):
         with saved:
             output = stage(inputs.model, [CrossEntropy(inputs.targets)])
             if stage.post_process:
-                _loss(config, inputs, _work(inputs), output)
+                _loss(config, inputs, _work(inputs), ["cross_entropy"], output)
         results.append((saved.total, len(inputs.model.logit_positions), len(inputs.model.segment_timesteps)))
     return results
 

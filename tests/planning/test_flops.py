@@ -50,7 +50,8 @@ def _counted(_rank, _world_size, config, document_length):
         inputs = rank_inputs(noisy, config)
         # The backward pass of fused kernels computes the scores again. The counter counts this, the plan does not.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            _loss(config, inputs, _work(inputs), stage(inputs.model, [CrossEntropy(inputs.targets)]))[0].backward()
+            values = stage(inputs.model, [CrossEntropy(inputs.targets)])
+            _loss(config, inputs, _work(inputs), ["cross_entropy"], values)[0].backward()
         counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     parts = Counter()
     for part, names in PARTS.items():

@@ -27,7 +27,7 @@ def test_every_tensor_of_an_object_is_found():
 
     tensors = [torch.zeros(1) for _ in range(4)]
     slotted, plan = Slotted(), Plan()
-    slotted.nested = (tensors[0], [tensors[1]])
+    slotted.nested = (tensors[0], [{"name": tensors[1]}])
     plan.first, plan.again, plan.other, plan.number = slotted, plan, tensors[2], 3
     found = list(tensors_in((plan, tensors[3])))
     assert {id(tensor) for tensor in found} == {id(tensor) for tensor in tensors}
@@ -84,8 +84,8 @@ def test_inputs_are_made_on_their_own_stream_and_handed_over(monkeypatch):
     prepared = forward._next_inputs(config, batches())
     assert events == [("enter", "inputs"), "corruption", ("leave", "inputs"), ("model", "waits for", "inputs")]
     handed_over = {id(tensor) for tensor in tensors_in(prepared)}
-    inputs, targets, work = prepared
-    assert {id(tensor) for tensor in (targets, work, inputs.rows.timesteps, inputs.rows.weights)} <= handed_over
+    inputs, row_terms, work = prepared
+    assert {id(tensor) for tensor in (row_terms["cross_entropy"].targets, work, inputs.rows.timesteps, inputs.rows.weights)} <= handed_over
     assert set(recorded) == {(tensor, "model") for tensor in handed_over}
 
 

@@ -59,11 +59,11 @@ objectives = pytest.mark.parametrize(
 def test_the_loss_asks_the_device_for_nothing(diffusion):
     config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
     with _WaitsOf() as before:
-        inputs, targets, work = _prepare(_noisy(config), config)
+        inputs, row_terms, work = _prepare(_noisy(config), config)
     assert "nonzero" in before.found, "what the loss needs is picked before the model runs"
-    cross_entropy = torch.rand(len(targets), requires_grad=True)
+    cross_entropy = torch.rand(len(inputs.targets), requires_grad=True)
     with _WaitsOf() as loss:
-        _loss(config, inputs, work, (cross_entropy,))[0].backward()
+        _loss(config, inputs, work, tuple(row_terms), (cross_entropy,))[0].backward()
     assert loss.found == []
 
 
@@ -71,10 +71,10 @@ def test_the_loss_asks_the_device_for_nothing(diffusion):
 def test_the_loss_is_computed_of_tensors_without_values(diffusion):
     """Tensors of the meta device refuse what no dispatched operation shows on a CPU: tolist, numpy, copies to the host."""
     config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
-    inputs, targets, work = _prepare(_noisy(config), config)
+    inputs, row_terms, work = _prepare(_noisy(config), config)
     values = {entry.name: getattr(inputs.rows, entry.name) for entry in fields(inputs.rows)}
     rows = LossRows(**{name: value if value is None else value.to("meta") for name, value in values.items()})
-    cross_entropy = torch.rand(len(targets), device="meta", requires_grad=True)
-    weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), (cross_entropy,))
+    cross_entropy = torch.rand(len(inputs.targets), device="meta", requires_grad=True)
+    weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), tuple(row_terms), (cross_entropy,))
     weighted.backward()
     assert {tensor.device.type for tensor in (weighted, denominator, kept, cross_entropy.grad)} == {"meta"}

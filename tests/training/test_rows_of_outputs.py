@@ -19,7 +19,8 @@ def test_outputs_of_both_streams_are_beside_their_targets():
     """Masked tokens of the noisy stream come first. Behind them, each row of the clean stream predicts the token that follows it."""
     config = tiny_config(diffusion=DIFFUSION)
     noisy = corrupt(packed_batch(range(3)), config.diffusion, 0)
-    inputs, targets, work = _prepare(noisy, config)
+    inputs, _, work = _prepare(noisy, config)
+    targets = inputs.targets
     places, num_masked = inputs.model.logit_positions, int(noisy.loss_mask.sum())
     seen, clean = inputs.model.input_ids.flatten(), torch.cat([noisy.tokens, noisy.tokens], dim=1).flatten()
     assert (seen[places[:num_masked]] == config.diffusion.mask_token_id).all()

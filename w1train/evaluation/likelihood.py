@@ -30,6 +30,7 @@ from torch import Tensor
 
 from w1train.config.errors import UserError
 from w1train.diffusion.philox import Purpose, random_words
+from w1train.model.row_terms import CrossEntropy, value_of
 from w1train.sampling.denoise import Predict, TimestepAt
 
 DEFAULT_DRAWS = 128
@@ -158,7 +159,7 @@ def _index(pair: Pair) -> int:
 
 def _cross_entropy(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
     """Return the cross-entropies of masked tokens, float32 [m], from logits [b, s, v], tokens [b, s] and masked, bool [b, s]."""
-    return torch.nn.functional.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")
+    return value_of(CrossEntropy(tokens[masked]), logits[masked].float())
 
 
 def _check(pairs: Sequence[Pair], mask_token_id: int, num_draws: int) -> None:

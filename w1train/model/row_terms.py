@@ -1,7 +1,8 @@
-"""The numbers that a loss, a metric or a sampler may ask of each row of logits: a closed list, one class for each.
+"""The numbers that a loss, a likelihood or a sampler may ask of each row of logits: a closed list, one class for each.
 
-No caller holds the logits of many rows over the whole vocabulary. The output head computes a chunk of rows at a time, and all terms
+Training never holds the logits of all rows over the whole vocabulary. The output head computes a chunk of rows at a time, and all terms
 that are asked for in one pass (w1train/model/chunked_head.py); each term writes the gradient of its own value over the chunk's logits.
+Evaluation and sampling already have the logits of all rows, and compute a term of them with ``value_of``.
 To add a term, write one class here; a Triton kernel for it goes into w1train/kernels.
 
 Shapes: m = rows, k = rows of a chunk, v = vocabulary of this rank, n = tokens that a term names in each row, s = sums of a term.
@@ -10,7 +11,7 @@ Shapes: m = rows, k = rows of a chunk, v = vocabulary of this rank, n = tokens t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ class Vocabulary:
 
 @dataclass(slots=True, frozen=True)
 class RowStatistics:
-    """Numbers that a term needs of k rows besides their logits: float32, over the vocabulary of all ranks."""
+    """Numbers that a term needs of k rows besides their logits, over the vocabulary of all ranks: float32, except in ``value_of``."""
 
     largest: Tensor
     """[k]: largest logit."""
@@ -53,8 +54,15 @@ class RowStatistics:
         return logits.sub(self.largest[:, None]).exp_().div_(self.total[:, None])
 
 
+@dataclass(slots=True, frozen=True)
 class RowTerm(ABC):
-    """A differentiable number of each row of logits, or several numbers."""
+    """A differentiable number of each row of logits, or several numbers. Each subclass is a dataclass."""
+
+    def is_same(self, other: RowTerm) -> bool:
+        """Tell whether both are of one class and have the same tensor objects. Values are not compared, because the comparison would wait
+        for a GPU."""
+        names = [entry.name for entry in fields(self)]
+        return type(self) is type(other) and all(getattr(self, name) is getattr(other, name) for name in names)
 
     @property
     def chosen_ids(self) -> Tensor | None:
@@ -77,7 +85,7 @@ class RowTerm(ABC):
 
     @abstractmethod
     def value(self, statistics: RowStatistics) -> Tensor:
-        """Return the term, float32 [k] or [k, n]."""
+        """Return the term, [k] or [k, n], in the precision of the statistics."""
 
     @abstractmethod
     def write_gradient(self, logits: Tensor, part: slice, statistics: RowStatistics, gradient: Tensor, vocabulary: Vocabulary) -> None:
@@ -146,3 +154,14 @@ class Entropy(RowTerm):
         probabilities = statistics.probabilities(logits)
         along = torch.special.entr(probabilities).sub_(probabilities.mul_(statistics.sums[0][:, None]))
         logits.copy_(along.mul_(gradient[:, None]))
+
+
+def value_of(term: RowTerm, logits: Tensor) -> Tensor:
+    """Return a term of whole rows of logits [m, v], in the precision of the logits. The caller takes tokens out of the softmax."""
+    largest, nothing = logits.amax(dim=-1), logits.new_empty((0, len(logits)))
+    total = logits.sub(largest[:, None]).exp_().sum(dim=-1)
+    chosen = nothing if term.chosen_ids is None else logits.gather(1, term.chosen_ids.t()).t()
+    statistics = RowStatistics(largest, total, chosen, nothing)
+    if term.num_sums:
+        statistics = replace(statistics, sums=term.local_sums(logits, slice(None), statistics))
+    return term.value(statistics)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from w1train.diffusion.process import NoiseProcess
+from w1train.model.row_terms import CrossEntropy, RowTerm
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout
 
@@ -30,23 +31,26 @@ class Denoising:
             **dict.fromkeys(("cross_entropy_by_t", "num_masked_by_t"), by_t),
         }
 
-    def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor:
-        return (rows.of_noisy_stream(cross_entropy) * rows.weights).sum()
+    def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
+        return {"cross_entropy": CrossEntropy(rows.targets)}
 
-    def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
+    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor:
+        return (rows.of_noisy_stream(values["cross_entropy"]) * rows.weights).sum()
+
+    def sums(self, values: Mapping[str, Tensor], rows: LossRows) -> dict[str, Tensor]:
         # Double: float32 sums of 10^6 terms would make the logged loss depend on the order of the ranks.
-        values = rows.of_noisy_stream(cross_entropy).double()
+        cross_entropy = rows.of_noisy_stream(values["cross_entropy"]).double()
         # bincount would ask a GPU for the largest bin.
         bins = (rows.timesteps * self.num_t_bins).long().clamp(0, self.num_t_bins - 1)
-        zeros = values.new_zeros(self.num_t_bins)
+        zeros = cross_entropy.new_zeros(self.num_t_bins)
         return {
-            "weighted": (values * rows.weights.double()).sum(),
-            "elbo": (values * self.process.elbo_weight(rows.timesteps.double())).sum(),
-            "cross_entropy": values.sum(),
+            "weighted": (cross_entropy * rows.weights.double()).sum(),
+            "elbo": (cross_entropy * self.process.elbo_weight(rows.timesteps.double())).sum(),
+            "cross_entropy": cross_entropy.sum(),
             "num_masked": rows.num_masked,
             "num_tokens": rows.num_tokens,
-            "cross_entropy_by_t": zeros.index_add(0, bins, values),
-            "num_masked_by_t": zeros.index_add(0, bins, torch.ones_like(values)),
+            "cross_entropy_by_t": zeros.index_add(0, bins, cross_entropy),
+            "num_masked_by_t": zeros.index_add(0, bins, torch.ones_like(cross_entropy)),
         }
 
     def total(self, sums: Mapping[str, Any]) -> float:

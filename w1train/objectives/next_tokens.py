@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from w1train.model.row_terms import CrossEntropy, RowTerm
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout
 
@@ -22,12 +23,15 @@ class NextTokens:
     def layout(self) -> Layout:
         return {"next_cross_entropy": (), "num_next": ()}
 
-    def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor | None:
-        return self.weight * rows.of_clean_stream(cross_entropy).sum() if self.weight > 0 else None
+    def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
+        return {"cross_entropy": CrossEntropy(rows.targets)}
 
-    def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
-        values = rows.of_clean_stream(cross_entropy).double()
-        return {"next_cross_entropy": values.sum(), "num_next": values.new_full((), len(values))}
+    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor | None:
+        return self.weight * rows.of_clean_stream(values["cross_entropy"]).sum() if self.weight > 0 else None
+
+    def sums(self, values: Mapping[str, Tensor], rows: LossRows) -> dict[str, Tensor]:
+        cross_entropy = rows.of_clean_stream(values["cross_entropy"]).double()
+        return {"next_cross_entropy": cross_entropy.sum(), "num_next": cross_entropy.new_full((), len(cross_entropy))}
 
     def total(self, sums: Mapping[str, Any]) -> float:
         return self.weight * sums["next_cross_entropy"]

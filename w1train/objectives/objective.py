@@ -6,7 +6,7 @@ Every quantity is (sum of a numerator) / (sum of a denominator) over the global 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from w1train.config.schema import DiffusionConfig
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.process import NoiseProcess
 from w1train.diffusion.processes import noise_process
+from w1train.model.row_terms import RowTerm
 from w1train.objectives.denoising import Denoising
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout, NamedSums, scalars_first
@@ -68,15 +69,25 @@ class Objective:
         # 1 / (t L) with the sample's own L (LLaDA, arXiv 2502.09992, algorithm 1).
         return weights / noisy.has_target.sum(dim=1, keepdim=True).clamp_min(1)
 
-    def loss(self, cross_entropy: Tensor, rows: LossRows) -> tuple[Tensor, NamedSums]:
+    def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
+        """Return what the terms ask of the rows of logits, by name, and each row term once."""
+        asked: dict[str, RowTerm] = {}
+        for term in self.terms:
+            for name, row_term in term.row_terms(rows).items():
+                earlier = asked.setdefault(name, row_term)
+                assert earlier.is_same(row_term), f"two row terms have the name {name}"
+        return asked
+
+    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> tuple[Tensor, NamedSums]:
         """Return the weighted sum over a micro-batch, which is not divided yet and will be differentiated, and the sums to log.
 
         Args:
-            cross_entropy: float32 [m + k], nats, of all rows.
+            values: the values of ``row_terms`` of all rows, by name, float32.
         """
-        first, *others = [loss for term in self.terms if (loss := term.loss(cross_entropy, rows)) is not None]
+        first, *others = [loss for term in self.terms if (loss := term.loss(values, rows)) is not None]
         with torch.no_grad():
-            sums = {name: value for term in self.terms for name, value in term.sums(cross_entropy.detach(), rows).items()}
+            detached = {name: value.detach() for name, value in values.items()}
+            sums = {name: value for term in self.terms for name, value in term.sums(detached, rows).items()}
             packed = NamedSums.pack(sums, self.layout)
         return sum(others, start=first), packed
 

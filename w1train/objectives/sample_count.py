@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from w1train.model.row_terms import RowTerm
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout
 
@@ -20,10 +21,13 @@ class SampleCount:
     def layout(self) -> Layout:
         return {"num_samples": ()}
 
-    def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor | None:
+    def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
+        return {}
+
+    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor | None:
         return None
 
-    def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
+    def sums(self, values: Mapping[str, Tensor], rows: LossRows) -> dict[str, Tensor]:
         assert rows.num_samples is not None
         return {"num_samples": rows.num_samples}
 

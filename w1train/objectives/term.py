@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from w1train.model.row_terms import RowTerm
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout
 
 
 class Term(Protocol):
-    """A term of an objective: the part that it adds to the loss, the sums that it logs, and the metrics that it computes from them.
+    """A term of an objective: what it asks of the rows of logits, the part that it adds to the loss, the sums that it logs, and the metrics
+    that it computes from them.
 
     Shapes: m = rows of the noisy stream, k = rows of the clean stream, as in LossRows.
     """
@@ -21,19 +23,23 @@ class Term(Protocol):
     def layout(self) -> Layout:
         """Names and shapes of the term's sums."""
 
-    def loss(self, cross_entropy: Tensor, rows: LossRows) -> Tensor | None:
+    def row_terms(self, rows: LossRows) -> Mapping[str, RowTerm]:
+        """Return what the term asks of the m + k rows of logits, by name. Terms of an objective that use the same name must ask for the
+        same row term, which is computed once."""
+
+    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor | None:
         """Return the weighted sum over a micro-batch, which is not divided yet and will be differentiated; None if the term has no rows.
 
         Args:
-            cross_entropy: float32 [m + k], nats.
+            values: the values of the objective's row terms by name, float32 [m + k] or [m + k, number of ids].
         """
 
-    def sums(self, cross_entropy: Tensor, rows: LossRows) -> dict[str, Tensor]:
+    def sums(self, values: Mapping[str, Tensor], rows: LossRows) -> dict[str, Tensor]:
         """Return the sums of a micro-batch, in the shapes of ``layout``. They have no gradients. Nothing here may ask a GPU for a value,
         because the host would then wait for the forward pass before it launches the backward pass.
 
         Args:
-            cross_entropy: float32 [m + k], nats, detached.
+            values: as in ``loss``, detached.
         """
 
     def total(self, sums: Mapping[str, Any]) -> float:

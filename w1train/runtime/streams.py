@@ -32,15 +32,16 @@ def keep_for(stream: torch.cuda.Stream, tensors: Iterable[Tensor]) -> None:
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield every tensor in an object, in its lists, tuples and attributes at any depth: some of the objects are other libraries'."""
+    """Yield every tensor in an object, in its lists, tuples, dictionaries and attributes at any depth: some of the objects are other
+    libraries'."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item, seen)
     elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
         names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]

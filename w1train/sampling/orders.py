@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from w1train.model.row_terms import LogProbabilities, value_of
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -33,8 +35,8 @@ type Order = Callable[[Candidates], Tensor]
 
 def low_confidence(candidates: Candidates) -> Tensor:
     """Return the log-probability of each prediction, at temperature 1 (LLaDA, arXiv 2502.09992, algorithm 5)."""
-    logits = candidates.logits
-    return logits.gather(2, candidates.predictions[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
+    term = LogProbabilities(candidates.predictions.reshape(-1, 1))
+    return value_of(term, candidates.logits.flatten(0, 1)).reshape(candidates.predictions.shape)
 
 
 def random_order(candidates: Candidates) -> Tensor:

@@ -1,12 +1,9 @@
-"""Forward pass and loss of the micro-batches, in the form in which megatron-core's schedules call them.
-
-Shapes: m = rows that have a loss, as in w1train.objectives.loss_rows.LossRows.
-"""
+"""Forward pass and loss of the micro-batches, in the form in which megatron-core's schedules call them."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +15,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.engine.pipeline import run_schedule
-from w1train.model.row_terms import CrossEntropy
+from w1train.model.row_terms import RowTerm
 from w1train.objectives.description import num_streams
 from w1train.objectives.named_sums import NamedSums, size_of
 from w1train.objectives.objective import Objective, objective_of
@@ -43,8 +40,8 @@ class StepWork:
 _NUM_WORK = 6
 """Numbers that ``_work`` returns."""
 
-type Prepared = tuple[RankInputs, Tensor, Tensor]
-"""A micro-batch's inputs, its targets at ``logit_positions``, and the numbers of ``_work``."""
+type Prepared = tuple[RankInputs, dict[str, RowTerm], Tensor]
+"""A micro-batch's inputs, what the objective asks of the logits at ``logit_positions``, and the numbers of ``_work``."""
 
 
 def run_micro_batches(
@@ -70,13 +67,17 @@ def run_micro_batches(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=not training,
     )
-    return _sum_over_ranks(results, objective_of(config.diffusion, config.logging.num_t_bins))
+    return _sum_over_ranks(results, _objective(config))
+
+
+def _objective(config: Config) -> Objective:
+    return objective_of(config.diffusion, config.logging.num_t_bins)
 
 
 def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
     beat()
-    inputs, targets, work = next(prepared)
-    return model(inputs.model, (CrossEntropy(targets),)), partial(_loss, config, inputs, work)
+    inputs, row_terms, work = next(prepared)
+    return model(inputs.model, tuple(row_terms.values())), partial(_loss, config, inputs, work, tuple(row_terms))
 
 
 def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
@@ -98,7 +99,7 @@ def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_b
 
 @step_part("data")
 def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
-    """Return the next micro-batch's inputs, targets and work.
+    """Return the next micro-batch's inputs, row terms and work.
 
     Corruption, visibility, the plan of attention and the choice of loss rows ask the GPU for sizes (of segments, of masked tokens, of
     tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would then wait for the
@@ -115,7 +116,7 @@ def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
 
 def _prepare(noisy: NoisyBatch, config: Config) -> Prepared:
     inputs = rank_inputs(noisy, config)
-    return inputs, inputs.targets, _work(inputs)
+    return inputs, _objective(config).row_terms(inputs.rows), _work(inputs)
 
 
 def _input_stream() -> torch.cuda.Stream:
@@ -124,15 +125,16 @@ def _input_stream() -> torch.cuda.Stream:
 
 @step_part("forward")
 @kernel_group("loss and head")
-def _loss(config: Config, inputs: RankInputs, work: Tensor, terms: tuple[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(
+    config: Config, inputs: RankInputs, work: Tensor, names: Sequence[str], values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what megatron-core's schedule expects: the sum to differentiate, its denominator, and the values to keep.
 
     Args:
-        terms: the cross-entropy alone, float32 [m], at the rows of ``inputs.rows``.
+        names, values: what the objective asked of the logits, at the rows of ``inputs.rows``.
     """
-    (cross_entropy,) = terms
-    objective = objective_of(config.diffusion, config.logging.num_t_bins)
-    weighted, sums = objective.loss(cross_entropy, inputs.rows)
+    objective = _objective(config)
+    weighted, sums = objective.loss(dict(zip(names, values, strict=True)), inputs.rows)
     return weighted, sums[objective.normalizer].to(torch.int), torch.cat([sums.values, work])
 
 
