@@ -1,4 +1,4 @@
-"""A copy of the program with all examples of docs/extending.md in its files: existing tests pass there, and what the page says to type works."""
+"""A copy of the program with all examples of docs/extending.md: existing tests pass there, and what the page says to type works."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Order:
     """A way to score predictions. Those with the highest scores are kept first."""
 
     scores: Callable[[Candidates], Tensor]
-    """Returns a score of each prediction, float64 [b, n]."""
+    """The function that gives each prediction a score, float64 [b, n]."""
     are_log_probabilities: bool = False
     """True: a score is the log-probability of its prediction, so that sampling.threshold can be compared with it."""
 

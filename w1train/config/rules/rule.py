@@ -15,8 +15,8 @@ ProcessRule = Callable[[Config, bool], Iterator[Problem]]
 """A rule that depends on the noise process. It gets whether the process is causal."""
 
 OWN_PROCESSES = {"diffusion": False, "autoregressive": True}
-"""The noise processes that come with w1train, and whether they are causal. The processes say so themselves, but the configuration does not
-import them. w1train.registered_names checks a ProcessRule for all other processes."""
+"""The noise processes that come with w1train, and whether they are causal. Each process has is_causal, but the configuration does not
+import the processes. w1train.registered_names checks a ProcessRule for all other processes."""
 
 
 def is_causal_here(diffusion: DiffusionConfig) -> bool:

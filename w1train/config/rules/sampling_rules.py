@@ -39,9 +39,7 @@ def _threshold_rule(config: Config) -> Iterator[Problem]:
 def threshold_problems(sampling: SamplingConfig, are_log_probabilities: bool) -> Iterator[Problem]:
     """Yield the problem of a threshold whose order gives scores that are not log-probabilities."""
     if sampling.threshold is not None and not are_log_probabilities:
-        valid = (
-            "an order of probabilities, such as low_confidence, when sampling.threshold is set: it keeps predictions by their confidence"
-        )
+        valid = "an order of probabilities, such as low_confidence, when sampling.threshold is set: it is compared with probabilities"
         yield Problem("sampling.remasking", show(sampling.remasking), valid, "sampling.threshold=null")
 
 
