@@ -14,7 +14,7 @@ from w1train.config.errors import ConfigurationError, Problem, unknown_name
 from w1train.config.rules.attention_rules import attention_rule
 from w1train.config.rules.diffusion_rules import autoregressive_rule, causal_block_rule
 from w1train.config.rules.rule import OWN_PROCESSES, ProcessRule, Rule, at_every_stage, is_causal_here
-from w1train.config.rules.sampling_rules import OWN_ORDERS, sampling_rule_of_process, threshold_problems
+from w1train.config.rules.sampling_rules import OWN_ORDERS, denoising_rule, threshold_problems
 from w1train.config.schema import Config
 
 
@@ -106,10 +106,7 @@ NAME_RULES: tuple[Rule, ...] = (
     _name_rule("sampling", "remasking", _orders, *OWN_ORDERS),
     _name_rule("attention", "backend", _backends, "auto", "cudnn", "flex", "te", "sdpa", "reference"),
     _name_rule("optimizer", "name", _optimizers, "adamw"),
-    *(
-        at_every_stage(_of_further_processes(rule))
-        for rule in (causal_block_rule, autoregressive_rule, sampling_rule_of_process, attention_rule)
-    ),
+    *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),
     at_every_stage(_threshold_rule),
 )
 """A rule for each option whose values are names in a table, and the rules that depend on an entry of a table."""

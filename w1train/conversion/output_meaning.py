@@ -46,6 +46,6 @@ def require_timesteps_of_masks(config: Config) -> None:
     if not torch.allclose(process.timestep_at(probabilities), probabilities):
         raise UserError(
             f"this model reads t, and t is not the share of noised tokens in {process.name} "
-            f"(diffusion.objective={config.diffusion.objective}). An export with --format w1 takes this share for t, so its outputs would be "
+            f"(diffusion.objective={config.diffusion.objective}). An export with --format w1 takes this share, so its outputs would be "
             "wrong. Only a model with model.conditioning=none, or with a process whose t is this share, can be exported in this format"
         )

@@ -23,7 +23,7 @@ def _sampling_rule(config: Config) -> Iterator[Problem]:
         yield Problem("sampling.num_tokens", show(sampling.num_tokens), valid)
 
 
-def sampling_rule_of_process(config: Config, is_causal: bool) -> Iterator[Problem]:
+def denoising_rule(config: Config, is_causal: bool) -> Iterator[Problem]:
     """Yield the problems of unmasking, which a causal process does not do."""
     block_size = config.diffusion.block_size
     if not is_causal:
@@ -39,7 +39,7 @@ def _threshold_rule(config: Config) -> Iterator[Problem]:
 def threshold_problems(sampling: SamplingConfig, are_log_probabilities: bool) -> Iterator[Problem]:
     """Yield the problem of a threshold whose order gives scores that are not log-probabilities."""
     if sampling.threshold is not None and not are_log_probabilities:
-        valid = "an order of probabilities, such as low_confidence, when sampling.threshold is set: it is compared with probabilities"
+        valid = "an order of probabilities, such as low_confidence, because sampling.threshold is compared with the scores"
         yield Problem("sampling.remasking", show(sampling.remasking), valid, "sampling.threshold=null")
 
 
@@ -66,6 +66,6 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
 
 SAMPLING_RULES: tuple[Rule, ...] = (
     _sampling_rule,
-    at_every_stage(of_own_processes(sampling_rule_of_process)),
+    at_every_stage(of_own_processes(denoising_rule)),
     at_every_stage(_threshold_rule),
 )
