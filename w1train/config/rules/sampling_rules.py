@@ -44,8 +44,9 @@ def threshold_problems(sampling: SamplingConfig, are_log_probabilities: bool) ->
 
 
 def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Problem]:
-    """Yield the problems of unmasking: tokens that do not divide into blocks, steps that do not divide over blocks. w1train.sampling.denoise
-    relies on this check.
+    """Yield the problems of unmasking: tokens that do not divide into blocks, steps that do not divide over blocks.
+
+    w1train.sampling.denoise relies on this check.
 
     Args:
         by_block: True for a model of block diffusion. Its blocks are counted from the start of the text, so the first and the last block
