@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError
+from w1train.config.serialization import config_from_yaml
+from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command, describe_error
 
 
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     request = AverageRequest(args.run, args.top_k, args.metric, args.steps, args.output, not args.no_evaluate, args.validation)
     try:
+        require_registered_names(config_from_yaml(args.run / "config.yaml"), args.run / "config.yaml")
         path, comparison = average_run(request)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

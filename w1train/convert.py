@@ -28,6 +28,7 @@ import yaml
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
 from w1train.conversion.families import FAMILIES, STOCK, W1
+from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.files import write_text
 from w1train.runtime.output_files import require_writable
@@ -96,8 +97,8 @@ def to_hugging_face(args: argparse.Namespace) -> int:
 
     import_megatron()
     from w1train.checkpoints.checkpoint_names import step_path
-    from w1train.checkpoints.manifest import CheckpointError, complete_steps
-    from w1train.checkpoints.verification import verify_checkpoint
+    from w1train.checkpoints.manifest import CONFIG, CheckpointError, complete_steps
+    from w1train.checkpoints.verification import read_config, verify_checkpoint
     from w1train.conversion.export import export
     from w1train.runtime.run_directory import RunDirectory
 
@@ -108,6 +109,7 @@ def to_hugging_face(args: argparse.Namespace) -> int:
     checkpoint = step_path(args.run / "checkpoints", steps[-1] if args.step is None else args.step)
     try:
         verify_checkpoint(checkpoint)
+        require_registered_names(read_config(checkpoint), checkpoint / CONFIG)
         exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size)
     except CheckpointError as error:
         raise UserError(str(error)) from error

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from w1train.config.errors import UserError
+from w1train.config.serialization import config_from_yaml
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
 from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
+from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command
 from w1train.runtime.masking import mask, unmasked
 from w1train.sample import CHECKPOINT_HELP, checkpoint_name
@@ -63,6 +65,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
     from w1train.evaluation.checkpoint_validation import open_validation, validate_checkpoint
     from w1train.inference.predictor import load_for_inference, require_diffusion
 
+    require_registered_names(config_from_yaml(args.run / "config.yaml"), args.run / "config.yaml")
     try:
         model = load_for_inference(args.run, args.checkpoint)
     except CheckpointError as error:

@@ -1,15 +1,20 @@
 """The check of the names that an option takes from a table: noise processes, losses, rules of sampling, attention backends, optimizers.
 
 The tables belong to the packages whose objects they name, and an entry there is all that makes a name valid. The schema is below these
-packages in the order of imports, so it takes any text. The commands that start or plan a run check these rules beside those of the schema.
+packages in the order of imports, so it takes any text. The commands that start or plan a run check these rules beside those of the schema,
+and the commands that compute with a run check the configuration of the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
-from w1train.config.errors import Problem, unknown_name
-from w1train.config.rules.rule import Rule, at_every_stage
+from w1train.config.errors import ConfigurationError, Problem, unknown_name
+from w1train.config.rules.attention_rules import attention_rule
+from w1train.config.rules.diffusion_rules import autoregressive_rule, causal_block_rule
+from w1train.config.rules.rule import OWN_PROCESSES, ProcessRule, Rule, at_every_stage, is_causal_here
+from w1train.config.rules.sampling_rules import OWN_ORDERS, denoising_rule, threshold_problems
 from w1train.config.schema import Config
 
 
@@ -62,11 +67,59 @@ def _name_rule(section: str, field: str, names: Callable[[], Collection[str]], *
     return rule
 
 
+def _of_further_processes(rule: ProcessRule) -> Rule:
+    """Return the rule for processes that do not come with w1train. Beside the rules of the schema, it reports what those cannot know."""
+
+    def checked(config: Config) -> Iterator[Problem]:
+        name = config.diffusion.objective
+        if name in OWN_PROCESSES or name not in _processes():
+            return
+        known = list(rule(config, is_causal_here(config.diffusion)))
+        yield from (problem for problem in rule(config, _is_causal(config)) if problem not in known)
+
+    return checked
+
+
+def _is_causal(config: Config) -> bool:
+    """Return whether a registered process is causal, as it says itself."""
+    if (known := OWN_PROCESSES.get(config.diffusion.objective)) is not None:
+        return known
+    from w1train.diffusion.processes import noise_process
+
+    return noise_process(config.diffusion).is_causal
+
+
+def _threshold_rule(config: Config) -> Iterator[Problem]:
+    """Report a threshold with scores that are not log-probabilities, if the order or the process does not come with w1train."""
+    order, objective = config.sampling.remasking, config.diffusion.objective
+    if config.sampling.threshold is None or (order in OWN_ORDERS and objective in OWN_PROCESSES):
+        return
+    from w1train.sampling.rules import ORDERS
+
+    if order in ORDERS and objective in _processes() and not _is_causal(config):
+        yield from threshold_problems(config.sampling, ORDERS[order].are_log_probabilities)
+
+
 NAME_RULES: tuple[Rule, ...] = (
-    at_every_stage(_name_rule("diffusion", "objective", _processes, "diffusion", "autoregressive")),
+    at_every_stage(_name_rule("diffusion", "objective", _processes, *OWN_PROCESSES)),
     at_every_stage(_name_rule("diffusion", "loss", _losses, "cross_entropy")),
-    _name_rule("sampling", "remasking", _orders, "low_confidence", "random"),
+    _name_rule("sampling", "remasking", _orders, *OWN_ORDERS),
     _name_rule("attention", "backend", _backends, "auto", "cudnn", "flex", "te", "sdpa", "reference"),
     _name_rule("optimizer", "name", _optimizers, "adamw"),
+    *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),
+    at_every_stage(_threshold_rule),
 )
-"""A rule for each option whose values are names in a table."""
+"""A rule for each option whose values are names in a table, and the rules that depend on an entry of a table."""
+
+
+def require_registered_names(config: Config, origin: Path) -> None:
+    """Refuse the configuration of a run if it has names that are not registered, or that cannot be used together.
+
+    Args:
+        origin: the file that the configuration comes from.
+
+    Raises:
+        ConfigurationError: with every such problem.
+    """
+    if problems := [problem for rule in NAME_RULES for problem in rule(config)]:
+        raise ConfigurationError(problems, origin=str(origin))

@@ -32,6 +32,8 @@ from rich.console import Console
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
+from w1train.config.serialization import config_from_yaml
+from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command, text_argument
 from w1train.runtime.masking import mask, unmasked
 from w1train.sampling.denoise import BlockPredict, Predict
@@ -149,6 +151,7 @@ def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     from w1train.checkpoints.manifest import CheckpointError
     from w1train.inference.predictor import load_for_inference, require_diffusion
 
+    require_registered_names(config_from_yaml(run / "config.yaml"), run / "config.yaml")
     try:
         model = load_for_inference(run, checkpoint)
     except CheckpointError as error:

@@ -126,9 +126,9 @@ def test_the_case_is_that_of_one_rank_at_one_stage():
         parallel={"tensor": 2, "context": 2, "context_method": "all_to_all"},
     )
     config.schedule.stages["all"].diffusion = {"block_size": 4}
-    case = attention_case(at_stage(config, "all"))
+    case = attention_case(at_stage(config, "all"), is_causal=False)
     assert (case.kind, case.num_heads, case.num_groups, case.channels) == ("blocks", 2, 1, 16)
-    assert attention_case(config).kind == "documents"
+    assert attention_case(config, is_causal=False).kind == "documents"
     assert not case.keys_travel
 
 

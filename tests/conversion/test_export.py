@@ -299,6 +299,20 @@ def test_tensors_that_are_not_those_of_the_configuration(conditioned_run, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_a_run_with_unknown_names_is_refused(conditioned_run, tmp_path, capsys):
+    """Before anything is written, with the message of every command."""
+    run = tmp_path / "run"
+    shutil.copytree(conditioned_run, run)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    text = (checkpoint / "config.yaml").read_text()
+    assert "objective: diffusion\n" in text
+    (checkpoint / "config.yaml").write_text(text.replace("objective: diffusion\n", "objective: bogus\n"))
+    vouch(checkpoint)
+    assert convert.main(["to-hf", str(run), str(tmp_path / "output"), "--format", "stock"]) == 2
+    assert "diffusion.objective\n   found: 'bogus'\n   valid: one of: diffusion, autoregressive" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_link_to_itself_is_left_out(tmp_path, caplog):
     (tmp_path / "chat_template.jinja").symlink_to("chat_template.jinja")
     (tmp_path / "output").mkdir()

@@ -68,4 +68,5 @@ def build(rank: int, world_size: int, name: str) -> str:
 
 def test_an_unknown_optimizer_is_an_error_that_names_the_known_ones():
     (message,) = run_distributed(build, 1, "adamW")
-    assert "optimizer.name\n   found: 'adamW'\n   valid: adamw\n   try:   adamw" in message
+    valid = ", ".join(optimizers.OPTIMIZERS)
+    assert f"optimizer.name\n   found: 'adamW'\n   valid: one of: {valid}\n   try:   did you mean adamw?" in message

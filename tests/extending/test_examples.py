@@ -19,9 +19,11 @@ from tests.test_registered_names import name_problems
 from tests.tiny import packed_batch, tiny_config
 from w1train.attention.backends.choice import choose_backend
 from w1train.attention.backends.reference import attend_reference
+from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase
 from w1train.config.rules.validate import validate
 from w1train.config.schema import DiffusionConfig, SamplingConfig
+from w1train.conversion.output_meaning import require_timesteps_of_masks
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
 from w1train.diffusion.processes import noise_process
@@ -111,9 +113,21 @@ def test_planner_sampler_and_likelihood_use_the_process(cosine):
     assert shown == pytest.approx([2 / math.pi * math.asin(1 / 3)])
 
 
+def test_an_export_does_not_take_the_share_of_masks_for_t(cosine):
+    config = tiny_config(diffusion={"objective": "cosine"})
+    with pytest.raises(UserError, match=r"diffusion.objective=cosine.*--format w1"):
+        require_timesteps_of_masks(config)
+    config.model.conditioning = "none"
+    require_timesteps_of_masks(config)
+    for name in ("diffusion", "autoregressive"):
+        require_timesteps_of_masks(tiny_config(diffusion={"objective": name}))
+
+
 def test_the_rules_of_sampling_hold_for_the_process(cosine):
     config = tiny_config(diffusion={"objective": "cosine"}, sampling={"num_tokens": 8, "num_steps": 8, "block_size": 5})
-    assert [problem.key for problem in validate(config)] == ["sampling.block_size"]
+    assert [problem.key for problem in name_problems(config)] == ["sampling.block_size"]
+    config.sampling.block_size, config.sampling.threshold, config.sampling.remasking = 4, 0.5, "random"
+    assert [problem.key for problem in name_problems(config)] == ["sampling.remasking"]
 
 
 def test_the_gradients_of_the_objective_change_as_stated(monkeypatch):
@@ -149,7 +163,7 @@ def test_the_rule_of_sampling_decides(monkeypatch):
     config = tiny_config(sampling={"remasking": "margin", "num_tokens": 8, "num_steps": 8})
     assert name_problems(config) == validate(config) == []
     config.sampling.threshold = 0.5
-    assert [problem.key for problem in validate(config)] == ["sampling.remasking"], "its scores are no probabilities"
+    assert [problem.key for problem in name_problems(config)] == ["sampling.remasking"], "its scores are no probabilities"
 
 
 @pytest.mark.parametrize("kind", ["documents", "blocks", "scattered"])

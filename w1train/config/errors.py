@@ -104,7 +104,8 @@ def closest(name: str, candidates: Iterable[str]) -> str | None:
 
 def unknown_name(key: str, name: str, known: Collection[str]) -> Problem:
     """Return the problem of a name that a table does not have."""
-    return Problem(key, show(name), listing(known), closest(name, known))
+    match = closest(name, known)
+    return Problem(key, show(name), f"one of: {listing(known)}", f"did you mean {match}?" if match else None)
 
 
 def look_up[Entry](table: Mapping[str, Entry], key: str, name: str) -> Entry:

@@ -22,7 +22,7 @@ from w1train.config.stages import at_stage
 from w1train.conversion.exported_tokenizer import write_tokenizer
 from w1train.conversion.families import CONFIG_FILE, STOCK, W1, config_of, family_problems, stock_family
 from w1train.conversion.filling import StoredModel, require_fit
-from w1train.conversion.output_meaning import meaning_of_outputs
+from w1train.conversion.output_meaning import meaning_of_outputs, require_timesteps_of_masks
 from w1train.conversion.sources import CheckpointDirectory
 from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
@@ -66,6 +66,8 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     if model_type != W1 and (problems := family_problems(config.model, model_type)):
         raise UserError(f"this model is not a {model_type} model: {listing(problems)}; export it with --format {W1}")
+    if model_type == W1:
+        require_timesteps_of_masks(config)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already and not empty: remove it, or choose another place")
     partial = output.with_name(output.name + PARTIAL_SUFFIX)
@@ -85,7 +87,7 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    if model_type != W1 and special["process"] != "autoregressive":
+    if model_type != W1 and special["prediction"] != "next_token":
         logger.warning(
             "the stock class of %s attends causally and takes each output as the next token's. This model's outputs are its own token's "
             "unless config.json says shift, and see more: use this export only for its weights",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.diffusion.processes import noise_process
 from w1train.objectives.description import num_streams
@@ -26,3 +29,23 @@ def meaning_of_outputs(config: Config) -> dict[str, Any]:
         return {**keys, "block_size": None, "block_index": None, "clean_attention": None, "noisy_attention": "bidirectional"}
     names = ("block_size", "block_index", "clean_attention", "noisy_attention")
     return keys | {name: getattr(diffusion, name) for name in names}
+
+
+def require_timesteps_of_masks(config: Config) -> None:
+    """Refuse a model whose exported code would give it other timesteps than training did.
+
+    The code takes the share of mask tokens for t, and config.json has no schedule. A model without conditioning does not read t.
+
+    Raises:
+        UserError: the model reads t, and the process has another t at some noising probability.
+    """
+    process = noise_process(config.diffusion)
+    if process.is_causal or config.model.conditioning == "none":
+        return
+    probabilities = torch.linspace(0, 1, 11, dtype=torch.float64)
+    if not torch.allclose(process.timestep_at(probabilities), probabilities):
+        raise UserError(
+            f"this model reads t, and t is not the share of noised tokens in {process.name} "
+            f"(diffusion.objective={config.diffusion.objective}). An export with --format w1 takes this share, so its outputs would be "
+            "wrong. Only a model with model.conditioning=none, or with a process whose t is this share, can be exported in this format"
+        )

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.errors import UserError
-from w1train.config.rules.sampling_rules import denoising_problems
+from w1train.config.rules.sampling_rules import denoising_problems, threshold_problems
 from w1train.config.schema import SamplingConfig
 from w1train.sampling.rules import ORDERS, count_of
 from w1train.sampling.unmask import Unmasking
@@ -405,6 +405,7 @@ def _check_config(config: SamplingConfig, *, by_block: bool, fewest_tokens: int)
     if config.remasking not in ORDERS:
         problems.append(f"sampling.remasking is {config.remasking!r}; valid: {', '.join(ORDERS)}")
     if not problems and config.num_tokens > 0:
-        problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in denoising_problems(config, by_block)]
+        found = [*threshold_problems(config, ORDERS[config.remasking].are_log_probabilities), *denoising_problems(config, by_block)]
+        problems = [f"{problem.key} is {problem.found}; it must be {problem.valid}" for problem in found]
     if problems:
         raise UserError("; ".join(problems))

@@ -29,8 +29,14 @@ class Candidates:
     """The random numbers of each row. A rule draws for the open positions of a row alone, so that no row depends on another."""
 
 
-type Order = Callable[[Candidates], Tensor]
-"""A function that returns a score of each prediction, float64 [b, n]. Predictions with the highest scores are kept first."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A way to score predictions. Those with the highest scores are kept first."""
+
+    scores: Callable[[Candidates], Tensor]
+    """The function that gives each prediction a score, float64 [b, n]."""
+    are_log_probabilities: bool = False
+    """True: a score is the log-probability of its prediction, so that sampling.threshold can be compared with it."""
 
 
 def low_confidence(candidates: Candidates) -> Tensor:

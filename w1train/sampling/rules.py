@@ -9,8 +9,8 @@ from w1train.sampling.counts import Count, Schedule, Threshold
 from w1train.sampling.orders import Order, low_confidence, random_order
 
 ORDERS: dict[str, Order] = {
-    "low_confidence": low_confidence,
-    "random": random_order,
+    "low_confidence": Order(low_confidence, are_log_probabilities=True),
+    "random": Order(random_order),
 }
 """The order of each value of sampling.remasking."""
 

@@ -59,7 +59,7 @@ class Unmasking:
         num_open = counts.tolist()
         predictions = self._choose(candidates, num_open)
         # Decided positions have LLaDA's confidence of -inf.
-        order = self._order(Candidates(candidates, predictions, num_open, self._generators)).masked_fill(~is_real, -torch.inf)
+        order = self._order.scores(Candidates(candidates, predictions, num_open, self._generators)).masked_fill(~is_real, -torch.inf)
         kept = self._count.kept(order, num_planned) & is_real
         tokens = tokens.scatter(1, places, torch.where(kept, predictions, tokens.gather(1, places)))
         return tokens, is_open.scatter(1, places, is_real & ~kept)

@@ -32,7 +32,7 @@ from w1train.attention.visibility import (
     document_visibility,
     scattered_visibility,
 )
-from w1train.config.rules.attention_limits import attention_case
+from w1train.config.rules.attention_limits import AttentionCase, attention_case
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
@@ -68,7 +68,7 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     streams = num_streams(config)
     weights = objective_of(config.diffusion, config.logging.num_t_bins).weights(noisy)
     visibility = sequence_visibility(noisy, config, streams)
-    backend = choose_backend(config.attention.backend, attention_case(config), visibility.endpoints.device)
+    backend = choose_backend(config.attention.backend, _attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
         plan = plan_attention(visibility, backend)
         return RankInputs(_assemble(noisy, config, streams, plan), loss_rows(noisy, weights), 1.0)
@@ -90,7 +90,11 @@ def choose_backends(config: Config, device: torch.device) -> None:
         UserError: attention.backend names a backend that cannot serve a stage on this device.
     """
     for name in config.schedule.stages:
-        choose_backend(config.attention.backend, attention_case(at_stage(config, name)), device)
+        choose_backend(config.attention.backend, _attention_case(at_stage(config, name)), device)
+
+
+def _attention_case(config: Config) -> AttentionCase:
+    return attention_case(config, noise_process(config.diffusion).is_causal)
 
 
 def sequence_visibility(noisy: NoisyBatch, config: Config, streams: int) -> Visibility:

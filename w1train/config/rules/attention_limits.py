@@ -44,14 +44,18 @@ class AttentionCase:
         return self.context_method == "all_gather"
 
 
-def attention_case(config: Config) -> AttentionCase:
-    """Return the case of a configuration at one of its stages. Sizes that other rules refuse raise no error here."""
+def attention_case(config: Config, is_causal: bool) -> AttentionCase:
+    """Return the case of a configuration at one of its stages. Sizes that other rules refuse raise no error here.
+
+    Args:
+        is_causal: whether the noise process is causal, as it says itself.
+    """
     model, parallel = config.model, config.parallel
     heads = max(model.num_attention_heads, 1)
     exchanging = parallel.context > 1
     ranks = parallel.tensor * (parallel.context if exchanging and parallel.context_method == "all_to_all" else 1)
     return AttentionCase(
-        kind=_kind(config),
+        kind=_kind(config, is_causal),
         precision=config.training.precision,
         num_heads=max(heads // max(ranks, 1), 1),
         num_groups=max((model.num_query_groups or heads) // max(ranks, 1), 1),
@@ -61,9 +65,9 @@ def attention_case(config: Config) -> AttentionCase:
     )
 
 
-def _kind(config: Config) -> VisibilityKind:
+def _kind(config: Config, is_causal: bool) -> VisibilityKind:
     diffusion = config.diffusion
-    if diffusion.objective == "autoregressive":
+    if is_causal:
         return "causal"
     if diffusion.block_size is not None and diffusion.block_size < config.data.sequence_length:
         return "blocks"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from w1train.config.errors import Problem, show
 from w1train.config.rules.divisibility import does_not_divide, near
-from w1train.config.rules.rule import Rule, at_every_stage
+from w1train.config.rules.rule import Rule, at_every_stage, of_own_processes
 from w1train.config.schema import Config
 from w1train.config.stages import batch_sizes
 
@@ -45,9 +45,10 @@ def _block_rule(config: Config) -> Iterator[Problem]:
         yield Problem("diffusion.block_size", show(block_size), valid, near(block_size, 1) if block_size < 2 else None)
 
 
-def _autoregressive_rule(config: Config) -> Iterator[Problem]:
+def autoregressive_rule(config: Config, is_causal: bool) -> Iterator[Problem]:
+    """Report a joint autoregressive loss without what it needs. A causal process has no use for the loss, and ignores it."""
     diffusion = config.diffusion
-    if diffusion.autoregressive_weight == 0 or diffusion.objective == "autoregressive":
+    if diffusion.autoregressive_weight == 0 or is_causal:
         return
     if diffusion.block_size is None or diffusion.block_size >= config.data.sequence_length:
         found = f"{show(diffusion.autoregressive_weight)} without a clean stream"
@@ -62,9 +63,10 @@ def _autoregressive_rule(config: Config) -> Iterator[Problem]:
         yield Problem("diffusion.clean_attention", diffusion.clean_attention, valid, "diffusion.clean_attention=token_causal")
 
 
-def _causal_block_rule(config: Config) -> Iterator[Problem]:
+def causal_block_rule(config: Config, is_causal: bool) -> Iterator[Problem]:
+    """Report causal noisy blocks of the whole sequence. A causal process has no noisy blocks."""
     diffusion, length = config.diffusion, config.data.sequence_length
-    if diffusion.noisy_attention == "bidirectional" or diffusion.objective == "autoregressive":
+    if diffusion.noisy_attention == "bidirectional" or is_causal:
         return
     whole = diffusion.block_size is None or diffusion.block_size >= length
     if whole or length in config.validation.block_sizes:
@@ -132,8 +134,8 @@ DIFFUSION_RULES: tuple[Rule, ...] = (
             _timesteps_rule,
             _strata_rule,
             _block_rule,
-            _causal_block_rule,
-            _autoregressive_rule,
+            of_own_processes(causal_block_rule),
+            of_own_processes(autoregressive_rule),
             _annealing_rule,
             _complementary_rule,
         ),

@@ -7,10 +7,31 @@ import functools
 from collections.abc import Callable, Iterator
 
 from w1train.config.errors import Problem
-from w1train.config.schema import Config
+from w1train.config.schema import Config, DiffusionConfig
 from w1train.config.stages import at_stage
 
 Rule = Callable[[Config], Iterator[Problem]]
+ProcessRule = Callable[[Config, bool], Iterator[Problem]]
+"""A rule that depends on the noise process. It gets whether the process is causal."""
+
+OWN_PROCESSES = {"diffusion": False, "autoregressive": True}
+"""The noise processes that come with w1train, and whether they are causal. Each process has is_causal, but the configuration does not
+import the processes. w1train.registered_names checks a ProcessRule for all other processes."""
+
+
+def is_causal_here(diffusion: DiffusionConfig) -> bool:
+    """Return whether the process is causal. A process that does not come with w1train counts as causal, for which fewer rules hold."""
+    return OWN_PROCESSES.get(diffusion.objective, True)
+
+
+def of_own_processes(rule: ProcessRule) -> Rule:
+    """Return the rule as far as the configuration knows the process."""
+
+    @functools.wraps(rule)
+    def checked(config: Config) -> Iterator[Problem]:
+        return rule(config, is_causal_here(config.diffusion))
+
+    return checked
 
 
 def at_every_stage(rule: Rule) -> Rule:

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 from w1train.config.errors import Problem, show
 from w1train.config.rules.divisibility import divisors, does_not_divide, near
-from w1train.config.rules.rule import Rule, at_every_stage
+from w1train.config.rules.rule import Rule, at_every_stage, is_causal_here, of_own_processes
 from w1train.config.schema import Config, SamplingConfig
+
+OWN_ORDERS = {"low_confidence": True, "random": False}
+"""The orders of sampling.remasking that come with w1train, and whether their scores are log-probabilities. The table of the package
+w1train.sampling has this too, but its import takes seconds."""
 
 
 def _sampling_rule(config: Config) -> Iterator[Problem]:
@@ -19,23 +23,35 @@ def _sampling_rule(config: Config) -> Iterator[Problem]:
         yield Problem("sampling.num_tokens", show(sampling.num_tokens), valid)
 
 
-def _denoising_rule(config: Config) -> Iterator[Problem]:
+def denoising_rule(config: Config, is_causal: bool) -> Iterator[Problem]:
+    """Yield the problems of unmasking, which a causal process does not do."""
     block_size = config.diffusion.block_size
-    if config.diffusion.objective != "autoregressive":
+    if not is_causal:
         yield from denoising_problems(config.sampling, by_block=block_size is not None and block_size < config.data.sequence_length)
 
 
+def _threshold_rule(config: Config) -> Iterator[Problem]:
+    are_log_probabilities = OWN_ORDERS.get(config.sampling.remasking, True)
+    if not is_causal_here(config.diffusion):
+        yield from threshold_problems(config.sampling, are_log_probabilities)
+
+
+def threshold_problems(sampling: SamplingConfig, are_log_probabilities: bool) -> Iterator[Problem]:
+    """Yield the problem of a threshold whose order gives scores that are not log-probabilities."""
+    if sampling.threshold is not None and not are_log_probabilities:
+        valid = "an order of probabilities, such as low_confidence, because sampling.threshold is compared with the scores"
+        yield Problem("sampling.remasking", show(sampling.remasking), valid, "sampling.threshold=null")
+
+
 def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Problem]:
-    """Yield the problems of unmasking: options that contradict each other, tokens that do not divide into blocks, steps that do not divide
-    over blocks. w1train.sampling.denoise relies on this check.
+    """Yield the problems of unmasking: tokens that do not divide into blocks, steps that do not divide over blocks.
+
+    w1train.sampling.denoise relies on this check.
 
     Args:
         by_block: True for a model of block diffusion. Its blocks are counted from the start of the text, so the first and the last block
             may be shorter.
     """
-    if sampling.threshold is not None and sampling.remasking != "low_confidence":
-        valid = "low_confidence when sampling.threshold is set: it keeps predictions by their confidence"
-        yield Problem("sampling.remasking", show(sampling.remasking), valid, "sampling.threshold=null")
     if by_block:
         return
     block_size = sampling.num_tokens if sampling.block_size is None else sampling.block_size
@@ -49,4 +65,8 @@ def denoising_problems(sampling: SamplingConfig, by_block: bool) -> Iterator[Pro
             yield Problem("sampling.num_steps", show(sampling.num_steps), valid, near(sampling.num_steps, num_blocks))
 
 
-SAMPLING_RULES: tuple[Rule, ...] = (_sampling_rule, at_every_stage(_denoising_rule))
+SAMPLING_RULES: tuple[Rule, ...] = (
+    _sampling_rule,
+    at_every_stage(of_own_processes(denoising_rule)),
+    at_every_stage(_threshold_rule),
+)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from w1train.config.errors import Problem
 from w1train.config.rules.attention_limits import attention_case
-from w1train.config.rules.rule import Rule
+from w1train.config.rules.rule import OWN_PROCESSES, Rule
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 
@@ -53,7 +53,9 @@ def _fp8_rule(config: Config) -> Iterator[Problem]:
 
 def _fewest_streams(config: Config) -> int:
     """Return the smallest number of streams of all stages: a size that divides one stream divides two streams as well."""
-    kinds = {attention_case(at_stage(config, name)).kind for name in config.schedule.stages}
+    stages = [at_stage(config, name) for name in config.schedule.stages]
+    # A process that does not come with w1train counts as one of noise here: with two streams, fewer sizes are refused.
+    kinds = {attention_case(stage, OWN_PROCESSES.get(stage.diffusion.objective, False)).kind for stage in stages}
     return 2 if kinds == {"blocks"} else 1
 
 

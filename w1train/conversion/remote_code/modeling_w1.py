@@ -258,7 +258,7 @@ class W1ForMaskedDiffusion(PreTrainedModel):
 
     def _mask_shares(self, input_ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
         """Return the share of mask tokens among the real tokens of each sample, float32 [b, 1], or of each token's block, [b, l]."""
-        if self.config.process == "autoregressive":
+        if self.config.prediction == "next_token":
             # Training has no noise, and a mask token in the text is a token like others.
             return torch.zeros(input_ids.shape, device=input_ids.device)
         masked = (input_ids == self.config.mask_token_id) & real
