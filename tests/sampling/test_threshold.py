@@ -242,7 +242,7 @@ def test_short_blocks_take_whole_steps(caplog):
     [
         ({"threshold": 0.0}, "sampling.threshold is 0.0; it must be a probability above 0, or null"),
         ({"threshold": math.nan}, "sampling.threshold is nan"),
-        ({"threshold": 0.9, "remasking": "random"}, "low_confidence when sampling.threshold is set"),
+        ({"threshold": 0.9, "remasking": "random"}, "such as low_confidence, because sampling.threshold is compared"),
         ({"threshold": 0.9, "block_size": 5}, "a divisor of sampling.num_tokens"),
     ],
 )
