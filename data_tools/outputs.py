@@ -31,7 +31,7 @@ from w1train.data.dataset_manifest import DatasetManifest, dataset_paths, manife
 from w1train.data.sharded_dataset import shard_notes
 from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import DatasetWriter, ResumeError, WriterProgress, check_sealed, open_exclusively, partial_paths, publish
-from w1train.runtime.files import PARTIAL_SUFFIX, sync_file, write_bytes
+from w1train.runtime.files import PARTIAL_SUFFIX, errors_named, sync_file, write_bytes
 from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,8 @@ class Outputs:
 
     def old_hashes(self) -> bytes:
         """Return the hashes of the documents that an interrupted run had written, 16 bytes each."""
-        return self._hashes_path.read_bytes()
+        with errors_named(self._hashes_path):
+            return self._hashes_path.read_bytes()
 
     def add(self, unit: TokenizedUnit, is_new: NDArray[np.bool_] | None) -> None:
         """Append a unit's documents, each to its dataset, without those for which ``is_new`` [n] is False."""

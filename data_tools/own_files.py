@@ -6,7 +6,7 @@ import os
 import re
 
 from w1train.data.indexed import MAGIC, PACKING_SUFFIX
-from w1train.runtime.files import PARTIAL_SUFFIX
+from w1train.runtime.files import PARTIAL_SUFFIX, errors_named
 
 _OF_DATASETS = (".bin", ".may_be_noised")
 _PARTIAL = tuple(
@@ -28,7 +28,7 @@ def own_file(path: str) -> str | None:
     corpus may have a foreign tokenizer.json or data.bin. Tokenizers in the format of Hugging Face count, whoever wrote them.
 
     Raises:
-        OSError: if the file cannot be opened.
+        OSError: if the file cannot be opened or read; the error has its path.
     """
     stem, suffix = os.path.splitext(path)
     suffix = suffix.lower()
@@ -51,5 +51,5 @@ def _head(path: str) -> bytes:
     """Return the first bytes of a file; no bytes if there is no regular file of this name."""
     if not os.path.isfile(path):
         return b""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, errors_named(path):
         return file.read(_HEAD_BYTES)

@@ -25,7 +25,7 @@ from data_tools.command_runner import run_command
 from data_tools.corpus_options import output_file
 from w1train.data.text.file_names import CorpusError
 from w1train.runtime.command import command
-from w1train.runtime.files import write_bytes
+from w1train.runtime.files import errors_named, write_bytes
 from w1train.runtime.output_files import require_writable
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def collect(directory: Path, max_bytes: int | None = None) -> list[tuple[str, st
     sources: dict[str, str] = {}
     num_bytes = num_bad = 0
     for name in sorted((path.as_posix() for path in paths), key=lambda name: hashlib.sha256(name.encode()).digest()):
-        content = (directory / name).read_bytes()
+        with errors_named(directory / name):
+            content = (directory / name).read_bytes()
         if max_bytes is not None and num_bytes + len(content) > max_bytes:
             continue
         try:

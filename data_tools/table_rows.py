@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from data_tools.parquet_pages import MAX_FOOTER_BYTES, PageError, decoded_size
 from data_tools.row_sizes import Known, text_sizes
 from w1train.config.errors import first_line
 from w1train.data.text.file_names import CorpusError, Kind
+from w1train.runtime.files import errors_named
 
 if TYPE_CHECKING:
     import pyarrow
@@ -71,14 +73,15 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
     A piece has about ``num_bytes`` bytes of text, or one longer row.
 
     Raises:
-        TableError: at the place from which the file cannot be read.
+        TableError: at the place from which the file is damaged.
+        OSError: if the disk or the network fails; the error has the file's path. The rest of the file may be good.
         CorpusError: if pyarrow is not installed.
     """
     arrow = _pyarrow(path)
     pieces = _Pieces(num_bytes, limits.document)
     row = 0
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, errors_named(path):
             read = _parquet_rows if kind == "parquet" else _arrow_rows
             for rows in read(file, fields, first_row, limits):
                 if rows.batch is not None:
@@ -90,9 +93,17 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
                 row += rows.num_rows
     # A damaged file may state lengths that exceed any memory, and names that are not text.
     except (arrow.ArrowException, OSError, EOFError, UnicodeDecodeError, MemoryError, PageError, MessageError) as error:
+        if _is_of_the_disk(error):
+            raise
         yield from pieces.flush()
         raise TableError(f"cannot be read after row {row}: {first_line(error)}") from error
     yield from pieces.flush()
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Tell whether the disk or the network failed, and not the content. An OSError of pyarrow about damaged content has no errno, and a
+    damaged file that gives a negative offset makes ``seek`` fail with EINVAL."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def rows_of(piece: bytes) -> Iterator[dict[str, Any] | str]:

@@ -114,6 +114,43 @@ def test_without_a_network_a_run_with_a_key_is_recorded_offline_from_its_first_s
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("key", ["0" * 40, None])
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        (
+            "WANDB_BASE_URL",
+            "https://app.wandb.ai",
+            "base_url of W&B, or its environment variable: Value error, https://app.wandb.ai is not",
+        ),
+        ("WANDB_BASE_URL", "nobody:hunter2@localhost", "base_url of W&B, or its environment variable: "),
+        ("WANDB_INIT_TIMEOUT", "abc", "init_timeout of W&B, or its environment variable: Input should be a valid number"),
+    ],
+)
+def test_an_unusable_setting_is_one_warning(tmp_path, monkeypatch, caplog, variable, value, reason, key):
+    """wandb reads its environment once in a process, and again after a teardown."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv(variable, value)
+    if key is None:
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    try:
+        run = start(tmp_path, mode="auto")
+        run.record(train_record(step=1))
+        run.close(failed=False)
+    finally:
+        wandb.teardown()
+    assert not run.is_active
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"W&B could not start (ValidationError: the setting {reason}")
+    assert "Training goes on without W&B" in warning
+    assert "\n" not in warning
+    assert "hunter2" not in warning
+
+
 def test_the_wait_for_the_servers_is_of_seconds(tmp_path, monkeypatch):
     """wandb's own is of 90 s."""
     import wandb

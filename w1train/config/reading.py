@@ -54,15 +54,29 @@ def read_bounded(path: Path, largest: int) -> bytes:
 
     Raises:
         FileContentError: the file is larger, or the path is a directory, a pipe or a device.
-        OSError: the file cannot be opened or read.
+        OSError: the file cannot be opened or read; the error has its path.
     """
     require_regular(path)
-    with path.open("rb") as file:
-        # The size that the system reports is no bound: a file under /proc has size 0.
-        content = file.read(largest + 1)
+    # The size that the system reports is no bound: a file under /proc has size 0.
+    content = read_start(path, largest + 1)
     if len(content) > largest:
         raise FileContentError(f"{path} is too large: it has more than {largest:,} bytes")
     return content
+
+
+def read_start(path: Path, num_bytes: int) -> bytes:
+    """Return the first ``num_bytes`` bytes of a file, or all of a shorter file.
+
+    Raises:
+        OSError: the file cannot be opened or read; the error has its path.
+    """
+    with path.open("rb") as file:
+        try:
+            return file.read(num_bytes)
+        except OSError as error:
+            # The error of a read does not tell which file it is about. errors_named of w1train.runtime is above this package.
+            error.filename = str(path)
+            raise
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from w1train.config.errors import Problem, listing
-from w1train.config.reading import FileContentError, read_bounded
+from w1train.config.reading import FileContentError, read_bounded, read_start
 from w1train.config.yaml_limits import LARGEST_YAML, LimitError, check_limits
 
 ROOT_NAME = "config"
@@ -53,8 +53,7 @@ def recipe_is_global(directories: Sequence[Path], option: str) -> bool:
 
 def _lines(directories: Sequence[Path], group: str, option: str) -> list[str]:
     paths = [directory / group / f"{option}.yaml" for directory in directories]
-    with next(path for path in paths if path.is_file()).open("rb") as file:
-        text = file.read(LARGEST_YAML).decode("utf-8", errors="replace")
+    text = read_start(next(path for path in paths if path.is_file()), LARGEST_YAML).decode("utf-8", errors="replace")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 

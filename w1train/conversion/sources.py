@@ -17,6 +17,7 @@ from w1train.checkpoints.format.shard_reader import Shards
 from w1train.checkpoints.manifest import DamagedCheckpointError
 from w1train.config.errors import UserError, listing
 from w1train.config.reading import read_json_object, shorten
+from w1train.runtime.files import errors_named
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -142,7 +143,7 @@ def find_inside(directory: Path, name: str) -> Path | None:
 
 def _require_small_header(path: Path) -> None:
     """Check the size of the header: the library reads headers of up to 100 MB, and needs many times as much memory for them."""
-    with path.open("rb") as file:
+    with path.open("rb") as file, errors_named(path):
         size = int.from_bytes(file.read(_SIZE_BYTES), "little")
     if size > LARGEST_HEADER:
         raise UserError(f"{path} is damaged: it says that its header has {size} bytes; at most {LARGEST_HEADER} are read")

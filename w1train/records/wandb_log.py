@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from w1train.config.schema_operation import LoggingConfig
 from w1train.config.serialization import flatten
@@ -176,7 +176,7 @@ class WandbSink(Sink):
                 "W&B could not %s (%s: %s). Training goes on without W&B; metrics.jsonl has every record.",
                 action,
                 type(error).__name__,
-                error,
+                _reason(error),
             )
 
 
@@ -223,7 +223,7 @@ def _log_offline_place(run: Any, failure: Exception | None) -> None:
         logger.info("W&B is offline: run %s is written to %s", run.id, run.settings.sync_dir)
         logger.info("send it with: %s", command)
         return
-    reason = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+    reason = f"{type(failure).__name__}: {_reason(failure)}"
     logger.warning(
         "W&B is offline, because its servers do not answer or refuse (%s). Run %s is written to %s; send it with: %s",
         reason,
@@ -235,5 +235,15 @@ def _log_offline_place(run: Any, failure: Exception | None) -> None:
 
 def _is_outside_our_code(error: Exception) -> bool:
     """Return whether wandb, the file system or the network failed. wandb documents few of its exceptions, and moves them between releases,
-    so that this function asks for the package that an exception is defined in."""
-    return isinstance(error, ImportError | OSError) or type(error).__module__.partition(".")[0] == "wandb"
+    so that this function asks for the package that an exception is defined in. wandb's settings are a model of pydantic, which raises an
+    exception of its own for an unusable environment variable; w1train does not use pydantic."""
+    return isinstance(error, ImportError | OSError) or type(error).__module__.partition(".")[0] in ("wandb", "pydantic_core")
+
+
+def _reason(error: Exception) -> str:
+    """Return the error's text in one line. The text of pydantic also has the value that it refuses, which may have a password in it."""
+    if type(error).__module__.partition(".")[0] == "pydantic_core":
+        mistakes: list[dict[str, Any]] = cast(Any, error).errors(include_url=False, include_context=False, include_input=False)
+        places = [(".".join(map(str, mistake["loc"])), mistake["msg"]) for mistake in mistakes]
+        return "; ".join(f"the setting {name} of W&B, or its environment variable: {message}" for name, message in places)
+    return " ".join(str(error).split())

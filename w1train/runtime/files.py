@@ -60,7 +60,15 @@ def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> Binary
 
 
 class _NamedFile(io.FileIO):
-    """A file whose errors have its path: Python's errors of writes do not tell which file they are about."""
+    """A file whose errors have its path: Python's errors of reads and writes do not tell which file they are about."""
+
+    def readinto(self, buffer: Buffer, /) -> int | None:
+        with errors_named(self.name):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes | None:
+        with errors_named(self.name):
+            return super().readall()
 
     def write(self, data: Buffer, /) -> int:
         with errors_named(self.name):
@@ -160,8 +168,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 def copy_if_different(source: str | Path, target: str | Path) -> None:
     """Give ``target`` the content of ``source`` through :func:`replace_file`. A target that has this content already is not touched."""
-    content = Path(source).read_bytes()
-    if not Path(target).exists() or Path(target).read_bytes() != content:
+    with errors_named(source):
+        content = Path(source).read_bytes()
+    with errors_named(target):
+        is_equal = Path(target).exists() and Path(target).read_bytes() == content
+    if not is_equal:
         write_bytes(target, content)
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from w1train.config.constraints import LARGEST_INTEGER
 from w1train.config.errors import UserError
 from w1train.config.reading import LARGEST_JSON, parse_json, require_regular, shorten
-from w1train.runtime.files import open_in_place, replace_file, sync_file
+from w1train.runtime.files import errors_named, open_in_place, replace_file, sync_file
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class MetricsLog:
 
     def newest(self) -> Record | None:
         """Return the last record, or None if it cannot be read or there is no record."""
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb") as file, errors_named(self.path):
             _, line = _last_line(file)
         try:
             return decode_record(line)
@@ -176,7 +176,7 @@ def recorded_steps(path: str | Path, kind: str) -> set[int]:
 def _iter_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
     """Yield (line with its newline, record) for every whole record of the file."""
     require_regular(path)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, errors_named(path):
         # At most one byte more than is allowed is read: a file without line breaks may be large.
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
             try:

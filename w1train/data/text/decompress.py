@@ -11,6 +11,7 @@ from types import ModuleType, TracebackType
 from typing import Protocol
 
 from w1train.data.text.file_names import CorpusError, compression_of
+from w1train.runtime.files import errors_named
 
 CHUNK_BYTES = 1 << 16
 _INPUT_BYTES = 1 << 14
@@ -61,6 +62,7 @@ class ContentReader:
         CorpusError: if the library that the compression needs is not installed.
         OSError: if the file cannot be opened.
         """
+        self._path = path
         self._compression = compression_of(path)
         self._library = _library(path, self._compression)
         self._window_log = min(max(max_window.bit_length() - 1, _SMALLEST_WINDOW_LOG), _LARGEST_WINDOW_LOG)
@@ -85,31 +87,36 @@ class ContentReader:
         Raises:
             DamagedError: where the compressed file is damaged.
             WindowError: where decoding needs more memory than the limit.
-            OSError: if the file cannot be read.
+            OSError: if the file cannot be read; the error has its path.
         """
         if self._compression is None:
-            self._file.seek(offset)
-            while chunk := self._file.read(CHUNK_BYTES):
+            with errors_named(self._path):
+                self._file.seek(offset)
+            while chunk := self._read(CHUNK_BYTES):
                 yield chunk
             return
         for chunk in self._decompressed():
             yield chunk[offset:]
             offset = max(0, offset - len(chunk))
 
+    def _read(self, num_bytes: int) -> bytes:
+        with errors_named(self._path):
+            return self._file.read(num_bytes)
+
     def _decompressed(self) -> Iterator[bytes]:
         # Like the gzip and xz commands, treat zero bytes after a member as padding.
         padding = b"\0" if self._compression in ("gzip", "xz") else b""
-        data = self._file.read(_INPUT_BYTES)
+        data = self._read(_INPUT_BYTES)
         while data:
             frame = self._new_frame()
             yield self._decoded(frame, data)
             while not frame.eof:
-                data = self._file.read(_INPUT_BYTES) if frame.needs_input else b""
+                data = self._read(_INPUT_BYTES) if frame.needs_input else b""
                 if frame.needs_input and not data:
                     raise DamagedError("the compressed file is damaged here: it ends before its end-of-stream marker")
                 yield self._decoded(frame, data)
             data = frame.unused_data.lstrip(padding)
-            while not data and (more := self._file.read(_INPUT_BYTES)):
+            while not data and (more := self._read(_INPUT_BYTES)):
                 data = more.lstrip(padding)
                 yield b""
 
