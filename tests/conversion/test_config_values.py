@@ -127,6 +127,21 @@ def test_messages(key, value, message):
         assert (complaint({**CONFIGS[name], key: value}) or "").startswith(message)
 
 
+LONGER = {"rope_type": "llama3", **ROPE}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_rotary_embeddings(name):
+    """transformers takes rope_scaling and ignores rope_parameters, so two that differ have no meaning."""
+    given = {**COMMON, "model_type": name}
+    differ = complaint({**given, "rope_scaling": {**LONGER, "factor": "8"}, "rope_parameters": LONGER}) or ""
+    assert re.fullmatch(r"rope_scaling is \{.*\}, but rope_parameters is \{.*\} \(give one of them\)", differ)
+    assert "; " not in differ
+    for scaling, parameters in ((LONGER, LONGER), (LONGER, {}), ({}, LONGER), (None, LONGER)):
+        model = model_from_config({**given, "rope_scaling": scaling, "rope_parameters": parameters}, "origin")
+        assert model.rope_scaling_factor == 8.0
+
+
 def test_more_heads_than_channels():
     config = {**CONFIGS["llama"], "num_attention_heads": 64, "head_dim": None}
     assert complaint(config) == "num_attention_heads is 64; supported: at most hidden_size (32)"

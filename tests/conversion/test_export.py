@@ -1,6 +1,7 @@
 """Exports for transformers: weights equal the imported ones bit for bit, and stock classes and the exported code load them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -235,6 +236,52 @@ def test_places_that_are_wrong(conditioned_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         convert.main(["to-hf", "a", "b", "--max-shard-size", "many"])
     assert "is no size such as 500MB or 5GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [".", "link", "dangling"])
+def test_odd_names_of_the_output(conditioned_run, tmp_path, place):
+    """The current directory, and links to a directory that is empty or not there, get a whole export. A link stays a link."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("new")
+    leftover = tmp_path / ("new.partial" if place == "dangling" else "empty.partial")
+    leftover.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.partial"):
+        (leftover / name).touch()
+
+    def inside(_rank, _size):
+        os.chdir(tmp_path / "empty" if place == "." else tmp_path)
+        return convert.main(["to-hf", str(conditioned_run), place])
+
+    assert run_distributed(inside, 1, process_group=False) == [0]
+    output = tmp_path / ("new" if place == "dangling" else "empty")
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "configuration_w1.py", "model.safetensors", "modeling_w1.py"]
+    assert (tmp_path / "link").is_symlink()
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("kind", ["notes", "directory", "link", "file", "mount point"])
+def test_places_of_others(conditioned_run, tmp_path, monkeypatch, kind):
+    """What somebody else has put at the name of the directory in which an export is prepared is never removed."""
+    partial = tmp_path / "output.partial"
+    if kind in ("notes", "directory"):
+        (partial / "config.json").mkdir(parents=True)
+    if kind == "notes":
+        (partial / "config.json").rmdir()
+        (partial / "notes.txt").touch()
+    elif kind == "link":
+        (tmp_path / "data").mkdir()
+        partial.symlink_to("data")
+    elif kind == "file":
+        partial.touch()
+    elif kind == "mount point":
+        (tmp_path / "output").mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "output")
+    before = sorted(tmp_path.rglob("*"))
+    checkpoint = conditioned_run / "checkpoints/step_0000000001"
+    with pytest.raises(UserError, match="mount point" if kind == "mount point" else "has other files: remove it"):
+        export_checkpoint(RunDirectory(conditioned_run), checkpoint, tmp_path / "output", "w1", 1 << 30)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path, capfd):

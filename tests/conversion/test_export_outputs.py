@@ -147,6 +147,20 @@ def test_block_diffusion_after_padding_and_at_given_timesteps(tmp_path):
         _assert_same(found[:, 8:], expected[:, 8:16])
 
 
+def test_documents_of_a_row_are_apart(tmp_path):
+    """Blocks of two documents have a t of their own, and see no other document, where ``position_ids`` restart."""
+    config = tiny_config(diffusion={"timestep_per": "block", "block_size": 8})
+    _, output = _saved_and_exported(config, lambda _predictor: None, tmp_path)
+    row = torch.cat([NOISY[:1, :11], CLEAN[:1, 11:]], dim=1)
+    positions = torch.cat([torch.arange(11), torch.arange(LENGTH - 11)])[None]
+    inside = torch.block_diag(torch.ones(11, 11), torch.ones(LENGTH - 11, LENGTH - 11)).bool()
+    blocks = (inside & (positions[0] // 8 <= positions[0][:, None] // 8))[None]
+    inputs = [{"input_ids": row[:, :11]}, {"input_ids": row[:, 11:]}, {"input_ids": row, "position_ids": positions}]
+    first, second, *rows = _own_code(output, tmp_path, [*inputs, {**inputs[2], "attention_mask": blocks}])
+    for found in rows:
+        _assert_same(found, torch.cat([first, second], dim=1))
+
+
 def test_what_one_copy_of_the_tokens_cannot_give_is_refused(tmp_path):
     """The output that predicts a block's first token is of a noisy copy of the block before, which sees more than the clean block does."""
     config = tiny_config(diffusion={"block_size": 4, "clean_attention": "token_causal", "shift": True})

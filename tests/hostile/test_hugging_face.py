@@ -105,7 +105,9 @@ def test_an_export_names_no_code_of_others(directory, tmp_path):
     settings_file = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["somebody/evil--evil.Tokenizer", None]}}
     (directory / "tokenizer_config.json").write_bytes(as_json(settings_file))
     write_tokenizer(directory / "tokenizer.json", directory / "tokenizer.json", tmp_path, 1 << 20)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"tokenizer_class": "T"}
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "auto_map" not in settings
 
 
 def test_an_export_has_no_files_from_elsewhere(directory, tmp_path, caplog):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,11 @@ from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
 from w1train.config.phases import stage_of_step
 from w1train.config.stages import at_stage
-from w1train.conversion.exported_tokenizer import write_tokenizer
+from w1train.conversion.exported_tokenizer import COMPANIONS, write_tokenizer
 from w1train.conversion.families import CONFIG_FILE, STOCK, W1, config_of, family_problems, stock_family
 from w1train.conversion.filling import StoredModel, require_fit
 from w1train.conversion.output_meaning import meaning_of_outputs, require_timesteps_of_masks
-from w1train.conversion.sources import CheckpointDirectory
+from w1train.conversion.sources import INDEX_FILE, CheckpointDirectory
 from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
 from w1train.runtime.files import PARTIAL_SUFFIX, write_text
@@ -33,6 +35,9 @@ from w1train.runtime.run_directory import RunDirectory
 logger = logging.getLogger(__name__)
 
 _REMOTE_CODE = ("configuration_w1.py", "modeling_w1.py")
+_OTHER_FILES = (CONFIG_FILE, INDEX_FILE, "tokenizer.json", *COMPANIONS, *_REMOTE_CODE)
+_FILE = re.compile(rf"(?:model(?:-\d+-of-\d+)?\.safetensors|{'|'.join(map(re.escape, _OTHER_FILES))})(?:{re.escape(PARTIAL_SUFFIX)})?")
+"""The names of an export's files, finished or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,9 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         model_format: "w1", "stock" or a name in FAMILIES.
 
     Raises:
-        UserError: ``output`` is not empty or is among the run's checkpoints, the requested stock class cannot compute this model, or the
-            checkpoint's tensors are not those of its configuration.
+        UserError: ``output`` is not empty, is a mount point or is among the run's checkpoints, the directory in which it is prepared has
+            other files, the requested stock class cannot compute this model, or the checkpoint's tensors are not those of the
+            configuration.
         CheckpointError: the checkpoint's index cannot be read.
         OSError: ``output`` cannot be written.
     """
@@ -68,11 +74,10 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         raise UserError(f"this model is not a {model_type} model: {listing(problems)}; export it with --format {W1}")
     if model_type == W1:
         require_timesteps_of_masks(config)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already and not empty: remove it, or choose another place")
-    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    output, partial = _places(output)
     require_apart([output, partial], [run.checkpoints])
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     parameters = list(hugging_face_parameters(config.model))
     entries = list(_entries(source, parameters))
@@ -95,6 +100,29 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         )
     names = tuple(sorted(path.name for path in output.iterdir()))
     return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
+
+
+def _places(output: Path) -> tuple[Path, Path]:
+    """Return the directory that ``output`` leads to, and the directory beside it in which an export is prepared.
+
+    Raises:
+        UserError: one of them has other files, or the first cannot be replaced. The second may have the files of an interrupted export.
+    """
+    place = Path(os.path.realpath(output))  # the name "." has no neighbour, and a link to a directory cannot be removed as one
+    if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{output} is there already and not empty: remove it, or choose another place")
+    if os.path.ismount(place):
+        raise UserError(f"{output} is a mount point, which cannot be replaced: choose a new directory in it, such as {output / 'model'}")
+    partial = place.with_name(place.name + PARTIAL_SUFFIX)
+    if os.path.lexists(partial) and not _is_interrupted_export(partial):
+        raise UserError(f"{partial}, where the export would be prepared, has other files: remove it, or choose another place")
+    return place, partial
+
+
+def _is_interrupted_export(directory: Path) -> bool:
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    return all(_FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink() for path in directory.iterdir())
 
 
 def _one_dtype(checkpoint: Path, source: CheckpointDirectory) -> torch.dtype:

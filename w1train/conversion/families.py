@@ -134,18 +134,27 @@ class _Values:
         self.problems: dict[str, str] = {}
         """Messages by keys, so that no key has two."""
         self._config = config
-        # transformers 4 has rope_theta and rope_scaling; version 5 has both in rope_parameters.
-        self._rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        self._rope: dict[str, Any] = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            value = config.get(key)
-            if isinstance(value, dict):
-                self._rope |= value
-            elif value is not None:
-                self._report(key, value, "not an object")
+        self._rope_key, self._rope = self._rotary()
         for key, value in self._rope.items():
             if isinstance(value, dict):
                 self._report(self._in_rope(key), value, "not a single value: all layers have the same rotary embedding here")
+
+    def _rotary(self) -> tuple[str, dict[str, Any]]:
+        """Return the key and the value of the rotary embedding: rope_scaling in transformers 4, which has rope_theta beside it, and
+        rope_parameters in version 5. Two values that differ are a problem, because transformers takes one of them and ignores the other."""
+        given = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            value = self._config.get(key)
+            if isinstance(value, dict) and value:
+                given[key] = value
+            elif value is not None and not isinstance(value, dict):
+                self._report(key, value, "not an object")
+        if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+            self._report(
+                "rope_scaling", given["rope_scaling"], f"but rope_parameters is {shorten(given['rope_parameters'])} (give one of them)"
+            )
+            return "rope_scaling", {}
+        return next(iter(given.items()), ("rope_scaling", {}))
 
     def require_harmless(self) -> None:
         """Report keys with which the files would compute another function than this model."""

@@ -217,8 +217,11 @@ class W1ForMaskedDiffusion(PreTrainedModel):
 
         With ``config.block_size``, blocks are counted from position 0, and a block is noisy if it has a mask token. The logits are those of
         training up to the first noisy block, which may hold any share of masks. Blocks after it see its mask tokens, which training
-        never shows: fill the blocks in their order. With ``config.shift``, the logits of the first token of a document (position 0) come
-        from its own position, because no output is trained to predict this token.
+        never shows: fill the blocks in their order. A row may hold several documents: a document begins where ``position_ids`` restart, and
+        sees no other document. Without ``config.block_size``, such rows need ``attention_mask`` and ``timesteps``.
+
+        With ``config.shift``, the logits of the first token of a document (position 0) come from its own position, because no output is
+        trained to predict this token.
 
         Args:
             input_ids: int [b, l].
@@ -245,7 +248,8 @@ class W1ForMaskedDiffusion(PreTrainedModel):
             timesteps = timesteps[:, None] if self.config.block_size is None else timesteps[:, None] * (shares > 0)
         mask = _visible(attention_mask)
         if self.config.block_size is not None and not is_given:
-            blocks = self._block_mask(position_ids, shares > 0)
+            # Padding may be alone in its document, and a row of attention that sees no token is NaN.
+            blocks = self._block_mask(position_ids, shares > 0) | ~real.bool()[:, None, :, None]
             mask = blocks if mask is None else mask & blocks
         hidden = self.model(input_ids, position_ids, mask, timesteps)
         if self.config.shift:
@@ -265,11 +269,11 @@ class W1ForMaskedDiffusion(PreTrainedModel):
         if self.config.block_size is None:
             return masked.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1)
         block = positions // self.config.block_size
-        same = block[:, :, None] == block[:, None, :]
+        same = (block[:, :, None] == block[:, None, :]) & _same_document(positions)
         return (same & masked[:, None, :]).sum(dim=2) / (same & real[:, None, :]).sum(dim=2).clamp_min(1)
 
     def _block_mask(self, positions: Tensor, is_noisy: Tensor) -> Tensor:
-        """Return what each token sees, bool [b, 1, l, l]: the tokens of earlier blocks, and of its own block all or those up to itself."""
+        """Return what each token sees of its document, bool [b, 1, l, l]: earlier blocks, and of its own block all or up to itself."""
         config = self.config
         clean_sees_all, noisy_sees_all = config.clean_attention == "block_causal", config.noisy_attention == "bidirectional"
         if config.shift and config.block_size > 1 and clean_sees_all != noisy_sees_all:
@@ -281,7 +285,14 @@ class W1ForMaskedDiffusion(PreTrainedModel):
         block = positions // config.block_size
         sees_all = torch.where(is_noisy, noisy_sees_all, clean_sees_all)[:, :, None]
         own = (block[:, None, :] == block[:, :, None]) & (sees_all | (positions[:, None, :] <= positions[:, :, None]))
-        return ((block[:, None, :] < block[:, :, None]) | own)[:, None]
+        return (_same_document(positions) & ((block[:, None, :] < block[:, :, None]) | own))[:, None]
+
+
+def _same_document(positions: Tensor) -> Tensor:
+    """Return whether two tokens of a row are of one document, bool [b, l, l]. Documents begin at position 0, or where positions go back."""
+    before = torch.cat([positions[:, :1], positions[:, :-1]], dim=1)
+    document = ((positions == 0) | (positions < before)).cumsum(dim=1)
+    return document[:, :, None] == document[:, None, :]
 
 
 def _visible(attention_mask: Tensor | None) -> Tensor | None:
