@@ -51,7 +51,9 @@ class TextCorpus(FileUnits):
         self.rules = rules = dataclasses.replace(rules, is_text_stated=kind == "text")
         self.reader = UnitReader(rules)
         self._directories, self._extensions = [Path(path) for path in paths if Path(path).is_dir()], extensions
-        self.files: list[str] = [file for path in paths for file in find_files(Path(path), extensions)]
+        found = [find_files(Path(path), extensions) for path in paths]
+        self.files: list[str] = [file for files, _ in found for file in files]
+        self.inputs: list[str] = [*self.files, *(state for _, states in found for state in states)]
         if not self.files:
             wanted = f" ending in {', '.join(extensions)}" if extensions else ""
             raise CorpusError(f"the corpus is empty: no files{wanted} under {', '.join(map(str, paths))}")

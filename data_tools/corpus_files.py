@@ -56,8 +56,9 @@ def broken_link(path: str | Path) -> str | None:
     return None
 
 
-def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
-    """Return the files that a path stands for: the file itself, or the files and broken links below the directory, sorted by path.
+def find_files(path: Path, extensions: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Return the files that a path stands for (the file itself, or the files and broken links below the directory, sorted by path), and the
+    DATASET_STATE files that tell which files these are.
 
     Hidden entries are left out, and so are files that w1train writes (tokenizers, datasets). A directory that Hugging Face's
     ``save_to_disk`` wrote gives only its .arrow files.
@@ -71,13 +72,14 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
     if path.is_file():
         if own := own_file(str(path)):
             raise CorpusError(f"{path} is {own}, not a corpus: leave it out of --input")
-        return [str(path)]
+        return [str(path)], []
     if not path.is_dir():
         if fault := broken_link(path):
             raise CorpusError(f"corpus {fault}")
         raise CorpusError(f"corpus {path} does not exist" if not path.exists() else f"corpus {path} is neither a file nor a directory")
     endings = tuple(extension.lower() for extension in extensions) or ""
     files: list[str] = []
+    states: list[str] = []
     num_irregular, links, own_files = 0, [], []
     for directory, subdirectories, names in os.walk(path, onerror=_raise):
         subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
@@ -85,6 +87,7 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
             raise CorpusError(f"{directory} holds the splits {', '.join(sorted(subdirectories))} of a dataset: name the one to read")
         if DATASET_STATE in names and any(name.endswith(".arrow") for name in names):
             subdirectories[:], names = [], _dataset_files(Path(directory))
+            states.append(os.path.join(directory, DATASET_STATE))
         links += [link for name in subdirectories if os.path.islink(link := os.path.join(directory, name))]
         for name in names:
             if name.startswith(".") or not name.lower().endswith(endings):
@@ -97,7 +100,7 @@ def find_files(path: Path, extensions: Sequence[str] = ()) -> list[str]:
             else:
                 files.append(file)
     _warn(path, num_irregular, links, own_files)
-    return sorted(files, key=lambda file: file.split(os.sep))
+    return sorted(files, key=lambda file: file.split(os.sep)), states
 
 
 def _warn(path: Path, num_irregular: int, links: Sequence[str], own_files: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.duplicates import hash_of
-from data_tools.unit_reader import Document, Rules, UnitReader, UnitText
+from data_tools.unit_reader import SKIP_HINT, Document, Rules, UnitReader, UnitText
 from data_tools.units import UNIT_BYTES, Unit
 from w1train.data.indexed import token_dtype
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer, TokenizerError
 
 _CHARACTERS_AT_ONCE = UNIT_BYTES
 
@@ -61,17 +61,21 @@ class UnitTokenizer:
         self._reader = UnitReader(encoding.rules)
         self._tokenizer = Tokenizer(encoding.tokenizer, origin="the tokenizer")
         self._dtype = token_dtype(self._tokenizer.vocab_size)
-        self._split = encoding.split
+        self._split, self._skips = encoding.split, encoding.rules.on_error == "skip"
         self._deduplicate = encoding.deduplicate
 
     def __call__(self, unit: Unit) -> TokenizedUnit:
-        """Read and tokenize a unit. A piece without tokens, which a tokenizer that drops characters may give, counts as empty."""
+        """Read and tokenize a unit. A piece without tokens, which a tokenizer that drops characters may give, counts as empty.
+
+        Raises:
+            TokenizerError: if the tokenizer cannot encode a piece, unless bad input is left out.
+        """
         text = self._reader.read(unit)
         pieces = [piece for document in text.documents for piece in self._split(document)]
-        tokens, lengths = self._encode([document.text for document, _ in pieces])
-        if not lengths.all():
-            pieces = [piece for piece, length in zip(pieces, lengths, strict=True) if length]
-            text.counts.num_empty += len(lengths) - len(pieces)
+        tokens, lengths = self._encode([document for document, _ in pieces], text)
+        if not (lengths > 0).all():
+            pieces = [piece for piece, length in zip(pieces, lengths, strict=True) if length > 0]
+            text.counts.num_empty += int((lengths == 0).sum())
             text.counts.num_documents -= len(lengths) - len(pieces)
         text.documents = []
         return TokenizedUnit(
@@ -83,33 +87,47 @@ class UnitTokenizer:
             text=text,
         )
 
-    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """Return the tokens of all texts, and the number of tokens of each with its EOS, or 0 for a text without tokens.
+    def _encode(self, documents: Sequence[Document], unit: UnitText) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """Return the tokens of all documents, and the number of tokens of each with its EOS, or 0 for a document without tokens, or -1 for
+        a bad document, which is counted in the unit.
 
         The library takes a hundred times as much memory as the texts that it gets at once. So a large text in many pieces goes to it a few
         pieces at a time.
         """
         tokens, lengths = [self._concatenate([])], [np.zeros(0, dtype=np.int64)]
-        for batch in _batches(texts):
-            encoded = self._tokenizer.encode_batch(batch)
+        for batch in _batches(documents):
+            encoded = self._encode_batch(batch, unit)
             tokens.append(self._concatenate([ids for ids in encoded if ids]))
-            lengths.append(np.array([len(ids) + 1 if ids else 0 for ids in encoded], dtype=np.int64))
+            lengths.append(np.array([-1 if ids is None else len(ids) + 1 if ids else 0 for ids in encoded], dtype=np.int64))
         return np.concatenate(tokens), np.concatenate(lengths)
+
+    def _encode_batch(self, documents: Sequence[Document], unit: UnitText) -> Sequence[list[int] | None]:
+        """Return the token ids of each document, or None for a bad document, which is found by encoding each document alone."""
+        try:
+            return self._tokenizer.encode_batch([document.text for document in documents])
+        except TokenizerError as error:
+            if len(documents) > 1:
+                return [ids for document in documents for ids in self._encode_batch([document], unit)]
+            message = f"{documents[0].origin}: {error}"
+            if not self._skips:
+                raise TokenizerError(f"{message} {SKIP_HINT}") from error
+            unit.leave_out(message)
+            return [None]
 
     def _concatenate(self, encoded: Sequence[Sequence[int]]) -> NDArray[np.integer]:
         eos = (self._tokenizer.eos_token_id,)
         return np.fromiter(chain.from_iterable(chain.from_iterable((ids, eos) for ids in encoded)), dtype=self._dtype)
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the texts in order, in lists with at most as many characters as a unit has bytes, or with one longer text."""
-    batch: list[str] = []
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Yield the documents in order, in lists with at most as many characters as a unit has bytes, or with one longer document."""
+    batch: list[Document] = []
     num_characters = 0
-    for text in texts:
-        if batch and num_characters + len(text) > _CHARACTERS_AT_ONCE:
+    for document in documents:
+        if batch and num_characters + len(document.text) > _CHARACTERS_AT_ONCE:
             yield batch
             batch, num_characters = [], 0
-        batch.append(text)
-        num_characters += len(text)
+        batch.append(document)
+        num_characters += len(document.text)
     if batch:
         yield batch

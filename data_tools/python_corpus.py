@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(output: Path, max_bytes: int | None, overwrite: bool) -> None:
-    require_writable([output], (), overwrite=overwrite)
-    sources = collect(Path(sysconfig.get_path("stdlib")), max_bytes)
+    library = Path(sysconfig.get_path("stdlib"))
+    require_writable([output], library.rglob("*.py"), overwrite=overwrite)
+    sources = collect(library, max_bytes)
     output.parent.mkdir(parents=True, exist_ok=True)
     records = [json.dumps({"path": path, "text": text}, ensure_ascii=False) + "\n" for path, text in sources]
     write_bytes(output, "".join(records).encode("utf-8"))

@@ -153,7 +153,7 @@ def _tokenize(options: argparse.Namespace) -> None:
 def _refuse_inputs(options: argparse.Namespace, prefixes: Sequence[str], corpus: TextCorpus) -> None:
     """Refuse outputs that are inputs. Whether an output exists is decided later: after a kill it may be this run's own."""
     paths = [path for prefix in prefixes for path in output_paths(prefix, options.shard_size is not None)]
-    require_writable(paths, [*corpus.files, options.tokenizer], overwrite=True, also_written=progress_paths(prefixes[0]))
+    require_writable(paths, [*corpus.inputs, options.tokenizer], overwrite=True, also_written=progress_paths(prefixes[0]))
 
 
 def _split(corpus: TextCorpus, fraction: float) -> HashSplit | TailSplit:

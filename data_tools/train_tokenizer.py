@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> None:
     corpus = corpus_from(options)
     output = Path(options.output)
-    require_writable_tokenizer(output, corpus.files, options.overwrite)
+    require_writable_tokenizer(output, corpus.inputs, options.overwrite)
     if output.suffix.lower() != ".json" and (directory := corpus.reads_later(output)):
         raise OutputError(f"{output} is inside of the input {directory}, and would be read as a text: call it {output.name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)

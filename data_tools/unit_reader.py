@@ -101,6 +101,14 @@ class UnitText:
     error: str | None = None
     """The message about the first bad record, at which reading stopped; only with ``on_error`` "fail"."""
 
+    def leave_out(self, message: str, num_too_large: int = 0, num_bad: int = 1) -> None:
+        """Count ``num_too_large`` records over a limit, or else ``num_bad`` bad records."""
+        self.counts.num_too_large += num_too_large
+        self.counts.num_bad += 0 if num_too_large else num_bad
+        self.num_faults += 1
+        if len(self.messages) < _MAX_MESSAGES:
+            self.messages.append(message)
+
 
 class _BadRecordError(Exception):
     """The exception that ends the reading of a unit."""
@@ -259,11 +267,7 @@ class UnitReader:
         """Count input that is left out: ``num_too_large`` records over a limit, or else ``num_bad`` bad records."""
         if self._rules.on_error == "fail":
             raise _BadRecordError(f"{message} {SKIP_HINT}")
-        result.counts.num_too_large += num_too_large
-        result.counts.num_bad += 0 if num_too_large else num_bad
-        result.num_faults += 1
-        if len(result.messages) < _MAX_MESSAGES:
-            result.messages.append(message)
+        result.leave_out(message, num_too_large, num_bad)
 
 
 def _as_text(value: object) -> str:

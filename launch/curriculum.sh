@@ -26,6 +26,6 @@ prepare_data 6
 step "4/6 the curriculum, on $NPROC ranks" "" train curriculum curriculum "$@"
 step "5/6 from scratch, on $NPROC ranks" "" train curriculum-scratch block_16 \
   validation.interval=50 checkpoint.interval=50 checkpoint.keep_best=0 checkpoint.average_at_end=false "$@"
-step "6/6 report" "" "$python" -m w1train.report "$run" --compare "$scratch"
+step "6/6 report" "" "$python" -m w1train.report "$run" --compare "$scratch" --overwrite
 "$python" -m benchmarks.curriculum "$run" "$scratch"
 printf 'The whole curriculum took %d s. Look at %s\n' "$(seconds_since "$script_began")" "$run/report.html"

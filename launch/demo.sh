@@ -24,7 +24,7 @@ step "4/5 pretraining on $NPROC ranks" "" \
   "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=demo runs_dir="$RUNS" \
   data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
 step "5/5 report" "" \
-  "$python" -m w1train.report "$run"
+  "$python" -m w1train.report "$run" --overwrite
 
 printf 'The whole demo took %d s. Look at %s, or generate more text:\n' "$(seconds_since "$script_began")" "$run/report.html"
 printf '  %s -m w1train.sample %s --prompt "def main("\n' "$python" "$run"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from w1train.config.errors import UserError
 from w1train.reports.report_compare import write_comparison
-from w1train.reports.run_report import write_report
+from w1train.reports.report_page import shows_runs
+from w1train.reports.run_report import REPORT_NAME, write_report
 from w1train.runtime.command import command, describe_error
 from w1train.runtime.output_files import require_writable
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory; the run may still be training")
     parser.add_argument("--compare", type=Path, metavar="RUN", help="another run, whose validation is drawn into the page of a single RUN")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file of the comparison of several runs")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output if it exists, but never a file of a run")
+    parser.add_argument("--overwrite", action="store_true", help="replace any file with the name of the page, but never a file of a run")
     arguments = parser.parse_args()
     several = len(arguments.runs) > 1
     if several and arguments.compare is not None:
@@ -37,11 +38,13 @@ def main() -> None:
     if not several and arguments.output is not None:
         parser.error("--output needs several RUNs; the page of a single RUN is RUN/report.html")
     try:
-        if arguments.output is not None:
-            files = (path for run in arguments.runs for path in run.rglob("*") if path.suffix != ".html")
-            require_writable([arguments.output], files, overwrite=arguments.overwrite)
+        shown = [*arguments.runs, *([arguments.compare] if arguments.compare else [])]
+        page = arguments.output or arguments.runs[0] / ("comparison.html" if several else REPORT_NAME)
+        files = (path for run in shown for path in run.rglob("*") if path.suffix != ".html")
+        is_update = arguments.output is None and shows_runs(page, shown)
+        require_writable([page], files, overwrite=arguments.overwrite or is_update)
         if several:
-            print(write_comparison(arguments.runs, arguments.output or arguments.runs[0] / "comparison.html"))
+            print(write_comparison(arguments.runs, page))
         else:
             print(write_report(arguments.runs[0], arguments.compare))
     except (OSError, UserError) as error:

@@ -24,6 +24,8 @@ from pathlib import Path
 from unittest import mock
 
 from data_tools import tokenize
+from data_tools.outputs import Outputs
+from data_tools.units import Position
 from w1train.data.dataset import TokenDataset
 from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -155,7 +157,8 @@ def add_array(draw: random.Random, corpus: Corpus, name: str) -> None:
     else:
         content = json.dumps(records, indent=draw.choice([1, 2]) if layout == "indented" else None)
     content += "\n" * draw.randint(0, 2) if layout != "lines" else ""
-    _add_packed(draw, corpus, name + draw.choice([".json", ".JSON"]), content.encode(), outcomes)
+    mark = MARK if draw.random() < 0.2 else ""
+    _add_packed(draw, corpus, name + draw.choice([".json", ".JSON"]), (mark + content).encode(), outcomes)
 
 
 def add_table(draw: random.Random, corpus: Corpus, name: str) -> None:
@@ -227,6 +230,22 @@ def no_disk():
         yield
 
 
+@contextmanager
+def stopped_after(num_records: int):
+    """Stop the run when it has written so many records of progress."""
+    write_record, left = Outputs.write_record, num_records
+
+    def write(outputs: Outputs, position: Position, is_complete: bool = False) -> None:
+        nonlocal left
+        write_record(outputs, position, is_complete)
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(Outputs, "write_record", write):
+        yield
+
+
 def check(seed: int, tokenizer: Tokenizer) -> Counter[str]:
     """Try a corpus. Returns the number of documents by their outcome."""
     draw = random.Random(seed)
@@ -246,7 +265,10 @@ def check(seed: int, tokenizer: Tokenizer) -> Counter[str]:
         failed = tokenize.main([*arguments, "--on-error", "fail"]) == 1
         is_empty = not corpus.expected["read"]
         assert failed == bool(num_faults or is_empty), f"seed {seed}: {corpus.expected}, and the status is {int(failed)}"
-        skipped = tokenize.main([*arguments, "--on-error", "skip", "--overwrite"])
+        arguments += ["--on-error", "skip", "--overwrite", "--record-seconds", "0"]
+        with stopped_after(draw.randint(1, 2 * len(corpus.files))):
+            tokenize.main(arguments)
+        skipped = tokenize.main(arguments)
         assert skipped == int(is_empty), f"seed {seed}: {corpus.expected}, and the status is {skipped}"
         if not is_empty:
             dataset = TokenDataset.open(f"{name}/x", tokenizer)

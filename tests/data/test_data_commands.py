@@ -17,7 +17,7 @@ from data_tools import import_tokenizer, python_corpus, split, tokenize, train_t
 from data_tools.corpus import TextCorpus
 from data_tools.unit_reader import Document
 from w1train.data.dataset import TokenDataset
-from w1train.data.tokenizer import Tokenizer
+from w1train.data.tokenizer import Tokenizer, TokenizerError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -247,6 +247,29 @@ def test_a_directory_is_no_tokenizer_to_write(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path)])
     assert "names a directory: the name of a file is needed" in capsys.readouterr().err
+
+
+def test_a_document_that_the_tokenizer_cannot_encode_is_named_or_left_out(tokenizer_file, tmp_path, monkeypatch, caplog):
+    encode_batch = Tokenizer.encode_batch
+
+    def gives_up(self, texts):
+        if any("blanks" in text for text in texts):
+            raise TokenizerError("the text has too many blanks")
+        return encode_batch(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", gives_up)
+    texts = ["first", "  blanks  ", " ", "second"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = tokenize_arguments(tmp_path / "a.jsonl", tokenizer_file, tmp_path / "out", "--workers", "1")
+    assert tokenize.main(arguments) == 1
+    assert "a.jsonl:2: the text has too many blanks (--on-error skip leaves such input out)" in caplog.text
+    caplog.clear()
+    assert tokenize.main([*arguments, "--on-error", "skip"]) == 0
+    assert "left out: " in caplog.text
+    assert "a.jsonl:2: the text has too many blanks" in caplog.text
+    assert read_texts(tmp_path / "out", Tokenizer.load(tokenizer_file)) == ["first", "second"]
+    counts = json.loads((tmp_path / "out.json").read_text())["corpus"]
+    assert [counts[name] for name in ("num_documents", "num_bad", "num_empty")] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("other", ["o/x", "./o//x", "o/../o/x", "link/x"])

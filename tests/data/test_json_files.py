@@ -19,9 +19,10 @@ from data_tools.corpus import TextCorpus
 from data_tools.corpus_files import Limits
 from data_tools.unit_reader import Rules
 from w1train.data.text import decompress
-from w1train.data.text.decompress import ContentReader, WindowError
+from w1train.data.text.decompress import ContentReader, DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, kind_of
 from w1train.data.text.json_records import RecordReader
+from w1train.evaluation.questions import read_questions
 
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 
@@ -62,12 +63,13 @@ json_values = st.recursive(
     indent=st.none() | st.integers(0, 2),
     size=st.integers(1, 30),
     escapes=st.booleans(),
+    mark=st.sampled_from(["", MARK]),
 )
-def test_an_array_is_folded_to_lines_of_the_same_length(values, indent, size, escapes):
-    """In chunks of any size, and from every line on."""
-    content = json.dumps(values, indent=indent, ensure_ascii=escapes).encode("utf-8", "surrogatepass")
+def test_an_array_is_folded_to_lines_of_the_same_length(values, indent, size, escapes, mark):
+    """In chunks of any size, and from every line on, and from the end on."""
+    content = mark.encode() + json.dumps(values, indent=indent, ensure_ascii=escapes).encode("utf-8", "surrogatepass")
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decompress, "CHUNK_BYTES", size)
+        patch.setattr(decompress, "CHUNK_BYTES", max(size, len(mark.encode())))
         path = os.path.join(directory, "x.json")
         with open(path, "wb") as file:
             file.write(content)
@@ -78,9 +80,9 @@ def test_an_array_is_folded_to_lines_of_the_same_length(values, indent, size, es
 
         folded = read(0)
         assert len(folded) == len(content)
-        assert [json.loads(line) for line in folded.split(b"\n")] == values
+        assert [json.loads(line) for line in folded.removeprefix(mark.encode()).split(b"\n")] == values
         starts = [place + 1 for place, byte in enumerate(folded) if byte == ord("\n")]
-        assert all(read(start) == folded[start:] for start in starts)
+        assert all(read(start) == folded[start:] for start in [*starts, len(folded)])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,27 @@ def test_bad_json_is_counted(tmp_path, content, texts, num_bad):
     corpus = TextCorpus([tmp_path], Rules(on_error="skip"))
     assert [document.text for document in corpus] == [*texts, "good"]
     assert corpus.log.counts.num_bad == num_bad
+
+
+@pytest.mark.parametrize("content", [b'[{"text": "a"},\n', b'[{"text": "a"}, {"text": "b"}'], ids=range(2))
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_array_without_an_end_is_found_behind_its_last_line_too(tmp_path, content, suffix):
+    path = tmp_path / f"x.json{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    with RecordReader(str(path), "json") as reader, pytest.raises(DamagedError, match="the JSON array has no end"):
+        list(reader.chunks(len(content)))
+
+
+def test_a_mark_before_an_array_is_no_document(tmp_path):
+    """Also if it is a compressed member of its own."""
+    (tmp_path / "x.json").write_text(MARK + json.dumps(RECORDS))
+    (tmp_path / "y.json.gz").write_bytes(gzip.compress(MARK.encode()) + gzip.compress(INDENTED))
+    corpus = TextCorpus([tmp_path])
+    assert [document.text for document in corpus] == TEXTS * 2
+    assert corpus.log.counts.num_empty == 0
+    questions = [{"prompt": prompt, "completion": "c"} for prompt in "ab"]
+    (tmp_path / "q.json").write_text(MARK + json.dumps(questions))
+    assert [(question.line, question.prompt) for question in read_questions(tmp_path / "q.json")] == [(1, "a"), (2, "b")]
 
 
 @pytest.mark.parametrize("content", [LINES, ARRAY, INDENTED, OBJECTS, MARK.encode() + LINES], ids=range(5))

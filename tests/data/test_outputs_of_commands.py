@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sysconfig
 
 import pytest
 
@@ -23,6 +24,9 @@ def files(tokenizer, tmp_path, monkeypatch):
     for name in ("x.json", "x.bin", "x_00003.idx"):
         (tmp_path / name).write_text(LINES)
     assert tokenize.main(["--input", "x.bin", "--format", "jsonl", "--tokenizer", "t.json", "--output", "d"]) == 0
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    (tmp_path / "saved/data.arrow").write_bytes(b"a table")
     return tmp_path
 
 
@@ -60,6 +64,8 @@ OVER_INPUTS = {
         ],
     ),
     "train_tokenizer": (train_tokenizer, [*corpus("x.json"), "--output", "x.json", *TRAIN, "--overwrite"]),
+    "tokenize the state": (tokenize, ["--input", "saved", "--tokenizer", "t.json", "--output", "saved/state", "--overwrite"]),
+    "train_tokenizer the state": (train_tokenizer, ["--input", "saved", "--output", "./saved/state.json", *TRAIN, "--overwrite"]),
     "import_tokenizer": (import_tokenizer, ["--input", ".", "--eos", "<eos>", "--output", "tokenizer.json", "--overwrite"]),
     "inspect the page": (inspect, ["d", "--html", "d.idx", "--overwrite"]),
     "inspect the picture": (inspect, ["d", "--tokenizer", "t.json", "--svg", "t.json", "--overwrite"]),
@@ -80,6 +86,14 @@ def test_no_output_is_an_input(files, caplog, command, arguments):
     assert command.main(arguments) == 1
     assert "is the input" in caplog.text
     assert snapshot(files) == before
+
+
+def test_a_corpus_of_sources_replaces_no_source(tmp_path, caplog, monkeypatch):
+    (tmp_path / "module.py").write_text("pass")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: tmp_path)
+    assert python_corpus.main(["--output", str(tmp_path / "module.py"), "--overwrite"]) == 1
+    assert "is the input" in caplog.text
+    assert (tmp_path / "module.py").read_text() == "pass"
 
 
 @pytest.mark.parametrize(("command", "arguments"), EXISTING.values(), ids=EXISTING)

@@ -136,3 +136,33 @@ def test_the_command_replaces_no_file_of_a_run_and_no_other_page(tmp_path, monke
     assert fault(str(page)) == ""
     assert "exists already: choose another name, or give --overwrite" in fault(str(page))
     assert fault(str(page), "--overwrite") == ""
+
+
+def test_a_page_without_output_replaces_only_the_page_of_the_same_runs(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_log(tmp_path / "runs" / name, train_record(1))
+
+    def fault(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["w1train.report", *arguments])
+        try:
+            report.main()
+        except SystemExit as error:
+            return str(error.code)
+        return ""
+
+    monkeypatch.chdir(tmp_path / "runs")
+    assert fault("a", "b", "c") == fault("a", "c", "b") == fault("a") == fault("./a") == ""
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert fault("moved/a", "moved/b", "moved/c") == fault("moved/a") == ""
+    comparison, page = (Path("moved/a", name).read_bytes() for name in ("comparison.html", "report.html"))
+    refusal = "exists already: choose another name, or give --overwrite"
+    assert refusal in fault("moved/a", "moved/c")
+    assert refusal in fault("moved/a", "--compare", "moved/b")
+    assert [Path("moved/a", name).read_bytes() for name in ("comparison.html", "report.html")] == [comparison, page]
+    assert fault("moved/a", "--compare", "moved/b", "--overwrite") == ""
+    Path("moved/a/report.html").write_text("<p>notes of a person</p>")
+    assert refusal in fault("moved/a")
+    Path("moved/a/report.html").unlink()
+    Path("moved/a/report.html").symlink_to("metrics.jsonl")
+    assert "is the input" in fault("moved/a", "--overwrite")

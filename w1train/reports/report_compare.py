@@ -47,7 +47,8 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
     _name_apart(runs, [Path(run_dir) for run_dir in run_dirs])
     parts = (_header, _results, _learning, _machinery, _differences)
     path = Path(output)
-    write_text(path, page(" and ".join(run.name for run in runs), "\n".join(part(runs) for part in parts)))
+    title = " and ".join(run.name for run in runs)
+    write_text(path, page(path, run_dirs, title, "\n".join(part(runs) for part in parts)))
     return path
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf9; --ink: #1d1c1a; --muted: #78736a; --rule: #e7e3db; --soft: #f3f0ea;
@@ -119,12 +123,14 @@ for (const svg of document.querySelectorAll('svg[data-hover]')) {
 """
 
 
-def page(title: str, body: str) -> str:
-    """Return the whole document. Its policy forbids the browser to fetch anything, in case a part of a sample is not escaped."""
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+def page(path: Path, runs: Sequence[str | Path], title: str, body: str) -> str:
+    """Return the whole document. Its policy forbids the browser to fetch anything, in case a part of a sample is not escaped.
+
+    Args:
+        path: where the page will be.
+        runs: the directories of the runs that the page shows.
+    """
+    return f"""{_start(path, runs)}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{html.escape(title)}</title>
@@ -138,3 +144,24 @@ def page(title: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def shows_runs(path: Path, runs: Sequence[str | Path]) -> bool:
+    """Tell whether a file is a page that w1train wrote there about these runs, in any order."""
+    start = _start(path, runs).encode()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _start(path: Path, runs: Sequence[str | Path]) -> str:
+    """Return the first lines of a page. They name the runs by their paths from the page's directory, so that a directory of runs with their
+    pages can be moved."""
+    directory = os.path.realpath(path.parent)
+    names = sorted(os.path.relpath(os.path.realpath(run), directory) for run in runs)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="w1train-runs" content="{html.escape(json.dumps(names))}">"""

@@ -29,6 +29,7 @@ from w1train.reports.svg_chart import Chart, Line, heat_map, heat_range
 from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity
 
+REPORT_NAME = "report.html"
 _TWO_COLUMNS = 709
 _MAX_SAMPLE_STEPS, _MAX_SAMPLE_CHARACTERS = 8, 1500
 _MAX_HEAT_COLUMNS = 60
@@ -48,8 +49,9 @@ def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
     parts = (_header, _headline, _tiles, _learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, _samples, _appendix)
-    path = Path(run_dir) / "report.html"
-    write_text(path, page(run.name, "\n".join(part(run) for part in parts)))
+    path = Path(run_dir) / REPORT_NAME
+    shown = [run_dir] if other is None else [run_dir, other]
+    write_text(path, page(path, shown, run.name, "\n".join(part(run) for part in parts)))
     return path
 
 

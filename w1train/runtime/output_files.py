@@ -42,11 +42,12 @@ def require_writable(
     passing += [path.with_name(path.name + PARTIAL_SUFFIX) for path in [*wanted, *passing]]
     there = {path: found for path in [*wanted, *passing] if (found := _identity(path))}
     sources = {found: path for path in inputs if (found := _identity(path))} if there else {}
+    replaced = set(wanted)
     problems = _double(wanted)
     problems += [f"{path} is the input {sources[found]}, which is never replaced" for path, found in there.items() if found in sources]
     left = [path for path, found in there.items() if found not in sources]
     problems += [f"{path} is a directory" for path in left if path.is_dir()]
-    if not overwrite and (old := [path for path in left if path in wanted and not path.is_dir()]):
+    if not overwrite and (old := [path for path in left if path in replaced and not path.is_dir()]):
         names = ", ".join(map(str, old[:_MOST_NAMES]))
         advice = "remove it or choose another name" if overwrite is None else "choose another name, or give --overwrite"
         problems.append(f"{names} {'exists' if len(old) == 1 else 'exist'} already: {advice}")

@@ -22,6 +22,8 @@ _LONGEST_INTEGER = 4000
 """The digits up to which Python converts a text to an integer, with some distance to its limit of 4,300."""
 _HEAD_CHUNKS = 16
 """The chunks in which the first record is looked for. A file may begin with any amount of white space."""
+_HEAD_BYTES = 1 << 14
+"""The bytes that are enough to see how the records are laid out, unless their first line is longer."""
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Possessive quantifiers, since a text of many megabytes would otherwise fill the matcher's stack.
 _TOKEN = re.compile(rb'"|[\[{\]},\n]|[^"\[{\]},\s]++')
@@ -51,13 +53,31 @@ class RecordReader(ContentReader):
         Raises:
             DamagedError: also if the file is not UTF-8 but UTF-16, or if an array has no end.
         """
-        with ContentReader(self._path, self._max_window) as reader:
-            head = next((chunk for chunk in islice(reader.chunks(), _HEAD_CHUNKS) if chunk.strip()), b"")
+        head = self._head()
         if head.startswith(_OTHER_ENCODINGS):
             raise DamagedError("the file is UTF-16 or UTF-32: convert it to UTF-8")
         shape = shape_of(head) if self._kind == "json" else "lines"
         chunks = super().chunks(offset)
-        yield from chunks if shape == "lines" else _Folded(shape, offset > 0).chunks(chunks)
+        if shape == "lines":
+            yield from chunks
+            return
+        num_bytes = 0
+        for chunk in _Folded(shape, offset > 0).chunks(chunks):
+            num_bytes += len(chunk)
+            yield chunk
+        if offset and not num_bytes:  # behind the last line, only the whole content tells whether its array has an end
+            with RecordReader(self._path, self._kind, self._max_window) as reader:
+                yield from (b"" for _ in reader.chunks())
+
+    def _head(self) -> bytes:
+        """Return the first bytes of the content. A file of many compressed members has short chunks."""
+        head = b""
+        with ContentReader(self._path, self._max_window) as reader:
+            for chunk in islice(reader.chunks(), _HEAD_CHUNKS):
+                head += chunk
+                if len(head.strip()) >= _HEAD_BYTES:
+                    break
+        return head
 
 
 def shape_of(head: bytes) -> Shape:
@@ -81,7 +101,7 @@ class _Folded:
         Args:
             is_inside: whether the chunks begin at a line after the first line, and so in an array behind a comma.
         """
-        self._is_array = shape == "array"
+        self._is_array, self._is_inside = shape == "array", is_inside
         self._depth = int(self._is_array and is_inside)
         self._is_empty = True
         """Tell whether the line has had no value so far."""
@@ -90,12 +110,18 @@ class _Folded:
     def chunks(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the chunks with a record on each line.
 
+        A byte order mark at the start of the file stays before the first record.
+
         Raises:
-            DamagedError: if an array has no end.
+            DamagedError: if an array has no end. If there is no content, its end may have come before.
         """
+        has_content = False
         for chunk in chunks:
-            yield self._fold(chunk)
-        if self._is_array and self._depth:
+            is_marked = not self._is_inside and not has_content and chunk.startswith(codecs.BOM_UTF8)
+            mark = codecs.BOM_UTF8 if is_marked else b""
+            has_content = has_content or bool(chunk)
+            yield mark + self._fold(chunk[len(mark) :])
+        if self._is_array and self._depth and has_content:
             raise DamagedError("the JSON array has no end")
 
     def _fold(self, chunk: bytes) -> bytes:
