@@ -9,9 +9,7 @@ from w1train.data.indexed import MAGIC, PACKING_SUFFIX
 from w1train.runtime.files import PARTIAL_SUFFIX, errors_named
 
 _OF_DATASETS = (".bin", ".may_be_noised")
-_PARTIAL = tuple(
-    f"{suffix}{PARTIAL_SUFFIX}" for suffix in (".bin", ".idx", ".may_be_noised", ".json", ".progress", ".hashes", PACKING_SUFFIX)
-)
+_PARTIAL = tuple(f"{suffix}{PARTIAL_SUFFIX}" for suffix in (".bin", ".idx", ".may_be_noised", ".progress", ".hashes", PACKING_SUFFIX))
 _HEAD_BYTES = 4096
 _PACKING = re.compile(rb'\{"format_version": [0-9]+, "idx_sha256": ')
 _JSON = {
@@ -24,8 +22,10 @@ _JSON = {
 
 
 def own_file(path: str) -> str | None:
-    """Say what a file is that w1train writes, such as "a tokenizer"; return None for all other files. Names alone do not decide, since a
-    corpus may have a foreign tokenizer.json or data.bin. Tokenizers in the format of Hugging Face count, whoever wrote them.
+    """Say what a file is that w1train writes, such as "a tokenizer"; return None for all other files.
+
+    The content decides, since a corpus may have a foreign tokenizer.json or data.bin; tokenizers in the format of Hugging Face count,
+    whoever wrote them. The names in _PARTIAL alone decide, since a file that is still being written may have any content.
 
     Raises:
         OSError: if the file cannot be opened or read; the error has its path.
@@ -34,7 +34,7 @@ def own_file(path: str) -> str | None:
     suffix = suffix.lower()
     if path.endswith(_PARTIAL):
         return "a file that is still being written"
-    if suffix == ".json":
+    if suffix == ".json" or path.endswith(f".json{PARTIAL_SUFFIX}"):
         head = _head(path)
         return next((what for what, pattern in _JSON.items() if pattern.match(head)), None)
     if suffix == ".idx" and _head(path).startswith(MAGIC):
