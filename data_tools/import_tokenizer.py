@@ -232,9 +232,9 @@ def _check_texts(content: dict[str, Any], converted: dict[str, Any], tokenizer: 
     numbers = content["model"]["vocab"].values()
     if new := [name for name in found if name in converted["model"]["vocab"] and ids[name] not in numbers]:
         raise TokenizerError(
-            f"the ids of tokenizer {origin} would have gaps, so {listing(new)} must be in the vocabulary of its model. The model would then "
-            "encode a text that contains this name as the special token: such a tokenizer can be imported only without gaps (if the gap is "
-            "before --mask-token-id, leave that option out)"
+            f"the ids of tokenizer {origin} would have gaps, so {listing(new)} must be in the vocabulary of its model, which "
+            "then encodes a text that contains such a name as the special token. It can be imported only without gaps: if the gap is "
+            "before --mask-token-id, leave that option out"
         )
     if found:
         logger.warning("%s encodes a text that contains %s as the special token: remove such texts", origin, listing(found))
