@@ -40,6 +40,8 @@ from w1train.data.tokenizer import (
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
+_PROBES = ("{}", " {}", "a {} b", "a\n{}\nb", "a{}b", "1{}1")
+"""Texts in which the name of a special token may be a piece of its own, which some models look up as it is (``ignore_merges``)."""
 
 
 @command("data_tools.import_tokenizer")
@@ -80,7 +82,7 @@ def _import(options: argparse.Namespace) -> None:
     converted = with_special_tokens(content, renamed, options.mask_token_id, str(source))
     tokenizer = Tokenizer(json.dumps(converted, ensure_ascii=False).encode(), origin=str(source))
     _require_ids(tokenizer, stated_ids(converted, str(source)), str(source))
-    _warn_of_text(content, tokenizer, str(source))
+    _check_texts(content, converted, tokenizer, str(source))
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
@@ -215,13 +217,26 @@ def _require_ids(tokenizer: Tokenizer, stated: dict[str, int], origin: str) -> N
         )
 
 
-def _warn_of_text(content: dict[str, Any], tokenizer: Tokenizer, origin: str) -> None:
+def _check_texts(content: dict[str, Any], converted: dict[str, Any], tokenizer: Tokenizer, origin: str) -> None:
+    """Warn of texts that the tokenizer changes, or encodes as a special token.
+
+    Raises:
+        TokenizerError: if a text becomes a special token only because the import has put the token into the model's vocabulary.
+    """
     if content.get("normalizer"):
         logger.warning(
             "%s normalises text (%s): decoding does not give back every text that was encoded", origin, content["normalizer"].get("type")
         )
     ids = {EOS_TOKEN: tokenizer.eos_token_id, MASK_TOKEN: tokenizer.mask_token_id, PAD_TOKEN: tokenizer.pad_token_id}
-    if found := [name for name, number in ids.items() if number in tokenizer.encode(f"a {name} b")]:
+    found = [name for name, number in ids.items() if any(number in tokenizer.encode(probe.format(name)) for probe in _PROBES)]
+    numbers = content["model"]["vocab"].values()
+    if new := [name for name in found if name in converted["model"]["vocab"] and ids[name] not in numbers]:
+        raise TokenizerError(
+            f"the ids of tokenizer {origin} would have gaps, so {listing(new)} must be in the vocabulary of its model, which "
+            "then encodes a text that contains such a name as the special token. It can be imported only without gaps: if the gap is "
+            "before --mask-token-id, leave that option out"
+        )
+    if found:
         logger.warning("%s encodes a text that contains %s as the special token: remove such texts", origin, listing(found))
 
 

@@ -9,9 +9,8 @@ from w1train.data.indexed import MAGIC, PACKING_SUFFIX
 from w1train.runtime.files import PARTIAL_SUFFIX, errors_named
 
 _OF_DATASETS = (".bin", ".may_be_noised")
-_PARTIAL = tuple(
-    f"{suffix}{PARTIAL_SUFFIX}" for suffix in (".bin", ".idx", ".may_be_noised", ".json", ".progress", ".hashes", PACKING_SUFFIX)
-)
+_UNFINISHED = (".bin", ".idx", ".may_be_noised", ".progress", ".hashes", PACKING_SUFFIX)
+"""The names, with PARTIAL_SUFFIX behind them, of a dataset's files while they are written."""
 _HEAD_BYTES = 4096
 _PACKING = re.compile(rb'\{"format_version": [0-9]+, "idx_sha256": ')
 _JSON = {
@@ -24,16 +23,22 @@ _JSON = {
 
 
 def own_file(path: str) -> str | None:
-    """Say what a file is that w1train writes, such as "a tokenizer"; return None for all other files. Names alone do not decide, since a
-    corpus may have a foreign tokenizer.json or data.bin. Tokenizers in the format of Hugging Face count, whoever wrote them.
+    """Say what a file is that w1train writes, such as "a tokenizer"; return None for all other files.
+
+    The content decides, since a corpus may have a foreign tokenizer.json or data.bin; tokenizers in the format of Hugging Face count,
+    whoever wrote them. The names in _UNFINISHED alone decide, since a file that is still being written may have any content.
 
     Raises:
         OSError: if the file cannot be opened or read; the error has its path.
     """
-    stem, suffix = os.path.splitext(path)
-    suffix = suffix.lower()
-    if path.endswith(_PARTIAL):
+    whole = path
+    while whole.endswith(PARTIAL_SUFFIX):  # The record of progress has the ending twice while it is written.
+        whole = whole.removesuffix(PARTIAL_SUFFIX)
+    is_partial = whole != path
+    if is_partial and whole.endswith(_UNFINISHED):
         return "a file that is still being written"
+    stem, suffix = os.path.splitext(whole)
+    suffix = suffix.lower()
     if suffix == ".json":
         head = _head(path)
         return next((what for what, pattern in _JSON.items() if pattern.match(head)), None)
@@ -42,7 +47,8 @@ def own_file(path: str) -> str | None:
     # While a dataset gets its name, its index still has the partial name.
     if suffix in _OF_DATASETS and any(_head(f"{stem}.idx{end}").startswith(MAGIC) for end in ("", PARTIAL_SUFFIX)):
         return "a file of a dataset"
-    if suffix == PACKING_SUFFIX and _PACKING.match(_head(path)):
+    # A packing that several processes write has the writer's name before PARTIAL_SUFFIX.
+    if (suffix == PACKING_SUFFIX or is_partial) and _PACKING.match(_head(path)):
         return "a packing of a dataset"
     return None
 

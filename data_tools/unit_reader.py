@@ -17,7 +17,7 @@ from data_tools.table_rows import rows_of
 from data_tools.units import Unit
 from w1train.data.text.decompress import ContentReader, DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, unsupported_compression
-from w1train.data.text.json_records import BYTE_ORDER_MARK, first_record, parse_record
+from w1train.data.text.json_records import BYTE_ORDER_MARK, NestingError, begins_with_record, parse_record
 
 BLANK_LINES = "blank-lines"
 SKIP_HINT = "(--on-error skip leaves such input out)"
@@ -165,11 +165,11 @@ class UnitReader:
         """Decode a text file.
 
         Raises:
-            CorpusError: if it is not UTF-8, or is JSON with the text field under a name without .json or .jsonl.
+            CorpusError: if it is not UTF-8, or is JSON under a name without .json or .jsonl.
         """
-        text, name = decode(content), self._rules.text_field
-        if not self._rules.is_text_stated and _is_json(text, name):
-            raise CorpusError(f"it is JSON with the key {name!r}: give --format json or jsonl, or --format text to take it as plain text")
+        text = decode(content)
+        if not self._rules.is_text_stated and begins_with_record(text):
+            raise CorpusError("it begins with a JSON object: give --format json or jsonl, or --format text to take it as plain text")
         return text
 
     def _file_fault(self, num_bytes: int | None) -> str:
@@ -281,17 +281,11 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _is_json(text: str, name: str) -> bool:
-    """Tell whether a text begins with a JSON object, also as the first of an array, that has a text under a name."""
-    try:
-        return isinstance(look_up(first_record(text), name), str)
-    except ValueError:  # an ordinary text, or another record
-        return False
-
-
 def _parse(line: str) -> object:
     try:
         return parse_record(line)
+    except NestingError as error:
+        raise CorpusError(str(error)) from error
     except ValueError as error:
         raise CorpusError(f"not JSON: {error}") from error
 

@@ -224,9 +224,28 @@ def test_the_file_names_no_token_that_was_renamed(qwen_like, tmp_path):
 def test_a_text_that_becomes_a_special_token_is_said(tmp_path, caplog):
     """Words between blanks are looked up in the vocabulary as they are."""
     content, _ = with_holes("WordLevel", 1, in_vocabulary=True)
-    (tmp_path / "source.json").write_text(json.dumps({**content, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
+    content["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (tmp_path / "source.json").write_text(json.dumps(content))
+    assert run(tmp_path / "source.json", tmp_path / "new.json", "--eos", "<|end|>") == 1
+    assert "would have gaps, so <mask>, <pad> must be in the vocabulary of its model" in caplog.text
+    assert not (tmp_path / "new.json").exists()
+    ids = {text: number for number, text in enumerate(content["model"]["vocab"])}
+    content["model"]["vocab"] = ids
+    content["added_tokens"] = [import_tokenizer._special_token(ids[text], text) for text in SPECIAL]
+    (tmp_path / "source.json").write_text(json.dumps(content))
     assert run(tmp_path / "source.json", tmp_path / "new.json", "--eos", "<|end|>") == 0
-    assert "encodes a text that contains <eos>, <mask>, <pad> as the special token" in caplog.text
+    assert "encodes a text that contains <eos> as the special token" in caplog.text
+
+
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_a_name_that_is_a_whole_piece_is_tried(tmp_path, caplog, looks_up):
+    """A model with ignore_merges looks up each piece as it is, here a whole text."""
+    content, _ = with_holes("BPE", 2, in_vocabulary=False)
+    content["pre_tokenizer"]["use_regex"] = False
+    content["model"]["ignore_merges"] = looks_up
+    (tmp_path / "source.json").write_text(json.dumps(content))
+    assert run(tmp_path / "source.json", tmp_path / "new.json", "--eos", "<|end|>") == int(looks_up)
+    assert ("would have gaps, so <eos>, <mask>, <pad> must" in caplog.text) == looks_up
 
 
 def test_a_list_of_tokens_is_refused(tmp_path, caplog):

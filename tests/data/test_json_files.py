@@ -93,6 +93,11 @@ def test_an_array_is_folded_to_lines_of_the_same_length(values, indent, size, es
         (b'[{"text": "a"},\n3,\n["text"]]', ["a"], 2),
         (b'[{"text": "a\nb"}, {"text": "c"}]', ["c"], 1),
         (b'[{"text": "a"}]\n[{"text": "b"}]', ["a", "b"], 0),
+        (b"[]\n", [], 0),
+        (b'[{"text": "a"}]\n[ ]\n[{"text": "b"}]', ["a", "b"], 0),
+        (b'[{"text": "a"}, \n ,,{"text": "b"},\n]\n', ["a", "b"], 2),
+        (b'[{"text": "a"},,{"text": "b"}, {"text": "c"}]', ["a", "c"], 1),
+        (b'[,{"text": "a"}, {"text": "b"}]', ["b"], 1),
         (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}', ["a", "c"], 1),
         (b'{"data": [\n{"text": "a"}\n]}', [], 1),
         ('[{"text": "a"}]'.encode("utf-16"), [], 1),
@@ -131,12 +136,104 @@ def test_a_mark_before_an_array_is_no_document(tmp_path):
 def test_json_under_another_name_is_refused(tmp_path, content):
     path = tmp_path / "x.part"
     path.write_bytes(content)
-    with pytest.raises(CorpusError, match=r"x\.part: it is JSON with the key 'text': give --format json or jsonl, or --format text"):
+    with pytest.raises(CorpusError, match=r"x\.part: it begins with a JSON object: give --format json or jsonl, or --format text"):
         texts_of(path)
     assert [document.text for document in TextCorpus([path], kind="json")] == TEXTS
     assert len(list(TextCorpus([path], kind="text"))) == 1
-    path.write_text('{"other": 1}\n{ a brace begins this text }')
-    assert len(texts_of(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["part-00000", "x.jl", "data.jsonl.1", "data.jsonl-00000-of-00001", "x.geojson"])
+def test_json_under_any_other_name_is_refused(tmp_path, name):
+    (tmp_path / name).write_text('{"content": "a"}\n{"content": "b"}')
+    with pytest.raises(CorpusError, match=f"{name}: it begins with a JSON object"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"meta": 1}\n{"text": "a"}',
+        '{"text": null}\n',
+        '{"text": ["a", "b"]}',
+        '{"data": [{"text": "a"}]}',
+        '[\n {"a": 1},\n 3]',
+        '{}\n{"text": "a"}',
+        '[{}, {"text": "a"}]',
+        f'{{"x": {"[" * 30000}1{"]" * 30000}}}',
+        '{"other": 1}\n{ a brace begins this text }',
+    ],
+    ids=range(9),
+)
+def test_json_with_any_keys_is_refused_under_another_name(tmp_path, content):
+    path = tmp_path / "part-00000"
+    path.write_text(content)
+    with pytest.raises(CorpusError, match="it begins with a JSON object: give --format json or jsonl, or --format text"):
+        texts_of(path)
+    assert [document.text for document in TextCorpus([path], kind="text")] == [content]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{'name': 'sale', 'depends': ['base']}\n",
+        '{"name": "sale", "installable": True}\n',
+        '{"a": 1, **defaults}',
+        '{ a brace begins this text }\n{"text": "a"}',
+        "{\n    int i = 0;\n    return i;\n}\n",
+        '{{ config(materialized="table") }}\nselect 1',
+        '{% extends "base.html" %}',
+        "{} is the empty set, and {1} is not.",
+        '[1] Smith, "A text", 1999. {"a": 1}',
+        '[{"a": 1',
+        '["a", "b"]',
+        '"a": {"b": 1}',
+        "{" * 30000,
+    ],
+    ids=range(13),
+)
+def test_texts_that_begin_with_a_brace_are_texts(tmp_path, content):
+    (tmp_path / "part-00000").write_text(content)
+    assert texts_of(tmp_path / "part-00000") == [content]
+
+
+def test_nesting_is_named_as_the_fault(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "keep me", "x": {"[" * 30000}{"]" * 30000}}}\n{{"text": "a"}}\n')
+    with pytest.raises(CorpusError, match=r"x\.jsonl:1: the lists and objects are nested too deeply to be read"):
+        texts_of(path)
+    assert texts_of(path, on_error="skip") == ["a"]
+
+
+def test_the_layout_is_found_in_small_pieces(tmp_path):
+    """Of a compressed file, whose first pieces may hold a brace or a line."""
+    path = tmp_path / "x.json.gz"
+    for content in (OBJECTS, INDENTED, LINES, MARK.encode() + OBJECTS, b" \n" * 9 + OBJECTS):
+        pieces = [content[i : i + 1] for i in range(60)] + [content[60:]]
+        path.write_bytes(b"".join(map(gzip.compress, pieces)))
+        assert texts_of(path) == TEXTS
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n') + gzip.compress(os.urandom(999))[:500])
+    assert texts_of(tmp_path, on_error="skip") == ["a"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+def test_a_compressed_file_of_no_bytes_is_damaged(tmp_path, suffix):
+    for name in (f"x.jsonl{suffix}", f"x.json{suffix}", f"x.txt{suffix}"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(CorpusError, match="the compressed file is damaged: it has 0 bytes"):
+            texts_of(tmp_path / name)
+
+
+def test_zeros_between_streams_of_xz_are_padding(tmp_path):
+    path = tmp_path / "x.txt.xz"
+    path.write_bytes(lzma.compress(b"a ") + bytes(20004) + lzma.compress(b"text") + bytes(8))
+    assert texts_of(path) == ["a text"]
+
+
+def test_a_dictionary_of_zstandard_is_asked_for(tmp_path):
+    path = tmp_path / "x.txt.zst"
+    path.write_bytes(zstd.compress(LINES, zstd_dict=zstd.train_dict([LINES[i : i + 40] for i in range(400)], 1024)))
+    with pytest.raises(CorpusError, match="needs the dictionary with which the file was compressed"):
+        texts_of(path)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.lz4", "x.zip", "x.tar.gz", "x.7Z"])

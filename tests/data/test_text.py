@@ -64,7 +64,7 @@ def test_undecodable_file(tmp_path, caplog):
     [
         (b'{"text": "a\xff"}', r"x\.jsonl:2: byte 26 \(0xff\) is not UTF-8"),
         (b'{"text": ', r"x\.jsonl:2: not JSON"),
-        (b"[" * 100_000, r"x\.jsonl:2: not JSON"),
+        (b"[" * 100_000, r"x\.jsonl:2: the lists and objects are nested too deeply"),
         (b'{"body": "a"}', r"x\.jsonl:2: no JSON object with a string 'text'"),
         (b'{"text": 3}', r"x\.jsonl:2: no JSON object with a string 'text'"),
         (b"[1]", r"x\.jsonl:2: no JSON object"),

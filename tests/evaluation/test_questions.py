@@ -133,6 +133,21 @@ def test_files_are_read_as_by_the_data_tools(tmp_path):
         read_questions(tmp_path / "x.jsonl.gz")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("q.parquet", "it is a table by its name, and questions are read as JSONL"),
+        ("q.ARROW.gz", "it is a table by its name"),
+        ("q.jsonl.lz4", r"files ending in \.lz4 cannot be read: unpack it, or compress"),
+        ("q.zip", r"files ending in \.zip cannot be read"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match=rf"cannot read .*{name}: {message}"):
+        read_questions(tmp_path / name)
+
+
 def test_files_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot read"):
         read_questions(tmp_path / "absent")

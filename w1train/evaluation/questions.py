@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, require_regular
 from w1train.data.text.decompress import DamagedError, WindowError
-from w1train.data.text.file_names import CorpusError, kind_of
+from w1train.data.text.file_names import CorpusError, kind_of, unsupported_compression
 from w1train.data.text.json_records import BYTE_ORDER_MARK, RecordReader
 from w1train.diffusion.processes import noise_process
 from w1train.evaluation.likelihood import Pair, log_likelihoods
@@ -87,8 +87,13 @@ def read_questions(path: Path) -> list[Question]:
 
 def _read(path: Path) -> bytes:
     require_regular(path)
+    kind = kind_of(str(path))
+    if kind in ("parquet", "arrow"):
+        raise CorpusError("it is a table by its name, and questions are read as JSONL or .json: write each row as a line of JSON")
+    if fault := unsupported_compression(str(path)):
+        raise CorpusError(fault)
     content = bytearray()
-    with RecordReader(str(path), "json" if kind_of(str(path)) == "json" else "jsonl") as reader:
+    with RecordReader(str(path), "json" if kind == "json" else "jsonl") as reader:
         for chunk in reader.chunks():
             content += chunk
             if len(content) > _LARGEST:

@@ -107,6 +107,8 @@ class ContentReader:
         # Like the gzip and xz commands, treat zero bytes after a member as padding.
         padding = b"\0" if self._compression in ("gzip", "xz") else b""
         data = self._read(_INPUT_BYTES)
+        if not data:
+            raise DamagedError("the compressed file is damaged: it has 0 bytes, and even empty content has some when it is compressed")
         while data:
             frame = self._new_frame()
             yield self._decoded(frame, data)

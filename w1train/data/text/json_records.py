@@ -14,21 +14,27 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, Literal
 
-from w1train.data.text.decompress import DEFAULT_WINDOW, ContentReader, DamagedError
+from w1train.data.text.decompress import DEFAULT_WINDOW, ContentReader, DamagedError, WindowError
 from w1train.data.text.file_names import Kind
 
 BYTE_ORDER_MARK = "\ufeff"
 _LONGEST_INTEGER = 4000
 """The digits up to which Python converts a text to an integer, with some distance to its limit of 4,300."""
-_HEAD_CHUNKS = 16
-"""The chunks in which the first record is looked for. A file may begin with any amount of white space."""
-_HEAD_BYTES = 1 << 14
-"""The bytes that are enough to see how the records are laid out, unless their first line is longer."""
+_HEAD_CHUNKS = 256
+"""The chunks in which the first record is looked for. A file may begin with any amount of white space, and a compressed file with small
+pieces."""
+_HEAD_BYTES = 1 << 12
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Possessive quantifiers, since a text of many megabytes would otherwise fill the matcher's stack.
 _TOKEN = re.compile(rb'"|[\[{\]},\n]|[^"\[{\]},\s]++')
-_FIRST_RECORD = re.compile(r"\s*(?:\[\s*)?(?=\{)")
+_FIRST_RECORD = re.compile(r"\s*+(?:\[\s*+)?(?:\{\s*+\}[\s,]*+)*+(?=\{)")
+"""The places before the first object that has keys."""
 _REST_OF_TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+
+
+class NestingError(ValueError):
+    """The error of a JSON text that is nested too deeply for Python. The text may be right."""
+
 
 type Shape = Literal["lines", "array", "object"]
 
@@ -53,7 +59,8 @@ class RecordReader(ContentReader):
         Raises:
             DamagedError: also if the file is not UTF-8 but UTF-16, or if an array has no end.
         """
-        head = self._head()
+        with ContentReader(self._path, self._max_window) as reader:
+            head = _head(reader.chunks())
         if head.startswith(_OTHER_ENCODINGS):
             raise DamagedError("the file is UTF-16 or UTF-32: convert it to UTF-8")
         shape = shape_of(head) if self._kind == "json" else "lines"
@@ -69,15 +76,21 @@ class RecordReader(ContentReader):
             with RecordReader(self._path, self._kind, self._max_window) as reader:
                 yield from (b"" for _ in reader.chunks())
 
-    def _head(self) -> bytes:
-        """Return the first bytes of the content. A file of many compressed members has short chunks."""
-        head = b""
-        with ContentReader(self._path, self._max_window) as reader:
-            for chunk in islice(reader.chunks(), _HEAD_CHUNKS):
-                head += chunk
-                if len(head.strip()) >= _HEAD_BYTES:
-                    break
-        return head
+
+def _head(chunks: Iterator[bytes]) -> bytes:
+    """Return the first bytes of a file, from the first chunk that is not blank to the second line at least, or ``_HEAD_BYTES``.
+
+    A fault ends the head. The reading of the records then finds it after the lines that come before it.
+    """
+    head = b""
+    try:
+        for chunk in islice(chunks, _HEAD_CHUNKS):
+            head += chunk if head or chunk.strip() else b""
+            if len(head) >= _HEAD_BYTES or head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[2]:
+                break
+    except (DamagedError, WindowError):
+        pass
+    return head
 
 
 def shape_of(head: bytes) -> Shape:
@@ -106,6 +119,7 @@ class _Folded:
         self._is_empty = True
         """Tell whether the line has had no value so far."""
         self._in_text = self._is_escaped = False
+        self._is_after_comma = is_inside
 
     def chunks(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the chunks with a record on each line.
@@ -158,10 +172,14 @@ class _Folded:
         """Change a character outside of texts where it must be changed, and return whether the character only separates records."""
         is_outside = self._depth == int(self._is_array)
         match chr(character):
+            case "," | "]" if self._is_array and is_outside and self._is_empty and (character == ord(",") or self._is_after_comma):
+                return False  # An element is missing, which is not JSON. The character stays, so that its line is not JSON either.
             case "[" if self._is_array and not self._depth:  # a second array begins a line of its own
                 folded[place] = ord(" " if self._is_empty else "\n")
+                self._is_after_comma = False
             case "," if self._is_array and is_outside:
                 folded[place] = ord("\n")
+                self._is_after_comma = True
             case "]" if self._is_array and is_outside:
                 folded[place] = ord(" ")
                 self._depth -= 1
@@ -186,7 +204,8 @@ def parse_record(line: str) -> Any:
     """Return the value of a line of JSON. A byte order mark before it is dropped. An integer that is too long for Python becomes a Decimal.
 
     Raises:
-        ValueError: if the line is not JSON, or is nested too deeply.
+        NestingError: if the line is nested too deeply.
+        ValueError: if the line is not JSON.
     """
     line = line.removeprefix(BYTE_ORDER_MARK)
     try:
@@ -197,22 +216,21 @@ def parse_record(line: str) -> Any:
         except ValueError:  # Python's limit on digits, which nothing but the text of its error tells apart
             return json.loads(line, parse_int=_integer)
     except RecursionError as error:
-        raise ValueError(str(error)) from error
+        raise NestingError("the lists and objects are nested too deeply to be read") from error
 
 
-def first_record(text: str) -> Any:
-    """Return the value of the object with which a text begins, also as the first element of an array.
-
-    Raises:
-        ValueError: if the text does not begin with a JSON object.
-    """
+def begins_with_record(text: str) -> bool:
+    """Tell whether a text begins with a complete JSON object that has keys, also as an element of an array."""
     start = _FIRST_RECORD.match(text)
     if start is None:
-        raise ValueError("no JSON object")
+        return False
     try:
-        return json.JSONDecoder(parse_int=_integer).raw_decode(text, start.end())[0]
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
+        json.JSONDecoder(parse_int=_integer).raw_decode(text, start.end())
+    except RecursionError:  # All that comes before the thousandth level is JSON.
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _integer(digits: str) -> int | Decimal:
