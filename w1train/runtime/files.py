@@ -66,7 +66,7 @@ class _NamedFile(io.FileIO):
         with errors_named(self.name):
             return super().readinto(buffer)
 
-    def readall(self) -> bytes | None:
+    def readall(self) -> bytes:
         with errors_named(self.name):
             return super().readall()
 
