@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.common import report
+from benchmarks.common import results_page
 from benchmarks.step import overhead as step_overhead
 from tests.distributed import run_distributed
 
@@ -64,7 +64,9 @@ def test_every_part_is_timed(measured):
 
 def test_report_has_the_tables_and_where_they_come_from(measured, tmp_path):
     table = step_overhead.step_table(*measured)
-    path = report.write_report("step-overhead", "Title", [table, report.environment("python -m x")], "Notes.", directory=tmp_path)
+    path = results_page.write_report(
+        "step-overhead", "Title", [table, results_page.environment("python -m x")], "Notes.", directory=tmp_path
+    )
     text = path.read_text()
     assert path.name.endswith("-step-overhead.md")
     for expected in ("# Title", "Notes.", "| wall | ", "| processor | ", "`python -m x`", "| torch | "):

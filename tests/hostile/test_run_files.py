@@ -322,7 +322,7 @@ def test_a_page_holds_any_numbers_and_no_markup(run, template, capsys):
     (run / "config.yaml").write_text(f"name: {MARKUP}\n'{MARKUP}': '{MARKUP}'\nvalidation: [1]\n")
     other = shutil.copytree(template, run.parent / MARKUP.replace("/", "|"))
     assert answer(report_main, [str(run)], capsys)[0] == 0
-    assert answer(report_main, [str(run), "--compare", str(other)], capsys)[0] == 0
+    assert answer(report_main, [str(run), "--compare", str(other), "--overwrite"], capsys)[0] == 0
     assert answer(report_main, [str(run), str(other), "--output", str(run / "c.html")], capsys)[0] == 0
     for page in (run / "report.html", run / "c.html"):
         assert "<script>alert" not in page.read_text()
