@@ -31,7 +31,7 @@ _ADVICE = {
     errno.EISDIR: "the path is a directory: choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
-"""What the user can do about an error of a file."""
+"""The advice to the user for each error of a file."""
 _CLOSED_PIPE = 141
 """The exit status of a program that the signal SIGPIPE ends, as a shell gives it."""
 
