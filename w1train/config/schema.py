@@ -215,8 +215,9 @@ class DiffusionConfig:
     (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
     normalizer: LossNormalizer = "tokens"
     """The number by which the weighted sum over the global batch is divided. tokens: the number of all tokens that can be predicted.
-    masked_tokens: the number of masked tokens. samples: each sample's sum is divided by the sample's own number of tokens that can be predicted, and the total
-    by the number of samples. A sample that is cut short then weighs as much as a whole sample (LLaDA's algorithm 1)."""
+    masked_tokens: the number of masked tokens. samples: each sample's sum is divided by the sample's own number of tokens that can be
+    predicted, and the total by the number of samples. A sample that is cut short then weighs as much as a whole sample (LLaDA's algorithm
+    1)."""
     autoregressive_weight: NonNegativeFloat = 0.0
     """Factor of the clean stream's next-token cross-entropies, which are added to the weighted sum before it is divided (Nemotron,
     I-DLM). A value above 0 needs two streams and clean_attention=token_causal. No token predicts a token of another document."""
