@@ -154,6 +154,7 @@ def test_200_shards_take_no_more_files_than_their_share(shards):
     """With 600 for the process, and two datasets: a sharded one is also read document by document."""
 
     def body() -> tuple[int, int, list[int]]:
+        file_reader._OPEN = file_reader._OpenFiles()  # else files of earlier tests, which count too, would be closed meanwhile
         before = num_open()
         datasets = [open_dataset(shards) for _ in range(2)]
         lengths = [len(datasets[0].document_tokens(document)) for document in range(datasets[0].num_documents)]
