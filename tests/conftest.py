@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -57,13 +56,18 @@ _DIRECTORIES_OF_LONG_TESTS = ("parallel", "launch", "end_to_end", "training", "p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of long tests first, so that in the end no worker has minutes left while the others have nothing (`make test` has pytest-xdist
     hand the files out in this order). Those that wait for launchers early: meanwhile, the other workers compute."""
-    directory = Path(__file__).parent
-    parts = {item: item.path.relative_to(directory).parts[0] for item in items}
-    items.sort(
-        key=lambda item: (
-            _DIRECTORIES_OF_LONG_TESTS.index(parts[item]) if parts[item] in _DIRECTORIES_OF_LONG_TESTS else len(_DIRECTORIES_OF_LONG_TESTS)
-        )
-    )
+    places = {name: place for place, name in enumerate(_DIRECTORIES_OF_LONG_TESTS)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("/")[1], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules and tests that are there now out of each later search for garbage, in this process and in forked ranks."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter find these objects at its end again: extensions print their names if they are still there then."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

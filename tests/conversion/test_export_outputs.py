@@ -1,5 +1,6 @@
 """The outputs of exports mean what config.json says, and the exported forward gives w1train's own predictions position by position."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.conversion.test_export import CAUSAL, export, loaded_logits
 from tests.conversion.tiny_models import CASES, TOKENS, build, config_for, logits, make, on_ranks, save_run, transformers
 from tests.distributed import run_distributed
 from tests.parallel.layouts import open_gates
+from tests.slow import slow_except
 from tests.tiny import tiny_config
 from w1train.config.schema import StageConfig
 from w1train.engine.building import build_trained_model
@@ -90,6 +92,9 @@ BLOCKS = {
 }
 
 
+_BLOCKS_IN_EACH_RUN = [("blocks", "adaln"), ("blocks of the sample, the last short", "adaln"), ("causal, shifted", "none")]
+
+
 def _starts(size):
     return range(0, LENGTH, size)
 
@@ -107,10 +112,11 @@ def _predict_blocks(predictor):
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("conditioning", ["adaln", "none"])
-@pytest.mark.parametrize("given", BLOCKS.values(), ids=BLOCKS)
-def test_block_diffusion(given, conditioning, tmp_path):
+@pytest.mark.parametrize("settings", slow_except(_BLOCKS_IN_EACH_RUN, itertools.product(BLOCKS, ["adaln", "none"])), ids=str)
+def test_block_diffusion(settings, tmp_path):
     """Each block after clean blocks, with anything behind it: later blocks change nothing."""
+    name, conditioning = settings
+    given = BLOCKS[name]
     config = tiny_config(diffusion={"timestep_per": "block", **given}, model={"conditioning": conditioning})
     expected, output = _saved_and_exported(config, _predict_blocks, tmp_path)
     described = json.loads((output / "config.json").read_text())
@@ -191,10 +197,12 @@ def test_the_keys_are_those_of_the_checkpoint_s_stage(tmp_path):
     assert [described[key] for key in KEYS[2:]] == [True, 4, "document", "block_causal", "bidirectional"]
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize("shift", [False, True])
-def test_stock_classes_say_it_too(case, shift, tmp_path):
+@pytest.mark.parametrize(
+    "settings", slow_except([("llama3", False), ("qwen3", True)], itertools.product(sorted(CASES), [False, True])), ids=str
+)
+def test_stock_classes_say_it_too(settings, tmp_path):
     """A stock class gives the network's outputs as they are, and the project's own code those of each position's token."""
+    case, shift = settings
     original, run = tmp_path / "original", tmp_path / "run"
     make(case, original)
     config = config_for(original, diffusion={"shift": shift, "mask_token_id": 95})

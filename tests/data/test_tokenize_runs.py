@@ -109,7 +109,7 @@ def test_killed_at_random_moments(corpus, tokenizer_file, expected, tmp_path, nu
     assert num_kills > 0
 
 
-@pytest.mark.parametrize("moment", slow_except([0, 7, 12, 10**9], [0, 3, 7, 9, 12, 20, 10**9]))
+@pytest.mark.parametrize("moment", slow_except([7, 10**9], [0, 3, 7, 9, 12, 20, 10**9]))
 def test_interrupted_at_a_certain_record(corpus, tokenizer_file, expected, tmp_path, moment, monkeypatch, caplog):
     """After so many files have been replaced or renamed: the same at every step of the records and of the publication."""
     left = [moment]

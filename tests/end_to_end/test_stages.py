@@ -92,7 +92,7 @@ IN_AND_BETWEEN_PHASES = [
 
 
 @pytest.mark.parametrize(
-    "deaths", [IN_AND_BETWEEN_PHASES[1:4], pytest.param(IN_AND_BETWEEN_PHASES, marks=pytest.mark.slow)], ids=["three", "all"]
+    "deaths", [IN_AND_BETWEEN_PHASES[1:3], pytest.param(IN_AND_BETWEEN_PHASES, marks=pytest.mark.slow)], ids=["two", "all"]
 )
 def test_killed_in_and_between_phases(straight, tiny_run, overrides, deaths):
     expected, _ = straight

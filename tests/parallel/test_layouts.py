@@ -136,11 +136,12 @@ def test_context_parallel_methods(method, streams):
 @pytest.mark.parametrize(
     ("parallel", "data"),
     [
-        ({"tensor": 2, "sequence": True, "pipeline": 2}, 1),
-        ({"context": 2, "context_method": "all_to_all"}, 2),
+        ({"tensor": 2, "sequence": True, "context": 2}, 1),
+        pytest.param({"tensor": 2, "sequence": True, "pipeline": 2}, 1, marks=SLOW),
+        pytest.param({"context": 2, "context_method": "all_to_all"}, 2, marks=SLOW),
         pytest.param({**VIRTUAL, "context": 2}, 1, marks=SLOW),
     ],
-    ids=["tp2-pp2", "cp2-dp2", "tp2-pp2-vpp2-cp2"],
+    ids=["tp2-cp2", "tp2-pp2", "cp2-dp2", "tp2-pp2-vpp2-cp2"],
 )
 def test_objectives_keep_the_numbers(parallel, data):
     _assert_all_equal_the_single_process(list(OBJECTIVES), parallel, data)
@@ -224,14 +225,18 @@ def test_defaults_keep_the_numbers(parallel, data, sequence_timesteps_reference)
     assert_equal_numbers(train_layout(config, data), sequence_timesteps_reference)
 
 
-@pytest.mark.parametrize("context", [1, pytest.param(2, marks=SLOW)])
-def test_options_keep_the_numbers(context):
-    options = [
-        {"recompute": "full"},
-        {"recompute": "selective"},
-        {"sequence": False},
-        {"num_layers_in_first_stage": 1, "num_layers_in_last_stage": 3},
-    ]
+OPTIONS = [
+    {"recompute": "full"},
+    {"recompute": "selective"},
+    {"sequence": False},
+    {"num_layers_in_first_stage": 1, "num_layers_in_last_stage": 3},
+]
+
+
+@pytest.mark.parametrize(
+    ("context", "options"), [(1, OPTIONS[::3]), pytest.param(1, OPTIONS[1:3], marks=SLOW), pytest.param(2, OPTIONS, marks=SLOW)]
+)
+def test_options_keep_the_numbers(context, options):
     parallel = {"tensor": 2, "sequence": True, "pipeline": 2, "context": context, "distributed_optimizer": False}
     configs = [layout_config("two-stream", **{**parallel, **option}) for option in options]
     for option, outcome in zip(options, train_layouts(configs), strict=True):

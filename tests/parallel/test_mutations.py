@@ -203,7 +203,6 @@ _MUTATIONS += [
 MUTATIONS = {mutation.rule: mutation for mutation in _MUTATIONS}
 _IN_EACH_RUN = {
     "sequence_parallel flag of final_norm.weight",
-    "gathered keys' gradients are summed",
     "one global denominator",
     "noise by global sample index",
 }

@@ -13,7 +13,7 @@ SAVED = ({"tensor": 2, "sequence": True, "pipeline": 2}, 2)
 LOADED = [
     pytest.param(SAVED, marks=pytest.mark.slow),
     ({}, 1),
-    ({"context": 2}, 2),
+    pytest.param(({"context": 2}, 2), marks=pytest.mark.slow),
     ({"pipeline": 2, "virtual_pipeline": 2}, 1),
     pytest.param(({"tensor": 2}, 2), marks=pytest.mark.slow),
 ]

@@ -120,10 +120,10 @@ TOLERANCE = 1e-3
     ("parallel", "data_parallel"),
     [
         ({"distributed_optimizer": False}, 1),
-        ({"tensor": 2}, 1),
+        pytest.param({"tensor": 2}, 1, marks=pytest.mark.slow),
         ({"tensor": 2, "sequence": True}, 1),
-        ({"pipeline": 2}, 1),
-        ({"context": 2}, 1),
+        pytest.param({"pipeline": 2}, 1, marks=pytest.mark.slow),
+        pytest.param({"context": 2}, 1, marks=pytest.mark.slow),
         ({}, 2),
     ],
     ids=str,

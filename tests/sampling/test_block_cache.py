@@ -179,10 +179,10 @@ class Recorder:
     [
         pytest.param({"num_steps": 20}, marks=pytest.mark.slow),
         pytest.param({"num_steps": 10, "temperature": 1.0}, marks=pytest.mark.slow),
-        {"num_steps": 10, "temperature": 0.7, "remasking": "random"},
+        pytest.param({"num_steps": 10, "temperature": 0.7, "remasking": "random"}, marks=pytest.mark.slow),
         pytest.param({"threshold": 0.3}, marks=pytest.mark.slow),
         {"threshold": 0.1, "temperature": 1.0},
-        {"num_steps": 10, "block_size": 4},
+        {"num_steps": 10, "block_size": 4, "remasking": "random"},
     ],
     ids=str,
 )

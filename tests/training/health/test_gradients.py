@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
+from tests.slow import slow_except
 from tests.tiny import packed_batch, tiny_config
 from w1train.runtime.megatron_on_cpu import import_megatron
 
@@ -81,7 +82,7 @@ LAYOUTS: dict[str, dict[str, dict]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_except(["data"], LAYOUTS))
 def test_a_step_in_two_parts_is_the_whole_step(layout):
     for results in run_distributed(train_both_ways, 2, LAYOUTS[layout]):
         for name, (whole, parts) in results.items():
