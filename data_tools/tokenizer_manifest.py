@@ -11,7 +11,7 @@ import tokenizers
 
 from data_tools.own_files import own_file
 from w1train.data.tokenizer import Tokenizer
-from w1train.runtime.files import write_bytes
+from w1train.runtime.files import write_text
 from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__
 
@@ -51,4 +51,4 @@ def write_tokenizer_manifest(output: Path, tokenizer: Tokenizer, command: str, s
         "pad_token_id": tokenizer.pad_token_id,
         **source,
     }
-    write_bytes(tokenizer_manifest_path(output), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_text(tokenizer_manifest_path(output), json.dumps(content, indent=2, ensure_ascii=False) + "\n")

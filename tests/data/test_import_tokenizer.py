@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 
 import pytest
@@ -46,6 +47,15 @@ def test_ids_stay_and_special_tokens_are_there(qwen_like, tmp_path):
     manifest = json.loads((tmp_path / "new" / "tokenizer.manifest.json").read_text())
     assert (manifest["sha256"], manifest["mask_token_id"], manifest["vocab_size"]) == (after.fingerprint, size, after.vocab_size)
     assert manifest["source_sha256"] == hashlib.sha256(qwen_like.read_bytes()).hexdigest()
+
+
+def test_the_manifest_names_a_directory_that_is_not_utf_8(qwen_like, tmp_path):
+    directory = tmp_path / os.fsdecode(b"caf\xe9")
+    directory.mkdir()
+    (directory / "tokenizer.json").write_bytes(qwen_like.read_bytes())
+    arguments = ["--input", str(directory), "--eos", "<|endoftext|>", "--output", str(tmp_path / "out.json")]
+    assert import_tokenizer.main(arguments) == 0
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["source"] == str(directory / "tokenizer.json")
 
 
 def test_a_token_that_nothing_uses_becomes_the_mask(qwen_like, tmp_path):
