@@ -49,6 +49,18 @@ def test_a_changed_file_is_copied_again(bucket, tmp_path):
     assert Path(f"{copy}.bin").read_bytes() == content
 
 
+def test_a_damaged_stamp_is_written_again(bucket, tmp_path, caplog):
+    """A crash may leave any bytes in the file that says which version was copied."""
+    prefix, _ = bucket
+    stamp = Path(f"{localize(prefix, str(tmp_path / 'cache'))}.bin.version")
+    content = stamp.read_bytes()
+    stamp.write_bytes(b"\xff\0")
+    with caplog.at_level(logging.INFO):
+        localize(prefix, str(tmp_path / "cache"))
+    assert caplog.text.count("copied") == 1
+    assert stamp.read_bytes() == content
+
+
 def test_local_datasets_stay_where_they_are():
     assert localize("data/train", None) == "data/train"
 

@@ -23,7 +23,7 @@ from w1train.config.reading import LARGEST_JSON, parse_json
 from w1train.data.dataset_manifest import dataset_paths, manifest_path
 from w1train.data.indexed import DatasetError, bin_path, idx_path, may_be_noised_path
 from w1train.data.sharded_dataset import SHARD_PATTERN, shard_names
-from w1train.runtime.files import replace_file, write_text
+from w1train.runtime.files import errors_named, replace_file, write_text
 from w1train.runtime.locks import exclusive
 from w1train.runtime.object_storage import ObjectStorage, StorageError, require_protocol
 
@@ -164,11 +164,20 @@ def _fill(storage: ObjectStorage, remote: str, target: Path, writer: str, requir
         return
     stamp = target.with_name(f"{target.name}.version")
     version = repr([info["size"], *(str(info[key]) for key in _VERSION_KEYS if key in info)])
-    if target.exists() and target.stat().st_size == info["size"] and stamp.exists() and stamp.read_text(encoding="utf-8") == version:
+    if target.exists() and target.stat().st_size == info["size"] and _content(stamp) == version.encode():
         return
     stamp.unlink(missing_ok=True)
     _copy(storage, remote, target, writer, info)
     write_text(stamp, version)
+
+
+def _content(stamp: Path) -> bytes | None:
+    """Return what a stamp says, whatever a crash has left in it; None if it does not exist."""
+    try:
+        with errors_named(stamp):
+            return stamp.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _copy(storage: ObjectStorage, remote: str, target: Path, writer: str, info: dict[str, Any]) -> None:
