@@ -10,6 +10,7 @@ if not __package__ and not sys.flags.safe_path:
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from w1train.config.errors import UserError
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         shown = [*arguments.runs, *([arguments.compare] if arguments.compare else [])]
         page = arguments.output or arguments.runs[0] / ("comparison.html" if several else REPORT_NAME)
-        files = (path for run in shown for path in run.rglob("*") if path.suffix != ".html")
+        files = (path for run in shown for path in _files(run) if path.suffix != ".html")
         is_update = arguments.output is None and shows_runs(page, shown)
         require_writable([page], files, overwrite=arguments.overwrite or is_update)
         if several:
@@ -49,6 +50,21 @@ def main() -> None:
             print(write_report(arguments.runs[0], arguments.compare))
     except (OSError, UserError) as error:
         sys.exit(f"w1train.report: {describe_error(error)}")
+
+
+def _files(run: Path) -> Iterator[Path]:
+    """Yield the files of a run, also those behind links to directories: its checkpoints may be on another disk."""
+    directories, seen = [run], set()
+    while directories:
+        place = os.path.realpath(directories.pop())
+        if place in seen or not os.path.isdir(place):
+            continue
+        seen.add(place)
+        for path in Path(place).iterdir():
+            if path.is_dir():
+                directories.append(path)
+            else:
+                yield path
 
 
 if __name__ == "__main__":

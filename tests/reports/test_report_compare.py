@@ -130,7 +130,11 @@ def test_the_command_replaces_no_file_of_a_run_and_no_other_page(tmp_path, monke
 
     before = Path(runs[0], "metrics.jsonl").read_bytes()
     (tmp_path / "link").symlink_to(Path(runs[0], "metrics.jsonl"))
-    for name in (f"{runs[0]}/metrics.jsonl", f"{tmp_path}/link"):
+    (tmp_path / "scratch/step_1").mkdir(parents=True)
+    (tmp_path / "scratch/step_1/manifest.json").write_text("{}")
+    (tmp_path / "scratch/run").symlink_to(runs[0])
+    Path(runs[0], "checkpoints").symlink_to(tmp_path / "scratch")
+    for name in (f"{runs[0]}/metrics.jsonl", f"{tmp_path}/link", f"{tmp_path}/scratch/step_1/manifest.json"):
         assert "is the input" in fault(name, "--overwrite")
     assert Path(runs[0], "metrics.jsonl").read_bytes() == before
     assert fault(str(page)) == ""
