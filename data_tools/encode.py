@@ -67,8 +67,8 @@ class UnitTokenizer:
     def __call__(self, unit: Unit) -> TokenizedUnit:
         """Read and tokenize a unit. A piece without tokens, which a tokenizer that drops characters may give, counts as empty.
 
-        Raises:
-            TokenizerError: if the tokenizer cannot encode a piece, unless bad input is left out.
+        If the tokenizer cannot encode a piece, this is an error of the unit, unless bad input is left out. An exception would end a worker
+        that is a process, and the message would be lost.
         """
         text = self._reader.read(unit)
         pieces = [piece for document in text.documents for piece in self._split(document)]
@@ -109,9 +109,10 @@ class UnitTokenizer:
             if len(documents) > 1:
                 return [ids for document in documents for ids in self._encode_batch([document], unit)]
             message = f"{documents[0].origin}: {error}"
-            if not self._skips:
-                raise TokenizerError(f"{message} {SKIP_HINT}") from error
-            unit.leave_out(message)
+            if self._skips:
+                unit.leave_out(message)
+            else:
+                unit.error = unit.error or f"{message} {SKIP_HINT}"
             return [None]
 
     def _concatenate(self, encoded: Sequence[Sequence[int]]) -> NDArray[np.integer]:

@@ -15,7 +15,9 @@ import pytest
 
 from data_tools import import_tokenizer, python_corpus, split, tokenize, train_tokenizer, verify
 from data_tools.corpus import TextCorpus
-from data_tools.unit_reader import Document
+from data_tools.encode import Encoding, UnitTokenizer
+from data_tools.split import HashSplit
+from data_tools.unit_reader import Document, Rules
 from w1train.data.dataset import TokenDataset
 from w1train.data.tokenizer import Tokenizer, TokenizerError
 
@@ -263,6 +265,9 @@ def test_a_document_that_the_tokenizer_cannot_encode_is_named_or_left_out(tokeni
     arguments = tokenize_arguments(tmp_path / "a.jsonl", tokenizer_file, tmp_path / "out", "--workers", "1")
     assert tokenize.main(arguments) == 1
     assert "a.jsonl:2: the text has too many blanks (--on-error skip leaves such input out)" in caplog.text
+    worker = UnitTokenizer(Encoding(Rules(), Path(tokenizer_file).read_bytes(), HashSplit(0), deduplicate=False))
+    error = worker(next(TextCorpus([tmp_path / "a.jsonl"]).units())).text.error
+    assert "a.jsonl:2: the text has too many blanks" in str(error), "an exception would end a worker that is a process"
     caplog.clear()
     assert tokenize.main([*arguments, "--on-error", "skip"]) == 0
     assert "left out: " in caplog.text
