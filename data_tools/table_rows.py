@@ -17,7 +17,7 @@ from data_tools.fields import schema_fault
 from data_tools.parquet_pages import MAX_FOOTER_BYTES, PageError, decoded_size
 from data_tools.row_sizes import Known, text_sizes
 from w1train.config.errors import first_line
-from w1train.data.text.file_names import CorpusError, Kind
+from w1train.data.text.file_names import CorpusError, Kind, compression_of
 from w1train.runtime.files import errors_named
 
 if TYPE_CHECKING:
@@ -73,10 +73,12 @@ def read_pieces(path: str, kind: Kind, fields: Sequence[str], first_row: int, nu
     A piece has about ``num_bytes`` bytes of text, or one longer row.
 
     Raises:
-        TableError: at the place from which the file is damaged.
+        TableError: at the place from which the file is damaged, or at once if its name says that it is compressed as a whole.
         OSError: if the disk or the network fails; the error has the file's path. The rest of the file may be good.
         CorpusError: if pyarrow is not installed.
     """
+    if compression := compression_of(path):
+        raise TableError(f"cannot be read: it is a table that is compressed by {compression} as a whole; decompress it first")
     arrow = _pyarrow(path)
     pieces = _Pieces(num_bytes, limits.document)
     row = 0

@@ -17,7 +17,7 @@ from data_tools.table_rows import rows_of
 from data_tools.units import Unit
 from w1train.data.text.decompress import ContentReader, DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, unsupported_compression
-from w1train.data.text.json_records import BYTE_ORDER_MARK, NestingError, begins_with_record, parse_record
+from w1train.data.text.json_records import BYTE_ORDER_MARK, NestingError, begins_with_record, has_lines_of_records, parse_record
 
 BLANK_LINES = "blank-lines"
 SKIP_HINT = "(--on-error skip leaves such input out)"
@@ -168,8 +168,12 @@ class UnitReader:
             CorpusError: if it is not UTF-8, or is JSON under a name without .json or .jsonl.
         """
         text = decode(content)
-        if not self._rules.is_text_stated and begins_with_record(text):
+        if self._rules.is_text_stated:
+            return text
+        if begins_with_record(text):
             raise CorpusError("it begins with a JSON object: give --format json or jsonl, or --format text to take it as plain text")
+        if has_lines_of_records(text):
+            raise CorpusError("its lines from the second on are JSON objects: give --format jsonl, or --format text for plain text")
         return text
 
     def _file_fault(self, num_bytes: int | None) -> str:

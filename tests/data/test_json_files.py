@@ -120,6 +120,25 @@ def test_an_array_without_an_end_is_found_behind_its_last_line_too(tmp_path, con
         list(reader.chunks(len(content)))
 
 
+def test_a_resumed_array_is_read_as_a_whole_one(tmp_path):
+    """Also behind the bracket of a further array, and behind a comma that no element follows."""
+    path = tmp_path / "x.json"
+    for content in (b'[{"text": "a"}][]', b'[{"text": "a"},][ ] [{"text": "b"}]', b'[{"text": "a"}]\n[\n]\n[,]'):
+        path.write_bytes(content)
+        with RecordReader(str(path), "json") as reader:
+            folded = b"".join(reader.chunks())
+            for start in (place + 1 for place, byte in enumerate(folded) if byte == ord("\n")):
+                assert b"".join(reader.chunks(start)) == folded[start:]
+
+
+def test_a_comma_before_the_end_of_an_array_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'[{"text": "a"},\n{"text": "b"},\n]\n')
+    with pytest.raises(CorpusError, match=r"x\.json:3: not JSON"):
+        texts_of(path)
+    assert texts_of(path, on_error="skip") == ["a", "b"]
+
+
 def test_a_mark_before_an_array_is_no_document(tmp_path):
     """Also if it is a compressed member of its own."""
     (tmp_path / "x.json").write_text(MARK + json.dumps(RECORDS))
@@ -170,6 +189,29 @@ def test_json_with_any_keys_is_refused_under_another_name(tmp_path, content):
     with pytest.raises(CorpusError, match="it begins with a JSON object: give --format json or jsonl, or --format text"):
         texts_of(path)
     assert [document.text for document in TextCorpus([path], kind="text")] == [content]
+
+
+@pytest.mark.parametrize(
+    ("content", "is_refused"),
+    [
+        ('ext": "cut"}\n{"text": "a"}\n\n{"te', True),
+        ('# a heading\r\n{"text": "a"}\r\n{"text": "b"}\r\n', True),
+        ('null\n{"text": "a"}\n{"text": "b"}', True),
+        ('Answer in JSON:\n{"text": "a"}\n', False),
+        ('Two examples:\n{"text": "a"}\n{"text": "b"}\nThese were the examples.', False),
+        ("\n{\n    int i = 0;\n}\n", False),
+    ],
+    ids=range(6),
+)
+def test_a_part_of_a_file_of_lines_is_refused(tmp_path, content, is_refused):
+    """As ``split -b`` makes it, whose parts but the first begin in the middle of a line."""
+    path = tmp_path / "xab"
+    path.write_text(content)
+    if is_refused:
+        with pytest.raises(CorpusError, match="xab: its lines from the second on are JSON objects: give --format jsonl, or --format text"):
+            texts_of(path)
+    corpus = TextCorpus([path], kind="text" if is_refused else None)
+    assert [document.text for document in corpus] == [path.read_bytes().decode()]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +282,13 @@ def test_a_dictionary_of_zstandard_is_asked_for(tmp_path):
 def test_archives_are_no_text(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
     with pytest.raises(CorpusError, match=r"cannot be read: unpack it, or compress its files as \.gz, \.zst, \.zstd, \.xz, \.bz2"):
+        texts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.parquet.gz", "x.arrow.ZST"])
+def test_tables_are_not_decompressed(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"a table"))
+    with pytest.raises(CorpusError, match=r"it is a table that is compressed by (gzip|zstd) as a whole; decompress it first"):
         texts_of(tmp_path / name)
 
 

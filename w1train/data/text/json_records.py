@@ -64,12 +64,11 @@ class RecordReader(ContentReader):
         if head.startswith(_OTHER_ENCODINGS):
             raise DamagedError("the file is UTF-16 or UTF-32: convert it to UTF-8")
         shape = shape_of(head) if self._kind == "json" else "lines"
-        chunks = super().chunks(offset)
         if shape == "lines":
-            yield from chunks
+            yield from super().chunks(offset)
             return
         num_bytes = 0
-        for chunk in _Folded(shape, offset > 0).chunks(chunks):
+        for chunk in _Folded(shape, offset > 0).chunks(super().chunks(max(0, offset - 1))):
             num_bytes += len(chunk)
             yield chunk
         if offset and not num_bytes:  # behind the last line, only the whole content tells whether its array has an end
@@ -112,25 +111,28 @@ class _Folded:
     def __init__(self, shape: Shape, is_inside: bool) -> None:
         """
         Args:
-            is_inside: whether the chunks begin at a line after the first line, and so in an array behind a comma.
+            is_inside: whether the chunks begin with the last byte of a line, and so in an array with the comma or bracket before a record.
         """
         self._is_array, self._is_inside = shape == "array", is_inside
         self._depth = int(self._is_array and is_inside)
         self._is_empty = True
         """Tell whether the line has had no value so far."""
         self._in_text = self._is_escaped = False
-        self._is_after_comma = is_inside
+        self._is_after_comma = False
 
     def chunks(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the chunks with a record on each line.
 
-        A byte order mark at the start of the file stays before the first record.
+        A byte order mark at the start of the file stays before the first record. The last byte of the line before the chunks is left out.
 
         Raises:
             DamagedError: if an array has no end. If there is no content, its end may have come before.
         """
-        has_content = False
+        has_content, has_line_before = False, self._is_inside
         for chunk in chunks:
+            if has_line_before and chunk:
+                self._is_after_comma = chunk.startswith(b",")
+                chunk, has_line_before = chunk[1:], False
             is_marked = not self._is_inside and not has_content and chunk.startswith(codecs.BOM_UTF8)
             mark = codecs.BOM_UTF8 if is_marked else b""
             has_content = has_content or bool(chunk)
@@ -173,6 +175,7 @@ class _Folded:
         is_outside = self._depth == int(self._is_array)
         match chr(character):
             case "," | "]" if self._is_array and is_outside and self._is_empty and (character == ord(",") or self._is_after_comma):
+                self._depth -= character == ord("]")
                 return False  # An element is missing, which is not JSON. The character stays, so that its line is not JSON either.
             case "[" if self._is_array and not self._depth:  # a second array begins a line of its own
                 folded[place] = ord(" " if self._is_empty else "\n")
@@ -231,6 +234,36 @@ def begins_with_record(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def has_lines_of_records(text: str) -> bool:
+    """Tell whether two or more lines, and all lines but the first, are JSON objects that have keys.
+
+    Such a text is lines of JSON behind a heading, or a part of a file of lines, which begins in the middle of a line. The last line of a
+    part may be cut too.
+    """
+    num_records, start = 0, text.find("\n") + 1
+    while 0 < start < len(text):
+        stop = text.find("\n", start)
+        line = text[start : stop if stop >= 0 else len(text)].strip()
+        start = stop + 1
+        if not line:
+            continue
+        if not line.startswith("{"):
+            return False
+        if not _is_record(line):
+            return num_records > 0 and stop < 0
+        num_records += 1
+    return num_records > 1
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return bool(parse_record(line))
+    except NestingError:
+        return True
+    except ValueError:
+        return False
 
 
 def _integer(digits: str) -> int | Decimal:
