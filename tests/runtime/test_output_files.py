@@ -97,3 +97,9 @@ def test_directories_that_are_emptied_hold_no_input(tmp_path):
         with pytest.raises(OutputError, match="are not apart"):
             require_apart([tmp_path / "run", output], [run / "checkpoints"])
     require_apart([tmp_path / "run", run / "export"], [run / "checkpoints"])
+
+
+@pytest.mark.parametrize("path", [".", "in/..", "/", ""])
+def test_a_directory_without_a_name_is_refused(corpus, path):
+    with pytest.raises(OutputError, match="is a directory"):
+        require_writable([path], [corpus], overwrite=True)

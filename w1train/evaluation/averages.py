@@ -63,6 +63,8 @@ def average_run(request: AverageRequest) -> tuple[Path, dict[str, Any] | None]:
         UserError: there are not enough checkpoints; the average would be written into a run that is in use; there is no validation set.
         CheckpointError: a member is damaged, or the average could not be written.
     """
+    if request.output is not None and not request.output.name:
+        raise UserError(f"--output is {request.output}, which names a directory that exists: the name of a new directory is needed")
     config = config_from_yaml(request.run / "config.yaml")
     if request.evaluate:
         _require_validation(request, config)

@@ -39,7 +39,8 @@ def require_writable(
     """
     wanted = [Path(path) for path in outputs]
     passing = [Path(path) for path in also_written]
-    passing += [path.with_name(path.name + PARTIAL_SUFFIX) for path in [*wanted, *passing]]
+    # A path without a name, such as ".", is a directory, which is refused below.
+    passing += [path.with_name(path.name + PARTIAL_SUFFIX) for path in [*wanted, *passing] if path.name]
     there = {path: found for path in [*wanted, *passing] if (found := _identity(path))}
     sources = {found: path for path in inputs if (found := _identity(path))} if there else {}
     replaced = set(wanted)
