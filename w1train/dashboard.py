@@ -39,11 +39,14 @@ def create(entity: str | None, project: str) -> str:
     """Create the workspace and return its URL.
 
     Raises:
-        UserError: there is no key or no entity, wandb-workspaces is not installed, or W&B cannot be reached or refuses.
+        UserError: there is no key or no entity, wandb-workspaces is not installed, or W&B cannot be reached or refuses, or an
+            environment variable of W&B cannot be used.
     """
     if not os.environ.get("WANDB_API_KEY"):
         raise UserError("WANDB_API_KEY is not set, and W&B stores workspaces only on its servers; --print shows what would be created")
     import wandb
+
+    from w1train.records.wandb_log import reason_of
 
     try:
         owner = entity or wandb.Api().default_entity
@@ -53,8 +56,10 @@ def create(entity: str | None, project: str) -> str:
         made.save()
     except ImportError as error:
         raise UserError(f"{error}: pip install 'w1train[dashboard]'") from error
-    except (wandb.Error, OSError) as error:
-        raise UserError(f"W&B did not create the workspace: {error}") from error
+    except UserError:
+        raise
+    except (wandb.Error, OSError, ValueError) as error:  # wandb raises ValueError for an environment variable that it cannot use
+        raise UserError(f"W&B did not create the workspace: {reason_of(error)}") from error
     return str(made.url)
 
 

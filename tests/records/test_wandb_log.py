@@ -151,6 +151,16 @@ def test_an_unusable_setting_is_one_warning(tmp_path, monkeypatch, caplog, varia
     assert "hunter2" not in warning
 
 
+def test_a_damaged_id_gives_another_run(tmp_path, caplog):
+    (tmp_path / "wandb_run_id").write_bytes(b"\xff\0")
+    run = start(tmp_path)
+    run.record(train_record(step=1))
+    run.close(failed=False)
+    assert "wandb_run_id is damaged" in caplog.text
+    assert len((tmp_path / "wandb_run_id").read_text().strip()) == 8
+    assert set(wait_for_history(tmp_path, {1})) == {1}
+
+
 def test_the_wait_for_the_servers_is_of_seconds(tmp_path, monkeypatch):
     """wandb's own is of 90 s."""
     import wandb

@@ -62,6 +62,22 @@ def test_a_refusal_is_told(monkeypatch):
         dashboard.create("somebody", "a-project")
 
 
+@needs_workspaces
+def test_an_unusable_variable_is_told_without_its_value(monkeypatch, capsys):
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "nobody:hunter2@localhost")
+    monkeypatch.setattr(sys, "argv", ["dashboard", "--entity", "somebody"])
+    try:
+        with pytest.raises(SystemExit, match="W&B did not create the workspace: the setting base_url of W&B") as stopped:
+            dashboard.main()
+    finally:
+        wandb.teardown()
+    assert "hunter2" not in str(stopped.value)
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)

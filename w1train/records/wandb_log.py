@@ -176,7 +176,7 @@ class WandbSink(Sink):
                 "W&B could not %s (%s: %s). Training goes on without W&B; metrics.jsonl has every record.",
                 action,
                 type(error).__name__,
-                _reason(error),
+                reason_of(error),
             )
 
 
@@ -196,8 +196,11 @@ def _require_writable(directory: Path) -> None:
 def _run_id(run_dir: Path) -> tuple[str, bool]:
     """Return the id of the W&B run, and whether the run directory had it. A restart reads it there, and continues the W&B run."""
     path = run_dir / RUN_ID_FILE
-    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
-        return run_id, True
+    try:
+        if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
+            return run_id, True
+    except UnicodeDecodeError as error:
+        logger.warning("%s is damaged (%s): this start gets another W&B run", path, error)
     alphabet = string.ascii_lowercase + string.digits
     run_id = "".join(secrets.choice(alphabet) for _ in range(8))
     write_text(path, run_id + "\n")
@@ -223,7 +226,7 @@ def _log_offline_place(run: Any, failure: Exception | None) -> None:
         logger.info("W&B is offline: run %s is written to %s", run.id, run.settings.sync_dir)
         logger.info("send it with: %s", command)
         return
-    reason = f"{type(failure).__name__}: {_reason(failure)}"
+    reason = f"{type(failure).__name__}: {reason_of(failure)}"
     logger.warning(
         "W&B is offline, because its servers do not answer or refuse (%s). Run %s is written to %s; send it with: %s",
         reason,
@@ -240,7 +243,7 @@ def _is_outside_our_code(error: Exception) -> bool:
     return isinstance(error, ImportError | OSError) or type(error).__module__.partition(".")[0] in ("wandb", "pydantic_core")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the error's text in one line. The text of pydantic also has the value that it refuses, which may have a password in it."""
     if type(error).__module__.partition(".")[0] == "pydantic_core":
         mistakes: list[dict[str, Any]] = cast(Any, error).errors(include_url=False, include_context=False, include_input=False)
