@@ -363,6 +363,6 @@ def test_a_run_with_unknown_names_is_refused(conditioned_run, tmp_path, capsys):
 def test_a_link_to_itself_is_left_out(tmp_path, caplog):
     (tmp_path / "chat_template.jinja").symlink_to("chat_template.jinja")
     (tmp_path / "output").mkdir()
-    copy_companion(tmp_path, "chat_template.jinja", tmp_path / "output", {})
+    copy_companion(tmp_path, "chat_template.jinja", tmp_path / "output", {}, {})
     assert "chat_template.jinja is left out of the export: it is a link" in caplog.text
     assert not list((tmp_path / "output").iterdir())

@@ -95,8 +95,12 @@ CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 RIGHT = {
     "tokenizer_config.json": [
         {"eos_token": "<eos>", "pad_token": {"content": "<pad>"}, "unk_token": None, "add_bos_token": True},
-        {"additional_special_tokens": ["<|user|>"], "added_tokens_decoder": {"299": {"content": "<|user|>"}}, "chat_template": "<|user|>"},
-        {"extra_special_tokens": {"user_token": "<|user|>"}},
+        {
+            "additional_special_tokens": ["<|user|>"],
+            "added_tokens_decoder": {"299": {"content": "<|user|>", **FLAGS}},
+            "chat_template": "<|user|>",
+        },
+        {"extra_special_tokens": {"user_token": "<|user|>"}, "added_tokens_decoder": {"299": "<|user|>"}},
     ],
     "special_tokens_map.json": [{"mask_token": "<mask>", "bos_token": "<|user|>"}],
     "generation_config.json": [{"eos_token_id": [290, 299], "pad_token_id": 301, "bos_token_id": None, "temperature": 0.7}],
@@ -111,6 +115,9 @@ WRONG = {
         ({"model_specific_special_tokens": {"image_token": "<image>"}}, "image_token is '<image>'"),
         ({"added_tokens_decoder": {"9" * 5000: {"content": "<|user|>"}}}, "'<|user|>' has the id '9999"),
         ({"added_tokens_decoder": {"298": {"content": "<|user|>"}}}, "'<|user|>' has the id '298' there, and 299 in tokenizer.json"),
+        ({"added_tokens_decoder": {"299": {"content": "<|user|>", "lstrip": True}}}, "'<|user|>' has lstrip: True there"),
+        ({"added_tokens_decoder": {"300": {"content": "<mask>", "special": False}}}, "'<mask>' has special: False there"),
+        ({"additional_special_tokens": ["a"]}, "additional_special_tokens is 'a', which is a piece of ordinary text"),
         ({"chat_template": [{"name": "default", "template": "<|end|>"}]}, "it writes '<|end|>', which is not a token of the model"),
         ({"chat_template": "{{ '\n[INST] ' + text }}"}, "it writes '[INST]'"),
     ],

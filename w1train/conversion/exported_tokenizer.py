@@ -30,6 +30,8 @@ _ROLES = {"eos_token": EOS_TOKEN, "bos_token": BOS_TOKEN, "pad_token": PAD_TOKEN
 """The names of w1train's special tokens, by their names in the settings of transformers."""
 _CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 """The class of transformers that has the tokens of tokenizer.json and no other."""
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+"""The properties of an added token, which decide how texts are cut at it, and whether it is decoded."""
 _MARKERS = (
     re.compile(r"<\|[^|<>\s]+\|>"),
     re.compile(r"<｜[^｜<>\s]+｜>"),
@@ -59,8 +61,9 @@ def write_tokenizer(copy: Path, original: Path, output: Path, vocab_size: int) -
     ids = _ids_with_rows(tokenizer, vocab_size)
     if not original.parent.is_dir():
         logger.warning("%s does not exist: the export gets default settings of the tokenizer", original.parent)
+    added = {token["content"]: token for token in json.loads(tokenizer.serialized).get("added_tokens") or []}
     for name in COMPANIONS:
-        copy_companion(original.parent, name, output, ids)
+        copy_companion(original.parent, name, output, ids, added)
     if not (output / _SETTINGS).is_file():
         settings = {**_CLASS, "clean_up_tokenization_spaces": False, **_own_tokens(ids)}
         write_text(output / _SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -89,7 +92,7 @@ def _own_tokens(ids: Mapping[str, int]) -> dict[str, str | None]:
     return {role: token for role, token in _ROLES.items() if token in ids} | {"unk_token": None}
 
 
-def copy_companion(directory: Path, name: str, output: Path, ids: Mapping[str, int]) -> None:
+def copy_companion(directory: Path, name: str, output: Path, ids: Mapping[str, int], added: Mapping[str, Mapping[str, Any]]) -> None:
     """Copy a file from the directory of a tokenizer, if the file exists and does not contradict the tokenizer, without its auto_map.
 
     An auto_map names code, even of other repositories, which transformers would run for users who trust this export's own code.
@@ -98,6 +101,7 @@ def copy_companion(directory: Path, name: str, output: Path, ids: Mapping[str, i
 
     Args:
         ids: the id of each token of the exported tokenizer.
+        added: the entries of its added tokens, by their contents.
     """
     path = directory / name
     content = _read_companion(directory, name)
@@ -109,7 +113,7 @@ def copy_companion(directory: Path, name: str, output: Path, ids: Mapping[str, i
         except FileContentError as error:
             logger.warning("%s", error)
             return
-        contradictions = [*_of_tokens(settings, ids), *_of_ids(settings, ids)]
+        contradictions = [*_of_tokens(settings, ids, added), *_of_ids(settings, ids)]
         if settings.pop("auto_map", None) is not None:
             logger.warning("%s: its auto_map, which names code to run, is left out of the export", path)
         if name == _SETTINGS:
@@ -124,8 +128,9 @@ def copy_companion(directory: Path, name: str, output: Path, ids: Mapping[str, i
     write_bytes(output / name, content)
 
 
-def _of_tokens(settings: dict[str, Any], ids: Mapping[str, int]) -> Iterator[str]:
-    """Yield how tokens that the settings name contradict the tokenizer: they do not exist, or have another id or another role."""
+def _of_tokens(settings: dict[str, Any], ids: Mapping[str, int], added: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield how tokens that the settings name contradict the tokenizer: they do not exist, are pieces of ordinary text, or have another id,
+    another role or other properties. transformers would take the properties from the settings."""
     for key, value in _named_tokens(settings):
         token = value.get("content") if isinstance(value, dict) else value
         if not isinstance(token, str):
@@ -136,6 +141,11 @@ def _of_tokens(settings: dict[str, Any], ids: Mapping[str, int]) -> Iterator[str
             yield f"{shorten(token)} has the id {shorten(key)} there, and {ids[token]} in tokenizer.json"
         elif (own := _ROLES.get(key)) in ids and token != own:
             yield f"{key} is {shorten(token)}, and {own} in tokenizer.json"
+        elif token not in added:
+            yield f"{key} is {shorten(token)}, which is a piece of ordinary text in tokenizer.json"
+        elif key.isdecimal() and isinstance(value, dict):
+            different = [flag for flag in _FLAGS if value.get(flag) not in (None, added[token].get(flag, False))]
+            yield from (f"{shorten(token)} has {flag}: {shorten(value[flag])} there, and not in tokenizer.json" for flag in different)
     yield from _of_template(json.dumps(settings.get("chat_template"), ensure_ascii=False), ids)
 
 
