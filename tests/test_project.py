@@ -362,7 +362,8 @@ def test_the_version_is_the_one_that_is_declared():
 
 def test_licence_is_the_one_that_is_declared():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert project["license"] == "Apache-2.0"
+    assert project["license"] == "Apache-2.0 AND MIT"
+    assert {REPOSITORY / name for name in project["license-files"]} == {path for path in tracked_files() if path.name == "LICENSE"}
     licence = (REPOSITORY / "LICENSE").read_text()
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence

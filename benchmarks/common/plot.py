@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from w1train.reports.plot_data import Scale, linear_ticks, tick_labels
+from benchmarks.common.axis import Scale, linear_ticks, tick_labels
 
 _COLOURS = (
     *("#1b5e8c", "#c4541a", "#3d8b5f", "#8a63a8", "#b8922a", "#a03c4c", "#5b8fb0", "#78736a"),

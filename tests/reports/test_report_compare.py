@@ -21,7 +21,7 @@ from w1train.runtime.record_files import MetricsLog
 
 def compare(tmp_path: Path, *run_dirs: Path) -> Page:
     page = Page(write_comparison(run_dirs, tmp_path / "comparison.html").read_text())
-    assert not re.search(r"nan|inf|None", " ".join(page.attributes("path", "d")))
+    assert all(chart["x"] for chart in page.charts().values())
     return page
 
 
@@ -35,11 +35,10 @@ def test_two_runs(tmp_path):
     write_config(second, {"name": "second", "model": {"num_layers": 6}, "optimizer": {"beta1": 0.8}, "flag": True})
     page = compare(tmp_path, first, second)
     assert {"Validation ELBO, bits per byte", "Training ELBO, bits per byte", "Gradient norm", "Tokens per second"} <= set(page.charts())
-    # The values of the longer run are interpolated at the end of the shorter run.
-    at, (before, after) = 80, (validation_record(75), validation_record(90))
-    expected = before["elbo"] + (after["elbo"] - before["elbo"]) * (at - 75) / 15
-    row = f"validation ELBO at {quantity(at * TOKENS_PER_STEP)} tokens {expected:.4f} {validation_record(80)['elbo']:.4f}"
-    assert row in page.words
+    # Both runs were validated after 60 steps, and only one of them after 80.
+    measured = f"{validation_record(60)['elbo']:.4f}"
+    assert f"validation ELBO at {quantity(60 * TOKENS_PER_STEP)} tokens {measured} {measured}" in page.words
+    assert "interpolated" not in page.words
     assert f"validation, bits per byte {validation_record(120)['elbo_bits_per_byte']:.4f}" in page.words
     assert "3 keys differ. first second optimizer.beta1 0.9 0.8 optimizer.clip_grad 1.0 \u2013 flag \u2013 true" in page.words
     assert "num_layers" not in page.words
@@ -53,20 +52,53 @@ def test_the_better_one_is_marked(tmp_path):
     assert "0.4000" in page.words
 
 
+def validated(run_dir: Path, values: dict[int, float]) -> Path:
+    """Write a run with these validation ELBOs by step."""
+    records = [validation_record(step) | {"elbo": value} for step, value in values.items()]
+    return write_log(run_dir, *sorted([train_record(1), *records], key=lambda record: record["step"]))
+
+
+def row_of(page: Page, title: str) -> list[tuple[str, str]]:
+    """Return (class, text) of the cells of a row of the results."""
+    (row,) = re.findall(rf"<tr><td>{title}[^<]*</td>(.*?)</tr>", page.text)
+    return re.findall(r'<td(?: class="(\w+)")?>([^<]*)</td>', row)
+
+
+def test_measured_values_are_compared_at_the_last_common_validation(tmp_path):
+    first = validated(tmp_path / "first", {0: 8.0, 10: 5.0, 20: 4.0, 40: 3.0})
+    second = validated(tmp_path / "second", {0: 8.0, 5: 6.0, 20: 3.5, 30: 3.2})
+    assert row_of(compare(tmp_path, first, second), "validation ELBO at") == [("", "4.0000"), ("best", "3.5000")]
+
+
+def test_an_interpolated_value_is_marked_and_its_row_has_no_best(tmp_path):
+    first = validated(tmp_path / "first", {0: 8.0, 10: 5.0, 30: 3.0})
+    second = validated(tmp_path / "second", {0: 8.0, 15: 4.8, 20: 4.6})
+    third = validated(tmp_path / "third", {0: 8.0, 20: 4.7, 50: 2.0})
+    page = compare(tmp_path, first, second, third)
+    assert row_of(page, "validation ELBO at") == [("muted", "\u2248 4.0000 (interpolated)"), ("", "4.6000"), ("", "4.7000")]
+    assert "no validation after the same number of tokens" in page.words
+    assert row_of(page, "best validation ELBO") == [("", "3.0000"), ("", "4.6000"), ("best", "2.0000")]
+
+
+def test_runs_that_were_validated_at_the_start_only_have_no_common_row(tmp_path):
+    runs = [validated(tmp_path / name, {0: 8.0}) for name in "ab"]
+    assert "validation ELBO at" not in compare(tmp_path, *runs).words
+
+
+def test_values_that_read_alike_are_equally_good(tmp_path):
+    page = compare(tmp_path, validated(tmp_path / "a", {0: 3.00001}), validated(tmp_path / "b", {0: 3.00002}))
+    assert row_of(page, "best validation ELBO") == [("best", "3.0000")] * 2
+
+
 def test_a_curve_is_where_its_tokens_are(tmp_path):
     """The second run takes half as many tokens a step: its curve ends in the middle."""
     first = write_log(tmp_path / "first", *(train_record(step) for step in range(1, 41)))
     second = write_log(tmp_path / "second", *(train_record(step) | {"tokens": TOKENS_PER_STEP * step // 2} for step in range(1, 41)))
     page = compare(tmp_path, first, second)
-    chart = page.text[page.text.index('aria-label="Gradient norm"') :]
-    ends = [float(path.rpartition("L")[2].split()[0]) for path in re.findall(r'<g class="curve series-\d"><path d="([^"]+)"', chart)[:2]]
-    starts = 44.0
-    assert ends[1] - starts == pytest.approx((ends[0] - starts) / 2, abs=1.0)
-    xs, labels = json.loads(page.attributes("svg", "data-hover")[0])
-    assert labels[0].startswith("tokens ")
-    assert "first " in labels[0]
-    assert "second " in labels[0]
-    assert len(xs) == 40
+    ends = [page.curve("Gradient norm", index)[0][-1] for index in (0, 1)]
+    assert ends == [40 * TOKENS_PER_STEP, 20 * TOKENS_PER_STEP]
+    assert page.charts()["Gradient norm"]["x"] == {"label": "tokens", "range": [0.0, 40 * TOKENS_PER_STEP]}
+    assert [line["name"] for line in page.charts()["Gradient norm"]["lines"]] == ["first", "second"]
 
 
 def test_events_are_counted(tmp_path):

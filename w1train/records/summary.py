@@ -32,11 +32,29 @@ REQUIRED_FIELDS = (
 )
 
 
-def tokens_per_second(steps: Sequence[Mapping[str, Any]], sequence_length: int) -> float | None:
-    """Return the tokens per second over the records of training. None if there are no records, as in a run that began with the last
-    checkpoint of another run."""
-    seconds = sum(record["time/step_seconds"] for record in steps)
-    return sum(record["batch_size"] for record in steps) * sequence_length / seconds if seconds else None
+def tokens_per_second(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return a run's speed: the tokens of all its steps divided by the time of all its steps.
+
+    The first steps count too, with the time that compilation takes. Validation, sampling and saves do not count. Every command and page
+    takes the speed of a run from here. It is None without steps, as in a run that began with the last checkpoint of another run.
+    """
+    return mean_over_time(steps, "time/tokens_per_second")
+
+
+def mean_over_time(steps: Sequence[Mapping[str, Any]], rate: str) -> float | None:
+    """Return the mean of a rate over the time of the steps that have it. None if no step has it, or if no time has passed.
+
+    Args:
+        steps: records of training.
+        rate: the key of a quantity per second, such as time/tokens_per_second or time/mfu.
+    """
+    known = [(step[rate], step["time/step_seconds"]) for step in steps if _has(step, rate) and _has(step, "time/step_seconds")]
+    seconds = math.fsum(time for _, time in known)
+    return math.fsum(value * time for value, time in known) / seconds if seconds else None
+
+
+def _has(step: Mapping[str, Any], name: str) -> bool:
+    return step.get(name) is not None and math.isfinite(step[name])
 
 
 def validation_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from w1train.config.reading import is_number
+from w1train.reports.chart import Chart, Event, Format, Line
 from w1train.reports.plot_data import Values, finite, moving_average
+from w1train.reports.report_page import section
 from w1train.reports.run_content import Run
-from w1train.reports.svg_chart import Chart, Event, Line
 
-NARROW, WIDE = 350, 920
 _MAX_EVENTS = 150
 
 # The report shows these elsewhere, or they are counts whose curves tell nothing.
@@ -32,7 +31,7 @@ def curve_figure(
     log: bool = False,
     from_zero: bool = False,
     smooth: bool = True,
-    format_value: Callable[[float], str] = "{:.4g}".format,
+    form: Format = "general",
 ) -> str:
     """Return the figure of one quantity over the steps, or "" if the run has not measured it."""
     ys = run.column(key)
@@ -43,12 +42,12 @@ def curve_figure(
     averaged = moving_average(ys, window)
     lines.append(Line(xs=run.steps, ys=averaged, css="accent"))
     marks = not_finite(run, key)
-    chart = Chart(title=title, lines=lines, x_range=run.x_range, log=log, from_zero=from_zero, marks=marks, format=format_value)
-    value = f"{format_value(finite(averaged)[-1])} {unit}".strip()
+    chart = Chart(title=title, lines=lines, x_range=run.x_range, log=log, from_zero=from_zero, marks=marks, format=form)
+    value = f"{chart.text(finite(averaged)[-1])} {unit}".strip()
     notes = [f"{len(marks)} NaN or infinite"] if marks else []
     if num_clipped := chart.num_clipped():
         notes.append(f"{num_clipped} off axis")
-    return figure(chart, title, ", ".join([value, *notes]), "", None)
+    return chart.figure(", ".join([value, *notes]))
 
 
 def waiting(run: Run) -> str:
@@ -60,19 +59,10 @@ def waiting(run: Run) -> str:
     lines = []
     for (name, key), css in zip(curves.items(), ("second", "accent"), strict=True):
         shares = [_share(record.get(key), record.get("time/step_seconds")) for record in run.train]
-        lines.append(Line(xs=run.steps, ys=moving_average(shares, width), css=css, label=name))
-    chart = Chart(
-        title="Waiting, share of the step",
-        lines=lines,
-        x_range=run.x_range,
-        from_zero=True,
-        label_width=104,
-        format="{:.1%}".format,
-        hover_names=tuple(curves),
-    )
-    last = [finite(line.ys)[-1:] for line in lines]
-    value = ", ".join(f"{name} {known[0]:.1%}" for name, known in zip(curves, last, strict=True) if known)
-    return figure(chart, "Waiting", value, "", None)
+        averaged = moving_average(shares, width)
+        end = "".join(f"{last:.1%}" for last in finite(averaged)[-1:])
+        lines.append(Line(xs=run.steps, ys=averaged, css=css, name=name, end=end))
+    return Chart(title="Waiting, share of the step", lines=lines, x_range=run.x_range, from_zero=True, format="percent").figure()
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
@@ -83,7 +73,7 @@ def other_metrics(run: Run) -> str:
     """Return a chart for each other number in the training records."""
     names = sorted({key for record in run.train for key, value in record.items() if key not in _SHOWN and is_number(value)})
     figures = "".join(_points_figure(run, name) for name in names)
-    return f'<h2>More measurements</h2><div class="charts">{figures}</div>' if figures else ""
+    return section("More measurements", f'<div class="charts">{figures}</div>') if figures else ""
 
 
 def _points_figure(run: Run, key: str) -> str:
@@ -94,7 +84,7 @@ def _points_figure(run: Run, key: str) -> str:
     xs, ys = [at for at, _ in known], [float(value) for _, value in known]
     line = Line(xs=xs, ys=ys, css="accent", dots=len(known) <= len(run.train) // 2)
     chart = Chart(title=key, lines=[line], x_range=run.x_range)
-    return figure(chart, key, f"{ys[-1]:.4g}", "", None)
+    return chart.figure(chart.text(ys[-1]))
 
 
 def events_of(run: Run) -> list[Event]:
@@ -127,19 +117,6 @@ def event_note(run: Run) -> str:
     return f'<p class="note">{" ".join(keys)}</p>' if keys else ""
 
 
-def figure(chart: Chart, title: str, value: str, css: str, wide: int | None) -> str:
-    """Return a chart with its caption.
-
-    Args:
-        wide: width of a second drawing for wide screens; None = the narrow drawing is shown on every screen.
-    """
-    caption = f'<figcaption><b>{html.escape(title)}</b><span class="value">{html.escape(value)}</span></figcaption>'
-    if wide is None:
-        return f"<figure>{caption}{chart.svg(NARROW)}</figure>"
-    drawn = f'<div class="wide">{chart.svg(wide)}</div><div class="narrow">{chart.svg(NARROW)}</div>'
-    return f'<figure class="{css}">{caption}{drawn}</figure>'
-
-
 def smoothing_width(num_values: int) -> int:
     """Return the width of the running mean: an odd number of steps, about a fiftieth of the run."""
     return 1 if num_values < 20 else num_values // 50 // 2 * 2 + 3
@@ -150,7 +127,7 @@ def not_finite(run: Run, key: str) -> list[float]:
     return [record["step"] for record in run.train if record.get(key) is not None and not math.isfinite(record[key])]
 
 
-def end_label(name: str, ys: Values, window: int = 1) -> str:
-    """Return the label of a curve: its name and the mean of its last ``window`` values."""
+def end_value(ys: Values, window: int = 1) -> str:
+    """Return the mean of a curve's last ``window`` values for its legend."""
     known = finite(ys[-window:]) or finite(ys)
-    return f"{name} {math.fsum(known) / len(known):.2f}" if known else ""
+    return f"{math.fsum(known) / len(known):.2f}" if known else ""

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from w1train.reports.plot_data import finite
+from w1train.reports.report_page import section, wide_table
 
 Record = dict[str, Any]
 
@@ -42,7 +43,8 @@ def phases_table(run: HasRecords) -> str:
         f"The ELBO is in nats per token; that of training is a mean over {_NUM_STEPS} steps. ELBOs of different block sizes are those of "
         "different models of the text."
     )
-    return f'<h2>Stages</h2><p class="note">{note}</p><table class="numbers"><tr>{head}</tr>{body}</table>'
+    table = wide_table(f'<table class="numbers"><tr>{head}</tr>{body}</table>')
+    return section("Stages", f'<p class="note">{note}</p>{table}')
 
 
 def _stages(train: Sequence[Record]) -> list[tuple[str, list[Record]]]:

@@ -12,7 +12,6 @@ from w1train.config.reading import read_bounded, read_json_object
 from w1train.config.serialization import read_mapping
 from w1train.config.yaml_limits import LARGEST_YAML
 from w1train.records.record_checks import check_events, check_metrics, check_samples, check_summary
-from w1train.reports.plot_data import finite
 from w1train.runtime.record_files import read_metrics
 
 Record = dict[str, Any]
@@ -114,9 +113,3 @@ def _read_summary(path: Path) -> Record:
     summary = read_json_object(path, "summary")
     check_summary(path, summary)
     return summary
-
-
-def median(values: list[float | None]) -> float | None:
-    """Return the median of the finite values, or None without finite values."""
-    ordered = sorted(finite(values))
-    return ordered[len(ordered) // 2] if ordered else None

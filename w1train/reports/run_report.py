@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from w1train.records.average_comparison import comparison_rows, verdict
-from w1train.records.sample_text import MASK_SYMBOL, continuation, shorten, split_masks
-from w1train.reports.plot_data import Values, bucket_means, finite, moving_average, scientific
+from w1train.records.summary import mean_over_time, tokens_per_second
+from w1train.reports.chart import Cells, Chart, Line
+from w1train.reports.plot_data import Values, bucket_means, finite, moving_average, without_outliers
 from w1train.reports.report_metrics import (
-    NARROW,
-    WIDE,
     curve_figure,
-    end_label,
+    end_value,
     event_note,
     events_of,
-    figure,
     not_finite,
     other_metrics,
     smoothing_width,
     waiting,
 )
-from w1train.reports.report_page import page
+from w1train.reports.report_page import POINTER_NOTE, contents, page, section, wide_table
 from w1train.reports.report_phases import phases_table, stage_starts
-from w1train.reports.run_content import Record, Run, median, read_run
-from w1train.reports.svg_chart import Chart, Line, heat_map, heat_range
+from w1train.reports.report_samples import becoming, samples
+from w1train.reports.run_content import Record, Run, read_run
 from w1train.runtime.files import write_text
 from w1train.runtime.quantities import duration, quantity
 
 REPORT_NAME = "report.html"
-_TWO_COLUMNS = 709
-_MAX_SAMPLE_STEPS, _MAX_SAMPLE_CHARACTERS = 8, 1500
 _MAX_HEAT_COLUMNS = 60
 
 
@@ -48,10 +44,13 @@ def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
-    parts = (_header, _headline, _tiles, _learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, _samples, _appendix)
+    made = [
+        part(run) for part in (becoming, _learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, samples, _appendix)
+    ]
+    body = [_header(run), contents(made), _headline(run), _tiles(run), *made]
     path = Path(run_dir) / REPORT_NAME
     shown = [run_dir] if other is None else [run_dir, other]
-    write_text(path, page(path, shown, run.name, "\n".join(part(run) for part in parts)))
+    write_text(path, page(path, shown, run.name, "\n".join(body)))
     return path
 
 
@@ -100,7 +99,6 @@ def _tiles(run: Run) -> str:
     last = run.train[-1] if run.train else {}
     summary = run.summary
     world = summary.get("world_size")
-    speed = summary.get("tokens_per_second") if run.finished else median(run.column("time/tokens_per_second"))
     tokens = last.get("tokens", summary.get("tokens_seen"))
     wall = summary.get("wall_seconds") if run.finished else None
     tiles = [
@@ -108,8 +106,8 @@ def _tiles(run: Run) -> str:
         ("tokens seen", _text(tokens, quantity)),
         ("steps", f"{run.last_step:,}"),
         ("epochs", _text(last.get("epoch"), "{:.2f}".format)),
-        ("tokens per second", _text(speed, quantity)),
-        ("model FLOPs utilisation", _text(median(run.column("time/mfu")), "{:.1%}".format)),
+        ("tokens per second", _text(tokens_per_second(run.train), quantity)),
+        ("model FLOPs utilisation", _text(mean_over_time(run.train, "time/mfu"), "{:.1%}".format)),
         ("wall time", _text(wall, duration)),
         ("memory of rank 0", _text(last.get("time/memory_gib"), "{:.2f} GiB".format)),
         ("device", f"{world} x {summary.get('device')}" if world else ""),
@@ -129,48 +127,47 @@ def _learning(run: Run) -> str:
     validation = [record.get(key) for record in run.validation]
     lines = [
         Line(xs=run.steps, ys=ys, css="accent", raw=True),
-        Line(xs=run.steps, ys=moving_average(ys, window), css="accent", label=end_label("training", ys, window)),
-        Line(xs=validated_at, ys=validation, css="second", dots=True, label=end_label("validation", validation)),
+        Line(xs=run.steps, ys=moving_average(ys, window), css="accent", name="training", end=end_value(ys, window)),
+        Line(xs=validated_at, ys=validation, css="second", dots=True, name="validation", end=end_value(validation)),
     ]
     if run.other is not None:
         others = [record.get(key) for record in run.other.validation]
-        lines.append(
-            Line(xs=[record["step"] for record in run.other.validation], ys=others, css="middle-run", label=run.other.name, dots=True)
-        )
+        steps = [record["step"] for record in run.other.validation]
+        lines.append(Line(xs=steps, ys=others, css="middle-run", name=f"validation of {run.other.name}", end=end_value(others), dots=True))
     chart = Chart(
         title=f"ELBO, {unit}",
         sections=stage_starts(run.train),
         lines=[line for line in lines if finite(line.ys)],
         x_range=run.x_range,
-        height=340,
+        height=360,
         reference=(unigram, f"unigram {unigram:.2f}") if unigram is not None else None,
-        label_width=104,
         marks=not_finite(run, key),
         events=events_of(run),
-        format="{:.4f}".format,
+        format="exact",
     )
-    wide = figure(chart, f"{unit}, ELBO", "", "span", WIDE)
     small = [
         curve_figure(run, "loss", "Training loss", "nats"),
         curve_figure(run, "masked_cross_entropy", "Masked cross-entropy", "nats"),
         curve_figure(run, "mask_ratio", "Mask ratio", "of tokens"),
     ]
-    note = f"Bold lines are means over {window} steps." if window > 1 else ""
-    return f'<h2>Learning</h2><p class="note">{note}</p>{event_note(run)}<div class="charts">{wide}{"".join(small)}</div>'
+    note = f"{POINTER_NOTE} Bold lines are means over {window} steps." if window > 1 else POINTER_NOTE
+    charts = f'<div class="charts">{chart.figure(css="span")}{"".join(small)}</div>'
+    return section("Learning", f'<p class="note">{note}</p>{event_note(run)}{charts}')
 
 
 def _averages(run: Run) -> str:
     """Return a table for each average of checkpoints, with its members."""
     if not run.averages:
         return ""
-    return "<h2>Average of checkpoints</h2>" + "".join(_average_table(record) for record in run.averages)
+    return section("Average of checkpoints", "".join(_average_table(record) for record in run.averages))
 
 
 def _average_table(record: Record) -> str:
     heading, *rows = comparison_rows(record)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<p class="note">{html.escape(verdict(record))}</p><table class="numbers"><tr>{head}</tr>{body}</table>'
+    table = wide_table(f'<table class="numbers"><tr>{head}</tr>{body}</table>')
+    return f'<p class="note">{html.escape(verdict(record))}</p>{table}'
 
 
 def _noise_levels(run: Run) -> str:
@@ -179,7 +176,7 @@ def _noise_levels(run: Run) -> str:
     if not figures:
         return ""
     note = "Cross-entropy of masked tokens, nats, by noise level t: the share of the text that is masked."
-    return f'<h2>Loss by noise level</h2><p class="note">{note}</p><div class="charts">{"".join(figures)}</div>'
+    return section("Loss by noise level", f'<p class="note">{note}</p><div class="charts">{"".join(figures)}</div>')
 
 
 def _heat_figure(run: Run) -> str:
@@ -190,12 +187,20 @@ def _heat_figure(run: Run) -> str:
     columns: list[Values] = [list(column) for column in zip(*rows, strict=True)]
     if not finite(value for column in columns for value in column):
         return ""
-    low, high = heat_range(columns)
+    low, high = _heat_range(columns)
     centers = [(index + 0.5) / num_bins for index in range(num_bins)]
-    wide, narrow = (heat_map("Training loss by t over steps", columns, run.x_range, centers, width) for width in (_TWO_COLUMNS, NARROW))
-    caption = f'<b>Training</b><span>{low:.1f}<span class="ramp"></span>{high:.1f} nats</span>'
-    drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
-    return f'<figure class="span2"><figcaption>{caption}</figcaption>{drawn}</figure>'
+    end = run.x_range[1]
+    edges = [end * index / len(columns) for index in range(len(columns) + 1)]
+    cells = Cells(edges, columns, centers, (low, high))
+    chart = Chart(title="Training loss by t", lines=[], x_range=run.x_range, height=250, cells=cells)
+    return chart.figure(css="span2", caption=f'{low:.1f}<span class="ramp"></span>{high:.1f} nats')
+
+
+def _heat_range(columns: list[Values]) -> tuple[float, float]:
+    """Return the values of the weakest and of the strongest colour."""
+    values = without_outliers(finite(value for column in columns for value in column))
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _bin(record: Record, index: int, num_bins: int) -> float | None:
@@ -211,10 +216,9 @@ def _profile_figure(run: Run) -> str:
     chosen = {0: "early", len(records) // 2: "middle-run", len(records) - 1: "accent"}
     lines = []
     for index, css in sorted(chosen.items()):
-        losses, label = records[index]["loss_by_t"], f"step {quantity(records[index]['step'])}"
-        lines.append(Line(xs=_timesteps(run, len(losses)), ys=losses, css=css, label=label, dots=css == "accent"))
-    chart = Chart(title="Validation loss by t", lines=lines, x_range=(0.0, 1.0), x_label="t", height=250, label_width=66)
-    return figure(chart, "Validation", "", "", None)
+        losses, name = records[index]["loss_by_t"], f"step {quantity(records[index]['step'])}"
+        lines.append(Line(xs=_timesteps(run, len(losses)), ys=losses, css=css, name=name, dots=css == "accent"))
+    return Chart(title="Validation loss by t", lines=lines, x_range=(0.0, 1.0), x_label="t", height=250).figure()
 
 
 def _timesteps(run: Run, count: int) -> list[float]:
@@ -229,34 +233,12 @@ def _timesteps(run: Run, count: int) -> list[float]:
 def _machinery(run: Run) -> str:
     figures = [
         curve_figure(run, "grad_norm", "Gradient norm", "", log=True),
-        curve_figure(run, "learning_rate", "Learning rate", "", smooth=False, from_zero=True, format_value=scientific),
-        curve_figure(run, "time/tokens_per_second", "Throughput", "tokens/s", from_zero=True, format_value=quantity),
-        curve_figure(run, "time/mfu", "Model FLOPs utilisation", "", from_zero=True, format_value="{:.1%}".format),
+        curve_figure(run, "learning_rate", "Learning rate", "", smooth=False, from_zero=True, form="scientific"),
+        curve_figure(run, "time/tokens_per_second", "Throughput", "tokens/s", from_zero=True, form="quantity"),
+        curve_figure(run, "time/mfu", "Model FLOPs utilisation", "", from_zero=True, form="percent"),
         waiting(run),
     ]
-    return f'<h2>Optimisation and speed</h2><div class="charts">{"".join(figures)}</div>'
-
-
-def _samples(run: Run) -> str:
-    if not run.samples:
-        return ""
-    steps = sorted({sample["step"] for sample in run.samples})
-    shown = set(_evenly(steps, _MAX_SAMPLE_STEPS))
-    newest_first = sorted(run.samples, key=lambda sample: -sample["step"])
-    cards = "".join(_sample_card(sample) for sample in newest_first if sample["step"] in shown)
-    left_out = f" {len(shown)} of {len(steps)} steps are shown; samples.jsonl has all." if len(shown) < len(steps) else ""
-    note = f'The newest are first.{left_out} Prompts are bold; <span class="second">{MASK_SYMBOL}</span> is a token that is still masked.'
-    return f'<h2>Samples</h2><p class="note">{note}</p><div class="samples">{cards}</div>'
-
-
-def _sample_card(sample: Record) -> str:
-    pieces = [
-        f'<span class="mask">{MASK_SYMBOL * num_masks}</span>' if num_masks else html.escape(piece)
-        for piece, num_masks in split_masks(shorten(continuation(sample), _MAX_SAMPLE_CHARACTERS))
-    ]
-    prompt = html.escape(shorten(sample["prompt"], _MAX_SAMPLE_CHARACTERS))
-    title = f"step {sample['step']:,}, {quantity(sample['tokens'])} tokens"
-    return f'<article class="sample"><h3>{title}</h3><pre><span class="prompt">{prompt}</span>{"".join(pieces)}</pre></article>'
+    return section("Optimisation and speed", f'<div class="charts">{"".join(figures)}</div>')
 
 
 def _appendix(run: Run) -> str:
@@ -266,15 +248,8 @@ def _appendix(run: Run) -> str:
     if found := run.summary.get("versions"):
         rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in found.items() if value)
         parts.append(f"<details><summary>Versions</summary><table>{rows}</table></details>")
-    return f"<h2>How it was made</h2>{''.join(parts)}" if parts else ""
+    return section("How it was made", "".join(parts)) if parts else ""
 
 
 def _text(value: float | None, format_value: Callable[[float], str]) -> str:
     return "" if value is None else format_value(value)
-
-
-def _evenly(items: Sequence[int], count: int) -> list[int]:
-    """Return ``count`` items at most, evenly chosen, the first and the last included."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

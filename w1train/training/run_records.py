@@ -62,7 +62,7 @@ def summarize(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingDat
             "device": device_name(ranks.device),
             "steps": progress.step,
             "tokens_seen": progress.samples * config.data.sequence_length,
-            "tokens_per_second": tokens_per_second(steps, config.data.sequence_length),
+            "tokens_per_second": tokens_per_second(steps),
             "wall_seconds": progress.seconds,
             "validation": validation_summary(read_metrics(run.metrics, kind="validation")),
             "average": average_summary(read_metrics(run.metrics, kind="average")),
