@@ -236,7 +236,7 @@ def many_stages(tmp_path_factory) -> Path:
     return write_report(run)
 
 
-@pytest.mark.parametrize(("width", "num_named"), [(1400, 3), (400, 2)])
+@pytest.mark.parametrize(("width", "num_named"), [(1400, 3), (400, 1)])
 def test_names_of_stages_do_not_overlap(browser, many_stages, width, num_named):
     browser.open(many_stages, width)
     labels = browser.evaluate(

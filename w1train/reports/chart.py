@@ -166,7 +166,8 @@ class Chart:
 
     def _curves(self) -> dict[str, Any]:
         """Return the curves' styles, and their values in tables: lists of x, with the values of one or several curves in order."""
-        styles, tables = [], []
+        styles: list[dict[str, Any]] = []
+        tables: list[list[list[Any]]] = []
         for line in self.lines:
             for columns, style in _drawn(line):
                 styles.append({"css": line.css, **style})

@@ -11,21 +11,19 @@ from w1train.reports.run_content import Record, Run
 from w1train.runtime.quantities import quantity
 
 _MAX_STEPS, _MAX_CHARACTERS = 8, 1500
-_MAX_COLUMNS, _MAX_COLUMN_CHARACTERS = 4, 600
+_NUM_BECOMING, _MAX_EARLY_CHARACTERS = 4, 600
 
 
 def becoming(run: Run) -> str:
-    """Return samples of one prompt side by side, from the first step to the last, or "" for a run with samples of fewer than two steps."""
+    """Return samples of one prompt, from the first step to the last, or "" for a run with samples of fewer than two steps."""
     samples = _of_one_prompt(run.samples)
-    shown = [samples[step] for step in evenly(sorted(samples), _MAX_COLUMNS)]
+    shown = [samples[step] for step in evenly(sorted(samples), _NUM_BECOMING)]
     if len(shown) < 2:
         return ""
-    note = f"The model wrote these texts during training, each from nothing but masks ({MASK_SYMBOL})"
-    prompt = shown[-1]["prompt"]
-    told = f"{note} and the prompt in bold." if prompt else f"{note}."
-    cards = "".join(_card(sample, _MAX_COLUMN_CHARACTERS) for sample in shown)
-    grid = f'<div class="becoming" style="--columns:{len(shown)}">{cards}</div>'
-    return section("From noise to text", f'<p class="note">{told}</p>{grid}')
+    after = ", all of them after the prompt in bold" if shown[-1]["prompt"] else ""
+    cards = "".join(_card(sample, _MAX_EARLY_CHARACTERS) for sample in shown)
+    note = f'<p class="note">The model wrote these texts during training{after}.</p>'
+    return section("From noise to text", f'{note}<div class="becoming">{cards}</div>')
 
 
 def _of_one_prompt(samples: Sequence[Record]) -> dict[int, Record]:

@@ -44,10 +44,9 @@ def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
-    made = [
-        part(run) for part in (becoming, _learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, samples, _appendix)
-    ]
-    body = [_header(run), contents(made), _headline(run), _tiles(run), *made]
+    parts = (_learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, samples, _appendix)
+    texts, sections = becoming(run), [part(run) for part in parts]
+    body = [_header(run), contents([texts, *sections]), _headline(run), texts, _tiles(run), *sections]
     path = Path(run_dir) / REPORT_NAME
     shown = [run_dir] if other is None else [run_dir, other]
     write_text(path, page(path, shown, run.name, "\n".join(body)))
