@@ -153,15 +153,7 @@ class Chart:
             "marks": [*((mark, "mark") for mark in self.marks), *((event.x, event.kind) for event in self.events)],
         }
         if self.cells is not None:
-            low, high = self.cells.value_range
-            columns = [_rounded(column) for column in self.cells.columns]
-            parts["cells"] = {
-                "edges": _rounded(self.cells.edges, _X_DIGITS),
-                "columns": columns,
-                "rows": self.cells.rows,
-                "low": low,
-                "high": high,
-            }
+            parts["cells"] = self.cells.data()
         return {name: value for name, value in parts.items() if value}
 
     def _curves(self) -> dict[str, Any]:
