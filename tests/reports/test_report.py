@@ -256,10 +256,13 @@ def test_curves_are_measured_values_and_their_means(tmp_path):
 def test_texts_become_code(tmp_path):
     """Samples of one prompt are shown before everything else, from the first step to the last."""
     run = write_fake_run(tmp_path / "demo", 80)
+    with MetricsLog(run / "samples.jsonl") as log:
+        log.append(sample_record(81, prompt="import"))
     page = report(run)
     part = page.text[page.text.index('id="from-noise-to-text"') : page.text.index('id="learning"')]
     assert re.findall(r"<h3>step (\d+)", part) == ["10", "30", "60", "80"]
     assert "class Queue" not in part, "one prompt"
+    assert "step 81," in page.text
     write_log(tmp_path / "one", train_record(1))
     with MetricsLog(tmp_path / "one" / "samples.jsonl") as log:
         log.append(sample_record(1))

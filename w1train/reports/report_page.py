@@ -31,7 +31,8 @@ def _read(path: Path) -> str:
 
 
 POINTER_NOTE = (
-    "Point at a chart for its values, drag in it to zoom, and double-click to see all. With the keyboard: Tab, arrow keys, + and -, Escape."
+    "Point at a chart for its values, drag in it to zoom, and double-click to see all. On the keyboard, use Tab, the arrow keys, + and -, "
+    "and Escape."
 )
 
 
