@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         request = parse(arguments, NAME_RULES)
         return search(request) if request.search else plan(request)
     except ConfigurationError as error:
-        print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the command line.", file=sys.stderr)
+        print(f"{PROGRAM}: {error}\n\n'{PROGRAM} --help' explains the command line.", file=sys.stderr)
         return 2
 
 
