@@ -1,8 +1,8 @@
 """The command that plans a run without a GPU: its memory, traffic and speed.
 
-    python -m w1train.plan recipe=w1_4b gpus=512
-    python -m w1train.plan recipe=w1_4b gpus=512 parallel.tensor=4 parallel.sequence=true --device h200 --json
-    python -m w1train.plan recipe=llada_8b gpus=256 --search
+    w1train plan recipe=w1_4b gpus=512
+    w1train plan recipe=w1_4b gpus=512 parallel.tensor=4 parallel.sequence=true --device h200 --json
+    w1train plan recipe=llada_8b gpus=256 --search
 
 The numbers come from closed forms (w1train/planning). The ranks of the layout are then built on meta tensors.
 """

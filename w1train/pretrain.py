@@ -90,9 +90,9 @@ def train(config: Config, max_steps: int | None = None, discovery: str | None = 
         return _fail_together("interrupted; the same command resumes from the last checkpoint", ExitStatus.INTERRUPTED, seconds=1.0)
 
 
-def problems_before_start(config: Config, world_size: int) -> list[Problem]:
-    """Return what is wrong with a run on so many ranks. Nothing heavy is imported for it. `w1train train` asks before it starts ranks, and
-    every rank asks before it imports torch."""
+def problems_before_start(config: Config, world_size: int | None) -> list[Problem]:
+    """Return what is wrong with a run on so many ranks (None: not known). Nothing heavy is imported for it. `w1train train` and the
+    launchers ask before they start ranks, and every rank asks before it builds the model."""
     return validate(config, world_size)
 
 
@@ -104,7 +104,7 @@ def run(config: Config, max_steps: int | None = None) -> int:
     from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
     from w1train.runtime.megatron_on_cpu import import_megatron
     from w1train.runtime.monitor import monitored
-    from w1train.runtime.run_directory import RunDirectory
+    from w1train.runtime.run_directory import RunDirectory, RunDirectoryInUseError
     from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
@@ -127,6 +127,8 @@ def run(config: Config, max_steps: int | None = None) -> int:
                 trainer = Trainer(config, ranks, directory, open_initial_weights)
                 trainer.fit(max_steps)
                 status.update("stopped" if trainer.stopped else "finished")
+    except RunDirectoryInUseError as error:
+        return _fail(error, ExitStatus.FAILED)
     except UserError as error:
         return _fail(error, ExitStatus.MISTAKE)
     except (CheckpointError, FloatingPointError, OSError) as error:

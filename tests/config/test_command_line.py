@@ -68,7 +68,7 @@ def test_help(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     text = capsys.readouterr().out
     for words in (
         "Pretrain a model.",
-        "usage: python -m w1train.pretrain",
+        "usage: w1train train",
         "--config-dir DIR",
         "w1_4b",
         "parallel",

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.command_line import config_from_command_line, parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, closest, listing
 from w1train.config.rules.rule import Rule
@@ -66,7 +67,7 @@ def parse(arguments: Sequence[str], rules: Sequence[Rule] = ()) -> Request:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=PROGRAM, add_help=False)
     parser.add_argument("--gpus", action="append", default=[])
     parser.add_argument("--device", default="h100")
     parser.add_argument("--documents")
