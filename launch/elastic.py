@@ -27,7 +27,6 @@ from torch.distributed.launcher import api
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
 
-
 _FINAL = (ExitStatus.MISTAKE, ExitStatus.STOPPED)
 """The statuses of ranks that are not started again: a mistake would be made again, and a run that a signal has ended shall not continue."""
 

@@ -30,26 +30,26 @@ class Verb:
 
 DATA_VERBS = {
     "train-tokenizer": Verb("data_tools.train_tokenizer", "train a tokenizer on text"),
-    "import-tokenizer": Verb("data_tools.import_tokenizer", "take a tokenizer from Hugging Face or SentencePiece"),
+    "import-tokenizer": Verb("data_tools.import_tokenizer", "import a tokenizer of another model"),
     "tokenize": Verb("data_tools.tokenize", "turn text into the token files of a run"),
     "inspect": Verb("data_tools.inspect", "show what token files contain"),
     "verify": Verb("data_tools.verify", "compare token files with their hashes"),
     "pack-report": Verb("data_tools.pack_report", "say how documents fill the samples of a run"),
-    "build-packing": Verb("w1train.data.build_packing", "pack the documents of a large dataset before the run"),
-    "python-corpus": Verb("data_tools.python_corpus", "write the sources of Python's standard library as a corpus"),
+    "build-packing": Verb("w1train.data.build_packing", "pack a large dataset before the run"),
+    "python-corpus": Verb("data_tools.python_corpus", "write the sources of Python's library as a corpus"),
 }
 VERBS = {
     "train": Verb("w1train.train", "train a model on this machine, or resume its run"),
     "sample": Verb("w1train.sample", "generate text with a trained run"),
-    "evaluate": Verb("w1train.evaluate", "score a checkpoint: validation, likelihood of completions"),
+    "evaluate": Verb("w1train.evaluate", "score a checkpoint: validation, likelihoods"),
     "average": Verb("w1train.average", "average the best checkpoints of a run"),
     "convert": Verb("w1train.convert", "convert models from and to Hugging Face"),
-    "plan": Verb("w1train.plan", "say whether a run fits on GPUs, and how fast it is, without a GPU"),
-    "report": Verb("w1train.report", "write a page about a run, or a page that compares runs"),
+    "plan": Verb("w1train.plan", "say whether a run fits on GPUs, and how fast it is"),
+    "report": Verb("w1train.report", "write a page about a run, or one that compares runs"),
     "status": Verb("w1train.status", "say what runs are doing"),
     "doctor": Verb("w1train.doctor", "say what works on this machine, and how fast"),
     "dashboard": Verb("w1train.dashboard", "create a W&B workspace with charts of the runs"),
-    "data": Verb("", "tokenizers and token files: `w1train data` lists the verbs"),
+    "data": Verb("", "make tokenizers and token files (lists its verbs)"),
 }
 _OTHER_NAMES = {
     **dict.fromkeys(("pretrain", "fit", "run", "finetune", "fine-tune", "launch", "resume"), "train"),

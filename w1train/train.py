@@ -24,14 +24,19 @@ from pathlib import Path
 from w1train.config.command_line import config_from_command_line, without_flag
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
 from w1train.config.schema import Config
-from w1train.pretrain import COUNTS, DESCRIPTION, PROGRAM, fail_alone, problems_before_start, train
+from w1train.pretrain import COUNTS as RANK_COUNTS
+from w1train.pretrain import DESCRIPTION, PROGRAM, fail_alone, problems_before_start, train
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.local_ranks import run_local_ranks
 
-_NPROC = {"--nproc": "ranks to start on this machine, one for each GPU or, on the CPU, for some of its cores (default: 1)"}
+COUNTS = {
+    "--nproc": "ranks to start on this machine: one for each GPU, or one for some cores of the CPU (default: 1)",
+    **RANK_COUNTS,
+}
+"""The flags that this command has beside those of the configuration, and their meanings."""
 
 
 @command("w1train.train")
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         discovery = discover_ranks()
     except ConfigurationError as error:
         return fail_alone(str(error), ExitStatus.MISTAKE)
-    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, {**_NPROC, **COUNTS})
+    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS)
     num_ranks = counts.get("--nproc", 1)
     if num_ranks == 1:
         return train(config, counts.get("--max-steps"), discovery)

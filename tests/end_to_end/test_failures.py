@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_named(tiny_data, undisturbed, tmp_path, damage)
     act(run.checkpoints / "step_0000000012")
     before = run.metrics()
     outcome = run.train("checkpoint.on_damage=stop", world_size=2).require(1)
-    message = one_line(outcome.output, f"w1train.pretrain: {run.checkpoints}/step_0000000012 is damaged: ")
+    message = one_line(outcome.output, f"w1train train: {run.checkpoints}/step_0000000012 is damaged: ")
     assert re.search(words, message), message
     assert message.endswith("Remove this directory to resume from an older checkpoint.")
     assert outcome.outputs[1] == ""

@@ -22,8 +22,8 @@ class RunDirectoryError(UserError):
 
 
 class RunDirectoryInUseError(RunDirectoryError):
-    """An error about a run directory that another process holds. It is no mistake: the process may belong to a node that has died, whose lock
-    the file system has not freed yet, and the same command succeeds later."""
+    """An error about a run directory that another process holds. It is no mistake: the process may have died with its node, before the file
+    system frees the lock, and the same command succeeds later."""
 
 
 class RunDirectory:
