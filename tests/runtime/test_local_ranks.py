@@ -56,6 +56,7 @@ def by_rank(*ends: str) -> str:
         (["sys.exit(1)", "sys.exit(0)"], ExitStatus.FAILED),
         (["sys.exit(139)", "sys.exit(75)"], ExitStatus.FAILED),
         (["sys.exit(1)", "sys.exit(130)"], ExitStatus.INTERRUPTED),
+        (["sys.exit(130)", "sys.exit(130)"], ExitStatus.INTERRUPTED),
         (["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(1)"], ExitStatus.FAILED),
     ],
     ids=str,
@@ -84,6 +85,14 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(local_ranks, "_LAST_SECONDS", 0.1)
     outcome = run(by_rank("time.sleep(600)", "sys.exit(1)"), tmp_path)
     assert outcome == Outcome(ExitStatus.FAILED, f"rank 1 ended with status 1; its output is in {tmp_path}/rank_00001.log")
+
+
+@pytest.mark.parametrize("status", [0, 75, 130])
+def test_rank_0_may_end_later(tmp_path, monkeypatch, status):
+    """It writes the records of a run that has ended well."""
+    monkeypatch.setattr(local_ranks, "_LAST_SECONDS", 0.1)
+    monkeypatch.setattr(local_ranks, "_POLL_SECONDS", 0.1)
+    assert run(by_rank(f"time.sleep(1); sys.exit({status})", f"sys.exit({status})"), tmp_path).status == status
 
 
 def test_the_variables_of_a_rank(tmp_path, monkeypatch, capfd):

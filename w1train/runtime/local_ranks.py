@@ -41,7 +41,8 @@ _LAST_SECONDS = 20.0
 that has failed would wait for much longer."""
 _POLL_SECONDS = 1.0
 _SHOWN_LINES = 20
-_GOOD = (ExitStatus.FINISHED, ExitStatus.STOPPED)
+_AGREED = (ExitStatus.FINISHED, ExitStatus.STOPPED, ExitStatus.INTERRUPTED)
+"""The statuses of ranks that end together. Each rank takes the time that it needs: rank 0 ends later, because it writes the records."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -70,7 +71,7 @@ class _Rank:
 
     @property
     def has_failed(self) -> bool:
-        return self.process.poll() is not None and self.status not in _GOOD
+        return self.process.poll() is not None and self.status not in _AGREED
 
 
 def run_local_ranks(arguments: Sequence[str], num_ranks: int, logs: Path) -> Outcome:
@@ -167,12 +168,12 @@ def _wait(ranks: list[_Rank], handled: Sequence[signal.Signals]) -> None:
 
 
 def _outcome(ranks: Sequence[_Rank]) -> Outcome:
+    if any(rank.status in (ExitStatus.INTERRUPTED, -signal.SIGINT) for rank in ranks):
+        return Outcome(ExitStatus.INTERRUPTED, "")
     failed = [rank for rank in ranks if rank.has_failed]
     if not failed:
         stopped = any(rank.status == ExitStatus.STOPPED for rank in ranks)
         return Outcome(ExitStatus.STOPPED if stopped else ExitStatus.FINISHED, "")
-    if any(rank.status in (ExitStatus.INTERRUPTED, -signal.SIGINT) for rank in failed):
-        return Outcome(ExitStatus.INTERRUPTED, "")
     # A rank with a mistake or an end by a signal is the cause. The others have only lost their connection to it.
     cause = min(failed, key=lambda rank: (rank.was_killed, rank.status >= 0, rank.status != ExitStatus.MISTAKE, rank.number))
     status = ExitStatus.MISTAKE if cause.status == ExitStatus.MISTAKE else ExitStatus.FAILED
