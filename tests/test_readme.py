@@ -298,7 +298,7 @@ def test_the_two_commands_come_first():
         ("python -m w1train.nonesuch", "no module w1train.nonesuch"),
         ("python -m pytest", "no module pytest in this repository"),
         ("python -m w1train.config.schema x", "don't know how to check the arguments of w1train.config.schema"),
-        ("python -m data_tools.train_tokenizer --input a --output b --vocab 3 --nonesuch", "unrecognized arguments: --nonesuch"),
+        ("python -m data_tools.train_tokenizer --input a --output b --vocab-size 300 --nonesuch", "unrecognized arguments: --nonesuch"),
         ("python -m data_tools.train_tokenizer --output b", "--input"),
         ("python -m w1train.pretrain recipe=demo model.hiden_size=3", "hidden_size"),
         ("w1train train recipe=demo model.hiden_size=3", "hidden_size"),
