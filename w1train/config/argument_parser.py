@@ -23,7 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.hints: dict[str, str] = {}
         """What to use in the place of an option that this parser does not have."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the arguments. Exit with 2 for unknown arguments, and tell what they may mean."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -50,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def _parsers_of_verbs(self) -> Iterator[ArgumentParser]:
         if self._subparsers is not None:
             for action in self._subparsers._group_actions:
-                yield from action.choices.values()  # type: ignore[union-attr, misc]
+                yield from action.choices.values()  # type: ignore[union-attr]
 
 
 def checkpoint_name(text: str) -> int | str:

@@ -132,7 +132,7 @@ def _free_port() -> int:
     raise OSError(f"no free port on {_ADDRESS}")
 
 
-def _start(number: int, arguments: Sequence[str], environment: dict[str, str], logs: Path, mask: set[signal.Signals]) -> _Rank:
+def _start(number: int, arguments: Sequence[str], environment: dict[str, str], logs: Path, mask: set[int | signal.Signals]) -> _Rank:
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
