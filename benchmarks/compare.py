@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.common.records import Record
 from benchmarks.common.results_page import RESULTS, Table
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 
 _NOTEWORTHY = 0.05
@@ -104,7 +105,7 @@ def judgement(metric: str, ratio: float) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the command: print the tables. Return the exit status: 0, 1 if a metric is worse by more than 5 % on the same device and
     versions, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare the newest result with the last committed one.")
+    parser = ArgumentParser(prog="benchmarks.compare", description="Compare the newest result with the last committed one.")
     parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="attention, step, ... (default: all with results)")
     parser.add_argument("--newest", type=Path, help="the JSON file of the newest result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default: benchmarks/results)")

@@ -17,7 +17,6 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 import logging
 import shlex
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import torch
 
 from benchmarks.common.machine import describe, gpu_environment, open_device, versions
 from benchmarks.common.results_page import RESULTS, Table, write_report
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.diagnosis.kernel_checks import TOLERANCE, attention_checks, kernel_checks
 
@@ -34,7 +34,7 @@ from w1train.diagnosis.kernel_checks import TOLERANCE, attention_checks, kernel_
 def main(arguments: Sequence[str]) -> int:
     """Run the checks, and with ``--report`` write YYYY-MM-DD-correctness.md. Return the exit status: 0, 1 if a kernel is wrong, 2 for bad
     input."""
-    parser = argparse.ArgumentParser(prog="benchmarks.correctness", description="Check the kernels of this machine against references.")
+    parser = ArgumentParser(prog="benchmarks.correctness", description="Check the kernels of this machine against references.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="use small shapes")
     parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")

@@ -16,13 +16,13 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.common.results_page import Table, environment, write_report
+from w1train.config.argument_parser import ArgumentParser
 from w1train.reports.run_content import Run, read_run
 
 NUM_STEPS = 5
@@ -86,9 +86,7 @@ def _scores(record: dict) -> tuple[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command, and with ``--report`` write benchmarks/results/YYYY-MM-DD-curriculum.md. Return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.curriculum", description="Compare the curriculum with training from scratch."
-    )
+    parser = ArgumentParser(prog="python -m benchmarks.curriculum", description="Compare the curriculum with training from scratch.")
     parser.add_argument("run", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")

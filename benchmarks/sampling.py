@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.results_page import Table, environment, spread, write_report
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.compose import load_config
 from w1train.config.schema import Config, SamplingConfig
 from w1train.runtime.megatron_on_cpu import import_megatron
@@ -170,7 +171,7 @@ def _notes(config: Config, options: argparse.Namespace, agreement: float) -> str
 {options.steps} steps each; {options.rounds} rounds, {options.threads} thread(s). The model has {model.num_layers} layers of width
 {model.hidden_size}, {config.training.precision}, random weights.
 
-*cached* is what `python -m w1train.sample` does for a block-diffusion run. *uncached, so far* computes [x_t ; x_0] of the text up to the
+*cached* is what `w1train sample` does for a block-diffusion run. *uncached, so far* computes [x_t ; x_0] of the text up to the
 current block's end at each step with the mask of training, *uncached, whole* that of the whole canvas.
 `benchmarks/sampling.py` says more.
 
@@ -179,7 +180,7 @@ Tokens that agree with the cached ones (greedy, fp32): {agreement:.2%}."""
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-sampling.md. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmarks.sampling", description="Measure generation with and without cached blocks.")
+    parser = ArgumentParser(prog="benchmarks.sampling", description="Measure generation with and without cached blocks.")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless another recipe is given)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="numbers of tokens to generate (default: 128 to 1024)"

@@ -1,6 +1,6 @@
 """The command that gives a model's own tokenizer the special tokens for training.
 
-python -m data_tools.import_tokenizer --input tokenizer.json --eos TOKEN --output FILE
+w1train data import-tokenizer --input tokenizer.json --eos TOKEN --output FILE
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tokenizers import pre_tokenizers
 from data_tools.command_runner import run_command
 from data_tools.corpus_options import input_path, output_file
 from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import listing
 from w1train.config.reading import shorten
 from w1train.data.tokenizer import (
@@ -47,8 +48,8 @@ _PROBES = ("{}", " {}", "a {} b", "a\n{}\nb", "a{}b", "1{}1")
 @command("data_tools.import_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.import_tokenizer",
+    parser = ArgumentParser(
+        prog="w1train data import-tokenizer",
         description="Make a tokenizer.json for w1train from that of a Hugging Face model: its end-of-text token becomes <eos> with the "
         "same id, and <pad> and <mask> get free ids. No other id changes, so the tokenizer still fits the model's embeddings.",
     )

@@ -1,4 +1,4 @@
-"""The command that shows and checks a dataset: python -m data_tools.inspect PREFIX --tokenizer tokenizer.json
+"""The command that shows and checks a dataset: w1train data inspect PREFIX --tokenizer tokenizer.json
 
 It prints counts, a histogram of the documents' lengths and some documents as text. It checks that the index is whole, that the files have
 their hashes, that every token is in the vocabulary and not the mask, and that every document ends with EOS.
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from data_tools.command_runner import run_command
 from data_tools.histogram import Histogram
 from data_tools.progress import ByteProgress
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.dataset_manifest import dataset_paths
 from w1train.data.sharded_dataset import open_dataset
@@ -52,8 +53,8 @@ class Check:
 @command("data_tools.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status, which is 1 if a check failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.inspect",
+    parser = ArgumentParser(
+        prog="w1train data inspect",
         description="Print counts, lengths and documents of a dataset, and check it. The exit status is 1 if a check fails.",
     )
     parser.add_argument("prefix", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")

@@ -1,4 +1,4 @@
-"""The command that shows what packing does to a dataset's documents: python -m data_tools.pack_report PREFIX --sequence-length 4096
+"""The command that shows what packing does to a dataset's documents: w1train data pack-report PREFIX --sequence-length 4096
 
 For each policy of packing it prints which share of the samples is padding, how many documents are cut although they would fit into a
 sample, and how many documents a sample holds.
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.command_runner import run_command
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.packed.best_fit import pack_best_fit
 from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
@@ -50,8 +51,8 @@ class PackReport:
 @command("data_tools.pack_report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.pack_report",
+    parser = ArgumentParser(
+        prog="w1train data pack-report",
         description="Print the share of padding, the cut documents and the documents per sample, by sequence length and policy of packing.",
     )
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")

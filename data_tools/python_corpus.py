@@ -1,4 +1,4 @@
-"""The command that makes a corpus of the sources of Python's standard library: python -m data_tools.python_corpus --output corpus.jsonl
+"""The command that makes a corpus of the sources of Python's standard library: w1train data python-corpus --output corpus.jsonl
 
 Every machine with Python has this corpus of real text and code. Installed packages, tests, and files that are not UTF-8 are left out. The
 corpus has one JSONL record {"path", "text"} for each file, sorted by path.
@@ -13,7 +13,6 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from data_tools.command_runner import run_command
 from data_tools.corpus_options import output_file
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.text.file_names import CorpusError
 from w1train.runtime.command import command
 from w1train.runtime.files import errors_named, write_bytes
@@ -37,8 +37,8 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "py
 @command("data_tools.python_corpus")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.python_corpus",
+    parser = ArgumentParser(
+        prog="w1train data python-corpus",
         description="Collect the sources of the running Python's standard library as JSONL (keys path and text), without installed "
         "packages, tests and generated documentation.",
     )

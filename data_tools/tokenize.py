@@ -1,4 +1,4 @@
-"""The command that tokenizes a corpus: python -m data_tools.tokenize --input PATH --tokenizer tokenizer.json --output PREFIX
+"""The command that tokenizes a corpus: w1train data tokenize --input PATH --tokenizer tokenizer.json --output PREFIX
 
 A part of the documents can go to a validation dataset in the same run. A hash of a document's text decides to which dataset the document
 goes, so the rest of the corpus has no influence, and equal documents never go to different datasets. If a corpus has so few documents that
@@ -37,6 +37,7 @@ from data_tools.progress import ByteProgress
 from data_tools.split import HashSplit, TailSplit, choose_split
 from data_tools.units import UNIT_BYTES, Unit
 from data_tools.workers import ordered_workers
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.output_files import require_writable
@@ -50,8 +51,8 @@ _UNITS_WORTH_A_WORKER = 8
 @command("data_tools.tokenize")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.tokenize",
+    parser = ArgumentParser(
+        prog="w1train data tokenize",
         description="Tokenize a corpus into PREFIX.bin and PREFIX.idx (Megatron's format) with a manifest PREFIX.json. Every document ends "
         "with <eos>. The dataset gets its name only when it is complete. The same command resumes a run that was killed, and the result "
         "is the same to the byte.",

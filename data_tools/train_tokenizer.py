@@ -1,4 +1,4 @@
-"""The command that trains a byte-level BPE tokenizer: python -m data_tools.train_tokenizer --input PATH --output tokenizer.json"""
+"""The command that trains a byte-level BPE tokenizer: w1train data train-tokenizer --input PATH --output tokenizer.json"""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from data_tools.corpus import TextCorpus
 from data_tools.corpus_options import add_corpus_options, corpus_from, output_file
 from data_tools.progress import ByteProgress
 from data_tools.tokenizer_manifest import require_writable_tokenizer, write_tokenizer_manifest
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.tokenizer import train_tokenizer
 from w1train.runtime.command import command
 from w1train.runtime.output_files import OutputError
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 @command("data_tools.train_tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.train_tokenizer",
+    parser = ArgumentParser(
+        prog="w1train data train-tokenizer",
         description="Train a byte-level BPE tokenizer. Special tokens come first (<pad> 0, <eos> 1, <bos> 2, reserved ones, <mask>), "
         "then the 256 bytes, then merges. Decoding gives back exactly the text that was encoded.",
     )

@@ -1,4 +1,4 @@
-"""The command that compares datasets with the hashes in their manifests: python -m data_tools.verify PREFIX..."""
+"""The command that compares datasets with the hashes in their manifests: w1train data verify PREFIX..."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.command_runner import run_command
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.indexed import PACKING_SUFFIX, bin_path
 from w1train.data.packed.packing_index import packings_of, verify_packing_file
 from w1train.data.sharded_dataset import open_dataset
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 @command("data_tools.verify")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status, which is 1 if a dataset is damaged."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.verify",
+    parser = ArgumentParser(
+        prog="w1train data verify",
         description="Read the files of datasets and compare them with the hashes in their manifests, and compare the best-fit packings in "
         "the same directory with the hashes that they contain. Training does this by itself for files of up to 4 GiB.",
     )

@@ -19,10 +19,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.command_line import parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, raise_if_any
-from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
+from w1train.pretrain import COUNTS, problems_before_start
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.command import command
 
@@ -36,11 +37,11 @@ def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
     Raises:
         ConfigurationError: the arguments, the recipe or the layout have problems; it has all of them.
     """
-    command_line = parse_command_line(arguments, NAME_RULES)
+    command_line = parse_command_line(arguments, NAME_RULES, COUNTS)
     if command_line.config is None or command_line.action != "run":
         flag = next(word for word in arguments if word.startswith("-"))
-        raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", "python -m w1train.pretrain " + flag)])
-    raise_if_any(validate(command_line.config, num_ranks))
+        raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", "w1train train " + flag)])
+    raise_if_any(problems_before_start(command_line.config, num_ranks))
     return command_line.config
 
 
@@ -67,9 +68,7 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
 @command("launch.check")
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Return the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the whole run")
     parser.add_argument("--nsys", metavar="RANKS", help="ranks that will run under nsys: numbers separated by commas, or all")
     parser.add_argument("arguments", nargs="*", help="arguments of w1train.pretrain, after --")
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         config = checked_config(options.arguments, options.ranks)
         raise_if_any(nsys_problems(options.nsys, config))
     except ConfigurationError as error:
-        print(f"w1train.pretrain: {error}\n\n'python -m w1train.pretrain --help' explains the command line.", file=sys.stderr)
+        print(f"w1train train: {error}\n\n'w1train train --help' explains the command line.", file=sys.stderr)
         return 2
     print(Path(config.runs_dir) / config.name)
     print(config.health.stop_timeout)

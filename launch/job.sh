@@ -112,13 +112,12 @@ count_failures() {
 }
 
 main() {
-  local state before first=no
+  local state before
   say "run $run on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
   if finished_before; then
     say "nothing is left to do"
     exit 0
   fi
-  [[ "${SLURM_RESTART_COUNT:-0}" == 0 && -z "$(newest_checkpoint "$run")" ]] && first=yes
   while true; do
     before="$(newest_checkpoint "$run")"
     # A signal may have come before there were ranks.
@@ -130,8 +129,8 @@ main() {
         end_chain
         exit 0
       fi
-      # A mistake in configuration or data would be made again. If the run has worked before, something else is wrong.
-      if [[ "$status" == 2 && "$first" == yes && "$attempt" == 1 ]]; then
+      # The same mistake in configuration or data would be made again.
+      if [[ "$status" == 2 ]]; then
         end_chain
         exit 2
       fi

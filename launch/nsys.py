@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command
 
@@ -44,9 +45,7 @@ def nsys_command(ranks: str | None, run: Path) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Run the command: become the rank by exec, so that signals reach the rank and the exit status is the rank's own. Return 2 if nsys is
     not on PATH."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.nsys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="python -m launch.nsys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", required=True, help="ranks to profile: numbers separated by commas, or all")
     parser.add_argument("--output", required=True, type=Path, help="directory for the reports")
     parser.add_argument("command", nargs="+", help="arguments for Python, after --")

@@ -20,6 +20,7 @@ import socket
 import zlib
 from collections.abc import Mapping, Sequence
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.runtime.cluster import port_of_number, rendezvous_port
 from w1train.runtime.command import command
@@ -58,7 +59,7 @@ def require_free(port: int) -> None:
 @command("launch.rendezvous_port")
 def main(arguments: Sequence[str]) -> int:
     """Print the port. Return the exit status: 0, or 2 if the port cannot be used."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.rendezvous_port", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="the run directory")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launch.check import checked_config, nsys_problems
 from launch.slurm_script import Job, RunPlace, warning_seconds
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
 from w1train.config.schema import Config
@@ -108,9 +109,7 @@ def _with_password(word: str) -> Problem:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the options. All values are texts, so that wrong values are reported together later."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PROGRAM}", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=f"python -m {PROGRAM}", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_argument_group("size")
     size.add_argument("--nodes", default="1")
     size.add_argument("--gpus-per-node", default="8", help="number of GPUs of each node; 0 for a run on CPUs (default: 8)")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train with torchrun on this machine, or on this machine as one of several. torchrun starts a rank for each GPU, and starts all ranks
-# again if one of them has died.
+# again if one of them has died, but not after a mistake of the user (launch/elastic.py).
 #
 #   launch/torchrun.sh recipe=w1_4b                                          one node
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu1 launch/torchrun.sh recipe=w1_4b    the same on every node, with its NODE_RANK
@@ -24,8 +24,6 @@ set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/settings.sh
 source "$repository/launch/settings.sh"
-# shellcheck source=launch/newest_checkpoint.sh
-source "$repository/launch/newest_checkpoint.sh"
 VENV="${VENV:-$repository/.venv}"
 python="$VENV/bin/python"
 # The ranks run the code of this repository. Without PYTHONSAFEPATH, a module of the same name in the caller's directory would come first.
@@ -95,7 +93,7 @@ printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC))
 (
   # Processes that bash starts in the background ignore Ctrl-C until they have a handler of their own.
   trap - INT
-  exec "$VENV/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
+  exec "$python" -m launch.elastic "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-3}" \
     --log-dir "$logs" --redirects 3 --tee 0:3 \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     "${command[@]}" "$@"
@@ -109,8 +107,8 @@ trap 'interrupted=yes' INT
 while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
 status=0
 wait "$torchrun" || status=$?
-if [[ "$status" == 0 ]]; then exit 0; fi
-# torchrun ends with 1 whatever its ranks end with. The run's status.json says whether it was stopped or has failed. A status.json of an
+if [[ "$status" == 0 || "$status" == 2 || "$status" == 75 ]]; then exit "$status"; fi
+# After a signal, torchrun ends with 1 whatever its ranks end with. The run's status.json says whether it was stopped or has failed. A status.json of an
 # earlier start does not count: ranks that end before they write one would be started again for ever.
 status=1
 after="$(cat "$run/status.json" 2>/dev/null || true)"
@@ -120,6 +118,5 @@ if [[ -n "$after" && "$after" != "$before" ]]; then
 fi
 if [[ "$status" == 75 ]]; then exit 75; fi
 if [[ "$interrupted" == yes ]]; then exit 130; fi
-# If configuration and data have worked before, they are not the mistake, but something else is, such as a disk that is not mounted.
-if [[ "$status" == 2 && -z "$(newest_checkpoint "$run")" ]]; then exit 2; fi
+if [[ "$status" == 2 ]]; then exit 2; fi
 exit 1

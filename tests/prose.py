@@ -8,7 +8,6 @@ tests/prose_words.toml has the words. The rules are in docs/writing.md.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import io
 import re
@@ -19,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from w1train.config.argument_parser import ArgumentParser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON_FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
@@ -136,7 +137,7 @@ def problems(path: Path) -> list[Problem]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the problems of the files that lie in the given folders, or of all files."""
-    parser = argparse.ArgumentParser(prog="python -m tests.prose", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="python -m tests.prose", description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, help="folders or files to read (default: all of the project)")
     folders = [folder.resolve() for folder in parser.parse_args(arguments).folders] or [REPOSITORY]
     chosen = [path for path in all_files() if any(path.is_relative_to(folder) for folder in folders)]

@@ -6,7 +6,6 @@ it here, or leave the command out.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -26,15 +25,19 @@ from pathlib import Path
 import pytest
 
 from launch.slurm_arguments import parse as parse_slurm
+from w1train.cli import DATA_VERBS, VERBS
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.command_line import CommandLine, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
 from w1train.config.rules.validate import validate
 from w1train.planning.arguments import parse as parse_plan
+from w1train.registered_names import NAME_RULES
+from w1train.train import COUNTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-CONFIGURED = {"w1train.pretrain"}
+CONFIGURED = {"w1train.pretrain", "w1train.train"}
 """Modules whose command line is recipes and overrides; all others use argparse."""
 DISTRIBUTED = {"w1train.doctor"}
 """Modules with argparse that torchrun may start."""
@@ -81,7 +84,9 @@ def check_python(words: list[str]) -> None:
         raise CommandError(f"don't know how to check: python {' '.join(words)}")
     module, arguments = words[1], words[2:]
     path = module_path(module)
-    if module in CONFIGURED:
+    if module == "w1train.train":
+        check_train(arguments)
+    elif module in CONFIGURED:
         if compose(arguments).action != "run" and not run(sys.executable, "-m", module, *arguments).strip():
             raise CommandError(f"prints nothing: {module} {' '.join(arguments)}")
     elif module == "w1train.plan":
@@ -95,6 +100,30 @@ def check_python(words: list[str]) -> None:
             raise CommandError(f"{module} {' '.join(arguments)}: {end}")
     else:
         raise CommandError(f"don't know how to check the arguments of {module}")
+
+
+def check_w1train(words: list[str]) -> None:
+    """A verb and its arguments, or the list of verbs."""
+    if words[:1] == ["data"]:
+        verbs, words = DATA_VERBS, words[1:]
+    else:
+        verbs = VERBS
+    if not words:
+        return
+    if words[0] not in verbs:
+        raise CommandError(f"w1train has no verb {words[0]}")
+    check_python(["-m", verbs[words[0]].module, *words[1:]])
+
+
+def check_train(arguments: list[str]) -> None:
+    """Composed, and its layout fitted to its ranks."""
+    try:
+        command_line = parse_command_line(arguments, NAME_RULES, COUNTS)
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from error
+    config, num_ranks = command_line.config, command_line.counts.get("--nproc", 1)
+    if config is not None and command_line.action == "run" and num_ranks > 1 and (problems := validate(config, num_ranks)):
+        raise CommandError(str(ConfigurationError(problems)))
 
 
 def parse_only(module: str, arguments: list[str]) -> str:
@@ -118,7 +147,7 @@ def parse_only(module: str, arguments: list[str]) -> str:
 
 
 def _parse_and_stop(module: str, arguments: list[str], output: int) -> None:
-    parse_args = argparse.ArgumentParser.parse_args
+    parse_args = ArgumentParser.parse_args
 
     def parse_and_stop(self, *args, **kwargs):
         parse_args(self, *args, **kwargs)
@@ -128,7 +157,7 @@ def _parse_and_stop(module: str, arguments: list[str], output: int) -> None:
     os.dup2(output, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 (pytest has put its own there)
     os.chdir(REPOSITORY)
-    argparse.ArgumentParser.parse_args = parse_and_stop
+    ArgumentParser.parse_args = parse_and_stop
     sys.argv = [module, *arguments]
     sys.modules.pop(module, None)  # runpy warns of one that is imported already
     try:
@@ -209,6 +238,7 @@ def without_options(words: list[str]) -> list[str]:
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
+    "w1train": check_w1train,
     "torchrun": check_torchrun,
     "docker": check_docker,
     "srun": check_srun,
@@ -268,9 +298,14 @@ def test_the_two_commands_come_first():
         ("python -m w1train.nonesuch", "no module w1train.nonesuch"),
         ("python -m pytest", "no module pytest in this repository"),
         ("python -m w1train.config.schema x", "don't know how to check the arguments of w1train.config.schema"),
-        ("python -m data_tools.train_tokenizer --input a --output b --vocab 3 --nonesuch", "unrecognized arguments: --nonesuch"),
+        ("python -m data_tools.train_tokenizer --input a --output b --vocab-size 300 --nonesuch", "unrecognized arguments: --nonesuch"),
         ("python -m data_tools.train_tokenizer --output b", "--input"),
         ("python -m w1train.pretrain recipe=demo model.hiden_size=3", "hidden_size"),
+        ("w1train train recipe=demo model.hiden_size=3", "hidden_size"),
+        ("w1train train --nproc 3 recipe=demo", "data-parallel ranks"),
+        ("w1train nonesuch runs/demo", "w1train has no verb nonesuch"),
+        ("w1train data sample runs/demo", "w1train has no verb sample"),
+        ("w1train sample runs/demo --step 3", "--step: --checkpoint STEP chooses a checkpoint"),
         ("torchrun --ranks 2 -m w1train.pretrain recipe=demo", "torchrun: "),
         ("torchrun --standalone --nproc-per-node 2 -m w1train.pretrain recipe=nonesuch", "nonesuch"),
         ("torchrun --standalone --nproc-per-node 2 -m data_tools.tokenize", "don't know how to check what torchrun starts"),

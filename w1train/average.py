@@ -1,8 +1,8 @@
 """The command that averages a run's best checkpoints, and says whether the average is better than these checkpoints.
 
-    python -m w1train.average RUN --top-k 5
-    python -m w1train.average RUN --steps 100,200,300 --no-evaluate
-    python -m w1train.average RUN --top-k 3 --output runs/other/checkpoints/step_0000000300
+    w1train average RUN --top-k 5
+    w1train average RUN --steps 100,200,300 --no-evaluate
+    w1train average RUN --top-k 3 --output runs/other/checkpoints/step_0000000300
 
 The average is written to RUN/checkpoints/average_..., where `--checkpoint average` of w1train.sample and w1train.evaluate finds it. No
 run resumes from it by itself. The comparison is written to RUN/metrics.jsonl and summary.json. With --output, the average is written
@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.serialization import config_from_yaml
 from w1train.registered_names import require_registered_names
@@ -73,7 +74,7 @@ def _steps(text: str) -> list[int]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.average", description="Average the best checkpoints of a run.")
+    parser = ArgumentParser(prog="w1train average", description="Average the best checkpoints of a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     members = parser.add_mutually_exclusive_group()
     members.add_argument(

@@ -1,7 +1,8 @@
 """The command that converts models from and to Hugging Face.
 
-    python -m w1train.convert from-hf HF_DIR --output my_recipes/model/NAME.yaml
-    python -m w1train.convert to-hf RUN_DIR OUT_DIR
+    w1train convert from-hf HF_DIR --output my_recipes/model/NAME.yaml
+    w1train convert to-hf RUN OUT_DIR
+    w1train convert to-hf RUN OUT_DIR --checkpoint average
 
 ``from-hf`` writes the model section of a recipe. A run with training.initial_weights=HF_DIR then starts from the weights.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import yaml
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
 from w1train.conversion.families import FAMILIES, STOCK, W1
@@ -96,18 +98,14 @@ def to_hugging_face(args: argparse.Namespace) -> int:
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    from w1train.checkpoints.checkpoint_names import step_path
-    from w1train.checkpoints.manifest import CONFIG, CheckpointError, complete_steps
+    from w1train.checkpoints.averaging import find_checkpoint
+    from w1train.checkpoints.manifest import CONFIG, CheckpointError
     from w1train.checkpoints.verification import read_config, verify_checkpoint
     from w1train.conversion.export import export
     from w1train.runtime.run_directory import RunDirectory
 
-    steps = complete_steps(args.run / "checkpoints")
-    if not steps or args.step not in (None, *steps):
-        wanted = "complete checkpoint" if args.step is None else f"checkpoint of step {args.step}"
-        raise UserError(f"{args.run} has no {wanted}; it has: {', '.join(map(str, steps)) or 'none'}")
-    checkpoint = step_path(args.run / "checkpoints", steps[-1] if args.step is None else args.step)
     try:
+        checkpoint = find_checkpoint(args.run / "checkpoints", args.checkpoint)
         verify_checkpoint(checkpoint)
         require_registered_names(read_config(checkpoint), checkpoint / CONFIG)
         exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size)
@@ -125,7 +123,7 @@ def _bytes(text: str) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.convert", description="Convert models from and to Hugging Face.")
+    parser = ArgumentParser(prog="w1train convert", description="Convert models from and to Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True)
     incoming = commands.add_parser("from-hf", help=f"write a recipe's model section for a Hugging Face model ({', '.join(FAMILIES)})")
     incoming.add_argument("directory", type=Path, metavar="HF_DIR", help="directory with config.json")
@@ -135,7 +133,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     outgoing = commands.add_parser("to-hf", help="write a run's checkpoint as a directory that transformers loads")
     outgoing.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     outgoing.add_argument("output", type=Path, metavar="OUT_DIR", help="directory to write, which must be new or empty")
-    outgoing.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
+    outgoing.add_checkpoint_option()
     outgoing.add_argument(
         "--format",
         choices=[W1, STOCK, *FAMILIES],

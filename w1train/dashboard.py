@@ -9,9 +9,9 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 import json
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.schema_operation import LoggingConfig
 from w1train.reports.live_dashboard import definition, workspace
@@ -21,7 +21,7 @@ from w1train.runtime.command import command
 @command("w1train.dashboard")
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m w1train.dashboard", description="Create a W&B workspace with this framework's charts.")
+    parser = ArgumentParser(prog="w1train dashboard", description="Create a W&B workspace with this framework's charts.")
     parser.add_argument("--project", default=LoggingConfig().wandb_project, help="the runs' logging.wandb_project (default: %(default)s)")
     parser.add_argument("--entity", help="user or team that owns the project (default: the key's default entity)")
     parser.add_argument("--print", action="store_true", help="print the definition as JSON and create nothing")
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         print(create(arguments.entity, arguments.project))
     except UserError as error:
-        sys.exit(f"w1train.dashboard: {error}")
+        sys.exit(f"w1train dashboard: {error}")
 
 
 def create(entity: str | None, project: str) -> str:

@@ -1,8 +1,8 @@
 """The command that examines a machine: what is installed, what works and how fast it is, and under torchrun or srun, whether all ranks can
 communicate.
 
-    python -m w1train.doctor
-    python -m w1train.doctor --quick
+    w1train doctor
+    w1train doctor --quick
     torchrun --standalone --nproc-per-node 8 -m w1train.doctor --json
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none python -m w1train.doctor
 
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError, first_line
 from w1train.diagnosis.collectives import collective_section, initialize
 from w1train.diagnosis.devices import device_section, driver_version
@@ -96,7 +97,7 @@ def _together(device: torch.device, seconds: float, runs_dir: Path, kernels: Sec
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.doctor", description="Report what works on this machine, and how fast.")
+    parser = ArgumentParser(prog="w1train doctor", description="Report what works on this machine, and how fast.")
     parser.add_argument(
         "--quick", action="store_true", help="only import packages and query devices, for health checks; nothing runs on a GPU"
     )

@@ -1,8 +1,8 @@
 """The command that evaluates a checkpoint.
 
-    python -m w1train.evaluate RUN
-    python -m w1train.evaluate RUN --checkpoint average --validation data/other --json
-    python -m w1train.evaluate RUN --likelihood questions.jsonl --draws 128
+    w1train evaluate RUN
+    w1train evaluate RUN --checkpoint average --validation data/other --json
+    w1train evaluate RUN --likelihood questions.jsonl --draws 128
 
 Without --likelihood, it repeats the validation of training: the 1/t ELBO in nats per token and bits per byte, and the masked cross-entropy,
 also by timestep. With --likelihood, it estimates log-likelihoods of completions by LLaDA's exact-count estimator
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.serialization import config_from_yaml
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
@@ -33,7 +34,6 @@ from w1train.evaluation.questions import FORMATS, Answer, Question, answer_quest
 from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command
 from w1train.runtime.masking import mask, unmasked
-from w1train.sample import CHECKPOINT_HELP, checkpoint_name
 
 
 @command("w1train.evaluate")
@@ -141,9 +141,9 @@ def _as_json(answer: Answer) -> dict[str, Any]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.evaluate", description="Evaluate a checkpoint, in this process alone.")
+    parser = ArgumentParser(prog="w1train evaluate", description="Evaluate a checkpoint, in this process alone.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
-    parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
+    parser.add_checkpoint_option()
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--validation", metavar="PREFIX", help="validation set to use instead of the run's")
     what.add_argument(

@@ -1,8 +1,8 @@
 """The command that plans a run without a GPU: its memory, traffic and speed.
 
-    python -m w1train.plan recipe=w1_4b gpus=512
-    python -m w1train.plan recipe=w1_4b gpus=512 parallel.tensor=4 parallel.sequence=true --device h200 --json
-    python -m w1train.plan recipe=llada_8b gpus=256 --search
+    w1train plan recipe=w1_4b gpus=512
+    w1train plan recipe=w1_4b gpus=512 parallel.tensor=4 parallel.sequence=true --device h200 --json
+    w1train plan recipe=llada_8b gpus=256 --search
 
 The numbers come from closed forms (w1train/planning). The ranks of the layout are then built on meta tensors.
 """
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         request = parse(arguments, NAME_RULES)
         return search(request) if request.search else plan(request)
     except ConfigurationError as error:
-        print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the command line.", file=sys.stderr)
+        print(f"{PROGRAM}: {error}\n\n'{PROGRAM} --help' explains the command line.", file=sys.stderr)
         return 2
 
 

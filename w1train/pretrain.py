@@ -1,9 +1,9 @@
-"""The command that trains a model: it reads a recipe and writes a run directory.
+"""The command that trains a model in one rank: it reads a recipe and writes a run directory.
 
-    python -m w1train.pretrain recipe=demo
     torchrun --nproc-per-node 8 -m w1train.pretrain recipe=w1_4b parallel.tensor=4
 
-The same command, given again, resumes the run. The training loop is in w1train/training/loop.py.
+torchrun and srun start it for each rank. `w1train train` (w1train/train.py) starts the ranks of one machine by itself. The same command,
+given again, resumes the run. The training loop is in w1train/training/loop.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
-from w1train.config.errors import ConfigurationError, UserError, raise_if_any
+from w1train.config.errors import ConfigurationError, Problem, UserError, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
@@ -35,6 +35,13 @@ from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.masking import remember_passwords
 
 logger = logging.getLogger(__name__)
+
+PROGRAM = "w1train train"
+DESCRIPTION = "Pretrain a diffusion language model."
+COUNTS = {
+    "--max-steps": "for trials: save and end at step N of the run; without it, the same command continues, with the same schedule",
+}
+"""The flags that this command has beside those of the configuration, and their meanings."""
 
 # Beginnings of warnings that tell users nothing: those of megatron-core about its own defaults and its own shards of the parameters, and
 # those of torch about the way in which megatron-core reads a checkpoint's metadata.
@@ -56,34 +63,48 @@ def main(arguments: list[str]) -> int:
         # This sets RANK, which the command line reads in order to report mistakes once.
         discovery = discover_ranks()
     except ConfigurationError as error:
-        return _fail_alone(str(error), ExitStatus.MISTAKE)
-    config = config_from_command_line(
-        arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.", rules=NAME_RULES
-    )
+        return fail_alone(str(error), ExitStatus.MISTAKE)
+    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS)
+    return train(config, counts.get("--max-steps"), discovery)
+
+
+def train(config: Config, max_steps: int | None = None, discovery: str | None = None) -> int:
+    """Check the run and train it, in this process, which is one rank. Return an ExitStatus.
+
+    Args:
+        max_steps: the step of the run at which this start ends; None = the last step of the schedule.
+        discovery: where the rank of this process was found, for the log.
+    """
     remember_passwords(str(value) for _, value in leaves(config))  # a recipe or a variable of the environment may have brought them
     set_up_logging()
     if discovery is not None:
         logger.info("%s", discovery)
     try:
-        raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        raise_if_any(problems_before_start(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     except ConfigurationError as error:
         return _fail_together(str(error), ExitStatus.MISTAKE)
     try:
-        return run(config)
+        return run(config, max_steps)
     except KeyboardInterrupt:
         # The user waits, and torchrun gets Ctrl-C too, so that the other ranks wait for a second only.
         return _fail_together("interrupted; the same command resumes from the last checkpoint", ExitStatus.INTERRUPTED, seconds=1.0)
 
 
-def run(config: Config) -> int:
-    """Build the model and train it. Return an ExitStatus."""
+def problems_before_start(config: Config, world_size: int | None) -> list[Problem]:
+    """Return what is wrong with a run on so many ranks (None: not known). Nothing heavy is imported for it. `w1train train` and the
+    launchers ask before they start ranks, and every rank asks before it builds the model."""
+    return validate(config, world_size)
+
+
+def run(config: Config, max_steps: int | None = None) -> int:
+    """Build the model and train it, to the step ``max_steps`` at most. Return an ExitStatus."""
     # megatron-core takes seconds to import, which a mistake in the configuration should not wait for.
     gc.disable()  # imports leave no garbage, and the search for it takes an eighth of the time of a start
     from w1train.runtime.device import make_deterministic
     from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
     from w1train.runtime.megatron_on_cpu import import_megatron
     from w1train.runtime.monitor import monitored
-    from w1train.runtime.run_directory import RunDirectory
+    from w1train.runtime.run_directory import RunDirectory, RunDirectoryInUseError
     from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
@@ -104,8 +125,10 @@ def run(config: Config) -> int:
             on_main_rank(partial(put_stacks_aside, directory.path))
             with monitored(directory.path, ranks, config.health) as status:
                 trainer = Trainer(config, ranks, directory, open_initial_weights)
-                trainer.fit()
+                trainer.fit(max_steps)
                 status.update("stopped" if trainer.stopped else "finished")
+    except RunDirectoryInUseError as error:
+        return _fail(error, ExitStatus.FAILED)
     except UserError as error:
         return _fail(error, ExitStatus.MISTAKE)
     except (CheckpointError, FloatingPointError, OSError) as error:
@@ -113,10 +136,10 @@ def run(config: Config) -> int:
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        return _fail_alone("lost the connection to another rank, whose own message, if it could write one, says why", ExitStatus.FAILED)
+        return fail_alone("lost the connection to another rank, whose own message, if it could write one, says why", ExitStatus.FAILED)
     finally:
         directory.release()
-    return ExitStatus.STOPPED if trainer.stopped else ExitStatus.FINISHED
+    return ExitStatus.STOPPED if trainer.stopped and not trainer.is_at(max_steps) else ExitStatus.FINISHED
 
 
 def set_up_logging() -> None:
@@ -136,21 +159,21 @@ def _fail(error: Exception, status: int) -> int:
     from w1train.runtime.distributed import is_agreed
 
     message = "\n".join([describe_error(error), *getattr(error, "__notes__", [])])
-    return _fail_together(message, status) if is_agreed(error) else _fail_alone(message, status)
+    return _fail_together(message, status) if is_agreed(error) else fail_alone(message, status)
 
 
 def _fail_together(message: str, status: int, seconds: float = PATIENCE_SECONDS) -> int:
     """Report an error that ends all ranks, on rank 0, and return the status. The other ranks give rank 0 some seconds for it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"w1train.pretrain: {message}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
     wait_for_main_rank(seconds)
     return status
 
 
-def _fail_alone(message: str, status: int) -> int:
+def fail_alone(message: str, status: int) -> int:
     """Report an error that this rank alone has met, and return the status."""
     rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"w1train.pretrain{rank}: {message}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}{rank}: {message}", file=sys.stderr, flush=True)
     return status
 
 

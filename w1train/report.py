@@ -1,4 +1,4 @@
-"""The command that writes a page about a run, or a page that compares several runs: python -m w1train.report RUN [RUN...]."""
+"""The command that writes a page about a run, or a page that compares several runs: w1train report RUN [RUN...]."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.reports.report_compare import write_comparison
 from w1train.reports.report_page import shows_runs
@@ -24,8 +24,8 @@ from w1train.runtime.output_files import require_writable
 @command("w1train.report")
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m w1train.report",
+    parser = ArgumentParser(
+        prog="w1train report",
         description="Write RUN/report.html, or for several runs, comparison.html in the directory of the first. Each page is one file.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory; the run may still be training")
@@ -49,7 +49,7 @@ def main() -> None:
         else:
             print(write_report(arguments.runs[0], arguments.compare))
     except (OSError, UserError) as error:
-        sys.exit(f"w1train.report: {describe_error(error)}")
+        sys.exit(f"w1train report: {describe_error(error)}")
 
 
 def _files(run: Path) -> Iterator[Path]:

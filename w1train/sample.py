@@ -1,7 +1,7 @@
 """The command that generates text with a trained run.
 
-    python -m w1train.sample RUN --prompt "def main" --temperature 0.7
-    python -m w1train.sample RUN --prompt "def main(" --suffix "return 0"
+    w1train sample RUN --prompt "def main" --temperature 0.7
+    w1train sample RUN --prompt "def main(" --suffix "return 0"
 
 With --suffix, the text is filled in between the prompt and the suffix.
 Options that are not given have the values of the run's sampling configuration.
@@ -30,6 +30,7 @@ from typing import Protocol, TextIO
 import torch
 from rich.console import Console
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
 from w1train.config.serialization import config_from_yaml
@@ -66,8 +67,6 @@ class InferenceModel(Protocol):
 
 Load = Callable[[Path, int | str | None], InferenceModel]
 """A function of a run directory and a checkpoint (its step, its name, or None for the newest step) that returns the model."""
-
-CHECKPOINT_HELP = "step or name of the checkpoint; average is the newest average (default: the newest step)"
 
 
 @command("w1train.sample")
@@ -138,11 +137,6 @@ def _sample(model: InferenceModel, config: Config, suffixes: list[str] | None, *
     return samples, Speed(num_tokens, seconds, num_tokens / seconds, num_tokens / max(num_passes, 1))
 
 
-def checkpoint_name(text: str) -> int | str:
-    """Return a step as a number, and any other text as it is. This is the type of an argument."""
-    return int(text) if text.isdecimal() else text
-
-
 def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
     # megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
     from w1train.runtime.megatron_on_cpu import import_megatron
@@ -200,7 +194,7 @@ def _as_json(
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m w1train.sample", description="Generate text with a trained run.")
+    parser = ArgumentParser(prog="w1train sample", description="Generate text with a trained run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     prompt_help = "text that the model continues; repeat the option for several texts; an empty text = without a prompt"
     parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help=prompt_help)
@@ -221,7 +215,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 = the most probable token")
     parser.add_argument("--remasking", choices=[*ORDERS], help="which predictions are kept at each step")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
-    parser.add_argument("--checkpoint", type=checkpoint_name, metavar="STEP", help=CHECKPOINT_HELP)
+    parser.add_checkpoint_option()
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--show-steps", action="store_true", help="draw the canvas at every denoising step")

@@ -1,7 +1,7 @@
 """The command that prints what runs are doing, by their status.json and the heartbeats of their ranks.
 
-    python -m w1train.status runs/demo
-    python -m w1train.status runs/*
+    w1train status runs/demo
+    w1train status runs/*
 
 The exit status says what a run does: 0 = it has finished, 75 = it was stopped by a signal after saving, and is to be started again, 3 = it
 is running, 1 = it has failed or died, 2 = it is not a run, or was ended by a mistake in configuration or data. For several runs, it is the
@@ -17,13 +17,13 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 import socket
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.status import STATUS_FILE, Heartbeat, Status, read_heartbeats, read_status
@@ -40,7 +40,7 @@ _LONGEST_LINE = 4000
 @command("w1train.status")
 def main(arguments: Sequence[str]) -> int:
     """Run the command: print one line for each run. Return the exit status that the module's docstring describes."""
-    parser = argparse.ArgumentParser(prog="w1train.status", description="Print what runs are doing.")
+    parser = ArgumentParser(prog="w1train status", description="Print what runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument(
         "--silent", type=float, default=_SILENT_SECONDS, metavar="SECONDS", help="silence after which a run counts as dead (default: 1200)"

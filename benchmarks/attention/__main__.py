@@ -34,6 +34,7 @@ from benchmarks.attention.sides import sides
 from benchmarks.attention.workloads import Workload, tiny_workloads, workloads
 from benchmarks.common.records import device_of, publish, record_of
 from benchmarks.common.results_page import RESULTS
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase
 
@@ -69,7 +70,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[list[Mea
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.attention", description="Measure every attention backend side by side.")
+    parser = ArgumentParser(prog="benchmarks.attention", description="Measure every attention backend side by side.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--tiny", action="store_true", help="use small shapes, which show that the benchmark works and not how fast anything is"

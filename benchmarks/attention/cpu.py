@@ -17,7 +17,6 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../../..")
 
-import argparse
 import math
 import shlex
 import statistics
@@ -32,6 +31,7 @@ from benchmarks.common.results_page import Table, environment, write_report
 from w1train.attention.backends.rectangles import Rectangle
 from w1train.attention.backends.sdpa import DensePlan, SdpaBackend
 from w1train.attention.visibility import Visibility, block_diffusion_visibility, causal_visibility, document_visibility
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.rules.attention_limits import AttentionCase
 
 _SEED = 1234
@@ -122,7 +122,7 @@ def _require_agreement(name: str, gradients: Sequence[Sequence[Tensor]]) -> None
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-attention-cpu.md. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmarks.attention.cpu", description="Attention by rectangles against dense attention.")
+    parser = ArgumentParser(prog="benchmarks.attention.cpu", description="Attention by rectangles against dense attention.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096; two streams have twice the rows)")
     parser.add_argument("--heads", type=int, default=4, help="number of query heads (default: 4)")
     parser.add_argument("--groups", type=int, default=4, help="number of key/value heads (default: 4)")

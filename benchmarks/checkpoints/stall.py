@@ -20,7 +20,6 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../../..")
 
-import argparse
 import json
 import logging
 import shlex
@@ -35,6 +34,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results_page import Table, environment, spread, write_report
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.compose import load_config
 from w1train.config.schema import Config
 from w1train.runtime.megatron_on_cpu import import_megatron
@@ -175,7 +175,7 @@ def tables(found: Measurements, config: Config) -> list[Table]:
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark. Return the exit status: 0, or 1 if the stall is above its limit."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints.stall", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="python -m benchmarks.checkpoints.stall", description=__doc__.partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides over the model of 200 million parameters")
     parser.add_argument("--rounds", type=int, default=6, help="number of saves of each kind (default: %(default)s)")
     parser.add_argument("--steps-between", type=int, default=3, help="steps without a save before each round (default: %(default)s)")

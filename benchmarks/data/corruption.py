@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.common.results_page import Table, environment, spread, write_report
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.data.dataset import TokenDataset
@@ -86,7 +87,7 @@ def measure(loader: BatchLoader, config: DiffusionConfig, options: argparse.Name
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-corruption.md. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmarks.data.corruption", description="Measure loader and corruption on one core.")
+    parser = ArgumentParser(prog="benchmarks.data.corruption", description="Measure loader and corruption on one core.")
     parser.add_argument("--length", type=int, default=4096, help="sequence length (default: 4096)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples of a micro-batch (default: 4)")
     parser.add_argument("--document-length", type=int, default=600, help="median tokens of a document (default: 600)")

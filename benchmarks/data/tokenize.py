@@ -36,6 +36,7 @@ import psutil
 
 from benchmarks.common.results_page import Table, environment, spread, write_report
 from data_tools import python_corpus, tokenize
+from w1train.config.argument_parser import ArgumentParser
 from w1train.data.tokenizer import Tokenizer, train_tokenizer
 
 _BATCH_BYTES = 1 << 19
@@ -161,9 +162,7 @@ def _children(tree: psutil.Process) -> list[psutil.Process]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-tokenize.md. Return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.data.tokenize", description="Compare data_tools.tokenize with the tokenizer library alone."
-    )
+    parser = ArgumentParser(prog="benchmarks.data.tokenize", description="Compare data_tools.tokenize with the tokenizer library alone.")
     parser.add_argument("--speed-mb", type=int, default=40, help="megabytes of the corpus for the speed (default: 40)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each way runs (default: 5)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers (default: 1 2)")

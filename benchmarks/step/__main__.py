@@ -35,6 +35,7 @@ from benchmarks.common.results_page import RESULTS
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
 from benchmarks.step.step_report import chart, key_results, notes, tables, verdicts
 from benchmarks.step.step_run import Run, Variant
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.compose import load_config
 from w1train.config.errors import UserError, raise_if_any
 from w1train.config.rules.validate import validate
@@ -184,7 +185,7 @@ def run_one(options: argparse.Namespace) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description="Measure a training step of W1-4B, and its parts.")
+    parser = ArgumentParser(prog="benchmarks.step", description="Measure a training step of W1-4B, and its parts.")
     parser.add_argument("overrides", nargs="*", help="further overrides of recipe=w1_4b, for all runs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(

@@ -39,6 +39,7 @@ import torch
 
 from benchmarks.common.results_page import Table, environment, spread, write_report
 from benchmarks.common.synthetic import make_tokenizer, write_dataset
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.compose import load_config
 from w1train.config.schema import Config
 from w1train.runtime.megatron_on_cpu import import_megatron
@@ -129,7 +130,7 @@ Largest relative difference between the losses of the two loops at a step: {diff
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-step-overhead.md. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmarks.step.overhead", description="Compare the framework's step with a bare PyTorch loop.")
+    parser = ArgumentParser(prog="benchmarks.step.overhead", description="Compare the framework's step with a bare PyTorch loop.")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless another recipe is given)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads for both loops (default: 1)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each loop (default: 20)")

@@ -26,6 +26,7 @@ from tests.chaos.disk import how_a_disk_fills
 from tests.chaos.faults import FAULTS
 from tests.chaos.jobs import GRACE_SECONDS, die_with_parent
 from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, NUM_STEPS
+from w1train.config.argument_parser import ArgumentParser
 
 NUM_RUNS = 120
 _BUSY = "import time; end = time.monotonic() + 7200\nwhile time.monotonic() < end: pass"
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     names = [fault.name for fault in FAULTS]
-    parser = argparse.ArgumentParser(prog="tests.chaos", description="Disturb trainings on two ranks, and compare with undisturbed ones.")
+    parser = ArgumentParser(prog="tests.chaos", description="Disturb trainings on two ranks, and compare with undisturbed ones.")
     parser.add_argument("--num-runs", type=int, default=NUM_RUNS, help=f"number of runs (default: {NUM_RUNS})")
     parser.add_argument("--seed", type=int, default=0, help="seed of steps, delays, ranks and places (default: 0)")
     parser.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from w1train import pretrain
-from w1train.config.command_line import config_from_command_line, parse_command_line
+from w1train.config.command_line import config_from_command_line, parse_command_line, without_flag
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
 from w1train.config.recipe_files import packaged_directory
@@ -27,7 +27,7 @@ def user_directory(tmp_path: Path) -> str:
 
 def run(*argv: str) -> int | str | None:
     with pytest.raises(SystemExit) as caught:
-        config_from_command_line(argv, program="w1train.pretrain", description="Pretrain a model.")
+        config_from_command_line(argv, program="w1train train", description="Pretrain a model.", counts={"--max-steps": "for trials"})
     return caught.value.code
 
 
@@ -41,8 +41,8 @@ def test_flags_and_overrides_in_any_order(user_directory: str) -> None:
 
 
 def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_from_command_line(["recipe=demo"], program="p", description="d")
-    assert config == load_config(["recipe=demo"])
+    config, counts = config_from_command_line(["recipe=demo"], program="p", description="d")
+    assert (config, counts) == (load_config(["recipe=demo"]), {})
     assert capsys.readouterr() == ("", "")
 
 
@@ -68,8 +68,9 @@ def test_help(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     text = capsys.readouterr().out
     for words in (
         "Pretrain a model.",
-        "usage: python -m w1train.pretrain",
+        "usage: w1train train",
         "--config-dir DIR",
+        "--max-steps N     for trials",
         "w1_4b",
         "parallel",
         "docs/configuration.md",
@@ -81,7 +82,7 @@ def test_mistakes_go_to_stderr_without_a_traceback(capsys: pytest.CaptureFixture
     assert run("recipe=demo", "--cgf", "model.hiden_size=1", "training.seed=x", "--parallel.tensor=2") == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith("w1train.pretrain: 4 problems in the configuration:\n1. --cgf\n")
+    assert output.err.startswith("w1train train: 4 problems in the configuration:\n1. --cgf\n")
     for words in (
         "did you mean --cfg?",
         "without dashes if it is a key: parallel.tensor=2",
@@ -107,6 +108,15 @@ def test_wrong_flags(words: list[str], key: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_command_line(["recipe=demo", *words])
     assert [problem.key for problem in caught.value.problems] == [key]
+
+
+@pytest.mark.parametrize("words", [["--max-steps", "7"], ["--max-steps=7"]])
+def test_a_flag_of_one_program(words: list[str]) -> None:
+    counts = {"--max-steps": "for trials"}
+    assert parse_command_line([words[0], *words[1:], "recipe=demo"], counts=counts).counts == {"--max-steps": 7}
+    assert without_flag(["recipe=demo", *words, "--cfg", "job"], "--max-steps") == ["recipe=demo", "--cfg", "job"]
+    with pytest.raises(ConfigurationError, match="an unknown flag"):
+        parse_command_line([*words, "recipe=demo"])
 
 
 def test_flags_without_a_value_take_none() -> None:
@@ -141,7 +151,7 @@ def test_under_torchrun_other_ranks_let_the_first_one_speak(
 def test_after_ctrl_c_they_do_not_keep_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchrun that has been interrupted as well waits for all ranks."""
 
-    def interrupted(_config: Config) -> int:
+    def interrupted(_config: Config, _max_steps: int | None) -> int:
         raise KeyboardInterrupt
 
     slept: list[float] = []

@@ -215,7 +215,8 @@ def conditioned_run(tmp_path_factory):
         (["--format", "stock"], "no stock class computes this model"),
         (["--format", "llama"], "model.conditioning is adaln"),
         (["--format", "qwen2"], "model.qkv_bias is false, and true in qwen2"),
-        (["--step", "7"], "no checkpoint of step 7; it has: 1"),
+        (["--checkpoint", "7"], "no checkpoint of step 7; it has: 1"),
+        (["--checkpoint", "average"], "no checkpoint average; it has: 1"),
     ],
     ids=str,
 )

@@ -95,7 +95,7 @@ def test_a_large_one_is_named(dataset, config, monkeypatch, caplog):
     spoil(path, dataset.num_documents)
     monkeypatch.setattr("w1train.training.training_data.MAX_VERIFIED_BYTES", 1000)
     TrainingData(config, RANKS)
-    assert f"{path} has 0.0 GB: not compared with the hash in it; `python -m data_tools.verify {path}` compares it" in caplog.text
+    assert f"{path} has 0.0 GB: not compared with the hash in it; `w1train data verify {path}` compares it" in caplog.text
 
 
 def test_verify_reads_those_beside_a_dataset_and_others_by_name(dataset, tmp_path, caplog):

@@ -152,7 +152,7 @@ class TinyRun:
         return ["--config-dir", str(self.data / "recipes"), "recipe=tiny", f"runs_dir={self.runs_dir}", *overrides]
 
     def train(self, *overrides: str, world_size: int = 1, sabotage: Sabotage | None = None, log: str = "rank") -> Outcome:
-        """``python -m w1train.pretrain`` on forked ranks."""
+        """``w1train train`` on forked ranks."""
         self.runs_dir.mkdir(exist_ok=True)
         logs = [self.runs_dir / f"{log}-{rank}.log" for rank in range(world_size)]
         statuses = launch(world_size, partial(_rank, self.arguments(*overrides), self.data, logs, sabotage))

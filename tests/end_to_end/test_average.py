@@ -16,7 +16,7 @@ from tests.distributed import run_distributed
 from tests.end_to_end import traps
 from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_resume import require_equal
-from w1train import average, evaluate, sample
+from w1train import average, convert, evaluate, sample
 from w1train.checkpoints.manifest import read_scores
 from w1train.inference.predictor import load_for_inference
 from w1train.reports.run_report import write_report
@@ -236,3 +236,23 @@ def test_another_validation_set(averaged):
     status, out, err = in_a_process(averaged, evaluate, "--validation", "absent")
     assert (status, out) == (2, "")
     assert "absent" in err
+
+
+def test_the_average_is_exported(averaged, tmp_path):
+    """By the command that docs/conversion.md shows."""
+    weights = []
+    for checkpoint in ("average", "12"):
+        output = tmp_path / checkpoint
+        status, out, err = in_a_process(averaged, _ToHuggingFace, str(output), "--checkpoint", checkpoint)
+        assert status == 0, err
+        assert f"{'average_' if checkpoint == 'average' else 'step_'}0000000" in out
+        weights.append((output / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+
+
+class _ToHuggingFace:
+    """w1train convert to-hf, as a command whose first argument is the run."""
+
+    @staticmethod
+    def main(arguments: list[str]) -> int:
+        return convert.main(["to-hf", *arguments])

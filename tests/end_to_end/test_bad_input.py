@@ -157,7 +157,7 @@ def test_data_missing_on_one_rank_alone_ends_all_ranks(tiny_run, tmp_path):
             os.chdir(tmp_path)
 
     outcome = tiny_run.train(world_size=2, sabotage=elsewhere).require(2)
-    require_message(outcome.output, r"w1train.pretrain: tokenizer .*cannot be read: No such file.*\nmet by rank 1 of 2 ranks\n")
+    require_message(outcome.output, r"w1train train: tokenizer .*cannot be read: No such file.*\nmet by rank 1 of 2 ranks\n")
     assert outcome.outputs[1] == ""
     assert describe_run(tiny_run.path)[1] == ExitStatus.MISTAKE  # what launch/torchrun.sh ends with
 
@@ -177,7 +177,7 @@ def test_what_a_high_rank_meets_before_there_are_groups_is_told_by_it(tiny_run):
 
     outcome = tiny_run.train(world_size=2, sabotage=select)
     assert outcome.statuses == [1, 2]
-    assert outcome.outputs[1] == "w1train.pretrain, rank 1: LOCAL_RANK is 1 but this machine has 1 GPUs\n"
+    assert outcome.outputs[1] == "w1train train, rank 1: LOCAL_RANK is 1 but this machine has 1 GPUs\n"
 
 
 def test_an_error_of_a_library_keeps_its_traceback(tiny_run):

@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_named(tiny_data, undisturbed, tmp_path, damage)
     act(run.checkpoints / "step_0000000012")
     before = run.metrics()
     outcome = run.train("checkpoint.on_damage=stop", world_size=2).require(1)
-    message = one_line(outcome.output, f"w1train.pretrain: {run.checkpoints}/step_0000000012 is damaged: ")
+    message = one_line(outcome.output, f"w1train train: {run.checkpoints}/step_0000000012 is damaged: ")
     assert re.search(words, message), message
     assert message.endswith("Remove this directory to resume from an older checkpoint.")
     assert outcome.outputs[1] == ""
@@ -220,7 +220,7 @@ def test_a_run_directory_has_one_user(tiny_run, undisturbed, tmp_path):
             break
         threading.Event().wait(0.05)
     holder = json.loads((tiny_run.path / ".lock").read_text())
-    second = TinyRun(tiny_run.data, tiny_run.runs_dir).train(world_size=2, log="second").require(2)
+    second = TinyRun(tiny_run.data, tiny_run.runs_dir).train(world_size=2, log="second").require(1)
     assert f"in use by process {holder['pid']} on " in one_line(second.output, str(tiny_run.path))
     assert second.outputs[1] == ""
     go_on.touch()

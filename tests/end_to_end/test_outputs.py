@@ -186,7 +186,7 @@ def test_samples_come_back_from_the_checkpoint(thorough, tmp_path):
 
 
 def sampled(run: TinyRun, directory: Path) -> dict[str, Any]:
-    """What ``python -m w1train.sample RUN --json`` says."""
+    """What ``w1train sample RUN --json`` says."""
     return json.loads(in_process(run.data, directory / "log", lambda: sample.main([str(run.path), "--json"])).splitlines()[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 
@@ -19,6 +20,18 @@ def require_equal(run: TinyRun, expected: TinyRun) -> None:
     assert {key: value for key, value in run.summary().items() if key not in not_measured} == {
         key: value for key, value in expected.summary().items() if key not in not_measured
     }
+
+
+def test_a_trial_ends_at_its_step_and_continues_as_if_it_had_not(tiny_run, undisturbed):
+    options = ("training.precision=bf16", "checkpoint.asynchronous=false")
+    for _ in range(2):  # the second start has nothing to do
+        tiny_run.train(*options, "--max-steps", "5", world_size=2).require(0)
+        assert tiny_run.steps_saved() == [3, 5]
+        assert [record["step"] for record in tiny_run.train_records()] == [1, 2, 3, 4, 5]
+        assert json.loads((tiny_run.path / "status.json").read_text())["state"] == "stopped"
+        assert not (tiny_run.path / "summary.json").exists()
+    tiny_run.train(*options, "--max-steps", "99", world_size=2).require(0)
+    require_equal(tiny_run, undisturbed(2, "bf16"))
 
 
 IN_EACH_RUN = (

@@ -104,7 +104,7 @@ def test_a_storage_that_fails_ends_a_start_with_one_line(lost, bucket):
     for error, kind in (("ClientError", "list"), ("ClientError denied", "get"), ("ClientConnectionError", "info")):
         set_faults(bucket, failing={kind: 1.0}, error=error)
         outcome = train(lost, bucket, world_size=2).require(1)
-        line = one_line(outcome.output, f"w1train.pretrain: faulty://{bucket}: could not ")
+        line = one_line(outcome.output, f"w1train train: faulty://{bucket}: could not ")
         assert "Check the" in line
         assert outcome.outputs[1] == ""
     assert list(lost.checkpoints.iterdir()) == []

@@ -197,19 +197,14 @@ def test_stray_entries_are_no_progress(job):
     assert "attempt 1 from the start" in output
 
 
-def test_a_mistake_of_the_user_is_not_repeated(job):
-    job.plan("2 -", "0 -")
+@pytest.mark.parametrize("before", [[], ["1 0000000003"]])
+def test_a_mistake_of_the_user_is_not_repeated(job, before):
+    """Also not in a run that has saved checkpoints: a directory that another process still holds is no mistake, but a failure."""
+    job.plan(*before, "2 -", "0 -")
     status, _ = job.end()
     assert status == 2
-    assert job.num_starts == 1
+    assert job.num_starts == len(before) + 1
     assert not job.requeued
-
-
-def test_what_has_worked_before_is_no_mistake_of_the_user(job):
-    """The run directory may still be locked by a node that died, or data not yet be mounted."""
-    job.plan("1 0000000003", "2 -", "0 0000000010")
-    assert job.end()[0] == 0
-    assert job.num_starts == 3
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "PENDING", "CANCELLED"])

@@ -288,3 +288,16 @@ def test_the_way_that_is_proposed_keeps_the_password_out(monkeypatch):
     text = script("--", "recipe=w1_4b", "checkpoint.upload=${oc.env:VARIABLE}")
     assert "hunter2" not in text
     assert "'checkpoint.upload=${oc.env:VARIABLE}'" in text
+
+
+def test_relative_paths_of_the_script_begin_where_the_caller_is(tmp_path):
+    """launch/slurm.sh, typed in another directory than the checkout."""
+    (tmp_path / "recipes/recipe").mkdir(parents=True)
+    (tmp_path / "recipes/recipe/mine.yaml").write_text("# @package _global_\ndefaults: [demo]\nname: mine\n")
+    words = ["--gpus-per-node", "0", "--dry-run", "--", "--config-dir", "recipes", "recipe=mine"]
+    command = [str(REPOSITORY / "launch/slurm.sh"), *words]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"VENV": sys.prefix}, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert f"#SBATCH --chdir={tmp_path}\n" in result.stdout
+    assert f"\nrun={tmp_path}/runs/mine\n" in result.stdout
+    assert "  --config-dir\n  recipes\n  recipe=mine\n" in result.stdout

@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = f"""\
 case "$2" in
   w1train.status) exit "${{RUN_STATUS:-0}}" ;;
+  launch.elastic) shift 2; exec torchrun "$@" ;;
   launch.check) if [ -n "$CHECKED" ]; then echo "$CHECKED"; exit; fi ;;
   *cuda*) echo 2; exit ;;
 esac
@@ -263,18 +264,12 @@ def test_after_ctrl_c_it_waits_for_the_ranks(torchrun, tmp_path):
     process.communicate()
 
 
-def test_a_mistake_after_checkpoints_is_none(torchrun):
-    """Such as data on a disk that is not there any more."""
+@pytest.mark.parametrize("status", [2, 75])
+def test_a_final_status_of_the_ranks_is_kept(torchrun, status):
+    """A mistake is one after checkpoints, too, and launch.elastic tells it without the run's status."""
     (torchrun.runs_dir / "demo/checkpoints/step_0000000005").mkdir(parents=True)
-    torchrun.ends(f"{torchrun.says_status}; exit 1")
-    assert torchrun.run(RUN_STATUS="2")[0] == 1
-
-
-@pytest.mark.parametrize("name", ["step_latest", "step_5", "step_00000000005", "step_0000000005.tmp", ".writing-step_0000000005"])
-def test_other_entries_beside_checkpoints_are_none(torchrun, name):
-    (torchrun.runs_dir / "demo/checkpoints" / name).mkdir(parents=True)
-    torchrun.ends(f"{torchrun.says_status}; exit 1")
-    assert torchrun.run(RUN_STATUS="2")[0] == 2
+    torchrun.ends(f"exit {status}")
+    assert torchrun.run()[0] == status
 
 
 def test_a_status_that_is_gone_is_no_mistake(torchrun):

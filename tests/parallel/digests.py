@@ -9,7 +9,6 @@ Another machine may round in another way, so no digest is kept in git.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from tests.distributed import run_distributed
 from tests.parallel.layouts import LEARNING_RATE, micro_batches, open_gates, world_size
 from tests.parallel.test_layouts import LAYOUTS, OBJECTIVES, STREAMS, _name, layout_config
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.schema import Config
 from w1train.runtime.distributed import distributed
 
@@ -71,7 +71,7 @@ def _digests(config: Config, data_parallel_rank: int, data_parallel_size: int) -
 
 def main(arguments: Sequence[str]) -> int:
     """Compute the digests, write them, and compare them with others; 1 where they differ."""
-    parser = argparse.ArgumentParser(prog="python -m tests.parallel.digests", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="python -m tests.parallel.digests", description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--compare", type=Path, help="digests of another version")
     options = parser.parse_args(arguments)

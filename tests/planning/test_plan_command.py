@@ -1,4 +1,4 @@
-"""python -m w1train.plan: its options, exit status and JSON."""
+"""w1train plan: its options, exit status and JSON."""
 
 import json
 

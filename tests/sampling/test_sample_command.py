@@ -1,4 +1,4 @@
-"""``python -m w1train.sample`` over a fake model whose tokens are bytes."""
+"""``w1train sample`` over a fake model whose tokens are bytes."""
 
 import io
 import json

@@ -119,7 +119,7 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
         which: a step, the name of a checkpoint, "average" for the average that was written last, or None for the newest step.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint; the message lists those that exist.
+        UserError: there is no such checkpoint; the message lists those that exist.
     """
     steps = complete_steps(directory)
     averages = [path for path in average_paths(directory) if is_complete(path)]
@@ -132,7 +132,7 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
     if which not in found:
         wanted = "complete checkpoint" if which is None else f"checkpoint {'of step ' if isinstance(which, int) else ''}{which}"
         there = ", ".join([*map(str, steps), *(path.name for path in averages)])
-        raise FileNotFoundError(f"{directory.parent} has no {wanted}; it has: {there or 'none'}")
+        raise UserError(f"{directory.parent} has no {wanted}; it has: {there or 'none'}")
     return found[which]
 
 

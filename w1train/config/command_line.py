@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -35,6 +35,8 @@ class CommandLine:
     config: Config | None
     """The configuration, if the action is ``run`` or ``print_config``; None for the other actions."""
     config_dirs: list[str]
+    counts: dict[str, int] = field(default_factory=dict)
+    """The values of the program's own flags that were given."""
 
 
 @dataclass(slots=True)
@@ -44,19 +46,21 @@ class _Words:
     overrides: list[str] = field(default_factory=list)
     config_dirs: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
+    counts: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = ()) -> CommandLine:
+def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = (), counts: Mapping[str, str] | None = None) -> CommandLine:
     """Read a command line (without the program's name).
 
     Args:
         rules: what the caller checks beside the rules of the configuration.
+        counts: the flags that only this program has, with their meanings. Their values are whole numbers > 0.
 
     Raises:
         ConfigurationError: with the problems of the flags and of the configuration.
     """
-    words = _split(argv)
+    words = _split(argv, counts or {})
     if "--help" in words.flags:
         return CommandLine("help", None, words.config_dirs)
     if "--list" in words.flags:
@@ -70,29 +74,46 @@ def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = ()) -> Comma
     except ConfigurationError as error:
         raise ConfigurationError(words.problems + error.problems) from error
     raise_if_any(words.problems)
-    return CommandLine("print_config" if "--cfg" in words.flags else "run", config, words.config_dirs)
+    return CommandLine("print_config" if "--cfg" in words.flags else "run", config, words.config_dirs, words.counts)
 
 
-def config_from_command_line(argv: Sequence[str], program: str, description: str, rules: Sequence[Rule] = ()) -> Config:
-    """Return the configuration that a program shall run.
+def config_from_command_line(
+    argv: Sequence[str], program: str, description: str, rules: Sequence[Rule] = (), counts: Mapping[str, str] | None = None
+) -> tuple[Config, dict[str, int]]:
+    """Return the configuration that a program shall run, and the values of the program's own flags that were given (``counts`` has their
+    meanings).
 
     The function does not return for --cfg, --list and --help (exit status 0) or for mistakes (exit status 2, text on stderr).
     """
     try:
-        command_line = parse_command_line(argv, rules)
+        command_line = parse_command_line(argv, rules, counts)
     except ConfigurationError as error:
-        _exit_with(f"{program}: {error}\n\n'python -m {program} --help' explains the command line.", _USAGE_ERROR)
+        _exit_with(f"{program}: {error}\n\n'{program} --help' explains the command line.", _USAGE_ERROR)
     if command_line.action == "help":
-        _exit_with(_help_text(program, description, command_line.config_dirs), 0)
+        _exit_with(_help_text(program, description, command_line.config_dirs, counts or {}), 0)
     if command_line.action == "list":
         _exit_with(_recipe_list(command_line.config_dirs), 0)
     assert command_line.config is not None
     if command_line.action == "print_config":
         _exit_with(config_to_yaml(command_line.config).rstrip("\n"), 0)
-    return command_line.config
+    return command_line.config, command_line.counts
 
 
-def _split(argv: Sequence[str]) -> _Words:
+def without_flag(argv: Sequence[str], flag: str) -> list[str]:
+    """Return the command line without a flag and its value."""
+    words: list[str] = []
+    remaining = list(argv)
+    while remaining:
+        word = remaining.pop(0)
+        if word == flag:
+            remaining = remaining[1:]
+        elif not word.startswith(f"{flag}="):
+            words.append(word)
+    return words
+
+
+def _split(argv: Sequence[str], counts: Mapping[str, str]) -> _Words:
+    known = {**{flag: value for flag, (value, _) in _FLAGS.items()}, **dict.fromkeys(counts, "N")}
     words = _Words()
     remaining = list(argv)
     while remaining:
@@ -102,43 +123,53 @@ def _split(argv: Sequence[str]) -> _Words:
             continue
         flag, has_value, value = word.partition("=")
         flag = {"-h": "--help"}.get(flag, flag)
-        if flag not in _FLAGS:
-            words.problems.append(_unknown_flag(flag, word))
+        if flag not in known:
+            words.problems.append(_unknown_flag(flag, word, known))
             continue
-        if _FLAGS[flag][0] and not has_value:
+        if known[flag] and not has_value:
             value = remaining.pop(0) if remaining else ""
         words.flags.add(flag)
+        if flag in counts:
+            _add_count(words, flag, value)
         if flag == "--config-dir" and value:
             words.config_dirs.append(value)
         elif flag == "--config-dir":
             words.problems.append(Problem(flag, "nothing", "the path of a directory", "--config-dir DIR"))
         if flag == "--cfg" and value != "job":
             words.problems.append(Problem("--cfg", value or "nothing", "job", "--cfg job"))
-        if not _FLAGS[flag][0] and has_value:
+        if not known[flag] and has_value:
             words.problems.append(Problem(flag, f"the value {value!r}", "no value", flag))
     return words
 
 
-def _unknown_flag(flag: str, word: str) -> Problem:
-    match = closest(flag, _FLAGS)
+def _add_count(words: _Words, flag: str, value: str) -> None:
+    if value.isascii() and value.isdecimal() and len(value) < 19 and int(value) > 0:
+        words.counts[flag] = int(value)
+    else:
+        words.problems.append(Problem(flag, value or "nothing", "a whole number > 0", f"{flag} 2"))
+
+
+def _unknown_flag(flag: str, word: str, known: Collection[str]) -> Problem:
+    match = closest(flag, known)
     suggestion = f"did you mean {match}?" if match else f"without dashes if it is a key: {word.lstrip('-')}"
-    return Problem(word, "an unknown flag", listing(_FLAGS), suggestion)
+    return Problem(word, "an unknown flag", listing(known), suggestion)
 
 
-def _help_text(program: str, description: str, config_dirs: Sequence[str]) -> str:
-    flags = [f"  {f'{flag} {value}':18}{meaning}" for flag, (value, meaning) in _FLAGS.items()]
+def _help_text(program: str, description: str, config_dirs: Sequence[str], counts: Mapping[str, str]) -> str:
+    known = {**{flag: ("N", meaning) for flag, meaning in counts.items()}, **_FLAGS}
+    flags = [f"  {f'{flag} {value}':18}{meaning}" for flag, (value, meaning) in known.items()]
     options = groups(_directories(config_dirs))
     choices = [f"  {group:18}{listing(names)}" for group, names in options.items() if group != RECIPE_GROUP]
     return "\n".join(
         [
             description,
             "",
-            f"usage: python -m {program} recipe=NAME [GROUP=OPTION ...] [KEY=VALUE ...] [~KEY ...] [flags, anywhere]",
+            f"usage: {program} recipe=NAME [GROUP=OPTION ...] [KEY=VALUE ...] [~KEY ...] [flags, anywhere]",
             "",
             "examples:",
-            f"  python -m {program} recipe=demo",
-            f"  python -m {program} recipe=w1_4b parallel.tensor=4 --cfg job",
-            f"  python -m {program} --config-dir my_recipes recipe=mine model=w1_4b name=second",
+            f"  {program} recipe=demo",
+            f"  {program} recipe=w1_4b parallel.tensor=4 --cfg job",
+            f"  {program} --config-dir my_recipes recipe=mine model=w1_4b name=second",
             "",
             "flags:",
             *flags,

@@ -133,7 +133,7 @@ class DataConfig:
     """Tokens of one packed sample."""
     packing: Literal["cut", "best_fit"] = "cut"
     """cut: documents are concatenated and cut into samples (as Megatron does). best_fit: no document is cut unless it is longer than a
-    sample, and the rest of each sample is padding. The first start builds the packing, or `python -m w1train.data.build_packing`
+    sample, and the rest of each sample is padding. The first start builds the packing, or `w1train data build-packing`
     builds it before."""
     align: Length = 1
     """With best_fit, each document begins at a multiple of this number inside its sample (the block size, for example), after padding."""

@@ -9,7 +9,6 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../../..")
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from w1train.config import schema
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.constraints import LARGEST_FLOAT, LARGEST_INTEGER, PathText
 from w1train.config.errors import show
 from w1train.config.field_types import constraint_of, describe_type, field_types, is_required, join
@@ -29,7 +29,7 @@ _INTRODUCTION = f"""\
 `schema_operation.py`; a test checks that it is up to date.
 
 `recipe=NAME` chooses a run, `GROUP=OPTION` one of its parts, and `KEY=VALUE` a single value; KEY is a key of the tables below.
-`~KEY` goes back to the default. `python -m w1train.pretrain recipe=NAME --cfg job` prints every value of a run.
+`~KEY` goes back to the default. `w1train train recipe=NAME --cfg job` prints every value of a run.
 [recipes/README.md](../recipes/README.md) explains the marks in recipes.
 Where a table gives no upper bound, integers are at most {LARGEST_INTEGER} and other numbers at most {LARGEST_FLOAT}."""
 
@@ -99,7 +99,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Write the reference to the file that the argument names, or print it if there is no argument."""
     # argparse, because a bare sys.argv took --help as the name of the file.
-    parser = argparse.ArgumentParser(prog="python -m w1train.config.schema_reference", description=__doc__)
+    parser = ArgumentParser(prog="python -m w1train.config.schema_reference", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", help="where to write the reference; printed if absent")
     path: Path | None = parser.parse_args(arguments).file
     if path is None:

@@ -1,6 +1,6 @@
 """The command that builds a dataset's best-fit packing ahead of a run; otherwise the run builds it at its start.
 
-python -m w1train.data.build_packing data/train --sequence-length 4096
+w1train data build-packing data/train --sequence-length 4096
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../../..")
 
-import argparse
 import logging
 from collections.abc import Sequence
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.data.packed.packing_index import PackingOptions, ensure_packing
 from w1train.data.sharded_dataset import open_dataset
@@ -29,9 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0 if the packing exists now, 1 if the file cannot be written, 2 if the dataset or an option is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="w1train.data.build_packing", description="Pack the documents of a dataset into samples by best fit."
-    )
+    parser = ArgumentParser(prog="w1train data build-packing", description="Pack the documents of a dataset into samples by best fit.")
     parser.add_argument("prefix", help="the dataset: PREFIX.bin, PREFIX.idx")
     parser.add_argument("--sequence-length", type=int, required=True, help="data.sequence_length")
     parser.add_argument("--align", type=int, default=1, help="data.align (default: 1)")

@@ -250,7 +250,7 @@ def require_diffusion(model: InferenceModel) -> None:
     if noise_process(model.config.diffusion).is_causal:
         raise UserError(
             f"{model.checkpoint} is of an autoregressive stage, which has never seen a mask token: it can neither fill in text nor score "
-            "it by filling in. Choose a checkpoint of a later stage (--checkpoint), or `python -m w1train.convert to-hf --format stock`"
+            "it by filling in. Choose a checkpoint of a later stage (--checkpoint), or `w1train convert to-hf --format stock`"
         )
 
 
@@ -266,7 +266,8 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
         checkpoint: its step, or its name ("average" is the newest average); None = the newest step.
 
     Raises:
-        FileNotFoundError: the run or the checkpoint does not exist.
+        FileNotFoundError: the run does not exist.
+        UserError: the checkpoint does not exist.
         UserError: config.yaml or the tokenizer cannot be used, or config.yaml describes a larger model than the checkpoint has.
         CheckpointError: the checkpoint is damaged.
     """

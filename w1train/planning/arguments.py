@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.command_line import config_from_command_line, parse_command_line
 from w1train.config.errors import ConfigurationError, Problem, closest, listing
 from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.planning.assumptions import DEVICES, Assumptions, Device, replace_assumptions
 
-PROGRAM = "w1train.plan"
+PROGRAM = "w1train plan"
 DESCRIPTION = """Plan a run before a GPU is booked: memory, traffic, speed, and whether the layout can be built.
 
   gpus=N               devices of the run; also --gpus N
@@ -61,12 +62,12 @@ def parse(arguments: Sequence[str], rules: Sequence[Rule] = ()) -> Request:
         problems.append(Problem("--device", known.device, listing(DEVICES), f"did you mean {match}?" if match else None))
     if problems and not asked_for_text:
         raise ConfigurationError(problems + _problems_of(rest, rules))
-    config = config_from_command_line(rest, PROGRAM, DESCRIPTION, rules)
+    config, _ = config_from_command_line(rest, PROGRAM, DESCRIPTION, rules)
     return Request(config, num_gpus, DEVICES[known.device], assumptions, documents, known.search, known.json)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=PROGRAM, add_help=False)
     parser.add_argument("--gpus", action="append", default=[])
     parser.add_argument("--device", default="h100")
     parser.add_argument("--documents")

@@ -63,7 +63,7 @@ def initialize_process_group(device: torch.device, timeout: datetime.timedelta =
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        # A plain `python -m w1train.pretrain`: a world of one rank, which needs no port (another run could hold it).
+        # A plain `w1train train`: a world of one rank, which needs no port (another run could hold it).
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

@@ -21,6 +21,11 @@ class RunDirectoryError(UserError):
     """An error about a run directory that cannot be used. The message says why, and what to do."""
 
 
+class RunDirectoryInUseError(RunDirectoryError):
+    """An error about a run directory that another process holds. It is no mistake: the process may have died with its node, before the file
+    system frees the lock, and the same command succeeds later."""
+
+
 class RunDirectory:
     """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, events.jsonl, summary.json,
     report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; after failures stacks/ and bad_batches/; and packings/ of
@@ -45,7 +50,8 @@ class RunDirectory:
         has no locks, warn that nothing stops a second process.
 
         Raises:
-            RunDirectoryError: another process holds the directory, it cannot be created, or its lock is a link to another file.
+            RunDirectoryInUseError: another process holds the directory.
+            RunDirectoryError: the directory cannot be created, or its lock is a link to another file.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -57,7 +63,7 @@ class RunDirectory:
         try:
             refusal = lock_file(lock, wait=False)
         except BlockingIOError:
-            raise RunDirectoryError(
+            raise RunDirectoryInUseError(
                 f"run directory {self.path} is in use by {_holder(lock)}; wait for it, stop it, or choose another name=..."
             ) from None
         except OSError as error:

@@ -175,7 +175,7 @@ class Watchdog:
     def _end(self, message: str) -> None:
         """End the process from this thread: the main thread may be unable to."""
         self._status.update("failed", message=message)
-        print(f"w1train.pretrain, rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        print(f"w1train train, rank {self._rank}: {message}", file=sys.stderr, flush=True)
         os._exit(ExitStatus.FAILED)
 
 

@@ -52,10 +52,12 @@ class Trainer:
         self.scored_step = -1
         """The step of the newest validation."""
         self.stopped = False
-        """This flag tells whether a signal has ended training before its last step, after a checkpoint."""
+        """This flag tells whether training has ended before its last step, after a checkpoint: by a signal, or at the step that the caller
+        of ``fit`` has set."""
+        self._max_steps: int | None = None
 
-    def fit(self) -> None:
-        """Train to the end of the schedule, or to the step at which a signal asks for the end.
+    def fit(self, max_steps: int | None = None) -> None:
+        """Train to the end of the schedule, to the step ``max_steps``, or to the step at which a signal asks for the end.
 
         Raises:
             CheckpointError, FloatingPointError: on every rank.
@@ -65,6 +67,12 @@ class Trainer:
         # A run that was killed between its last checkpoint and its summary still has to write the summary.
         if self.position.is_over and on_main_rank(partial(is_summarized, self.run, self.progress)):
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.position.num_steps)
+            return
+        self._max_steps = max_steps
+        if self.is_at(max_steps) and not self.position.is_over:
+            logger.info("%s is at step %d already, and --max-steps is %d: nothing to do", self.run.path, self.progress.step, max_steps)
+            self._publish_progress()
+            self.stopped = True
             return
         self.started = time.perf_counter() - self.progress.seconds
         pulse.num_steps, pulse.total_tokens = self.position.num_steps, self.position.num_tokens
@@ -94,6 +102,10 @@ class Trainer:
                 self.saver.close()
                 self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
+
+    def is_at(self, max_steps: int | None) -> bool:
+        """Tell whether the run has reached the step ``max_steps``; None: no such step is set."""
+        return max_steps is not None and self.progress.step >= max_steps
 
     def train_step(self, batches: Iterator[NoisyBatch]) -> None:
         """Make one optimizer step on one global batch, if its loss and gradients are good.
@@ -172,7 +184,7 @@ class Trainer:
             self.validate()
         if self.position.is_due(self.config.sampling.interval):
             self.sample()
-        self.stopped = stop_requested and not self.position.is_over
+        self.stopped = (stop_requested or self.is_at(self._max_steps)) and not self.position.is_over
         # A run that is stopped here is resumed with the next step.
         if self.position.is_due(self.config.checkpoint.interval) or self.stopped:
             with pulse.during(SAVING):
@@ -180,7 +192,10 @@ class Trainer:
         if self.position.is_phase_end:
             self.end_phase()
         if self.stopped:
-            logger.info("stopped by a signal at step %d; the same command goes on from there", self.progress.step)
+            reason = "stopped by a signal at step %d; the same command resumes from there"
+            if self.is_at(self._max_steps):
+                reason = "saved at step %d, at which --max-steps ends this start; without this option, the same command resumes from there"
+            logger.info(reason, self.progress.step)
 
     @step_part("validate")
     def validate(self) -> None:

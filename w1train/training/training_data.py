@@ -356,7 +356,7 @@ def verify(dataset: TokenDataset) -> None:
     else:
         first, others = bin_path(dataset.parts[0].prefix), len(dataset.parts) - 1
         logger.warning(
-            "%s has %.1f GB: not compared with the hash in its manifest; `python -m data_tools.verify %s` compares it",
+            "%s has %.1f GB: not compared with the hash in its manifest; `w1train data verify %s` compares it",
             f"{first} and {others} more" if others else first,
             num_bytes / 1e9,
             dataset.prefix,
@@ -373,7 +373,7 @@ def verify_packing(packing: PackingIndex) -> None:
         packing.verify_hash()
     else:
         logger.warning(
-            "%s has %.1f GB: not compared with the hash in it; `python -m data_tools.verify %s` compares it",
+            "%s has %.1f GB: not compared with the hash in it; `w1train data verify %s` compares it",
             packing.path,
             packing.num_bytes / 1e9,
             packing.path,

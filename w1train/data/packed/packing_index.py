@@ -207,7 +207,7 @@ def open_packing(
     if path is None:
         arguments = f"--sequence-length {options.sequence_length} --align {options.align} --eos {options.eos} --seed {options.seed}"
         state = "is not there" if _read_header(paths[0]) is None else "belongs to another dataset or other options"
-        raise DatasetError(f"{paths[0]} {state}; build it with `python -m w1train.data.build_packing {dataset.prefix} {arguments}`")
+        raise DatasetError(f"{paths[0]} {state}; build it with `w1train data build-packing {dataset.prefix} {arguments}`")
     return PackingIndex(path)
 
 
