@@ -22,26 +22,28 @@ def no_rank(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "num_ranks", "variables", "expected"),
+    ("arguments", "variables", "expected"),
     [
-        (["recipe=demo", "name=a"], None, {}, f"w1train {__version__}: recipe demo, 1 rank; {LOADING}"),
-        (["recipe=demo"], None, {"RANK": "0", "WORLD_SIZE": "8"}, f"w1train {__version__}: recipe demo, 8 ranks; {LOADING}"),
-        (["recipe=demo"], 2, {}, f"w1train {__version__}: recipe demo, 2 ranks; {LOADING}"),
-        (["name=a"], None, {}, f"w1train {__version__}: no recipe, 1 rank; {LOADING}"),
-        (["recipe=demo"], None, {"RANK": "1", "WORLD_SIZE": "8"}, ""),
-        (["recipe=demo"], None, {ANNOUNCED: "1"}, ""),
-        (["recipe=demo", "--cfg", "job"], None, {}, ""),
-        (["recipe=demo", "--cfg=job"], None, {}, ""),
-        (["--help"], None, {}, ""),
-        (["-h"], None, {}, ""),
-        (["--list"], None, {}, ""),
+        (["recipe=demo", "name=a"], {}, f"w1train {__version__}: recipe demo, 1 rank; {LOADING}"),
+        (["recipe=demo"], {"RANK": "0", "WORLD_SIZE": "8"}, f"w1train {__version__}: recipe demo, 8 ranks; {LOADING}"),
+        (["--nproc", "2", "recipe=demo"], {}, f"w1train {__version__}: recipe demo, 2 ranks; {LOADING}"),
+        (["recipe=demo", "--nproc=1"], {}, f"w1train {__version__}: recipe demo, 1 rank; {LOADING}"),
+        (["recipe=demo", "--nproc"], {}, f"w1train {__version__}: recipe demo, 1 rank; {LOADING}"),
+        (["name=a"], {}, f"w1train {__version__}: no recipe, 1 rank; {LOADING}"),
+        (["recipe=demo"], {"RANK": "1", "WORLD_SIZE": "8"}, ""),
+        (["recipe=demo"], {ANNOUNCED: "1"}, ""),
+        (["recipe=demo", "--cfg", "job"], {}, ""),
+        (["recipe=demo", "--cfg=job"], {}, ""),
+        (["--help"], {}, ""),
+        (["-h"], {}, ""),
+        (["--list"], {}, ""),
     ],
     ids=str,
 )
-def test_rank_0_says_once_what_is_about_to_be_trained(capsys, monkeypatch, arguments, num_ranks, variables, expected):
+def test_rank_0_says_once_what_is_about_to_be_trained(capsys, monkeypatch, arguments, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    announce(arguments, num_ranks)
+    announce(arguments)
     assert capsys.readouterr().out == expected
 
 
