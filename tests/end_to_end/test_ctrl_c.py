@@ -88,7 +88,7 @@ def test_a_second_one_ends_at_once(tiny_run, undisturbed):
         traps.press_ctrl_c()
         threading.Event().wait(60)
 
-    outcome = tiny_run.train(sabotage=traps.interrupt_step(5, action=twice)).require(130)
+    outcome = tiny_run.train("checkpoint.asynchronous=false", sabotage=traps.interrupt_step(5, action=twice)).require(130)
     last = outcome.output.splitlines()[-1]
     assert last.endswith("a second Ctrl-C at step 4: ended at once; the same command resumes from step 3")
     assert "Traceback" not in outcome.output
