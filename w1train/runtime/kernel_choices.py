@@ -32,7 +32,8 @@ def note_kernel(part: str, kernel: str, line: str) -> None:
 def kernels_in_one_line() -> Iterator[None]:
     """Log the choices that are made inside the block as one line at its end, whether or not an error ends it."""
     global _gathered
-    _gathered = lines = []
+    lines: list[str] = []
+    _gathered = lines
     try:
         yield
     finally:
