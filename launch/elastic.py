@@ -27,7 +27,7 @@ from torch.distributed.launcher import api
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
 
-_FINAL = (ExitStatus.MISTAKE, ExitStatus.STOPPED)
+_FINAL = (ExitStatus.MISTAKE, ExitStatus.STOPPED, ExitStatus.INTERRUPTED)
 """The statuses of ranks that are not started again: a mistake would be made again, and a run that a signal has ended shall not continue."""
 
 
@@ -48,7 +48,7 @@ def _final_status(failures: dict[int, Any]) -> ExitStatus | None:
 
 @command("launch.elastic")
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Return the exit status: 0, 2 or 75 if a rank has ended with this status, and 1 for every other failure and if a
+    """Run the command. Return the exit status: 0, 2, 75 or 130 if a rank has ended with this status, and 1 for every other failure and if a
     signal has ended torchrun itself. Exit with 2 for wrong options."""
     api.LocalElasticAgent = Agent
     try:

@@ -8,8 +8,8 @@
 #   launch/torchrun.sh --nsys recipe=w1_4b profiling.tool=nsys "profiling.steps=[20,24]"      rank 0 under Nsight Systems
 #
 # Arguments are those of w1train.pretrain, and so is the exit status: 0 finished, 75 stopped by a signal after saving (the same command
-# resumes the run), 2 a mistake of the user, 130 after Ctrl-C, 1 failed more than MAX_RESTARTS times. Relative paths begin at the caller's
-# directory.
+# resumes the run), 2 a mistake of the user, 130 after Ctrl-C (which saves too), 1 failed more than MAX_RESTARTS times. Relative paths begin
+# at the caller's directory.
 #
 # Environment variables, in addition to those of launch/settings.sh:
 #   NPROC         ranks on this node                              (default: its GPUs, or 1)
@@ -101,13 +101,16 @@ printf '%s ranks, %s on this node; each rank writes to %s\n' $((NNODES * NPROC))
 torchrun=$!
 trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM
 trap 'kill -USR1 "$torchrun" 2>/dev/null || true' USR1
-# Ctrl-C reaches all processes in the foreground. This shell waits until the ranks have ended.
+# Ctrl-C reaches all processes in the foreground: this shell, which waits until the ranks have ended, and torchrun, which passes it on to the
+# ranks, because they are in sessions of their own.
 interrupted=no
 trap 'interrupted=yes' INT
 while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
 status=0
 wait "$torchrun" || status=$?
-if [[ "$status" == 0 || "$status" == 2 || "$status" == 75 ]]; then exit "$status"; fi
+# A program that starts a run again after 75 must not do this after Ctrl-C.
+if [[ "$interrupted" == yes ]]; then exit 130; fi
+if [[ "$status" == 0 || "$status" == 2 || "$status" == 75 || "$status" == 130 ]]; then exit "$status"; fi
 # After a signal, torchrun ends with 1 whatever its ranks end with. The run's status.json says whether it was stopped or has failed. A status.json of an
 # earlier start does not count: ranks that end before they write one would be started again for ever.
 status=1
@@ -117,6 +120,5 @@ if [[ -n "$after" && "$after" != "$before" ]]; then
   "$python" -m w1train.status "$run" || status=$?
 fi
 if [[ "$status" == 75 ]]; then exit 75; fi
-if [[ "$interrupted" == yes ]]; then exit 130; fi
 if [[ "$status" == 2 ]]; then exit 2; fi
 exit 1

@@ -17,21 +17,22 @@ if not __package__ and not sys.flags.safe_path:
 
 import gc
 import logging
-import re
-import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from w1train.checkpoints.manifest import CheckpointError, describe_next_start
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, Problem, UserError, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
 from w1train.registered_names import NAME_RULES
+from w1train.runtime.announcement import announce
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command, describe_error
-from w1train.runtime.exit_status import ExitStatus
+from w1train.runtime.exit_status import ExitStatus, status_after
+from w1train.runtime.logs import logged_to, set_up_logging
 from w1train.runtime.masking import remember_passwords
 
 logger = logging.getLogger(__name__)
@@ -43,27 +44,20 @@ COUNTS = {
 }
 """The flags that this command has beside those of the configuration, and their meanings."""
 
-# Beginnings of warnings that tell users nothing: those of megatron-core about its own defaults and its own shards of the parameters, and
-# those of torch about the way in which megatron-core reads a checkpoint's metadata.
-_LIBRARY_CHATTER = (
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
-    "The argument order of load has been changed",
-)
-
 
 @command("w1train.pretrain")
 def main(arguments: list[str]) -> int:
     """Run the command. Return an ExitStatus (w1train.runtime.exit_status).
 
-    SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint. Before the run holds its directory, they end it at once.
+    SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step, with a checkpoint. During the start Ctrl-C ends the run at once, and
+    the signals do the same before the run holds its directory.
     """
     try:
         # This sets RANK, which the command line reads in order to report mistakes once.
         discovery = discover_ranks()
     except ConfigurationError as error:
         return fail_alone(str(error), ExitStatus.MISTAKE)
+    announce(arguments)
     config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS)
     return train(config, counts.get("--max-steps"), discovery)
 
@@ -87,7 +81,8 @@ def train(config: Config, max_steps: int | None = None, discovery: str | None = 
         return run(config, max_steps)
     except KeyboardInterrupt:
         # The user waits, and torchrun gets Ctrl-C too, so that the other ranks wait for a second only.
-        return _fail_together("interrupted; the same command resumes from the last checkpoint", ExitStatus.INTERRUPTED, seconds=1.0)
+        message = f"ended by Ctrl-C; {describe_next_start(Path(config.runs_dir) / config.name / 'checkpoints')}"
+        return _fail_together(message, ExitStatus.INTERRUPTED, seconds=1.0)
 
 
 def problems_before_start(config: Config, world_size: int | None) -> list[Problem]:
@@ -108,9 +103,9 @@ def run(config: Config, max_steps: int | None = None) -> int:
     from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
-    from w1train.checkpoints.manifest import CheckpointError
     from w1train.conversion.initial_weights import open_initial_weights
     from w1train.training.loop import Trainer
+    from w1train.training.run_description import print_end
 
     gc.enable()
     if config.training.deterministic:
@@ -123,10 +118,23 @@ def run(config: Config, max_steps: int | None = None) -> int:
         with distributed(config.parallel, timeout) as ranks:
             on_main_rank(directory.claim)
             on_main_rank(partial(put_stacks_aside, directory.path))
-            with monitored(directory.path, ranks, config.health) as status:
+            next_start = partial(describe_next_start, directory.checkpoints)
+            with (
+                monitored(directory.path, ranks, config.health, next_start) as status,
+                logged_to(directory.log, status, active=ranks.is_main),
+            ):
                 trainer = Trainer(config, ranks, directory, open_initial_weights)
                 trainer.fit(max_steps)
                 status.update("stopped" if trainer.stopped else "finished")
+                if ranks.is_main:
+                    print_end(
+                        config,
+                        directory,
+                        trainer.progress,
+                        trainer.position,
+                        stop_signal=trainer.stop_signal,
+                        is_stopped=trainer.stopped,
+                    )
     except RunDirectoryInUseError as error:
         return _fail(error, ExitStatus.FAILED)
     except UserError as error:
@@ -139,19 +147,7 @@ def run(config: Config, max_steps: int | None = None) -> int:
         return fail_alone("lost the connection to another rank, whose own message, if it could write one, says why", ExitStatus.FAILED)
     finally:
         directory.release()
-    return ExitStatus.STOPPED if trainer.stopped and not trainer.is_at(max_steps) else ExitStatus.FINISHED
-
-
-def set_up_logging() -> None:
-    """Set up logging: rank 0 logs at INFO, the other ranks only warnings and errors."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # At INFO, megatron-core logs its whole configuration and the name of every parameter.
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    for message in _LIBRARY_CHATTER:
-        warnings.filterwarnings("ignore", message=re.escape(message))
-    # Deprecations of one library in another.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
+    return status_after(trainer.stop_signal)
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -27,6 +27,7 @@ from w1train.config.schema import Config
 from w1train.pretrain import COUNTS as RANK_COUNTS
 from w1train.pretrain import DESCRIPTION, PROGRAM, fail_alone, problems_before_start, train
 from w1train.registered_names import NAME_RULES
+from w1train.runtime.announcement import announce
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         discovery = discover_ranks()
     except ConfigurationError as error:
         return fail_alone(str(error), ExitStatus.MISTAKE)
+    announce(arguments)
     config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS)
     num_ranks = counts.get("--nproc", 1)
     if num_ranks == 1:

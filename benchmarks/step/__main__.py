@@ -167,7 +167,7 @@ def run_in_process(run: Run, options: argparse.Namespace, directory: Path, secon
 
 def run_one(options: argparse.Namespace) -> int:
     """Measure one run in this process, and write found.json. Return the exit status."""
-    from w1train.pretrain import set_up_logging
+    from w1train.runtime.logs import set_up_logging
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     set_up_logging()

@@ -12,6 +12,7 @@ from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase, attention_case, limit
 from w1train.config.rules.validate import validate
 from w1train.config.stages import at_stage
+from w1train.runtime import kernel_choices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,6 +27,7 @@ def machine(monkeypatch):
 
     def pretend(capability, packages):
         choose_backend.cache_clear()
+        kernel_choices._choices.clear()
         monkeypatch.setattr(interface.torch.cuda, "get_device_capability", lambda _device: capability)
         for module in (cudnn, te):
             monkeypatch.setattr(module, "find_spec", lambda name: name if name in packages else None)

@@ -124,7 +124,7 @@ def _ask_to_stop(number: signal.Signals) -> Strike:
         assert scene.blow is not None
         if scene.blow.reached > 0:
             # Before the first step, the signal may come before the ranks handle it. From then on it must not simply kill them.
-            scene.evidence = r"stopped by a signal at step \d+; the same command goes on from there"
+            scene.evidence = r"was stopped by SIG\w+ after step \d+ of \d+; the same command resumes from step \d+"
         scene.signal(number, scene.random.choice([_ALL, _ALL, [0], [1]]))
 
     return strike

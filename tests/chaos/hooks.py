@@ -6,6 +6,7 @@ again is not disturbed.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def stop_at(step: int) -> Sabotage:
 
         def train_step(trainer: loop.Trainer, batches: Any) -> None:
             if trainer.progress.step + 1 == step:
-                pulse.stop_requested = True
+                pulse.stop_signal = signal.SIGTERM
             original(trainer, batches)
 
         loop.Trainer.train_step = train_step

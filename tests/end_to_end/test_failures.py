@@ -259,11 +259,3 @@ def test_a_learning_rate_that_is_much_too_high(tiny_run):
     ).require(1)
     one_line(outcome.output, "training stops before this reaches a checkpoint")
     assert tiny_run.steps_saved() == []
-
-
-def test_ctrl_c_is_one_line_and_loses_nothing(tiny_run, undisturbed):
-    outcome = tiny_run.train(world_size=2, sabotage=traps.interrupt(7)).require(130)
-    one_line(outcome.output, "interrupted; the same command resumes from the last checkpoint")
-    assert outcome.outputs[1] == ""
-    tiny_run.train(world_size=2).require(0)
-    assert tiny_run.metrics() == undisturbed(2, "fp32").metrics()

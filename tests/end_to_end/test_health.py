@@ -151,7 +151,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tiny_run, undisturbed, 
     outcome = tiny_run.train(world_size=2, sabotage=trap).require(75)
     saved = tiny_run.steps_saved()[-1]
     assert saved in (7, 8)
-    assert f"stopped by a signal at step {saved}; the same command goes on from there" in outcome.output
+    assert f"tiny was stopped by SIGTERM after step {saved} of 12; the same command resumes from step {saved}" in outcome.output
     assert (state(tiny_run)["state"], state(tiny_run)["step"]) == ("stopped", saved)
     assert status.main([str(tiny_run.path)]) == 75
     outcome = tiny_run.train(world_size=2).require(0)

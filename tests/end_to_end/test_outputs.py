@@ -263,4 +263,10 @@ def test_new_interpreters(tiny_run, undisturbed, launcher, world_size):
     assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ INFO w1train\.", line) for line in log), result.stderr
     assert len(set(log)) == len(log)
     assert result.stdout.count(f"step {NUM_STEPS}/{NUM_STEPS}") == 1
-    assert f"batch          {BATCH} samples" in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[0].endswith("; loading PyTorch and megatron-core")
+    assert f"  batch      {BATCH} samples of {LENGTH} tokens" in lines
+    assert result.stderr.count(" kernels: ") == 1
+    assert f"tiny is finished: it has all its {NUM_STEPS} steps" in lines
+    assert f"               w1train report {tiny_run.path}" in lines
+    assert (tiny_run.path / "run.log").read_text().splitlines() == log[-len((tiny_run.path / "run.log").read_text().splitlines()) :]

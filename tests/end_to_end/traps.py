@@ -15,7 +15,7 @@ from w1train.checkpoints import commit
 from w1train.checkpoints.format import shard_files
 from w1train.records import watch
 from w1train.runtime import record_files as metrics_log
-from w1train.training import loop
+from w1train.training import loop, run_parts
 
 
 def die() -> None:
@@ -81,9 +81,32 @@ def act_after_record(number: int, action: Callable[[], None]) -> Sabotage:
     return _at_call(loop.Trainer, "record_step", number, after=True, action=action)
 
 
-def interrupt(number: int) -> Sabotage:
-    """Send the signal of Ctrl-C to all ranks, as a terminal does."""
-    return _at_call(loop.Trainer, "record_step", number, after=True, rank=None, action=lambda: os.kill(os.getpid(), signal.SIGINT))
+def press_ctrl_c() -> None:
+    """Send this process the signal of Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_step(number: int, rank: int | None = None, action: Callable[[], None] = press_ctrl_c) -> Sabotage:
+    """Press Ctrl-C during a step, for one rank or (None) for all ranks, as a terminal does."""
+    return _at_call(loop.Trainer, "compute_step", number, after=False, rank=rank, action=action)
+
+
+def interrupt_start() -> Sabotage:
+    """Press Ctrl-C for all ranks before the model is built."""
+    return _at_call(run_parts, "build_trained_model", 1, after=False, rank=None, action=press_ctrl_c)
+
+
+def interrupt_validation(number: int) -> Sabotage:
+    return _at_call(loop, "validate", number, after=False, action=press_ctrl_c)
+
+
+def interrupt_sampling(number: int) -> Sabotage:
+    return _at_call(loop, "complete_prompts", number, after=False, action=press_ctrl_c)
+
+
+def interrupt_save(number: int) -> Sabotage:
+    """Press Ctrl-C while a thread makes a checkpoint of its files."""
+    return _at_call(commit, "_write_manifest", number, after=False, action=press_ctrl_c)
 
 
 def after_validation(number: int) -> Sabotage:

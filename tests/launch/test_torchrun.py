@@ -253,10 +253,10 @@ def test_signals_go_on_to_torchrun(torchrun, tmp_path, number):
 
 
 def test_after_ctrl_c_it_waits_for_the_ranks(torchrun, tmp_path):
-    """A terminal sends SIGINT to the script and to torchrun, which does not end at once."""
+    """A terminal sends SIGINT to the script and to torchrun, which does not end at once. The run saves, and is not to be started again."""
     ready, ended = tmp_path / "ready", tmp_path / "ended"
-    torchrun.ends(f"trap 'sleep 1; touch {ended}; exit 1' INT; touch {ready}; while true; do sleep 0.05; done")
-    process = torchrun.start(RUN_STATUS="1")
+    torchrun.ends(f"trap 'sleep 1; {torchrun.says_status}; touch {ended}; exit 1' INT; touch {ready}; while true; do sleep 0.05; done")
+    process = torchrun.start(RUN_STATUS="75")
     wait_for(ready)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == 130

@@ -18,6 +18,7 @@ from w1train.kernels.selection import MAX_ROW  # noqa: E402
 from w1train.model import fusions  # noqa: E402
 from w1train.model.linears import linears  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
+from w1train.runtime import kernel_choices  # noqa: E402
 
 needs_te = pytest.mark.skipif(not linears_module.has_transformer_engine(), reason="transformer-engine is not installed")
 without_te = pytest.mark.skipif(linears_module.has_transformer_engine(), reason="transformer-engine is installed")
@@ -29,7 +30,7 @@ def _megatron(kernels=None, fp8="none", **sections):
 
 
 def test_on_the_cpu_nothing_is_fused_and_the_log_says_why(caplog):
-    fusions._say.cache_clear()
+    kernel_choices._choices.clear()
     with caplog.at_level(logging.INFO):
         megatron = _megatron()
     assert [megatron.apply_rope_fusion, megatron.bias_activation_fusion, megatron.gradient_accumulation_fusion] == [False] * 3
@@ -62,7 +63,7 @@ def test_on_cuda_what_is_there_is_fused(monkeypatch):
 
 def test_rows_that_no_program_holds_are_said_and_refused(monkeypatch, caplog):
     monkeypatch.setattr(fusions, "has_triton", lambda: True)
-    fusions._say.cache_clear()
+    kernel_choices._choices.clear()
     with caplog.at_level(logging.INFO):
         for hidden_size in (MAX_ROW, MAX_ROW + 8):
             fusions.describe_elementwise(KernelsConfig(), hidden_size, on_cuda=True)

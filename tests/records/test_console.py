@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +14,7 @@ import pytest
 from tests.records.recorded_run import recorded_run, started
 from tests.reports.fake_run import train_record, validation_record
 from w1train.records.average_comparison import compare
-from w1train.records.console import ConsoleSink
+from w1train.records.console import ConsoleSink, print_block
 from w1train.records.sample_text import shorten, split_masks, visible_masks
 from w1train.runtime.quantities import duration, quantity
 
@@ -103,6 +104,35 @@ def test_header_validation_and_samples_are_plain_text():
     assert lines[6].endswith("x...")
     assert len(lines[6]) < 300
     assert len(lines) == 7
+
+
+def test_a_block_is_a_line_for_each_value_in_a_file_and_fits_into_a_terminal(monkeypatch):
+    rows = {"data": "one two three four five six seven", "next": "w1train sample runs/a-very-long-name\nw1train report"}
+    stream = io.StringIO()
+    print_block("demo", rows, stream)
+    lines = [
+        "",
+        "demo",
+        "  data  one two three four five six seven",
+        "  next  w1train sample runs/a-very-long-name",
+        "        w1train report",
+    ]
+    assert stream.getvalue().splitlines() == lines
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal = Terminal()
+    print_block("demo", {"data": rows["data"]}, terminal)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert shown.splitlines() == ["", "demo", "  data  one two three four", "        five six seven"]
+
+
+def test_a_block_that_nobody_can_read_is_a_warning(caplog):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("No space left on device")
+
+    print_block("demo is finished", {"a": "b"}, Full())
+    assert caplog.messages == ["standard output accepts no more text (No space left on device): demo is finished"]
 
 
 def test_an_average_is_a_table():

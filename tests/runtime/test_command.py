@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,3 +168,18 @@ def test_a_text_in_a_locale_that_is_not_utf_8():
         command_line = [sys.executable, "-c", code, "ä"]
         assert subprocess.run(command_line, env=environment, cwd=REPOSITORY, timeout=60, check=False).returncode == 0
     assert text_argument("ä") == "ä"
+
+
+def test_ctrl_c_ends_every_command_in_one_line(capsys, monkeypatch):
+    handlers: list[object] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append((number, handler)))
+
+    @command("a command")
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "a command: ended by Ctrl-C\n"
+    assert handlers == [(signal.SIGINT, signal.SIG_DFL)], "a second one, while Python tidies up, prints no traceback"

@@ -60,7 +60,7 @@ def test_a_finished_run_stays_finished_until_it_trains_on(tmp_path):
     StatusFile(tmp_path, world_size=1, active=True).update("finished", step=10)
     before = (tmp_path / "status.json").read_bytes()
     again = StatusFile(tmp_path, world_size=1, active=True)
-    for state in ("starting", "finished", "failed"):
+    for state in ("starting", "finished", "stopped", "failed"):
         again.update(state)
         assert again.is_held
         assert (tmp_path / "status.json").read_bytes() == before

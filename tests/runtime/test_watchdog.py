@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 from w1train.config.schema import HealthConfig
 from w1train.runtime.pulse import TRAINING, Pulse, pulse
 from w1train.runtime.status import Heartbeat, StatusFile, read_heartbeats
-from w1train.runtime.stop_signals import StopSignals
+from w1train.runtime.stop_signals import STOP_SIGNALS, StopSignals
 from w1train.runtime.watchdog import Watchdog, describe_hang, describe_place, is_waiting, put_stacks_aside
 
 
@@ -51,7 +52,7 @@ def watched(
         status = StatusFile(directory, world_size, active=rank == 0)
         pulse.activity = TRAINING
         pulse.beat()
-        with StopSignals() as signals, Watchdog(directory, rank, world_size, settings, status, signals):
+        with StopSignals() as signals, Watchdog(directory, rank, world_size, settings, status, signals, lambda: "NEXT"):
             body(signals)
 
     return main
@@ -69,11 +70,11 @@ def test_a_signal_is_noted_and_a_second_one_at_once_is_the_same(tmp_path, number
     """Schedulers send it twice in a tenth of a second."""
 
     def body(signals: StopSignals) -> None:
-        assert not pulse.stop_requested
+        assert pulse.stop_signal == 0
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: signals.requested_at is not None)
-        assert pulse.stop_requested
+        assert pulse.stop_signal == number
         time.sleep(1.5)
         assert not signals.is_urgent
         assert signals.name == number.name
@@ -112,7 +113,7 @@ def test_forked_workers_neither_die_of_the_signal_nor_pass_it_on(tmp_path):
     def body(signals: StopSignals) -> None:
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1.0,))
         worker.start()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             os.kill(worker.pid or 0, number)
         worker.join()
         assert worker.exitcode == 0
@@ -121,11 +122,90 @@ def test_forked_workers_neither_die_of_the_signal_nor_pass_it_on(tmp_path):
     assert end_of(watched(tmp_path, HealthConfig(), body)) == 0
 
 
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_is_noted_and_a_second_one_ends_the_process_in_one_line(tmp_path, monkeypatch, rank):
+    """Both may come twice at once, from a terminal and from a launcher. A person has no time limit."""
+    monkeypatch.setattr("w1train.runtime.stop_signals._SAME_CTRL_C_SECONDS", 0.3)
+    monkeypatch.setattr("w1train.runtime.watchdog.logger", logging.getLogger("answers"))
+    logging.getLogger("answers").addHandler(logging.FileHandler(tmp_path / "log"))
+    monkeypatch.setattr(logging.getLogger("answers"), "level", logging.INFO)
+
+    def body(signals: StopSignals) -> None:
+        pulse.can_stop, pulse.step = True, 7
+        press_ctrl_c()
+        press_ctrl_c()
+        wait_until(lambda: signals.requested_at is not None)
+        assert pulse.stop_signal == signal.SIGINT
+        time.sleep(1.0)
+        assert not signals.is_urgent
+        (tmp_path / "waited").touch()
+        press_ctrl_c()
+        time.sleep(60)
+
+    assert end_of(watched(tmp_path, HealthConfig(stop_timeout=0.2), body, rank, 2)) == 130
+    assert (tmp_path / "waited").exists()
+    expected = "w1train.pretrain, rank 0: a second Ctrl-C at step 7: ended at once; NEXT\n"
+    assert (tmp_path / f"stderr-{rank}").read_text() == ("" if rank else expected)
+    answer = "Ctrl-C: the run saves after the current step, and stops; a second Ctrl-C ends it at once\n"
+    assert (tmp_path / "log").read_text() == answer
+
+
+def test_a_launcher_that_sends_sigterm_after_ctrl_c_has_been_asked_twice(tmp_path, monkeypatch):
+    """torchrun does this at a second Ctrl-C."""
+    monkeypatch.setattr("w1train.runtime.stop_signals._SAME_CTRL_C_SECONDS", 0.1)
+
+    def body(signals: StopSignals) -> None:
+        pulse.can_stop = True
+        press_ctrl_c()
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    assert end_of(watched(tmp_path, HealthConfig(), body)) == 130
+
+
+def test_during_the_start_ctrl_c_ends_the_process_and_another_run_of_it_begins_anew(tmp_path):
+    def body(signals: StopSignals) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
+        assert pulse.stop_signal in (0, signal.SIGINT)
+        pulse.can_stop = True
+        press_ctrl_c()
+        assert pulse.stop_signal == signal.SIGINT
+
+    def twice() -> None:
+        for _ in range(2):
+            watched(tmp_path, HealthConfig(), body)()
+
+    assert end_of(twice) == 0
+
+
+def test_ctrl_c_that_was_ignored_stays_ignored(tmp_path):
+    """A shell starts a command in the background so: Ctrl-C is meant for the command in the foreground."""
+
+    def main() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        watched(tmp_path, HealthConfig(), body)()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    def body(signals: StopSignals) -> None:
+        pulse.can_stop = True
+        press_ctrl_c()
+        time.sleep(0.3)
+        assert (pulse.stop_signal, signals.requested_at) == (0, None)
+
+    assert end_of(main) == 0
+
+
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopSignals():
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+        assert all(signal.getsignal(number) != old for number, old in zip(STOP_SIGNALS, before, strict=True))
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 

@@ -84,6 +84,14 @@ def latest_step(directory: Path) -> int | None:
     return steps[-1] if steps else None
 
 
+def describe_next_start(directory: Path) -> str:
+    """Say in words that follow "the run has ended;" where the command that started the run will resume."""
+    step = latest_step(directory)
+    if step is None:
+        return "it has no checkpoint yet, and the same command begins it again"
+    return f"the same command resumes from step {step}"
+
+
 def read_progress(path: Path) -> Progress:
     """Return how far the run was at a complete checkpoint.
 

@@ -8,7 +8,6 @@ here does the same, and takes the place of FusedAdam where neither transformer-e
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -18,8 +17,7 @@ from megatron.core.optimizer import distrib_optimizer
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
-
-logger = logging.getLogger(__name__)
+from w1train.runtime.kernel_choices import note_kernel
 
 Choice = Literal["auto", "te", "apex", "torch"]
 _MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
@@ -49,7 +47,7 @@ def install(choice: Choice = "auto") -> None:
     name = choice if choice != "auto" else next((name for name, adam in found.items() if adam is not None), "torch")
     missing = [_MODULES[other] for other, adam in found.items() if adam is None]
     reason = f" (not importable: {', '.join(missing)})" if missing and choice == "auto" and name == "torch" else ""
-    logger.info("kernels.adamw: %s%s", name, reason)
+    note_kernel("adamw", name, f"kernels.adamw: {name}{reason}")
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     megatron_optimizer.Adam = found.get(name) or AdamW
     distrib_optimizer.HAVE_APEX_OR_TE = True

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -16,8 +14,7 @@ from w1train.config.schema import KernelsConfig, ModelConfig
 from w1train.kernels.rotary import apply_rotary
 from w1train.kernels.selection import MAX_ROW, has_triton
 from w1train.model.linears import has_transformer_engine
-
-logger = logging.getLogger(__name__)
+from w1train.runtime.kernel_choices import note_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,8 @@ def _chosen(name: str, choice: Literal["auto", "fused", "unfused"], obstacle: st
         raise UserError(f"kernels.{name} is fused, but {obstacle}; set kernels.{name}=auto or unfused")
     fused = choice != "unfused" and obstacle is None
     reason = "" if fused else " (as configured)" if choice == "unfused" else f" ({obstacle})"
-    _say(f"kernels.{name}: {'fused' if fused else 'unfused'}{reason}")
+    kernel = "fused" if fused else "unfused"
+    note_kernel(name, kernel, f"kernels.{name}: {kernel}{reason}")
     return fused
 
 
@@ -89,15 +87,10 @@ def describe_elementwise(kernels: KernelsConfig, hidden_size: int, *, on_cuda: b
         why = "Triton's kernels need CUDA" if not on_cuda else "triton is not installed" if not triton else too_wide
         raise UserError(f"kernels.elementwise is triton, but {why}; set kernels.elementwise=auto or torch")
     if triton and too_wide:
-        _say(f"kernels.elementwise: triton in the loss, plain PyTorch in norms and gates ({too_wide})")
+        kernel, reason = "triton in the loss, plain PyTorch in norms and gates", f" ({too_wide})"
     else:
-        _say(f"kernels.elementwise: {'triton' if triton else 'plain PyTorch'}")
-
-
-@cache
-def _say(line: str) -> None:
-    """Log a line once, however many models are built."""
-    logger.info(line)
+        kernel, reason = "triton" if triton else "plain PyTorch", ""
+    note_kernel("elementwise", kernel, f"kernels.elementwise: {kernel}{reason}")
 
 
 def fp8_settings(fp8: Literal["none", "tensorwise", "blockwise"]) -> dict[str, str | None]:

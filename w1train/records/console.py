@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from w1train.runtime.quantities import duration, quantity
 logger = logging.getLogger(__name__)
 
 _SAMPLE_CHARACTERS = 240
+_FEWEST_COLUMNS = 20
 
 
 class ConsoleSink(Sink):
@@ -29,9 +31,7 @@ class ConsoleSink(Sink):
 
     def __init__(self, run: RecordedRun, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._is_broken = run, False
-        self._console = _Console(file=stream, highlight=False, markup=False)
-        # A log file has no width: rich would break its lines at 80 characters.
-        self._console.soft_wrap = not self._console.is_terminal
+        self._console = _console(stream)
         self._eta = _RemainingTime(run.num_steps, clock)
         self._metrics_line = Text("waiting for the first step", style="dim")
         self._progress = Progress(
@@ -51,10 +51,8 @@ class ConsoleSink(Sink):
         """Show the bar, if this is a terminal, and print what is about to be trained."""
         if self._console.is_terminal:
             self._shown.enter_context(_shown(self._display))
-        width = max(map(len, self._run.description), default=0)
-        self._print(Text(self._run.config.name, style="bold"))
-        for title, value in self._run.description.items():
-            self._print(Text.assemble((f"  {title:<{width}}  ", "dim"), value))
+        for line in _block(self._run.config.name, self._run.description, self._console):
+            self._print(line)
         self._print(Text())
 
     def close(self, *, failed: bool) -> None:
@@ -99,10 +97,8 @@ class ConsoleSink(Sink):
     def _print(self, text: Text) -> None:
         if self._is_broken:
             return
-        # A character that the terminal cannot show must not end training.
-        text.plain = text.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
         try:
-            self._console.print(text)
+            self._console.print(_shown_text(text, self._console))
         except OSError as error:
             # The terminal is gone, the pipe is closed, or the log file's disk is full. The other sinks have the records.
             self._is_broken = True
@@ -116,6 +112,41 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Raise the BrokenPipeError again, which rich handles when it calls this. rich's own method ends the process silently."""
         raise
+
+
+def _console(stream: TextIO | None) -> Console:
+    console = _Console(file=stream, highlight=False, markup=False)
+    # A log file has no width: rich would break its lines at 80 characters.
+    console.soft_wrap = not console.is_terminal
+    return console
+
+
+def print_block(title: str, rows: Mapping[str, str], stream: TextIO | None = None) -> None:
+    """Print a title, and below it names with their values. Text that standard output does not accept any more is dropped with a warning."""
+    console = _console(stream)
+    try:
+        for line in (Text(), *_block(title, rows, console)):
+            console.print(_shown_text(line, console))
+    except OSError as error:
+        logger.warning("standard output accepts no more text (%s): %s", error, title)
+
+
+def _block(title: str, rows: Mapping[str, str], console: Console) -> Iterator[Text]:
+    """Yield the lines of a title and its rows. On a terminal, values that are too long continue below their beginning."""
+    yield Text(title, style="bold")
+    width = max(map(len, rows), default=0)
+    most = max(_FEWEST_COLUMNS, console.width - width - 4) if console.is_terminal else sys.maxsize
+    for name, value in rows.items():
+        parts = [textwrap.wrap(line, most, break_long_words=False, break_on_hyphens=False) for line in value.split("\n")]
+        first, *others = [line for part in parts for line in part] or [""]
+        yield Text.assemble((f"  {name:<{width}}  ", "dim"), first)
+        yield from (Text(" " * (width + 4) + line) for line in others)
+
+
+def _shown_text(text: Text, console: Console) -> Text:
+    """Return a text whose every character the console can show: any other character would end training."""
+    text.plain = text.plain.encode(console.encoding, "replace").decode(console.encoding)
+    return text
 
 
 class _RemainingTime:

@@ -20,8 +20,8 @@ from w1train.runtime.clocks import SteadyTimeOfDay
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.masking import mask
 
-SINKS: tuple[type[Sink], ...] = (JsonLinesSink, WandbSink, TensorBoardSink, ConsoleSink)
-"""All sinks, in the order in which they write: the files that a resume reads come first."""
+SINKS: tuple[type[Sink], ...] = (JsonLinesSink, ConsoleSink, WandbSink, TensorBoardSink)
+"""All sinks, in the order in which they start and write: the files that a resume reads come first. W&B may start for a long time."""
 
 
 class Watch:

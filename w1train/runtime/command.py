@@ -1,5 +1,5 @@
-"""The decorator of every command. If an error of a file, a closed output or a limit on open files ends a command, it ends with one message
-and without a traceback."""
+"""The decorator of every command. If an error of a file, a closed output, a limit on open files or Ctrl-C ends a command, it ends with one
+message and without a traceback."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import functools
 import os
 import resource
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import NoReturn
 
+from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.masking import mask_output
 
 _MOST_FILES = 1 << 20
@@ -40,8 +44,8 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
     """Decorate a command's ``main`` (``program`` is its name in messages).
 
     Passwords of URLs are masked in the output (masking.py). Characters that the console's encoding cannot show are replaced. If the reader
-    of the output closes it (``| head -1``), the command ends without a message. The limit on open files is raised as far as the system
-    allows; where that is not enough, a message says what to change.
+    of the output closes it (``| head -1``), the command ends without a message. After Ctrl-C it ends with status 130. The limit on open
+    files is raised as far as the system allows; where that is not enough, a message says what to change.
     """
 
     def decorate(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -55,6 +59,8 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
                     return main(*arguments, **options)
                 finally:
                     sys.stdout.flush()
+            except KeyboardInterrupt:
+                _end_interrupted(program)
             except (OSError, RuntimeError) as error:
                 _end(program, error)
                 raise
@@ -132,6 +138,14 @@ def _end(program: str, error: OSError | RuntimeError) -> None:
         sys.exit(_CLOSED_PIPE)
     print(f"{program}: {describe_error(error)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _end_interrupted(program: str) -> NoReturn:
+    """Exit after Ctrl-C. A second Ctrl-C, while Python tidies up, ends the process without a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print(f"{program}: ended by Ctrl-C", file=sys.stderr)
+    sys.exit(ExitStatus.INTERRUPTED)
 
 
 def _has_no_reader() -> bool:

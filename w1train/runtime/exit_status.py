@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import IntEnum
 
 
@@ -16,6 +17,16 @@ class ExitStatus(IntEnum):
     RUNNING = 3
     """The run has not ended. Only w1train.status uses this status."""
     STOPPED = 75
-    """A signal ended the run after a save. The same command resumes (EX_TEMPFAIL of sysexits.h: schedulers requeue such a job)."""
+    """SIGTERM or SIGUSR1 ended the run after a save. The same command resumes it (EX_TEMPFAIL of sysexits.h: schedulers requeue such a
+    job)."""
     INTERRUPTED = 130
-    """The user pressed Ctrl-C."""
+    """The user pressed Ctrl-C. The same command resumes, but no program should give it by itself: a person has ended the run. status.json
+    says whether the run has saved (``stopped``)."""
+
+
+def status_after(stop_signal: int) -> ExitStatus:
+    """Return the exit status of a run that has ended without an error; ``stop_signal`` is the number of the signal that has stopped it, or
+    0."""
+    if stop_signal == 0:
+        return ExitStatus.FINISHED
+    return ExitStatus.INTERRUPTED if stop_signal == signal.SIGINT else ExitStatus.STOPPED

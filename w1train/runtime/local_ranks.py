@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from w1train.runtime.announcement import ANNOUNCED
 from w1train.runtime.cluster import port_of_number
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.files import open_new
@@ -106,6 +107,7 @@ def _environment(num_ranks: int, logs: Path) -> dict[str, str]:
     """Return the variables that all ranks share."""
     root = str(Path(__file__).resolve().parents[2])
     environment = {**SETTINGS, "TORCH_FR_DUMP_TEMP_FILE": str(logs / "nccl_trace_rank_"), **os.environ}
+    environment[ANNOUNCED] = "1"
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     environment |= {"MASTER_ADDR": _ADDRESS, "MASTER_PORT": str(_free_port())}
     # Without PYTHONSAFEPATH, a module of the caller's directory would come before a module of the same name, also of Python's own.

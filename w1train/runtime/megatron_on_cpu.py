@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +30,14 @@ _FACTORIES = (
     "ones", "zeros", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "linspace",
     "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor",
 )  # fmt: skip
+
+# Beginnings of the warnings of megatron-core's import about optional packages, of which the run itself says which it uses, and about
+# megatron-core's own modules.
+_ABOUT_ABSENT_PACKAGES = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "The following imports from `dynamic_context.py` will be removed",
+)
 
 _redirected = False
 
@@ -74,17 +83,21 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def import_megatron() -> Any:
-    """Import megatron.core, without the dozen warnings that the import prints where transformer-engine, apex and CUDA are absent."""
-    noisy = logging.getLogger("torch.utils.cpp_extension")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    """Import megatron.core, without the warnings that the import prints where transformer-engine, apex and CUDA are absent."""
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    extensions.addFilter(_is_not_about_cuda)
     with warnings.catch_warnings(), contextlib.nullcontext() if torch.cuda.is_available() else _nothing_compiled():
-        warnings.simplefilter("ignore")
+        for beginning in _ABOUT_ABSENT_PACKAGES:
+            warnings.filterwarnings("ignore", message=re.escape(beginning))
         import megatron.core
         import megatron.core.models.common.language_module.language_module
         import megatron.core.optimizer
-    noisy.setLevel(level)
+    extensions.removeFilter(_is_not_about_cuda)
     return megatron.core
+
+
+def _is_not_about_cuda(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 @contextlib.contextmanager

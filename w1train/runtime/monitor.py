@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,18 +18,26 @@ _STATES: dict[str, State] = {STARTING: "starting", SAVING: "saving", VALIDATING:
 
 
 @contextmanager
-def monitored(directory: Path, ranks: Ranks, settings: HealthConfig) -> Iterator[StatusFile]:
+def monitored(directory: Path, ranks: Ranks, settings: HealthConfig, next_start: Callable[[], str]) -> Iterator[StatusFile]:
     """Watch a run from the claim of its directory, which rank 0 holds, to its end. Every rank calls this. If an exception ends the
     block, its text becomes the status's message. After an end without an exception the caller updates the status: the run is finished or
-    stopped."""
+    stopped.
+
+    Args:
+        next_start: a function that says where the same command will resume. A thread may call it.
+    """
     status = StatusFile(directory, ranks.world_size, active=ranks.is_main)
     # The watchdog's thread looks at once. The time without progress that it measures begins now, and not when the process did.
     pulse.beat()
-    with StopSignals() as signals, Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals):
+    with StopSignals() as signals, Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals, next_start):
         pulse.observer = lambda: _show(status)
         pulse.beat()
         try:
             yield status
+        except KeyboardInterrupt:
+            # Ctrl-C during the start: nothing is lost, and nothing has failed.
+            status.update("stopped", message=f"Ctrl-C during the start; {next_start()}")
+            raise
         except BaseException as error:
             state: State = "mistake" if isinstance(error, UserError) else "failed"
             status.update(state, message=first_line(error))

@@ -33,8 +33,10 @@ class Pulse:
     """Monotonic seconds at which a thread of this process last read or wrote a piece of a checkpoint."""
     transfers: list[str] = field(default_factory=list)
     """The files that threads of this process read or write now, for the message of a hang."""
-    stop_requested: bool = False
-    """This flag tells whether a signal asks the run to end after the current step."""
+    stop_signal: int = 0
+    """The number of the signal that asks the run to end after the current step; 0 = no signal has come."""
+    can_stop: bool = False
+    """This flag tells whether the run looks for ``stop_signal`` between its steps. During the start it does not."""
     observer: Callable[[], None] | None = None
     """A function that is called at each sign of progress."""
 

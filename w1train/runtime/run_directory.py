@@ -27,9 +27,9 @@ class RunDirectoryInUseError(RunDirectoryError):
 
 
 class RunDirectory:
-    """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, events.jsonl, summary.json,
-    report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; after failures stacks/ and bad_batches/; and packings/ of
-    datasets that cannot be written to."""
+    """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, events.jsonl, run.log,
+    summary.json, report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; after failures stacks/ and bad_batches/; and
+    packings/ of datasets that cannot be written to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,6 +39,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.events = path / "events.jsonl"
+        self.log = path / "run.log"
         self.profile = path / "profile"
         self.summary = path / "summary.json"
         self.bad_batches = path / "bad_batches"

@@ -88,7 +88,7 @@ class StatusFile:
         for name, value in values.items():
             setattr(status, name, mask(value) if isinstance(value, str) else value)
         status.time = time.time()
-        self._held = self._held and status.state in ("starting", "finished", "failed", "mistake")
+        self._held = self._held and status.state in ("starting", "finished", "stopped", "failed", "mistake")
         now = time.monotonic()
         if self._active and not self._held and (changed or now - self._written >= _SECONDS_BETWEEN_WRITES):
             self._written = now

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1, which ask a run to save and end (schedulers send them some time before they kill).
+"""SIGTERM and SIGUSR1, which ask a run to save and end (schedulers send them some time before they kill), and SIGINT, by which a person
+asks for the same with Ctrl-C.
 
 Python runs a signal's handler between two bytecodes of the main thread, and therefore not while the main thread waits in a collective. The
 interpreter's C code writes the signal's number to a pipe at once, wherever the main thread is. The watchdog's thread reads the pipe, and
@@ -16,27 +17,36 @@ from typing import Any
 
 from w1train.runtime.pulse import pulse
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A scheduler's signal reaches a rank twice where it is sent to the launcher, which passes it on, and to the rank itself.
 _SAME_REQUEST_SECONDS = 5.0
+# Ctrl-C may also reach a rank twice, from the terminal and from a launcher. A person who presses it again does not want to wait for long.
+_SAME_CTRL_C_SECONDS = 1.0
 
 
 class StopSignals:
-    """A context manager for the main thread, which handles the signals. The first signal sets ``pulse.stop_requested``."""
+    """A context manager for the main thread, which handles the signals. The first signal sets ``pulse.stop_signal``.
+
+    SIGINT stays ignored if it was: a shell starts a command in the background so, and Ctrl-C is then meant for another command. During the
+    start of a run (``pulse.can_stop`` is False) nothing is there to be saved, and SIGINT raises KeyboardInterrupt as it does without this
+    class.
+    """
 
     def __init__(self) -> None:
         self.requested_at: float | None = None
         """Monotonic seconds of the first signal."""
         self.name = ""
-        """The name of the first signal."""
+        """The name of the first signal for people."""
         self.is_urgent = False
         """This flag tells whether a later signal has asked again."""
 
     def __enter__(self) -> StopSignals:
+        pulse.stop_signal, pulse.can_stop = 0, False
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        self._old_handlers: dict[signal.Signals, Any] = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._handled = [number for number in STOP_SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+        self._old_handlers: dict[signal.Signals, Any] = {number: signal.signal(number, self._on_signal) for number in self._handled}
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._owner = os.getpid()
         # Schedulers signal every process of a job. A forked data worker must not end by the signal, before the rank has saved, and must not
@@ -58,25 +68,32 @@ class StopSignals:
         thread calls this."""
         ready, _, _ = select.select([self._read], [], [], seconds)
         for number in os.read(self._read, 256) if ready else b"":
-            if number in STOP_SIGNALS:
+            if number in self._handled:
                 self._note(signal.Signals(number))
 
     def wake(self) -> None:
         """End the running :meth:`wait`."""
         os.write(self._write, b"\0")
 
+    @property
+    def is_ctrl_c(self) -> bool:
+        """Tell whether the first signal was SIGINT: a person waits, and may ask again."""
+        return self.name == signal_name(signal.SIGINT)
+
     def _note(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self.requested_at is None:
-            self.requested_at, self.name = now, number.name
-            pulse.stop_requested = True
-        elif now - self.requested_at > _SAME_REQUEST_SECONDS:
+            self.requested_at, self.name = now, signal_name(number)
+            pulse.stop_signal = pulse.stop_signal or number
+        elif now - self.requested_at > (_SAME_CTRL_C_SECONDS if self.is_ctrl_c else _SAME_REQUEST_SECONDS):
             self.is_urgent = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask for the end as soon as the main thread runs. Whether the signal is the second is decided by what the pipe has, since this
         handler may run late."""
-        pulse.stop_requested = True
+        if number == signal.SIGINT and not pulse.can_stop:
+            raise KeyboardInterrupt
+        pulse.stop_signal = pulse.stop_signal or number
 
     def _block(self) -> None:
         if self._owner == os.getpid():
@@ -92,3 +109,8 @@ class StopSignals:
             for handled in STOP_SIGNALS:
                 signal.signal(handled, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal for people."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -19,8 +19,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from w1train.config.schema import HealthConfig
 from w1train.runtime.exit_status import ExitStatus
@@ -41,24 +43,35 @@ _WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "w1t
 # megatron-core's layers wait there.
 _WAITS = ", waiting"
 _MOST_NAMED = 16
+# The progress bar hides the terminal's cursor, and a process that ends at once does not take the bar away.
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Watchdog:
     """A context manager around a rank's run; its thread ends with it."""
 
     def __init__(
-        self, directory: Path, rank: int, world_size: int, settings: HealthConfig, status: StatusFile, signals: StopSignals
+        self,
+        directory: Path,
+        rank: int,
+        world_size: int,
+        settings: HealthConfig,
+        status: StatusFile,
+        signals: StopSignals,
+        next_start: Callable[[], str],
     ) -> None:
         """Prepare the thread. Rank 0 has called :func:`put_stacks_aside`.
 
         Args:
             directory: the run's, which all ranks see.
+            next_start: a function that says where the same command will resume.
         """
         self._directory, self._rank, self._world_size, self._settings = directory, rank, world_size, settings
-        self._status, self._signals = status, signals
+        self._status, self._signals, self._next_start = status, signals, next_start
         self._tick = max(_FEWEST_SECONDS, min(_MOST_SECONDS, settings.heartbeat_interval, settings.hang_timeout / 10))
         self._main = threading.main_thread().ident or 0
         self._stopped = False
+        self._has_answered = False
         self._thread = threading.Thread(target=self._watch, name="w1train-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -83,6 +96,7 @@ class Watchdog:
             if is_due:
                 last_heartbeat = now
                 self._write_heartbeat()
+            self._answer_signal()
             self._end_if_not_stopped_in_time(now)
             self._end_if_hanging(now, look_for_others=is_due)
             self._signals.wait(self._tick)
@@ -104,18 +118,35 @@ class Watchdog:
 
     # Signals
 
+    def _answer_signal(self) -> None:
+        """Say once that a signal has arrived: the current step, with the validation and the save after it, may take minutes."""
+        if self._has_answered or self._signals.requested_at is None or not pulse.can_stop:
+            return
+        self._has_answered = True
+        again = "; a second Ctrl-C ends it at once" if self._signals.is_ctrl_c else ""
+        logger.info("%s: the run saves after the current step, and stops%s", self._signals.name, again)
+
     def _end_if_not_stopped_in_time(self, now: float) -> None:
         signals = self._signals
         if signals.requested_at is None:
             return
         if signals.is_urgent:
-            self._end(f"a second signal after {signals.name}: ended at once, without a checkpoint of step {pulse.step}")
-        if now - signals.requested_at > self._settings.stop_timeout:
+            self._end_at_once()
+        # A person who has pressed Ctrl-C can press it again. No program is about to kill the run.
+        if now - signals.requested_at > self._settings.stop_timeout and not signals.is_ctrl_c:
             self._write_stacks()
             self._end(
                 f"not stopped {self._settings.stop_timeout:g} s after {signals.name} (health.stop_timeout), at step {pulse.step}, "
                 f"{pulse.activity}: ended as it is; stacks are in {self._directory / STACKS}"
             )
+
+    def _end_at_once(self) -> None:
+        """End the process after a second signal. Every rank gets Ctrl-C, and rank 0 alone writes about it."""
+        cause = "a second Ctrl-C" if self._signals.is_ctrl_c else f"a second signal after {self._signals.name}"
+        message = f"{cause} at step {pulse.step}: ended at once; {self._next_start()}"
+        if not self._signals.is_ctrl_c:
+            self._end(message)
+        self._end(message, ExitStatus.INTERRUPTED, is_silent=self._rank != 0)
 
     # Hangs
 
@@ -172,11 +203,14 @@ class Watchdog:
             f"no progress for {silence:.0f} s at step {pulse.step} (health.hang_timeout): {text}; stacks are in {self._directory / STACKS}"
         )
 
-    def _end(self, message: str) -> None:
+    def _end(self, message: str, status: ExitStatus = ExitStatus.FAILED, *, is_silent: bool = False) -> NoReturn:
         """End the process from this thread: the main thread may be unable to."""
         self._status.update("failed", message=message)
-        print(f"w1train train, rank {self._rank}: {message}", file=sys.stderr, flush=True)
-        os._exit(ExitStatus.FAILED)
+        if not is_silent:
+            if os.isatty(1):
+                os.write(1, _SHOW_CURSOR)
+            print(f"w1train train, rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(status)
 
 
 def put_stacks_aside(directory: Path) -> None:

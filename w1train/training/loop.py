@@ -54,6 +54,8 @@ class Trainer:
         self.stopped = False
         """This flag tells whether training has ended before its last step, after a checkpoint: by a signal, or at the step that the caller
         of ``fit`` has set."""
+        self.stop_signal = 0
+        """The number of this signal; 0 = no signal."""
         self._max_steps: int | None = None
 
     def fit(self, max_steps: int | None = None) -> None:
@@ -78,7 +80,7 @@ class Trainer:
         pulse.num_steps, pulse.total_tokens = self.position.num_steps, self.position.num_tokens
         self._publish_progress()
         with self.watch, self.data.loader, self.saver, self.profiler, self.garbage:
-            pulse.activity = TRAINING
+            pulse.activity, pulse.can_stop = TRAINING, True
             pulse.beat()
             if self.progress.step == 0:
                 self.validate()
@@ -117,7 +119,7 @@ class Trainer:
         self.stragglers.begin(self.progress.step + 1)
         computed = self.compute_step(batches)
         is_good = self.guard.checked(computed, self.compute_step_again, self.position.stage_name)
-        self.agreement = Agreement(pulse.stop_requested)
+        self.agreement = Agreement(pulse.stop_signal)
         if is_good:
             step_with_prepared_gradients(self.model.optimizer, computed.grad_norm)
         num_samples = self.position.stage.training.global_batch_size
@@ -176,26 +178,22 @@ class Trainer:
         }
         self.watch.record("train", record)
 
-    def after_step(self, stop_requested: bool) -> None:
-        """Do what is due at the boundary between two steps; ``stop_requested``: a signal asks for the end."""
+    def after_step(self, stop_signal: int) -> None:
+        """Do what is due at the boundary between two steps; ``stop_signal``: the number of a signal that asks for the end, or 0."""
         self.garbage.step_done(self.progress.step)
         self.saver.poll()
         if self.position.is_due(self.config.validation.interval):
             self.validate()
         if self.position.is_due(self.config.sampling.interval):
             self.sample()
-        self.stopped = (stop_requested or self.is_at(self._max_steps)) and not self.position.is_over
+        self.stop_signal = 0 if self.position.is_over else stop_signal
+        self.stopped = (self.stop_signal != 0 or self.is_at(self._max_steps)) and not self.position.is_over
         # A run that is stopped here is resumed with the next step.
         if self.position.is_due(self.config.checkpoint.interval) or self.stopped:
             with pulse.during(SAVING):
                 self.save()
         if self.position.is_phase_end:
             self.end_phase()
-        if self.stopped:
-            reason = "stopped by a signal at step %d; the same command resumes from there"
-            if self.is_at(self._max_steps):
-                reason = "saved at step %d, at which --max-steps ends this start; without this option, the same command resumes from there"
-            logger.info(reason, self.progress.step)
 
     @step_part("validate")
     def validate(self) -> None:

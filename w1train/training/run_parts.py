@@ -19,13 +19,14 @@ from w1train.records.watch import Watch
 from w1train.runtime.device import device_name
 from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different
+from w1train.runtime.kernel_choices import kernels_in_one_line
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint_loader import CheckpointLoader, prepare_resume
 from w1train.training.health.garbage import GarbageCollection
 from w1train.training.health.guard import StepGuard
 from w1train.training.health.stragglers import StragglerClock
 from w1train.training.inputs import choose_backends
-from w1train.training.run_records import describe_run
+from w1train.training.run_description import describe_run
 from w1train.training.schedule_position import SchedulePosition
 from w1train.training.training_data import TrainingData, prepare_data
 
@@ -58,6 +59,11 @@ def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_we
     Raises:
         The errors of configuration, data and checkpoint, on every rank.
     """
+    with kernels_in_one_line():
+        return _build(config, ranks, run, open_initial_weights)
+
+
+def _build(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> RunParts:
     step = choose_checkpoint(run.checkpoints, config.checkpoint, run.events)
     on_main_rank(partial(prepare_resume, config, run, step))
     all_or_none(partial(choose_backends, config, ranks.device))
@@ -82,7 +88,7 @@ def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_we
 def _build_watch(
     config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: Progress, position: SchedulePosition
 ) -> Watch:
-    description = describe_run(config, ranks, run, data, f"{progress.step} of {position.num_steps} done")
+    description = describe_run(config, ranks, run, data, progress, position)
     recorded = RecordedRun(config, run, progress.step, position.num_steps, position.num_tokens, description)
     return all_or_none(partial(Watch, recorded, ranks, progress))
 

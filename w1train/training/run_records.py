@@ -1,4 +1,4 @@
-"""The description of a run for the console, its summary, and the FLOPs of its steps."""
+"""The summary of a run, and the FLOPs of its steps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,6 @@ from w1train.runtime.record_files import read_metrics
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.forward import StepWork
 from w1train.training.training_data import TrainingData
-
-
-def describe_run(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: str) -> dict[str, str]:
-    """Return titles and values for people; ``progress`` is the text about the steps."""
-    parallel = config.parallel
-    layout = f"data {ranks.data_parallel_size}, tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
-    return {
-        "model": f"{num_parameters(config.model):,} parameters",
-        "device": f"{ranks.world_size} x {device_name(ranks.device)}, {config.training.precision} ({layout})",
-        "data": f"{data.num_tokens:,} tokens, {config.data.sequence_length} per sample",
-        "batch": f"{config.training.global_batch_size} samples of {config.data.sequence_length} tokens",
-        "steps": progress,
-        "run directory": str(run.path),
-    }
 
 
 def step_flops(model: ModelConfig, work: StepWork) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
@@ -15,8 +14,7 @@ from w1train.attention.backends.sdpa import SdpaBackend
 from w1train.attention.backends.te import TransformerEngineBackend
 from w1train.config.errors import UserError, look_up
 from w1train.config.rules.attention_limits import AttentionCase
-
-logger = logging.getLogger(__name__)
+from w1train.runtime.kernel_choices import note_kernel
 
 # The order in which "auto" tries the backends: kernels that skip pairs that are not visible, then kernels that skip such pairs only with
 # one stream, then dense kernels.
@@ -37,14 +35,14 @@ def choose_backend(name: str, case: AttentionCase, device: torch.device) -> Atte
         reason = named.why_not(case, device)
         if reason is not None:
             raise UserError(f"attention.backend is {name}, which cannot serve {_describe(case)}: {reason}. auto takes a backend that can")
-        logger.info("attention of %s: %s, as attention.backend says", _describe(case), name)
+        note_kernel("attention", name, f"attention of {_describe(case)}: {name}, as attention.backend says")
         return named(case)
     passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS.values():
         reason = backend.why_not(case, device)
         if reason is None:
             others = "".join(f"; not {other}: {why}" for other, why in passed_over)
-            logger.info("attention of %s: %s%s", _describe(case), backend.name, others)
+            note_kernel("attention", backend.name, f"attention of {_describe(case)}: {backend.name}{others}")
             return backend(case)
         passed_over.append((backend.name, reason))
     raise AssertionError("the dense kernels serve everything")
