@@ -15,6 +15,7 @@ from w1train.config.recipe_files import RECIPE_GROUP, check_user_directories, fi
 from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
+from w1train.config.synonyms import hint_for
 
 Action = Literal["run", "print_config", "list", "help"]
 _FLAGS = {
@@ -121,7 +122,9 @@ def _split(argv: Sequence[str]) -> _Words:
 
 def _unknown_flag(flag: str, word: str) -> Problem:
     match = closest(flag, _FLAGS)
-    suggestion = f"did you mean {match}?" if match else f"without dashes if it is a key: {word.lstrip('-')}"
+    name, _, value = word.lstrip("-").partition("=")
+    otherwise = f"did you mean {match}?" if match else f"without dashes if it is a key: {word.lstrip('-')}"
+    suggestion = hint_for(name, value or None) or otherwise
     return Problem(word, "an unknown flag", listing(_FLAGS), suggestion)
 
 
