@@ -15,7 +15,7 @@ STAGE = "schedule.stages.NAME."
 
 @dataclass(frozen=True, slots=True)
 class Synonym:
-    """What this project has for a name."""
+    """The key that stands for a name, with a note."""
 
     key: str | None
     """The key, in which NAME stands for the name of a stage; None = w1train has no such option."""
@@ -115,7 +115,7 @@ _TABLE: tuple[tuple[str, str | None, str], ...] = (
     (
         "activation_checkpointing gradient_checkpointing recompute_granularity activation_checkpoint",
         "parallel.recompute",
-        "It is none, selective or full.",
+        "Its values: none, selective, full.",
     ),
     (
         "bf16 fp16 dtype mixed_precision amp torch_dtype param_dtype fp32",
@@ -228,7 +228,7 @@ _TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("tokenizer tokenizer_path tokenizer_model tokenizer_name tokenizer_file", "data.tokenizer", "It is the path of a tokenizer.json."),
     ("mask_id mask_token mask_token_index mask_idx", "diffusion.mask_token_id=", "It is the id of <mask> in the tokenizer."),
     ("padded_vocab_size vocabulary_size n_vocab", "model.vocab_size", "It is the number of ids of the model, special tokens included."),
-    ("fp8_format use_fp8 fp8_recipe", "training.fp8", "It is none, tensorwise or blockwise."),
+    ("fp8_format use_fp8 fp8_recipe", "training.fp8", "Its values: none, tensorwise, blockwise."),
     ("profile use_profiler profiler profile_steps", "profiling.steps", "It is the list of steps to profile, such as [20,21]."),
     (
         "device accelerator cuda cpu use_cpu",
