@@ -25,9 +25,9 @@ from pathlib import Path
 
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
-from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
+from w1train.preflight.start_rules import machine_problems, run_rules
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command, describe_error
@@ -57,17 +57,19 @@ def main(arguments: list[str]) -> int:
         discovery = discover_ranks()
     except ConfigurationError as error:
         return _fail_alone(str(error), ExitStatus.MISTAKE)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    is_first_to_check = _refuses_early() and os.environ.get("RANK", "0") == "0"
     config = config_from_command_line(
-        arguments, program="w1train.pretrain", description="Pretrain a diffusion language model.", rules=NAME_RULES
+        arguments,
+        program="w1train.pretrain",
+        description="Pretrain a diffusion language model.",
+        rules=NAME_RULES,
+        run_rules=run_rules(num_ranks, num_ranks if is_first_to_check else None),
     )
     remember_passwords(str(value) for _, value in leaves(config))  # a recipe or a variable of the environment may have brought them
     set_up_logging()
     if discovery is not None:
         logger.info("%s", discovery)
-    try:
-        raise_if_any(validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-    except ConfigurationError as error:
-        return _fail_together(str(error), ExitStatus.MISTAKE)
     try:
         return run(config)
     except KeyboardInterrupt:
@@ -103,6 +105,8 @@ def run(config: Config) -> int:
             on_main_rank(directory.claim)
             on_main_rank(partial(put_stacks_aside, directory.path))
             with monitored(directory.path, ranks, config.health) as status:
+                if not _refuses_early():
+                    on_main_rank(lambda: raise_if_any(machine_problems(config)))
                 trainer = Trainer(config, ranks, directory, open_initial_weights)
                 trainer.fit()
                 status.update("stopped" if trainer.stopped else "finished")
@@ -117,6 +121,13 @@ def run(config: Config) -> int:
     finally:
         directory.release()
     return ExitStatus.STOPPED if trainer.stopped else ExitStatus.FINISHED
+
+
+def _refuses_early() -> bool:
+    """Tell whether rank 0 may end the run before the ranks have met: there are no other ranks, or torchrun ends them. Ranks on other
+    machines, and those that srun starts, would wait for rank 0, so that they must meet before the check."""
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    return num_ranks == "1" or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == num_ranks)
 
 
 def set_up_logging() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from launch import check
 from launch.rendezvous_port import choose_port
+from tests.made_data import make_data
 from tests.test_readme import check_torchrun
 from w1train.config.errors import UserError
 from w1train.config.schema import HealthConfig
@@ -96,8 +97,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo-data")
+    make_data(directory)
+    return directory
+
+
 @pytest.fixture
-def torchrun(stand_in, tmp_path):
+def torchrun(stand_in, tmp_path, demo_data):
+    """The caller's directory has the data of recipe=demo."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo-data").symlink_to(demo_data)
     return Torchrun(stand_in, tmp_path)
 
 

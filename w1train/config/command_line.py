@@ -48,11 +48,12 @@ class _Words:
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = ()) -> CommandLine:
+def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = (), run_rules: Sequence[Rule] = ()) -> CommandLine:
     """Read a command line (without the program's name).
 
     Args:
         rules: what the caller checks beside the rules of the configuration.
+        run_rules: what the caller checks too if the configuration shall run, and not only be printed.
 
     Raises:
         ConfigurationError: with the problems of the flags and of the configuration.
@@ -67,20 +68,22 @@ def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = ()) -> Comma
     from w1train.config.compose import load_config
 
     try:
-        config = load_config(words.overrides, words.config_dirs, rules)
+        config = load_config(words.overrides, words.config_dirs, rules if "--cfg" in words.flags else [*rules, *run_rules])
     except ConfigurationError as error:
         raise ConfigurationError(words.problems + error.problems) from error
     raise_if_any(words.problems)
     return CommandLine("print_config" if "--cfg" in words.flags else "run", config, words.config_dirs)
 
 
-def config_from_command_line(argv: Sequence[str], program: str, description: str, rules: Sequence[Rule] = ()) -> Config:
+def config_from_command_line(
+    argv: Sequence[str], program: str, description: str, rules: Sequence[Rule] = (), run_rules: Sequence[Rule] = ()
+) -> Config:
     """Return the configuration that a program shall run.
 
     The function does not return for --cfg, --list and --help (exit status 0) or for mistakes (exit status 2, text on stderr).
     """
     try:
-        command_line = parse_command_line(argv, rules)
+        command_line = parse_command_line(argv, rules, run_rules)
     except ConfigurationError as error:
         _exit_with(f"{program}: {error}\n\n'python -m {program} --help' explains the command line.", _USAGE_ERROR)
     if command_line.action == "help":
