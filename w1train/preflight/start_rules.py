@@ -1,4 +1,4 @@
-"""All that is checked before a run starts, as rules beside those of the configuration."""
+"""The list of the checks before a start, as rules beside those of the configuration."""
 
 from __future__ import annotations
 
