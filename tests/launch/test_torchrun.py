@@ -196,6 +196,7 @@ def test_relative_paths_begin_where_the_caller_is(torchrun, tmp_path, monkeypatc
     """And the code is that of the repository, though the caller's directory has modules of the same names."""
     here = tmp_path / "here"
     (here / "launch").mkdir(parents=True)
+    (here / "runs").symlink_to(tmp_path / "runs")
     for name in ("tokenize.py", "launch/__init__.py", "w1train.py"):
         (here / name).write_text("raise SystemExit('a module of the caller')")
     (here / "recipes/recipe").mkdir(parents=True)
