@@ -1,5 +1,5 @@
-"""The kinds of stored weights, and the comparison of their model with the model of a run. This module reads no weights and does not need torch, so that a start can be
-refused before torch is imported."""
+"""The kinds of stored weights, and the comparison of their model with the model of a run. This module reads no weights and does not need
+torch, so that a start can be refused before torch is imported."""
 
 from __future__ import annotations
 
