@@ -1,6 +1,8 @@
-"""The check that launchers make before they start a run: is the configuration valid on so many ranks?
+"""The check that launchers make before they start a run: is the configuration valid on so many ranks, and does this machine have what the
+run needs?
 
     python -m launch.check --ranks 16 -- recipe=w1_4b
+    python -m launch.check --ranks 8 --ranks-here 8 -- recipe=w1_4b
 
 It prints two lines: the run directory, and the seconds that ranks may take to stop after a signal (health.stop_timeout). A mistake in the
 recipe is reported once, before any rank is started or a job waits in a queue.
@@ -16,37 +18,43 @@ if not __package__ and not sys.flags.safe_path:
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.command_line import parse_command_line
-from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.errors import ConfigurationError, Problem
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
-from w1train.pretrain import COUNTS, problems_before_start
+from w1train.preflight.start_rules import run_rules
+from w1train.pretrain import COUNTS
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.command import command
 
 
-def checked_config(arguments: Sequence[str], num_ranks: int | None) -> Config:
+def checked_config(
+    arguments: Sequence[str], num_ranks: int | None, ranks_here: int | None = None, more_rules: Sequence[Rule] = ()
+) -> Config:
     """Return the configuration that arguments of w1train.pretrain describe.
 
     Args:
         num_ranks: the number of ranks that the layout must be valid on; None = not known.
+        ranks_here: the number of ranks on this machine, which is checked too; None = it is not checked.
+        more_rules: what the caller checks too.
 
     Raises:
         ConfigurationError: the arguments, the recipe or the layout have problems; it has all of them.
     """
-    command_line = parse_command_line(arguments, NAME_RULES, COUNTS)
+    command_line = parse_command_line(arguments, NAME_RULES, COUNTS, lambda _counts: [*run_rules(num_ranks, ranks_here), *more_rules])
     if command_line.config is None or command_line.action != "run":
         flag = next(word for word in arguments if word.startswith("-"))
         raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", "w1train train " + flag)])
-    raise_if_any(problems_before_start(command_line.config, num_ranks))
     return command_line.config
 
 
-def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
-    """Return the reasons why nsys would record nothing, because it records only the steps and ranks that the run marks.
+def nsys_problems(ranks: str | None, config: Config) -> Iterator[Problem]:
+    """Yield the reasons why nsys would record nothing, because it records only the steps and ranks that the run marks.
 
     Args:
         ranks: the ranks that run under nsys: numbers separated by commas, "all", or None for no rank.
@@ -54,15 +62,15 @@ def nsys_problems(ranks: str | None, config: Config) -> list[Problem]:
     profiling = config.profiling
     wanted = 'profiling.tool=nsys "profiling.steps=[20,24]"'
     if ranks is None:
-        return []
+        return
     if profiling.tool != "nsys" or not profiling.steps:
         found = f"profiling.tool={profiling.tool}, profiling.steps={profiling.steps}"
-        return [Problem("--nsys", found, "a run that marks the steps to be recorded", wanted)]
+        yield Problem("--nsys", found, "a run that marks the steps to be recorded", wanted)
+        return
     silent = [] if ranks == "all" else [rank for rank in ranks.split(",") if int(rank) not in profiling.ranks]
-    if not silent:
-        return []
-    found = f"{ranks}, with profiling.ranks={profiling.ranks}"
-    return [Problem("--nsys", found, "ranks that mark their steps", f'"profiling.ranks=[{ranks}]"')]
+    if silent:
+        found = f"{ranks}, with profiling.ranks={profiling.ranks}"
+        yield Problem("--nsys", found, "ranks that mark their steps", f'"profiling.ranks=[{ranks}]"')
 
 
 @command("launch.check")
@@ -70,12 +78,13 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command. Return the exit status: 0, or 2 for bad input."""
     parser = ArgumentParser(prog="python -m launch.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the whole run")
+    here = "number of ranks on this machine, if all ranks are here: files, disks and GPUs are then checked too"
+    parser.add_argument("--ranks-here", type=int, help=here)
     parser.add_argument("--nsys", metavar="RANKS", help="ranks that will run under nsys: numbers separated by commas, or all")
     parser.add_argument("arguments", nargs="*", help="arguments of w1train.pretrain, after --")
     options = parser.parse_args(arguments)
     try:
-        config = checked_config(options.arguments, options.ranks)
-        raise_if_any(nsys_problems(options.nsys, config))
+        config = checked_config(options.arguments, options.ranks, options.ranks_here, [partial(nsys_problems, options.nsys)])
     except ConfigurationError as error:
         print(f"w1train train: {error}\n\n'w1train train --help' explains the command line.", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from launch.slurm_arguments import PROGRAM, Submission, parse
 from launch.slurm_script import render
-from w1train.config.errors import ConfigurationError
+from w1train.config.errors import ConfigurationError, Problem
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 
@@ -39,6 +39,8 @@ def main(words: Sequence[str]) -> int:
     except ConfigurationError as error:
         print(f"{PROGRAM}: {error}\n\n'python -m {PROGRAM} --help' explains the options.", file=sys.stderr)
         return 2
+    if submission.missing:
+        print(_warning(submission.missing), file=sys.stderr)
     script = render(submission.job, submission.run, submission.arguments)
     if submission.dry_run:
         print(script, end="")
@@ -49,6 +51,13 @@ def main(words: Sequence[str]) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _warning(missing: Sequence[Problem]) -> str:
+    """Return a warning of what this machine lacks, and the nodes may have: disks of their own, or a container's mounts."""
+    listed = [f"{number}. {problem}" for number, problem in enumerate(missing, 1)]
+    title = "warning: the job will fail unless its nodes have what this machine lacks:"
+    return "\n".join([f"{PROGRAM}: {title}", *listed])
 
 
 def checkout() -> Path | None:

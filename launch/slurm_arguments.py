@@ -16,6 +16,7 @@ from w1train.config.argument_parser import ArgumentParser
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import ConfigurationError, Problem, closest, listing, raise_if_any
 from w1train.config.schema import Config
+from w1train.preflight.start_rules import machine_problems
 
 PROGRAM = "launch.slurm"
 DESCRIPTION = """Submit a run to Slurm. Each rank is a task. The job saves before its time limit and is requeued until the run ends.
@@ -60,6 +61,8 @@ class Submission:
     arguments: list[str]
     """Arguments of w1train.pretrain."""
     dry_run: bool
+    missing: tuple[Problem, ...]
+    """What the run needs and this machine lacks. The nodes of the job may have it."""
 
 
 def parse(words: Sequence[str], directory: Path, code: Path | None = None) -> Submission:
@@ -90,7 +93,7 @@ def parse(words: Sequence[str], directory: Path, code: Path | None = None) -> Su
     assert config is not None
     run_directory = directory / config.runs_dir / config.name
     place = RunPlace(config.name, run_directory, directory, config.health.stop_timeout, code)
-    return Submission(job, place, arguments, known.dry_run)
+    return Submission(job, place, arguments, known.dry_run, tuple(machine_problems(config)))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -58,9 +58,11 @@ NODE_RANK="${NODE_RANK:-0}"
 NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 if [[ "$NNODES" != 1 && -z "${MASTER_ADDR:-}" ]]; then fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of node 0"; fi
 
-# A mistake in the recipe is reported once, here, and not by every rank of every node.
+# A mistake in the recipe is reported once, here, and not by every rank of every node. On several nodes, a node that lacks a file would leave
+# the others waiting if it ended here: there, the ranks look for their files after they have met, and all end together.
+if [[ "$NNODES" == 1 ]]; then here="$NPROC"; else here=""; fi
 if [[ -n "$nsys" && ! "$nsys" =~ ^(all|[0-9]+(,[0-9]+)*)$ ]]; then fail "--nsys=$nsys: ranks separated by commas, or all"; fi
-answer="$("$python" -m launch.check --ranks $((NNODES * NPROC)) ${nsys:+"--nsys=$nsys"} -- "$@")"
+answer="$("$python" -m launch.check --ranks $((NNODES * NPROC)) ${here:+"--ranks-here=$here"} ${nsys:+"--nsys=$nsys"} -- "$@")"
 { read -r run && read -r stop_timeout; } <<<"$answer"
 
 if [[ "$NNODES" == 1 ]]; then

@@ -42,6 +42,7 @@ PACKAGES = (
     "checkpoints",
     "inference",
     "conversion",
+    "preflight",
     "records",
     "reports",
     "training",

@@ -23,10 +23,11 @@ from pathlib import Path
 
 from w1train.checkpoints.manifest import CheckpointError, describe_next_start
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
-from w1train.config.errors import ConfigurationError, Problem, UserError, raise_if_any
-from w1train.config.rules.validate import validate
+from w1train.config.errors import ConfigurationError, UserError, raise_if_any
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.serialization import leaves
+from w1train.preflight.start_rules import machine_problems, run_rules
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.announcement import announce
 from w1train.runtime.cluster import discover_ranks
@@ -58,12 +59,19 @@ def main(arguments: list[str]) -> int:
     except ConfigurationError as error:
         return fail_alone(str(error), ExitStatus.MISTAKE)
     announce(arguments)
-    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS)
+    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS, lambda _counts: rank_rules())
     return train(config, counts.get("--max-steps"), discovery)
 
 
+def rank_rules() -> tuple[Rule, ...]:
+    """Return what this rank checks before the ranks have met."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    is_first_to_check = _refuses_early() and os.environ.get("RANK", "0") == "0"
+    return run_rules(num_ranks, num_ranks if is_first_to_check else None)
+
+
 def train(config: Config, max_steps: int | None = None, discovery: str | None = None) -> int:
-    """Check the run and train it, in this process, which is one rank. Return an ExitStatus.
+    """Train a run that has been checked, in this process, which is one rank. Return an ExitStatus.
 
     Args:
         max_steps: the step of the run at which this start ends; None = the last step of the schedule.
@@ -74,21 +82,11 @@ def train(config: Config, max_steps: int | None = None, discovery: str | None = 
     if discovery is not None:
         logger.info("%s", discovery)
     try:
-        raise_if_any(problems_before_start(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-    except ConfigurationError as error:
-        return _fail_together(str(error), ExitStatus.MISTAKE)
-    try:
         return run(config, max_steps)
     except KeyboardInterrupt:
         # The user waits, and torchrun gets Ctrl-C too, so that the other ranks wait for a second only.
         message = f"ended by Ctrl-C; {describe_next_start(Path(config.runs_dir) / config.name / 'checkpoints')}"
         return _fail_together(message, ExitStatus.INTERRUPTED, seconds=1.0)
-
-
-def problems_before_start(config: Config, world_size: int | None) -> list[Problem]:
-    """Return what is wrong with a run on so many ranks (None: not known). Nothing heavy is imported for it. `w1train train` and the
-    launchers ask before they start ranks, and every rank asks before it builds the model."""
-    return validate(config, world_size)
 
 
 def run(config: Config, max_steps: int | None = None) -> int:
@@ -123,6 +121,8 @@ def run(config: Config, max_steps: int | None = None) -> int:
                 monitored(directory.path, ranks, config.health, next_start) as status,
                 logged_to(directory.log, status, active=ranks.is_main),
             ):
+                if not _refuses_early():
+                    on_main_rank(lambda: raise_if_any(machine_problems(config)))
                 trainer = Trainer(config, ranks, directory, open_initial_weights)
                 trainer.fit(max_steps)
                 status.update("stopped" if trainer.stopped else "finished")
@@ -148,6 +148,13 @@ def run(config: Config, max_steps: int | None = None) -> int:
     finally:
         directory.release()
     return status_after(trainer.stop_signal)
+
+
+def _refuses_early() -> bool:
+    """Tell whether rank 0 may end the run before the ranks have met: there are no other ranks, or torchrun ends them. Ranks on other
+    machines, and those that srun starts, would wait for rank 0, so that they must meet before the check."""
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    return num_ranks == "1" or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == num_ranks)
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -18,14 +18,16 @@ if not __package__ and not sys.flags.safe_path:
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from w1train.config.command_line import config_from_command_line, without_flag
-from w1train.config.errors import ConfigurationError, Problem, raise_if_any
+from w1train.config.errors import ConfigurationError, Problem
+from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
+from w1train.preflight.start_rules import run_rules
 from w1train.pretrain import COUNTS as RANK_COUNTS
-from w1train.pretrain import DESCRIPTION, PROGRAM, fail_alone, problems_before_start, train
+from w1train.pretrain import DESCRIPTION, PROGRAM, fail_alone, rank_rules, train
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.announcement import announce
 from w1train.runtime.cluster import discover_ranks
@@ -48,23 +50,23 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigurationError as error:
         return fail_alone(str(error), ExitStatus.MISTAKE)
     announce(arguments)
-    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS)
+    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS, _rules_before_start)
     num_ranks = counts.get("--nproc", 1)
     if num_ranks == 1:
         return train(config, counts.get("--max-steps"), discovery)
-    try:
-        raise_if_any([*_launched_twice(num_ranks), *problems_before_start(config, num_ranks)])
-    except ConfigurationError as error:
-        return fail_alone(str(error), ExitStatus.MISTAKE)
     return _start_ranks(config, without_flag(arguments, "--nproc"), num_ranks)
 
 
-def _launched_twice(num_ranks: int) -> list[Problem]:
-    """Return the problem of a process that is a rank already, and would start ranks of its own."""
-    if "RANK" not in os.environ:
-        return []
-    found = f"{num_ranks}, in a process that torchrun or srun has started as rank {os.environ['RANK']}"
-    return [Problem("--nproc", found, "only where nothing else starts ranks", "the same command without --nproc")]
+def _rules_before_start(counts: Mapping[str, int]) -> tuple[Rule, ...]:
+    num_ranks = counts.get("--nproc", 1)
+    return rank_rules() if num_ranks == 1 else (_launched_once, *run_rules(num_ranks, num_ranks))
+
+
+def _launched_once(_config: Config) -> Iterator[Problem]:
+    """Yield the problem of a process that is a rank already, and would start ranks of its own."""
+    if "RANK" in os.environ:
+        found = f"in a process that torchrun or srun has started as rank {os.environ['RANK']}"
+        yield Problem("--nproc", found, "only where nothing else starts ranks", "the same command without --nproc")
 
 
 def _start_ranks(config: Config, arguments: Sequence[str], num_ranks: int) -> int:

@@ -207,7 +207,7 @@ def test_tokens_beyond_the_vocabulary_are_met_in_foreign_data(copied_run):
 
 def test_another_mask_token(tiny_run):
     outcome = tiny_run.train("diffusion.mask_token_id=15", world_size=2).require(2)
-    require_message(outcome.output, r"diffusion.mask_token_id is 15, but the mask token of .*tokenizer.json is 14")
+    require_message(outcome.output, r"diffusion.mask_token_id\n   found: 15\n   valid: 14, the mask token of .*tokenizer.json\n")
 
 
 def test_an_incompatible_change_on_resume_is_refused(copied_run):

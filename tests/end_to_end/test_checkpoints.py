@@ -15,6 +15,10 @@ from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, TinyRun
 from tests.end_to_end.test_failures import DAMAGES, flip, one_line, small_disk
 from tests.end_to_end.test_resume import require_equal
 from tests.slow import slow_except
+from w1train.checkpoints.checkpoint_names import step_path
+from w1train.checkpoints.manifest import size_of
+from w1train.config.serialization import config_from_yaml
+from w1train.planning.checkpoint_sizes import checkpoint_bytes
 
 __all__ = ["small_disk"]  # a fixture, used here too
 
@@ -140,3 +144,10 @@ def test_a_full_disk_loses_a_checkpoint_and_nothing_else(small_disk, tiny_data, 
     assert "step_0000000006, with 0." in outcome.output
     assert "The checkpoint of step 3 is untouched" in outcome.output
     require_equal(run, undisturbed(2, "fp32"))
+
+
+@pytest.mark.parametrize("precision", slow_except(["fp32"], ["fp32", "bf16"]))
+def test_the_plan_knows_the_size_of_a_checkpoint(undisturbed, precision):
+    newest = step_path(undisturbed(2, precision).checkpoints, NUM_STEPS)
+    planned = checkpoint_bytes(config_from_yaml(newest / "config.yaml"))
+    assert planned <= size_of(newest) <= 1.1 * planned

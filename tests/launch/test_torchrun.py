@@ -15,6 +15,7 @@ import pytest
 
 from launch import check
 from launch.rendezvous_port import choose_port
+from tests.made_data import make_data
 from tests.test_readme import check_torchrun
 from w1train.config.errors import UserError
 from w1train.config.schema import HealthConfig
@@ -97,8 +98,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo-data")
+    make_data(directory)
+    return directory
+
+
 @pytest.fixture
-def torchrun(stand_in, tmp_path):
+def torchrun(stand_in, tmp_path, demo_data):
+    """The caller's directory has the data of recipe=demo."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo-data").symlink_to(demo_data)
     return Torchrun(stand_in, tmp_path)
 
 
@@ -186,6 +197,7 @@ def test_relative_paths_begin_where_the_caller_is(torchrun, tmp_path, monkeypatc
     """And the code is that of the repository, though the caller's directory has modules of the same names."""
     here = tmp_path / "here"
     (here / "launch").mkdir(parents=True)
+    (here / "runs").symlink_to(tmp_path / "runs")
     for name in ("tokenize.py", "launch/__init__.py", "w1train.py"):
         (here / name).write_text("raise SystemExit('a module of the caller')")
     (here / "recipes/recipe").mkdir(parents=True)

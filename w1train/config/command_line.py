@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -15,6 +15,7 @@ from w1train.config.recipe_files import RECIPE_GROUP, check_user_directories, fi
 from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
+from w1train.config.synonyms import hint_for
 
 Action = Literal["run", "print_config", "list", "help"]
 _FLAGS = {
@@ -50,12 +51,19 @@ class _Words:
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = (), counts: Mapping[str, str] | None = None) -> CommandLine:
+def parse_command_line(
+    argv: Sequence[str],
+    rules: Sequence[Rule] = (),
+    counts: Mapping[str, str] | None = None,
+    run_rules: Callable[[Mapping[str, int]], Sequence[Rule]] | None = None,
+) -> CommandLine:
     """Read a command line (without the program's name).
 
     Args:
         rules: what the caller checks beside the rules of the configuration.
         counts: the flags that only this program has, with their meanings. Their values are whole numbers > 0.
+        run_rules: takes the values of these flags, and returns what the caller checks too if the configuration shall run, and not only be
+            printed.
 
     Raises:
         ConfigurationError: with the problems of the flags and of the configuration.
@@ -70,7 +78,8 @@ def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = (), counts: 
     from w1train.config.compose import load_config
 
     try:
-        config = load_config(words.overrides, words.config_dirs, rules)
+        more_rules = () if run_rules is None or "--cfg" in words.flags else run_rules(words.counts)
+        config = load_config(words.overrides, words.config_dirs, [*rules, *more_rules])
     except ConfigurationError as error:
         raise ConfigurationError(words.problems + error.problems) from error
     raise_if_any(words.problems)
@@ -78,15 +87,20 @@ def parse_command_line(argv: Sequence[str], rules: Sequence[Rule] = (), counts: 
 
 
 def config_from_command_line(
-    argv: Sequence[str], program: str, description: str, rules: Sequence[Rule] = (), counts: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    rules: Sequence[Rule] = (),
+    counts: Mapping[str, str] | None = None,
+    run_rules: Callable[[Mapping[str, int]], Sequence[Rule]] | None = None,
 ) -> tuple[Config, dict[str, int]]:
-    """Return the configuration that a program shall run, and the values of the program's own flags that were given (``counts`` has their
-    meanings).
+    """Return the configuration that a program shall run, and the values of the program's own flags that were given. The arguments are those
+    of ``parse_command_line``.
 
     The function does not return for --cfg, --list and --help (exit status 0) or for mistakes (exit status 2, text on stderr).
     """
     try:
-        command_line = parse_command_line(argv, rules, counts)
+        command_line = parse_command_line(argv, rules, counts, run_rules)
     except ConfigurationError as error:
         _exit_with(f"{program}: {error}\n\n'{program} --help' explains the command line.", _USAGE_ERROR)
     if command_line.action == "help":
@@ -151,8 +165,9 @@ def _add_count(words: _Words, flag: str, value: str) -> None:
 
 def _unknown_flag(flag: str, word: str, known: Collection[str]) -> Problem:
     match = closest(flag, known)
-    suggestion = f"did you mean {match}?" if match else f"without dashes if it is a key: {word.lstrip('-')}"
-    return Problem(word, "an unknown flag", listing(known), suggestion)
+    name, _, value = word.lstrip("-").partition("=")
+    otherwise = f"did you mean {match}?" if match else f"without dashes if it is a key: {word.lstrip('-')}"
+    return Problem(word, "an unknown flag", listing(known), hint_for(name, value or None) or otherwise)
 
 
 def _help_text(program: str, description: str, config_dirs: Sequence[str], counts: Mapping[str, str]) -> str:

@@ -95,10 +95,10 @@ def listing(names: Iterable[object]) -> str:
     return ", ".join(str(name) for name in names)
 
 
-def closest(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate that ``name`` was probably meant to be; None if no candidate is similar."""
+def closest(name: str, candidates: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return the candidate that ``name`` was probably meant to be; None if no candidate has at least this likeness, of at most 1."""
     by_lower_case = {candidate.lower(): candidate for candidate in candidates}
-    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=likeness)
     return by_lower_case[matches[0]] if matches else None
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from w1train.config.errors import MOST_PROBLEMS, NOT_GIVEN, Problem, closest, listing, show
 from w1train.config.field_types import describe_type, field_types, is_optional, is_required, join, partial_class, scalar_type
 from w1train.config.schema import Config
+from w1train.config.synonyms import hint_for, value_for
 
 # Larger floats do not stand for a single integer: 1e23 is 99999999999999991611392.
 _LARGEST_EXACT_FLOAT = 2**53
@@ -43,7 +45,7 @@ def config_from_tree(
             missing there are not reported and get no default.
         typed: the text that the user typed for numbers and booleans, by key; for suggestions.
     """
-    converter = _Converter(unknown_sections, typed or {})
+    converter = _Converter(unknown_sections, typed or {}, _stage_names(tree))
     config = converter.dataclass(Config, tree, "")
     return Conversion(config, converter.problems, complete=not converter.problems and not unknown_sections)
 
@@ -51,8 +53,8 @@ def config_from_tree(
 class _Converter:
     """A walk over the tree and the types, which collects the problems."""
 
-    def __init__(self, unknown_sections: frozenset[str], typed: Mapping[str, str]):
-        self.unknown_sections, self.typed = unknown_sections, typed
+    def __init__(self, unknown_sections: frozenset[str], typed: Mapping[str, str], stages: Sequence[str]):
+        self.unknown_sections, self.typed, self.stages = unknown_sections, typed, stages
         self.problems: list[Problem] = []
 
     def value(self, annotation: Any, value: Any, key: str) -> Any:
@@ -100,7 +102,9 @@ class _Converter:
         for path, leaf in _leaves(str(name), value):
             full_key = join(parent, path)
             if len(self.problems) < MOST_PROBLEMS:
-                found, intended = f"an unknown key (value {show(leaf)})", _intended(parent, path, siblings)
+                found = f"an unknown key (value {show(leaf)})"
+                intended = hint_for(full_key, _as_typed(leaf), self.stages, whole=_is_alike(parent, path, siblings))
+                intended = intended or _intended(parent, path, siblings)
                 self.problems.append(Problem(full_key, found, f"{where}: {listing(siblings)}", intended))
             else:
                 # Problems that are not shown are only counted: the search for the intended key takes milliseconds.
@@ -159,6 +163,10 @@ def _repair(annotation: Any, value: Any, key: str, typed: str | None) -> str | N
     # Overrides cannot set a single item of a list.
     prefix = "" if key.endswith("]") else f"{key}="
     kind = scalar_type(annotation)
+    if isinstance(value, Mapping):
+        return next((hint for path, leaf in _leaves(key, value) if (hint := hint_for(path, _as_typed(leaf), whole=True))), None)
+    if (right := value_for(key, value)) is not None:
+        return f"did you mean {right}?"
     if isinstance(value, str):
         if get_origin(kind) is Literal:
             match = closest(value, get_args(kind))
@@ -183,6 +191,12 @@ def _missing(annotation: Any, key: str) -> Problem:
     return Problem(key, NOT_GIVEN, f"a mapping with at least the keys {listing(required)}")
 
 
+def _is_alike(parent: str, path: str, siblings: Mapping[str, Any]) -> bool:
+    """Tell whether a section has a key that is written like an unknown key of it, and is therefore more probable than a synonym of its last
+    part: sampling.steps is sampling.num_steps."""
+    return parent != "" and closest(path, siblings, likeness=0.7) is not None
+
+
 def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None:
     """Return a question that names the known key which an unknown key was probably meant to be."""
     name, _, rest = path.partition(".")
@@ -199,8 +213,15 @@ def _intended(parent: str, path: str, siblings: Mapping[str, Any]) -> str | None
     return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else None
 
 
+def _stage_names(tree: Mapping[Any, Any]) -> list[str]:
+    """Return the names of the stages of a tree that may have any values."""
+    schedule = tree.get("schedule")
+    stages = schedule.get("stages") if isinstance(schedule, Mapping) else None
+    return [str(name) for name in stages] if isinstance(stages, Mapping) else []
+
+
 @functools.cache
-def _all_keys() -> dict[str, list[str]]:
+def all_keys() -> dict[str, list[str]]:
     """Return the full keys of the tree by their last part; a stage's keys are under ``schedule.stages.NAME``."""
     keys: dict[str, list[str]] = {}
 
@@ -218,8 +239,8 @@ def _all_keys() -> dict[str, list[str]]:
 
 
 def _keys_named(name: str) -> list[str]:
-    match = closest(name, _all_keys())
-    return _all_keys()[match] if match else []
+    match = closest(name, all_keys())
+    return all_keys()[match] if match else []
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -228,6 +249,11 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{path}.{name}", child)
     else:
         yield path, value
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value for a suggestion: a plain word without quotes."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w./-]{1,80}", value) else show(value)
 
 
 def _reads_as_number(text: str) -> bool:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from w1train.config.errors import Problem, UserError, listing, raise_if_any, show
+from w1train.config.errors import UserError, listing, raise_if_any
 from w1train.config.schema import ModelConfig
+from w1train.conversion.model_fit import model_problems
 from w1train.conversion.sources import TensorSource
 from w1train.conversion.tensors import EMBEDDING, HEAD, Parameter
 from w1train.model.initialization import global_named_parameters
@@ -22,25 +23,6 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AT_A_TIME = 8192
 _MOST_NAMES = 8
-
-# Fields that must be equal in the stored model. The vocabulary and adaLN have rules of their own. The longest sequence may
-# differ, because it only says how the model is used.
-_SAME = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "rope_base",
-    "rope_scaling",
-    "norm_epsilon",
-    "qk_norm",
-    "qkv_bias",
-    "tie_embeddings",
-)
-_SAME_IN_LLAMA3 = ("rope_scaling_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length")
-_SAME_IN_ADALN = ("condition_size", "timestep_frequency_size", "timestep_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +45,7 @@ def require_fit(stored: StoredModel, model: ModelConfig) -> None:
         ConfigurationError: the configured model is not the stored model; every key that differs is named with the value that would fit.
         UserError: tensors are missing, unexpected or of another shape than the stored model's configuration says.
     """
-    raise_if_any(_model_problems(model, stored.model, stored.origin))
+    raise_if_any(model_problems(model, stored.model, stored.origin))
     expected: dict[str, tuple[int, ...]] = {}
     for parameter in stored.parameters:
         if parameter.is_conditioning and stored.model.conditioning == "none":
@@ -97,35 +79,6 @@ def _is_superfluous(name: str, model: ModelConfig) -> bool:
     """Tell whether a stored tensor is not needed: old files hold the rotary table of every layer, and some hold a tied head as well as the
     embedding."""
     return name.endswith("rotary_emb.inv_freq") or (model.tie_embeddings and name == "lm_head.weight")
-
-
-def _model_problems(model: ModelConfig, stored: ModelConfig, origin: str) -> list[Problem]:
-    both_conditioned = model.conditioning == stored.conditioning == "adaln"
-    fields = [*_SAME, *(_SAME_IN_LLAMA3 if stored.rope_scaling == "llama3" else ()), *(_SAME_IN_ADALN if both_conditioned else ())]
-    problems = [
-        Problem(f"model.{field}", show(getattr(model, field)), f"{show(_resolved(stored, field))}, as in {origin}")
-        for field in fields
-        if _resolved(model, field) != _resolved(stored, field)
-    ]
-    if model.vocab_size < stored.vocab_size:
-        problems.append(Problem("model.vocab_size", show(model.vocab_size), f"at least {stored.vocab_size}, the rows of {origin}"))
-    if model.conditioning == "none" and stored.conditioning == "adaln":
-        problems.append(
-            Problem("model.conditioning", "none", f"adaln, as in {origin}: without its modulation the model computes another function")
-        )
-    elif model.conditioning == "adaln" and stored.conditioning == "none" and model.adaln_init != "identity":
-        valid = f"identity, because {origin} has no adaLN: with gates of zero, no layer would have an effect"
-        problems.append(Problem("model.adaln_init", model.adaln_init, valid))
-    return problems
-
-
-def _resolved(model: ModelConfig, field: str) -> object:
-    value = getattr(model, field)
-    if value is None and field == "num_query_groups":
-        return model.num_attention_heads
-    if value is None and field == "kv_channels":
-        return model.hidden_size // model.num_attention_heads
-    return value
 
 
 @torch.no_grad()

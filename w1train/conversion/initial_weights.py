@@ -11,15 +11,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from w1train.checkpoints.checkpoint_names import step_path
-from w1train.checkpoints.manifest import MANIFEST, latest_step
 from w1train.checkpoints.stored_size import require_stored
 from w1train.checkpoints.verification import read_config as read_checkpoint_config
 from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
-from w1train.conversion.families import CONFIG_FILE, model_from_config, read_config
+from w1train.conversion.families import model_from_config, read_config
 from w1train.conversion.filling import StoredModel, fill, require_fit
+from w1train.conversion.model_fit import find_checkpoint
 from w1train.conversion.sources import CheckpointDirectory, SafetensorsDirectory
 from w1train.conversion.tensors import checkpoint_parameters, hugging_face_parameters
 from w1train.engine.building import LoadWeights
@@ -73,25 +72,6 @@ class InitialWeights:
 def open_initial_weights(config: Config) -> LoadWeights:
     """Open the weights and compare them with the configuration (:class:`InitialWeights`), and return the function that loads them."""
     return InitialWeights(config).load
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """Return a directory that is a checkpoint, or the newest checkpoint of a run directory; None for a directory with a config.json.
-
-    Raises:
-        UserError: the path is neither a checkpoint nor a run directory nor a Hugging Face directory.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    if (path / "config.yaml").is_file():
-        step = latest_step(path / "checkpoints")
-        if step is None:
-            raise UserError(f"training.initial_weights: the run {path} has no complete checkpoint")
-        return step_path(path / "checkpoints", step)
-    if (path / CONFIG_FILE).is_file():
-        return None
-    what = f"has neither {CONFIG_FILE} (Hugging Face) nor config.yaml (a run) nor {MANIFEST} (a checkpoint)"
-    raise UserError(f"training.initial_weights: {path} {what if path.is_dir() else 'is no directory'}")
 
 
 def _open(config: Config, path: Path, checkpoint: Path | None) -> StoredModel:

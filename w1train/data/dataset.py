@@ -164,11 +164,7 @@ class TokenDataset:
                 it contains token ids outside the vocabulary.
         """
         prefix = str(prefix)
-        _check_exists(prefix)
-        manifest = DatasetManifest.read(manifest_path(prefix)) if manifest_path(prefix).exists() else None
-        if manifest is not None:
-            for file in manifest.files(prefix):
-                _check_size(file.path, file.num_bytes, manifest_path(prefix))
+        manifest = read_manifest(prefix)
         index = read_index(idx_path(prefix))
         if index.num_bin_bytes == 0:
             raise DatasetError(f"dataset {prefix} holds no tokens")
@@ -182,7 +178,7 @@ class TokenDataset:
             )
         else:
             _check_counts(prefix, manifest, index, offsets)
-            _check_fits(prefix, manifest, tokenizer, vocab_size)
+            check_fits(prefix, manifest, tokenizer, vocab_size)
         _check_may_be_noised(prefix, manifest, index)
         return cls(prefix, index, offsets, manifest, vocab_size)
 
@@ -269,6 +265,21 @@ class TokenDataset:
         )
 
 
+def read_manifest(prefix: str) -> DatasetManifest | None:
+    """Return the manifest of a dataset, whose files are there and have the sizes in the manifest; None for a dataset that other software
+    wrote.
+
+    Raises:
+        DatasetError: a file is missing or has another size.
+    """
+    _check_exists(prefix)
+    manifest = DatasetManifest.read(manifest_path(prefix)) if manifest_path(prefix).exists() else None
+    if manifest is not None:
+        for file in manifest.files(prefix):
+            _check_size(file.path, file.num_bytes, manifest_path(prefix))
+    return manifest
+
+
 def _check_exists(prefix: str) -> None:
     missing = [str(path) for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
     if not missing:
@@ -313,7 +324,12 @@ def _check_may_be_noised(prefix: str, manifest: DatasetManifest | None, index: I
         )
 
 
-def _check_fits(prefix: str, manifest: DatasetManifest, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
+def check_fits(prefix: str, manifest: DatasetManifest, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
+    """Compare a dataset's manifest with the run's tokenizer and the model's vocabulary.
+
+    Raises:
+        DatasetError: the dataset was made with another tokenizer, or contains token ids outside the vocabulary.
+    """
     if tokenizer is not None and manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DatasetError(
             f"dataset {prefix} was tokenized with the tokenizer of sha256 {manifest.tokenizer_fingerprint} "

@@ -30,11 +30,17 @@ def open_dataset(prefix: str | Path, tokenizer: Tokenizer | None = None, vocab_s
     Raises:
         DatasetError: as ``TokenDataset.open``, or if a shard is missing or belongs to another run.
     """
-    names = [] if bin_path(prefix).exists() or idx_path(prefix).exists() else shard_names(prefix)
-    if not names:
+    names = part_names(prefix)
+    if names == [str(prefix)]:
         return TokenDataset.open(prefix, tokenizer, vocab_size)
     shards = [TokenDataset.open(name, tokenizer, vocab_size) for name in names]
     return ShardedDataset(str(prefix), shards, vocab_size)
+
+
+def part_names(prefix: str | Path) -> list[str]:
+    """Return the prefixes of the datasets that a prefix names: its shards, or the prefix itself if it has no shards."""
+    is_whole = bin_path(prefix).exists() or idx_path(prefix).exists()
+    return (not is_whole and shard_names(prefix)) or [str(prefix)]
 
 
 def shard_names(prefix: str | Path) -> list[str]:

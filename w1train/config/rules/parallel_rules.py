@@ -129,7 +129,9 @@ def world_size_problems(config: Config, world_size: int | None) -> Iterator[Prob
         product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or name != "context")
         found = f"{product.removeprefix('parallel.tensor ')} = {replica} ranks a replica, in a world of {world_size}"
         valid = f"a product that divides the world size {world_size}: {divisors(world_size)}"
-        yield Problem("parallel.tensor", found, valid)
+        # A single rank is usually a mistake: no launcher started the others.
+        start = f"w1train train --nproc {replica} ... starts {replica} ranks; the dots stand for the same recipe and overrides"
+        yield Problem("parallel.tensor", found, valid, start if world_size == 1 else None)
         return
     data_parallel = world_size // replica
     for key, batch in batch_sizes(config).items():

@@ -14,6 +14,11 @@ from w1train.config.schema import Config
 _UNSET = object()
 
 
+def has_valid_values(config: Config) -> bool:
+    """Tell whether each value satisfies its constraint, so that a rule may compute with it. Values that are unset count as valid."""
+    return next(_constraints_rule(config), None) is None
+
+
 def _constraints_rule(config: Config) -> Iterator[Problem]:
     for key, annotation, value in _values(Config, config, ""):
         constraint = constraint_of(annotation)

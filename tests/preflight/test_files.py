@@ -1,0 +1,137 @@
+"""The tokenizer and the datasets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_tools import train_tokenizer
+from w1train.config.errors import Problem
+from w1train.config.schema import Config, CorpusConfig, StageConfig
+from w1train.preflight.input_files import files_rule
+from w1train.runtime.object_storage import ObjectStorage
+
+
+def problems_of(config: Config) -> dict[str, Problem]:
+    return {problem.key: problem for problem in files_rule(config)}
+
+
+def test_nothing_is_wrong_with_files_that_are_right(config: Config) -> None:
+    assert problems_of(config) == {}
+
+
+def test_all_missing_files_are_named_with_the_commands_that_make_them(config: Config, directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
+    found = problems_of(config)
+    assert list(found) == ["data.tokenizer", "data.train", "data.validation"]
+    for problem, name in zip(found.values(), ("tokenizer.json", "train.bin", "validation.bin"), strict=True):
+        assert f"{directory}/{name}" in problem.found
+    make = f"w1train data tokenize --input CORPUS --tokenizer {directory}/tokenizer.json --output {directory}/train"
+    both = f"{make} --validation-output {directory}/validation --validation-fraction 0.001"
+    tokenizer = f"w1train data train-tokenizer --input CORPUS --output {directory}/tokenizer.json --vocab-size 272"
+    assert [problem.suggestion for problem in found.values()] == [tokenizer, both, both]
+
+
+def test_a_validation_dataset_that_is_missing_alone_has_its_own_command(config: Config, directory: Path) -> None:
+    (directory / "validation.idx").unlink()
+    (problem,) = problems_of(config).values()
+    assert (problem.suggestion or "").endswith(f"--output {directory}/validation --overwrite")
+
+
+def test_the_files_of_the_demo_are_made_by_make(config: Config) -> None:
+    config.data.train = config.data.validation = "runs/demo-data/train"
+    config.data.tokenizer = "runs/demo-data/tokenizer.json"
+    assert {problem.suggestion for problem in problems_of(config).values()} == {"make demo"}
+
+
+def test_every_corpus_that_a_stage_reads_is_checked_and_no_other(config: Config) -> None:
+    config.data.train = None
+    config.data.blend = {
+        "good": CorpusConfig(prefix="train"),
+        "gone": CorpusConfig(prefix="gone"),
+        "unused": CorpusConfig(prefix="unused", weight=0.0),
+        "late": CorpusConfig(prefix="late", weight=0.0),
+    }
+    config.data.validation_sets = {"more": "more"}
+    config.schedule.stages["late"] = StageConfig(tokens=1000, learning_rate=1e-3, blend={"late": 1.0})
+    config.schedule.stages["own"] = StageConfig(tokens=1000, learning_rate=1e-3, train="own")
+    config.schedule.stages["empty"] = StageConfig(tokens=0, learning_rate=1e-3, train="empty")
+    wrong = ["data.blend.gone.prefix", "data.blend.late.prefix", "schedule.stages.own.train", "data.validation_sets.more"]
+    assert list(problems_of(config)) == wrong
+
+
+def test_the_mask_token_is_the_tokenizers(config: Config, directory: Path) -> None:
+    config.diffusion.mask_token_id = 15
+    (problem,) = problems_of(config).values()
+    assert (problem.key, problem.found) == ("diffusion.mask_token_id", "15")
+    assert problem.valid == f"14, the mask token of {directory}/tokenizer.json"
+    assert (problem.suggestion or "").startswith("diffusion.mask_token_id=14, ")
+
+
+def test_a_tokenizer_of_another_mask_id_is_made_with_the_right_one(config: Config, directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    config.diffusion.mask_token_id = 9
+    assert (problems_of(config)["data.tokenizer"].suggestion or "").endswith("--mask-token-id 9")
+
+
+def test_a_tokenizer_without_a_mask_is_imported(config: Config, directory: Path) -> None:
+    (directory / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    problem = problems_of(config)["data.tokenizer"]
+    assert "has no <pad> token" in problem.found
+    assert (problem.suggestion or "").startswith(f"w1train data import-tokenizer --input {directory}/tokenizer.json --output ")
+
+
+def test_a_dataset_of_another_tokenizer(config: Config, directory: Path) -> None:
+    words = ["--input", str(directory / "corpus.txt"), "--output", str(directory / "tokenizer.json"), "--vocab-size", "275", "--overwrite"]
+    assert train_tokenizer.main(words) == 0
+    found = problems_of(config)
+    assert list(found) == ["data.train", "data.validation"]
+    assert "was tokenized with the tokenizer of sha256" in found["data.train"].found
+    assert (found["data.train"].suggestion or "").endswith(f"--output {directory}/train --overwrite")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suggestion"),
+    [
+        ("train.bin", "train, without the ending .bin: the key takes the prefix of the files"),
+        ("corpus.txt", "w1train data tokenize --input {0}/corpus.txt --tokenizer {0}/tokenizer.json --output {0}/corpus-tokens"),
+    ],
+)
+def test_what_is_not_a_prefix_is_understood(config: Config, directory: Path, prefix: str, suggestion: str) -> None:
+    config.data.train = prefix
+    assert problems_of(config)["data.train"].suggestion == suggestion.format(directory)
+
+
+def test_a_truncated_file_is_found_by_its_size(config: Config, directory: Path) -> None:
+    os.truncate(directory / "train.bin", 10)
+    assert f"{directory}/train.bin is truncated: 10 bytes" in problems_of(config)["data.train"].found
+
+
+def test_a_dataset_needs_one_sample(config: Config) -> None:
+    config.data.sequence_length = 1 << 20
+    assert "at least one sample of data.sequence_length (1048576)" in problems_of(config)["data.train"].valid
+
+
+def test_validation_is_not_training(config: Config, directory: Path) -> None:
+    for ending in ("bin", "idx", "json"):
+        shutil.copy(directory / f"train.{ending}", directory / f"copy.{ending}")
+    config.data.validation = "copy"
+    (problem,) = problems_of(config).values()
+    assert (problem.key, problem.found) == ("data.validation", f"{directory}/copy: the same tokens as data.train, by their hash")
+
+
+def test_a_vocabulary_that_is_too_small(config: Config) -> None:
+    config.model.vocab_size = 20
+    assert "outside the model's vocabulary of 20 ids" in problems_of(config)["data.train"].found
+
+
+def test_object_storage_is_not_asked(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ObjectStorage, "_opened", property(lambda _: pytest.fail("the network was used")))
+    config.data.train, config.data.validation = "memory://bucket/train", "s4://bucket/validation"
+    (problem,) = problems_of(config).values()
+    assert problem.key == "data.validation"
+    assert "s4" in problem.found

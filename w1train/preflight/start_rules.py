@@ -1,0 +1,41 @@
+"""The list of the checks before a start, as rules beside those of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from w1train.config.errors import Problem
+from w1train.config.rules.parallel_rules import world_size_problems
+from w1train.config.rules.rule import Rule
+from w1train.config.schema import Config
+from w1train.preflight.disks import directories_rule, space_rule
+from w1train.preflight.input_files import files_rule
+from w1train.preflight.start_weights import weights_rule
+from w1train.preflight.visible_gpus import device_rule
+
+MACHINE_RULES: tuple[Rule, ...] = (files_rule, weights_rule, directories_rule, space_rule)
+"""What a machine must have for the run."""
+
+
+def run_rules(num_ranks: int | None, ranks_here: int | None) -> tuple[Rule, ...]:
+    """Return the rules of a run that is about to start, for ``parse_command_line``.
+
+    Args:
+        num_ranks: the number of ranks of the run; None = not known.
+        ranks_here: the number of its ranks on this machine; None = this machine is not checked, because the run is on other machines too,
+            or on other machines only.
+    """
+    of_world = _world_rule(num_ranks)
+    return (of_world,) if ranks_here is None else (of_world, *MACHINE_RULES, device_rule(ranks_here))
+
+
+def machine_problems(config: Config) -> list[Problem]:
+    """Return what this machine lacks for the run of a valid configuration."""
+    return [problem for rule in MACHINE_RULES for problem in rule(config)]
+
+
+def _world_rule(num_ranks: int | None) -> Rule:
+    def rule(config: Config) -> Iterator[Problem]:
+        yield from world_size_problems(config, num_ranks)
+
+    return rule
