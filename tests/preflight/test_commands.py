@@ -69,7 +69,7 @@ def test_rank_0_refuses_early_only_if_no_rank_would_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], early: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain, "run", lambda config: 0)
+    monkeypatch.setattr(pretrain, "run", lambda config, max_steps: 0)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

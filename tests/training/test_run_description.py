@@ -59,7 +59,7 @@ def recorded(tmp_path, validations: list[dict], steps: tuple[int, ...] = (10, 18
     for step in steps:
         (run.checkpoints / f"step_{step:010}").mkdir(parents=True)
         (run.checkpoints / f"step_{step:010}" / MANIFEST).touch()
-    records = [train_record(step) | {"kind": "train", "batch_size": 8, "time/step_seconds": 0.5} for step in range(1, 19)]
+    records = [train_record(step) | {"kind": "train", "time/step_seconds": 0.5, "time/tokens_per_second": 512.0} for step in range(1, 19)]
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in [*records, *validations]))
     return run
 
