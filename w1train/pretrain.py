@@ -20,7 +20,6 @@ import logging
 import re
 import warnings
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
@@ -80,16 +79,13 @@ def run(config: Config) -> int:
     # megatron-core takes seconds to import, which a mistake in the configuration should not wait for.
     gc.disable()  # imports leave no garbage, and the search for it takes an eighth of the time of a start
     from w1train.runtime.device import make_deterministic
-    from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
+    from w1train.runtime.distributed import distributed, is_lost_connection
     from w1train.runtime.megatron_on_cpu import import_megatron
-    from w1train.runtime.monitor import monitored
     from w1train.runtime.run_directory import RunDirectory
-    from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
     from w1train.checkpoints.manifest import CheckpointError
-    from w1train.conversion.initial_weights import open_initial_weights
-    from w1train.training.loop import Trainer
+    from w1train.training.whole_run import train_run
 
     gc.enable()
     if config.training.deterministic:
@@ -100,12 +96,7 @@ def run(config: Config) -> int:
     # Errors are handled outside of the process groups, which are torn down only at a clean end.
     try:
         with distributed(config.parallel, timeout) as ranks:
-            on_main_rank(directory.claim)
-            on_main_rank(partial(put_stacks_aside, directory.path))
-            with monitored(directory.path, ranks, config.health) as status:
-                trainer = Trainer(config, ranks, directory, open_initial_weights)
-                trainer.fit()
-                status.update("stopped" if trainer.stopped else "finished")
+            trainer = train_run(config, ranks, directory)
     except UserError as error:
         return _fail(error, ExitStatus.MISTAKE)
     except (CheckpointError, FloatingPointError, OSError) as error:

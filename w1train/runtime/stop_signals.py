@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
 
-from w1train.runtime.pulse import pulse
+from w1train.runtime.pulse import STARTING, pulse
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A scheduler's signal reaches a rank twice where it is sent to the launcher, which passes it on, and to the rank itself.
@@ -92,3 +93,26 @@ class StopSignals:
             for handled in STOP_SIGNALS:
                 signal.signal(handled, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+
+class GuestInterrupts:
+    """A context manager for a run in a process that belongs to somebody else. The first Ctrl-C sets ``pulse.stop_requested``, so that the
+    run saves and ends. A second Ctrl-C, and any Ctrl-C during the start, raises KeyboardInterrupt at once.
+
+    In a thread other than the main thread nothing is changed, since Ctrl-C does not interrupt such a thread.
+    """
+
+    def __enter__(self) -> GuestInterrupts:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self._old_handler is None else self._old_handler)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if pulse.stop_requested or pulse.activity == STARTING:
+            raise KeyboardInterrupt
+        pulse.stop_requested = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from w1train.config.serialization import config_to_yaml
 from w1train.engine.building import LoadWeights, TrainedModel, build_trained_model
 from w1train.profiling.stopwatches import communication_timer
 from w1train.profiling.throughput import StepTimer, device_peak_tflops
-from w1train.records.sink import RecordedRun
+from w1train.records.sink import RecordedRun, Sink
 from w1train.records.watch import Watch
 from w1train.runtime.device import device_name
 from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
@@ -52,7 +52,9 @@ class RunParts:
     garbage: GarbageCollection
 
 
-def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> RunParts:
+def build_parts(
+    config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights, sinks: Sequence[type[Sink]]
+) -> RunParts:
     """Choose the checkpoint that the run resumes from, and build all parts. Every rank calls this, after the run directory was claimed.
 
     Raises:
@@ -69,7 +71,7 @@ def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_we
     checkpoints = CheckpointLoader(config, run, model, data)
     progress = checkpoints.load(step)
     position = SchedulePosition(config, progress)
-    watch = _build_watch(config, ranks, run, data, progress, position)
+    watch = _build_watch(config, ranks, run, data, progress, position, sinks)
     saver = _build_saver(config, run, model, watch, is_resumed=step is not None)
     timer = _build_timer(config, ranks, model)
     health = config.health
@@ -80,11 +82,17 @@ def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_we
 
 
 def _build_watch(
-    config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: Progress, position: SchedulePosition
+    config: Config,
+    ranks: Ranks,
+    run: RunDirectory,
+    data: TrainingData,
+    progress: Progress,
+    position: SchedulePosition,
+    sinks: Sequence[type[Sink]],
 ) -> Watch:
     description = describe_run(config, ranks, run, data, f"{progress.step} of {position.num_steps} done")
     recorded = RecordedRun(config, run, progress.step, position.num_steps, position.num_tokens, description)
-    return all_or_none(partial(Watch, recorded, ranks, progress))
+    return all_or_none(partial(Watch, recorded, ranks, progress, sinks))
 
 
 def _build_saver(config: Config, run: RunDirectory, model: TrainedModel, watch: Watch, *, is_resumed: bool) -> CheckpointSaver:
