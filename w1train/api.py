@@ -398,10 +398,17 @@ class TrainedModel:
         prompt: str | Sequence[str] = "",
         *,
         suffix: str | Sequence[str] | None = None,
+        num_tokens: int | None = None,
+        num_steps: int | None = None,
+        threshold: float | None = None,
+        block_size: int | None = None,
+        temperature: float | None = None,
+        remasking: str | None = None,
+        seed: int | None = None,
         on_step: Callable[[Canvas], None] | None = None,
-        **settings: Any,
     ) -> TextSample | list[TextSample]:
-        """Generate text after each prompt, by iterative denoising. ``python -m w1train.sample`` gives the same texts.
+        """Generate text after each prompt, by iterative denoising. ``python -m w1train.sample`` gives the same texts. A setting that is
+        None has the value of the run's ``sampling`` section.
 
         Args:
             prompt: a text that the model continues, or several.
@@ -414,7 +421,6 @@ class TrainedModel:
             remasking: "low_confidence" or "random": which predictions a step keeps.
             seed: the seed of the noise.
             on_step: a function that gets the canvas after each step, such as ``print``.
-            settings: what is not given has the value of the run's ``sampling`` section.
 
         Returns:
             A sample, whose ``text`` is the completion and whose ``str`` is the whole text, or a list of samples for a list of prompts.
@@ -422,24 +428,18 @@ class TrainedModel:
         Raises:
             UserError: settings cannot work, a prompt is too long or has unknown tokens, or the checkpoint is of an autoregressive stage.
         """
-        from w1train.inference.predictor import require_diffusion
-        from w1train.sampling.settings import with_given
-        from w1train.sampling.text import sample_texts
-
-        require_diffusion(self._inference)
-        sampling = with_given(self.config.sampling, settings)
+        settings = {
+            "num_tokens": num_tokens,
+            "num_steps": num_steps,
+            "threshold": threshold,
+            "block_size": block_size,
+            "temperature": temperature,
+            "remasking": remasking,
+            "seed": seed,
+        }
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         suffixes = [suffix] * len(prompts) if isinstance(suffix, str) else suffix
-        with self._world():
-            samples = sample_texts(
-                self._inference.blocks or self._inference.predict,
-                self.tokenizer,
-                prompts,
-                replace(self.config, sampling=sampling),
-                device=self.device,
-                suffixes=suffixes,
-                on_step=None if on_step is None else lambda state: on_step(self._canvas(state, sampling.num_tokens)),
-            )
+        samples = self._generate(prompts, suffixes, settings, on_step)
         return samples[0] if isinstance(prompt, str) else samples
 
     @overload
@@ -512,6 +512,30 @@ class TrainedModel:
         """
         with self._world():
             return self._inference.predict(tokens.to(self.device), timesteps.to(self.device))
+
+    def _generate(
+        self,
+        prompts: list[str],
+        suffixes: Sequence[str] | None,
+        settings: Mapping[str, Any],
+        on_step: Callable[[Canvas], None] | None,
+    ) -> list[TextSample]:
+        from w1train.inference.predictor import require_diffusion
+        from w1train.sampling.settings import with_given
+        from w1train.sampling.text import sample_texts
+
+        require_diffusion(self._inference)
+        sampling = with_given(self.config.sampling, settings)
+        with self._world():
+            return sample_texts(
+                self._inference.blocks or self._inference.predict,
+                self.tokenizer,
+                prompts,
+                replace(self.config, sampling=sampling),
+                device=self.device,
+                suffixes=suffixes,
+                on_step=None if on_step is None else lambda state: on_step(self._canvas(state, sampling.num_tokens)),
+            )
 
     def _world(self) -> Any:
         from w1train.runtime.guest import world_of_one

@@ -31,7 +31,9 @@ from w1train.runtime.pulse import pulse
 
 _MODULES_WITH_GLOBALS = ("megatron.core.parallel_state", "megatron.core.tensor_parallel.random")
 _GLOBAL = re.compile("_[A-Z0-9_]+")
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK")
+"""Variables of the environment with which a launcher makes the process a rank of its own world."""
+_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", *_OF_A_LAUNCHER)
 
 _lock = threading.RLock()
 _open: list[Ranks] = []
@@ -107,7 +109,10 @@ def _as_before() -> Iterator[None]:
             torch.are_deterministic_algorithms_enabled(),
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        restored.callback(_set_variable, _CUBLAS, os.environ.get(_CUBLAS))
+        for name in _VARIABLES:
+            restored.callback(_set_variable, name, os.environ.get(name))
+        for name in _OF_A_LAUNCHER:
+            os.environ.pop(name, None)
         if torch.cuda.is_available():
             restored.callback(torch.cuda.set_device, torch.cuda.current_device())
         for set_state, state in _random_states():
