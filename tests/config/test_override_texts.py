@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.slow import examples
 from w1train.config.override_texts import override_texts
 
 SCALARS = (
@@ -30,6 +31,7 @@ def read_back(value: Any) -> Any:
     return OverridesParser.create().parse_override(text).value()
 
 
+@settings(max_examples=examples(40))
 @given(SCALARS | st.lists(SCALARS, max_size=3))
 def test_a_value_is_read_back(value):
     found = read_back(value)

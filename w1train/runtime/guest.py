@@ -2,8 +2,8 @@
 it was before.
 
 The commands change the state of their process, and then the process ends. Here the state is restored: process groups, megatron-core's
-globals, the redirections from CUDA to the CPU, random numbers, deterministic kernels, the collection of garbage, and the filters of
-warnings.
+globals, the redirections from CUDA to the CPU, the environment, random numbers, deterministic kernels, the collection of garbage, and the
+filters of warnings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _MODULES_WITH_GLOBALS = ("megatron.core.parallel_state", "megatron.core.tensor_p
 _GLOBAL = re.compile("_[A-Z0-9_]+")
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK")
 """Variables of the environment with which a launcher makes the process a rank of its own world."""
-_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", *_OF_A_LAUNCHER)
+_OF_TRANSFORMER_ENGINE = "NVTE_"
+"""Begins the variables that megatron-core and w1train/attention/backends/te.py set once, and transformer-engine reads in each pass."""
 
 _lock = threading.RLock()
 _open: list[Ranks] = []
@@ -109,8 +110,7 @@ def _as_before() -> Iterator[None]:
             torch.are_deterministic_algorithms_enabled(),
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        for name in _VARIABLES:
-            restored.callback(_set_variable, name, os.environ.get(name))
+        restored.callback(_set_environment, dict(os.environ))
         for name in _OF_A_LAUNCHER:
             os.environ.pop(name, None)
         if torch.cuda.is_available():
@@ -141,7 +141,8 @@ def _globals_of(module: str) -> dict[str, Any]:
     return {name: value for name, value in vars(sys.modules[module]).items() if _GLOBAL.fullmatch(name)}
 
 
-def _set_variable(name: str, value: str | None) -> None:
-    os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value
+def _set_environment(variables: dict[str, str]) -> None:
+    for name in os.environ.keys() - variables.keys():
+        if not name.startswith(_OF_TRANSFORMER_ENGINE):
+            del os.environ[name]
+    os.environ.update({name: value for name, value in variables.items() if not name.startswith(_OF_TRANSFORMER_ENGINE)})
