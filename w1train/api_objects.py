@@ -306,10 +306,11 @@ class TrainedModel:
             UserError: a text has no characters, is longer than model.max_sequence_length, or has the mask token; the checkpoint is of an
                 autoregressive stage.
         """
-        from w1train.evaluation.questions import Question, answer_questions
+        from w1train.evaluation.questions import Question, answer_questions, warn_of_blocks
         from w1train.inference.predictor import require_diffusion
 
         require_diffusion(self._inference)
+        warn_of_blocks(self.config)
         texts = [text] if isinstance(text, str) else list(text)
         prompts = [prompt] * len(texts) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(texts):

@@ -28,7 +28,7 @@ from typing import Any
 
 from w1train.config.errors import UserError
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
-from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
+from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize, warn_of_blocks
 from w1train.runtime.command import command
 from w1train.runtime.masking import mask, unmasked
 from w1train.sample import CHECKPOINT_HELP, checkpoint_name
@@ -63,6 +63,7 @@ def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dic
     if questions is None:
         return {**result, **validation_of(model, args.validation)}
     require_diffusion(model)
+    warn_of_blocks(model.config)
     answers = answer_questions(model, questions, num_draws=args.draws, batch_size=args.batch_size)
     return {**result, "draws": args.draws, **summarize(answers), "texts": [_as_json(answer) for answer in answers]}
 

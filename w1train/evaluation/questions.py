@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, require_regular
+from w1train.config.schema import Config
 from w1train.data.text.decompress import DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, kind_of, unsupported_compression
 from w1train.data.text.json_records import BYTE_ORDER_MARK, RecordReader
@@ -134,7 +135,6 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
     Raises:
         UserError: a text is too long for the model, or has mask tokens or ids that are outside model.vocab_size.
     """
-    _warn_of_blocks(model.config.diffusion.block_size, model.config.data.sequence_length)
     pairs = [_tokenize(model, question, choice) for question in questions for choice in question.choices]
     scores = log_likelihoods(
         model.predict,
@@ -154,7 +154,9 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
     return answers
 
 
-def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:
+def warn_of_blocks(config: Config) -> None:
+    """Warn if a completion is scored in another way than the model was trained in."""
+    block_size, sequence_length = config.diffusion.block_size, config.data.sequence_length
     if block_size is not None and block_size < sequence_length:
         logger.warning(
             "the run was trained to denoise blocks of %d tokens after clean blocks; here a completion is scored as one block, "

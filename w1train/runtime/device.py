@@ -9,17 +9,14 @@ import torch
 from w1train.config.errors import UserError
 
 
-def select_device(wanted: torch.device | None = None) -> torch.device:
-    """Select the GPU of this local rank, or the CPU where there is no CUDA. ``wanted`` is a GPU of this machine to select instead.
+def select_device() -> torch.device:
+    """Select the GPU of this local rank, or the CPU where there is no CUDA.
 
     Raises:
         UserError: there are fewer GPUs than local ranks.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if wanted is not None:
-        torch.cuda.set_device(wanted)
-        return wanted
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise UserError(

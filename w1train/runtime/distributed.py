@@ -49,7 +49,7 @@ def distributed(
     in a collective, and NCCL's teardown would wait for them. They see the error when the sockets of this process close.
     """
     redirect_cuda_to_cpu()
-    device = select_device(device)
+    device = device or select_device()
     initialize_process_group(device, timeout)
     initialize_model_parallel(parallel, timeout)
     yield current_ranks(device)

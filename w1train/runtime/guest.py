@@ -62,6 +62,8 @@ def world_of_one(device: str | None = None) -> Iterator[Ranks]:
         _require_no_groups()
         import_megatron()
         with _as_before(), redirected_cuda():
+            if chosen is not None:
+                torch.cuda.set_device(chosen)
             try:
                 with distributed(ParallelConfig(), device=chosen) as ranks:
                     pulse.reset()

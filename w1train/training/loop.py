@@ -14,7 +14,6 @@ from w1train.diffusion.processes import noise_process
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
 from w1train.profiling.profiler import Profiler
 from w1train.records.sink import Sink
-from w1train.records.watch import SINKS
 from w1train.runtime.device import memory_gib
 from w1train.runtime.distributed import Ranks, on_main_rank
 from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
@@ -42,12 +41,13 @@ class Trainer:
         ranks: Ranks,
         run: RunDirectory,
         open_initial_weights: OpenWeights,
-        sinks: Sequence[type[Sink]] = SINKS,
+        sinks: Sequence[type[Sink]] | None = None,
     ) -> None:
         """Build the run, whose directory must be claimed. Errors of the configuration, the data and the checkpoint are raised on every
         rank.
 
-        ``open_initial_weights`` is called if the run begins from other weights. ``sinks`` get the records, if the configuration wants them.
+        ``open_initial_weights`` is called if the run begins from other weights. ``sinks`` get the records, if the configuration wants
+        them; None = all sinks.
         """
         self.config, self.ranks, self.run = config, ranks, run
         parts = build_parts(config, ranks, run, open_initial_weights, sinks)

@@ -53,7 +53,7 @@ class RunParts:
 
 
 def build_parts(
-    config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights, sinks: Sequence[type[Sink]]
+    config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights, sinks: Sequence[type[Sink]] | None
 ) -> RunParts:
     """Choose the checkpoint that the run resumes from, and build all parts. Every rank calls this, after the run directory was claimed.
 
@@ -88,7 +88,7 @@ def _build_watch(
     data: TrainingData,
     progress: Progress,
     position: SchedulePosition,
-    sinks: Sequence[type[Sink]],
+    sinks: Sequence[type[Sink]] | None,
 ) -> Watch:
     description = describe_run(config, ranks, run, data, f"{progress.step} of {position.num_steps} done")
     recorded = RecordedRun(config, run, progress.step, position.num_steps, position.num_tokens, description)

@@ -10,7 +10,6 @@ from pathlib import Path
 from w1train.config.schema import Config, HealthConfig
 from w1train.conversion.initial_weights import open_initial_weights
 from w1train.records.sink import Sink
-from w1train.records.watch import SINKS
 from w1train.runtime.distributed import Ranks, on_main_rank
 from w1train.runtime.monitor import monitored
 from w1train.runtime.run_directory import RunDirectory
@@ -22,12 +21,12 @@ Monitor = Callable[[Path, Ranks, HealthConfig], AbstractContextManager[StatusFil
 
 
 def train_run(
-    config: Config, ranks: Ranks, directory: RunDirectory, *, sinks: Sequence[type[Sink]] = SINKS, monitor: Monitor = monitored
+    config: Config, ranks: Ranks, directory: RunDirectory, *, sinks: Sequence[type[Sink]] | None = None, monitor: Monitor = monitored
 ) -> Trainer:
     """Train a run to its end, or until a signal stops it, and return its trainer. Every rank calls this. The caller releases the directory.
 
     Args:
-        sinks: the places that records go to, if the configuration wants them.
+        sinks: the places that records go to, if the configuration wants them; None = all sinks.
         monitor: what watches the run: w1train.runtime.monitor.monitored, or monitored_as_guest.
 
     Raises:
