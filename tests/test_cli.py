@@ -8,17 +8,21 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.test_project import REPOSITORY
-from w1train import cli, train
+from w1train import cli
+from w1train import launcher as launcher_module
 from w1train.cli import DATA_VERBS, VERBS
-from w1train.preflight.start_rules import run_rules
+from w1train.config.rules.rule import Rule
+from w1train.local_ranks import Outcome
+from w1train.preflight import start_rules
 from w1train.runtime.exit_status import ExitStatus
-from w1train.runtime.local_ranks import Outcome
 
 HEAVY = {"torch", "megatron", "numpy", "hydra", "rich", "transformers"}
 
@@ -121,16 +125,20 @@ def test_a_mistake_is_one_text_without_a_traceback_or_torch(tmp_path, ranks):
     assert list(tmp_path.iterdir()) == []
 
 
+def _without_machine(run_rules: Callable[..., tuple[Rule, ...]], num_ranks: int, _ranks_here: int) -> tuple[Rule, ...]:
+    return run_rules(num_ranks, None)
+
+
 class Launcher:
     """`w1train train`, whose ranks only write down how they were started."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[list[str], int, Path]] = []
         self.outcome = Outcome(ExitStatus.FINISHED, "")
-        monkeypatch.setattr(train, "run_local_ranks", self._run)
+        monkeypatch.setattr(launcher_module, "run_local_ranks", self._run)
         # The data of the demo need not be there.
-        monkeypatch.setattr(train, "run_rules", lambda num_ranks, _ranks_here: run_rules(num_ranks, None))
-        monkeypatch.setattr(train, "rank_rules", tuple)
+        monkeypatch.setattr(start_rules, "run_rules", partial(_without_machine, start_rules.run_rules))
+        monkeypatch.setattr(launcher_module, "rank_rules", tuple)
         monkeypatch.delenv("RANK", raising=False)
 
     def _run(self, arguments: list[str], num_ranks: int, logs: Path) -> Outcome:
@@ -149,7 +157,7 @@ def test_ranks_are_started_in_the_callers_directory(launcher, tmp_path, monkeypa
     (tmp_path / "recipes/recipe").mkdir(parents=True)
     (tmp_path / "recipes/recipe/mine.yaml").write_text("# @package _global_\ndefaults: [demo]\nname: mine\n")
     words = ["--config-dir", "recipes", "recipe=mine", "--max-steps=7"]
-    assert train.main([*words[:2], "--nproc", "2", *words[2:]]) == 0
+    assert launcher_module.main([*words[:2], "--nproc", "2", *words[2:]]) == 0
     ((arguments, num_ranks, logs),) = launcher.calls
     assert arguments == ["-m", "w1train.pretrain", *words]
     assert num_ranks == 2
@@ -160,7 +168,7 @@ def test_ranks_are_started_in_the_callers_directory(launcher, tmp_path, monkeypa
 @pytest.mark.parametrize(("status", "message"), [(ExitStatus.STOPPED, ""), (ExitStatus.FAILED, "rank 1 was ended by SIGKILL")])
 def test_the_end_of_the_ranks_is_reported(launcher, tmp_path, capsys, status, message):
     launcher.outcome = Outcome(status, message)
-    assert train.main(["recipe=demo", f"runs_dir={tmp_path}", "--nproc=2"]) == status
+    assert launcher_module.main(["recipe=demo", f"runs_dir={tmp_path}", "--nproc=2"]) == status
     assert capsys.readouterr().err == (f"w1train train: {message}\n" if message else "")
 
 
@@ -181,7 +189,7 @@ def test_mistakes_start_no_ranks(launcher, tmp_path, monkeypatch, capsys, words,
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     try:
-        status = train.main(["recipe=demo", f"runs_dir={tmp_path}", *words])
+        status = launcher_module.main(["recipe=demo", f"runs_dir={tmp_path}", *words])
     except SystemExit as end:
         status = end.code
     assert status == 2
@@ -192,8 +200,8 @@ def test_mistakes_start_no_ranks(launcher, tmp_path, monkeypatch, capsys, words,
 
 def test_one_rank_trains_in_the_process_itself(launcher, monkeypatch):
     trained = []
-    monkeypatch.setattr(train, "train", lambda *arguments: trained.append(arguments) or 75)
-    assert train.main(["recipe=demo", "--max-steps", "3", "--nproc", "1"]) == 75
+    monkeypatch.setattr(launcher_module, "train", lambda *arguments: trained.append(arguments) or 75)
+    assert launcher_module.main(["recipe=demo", "--max-steps", "3", "--nproc", "1"]) == 75
     ((config, max_steps, discovery),) = trained
     assert (config.name, max_steps, discovery) == ("demo", 3, None)
     assert launcher.calls == []

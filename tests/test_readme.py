@@ -31,13 +31,13 @@ from w1train.config.command_line import CommandLine, parse_command_line
 from w1train.config.compose import load_config
 from w1train.config.errors import ConfigurationError
 from w1train.config.rules.validate import validate
+from w1train.launcher import COUNTS
 from w1train.planning.arguments import parse as parse_plan
 from w1train.registered_names import NAME_RULES
-from w1train.train import COUNTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-CONFIGURED = {"w1train.pretrain", "w1train.train"}
+CONFIGURED = {"w1train.pretrain", "w1train.launcher"}
 """Modules whose command line is recipes and overrides; all others use argparse."""
 DISTRIBUTED = {"w1train.doctor"}
 """Modules with argparse that torchrun may start."""
@@ -84,7 +84,7 @@ def check_python(words: list[str]) -> None:
         raise CommandError(f"don't know how to check: python {' '.join(words)}")
     module, arguments = words[1], words[2:]
     path = module_path(module)
-    if module == "w1train.train":
+    if module == "w1train.launcher":
         check_train(arguments)
     elif module in CONFIGURED:
         if compose(arguments).action != "run" and not run(sys.executable, "-m", module, *arguments).strip():
@@ -134,7 +134,7 @@ def parse_only(module: str, arguments: list[str]) -> str:
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    importlib.import_module("w1train.training.loop")
+    importlib.import_module("w1train.launchering.loop")
     with tempfile.TemporaryFile() as output:
         process = multiprocessing.get_context("fork").Process(target=_parse_and_stop, args=(module, arguments, output.fileno()))
         process.start()

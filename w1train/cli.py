@@ -39,7 +39,7 @@ DATA_VERBS = {
     "python-corpus": Verb("data_tools.python_corpus", "write the sources of Python's library as a corpus"),
 }
 VERBS = {
-    "train": Verb("w1train.train", "train a model on this machine, or resume its run"),
+    "train": Verb("w1train.launcher", "train a model on this machine, or resume its run"),
     "sample": Verb("w1train.sample", "generate text with a trained run"),
     "evaluate": Verb("w1train.evaluate", "score a checkpoint: validation, likelihoods"),
     "average": Verb("w1train.average", "average the best checkpoints of a run"),

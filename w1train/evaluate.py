@@ -28,12 +28,11 @@ from typing import Any
 
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
-from w1train.config.serialization import config_from_yaml
 from w1train.evaluation.likelihood import DEFAULT_DRAWS
-from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize
-from w1train.registered_names import require_registered_names
+from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize, warn_of_blocks
 from w1train.runtime.command import command
 from w1train.runtime.masking import mask, unmasked
+from w1train.trained_model import load_trained, require_run
 
 
 @command("w1train.evaluate")
@@ -43,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         questions = None if args.likelihood is None else read_questions(args.likelihood)
-        if not (args.run / "config.yaml").is_file():
-            raise FileNotFoundError(f"{args.run} is not a run directory: it has no config.yaml")
+        require_run(args.run)
         result = _evaluate(args, questions)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,36 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace, questions: list[Question] | None) -> dict[str, Any]:
-    # megatron-core takes seconds to import, which a mistake on the command line should not wait for.
-    from w1train.runtime.megatron_on_cpu import import_megatron
+    model = load_trained(args.run, args.checkpoint)
+    from w1train.evaluation.checkpoint_validation import validation_of
+    from w1train.inference.predictor import require_diffusion
 
-    import_megatron()
-    from w1train.checkpoints.manifest import CheckpointError
-    from w1train.evaluation.checkpoint_validation import open_validation, validate_checkpoint
-    from w1train.inference.predictor import load_for_inference, require_diffusion
-
-    require_registered_names(config_from_yaml(args.run / "config.yaml"), args.run / "config.yaml")
-    try:
-        model = load_for_inference(args.run, args.checkpoint)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
     result = {"run": str(args.run), "checkpoint": model.checkpoint.name}
     if questions is None:
-        record = validate_checkpoint(model, open_validation(model, args.validation))
-        return {**result, **record, "timesteps": model.config.validation.timesteps}
+        return {**result, **validation_of(model, args.validation)}
     require_diffusion(model)
-    _warn_of_blocks(model.config.diffusion.block_size, model.config.data.sequence_length)
+    warn_of_blocks(model.config)
     answers = answer_questions(model, questions, num_draws=args.draws, batch_size=args.batch_size)
     return {**result, "draws": args.draws, **summarize(answers), "texts": [_as_json(answer) for answer in answers]}
-
-
-def _warn_of_blocks(block_size: int | None, sequence_length: int) -> None:
-    if block_size is not None and block_size < sequence_length:
-        logging.getLogger(__name__).warning(
-            "the run was trained to denoise blocks of %d tokens after clean blocks; here a completion is scored as one block, "
-            "in which every token attends to every other token",
-            block_size,
-        )
 
 
 def _validation_lines(result: dict[str, Any]) -> list[str]:

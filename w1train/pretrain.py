@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m w1train.pretrain recipe=w1_4b parallel.tensor=4
 
-torchrun and srun start it for each rank. `w1train train` (w1train/train.py) starts the ranks of one machine by itself. The same command,
+torchrun and srun start it for each rank. `w1train train` (w1train/launcher.py) starts the ranks of one machine by itself. The same command,
 given again, resumes the run. The training loop is in w1train/training/loop.py.
 """
 
@@ -17,17 +17,19 @@ if not __package__ and not sys.flags.safe_path:
 
 import gc
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from w1train.checkpoints.manifest import CheckpointError, describe_next_start
 from w1train.config.command_line import PATIENCE_SECONDS, config_from_command_line, wait_for_main_rank
 from w1train.config.errors import ConfigurationError, UserError, raise_if_any
 from w1train.config.rules.rule import Rule
-from w1train.config.schema import Config
+from w1train.config.schema import Config, HealthConfig
 from w1train.config.serialization import leaves
-from w1train.preflight.start_rules import machine_problems, run_rules
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.announcement import announce
 from w1train.runtime.cluster import discover_ranks
@@ -35,6 +37,10 @@ from w1train.runtime.command import command, describe_error
 from w1train.runtime.exit_status import ExitStatus, status_after
 from w1train.runtime.logs import logged_to, set_up_logging
 from w1train.runtime.masking import remember_passwords
+
+if TYPE_CHECKING:  # these modules import torch
+    from w1train.runtime.distributed import Ranks
+    from w1train.runtime.status import StatusFile
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,8 @@ def main(arguments: list[str]) -> int:
 
 def rank_rules() -> tuple[Rule, ...]:
     """Return what this rank checks before the ranks have met."""
+    from w1train.preflight.start_rules import run_rules  # it imports NumPy, for which the first line of the run should not wait
+
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     is_first_to_check = _refuses_early() and os.environ.get("RANK", "0") == "0"
     return run_rules(num_ranks, num_ranks if is_first_to_check else None)
@@ -94,16 +102,13 @@ def run(config: Config, max_steps: int | None = None) -> int:
     # megatron-core takes seconds to import, which a mistake in the configuration should not wait for.
     gc.disable()  # imports leave no garbage, and the search for it takes an eighth of the time of a start
     from w1train.runtime.device import make_deterministic
-    from w1train.runtime.distributed import distributed, is_lost_connection, on_main_rank
+    from w1train.runtime.distributed import distributed, is_lost_connection
     from w1train.runtime.megatron_on_cpu import import_megatron
-    from w1train.runtime.monitor import monitored
     from w1train.runtime.run_directory import RunDirectory, RunDirectoryInUseError
-    from w1train.runtime.watchdog import put_stacks_aside
 
     import_megatron()
-    from w1train.conversion.initial_weights import open_initial_weights
-    from w1train.training.loop import Trainer
     from w1train.training.run_description import print_end
+    from w1train.training.whole_run import train_run
 
     gc.enable()
     if config.training.deterministic:
@@ -114,27 +119,10 @@ def run(config: Config, max_steps: int | None = None) -> int:
     # Errors are handled outside of the process groups, which are torn down only at a clean end.
     try:
         with distributed(config.parallel, timeout) as ranks:
-            on_main_rank(directory.claim)
-            on_main_rank(partial(put_stacks_aside, directory.path))
-            next_start = partial(describe_next_start, directory.checkpoints)
-            with (
-                monitored(directory.path, ranks, config.health, next_start) as status,
-                logged_to(directory.log, status, active=ranks.is_main),
-            ):
-                if not _refuses_early():
-                    on_main_rank(lambda: raise_if_any(machine_problems(config)))
-                trainer = Trainer(config, ranks, directory, open_initial_weights)
-                trainer.fit(max_steps)
-                status.update("stopped" if trainer.stopped else "finished")
-                if ranks.is_main:
-                    print_end(
-                        config,
-                        directory,
-                        trainer.progress,
-                        trainer.position,
-                        stop_signal=trainer.stop_signal,
-                        is_stopped=trainer.stopped,
-                    )
+            trainer = train_run(config, ranks, directory, max_steps, monitor=partial(_monitored, config))
+            if ranks.is_main:
+                signal, is_stopped = trainer.stop_signal, trainer.stopped
+                print_end(config, directory, trainer.progress, trainer.position, stop_signal=signal, is_stopped=is_stopped)
     except RunDirectoryInUseError as error:
         return _fail(error, ExitStatus.FAILED)
     except UserError as error:
@@ -148,6 +136,23 @@ def run(config: Config, max_steps: int | None = None) -> int:
     finally:
         directory.release()
     return status_after(trainer.stop_signal)
+
+
+@contextmanager
+def _monitored(config: Config, directory: Path, ranks: Ranks, health: HealthConfig, next_start: Callable[[], str]) -> Iterator[StatusFile]:
+    """Watch the run, and write its log. Rank 0 checks its machine here if it could not end the run earlier."""
+    from w1train.preflight.start_rules import machine_problems
+    from w1train.runtime.distributed import on_main_rank
+    from w1train.runtime.monitor import monitored
+    from w1train.runtime.run_directory import RunDirectory
+
+    with (
+        monitored(directory, ranks, health, next_start) as status,
+        logged_to(RunDirectory(directory).log, status, active=ranks.is_main),
+    ):
+        if not _refuses_early():
+            on_main_rank(lambda: raise_if_any(machine_problems(config)))
+        yield status
 
 
 def _refuses_early() -> bool:

@@ -33,14 +33,14 @@ from rich.console import Console
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, SamplingConfig
-from w1train.config.serialization import config_from_yaml
-from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command, text_argument
 from w1train.runtime.masking import mask, unmasked
 from w1train.sampling.denoise import BlockPredict, Predict
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.rules import ORDERS
+from w1train.sampling.settings import with_given
 from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
+from w1train.trained_model import load_trained, require_run
 
 
 class InferenceModel(Protocol):
@@ -77,10 +77,9 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("w1train.sampling").setLevel(logging.INFO)
     try:
-        if not (args.run / "config.yaml").is_file():
-            raise FileNotFoundError(f"{args.run} is not a run directory: it has no config.yaml")
+        require_run(args.run)
         model = (load or _load_run)(args.run, args.checkpoint)
-        config = replace(model.config, sampling=_override(model.config.sampling, args))
+        config = replace(model.config, sampling=with_given(model.config.sampling, _given(args)))
         if args.steps is not None and config.sampling.threshold is not None:
             print("--steps is not used: with a threshold, steps run until each block is full", file=sys.stderr)
         suffixes = _suffixes(args.suffix, len(config.sampling.prompts))
@@ -138,18 +137,9 @@ def _sample(model: InferenceModel, config: Config, suffixes: list[str] | None, *
 
 
 def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
-    # megatron-core takes seconds to import, which --help and a mistyped RUN should not wait for.
-    from w1train.runtime.megatron_on_cpu import import_megatron
+    model = load_trained(run, checkpoint)
+    from w1train.inference.predictor import require_diffusion
 
-    import_megatron()
-    from w1train.checkpoints.manifest import CheckpointError
-    from w1train.inference.predictor import load_for_inference, require_diffusion
-
-    require_registered_names(config_from_yaml(run / "config.yaml"), run / "config.yaml")
-    try:
-        model = load_for_inference(run, checkpoint)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
     require_diffusion(model)
     return model
 
@@ -159,9 +149,9 @@ def _console(stream: TextIO | None = None) -> Console:
     return Console(highlight=False, file=stream)
 
 
-def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingConfig:
-    """Return the run's sampling settings with those of the command line."""
-    given = {
+def _given(args: argparse.Namespace) -> dict[str, object]:
+    """Return the settings of sampling on the command line, by the name of their field; None = not given."""
+    return {
         "prompts": args.prompt,
         "num_tokens": args.num_tokens,
         "num_steps": args.steps,
@@ -171,12 +161,6 @@ def _override(sampling: SamplingConfig, args: argparse.Namespace) -> SamplingCon
         "remasking": args.remasking,
         "seed": args.seed,
     }
-    sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
-    return replace(
-        sampling,
-        threshold=None if args.threshold == 0 else sampling.threshold,
-        block_size=None if args.block_size == 0 else sampling.block_size,
-    )
 
 
 def _as_json(

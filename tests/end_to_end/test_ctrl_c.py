@@ -100,7 +100,7 @@ def test_a_second_one_ends_at_once(tiny_run, undisturbed):
 def test_during_the_start_the_message_says_whether_there_is_a_checkpoint(tiny_run):
     outcome = tiny_run.train(sabotage=traps.interrupt_start()).require(130)
     nothing = "it has no checkpoint yet, and the same command begins it again"
-    assert outcome.output.splitlines()[-1] == f"w1train.pretrain: ended by Ctrl-C; {nothing}"
+    assert outcome.output.splitlines()[-1] == f"w1train train: ended by Ctrl-C; {nothing}"
     assert (status(tiny_run)["state"], status(tiny_run)["message"]) == ("stopped", f"Ctrl-C during the start; {nothing}")
     assert "Traceback" not in outcome.output
     tiny_run.train(sabotage=traps.interrupt_step(4)).require(130)

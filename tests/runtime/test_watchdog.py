@@ -148,7 +148,7 @@ def test_ctrl_c_is_noted_and_a_second_one_ends_the_process_in_one_line(tmp_path,
 
     assert end_of(watched(tmp_path, HealthConfig(stop_timeout=0.2), body, rank, 2)) == 130
     assert (tmp_path / "waited").exists()
-    expected = "w1train.pretrain, rank 0: a second Ctrl-C at step 7: ended at once; NEXT\n"
+    expected = "w1train train, rank 0: a second Ctrl-C at step 7: ended at once; NEXT\n"
     assert (tmp_path / f"stderr-{rank}").read_text() == ("" if rank else expected)
     answer = "Ctrl-C: the run saves after the current step, and stops; a second Ctrl-C ends it at once\n"
     assert (tmp_path / "log").read_text() == answer

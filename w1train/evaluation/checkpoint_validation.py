@@ -40,6 +40,16 @@ def require_own(data: DataConfig, prefix: str | None) -> None:
             require_local(from_run)
 
 
+def validation_of(model: InferenceModel, prefix: str | None = None) -> dict[str, Any]:
+    """Return the record of a validation, as :func:`validate_checkpoint` does, and the ``timesteps`` of ``loss_by_t``.
+
+    Args:
+        prefix: the validation set; None = the run's.
+    """
+    record = validate_checkpoint(model, open_validation(model, prefix))
+    return {**record, "timesteps": model.config.validation.timesteps}
+
+
 def validate_checkpoint(model: InferenceModel, data: ValidationData, path: Path | None = None) -> dict[str, Any]:
     """Return elbo (nats per token), elbo_bits_per_byte, masked_cross_entropy and loss_by_t, as validation during training does.
 

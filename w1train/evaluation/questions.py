@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, parse_json, require_regular
+from w1train.config.schema import Config
 from w1train.data.text.decompress import DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, kind_of, unsupported_compression
 from w1train.data.text.json_records import BYTE_ORDER_MARK, RecordReader
 from w1train.diffusion.processes import noise_process
 from w1train.evaluation.likelihood import Pair, log_likelihoods
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # The import takes seconds, because it imports megatron-core; a mistake in the file is reported without it.
     from w1train.inference.predictor import InferenceModel
@@ -27,14 +31,22 @@ _LARGEST = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One line of the file."""
+    """One line of the file, or one text."""
 
     line: int
+    """The number of the line, or of the text."""
     prompt: str
     choices: tuple[str, ...]
     """A line with a completion has one choice."""
     answer: int
     """Index of the right choice, from 0."""
+    kind: str = "line"
+    """The word for this question in messages, which have its number too."""
+
+    @property
+    def name(self) -> str:
+        """The question in a message, for example "line 3"."""
+        return f"{self.kind} {self.line}"
 
     @property
     def has_choices(self) -> bool:
@@ -142,19 +154,30 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
     return answers
 
 
+def warn_of_blocks(config: Config) -> None:
+    """Warn if a completion is scored in another way than the model was trained in."""
+    block_size, sequence_length = config.diffusion.block_size, config.data.sequence_length
+    if block_size is not None and block_size < sequence_length:
+        logger.warning(
+            "the run was trained to denoise blocks of %d tokens after clean blocks; here a completion is scored as one block, "
+            "in which every token attends to every other token",
+            block_size,
+        )
+
+
 def _tokenize(model: InferenceModel, question: Question, choice: str) -> Pair:
     pair = Pair(tuple(model.tokenizer.encode(question.prompt)), tuple(model.tokenizer.encode(choice)))
     limit, mask = model.config.model.max_sequence_length, model.config.diffusion.mask_token_id
     if max(pair.tokens, default=0) >= (vocab_size := model.config.model.vocab_size):
         raise UserError(
-            f"line {question.line} has the token id {max(pair.tokens)}, and model.vocab_size is {vocab_size}: the tokenizer is not that of "
+            f"{question.name} has the token id {max(pair.tokens)}, and model.vocab_size is {vocab_size}: the tokenizer is not that of "
             "the model"
         )
     if mask in pair.tokens:
-        raise UserError(f"line {question.line} has the mask token ({mask}) in its text; only clean text can be scored")
+        raise UserError(f"{question.name} has the mask token ({mask}) in its text; only clean text can be scored")
     if len(pair.tokens) > limit:
         raise UserError(
-            f"line {question.line} has {len(pair.prompt)} + {len(pair.completion)} tokens, more than model.max_sequence_length = {limit}"
+            f"{question.name} has {len(pair.prompt)} + {len(pair.completion)} tokens, more than model.max_sequence_length = {limit}"
         )
     return pair
 

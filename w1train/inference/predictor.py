@@ -38,7 +38,7 @@ from w1train.engine.pipeline import run_schedule
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams
-from w1train.runtime.distributed import distributed
+from w1train.runtime.distributed import Ranks, distributed
 from w1train.runtime.pulse import beat
 from w1train.runtime.run_directory import RunDirectory
 
@@ -259,11 +259,12 @@ _open_groups = contextlib.ExitStack()
 atexit.register(_open_groups.close)
 
 
-def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> InferenceModel:
+def load_for_inference(run_dir: Path, checkpoint: int | str | None = None, ranks: Ranks | None = None) -> InferenceModel:
     """Load the model of a run's checkpoint on this process alone, whatever layout it was trained in.
 
     Args:
         checkpoint: its step, or its name ("average" is the newest average); None = the newest step.
+        ranks: this process in a world of one rank, whose process groups are open; None = open groups that live until the process ends.
 
     Raises:
         FileNotFoundError: the run does not exist.
@@ -282,7 +283,7 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None) -> In
     config.parallel, config.attention, config.kernels = ParallelConfig(), AttentionConfig(), KernelsConfig()
     config.data.tokenizer = str(RunDirectory(run_dir).tokenizer)
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    ranks = _open_groups.enter_context(distributed(config.parallel))
+    ranks = ranks or _open_groups.enter_context(distributed(config.parallel))
     megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)
     stage = build_stage(config, megatron)
     load_model_weights(path, [stage])

@@ -27,14 +27,17 @@ SINKS: tuple[type[Sink], ...] = (JsonLinesSink, ConsoleSink, WandbSink, TensorBo
 class Watch:
     """A context manager that hands records to the sinks. On ranks other than 0 it drops them."""
 
-    def __init__(self, run: RecordedRun, ranks: Ranks, progress: Progress) -> None:
-        """Make the sinks. ``progress`` is the run's own object, so it changes while the run trains.
+    def __init__(self, run: RecordedRun, ranks: Ranks, progress: Progress, sinks: Sequence[type[Sink]] | None = None) -> None:
+        """Make the sinks that the configuration wants. ``progress`` is the run's own object, so it changes while the run trains.
+
+        Args:
+            sinks: the sinks to choose from; None = all sinks.
 
         Raises:
             UserError: if a package that a sink needs is missing.
         """
         self._run, self._ranks, self.progress = run, ranks, progress
-        wanted = [sink(run) for sink in SINKS if sink.is_wanted(run.config.logging)]
+        wanted = [sink(run) for sink in (SINKS if sinks is None else sinks) if sink.is_wanted(run.config.logging)]
         self._sinks = wanted if ranks.is_main else []
         self._started = contextlib.ExitStack()
         self._time_of_day = SteadyTimeOfDay()

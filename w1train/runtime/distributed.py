@@ -39,15 +39,17 @@ class Ranks:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Ranks]:
+def distributed(
+    parallel: ParallelConfig, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, device: torch.device | None = None
+) -> Iterator[Ranks]:
     """Make the process groups of the run, and tear them down if the block ends without an error. ``timeout`` is how long a collective waits
-    for another rank.
+    for another rank, and ``device`` the device of this process (None = by its local rank).
 
     The caller has validated that the world size fits the layout. After an error the groups stay until the process ends: other ranks may be
     in a collective, and NCCL's teardown would wait for them. They see the error when the sockets of this process close.
     """
     redirect_cuda_to_cpu()
-    device = select_device()
+    device = device or select_device()
     initialize_process_group(device, timeout)
     initialize_model_parallel(parallel, timeout)
     yield current_ranks(device)

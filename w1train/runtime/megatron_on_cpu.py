@@ -6,7 +6,8 @@ redirected, so that the code that is tested on a laptop is the code that runs on
 file, and they are made only where there is no CUDA.
 
 ``redirect_cuda_to_cpu`` must run before megatron-core is used. It imports megatron-core first, because names that a module of megatron-core
-imports from torch must be torch's own.
+imports from torch must be torch's own. A command keeps the redirections until its process ends. In a process that belongs to somebody else,
+``redirected_cuda`` takes them back.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ _ABOUT_ABSENT_PACKAGES = (
 )
 
 _redirected = False
+_originals: list[tuple[Any, str, Any]] = []
+"""Owner, name and value of each attribute that was replaced, in order."""
 
 
 class _NullStream:
@@ -74,12 +77,36 @@ def redirect_cuda_to_cpu() -> None:
     # now, of torch's own functions, which the wrappers call.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_tensor_methods()
     _redirect_cuda_module()
     _redirect_rng_tracker(megatron_random)
     _skip_collectives_of_one()
+    _say_where_it_runs()
+
+
+@functools.cache
+def _say_where_it_runs() -> None:
     logger.info("no CUDA: megatron-core runs on the CPU")
+
+
+@contextlib.contextmanager
+def redirected_cuda() -> Iterator[None]:
+    """Redirect CUDA's names inside the block, and take the redirections back at its end, unless they were made before it."""
+    global _redirected
+    was_redirected = _redirected
+    redirect_cuda_to_cpu()
+    try:
+        yield
+    finally:
+        while _originals and not was_redirected:
+            setattr(*_originals.pop())
+        _redirected = was_redirected
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _originals.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
 
 
 def import_megatron() -> Any:
@@ -154,7 +181,7 @@ def _redirect_tensor_methods() -> None:
         (torch.nn.Module, "cuda", identity),
     ]
     for owner, name, value in patches:
-        setattr(owner, name, value)
+        _replace(owner, name, value)
 
 
 def _redirect_cuda_module() -> None:
@@ -182,7 +209,7 @@ def _redirect_cuda_module() -> None:
         "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     }
     for name, value in replacements.items():
-        setattr(torch.cuda, name, value)
+        _replace(torch.cuda, name, value)
 
 
 def _redirect_rng_tracker(megatron_random: Any) -> None:
@@ -194,8 +221,8 @@ def _redirect_rng_tracker(megatron_random: Any) -> None:
     def set_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    megatron_random._get_cuda_rng_state = get_state
-    megatron_random._set_cuda_rng_state = set_state
+    _replace(megatron_random, "_get_cuda_rng_state", get_state)
+    _replace(megatron_random, "_set_cuda_rng_state", set_state)
 
 
 def _skip_collectives_of_one() -> None:
@@ -204,9 +231,9 @@ def _skip_collectives_of_one() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
-        setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
+        _replace(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
     for name in ("all_reduce", "broadcast"):
-        setattr(torch.distributed, name, unless_alone_in_place(getattr(torch.distributed, name)))
+        _replace(torch.distributed, name, unless_alone_in_place(getattr(torch.distributed, name)))
 
 
 def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

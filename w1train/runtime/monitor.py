@@ -11,7 +11,7 @@ from w1train.config.schema import HealthConfig
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.pulse import SAVING, STARTING, VALIDATING, pulse
 from w1train.runtime.status import State, StatusFile
-from w1train.runtime.stop_signals import StopSignals
+from w1train.runtime.stop_signals import GuestInterrupts, StopSignals
 from w1train.runtime.watchdog import Watchdog
 
 _STATES: dict[str, State] = {STARTING: "starting", SAVING: "saving", VALIDATING: "validating"}
@@ -29,21 +29,42 @@ def monitored(directory: Path, ranks: Ranks, settings: HealthConfig, next_start:
     status = StatusFile(directory, ranks.world_size, active=ranks.is_main)
     # The watchdog's thread looks at once. The time without progress that it measures begins now, and not when the process did.
     pulse.beat()
-    with StopSignals() as signals, Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals, next_start):
-        pulse.observer = lambda: _show(status)
-        pulse.beat()
-        try:
-            yield status
-        except KeyboardInterrupt:
-            # Ctrl-C during the start: nothing is lost, and nothing has failed.
-            status.update("stopped", message=f"Ctrl-C during the start; {next_start()}")
-            raise
-        except BaseException as error:
-            state: State = "mistake" if isinstance(error, UserError) else "failed"
-            status.update(state, message=first_line(error))
-            raise
-        finally:
-            pulse.observer = None
+    with (
+        StopSignals() as signals,
+        Watchdog(directory, ranks.rank, ranks.world_size, settings, status, signals, next_start),
+        _shown(status, next_start),
+    ):
+        yield status
+
+
+@contextmanager
+def monitored_as_guest(directory: Path, ranks: Ranks, _settings: HealthConfig, next_start: Callable[[], str]) -> Iterator[StatusFile]:
+    """Do what :func:`monitored` does, in a process that belongs to somebody else and has no other ranks.
+
+    Nothing ends the process: there is no watchdog, and signals other than Ctrl-C stay the caller's.
+    """
+    status = StatusFile(directory, ranks.world_size, active=ranks.is_main)
+    with GuestInterrupts(), _shown(status, next_start):
+        yield status
+
+
+@contextmanager
+def _shown(status: StatusFile, next_start: Callable[[], str]) -> Iterator[None]:
+    """Write the progress of the process, and the exception that ends the block, to the status file."""
+    pulse.observer = lambda: _show(status)
+    pulse.beat()
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Ctrl-C during the start: nothing is lost, and nothing has failed.
+        status.update("stopped", message=f"Ctrl-C during the start; {next_start()}")
+        raise
+    except BaseException as error:
+        state: State = "mistake" if isinstance(error, UserError) else "failed"
+        status.update(state, message=first_line(error))
+        raise
+    finally:
+        pulse.observer = None
 
 
 def _show(status: StatusFile) -> None:

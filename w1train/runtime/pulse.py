@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 STARTING, TRAINING, VALIDATING, SAVING, LOADING = "starting", "training", "validating", "saving", "loading"
 
@@ -39,6 +39,12 @@ class Pulse:
     """This flag tells whether the run looks for ``stop_signal`` between its steps. During the start it does not."""
     observer: Callable[[], None] | None = None
     """A function that is called at each sign of progress."""
+
+    def reset(self) -> None:
+        """Forget an earlier run of this process."""
+        fresh = Pulse()
+        for each in fields(self):
+            setattr(self, each.name, getattr(fresh, each.name))
 
     def beat(self) -> None:
         """Record a sign of progress."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -114,3 +115,26 @@ class StopSignals:
 def signal_name(number: int) -> str:
     """Return the name of a signal for people."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class GuestInterrupts:
+    """A context manager for a run in a process that belongs to somebody else. The first Ctrl-C sets ``pulse.stop_signal``, so that the
+    run saves and ends. A second Ctrl-C, and any Ctrl-C during the start, raises KeyboardInterrupt at once.
+
+    In a thread other than the main thread nothing is changed, since Ctrl-C does not interrupt such a thread.
+    """
+
+    def __enter__(self) -> GuestInterrupts:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self._old_handler is None else self._old_handler)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if pulse.stop_signal or not pulse.can_stop:
+            raise KeyboardInterrupt
+        pulse.stop_signal = number

@@ -35,7 +35,7 @@ def print_samples(console: Console, samples: list[TextSample]) -> None:
             given = [(visible(text), PROMPT_STYLE) for text in (sample.prompt, sample.suffix)]
             console.print(Text.assemble(given[0], visible(sample.text), given[1]), soft_wrap=True)
         else:  # without rich, which would wrap lines and expand tabs
-            print(sample.prompt + sample.text + sample.suffix, file=console.file)
+            print(sample, file=console.file)
 
 
 class DenoisingView:
@@ -62,7 +62,7 @@ class DenoisingView:
     def __call__(self, state: DenoisingStep) -> None:
         of = "" if state.num_steps is None else f"/{state.num_steps}"
         heading = Text(f"step {state.step}{of}  t = {state.t:.3f}", style="bold")
-        canvases = [self.canvas(*row, state.start) for row in zip(state.tokens.tolist(), state.is_open.tolist(), strict=True)]
+        canvases = draw_canvases(state, self._tokenizer, self._num_tokens)
         if self._live is not None:
             lines: list[RenderableType] = [heading, *canvases]
             self._live.update(Group(*lines), refresh=True)
@@ -70,18 +70,24 @@ class DenoisingView:
             for line in (heading, *canvases):
                 self._console.print(line, soft_wrap=True)
 
-    def canvas(self, tokens: list[int], is_open: list[bool], start: int) -> Text:
-        """Draw one row: the prompt, decided tokens as text, each open position as a faint block, and the suffix.
 
-        Args:
-            start: first generated position.
-        """
-        end = start + self._num_tokens
-        drawing = Text.assemble((visible(self._tokenizer.decode(tokens[:start])), PROMPT_STYLE))
-        for run_is_open, run in groupby(zip(tokens[start:end], is_open[start:end], strict=True), lambda place: place[1]):
-            run_tokens = [token for token, _ in run]
-            if run_is_open:
-                drawing.append(OPEN_GLYPH * len(run_tokens), style=OPEN_STYLE)
-            else:
-                drawing.append(visible(self._tokenizer.decode(run_tokens)))
-        return drawing.append(visible(self._tokenizer.decode(tokens[end:])), style=PROMPT_STYLE)
+def draw_canvases(state: DenoisingStep, tokenizer: TextTokenizer, num_tokens: int) -> list[Text]:
+    """Draw each row of a batch after a step; ``num_tokens`` is the number of generated positions."""
+    rows = zip(state.tokens.tolist(), state.is_open.tolist(), strict=True)
+    return [_draw(tokens, is_open, tokenizer, state.start, state.start + num_tokens) for tokens, is_open in rows]
+
+
+def _draw(tokens: list[int], is_open: list[bool], tokenizer: TextTokenizer, start: int, end: int) -> Text:
+    """Draw one row: the prompt, decided tokens as text, each open position as a faint block, and the suffix.
+
+    Args:
+        start, end: first generated position, and first position after the generated positions.
+    """
+    drawing = Text.assemble((visible(tokenizer.decode(tokens[:start])), PROMPT_STYLE))
+    for run_is_open, run in groupby(zip(tokens[start:end], is_open[start:end], strict=True), lambda place: place[1]):
+        run_tokens = [token for token, _ in run]
+        if run_is_open:
+            drawing.append(OPEN_GLYPH * len(run_tokens), style=OPEN_STYLE)
+        else:
+            drawing.append(visible(tokenizer.decode(run_tokens)))
+    return drawing.append(visible(tokenizer.decode(tokens[end:])), style=PROMPT_STYLE)

@@ -42,6 +42,9 @@ class TextSample:
     suffix: str = ""
     """The given text after the completion."""
 
+    def __str__(self) -> str:
+        return self.prompt + self.text + self.suffix
+
 
 def sample_texts(
     model: Predict | BlockPredict,

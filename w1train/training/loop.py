@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.diffusion.processes import noise_process
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
 from w1train.profiling.profiler import Profiler
+from w1train.records.sink import Sink
 from w1train.runtime.device import memory_gib
 from w1train.runtime.distributed import Ranks, on_main_rank
 from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
@@ -34,14 +35,22 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run, from its first step or from its newest checkpoint, to its last step."""
 
-    def __init__(self, config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        run: RunDirectory,
+        open_initial_weights: OpenWeights,
+        sinks: Sequence[type[Sink]] | None = None,
+    ) -> None:
         """Build the run, whose directory must be claimed. Errors of the configuration, the data and the checkpoint are raised on every
         rank.
 
-        ``open_initial_weights`` is called if the run begins from other weights.
+        ``open_initial_weights`` is called if the run begins from other weights. ``sinks`` get the records, if the configuration wants
+        them; None = all sinks.
         """
         self.config, self.ranks, self.run = config, ranks, run
-        parts = build_parts(config, ranks, run, open_initial_weights)
+        parts = build_parts(config, ranks, run, open_initial_weights, sinks)
         self.data, self.model, self.checkpoints = parts.data, parts.model, parts.checkpoints
         self.progress, self.position = parts.progress, parts.position
         self.watch, self.saver, self.timer = parts.watch, parts.saver, parts.timer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from w1train.config.serialization import config_to_yaml
 from w1train.engine.building import LoadWeights, TrainedModel, build_trained_model
 from w1train.profiling.stopwatches import communication_timer
 from w1train.profiling.throughput import StepTimer, device_peak_tflops
-from w1train.records.sink import RecordedRun
+from w1train.records.sink import RecordedRun, Sink
 from w1train.records.watch import Watch
 from w1train.runtime.device import device_name
 from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
@@ -53,17 +53,21 @@ class RunParts:
     garbage: GarbageCollection
 
 
-def build_parts(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> RunParts:
+def build_parts(
+    config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights, sinks: Sequence[type[Sink]] | None
+) -> RunParts:
     """Choose the checkpoint that the run resumes from, and build all parts. Every rank calls this, after the run directory was claimed.
 
     Raises:
         The errors of configuration, data and checkpoint, on every rank.
     """
     with kernels_in_one_line():
-        return _build(config, ranks, run, open_initial_weights)
+        return _build(config, ranks, run, open_initial_weights, sinks)
 
 
-def _build(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights) -> RunParts:
+def _build(
+    config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights: OpenWeights, sinks: Sequence[type[Sink]] | None
+) -> RunParts:
     step = choose_checkpoint(run.checkpoints, config.checkpoint, run.events)
     on_main_rank(partial(prepare_resume, config, run, step))
     all_or_none(partial(choose_backends, config, ranks.device))
@@ -75,7 +79,7 @@ def _build(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights
     checkpoints = CheckpointLoader(config, run, model, data)
     progress = checkpoints.load(step)
     position = SchedulePosition(config, progress)
-    watch = _build_watch(config, ranks, run, data, progress, position)
+    watch = _build_watch(config, ranks, run, data, progress, position, sinks)
     saver = _build_saver(config, run, model, watch, is_resumed=step is not None)
     timer = _build_timer(config, ranks, model)
     health = config.health
@@ -86,11 +90,17 @@ def _build(config: Config, ranks: Ranks, run: RunDirectory, open_initial_weights
 
 
 def _build_watch(
-    config: Config, ranks: Ranks, run: RunDirectory, data: TrainingData, progress: Progress, position: SchedulePosition
+    config: Config,
+    ranks: Ranks,
+    run: RunDirectory,
+    data: TrainingData,
+    progress: Progress,
+    position: SchedulePosition,
+    sinks: Sequence[type[Sink]] | None,
 ) -> Watch:
     description = describe_run(config, ranks, run, data, progress, position)
     recorded = RecordedRun(config, run, progress.step, position.num_steps, position.num_tokens, description)
-    return all_or_none(partial(Watch, recorded, ranks, progress))
+    return all_or_none(partial(Watch, recorded, ranks, progress, sinks))
 
 
 def _build_saver(config: Config, run: RunDirectory, model: TrainedModel, watch: Watch, *, is_resumed: bool) -> CheckpointSaver:

@@ -5,7 +5,7 @@
     w1train train --max-steps 20 recipe=demo name=trial
 
 With one rank, the model trains in this process. With --nproc N, this process checks the run once, starts N ranks of w1train.pretrain
-(w1train/runtime/local_ranks.py), and waits for them. The same command, given again, resumes the run.
+(w1train/local_ranks.py), and waits for them. The same command, given again, resumes the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from w1train.config.command_line import config_from_command_line, without_flag
 from w1train.config.errors import ConfigurationError, Problem
 from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
-from w1train.preflight.start_rules import run_rules
+from w1train.local_ranks import run_local_ranks
 from w1train.pretrain import COUNTS as RANK_COUNTS
 from w1train.pretrain import DESCRIPTION, PROGRAM, fail_alone, rank_rules, train
 from w1train.registered_names import NAME_RULES
@@ -33,7 +33,6 @@ from w1train.runtime.announcement import announce
 from w1train.runtime.cluster import discover_ranks
 from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
-from w1train.runtime.local_ranks import run_local_ranks
 
 COUNTS = {
     "--nproc": "ranks to start on this machine: one for each GPU, or one for some cores of the CPU (default: 1)",
@@ -42,7 +41,7 @@ COUNTS = {
 """The flags that this command has beside those of the configuration, and their meanings."""
 
 
-@command("w1train.train")
+@command("w1train.launcher")
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Return an ExitStatus (w1train.runtime.exit_status)."""
     try:
@@ -58,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _rules_before_start(counts: Mapping[str, int]) -> tuple[Rule, ...]:
+    from w1train.preflight.start_rules import run_rules  # it imports NumPy, for which the first line of the run should not wait
+
     num_ranks = counts.get("--nproc", 1)
     return rank_rules() if num_ranks == 1 else (_launched_once, *run_rules(num_ranks, num_ranks))
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from w1train.runtime import local_ranks
+from w1train import local_ranks
+from w1train.local_ranks import SETTINGS, Outcome, run_local_ranks
 from w1train.runtime.exit_status import ExitStatus
-from w1train.runtime.local_ranks import SETTINGS, Outcome, run_local_ranks
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 START = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 # Ranks that write down each signal until they have had `enough` of them.
 LISTEN = """\
@@ -135,7 +135,7 @@ def launch(directory: Path, terminal: tuple[int, int] | None = None) -> subproce
     code = f"""\
 import sys
 from pathlib import Path
-from w1train.runtime.local_ranks import run_local_ranks
+from w1train.local_ranks import run_local_ranks
 sys.exit(run_local_ranks(["-c", {START + LISTEN!r}], 2, Path("logs")).status)
 """
     (directory / "logs").mkdir()
