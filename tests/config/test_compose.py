@@ -138,7 +138,7 @@ def test_values_and_choices_are_overridden() -> None:
             "name=${model.num_layers}x",
         ]
     )
-    assert config.model.vocab_size == 272
+    assert config.model.vocab_size == 2048
     assert config.model.num_layers == 2
     assert (config.parallel.tensor, config.parallel.sequence, config.training.seed) == (4, True, 7)
     assert list(config.schedule.stages) == ["warmup", "stable", "extra"]
