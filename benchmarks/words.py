@@ -18,7 +18,6 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-import argparse
 import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.results_page import Table, environment, write_report
+from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.reading import read_json_object
 from w1train.config.schema import SamplingConfig
@@ -99,7 +99,7 @@ def sample_and_check(model: InferenceModel, num_samples: int) -> tuple[list[Text
 @command("benchmarks.words")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m benchmarks.words", description="Say how many of the words that a run's model writes occur in its corpus."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
