@@ -1,7 +1,7 @@
 """The command that makes a corpus of the sources of Python's standard library: w1train data python-corpus --output corpus.jsonl
 
-Every machine with Python has this corpus of real text and code. Installed packages, tests, and files that are not UTF-8 are left out. The
-corpus has one JSONL record {"path", "text"} for each file, sorted by path.
+Every machine with Python has this corpus of real text and code. Installed packages, tests, tables, and files that are not UTF-8 are left
+out. The corpus has one JSONL record {"path", "text"} for each file, sorted by path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from w1train.runtime.output_files import require_writable
 logger = logging.getLogger(__name__)
 
 # pydoc_data is one generated file, as long as 60 others together. The split that gets it would not be a sample of the other files.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+# encodings has a hundred tables of characters, which are no code, and resemble each other, so that held-out tables would be known tables.
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
+# Tables that a program wrote: the variables of the interpreter's Makefile, and the names of characters in HTML.
+_GENERATED = ("_sysconfigdata_*.py", "html/entities.py")
 
 
 @command("data_tools.python_corpus")
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="w1train data python-corpus",
         description="Collect the sources of the running Python's standard library as JSONL (keys path and text), without installed "
-        "packages, tests and generated documentation.",
+        "packages, tests, tables and generated documentation.",
     )
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never an input")
@@ -71,7 +74,7 @@ def collect(directory: Path, max_bytes: int | None = None) -> list[tuple[str, st
         CorpusError: if there is no file to take.
     """
     paths = [path.relative_to(directory) for path in directory.rglob("*.py")]
-    paths = [path for path in paths if not _LEFT_OUT.intersection(path.parts)]
+    paths = [path for path in paths if not _LEFT_OUT.intersection(path.parts) and not any(path.match(table) for table in _GENERATED)]
     sources: dict[str, str] = {}
     num_bytes = num_bad = 0
     for name in sorted((path.as_posix() for path in paths), key=lambda name: hashlib.sha256(name.encode()).digest()):

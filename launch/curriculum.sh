@@ -6,7 +6,7 @@
 # Environment variables and the corpus are those of launch/demo.sh.
 set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# The vocabulary has merges, unlike the demo's: which tokens are neighbours is then worth learning, and autoregression, whose input is the
+# The vocabulary has merges, as the demo's: which tokens are neighbours is then worth learning, and autoregression, whose input is the
 # neighbour itself, learns it at once.
 data="${RUNS:-runs}/curriculum-data"
 vocab_size=1024

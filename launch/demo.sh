@@ -12,18 +12,20 @@ set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 data="${RUNS:-runs}/demo-data"
-# 272 ids are bytes and special tokens: from bytes a small model learns within minutes. With a vocabulary of merges, diffusion predicts only
-# the frequencies of tokens for a thousand steps, until it uses neighbouring tokens (autoregression does not: launch/curriculum.sh).
-vocab_size=272
+# With merges, words and indentation are single tokens. Autoregression, with which the recipe begins, learns such tokens at once. Masked
+# diffusion alone predicts only the frequencies of tokens for a thousand steps: from the first step, it needs a vocabulary of bytes.
+vocab_size=2048
 # shellcheck source=launch/demo_data.sh
 source "$repository/launch/demo_data.sh"
 run="$RUNS/demo"
 
-prepare_data 5
-step "4/5 pretraining on $NPROC ranks" "" \
+prepare_data 6
+step "4/6 pretraining on $NPROC ranks" "" \
   "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=demo runs_dir="$RUNS" \
   data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
-step "5/5 report" "" \
+step "5/6 words of 20 samples" "" \
+  "$python" -m benchmarks.words "$run"
+step "6/6 report" "" \
   "$python" -m w1train.report "$run" --overwrite
 
 printf 'The whole demo took %d s. Look at %s, or generate more text:\n' "$(seconds_since "$script_began")" "$run/report.html"

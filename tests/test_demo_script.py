@@ -68,6 +68,7 @@ def test_steps_in_order_with_arguments_that_their_programs_take(demo):
         "data_tools.train_tokenizer",
         "data_tools.tokenize",
         "w1train.pretrain",
+        "benchmarks.words",
         "w1train.report",
     ]
     for program, *words in commands:
@@ -77,7 +78,7 @@ def test_steps_in_order_with_arguments_that_their_programs_take(demo):
 def test_a_second_run_repeats_no_data_step(demo):
     demo.run(NPROC="2")
     result, commands = demo.run(NPROC="2")
-    assert [words[words.index("-m") + 1] for words in commands] == ["w1train.pretrain", "w1train.report"]
+    assert [words[words.index("-m") + 1] for words in commands] == ["w1train.pretrain", "benchmarks.words", "w1train.report"]
     assert result.stdout.count("done before") == 3
 
 

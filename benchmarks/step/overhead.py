@@ -1,7 +1,7 @@
 """The benchmark of the framework's step beside a bare PyTorch loop's step, on the CPU, in one process.
 
     python -m benchmarks.step.overhead --threads 1 --steps 20 --report
-    python -m benchmarks.step.overhead recipe=demo model.num_layers=2 training.micro_batch_size=4
+    python -m benchmarks.step.overhead recipe=demo schedule=masked model.num_layers=2 training.micro_batch_size=4
 
 The *framework step* is ``Trainer.train_step`` as a run calls it, with one rank: the data loader with its threads, corruption, the attention
 plan, megatron-core's schedule with gradient accumulation, its data-parallel gradient buffer and distributed optimizer, the reduction of the
@@ -67,7 +67,8 @@ def benchmark_config(overrides: Sequence[str], directory: Path) -> Config:
     prefix, tokenizer_path = directory / "data", directory / "tokenizer.json"
     own = {"name": "step_overhead", "runs_dir": directory, "data.train": prefix, "data.tokenizer": tokenizer_path}
     fixed = [f"{key}='{value}'" for key, value in own.items()]
-    config = load_config(["recipe=demo", "logging.wandb=offline", *overrides, *fixed, "data.validation=null"])
+    recipe = [] if any(override.startswith("recipe=") for override in overrides) else ["recipe=demo", "schedule=masked"]
+    config = load_config([*recipe, "logging.wandb=offline", *overrides, *fixed, "data.validation=null"])
     tokenizer = make_tokenizer(config.model.vocab_size, config.diffusion.mask_token_id)
     tokenizer.save(tokenizer_path)
     # Documents four samples long at the median, as source files are in the demo: some samples hold a boundary, most do not.
@@ -131,7 +132,7 @@ Largest relative difference between the losses of the two loops at a step: {diff
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, and with ``--report`` write benchmarks/results/YYYY-MM-DD-step-overhead.md. Return the exit status."""
     parser = ArgumentParser(prog="benchmarks.step.overhead", description="Compare the framework's step with a bare PyTorch loop.")
-    parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo unless another recipe is given)")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe (recipe=demo schedule=masked unless a recipe is given)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads for both loops (default: 1)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each loop (default: 20)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each loop before the measured ones (default: 3)")

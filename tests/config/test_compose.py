@@ -66,9 +66,10 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
     assert "Source" in comment
     if group != "recipe":
         # An option for 4B parameters need not fit the demo, but it has no unknown key and no value of a wrong type.
-        # The demo changes stages of its own schedule; bd3lm uses the schedule that it gets without changes.
-        recipe = "bd3lm" if group == "schedule" and option != "wsd" else "demo"
-        assert rejected_keys([f"recipe={recipe}", f"{group}={option}"]) <= {
+        # wsd needs a recipe that sets the tokens of its stages, and a normaliser of masked diffusion a schedule of masked diffusion.
+        recipe = ["recipe=w1_4b"] if (group, option) == ("schedule", "wsd") else ["recipe=demo"]
+        recipe += ["schedule=masked"] if group == "diffusion" else []
+        assert rejected_keys([*recipe, f"{group}={option}"]) <= {
             "data.sequence_length",
             "diffusion.mask_token_id",
             "parallel.tensor",
@@ -137,7 +138,7 @@ def test_values_and_choices_are_overridden() -> None:
             "name=${model.num_layers}x",
         ]
     )
-    assert config.model.vocab_size == 272
+    assert config.model.vocab_size == 2048
     assert config.model.num_layers == 2
     assert (config.parallel.tensor, config.parallel.sequence, config.training.seed) == (4, True, 7)
     assert list(config.schedule.stages) == ["warmup", "stable", "extra"]

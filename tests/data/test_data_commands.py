@@ -65,6 +65,15 @@ def test_the_standard_library_is_a_corpus(corpus):
     assert not any("site-packages" in path or path.startswith("test/") for path, _ in again)
 
 
+def test_tables_are_no_code(tmp_path):
+    left_out = ["encodings/cp437.py", "html/entities.py", "_sysconfigdata__linux_.py", "test/test_os.py", "lib/site-packages/a.py"]
+    kept = ["codecs.py", "html/parser.py", "sysconfig.py"]
+    for name in [*left_out, *kept]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pass\n")
+    assert [path for path, _ in python_corpus.collect(tmp_path)] == kept
+
+
 def test_a_tokenizer_says_what_it_was_trained_on(corpus, tokenizer_file):
     manifest = json.loads((tokenizer_file.parent / "tokenizer.manifest.json").read_text())
     assert manifest["sha256"] == Tokenizer.load(tokenizer_file).fingerprint

@@ -33,6 +33,7 @@ class DemoRun(TinyRun):
         stages = {"warmup": 5, "stable": NUM_STEPS - 15, "decay": 10}
         return [
             "recipe=demo",
+            "schedule=masked",
             f"runs_dir={self.runs_dir}",
             *(f"data.{name}={self.data / name}" for name in ("train", "validation")),
             f"data.tokenizer={self.data}/tokenizer.json",

@@ -8,7 +8,7 @@ from w1train import plan
 from w1train.planning import meta_build
 from w1train.planning.arguments import parse
 
-SMALL = ["recipe=demo", "gpus=2"]
+SMALL = ["recipe=demo", "schedule=masked", "gpus=2"]
 
 KEYS = {
     "": {

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.reports.fake_run import UNIGRAM_BITS_PER_BYTE, sample_record, train_record, validation_record, write_fake_run, write_fake_summary
-from w1train.records.summary import tokens_per_second
+from w1train.records.summary import add_to_summary, tokens_per_second
 from w1train.reports import report_page
 from w1train.reports.report_compare import write_comparison
 from w1train.reports.run_report import write_report
@@ -110,6 +110,12 @@ def test_headline_compares_with_the_unigram_model(tmp_path):
     words = report(write_fake_run(tmp_path / "demo", 120)).words
     assert f"{end:.3f} bits per byte on validation text" in words
     assert f"{1 - end / UNIGRAM_BITS_PER_BYTE:.1%} below" in words
+
+
+def test_the_headline_says_what_its_number_bounds(tmp_path):
+    run = write_fake_run(tmp_path / "demo", 40)
+    add_to_summary(run, {"validation_bound": "an upper bound on <text>"})
+    assert "The number is an upper bound on <text>." in report(run).words
 
 
 def test_nothing_is_fetched(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from w1train.checkpoints.retention import best_steps
 from w1train.config.credentials import mask_urls
 from w1train.config.errors import UserError
 from w1train.config.phases import phase_start
-from w1train.config.reading import read_json_object
 from w1train.config.schema import Config
 from w1train.config.serialization import config_from_yaml
 from w1train.evaluation.checkpoint_validation import open_validation, require_own, validate_checkpoint
 from w1train.inference.predictor import load_for_inference
 from w1train.records.average_comparison import average_summary, compare
+from w1train.records.summary import add_to_summary
 from w1train.runtime.device import select_device
 from w1train.runtime.distributed import initialize_process_group
-from w1train.runtime.files import write_text
 from w1train.runtime.megatron_on_cpu import redirect_cuda_to_cpu
 from w1train.runtime.output_files import require_apart
 from w1train.runtime.record_files import MetricsLog, read_metrics
@@ -167,6 +165,4 @@ def _record(run: Path, config: Config, step: int, samples: int, comparison: dict
     with MetricsLog(directory.metrics) as log:
         log.append({"kind": "average", "step": step, "tokens": tokens, **comparison})
     if directory.summary.is_file():
-        summary = read_json_object(directory.summary, "summary")
-        summary["average"] = average_summary(read_metrics(directory.metrics, kind="average"))
-        write_text(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        add_to_summary(directory.path, {"average": average_summary(read_metrics(directory.metrics, kind="average"))})

@@ -82,8 +82,23 @@ def write_summary(run_dir: str | Path, fields: dict[str, Any]) -> Path:
         "versions": fields.get("versions") or versions(),
     }
     path = Path(run_dir) / "summary.json"
-    write_text(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(path, summary)
     return path
+
+
+def _write(path: Path, summary: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(_finite(dict(summary)), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def add_to_summary(run_dir: str | Path, fields: Mapping[str, Any]) -> None:
+    """Set fields of an existing ``run_dir/summary.json``, in one rename.
+
+    Raises:
+        FileNotFoundError: the run has no summary, because it has not ended.
+        UserError: the file is not a summary.
+    """
+    path = Path(run_dir) / "summary.json"
+    _write(path, {**read_json_object(path, "summary"), **fields})
 
 
 def read_steps(path: Path) -> int | None:

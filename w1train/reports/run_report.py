@@ -78,8 +78,14 @@ def _headline(run: Run) -> str:
     )
     return (
         f'<div class="headline"><div><div class="number accent">{now:.3f}</div><p class="unit">bits per byte on validation text</p>'
-        f'<p class="muted">{_against_unigram(now, unigram)}</p></div><div class="bars">{rows}</div></div>'
+        f'<p class="muted">{_against_unigram(now, unigram)}</p></div><div class="bars">{rows}</div></div>{_bound(run)}'
     )
+
+
+def _bound(run: Run) -> str:
+    """Return the sentence about what the number bounds; a run that has not ended has no such sentence."""
+    bound = run.summary.get("validation_bound") if run.finished else None
+    return f'<p class="note">The number is {html.escape(str(bound))}.</p>' if bound else ""
 
 
 def _unigram(run: Run) -> float | None:

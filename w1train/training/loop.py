@@ -10,7 +10,6 @@ from typing import Any
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch, corrupt
-from w1train.diffusion.processes import noise_process
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
 from w1train.profiling.profiler import Profiler
 from w1train.records.sink import Sink
@@ -225,11 +224,8 @@ class Trainer:
         """Complete the prompts, on the first model replica."""
         # This is a collective of all ranks, although only some of them sample.
         self.model.gather_parameters()
-        stage = self.position.stage
-        if noise_process(stage.diffusion).is_causal:
-            logger.info("no samples at step %d: an autoregressive stage has not seen a mask token", self.progress.step)
-        elif self.ranks.data_parallel_rank == 0:
-            self.watch.record_samples(complete_prompts(stage, self.model, self.data.tokenizer, self.ranks.device))
+        if self.ranks.data_parallel_rank == 0:
+            self.watch.record_samples(complete_prompts(self.position.stage, self.model, self.data.tokenizer, self.ranks.device))
         self.timer.restart()
 
     @step_part("save")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from w1train.checkpoints.manifest import Progress
+from w1train.config.phases import stage_of_step
 from w1train.config.schema import Config, ModelConfig
+from w1train.config.stages import at_stage
 from w1train.model.flops import model_flops, num_parameters
+from w1train.objectives.description import block_size
 from w1train.records.average_comparison import average_summary
 from w1train.records.summary import read_steps, tokens_per_second, validation_summary, write_summary
 from w1train.runtime.device import device_name
@@ -24,6 +27,19 @@ def step_flops(model: ModelConfig, work: StepWork) -> float:
         num_logits=work.num_logits,
         num_segments=work.num_segments,
     ).total
+
+
+def describe_bound(config: Config) -> str | None:
+    """Say in words what the bits per byte of a stage's validation bound. None for a run without validation."""
+    if config.data.validation is None:
+        return None
+    size, length = block_size(config), config.data.sequence_length
+    bits = f"-log2 p(text) per byte of held-out text, in samples of {length} tokens that see no text before them"
+    if size == 1:
+        return f"exactly {bits}, where p writes one token after the other"
+    canvas = "all tokens of a sample together" if size == length else f"blocks of {size} tokens from left to right"
+    noise = f"{len(config.validation.timesteps)} noise levels with one mask each"
+    return f"estimate, from {noise}, of an upper bound (ELBO) on {bits}, where p denoises {canvas}"
 
 
 def is_summarized(run: RunDirectory, progress: Progress) -> bool:
@@ -51,6 +67,7 @@ def summarize(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingDat
             "tokens_per_second": tokens_per_second(steps),
             "wall_seconds": progress.seconds,
             "validation": validation_summary(read_metrics(run.metrics, kind="validation")),
+            "validation_bound": describe_bound(at_stage(config, stage_of_step(config, progress.step))),
             "average": average_summary(read_metrics(run.metrics, kind="average")),
             "unigram_bits_per_byte": data.validation_unigram_bits_per_byte,
         },

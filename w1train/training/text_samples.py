@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from w1train.config.schema import Config
+from w1train.diffusion.processes import noise_process
 from w1train.engine.building import TrainedModel
 from w1train.inference.predictor import Predictor, block_predictor
 from w1train.sampling.text import TextTokenizer, sample_texts
@@ -16,8 +19,21 @@ def complete_prompts(config: Config, model: TrainedModel, tokenizer: TextTokeniz
     Returns:
         (prompt, text) pairs.
     """
+    config = _as_diffusion(config)
     predictor = Predictor(config, list(model.chunks))
     with predictor.evaluating():
         predict = block_predictor(predictor) or predictor
         samples = sample_texts(predict, tokenizer, config.sampling.prompts, config, device=device)
     return [(sample.prompt, sample.text) for sample in samples]
+
+
+def _as_diffusion(config: Config) -> Config:
+    """Return the configuration of block diffusion that generates in the same way as the stage's model.
+
+    An autoregressive model is block diffusion with blocks of one token and a shift: the pass that encodes a token predicts the next token,
+    and its output for a mask is not used. Other models are not changed.
+    """
+    if not noise_process(config.diffusion).is_causal:
+        return config
+    diffusion = dataclasses.replace(config.diffusion, objective="diffusion", block_size=1, shift=True)
+    return dataclasses.replace(config, diffusion=diffusion, sampling=dataclasses.replace(config.sampling, block_size=None))
