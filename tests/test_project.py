@@ -344,6 +344,7 @@ TOP_LEVEL = [
     "docker",
     "docs",
     "launch",
+    "mkdocs.yml",
     "pyproject.toml",
     "recipes",
     "tests",
