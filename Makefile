@@ -33,7 +33,7 @@ docker-cpu:  ## Build the image for CPUs (same variables)
 	@docker/build.sh cpu $(ARGS)
 
 docs: install  ## Build the documentation site in build/site; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet && echo "open build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict && echo "open build/site/index.html"
 
 test: install  ## Run the fast tests that need no GPU (ARGS="-k name" selects tests)
 	@$(VENV)/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

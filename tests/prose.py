@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PYTHON_FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
+PYTHON_FOLDERS = ("w1train", "data_tools", "launch", "benchmarks", "docs/site")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "recipes/**/*.yaml")
 _CODE = re.compile(r"```.*?```|``[^`]*``|`[^`]*`|\"[^\"\n]*\"|https?://\S+", re.DOTALL)
 _TABLE_RULE = re.compile(r"\|\s*:?-{3,}:?\s*\|")

@@ -19,10 +19,11 @@ from w1train.config.compose import load_config
 
 PICTURES = Path(__file__).resolve().parent.parent / "pictures"
 CELL = 18
-# Each class has a color for a light and for a dark background: a page shows the picture with its own background behind it.
-STYLE = """text{font:13px sans-serif;fill:#24292f}.small{font-size:11px}.bold{font-weight:bold}.mono{font-family:monospace;font-size:14px}
+# A picture has its own background, because a page may be dark while the system is light.
+STYLE = """.page{fill:#fff}text{font:13px sans-serif;fill:#24292f}.small{font-size:11px}.bold{font-weight:bold}
+.mono{font-family:monospace;font-size:14px}
 .line{stroke:#8c959f;fill:none}.clean{fill:#4c6fbf}.noisy{fill:#d9822b}.empty{fill:#8c959f;fill-opacity:.15}.mask{fill:#d9822b;fill-opacity:.35}
-@media (prefers-color-scheme:dark){text{fill:#e6edf3}.clean{fill:#7c9be8}.noisy{fill:#f0a65a}}"""
+@media (prefers-color-scheme:dark){.page{fill:#1e2129}text{fill:#e6edf3}.clean{fill:#7c9be8}.noisy{fill:#f0a65a}}"""
 MASK = "\N{MEDIUM SHADE}"
 
 
@@ -38,8 +39,10 @@ def box(x: float, y: float, width: float, height: float, kind: str) -> str:
 
 def picture(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     """Return an SVG with these parts. The title is what a screen reader reads."""
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img">'
-    return "\n".join([opening, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *parts, "</svg>\n"])
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+    head = [opening, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", box(0, 0, width, height, "page")]
+    return "\n".join([*head, *parts, "</svg>\n"])
 
 
 def mask_grid(x: float, y: float, title: str, visibility: Visibility, num_noisy: int) -> list[str]:

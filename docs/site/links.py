@@ -7,6 +7,7 @@ In the site, some of these files are pages too. All others are links to the chec
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -16,10 +17,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+logger = logging.getLogger("mkdocs.plugins.links")  # MkDocs counts the warnings of loggers below its own
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RESULTS = "benchmarks/results"
 MOVED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "recipes/README.md": "recipes.md"}
-"""The page of the site that shows a file of the repository. README.md has a page of its own in docs/, which says the same with more room."""
+"""The page of the site that shows a file of the repository. In place of README.md, the site has docs/index.md."""
+SOURCE = "source:"
+"""The scheme of links to files that are not in the site, until the page is HTML. MkDocs does not look for the target of such a link."""
 _LINK = re.compile(r"```.*?^ *```|`[^`\n]*`|(?<=\]\()[^)\s]+(?=\))", re.DOTALL | re.MULTILINE)
 
 
@@ -34,14 +38,13 @@ def page_of(path: str) -> str | None:
     return MOVED.get(path)
 
 
-def with_links_of_site(text: str, path: str, page: str, source: str) -> str:
+def with_links_of_site(text: str, path: str, page: str) -> str:
     """Return the text of a page with its relative links changed to links of the site.
 
     Args:
         text: Markdown. Links in code are not changed.
         path: the file of the text in the repository.
         page: its page in the site.
-        source: the address of the repository's files, with a slash at its end.
     """
 
     def change(match: re.Match[str]) -> str:
@@ -50,7 +53,9 @@ def with_links_of_site(text: str, path: str, page: str, source: str) -> str:
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
         shown = page_of(target)
-        address = posixpath.relpath(shown, posixpath.dirname(page) or ".") if shown else source + target
+        if shown is None and not (REPOSITORY / target).exists():
+            logger.warning("%s has a link to %s, which does not exist", path, target)
+        address = posixpath.relpath(shown, posixpath.dirname(page) or ".") if shown else SOURCE + target
         return address + hash_sign + anchor
 
     return _LINK.sub(change, text)
@@ -71,15 +76,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in outside:
         page = page_of(path)
         assert page is not None
-        text = with_links_of_site((REPOSITORY / path).read_text(encoding="utf-8"), path, page, source_address(config, page))
+        text = with_links_of_site((REPOSITORY / path).read_text(encoding="utf-8"), path, page)
         files.append(File.generated(config, page, content=text))
     listing = "".join(f"- [{path.stem}](results/{path.name})\n" for path in results)
     files.append(File.generated(config, "results.md", content=f"# Results of benchmarks\n\nThe newest report is first.\n\n{listing}"))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Change the links of a page of docs/."""
     if page.file.generated_by is not None:
         return markdown
-    return with_links_of_site(markdown, f"docs/{page.file.src_uri}", page.file.src_uri, source_address(config, page.file.src_uri))
+    return with_links_of_site(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Write the addresses of files that are not in the site."""
+    return html.replace(f'href="{SOURCE}', f'href="{source_address(config, page.file.dest_uri)}')

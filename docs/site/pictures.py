@@ -19,6 +19,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -39,7 +40,8 @@ RECORDING = "console.raw"
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
 line-height: {line_height}px; }} .{unique_id}-title {{ font-size: 18px; font-family: sans-serif; }} {styles}</style>
-<defs><clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>{lines}</defs>
+<defs><clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>
+{lines}</defs>
 {chrome}
 <g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
 {backgrounds}
@@ -85,10 +87,10 @@ def screen_of(recorded: bytes, columns: int = COLUMNS, lines: int = SCREEN_LINES
 
 
 def _line(screen: pyte.Screen, number: int) -> Text:
+    cells = [screen.buffer[number][column] for column in range(screen.columns)]
     text = Text(no_wrap=True)
-    for column in range(screen.columns):
-        cell = screen.buffer[number][column]
-        text.append(cell.data, Style(color=_color(cell.fg), bold=cell.bold, italic=cell.italics))
+    for (color, bold), run in groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
+        text.append("".join(cell.data for cell in run), Style(color=_color(color), bold=bold))
     text.rstrip()
     return text
 
