@@ -10,7 +10,7 @@ WORKERS ?= 3
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curriculum docker docker-cpu test test-all test-gpu chaos lint format clean
+.PHONY: help install demo curriculum docker docker-cpu docs test test-all test-gpu chaos lint format clean
 
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -31,6 +31,9 @@ docker:  ## Build the image for GPU clusters from NVIDIA's PyTorch image (IMAGE=
 
 docker-cpu:  ## Build the image for CPUs (same variables)
 	@docker/build.sh cpu $(ARGS)
+
+docs: install  ## Build the documentation site in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict && echo "open build/site/index.html"
 
 test: install  ## Run the fast tests that need no GPU (ARGS="-k name" selects tests)
 	@$(VENV)/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

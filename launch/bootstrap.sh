@@ -124,7 +124,7 @@ install_packages() {
     say "installing uv, which is much faster than pip"
     if "$VENV/bin/python" -m pip install --quiet uv; then uv="$VENV/bin/uv"; else say "uv cannot be installed: pip installs everything"; fi
   fi
-  say "installing w1train[$EXTRAS]; the first time, this downloads torch with CUDA, about 5 GB"
+  say "installing w1train[$EXTRAS]; the first time, this downloads 3.2 GB, most of it torch with CUDA"
   if [[ -n "$uv" ]]; then
     # uv does not read pip's settings. A mirror that is set for pip is used by uv too.
     if [[ -n "${PIP_INDEX_URL:-}" ]]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"; fi

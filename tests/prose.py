@@ -22,7 +22,7 @@ from pathlib import Path
 from w1train.config.argument_parser import ArgumentParser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PYTHON_FOLDERS = ("w1train", "data_tools", "launch", "benchmarks")
+PYTHON_FOLDERS = ("w1train", "data_tools", "launch", "benchmarks", "docs/site")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "recipes/**/*.yaml")
 _CODE = re.compile(r"```.*?```|``[^`]*``|`[^`]*`|\"[^\"\n]*\"|https?://\S+", re.DOTALL)
 _TABLE_RULE = re.compile(r"\|\s*:?-{3,}:?\s*\|")

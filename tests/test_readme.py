@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def check(command: str) -> None:
     """Raise CommandError unless the command would work when typed in the repository."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
-    words = list(lexer)
+    words = [recipes_of_readme().name if word == "my_recipes" else word for word in lexer]
     if operators := [word for word in words if set(word) <= set("();<>|&")]:
         raise CommandError(f"don't know how to check {operators[0]!r} in: {command}")
     while re.match(r"[A-Z_]+=", words[0]):
@@ -69,6 +70,25 @@ def check(command: str) -> None:
     if program not in PROGRAMS or folder not in (("launch",) if program.endswith(".sh") else ("", ".venv/bin")):
         raise CommandError(f"don't know how to check: {command}")
     PROGRAMS[program](words[1:])
+
+
+@cache
+def recipes_of_readme() -> tempfile.TemporaryDirectory:
+    """A directory of own recipes with the whole recipe that README.md shows. It is removed when this process ends."""
+    directory = tempfile.TemporaryDirectory()
+    (Path(directory.name) / "recipe").mkdir()
+    (Path(directory.name) / "recipe" / "mine.yaml").write_text(recipe_of(REPOSITORY / "README.md"))
+    return directory
+
+
+def recipe_of(page: Path) -> str:
+    (recipe,) = re.findall(r"^```yaml\n(# @package _global_\n.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return recipe
+
+
+def check_source(words: list[str]) -> None:
+    if words != [".venv/bin/activate"]:
+        raise CommandError(f"don't know how to check: source {' '.join(words)}")
 
 
 def check_make(words: list[str]) -> None:
@@ -244,6 +264,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "srun": check_srun,
     "slurm.sh": check_slurm,
     "torchrun.sh": check_torchrun_script,
+    "source": check_source,
 }
 
 
@@ -279,10 +300,21 @@ def test_documented_command(page, command):
 
 
 def test_the_two_commands_come_first():
-    commands = list(shell_commands((REPOSITORY / "README.md").read_text()))
-    assert commands[0] == "make demo"
-    assert "torchrun" in commands[1]
-    assert "recipe=w1_4b" in commands[1]
+    assert list(shell_commands((REPOSITORY / "README.md").read_text()))[:2] == ["make demo", "make test"]
+
+
+def test_readme_is_short_and_its_pictures_are_small():
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    pictures = [REPOSITORY / path for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)]
+    assert len(pictures) == 2
+    assert 0 < sum(picture.stat().st_size for picture in pictures) < 400_000
+
+
+def test_the_recipe_of_readme_is_short_and_the_same_in_docs():
+    recipe = recipe_of(REPOSITORY / "README.md")
+    assert len(recipe.splitlines()) <= 15
+    assert recipe_of(REPOSITORY / "docs" / "own_recipe.md") == recipe
 
 
 @pytest.mark.parametrize(
@@ -292,6 +324,7 @@ def test_the_two_commands_come_first():
         ("/usr/bin/make test", "don't know how to check"),
         ("make nonesuch", "nonesuch"),
         ("make demo CORPORA=x", "no variable CORPORA"),
+        ("source ~/.bashrc", "don't know how to check: source"),
         ("make test && rm -rf runs", "don't know how to check '&&'"),
         ("make test > log", "don't know how to check '>'"),
         ("python setup.py install", "don't know how to check: python setup.py"),

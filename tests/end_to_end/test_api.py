@@ -288,7 +288,7 @@ try:
     w1train.load("nowhere")
 except FileNotFoundError as error:
     print(error)
-print([name for name in ("torch", "megatron", "tokenizers", "wandb") if name in sys.modules])
+print([name for name in ("torch", "megatron", "transformers", "wandb") if name in sys.modules])
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(w1train.__file__).parents[1])}
     process = subprocess.run(
