@@ -18,7 +18,7 @@ scratch="$RUNS/curriculum-scratch"
 train() { # train NAME SCHEDULE OVERRIDES...
   local name="$1" schedule="$2"
   shift 2
-  "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=curriculum schedule="$schedule" name="$name" \
+  "$python" -m w1train train --nproc "$NPROC" recipe=curriculum schedule="$schedule" name="$name" \
     runs_dir="$RUNS" data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
 }
 
@@ -26,6 +26,6 @@ prepare_data 6
 step "4/6 the curriculum, on $NPROC ranks" "" train curriculum curriculum "$@"
 step "5/6 from scratch, on $NPROC ranks" "" train curriculum-scratch block_16 \
   validation.interval=50 checkpoint.interval=50 checkpoint.keep_best=0 checkpoint.average_at_end=false "$@"
-step "6/6 report" "" "$python" -m w1train.report "$run" --compare "$scratch" --overwrite
+step "6/6 report" "" "$python" -m w1train report "$run" --compare "$scratch" --overwrite
 "$python" -m benchmarks.curriculum "$run" "$scratch"
 printf 'The whole curriculum took %d s. Look at %s\n' "$(seconds_since "$script_began")" "$run/report.html"

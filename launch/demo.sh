@@ -21,12 +21,12 @@ run="$RUNS/demo"
 
 prepare_data 6
 step "4/6 pretraining on $NPROC ranks" "" \
-  "$VENV/bin/torchrun" --standalone --nproc-per-node "$NPROC" -m w1train.pretrain recipe=demo runs_dir="$RUNS" \
+  "$python" -m w1train train --nproc "$NPROC" recipe=demo runs_dir="$RUNS" \
   data.train="$data/train" data.validation="$data/validation" data.tokenizer="$data/tokenizer.json" "$@"
 step "5/6 words of 20 samples" "" \
   "$python" -m benchmarks.words "$run"
 step "6/6 report" "" \
-  "$python" -m w1train.report "$run" --overwrite
+  "$python" -m w1train report "$run" --overwrite
 
 printf 'The whole demo took %d s. Look at %s, or generate more text:\n' "$(seconds_since "$script_began")" "$run/report.html"
-printf '  %s -m w1train.sample %s --prompt "def main("\n' "$python" "$run"
+printf '  %s sample %s --prompt "def main("\n' "$VENV/bin/w1train" "$run"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import check_python, check_torchrun
+from tests.test_readme import check_python, check_w1train
 from w1train.config.compose import load_config
 from w1train.config.rules.validate import validate
 
@@ -28,6 +28,14 @@ while [ $# -gt 1 ]; do
 done
 """
 
+TRAINING = ["w1train train", "benchmarks.words", "w1train report"]
+"""What follows the steps of the data."""
+
+
+def program(words: list[str]) -> str:
+    """The module of `python -m MODULE ...`, and the verb of the one command."""
+    return " ".join(words[2:4]) if words[2] == "w1train" else words[2]
+
 
 class Demo:
     """Runs of the script in one place."""
@@ -38,11 +46,10 @@ class Demo:
         self.write_stand_ins()
 
     def write_stand_ins(self, failing: str = "none") -> None:
-        for name in ("python", "torchrun"):
-            path = self.directory / "venv" / "bin" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(STAND_IN.replace("LOG", str(self.log)).replace("FAILING", failing))
-            path.chmod(0o755)
+        path = self.directory / "venv" / "bin" / "python"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STAND_IN.replace("LOG", str(self.log)).replace("FAILING", failing))
+        path.chmod(0o755)
 
     def run(self, *overrides: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
         """The result, and the commands that were run."""
@@ -62,23 +69,16 @@ def test_steps_in_order_with_arguments_that_their_programs_take(demo):
     result, commands = demo.run("training.seed=7", NPROC="2")
     assert result.returncode == 0, result.stderr
     assert commands[3][-1] == "training.seed=7"
-    modules = [words[words.index("-m") + 1] for words in commands]
-    assert modules == [
-        "data_tools.python_corpus",
-        "data_tools.train_tokenizer",
-        "data_tools.tokenize",
-        "w1train.pretrain",
-        "benchmarks.words",
-        "w1train.report",
-    ]
-    for program, *words in commands:
-        {"python": check_python, "torchrun": check_torchrun}[program](words)
+    modules = ["data_tools.python_corpus", "data_tools.train_tokenizer", "data_tools.tokenize", *TRAINING]
+    assert [program(words) for words in commands] == modules
+    for _, option, module, *words in commands:
+        check_w1train(words) if module == "w1train" else check_python([option, module, *words])
 
 
 def test_a_second_run_repeats_no_data_step(demo):
     demo.run(NPROC="2")
     result, commands = demo.run(NPROC="2")
-    assert [words[words.index("-m") + 1] for words in commands] == ["w1train.pretrain", "benchmarks.words", "w1train.report"]
+    assert [program(words) for words in commands] == TRAINING
     assert result.stdout.count("done before") == 3
 
 
@@ -129,6 +129,6 @@ def test_ranks_follow_the_gpus(demo, num_gpus, num_ranks):
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {num_gpus}\n' + python.read_text().removeprefix("#!/bin/sh\n"))
     result, commands = demo.run(PATH=f"{tools}:/usr/bin:/bin")
     assert result.returncode == 0, result.stderr
-    (launch,) = [words for words in commands if words[0] == "torchrun"]
-    assert launch[launch.index("--nproc-per-node") + 1] == str(num_ranks)
+    (launch,) = [words for words in commands if program(words) == "w1train train"]
+    assert launch[launch.index("--nproc") + 1] == str(num_ranks)
     assert not validate(load_config(["recipe=demo"]), world_size=num_ranks)

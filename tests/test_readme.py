@@ -154,7 +154,7 @@ def parse_only(module: str, arguments: list[str]) -> str:
     from w1train.runtime.megatron_on_cpu import import_megatron
 
     import_megatron()
-    importlib.import_module("w1train.launchering.loop")
+    importlib.import_module("w1train.training.loop")
     with tempfile.TemporaryFile() as output:
         process = multiprocessing.get_context("fork").Process(target=_parse_and_stop, args=(module, arguments, output.fileno()))
         process.start()
