@@ -73,7 +73,9 @@ def train(
     notebook: "interrupt") saves a checkpoint and then raises KeyboardInterrupt, and the same call resumes from there.
 
     Args:
-        recipe, overrides, config_dirs: as in :func:`load_config`. ``runs_dir`` and ``name`` choose the directory of the run.
+        recipe: the name of a recipe, such as "demo".
+        overrides: values by key, as for :func:`load_config`. ``runs_dir`` and ``name`` choose the directory of the run.
+        config_dirs: directories of own recipes.
         device: "cpu", "cuda" or "cuda:N"; None = a GPU if there is one, and otherwise the CPU.
         progress: True: show a progress bar and what the run is, as the command does.
         on_record: a function that gets each record of training and validation as soon as it is made. Its exceptions end the run.

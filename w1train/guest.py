@@ -31,8 +31,6 @@ from w1train.runtime.pulse import pulse
 
 _MODULES_WITH_GLOBALS = ("megatron.core.parallel_state", "megatron.core.tensor_parallel.random")
 _GLOBAL = re.compile("_[A-Z0-9_]+")
-_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK")
-"""Variables of the environment with which a launcher makes the process a rank of its own world."""
 _OF_TRANSFORMER_ENGINE = "NVTE_"
 """Begins the variables that megatron-core and w1train/attention/backends/te.py set once, and transformer-engine reads in each pass."""
 
@@ -113,8 +111,9 @@ def _as_before() -> Iterator[None]:
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
         restored.callback(_set_environment, dict(os.environ))
-        for name in _OF_A_LAUNCHER:
-            os.environ.pop(name, None)
+        # A launcher makes the process a rank of its own world with these variables.
+        os.environ.pop("RANK", None)
+        os.environ.pop("LOCAL_RANK", None)
         if torch.cuda.is_available():
             restored.callback(torch.cuda.set_device, torch.cuda.current_device())
         for set_state, state in _random_states():

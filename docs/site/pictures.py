@@ -29,6 +29,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from tests.browser import browser
+from w1train.config.argument_parser import ArgumentParser
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PICTURES = REPOSITORY / "docs" / "pictures"
@@ -128,7 +129,7 @@ def photograph(report: Path) -> bytes:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m docs.site.pictures", description="Make the pictures of README.md.", allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m docs.site.pictures", description="Make the pictures of README.md.", allow_abbrev=False)
     parser.add_argument("--run", type=Path, default=REPOSITORY / "runs" / "demo", help="the run directory that the command writes")
     parser.add_argument("--lines", type=int, default=34, help="the number of lines of the terminal's picture, from the end (default: 34)")
     parser.add_argument("--again", action="store_true", help="start no command: take the recording and the report of the last call")

@@ -146,7 +146,7 @@ def test_files_too_large_to_be_compared_are_named(copied_run, monkeypatch):
     monkeypatch.setattr("w1train.training.training_data.MAX_VERIFIED_BYTES", 1000)
     outcome = copied_run.train(world_size=2).require(0)
     for name in ("train", "validation"):
-        require_message(outcome.output, rf"{name}.bin\s.*(\n.*)?not compared(.*\n)*?.*data_tools.verify")
+        require_message(outcome.output, rf"{name}.bin\s.*(\n.*)?not compared(.*\n)*?.*w1train data verify")
 
 
 def test_data_missing_on_one_rank_alone_ends_all_ranks(tiny_run, tmp_path):

@@ -95,7 +95,7 @@ def test_each_machine_has_packings_of_its_own(blend_data, tmp_path):
 def test_what_is_refused_before_the_start(blend_data, tmp_path):
     run = TinyRun(blend_data, tmp_path / "runs")
     outcome = run.train("data.validation=train").require(2)
-    assert "validation dataset train is training dataset train: the same tokens" in outcome.output
+    assert "train: the same tokens as data.train, by their hash" in outcome.output
     outcome = run.train(*blend("data.at_max_epochs=error")).require(2)
     assert "validation: " in outcome.output
     assert "max_epochs allows" in outcome.output

@@ -35,7 +35,7 @@ def corpora(tiny_data, tmp_path_factory):
 def test_the_command(corpora, monkeypatch, capsys):
     (command,) = blocks("bash")
     words = command.split()
-    assert words[:3] == ["python", "-m", "w1train.data.build_packing"]
+    assert words[:3] == ["w1train", "data", "build-packing"]
     monkeypatch.chdir(corpora)
     assert build_packing.main(words[3:]) == 0
     assert os.path.exists(capsys.readouterr().out.strip())

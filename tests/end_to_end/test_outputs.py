@@ -47,7 +47,8 @@ VALIDATION_KEYS = {
 }
 SUMMARY_KEYS = {
     *("name", "num_parameters", "world_size", "device", "steps", "tokens_seen", "tokens_per_second", "wall_seconds", "validation"),
-    *("validation_elbo_bits_per_byte_start", "validation_elbo_bits_per_byte_end", "unigram_bits_per_byte", "versions", "average"),
+    *("validation_elbo_bits_per_byte_start", "validation_elbo_bits_per_byte_end", "unigram_bits_per_byte", "validation_bound", "versions"),
+    "average",
 }
 
 
