@@ -17,7 +17,7 @@ from w1train.training.run_records import describe_bound  # noqa: E402
     [
         ({"objective": "autoregressive"}, "exactly -log2 p(text)", "one token after the other"),
         ({"block_size": 1}, "exactly -log2 p(text)", "one token after the other"),
-        ({"block_size": 4}, "estimate, from 10 noise levels with one mask each, of an upper bound (ELBO)", "blocks of 4 tokens"),
+        ({"block_size": 4}, "an estimate, from 10 noise levels with one mask each, of an upper bound (ELBO)", "blocks of 4 tokens"),
         ({"block_size": 32}, "upper bound", "all tokens of a sample together"),
         ({}, "upper bound", "all tokens of a sample together"),
     ],

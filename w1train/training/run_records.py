@@ -39,7 +39,7 @@ def describe_bound(config: Config) -> str | None:
         return f"exactly {bits}, where p writes one token after the other"
     canvas = "all tokens of a sample together" if size == length else f"blocks of {size} tokens from left to right"
     noise = f"{len(config.validation.timesteps)} noise levels with one mask each"
-    return f"estimate, from {noise}, of an upper bound (ELBO) on {bits}, where p denoises {canvas}"
+    return f"an estimate, from {noise}, of an upper bound (ELBO) on {bits}, where p denoises {canvas}"
 
 
 def is_summarized(run: RunDirectory, progress: Progress) -> bool:
