@@ -150,7 +150,7 @@ def _notes(summary: dict[str, Any], sampling: SamplingConfig, samples: Sequence[
     """Return what the numbers mean, the settings of the samples, and some samples, as Markdown."""
     how = f"{sampling.num_tokens} tokens in {sampling.num_steps} steps, temperature {sampling.temperature}, {sampling.remasking}"
     texts = "\n\n".join(f"```text\n{sample.prompt}{sample.text}\n```" for sample in samples)
-    return f"Validation is: {summary['validation_bound']}.\n\nThe first samples ({how}, seed {sampling.seed}):\n\n{texts}"
+    return f"Validation is {summary['validation_bound']}.\n\nThe first samples ({how}, seed {sampling.seed}):\n\n{texts}"
 
 
 def _sentence(result: dict[str, Any]) -> str:
