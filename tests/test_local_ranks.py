@@ -109,6 +109,7 @@ def test_the_variables_of_a_rank(tmp_path, monkeypatch, capfd):
     assert expected.items() <= variables.items()
     assert 1024 < int(variables["MASTER_PORT"]) < 32768
     assert (variables["NCCL_DEBUG"], variables["OMP_NUM_THREADS"]) == ("INFO", "1")
+    assert variables["PYTHONPATH"].split(os.pathsep)[0] == str(REPOSITORY), "the ranks run the code of their launcher"
     assert variables["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl_trace_rank_"
 
 

@@ -105,7 +105,7 @@ def run_local_ranks(arguments: Sequence[str], num_ranks: int, logs: Path) -> Out
 
 def _environment(num_ranks: int, logs: Path) -> dict[str, str]:
     """Return the variables that all ranks share."""
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[1])
     environment = {**SETTINGS, "TORCH_FR_DUMP_TEMP_FILE": str(logs / "nccl_trace_rank_"), **os.environ}
     environment[ANNOUNCED] = "1"
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}

@@ -12,7 +12,7 @@ from tests.end_to_end.test_resume import require_equal
 from tests.test_project import REPOSITORY
 
 
-@pytest.mark.slow  # each rank imports torch and megatron-core; tests/test_cli.py and tests/runtime/test_local_ranks.py test the parts
+@pytest.mark.slow  # each rank imports torch and megatron-core; tests/test_cli.py and tests/test_local_ranks.py test the parts
 def test_a_run_of_the_launcher_is_the_run_of_torchrun(tiny_run, undisturbed):
     words = ["train", "--nproc", "2", "--config-dir", "recipes", "recipe=tiny", f"runs_dir={tiny_run.runs_dir}"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
