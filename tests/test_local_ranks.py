@@ -76,6 +76,9 @@ def test_the_rank_that_is_the_cause_is_named(tmp_path):
     outcome = run(by_rank("sys.exit(1)", "print('the disk of rank 1 is full'); time.sleep(0.2); sys.exit(2)"), tmp_path)
     assert outcome.message == f"rank 1 ended with status 2; its output is in {tmp_path}/rank_00001.log\nthe disk of rank 1 is full"
     assert run(by_rank("sys.exit(2)", "sys.exit(1)"), tmp_path).message == ""
+    outcome = run(by_rank("time.sleep(0.4); sys.exit(1)", "sys.exit('no memory is left')"), tmp_path)
+    assert outcome.message == f"rank 1 ended with status 1; its output is in {tmp_path}/rank_00001.log\nno memory is left"
+    assert run(by_rank("time.sleep(0.4); sys.exit(1)", "sys.exit(1)"), tmp_path).message == "", "an error of all ranks"
     killed = run(by_rank("time.sleep(0.2); sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"), tmp_path)
     assert killed.message.startswith("rank 1 was ended by SIGKILL, perhaps because the machine has no memory left")
     assert run(by_rank("os.kill(os.getpid(), signal.SIGSEGV)", "sys.exit(1)"), tmp_path).message == "rank 0 was ended by SIGSEGV"

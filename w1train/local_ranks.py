@@ -64,6 +64,8 @@ class _Rank:
     """The file with the rank's output; None for rank 0."""
     was_killed: bool = False
     """True: this module killed the rank after another rank had failed."""
+    place: int = 0
+    """The place of the rank in the order in which ranks ended; ranks that ended at nearly the same time share it."""
 
     @property
     def status(self) -> int:
@@ -156,6 +158,8 @@ def _wait(ranks: list[_Rank], handled: Sequence[signal.Signals]) -> None:
     """Wait until all ranks have ended. Pass signals on, and kill the ranks that live long after another rank has failed."""
     deadline: float | None = None
     while running := [rank for rank in ranks if rank.process.poll() is None]:
+        for rank in running:
+            rank.place += 1
         if deadline is None and any(rank.has_failed for rank in ranks):
             deadline = time.monotonic() + _LAST_SECONDS
         if deadline is not None and time.monotonic() > deadline:
@@ -176,10 +180,15 @@ def _outcome(ranks: Sequence[_Rank]) -> Outcome:
     if not failed:
         stopped = any(rank.status == ExitStatus.STOPPED for rank in ranks)
         return Outcome(ExitStatus.STOPPED if stopped else ExitStatus.FINISHED, "")
-    # A rank with a mistake or an end by a signal is the cause. The others have only lost their connection to it.
-    cause = min(failed, key=lambda rank: (rank.was_killed, rank.status >= 0, rank.status != ExitStatus.MISTAKE, rank.number))
-    status = ExitStatus.MISTAKE if cause.status == ExitStatus.MISTAKE else ExitStatus.FAILED
-    return Outcome(status, _description(cause))
+    # A rank with a mistake or an end by a signal is the cause, and otherwise the first rank that ended. The others have only lost their
+    # connection to it. All ranks may have met the same error, of which rank 0 alone has written.
+    cause = min(failed, key=lambda rank: (rank.was_killed, rank.status >= 0, rank.status != ExitStatus.MISTAKE, rank.place, rank.number))
+    if cause.status == ExitStatus.MISTAKE:
+        return Outcome(ExitStatus.MISTAKE, _description(next(rank for rank in failed if rank.status == ExitStatus.MISTAKE)))
+    is_told = any(rank.number == 0 and not rank.was_killed and rank.status > 0 for rank in failed)
+    if is_told and cause.status > 0 and cause.log is not None and cause.log.stat().st_size == 0:
+        return Outcome(ExitStatus.FAILED, "")
+    return Outcome(ExitStatus.FAILED, _description(cause))
 
 
 def _description(rank: _Rank) -> str:
