@@ -159,6 +159,7 @@ def test_it_stands_where_its_newest_member_stood(run):
     assert complete_steps(directory) == list(STEPS)
     assert find_checkpoint(directory, "average") == path
     assert find_checkpoint(directory, path.name) == path
+    assert find_checkpoint(directory, f"step_{STEPS[0]:010d}") == find_checkpoint(directory, STEPS[0])
     assert find_checkpoint(directory, None).name == find_checkpoint(directory, STEPS[-1]).name == f"step_{STEPS[-1]:010d}"
     assert json.loads((path / "manifest.json").read_text())["average"]["steps"] == list(STEPS)
 

@@ -85,7 +85,7 @@ def visit(tiny_data, undisturbed, tmp_path_factory):
             ZeroDivisionError, lambda: train({**overrides, "name": "failed", "training": {"deterministic": True}}, at(2, lambda: 1 / 0))
         )
         run = train(overrides, lambda record: records.append(record) or at(7, lambda: w1train.load(older).generate("a"))(record))
-        model = w1train.load(run, NUM_STEPS)
+        model = w1train.load(run, run.checkpoints[-1])
         canvases: list[w1train.Canvas] = []
         return {
             "interrupted": interrupted,

@@ -124,7 +124,8 @@ def find_checkpoint(directory: Path, which: int | str | None) -> Path:
     steps = complete_steps(directory)
     averages = [path for path in average_paths(directory) if is_complete(path)]
     averages.sort(key=lambda path: (_number(path), (path / MANIFEST).stat().st_mtime_ns, path.name))
-    found = {step: step_path(directory, step) for step in steps} | {path.name: path for path in averages}
+    by_step: dict[int | str | None, Path] = {step: step_path(directory, step) for step in steps}
+    found = by_step | {path.name: path for path in (*by_step.values(), *averages)}
     if averages:
         found["average"] = averages[-1]
     if which is None and steps:
