@@ -28,7 +28,8 @@ def test_a_trial_ends_at_its_step_and_continues_as_if_it_had_not(tiny_run, undis
         tiny_run.train(*options, "--max-steps", "5", world_size=2).require(0)
         assert tiny_run.steps_saved() == [3, 5]
         assert [record["step"] for record in tiny_run.train_records()] == [1, 2, 3, 4, 5]
-        assert json.loads((tiny_run.path / "status.json").read_text())["state"] == "stopped"
+        status = json.loads((tiny_run.path / "status.json").read_text())
+        assert (status["state"], status["step"], status["num_steps"]) == ("stopped", 5, NUM_STEPS)
         assert not (tiny_run.path / "summary.json").exists()
     tiny_run.train(*options, "--max-steps", "99", world_size=2).require(0)
     require_equal(tiny_run, undisturbed(2, "bf16"))

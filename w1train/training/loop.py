@@ -74,6 +74,9 @@ class Trainer:
             DatasetError: on the rank whose samples are damaged.
             OSError: on rank 0, which writes the records.
         """
+        pulse.num_steps, pulse.total_tokens = self.position.num_steps, self.position.num_tokens
+        self._publish_progress()
+        pulse.beat()
         # A run that was killed between its last checkpoint and its summary still has to write the summary.
         if self.position.is_over and on_main_rank(partial(is_summarized, self.run, self.progress)):
             logger.info("%s has all its %d steps: nothing to do", self.run.path, self.position.num_steps)
@@ -81,12 +84,9 @@ class Trainer:
         self._max_steps = max_steps
         if self.is_at(max_steps) and not self.position.is_over:
             logger.info("%s is at step %d already, and --max-steps is %d: nothing to do", self.run.path, self.progress.step, max_steps)
-            self._publish_progress()
             self.stopped = True
             return
         self.started = time.perf_counter() - self.progress.seconds
-        pulse.num_steps, pulse.total_tokens = self.position.num_steps, self.position.num_tokens
-        self._publish_progress()
         with self.watch, self.data.loader, self.saver, self.profiler, self.garbage:
             pulse.activity, pulse.can_stop = TRAINING, True
             pulse.beat()
