@@ -56,8 +56,12 @@ def _shown(status: StatusFile, next_start: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # Ctrl-C during the start: nothing is lost, and nothing has failed.
-        status.update("stopped", message=f"Ctrl-C during the start; {next_start()}")
+        if pulse.can_stop:
+            # A second Ctrl-C in a process that belongs to somebody else: steps since the last checkpoint are lost.
+            status.update("failed", message=f"ended at once by Ctrl-C at step {pulse.step}; {next_start()}")
+        else:
+            # Nothing is lost, and nothing has failed.
+            status.update("stopped", message=f"Ctrl-C during the start; {next_start()}")
         raise
     except BaseException as error:
         state: State = "mistake" if isinstance(error, UserError) else "failed"
