@@ -18,6 +18,7 @@ if not __package__ and not sys.flags.safe_path:
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
 import argparse
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,9 @@ def checked_config(
     """
     command_line = parse_command_line(arguments, NAME_RULES, COUNTS, lambda _counts: [*run_rules(num_ranks, ranks_here), *more_rules])
     if command_line.config is None or command_line.action != "run":
-        flag = next(word for word in arguments if word.startswith("-"))
-        raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", "w1train train " + flag)])
+        flag = {"print_config": "--cfg", "list": "--list", "help": "--help"}[command_line.action]
+        typed = shlex.join(["w1train", "train", *arguments])
+        raise ConfigurationError([Problem(flag, "a flag that only prints", "arguments that train", typed)])
     return command_line.config
 
 

@@ -13,6 +13,7 @@ import pytest
 from launch import check, slurm
 from w1train import pretrain
 from w1train.config.command_line import parse_command_line
+from w1train.config.errors import ConfigurationError
 from w1train.preflight.start_rules import run_rules
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -93,6 +94,12 @@ def test_the_check_of_launchers_looks_at_this_machine_if_all_ranks_are_here(
     assert check.main(["--ranks", "2", "--", "recipe=demo"]) == 0
     assert check.main(["--ranks", "2", "--ranks-here", "2", "--", "recipe=demo"]) == 2
     assert f"tokenizer {tmp_path}/runs/demo-data/tokenizer.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_flag_that_only_prints_is_named_behind_other_flags() -> None:
+    with pytest.raises(ConfigurationError, match=r"1\. --list\n   found: a flag that only prints") as error:
+        check.checked_config(["--max-steps", "3", "recipe=demo", "--list"], None)
+    assert "try:   w1train train --max-steps 3 recipe=demo --list" in str(error.value)
 
 
 def test_a_submission_warns_of_what_only_the_nodes_may_have(
