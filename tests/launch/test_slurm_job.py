@@ -197,12 +197,12 @@ def test_stray_entries_are_no_progress(job):
     assert "attempt 1 from the start" in output
 
 
-@pytest.mark.parametrize("before", [[], ["1 0000000003"]])
-def test_a_mistake_of_the_user_is_not_repeated(job, before):
+@pytest.mark.parametrize(("before", "end"), [([], 2), (["1 0000000003"], 2), ([], 130)])
+def test_a_mistake_of_the_user_and_ctrl_c_are_not_repeated(job, before, end):
     """Also not in a run that has saved checkpoints: a directory that another process still holds is no mistake, but a failure."""
-    job.plan(*before, "2 -", "0 -")
+    job.plan(*before, f"{end} -", "0 -")
     status, _ = job.end()
-    assert status == 2
+    assert status == end
     assert job.num_starts == len(before) + 1
     assert not job.requeued
 

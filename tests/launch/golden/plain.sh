@@ -206,10 +206,10 @@ main() {
         end_chain
         exit 0
       fi
-      # The same mistake in configuration or data would be made again.
-      if [[ "$status" == 2 ]]; then
+      # The same mistake in configuration or data would be made again, and a person has ended a run that ends with 130 (Ctrl-C).
+      if [[ "$status" == 2 || "$status" == 130 ]]; then
         end_chain
-        exit 2
+        exit "$status"
       fi
     fi
     state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)"
