@@ -45,7 +45,7 @@ _PROBES = ("{}", " {}", "a {} b", "a\n{}\nb", "a{}b", "1{}1")
 """Texts in which the name of a special token may be a piece of its own, which some models look up as it is (``ignore_merges``)."""
 
 
-@command("data_tools.import_tokenizer")
+@command("w1train data import-tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     parser = ArgumentParser(

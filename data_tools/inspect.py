@@ -50,14 +50,14 @@ class Check:
         return f"FAILED  {self.name}: {self.problem}" if self.problem else f"ok      {self.name}"
 
 
-@command("data_tools.inspect")
+@command("w1train data inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status, which is 1 if a check failed."""
     parser = ArgumentParser(
         prog="w1train data inspect",
         description="Print counts, lengths and documents of a dataset, and check it. The exit status is 1 if a check fails.",
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")
+    parser.add_argument("prefix", metavar="PREFIX", help="a dataset, as w1train data tokenize or Megatron-LM writes it")
     parser.add_argument("--tokenizer", metavar="FILE", help="the dataset's tokenizer.json, to decode documents and to check the vocabulary")
     parser.add_argument(
         "--samples", type=int, default=3, metavar="N", help="number of documents to decode, which --seed draws (default: %(default)s)"

@@ -88,7 +88,9 @@ class Record:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("%s is not a record of this version of data_tools.tokenize (%s): the run starts from the beginning", path, error)
+            logger.warning(
+                "%s is not a record of this version of w1train data tokenize (%s): the run starts from the beginning", path, error
+            )
             return None
 
 

@@ -48,14 +48,14 @@ class PackReport:
     max_documents: int
 
 
-@command("data_tools.pack_report")
+@command("w1train data pack-report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     parser = ArgumentParser(
         prog="w1train data pack-report",
         description="Print the share of padding, the cut documents and the documents per sample, by sequence length and policy of packing.",
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as data_tools.tokenize or Megatron-LM writes it")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset, as w1train data tokenize or Megatron-LM writes it")
     parser.add_argument(
         "--sequence-length", type=int, nargs="+", default=[4096], metavar="L", help="number of tokens of a sample (default: 4096)"
     )

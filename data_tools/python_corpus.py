@@ -37,7 +37,7 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "py
 _GENERATED = ("_sysconfigdata_*.py", "html/entities.py")
 
 
-@command("data_tools.python_corpus")
+@command("w1train data python-corpus")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     parser = ArgumentParser(

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 _UNITS_WORTH_A_WORKER = 8
 
 
-@command("data_tools.tokenize")
+@command("w1train data tokenize")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     parser = ArgumentParser(
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_corpus_options(parser)
     parser.add_argument(
-        "--tokenizer", type=input_path, required=True, metavar="FILE", help="a tokenizer.json that data_tools.train_tokenizer wrote"
+        "--tokenizer", type=input_path, required=True, metavar="FILE", help="a tokenizer.json that w1train data train-tokenizer wrote"
     )
     parser.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX", help="the dataset to write")
     parser.add_argument(

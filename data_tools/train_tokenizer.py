@@ -28,7 +28,7 @@ from w1train.runtime.output_files import OutputError
 logger = logging.getLogger(__name__)
 
 
-@command("data_tools.train_tokenizer")
+@command("w1train data train-tokenizer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     parser = ArgumentParser(

@@ -23,7 +23,7 @@ from w1train.runtime.command import command
 logger = logging.getLogger(__name__)
 
 
-@command("data_tools.verify")
+@command("w1train data verify")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status, which is 1 if a dataset is damaged."""
     parser = ArgumentParser(
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Read the files of datasets and compare them with the hashes in their manifests, and compare the best-fit packings in "
         "the same directory with the hashes that they contain. Training does this by itself for files of up to 4 GiB.",
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset that data_tools.tokenize wrote, or one packing, *.pack")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a dataset that w1train data tokenize wrote, or one packing, *.pack")
     options = parser.parse_args(arguments)
     return run_command(lambda: _verify(options.prefixes))
 

@@ -34,7 +34,7 @@ from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command, describe_error
 
 
-@command("w1train.average")
+@command("w1train average")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, 1 for a damaged checkpoint or a full disk, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)

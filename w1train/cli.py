@@ -85,7 +85,13 @@ def _run(program: str, verbs: Mapping[str, Verb], other_names: Mapping[str, str]
         print(f"{program}: {_unknown(program, verbs, other_names, name)}", file=sys.stderr)
         return _MISTAKE
     sys.argv = [f"{program} {name}", *arguments]
-    runpy.run_module(verbs[name].module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(verbs[name].module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        # While the module is imported, which may take seconds, its own handler of Ctrl-C is not there yet.
+        from w1train.runtime.command import end_interrupted
+
+        end_interrupted(f"{program} {name}")
     return os.EX_OK
 
 

@@ -40,7 +40,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ALWAYS = ("num_query_groups", "kv_channels", "max_sequence_length", "rope_base", "norm_epsilon", "qk_norm", "qkv_bias", "tie_embeddings")
 
 
-@command("w1train.convert")
+@command("w1train convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, 1 if a file could not be read or written, 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)
@@ -76,7 +76,7 @@ def model_recipe(model: ModelConfig, directory: Path) -> str:
     from w1train.model.flops import num_parameters
 
     lines = [
-        f"# {num_parameters(model):,} parameters, from {directory} by w1train.convert.",
+        f"# {num_parameters(model):,} parameters, from {directory} by w1train convert.",
         f"# Set training.initial_weights={directory} to start from its weights.",
         f"# A mask token of its own needs one more row: set vocab_size to {model.vocab_size + 1} or more, a multiple of parallel.tensor,",
         f"# and diffusion.mask_token_id={model.vocab_size}. A mask token with a smaller id uses the row of this id.",

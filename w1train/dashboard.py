@@ -1,4 +1,4 @@
-"""The command that creates the W&B workspace with this framework's charts, or prints its definition: python -m w1train.dashboard."""
+"""The command that creates the W&B workspace with this framework's charts, or prints its definition: w1train dashboard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from w1train.reports.live_dashboard import definition, workspace
 from w1train.runtime.command import command
 
 
-@command("w1train.dashboard")
+@command("w1train dashboard")
 def main() -> None:
     """Run the command."""
     parser = ArgumentParser(prog="w1train dashboard", description="Create a W&B workspace with this framework's charts.")

@@ -44,7 +44,7 @@ from w1train.runtime.device import device_name, select_device
 _SAME_EVERYWHERE = ("torch", "megatron-core", "triton", "transformer-engine", "nvidia-cudnn-frontend")
 
 
-@command("w1train.doctor")
+@command("w1train doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, 1 if something does not work, 2 if the command was started wrongly."""
     args = _parse(arguments)

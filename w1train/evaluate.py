@@ -35,7 +35,7 @@ from w1train.runtime.masking import mask, unmasked
 from w1train.trained_model import load_trained, require_run
 
 
-@command("w1train.evaluate")
+@command("w1train evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)

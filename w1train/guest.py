@@ -91,7 +91,7 @@ def _require_no_groups() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"this process is one of {os.environ['WORLD_SIZE']} ranks (WORLD_SIZE), and the Python interface of w1train computes in one "
-            "process; start a run on several ranks with torchrun -m w1train.pretrain"
+            "process; w1train train --nproc N starts a run on several ranks"
         )
     if dist.is_initialized():
         raise UserError(

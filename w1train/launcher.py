@@ -41,7 +41,7 @@ COUNTS = {
 """The flags that this command has beside those of the configuration, and their meanings."""
 
 
-@command("w1train.launcher")
+@command(PROGRAM)
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Return an ExitStatus (w1train.runtime.exit_status)."""
     try:

@@ -34,7 +34,7 @@ from w1train.runtime.command import command
 NUM_SHOWN = 15
 
 
-@command("w1train.plan")
+@command("w1train plan")
 def main(arguments: list[str]) -> int:
     """Run the command. Return the exit status: 0, 1 if the layout does not fit or cannot be built, 2 for bad input."""
     try:

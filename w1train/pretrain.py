@@ -52,7 +52,7 @@ COUNTS = {
 """The flags that this command has beside those of the configuration, and their meanings."""
 
 
-@command("w1train.pretrain")
+@command(PROGRAM)
 def main(arguments: list[str]) -> int:
     """Run the command. Return an ExitStatus (w1train.runtime.exit_status).
 

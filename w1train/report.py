@@ -21,7 +21,7 @@ from w1train.runtime.command import command, describe_error
 from w1train.runtime.output_files import require_writable
 
 
-@command("w1train.report")
+@command("w1train report")
 def main() -> None:
     """Run the command."""
     parser = ArgumentParser(

@@ -69,7 +69,7 @@ Load = Callable[[Path, int | str | None], InferenceModel]
 """A function of a run directory and a checkpoint (its step, its name, or None for the newest step) that returns the model."""
 
 
-@command("w1train.sample")
+@command("w1train sample")
 def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 for bad input; the reason is on stderr."""
     args = _parse(arguments)

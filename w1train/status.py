@@ -37,7 +37,7 @@ _MOST_NAMED = 8
 _LONGEST_LINE = 4000
 
 
-@command("w1train.status")
+@command("w1train status")
 def main(arguments: Sequence[str]) -> int:
     """Run the command: print one line for each run. Return the exit status that the module's docstring describes."""
     parser = ArgumentParser(prog="w1train status", description="Print what runs are doing.")
@@ -72,7 +72,7 @@ def describe_run(directory: Path, silent_seconds: float = _SILENT_SECONDS) -> tu
         "died" if died else status.state,
         f"step {status.step:,}/{status.num_steps:,} ({share:.1%})",
         f"{status.tokens:,} of {status.total_tokens:,} tokens",
-        f"{status.world_size} ranks",
+        "1 rank" if status.world_size == 1 else f"{status.world_size} ranks",
         _last_progress(now - status.time),
     ]
     if status.state not in _STATUSES and not died:

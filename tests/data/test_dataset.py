@@ -64,7 +64,7 @@ def test_missing_files(prefix):
     with pytest.raises(DatasetError, match=r"data\.v1\.idx missing"):
         TokenDataset.open(prefix)
     Path(f"{prefix}.bin").rename(f"{prefix}.bin.partial")
-    with pytest.raises(DatasetError, match=r"data\.v1\.bin and .*data\.v1\.idx missing; data_tools.tokenize is still writing it"):
+    with pytest.raises(DatasetError, match=r"data\.v1\.bin and .*data\.v1\.idx missing; w1train data tokenize is still writing it"):
         TokenDataset.open(prefix)
 
 

@@ -22,7 +22,7 @@ from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command, describe_error
 
 
-@command("w1train.data.build_packing")
+@command("w1train data build-packing")
 def main(arguments: Sequence[str]) -> int:
     """Run the command.
 

@@ -286,7 +286,7 @@ def _check_exists(prefix: str) -> None:
         return
     message = f"dataset {prefix} is not there: {' and '.join(missing)} missing"
     if Path(f"{bin_path(prefix)}{PARTIAL_SUFFIX}").exists():
-        message += "; data_tools.tokenize is still writing it, or was interrupted (then run it again)"
+        message += "; w1train data tokenize is still writing it, or was interrupted (then run it again)"
     raise DatasetError(message)
 
 

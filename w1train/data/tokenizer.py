@@ -198,7 +198,7 @@ class Tokenizer:
             token, number = next(iter(other.items()))
             logger.warning(
                 "tokenizer %s states the id %d for %s, but the tokenizers library gives this token the id %s (tokens with another id: %d); "
-                "data_tools.import_tokenizer writes a tokenizer.json that keeps the stated ids",
+                "w1train data import-tokenizer writes a tokenizer.json that keeps the stated ids",
                 *(self._origin, number, shorten(token), used.get(token), len(other)),
             )
 

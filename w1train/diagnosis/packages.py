@@ -26,8 +26,8 @@ _OPTIONAL = {
     "transformer-engine": "attention.backend=te and FP8 need it (the te extra)",
     "nvidia-cudnn-frontend": "attention.backend=cudnn needs it (the cudnn extra)",
     "nvidia-cutlass-dsl": "attention.backend=cudnn needs it (the cudnn extra)",
-    "transformers": "w1train.convert needs it (the hf extra)",
-    "safetensors": "w1train.convert needs it (the hf extra)",
+    "transformers": "w1train convert needs it (the hf extra)",
+    "safetensors": "w1train convert needs it (the hf extra)",
     "pyarrow": "data_tools needs it for Parquet and Arrow (the data extra)",
 }
 

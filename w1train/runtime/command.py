@@ -60,7 +60,7 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
                 finally:
                     sys.stdout.flush()
             except KeyboardInterrupt:
-                _end_interrupted(program)
+                end_interrupted(program)
             except (OSError, RuntimeError) as error:
                 _end(program, error)
                 raise
@@ -140,7 +140,7 @@ def _end(program: str, error: OSError | RuntimeError) -> None:
     sys.exit(1)
 
 
-def _end_interrupted(program: str) -> NoReturn:
+def end_interrupted(program: str) -> NoReturn:
     """Exit after Ctrl-C. A second Ctrl-C, while Python tidies up, ends the process without a traceback."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
