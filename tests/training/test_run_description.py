@@ -84,7 +84,8 @@ def test_the_end_of_a_stopped_run(tmp_path, capsys):
         f"               w1train report {tmp_path}",
     ]
     assert "was stopped by SIGTERM after step 18" in printed(capsys, recorded(tmp_path / "b", []), signal.SIGTERM)[1]
-    assert "was stopped by --max-steps at step 18" in printed(capsys, recorded(tmp_path / "c", []), 0, is_stopped=True)[1]
+    trial = printed(capsys, recorded(tmp_path / "c", []), 0, is_stopped=True)[1]
+    assert trial == "tiny was stopped by --max-steps at step 18 of 391; the same command without --max-steps resumes from step 18"
 
 
 def test_the_end_of_a_finished_run(tmp_path, capsys):

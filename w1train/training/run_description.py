@@ -90,7 +90,10 @@ def print_end(
     if is_stopped:
         step = f"step {progress.step:,} of {position.num_steps:,}"
         reason = f"was stopped by {signal_name(stop_signal)} after" if stop_signal else "was stopped by --max-steps at"
-        title = f"{config.name} {reason} {step}; {describe_next_start(run.checkpoints)}"
+        next_start = describe_next_start(run.checkpoints)
+        if not stop_signal:  # with the option, the same command would find nothing to do
+            next_start = next_start.replace("the same command", "the same command without --max-steps")
+        title = f"{config.name} {reason} {step}; {next_start}"
     try:
         print_block(title, describe_end(config, run, progress, position))
     except (OSError, UserError) as error:
