@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def _as_before() -> Iterator[None]:
             torch.are_deterministic_algorithms_enabled(),
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        restored.callback(_set_environment, dict(os.environ))
+        restored.callback(_restore, os.environ, dict(os.environ))
         # A launcher makes the process a rank of its own world with these variables.
         os.environ.pop("RANK", None)
         os.environ.pop("LOCAL_RANK", None)
@@ -142,8 +142,8 @@ def _globals_of(module: str) -> dict[str, Any]:
     return {name: value for name, value in vars(sys.modules[module]).items() if _GLOBAL.fullmatch(name)}
 
 
-def _set_environment(variables: dict[str, str]) -> None:
-    for name in os.environ.keys() - variables.keys():
+def _restore(environment: MutableMapping[str, str], variables: Mapping[str, str]) -> None:
+    for name in environment.keys() - variables.keys():
         if not name.startswith(_OF_TRANSFORMER_ENGINE):
-            del os.environ[name]
-    os.environ.update({name: value for name, value in variables.items() if not name.startswith(_OF_TRANSFORMER_ENGINE)})
+            del environment[name]
+    environment.update({name: value for name, value in variables.items() if not name.startswith(_OF_TRANSFORMER_ENGINE)})
