@@ -23,7 +23,6 @@ from w1train.cli import DATA_VERBS, VERBS
 from w1train.config.rules.rule import Rule
 from w1train.local_ranks import Outcome
 from w1train.preflight import start_rules
-from w1train.pretrain import PROGRAM
 from w1train.runtime.exit_status import ExitStatus
 
 HEAVY = {"torch", "megatron", "numpy", "hydra", "rich", "transformers"}
@@ -105,14 +104,6 @@ def test_a_verb_runs_its_module(monkeypatch, words, module, argv):
     monkeypatch.setattr(runpy, "run_module", lambda name, **options: calls.append((name, list(sys.argv), options["run_name"])))
     assert cli.main() == 0
     assert calls == [(module, argv, "__main__")]
-
-
-def test_messages_begin_with_what_the_user_typed():
-    """The message after Ctrl-C, and that of a disk that is full."""
-    verbs = {f"w1train {name}": verb for name, verb in VERBS.items() if verb.module}
-    for typed, verb in (verbs | {f"w1train data {name}": verb for name, verb in DATA_VERBS.items()}).items():
-        text = Path(str(find_spec(verb.module).origin)).read_text(encoding="utf-8")
-        assert f'@command("{typed}")' in text or (typed == PROGRAM and "@command(PROGRAM)" in text), verb.module
 
 
 def test_ctrl_c_during_the_imports_of_a_verb_is_one_line(monkeypatch, capsys):

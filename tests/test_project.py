@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from w1train.cli import DATA_VERBS, VERBS
 from w1train.runtime.version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -478,11 +479,14 @@ _ALONE = ("launch.needed_packages", "w1train.config.schema_reference")
 
 
 def test_every_command_is_prepared_for_poor_environments():
-    """w1train.runtime.command.command around every main."""
+    """w1train.runtime.command.command around every main, with what the user types: a verb, or a module."""
+    typed = {verb.module: f"w1train {name}" for name, verb in VERBS.items()}
+    typed |= {verb.module: f"w1train data {name}" for name, verb in DATA_VERBS.items()}
     for path in python_files("w1train", "data_tools", "launch"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         if '__name__ == "__main__"' not in path.read_text(encoding="utf-8") or name in _ALONE:
             continue
         (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-        assert [ast.unparse(decorator) for decorator in main.decorator_list] == [f"command({name!r})"], name
+        program = "PROGRAM" if name in ("w1train.launcher", "w1train.pretrain") else repr(typed.get(name, name))
+        assert [ast.unparse(decorator) for decorator in main.decorator_list] == [f"command({program})"], name
