@@ -399,7 +399,7 @@ class ValidationConfig:
 
 @dataclass(slots=True, kw_only=True)
 class SamplingConfig:
-    """Text generated while training, and the defaults of w1train.sample."""
+    """Text generated while training, and the defaults of `w1train sample`."""
 
     interval: NonNegativeInteger = 0
     """Steps between samples during training; 0 = never."""

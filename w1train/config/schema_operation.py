@@ -29,7 +29,7 @@ class CheckpointConfig:
     """Metric of the validation at a checkpoint's step that ranks the checkpoint; lower is better."""
     average_at_end: bool = False
     """At the end of the run and of each of its phases, average the weights of the keep_best best checkpoints and compare the average with
-    them (LLaDA2.0's merge; w1train.average does the same at any time). Averages are never removed."""
+    them (LLaDA2.0's merge; `w1train average` does the same at any time). Averages are never removed."""
     asynchronous: bool = True
     """true: the state is copied to host memory and written while training goes on. false: training waits until the state is written, and
     needs no memory for the copy."""
