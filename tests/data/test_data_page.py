@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from tests.data.conftest import TEXTS
 from tests.test_readme import shell_commands
+from w1train.cli import DATA_VERBS
 from w1train.data.dataset import TokenDataset
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -37,10 +38,11 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     ]
     (tmp_path / "corpus" / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records, *records]))
     for command in shell_commands(PAGE.read_text()):
-        _, _, module, *words = shlex.split(command)
+        program, folder, verb, *words = shlex.split(command)
+        assert (program, folder) == ("w1train", "data")
         if "--workers" in words:
             words[words.index("--workers") + 1] = "1"
-        assert importlib.import_module(module).main(words) == 0, command
+        assert importlib.import_module(DATA_VERBS[verb].module).main(words) == 0, command
     train, english = TokenDataset.open("data/train"), TokenDataset.open("data/english_00000")
     # The last document is cut, and its end is for validation: neither part of it had been there before.
     assert train.manifest.corpus["num_duplicates"] == len(TEXTS) - 1
