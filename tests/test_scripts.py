@@ -49,7 +49,7 @@ def test_every_script_first_mends_the_place_of_imports(script):
     assert script == ALONE or START.replace("UP", "/.." * len(Path(script).parts)) in text
 
 
-@pytest.mark.parametrize("script", ["data_tools/tokenize.py", "data_tools/verify.py", "benchmarks/compare.py"])
+@pytest.mark.parametrize("script", ["data_tools/tokenize.py", pytest.param("benchmarks/compare.py", marks=pytest.mark.slow)])
 def test_scripts_run_by_their_path(script, tmp_path):
     """data_tools has a tokenize.py and an inspect.py, as Python has, and benchmarks is not installed."""
     assert "usage: " in help_of(script, tmp_path)

@@ -58,6 +58,7 @@ def change_one_bit(rank: int) -> None:
     loop.Trainer.train_step = train_step
 
 
+@pytest.mark.slow
 def test_one_changed_bit_is_seen(campaign):
     def strike(scene: Scene):
         yield from scene.moment(last=3)

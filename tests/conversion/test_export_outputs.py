@@ -63,9 +63,11 @@ def _assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("conditioning", ["adaln", "none"])
-@pytest.mark.parametrize("shift", [False, True])
-def test_masked_diffusion(shift, conditioning, tmp_path):
+@pytest.mark.parametrize(
+    "settings", slow_except([(False, "adaln"), (True, "none")], itertools.product([False, True], ["adaln", "none"])), ids=str
+)
+def test_masked_diffusion(settings, tmp_path):
+    shift, conditioning = settings
     config = tiny_config(diffusion={"shift": shift}, model={"conditioning": conditioning})
     shares = (NOISY == MASK).float().mean(dim=1)
     expected, output = _saved_and_exported(config, lambda predictor: predictor(NOISY, shares), tmp_path)

@@ -378,6 +378,7 @@ def large_corpus(corpus, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_kill_leaves_nothing_under_the_name_and_a_second_run_is_as_if_undisturbed(large_corpus, tokenizer_file, tmp_path):
     arguments = tokenize_arguments(large_corpus, tokenizer_file, tmp_path / "killed/x")
     process = start_tokenize(arguments)

@@ -15,7 +15,10 @@ sys.exit(int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize(("status", "expected", "num_starts"), [(2, 2, 1), (75, 75, 1), (1, 1, 2)])
+_SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((75, 75, 1), (130, 130, 1), (1, 1, 2))]
+
+
+@pytest.mark.parametrize(("status", "expected", "num_starts"), [(2, 2, 1), *_SLOW])
 def test_only_what_may_succeed_is_started_again(tmp_path, status, expected, num_starts):
     script, starts = tmp_path / "rank.py", tmp_path / "starts"
     script.write_text(RANK)

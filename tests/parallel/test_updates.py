@@ -119,7 +119,7 @@ TOLERANCE = 1e-3
 @pytest.mark.parametrize(
     ("parallel", "data_parallel"),
     [
-        ({"distributed_optimizer": False}, 1),
+        pytest.param({"distributed_optimizer": False}, 1, marks=pytest.mark.slow),
         pytest.param({"tensor": 2}, 1, marks=pytest.mark.slow),
         ({"tensor": 2, "sequence": True}, 1),
         pytest.param({"pipeline": 2}, 1, marks=pytest.mark.slow),

@@ -76,8 +76,6 @@ def _allocated(_rank, world_size, config):
 
 
 IN_EACH_RUN = (
-    "one rank, plain optimizer, bf16",
-    "tensor 2, sequence, data 2, bf16",
     "data 3, overlap, bf16",
     "pipeline 2, virtual 2, data 2, bf16, tied",
     "context 2, tensor 2, bf16",

@@ -133,6 +133,8 @@ def test_ctrl_c_is_noted_and_a_second_one_ends_the_process_in_one_line(tmp_path,
     monkeypatch.setattr("w1train.runtime.watchdog.logger", logging.getLogger("answers"))
     logging.getLogger("answers").addHandler(logging.FileHandler(tmp_path / "log"))
     monkeypatch.setattr(logging.getLogger("answers"), "level", logging.INFO)
+    # Else the line goes to handlers of earlier tests too, whose streams may be closed.
+    monkeypatch.setattr(logging.getLogger("answers"), "propagate", False)
 
     def body(signals: StopSignals) -> None:
         pulse.can_stop, pulse.step = True, 7
