@@ -83,12 +83,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _loggers_as_they_were() -> Iterator[None]:
-    """A command that a test runs in this process sets logging up; the next test must not find the loggers at its levels."""
+    """A command that a test runs in this process sets logging up; the next test must not find the loggers at its levels, nor its handlers,
+    which write to the stream of the earlier test."""
     loggers = [logging.getLogger(), logging.getLogger("w1train")]
-    levels = [each.level for each in loggers]
+    levels, handlers = [each.level for each in loggers], [set(each.handlers) for each in loggers]
     yield
-    for each, level in zip(loggers, levels, strict=True):
+    for each, level, old in zip(loggers, levels, handlers, strict=True):
         each.setLevel(level)
+        for handler in set(each.handlers) - old:
+            if not type(handler).__module__.startswith("_pytest."):  # pytest has handlers of its own for each phase of a test
+                each.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
