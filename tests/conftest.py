@@ -86,13 +86,20 @@ def _loggers_as_they_were() -> Iterator[None]:
     """A command that a test runs in this process sets logging up; the next test must not find the loggers at its levels, nor its handlers,
     which write to the stream of the earlier test."""
     loggers = [logging.getLogger(), logging.getLogger("w1train")]
-    levels, handlers = [each.level for each in loggers], [set(each.handlers) for each in loggers]
+    levels = [each.level for each in loggers]
+    _remove_handlers(loggers)  # a fixture of a module may have left some
     yield
-    for each, level, old in zip(loggers, levels, handlers, strict=True):
+    _remove_handlers(loggers)
+    for each, level in zip(loggers, levels, strict=True):
         each.setLevel(level)
-        for handler in set(each.handlers) - old:
-            if not type(handler).__module__.startswith("_pytest."):  # pytest has handlers of its own for each phase of a test
-                each.removeHandler(handler)
+
+
+def _remove_handlers(loggers: list[logging.Logger]) -> None:
+    """Remove all handlers but those that pytest has for each phase of a test."""
+    for logger in loggers:
+        for handler in logger.handlers[:]:
+            if not type(handler).__module__.startswith("_pytest."):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
