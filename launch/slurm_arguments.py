@@ -62,7 +62,7 @@ class Submission:
     """Arguments of w1train.pretrain."""
     dry_run: bool
     missing: tuple[Problem, ...]
-    """What the run needs and this machine lacks. The nodes of the job may have it."""
+    """The problems of this machine: files, disks and GPUs that the run needs. The nodes of the job may have them."""
 
 
 def parse(words: Sequence[str], directory: Path, code: Path | None = None) -> Submission:

@@ -53,7 +53,7 @@ class Outcome:
 
     status: ExitStatus
     message: str
-    """What rank 0 has not said on the terminal, or ""."""
+    """The message that rank 0 has not written to the terminal, or ""."""
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
         self.hints: dict[str, str] = {}
-        """What to use in the place of an option that this parser does not have."""
+        """The hint for each option that this parser does not have: what to use in its place."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the arguments. Exit with 2 for unknown arguments, and tell what they may mean."""

@@ -22,7 +22,7 @@ class Synonym:
     is_same: bool
     """True: the value of the name is a value of the key too. False: the value has to be written in another way."""
     note: str
-    """How the value is written, or why there is no such option: one or more sentences."""
+    """The sentences that say how the value is written, or why there is no such option."""
 
 
 _COUNTS_TOKENS = (
@@ -246,7 +246,7 @@ _TABLE: tuple[tuple[str, str | None, str], ...] = (
 SYNONYMS: Mapping[str, Synonym] = {
     name: Synonym(key and key.removesuffix("="), (key or "").endswith("="), note) for names, key, note in _TABLE for name in names.split()
 }
-"""What this project has for each name. A name with a dot is a whole key, any other name is the last part of a key."""
+"""The synonym for each name. A name with a dot is a whole key, any other name is the last part of a key."""
 
 _OFF, _ON = ("off", "false", "none", "no", "disable", "0"), ("on", "true", "yes", "enabled", "1")
 VALUE_SYNONYMS: Mapping[str, Mapping[str, str]] = {

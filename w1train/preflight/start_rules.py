@@ -14,7 +14,7 @@ from w1train.preflight.start_weights import weights_rule
 from w1train.preflight.visible_gpus import device_rule
 
 MACHINE_RULES: tuple[Rule, ...] = (files_rule, weights_rule, directories_rule, space_rule)
-"""What a machine must have for the run."""
+"""The rules about what a machine must have for the run."""
 
 
 def run_rules(num_ranks: int | None, ranks_here: int | None) -> tuple[Rule, ...]:
