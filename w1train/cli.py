@@ -5,16 +5,15 @@ The verbs and their meanings are listed here, so that the list is printed withou
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from w1train.config.errors import closest
+from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.version import __version__
 
-_MISTAKE = 2
 _WIDTH = 20
 
 
@@ -83,7 +82,7 @@ def _run(program: str, verbs: Mapping[str, Verb], other_names: Mapping[str, str]
     name, *arguments = words
     if name not in verbs:
         print(f"{program}: {_unknown(program, verbs, other_names, name)}", file=sys.stderr)
-        return _MISTAKE
+        return ExitStatus.MISTAKE
     sys.argv = [f"{program} {name}", *arguments]
     try:
         runpy.run_module(verbs[name].module, run_name="__main__", alter_sys=True)
@@ -92,7 +91,7 @@ def _run(program: str, verbs: Mapping[str, Verb], other_names: Mapping[str, str]
         from w1train.runtime.command import end_interrupted
 
         end_interrupted(f"{program} {name}")
-    return os.EX_OK
+    return ExitStatus.FINISHED
 
 
 def _list_of(program: str, verbs: Mapping[str, Verb]) -> str:

@@ -121,8 +121,8 @@ def run(config: Config, max_steps: int | None = None) -> int:
         with distributed(config.parallel, timeout) as ranks:
             trainer = train_run(config, ranks, directory, max_steps, monitor=partial(_monitored, config))
             if ranks.is_main:
-                signal, is_stopped = trainer.stop_signal, trainer.stopped
-                print_end(config, directory, trainer.progress, trainer.position, stop_signal=signal, is_stopped=is_stopped)
+                stop_signal, is_stopped = trainer.stop_signal, trainer.stopped
+                print_end(config, directory, trainer.progress, trainer.position, stop_signal=stop_signal, is_stopped=is_stopped)
     except RunDirectoryInUseError as error:
         return _fail(error, ExitStatus.FAILED)
     except UserError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import fcntl
+import io
 import os
 import pty
 import struct
@@ -108,7 +109,7 @@ def _color(name: str) -> str | None:
 
 def terminal_svg(lines: Sequence[Text], title: str, columns: int = COLUMNS) -> str:
     """Return a picture of a terminal with these lines."""
-    console = Console(record=True, width=columns, file=open(os.devnull, "w"), highlight=False, force_terminal=True)  # noqa: SIM115
+    console = Console(record=True, width=columns, file=io.StringIO(), highlight=False, force_terminal=True)
     for line in lines:
         console.print(line)
     return console.export_svg(title=title, theme=MONOKAI, code_format=SVG, unique_id="terminal")
