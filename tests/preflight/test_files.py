@@ -11,8 +11,9 @@ import pytest
 from data_tools import train_tokenizer
 from w1train.config.errors import Problem
 from w1train.config.schema import Config, CorpusConfig, StageConfig
-from w1train.preflight.input_files import files_rule
+from w1train.preflight.input_files import files_rule, training_datasets
 from w1train.runtime.object_storage import ObjectStorage
+from w1train.training.training_data import training_prefixes
 
 
 def problems_of(config: Config) -> dict[str, Problem]:
@@ -21,6 +22,21 @@ def problems_of(config: Config) -> dict[str, Problem]:
 
 def test_nothing_is_wrong_with_files_that_are_right(config: Config) -> None:
     assert problems_of(config) == {}
+
+
+def test_the_datasets_that_are_checked_are_those_that_the_run_reads(config: Config) -> None:
+    """A blend, a corpus that no stage wants, a stage with a dataset of its own, and a stage without a step."""
+    assert list(training_datasets(config).values()) == training_prefixes(config)
+    config.data.train = None
+    config.data.blend = {name: CorpusConfig(prefix=f"/data/{name}", weight=weight) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 0.0))}
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    config.schedule.stages = {
+        "all": StageConfig(tokens=tokens, learning_rate=1e-3),
+        "own": StageConfig(tokens=tokens, learning_rate=1e-3, train="/data/own"),
+        "other": StageConfig(tokens=tokens, learning_rate=1e-3, blend={"b": 1.0, "a": 0.0}),
+        "empty": StageConfig(tokens=0, learning_rate=1e-3, train="/data/never"),
+    }
+    assert {*training_datasets(config).values()} == {*training_prefixes(config)} == {"/data/a", "/data/b", "/data/own"}
 
 
 def test_all_missing_files_are_named_with_the_commands_that_make_them(config: Config, directory: Path) -> None:
