@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.runs import Sabotage
+from w1train.runtime import files
 
 _CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 """Python's audit events of changes of a directory. An event ``open`` is one only if the file is opened for writing."""
@@ -70,10 +71,6 @@ def kill_myself(mark: Path, where: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-_MODES = {"r": ("rb",), "w": ("wb", "x+b")}
-"""The modes in which w1train opens files of bytes to read them, and to write them from the beginning."""
-
-
 def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) -> Sabotage:
     """Make each read ("r") or write ("w") of the files whose path ``is_bad`` accepts fail. Opening them succeeds.
 
@@ -81,42 +78,53 @@ def fail_files(mark: Path, code: int, mode: str, is_bad: Callable[[str], bool]) 
         code: the number of the OSError.
     """
 
-    def open_file(path: str | Path) -> _FailingFile:
+    def open_file(*arguments: Any, **options: Any) -> _FailingFile:
         mark.touch()
-        file = _FailingFile(path, mode)
+        file = _FailingFile(*arguments, **options)
         file.code = code
         return file
 
-    return lambda rank: _replace_files(mode, is_bad, open_file)
+    replace = _replace_read_files if mode == "r" else _replace_written_files
+    return lambda rank: replace(is_bad, open_file)
 
 
 def slow_file(mark: Path, *, victim: int, name: str, seconds: float) -> Sabotage:
     """Make each write of rank ``victim`` to the file whose path ends with ``name`` take half a second, until the given seconds are over.
     Then the mark is left. A start that finds the mark is not disturbed."""
 
-    def open_file(path: str | Path) -> _SlowFile:
-        file = _SlowFile(path, "w")
+    def open_file(*arguments: Any, **options: Any) -> _SlowFile:
+        file = _SlowFile(*arguments, **options)
         file.mark, file.seconds_left = mark, seconds
         return file
 
     def sabotage(rank: int) -> None:
         if rank == victim:
-            _replace_files("w", lambda path: path.endswith(name) and not mark.exists(), open_file)
+            _replace_written_files(lambda path: path.endswith(name) and not mark.exists(), open_file)
 
     return sabotage
 
 
-def _replace_files(mode: str, is_chosen: Callable[[str], bool], open_file: Callable[[str | Path], io.FileIO]) -> None:
-    """Replace chosen files that this process opens in a mode by those of ``open_file``."""
+def _replace_read_files(is_chosen: Callable[[str], bool], open_file: Callable[..., io.FileIO]) -> None:
+    """Replace chosen files that this process opens to read bytes by those of ``open_file``."""
     original = io.open
 
-    def opened(path: Any, found: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if found not in _MODES[mode] or not isinstance(path, str | Path) or not is_chosen(str(path)):
-            return original(path, found, *args, **kwargs)
-        file = open_file(path)
-        return io.BufferedReader(file) if mode == "r" else io.BufferedWriter(file)
+    def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode != "rb" or not isinstance(path, str | Path) or not is_chosen(str(path)):
+            return original(path, mode, *args, **kwargs)
+        return io.BufferedReader(open_file(path, mode))
 
     io.open = builtins.open = opened  # pathlib calls io.open, and all others the builtin
+
+
+def _replace_written_files(is_chosen: Callable[[str], bool], open_file: Callable[..., io.FileIO]) -> None:
+    """Replace chosen files that w1train opens to write them by those of ``open_file``. w1train opens them all with its own class, which
+    refuses links."""
+    original = files.NamedFile
+
+    def opened(path: str, *args: Any, **kwargs: Any) -> io.FileIO:
+        return (open_file if is_chosen(path) else original)(path, *args, **kwargs)
+
+    files.NamedFile = opened  # type: ignore[assignment, misc]
 
 
 class _FailingFile(io.FileIO):

@@ -13,7 +13,7 @@ from tests.chaos.scene import Scene
 
 POLL_SECONDS = 0.004
 MAX_STARTS = 6
-_BEGINS_AT = re.compile(r"^ +steps +(\d+) of \d+ done", re.MULTILINE)
+BEGINS_AT = re.compile(r"^ +begins +(?:at|resumes from) step (\d+)", re.MULTILINE)
 """What rank 0 logs about a start before its first step."""
 
 
@@ -53,7 +53,7 @@ def supervise(start: Callable[[int], Job], scene: Scene, fault: Iterator[None], 
         finally:
             job.kill()
         newest, log = scene.newest_step(), job.log()
-        begun_at = [int(step) for step in _BEGINS_AT.findall(log)]
+        begun_at = [int(step) for step in BEGINS_AT.findall(log)]
         if job.num_starts > 1 and scene.blow is not None and begun_at:
             _count_loss(story, begun_at[-1], scene.blow.reached)  # torchrun's restarts, all in one log
         elif story.endings and begun_at:  # a start that is killed early logs nothing

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing
 import os
 import random
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,17 @@ import torch
 
 from tests.chaos.campaign import Campaign, draw
 from tests.chaos.faults import FAULTS, Fault
-from tests.chaos.file_hooks import kill_at_change
+from tests.chaos.file_hooks import fail_files, kill_at_change, slow_file
 from tests.chaos.scene import LAYOUTS, NUM_STEPS, Scene
-from tests.chaos.supervisor import supervise
+from tests.chaos.supervisor import BEGINS_AT, supervise
 from tests.chaos.verdict import first_difference, negative_durations
 from tests.end_to_end.runs import Sabotage, TinyRun
-from w1train.training import loop
+from tests.tiny import tiny_config
+from w1train.checkpoints.manifest import Progress
+from w1train.records.console import print_block
+from w1train.runtime import files
+from w1train.runtime.run_directory import RunDirectory
+from w1train.training import loop, run_description
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +132,34 @@ class Start(Endless):
 
 
 def test_a_start_that_is_killed_before_it_says_anything_has_not_begun_again_at_step_0(tmp_path):
-    starts = [Start([-9, -9], "  steps   0 of 24 done\n"), Start([-9, -9], ""), Start([0, 0], "  steps   8 of 24 done\n")]
+    starts = [Start([-9, -9], "  begins  at step 0\n"), Start([-9, -9], ""), Start([0, 0], "  begins  resumes from step 8\n")]
     scene = Scene(TinyRun(tmp_path, tmp_path / "runs"), "data", tmp_path, random.Random(0))
     story = supervise(lambda number: starts[number], scene, iter(()), timeout=10.0)
     assert story.endings == [[-9, -9], [-9, -9], [0, 0]]
     assert story.resumed_at == 8
+
+
+@pytest.mark.parametrize("step", [0, 12])
+def test_the_supervisor_reads_the_step_at_which_a_start_says_that_it_begins(tmp_path, capsys, step):
+    print_block("tiny", {"model": "", "begins": run_description._beginning(tiny_config(), RunDirectory(tmp_path), Progress(step=step))})
+    assert BEGINS_AT.findall(capsys.readouterr().out) == [str(step)]
+
+
+@pytest.mark.parametrize("hook", ["full", "slow"])
+def test_the_faults_of_written_files_strike_the_files_that_w1train_writes(tmp_path, monkeypatch, hook):
+    monkeypatch.setattr(files, "NamedFile", files.NamedFile)  # the hook replaces it, and the test puts it back
+    mark, chosen = tmp_path / "mark", str(tmp_path / "b")
+    if hook == "full":
+        fail_files(mark, errno.ENOSPC, "w", lambda path: path.startswith(chosen))(0)
+    else:
+        slow_file(mark, victim=0, name=chosen, seconds=0.5)(0)
+    with files.open_new(tmp_path / "a") as file:
+        file.write(b"text")
+    assert not mark.exists()
+    with pytest.raises(OSError, match="No space left") if hook == "full" else nullcontext(), files.open_new(chosen) as file:
+        file.write(b"text")
+        file.flush()
+    assert mark.exists()
 
 
 def change_three_directories(directory: Path, sabotage: Sabotage) -> None:

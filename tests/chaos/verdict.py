@@ -69,6 +69,8 @@ def _story_problems(fault: Fault, scene: Scene, story: Story) -> list[str]:
         found.append(f"ranks ended with {sorted(wrong)}")
     if story.num_starts - 1 > fault.max_restarts:
         found.append(f"{story.num_starts - 1} restarts, {fault.max_restarts} expected: {story.endings}")
+    if story.num_starts > 1 and story.resumed_at is None:
+        found.append("no start after the first said at which step it begins")
     if story.resumed_at is not None and story.resumed_at < scene.blow.saved:
         found.append(f"it went on from step {story.resumed_at}, though the checkpoint of step {scene.blow.saved} was complete")
     return found + [f"nobody said {evidence!r}" for evidence in (fault.evidence, scene.evidence) if not re.search(evidence, story.log)]

@@ -46,7 +46,7 @@ def open_new(path: str | Path) -> BinaryIO:
     """
     Path(path).unlink(missing_ok=True)
     # "x": if somebody makes a file there between the removal and the opening, the kernel refuses to open it.
-    return _buffered(_NamedFile(os.fspath(path), "x+b", opener=_open_no_link))
+    return _buffered(NamedFile(os.fspath(path), "x+b", opener=_open_no_link))
 
 
 def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> BinaryIO:
@@ -56,10 +56,10 @@ def open_in_place(path: str | Path, mode: Literal["ab", "a+b", "r+b"]) -> Binary
         UnsafeFileError: the file is a symbolic link, has a second name (a hard link), or is not a regular file.
         OSError: the file cannot be opened.
     """
-    return _buffered(_NamedFile(os.fspath(path), mode, opener=_open_no_link))
+    return _buffered(NamedFile(os.fspath(path), mode, opener=_open_no_link))
 
 
-class _NamedFile(io.FileIO):
+class NamedFile(io.FileIO):
     """A file whose errors have its path: Python's errors of reads and writes do not tell which file they are about."""
 
     def readinto(self, buffer: Buffer, /) -> int | None:
@@ -79,7 +79,7 @@ class _NamedFile(io.FileIO):
             return super().truncate(size)
 
 
-def _buffered(file: _NamedFile) -> BinaryIO:
+def _buffered(file: NamedFile) -> BinaryIO:
     """Put the buffer around a file that ``open`` would."""
     return cast(BinaryIO, io.BufferedRandom(file) if file.readable() else io.BufferedWriter(file))
 
