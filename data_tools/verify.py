@@ -16,8 +16,6 @@ from pathlib import Path
 from data_tools.command_runner import run_command
 from w1train.config.argument_parser import ArgumentParser
 from w1train.data.indexed import PACKING_SUFFIX, bin_path
-from w1train.data.packed.packing_index import packings_of, verify_packing_file
-from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command
 
 logger = logging.getLogger(__name__)
@@ -37,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verify(prefixes: Sequence[str]) -> None:
+    # These modules import torch, which takes seconds, and for which --help and a wrong option should not wait.
+    from w1train.data.packed.packing_index import packings_of, verify_packing_file
+    from w1train.data.sharded_dataset import open_dataset
+
     for prefix in prefixes:
         packings = [Path(prefix)]
         if not prefix.endswith(PACKING_SUFFIX) or bin_path(prefix).exists():

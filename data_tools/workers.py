@@ -12,9 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+
+from w1train.runtime.ctrl_c import ctrl_c_waits
 
 _ITEMS_AHEAD = 2
 _SECONDS_TO_END = 5.0
@@ -189,14 +192,16 @@ def _start(make: Callable, setting: object) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, make, setting), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # its start unblocks SIGINT in this process
+    # After Ctrl-C, this process closes the connection. The worker would print a traceback, also in the middle of its imports.
+    with ctrl_c_waits():
+        process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
 def _work(connection: Connection, make: Callable, setting: object) -> None:
     """Process items until the other end is closed. A thread receives them, so that the sender never waits for the computation."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent closes the connection
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     function = make(setting)
     inbox: queue.SimpleQueue = queue.SimpleQueue()

@@ -19,7 +19,7 @@ if not __package__ and not sys.flags.safe_path:
 
 import argparse
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,11 @@ def checked_config(
     Raises:
         ConfigurationError: the arguments, the recipe or the layout have problems; it has all of them.
     """
-    command_line = parse_command_line(arguments, NAME_RULES, COUNTS, lambda _counts: [*run_rules(num_ranks, ranks_here), *more_rules])
+
+    def rules(counts: Mapping[str, int]) -> list[Rule]:
+        return [*run_rules(num_ranks, ranks_here, counts.get("--max-steps")), *more_rules]
+
+    command_line = parse_command_line(arguments, NAME_RULES, COUNTS, rules)
     if command_line.config is None or command_line.action != "run":
         flag = {"print_config": "--cfg", "list": "--list", "help": "--help"}[command_line.action]
         typed = shlex.join(["w1train", "train", *arguments])

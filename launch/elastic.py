@@ -1,5 +1,5 @@
 """The command that is torchrun, with two differences: it does not start ranks again after a mistake of the user or after a signal that has
-ended the run with a checkpoint, and it prints no traceback of its own below the message of a rank.
+ended the run with a checkpoint, and it prints no traceback or warning of its own below the message of a rank.
 
     python -m launch.elastic --standalone --nproc-per-node 8 -m w1train.pretrain recipe=w1_4b
 
@@ -15,6 +15,7 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,13 @@ from w1train.runtime.exit_status import ExitStatus
 
 _FINAL = (ExitStatus.MISTAKE, ExitStatus.STOPPED, ExitStatus.INTERRUPTED)
 """The statuses of ranks that are not started again: a mistake would be made again, and a run that a signal has ended shall not continue."""
+
+PASSED_ON = {
+    "torch.distributed.elastic.agent.server.api": "Received %s death signal",
+    "torch.distributed.elastic.multiprocessing.api": "Sending process %s closing signal",
+}
+"""torchrun's loggers, and the beginnings of their lines about a signal, of which there is one for each rank. The ranks themselves say what
+follows from the signal."""
 
 
 class Agent(local_elastic_agent.LocalElasticAgent):
@@ -51,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command. Return the exit status: 0, 2, 75 or 130 if a rank has ended with this status, and 1 for every other failure and if a
     signal has ended torchrun itself. Exit with 2 for wrong options."""
     api.LocalElasticAgent = Agent
+    for name, beginning in PASSED_ON.items():
+        logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
     try:
         # Without the decorator of torchrun's main, which prints the table of the ranks' tracebacks.
         torchrun.run(torchrun.parse_args(list(arguments)))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import slow_except
 from tests.test_project import REPOSITORY
 from w1train import cli
 from w1train import launcher as launcher_module
@@ -25,7 +26,8 @@ from w1train.local_ranks import Outcome
 from w1train.preflight import start_rules
 from w1train.runtime.exit_status import ExitStatus
 
-HEAVY = {"torch", "megatron", "numpy", "hydra", "rich", "transformers"}
+TORCH = {"torch", "megatron"}
+HEAVY = {*TORCH, "numpy", "hydra", "rich", "transformers"}
 
 
 def python(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -33,6 +35,14 @@ def python(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-P", "-c", code]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(autouse=True)
+def own_ctrl_c():
+    """The command changes what Ctrl-C does in its process, which here is that of the tests."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -106,16 +116,20 @@ def test_a_verb_runs_its_module(monkeypatch, words, module, argv):
     assert calls == [(module, argv, "__main__")]
 
 
-def test_ctrl_c_during_the_imports_of_a_verb_is_one_line(monkeypatch, capsys):
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runpy, "run_module", interrupted)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's last, before this process would end
-    with pytest.raises(SystemExit) as end:
-        cli.main(["sample", "runs/demo"])
-    assert end.value.code == ExitStatus.INTERRUPTED
-    assert capsys.readouterr().err == "w1train sample: ended by Ctrl-C\n"
+@pytest.mark.parametrize(
+    "words",
+    slow_except(
+        [["sample"], ["evaluate"]],
+        [["sample"], ["evaluate"], ["average"], ["convert", "to-hf"], ["plan"], ["data", "verify"], ["data", "build-packing"]],
+    ),
+)
+def test_options_are_read_before_torch_is_imported(tmp_path, words):
+    """Its import takes seconds, for which --help and a wrong option should not wait."""
+    code = f"import atexit, sys; from w1train.cli import main; atexit.register(lambda: print({TORCH} & set(sys.modules))); main("
+    asked, wrong = python(f"{code}{[*words, '--help']})", tmp_path), python(f"{code}{[*words, 'a', 'b', '--frobnicate']})", tmp_path)
+    assert (asked.returncode, asked.stdout.endswith("\nset()\n")) == (0, True), asked.stderr
+    assert (wrong.returncode, wrong.stdout) == (2, "set()\n"), wrong.stderr
+    assert "frobnicate" in wrong.stderr
 
 
 def test_the_exit_status_is_the_verbs_own(tmp_path, monkeypatch):
@@ -138,7 +152,7 @@ def test_a_mistake_is_one_text_without_a_traceback_or_torch(tmp_path, ranks):
     assert list(tmp_path.iterdir()) == []
 
 
-def _without_machine(run_rules: Callable[..., tuple[Rule, ...]], num_ranks: int, _ranks_here: int) -> tuple[Rule, ...]:
+def _without_machine(run_rules: Callable[..., tuple[Rule, ...]], num_ranks: int, *_: object) -> tuple[Rule, ...]:
     return run_rules(num_ranks, None)
 
 
@@ -151,7 +165,7 @@ class Launcher:
         monkeypatch.setattr(launcher_module, "run_local_ranks", self._run)
         # The data of the demo need not be there.
         monkeypatch.setattr(start_rules, "run_rules", partial(_without_machine, start_rules.run_rules))
-        monkeypatch.setattr(launcher_module, "rank_rules", tuple)
+        monkeypatch.setattr(launcher_module, "rank_rules", lambda _counts: ())
         monkeypatch.delenv("RANK", raising=False)
 
     def _run(self, arguments: list[str], num_ranks: int, logs: Path) -> Outcome:

@@ -27,6 +27,7 @@ LISTEN = """\
 got = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, _frame: got.append(signal.Signals(number).name))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 open(f"ready_{rank}", "w").close()
 while not got:
     time.sleep(0.02)

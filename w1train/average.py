@@ -27,7 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from w1train.config.argument_parser import ArgumentParser
+from w1train.config.argument_parser import ArgumentParser, number_in
+from w1train.config.constraints import Range
 from w1train.config.errors import UserError
 from w1train.config.serialization import config_from_yaml
 from w1train.registered_names import require_registered_names
@@ -78,7 +79,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     members = parser.add_mutually_exclusive_group()
     members.add_argument(
-        "--top-k", type=int, metavar="K", help="number of best checkpoints to average (default: the run's checkpoint.keep_best)"
+        "--top-k",
+        type=number_in(int, Range(2)),
+        metavar="K",
+        help="number of best checkpoints to average (default: the run's checkpoint.keep_best)",
     )
     members.add_argument("--steps", type=_steps, metavar="N,N", help="average the checkpoints of these steps instead")
     parser.add_argument(

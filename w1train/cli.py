@@ -1,24 +1,22 @@
 """The one command: `w1train VERB ...` runs the module of the verb, as `python -m` does.
 
 The verbs and their meanings are listed here, so that the list is printed without the import of a verb's module, which may take seconds.
+This module imports nothing that takes time: until `main` has begun, Ctrl-C would be a traceback.
 """
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from w1train.config.errors import closest
-from w1train.runtime.exit_status import ExitStatus
+from w1train.runtime.ctrl_c import end_at_ctrl_c
 from w1train.runtime.version import __version__
 
 _WIDTH = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
+class Verb(NamedTuple):
     """A verb of the command."""
 
     module: str
@@ -65,6 +63,7 @@ _OTHER_NAMES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command (without arguments: that of this process). Return the exit status, or exit as the verb's own command does."""
+    end_at_ctrl_c("w1train")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         print(f"w1train {__version__}")
@@ -82,16 +81,13 @@ def _run(program: str, verbs: Mapping[str, Verb], other_names: Mapping[str, str]
     name, *arguments = words
     if name not in verbs:
         print(f"{program}: {_unknown(program, verbs, other_names, name)}", file=sys.stderr)
-        return ExitStatus.MISTAKE
-    sys.argv = [f"{program} {name}", *arguments]
-    try:
-        runpy.run_module(verbs[name].module, run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:
-        # While the module is imported, which may take seconds, its own handler of Ctrl-C is not there yet.
-        from w1train.runtime.command import end_interrupted
+        return 2
+    end_at_ctrl_c(f"{program} {name}")
+    import runpy
 
-        end_interrupted(f"{program} {name}")
-    return ExitStatus.FINISHED
+    sys.argv = [f"{program} {name}", *arguments]
+    runpy.run_module(verbs[name].module, run_name="__main__", alter_sys=True)
+    return 0
 
 
 def _list_of(program: str, verbs: Mapping[str, Verb]) -> str:
@@ -102,6 +98,8 @@ def _list_of(program: str, verbs: Mapping[str, Verb]) -> str:
 def _unknown(program: str, verbs: Mapping[str, Verb], other_names: Mapping[str, str], name: str) -> str:
     if "=" in name and program == "w1train":
         return f"{name} is no verb; did you mean {program} train {name}?"
+    from w1train.config.errors import closest
+
     match = other_names.get(name.lower()) or closest(name, verbs)
     if match is None and (other := closest(name, other_names)) is not None:
         match = other_names[other]

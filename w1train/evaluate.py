@@ -26,9 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from w1train.config.argument_parser import ArgumentParser
+from w1train.config.argument_parser import ArgumentParser, number_in
+from w1train.config.constraints import Range
 from w1train.config.errors import UserError
-from w1train.evaluation.likelihood import DEFAULT_DRAWS
+from w1train.evaluation.draws import DEFAULT_DRAWS, MAX_DRAWS
 from w1train.evaluation.questions import FORMATS, Answer, Question, answer_questions, read_questions, summarize, warn_of_blocks
 from w1train.runtime.command import command
 from w1train.runtime.masking import mask, unmasked
@@ -128,12 +129,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--likelihood", type=Path, metavar="FILE", help=f"score the completions in a JSONL file, in which each line is {FORMATS}"
     )
-    parser.add_argument(
-        "--draws", type=int, default=DEFAULT_DRAWS, metavar="N", help="random masks for each completion (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="largest number of rows in a forward pass (default: %(default)s)"
-    )
+    draws, rows = number_in(int, Range(1, MAX_DRAWS)), number_in(int, Range(1))
+    draws_help = "random masks for each completion (default: %(default)s)"
+    parser.add_argument("--draws", type=draws, default=DEFAULT_DRAWS, metavar="N", help=draws_help)
+    rows_help = "largest number of rows in a forward pass (default: %(default)s)"
+    parser.add_argument("--batch-size", type=rows, default=32, metavar="N", help=rows_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 

@@ -60,7 +60,7 @@ def _rules_before_start(counts: Mapping[str, int]) -> tuple[Rule, ...]:
     from w1train.preflight.start_rules import run_rules  # it imports NumPy, for which the first line of the run should not wait
 
     num_ranks = counts.get("--nproc", 1)
-    return rank_rules() if num_ranks == 1 else (_launched_once, *run_rules(num_ranks, num_ranks))
+    return rank_rules(counts) if num_ranks == 1 else (_launched_once, *run_rules(num_ranks, num_ranks, counts.get("--max-steps")))
 
 
 def _launched_once(_config: Config) -> Iterator[Problem]:

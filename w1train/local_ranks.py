@@ -138,7 +138,8 @@ def _free_port() -> int:
 
 def _start(number: int, arguments: Sequence[str], environment: dict[str, str], logs: Path, mask: set[int | signal.Signals]) -> _Rank:
     def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # Python's own start answers Ctrl-C with a traceback. w1train.runtime.ctrl_c lets it in.
+        signal.pthread_sigmask(signal.SIG_SETMASK, {*mask, signal.SIGINT})
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     variables = {**environment, "RANK": str(number), "LOCAL_RANK": str(number)}

@@ -18,18 +18,16 @@ if not __package__ and not sys.flags.safe_path:
 
 import json
 import warnings
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from w1train.config.errors import ConfigurationError, raise_if_any
 from w1train.config.rules.validate import validate
 from w1train.planning.arguments import PROGRAM, Request, parse
-from w1train.planning.as_json import plan_as_dict, search_as_dict
-from w1train.planning.plan_tables import print_plan, print_search
-from w1train.planning.prediction import predict
-from w1train.planning.search import search_layouts
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.command import command
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NUM_SHOWN = 15
 
@@ -48,8 +46,11 @@ def main(arguments: list[str]) -> int:
 def plan(request: Request) -> int:
     """Plan and build the layout of the request. Return the exit status."""
     raise_if_any(validate(request.config, request.num_gpus))
-    # torch and megatron-core take seconds to import, which bad input and --search should not wait for.
+    # torch and megatron-core take seconds to import, which bad input and --help should not wait for.
+    from w1train.planning.as_json import plan_as_dict
     from w1train.planning.meta_build import LayoutError, build_ranks
+    from w1train.planning.plan_tables import print_plan
+    from w1train.planning.prediction import predict
 
     planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     try:
@@ -66,6 +67,10 @@ def plan(request: Request) -> int:
 
 def search(request: Request) -> int:
     """Rank the layouts that fit. Return the exit status."""
+    from w1train.planning.as_json import search_as_dict
+    from w1train.planning.plan_tables import print_search
+    from w1train.planning.search import search_layouts
+
     result = search_layouts(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     if request.json:
         print(json.dumps(search_as_dict(result, NUM_SHOWN)))
@@ -76,6 +81,8 @@ def search(request: Request) -> int:
 
 def console() -> Console:
     """Return a console as wide as the terminal, or with 120 columns if the output is not a terminal."""
+    from rich.console import Console
+
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 

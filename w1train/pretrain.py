@@ -15,9 +15,14 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
+from w1train.runtime.ctrl_c import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c("w1train train")
+
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -65,17 +70,17 @@ def main(arguments: list[str]) -> int:
     except ConfigurationError as error:
         return fail_alone(str(error), ExitStatus.MISTAKE)
     announce(arguments)
-    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS, lambda _counts: rank_rules())
+    config, counts = config_from_command_line(arguments, PROGRAM, DESCRIPTION, NAME_RULES, COUNTS, rank_rules)
     return train(config, counts.get("--max-steps"), discovery)
 
 
-def rank_rules() -> tuple[Rule, ...]:
-    """Return what this rank checks before the ranks have met."""
+def rank_rules(counts: Mapping[str, int]) -> tuple[Rule, ...]:
+    """Return what this rank checks before the ranks have met. ``counts`` are the values of the command's own flags."""
     from w1train.preflight.start_rules import run_rules  # it imports NumPy, for which the first line of the run should not wait
 
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     is_first_to_check = _refuses_early() and os.environ.get("RANK", "0") == "0"
-    return run_rules(num_ranks, num_ranks if is_first_to_check else None)
+    return run_rules(num_ranks, num_ranks if is_first_to_check else None, counts.get("--max-steps"))
 
 
 def train(config: Config, max_steps: int | None = None, discovery: str | None = None) -> int:
@@ -119,7 +124,7 @@ def run(config: Config, max_steps: int | None = None) -> int:
     # Errors are handled outside of the process groups, which are torn down only at a clean end.
     try:
         with distributed(config.parallel, timeout) as ranks:
-            trainer = train_run(config, ranks, directory, max_steps, monitor=partial(_monitored, config))
+            trainer = train_run(config, ranks, directory, max_steps, monitor=partial(_monitored, config, max_steps))
             if ranks.is_main:
                 stop_signal, is_stopped = trainer.stop_signal, trainer.stopped
                 print_end(config, directory, trainer.progress, trainer.position, stop_signal=stop_signal, is_stopped=is_stopped)
@@ -139,7 +144,9 @@ def run(config: Config, max_steps: int | None = None) -> int:
 
 
 @contextmanager
-def _monitored(config: Config, directory: Path, ranks: Ranks, health: HealthConfig, next_start: Callable[[], str]) -> Iterator[StatusFile]:
+def _monitored(
+    config: Config, max_steps: int | None, directory: Path, ranks: Ranks, health: HealthConfig, next_start: Callable[[], str]
+) -> Iterator[StatusFile]:
     """Watch the run, and write its log. Rank 0 checks its machine here if it could not end the run earlier."""
     from w1train.preflight.start_rules import machine_problems
     from w1train.runtime.distributed import on_main_rank
@@ -151,7 +158,7 @@ def _monitored(config: Config, directory: Path, ranks: Ranks, health: HealthConf
         logged_to(RunDirectory(directory).log, status, active=ranks.is_main),
     ):
         if not _refuses_early():
-            on_main_rank(lambda: raise_if_any(machine_problems(config)))
+            on_main_rank(lambda: raise_if_any(machine_problems(config, max_steps)))
         yield status
 
 

@@ -9,7 +9,7 @@ if not __package__ and not sys.flags.safe_path:
     # The script was started by its path. Python then looks for modules in its folder first, where some have the names of Python's own.
     sys.path[0] = os.path.realpath(f"{__file__}/../..")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from w1train.config.argument_parser import ArgumentParser
@@ -18,12 +18,13 @@ from w1train.reports.report_compare import write_comparison
 from w1train.reports.report_page import shows_runs
 from w1train.reports.run_report import REPORT_NAME, write_report
 from w1train.runtime.command import command, describe_error
+from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.output_files import require_writable
 
 
 @command("w1train report")
-def main() -> None:
-    """Run the command."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit status: 0, 1 if a file cannot be read or written, 2 for bad input; the reason is on stderr."""
     parser = ArgumentParser(
         prog="w1train report",
         description="Write RUN/report.html, or for several runs, comparison.html in the directory of the first. Each page is one file.",
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, metavar="RUN", help="another run, whose validation is drawn into the page of a single RUN")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file of the comparison of several runs")
     parser.add_argument("--overwrite", action="store_true", help="replace any file with the name of the page, but never a file of a run")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     several = len(arguments.runs) > 1
     if several and arguments.compare is not None:
         parser.error("--compare needs a single RUN; several RUNs are compared with each other without it")
@@ -48,8 +49,16 @@ def main() -> None:
             print(write_comparison(arguments.runs, page))
         else:
             print(write_report(arguments.runs[0], arguments.compare))
-    except (OSError, UserError) as error:
-        sys.exit(f"w1train report: {describe_error(error)}")
+    except (UserError, FileNotFoundError) as error:
+        return _refuse(error, ExitStatus.MISTAKE)
+    except OSError as error:
+        return _refuse(error, ExitStatus.FAILED)
+    return 0
+
+
+def _refuse(error: Exception, status: int) -> int:
+    print(f"w1train report: {describe_error(error)}", file=sys.stderr)
+    return status
 
 
 def _files(run: Path) -> Iterator[Path]:
@@ -68,4 +77,4 @@ def _files(run: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

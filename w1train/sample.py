@@ -25,22 +25,24 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-import torch
-from rich.console import Console
-
-from w1train.config.argument_parser import ArgumentParser
+from w1train.config.argument_parser import ArgumentParser, number_in
+from w1train.config.constraints import Range
 from w1train.config.errors import UserError
+from w1train.config.rules.sampling_rules import OWN_ORDERS
 from w1train.config.schema import Config, SamplingConfig
 from w1train.runtime.command import command, text_argument
 from w1train.runtime.masking import mask, unmasked
-from w1train.sampling.denoise import BlockPredict, Predict
-from w1train.sampling.display import DenoisingView, print_samples
-from w1train.sampling.rules import ORDERS
 from w1train.sampling.settings import with_given
-from w1train.sampling.text import TextSample, TextTokenizer, sample_texts
 from w1train.trained_model import load_trained, require_run
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help and a wrong option should not wait for
+    import torch
+    from rich.console import Console
+
+    from w1train.sampling.denoise import BlockPredict, Predict
+    from w1train.sampling.text import TextSample, TextTokenizer
 
 
 class InferenceModel(Protocol):
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
     if args.json:
         print(json.dumps(_as_json(args, model, config.sampling, samples, speed)), file=unmasked(sys.stdout))
     else:
+        from w1train.sampling.display import print_samples
+
         print_samples(_console(unmasked(sys.stdout)), samples)
         print(speed, file=sys.stderr)
     return 0
@@ -123,6 +127,9 @@ def _suffixes(given: list[str] | None, num_prompts: int) -> list[str] | None:
 
 
 def _sample(model: InferenceModel, config: Config, suffixes: list[str] | None, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
+    from w1train.sampling.display import DenoisingView
+    from w1train.sampling.text import sample_texts
+
     view = DenoisingView(_console(), model.tokenizer, config.sampling.num_tokens) if show_steps else None
     predict = model.blocks or model.predict
     started = time.perf_counter()
@@ -146,6 +153,8 @@ def _load_run(run: Path, checkpoint: int | str | None) -> InferenceModel:
 
 def _console(stream: TextIO | None = None) -> Console:
     """Return a console that does not colour the model's text."""
+    from rich.console import Console
+
     return Console(highlight=False, file=stream)
 
 
@@ -177,6 +186,16 @@ def _as_json(
     }
 
 
+def _order(name: str) -> str:
+    """Return the name of an order. The table of orders is read only for a name that does not come with w1train."""
+    if name not in OWN_ORDERS:
+        from w1train.sampling.rules import ORDERS
+
+        if name not in ORDERS:
+            raise argparse.ArgumentTypeError(f"found: {name!r}; valid: {', '.join(ORDERS)}")
+    return name
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="w1train sample", description="Generate text with a trained run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
@@ -187,18 +206,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "not with block diffusion, where a block does not see later blocks"
     )
     parser.add_argument("--suffix", action="append", type=text_argument, metavar="TEXT", help=suffix_help)
-    parser.add_argument("--num-tokens", type=int, metavar="N", help="tokens to generate after the prompt")
-    parser.add_argument("--steps", type=int, metavar="N", help="number of denoising steps of all blocks together")
+    parser.add_argument("--num-tokens", type=number_in(int, Range(0)), metavar="N", help="tokens to generate after the prompt")
+    parser.add_argument("--steps", type=number_in(int, Range(1)), metavar="N", help="number of denoising steps of all blocks together")
     parser.add_argument(
-        "--threshold", type=float, metavar="P", help="unmask tokens that are more probable than P at each step; 0 = use --steps"
+        "--threshold",
+        type=number_in(float, Range(0, 1)),
+        metavar="P",
+        help="unmask tokens that are more probable than P at each step; 0 = use --steps",
     )
     block_help = (
         "tokens of a block; blocks are denoised from left to right; 0 = as trained (block diffusion) or one block (masked diffusion)"
     )
-    parser.add_argument("--block-size", type=int, metavar="N", help=block_help)
-    parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature; 0 = the most probable token")
-    parser.add_argument("--remasking", choices=[*ORDERS], help="which predictions are kept at each step")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
+    parser.add_argument("--block-size", type=number_in(int, Range(0)), metavar="N", help=block_help)
+    temperature_help = "sampling temperature; 0 = the most probable token"
+    parser.add_argument("--temperature", type=number_in(float, Range(0)), metavar="T", help=temperature_help)
+    order_help = f"which predictions are kept at each step: {', '.join(OWN_ORDERS)}, or an order of your own"
+    parser.add_argument("--remasking", type=_order, metavar="ORDER", help=order_help)
+    parser.add_argument("--seed", type=number_in(int, Range(0)), metavar="N", help="seed of the noise")
     parser.add_checkpoint_option()
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")

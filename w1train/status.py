@@ -3,9 +3,9 @@
     w1train status runs/demo
     w1train status runs/*
 
-The exit status says what a run does: 0 = it has finished, 75 = it was stopped by a signal after saving, and is to be started again, 3 = it
-is running, 1 = it has failed or died, 2 = it is not a run, or was ended by a mistake in configuration or data. For several runs, it is the
-first of 2, 1, 3, 75 that any of them has.
+The exit status says what a run does: 0 = it has finished, 4 = it has ended at the step that --max-steps gave, 75 = it was stopped by a
+signal after saving, and is to be started again, 3 = it is running, 1 = it has failed or died, 2 = it is not a run, or was ended by a
+mistake in configuration or data. For several runs, it is the first of 2, 1, 3, 75, 4 that any of them has.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ from w1train.runtime.command import command
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.status import STATUS_FILE, Heartbeat, Status, read_heartbeats, read_status
 
-_STATUSES = {"finished": ExitStatus.FINISHED, "stopped": ExitStatus.STOPPED, "failed": ExitStatus.FAILED, "mistake": ExitStatus.MISTAKE}
-_WORST_FIRST = (ExitStatus.MISTAKE, ExitStatus.FAILED, ExitStatus.RUNNING, ExitStatus.STOPPED, ExitStatus.FINISHED)
+_STATUSES = {
+    "finished": ExitStatus.FINISHED,
+    "paused": ExitStatus.PAUSED,
+    "stopped": ExitStatus.STOPPED,
+    "failed": ExitStatus.FAILED,
+    "mistake": ExitStatus.MISTAKE,
+}
+_WORST_FIRST = (ExitStatus.MISTAKE, ExitStatus.FAILED, ExitStatus.RUNNING, ExitStatus.STOPPED, ExitStatus.PAUSED, ExitStatus.FINISHED)
 _SILENT_SECONDS = 1200.0
 _SLOW_SECONDS = 30.0
 _MOST_CLOCKS_DIFFER = 60.0

@@ -10,6 +10,8 @@ import pytest
 
 from tests.end_to_end import traps
 from tests.end_to_end.runs import CHECKPOINT_INTERVAL, NUM_STEPS, TinyRun
+from w1train.runtime.exit_status import ExitStatus
+from w1train.status import describe_run
 
 
 def require_equal(run: TinyRun, expected: TinyRun) -> None:
@@ -29,7 +31,10 @@ def test_a_trial_ends_at_its_step_and_continues_as_if_it_had_not(tiny_run, undis
         assert tiny_run.steps_saved() == [3, 5]
         assert [record["step"] for record in tiny_run.train_records()] == [1, 2, 3, 4, 5]
         status = json.loads((tiny_run.path / "status.json").read_text())
-        assert (status["state"], status["step"], status["num_steps"]) == ("stopped", 5, NUM_STEPS)
+        assert (status["state"], status["step"], status["num_steps"]) == ("paused", 5, NUM_STEPS)
+        line, exit_status = describe_run(tiny_run.path)
+        assert line.endswith("ended at step 5 as --max-steps asked; the same command without --max-steps continues")
+        assert exit_status == ExitStatus.PAUSED
         assert not (tiny_run.path / "summary.json").exists()
     tiny_run.train(*options, "--max-steps", "99", world_size=2).require(0)
     require_equal(tiny_run, undisturbed(2, "bf16"))

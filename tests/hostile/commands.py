@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 
 from tests.reports.fake_run import write_fake_run
 from tests.tiny import tiny_config
-from w1train import report, status
+from w1train import status
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
 from w1train.data.dataset_manifest import DatasetManifest
@@ -27,13 +26,6 @@ MOST_LINES = 230
 """The longest answer: fifty problems of four lines each."""
 
 Main = Callable[[list[str]], int | None]
-
-
-def report_main(arguments: list[str]) -> None:
-    """``w1train.report`` takes its arguments from the process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["w1train.report", *arguments])
-        report.main()
 
 
 def answer(main: Main, arguments: list[str], capture: pytest.CaptureFixture[str]) -> tuple[int, str]:

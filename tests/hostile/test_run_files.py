@@ -22,7 +22,6 @@ from tests.hostile.commands import (
     make_dataset,
     make_run,
     may_refuse,
-    report_main,
     require_refusal,
     run_config,
     status_main,
@@ -32,7 +31,7 @@ from tests.hostile.content import NOT_CONFIGURATIONS, NOT_FILES, NOT_JSON_OBJECT
 from tests.hostile.test_data_files import mutated, swapped
 from tests.reports.fake_run import sample_record, train_record, validation_record
 from tests.slow import examples
-from w1train import average, convert, evaluate, sample
+from w1train import average, convert, evaluate, report, sample
 from w1train.checkpoints.recovery import _is_to_return
 from w1train.config.errors import UserError
 from w1train.config.serialization import config_from_yaml, config_to_yaml
@@ -234,7 +233,7 @@ LINES: dict[str, bytes] = {
 def test_a_line(run, content, capsys):
     for name in ("events.jsonl", "samples.jsonl", "metrics.jsonl") if content == "list" else ["metrics.jsonl"]:
         (run / name).write_bytes(TRAINED + LINES[content] + TRAINED)
-        require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+        require_refusal(report.main, [str(run)], capsys, 2, str(run / name))
 
 
 METRICS = {
@@ -253,8 +252,8 @@ METRICS = {
 def test_metrics_of_other_types(run, template, content, capsys):
     path = run / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + line(METRICS[content]))
-    require_refusal(report_main, [str(run)], capsys, 1, str(path))
-    require_refusal(report_main, [str(template), str(run), "--output", str(run / "c.html")], capsys, 1, str(path))
+    require_refusal(report.main, [str(run)], capsys, 2, str(path))
+    require_refusal(report.main, [str(template), str(run), "--output", str(run / "c.html")], capsys, 2, str(path))
 
 
 @pytest.mark.parametrize(
@@ -269,13 +268,13 @@ def test_metrics_of_other_types(run, template, content, capsys):
 )
 def test_other_records_of_other_types(run, name, record, capsys):
     (run / name).write_bytes(line(record))
-    require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+    require_refusal(report.main, [str(run)], capsys, 2, str(run / name))
 
 
 @pytest.mark.parametrize("content", NOT_JSON_OBJECTS)
 def test_a_summary(run, content, capsys):
     put(run / "summary.json", NOT_JSON_OBJECTS[content])
-    require_refusal(report_main, [str(run)], capsys, 1, str(run / "summary.json"))
+    require_refusal(report.main, [str(run)], capsys, 2, str(run / "summary.json"))
 
 
 @pytest.mark.parametrize(
@@ -285,14 +284,14 @@ def test_a_summary(run, content, capsys):
 def test_a_summary_of_other_types(run, changes, capsys):
     path = run / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    require_refusal(report_main, [str(run)], capsys, 1, str(path))
+    require_refusal(report.main, [str(run)], capsys, 2, str(path))
 
 
 @pytest.mark.parametrize("content", [name for name in NOT_CONFIGURATIONS if name not in ("unknown keys",)])
 def test_a_configuration_in_a_report(run, content, capsys):
     """A page shows any mapping: only what cannot be read at all is refused."""
     put(run / "config.yaml", NOT_CONFIGURATIONS[content])
-    found, said = answer(report_main, [str(run)], capsys)
+    found, said = answer(report.main, [str(run)], capsys)
     mappings = ("wrong types", "a key that steers the terminal", "not a number", "text where numbers are", "a Python object")
     assert "Traceback" not in said
     assert found == 1 or content in mappings
@@ -305,7 +304,7 @@ def test_a_configuration_in_a_report(run, content, capsys):
 def test_records_that_are_no_files(run, name, content, capsys):
     (run / name).unlink()
     put(run / name, NOT_FILES[content])
-    require_refusal(report_main, [str(run)], capsys, 1, str(run / name))
+    require_refusal(report.main, [str(run)], capsys, 2, str(run / name))
 
 
 def test_a_page_holds_any_numbers_and_no_markup(run, template, capsys):
@@ -321,9 +320,9 @@ def test_a_page_holds_any_numbers_and_no_markup(run, template, capsys):
     (run / "summary.json").write_text(json.dumps({**summary, "versions": {"git_commit": MARKUP, MARKUP: MARKUP}}))
     (run / "config.yaml").write_text(f"name: {MARKUP}\n'{MARKUP}': '{MARKUP}'\nvalidation: [1]\n")
     other = shutil.copytree(template, run.parent / MARKUP.replace("/", "|"))
-    assert answer(report_main, [str(run)], capsys)[0] == 0
-    assert answer(report_main, [str(run), "--compare", str(other), "--overwrite"], capsys)[0] == 0
-    assert answer(report_main, [str(run), str(other), "--output", str(run / "c.html")], capsys)[0] == 0
+    assert answer(report.main, [str(run)], capsys)[0] == 0
+    assert answer(report.main, [str(run), "--compare", str(other), "--overwrite"], capsys)[0] == 0
+    assert answer(report.main, [str(run), str(other), "--output", str(run / "c.html")], capsys)[0] == 0
     for page in (run / "report.html", run / "c.html"):
         assert "<script>alert" not in page.read_text()
 

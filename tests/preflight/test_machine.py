@@ -68,6 +68,10 @@ def test_space_for_the_checkpoints_of_a_new_run(config: Config, directory: Path,
     assert problem.key == "runs_dir"
     assert f"GiB free in {directory}" in problem.found
     assert "up to 3 checkpoints of" in problem.valid
+    free[0] = checkpoint_bytes(config)
+    assert list(disks.space_rule(config, max_steps=10)) == [], "a trial of ten steps has one checkpoint"
+    (problem,) = machine_problems(config, max_steps=11)
+    assert "up to 2 checkpoints of" in problem.valid
     begin(config)
     assert list(disks.space_rule(config)) == []
 

@@ -15,6 +15,7 @@ from tests.reports.test_report import Page, write_log
 from w1train import report
 from w1train.config.errors import UserError
 from w1train.reports.report_compare import MAX_RUNS, write_comparison
+from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.quantities import quantity
 from w1train.runtime.record_files import MetricsLog
 
@@ -148,17 +149,20 @@ def test_the_command(tmp_path):
     assert "--compare needs a single RUN" in command(*runs, "--compare", runs[0]).stderr
 
 
-def test_the_command_replaces_no_file_of_a_run_and_no_other_page(tmp_path, monkeypatch):
+def _fault(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a mistake, or nothing."""
+    status = report.main(arguments)
+    message = capsys.readouterr().err
+    assert status == (ExitStatus.MISTAKE if message else ExitStatus.FINISHED)
+    return message
+
+
+def test_the_command_replaces_no_file_of_a_run_and_no_other_page(tmp_path, capsys):
     runs = [str(write_log(tmp_path / name, train_record(1))) for name in ("a", "b")]
     page = tmp_path / "page.html"
 
     def fault(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["w1train.report", *runs, "--output", *arguments])
-        try:
-            report.main()
-        except SystemExit as error:
-            return str(error.code)
-        return ""
+        return _fault(capsys, *runs, "--output", *arguments)
 
     before = Path(runs[0], "metrics.jsonl").read_bytes()
     (tmp_path / "link").symlink_to(Path(runs[0], "metrics.jsonl"))
@@ -174,22 +178,18 @@ def test_the_command_replaces_no_file_of_a_run_and_no_other_page(tmp_path, monke
     assert fault(str(page), "--overwrite") == ""
 
 
-def test_a_page_without_output_replaces_only_the_page_of_the_same_runs(tmp_path, monkeypatch):
+def test_a_page_without_output_replaces_only_the_page_of_the_same_runs(tmp_path, capsys, monkeypatch):
     for name in ("a", "b", "c"):
         write_log(tmp_path / "runs" / name, train_record(1))
 
     def fault(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["w1train.report", *arguments])
-        try:
-            report.main()
-        except SystemExit as error:
-            return str(error.code)
-        return ""
+        return _fault(capsys, *arguments)
 
     monkeypatch.chdir(tmp_path / "runs")
     assert fault("a", "b", "c") == fault("a", "c", "b") == fault("a") == fault("./a") == ""
     (tmp_path / "runs").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
+    assert "nowhere is no run directory" in fault("nowhere")
     assert fault("moved/a", "moved/b", "moved/c") == fault("moved/a") == ""
     comparison, page = (Path("moved/a", name).read_bytes() for name in ("comparison.html", "report.html"))
     refusal = "exists already: choose another name, or give --overwrite"

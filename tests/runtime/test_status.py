@@ -60,7 +60,7 @@ def test_a_finished_run_stays_finished_until_it_trains_on(tmp_path):
     StatusFile(tmp_path, world_size=1, active=True).update("finished", step=10)
     before = (tmp_path / "status.json").read_bytes()
     again = StatusFile(tmp_path, world_size=1, active=True)
-    for state in ("starting", "finished", "stopped", "failed"):
+    for state in ("starting", "finished", "paused", "stopped", "failed"):
         again.update(state)
         assert again.is_held
         assert (tmp_path / "status.json").read_bytes() == before
@@ -96,6 +96,7 @@ def test_heartbeats_are_read_back_but_for_what_is_torn(tmp_path):
     [
         ({"state": "finished"}, 0, "finished, step 5/20 (25.0%), 1,000 of 4,000 tokens, 4 ranks"),
         ({"state": "stopped"}, 75, "stopped"),
+        ({"state": "paused", "message": "ended at step 5"}, 4, "paused, step 5/20 (25.0%), "),
         ({"state": "failed", "message": "no space left"}, 1, "no space left"),
         ({"state": "mistake", "message": "no such corpus"}, 2, "no such corpus"),
         ({"state": "running"}, 3, "running"),
@@ -128,11 +129,11 @@ def test_a_long_start_that_beats_is_none_that_died(tmp_path, monkeypatch):
 
 
 def test_of_several_runs_the_worst_counts(tmp_path, capsys):
-    for name, state in (("a", "finished"), ("b", "stopped"), ("c", "running"), ("d", "failed")):
+    for name, state in (("a", "finished"), ("b", "paused"), ("c", "stopped"), ("d", "running"), ("e", "failed")):
         (tmp_path / name).mkdir()
         StatusFile(tmp_path / name, world_size=1, active=True).update(state)
-    runs = [str(tmp_path / name) for name in "abcd"]
-    assert [command.main(runs[: number + 1]) for number in range(4)] == [0, 75, 3, 1]
+    runs = [str(tmp_path / name) for name in "abcde"]
+    assert [command.main(runs[: number + 1]) for number in range(5)] == [0, 4, 75, 3, 1]
     assert command.main([*runs, str(tmp_path / "none")]) == 2
     assert capsys.readouterr().out.splitlines()[-1].endswith("none: no status.json: not a run directory, or never started")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from w1train.config.constraints import Range
 from w1train.config.errors import closest
 
 CHECKPOINT_HELP = "the checkpoint: its step, its name, or average for the newest average (default: the newest step)"
@@ -51,6 +52,21 @@ class ArgumentParser(argparse.ArgumentParser):
         if self._subparsers is not None:
             for action in self._subparsers._group_actions:
                 yield from action.choices.values()  # type: ignore[union-attr]
+
+
+def number_in[Number: (int, float)](kind: type[Number], valid: Range) -> Callable[[str], Number]:
+    """Return the type of an argument that is a number within a range, so that a wrong number is refused before anything is loaded."""
+
+    def read(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"found: {text!r}; valid: {'a whole number' if kind is int else 'a number'} {valid}") from None
+        if value not in valid:
+            raise argparse.ArgumentTypeError(f"found: {text}; valid: {valid.words(value)}")
+        return value
+
+    return read
 
 
 def checkpoint_name(text: str) -> int | str:

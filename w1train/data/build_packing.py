@@ -17,19 +17,19 @@ from collections.abc import Sequence
 
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
-from w1train.data.packed.packing_index import PackingOptions, ensure_packing
-from w1train.data.sharded_dataset import open_dataset
 from w1train.runtime.command import command, describe_error
 
+_PROGRAM = "w1train data build-packing"
 
-@command("w1train data build-packing")
+
+@command(_PROGRAM)
 def main(arguments: Sequence[str]) -> int:
     """Run the command.
 
     Returns:
         The exit status: 0 if the packing exists now, 1 if the file cannot be written, 2 if the dataset or an option is wrong.
     """
-    parser = ArgumentParser(prog="w1train data build-packing", description="Pack the documents of a dataset into samples by best fit.")
+    parser = ArgumentParser(prog=_PROGRAM, description="Pack the documents of a dataset into samples by best fit.")
     parser.add_argument("prefix", help="the dataset: PREFIX.bin, PREFIX.idx")
     parser.add_argument("--sequence-length", type=int, required=True, help="data.sequence_length")
     parser.add_argument("--align", type=int, default=1, help="data.align (default: 1)")
@@ -42,15 +42,19 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed must be in [0, 2^63), not {options.seed}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # These modules import torch, which takes seconds, and for which --help and a wrong option should not wait.
+    from w1train.data.packed.packing_index import PackingOptions, ensure_packing
+    from w1train.data.sharded_dataset import open_dataset
+
     packing = PackingOptions(sequence_length=options.sequence_length, align=options.align, eos=options.eos, seed=options.seed)
     try:
         print(ensure_packing(open_dataset(options.prefix), packing, options.directory))
     except (UserError, ValueError) as error:
-        print(f"w1train.data.build_packing: {error}", file=sys.stderr)
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         other = "" if options.directory is not None else "; --directory names another directory, for runs with this data.cache_directory"
-        print(f"w1train.data.build_packing: {describe_error(error)}{other}", file=sys.stderr)
+        print(f"{_PROGRAM}: {describe_error(error)}{other}", file=sys.stderr)
         return 1
     return 0
 

@@ -30,12 +30,10 @@ from torch import Tensor
 
 from w1train.config.errors import UserError
 from w1train.diffusion.philox import Purpose, random_words
+from w1train.evaluation.draws import DEFAULT_DRAWS, MAX_DRAWS
 from w1train.model.row_terms import CrossEntropy, value_of
 from w1train.sampling.denoise import Predict, TimestepAt
 
-DEFAULT_DRAWS = 128
-"""LLaDA's number of draws. With masks that are drawn for each token by itself, more than 1,000 draws are needed."""
-MAX_DRAWS = 1 << 16
 _MAX_LOGITS = 1 << 28
 """Logits of one batch: 1 GiB of them in float32."""
 _TWO_32 = 1 << 32

@@ -16,12 +16,11 @@ from w1train.config.schema import Config
 from w1train.data.text.decompress import DamagedError, WindowError
 from w1train.data.text.file_names import CorpusError, kind_of, unsupported_compression
 from w1train.data.text.json_records import BYTE_ORDER_MARK, RecordReader
-from w1train.diffusion.processes import noise_process
-from w1train.evaluation.likelihood import Pair, log_likelihoods
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:  # The import takes seconds, because it imports megatron-core; a mistake in the file is reported without it.
+if TYPE_CHECKING:  # torch and megatron-core take seconds to import, which a mistake in the file should not wait for
+    from w1train.evaluation.likelihood import Pair
     from w1train.inference.predictor import InferenceModel
 
 FORMATS = '{"prompt": TEXT, "completion": TEXT} or {"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
@@ -135,6 +134,9 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
     Raises:
         UserError: a text is too long for the model, or has mask tokens or ids that are outside model.vocab_size.
     """
+    from w1train.diffusion.processes import noise_process
+    from w1train.evaluation.likelihood import log_likelihoods
+
     pairs = [_tokenize(model, question, choice) for question in questions for choice in question.choices]
     scores = log_likelihoods(
         model.predict,
@@ -166,6 +168,8 @@ def warn_of_blocks(config: Config) -> None:
 
 
 def _tokenize(model: InferenceModel, question: Question, choice: str) -> Pair:
+    from w1train.evaluation.likelihood import Pair
+
     pair = Pair(tuple(model.tokenizer.encode(question.prompt)), tuple(model.tokenizer.encode(choice)))
     limit, mask = model.config.model.max_sequence_length, model.config.diffusion.mask_token_id
     if max(pair.tokens, default=0) >= (vocab_size := model.config.model.vocab_size):

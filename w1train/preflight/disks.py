@@ -27,12 +27,17 @@ def directories_rule(config: Config) -> Iterator[Problem]:
             yield Problem(key, reason, "a directory that can be made and written to", f"{key}=/another/directory")
 
 
-def space_rule(config: Config) -> Iterator[Problem]:
+def space_rule(config: Config, max_steps: int | None = None) -> Iterator[Problem]:
     """Check that the disk has space for all checkpoints that a new run keeps at a time. A run that resumes has begun to use this space, and
-    warns when it is full."""
+    warns when it is full.
+
+    Args:
+        max_steps: the step at which the run ends this time; None = the last step of the schedule.
+    """
     if not has_valid_values(config) or has_checkpoint(config):
         return
     steps = num_steps(config.schedule, config.training.global_batch_size, config.data.sequence_length)
+    steps = steps if max_steps is None else min(steps, max_steps)
     count, size = most_checkpoints(config.checkpoint, steps), checkpoint_bytes(config)
     place = _nearest_directory(Path(absolute(os.path.join(config.runs_dir, config.name))))
     if place is None or not (usage := shutil.disk_usage(place)).total or usage.free >= count * size:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from w1train.runtime.ctrl_c import ctrl_c_raises
 from w1train.runtime.exit_status import ExitStatus
 from w1train.runtime.masking import mask_output
 
@@ -51,14 +52,15 @@ def command[**Arguments, Result](program: str) -> Callable[[Callable[Arguments, 
     def decorate(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(main)
         def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-            prepare_streams()
-            mask_output()
-            allow_open_files()
             try:
-                try:
-                    return main(*arguments, **options)
-                finally:
-                    sys.stdout.flush()
+                with ctrl_c_raises():
+                    prepare_streams()
+                    mask_output()
+                    allow_open_files()
+                    try:
+                        return main(*arguments, **options)
+                    finally:
+                        sys.stdout.flush()
             except KeyboardInterrupt:
                 end_interrupted(program)
             except (OSError, RuntimeError) as error:

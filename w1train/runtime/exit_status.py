@@ -16,6 +16,9 @@ class ExitStatus(IntEnum):
     """A mistake of the user, in the configuration or the data. The same command would fail again."""
     RUNNING = 3
     """The run has not ended. Only w1train.status uses this status."""
+    PAUSED = 4
+    """The run has ended at the step that --max-steps gave, and its schedule has more steps. Only w1train.status uses this status: the
+    command that trained has ended with 0, since it did what it was asked."""
     STOPPED = 75
     """SIGTERM or SIGUSR1 ended the run after a save. The same command resumes it (EX_TEMPFAIL of sysexits.h: schedulers requeue such a
     job)."""

@@ -24,7 +24,7 @@ from w1train.runtime.masking import mask
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "running", "saving", "validating", "finished", "stopped", "failed", "mistake"]
+State = Literal["starting", "running", "saving", "validating", "finished", "paused", "stopped", "failed", "mistake"]
 STATUS_FILE = "status.json"
 HEARTBEATS = "heartbeats"
 _SECONDS_BETWEEN_WRITES = 1.0
@@ -88,7 +88,7 @@ class StatusFile:
         for name, value in values.items():
             setattr(status, name, mask(value) if isinstance(value, str) else value)
         status.time = time.time()
-        self._held = self._held and status.state in ("starting", "finished", "stopped", "failed", "mistake")
+        self._held = self._held and status.state in ("starting", "finished", "paused", "stopped", "failed", "mistake")
         now = time.monotonic()
         if self._active and not self._held and (changed or now - self._written >= _SECONDS_BETWEEN_WRITES):
             self._written = now

@@ -113,6 +113,11 @@ class Trainer:
                 self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
 
+    @property
+    def is_paused(self) -> bool:
+        """Tell whether the run has ended at the step ``max_steps``, before the end of its schedule and without a signal."""
+        return self.stopped and self.stop_signal == 0
+
     def is_at(self, max_steps: int | None) -> bool:
         """Tell whether the run has reached the step ``max_steps``; None: no such step is set."""
         return max_steps is not None and self.progress.step >= max_steps

@@ -46,5 +46,9 @@ def train_run(
     with monitor(directory.path, ranks, config.health, next_start) as status:
         trainer = Trainer(config, ranks, directory, open_initial_weights, sinks)
         trainer.fit(max_steps)
-        status.update("stopped" if trainer.stopped else "finished")
+        if trainer.is_paused:
+            step = trainer.progress.step
+            status.update("paused", message=f"ended at step {step:,} as --max-steps asked; the same command without --max-steps continues")
+        else:
+            status.update("stopped" if trainer.stopped else "finished")
     return trainer
