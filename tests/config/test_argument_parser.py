@@ -7,7 +7,8 @@ import re
 import pytest
 
 from tests.test_project import python_files
-from w1train.config.argument_parser import ArgumentParser
+from w1train.config.argument_parser import ArgumentParser, number_in
+from w1train.config.constraints import Range
 
 
 def parser() -> ArgumentParser:
@@ -50,3 +51,23 @@ def test_no_parser_takes_abbreviations():
     """argparse's own takes them by default."""
     made = re.compile(r"argparse[.]ArgumentParser\(|from[ ]argparse[ ]import")
     assert [str(path) for path in python_files() if made.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "valid", "text", "expected"),
+    [
+        (int, Range(2), "2", 2),
+        (float, Range(0, 1), "0.5", 0.5),
+        (int, Range(2), "1", "found: 1; valid: a number >= 2"),
+        (int, Range(2), "2.5", "found: '2.5'; valid: a whole number >= 2"),
+        (int, Range(2), "9" * 5000, "valid: a whole number >= 2"),
+        (float, Range(0, 1), "inf", "found: inf; valid: a finite number >= 0 and <= 1"),
+    ],
+)
+def test_numbers_are_within_their_range(capsys, kind, valid, text, expected):
+    made = ArgumentParser(prog="w1train thing")
+    made.add_argument("--number", type=number_in(kind, valid))
+    if isinstance(expected, str):
+        assert expected in complaint(capsys, made, f"--number={text}")
+    else:
+        assert made.parse_args(["--number", text]).number == expected

@@ -165,7 +165,6 @@ def test_an_output_elsewhere_leaves_the_run_alone(averaged, tmp_path):
     ("arguments", "message"),
     [
         (["--steps", "12,77"], "has no checkpoint of step 77; it has:"),
-        (["--top-k", "1"], "--top-k is 1; it must be at least 2"),
         (["--steps", "9,12", "--output", "again/step_0000000009"], "is of step 12, as its newest member: call it step_0000000012"),
         (["--steps", "9,12", "--output", "RUN/checkpoints/step_0000000009/x"], "are not apart"),
     ],

@@ -270,8 +270,6 @@ def test_control_bytes_of_the_model_do_not_reach_the_terminal():
     ("arguments", "message"),
     [
         (["--block-size", "3"], "sampling.block_size is 3; it must be a divisor of sampling.num_tokens (8): 1, 2, 4, 8"),
-        (["--threshold", "1.5"], "sampling.threshold is 1.5; it must be a probability above 0, or null"),
-        (["--temperature", "-1"], "sampling.temperature is -1.0"),
         (["--num-tokens", "30"], "prompt 0 has 3 tokens and sampling.num_tokens is 30"),
     ],
 )
@@ -302,15 +300,27 @@ def test_skipped_steps_are_said(sample, caplog):
     assert "2 of 4 denoising steps" in caplog.text
 
 
-@pytest.mark.parametrize("arguments", [["--remasking", "entropy"], ["--num-tokens", "many"], ["--json", "--show-steps"]])
-def test_bad_arguments_are_refused_by_the_parser(run_dir, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--remasking", "entropy"], "argument --remasking: found: 'entropy'; valid: low_confidence, random"),
+        (["--threshold", "1.5"], "argument --threshold: found: 1.5; valid: a number >= 0 and <= 1"),
+        (["--temperature", "-1"], "argument --temperature: found: -1; valid: a number >= 0"),
+        (["--temperature", "nan"], "argument --temperature: found: nan; valid: a finite number >= 0"),
+        (["--steps", "0"], "argument --steps: found: 0; valid: a number >= 1"),
+        (["--num-tokens", "many"], "argument --num-tokens: found: 'many'; valid: a whole number >= 0"),
+        (["--json", "--show-steps"], "not allowed with argument --json"),
+    ],
+)
+def test_bad_arguments_are_refused_by_the_parser(run_dir, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main([str(run_dir), *arguments])
     assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_sampling_does_not_import_megatron():
-    code = "import sys, w1train.sample; sys.exit('megatron' in sys.modules)"
+    code = "import sys, w1train.sampling.text, w1train.sampling.display; sys.exit('megatron' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
