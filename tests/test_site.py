@@ -12,6 +12,7 @@ from mkdocs.config import load_config
 from rich.text import Text
 
 from docs.site import diagrams, links, pictures
+from tests import browser as headless
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,21 @@ def test_pages_load_nothing_from_the_network(site):
     assert [address for address in found if re.match(r"(https?:)?//", address)] == []
     styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
     assert re.findall(r"url\(.?(?:https?:)?//[^)]*", styles) == []
+
+
+@pytest.mark.skipif(headless.CHROMIUM is None, reason="no chromium on PATH")
+def test_pages_are_readable_on_a_telephone_and_searched_with_the_keyboard(site):
+    """A wide table scrolls in its own box, and no key of the configuration is broken into pieces."""
+    with headless.browser() as browser:
+        browser.open(site / "configuration.html", 400)
+        assert browser.evaluate("document.documentElement.scrollWidth") == 400
+        lines = "[...document.querySelectorAll('td:first-child > code')].map(key => key.getClientRects().length)"
+        assert set(browser.evaluate(lines)) == {1}
+        assert browser.problems == []
+        browser.open(site / "quickstart.html", 1400)
+        for event in ("keyDown", "keyUp"):
+            browser.call("Input.dispatchKeyEvent", type=event, key="s", code="KeyS", windowsVirtualKeyCode=83)
+        assert browser.evaluate("document.activeElement.className").startswith("md-search__input")
 
 
 def test_files_outside_of_docs_are_pages_or_links_to_the_checkout(site):

@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 _INTERRUPTED = 130  # ExitStatus.INTERRUPTED, whose module takes longer to import
@@ -77,8 +76,9 @@ def _raise_again(hook: Any) -> Any:
             import threading
 
             # The signal is sent to the main thread itself, which may wait for a lock that a signal to another thread does not interrupt.
-            again = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
-            timer = threading.Timer(_SOON_SECONDS, again)
+            main = threading.main_thread().ident
+            assert main is not None
+            timer = threading.Timer(_SOON_SECONDS, signal.pthread_kill, [main, signal.SIGINT])
             timer.daemon = True
             timer.start()
         else:
