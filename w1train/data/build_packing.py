@@ -22,7 +22,7 @@ from w1train.runtime.command import command, describe_error
 _PROGRAM = "w1train data build-packing"
 
 
-@command(_PROGRAM)
+@command("w1train data build-packing")
 def main(arguments: Sequence[str]) -> int:
     """Run the command.
 
