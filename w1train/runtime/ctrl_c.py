@@ -48,13 +48,16 @@ def ctrl_c_raises() -> Iterator[None]:
         yield
         return
     hook = sys.unraisablehook
+    timers: list[Any] = []
     try:
-        sys.unraisablehook = _raise_again(hook)
+        sys.unraisablehook = _raise_again(hook, timers)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
         sys.unraisablehook = hook
+        for timer in timers:  # another KeyboardInterrupt may have ended the command by now
+            timer.cancel()
 
 
 @contextmanager
@@ -67,9 +70,10 @@ def ctrl_c_waits() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
-def _raise_again(hook: Any) -> Any:
+def _raise_again(hook: Any, timers: list[Any]) -> Any:
     """Return a hook for exceptions in a place where Python ignores them, such as the callback of a weak reference in the middle of an
-    import. A KeyboardInterrupt there would be a traceback, and would end nothing. It is raised again a moment later."""
+    import. A KeyboardInterrupt there would be a traceback, and would end nothing. It is raised again a moment later, by a timer that is
+    added to ``timers``."""
 
     def raise_again(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
@@ -80,6 +84,7 @@ def _raise_again(hook: Any) -> Any:
             assert main is not None
             timer = threading.Timer(_SOON_SECONDS, signal.pthread_kill, [main, signal.SIGINT])
             timer.daemon = True
+            timers.append(timer)
             timer.start()
         else:
             hook(unraisable)
