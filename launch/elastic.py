@@ -17,6 +17,7 @@ if not __package__ and not sys.flags.safe_path:
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed.run as torchrun
@@ -54,13 +55,17 @@ def _final_status(failures: dict[int, Any]) -> ExitStatus | None:
     return next((status for status in _FINAL if status in found), None)
 
 
+def _does_not_begin(beginning: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(beginning)
+
+
 @command("launch.elastic")
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Return the exit status: 0, 2, 75 or 130 if a rank has ended with this status, and 1 for every other failure and if a
     signal has ended torchrun itself. Exit with 2 for wrong options."""
     api.LocalElasticAgent = Agent
     for name, beginning in PASSED_ON.items():
-        logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
+        logging.getLogger(name).addFilter(partial(_does_not_begin, beginning))
     try:
         # Without the decorator of torchrun's main, which prints the table of the ranks' tracebacks.
         torchrun.run(torchrun.parse_args(list(arguments)))
