@@ -68,6 +68,6 @@ def test_code_of_users_is_checked_by_mypy(tmp_path):
     command = [sys.executable, "-m", "mypy", "--config-file", str(REPOSITORY / "pyproject.toml"), "--strict", str(tmp_path / "code.py")]
     process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", timeout=600, check=False)
     errors = [line.partition("error: ")[2] for line in process.stdout.splitlines() if ": error: " in line]
-    assert [error[:40] for error in errors] == ["Incompatible types in assignment (expres", 'Unexpected keyword argument "steps" for "'], (
+    assert [error[:39] for error in errors] == ["Incompatible types in assignment (expre", 'Unexpected keyword argument "steps" for'], (
         process.stdout
     )
