@@ -141,14 +141,14 @@ def test_launchers_report_them_with_other_mistakes():
 def test_the_planner_refuses_them(capsys):
     for how in ([], ["--search"]):
         with pytest.raises(SystemExit, match="2"):
-            plan(["recipe=demo", "gpus=1", "diffusion.objective=uniform", *how])
-        assert "diffusion.objective\n   found: 'uniform'" in capsys.readouterr().err
+            plan(["recipe=demo", "gpus=1", "diffusion.objective=unifrom", *how])
+        assert "diffusion.objective\n   found: 'unifrom'" in capsys.readouterr().err
 
 
 def test_a_name_of_an_old_run_is_a_mistake_wherever_it_is_used():
     """A configuration that no command line made, such as that of a run directory."""
-    with pytest.raises(ConfigurationError, match=r"diffusion.objective\n.*'uniform'\n.*diffusion, autoregressive"):
-        noise_process(DiffusionConfig(objective="uniform"))
+    with pytest.raises(ConfigurationError, match=r"diffusion.objective\n.*'unifrom'\n.*diffusion, autoregressive"):
+        noise_process(DiffusionConfig(objective="unifrom"))
     with pytest.raises(ConfigurationError, match=r"diffusion.loss\n.*'entropy'\n.*cross_entropy"):
         objective_of(DiffusionConfig(loss="entropy"), 1)
     with pytest.raises(ConfigurationError, match=r"attention.backend\n.*'flash'"):

@@ -30,6 +30,7 @@ DATA_VERBS = {
     "import-tokenizer": Verb("data_tools.import_tokenizer", "import a tokenizer of another model"),
     "tokenize": Verb("data_tools.tokenize", "turn text into the token files of a run"),
     "inspect": Verb("data_tools.inspect", "show what token files contain"),
+    "count-tokens": Verb("data_tools.count_tokens", "count how often each token id occurs"),
     "verify": Verb("data_tools.verify", "compare token files with their hashes"),
     "pack-report": Verb("data_tools.pack_report", "say how documents fill the samples of a run"),
     "build-packing": Verb("w1train.data.build_packing", "pack a large dataset before the run"),

@@ -89,6 +89,17 @@ def _is_causal(config: Config) -> bool:
     return noise_process(config.diffusion).is_causal
 
 
+def _process_rule(config: Config) -> Iterator[Problem]:
+    """Report what the noise process cannot work with. The usual processes need no check, so most runs do not wait for the import."""
+    diffusion = config.diffusion
+    if diffusion.objective == "autoregressive" or (diffusion.objective == "diffusion" and diffusion.noise_schedule == "linear"):
+        return
+    from w1train.diffusion.process_checks import process_problems
+
+    if diffusion.objective in _processes():
+        yield from process_problems(config)
+
+
 def _threshold_rule(config: Config) -> Iterator[Problem]:
     """Report a threshold with scores that are not log-probabilities, if the order or the process does not come with w1train."""
     order, objective = config.sampling.remasking, config.diffusion.objective
@@ -107,6 +118,7 @@ NAME_RULES: tuple[Rule, ...] = (
     _name_rule("attention", "backend", _backends, "auto", "cudnn", "flex", "te", "sdpa", "reference"),
     _name_rule("optimizer", "name", _optimizers, "adamw"),
     *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),
+    at_every_stage(_process_rule),
     at_every_stage(_threshold_rule),
 )
 """A rule for each option whose values are names in a table, and the rules that depend on an entry of a table."""

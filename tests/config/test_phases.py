@@ -2,11 +2,12 @@
 
 import pytest
 
-from tests.tiny import tiny_config
+from tests.tiny import VOCAB_SIZE, tiny_config
 from w1train.config.phases import phase_ends, phase_start, stage_of_step
 from w1train.config.schedule import learning_rate, num_steps, stage_steps
 from w1train.config.schema import ScheduleConfig, StageConfig
 from w1train.config.stages import at_stage
+from w1train.objectives.description import describe_objective
 
 LENGTH = 32
 
@@ -43,6 +44,29 @@ def test_phases_are_stages_of_one_objective():
     config = _config(**STAGES)
     assert phase_ends(config) == [7, 11], "two stages of masked diffusion, two of blocks with a stage without a step between them"
     assert [phase_start(config, step) for step in (1, 7, 8, 11)] == [0, 0, 7, 7]
+
+
+def test_another_process_is_another_phase():
+    """The bounds of two processes are not compared, and neither are those of two schedules or two shares of noise."""
+    stages = {
+        "masked": {},
+        "hybrid": {"objective": "hybrid", "num_noise_ids": VOCAB_SIZE, "t_max": 0.9999},
+        "more": {"objective": "hybrid", "num_noise_ids": VOCAB_SIZE, "t_max": 0.9999, "uniform_share": 0.2},
+        "cosine": {"noise_schedule": "cosine"},
+    }
+    config = _config(**{name: (2 * 8 * LENGTH, {"diffusion": fields}) for name, fields in stages.items()})
+    assert phase_ends(config) == [2, 4, 6, 8]
+    assert [describe_objective(at_stage(config, name)) for name in stages] == [
+        "masked diffusion",
+        "hybrid diffusion",
+        "hybrid diffusion",
+        "masked diffusion with the schedule cosine",
+    ]
+    config.diffusion.block_size = 4
+    assert [describe_objective(at_stage(config, name)) for name in ("masked", "hybrid")] == [
+        "block diffusion, 4 tokens a block",
+        "hybrid diffusion, 4 tokens a block",
+    ]
 
 
 def test_a_stage_sets_its_own_objective_and_nothing_else():

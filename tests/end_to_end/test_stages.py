@@ -7,12 +7,14 @@ import shutil
 import pytest
 
 from tests.end_to_end import traps
-from tests.end_to_end.runs import BATCH, LENGTH, TinyRun
+from tests.end_to_end.runs import BATCH, LENGTH, VOCAB_SIZE, TinyRun
 from tests.end_to_end.test_resume import require_equal
 from w1train.checkpoints.manifest import read_scores
 
 STEP = BATCH * LENGTH
 # (name, steps, what it sets); 13 steps, of which the phases' ends are 3, 6, 8 and 13.
+ANNEALED = f"attention_annealing: extent, annealing_tokens: {STEP}"
+HYBRID = f"objective: hybrid, num_noise_ids: {VOCAB_SIZE}, t_max: 0.9999, prediction: full"
 STAGES = [
     ("ar", 3, "diffusion: {objective: autoregressive}"),
     (
@@ -20,7 +22,7 @@ STAGES = [
         3,
         "diffusion: {block_size: 4, timestep_per: block, complementary: true, shift: true, mask_embedding_noise: 0.1}, train: OTHER",
     ),
-    ("whole", 2, f"rewarm_tokens: {STEP}, diffusion: {{block_size: {LENGTH}, attention_annealing: extent, annealing_tokens: {STEP}}}"),
+    ("whole", 2, f"rewarm_tokens: {STEP}, diffusion: {{block_size: {LENGTH}, {ANNEALED}, {HYBRID}}}"),
     ("eight", 3, "diffusion: {block_size: 8, clean_attention: token_causal, autoregressive_weight: 0.5}"),
     ("last", 2, "style: linear, diffusion: {block_size: 8, clean_attention: token_causal, autoregressive_weight: 0.5}"),
 ]
@@ -61,7 +63,7 @@ def test_each_step_is_recorded_under_its_stage(straight):
     assert [("autoregressive_loss" in record) for record in run.train_records()] == [False] * 8 + [True] * 5
     rates = [record["learning_rate"] for record in run.train_records()]
     assert rates[6] == pytest.approx(0.01), "rewarmed within its one step"
-    for line in ("stage ar: autoregressive", "stage pairs: block diffusion, 4 tokens", "stage whole: masked diffusion"):
+    for line in ("stage ar: autoregressive", "stage pairs: block diffusion, 4 tokens", "stage whole: hybrid diffusion"):
         assert line in output
 
 

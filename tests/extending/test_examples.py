@@ -23,7 +23,7 @@ from w1train.config.errors import UserError
 from w1train.config.rules.attention_limits import AttentionCase
 from w1train.config.rules.validate import validate
 from w1train.config.schema import DiffusionConfig, SamplingConfig
-from w1train.conversion.output_meaning import require_timesteps_of_masks
+from w1train.conversion.output_meaning import meaning_of_outputs, require_timesteps_of_masks
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt, corrupt_at
 from w1train.diffusion.processes import noise_process
@@ -54,16 +54,16 @@ class Letters:
 
 
 @pytest.fixture
-def cosine(monkeypatch):
+def quadratic(monkeypatch):
     """Register the process, and return a configuration that asks for it."""
     examples()["A noise process"].register("PROCESSES", monkeypatch)
-    return DiffusionConfig(objective="cosine", mask_token_id=MASK, random_length_probability=0.0, num_strata=64)
+    return DiffusionConfig(objective="quadratic", mask_token_id=MASK, random_length_probability=0.0, num_strata=64)
 
 
-def test_the_process_is_consistent(cosine):
+def test_the_process_is_consistent(quadratic):
     """Its marginals are distributions, its rates are derivatives, and its reverse kernel is Bayes' rule."""
-    process = noise_process(cosine)
-    torch.testing.assert_close(process.alpha(TIMES), 1 - torch.sin(math.pi / 2 * TIMES))
+    process = noise_process(quadratic)
+    torch.testing.assert_close(process.alpha(TIMES), (1 - TIMES) ** 2)
     torch.testing.assert_close(process.timestep_at(process.noising_probability(TIMES)), TIMES)
     times = TIMES.clone().requires_grad_()
     for value, rate in (
@@ -78,25 +78,25 @@ def test_the_process_is_consistent(cosine):
 
 
 @pytest.mark.parametrize("timestep_per", ["sequence", "document"])
-def test_the_elbo_of_a_context_free_model_is_its_likelihood(cosine, timestep_per):
+def test_the_elbo_of_a_context_free_model_is_its_likelihood(quadratic, timestep_per):
     """The ELBO of any masking schedule is exact for a model that ignores its input (MD4, arXiv 2406.04329), up to what t below t_min would
     add."""
-    cosine.timestep_per, cosine.t_min = timestep_per, 1e-3
+    quadratic.timestep_per, quadratic.t_min = timestep_per, 1e-3
     documents = torch.zeros((8192, 64), dtype=torch.int32)
     documents[:, 24:] = 1
     tokens = torch.randint(16, 20, documents.shape, generator=torch.Generator().manual_seed(0))
     log_probability = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))[tokens - 16]
-    noisy = corrupt(PackedBatch(tokens, documents, documents, torch.arange(len(documents))), cosine, seed=11)
-    _, sums = loss(-log_probability[noisy.loss_mask], noisy, cosine)
-    share = (1 - math.sin(math.pi / 2 * cosine.t_min)) / (1 - cosine.t_min)
-    assert metrics(sums, cosine)["elbo"] == pytest.approx(-float(log_probability.double().mean()) * share, rel=0.012)
-    assert float(noisy.loss_mask.double().mean()) == pytest.approx(2 / math.pi, abs=0.01)
+    noisy = corrupt(PackedBatch(tokens, documents, documents, torch.arange(len(documents))), quadratic, seed=11)
+    _, sums = loss(-log_probability[noisy.loss_mask], noisy, quadratic)
+    share = (1 - quadratic.t_min * (2 - quadratic.t_min)) / (1 - quadratic.t_min)
+    assert metrics(sums, quadratic)["elbo"] == pytest.approx(-float(log_probability.double().mean()) * share, rel=0.012)
+    assert float(noisy.loss_mask.double().mean()) == pytest.approx(2 / 3, abs=0.01)
 
 
-def test_planner_sampler_and_likelihood_use_the_process(cosine):
+def test_planner_sampler_and_likelihood_use_the_process(quadratic):
     """None of them takes t for the noising probability."""
-    config = tiny_config(diffusion={"objective": "cosine", "t_min": 0.0, "random_length_probability": 0.0})
-    assert workload_of(config).num_logits == pytest.approx(config.data.sequence_length * 2 / math.pi, rel=2e-3)
+    config = tiny_config(diffusion={"objective": "quadratic", "t_min": 0.0, "random_length_probability": 0.0})
+    assert workload_of(config).num_logits == pytest.approx(config.data.sequence_length * 2 / 3, rel=2e-3)
     assert name_problems(config) == []
     shown = []
 
@@ -106,25 +106,48 @@ def test_planner_sampler_and_likelihood_use_the_process(cosine):
 
     config.sampling = SamplingConfig(num_tokens=4, num_steps=4)
     sample_texts(predict, Letters(), ["ab"], config, device="cpu")
-    assert shown == pytest.approx([2 / math.pi * math.asin(count / 6) for count in (4, 3, 2, 1)])
+    assert shown == pytest.approx([1 - math.sqrt(1 - count / 6) for count in (4, 3, 2, 1)])
     model = SimpleNamespace(predict=predict, config=config, tokenizer=Letters(), device="cpu")
     shown.clear()
     answer_questions(model, [Question(1, "ab", ("c",), 0)], num_draws=1, batch_size=1)
-    assert shown == pytest.approx([2 / math.pi * math.asin(1 / 3)])
+    assert shown == pytest.approx([1 - math.sqrt(2 / 3)])
 
 
-def test_an_export_does_not_take_the_share_of_masks_for_t(cosine):
-    config = tiny_config(diffusion={"objective": "cosine"})
-    with pytest.raises(UserError, match=r"diffusion.objective=cosine.*--format w1"):
+def test_an_export_does_not_take_the_share_of_masks_for_t(quadratic):
+    config = tiny_config(diffusion={"objective": "quadratic"})
+    with pytest.raises(UserError, match=r"diffusion.objective=quadratic.*--format w1"):
         require_timesteps_of_masks(config)
     config.model.conditioning = "none"
     require_timesteps_of_masks(config)
-    for name in ("diffusion", "autoregressive"):
+    for name in ("diffusion", "autoregressive", "edits"):
         require_timesteps_of_masks(tiny_config(diffusion={"objective": name}))
 
 
-def test_the_rules_of_sampling_hold_for_the_process(cosine):
-    config = tiny_config(diffusion={"objective": "cosine"}, sampling={"num_tokens": 8, "num_steps": 8, "block_size": 5})
+@pytest.mark.parametrize("fields", [{"objective": "uniform"}, {"objective": "hybrid"}, {"noise_schedule": "cosine"}], ids=str)
+def test_an_export_says_what_the_outputs_of_other_processes_mean(fields):
+    """No export takes the share of masks for t where noise also puts other tokens in the place of tokens."""
+    config = tiny_config(diffusion={"num_noise_ids": 96, **fields})
+    with pytest.raises(UserError, match=r"--format w1"):
+        require_timesteps_of_masks(config)
+    config.model.conditioning = "none"
+    require_timesteps_of_masks(config)
+    for prediction in ("leave_one_out", "full"):
+        config.diffusion.prediction = prediction
+        keys = meaning_of_outputs(config)
+        assert keys["process"] == noise_process(config.diffusion).name
+        assert keys["prediction"] == (prediction if noise_process(config.diffusion).predicts_every_token else "full")
+    config.diffusion.block_size = 4
+    require_timesteps_of_masks(config)
+    config.diffusion.clean_attention = "token_causal"
+    if noise_process(config.diffusion).predicts_every_token:
+        with pytest.raises(UserError, match="without mask tokens"):
+            require_timesteps_of_masks(config)
+    else:
+        require_timesteps_of_masks(config)
+
+
+def test_the_rules_of_sampling_hold_for_the_process(quadratic):
+    config = tiny_config(diffusion={"objective": "quadratic"}, sampling={"num_tokens": 8, "num_steps": 8, "block_size": 5})
     assert [problem.key for problem in name_problems(config)] == ["sampling.block_size"]
     config.sampling.block_size, config.sampling.threshold, config.sampling.remasking = 4, 0.5, "random"
     assert [problem.key for problem in name_problems(config)] == ["sampling.remasking"]
@@ -201,7 +224,7 @@ def test_the_sink_receives_records(tmp_path, monkeypatch):
     assert train(Progress(step=1), [2.5]) == {"step": 2, "loss": 2.5}, "the step is done again"
 
 
-def test_at_one_t_the_process_noises_the_share_of_its_schedule(cosine):
-    noisy = corrupt_at(packed_batch(range(1024)), cosine, seed=0, timestep=0.5, draw=1)
+def test_at_one_t_the_process_noises_the_share_of_its_schedule(quadratic):
+    noisy = corrupt_at(packed_batch(range(1024)), quadratic, seed=0, timestep=0.5, draw=1)
     share = (noisy.input_ids != noisy.tokens)[noisy.document_ids >= 0].double().mean()
-    assert float(share) == pytest.approx(math.sin(math.pi / 4), abs=0.01)
+    assert float(share) == pytest.approx(0.75, abs=0.01)

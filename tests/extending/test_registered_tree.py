@@ -24,7 +24,7 @@ TESTS_OF_TABLES = (
 )
 """The tests that read a table in which an example is registered."""
 SETTINGS = (
-    "diffusion.objective=cosine",
+    "diffusion.objective=quadratic",
     "diffusion.loss=focal",
     "sampling.remasking=margin",
     "attention.backend=rows",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.layouts import NUM_STEPS, Outcome, train_layout, train_layouts
 from tests.slow import slow_except
-from tests.tiny import tiny_config
+from tests.tiny import VOCAB_SIZE, tiny_config
 from w1train.engine import buckets
 
 STREAMS = {
@@ -36,6 +36,8 @@ OBJECTIVES = {
         "normalizer": "samples",
         "random_length_probability": 0.5,
     },
+    "hybrid-blocks": {"objective": "hybrid", "num_noise_ids": VOCAB_SIZE, "t_max": 0.9999, "block_size": 4, "timestep_per": "block"},
+    "uniform-documents": {"objective": "uniform", "num_noise_ids": VOCAB_SIZE, "t_max": 0.9999, "timestep_per": "document"},
 }
 
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_distributed
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.tiny import VOCAB_SIZE, packed_batch, tiny_config
 from w1train.planning.workload import flops_per_token, workload_of
 from w1train.runtime.megatron_on_cpu import import_megatron
 
@@ -57,6 +57,24 @@ def _counted(_rank, _world_size, config, document_length):
     for part, names in PARTS.items():
         parts[part] = sum(flops for module, flops in counts.items() if module.endswith(tuple("." + name for name in names)))
     return dict(parts), counts["Global"]
+
+
+PREDICTED = [
+    {"noise_schedule": "cosine"},
+    {"objective": "hybrid", "num_noise_ids": VOCAB_SIZE, "t_max": 0.9999},
+    {"objective": "uniform", "num_noise_ids": VOCAB_SIZE, "t_max": 0.9999, "complementary": True},
+    {"objective": "edits", "num_noise_ids": VOCAB_SIZE, "edited_share": 0.4, "t_max": 0.8},
+]
+
+
+@pytest.mark.parametrize("diffusion", PREDICTED, ids=str)
+def test_the_planned_logits_are_those_of_the_noise(diffusion):
+    config = tiny_config(diffusion={"random_length_probability": 0.0, "num_strata": 64, **diffusion})
+    batch = packed_batch([index for index in range(768) if index % 3 != 2])  # these have no padding
+    logits = corrupt(batch, config.diffusion, 0).loss_mask.sum(dim=1).double()
+    work = workload_of(config)
+    assert work.num_logits == pytest.approx(float(logits.mean()), rel=0.03)
+    assert work.most_logits >= float(logits.max())
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import train_tokenizer
+from data_tools import count_tokens, train_tokenizer
 from w1train.config.errors import Problem
 from w1train.config.schema import Config, CorpusConfig, StageConfig
-from w1train.preflight.input_files import files_rule, training_datasets
+from w1train.diffusion.process_checks import process_problems
+from w1train.preflight.input_files import counts_rule, files_rule, training_datasets
 from w1train.runtime.object_storage import ObjectStorage
 from w1train.training.training_data import training_prefixes
 
@@ -62,6 +63,20 @@ def test_the_files_of_the_demo_are_made_by_make(config: Config) -> None:
     config.data.train = config.data.validation = "runs/demo-data/train"
     config.data.tokenizer = "runs/demo-data/tokenizer.json"
     assert {problem.suggestion for problem in problems_of(config).values()} == {"make demo"}
+
+
+def test_counts_of_tokens_are_made_by_a_command(config: Config, directory: Path) -> None:
+    """Only where a stage's noise depends on them."""
+    config.diffusion.token_counts = "counts.npy"
+    assert list(counts_rule(config)) == []
+    config.diffusion.objective = "per_id_masked"
+    (problem,) = counts_rule(config)
+    assert problem.key == "diffusion.token_counts"
+    command = f"w1train data count-tokens {directory}/train --vocab-size {config.model.vocab_size} --output {directory}/counts.npy"
+    assert problem.suggestion == command
+    assert count_tokens.main(command.split()[3:]) == 0
+    assert list(counts_rule(config)) == []
+    assert list(process_problems(config)) == []
 
 
 def test_every_corpus_that_a_stage_reads_is_checked_and_no_other(config: Config) -> None:

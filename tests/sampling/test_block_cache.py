@@ -64,6 +64,8 @@ def training_logits(predictor: Predictor, clean: torch.Tensor, noisy: torch.Tens
         input_ids=noisy,
         tokens=clean,
         targets=clean,
+        target_inputs=noisy,
+        target_is_noised=everywhere,
         loss_mask=everywhere,
         has_target=everywhere,
         target_timesteps=torch.zeros(clean.shape),

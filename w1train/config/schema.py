@@ -166,11 +166,57 @@ class DiffusionConfig:
     """Forward process and objective. A stage of the schedule may set other values (schedule.stages.NAME.diffusion)."""
 
     objective: str = "diffusion"
-    """The noise process. diffusion: the model predicts masked tokens. autoregressive: every token predicts the next token of its document
-    from clean text under a causal mask; of the other fields only random_length_probability, exclude_mask_logit and normalizer then have a
-    meaning."""
+    """The noise process (docs/processes.md). diffusion: masked diffusion, in which the model predicts masked tokens. autoregressive: every
+    token predicts the next token of its document from clean text under a causal mask; of the other fields only random_length_probability,
+    exclude_mask_logit and normalizer then have a meaning. uniform: noise puts any token in the place of a token. hybrid: masks and other
+    tokens (GIDD). log_snr: a mixture of both that changes with the signal-to-noise ratio. per_id_masked: rare tokens are masked before
+    frequent tokens (DiffusionBERT). edits: a share of the samples is edited instead of masked (Seed Diffusion). token_to_token: a fixed
+    share of random tokens beside masks (LLaDA2.1)."""
+    noise_schedule: str = "linear"
+    """How the probability that noise replaces a token grows with t: linear, cosine, polynomial, log_linear or geometric for masked and
+    uniform noise (objective=diffusion, uniform), also gaussian_argmax (Duo) for uniform noise; the first four for token_to_token."""
+    schedule_epsilon: Annotated[float, Range(0, 0.5, includes_maximum=False)] = 0.0
+    """For linear, cosine and polynomial: alpha becomes (1 - 2 epsilon) alpha + epsilon (MD4: 1e-4). For log_linear: alpha is
+    1 - (1 - epsilon) t (SEDD and MDLM: 1e-3)."""
+    schedule_power: Annotated[float, Range(1)] = 2.0
+    """k of noise_schedule=polynomial: a token is replaced with probability t^k."""
+    schedule_sigma_min: PositiveFloat = 1.0e-4
+    """For noise_schedule=geometric: -log alpha at t = 0 (SEDD)."""
+    schedule_sigma_max: PositiveFloat = 20.0
+    """For noise_schedule=geometric: -log alpha at t = 1 (SEDD)."""
+    schedule_gamma_min: Annotated[float, Range(-20, 20)] = -3.55
+    """For noise_schedule=gaussian_argmax: the negative log-SNR of the Gaussian noise at t = 0 (Duo)."""
+    schedule_gamma_max: Annotated[float, Range(-20, 20)] = -1.85
+    """For noise_schedule=gaussian_argmax: the negative log-SNR at t = 1, above schedule_gamma_min (Duo)."""
+    uniform_share: Annotated[float, Range(0, 1, includes_minimum=False, includes_maximum=False)] = 0.1
+    """Share of other tokens than the mask token in the noise. hybrid: the probability at t = 1/2 that noise puts another token in the place
+    of a token (GIDD's p_u: 0.1 or 0.2). token_to_token: their share of the noised tokens (LLaDA2.1 does not publish it; 0.1 is our
+    choice)."""
+    hybrid_gamma: PositiveFloat = 1.0
+    """Exponent gamma of hybrid noise, at most 2 (GIDD: 1)."""
+    log_snr_slope: NonNegativeFloat = 1.0
+    """a of objective=log_snr, at most 1: the share sigmoid(a lambda + b) of the noise is uniform, with lambda = log(alpha / (1 -
+    alpha))."""
+    log_snr_shift: Annotated[float, Range(-1000, 1000)] = 0.0
+    """b of objective=log_snr: 1000 gives uniform noise, -1000 masks."""
+    token_counts: OptionalPath = None
+    """For objective=per_id_masked: the file with the count of each id in the corpus, which `w1train data count-tokens` writes."""
+    spindle_scale: Fraction = 0.3
+    """For objective=per_id_masked: lambda, how much the information of a token changes its noise (DiffusionBERT: 0.3); at most 1/pi."""
+    edited_share: Fraction = 0.2
+    """For objective=edits: the share of the samples that are edited instead of masked (Seed Diffusion does not publish it: our choice)."""
+    edit_rate: Fraction = 0.1
+    """For objective=edits: the probability at t = 1 that a token of an edited sample is deleted, preceded by a new token or substituted,
+    each alike; it is proportional to t (Seed Diffusion edits about 10 %; the rates of the three kinds are our choice)."""
     mask_token_id: NonNegativeInteger = 14
     """Vocabulary id of the mask token."""
+    num_noise_ids: NonNegativeInteger = 0
+    """Ids below this number can be put in the place of a token by noise that is not on the mask token alone. It must be set for such a
+    process, usually to model.vocab_size."""
+    prediction: Literal["leave_one_out", "full"] = "leave_one_out"
+    """What the model's distribution at a position is given. leave_one_out: the other positions alone. full: also the noised token at the
+    position itself, which is what the cross-entropy of all noised tokens teaches. Where all noise is on the mask token both are the same.
+    Samplers and bounds convert it."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
     """The tokens that share one timestep t: a whole sample (sequence), a document or a block; block needs block_size."""
     t_min: Fraction = 1.0e-3

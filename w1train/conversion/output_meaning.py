@@ -22,6 +22,9 @@ def meaning_of_outputs(config: Config) -> dict[str, Any]:
     """
     diffusion, process = config.diffusion, noise_process(config.diffusion)
     keys: dict[str, Any] = {"process": process.name, "prediction": "full", "shift": diffusion.shift}
+    if process.predicts_every_token:
+        # Outputs at tokens that are no masks mean another distribution if the model was not taught the full one.
+        keys["prediction"] = diffusion.prediction
     if process.is_causal:
         blocks = {"block_size": 1, "block_index": "document", "clean_attention": "token_causal", "noisy_attention": "causal"}
         return {**keys, "prediction": "next_token", "shift": True, **blocks}
@@ -32,20 +35,28 @@ def meaning_of_outputs(config: Config) -> dict[str, Any]:
 
 
 def require_timesteps_of_masks(config: Config) -> None:
-    """Refuse a model whose exported code would give it other timesteps than training did.
+    """Refuse a model whose exported code would give it other timesteps or another attention mask than training did.
 
-    The code takes the share of mask tokens for t, and config.json has no schedule. A model without conditioning does not read t.
+    The code takes the share of mask tokens for t, and a block with masks for a noisy block, and config.json has no schedule. A model
+    without conditioning does not read t.
 
     Raises:
-        UserError: the model reads t, and the process has another t at some noising probability.
+        UserError: the model reads t, and the process has another t at some share of masks; or noisy blocks can be without masks, and see
+            other tokens than clean blocks.
     """
-    process = noise_process(config.diffusion)
+    process, diffusion = noise_process(config.diffusion), config.diffusion
+    differ = (diffusion.clean_attention == "block_causal") != (diffusion.noisy_attention == "bidirectional")
+    if process.predicts_every_token and num_streams(config) == 2 and differ:
+        raise UserError(
+            f"in {process.name} (diffusion.objective={diffusion.objective}) a noisy block can be without mask tokens, by which an export "
+            "with --format w1 would know it, and noisy blocks of this model see other tokens than clean blocks do"
+        )
     if process.is_causal or config.model.conditioning == "none":
         return
     probabilities = torch.linspace(0, 1, 11, dtype=torch.float64)
-    if not torch.allclose(process.timestep_at(probabilities), probabilities):
+    if process.predicts_every_token or not torch.allclose(process.timestep_at(probabilities), probabilities):
         raise UserError(
-            f"this model reads t, and t is not the share of noised tokens in {process.name} "
-            f"(diffusion.objective={config.diffusion.objective}). An export with --format w1 takes this share, so its outputs would be "
+            f"this model reads t, and t is not the share of mask tokens in {process.name} (diffusion.objective={diffusion.objective}, "
+            f"diffusion.noise_schedule={diffusion.noise_schedule}). An export with --format w1 takes this share, so its outputs would be "
             "wrong. Only a model with model.conditioning=none, or with a process whose t is this share, can be exported in this format"
         )

@@ -55,6 +55,7 @@ class AutoregressiveProcess(NoiseProcess):
         predicted = batch.may_be_noised & has_predecessor(batch.document_ids) & (batch.tokens != config.mask_token_id)
         return Corruption(
             input_ids=batch.tokens,
+            noised=predicted,
             predicted=predicted,
             predictable=predicted,
             timesteps=torch.ones(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device),

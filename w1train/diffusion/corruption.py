@@ -40,8 +40,13 @@ class NoisyBatch:
     """int64 [b, l]: the clean tokens."""
     targets: Tensor = field(metadata=_PER_TOKEN)
     """int64 [b, l]: the token that the output at each position predicts: the token at this position, or with ``shift`` the next token."""
+    target_inputs: Tensor = field(metadata=_PER_TOKEN)
+    """int64 [b, l]: the token after noise at the place of each output's target."""
+    target_is_noised: Tensor = field(metadata=_PER_TOKEN)
+    """bool [b, l]: True for outputs whose target noise has replaced (in autoregression: that have a loss)."""
     loss_mask: Tensor = field(metadata=_PER_TOKEN)
-    """bool [b, l]: True for outputs that have a loss. Their targets are noised tokens (in autoregression any tokens), and never padding."""
+    """bool [b, l]: True for outputs that have a loss. Their targets are noised tokens, or any tokens if the process predicts every token or
+    is autoregressive, and never padding."""
     has_target: Tensor = field(metadata=_PER_TOKEN)
     """bool [b, l]: True for outputs whose target could have been noised. The objective bounds the likelihood of these targets."""
     target_timesteps: Tensor = field(metadata=_PER_TOKEN)
@@ -137,6 +142,8 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> No
         input_ids=corruption.input_ids,
         tokens=batch.tokens,
         targets=moved(batch.tokens),
+        target_inputs=moved(corruption.input_ids),
+        target_is_noised=moved(corruption.noised),
         loss_mask=moved(corruption.predicted),
         has_target=has_target,
         target_timesteps=moved(corruption.timesteps),

@@ -55,6 +55,8 @@ class Purpose(IntEnum):
     """Noise on the embeddings of masked tokens (keyed by sample and position)."""
     ATTENTION = 7
     """The choice of the pairs that an annealed causal mask lets through (keyed by sample and query)."""
+    EDIT = 8
+    """The choice of edited samples, and their edits."""
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,17 +15,24 @@ n = positions, v = vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from w1train.config.schema import DiffusionConfig
+from w1train.config.errors import Problem
+from w1train.config.schema import Config, DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.data.documents import block_ordinals, document_bounds
 from w1train.diffusion.philox import Purpose, random_words
+from w1train.diffusion.schedules import solve_timestep
 from w1train.diffusion.timesteps import draw_fractions, timesteps_from_fractions, word_thresholds
+
+type Bound = Literal["cross_entropy", "kl_is", "per_id"]
+
+_LARGEST_WORD = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,9 @@ class Corruption:
 
     input_ids: Tensor
     """int64 [b, l]: the tokens after noise."""
+    noised: Tensor
+    """bool [b, l]: True for tokens that noise has replaced, some of them perhaps by themselves. In autoregression and in samples that are
+    edited: predicted tokens."""
     predicted: Tensor
     """bool [b, l]: True for tokens that have a loss."""
     predictable: Tensor
@@ -88,6 +98,27 @@ class NoiseProcess(ABC):
     """True: the text stays clean, and each token is predicted from the tokens before it alone, so there is no t. False: there is noise."""
     words_per_token: ClassVar[int] = 1
     """Random words that the corruption of one token takes: the first decides whether noise replaces the token."""
+    predicts_every_token: ClassVar[bool] = False
+    """True: noise may put an ordinary token in the place of a token, so every token that may be noised has a loss. False: the noised tokens
+    have a loss."""
+    bound: ClassVar[Bound] = "cross_entropy"
+    """What a row contributes to the negative ELBO. cross_entropy: -log p(token), times ``elbo_weight``. kl_is: KL(q_t(. | x) ||
+    q_t(. | prediction)) + rho - log rho - 1 with rho = q_t(z | x) / q_t(z | prediction), times ``bound_weight``. per_id: at a mask token,
+    rate(x) (-log p(x) - 1) + sum over v of rate(v) p(v), where rate is the ``elbo_weight`` of each id."""
+    schedules: ClassVar[tuple[str, ...]] = ("linear",)
+    """The values of diffusion.noise_schedule with which the process works."""
+    needs_noise_ids: ClassVar[bool] = False
+    """True: diffusion.num_noise_ids says which ids noise can put in the place of a token."""
+    masks_are_noise: ClassVar[bool] = False
+    """True: the mask token is noise beside such ids, so the model may not predict it."""
+    has_complements: ClassVar[bool] = True
+    """False: the tokens that a sample at t leaves are not distributed as those that a sample at 1 - t noises, in any schedule."""
+    edits_samples: ClassVar[bool] = False
+    """True: all tokens of some samples have a loss, even if few tokens of the other samples have a loss."""
+    mass_field: ClassVar[str] = "objective"
+    """The field of diffusion to change if a step of noise has a negative probability."""
+    mass_remedy: ClassVar[str | None] = None
+    """A value of this field that works."""
 
     @abstractmethod
     def alpha(self, timesteps: Tensor) -> Tensor:
@@ -109,9 +140,9 @@ class NoiseProcess(ABC):
     def noising_probability(self, timesteps: Tensor) -> Tensor:
         """Return 1 - alpha_t without the rounding of this difference."""
 
-    @abstractmethod
     def timestep_at(self, noising_probability: Tensor) -> Tensor:
         """Return the t with this noising probability: the inverse of ``noising_probability``."""
+        return solve_timestep(self.noising_probability, noising_probability)
 
     @abstractmethod
     def replacements(self, tokens: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
@@ -130,10 +161,46 @@ class NoiseProcess(ABC):
     def is_noised(self, ids: Tensor) -> Tensor:
         """Return which positions a sampler has still to decide, bool in the shape of ``ids``."""
 
+    def predicted_share(self, timesteps: Tensor) -> Tensor:
+        """Return the expected share of the tokens that have a loss, in the shape of ``timesteps``, for plans."""
+        return torch.ones_like(timesteps) if self.predicts_every_token else self.noising_probability(timesteps)
+
+    def problems(self, _config: Config) -> Iterator[Problem]:
+        """Yield what the process cannot work with in a configuration, beyond the rules of w1train.diffusion.process_checks."""
+        yield from ()
+
     def elbo_weight(self, timesteps: Tensor) -> Tensor:
         """Return the weight of a noised token's cross-entropy in the negative ELBO, -alpha'_t / (1 - alpha_t) (MDLM, arXiv 2406.07524,
         eq. 10): 1/t in the linear process."""
         return -self.alpha_rate(timesteps) / self.noising_probability(timesteps)
+
+    def word_noise(self, timesteps: Tensor) -> Tensor:
+        """Return c_t(v) of an id v that is not the mask token and that noise can put in the place of a token, in the shape of
+        ``timesteps``: 0 if all noise is on the mask token."""
+        return torch.zeros_like(timesteps)
+
+    def jump_rate(self, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """Return r_t(z) = c'_t(z) - (alpha'_t / alpha_t) c_t(z), the rate at which tokens become z, in the broadcast shape of both
+        arguments."""
+        decay = self.alpha_rate(timesteps) / self.alpha(timesteps)
+        return self.noise_rate(timesteps, ids) - decay * self.noise(timesteps, ids)
+
+    def bound_weight(self, timesteps: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return r_t(z) / q_t(z | x), the weight of a row in the negative ELBO per unit of t (GIDD, arXiv 2503.04482, eq. 9), float64.
+
+        Args:
+            timesteps: t of each row.
+            inputs: int64, z: the token after noise.
+            targets: int64, x: the clean token.
+        """
+        times = timesteps.double()
+        probability = self.alpha(times) * (inputs == targets) + self.noise(times, inputs)
+        return self.jump_rate(times, inputs) / probability
+
+    def quadrature(self, fractions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return t and dt/du of fractions u in [0, 1], float64: the substitution in which the ELBO is the integral of a smooth function
+        over u. u = 0 and u = 1 give the smallest and the largest t of the integral. The end terms of the bound hold what is beyond."""
+        return fractions, torch.ones_like(fractions)
 
     def noised_tokens(self, tokens: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
         """Return which tokens noise replaces, bool [b, l]: those whose word is below the noising probability times 2^32.
@@ -173,7 +240,7 @@ class NoiseProcess(ABC):
 
     def corrupt(self, batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> Corruption:
         """Apply noise to each token that may be noised, with the noising probability at its segment's t. The noised tokens have
-        a loss."""
+        a loss, or all tokens that may be noised (``predicts_every_token``)."""
         segments, segment_timesteps = draw.segment_timesteps(batch, config)
         timesteps = _at_tokens(segment_timesteps, segments)
         words = draw.words(self.words_per_token * batch.tokens.shape[1]).unflatten(1, (self.words_per_token, -1))
@@ -183,17 +250,20 @@ class NoiseProcess(ABC):
             # minus that of the first.
             is_partner = (batch.sample_indices % 2 == 1)[:, None]
             noised = noised ^ is_partner
-            of_partner = self.timestep_at(1 - self.noising_probability(segment_timesteps))
-            segment_timesteps = torch.where(is_partner, of_partner, segment_timesteps)
+            # A process that asks the first word again, which kind of noise it is, gets a small word for a noised token there too.
+            words = torch.where(is_partner[:, None], _LARGEST_WORD - words, words)
+            segment_timesteps = torch.where(is_partner, 1 - segment_timesteps, segment_timesteps)
             timesteps = _at_tokens(segment_timesteps, segments)
         predictable = batch.may_be_noised
         if config.shift:
             predictable = predictable & has_predecessor(batch.document_ids)
         # The probability of the mask token is zero, so a mask token in the data can be no target.
-        noised = noised & predictable & (batch.tokens != config.mask_token_id)
+        can_be_target = predictable & (batch.tokens != config.mask_token_id)
+        noised = noised & can_be_target
         return Corruption(
             input_ids=torch.where(noised, self.replacements(batch.tokens, timesteps, words), batch.tokens),
-            predicted=noised,
+            noised=noised,
+            predicted=can_be_target if self.predicts_every_token else noised,
             predictable=predictable,
             timesteps=timesteps.float().expand_as(batch.tokens).contiguous(),
             segments=segments,

@@ -32,6 +32,8 @@ def samples_are_segments(config: Config) -> bool:
 def describe_objective(config: Config) -> str:
     """Describe the objective in words, for logs and tables."""
     process, size = noise_process(config.diffusion), block_size(config)
+    schedule = config.diffusion.noise_schedule
+    name = process.name if schedule == "linear" or process.is_causal else f"{process.name} with the schedule {schedule}"
     if process.is_causal or size == config.data.sequence_length:
-        return process.name
-    return f"block diffusion, {size} tokens a block"
+        return name
+    return f"{'block diffusion' if name == 'masked diffusion' else name}, {size} tokens a block"

@@ -23,12 +23,16 @@ class LossRows:
 
     targets: Tensor
     """int64 [m + k], the tokens that the rows should predict."""
+    inputs: Tensor
+    """int64 [m], the tokens after noise in the places of the targets."""
+    is_noised: Tensor
+    """bool [m], True where noise has replaced the target, perhaps by itself."""
     timesteps: Tensor
     """float32 [m], t of the targets."""
     weights: Tensor
     """float32 [m], weights of the losses."""
     num_masked: Tensor
-    """int64 scalar: m."""
+    """int64 scalar: the number of noised rows."""
     num_tokens: Tensor
     """int64 scalar: the number of tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
     num_samples: Tensor | None
@@ -51,9 +55,11 @@ def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
         targets = torch.cat([targets, noisy.next_targets[noisy.next_mask]])
     return LossRows(
         targets=targets,
+        inputs=noisy.target_inputs[where],
+        is_noised=noisy.target_is_noised[where],
         timesteps=noisy.target_timesteps[where],
         weights=weights[where],
-        num_masked=noisy.loss_mask.sum(),
+        num_masked=(noisy.loss_mask & noisy.target_is_noised).sum(),
         num_tokens=noisy.num_tokens,
         num_samples=None if noisy.first_targets is None else noisy.first_targets.sum(),
     )

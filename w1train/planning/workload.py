@@ -76,7 +76,7 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     annealed = diffusion.attention_annealing != "none"
     one_stream = document_pairs(length, document, causal=autoregressive)
     pairs = block_pairs(spans, document, diffusion) if has_clean_stream else one_stream
-    mean, most = _noised_shares(process, diffusion)
+    mean, most = _predicted_shares(process, diffusion)
     return Workload(
         num_tokens=length,
         num_streams=2 if has_clean_stream else 1,
@@ -91,14 +91,15 @@ def workload_of(config: Config, document_length: int | None = None) -> Workload:
     )
 
 
-def _noised_shares(process: NoiseProcess, diffusion: DiffusionConfig) -> tuple[float, float]:
-    """Return the expected share of tokens that noise replaces, for t uniform between its bounds, and the share at the largest t."""
+def _predicted_shares(process: NoiseProcess, diffusion: DiffusionConfig) -> tuple[float, float]:
+    """Return the expected share of tokens that have a loss, for t uniform between its bounds, and the largest share in a sample at the
+    largest t."""
     times = torch.linspace(diffusion.t_min, diffusion.t_max, 1001, dtype=torch.float64)
-    shares = process.noising_probability(times)
-    if diffusion.complementary:
+    shares = process.predicted_share(times)
+    if diffusion.complementary and not process.predicts_every_token:
         # In one sample of a pair, noise replaces exactly the tokens that the other sample keeps.
         return 0.5, 1 - shares[0].item()
-    return shares.mean().item(), shares[-1].item()
+    return shares.mean().item(), 1.0 if process.edits_samples else shares[-1].item()
 
 
 def document_pairs(length: int, document: int, *, causal: bool = False) -> int:

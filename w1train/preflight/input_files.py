@@ -47,6 +47,15 @@ def files_rule(config: Config) -> Iterator[Problem]:
             yield Problem(key, f"{absolute(prefix)}: the same tokens as {twins[0]}, by their hash", "a dataset that no stage trains on")
 
 
+def counts_rule(config: Config) -> Iterator[Problem]:
+    """Check that the counts of tokens are there, if the noise of a stage depends on them."""
+    counts = config.diffusion.token_counts
+    if config.diffusion.objective == "per_id_masked" and counts is not None and not os.path.exists(counts):
+        prefix = next(iter(training_datasets(config).values()), "PREFIX")
+        command = f"w1train data count-tokens {absolute(prefix)} --vocab-size {config.model.vocab_size} --output {absolute(counts)}"
+        yield Problem("diffusion.token_counts", f"{absolute(counts)}: no such file", "a file with the count of each token id", command)
+
+
 def training_datasets(config: Config) -> dict[str, str]:
     """Return the prefixes of the datasets that a stage with a step reads, by their keys."""
     data, found = config.data, {}

@@ -7,10 +7,10 @@ from functools import partial
 
 from w1train.config.errors import Problem
 from w1train.config.rules.parallel_rules import world_size_problems
-from w1train.config.rules.rule import Rule
+from w1train.config.rules.rule import Rule, at_every_stage
 from w1train.config.schema import Config
 from w1train.preflight.disks import directories_rule, space_rule
-from w1train.preflight.input_files import files_rule
+from w1train.preflight.input_files import counts_rule, files_rule
 from w1train.preflight.start_weights import weights_rule
 from w1train.preflight.visible_gpus import device_rule
 
@@ -34,7 +34,7 @@ def machine_problems(config: Config, max_steps: int | None = None) -> list[Probl
 
 
 def _machine_rules(max_steps: int | None) -> tuple[Rule, ...]:
-    return (files_rule, weights_rule, directories_rule, partial(space_rule, max_steps=max_steps))
+    return (files_rule, at_every_stage(counts_rule), weights_rule, directories_rule, partial(space_rule, max_steps=max_steps))
 
 
 def _world_rule(num_ranks: int | None) -> Rule:

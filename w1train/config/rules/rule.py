@@ -14,7 +14,11 @@ Rule = Callable[[Config], Iterator[Problem]]
 ProcessRule = Callable[[Config, bool], Iterator[Problem]]
 """A rule that depends on the noise process. It gets whether the process is causal."""
 
-OWN_PROCESSES = {"diffusion": False, "autoregressive": True}
+OWN_PROCESSES = {
+    "diffusion": False,
+    "autoregressive": True,
+    **dict.fromkeys(("uniform", "hybrid", "log_snr", "per_id_masked", "edits", "token_to_token"), False),
+}
 """The noise processes that come with w1train, and whether they are causal. Each process has is_causal, but the configuration does not
 import the processes. w1train.registered_names checks a ProcessRule for all other processes."""
 

@@ -15,9 +15,11 @@ class W1Config(PretrainedConfig):
 
     These fields say what the model was trained to predict, and from what:
 
-    - ``process``: the noise, "masked diffusion" (mask tokens replace tokens) or "autoregressive" (no noise).
-    - ``prediction``: "full" (the distribution of the clean token, given everything that its position sees) or "next_token" (of the clean
-      token, given the tokens before it).
+    - ``process``: the noise, "masked diffusion" (mask tokens replace tokens), "autoregressive" (no noise), or in words another noise, such
+      as "uniform diffusion" (any tokens replace tokens) and "hybrid diffusion" (mask tokens and others).
+    - ``prediction``: "full" (the distribution of the clean token, given everything that its position sees), "leave_one_out" (given
+      everything but the token at the position itself; both are the same at mask tokens) or "next_token" (of the clean token, given the
+      tokens before it).
     - ``shift``: whether the network's output at a position is for the next token. The model's forward pass moves outputs, so that its
       logits at a position are always those of the position's own token.
     - ``block_size``: the number of tokens that are denoised together, after clean blocks; None = all tokens of a document.
