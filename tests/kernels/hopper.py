@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from w1train.kernels import triton_cross_entropy, triton_modulation, triton_rotary
+from w1train.kernels import triton_cross_entropy, triton_modulation, triton_noised_softmax, triton_rotary
 
 HOPPER = GPUTarget("cuda", 90, 32)
 W1_HIDDEN = 2048
@@ -47,6 +47,16 @@ KERNELS = {
     triton_cross_entropy._write_gradient: (
         {"logits": BF16, "columns": INT64, "largest": FP32, "scale": FP32, "gradients": FP32},
         {"BLOCK": triton_cross_entropy.BLOCK},
+        8,
+    ),
+    triton_noised_softmax._noised_sums: (
+        {"logits": BF16} | dict.fromkeys(("largest", "scale", "ratio", "sums"), FP32),
+        {"BLOCK": triton_noised_softmax.BLOCK},
+        8,
+    ),
+    triton_noised_softmax._write_noised_gradient: (
+        {"logits": BF16, "columns": INT64} | dict.fromkeys(("largest", "scale", "ratio", "base", "slope", "gradients"), FP32),
+        {"BLOCK": triton_noised_softmax.BLOCK},
         8,
     ),
 }

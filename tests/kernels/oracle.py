@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.kernels.row_terms import dense_term, make_term
 from w1train.kernels.modulation import gate_residual, rms_norm
 from w1train.kernels.segments import Segments
 from w1train.model.chunked_head import Head, linear_row_terms
-from w1train.model.row_terms import CrossEntropy, Entropy, LogProbabilities, RowTerm, Vocabulary
+from w1train.model.row_terms import Vocabulary
 
 EPS = 1e-6
 # Name -> number of segments, and the segment of each token of [7, 3] (None = the sample's).
@@ -105,31 +106,6 @@ def check_gate(name: str, shape: tuple[int, int], size: int, dtype: torch.dtype,
 def one_rank(chunk_size: int, excluded: int | None = None, implementation: Any = "auto") -> Head:
     """A head whose vocabulary is not split over ranks."""
     return Head(Vocabulary(None, 0, excluded, implementation), chunk_size, sum_row_gradients=True)
-
-
-TERMS = ("cross-entropy", "log-probabilities", "entropy")
-
-
-def make_term(name: str, num_rows: int, vocabulary: int, excluded: int | None) -> RowTerm:
-    """A term whose ids are spread over the vocabulary, none of them excluded. Two of the five ids of a row are the same."""
-    first = torch.arange(num_rows)[:, None] * 7 + torch.tensor([1, 12, 23, 1, 44])
-    ids = first % vocabulary
-    ids = torch.where(ids == (-1 if excluded is None else excluded), (ids + 1) % vocabulary, ids)
-    if name == "entropy":
-        return Entropy()
-    return CrossEntropy(ids[:, 0]) if name == "cross-entropy" else LogProbabilities(ids)
-
-
-def dense_term(term: RowTerm, logits: Tensor) -> Tensor:
-    """The term by its definition, from all logits [m, vocabulary]."""
-    log_probabilities = logits.log_softmax(dim=-1)
-    match term:
-        case CrossEntropy(targets):
-            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        case LogProbabilities(ids):
-            return log_probabilities.gather(1, ids)
-        case _:
-            return -(log_probabilities.exp() * log_probabilities.clamp_min(-1e9)).sum(dim=-1)
 
 
 def dense_logits(rows: Tensor, weight: Tensor, excluded: int | None) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels import oracle
+from tests.kernels import oracle, row_terms
 from w1train.kernels.rotary import apply_rotary
 from w1train.model.chunked_head import linear_row_terms
 from w1train.model.row_terms import CrossEntropy
@@ -37,7 +37,7 @@ def test_plain_norm(with_segments, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", oracle.TERMS)
+@pytest.mark.parametrize("name", row_terms.TERMS)
 def test_row_terms(name, dtype):
     oracle.check_term(name, 100, 64512, 33, 14, dtype, "triton", {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype])
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.kernels import oracle
+from tests.kernels import oracle, row_terms
 from tests.slow import slow_except
 from w1train.kernels.rotary import apply_rotary
 from w1train.kernels.segments import PIECE_SIZE
@@ -62,7 +62,7 @@ def test_equals_the_twin_and_itself(check):
 
 @pytest.mark.parametrize("dtype", slow_except([torch.float32], PRECISIONS))
 @pytest.mark.parametrize(("vocabulary", "chunk_size", "excluded"), [(50, 4, None), (50, 9, 14), (4100, 3, 4099)])
-@pytest.mark.parametrize("name", oracle.TERMS)
+@pytest.mark.parametrize("name", row_terms.IN_TRITON)
 def test_row_terms(name, vocabulary, chunk_size, excluded, dtype):
     """The last vocabulary is more than one block of the kernels."""
     oracle.check_term(name, 9, vocabulary, chunk_size, excluded, dtype, "triton", {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])

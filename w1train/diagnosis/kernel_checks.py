@@ -23,9 +23,9 @@ from w1train.config.rules.attention_limits import AttentionCase, VisibilityKind
 from w1train.kernels.modulation import gate_residual, rms_norm
 from w1train.kernels.rotary import apply_rotary
 from w1train.kernels.segments import Segments
-from w1train.kernels.selection import has_triton
+from w1train.kernels.selection import Implementation, has_triton
 from w1train.model.chunked_head import Head, linear_row_terms
-from w1train.model.row_terms import CrossEntropy, Vocabulary
+from w1train.model.row_terms import CrossEntropy, KlIs, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +160,7 @@ def _rotary_errors(device: torch.device, num_rows: int, _size: int, _vocabulary:
 
 def _loss_errors(device: torch.device, num_rows: int, size: int, vocabulary: int) -> dict[str, float]:
     targets = torch.randint(0, vocabulary, (num_rows,), device=device)
-    vocabulary_part = Vocabulary(group=None, first_token=0, excluded_token=None, implementation="triton")
-    head = Head(vocabulary_part, max(1, num_rows // 3), sum_row_gradients=True)
+    head = _whole_vocabulary(num_rows, "triton")
     inputs = [torch.randn((num_rows, size), device=device), 0.02 * torch.randn((vocabulary, size), device=device)]
     return twin_errors(
         lambda rows, weight: linear_row_terms(rows, weight, [CrossEntropy(targets)], head)[0],
@@ -170,11 +169,29 @@ def _loss_errors(device: torch.device, num_rows: int, size: int, vocabulary: int
     )
 
 
+def _noised_loss_errors(device: torch.device, num_rows: int, size: int, vocabulary: int) -> dict[str, float]:
+    targets, noised = torch.randint(0, vocabulary, (2, num_rows), device=device)
+    alpha = torch.rand(num_rows, device=device)
+    term = KlIs(targets, noised, alpha, (1 - alpha) / vocabulary, (1 - alpha) / vocabulary)
+    inputs = [torch.randn((num_rows, size), device=device), 0.02 * torch.randn((vocabulary, size), device=device)]
+
+    def compute(how: Implementation, rows: Tensor, weight: Tensor) -> Tensor:
+        return linear_row_terms(rows, weight, [term], _whole_vocabulary(num_rows, how))[0]
+
+    return twin_errors(partial(compute, "triton"), partial(compute, "torch"), inputs)
+
+
+def _whole_vocabulary(num_rows: int, implementation: Implementation) -> Head:
+    vocabulary = Vocabulary(group=None, first_token=0, excluded_token=None, implementation=implementation)
+    return Head(vocabulary, max(1, num_rows // 3), sum_row_gradients=True)
+
+
 _KERNELS: dict[str, Callable[[torch.device, int, int, int], dict[str, float]]] = {
     "modulated RMSNorm": _norm_errors,
     "gated residual": _gate_errors,
     "rotary embedding": _rotary_errors,
     "chunked cross-entropy": _loss_errors,
+    "chunked KL and IS": _noised_loss_errors,
 }
 
 

@@ -28,7 +28,7 @@ def row_statistics(logits: Tensor, columns: Tensor, implementation: Implementati
         from w1train.kernels import triton_cross_entropy
 
         return triton_cross_entropy.row_statistics(logits, columns)
-    here, columns = _on_this_rank(columns, logits)
+    here, columns = on_this_rank(columns, logits)
     chosen = logits.gather(-1, columns.t()).t().float()
     largest = logits.amax(dim=-1).float()
     total = logits.sub(largest[:, None]).exp_().sum(dim=-1)  # in fp32, as ``largest`` is
@@ -53,13 +53,13 @@ def write_gradient(
 
         triton_cross_entropy.write_gradient(logits, columns, largest, scale, gradients)
         return
-    wide = logits.float().sub_(largest[:, None]).exp_().mul_(scale[:, None])
-    here, columns = _on_this_rank(columns, logits)
+    wide = logits.sub(largest[:, None]).exp_().mul_(scale[:, None])
+    here, columns = on_this_rank(columns, logits)
     wide.scatter_add_(-1, columns.t(), torch.where(here, -gradients, 0.0).t())
     logits.copy_(wide)
 
 
-def _on_this_rank(columns: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def on_this_rank(columns: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return which columns these logits have, and the columns with 0 in the place of columns that they do not have."""
     here = (columns >= 0) & (columns < logits.shape[-1])
     return here, torch.where(here, columns, 0)

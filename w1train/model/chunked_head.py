@@ -8,13 +8,15 @@ For each chunk, the ranks that share the vocabulary exchange the largest logits;
 tokens that the terms name; then the other sums of the terms, if there are any. The backward pass exchanges the rows' gradients once.
 
 Shapes: m = rows, k = rows of a chunk, h = hidden size, v = vocabulary of this rank, n = tokens that all terms name in each row,
-f = numbers that are kept of each row.
+r = softmaxes of a row (of all its logits, and of a term that removes a logit), f = numbers that are kept of each row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from w1train.kernels.cross_entropy import row_statistics
 from w1train.model.row_terms import RowStatistics, RowTerm, Vocabulary
+from w1train.model.row_terms.row_term import remove, restore
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,47 +48,87 @@ def linear_row_terms(rows: Tensor, weight: Tensor, terms: Sequence[RowTerm], hea
         weight: [v, h], this rank's part of the vocabulary. Under megatron-core's DistributedDataParallel its gradient is added
             to ``weight.main_grad`` chunk by chunk, in fp32.
     """
-    return _LinearRowTerms.apply(rows, weight, terms, head)
+    parameters = [parameter for term in terms for parameter in term.parameters]
+    return _LinearRowTerms.apply(rows, weight, terms, head, *parameters)
 
 
 class _LinearRowTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, terms: Sequence[RowTerm], head: Head) -> tuple[Tensor, ...]:
-        ids = _chosen_ids(terms, rows)
-        kept = torch.empty((_num_kept(ids, terms), len(rows)), dtype=torch.float32, device=rows.device)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, terms: Sequence[RowTerm], head: Head, *parameters: Tensor) -> tuple[Tensor, ...]:
+        layout = _layout(terms, rows)
+        kept = torch.empty((sum(layout.sizes), len(rows)), dtype=torch.float32, device=rows.device)
         for part in _parts(len(rows), head):
-            kept[:, part] = _statistics(_logits(rows[part], weight, head.vocabulary), part, ids, terms, head.vocabulary)
+            kept[:, part] = _statistics(_logits(rows[part], weight, head.vocabulary), part, layout, head.vocabulary)
         ctx.save_for_backward(rows, weight, kept)
-        ctx.terms, ctx.head = terms, head
+        ctx.layout, ctx.head = layout, head
         # A term that is only logged has no gradient: nothing is computed for it.
         ctx.set_materialize_grads(False)
-        return tuple(term.value(own) for term, own in zip(terms, _by_term(kept, terms), strict=True))
+        return tuple(term.value(own) for term, own in zip(terms, layout.by_term(kept), strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, weight, kept = ctx.saved_tensors
         head: Head = ctx.head
+        layout: _Layout = ctx.layout
         grad_rows = torch.empty_like(rows)
         accumulator = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        of_parameters = _ParameterGradients(any(ctx.needs_input_grad[_FIRST_PARAMETER:]))
         for part in _parts(len(rows), head):
             grad_logits = _logits(rows[part], weight, head.vocabulary)
-            _to_gradient(grad_logits, part, ctx.terms, _by_term(kept[:, part], ctx.terms), gradients, head.vocabulary)
+            asked = _asked(layout, part, kept, gradients)
+            of_parameters.add(grad_logits, part, asked, head.vocabulary)
+            _to_gradient(grad_logits, part, asked, head.vocabulary)
             torch.mm(grad_logits, weight, out=grad_rows[part])
             if accumulator is not None:
                 accumulator.add(grad_logits, rows[part])
         if head.vocabulary.group is not None and head.sum_row_gradients:
             dist.all_reduce(grad_rows, group=head.vocabulary.group)
-        return grad_rows, None if accumulator is None else accumulator.result(), None, None
+        of_weight = None if accumulator is None else accumulator.result()
+        return grad_rows, of_weight, None, None, *of_parameters.result(layout.terms)
+
+
+_FIRST_PARAMETER = 4
+"""The place of the first parameter of a term among the arguments of ``_LinearRowTerms.forward``."""
+
+
+@dataclass(slots=True, frozen=True)
+class _Layout:
+    """The places of the numbers that are kept of each row for some terms: largest logits [r], sums of exponentials [r], logits of the
+    tokens that the terms name [n], and the terms' sums."""
+
+    terms: Sequence[RowTerm]
+    ids: Tensor
+    """int64 [n, m]: the tokens that all terms name."""
+    num_chosen: list[int]
+    """Tokens that each term names."""
+
+    @property
+    def removing(self) -> list[RowTerm]:
+        """Terms with a softmax of their own, because they remove a logit of each row."""
+        return [term for term in self.terms if term.removed_ids is not None]
+
+    @property
+    def sizes(self) -> list[int]:
+        num_softmaxes = 1 + len(self.removing)
+        return [num_softmaxes, num_softmaxes, sum(self.num_chosen), sum(term.num_sums for term in self.terms)]
+
+    def by_term(self, kept: Tensor) -> list[RowStatistics]:
+        """Return views of [f, k] for each term."""
+        largest, totals, chosen, sums = kept.split(self.sizes)
+        own_softmax = count(1)
+        softmaxes = [0 if term.removed_ids is None else next(own_softmax) for term in self.terms]
+        own = zip(softmaxes, chosen.split(self.num_chosen), sums.split([term.num_sums for term in self.terms]), strict=True)
+        return [RowStatistics(largest[place], totals[place], own_chosen, own_sums) for place, own_chosen, own_sums in own]
+
+
+def _layout(terms: Sequence[RowTerm], rows: Tensor) -> _Layout:
+    nothing = torch.empty((0, len(rows)), dtype=torch.int64, device=rows.device)
+    chosen = [nothing if term.chosen_ids is None else term.chosen_ids for term in terms]
+    return _Layout(terms, torch.cat([nothing, *chosen]), [len(ids) for ids in chosen])
 
 
 def _parts(num_rows: int, head: Head) -> Iterator[slice]:
     return (slice(start, start + head.chunk_size) for start in range(0, num_rows, head.chunk_size))
-
-
-def _chosen_ids(terms: Sequence[RowTerm], rows: Tensor) -> Tensor:
-    """Return the tokens that all terms name, int64 [n, m]."""
-    nothing = torch.empty((0, len(rows)), dtype=torch.int64, device=rows.device)
-    return torch.cat([nothing, *(term.chosen_ids for term in terms if term.chosen_ids is not None)])
 
 
 def _logits(rows: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -97,65 +140,91 @@ def _logits(rows: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
     return logits
 
 
-def _num_kept(ids: Tensor, terms: Sequence[RowTerm]) -> int:
-    return 2 + len(ids) + sum(term.num_sums for term in terms)
-
-
-def _statistics(logits: Tensor, part: slice, ids: Tensor, terms: Sequence[RowTerm], vocabulary: Vocabulary) -> Tensor:
-    """Return what is kept of rows ``part``, from their logits [k, v], float32 [f, k]: the two numbers of the softmax, the logits of
-    their ids, and the sums of the terms."""
-    kept = logits.new_empty((_num_kept(ids, terms), len(logits)), dtype=torch.float32)
-    # These are views, so that what is written into them is kept. One message carries the sum of exponentials and the chosen logits.
-    largest, softmax_sums, term_sums = kept[0], kept[1 : 2 + len(ids)], kept[2 + len(ids) :]
-    columns = ids[:, part] - vocabulary.first_token
-    largest[:], softmax_sums[0], softmax_sums[1:] = row_statistics(logits, columns, vocabulary.implementation)
+def _statistics(logits: Tensor, part: slice, layout: _Layout, vocabulary: Vocabulary) -> Tensor:
+    """Return what is kept of rows ``part``, from their logits [k, v], float32 [f, k]."""
+    kept = logits.new_empty((sum(layout.sizes), len(logits)), dtype=torch.float32)
+    # These are views, so that what is written into them is kept. One message carries the sums of exponentials and the chosen logits.
+    num_softmaxes, _, num_chosen, num_sums = layout.sizes
+    largest, softmax_sums, term_sums = kept.split([num_softmaxes, num_softmaxes + num_chosen, num_sums])
+    totals, columns = softmax_sums[:num_softmaxes], layout.ids[:, part] - vocabulary.first_token
+    largest[0], totals[0], softmax_sums[num_softmaxes:] = row_statistics(logits, columns, vocabulary.implementation)
+    for place, term in enumerate(layout.removing, start=1):
+        with _removed(logits, term, part, vocabulary):
+            largest[place], totals[place], _ = row_statistics(logits, columns[:0], vocabulary.implementation)
     if vocabulary.group is not None:
         own = largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=vocabulary.group)
-        softmax_sums[0] *= torch.exp(own - largest)
+        totals *= torch.exp(own - largest)
         dist.all_reduce(softmax_sums, group=vocabulary.group)
-    for term, own_statistics in zip(terms, _by_term(kept, terms), strict=True):
+    for term, own_statistics in zip(layout.terms, layout.by_term(kept), strict=True):
         if term.num_sums:
-            own_statistics.sums[:] = term.local_sums(logits, part, own_statistics)
+            with _removed(logits, term, part, vocabulary):
+                own_statistics.sums[:] = term.local_sums(logits, part, own_statistics, vocabulary)
     if vocabulary.group is not None and len(term_sums):
         dist.all_reduce(term_sums, group=vocabulary.group)
     return kept
 
 
-def _by_term(kept: Tensor, terms: Sequence[RowTerm]) -> list[RowStatistics]:
-    """Return views of [f, k] for each term."""
-    num_chosen = [0 if term.chosen_ids is None else len(term.chosen_ids) for term in terms]
-    num_sums = [term.num_sums for term in terms]
-    softmax, chosen, sums = kept.split([2, sum(num_chosen), sum(num_sums)])
-    return [
-        RowStatistics(softmax[0], softmax[1], own_chosen, own_sums)
-        for own_chosen, own_sums in zip(chosen.split(num_chosen), sums.split(num_sums), strict=True)
-    ]
+@contextmanager
+def _removed(logits: Tensor, term: RowTerm, part: slice, vocabulary: Vocabulary) -> Iterator[None]:
+    """Take the logits that a term removes out of rows ``part`` for as long as the context lasts."""
+    if term.removed_ids is None:
+        yield
+        return
+    ids = term.removed_ids[part]
+    before = remove(logits, ids, vocabulary)
+    yield
+    restore(logits, ids, vocabulary, before)
 
 
-def _to_gradient(
-    logits: Tensor,
-    part: slice,
-    terms: Sequence[RowTerm],
-    statistics: Sequence[RowStatistics],
-    gradients: Sequence[Tensor | None],
-    vocabulary: Vocabulary,
-) -> None:
+type _Asked = list[tuple[RowTerm, RowStatistics, Tensor]]
+"""The terms of which a gradient is asked, each with the statistics and the gradient of some rows."""
+
+
+def _asked(layout: _Layout, part: slice, kept: Tensor, gradients: Sequence[Tensor | None]) -> _Asked:
+    by_term = zip(layout.terms, layout.by_term(kept[:, part]), gradients, strict=True)
+    return [(term, own, gradient[part]) for term, own, gradient in by_term if gradient is not None]
+
+
+def _to_gradient(logits: Tensor, part: slice, asked: _Asked, vocabulary: Vocabulary) -> None:
     """Write the sum of the terms' gradients over the logits of rows ``part``.
 
     A single gradient is written in place. Several gradients are computed on fp32 copies of the logits, and their sum is rounded once.
     """
-    asked = [(term, own, gradient[part]) for term, own, gradient in zip(terms, statistics, gradients, strict=True) if gradient is not None]
     if len(asked) == 1:
-        term, own, gradient = asked[0]
-        term.write_gradient(logits, part, own, gradient, vocabulary)
+        _write_gradient(logits, part, *asked[0], vocabulary)
         return
     total = torch.zeros_like(logits, dtype=torch.float32)
     for term, own, gradient in asked:
         wide = logits.to(torch.float32, copy=True)
-        term.write_gradient(wide, part, own, gradient, vocabulary)
+        _write_gradient(wide, part, term, own, gradient, vocabulary)
         total += wide
     logits.copy_(total)
+
+
+def _write_gradient(logits: Tensor, part: slice, term: RowTerm, own: RowStatistics, gradient: Tensor, vocabulary: Vocabulary) -> None:
+    if term.removed_ids is not None:
+        remove(logits, term.removed_ids[part], vocabulary)
+    term.write_gradient(logits, part, own, gradient, vocabulary)
+
+
+class _ParameterGradients:
+    """The sums over chunks of the gradients of the terms' parameters."""
+
+    def __init__(self, are_needed: bool) -> None:
+        self.are_needed = are_needed
+        self.totals: dict[int, tuple[Tensor, ...]] = {}
+        """By the ``id`` of the term."""
+
+    def add(self, logits: Tensor, part: slice, asked: _Asked, vocabulary: Vocabulary) -> None:
+        for term, own, gradient in asked if self.are_needed else ():
+            found = term.parameter_gradients(logits, part, own, gradient, vocabulary)
+            before = self.totals.get(id(term))
+            self.totals[id(term)] = found if before is None else tuple(map(torch.add, before, found))
+
+    def result(self, terms: Sequence[RowTerm]) -> list[Tensor | None]:
+        """Return what autograd gets for each parameter of each term."""
+        return [gradient for term in terms for gradient in self.totals.get(id(term), (None,) * len(term.parameters))]
 
 
 class _WeightGradient:
