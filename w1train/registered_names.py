@@ -116,7 +116,7 @@ NAME_RULES: tuple[Rule, ...] = (
     at_every_stage(_name_rule("diffusion", "loss", _losses, "cross_entropy")),
     _name_rule("sampling", "remasking", _orders, *OWN_ORDERS),
     _name_rule("attention", "backend", _backends, "auto", "cudnn", "flex", "te", "sdpa", "reference"),
-    _name_rule("optimizer", "name", _optimizers, "adamw"),
+    _name_rule("optimizer", "name", _optimizers, "adamw", "muon"),
     *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),
     at_every_stage(_process_rule),
     at_every_stage(_threshold_rule),

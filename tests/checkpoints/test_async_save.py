@@ -383,7 +383,7 @@ def test_planned_host_memory_is_what_is_taken(tmp_path, precision, sharded):
     found = on_ranks(save, precision=precision, distributed_optimizer=sharded)
     numel, size = found[0][1], PRECISION_BYTES[precision]
     copies = 3 if precision == "bf16" else 2
-    state = StateBytes(size * numel, 4 * numel, 4 * copies * numel // (2 if sharded else 1))
+    state = StateBytes(size * numel, 4 * numel, 4 * copies * numel // (2 if sharded else 1), numel // (2 if sharded else 1))
     planned = staging_bytes(state, precision, 2, distributed=sharded)
     assert sum(staged for staged, _ in found) == 2 * planned
     assert all(staged == pytest.approx(planned, rel=0.05) for staged, _ in found)

@@ -41,6 +41,8 @@ def _keys(config):
         ({"parallel.tp_comm_overlap": True, **TE}, "parallel.tp_comm_overlap"),
         ({"parallel.tp_comm_overlap": True, "parallel.tensor": 2, "parallel.sequence": True}, "parallel.tp_comm_overlap"),
         ({"training.loss_chunk_size": 0}, "training.loss_chunk_size"),
+        ({"optimizer.name": "muon", "kernels.adamw": "te"}, "kernels.adamw"),
+        ({"optimizer.momentum": 1.0}, "optimizer.momentum"),
         ({**DIVISIBLE, "model.transformer_impl": "local"}, "training.fp8"),
         ({**DIVISIBLE, "training.precision": "fp32"}, "training.fp8"),
         ({**DIVISIBLE, "model.ffn_hidden_size": 120}, "model.ffn_hidden_size"),

@@ -36,6 +36,8 @@ CASES = {
     "pipeline 2, data 2, overlap, fp32": (4, {"pipeline": 2, "overlap_grad_reduce": True}, "fp32", {}),
     "pipeline 2, virtual 2, data 2, bf16, tied": (4, {"pipeline": 2, "virtual_pipeline": 2}, "bf16", TIED),
     "context 2, tensor 2, bf16": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2}, "bf16", {}),
+    "tensor 2, data 2, overlap, bf16, Muon": (4, {"tensor": 2, "overlap_grad_reduce": True}, "bf16", {}),
+    "one rank, plain optimizer, bf16, Muon": (1, {"distributed_optimizer": False}, "bf16", {}),
     "pipeline 2, uneven, context 2, fp32": (
         4,
         {"pipeline": 2, "num_layers_in_first_stage": 1, "context": 2, "context_chunk_size": 8},
@@ -68,7 +70,7 @@ def _allocated(_rank, world_size, config):
         # The groups of the optimizers inside megatron-core's wrappers hold masters, or views of fp32 parameters.
         inner = [optimizer.optimizer for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])]
         updated = [parameter for optimizer in inner for group in optimizer.param_groups for parameter in group["params"]]
-        moments = [state[key] for optimizer in inner for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        moments = [moment for optimizer in inner for state in optimizer.state.values() for moment in state.values()]
         own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         masters = [parameter for parameter in updated if parameter.untyped_storage().data_ptr() not in own]
         names = [(name, tuple(p.shape)) for stage in model.stages for name, p in global_named_parameters(stage)]
@@ -79,6 +81,7 @@ IN_EACH_RUN = (
     "data 3, overlap, bf16",
     "pipeline 2, virtual 2, data 2, bf16, tied",
     "context 2, tensor 2, bf16",
+    "tensor 2, data 2, overlap, bf16, Muon",
 )
 
 
@@ -91,6 +94,7 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
     config = tiny_config(
         parallel=parallel,
         model={"num_layers": 4, **model},
+        optimizer={"name": "muon" if "Muon" in name else "adamw"},
         training={"precision": precision, "global_batch_size": 12, "micro_batch_size": 12 // (2 * data)},
         diffusion={"num_strata": 4},
     )
@@ -101,7 +105,14 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
         chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, place.pipeline)]
         assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
         size, distributed_optimizer = layout.bucket_size(place.pipeline), layout.distributed_optimizer
-        predicted = state_bytes(chunks, precision, layout.num_optimizer_shards, distributed=distributed_optimizer, bucket_size=size)
+        predicted = state_bytes(
+            chunks,
+            precision,
+            layout.num_optimizer_shards,
+            distributed=distributed_optimizer,
+            optimizer=config.optimizer.name,
+            bucket_size=size,
+        )
         predicted = predicted[place.context + layout.context * place.data]
         assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
 

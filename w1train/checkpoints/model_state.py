@@ -44,8 +44,7 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     # The optimizer finds the places of its parameters through the model's state. With several stages it needs the states of all of them in
     # one dictionary.
     model_state = models if len(models) > 1 else next(iter(models.values()))
-    if not is_loading:
-        make_states(model.optimizer)
+    make_states(model.optimizer)
     return {**models, OPTIMIZER: model.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())}
 
 

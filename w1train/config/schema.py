@@ -332,11 +332,18 @@ class OptimizerConfig:
     """The optimizer."""
 
     name: str = "adamw"
-    """The name of the optimizer: adamw (arXiv 1711.05101)."""
+    """The name of the optimizer. adamw: arXiv 1711.05101. muon: the matrices of the layers have orthogonalized updates (arXiv 2502.16982),
+    and everything else has AdamW's."""
     beta1: FractionBelowOne = 0.9
     """Decay of the first moment."""
     beta2: FractionBelowOne = 0.95
     """Decay of the second moment."""
+    momentum: FractionBelowOne = 0.95
+    """Muon: decay of the momentum, which is Nesterov's."""
+    update_scale: Literal["moonlight", "original"] = "moonlight"
+    """Muon: factor of an orthogonalized update of n outputs and m inputs. moonlight: 0.2 sqrt(max(n, m)), with which AdamW's learning rate
+    and weight decay fit the matrices too. original: sqrt(max(1, n / m)), which wants a larger rate for the matrices than for the rest:
+    set optimizer.rate_multipliers."""
     epsilon: PositiveFloat = 1.0e-8
     """A small number that is added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1

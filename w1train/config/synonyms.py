@@ -148,7 +148,7 @@ _TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("adam_beta2", "optimizer.beta2=", "It is the decay of the second moment."),
     ("adam_eps adam_epsilon eps", "optimizer.epsilon=", "It is added to the root of the second moment."),
     ("wd adam_weight_decay", "optimizer.weight_decay=", "It is a number such as 0.1."),
-    ("optim optimizer_name optimizer_type", "optimizer.name", "It is adamw."),
+    ("optim optimizer_name optimizer_type", "optimizer.name", "It is adamw or muon."),
     ("seed random_seed rng_seed manual_seed", "training.seed=", "It is one number for the weights, the order of the data and the noise."),
     (
         "save_interval save_every save_steps checkpoint_interval ckpt_interval save_freq checkpoint_every",

@@ -36,11 +36,22 @@ def save_optimizer_states_in_slices() -> None:
     @functools.wraps(original)
     def sharded_state_dict(self: DistributedOptimizer, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
         if is_loading:
-            return original(self, model_state, is_loading, *args, **kwargs)
+            return _without_missing_states(self, original(self, model_state, is_loading, *args, **kwargs))
         # Besides gathering, the original only collects garbage, for which training would wait a quarter of a second.
         return {**self.state_dict(), "param_state": dict(enumerate(state_shards(self, model_state))), "param_state_sharding_type": _FORMAT}
 
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
+
+
+def _without_missing_states(optimizer: DistributedOptimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state that is asked of a checkpoint, without the moments that a parameter does not have. megatron-core asks for two
+    moments of every parameter, and a checkpoint has no second moment of Muon's matrices."""
+    parameters = [parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map]
+    for parameter, tensors in zip(parameters, state["param_state"].values(), strict=True):
+        names = getattr(parameter, "optimizer_states", tensors)
+        for name in tensors.keys() - {"param", *names}:
+            del tensors[name]
+    return state
 
 
 def state_shards(optimizer: DistributedOptimizer, model_state: Any) -> Iterator[ShardedTensor]:

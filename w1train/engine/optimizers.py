@@ -20,13 +20,14 @@ from w1train.config.errors import look_up
 from w1train.config.schema import Config
 from w1train.engine.adamw import prepare_adamw
 from w1train.engine.megatron_fixes import give_padded_places_for_loading
+from w1train.engine.muon import prepare_muon
 from w1train.engine.optimizer_slices import save_optimizer_states_in_slices
 from w1train.engine.rate_multipliers import rate_overrides
 
 Prepare = Callable[[Config], dict[str, Any]]
 """A function that prepares megatron-core for an optimizer, and returns this optimizer's own fields of megatron-core's OptimizerConfig."""
 
-OPTIMIZERS: dict[str, Prepare] = {"adamw": prepare_adamw}
+OPTIMIZERS: dict[str, Prepare] = {"adamw": prepare_adamw, "muon": prepare_muon}
 """The optimizers by their names in ``optimizer.name``. A new optimizer is a file with such a function, and an entry here."""
 
 
@@ -56,6 +57,10 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         warnings.simplefilter("ignore")
         overrides = {**get_standard_config_overrides(optimizer_config), **rate_overrides([chunk.module for chunk in chunks])}
         optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides, use_gloo_process_groups=False)
+    for each in optimizer.chained_optimizers:
+        # An optimizer that needs whole matrices looks for them in the wrapper, which has given it slices.
+        if hasattr(each.optimizer, "attach"):
+            each.optimizer.attach(each, chunks)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     return optimizer

@@ -48,6 +48,12 @@ def widths(model: ModelConfig) -> Widths:
     return Widths(channels, model.num_attention_heads * channels, (model.num_query_groups or model.num_attention_heads) * channels)
 
 
+def num_matrix_elements(model: ModelConfig) -> int:
+    """Return the elements of the matrices that Muon updates."""
+    width = widths(model)
+    return model.num_layers * model.hidden_size * (2 * width.query + 2 * width.key + 3 * model.ffn_hidden_size)
+
+
 def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[Parameter]:
     """Return the parameters of a chunk in the order of ``named_parameters``."""
     vocabulary = (model.vocab_size // layout.tensor, model.hidden_size)

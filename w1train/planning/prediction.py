@@ -15,6 +15,7 @@ from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, c
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.communication_time import Traffic
 from w1train.planning.layout import Chunk, Layout, Precision, Recompute, bubble_fraction, chunks_of, in_flight, layout_of
+from w1train.planning.orthogonalization import MuonWork, muon_work
 from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import StateBytes, state_bytes
 from w1train.planning.timing import StageSeconds
@@ -168,10 +169,13 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
         precision,
         layout.num_optimizer_shards,
         distributed=layout.distributed_optimizer,
+        optimizer=setting.config.optimizer.name,
         bucket_size=layout.bucket_size(pipeline_rank),
     )
     state = max(states, key=lambda bytes_of_rank: bytes_of_rank.total)
     traffic = _traffic(usual, layout, chunks, parameters, precision)
+    muon = muon_work(model, layout, pipeline_rank, parameters) if setting.config.optimizer.name == "muon" else MuonWork([], 0)
+    traffic += muon.traffic
     held = _held(most, layout, chunks)
     return StagePlan(
         pipeline_rank=pipeline_rank,
@@ -186,7 +190,7 @@ def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
         },
         working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, largest) for chunk in chunks),
         traffic=traffic,
-        seconds=_seconds(setting, usual, list(zip(chunks, parameters, strict=True)), state, traffic),
+        seconds=_seconds(setting, usual, list(zip(chunks, parameters, strict=True)), state, traffic, muon.flops),
     )
 
 
@@ -217,7 +221,12 @@ def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list
 
 
 def _seconds(
-    setting: _Setting, sizes: Sizes, chunks: list[tuple[Chunk, list[Parameter]]], state: StateBytes, traffic: list[Traffic]
+    setting: _Setting,
+    sizes: Sizes,
+    chunks: list[tuple[Chunk, list[Parameter]]],
+    state: StateBytes,
+    traffic: list[Traffic],
+    optimizer_flops: int,
 ) -> StageSeconds:
     layout, device, assumptions = setting.layout, setting.device, setting.assumptions
     matmul = attention = elementwise = 0.0
@@ -237,6 +246,7 @@ def _seconds(
         tensor_parallel=spent(every["tensor"]),
         context_parallel=spent(every["context"]),
         pipeline_sends=spent(every["pipeline"]),
-        gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth,
+        gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth
+        + optimizer_flops / (device.peak_tflops * 1e12 * assumptions.matmul_efficiency),
         data_parallel=spent(once),
     )

@@ -2,15 +2,17 @@
 
 Gradients are in one flat fp32 buffer per chunk. With the distributed optimizer the parameters are views of a flat buffer
 of the same layout, which is padded so that every rank's share starts on a boundary; each rank keeps fp32 masters (of bf16
-parameters) and two fp32 moments of the parameters in its share, without the padding.
+parameters) and the fp32 moments of the parameters in its share, without the padding. A matrix of Muon has one moment, any other parameter
+two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from w1train.engine.matrices import is_matrix
 from w1train.planning.layout import Precision
 from w1train.planning.parameters import Parameter
 
@@ -29,6 +31,8 @@ class Bucket:
     """End in elements, padding included."""
     spans: tuple[tuple[int, int], ...]
     """Start and end of each parameter, in ascending order."""
+    parameters: tuple[Parameter, ...]
+    """The parameters of the spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class StateBytes:
     parameters: int
     gradients: int
     optimizer: int
+    num_updated: int
+    """Elements of parameters that this rank updates."""
 
     @property
     def total(self) -> int:
@@ -53,13 +59,14 @@ def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size:
     """
     buckets: list[Bucket] = []
     spans: list[tuple[int, int]] = []
+    inside: list[Parameter] = []
     start = position = 0
 
     def close(end: int) -> int:
-        nonlocal spans
+        nonlocal spans, inside
         padded = _round_up(end, math.lcm(num_shards, _BUCKET_ALIGNMENT))
-        buckets.append(Bucket(start, padded, tuple(spans)))
-        spans = []
+        buckets.append(Bucket(start, padded, tuple(spans), tuple(inside)))
+        spans, inside = [], []
         return padded
 
     for parameter in reversed(parameters):
@@ -67,6 +74,7 @@ def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size:
         if parameter.has_own_bucket and spans:
             start = position = close(position)
         spans.append((position, position + parameter.numel))
+        inside.append(parameter)
         position += parameter.numel
         if parameter.has_own_bucket or (bucket_size is not None and position - start >= bucket_size):
             start = position = close(position)
@@ -75,38 +83,67 @@ def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size:
     return buckets
 
 
-def shard_numels(buckets: Sequence[Bucket], num_shards: int) -> list[int]:
-    """Return the elements of parameters in each rank's shares of all buckets."""
+def shard_numels(buckets: Sequence[Bucket], num_shards: int, counts: Callable[[Parameter], bool] = lambda _: True) -> list[int]:
+    """Return the elements of those parameters that count, in each rank's shares of all buckets."""
     numels = [0] * num_shards
     for bucket in buckets:
         size = (bucket.end - bucket.start) // num_shards
-        for start, end in bucket.spans:
+        spans = (span for span, parameter in zip(bucket.spans, bucket.parameters, strict=True) if counts(parameter))
+        for start, end in spans:
             for shard in range((start - bucket.start) // size, (end - 1 - bucket.start) // size + 1):
                 low = bucket.start + shard * size
                 numels[shard] += min(end, low + size) - max(start, low)
     return numels
 
 
+def has_one_moment(optimizer: str, name: str) -> bool:
+    """Tell whether an optimizer has one moment of the parameter of this name, and not two."""
+    return optimizer == "muon" and is_matrix(name)
+
+
 def state_bytes(
-    chunks: Sequence[Sequence[Parameter]], precision: Precision, num_shards: int, *, distributed: bool, bucket_size: int | None = None
+    chunks: Sequence[Sequence[Parameter]],
+    precision: Precision,
+    num_shards: int,
+    *,
+    distributed: bool,
+    optimizer: str,
+    bucket_size: int | None = None,
 ) -> list[StateBytes]:
     """Return the bytes of each rank that has these chunks, in the order of the ``num_shards`` data- and context-parallel ranks.
 
-    fp32 parameters are their own masters, so the optimizer has only the two moments.
+    fp32 parameters are their own masters, so the optimizer has only the moments.
+
+    Args:
+        optimizer: the optimizer's name.
     """
     element = PRECISION_BYTES[precision]
-    fp32_copies = 3 if precision == "bf16" else 2
-    buffer, owned = 0, [0] * num_shards
+    masters_and_moments = 3 if precision == "bf16" else 2
+    buffer, owned, with_one_moment = 0, [0] * num_shards, [0] * num_shards
+
+    def one_moment(parameter: Parameter) -> bool:
+        return has_one_moment(optimizer, parameter.name)
+
     for parameters in chunks:
         if distributed:
             buckets = buffer_layout(parameters, num_shards, bucket_size)
             buffer += buckets[-1].end
-            owned = [total + numel for total, numel in zip(owned, shard_numels(buckets, num_shards), strict=True)]
+            owned = _added(owned, shard_numels(buckets, num_shards))
+            with_one_moment = _added(with_one_moment, shard_numels(buckets, num_shards, one_moment))
         else:
             numel = sum(parameter.numel for parameter in parameters)
             buffer += numel
             owned = [total + numel for total in owned]
-    return [StateBytes(element * buffer, FP32_BYTES * buffer, FP32_BYTES * fp32_copies * numel) for numel in owned]
+            one = sum(parameter.numel for parameter in parameters if one_moment(parameter))
+            with_one_moment = [total + one for total in with_one_moment]
+    return [
+        StateBytes(element * buffer, FP32_BYTES * buffer, FP32_BYTES * (masters_and_moments * numel - one), numel)
+        for numel, one in zip(owned, with_one_moment, strict=True)
+    ]
+
+
+def _added(totals: list[int], more: list[int]) -> list[int]:
+    return [total + numel for total, numel in zip(totals, more, strict=True)]
 
 
 def staging_bytes(state: StateBytes, precision: Precision, num_shards: int, *, distributed: bool) -> float:
@@ -117,7 +154,7 @@ def staging_bytes(state: StateBytes, precision: Precision, num_shards: int, *, d
     """
     if not distributed:
         return (state.parameters + state.optimizer) / num_shards
-    return state.parameters / num_shards + state.optimizer * (3 / 2 if precision == "fp32" else 1)
+    return state.parameters / num_shards + state.optimizer + (FP32_BYTES * state.num_updated if precision == "fp32" else 0)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -30,7 +30,7 @@ class StageSeconds:
     context_parallel: float
     pipeline_sends: float
     gradients_and_optimizer: float
-    """Memory passes over gradients and optimizer states, once a step."""
+    """Memory passes over gradients and optimizer states, and Muon's orthogonalizations, once a step."""
     data_parallel: float
     """Collectives of gradients and parameters, once a step."""
 
@@ -132,9 +132,9 @@ def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, parameters: Se
 def optimizer_pass_bytes(state: StateBytes, precision: Precision) -> int:
     """Return the bytes that the optimizer reads and writes once a step.
 
-    Zeroing and dividing the gradient buffer takes 3 passes, norm and clipping of this rank's share 3 more. AdamW reads the share once, and
-    reads and writes master and moments.
+    Zeroing and dividing the gradient buffer takes 3 passes, norm and clipping of this rank's share 3 more. The update reads the share once,
+    and reads and writes master and moments.
     """
-    copies = 3 if precision == "bf16" else 2
-    share = state.optimizer // copies
-    return 3 * state.gradients + 4 * share + 2 * 3 * share
+    share = FP32_BYTES * state.num_updated
+    masters_and_moments = state.optimizer + (share if precision == "fp32" else 0)
+    return 3 * state.gradients + 4 * share + 2 * masters_and_moments

@@ -1,4 +1,4 @@
-"""Rules of options that make a step faster: overlap of communication with computation, and FP8."""
+"""Rules of options that make a step faster: overlap of communication with computation, FP8, and the kernels of optimizers."""
 
 from __future__ import annotations
 
@@ -59,4 +59,10 @@ def _fewest_streams(config: Config) -> int:
     return 2 if kinds == {"blocks"} else 1
 
 
-SPEED_RULES: tuple[Rule, ...] = (_overlap_rule, _fp8_rule)
+def _muon_rule(config: Config) -> Iterator[Problem]:
+    """Check that the AdamW beside Muon is torch's: the libraries' AdamW would update the matrices too."""
+    if config.optimizer.name == "muon" and config.kernels.adamw in ("te", "apex"):
+        yield Problem("kernels.adamw", config.kernels.adamw, "auto or torch with optimizer.name=muon", "kernels.adamw=torch")
+
+
+SPEED_RULES: tuple[Rule, ...] = (_overlap_rule, _fp8_rule, _muon_rule)
