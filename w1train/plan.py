@@ -50,7 +50,7 @@ def plan(request: Request) -> int:
     from w1train.planning.as_json import plan_as_dict
     from w1train.planning.meta_build import LayoutError, build_ranks
     from w1train.planning.plan_tables import print_plan
-    from w1train.planning.prediction import predict
+    from w1train.planning.plan_prediction import predict
 
     planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     try:

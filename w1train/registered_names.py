@@ -25,7 +25,7 @@ def _processes() -> Collection[str]:
 
 
 def _losses() -> Collection[str]:
-    from w1train.objectives.objective import LOSSES
+    from w1train.objectives.losses import LOSSES
 
     return LOSSES
 
@@ -111,6 +111,27 @@ def _threshold_rule(config: Config) -> Iterator[Problem]:
         yield from threshold_problems(config.sampling, ORDERS[order].are_log_probabilities)
 
 
+def _objective_rule(config: Config) -> Iterator[Problem]:
+    """Report a loss, a weight, positions or a prediction that do not go with each other or with the process. The rules import the losses,
+    which takes seconds, so they are left out for what always goes together."""
+    diffusion = config.diffusion
+    if all(getattr(diffusion, name) in usual for name, usual in _USUAL.items()):
+        return
+    if diffusion.objective in _processes() and diffusion.loss in _losses():
+        from w1train.objectives.compatibility import objective_problems
+
+        yield from objective_problems(config)
+
+
+_USUAL = {
+    "objective": ("diffusion", "autoregressive"),
+    "loss": ("cross_entropy",),
+    "weight": ("inverse_t", "elbo", "inverse_fraction", "constant", "one_minus_t"),
+    "weight_max": (None,),
+}
+"""Values with which every other field of the objective goes."""
+
+
 NAME_RULES: tuple[Rule, ...] = (
     at_every_stage(_name_rule("diffusion", "objective", _processes, *OWN_PROCESSES)),
     at_every_stage(_name_rule("diffusion", "loss", _losses, "cross_entropy")),
@@ -120,6 +141,7 @@ NAME_RULES: tuple[Rule, ...] = (
     *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),
     at_every_stage(_process_rule),
     at_every_stage(_threshold_rule),
+    at_every_stage(_objective_rule),
 )
 """A rule for each option whose values are names in a table, and the rules that depend on an entry of a table."""
 

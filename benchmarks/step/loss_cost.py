@@ -4,8 +4,8 @@
     python -m benchmarks.step.loss_cost --rows 256 --chunk-size 128 --threads 2
 
 Each loss is computed by chunks over W1's vocabulary (64,512 ids of 2,048 channels, fp32), as the model's head computes it. The losses take
-turns, in another order each time, so that other work of the machine disturbs all of them equally. The last column divides the median of a
-loss by the median of the cross-entropy.
+turns, in another order each time, so that other work of the machine disturbs all of them equally. Each ratio is the median of a loss,
+divided by the median of the cross-entropy.
 """
 
 from __future__ import annotations
@@ -54,13 +54,17 @@ def losses(num_rows: int, vocab_size: int) -> dict[str, list[RowTerm]]:
     }
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+type Seconds = dict[str, list[tuple[float, float]]]
+"""Wall and processor seconds of each turn, by loss."""
+
+
+def measure(options: argparse.Namespace) -> Seconds:
     """Return the seconds of each turn of each loss, after a turn of each to warm up."""
     rows = torch.randn((options.rows, options.hidden_size), requires_grad=True)
     weight = (0.02 * torch.randn((options.vocab_size, options.hidden_size))).requires_grad_()
     head = Head(Vocabulary(None, 0, None), options.chunk_size, sum_row_gradients=True)
     every = losses(options.rows, options.vocab_size)
-    seconds: dict[str, list[float]] = {name: [] for name in every}
+    seconds: Seconds = {name: [] for name in every}
     names = list(every)
     for turn in range(options.turns + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -70,18 +74,23 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
-def _seconds(rows: torch.Tensor, weight: torch.Tensor, terms: Sequence[RowTerm], head: Head) -> float:
+def _seconds(rows: torch.Tensor, weight: torch.Tensor, terms: Sequence[RowTerm], head: Head) -> tuple[float, float]:
     rows.grad = weight.grad = None
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     linear_row_terms(rows, weight, terms, head)[0].sum().backward()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def table_of(seconds: dict[str, list[float]]) -> Table:
-    """Return the table of the losses' times, with the ratio of medians to the cross-entropy."""
-    baseline = statistics.median(seconds[_BASELINE])
-    rows = [(name, spread(times, "{:.3f}"), f"{statistics.median(times) / baseline:.3f}") for name, times in seconds.items()]
-    return Table("Seconds of head and loss, forward and backward: median (quartiles)", ("loss", "wall time", "ratio"), rows)
+def table_of(seconds: Seconds) -> Table:
+    """Return the table of the losses' times, with the ratios of medians to the cross-entropy."""
+    rows = []
+    for name, times in seconds.items():
+        cells = []
+        for own, baseline in zip(zip(*times, strict=True), zip(*seconds[_BASELINE], strict=True), strict=True):
+            cells += [spread(own, "{:.3f}"), f"{statistics.median(own) / statistics.median(baseline):.3f}"]
+        rows.append((name, *cells))
+    columns = ("loss", "wall time", "ratio", "processor time", "ratio")
+    return Table("Seconds of head and loss, forward and backward: median (quartiles)", columns, rows)
 
 
 def main(arguments: Sequence[str]) -> int:

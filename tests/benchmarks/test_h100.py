@@ -66,7 +66,7 @@ def test_pieces_that_are_not_there(run, tmp_path):
 def test_correctness_dry_run(tmp_path, capsys):
     assert correctness.main(["--device=cpu", "--tiny", "--report", f"--output={tmp_path}"]) == 0
     shown = capsys.readouterr().out
-    assert "12 of 52 checks ran on cpu; 0 are wrong" in shown
+    assert "12 of 53 checks ran on cpu; 0 are wrong" in shown
     assert "Triton's kernels need a GPU" in next(tmp_path.glob("*-correctness.md")).read_text()
 
 

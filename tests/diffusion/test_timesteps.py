@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from tests.tiny import packed_batch
 from w1train.config.schema import DiffusionConfig
+from w1train.data.batch import PackedBatch
+from w1train.diffusion.corruption import corrupt
+from w1train.diffusion.process import NoiseDraw
 from w1train.diffusion.timesteps import draw_fractions, timesteps_from_fractions, word_thresholds
 
 CONFIG = DiffusionConfig(num_strata=64)
@@ -58,3 +62,31 @@ def test_range_and_thresholds():
     assert timesteps.min() >= 0.3
     assert timesteps.max() < 0.8
     assert word_thresholds(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 2**31, 2**32]
+
+
+@pytest.mark.parametrize("timestep_per", ["sequence", "document"])
+def test_an_antithetic_pair_is_at_u_and_one_minus_u_and_has_noise_of_its_own(timestep_per):
+    config = DiffusionConfig(antithetic=True, t_min=0.2, t_max=0.9, num_strata=8, timestep_per=timestep_per, random_length_probability=0.0)
+    indices = torch.arange(32)
+    tokens = torch.full((32, 64), 20)
+    documents = (torch.arange(64) >= 40).int().expand(32, -1).contiguous()
+    noisy = corrupt(PackedBatch(tokens, documents, documents, indices), config, seed=3)
+    first, second = noisy.target_timesteps[::2], noisy.target_timesteps[1::2]
+    torch.testing.assert_close(first + second, torch.full_like(first, 1.1), rtol=1e-6, atol=0)
+    assert (first - second).abs().max() > 0.5
+    masked = noisy.input_ids != tokens
+    both = masked[::2] & masked[1::2]
+    assert 0.1 < both.float().mean() < 0.4, "masks are neither complements nor the same"
+    strata = ((noisy.target_timesteps[:16:2, 0] - 0.2) / 0.7 * 8).floor().long()
+    assert sorted(strata.tolist()) == list(range(8)), "pairs are stratified"
+
+
+@pytest.mark.parametrize("is_antithetic", [False, True])
+def test_discrete_time_has_each_step_equally_often(is_antithetic):
+    config = DiffusionConfig(num_timesteps=8, num_strata=8, antithetic=is_antithetic, random_length_probability=0.0)
+    timesteps = NoiseDraw(5, torch.arange(64)).segment_timesteps(packed_batch(range(64)), config)[1][:, 0]
+    steps = (timesteps * 8).round()
+    assert torch.equal(steps / 8, timesteps)
+    assert torch.bincount(steps.long(), minlength=9).tolist() == [0] + [8] * 8
+    if is_antithetic:
+        assert torch.equal(steps[::2] + steps[1::2], torch.full((32,), 9.0, dtype=torch.float64))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.tiny import tiny_config
 from w1train.config.errors import UserError
 from w1train.config.schema import DiffusionConfig
 from w1train.evaluation.questions import Answer, Question, answer_questions, read_questions, summarize
@@ -166,3 +167,9 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         answers_to(write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "é"}))
     with pytest.raises(UserError, match=r"line 1 has 3 \+ 10 tokens, more than model.max_sequence_length = 12"):
         answers_to(write(tmp_path / "x.jsonl", {"prompt": "abc", "completion": 10 * "a"}))
+
+
+def test_a_run_without_masks_alone_cannot_score_completions():
+    model = SimpleNamespace(config=tiny_config(diffusion={"objective": "hybrid", "num_noise_ids": 96}))
+    with pytest.raises(UserError, match=r"diffusion.objective=hybrid.*diffusion.objective=diffusion.*for every process"):
+        answer_questions(model, [Question(1, "", ("a",), 0)], num_draws=1, batch_size=1)

@@ -25,7 +25,7 @@ TESTS_OF_TABLES = (
 """The tests that read a table in which an example is registered."""
 SETTINGS = (
     "diffusion.objective=quadratic",
-    "diffusion.loss=focal",
+    "diffusion.loss=generalized",
     "sampling.remasking=margin",
     "attention.backend=rows",
     "optimizer.name=adabelief",

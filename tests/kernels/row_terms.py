@@ -93,8 +93,8 @@ def _of_softmax(name: str, ids: Tensor) -> RowTerm:
 def _of_noise(name: str, targets: Tensor, inputs: Tensor, now: Noise, mask: int) -> RowTerm:
     input_noise = now.at(inputs == mask)
     observed = (1 + now.alpha / input_noise).log()
-    # The first row's step ends at s = 0.
-    steps = torch.where(torch.arange(len(targets)) == 0, 0.0, 0.75)
+    # The steps of the first three rows, one of each kind of z, end at s = 0.
+    steps = torch.where(torch.arange(len(targets)) < 3, 0.0, 0.75)
     earlier = Noise(now.timesteps * steps, now.num_words, now.has_mask)
     match name:
         case "reconstruction":

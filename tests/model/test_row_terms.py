@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,8 +80,11 @@ def _on_rank(rank, size, chunk_size, excluded, sum_row_gradients):
     own = weight[rank * part : (rank + 1) * part].clone().requires_grad_()
     vocabulary = Vocabulary(dist.group.WORLD if size > 1 else None, rank * part, excluded)
     terms = _terms(row_terms.TERMS, excluded)
-    values = linear_row_terms(rows, own, terms, Head(vocabulary, chunk_size, sum_row_gradients))
-    torch.autograd.backward(values, upstream)
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        values = linear_row_terms(rows, own, terms, Head(vocabulary, chunk_size, sum_row_gradients))
+        torch.autograd.backward(values, upstream)
+    num_messages = 3 * math.ceil(NUM_ROWS / chunk_size) + sum_row_gradients
+    assert all_reduce.call_count == (num_messages if size > 1 else 0), "three for each chunk, and the rows' gradients once"
     return [value.detach() for value in values], rows.grad, own.grad, _table_of(terms).grad
 
 

@@ -10,7 +10,7 @@ from tests.distributed import run_distributed
 from tests.slow import slow_except
 from tests.tiny import packed_batch, tiny_config
 from w1train.planning.assumptions import DEVICES, Assumptions
-from w1train.planning.prediction import predict
+from w1train.planning.plan_prediction import predict
 from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()

@@ -7,7 +7,7 @@ import pytest
 from w1train.config.compose import load_config
 from w1train.config.rules.validate import validate
 from w1train.planning.assumptions import DEVICES, Assumptions, replace_assumptions
-from w1train.planning.prediction import predict
+from w1train.planning.plan_prediction import predict
 from w1train.planning.search import search_layouts
 
 H100 = DEVICES["h100"]

@@ -6,7 +6,7 @@ import pytest
 
 from w1train.config.compose import load_config
 from w1train.planning.assumptions import DEVICES, Assumptions
-from w1train.planning.prediction import predict
+from w1train.planning.plan_prediction import predict
 from w1train.planning.suggestion import suggest_recomputation
 
 H100 = DEVICES["h100"]

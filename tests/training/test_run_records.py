@@ -20,6 +20,8 @@ from w1train.training.run_records import describe_bound  # noqa: E402
         ({"block_size": 4}, "an estimate, from 10 noise levels with one mask each, of an upper bound (ELBO)", "blocks of 4 tokens"),
         ({"block_size": 32}, "upper bound", "all tokens of a sample together"),
         ({}, "upper bound", "all tokens of a sample together"),
+        ({"objective": "uniform", "num_noise_ids": 96, "block_size": 1}, "with one draw of noise each, of an upper", "blocks of 1 tokens"),
+        ({"noise_schedule": "cosine", "block_size": 1}, "an estimate", "blocks of 1 tokens"),
     ],
 )
 def test_the_bound_is_of_the_stages_model(diffusion, kind, model):

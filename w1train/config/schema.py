@@ -1,10 +1,10 @@
 """The configuration: one tree of slotted dataclasses, which alone defines types, defaults, ranges and meanings.
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
-objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees only these classes. The classes for operating
-a run (checkpoints, logging, health) are in ``schema_operation.py``. A recipe must set each field without a default. A field's type carries
-the range of its values (``constraints.py``), and the string under the field is its documentation: ``docs/configuration.md`` is written from
-both.
+objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees only these classes. The classes of the
+model and its layout are in ``schema_model.py``, and those for operating a run (checkpoints, logging, health) in ``schema_operation.py``. A
+recipe must set each field without a default. A field's type carries the range of its values (``constraints.py``), and the string under the
+field is its documentation: ``docs/configuration.md`` is written from both.
 """
 
 from __future__ import annotations
@@ -29,71 +29,12 @@ from w1train.config.constraints import (
     Size,
     Tokens,
 )
+from w1train.config.schema_model import AttentionConfig, ModelConfig, ParallelConfig
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
-LossWeight = Literal["inverse_t", "inverse_fraction", "constant", "one_minus_t"]
+LossWeight = Literal["inverse_t", "elbo", "inverse_fraction", "constant", "one_minus_t", "cart", "gidd_dynamic", "log_snr"]
 LossNormalizer = Literal["tokens", "masked_tokens", "samples"]
-
-
-@dataclass(slots=True, kw_only=True)
-class ModelConfig:
-    """The diffusion Transformer."""
-
-    vocab_size: Annotated[int, Range(2, 1 << 24)]
-    """Rows of the embedding and of the output head, special tokens included."""
-    # Each layer costs milliseconds and memory before it has a weight, even in a plan; the deepest Transformers have a thousand layers.
-    num_layers: Annotated[int, Range(1, 4096)]
-    """Transformer layers."""
-    hidden_size: Size
-    """Width h of the residual stream."""
-    num_attention_heads: Size
-    """Query heads."""
-    ffn_hidden_size: Size
-    """Inner width of SwiGLU."""
-    num_query_groups: Size | None = None
-    """Key/value heads (grouped-query attention); null = as many as there are query heads."""
-    kv_channels: Size | None = None
-    """Channels of one head; null = hidden_size / num_attention_heads. W1 has 24 x 128 = 3,072 in 2,048."""
-    max_sequence_length: Length = 4096
-    """The largest number of positions of a document that the model is meant for; data.sequence_length may not exceed it."""
-    rope_base: PositiveFloat = 10000.0
-    """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "llama3"] = "none"
-    """llama3: low frequencies are divided by rope_scaling_factor, high frequencies are kept, and frequencies between them are
-    interpolated (Llama 3.1). none: all frequencies are kept."""
-    rope_scaling_factor: Annotated[float, Range(1)] = 8.0
-    """Divisor of the low frequencies under llama3."""
-    rope_low_frequency_factor: PositiveFloat = 1.0
-    """Under llama3, frequencies whose wavelength is above rope_original_length / rope_low_frequency_factor are divided."""
-    rope_high_frequency_factor: PositiveFloat = 4.0
-    """Under llama3, frequencies whose wavelength is below rope_original_length / rope_high_frequency_factor are kept."""
-    rope_original_length: Length = 8192
-    """For llama3: the sequence length at which the model was trained before the scaling."""
-    norm_epsilon: PositiveFloat = 1.0e-6
-    """Epsilon of every RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm on each head's query and key before the rotary embedding (Qwen3)."""
-    qkv_bias: bool = False
-    """Biases in the projections to queries, keys and values (Qwen2, Qwen2.5)."""
-    tie_embeddings: bool = False
-    """The input embedding and the output head share one matrix."""
-    conditioning: Literal["adaln", "none"] = "adaln"
-    """adaln: the timestep modulates every layer (W1). none: no timestep input at all (LLaDA)."""
-    condition_size: Size = 256
-    """Width of the condition vector that the timestep MLP gives to adaLN."""
-    timestep_frequency_size: Size = 256
-    """Width of the sinusoidal embedding of the timestep; an even number."""
-    timestep_scale: PositiveFloat = 1000.0
-    """Factor of t, which is in [0, 1], before the sinusoidal embedding."""
-    adaln_init: Literal["zero", "identity"] = "zero"
-    """zero: gates start at 0, so that every layer starts as the identity. identity: gates start at 1, and shifts and scales at 0,
-    so that every layer starts as if it had no adaLN."""
-    transformer_impl: Literal["local", "te"] = "local"
-    """Linear layers of the Transformer: local = those of megatron-core, te = those of transformer-engine, which training.fp8 and
-    parallel.tp_comm_overlap need. Parameters have the same names and shapes; checkpoints under te also hold FP8 states."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -215,14 +156,16 @@ class DiffusionConfig:
     process, usually to model.vocab_size."""
     prediction: Literal["leave_one_out", "full"] = "leave_one_out"
     """What the model's distribution at a position is given. leave_one_out: the other positions alone. full: also the noised token at the
-    position itself, which is what the cross-entropy of all noised tokens teaches. Where all noise is on the mask token both are the same.
-    Samplers and bounds convert it."""
+    position itself, which is what the cross-entropy of all tokens (loss_positions=all) teaches. Where all noise is on the mask token both
+    are the same. The loss decides it (docs/objectives.md); samplers and bounds convert it."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"
     """The tokens that share one timestep t: a whole sample (sequence), a document or a block; block needs block_size."""
     t_min: Fraction = 1.0e-3
     """Smallest mask probability (LLaDA's eps): t = t_min + (t_max - t_min) u, u uniform in [0, 1)."""
     t_max: PositiveFraction = 1.0
     """Largest mask probability."""
+    num_timesteps: NonNegativeInteger = 0
+    """Steps T of a process in discrete time: t is one of 1/T, 2/T, ..., 1 (D3PM). 0 = t is continuous."""
     block_size: Length | None = None
     """Tokens denoised together, with clean earlier blocks as context (two streams, [x_t ; x_0]); null = masked diffusion of
     whole documents (one stream)."""
@@ -240,6 +183,9 @@ class DiffusionConfig:
     """Samples come in pairs of the same text. The first is masked at t, and the second, at 1 - t, masks exactly the tokens that the
     first does not mask, so that each token is predicted once in a pair (LLaDA2.0, Fast-dLLM v2). t is at most 1 - t_min. Global batch
     sizes are even, and a batch holds half as many texts."""
+    antithetic: bool = False
+    """Samples come in pairs of the same text, as with complementary. The first is noised at the fraction u of the range of t, and the
+    second at 1 - u, by noise of its own. Global batch sizes are even, and a batch holds half as many texts."""
     num_strata: Annotated[int, Range(1, 1 << 20)] = 64
     """u is stratified over groups of this many consecutive samples of the global order, a power of two, with a random rotation for each
     group; a global batch that is a multiple of this number is stratified exactly."""
@@ -255,10 +201,33 @@ class DiffusionConfig:
     the mask token, whose embedding has a norm near zero and would cause very large gradients without this noise (LLaDA2.0). Set it in the
     first stage only."""
     loss: str = "cross_entropy"
-    """The loss of each noised token before it is multiplied by the weight. cross_entropy is the only loss that comes with w1train."""
+    """The number of each token that is trained (docs/objectives.md). cross_entropy: -log p(token). kl_is: the bound in continuous time, a
+    KL divergence and an Itakura-Saito divergence (GIDD, UDLM). finite_kl: the bound of num_timesteps steps (D3PM). score_entropy: the
+    bound of a model whose outputs are scores (SEDD). per_id: the bound of masks whose rate depends on the token (DiffusionBERT).
+    reconstruction: -log p of the token given also the noised token at its own position."""
+    loss_positions: Literal["auto", "noised", "changed", "all"] = "auto"
+    """The tokens whose loss is trained. noised: those that noise has replaced, some of them perhaps by themselves. changed: those that
+    differ after noise. all: every token that can be predicted, also those that noise has kept. auto: noised for the cross-entropy, and all
+    tokens that the bound is made of for the other losses."""
     weight: LossWeight = "inverse_t"
-    """Weight of a masked token's cross-entropy: inverse_t = 1/t (the ELBO), inverse_fraction = tokens / masked tokens of its segment
-    (MegaDLMs), constant = 1, one_minus_t = 1 - t."""
+    """Weight of a token's loss (docs/objectives.md). elbo: the weight that makes the loss the process's bound. inverse_t: another name of
+    it, because this weight is 1/t in linear masked diffusion. inverse_fraction: tokens / noised tokens of its segment (MegaDLMs).
+    constant: 1. one_minus_t: 1 - t. cart: by the distance to visible tokens (Dream). gidd_dynamic: the bound's weight in proportion to
+    that of a token that noise has put there (GIDD). log_snr: the bound's weight for t uniform in the log of the signal-to-noise ratio
+    (arXiv 2512.10858)."""
+    weight_min: NonNegativeFloat = 0.0
+    """Smallest weight: smaller weights are raised to it."""
+    weight_max: PositiveFloat | None = None
+    """Largest weight: larger weights are lowered to it; null = no limit, except in gidd_dynamic (2) and log_snr (1000), as published."""
+    cart_probability: Annotated[float, Range(0.0, 1.0, includes_minimum=False, includes_maximum=False)] = 0.1
+    """The parameter p of the geometric distribution in weight=cart: a visible token at the distance d adds p (1 - p)^(d - 1) / 2."""
+    focal_gamma: NonNegativeFloat = 0.0
+    """Exponent of the focal factor (1 - p(token))^gamma of each cross-entropy; 0 = no such factor."""
+    label_smoothing: FractionBelowOne = 0.0
+    """Share of a cross-entropy's target that is spread evenly over all ids that can be predicted."""
+    cross_entropy_weight: NonNegativeFloat = 0.0
+    """Factor lambda of the cross-entropies of all tokens that can be predicted, also of those that noise has kept, which are added to the
+    weighted sum before it is divided (D3PM, DiffusionBERT)."""
     normalizer: LossNormalizer = "tokens"
     """The number by which the weighted sum over the global batch is divided. tokens: the number of all tokens that can be predicted.
     masked_tokens: the number of masked tokens. samples: each sample's sum is divided by the sample's own number of tokens that can be
@@ -272,59 +241,10 @@ class DiffusionConfig:
     random_length_probability: Fraction = 0.01
     """Share of samples that are cut to a random length in [1, sequence_length] (LLaDA: 1 %)."""
 
-
-@dataclass(slots=True, kw_only=True)
-class ParallelConfig:
-    """Layout of the model over ranks. The number of data-parallel ranks is the world size divided by the product of the others."""
-
-    tensor: Size = 1
-    """Tensor-parallel ranks."""
-    sequence: bool = False
-    """Sequence parallelism inside the tensor-parallel group (Megatron's SP)."""
-    pipeline: Size = 1
-    """Pipeline stages."""
-    virtual_pipeline: Size = 1
-    """Model chunks per pipeline stage (interleaved 1F1B): more chunks make the bubble smaller and need more communication."""
-    num_layers_in_first_stage: Size | None = None
-    """Layers of the first pipeline stage, which also has the embedding; null = as many as the other stages have."""
-    num_layers_in_last_stage: Size | None = None
-    """Layers of the last pipeline stage, which also has the head; null = as many as the other stages have."""
-    embedding_counts_as_layer: bool = False
-    """Split the pipeline as if the embedding were one more layer."""
-    head_counts_as_layer: bool = False
-    """Split the pipeline as if the output head were one more layer."""
-    context: Size = 1
-    """Context-parallel ranks: each owns a part of every sequence."""
-    context_method: Literal["all_gather", "all_to_all"] = "all_gather"
-    """all_gather: ranks gather keys and values (in block diffusion only those of the clean stream, if each block is inside a chunk).
-    all_to_all: ranks exchange heads for positions (Ulysses); tensor * context must divide the number of key/value heads."""
-    context_chunk_size: Length = 128
-    """Consecutive positions that one context-parallel rank gets together. If it is a multiple of the block size, noisy keys stay on their
-    rank."""
-    distributed_optimizer: bool = True
-    """Shard optimizer states and fp32 masters over data-parallel ranks."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: selective = core attention only, full = every layer."""
-    recompute_num_layers: Size = 1
-    """Layers per recomputed group when recompute is full."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks bucket by bucket during the backward pass of the last micro-batch."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters bucket by bucket during the next forward pass; needs distributed_optimizer and overlap_grad_reduce."""
-    tp_comm_overlap: bool = False
-    """Overlap tensor-parallel collectives with the matrix products that use their results (transformer-engine's user buffers). It works
-    only on CUDA, and needs parallel.sequence and model.transformer_impl=te."""
-
-
-@dataclass(slots=True, kw_only=True)
-class AttentionConfig:
-    """The kernels of attention (docs/attention.md)."""
-
-    backend: str = "auto"
-    """The kernels that compute attention in training and validation: cudnn (interval kernels for Hopper and Blackwell), flex (torch's
-    FlexAttention), te (transformer-engine), sdpa (torch's dense kernels; on the CPU by rectangles where that is faster), reference
-    (explicit softmax in fp32). auto = the first of these backends that works on the device. A named backend that does not work is an error.
-    The log says which backend was chosen, and why the others were not chosen. Generation always uses sdpa."""
+    @property
+    def samples_per_text(self) -> int:
+        """Consecutive samples of the global order that have the same text: 2 for pairs."""
+        return 2 if self.complementary or self.antithetic else 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -444,7 +364,8 @@ class ValidationConfig:
     num_samples: PositiveInteger = 128
     """Number of samples, taken from the start of the validation set; fewer if the set is smaller."""
     timesteps: list[PositiveFraction] = field(default_factory=lambda: [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95])
-    """Every sample is scored at each of these t. They are midpoints of equal bins, so that the mean approximates the ELBO's integral."""
+    """Every sample is scored at each of these t. They are midpoints of equal bins, so that the mean approximates the ELBO's integral. A
+    process whose bound varies near both ends turns each into another t (docs/objectives.md)."""
     block_sizes: list[Length] = field(default_factory=list)
     """Block sizes at which the samples are scored in addition to the current block size; data.sequence_length stands for masked
     diffusion."""

@@ -25,8 +25,8 @@ from w1train.config.field_types import constraint_of, describe_type, field_types
 _INTRODUCTION = f"""\
 # Configuration reference
 
-`python -m w1train.config.schema_reference docs/configuration.md` writes this page from `w1train/config/schema.py` and
-`schema_operation.py`; a test checks that it is up to date.
+`python -m w1train.config.schema_reference docs/configuration.md` writes this page from `w1train/config/schema.py`,
+`schema_model.py` and `schema_operation.py`; a test checks that it is up to date.
 
 `recipe=NAME` chooses a run, `GROUP=OPTION` one of its parts, and `KEY=VALUE` a single value; KEY is a key of the tables below.
 `~KEY` goes back to the default. `w1train train recipe=NAME --cfg job` prints every value of a run.

@@ -28,7 +28,7 @@ from w1train.data.batch import PackedBatch
 from w1train.data.documents import block_ordinals, document_bounds
 from w1train.diffusion.philox import Purpose, random_words
 from w1train.diffusion.schedules import solve_timestep
-from w1train.diffusion.timesteps import draw_fractions, timesteps_from_fractions, word_thresholds
+from w1train.diffusion.timesteps import antithetic, draw_fractions, timesteps_from_fractions, word_thresholds
 
 type Bound = Literal["cross_entropy", "kl_is", "per_id"]
 
@@ -61,7 +61,11 @@ class NoiseDraw:
         # A column for every possible segment would be l wide, so the largest segment that occurs decides. The columns beyond a sample's own
         # segments are rows of the table that no token points to. (Asking a GPU for the largest segment waits for the GPU.)
         num_segments = 1 if config.timestep_per == "sequence" else int(segments.max()) + 1
-        fractions = draw_fractions(config, self.seed, self.keys, num_segments, self.draw)
+        if config.antithetic:
+            pairs = torch.div(self.keys, 2, rounding_mode="floor")
+            fractions = antithetic(draw_fractions(config, self.seed, pairs, num_segments, self.draw), self.keys)
+        else:
+            fractions = draw_fractions(config, self.seed, self.keys, num_segments, self.draw)
         return segments, timesteps_from_fractions(config, fractions)
 
 
@@ -263,13 +267,18 @@ class NoiseProcess(ABC):
         return Corruption(
             input_ids=torch.where(noised, self.replacements(batch.tokens, timesteps, words), batch.tokens),
             noised=noised,
-            predicted=can_be_target if self.predicts_every_token else noised,
+            predicted=can_be_target if self.predicts_every_token or trains_every_token(config) else noised,
             predictable=predictable,
             timesteps=timesteps.float().expand_as(batch.tokens).contiguous(),
             segments=segments,
             segment_timesteps=segment_timesteps,
             shift=config.shift,
         )
+
+
+def trains_every_token(config: DiffusionConfig) -> bool:
+    """Return whether tokens that noise has kept have a loss."""
+    return config.loss_positions == "all" or config.cross_entropy_weight > 0
 
 
 def has_predecessor(document_ids: Tensor) -> Tensor:

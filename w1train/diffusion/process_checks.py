@@ -88,7 +88,8 @@ def _mass_problems(config: Config, process: NoiseProcess) -> Iterator[Problem]:
 
 def _end_problems(diffusion: DiffusionConfig, process: NoiseProcess) -> Iterator[Problem]:
     """Report a first or last t at which the weight of the bound is not a finite number."""
-    if process.bound != "kl_is":
+    # In discrete time the weight of each step is the number of steps.
+    if process.bound != "kl_is" or diffusion.num_timesteps > 0:
         return
     word = int(diffusion.mask_token_id == 0)
     # A token that noise has kept, another word, and the mask token if noise puts it there.

@@ -48,10 +48,21 @@ def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, n
 
 def timesteps_from_fractions(config: DiffusionConfig, fractions: Tensor) -> Tensor:
     """Return t of u * 2^32, both [b, g], t in float64. Float64 holds u exactly, and one multiplication and one addition round in the same
-    way on every device."""
+    way on every device. In discrete time, t is rounded up to a step."""
     # The partner of a pair is at 1 - t, which must not fall below t_min either: its weight 1/t has no bound at 0.
     t_max = min(config.t_max, 1.0 - config.t_min) if config.complementary else config.t_max
-    return config.t_min + (t_max - config.t_min) * (fractions.double() / _TWO_32)
+    return on_a_step(config, config.t_min + (t_max - config.t_min) * (fractions.double() / _TWO_32))
+
+
+def on_a_step(config: DiffusionConfig, timesteps: Tensor) -> Tensor:
+    """Return the timesteps, float64, and in discrete time the steps i / T that end the intervals of the timesteps."""
+    num = config.num_timesteps
+    return timesteps if num == 0 else (timesteps * num).floor().add(1).clamp_max(num) / num
+
+
+def antithetic(fractions: Tensor, sample_indices: Tensor) -> Tensor:
+    """Return the fractions u * 2^32 of pairs, int64 [b, g]: those of the pair for its first sample, and 1 - u for its second sample."""
+    return torch.where((sample_indices % 2 == 1)[:, None], _TWO_32 - 1 - fractions, fractions)
 
 
 def word_thresholds(probabilities: Tensor) -> Tensor:

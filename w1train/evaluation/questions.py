@@ -132,11 +132,13 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
     also reads a prompt that was tokenized alone.
 
     Raises:
-        UserError: a text is too long for the model, or has mask tokens or ids that are outside model.vocab_size.
+        UserError: a text is too long for the model, or has mask tokens or ids that are outside model.vocab_size; or the model was not
+            trained with noise on the mask token alone.
     """
     from w1train.diffusion.processes import noise_process
     from w1train.evaluation.likelihood import log_likelihoods
 
+    _require_masks(model.config)
     pairs = [_tokenize(model, question, choice) for question in questions for choice in question.choices]
     scores = log_likelihoods(
         model.predict,
@@ -154,6 +156,19 @@ def answer_questions(model: InferenceModel, questions: Sequence[Question], *, nu
         own = [next(scored) for _ in question.choices]
         answers.append(Answer(question, tuple(score for score, _ in own), tuple(len(pair.completion) for _, pair in own)))
     return answers
+
+
+def _require_masks(config: Config) -> None:
+    """Raise UserError if completions cannot be scored by masking tokens: the cross-entropy of masked tokens must be the bound."""
+    from w1train.diffusion.processes import noise_process
+
+    process = noise_process(config.diffusion)
+    if process.bound != "cross_entropy":
+        raise UserError(
+            f"the run was trained by {process.name} (diffusion.objective={config.diffusion.objective}); likelihoods of completions are "
+            "estimated by masking tokens, which needs a run of masked diffusion (diffusion.objective=diffusion). w1train evaluate RUN "
+            "without --likelihood gives the bound on a validation set for every process"
+        )
 
 
 def warn_of_blocks(config: Config) -> None:

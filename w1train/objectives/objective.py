@@ -13,31 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w1train.config.errors import look_up
 from w1train.config.schema import DiffusionConfig
 from w1train.diffusion.corruption import NoisyBatch
-from w1train.diffusion.process import NoiseProcess
 from w1train.diffusion.processes import noise_process
 from w1train.model.row_terms import RowTerm
 from w1train.objectives.denoising import Denoising
+from w1train.objectives.every_token import EveryToken, adds_every_token
 from w1train.objectives.loss_rows import LossRows
+from w1train.objectives.losses import bound_of, loss_of
 from w1train.objectives.named_sums import Layout, NamedSums, scalars_first
 from w1train.objectives.next_tokens import NextTokens
 from w1train.objectives.sample_count import SampleCount
 from w1train.objectives.term import Term
-from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight
-
-LOSSES: dict[str, Callable[[DiffusionConfig, int], Term]] = {
-    "cross_entropy": lambda config, num_t_bins: Denoising(noise_process(config), num_t_bins),
-}
-"""The main term for each value of diffusion.loss, made from (diffusion, intervals of t)."""
+from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight, trained_weights
 
 TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
-    lambda config, num_t_bins: look_up(LOSSES, "diffusion.loss", config.loss)(config, num_t_bins),
+    lambda config, num_t_bins: Denoising(loss_of(config), bound_of(config), num_t_bins),
     # The term is also there with weight 0. Without it the vector of sums would be shorter, a ring of ranks would add its numbers in another
     # order, and last bits of logged losses would change.
     lambda config, num_t_bins: NextTokens(config.autoregressive_weight),
-    # Only where the loss needs it, for the same reason.
+    # Only where the loss needs them, for the same reason.
+    lambda config, num_t_bins: EveryToken(config.cross_entropy_weight) if adds_every_token(config) else None,
     lambda config, num_t_bins: SampleCount() if config.normalizer == "samples" else None,
 )
 """The terms, each made from (diffusion, intervals of t); the result is None if the configuration does not ask for the term."""
@@ -48,9 +44,9 @@ NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked", "samples":
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The terms of a loss, how it weighs the noised tokens, and what it is divided by."""
+    """The terms of a loss, how it weighs the tokens, and what it is divided by."""
 
-    process: NoiseProcess
+    config: DiffusionConfig
     terms: tuple[Term, ...]
     weight: Weight
     normalizer: str
@@ -63,7 +59,7 @@ class Objective:
 
     def weights(self, noisy: NoisyBatch) -> Tensor:
         """Return the weight of each output's loss, float32 [b, l], of whole samples."""
-        weights = self.weight(noisy, self.process)
+        weights = trained_weights(self.config, self.weight, noisy, loss_of(self.config))
         if self.normalizer != "num_samples":
             return weights
         # 1 / (t L) with the sample's own L (LLaDA, arXiv 2502.09992, algorithm 1).
@@ -102,8 +98,7 @@ class Objective:
 
 def objective_of(config: DiffusionConfig, num_t_bins: int) -> Objective:
     """Return the objective that a configuration asks for. ``num_t_bins``: intervals of t for the loss by t."""
-    process = noise_process(config)
     terms = tuple(term for make in TERMS if (term := make(config, num_t_bins)) is not None)
     # Without noise there is no t on which a weight could depend.
-    weight = elbo_weight if process.is_causal else WEIGHTS[config.weight]
-    return Objective(process, terms, weight, NORMALIZERS[config.normalizer])
+    weight = elbo_weight if noise_process(config).is_causal else WEIGHTS[config.weight]
+    return Objective(config, terms, weight, NORMALIZERS[config.normalizer])

@@ -9,7 +9,7 @@ from w1train.model.flops import num_parameters
 from w1train.objectives.description import describe_objective
 from w1train.planning.assumptions import described
 from w1train.planning.communication_time import seconds
-from w1train.planning.prediction import Plan, StagePlan
+from w1train.planning.plan_prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.suggestion import suggest_recomputation
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
 from w1train.planning.assumptions import Assumptions, Device
-from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
+from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, predict
 
 _VIRTUAL = (1, 2, 4)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from w1train.config.rules.validate import validate
 from w1train.config.schema import Config
-from w1train.planning.prediction import RECOMPUTE_CHOICES, Plan, predict
+from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, predict
 
 
 def suggest_recomputation(plan: Plan) -> Plan | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from w1train.config.schema import Config, DiffusionConfig
-from w1train.diffusion.process import NoiseProcess
+from w1train.diffusion.process import NoiseProcess, trains_every_token
 from w1train.diffusion.processes import noise_process
 from w1train.model.flops import FlopsByPart, model_flops
 from w1train.objectives.description import num_streams, samples_are_segments
@@ -95,8 +95,8 @@ def _predicted_shares(process: NoiseProcess, diffusion: DiffusionConfig) -> tupl
     """Return the expected share of tokens that have a loss, for t uniform between its bounds, and the largest share in a sample at the
     largest t."""
     times = torch.linspace(diffusion.t_min, diffusion.t_max, 1001, dtype=torch.float64)
-    shares = process.predicted_share(times)
-    if diffusion.complementary and not process.predicts_every_token:
+    shares = torch.ones_like(times) if trains_every_token(diffusion) else process.predicted_share(times)
+    if diffusion.complementary and not process.predicts_every_token and not trains_every_token(diffusion):
         # In one sample of a pair, noise replaces exactly the tokens that the other sample keeps.
         return 0.5, 1 - shares[0].item()
     return shares.mean().item(), 1.0 if process.edits_samples else shares[-1].item()

@@ -6,8 +6,10 @@ from w1train.checkpoints.manifest import Progress
 from w1train.config.phases import stage_of_step
 from w1train.config.schema import Config, ModelConfig
 from w1train.config.stages import at_stage
+from w1train.diffusion.processes import noise_process
 from w1train.model.flops import model_flops, num_parameters
 from w1train.objectives.description import block_size
+from w1train.objectives.integral import is_exact_at_the_end
 from w1train.records.average_comparison import average_summary
 from w1train.records.summary import read_steps, tokens_per_second, validation_summary, write_summary
 from w1train.runtime.device import device_name
@@ -35,10 +37,11 @@ def describe_bound(config: Config) -> str | None:
         return None
     size, length = block_size(config), config.data.sequence_length
     bits = f"-log2 p(text) per byte of held-out text, in samples of {length} tokens that see no text before them"
-    if size == 1:
+    if size == 1 and is_exact_at_the_end(config.diffusion):
         return f"exactly {bits}, where p writes one token after the other"
     canvas = "all tokens of a sample together" if size == length else f"blocks of {size} tokens from left to right"
-    noise = f"{len(config.validation.timesteps)} noise levels with one mask each"
+    draw = "draw of noise" if noise_process(config.diffusion).predicts_every_token else "mask"
+    noise = f"{len(config.validation.timesteps)} noise levels with one {draw} each"
     return f"an estimate, from {noise}, of an upper bound (ELBO) on {bits}, where p denoises {canvas}"
 
 

@@ -169,7 +169,7 @@ def stage_texts(config: Config) -> tuple[list[StageText], int]:
     for name, (first, num_steps) in steps.items():
         if num_steps > 0:
             stage = at_stage(config, name)
-            texts.append(StageText(first, stage_weights(config, name), repeats=2 if stage.diffusion.complementary else 1))
+            texts.append(StageText(first, stage_weights(config, name), repeats=stage.diffusion.samples_per_text))
             num_samples = first + num_steps * stage.training.global_batch_size
     return texts, num_samples
 

@@ -1,7 +1,7 @@
 """Validation on fixed samples with fixed noise at fixed timesteps, so that two numbers differ only by what the model learned.
 
-The ELBO is an integral over t in (0, 1]. The timesteps are the midpoints of a quadrature of this integral, so the result has no variance
-from random t. Each timestep has its own noise.
+The ELBO is an integral over t. The timesteps are the midpoints of a quadrature of this integral, so the result has no variance from random
+t. Each timestep has its own noise. Where the integral does not begin at text or end at noise alone, the end terms of the bound are added.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt_at
 from w1train.diffusion.processes import noise_process
 from w1train.objectives.description import block_size
+from w1train.objectives.integral import Integral, integral_of, is_exact_at_the_end, needs_reconstruction, prior_divergence
 from w1train.training.forward import run_micro_batches
 from w1train.training.training_data import ValidationData, ValidationSet
 
@@ -74,24 +75,43 @@ def _with_blocks(config: Config, block_size: int) -> Config:
 
 @torch.no_grad()
 def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict[str, Any]:
-    timesteps = config.validation.timesteps
-    by_timestep = []
+    num_timesteps = len(config.validation.timesteps)
+    integral = integral_of(config.diffusion, config.validation.timesteps)
     # If tokens are predicted one at a time, the likelihood at t = 1 is the ELBO. It has no variance from masks, and it does not need a t at
     # which such a stage may never have trained. One pass is therefore enough for all t.
-    for draw, timestep in enumerate(timesteps if block_size(config) > 1 else [1.0], start=1):
-        noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
-        metrics, _ = run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)
-        by_timestep.append(metrics)
-    by_timestep *= len(timesteps) // len(by_timestep)
-    elbo = sum(metrics["elbo"] for metrics in by_timestep) / len(by_timestep)
+    if block_size(config) == 1 and is_exact_at_the_end(config.diffusion):
+        by_timestep = [_pass(config, model, batches, 1.0, draw=1)] * num_timesteps
+    else:
+        by_timestep = [_pass(config, model, batches, t, draw=draw) for draw, t in enumerate(integral.timesteps, start=1)]
+    elbo = sum(metrics["elbo"] * rate for metrics, rate in zip(by_timestep, integral.rates, strict=True)) / num_timesteps
     cross_entropies = [metrics["masked_cross_entropy"] for metrics in by_timestep]
     masked = sum(metrics["mask_ratio"] for metrics in by_timestep)
     weighted = sum(metrics["masked_cross_entropy"] * metrics["mask_ratio"] for metrics in by_timestep)
     return {
-        "elbo": elbo,
+        "elbo": elbo + _end_terms(config, model, batches, integral),
         "masked_cross_entropy": weighted / masked if masked else 0.0,
         "loss_by_t": cross_entropies,
     }
+
+
+def _pass(config: Config, model: HasChunks, batches: list[PackedBatch], timestep: float, *, draw: int) -> dict[str, Any]:
+    noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
+    return run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)[0]
+
+
+def _end_terms(config: Config, model: HasChunks, batches: list[PackedBatch], integral: Integral) -> float:
+    """Return the end terms of the bound in nats per token: the cross-entropy of the text given the noisy text at the smallest t, by one
+    more pass, and the divergence of the prior. Both are 0 where the process goes from text to noise alone."""
+    diffusion = config.diffusion
+    process = noise_process(diffusion)
+    if process.is_causal:
+        return 0.0
+    num_ids = config.model.vocab_size - (1 if diffusion.exclude_mask_logit else 0)
+    prior = prior_divergence(process, integral.last, num_ids, diffusion.mask_token_id)
+    if not needs_reconstruction(process, integral.first):
+        return prior
+    of_text = dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, loss="reconstruction", weight="constant"))
+    return prior + _pass(of_text, model, batches, integral.first, draw=1 + len(integral.timesteps))["elbo"]
 
 
 def scores(record: Mapping[str, Any]) -> dict[str, float]:

@@ -21,8 +21,8 @@ def _mask_token_rule(config: Config) -> Iterator[Problem]:
 
 def _timesteps_rule(config: Config) -> Iterator[Problem]:
     diffusion = config.diffusion
-    if diffusion.weight == "inverse_t" and diffusion.t_min == 0:
-        valid = "a number > 0, because diffusion.weight=inverse_t divides by t"
+    if diffusion.weight in ("inverse_t", "elbo") and diffusion.t_min == 0 == diffusion.num_timesteps:
+        valid = f"a number > 0, because diffusion.weight={diffusion.weight} divides by t"
         yield Problem("diffusion.t_min", show(diffusion.t_min), valid, "0.001 (LLaDA)")
     # t_min = t_max = 1 is valid: every token is masked (at block size 1 this is the autoregressive likelihood).
     if diffusion.t_min > diffusion.t_max or diffusion.t_min == diffusion.t_max != 1:
@@ -102,9 +102,27 @@ def _annealing_rule(config: Config) -> Iterator[Problem]:
         yield Problem("diffusion.attention_annealing", "random", valid)
 
 
+def _pairs_rule(config: Config) -> Iterator[Problem]:
+    diffusion = config.diffusion
+    option = "diffusion.complementary" if diffusion.complementary else "diffusion.antithetic"
+    if diffusion.complementary and diffusion.antithetic:
+        yield Problem(
+            "diffusion.antithetic", "true with diffusion.complementary", "false: complementary pairs have the timesteps t and 1 - t"
+        )
+    if diffusion.samples_per_text == 1:
+        return
+    # Every batch size of the run must be even: a stage that begins at an odd sample would separate the samples of a pair.
+    for key, batch in batch_sizes(config).items():
+        if batch % 2:
+            yield Problem(key, show(batch), f"an even number with {option}: samples come in pairs", near(batch, 2))
+
+
 def _complementary_rule(config: Config) -> Iterator[Problem]:
     if not config.diffusion.complementary:
         return
+    if config.diffusion.num_timesteps > 0:
+        valid = "0 with diffusion.complementary, because the paired sample's t is 1 - t, and the last step has no such t"
+        yield Problem("diffusion.num_timesteps", show(config.diffusion.num_timesteps), valid)
     if config.diffusion.t_min + config.diffusion.t_max < 1:
         found = f"{show(config.diffusion.t_max)} with diffusion.complementary"
         valid = f"at least 1 - diffusion.t_min ({show(1 - config.diffusion.t_min)}): the paired sample's t is 1 - t and has the same bounds"
@@ -112,10 +130,6 @@ def _complementary_rule(config: Config) -> Iterator[Problem]:
     if config.diffusion.t_min >= 0.5:
         found = f"{show(config.diffusion.t_min)} with diffusion.complementary"
         yield Problem("diffusion.t_min", found, "a number below 0.5: the paired sample's t is 1 - t")
-    # Every batch size of the run must be even: a stage that begins at an odd sample would separate the samples of a pair.
-    for key, batch in batch_sizes(config).items():
-        if batch % 2:
-            yield Problem(key, show(batch), "an even number with diffusion.complementary: samples come in pairs", near(batch, 2))
 
 
 def _same_throughout_rule(config: Config) -> Iterator[Problem]:
@@ -137,6 +151,7 @@ DIFFUSION_RULES: tuple[Rule, ...] = (
             of_own_processes(causal_block_rule),
             of_own_processes(autoregressive_rule),
             _annealing_rule,
+            _pairs_rule,
             _complementary_rule,
         ),
     ),
