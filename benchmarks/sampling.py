@@ -37,7 +37,8 @@ from w1train.config.argument_parser import ArgumentParser
 from w1train.config.compose import load_config
 from w1train.config.schema import Config, SamplingConfig
 from w1train.runtime.megatron_on_cpu import import_megatron
-from w1train.sampling.denoise import BlockPredict, generate
+from w1train.sampling.denoise import generate
+from w1train.sampling.model_passes import BlockPredict
 
 import_megatron()
 
@@ -156,9 +157,7 @@ def _take_turns(
         for name in names[number % len(names) :] + names[: number % len(names)]:
             started = time.perf_counter()
             # This EOS is not a token of the vocabulary, so that all ways generate the whole length.
-            generation = generate(
-                ways[name], prompts, sampling, mask_token_id=config.diffusion.mask_token_id, eos_token_id=vocab_size, device="cpu"
-            )
+            generation = generate(ways[name], prompts, sampling, diffusion=config.diffusion, eos_token_id=vocab_size, device="cpu")
             seconds[name].append(time.perf_counter() - started)
             tokens[name] = generation.completions
     return seconds, tokens

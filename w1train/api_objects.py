@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these modules import torch or the tokenizers library
 
     from w1train.data.tokenizer import Tokenizer
     from w1train.inference.predictor import InferenceModel
-    from w1train.sampling.denoise import DenoisingStep
+    from w1train.sampling.canvas import DenoisingStep
     from w1train.sampling.text import TextSample
 
 Record = dict[str, Any]
@@ -146,7 +146,8 @@ class Canvas:
     t: float
     """The timestep that the model was given, from 1 (all is masked) to 0."""
     texts: list[str]
-    """Prompt, decided tokens and suffix, with a shaded block for each token that is still masked."""
+    """Prompt, tokens and suffix, with a shaded block for each token that is still masked, and with marks around tokens that the step has
+    changed."""
 
     def __str__(self) -> str:
         heading = f"step {self.step}{'' if self.num_steps is None else f'/{self.num_steps}'}  t = {self.t:.3f}"
@@ -212,6 +213,8 @@ class TrainedModel:
         temperature: float | None = None,
         remasking: str | None = None,
         seed: int | None = None,
+        kernel: str | None = None,
+        reviser: str | None = None,
         on_step: Callable[[Canvas], None] | None = None,
     ) -> TextSample: ...
 
@@ -228,6 +231,8 @@ class TrainedModel:
         temperature: float | None = None,
         remasking: str | None = None,
         seed: int | None = None,
+        kernel: str | None = None,
+        reviser: str | None = None,
         on_step: Callable[[Canvas], None] | None = None,
     ) -> list[TextSample]: ...
 
@@ -243,6 +248,8 @@ class TrainedModel:
         temperature: float | None = None,
         remasking: str | None = None,
         seed: int | None = None,
+        kernel: str | None = None,
+        reviser: str | None = None,
         on_step: Callable[[Canvas], None] | None = None,
     ) -> TextSample | list[TextSample]:
         """Generate text after each prompt, by iterative denoising. ``w1train sample`` gives the same texts. A setting that is
@@ -256,8 +263,10 @@ class TrainedModel:
             threshold: unmask all tokens that are more probable than this at each step; 0 = use num_steps.
             block_size: tokens that are denoised together; 0 = as in training, or one block.
             temperature: 0 = the most probable tokens.
-            remasking: "low_confidence" or "random": which predictions a step keeps.
+            remasking: "low_confidence" or "random": which predictions a step of the kernel "unmask" keeps.
             seed: the seed of the noise.
+            kernel: "unmask", "ancestral" or "gidd_posterior": the rule of a step.
+            reviser: "self_correction": revise the text after its last step.
             on_step: a function that gets the canvas after each step, such as ``print``.
 
         Returns:
@@ -274,11 +283,51 @@ class TrainedModel:
             "temperature": temperature,
             "remasking": remasking,
             "seed": seed,
+            "kernel": kernel,
+            "reviser": reviser,
         }
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         suffixes = [suffix] * len(prompts) if isinstance(suffix, str) else suffix
         samples = self._generate(prompts, suffixes, settings, on_step)
         return samples[0] if isinstance(prompt, str) else samples
+
+    @overload
+    def revise(self, text: str, *, prompt: str = "", seed: int | None = None) -> TextSample: ...
+
+    @overload
+    def revise(
+        self, text: list[str] | tuple[str, ...], *, prompt: str | Sequence[str] = "", seed: int | None = None
+    ) -> list[TextSample]: ...
+
+    def revise(
+        self, text: str | list[str] | tuple[str, ...], *, prompt: str | Sequence[str] = "", seed: int | None = None
+    ) -> TextSample | list[TextSample]:
+        """Let the model change the tokens of a text that it finds improbable, by the reviser of the run's ``sampling`` section, or by
+        GIDD's self-correction if that is null. ``w1train sample --revise`` gives the same texts.
+
+        Args:
+            text: a text, or several.
+            prompt: the text before it, which does not change; one for all texts, or one for each.
+            seed: the seed of the noise; None = that of the run's ``sampling`` section.
+
+        Returns:
+            A sample, whose ``text`` is the text after the revision, or a list of samples for a list of texts.
+
+        Raises:
+            UserError: a text is too long or has unknown tokens, or the checkpoint is of an autoregressive stage.
+        """
+        from w1train.inference.predictor import require_diffusion
+        from w1train.sampling.settings import with_given
+        from w1train.sampling.text import revise_texts
+
+        require_diffusion(self._inference)
+        texts = [text] if isinstance(text, str) else list(text)
+        prompts = [prompt] * len(texts) if isinstance(prompt, str) else list(prompt)
+        config = replace(self.config, sampling=with_given(self.config.sampling, {"seed": seed}))
+        with self._world():
+            predict = self._inference.blocks or self._inference.predict
+            samples = revise_texts(predict, self.tokenizer, prompts, texts, config, device=self.device)
+        return samples[0] if isinstance(text, str) else samples
 
     @overload
     def score(self, text: str, *, prompt: str = "", num_draws: int = ..., batch_size: int = ...) -> Score: ...
@@ -373,7 +422,7 @@ class TrainedModel:
                 replace(self.config, sampling=sampling),
                 device=self.device,
                 suffixes=suffixes,
-                on_step=None if on_step is None else lambda state: on_step(self._canvas(state, sampling.num_tokens)),
+                on_step=None if on_step is None else lambda state: on_step(self._canvas(state)),
             )
 
     def _world(self) -> Any:
@@ -381,10 +430,10 @@ class TrainedModel:
 
         return world_of_one(self._device)
 
-    def _canvas(self, state: DenoisingStep, num_tokens: int) -> Canvas:
+    def _canvas(self, state: DenoisingStep) -> Canvas:
         from w1train.sampling.display import draw_canvases
 
-        texts = [row.plain for row in draw_canvases(state, self.tokenizer, num_tokens)]
+        texts = [row.plain for row in draw_canvases(state, self.tokenizer)]
         return Canvas(state.step, state.num_steps, state.t, texts)
 
 

@@ -49,8 +49,8 @@ def plan(request: Request) -> int:
     # torch and megatron-core take seconds to import, which bad input and --help should not wait for.
     from w1train.planning.as_json import plan_as_dict
     from w1train.planning.meta_build import LayoutError, build_ranks
-    from w1train.planning.plan_tables import print_plan
     from w1train.planning.plan_prediction import predict
+    from w1train.planning.plan_tables import print_plan
 
     planned = predict(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
     try:

@@ -36,6 +36,12 @@ def _orders() -> Collection[str]:
     return ORDERS
 
 
+def _revisers() -> Collection[str]:
+    from w1train.sampling.revisers import REVISERS
+
+    return REVISERS
+
+
 def _backends() -> Collection[str]:
     from w1train.attention.backends.choice import BACKENDS
 
@@ -51,7 +57,7 @@ def _optimizers() -> Collection[str]:
     return OPTIMIZERS
 
 
-def _name_rule(section: str, field: str, names: Callable[[], Collection[str]], *usual: str) -> Rule:
+def _name_rule(section: str, field: str, names: Callable[[], Collection[str]], *usual: str | None) -> Rule:
     """Return the rule of an option.
 
     Args:
@@ -132,16 +138,34 @@ _USUAL = {
 """Values with which every other field of the objective goes."""
 
 
+def _kernel_rule(config: Config) -> Iterator[Problem]:
+    """Report a kernel that is not registered, or that cannot sample from a model of the process."""
+    sampling, diffusion = config.sampling, config.diffusion
+    if sampling.kernel is None and diffusion.objective in ("diffusion", "autoregressive"):
+        return  # the default kernel serves masked diffusion, and an autoregressive stage has its own way
+    from w1train.diffusion.process_checks import process_problems
+    from w1train.sampling.kernels import KERNELS, kernel_problems
+
+    if sampling.kernel is not None and sampling.kernel not in KERNELS:
+        yield unknown_name("sampling.kernel", sampling.kernel, KERNELS)
+    # A process that cannot be made is reported by its own rule.
+    elif diffusion.objective in _processes() and not _is_causal(config) and not any(process_problems(config)):
+        by_block = diffusion.block_size is not None and diffusion.block_size < config.data.sequence_length
+        yield from kernel_problems(sampling, diffusion, by_block)
+
+
 NAME_RULES: tuple[Rule, ...] = (
     at_every_stage(_name_rule("diffusion", "objective", _processes, *OWN_PROCESSES)),
     at_every_stage(_name_rule("diffusion", "loss", _losses, "cross_entropy")),
     _name_rule("sampling", "remasking", _orders, *OWN_ORDERS),
+    _name_rule("sampling", "reviser", _revisers, None, "self_correction"),
     _name_rule("attention", "backend", _backends, "auto", "cudnn", "flex", "te", "sdpa", "reference"),
     _name_rule("optimizer", "name", _optimizers, "adamw", "muon"),
     *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),
     at_every_stage(_process_rule),
     at_every_stage(_threshold_rule),
     at_every_stage(_objective_rule),
+    at_every_stage(_kernel_rule),
 )
 """A rule for each option whose values are names in a table, and the rules that depend on an entry of a table."""
 

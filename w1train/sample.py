@@ -2,8 +2,9 @@
 
     w1train sample RUN --prompt "def main" --temperature 0.7
     w1train sample RUN --prompt "def main(" --suffix "return 0"
+    w1train sample RUN --revise "def mian():"
 
-With --suffix, the text is filled in between the prompt and the suffix.
+With --suffix, the text is filled in between the prompt and the suffix. With --revise, nothing is generated, and the given text is revised.
 Options that are not given have the values of the run's sampling configuration.
 """
 
@@ -21,7 +22,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,8 +31,8 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from w1train.config.argument_parser import ArgumentParser, number_in
 from w1train.config.constraints import Range
 from w1train.config.errors import UserError
-from w1train.config.rules.sampling_rules import OWN_ORDERS
-from w1train.config.schema import Config, SamplingConfig
+from w1train.config.rules.sampling_rules import OWN_KERNELS, OWN_ORDERS
+from w1train.config.schema import Config
 from w1train.runtime.command import command, text_argument
 from w1train.runtime.masking import mask, unmasked
 from w1train.sampling.settings import with_given
@@ -41,7 +42,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which --help and a wrong opt
     import torch
     from rich.console import Console
 
-    from w1train.sampling.denoise import BlockPredict, Predict
+    from w1train.sampling.model_passes import BlockPredict, Predict
     from w1train.sampling.text import TextSample, TextTokenizer
 
 
@@ -84,13 +85,12 @@ def main(arguments: Sequence[str] | None = None, load: Load | None = None) -> in
         config = replace(model.config, sampling=with_given(model.config.sampling, _given(args)))
         if args.steps is not None and config.sampling.threshold is not None:
             print("--steps is not used: with a threshold, steps run until each block is full", file=sys.stderr)
-        suffixes = _suffixes(args.suffix, len(config.sampling.prompts))
-        samples, speed = _sample(model, config, suffixes, show_steps=args.show_steps)
+        samples, speed = _sample(model, config, args)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(_as_json(args, model, config.sampling, samples, speed)), file=unmasked(sys.stdout))
+        print(json.dumps(_as_json(args, model, config, samples, speed)), file=unmasked(sys.stdout))
     else:
         from w1train.sampling.display import print_samples
 
@@ -117,26 +117,28 @@ class Speed:
         )
 
 
-def _suffixes(given: list[str] | None, num_prompts: int) -> list[str] | None:
-    """Return the suffix of each prompt, of which one stands for all; None if the text does not end with suffixes."""
-    if given is None or len(given) == num_prompts:
-        return given
-    if len(given) > 1:
-        raise UserError(f"there are {len(given)} texts with --suffix for {num_prompts} prompts; give one for each prompt, or one for all")
-    return given * num_prompts
+def _one_each(given: list[str], option: str, num: int, others: str) -> list[str]:
+    """Return a text for each of ``num`` other texts. A single text stands for all."""
+    if len(given) not in (1, num):
+        raise UserError(f"there are {len(given)} texts with {option} for {num} {others}; give one for each, or one for all")
+    return given if len(given) == num else given * num
 
 
-def _sample(model: InferenceModel, config: Config, suffixes: list[str] | None, *, show_steps: bool) -> tuple[list[TextSample], Speed]:
+def _sample(model: InferenceModel, config: Config, args: argparse.Namespace) -> tuple[list[TextSample], Speed]:
     from w1train.sampling.display import DenoisingView
-    from w1train.sampling.text import sample_texts
+    from w1train.sampling.text import revise_texts, sample_texts
 
-    view = DenoisingView(_console(), model.tokenizer, config.sampling.num_tokens) if show_steps else None
+    view = DenoisingView(_console(), model.tokenizer) if args.show_steps else None
     predict = model.blocks or model.predict
     started = time.perf_counter()
     with view or nullcontext():
-        samples = sample_texts(
-            predict, model.tokenizer, config.sampling.prompts, config, device=model.device, suffixes=suffixes, on_step=view
-        )
+        if args.revise is None:
+            prompts = config.sampling.prompts
+            suffixes = None if args.suffix is None else _one_each(args.suffix, "--suffix", len(prompts), "prompts")
+            samples = sample_texts(predict, model.tokenizer, prompts, config, device=model.device, suffixes=suffixes, on_step=view)
+        else:
+            prompts = _one_each(args.prompt or [""], "--prompt", len(args.revise), "texts with --revise")
+            samples = revise_texts(predict, model.tokenizer, prompts, args.revise, config, device=model.device, on_step=view)
     seconds = time.perf_counter() - started
     num_tokens = sum(len(sample.tokens) for sample in samples)
     num_passes = sum(sample.num_forward_passes for sample in samples)
@@ -169,13 +171,15 @@ def _given(args: argparse.Namespace) -> dict[str, object]:
         "temperature": args.temperature,
         "remasking": args.remasking,
         "seed": args.seed,
+        "kernel": args.kernel,
+        "reviser": "self_correction" if args.self_correct else None,
     }
 
 
-def _as_json(
-    args: argparse.Namespace, model: InferenceModel, sampling: SamplingConfig, samples: list[TextSample], speed: Speed
-) -> dict[str, object]:
-    settings = asdict(sampling)
+def _as_json(args: argparse.Namespace, model: InferenceModel, config: Config, samples: list[TextSample], speed: Speed) -> dict[str, object]:
+    from w1train.sampling.kernels import kernel_name
+
+    settings = {**asdict(config.sampling), "kernel": kernel_name(config.sampling, config.diffusion)}
     del settings["interval"], settings["prompts"]
     return {
         "run": mask(str(args.run)),
@@ -191,9 +195,22 @@ def _order(name: str) -> str:
     if name not in OWN_ORDERS:
         from w1train.sampling.rules import ORDERS
 
-        if name not in ORDERS:
-            raise argparse.ArgumentTypeError(f"found: {name!r}; valid: {', '.join(ORDERS)}")
+        _require_name(name, ORDERS)
     return name
+
+
+def _kernel(name: str) -> str:
+    """Return the name of a kernel, as ``_order`` that of an order."""
+    if name not in OWN_KERNELS:
+        from w1train.sampling.kernels import KERNELS
+
+        _require_name(name, KERNELS)
+    return name
+
+
+def _require_name(name: str, valid: Collection[str]) -> None:
+    if name not in valid:
+        raise argparse.ArgumentTypeError(f"found: {name!r}; valid: {', '.join(valid)}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -205,7 +222,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "text after the generated tokens, which are filled in between prompt and suffix; once for all prompts, or once for each prompt; "
         "not with block diffusion, where a block does not see later blocks"
     )
-    parser.add_argument("--suffix", action="append", type=text_argument, metavar="TEXT", help=suffix_help)
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--suffix", action="append", type=text_argument, metavar="TEXT", help=suffix_help)
+    revise_help = (
+        "revise this text in the place of generating, by self-correction if the run names no other reviser; repeat the option for several "
+        "texts; a --prompt comes before the text and does not change"
+    )
+    given.add_argument("--revise", action="append", type=text_argument, metavar="TEXT", help=revise_help)
     parser.add_argument("--num-tokens", type=number_in(int, Range(0)), metavar="N", help="tokens to generate after the prompt")
     parser.add_argument("--steps", type=number_in(int, Range(1)), metavar="N", help="number of denoising steps of all blocks together")
     parser.add_argument(
@@ -222,6 +245,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=number_in(float, Range(0)), metavar="T", help=temperature_help)
     order_help = f"which predictions are kept at each step: {', '.join(OWN_ORDERS)}, or an order of your own"
     parser.add_argument("--remasking", type=_order, metavar="ORDER", help=order_help)
+    kernel_help = (
+        f"the rule of a step: {', '.join(OWN_KERNELS)}, or a kernel of your own; without the option that of the run, which is usually "
+        "unmask for masked diffusion, and else ancestral"
+    )
+    parser.add_argument("--kernel", type=_kernel, metavar="KERNEL", help=kernel_help)
+    parser.add_argument("--self-correct", action="store_true", help="revise each text after its last step by GIDD's self-correction")
     parser.add_argument("--seed", type=number_in(int, Range(0)), metavar="N", help="seed of the noise")
     parser.add_checkpoint_option()
     output = parser.add_mutually_exclusive_group()

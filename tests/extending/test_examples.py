@@ -188,6 +188,21 @@ def test_the_rule_of_sampling_decides(monkeypatch):
     assert [problem.key for problem in name_problems(config)] == ["sampling.remasking"], "its scores are no probabilities"
 
 
+def test_the_kernel_of_sampling_decides(monkeypatch):
+    examples()["A kernel of sampling"].register("KERNELS", monkeypatch)
+    shown = []
+
+    def predict(tokens, timesteps):
+        shown.append(float(timesteps[0]))
+        return torch.zeros(*tokens.shape, 16)
+
+    generate([[]], SamplingConfig(num_tokens=8, num_steps=3, kernel="ancestral_cosine"), predict)
+    assert shown == pytest.approx([1, math.cos(math.pi / 6), 0.5])
+    assert name_problems(tiny_config(sampling={"kernel": "ancestral_cosine"})) == []
+    config = tiny_config(sampling={"kernel": "ancestral_cosine", "threshold": 0.5})
+    assert [problem.key for problem in name_problems(config)] == ["sampling.threshold"], "a rule that it inherits"
+
+
 @pytest.mark.parametrize("kind", ["documents", "blocks", "scattered"])
 def test_the_backend_equals_the_reference(kind, monkeypatch):
     examples()["An attention backend"].register("BACKENDS", monkeypatch)

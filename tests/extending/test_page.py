@@ -15,6 +15,7 @@ FILES = {
     "A noise process": 2,
     "An objective": 2,
     "A rule of sampling": 2,
+    "A kernel of sampling": 2,
     "An optimizer": 2,
     "An attention backend": 2,
     "A record sink": 2,

@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.tiny import VOCAB_SIZE, tiny_config
-from w1train.config.schema import SamplingConfig
+from w1train.config.schema import DiffusionConfig, SamplingConfig
 from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.sampling.denoise import generate
 
@@ -137,7 +137,9 @@ def test_generation_reads_what_training_shows(prompt_length):
 
     def body(predictor):
         recorder = Recorder(block_predictor(predictor))
-        generation = generate(recorder, prompts, config, mask_token_id=MASK, eos_token_id=VOCAB_SIZE + 1, device="cpu")
+        generation = generate(
+            recorder, prompts, config, diffusion=DiffusionConfig(mask_token_id=MASK), eos_token_id=VOCAB_SIZE + 1, device="cpu"
+        )
         canvas = torch.cat([prompts, generation.completions], dim=1)
         num_blocks = -(-canvas.shape[1] // BLOCK_SIZE)
         for start, tokens, t, logits in recorder.passes:
@@ -197,7 +199,9 @@ def test_a_batch_equals_one_by_one_and_repeats(sampling):
         blocks = block_predictor(predictor)
 
         def run(prompts, eos):
-            return generate(blocks, prompts, config, mask_token_id=MASK, eos_token_id=eos, device="cpu", vocab_size=40)
+            return generate(
+                blocks, prompts, config, diffusion=DiffusionConfig(mask_token_id=MASK), eos_token_id=eos, device="cpu", vocab_size=40
+            )
 
         # What the first row begins with ends the text, so that it leaves the batch before the others.
         eos = int(run(prompts, 99).completions[0, 0])

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.slow import examples
-from w1train.config.schema import SamplingConfig
+from w1train.config.schema import DiffusionConfig, SamplingConfig
+from w1train.sampling.canvas import DenoisingStep, Generation, PlannedBlock, cut_at_eos
 from w1train.sampling.counts import transfer_counts
-from w1train.sampling.denoise import DenoisingStep, Generation, PlannedBlock, cut_at_eos, generate, plan_blocks
-from w1train.sampling.unmask import Unmasking
+from w1train.sampling.denoise import generate, plan_blocks
+from w1train.sampling.kernel import Batch
+from w1train.sampling.unmask import Unmask
 
 VOCAB_SIZE, MASK, EOS = 16, 15, 0
+DIFFUSION = DiffusionConfig(mask_token_id=MASK)
 
 
 def toy_logits(tokens: Tensor, _t: Tensor) -> Tensor:
@@ -30,7 +33,11 @@ def toy_logits(tokens: Tensor, _t: Tensor) -> Tensor:
 
 
 def run(prompts, config: SamplingConfig, predict=toy_logits, on_step=None) -> Generation:
-    return generate(predict, prompts, config, mask_token_id=MASK, eos_token_id=EOS, device="cpu", on_step=on_step)
+    return generate(predict, prompts, config, diffusion=DIFFUSION, eos_token_id=EOS, device="cpu", on_step=on_step)
+
+
+def unmask(config: SamplingConfig, rows=(0,)) -> Unmask:
+    return Unmask(Batch(config, DIFFUSION, list(rows), None, "cpu"))
 
 
 @st.composite
@@ -95,7 +102,7 @@ def test_greedy_is_exactly_the_argmax_path(config, prompts):
 
 
 def _steps(config: SamplingConfig, prompt_length: int) -> list[tuple[PlannedBlock, int]]:
-    return [(block, count) for block in plan_blocks(config, prompt_length) for count in block.counts]
+    return [(block, count) for block in plan_blocks(config, unmask(config).plan, prompt_length) for count in block.steps]
 
 
 @given(sampling_configs(), prompt_lists)
@@ -171,9 +178,9 @@ def test_ids_beyond_the_tokenizer_are_never_generated(temperature):
         return torch.arange(float(VOCAB_SIZE)).expand(*tokens.shape, -1) * 10
 
     config = SamplingConfig(num_tokens=12, num_steps=3, temperature=temperature)
-    generation = generate(predict, [[]], config, mask_token_id=MASK, eos_token_id=EOS, device="cpu", vocab_size=11)
+    generation = generate(predict, [[]], config, diffusion=DIFFUSION, eos_token_id=EOS, device="cpu", vocab_size=11)
     assert generation.completions.max() == 10
-    beyond = generate(predict, [[]], config, mask_token_id=3, eos_token_id=EOS, device="cpu")
+    beyond = generate(predict, [[]], config, diffusion=DiffusionConfig(mask_token_id=3), eos_token_id=EOS, device="cpu")
     assert beyond.completions.max() == VOCAB_SIZE - 1
 
 
@@ -249,8 +256,7 @@ def test_no_token_marks_what_is_open():
     is_open = torch.tensor([[False, True, True, True], [True, False, True, False]])
     logits = torch.zeros(2, 4, VOCAB_SIZE)
     logits[:, torch.arange(4), torch.tensor([8, 9, 10, 11])] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    unmasking = Unmasking(SamplingConfig(num_tokens=4), [0, 1], mask_token_id=MASK, vocab_size=None, device="cpu")
-    after, still_open = unmasking.step(tokens, is_open, logits, 2)
+    after, still_open = unmask(SamplingConfig(num_tokens=4), rows=[0, 1]).step(tokens, is_open, logits, 2)
     assert after.tolist() == [[MASK, 5, 10, 11], [8, 2, 10, 4]]
     assert still_open.tolist() == [[False, True, False, False], [False] * 4]
 

@@ -10,15 +10,25 @@ from tests.sampling.test_denoise import EOS, toy_logits
 from tests.sampling.test_denoise import MASK as TOY_MASK
 from tests.tiny import tiny_config
 from w1train.config.errors import UserError
-from w1train.config.schema import SamplingConfig
+from w1train.config.schema import DiffusionConfig, SamplingConfig
 from w1train.inference.predictor import block_predictor
-from w1train.sampling.denoise import DenoisingStep, generate
+from w1train.sampling.canvas import DenoisingStep
+from w1train.sampling.denoise import generate
 
 texts = st.lists(st.integers(0, TOY_MASK - 1), max_size=5)
 
 
 def fill_in(prompts, suffixes, config, predict=toy_logits, on_step=None):
-    return generate(predict, prompts, config, mask_token_id=TOY_MASK, eos_token_id=EOS, device="cpu", suffixes=suffixes, on_step=on_step)
+    return generate(
+        predict,
+        prompts,
+        config,
+        diffusion=DiffusionConfig(mask_token_id=TOY_MASK),
+        eos_token_id=EOS,
+        device="cpu",
+        suffixes=suffixes,
+        on_step=on_step,
+    )
 
 
 @st.composite
@@ -123,7 +133,15 @@ def test_the_model_sees_the_suffix(shift):
                 seen.append(predictor(tokens, t))
                 return seen[-1]
 
-            generate(predict, [prompt], config, mask_token_id=MASK, eos_token_id=VOCAB_SIZE, device="cpu", suffixes=[text])
+            generate(
+                predict,
+                [prompt],
+                config,
+                diffusion=DiffusionConfig(mask_token_id=MASK),
+                eos_token_id=VOCAB_SIZE,
+                device="cpu",
+                suffixes=[text],
+            )
             found.append(seen[0][0, 3:8])
         return found
 
@@ -138,8 +156,18 @@ def test_a_model_of_blocks_refuses_a_suffix():
     def body(predictor):
         blocks, config = block_predictor(predictor), SamplingConfig(num_tokens=8, num_steps=8)
         with pytest.raises(UserError, match="a block does not see the blocks after it"):
-            generate(blocks, [[20]], config, mask_token_id=MASK, eos_token_id=VOCAB_SIZE, device="cpu", suffixes=[[30]])
-        empty = generate(blocks, [[20]], config, mask_token_id=MASK, eos_token_id=VOCAB_SIZE, device="cpu", suffixes=[[]])
+            generate(
+                blocks,
+                [[20]],
+                config,
+                diffusion=DiffusionConfig(mask_token_id=MASK),
+                eos_token_id=VOCAB_SIZE,
+                device="cpu",
+                suffixes=[[30]],
+            )
+        empty = generate(
+            blocks, [[20]], config, diffusion=DiffusionConfig(mask_token_id=MASK), eos_token_id=VOCAB_SIZE, device="cpu", suffixes=[[]]
+        )
         return empty.completions.shape
 
     assert in_one_process(block_config(), body) == (1, 8)

@@ -17,7 +17,7 @@ from torch import Tensor
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, ScheduleConfig, TrainingConfig
 from w1train.sample import main
-from w1train.sampling.denoise import DenoisingStep
+from w1train.sampling.canvas import DenoisingStep
 from w1train.sampling.display import DenoisingView, print_samples
 from w1train.sampling.text import TextSample, sample_texts
 
@@ -207,6 +207,16 @@ def test_json(sample, run_dir):
             "temperature": 0.0,
             "remasking": "random",
             "seed": 5,
+            "kernel": "unmask",
+            "gidd_epsilon": 1e-4,
+            "gidd_min_p": 0.0,
+            "posterior_temperature": 1.0,
+            "reviser": None,
+            "correction_steps": 128,
+            "correction_tokens": 1,
+            "correction_temperature": 0.1,
+            "correction_timestep": 0.01,
+            "correction_patience": 32,
         },
         "samples": [{"prompt": "abc", "text": "defghijk", "tokens": list(b"defghijk"), "num_forward_passes": 4, "suffix": ""}],
     }
@@ -247,15 +257,16 @@ def test_show_steps_off_a_terminal_prints_each_canvas(sample):
 def test_on_a_terminal_the_canvas_is_drawn_in_place_and_styled():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=60, height=20, color_system="standard", legacy_windows=False)
-    with DenoisingView(console, ByteTokenizer(), num_tokens=4) as view:
+    with DenoisingView(console, ByteTokenizer()) as view:
         is_open = torch.tensor([[False, False, True, False, True, True]])
-        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([list(b"abxcyz")]), is_open, 2))
+        view(DenoisingStep(1, 2, [0], 0.5, torch.tensor([list(b"abxcyz")]), is_open, torch.zeros_like(is_open), 2, 6))
         with_suffix = torch.nn.functional.pad(is_open, (0, 2))
-        view(DenoisingStep(2, 2, [0], 0.5, torch.tensor([list(b"abxcyzef")]), with_suffix, 2))
+        is_revised = torch.arange(8)[None] == 3
+        view(DenoisingStep(2, 2, [0], 0.5, torch.tensor([list(b"abxcyzef")]), with_suffix, is_revised, 2, 6))
     print_samples(console, [TextSample("ab", "cd", list(b"cd"), 2, "ef"), TextSample("ab", "cd", list(b"cd"), 2)])
     drawn = stream.getvalue()
     assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m" in drawn
-    assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0mc\x1b[2m\u2591\u2591\x1b[0m\x1b[1;36mef\x1b[0m" in drawn
+    assert "\x1b[1;36mab\x1b[0m\x1b[2m\u2591\x1b[0m\x1b[1;33mc\x1b[0m\x1b[2m\u2591\u2591\x1b[0m\x1b[1;36mef\x1b[0m" in drawn
     assert "\x1b[?25h" in drawn  # the cursor is back
     assert drawn.endswith("\x1b[1;36mab\x1b[0mcd\x1b[1;36mef\x1b[0m\n\n\x1b[1;36mab\x1b[0mcd\n")
 
@@ -379,3 +390,54 @@ def test_blocks_do_not_see_a_suffix(sample):
     status, out, err = sample("--suffix", "x", model=FakeModel(blocks=AlphabetBlocks()))
     assert (status, out) == (2, "")
     assert "blocks of 3 tokens, and a block does not see the blocks after it" in err
+
+
+def hybrid_model(**changes) -> FakeModel:
+    """A model whose noise puts masks and other bytes, and which prefers its letters also when a text has others."""
+
+    def predict(tokens: Tensor, t: Tensor) -> Tensor:
+        return 4 * alphabet_logits(tokens, t)
+
+    model = FakeModel(predict=predict)
+    model.config.diffusion = DiffusionConfig(objective="hybrid", mask_token_id=MASK, num_noise_ids=VOCAB_SIZE, uniform_share=0.5)
+    for name, value in changes.items():
+        setattr(model.config.sampling, name, value)
+    return model
+
+
+def test_the_process_chooses_the_kernel(sample):
+    """The ancestral kernel goes through the timesteps, and the mask and ids beyond the tokenizer come and go."""
+    status, out, err = sample("--json", model=hybrid_model())
+    assert (status, json.loads(out)["sampling"]["kernel"], json.loads(out)["samples"][0]["text"]) == (0, "ancestral", "defghijk"), err
+    found = json.loads(sample("--json", "--kernel", "gidd_posterior", "--steps", "3", model=hybrid_model())[1])
+    assert (found["sampling"]["kernel"], found["samples"][0]["num_forward_passes"]) == ("gidd_posterior", 3)
+    status, out, err = sample("--kernel", "ancestral", "--threshold", "0.5")
+    assert (status, out) == (2, "")
+    assert "sampling.threshold is 0.5; it must be null, because this kernel decides by timesteps" in err
+
+
+def test_a_given_text_is_revised_and_its_changes_are_marked(sample):
+    status, out, _ = sample("--prompt", "xx", "--revise", "cdQfW", "--show-steps", model=hybrid_model())
+    assert status == 0
+    assert out.splitlines() == [
+        "step 1  t = 0.010",
+        "xxcd\u2039e\u203afW",
+        "step 2  t = 0.010",
+        "xxcdef\u2039g\u203a",
+        "step 3  t = 0.010",
+        "xxcdefg",
+        "xxcdefg",
+    ]
+    assert sample("--revise", "abXd", "--revise", "Yb", model=hybrid_model())[:2] == (0, "abcd\n\nab\n")
+    status, out, err = sample("--revise", "ab", "--prompt", "a", "--prompt", "b", model=hybrid_model())
+    assert (status, out) == (2, "")
+    assert "2 texts with --prompt for 1 texts with --revise" in err
+    status, _, err = sample("--revise", "x" * 33, "--prompt", "a", model=hybrid_model())
+    assert (status, "prompt 0 has 1 tokens and its text has 33 tokens, which together is more" in err) == (2, True)
+
+
+def test_self_correction_follows_the_kernel(sample):
+    """One pass more finds nothing to change."""
+    shown = json.loads(sample("--json", "--self-correct", "--kernel", "unmask", model=hybrid_model())[1])
+    assert (shown["sampling"]["reviser"], shown["samples"][0]["text"]) == ("self_correction", "defghijk")
+    assert shown["samples"][0]["num_forward_passes"] == 4 + 1

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.sampling.test_denoise import EOS, MASK, VOCAB_SIZE, prompt_lists, run, toy_logits
+from tests.sampling.test_denoise import EOS, MASK, VOCAB_SIZE, prompt_lists, run, toy_logits, unmask
 from tests.slow import examples
 from w1train.config.schema import SamplingConfig
+from w1train.sampling.canvas import DenoisingStep, Generation
 from w1train.sampling.counts import above_threshold
-from w1train.sampling.denoise import DenoisingStep, Generation, plan_blocks
+from w1train.sampling.denoise import plan_blocks
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.95, [1, 0, 0, 0]), (0.5, [1, 1, 0, 0]), (0.99, [1, 0, 0, 0])])
@@ -230,8 +231,8 @@ def test_blocks_of_another_size_than_trained_are_said_once(caplog):
 
 def test_short_blocks_take_whole_steps(caplog):
     config = SamplingConfig(num_tokens=8, num_steps=4)
-    plan = plan_blocks(config, prompt_length=3, trained_block_size=4)
-    assert [(block.start, block.end, block.counts) for block in plan] == [(0, 4, [1]), (4, 8, [2, 2]), (8, 11, [2, 1])]
+    plan = plan_blocks(config, unmask(config).plan, prompt_length=3, trained_block_size=4)
+    assert [(block.start, block.end, block.steps) for block in plan] == [(0, 4, [1]), (4, 8, [2, 2]), (8, 11, [2, 1])]
     with caplog.at_level(logging.INFO):
         run([[1, 2, 3]], config, ToyBlocks())
     assert "5 denoising steps instead of 4" in caplog.text

@@ -2,9 +2,9 @@
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
 objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees only these classes. The classes of the
-model and its layout are in ``schema_model.py``, and those for operating a run (checkpoints, logging, health) in ``schema_operation.py``. A
-recipe must set each field without a default. A field's type carries the range of its values (``constraints.py``), and the string under the
-field is its documentation: ``docs/configuration.md`` is written from both.
+model and its layout are in ``schema_model.py``, that of sampling is in ``schema_sampling.py``, and those for operating a run (checkpoints,
+logging, health) are in ``schema_operation.py``. A recipe must set each field without a default. A field's type carries the range of its
+values (``constraints.py``), and the string under the field is its documentation: ``docs/configuration.md`` is written from both.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from w1train.config.constraints import (
 )
 from w1train.config.schema_model import AttentionConfig, ModelConfig, ParallelConfig
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
+from w1train.config.schema_sampling import SamplingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "elbo", "inverse_fraction", "constant", "one_minus_t", "cart", "gidd_dynamic", "log_snr"]
@@ -369,32 +370,6 @@ class ValidationConfig:
     block_sizes: list[Length] = field(default_factory=list)
     """Block sizes at which the samples are scored in addition to the current block size; data.sequence_length stands for masked
     diffusion."""
-
-
-@dataclass(slots=True, kw_only=True)
-class SamplingConfig:
-    """Text generated while training, and the defaults of `w1train sample`."""
-
-    interval: NonNegativeInteger = 0
-    """Steps between samples during training; 0 = never."""
-    prompts: list[str] = field(default_factory=lambda: [""])
-    """One text is sampled after each prompt."""
-    num_tokens: Length = 128
-    """Tokens generated after the prompt."""
-    num_steps: Length = 64
-    """Denoising steps of all blocks together; not used with a threshold."""
-    threshold: PositiveFraction | None = None
-    """Each step unmasks every token whose prediction is more probable than this threshold, and at least one token, until no token of the
-    block is masked (confidence-threshold parallel decoding); null = num_steps decides how many tokens each step unmasks."""
-    block_size: Length | None = None
-    """Tokens that are denoised together; blocks follow each other from left to right. null = diffusion.block_size for a model of block
-    diffusion, and one block of all tokens for a model of masked diffusion, whose sampling is semi-autoregressive with smaller blocks."""
-    temperature: NonNegativeFloat = 0.0
-    """0 = the most probable token; otherwise Gumbel-max sampling at this temperature."""
-    remasking: str = "low_confidence"
-    """The predictions that are masked again at each step: low_confidence = the least confident predictions, random = random predictions."""
-    seed: NonNegativeInteger = 0
-    """Seed of the sampler's noise."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -32,7 +32,7 @@ from w1train.config.errors import UserError
 from w1train.diffusion.philox import Purpose, random_words
 from w1train.evaluation.draws import DEFAULT_DRAWS, MAX_DRAWS
 from w1train.model.row_terms import CrossEntropy, value_of
-from w1train.sampling.denoise import Predict, TimestepAt
+from w1train.sampling.model_passes import Predict, TimestepAt
 
 _MAX_LOGITS = 1 << 28
 """Logits of one batch: 1 GiB of them in float32."""
@@ -71,7 +71,7 @@ def log_likelihoods(
         predict: the model, as the sampler calls it.
         vocab_size: number of logits of a token. It limits the rows of a batch, as ``batch_size`` does.
         num_draws: masks of a completion; a short completion has fewer masks.
-        timestep_at: as in w1train.sampling.denoise.generate.
+        timestep_at: of the model's noise process; None = t is the noising probability, as in linear masked diffusion.
 
     Raises:
         UserError: a completion is empty, or a pair has mask tokens.

@@ -9,12 +9,15 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from w1train.sampling.denoise import DenoisingStep
+from w1train.sampling.canvas import DenoisingStep
 from w1train.sampling.text import TextSample, TextTokenizer
 
 PROMPT_STYLE = "bold cyan"
 OPEN_STYLE = "dim"
 OPEN_GLYPH = "\N{LIGHT SHADE}"
+REVISED_STYLE = "bold yellow"
+REVISED_MARKS = ("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}")
+"""The marks around tokens that a step has changed, where text has no style."""
 
 # Byte-level models generate control bytes, most of all early in training. Printed unchanged, these move the cursor or change colours.
 _CONTROL_CHARACTERS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -44,10 +47,9 @@ class DenoisingView:
     It is a context manager. On a terminal the drawing disappears at its end, before the finished texts are printed.
     """
 
-    def __init__(self, console: Console, tokenizer: TextTokenizer, num_tokens: int) -> None:
+    def __init__(self, console: Console, tokenizer: TextTokenizer) -> None:
         self._console = console
         self._tokenizer = tokenizer
-        self._num_tokens = num_tokens
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> DenoisingView:
@@ -62,7 +64,7 @@ class DenoisingView:
     def __call__(self, state: DenoisingStep) -> None:
         of = "" if state.num_steps is None else f"/{state.num_steps}"
         heading = Text(f"step {state.step}{of}  t = {state.t:.3f}", style="bold")
-        canvases = draw_canvases(state, self._tokenizer, self._num_tokens)
+        canvases = draw_canvases(state, self._tokenizer, with_marks=self._live is None)
         if self._live is not None:
             lines: list[RenderableType] = [heading, *canvases]
             self._live.update(Group(*lines), refresh=True)
@@ -71,23 +73,39 @@ class DenoisingView:
                 self._console.print(line, soft_wrap=True)
 
 
-def draw_canvases(state: DenoisingStep, tokenizer: TextTokenizer, num_tokens: int) -> list[Text]:
-    """Draw each row of a batch after a step; ``num_tokens`` is the number of generated positions."""
-    rows = zip(state.tokens.tolist(), state.is_open.tolist(), strict=True)
-    return [_draw(tokens, is_open, tokenizer, state.start, state.start + num_tokens) for tokens, is_open in rows]
-
-
-def _draw(tokens: list[int], is_open: list[bool], tokenizer: TextTokenizer, start: int, end: int) -> Text:
-    """Draw one row: the prompt, decided tokens as text, each open position as a faint block, and the suffix.
+def draw_canvases(state: DenoisingStep, tokenizer: TextTokenizer, *, with_marks: bool = True) -> list[Text]:
+    """Draw each row of a batch after a step.
 
     Args:
-        start, end: first generated position, and first position after the generated positions.
+        with_marks: put marks around tokens that the step has changed. They have a style without marks too.
     """
+    marks = REVISED_MARKS if with_marks else ("", "")
+    rows = zip(state.tokens.tolist(), state.is_open.tolist(), state.is_revised.tolist(), strict=True)
+    return [_draw(*row, tokenizer, (state.start, state.end), marks) for row in rows]
+
+
+def _draw(
+    tokens: list[int],
+    is_open: list[bool],
+    is_revised: list[bool],
+    tokenizer: TextTokenizer,
+    generated: tuple[int, int],
+    marks: tuple[str, str],
+) -> Text:
+    """Draw one row: the prompt, tokens as text, each open position as a faint block, and the suffix.
+
+    Args:
+        generated: first generated position, and first position after the generated positions.
+    """
+    start, end = generated
     drawing = Text.assemble((visible(tokenizer.decode(tokens[:start])), PROMPT_STYLE))
-    for run_is_open, run in groupby(zip(tokens[start:end], is_open[start:end], strict=True), lambda place: place[1]):
-        run_tokens = [token for token, _ in run]
+    places = zip(tokens[start:end], is_open[start:end], is_revised[start:end], strict=True)
+    for (run_is_open, run_is_revised), run in groupby(places, lambda place: place[1:]):
+        run_tokens = [token for token, *_ in run]
         if run_is_open:
             drawing.append(OPEN_GLYPH * len(run_tokens), style=OPEN_STYLE)
-        else:
-            drawing.append(visible(tokenizer.decode(run_tokens)))
+            continue
+        # Noise may put ids that are not the tokenizer's.
+        text = visible(tokenizer.decode([token for token in run_tokens if token < tokenizer.vocab_size]))
+        drawing.append(marks[0] + text + marks[1] if run_is_revised else text, style=REVISED_STYLE if run_is_revised else "")
     return drawing.append(visible(tokenizer.decode(tokens[end:])), style=PROMPT_STYLE)

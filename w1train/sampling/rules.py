@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from w1train.config.schema import SamplingConfig
+from w1train.config.schema_sampling import SamplingConfig
 from w1train.sampling.counts import Count, Schedule, Threshold
 from w1train.sampling.orders import Order, low_confidence, random_order
 

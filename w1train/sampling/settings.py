@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from w1train.config.schema import SamplingConfig
+from w1train.config.schema_sampling import SamplingConfig
 
 
 def with_given(sampling: SamplingConfig, given: Mapping[str, Any]) -> SamplingConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,8 @@ import torch
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
-from w1train.diffusion.processes import noise_process
-from w1train.sampling.denoise import BlockPredict, DenoisingStep, Predict, generate
+from w1train.sampling.denoise import OnStep, generate, revise
+from w1train.sampling.model_passes import BlockPredict, Predict
 
 
 class TextTokenizer(Protocol):
@@ -54,7 +54,7 @@ def sample_texts(
     *,
     device: torch.device | str,
     suffixes: Sequence[str] | None = None,
-    on_step: Callable[[DenoisingStep], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[TextSample]:
     """Complete each prompt as ``config.sampling`` says. The prompts of ``config.sampling`` are not read.
 
@@ -68,16 +68,15 @@ def sample_texts(
     """
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     suffix_tokens = None if suffixes is None else [tokenizer.encode(suffix) for suffix in suffixes]
-    _check_given_tokens(prompt_tokens, suffix_tokens or [[] for _ in prompts], config)
+    _check_given_tokens(prompt_tokens, suffix_tokens or [[] for _ in prompts], "suffix", config.sampling.num_tokens, config)
     generation = generate(
         model,
         prompt_tokens,
         config.sampling,
-        mask_token_id=config.diffusion.mask_token_id,
+        diffusion=config.diffusion,
         eos_token_id=tokenizer.eos_token_id,
         device=device,
         vocab_size=tokenizer.vocab_size,
-        timestep_at=noise_process(config.diffusion).timestep_at,
         suffixes=suffix_tokens,
         on_step=on_step,
     )
@@ -89,16 +88,58 @@ def sample_texts(
     ]
 
 
-def _check_given_tokens(prompt_tokens: list[list[int]], suffix_tokens: list[list[int]], config: Config) -> None:
-    num_tokens, limit, vocab_size = config.sampling.num_tokens, config.model.max_sequence_length, config.model.vocab_size
-    for row, (prompt, suffix) in enumerate(zip(prompt_tokens, suffix_tokens, strict=False)):
-        if (largest := max([*prompt, *suffix], default=0)) >= vocab_size:
+def revise_texts(
+    model: Predict | BlockPredict,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    config: Config,
+    *,
+    device: torch.device | str,
+    on_step: OnStep | None = None,
+) -> list[TextSample]:
+    """Revise the text after each prompt by ``config.sampling.reviser``, or by self-correction if it is null.
+
+    Args:
+        model, device, on_step: as in w1train.sampling.denoise.revise.
+        prompts: the text before each text, which does not change.
+
+    Raises:
+        UserError: settings cannot work, or a prompt with its text is too long or has an id that is outside model.vocab_size.
+    """
+    prompt_tokens, text_tokens = ([tokenizer.encode(text) for text in given] for given in (prompts, texts))
+    _check_given_tokens(prompt_tokens, text_tokens, "text", 0, config)
+    revised = revise(
+        model,
+        prompt_tokens,
+        text_tokens,
+        config.sampling,
+        diffusion=config.diffusion,
+        device=device,
+        vocab_size=tokenizer.vocab_size,
+        on_step=on_step,
+    )
+    return [
+        TextSample(prompt, tokenizer.decode(tokens), tokens, num_passes)
+        for prompt, tokens, num_passes in zip(prompts, revised.texts, revised.num_forward_passes, strict=True)
+    ]
+
+
+def _check_given_tokens(
+    prompt_tokens: list[list[int]], other_tokens: list[list[int]], other_name: str, num_tokens: int, config: Config
+) -> None:
+    """Raise UserError if the model cannot have the prompts, the texts after them, and ``num_tokens`` generated tokens between."""
+    limit, vocab_size = config.model.max_sequence_length, config.model.vocab_size
+    for row, (prompt, other) in enumerate(zip(prompt_tokens, other_tokens, strict=False)):
+        if (largest := max([*prompt, *other], default=0)) >= vocab_size:
             raise UserError(
                 f"prompt {row} has the token id {largest}, and model.vocab_size is {vocab_size}: the tokenizer is not that of the model"
             )
-        if len(prompt) + num_tokens + len(suffix) > limit:
-            with_suffix = f", its suffix has {len(suffix)} tokens" if suffix else ""
+        if len(prompt) + num_tokens + len(other) > limit:
+            parts = [f"prompt {row} has {len(prompt)} tokens"]
+            parts += [f"its {other_name} has {len(other)} tokens"] if other else []
+            parts += [f"sampling.num_tokens is {num_tokens}"] if num_tokens else []
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens{with_suffix} and sampling.num_tokens is {num_tokens}, which together is more than "
+                f"{' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}, which together is more than "
                 f"model.max_sequence_length = {limit}; they may add up to {limit} at most"
             )

@@ -35,5 +35,6 @@ def _as_diffusion(config: Config) -> Config:
     """
     if not noise_process(config.diffusion).is_causal:
         return config
-    diffusion = dataclasses.replace(config.diffusion, objective="diffusion", block_size=1, shift=True)
-    return dataclasses.replace(config, diffusion=diffusion, sampling=dataclasses.replace(config.sampling, block_size=None))
+    diffusion = dataclasses.replace(config.diffusion, objective="diffusion", noise_schedule="linear", block_size=1, shift=True)
+    sampling = dataclasses.replace(config.sampling, block_size=None, kernel="unmask", reviser=None)
+    return dataclasses.replace(config, diffusion=diffusion, sampling=sampling)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from w1train.config.errors import Problem, show
 from w1train.config.rules.divisibility import divisors, does_not_divide, near
 from w1train.config.rules.rule import Rule, at_every_stage, is_causal_here, of_own_processes
-from w1train.config.schema import Config, SamplingConfig
+from w1train.config.schema import Config
+from w1train.config.schema_sampling import SamplingConfig
 
 OWN_ORDERS = {"low_confidence": True, "random": False}
 """The orders of sampling.remasking that come with w1train, and whether their scores are log-probabilities. The table of the package
 w1train.sampling has this too, but its import takes seconds."""
+OWN_KERNELS = ("unmask", "ancestral", "gidd_posterior")
+"""The kernels of sampling.kernel that come with w1train."""
 
 
 def _sampling_rule(config: Config) -> Iterator[Problem]:
