@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from tests.distributed import run_distributed
 from tests.tiny import packed_batch
 from w1train.config.schema import Config
+from w1train.data.batch import PackedBatch
 from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
@@ -134,7 +136,7 @@ def _train(
     gradients: dict[str, torch.Tensor] = {}
     inputs = Inputs()
     for step in range(first_step, first_step + num_steps):
-        batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size))
+        batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size, model.noise_rates()))
         noise.append(_noise_hashes(batches))
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
@@ -186,7 +188,7 @@ def open_gates(model: TrainedModel) -> None:
     with torch.no_grad():
         for stage in model.stages:
             for name, parameter in global_named_parameters(stage):
-                if "modulation." in name or name.endswith("bias"):
+                if "modulation." in name or "noise_rates." in name or name.endswith("bias"):
                     generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
                     is_split = getattr(parameter, "tensor_model_parallel", False)
                     rank, size = (tensor_rank, tensor_size) if is_split else (0, 1)
@@ -195,15 +197,23 @@ def open_gates(model: TrainedModel) -> None:
     model.optimizer.reload_model_params()
 
 
-def micro_batches(config: Config, step: int, rank: int, size: int) -> Iterator[NoisyBatch]:
+def micro_batches(config: Config, step: int, rank: int, size: int, rates: torch.Tensor | None = None) -> Iterator[NoisyBatch]:
     """This data-parallel rank's micro-batches of a step, as the loader deals them."""
     training = config.training
     first = step * training.global_batch_size
     for start in range(first + rank * training.micro_batch_size, first + training.global_batch_size, size * training.micro_batch_size):
         samples = range(start, start + training.micro_batch_size)
-        noisy = corrupt(packed_batch(samples, config.data.sequence_length), config.diffusion, training.seed)
+        noisy = corrupt(texts_of(samples, config), config.diffusion, training.seed, rates=rates)
         noisy.annealed = 0.3
         yield noisy
+
+
+def texts_of(samples: range, config: Config) -> PackedBatch:
+    """The samples of a micro-batch, in which coupled draws have the same text."""
+    if not config.diffusion.coupled_draws:
+        return packed_batch(samples, config.data.sequence_length)
+    texts = packed_batch([sample // 2 for sample in samples], config.data.sequence_length)
+    return dataclasses.replace(texts, sample_indices=torch.tensor(samples))
 
 
 def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:

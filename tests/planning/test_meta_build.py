@@ -28,7 +28,7 @@ def test_w1_has_every_parameter_once_over_512_ranks(layout, num_built):
 QWEN = {"qk_norm": True, "qkv_bias": True, "num_query_groups": 2}
 
 
-@pytest.mark.parametrize("model", [{"tie_embeddings": True}, {"conditioning": "none"}, QWEN], ids=str)
+@pytest.mark.parametrize("model", [{"tie_embeddings": True, "learns_noise_rates": True}, {"conditioning": "none"}, QWEN], ids=str)
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence": True}], ids=str)
 def test_copies_on_several_ranks_count_once(model, parallel):
     config = tiny_config(model=model, parallel=parallel)

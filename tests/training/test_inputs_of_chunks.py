@@ -35,7 +35,7 @@ def forward() -> ModuleType:
 def test_inputs_are_made_once_and_let_go(num_chunks, forward, monkeypatch):
     made: list[weakref.ref] = []
 
-    def next_inputs(_config, batches):
+    def next_inputs(_config, batches, _live_rates):
         inputs = _Inputs(next(batches))
         made.append(weakref.ref(inputs))
         return inputs

@@ -112,8 +112,8 @@ class DiffusionConfig:
     token predicts the next token of its document from clean text under a causal mask; of the other fields only random_length_probability,
     exclude_mask_logit and normalizer then have a meaning. uniform: noise puts any token in the place of a token. hybrid: masks and other
     tokens (GIDD). log_snr: a mixture of both that changes with the signal-to-noise ratio. per_id_masked: rare tokens are masked before
-    frequent tokens (DiffusionBERT). edits: a share of the samples is edited instead of masked (Seed Diffusion). token_to_token: a fixed
-    share of random tokens beside masks (LLaDA2.1)."""
+    frequent tokens (DiffusionBERT). learned_masked: the model learns how early each token is masked (GenMD4). edits: a share of the samples
+    is edited instead of masked (Seed Diffusion). token_to_token: a fixed share of random tokens beside masks (LLaDA2.1)."""
     noise_schedule: str = "linear"
     """How the probability that noise replaces a token grows with t: linear, cosine, polynomial, log_linear or geometric for masked and
     uniform noise (objective=diffusion, uniform), also gaussian_argmax (Duo) for uniform noise; the first four for token_to_token."""
@@ -187,6 +187,9 @@ class DiffusionConfig:
     antithetic: bool = False
     """Samples come in pairs of the same text, as with complementary. The first is noised at the fraction u of the range of t, and the
     second at 1 - u, by noise of its own. Global batch sizes are even, and a batch holds half as many texts."""
+    coupled_draws: bool = False
+    """Samples come in pairs of the same text, as with complementary, at the same t and with noise of their own. The gradient of learned
+    rates of noise compares the losses of both (objective=learned_masked, GenMD4). Micro-batches are even too."""
     num_strata: Annotated[int, Range(1, 1 << 20)] = 64
     """u is stratified over groups of this many consecutive samples of the global order, a power of two, with a random rotation for each
     group; a global batch that is a multiple of this number is stratified exactly."""
@@ -245,7 +248,7 @@ class DiffusionConfig:
     @property
     def samples_per_text(self) -> int:
         """Consecutive samples of the global order that have the same text: 2 for pairs."""
-        return 2 if self.complementary or self.antithetic else 1
+        return 2 if self.complementary or self.antithetic or self.coupled_draws else 1
 
 
 @dataclass(slots=True, kw_only=True)

@@ -62,6 +62,10 @@ class ModelConfig:
     adaln_init: Literal["zero", "identity"] = "zero"
     """zero: gates start at 0, so that every layer starts as the identity. identity: gates start at 1, and shifts and scales at 0,
     so that every layer starts as if it had no adaLN."""
+    learns_noise_rates: bool = False
+    """true: the model has a rate of noise for each token of the vocabulary, which is learned with the weights (GenMD4). It is for
+    diffusion.objective=learned_masked alone, which needs it. Its own learning rate is a factor under the pattern noise_rates.* of
+    optimizer.rate_multipliers."""
     transformer_impl: Literal["local", "te"] = "local"
     """Linear layers of the Transformer: local = those of megatron-core, te = those of transformer-engine, which training.fp8 and
     parallel.tp_comm_overlap need. Parameters have the same names and shapes; checkpoints under te also hold FP8 states."""

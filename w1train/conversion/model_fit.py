@@ -26,6 +26,7 @@ _SAME = (
     "qk_norm",
     "qkv_bias",
     "tie_embeddings",
+    "learns_noise_rates",
 )
 _SAME_IN_LLAMA3 = ("rope_scaling_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length")
 _SAME_IN_ADALN = ("condition_size", "timestep_frequency_size", "timestep_scale")

@@ -73,6 +73,8 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         whole |= _linear("timestep_embedding.linear_in", model.condition_size, model.timestep_frequency_size)
         whole |= _linear("timestep_embedding.linear_out", model.condition_size, model.condition_size)
     whole |= {f"decoder.layers.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()}
+    if model.learns_noise_rates:
+        whole["noise_rates.unconstrained"] = (model.vocab_size,)
     whole["final_norm.weight"] = (hidden,)
     if conditioned:
         whole |= _linear("final_modulation.linear", 2 * hidden, model.condition_size)

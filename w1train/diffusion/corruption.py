@@ -72,6 +72,8 @@ class NoisyBatch:
     first_targets: Tensor | None = field(default=None, metadata=_PER_TOKEN)
     """bool [b, l]: the first output of each sample that has a target, by which samples are counted: only one context-parallel rank has it.
     None where no loss is divided by the number of samples."""
+    noise_rates: Tensor | None = None
+    """float32 [vocabulary]: the rates of noise that the process has learned; None if it learns none."""
     annealed: float = 1.0
     """The progress of the attention mask from causal (0) to the whole document (1)."""
 
@@ -90,20 +92,26 @@ class NoisyBatch:
         return self.has_target.sum()
 
 
-def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int = 0) -> NoisyBatch:
+def corrupt(batch: PackedBatch, config: DiffusionConfig, seed: int, *, draw: int = 0, rates: Tensor | None = None) -> NoisyBatch:
     """Corrupt a batch for training, each segment at a random t.
 
-    The result depends only on (seed, batch.sample_indices, draw), so it is the same for every layout, device and micro-batch size.
+    The result depends only on (seed, batch.sample_indices, draw, rates), so it is the same for every layout, device and micro-batch size.
+
+    Args:
+        rates: [vocabulary], the rates of noise that the model has learned; None for a process that learns none.
     """
-    # Partners of a pair share every random number, also the numbers that decide about a cut.
-    keys = torch.div(batch.sample_indices, 2, rounding_mode="floor") if config.complementary else batch.sample_indices
-    batch = cut_to_random_length(batch, config, seed, keys, draw=draw)
-    return _corrupt(batch, config, NoiseDraw(seed, keys, draw))
+    pairs = torch.div(batch.sample_indices, 2, rounding_mode="floor")
+    # Complementary partners share every random number. Coupled partners have noise of their own on the same text, so they share a cut.
+    keys = pairs if config.complementary else batch.sample_indices
+    batch = cut_to_random_length(batch, config, seed, pairs if config.coupled_draws else keys, draw=draw)
+    return _corrupt(batch, config, NoiseDraw(seed, keys, draw), rates)
 
 
-def corrupt_at(batch: PackedBatch, config: DiffusionConfig, seed: int, timestep: float, *, draw: int) -> NoisyBatch:
-    """Corrupt whole samples at one given t in (0, 1] with the fixed noise of ``draw``, for validation."""
-    return _corrupt(batch, config, NoiseDraw(seed, batch.sample_indices, draw, timestep))
+def corrupt_at(
+    batch: PackedBatch, config: DiffusionConfig, seed: int, timestep: float, *, draw: int, rates: Tensor | None = None
+) -> NoisyBatch:
+    """Corrupt whole samples at one given t in (0, 1] with the fixed noise of ``draw``, for validation. ``rates`` as in ``corrupt``."""
+    return _corrupt(batch, config, NoiseDraw(seed, batch.sample_indices, draw, timestep), rates)
 
 
 def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int, keys: Tensor, *, draw: int = 0) -> PackedBatch:
@@ -129,9 +137,9 @@ def cut_to_random_length(batch: PackedBatch, config: DiffusionConfig, seed: int,
     )
 
 
-def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> NoisyBatch:
+def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw, rates: Tensor | None) -> NoisyBatch:
     """Let the configured process corrupt the batch, and move the values of each token to the output that predicts the token."""
-    process = noise_process(config)
+    process = noise_process(config, rates)
     corruption = process.corrupt(batch, config, draw)
     moved = _next if corruption.shift else _unmoved
     num_samples, length = batch.tokens.shape
@@ -156,6 +164,7 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw) -> No
         segment_index=rows + corruption.segments,
         segment_timesteps=corruption.segment_timesteps.flatten().float(),
         sample_indices=batch.sample_indices,
+        noise_rates=rates,
         first_targets=has_target & (has_target.cumsum(dim=1) == 1) if config.normalizer == "samples" else None,
     )
 

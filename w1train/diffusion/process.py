@@ -61,11 +61,11 @@ class NoiseDraw:
         # A column for every possible segment would be l wide, so the largest segment that occurs decides. The columns beyond a sample's own
         # segments are rows of the table that no token points to. (Asking a GPU for the largest segment waits for the GPU.)
         num_segments = 1 if config.timestep_per == "sequence" else int(segments.max()) + 1
+        share_timesteps = config.antithetic or config.coupled_draws
+        keys = torch.div(self.keys, 2, rounding_mode="floor") if share_timesteps else self.keys
+        fractions = draw_fractions(config, self.seed, keys, num_segments, self.draw)
         if config.antithetic:
-            pairs = torch.div(self.keys, 2, rounding_mode="floor")
-            fractions = antithetic(draw_fractions(config, self.seed, pairs, num_segments, self.draw), self.keys)
-        else:
-            fractions = draw_fractions(config, self.seed, self.keys, num_segments, self.draw)
+            fractions = antithetic(fractions, self.keys)
         return segments, timesteps_from_fractions(config, fractions)
 
 
@@ -102,6 +102,8 @@ class NoiseProcess(ABC):
     """True: the text stays clean, and each token is predicted from the tokens before it alone, so there is no t. False: there is noise."""
     words_per_token: ClassVar[int] = 1
     """Random words that the corruption of one token takes: the first decides whether noise replaces the token."""
+    learns_rates: ClassVar[bool] = False
+    """True: the model learns the rates of the noise with its weights, and ``with_rates`` gives them to the process."""
     predicts_every_token: ClassVar[bool] = False
     """True: noise may put an ordinary token in the place of a token, so every token that may be noised has a loss. False: the noised tokens
     have a loss."""
@@ -123,6 +125,10 @@ class NoiseProcess(ABC):
     """The field of diffusion to change if a step of noise has a negative probability."""
     mass_remedy: ClassVar[str | None] = None
     """A value of this field that works."""
+
+    def with_rates(self, rates: Tensor) -> NoiseProcess:
+        """Return the process with the rates of noise that a model has learned, [vocabulary]."""
+        raise AssertionError(f"{self.name} learns no rates")
 
     @abstractmethod
     def alpha(self, timesteps: Tensor) -> Tensor:

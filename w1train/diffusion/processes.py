@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from w1train.config.errors import look_up
 from w1train.config.schema import DiffusionConfig
 from w1train.diffusion.autoregressive import AutoregressiveProcess
 from w1train.diffusion.edits import EditsProcess
 from w1train.diffusion.hybrid import HybridProcess
+from w1train.diffusion.learned_masked import LearnedMaskedProcess
 from w1train.diffusion.log_snr import LogSnrProcess
 from w1train.diffusion.masked import MaskedProcess
 from w1train.diffusion.noise_ids import NoiseIds
@@ -36,13 +39,19 @@ PROCESSES: dict[str, Callable[[DiffusionConfig], NoiseProcess]] = {
     "token_to_token": lambda config: TokenToTokenProcess(
         config.mask_token_id, config.num_noise_ids, config.uniform_share, noise_schedule(config)
     ),
+    "learned_masked": lambda config: LearnedMaskedProcess(config.mask_token_id),
 }
 """The process of each value of diffusion.objective."""
 
 
-def noise_process(config: DiffusionConfig) -> NoiseProcess:
-    """Return the noise process that a configuration asks for. Raise ConfigurationError if no process has this name."""
-    return look_up(PROCESSES, "diffusion.objective", config.objective)(config)
+def noise_process(config: DiffusionConfig, rates: Tensor | None = None) -> NoiseProcess:
+    """Return the noise process that a configuration asks for. Raise ConfigurationError if no process has this name.
+
+    Args:
+        rates: [vocabulary], the rates of noise that the model has learned; None = the model learns none, or nobody asks for them.
+    """
+    process = look_up(PROCESSES, "diffusion.objective", config.objective)(config)
+    return process if rates is None else process.with_rates(rates)
 
 
 def noise_schedule(config: DiffusionConfig) -> Schedule:

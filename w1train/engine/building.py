@@ -11,11 +11,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.engine.buckets import bucket_size
 from w1train.engine.gradient_hooks import GradientHooks
+from w1train.engine.learned_rates import current_noise_rates
 from w1train.engine.megatron_ranges import mark_megatron
 from w1train.engine.optimizers import build_optimizer
 from w1train.engine.rate_multipliers import freeze_and_mark
@@ -56,6 +58,12 @@ class TrainedModel:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+    def noise_rates(self) -> Tensor | None:
+        """Return ``current_noise_rates``, of the last optimizer step. Every rank calls this."""
+        if self.stages[0].model.learns_noise_rates:
+            self.gather_parameters()
+        return current_noise_rates(self.chunks)
 
     @torch.no_grad()
     def largest_parameter(self) -> float:

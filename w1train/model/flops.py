@@ -78,7 +78,7 @@ def num_parameters(model: ModelConfig) -> int:
     if model.conditioning == "adaln":
         timestep_mlp = (model.timestep_frequency_size + 1) * condition + (condition + 1) * condition
         total += (condition + 1) * hidden * (6 * model.num_layers + 2) + timestep_mlp
-    return total
+    return total + (model.vocab_size if model.learns_noise_rates else 0)
 
 
 def _training_flops(multiply_adds: int) -> int:

@@ -19,11 +19,13 @@ from w1train.diffusion.philox import Purpose, random_words
 
 # Words that are drawn at a time, so that the int64 intermediates take about 100 MB at most.
 _CHUNK_ELEMENTS = 1 << 21
+_SOFTPLUS_GIVES_1 = math.log(math.e - 1)
 
 
 def initialize_parameters(module: torch.nn.Module, model: ModelConfig, seed: int, *, tensor_rank: int, tensor_size: int) -> None:
     """Fill every parameter: N(0, init_std) for matrices (output projections divided by sqrt(2 num_layers), GPT-2), ones for
-    norms, zeros for biases and, with adaln_init "zero", for modulations; "identity" sets the gates' biases to one."""
+    norms, zeros for biases and, with adaln_init "zero", for modulations; "identity" sets the gates' biases to one. All rates of noise are
+    1."""
     with torch.no_grad():
         for name, parameter in global_named_parameters(module):
             if parameter.is_meta:
@@ -35,6 +37,8 @@ def initialize_parameters(module: torch.nn.Module, model: ModelConfig, seed: int
                     gates = parameter.view(6, model.hidden_size)
                     gates[2].fill_(1.0)
                     gates[5].fill_(1.0)
+            elif name.startswith("noise_rates."):
+                parameter.fill_(_SOFTPLUS_GIVES_1)
             elif parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:

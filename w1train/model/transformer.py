@@ -29,6 +29,7 @@ from w1train.kernels.segments import Segments
 from w1train.model.conditioning import Modulation, TimestepEmbedding
 from w1train.model.head import OutputHead
 from w1train.model.layer import LayerInputs, layer_spec
+from w1train.model.noise_rates import NoiseRates
 from w1train.model.norm import ModulatedRMSNorm
 from w1train.model.rotary import rotary_angles
 from w1train.model.row_terms import RowTerm
@@ -118,6 +119,8 @@ class DiffusionTransformer(LanguageModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        learns = post_process and model.learns_noise_rates
+        self.noise_rates = NoiseRates(config, model.vocab_size, self.tp_group) if learns else None
         if post_process:
             self.final_norm = ModulatedRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
             self.final_modulation = Modulation(config, model.condition_size, num_vectors=2) if conditioned else None

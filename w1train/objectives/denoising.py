@@ -56,8 +56,8 @@ class Denoising:
         zeros = cross_entropy.new_zeros(self.num_t_bins)
         densities = self._densities(wide, rows)
         return {
-            "weighted": (self.loss_of_rows.value(wide, rows) * rows.weights.double()).sum(),
-            "elbo": densities.sum(),
+            "weighted": (self.loss_of_rows.value(wide, rows) * rows.weights.double()).sum() + self.loss_of_rows.end_terms(rows),
+            "elbo": densities.sum() + self.bound.end_terms(rows),
             "cross_entropy": cross_entropy.sum(),
             "num_masked": rows.num_masked,
             "num_tokens": rows.num_tokens,

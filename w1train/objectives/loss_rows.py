@@ -11,9 +11,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from w1train.diffusion.corruption import NoisyBatch
+
+
+@dataclass(slots=True)
+class LearnedNoise:
+    """The noise of a process with learned rates, at all tokens of this rank and not only at its rows: what noise has kept says something
+    about the rates too. b, l as in NoisyBatch (l: this rank's positions); g = segments of each sample."""
+
+    rates: Tensor
+    """float32 [vocabulary]. In training the last pipeline stage has a gradient for them."""
+    tokens: Tensor
+    """int64 [b, l], the clean tokens."""
+    is_noised: Tensor
+    """bool [b, l]."""
+    can_be_noised: Tensor
+    """bool [b, l]: False for padding and prompts."""
+    timesteps: Tensor
+    """float32 [b, l]."""
+    segments: Tensor
+    """int64 [b, l]: the segment of each token, counted over the micro-batch: sample * g + segment of the sample."""
+    num_segments: int
+    """g."""
+    segments_of_rows: Tensor
+    """int64 [m]: ``segments`` at the rows."""
+    context_group: dist.ProcessGroup | None = None
+    """The ranks that have the other positions of the samples; None = there are no other positions."""
+    counts_once: bool = True
+    """True on one rank of those that share the vocabulary: the gradients of rates are added up over these ranks."""
+
+    @property
+    def rates_of_tokens(self) -> Tensor:
+        """The rates, whose gradient is asked on one rank alone: for numbers that every rank computes in the same way."""
+        return self.rates if self.counts_once else self.rates.detach()
 
 
 @dataclass(slots=True)
@@ -37,6 +70,8 @@ class LossRows:
     """int64 scalar: the number of tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
     num_samples: Tensor | None
     """int64 scalar: the number of samples that have such tokens; None where no loss is divided by it."""
+    learned_noise: LearnedNoise | None = None
+    """None if the process learns no rates."""
 
     def of_noisy_stream(self, values: Tensor) -> Tensor:
         """Return the part of the noisy stream, [m], of values of all rows."""
@@ -62,4 +97,22 @@ def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
         num_masked=(noisy.loss_mask & noisy.target_is_noised).sum(),
         num_tokens=noisy.num_tokens,
         num_samples=None if noisy.first_targets is None else noisy.first_targets.sum(),
+        learned_noise=None if noisy.noise_rates is None else _learned_noise(noisy, noisy.noise_rates, where),
+    )
+
+
+def _learned_noise(noisy: NoisyBatch, rates: Tensor, where: tuple[Tensor, ...]) -> LearnedNoise:
+    num_samples = len(noisy.targets)
+    num_segments = len(noisy.segment_timesteps) // num_samples
+    first = num_segments * torch.arange(num_samples, device=noisy.targets.device)
+    segments = first[:, None] + noisy.target_segments
+    return LearnedNoise(
+        rates=rates,
+        tokens=noisy.targets,
+        is_noised=noisy.target_is_noised,
+        can_be_noised=noisy.has_target,
+        timesteps=noisy.target_timesteps,
+        segments=segments,
+        num_segments=num_segments,
+        segments_of_rows=segments[where],
     )

@@ -8,6 +8,7 @@ from w1train.diffusion.processes import noise_process
 from w1train.objectives.cross_entropy_loss import PlainCrossEntropy, TrainedCrossEntropy
 from w1train.objectives.finite_kl import FiniteKlLoss
 from w1train.objectives.kl_is import KlIsLoss
+from w1train.objectives.learned_per_id import LearnedPerIdLoss
 from w1train.objectives.per_id import PerIdLoss
 from w1train.objectives.reconstruction import ReconstructionLoss
 from w1train.objectives.row_loss import RowLoss
@@ -36,7 +37,8 @@ def loss_of(config: DiffusionConfig) -> RowLoss:
     process = noise_process(config)
     if process.is_causal:
         return PlainCrossEntropy(config, process)
-    return look_up(LOSSES, "diffusion.loss", config.loss)(config, process)
+    loss = look_up(LOSSES, "diffusion.loss", config.loss)
+    return LearnedPerIdLoss(config, process) if loss is PerIdLoss and process.learns_rates else loss(config, process)
 
 
 def bound_of(config: DiffusionConfig) -> RowLoss:
@@ -47,4 +49,4 @@ def bound_of(config: DiffusionConfig) -> RowLoss:
     # The last step is at t = 1, where the weight of the bound in continuous time is infinite.
     if config.num_timesteps > 0 and process.bound == "kl_is":
         return FiniteKlLoss(config, process)
-    return BOUNDS[process.bound](config, process)
+    return LearnedPerIdLoss(config, process) if process.learns_rates else BOUNDS[process.bound](config, process)

@@ -60,6 +60,11 @@ class RowLoss(ABC):
         """Return the sum over a micro-batch that is differentiated."""
         return (self.value(values, rows) * rows.weights).sum()
 
+    def end_terms(self, rows: LossRows) -> Tensor | float:
+        """Return the part of the bound beside the integral over t that is known without the model, summed over the tokens of a
+        micro-batch."""
+        return 0.0
+
     @classmethod
     def taught(cls, config: Config) -> Prediction | None:
         """Return what the model's distribution is given where the loss is smallest (processes that put ordinary tokens in the places of

@@ -65,6 +65,8 @@ def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[P
     for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers):
         parameters += _layer(model, layout, f"decoder.layers.{layer}.")
     if chunk.has_head:
+        if model.learns_noise_rates:
+            parameters.append(Parameter("noise_rates.unconstrained", (model.vocab_size,)))
         parameters.append(Parameter("final_norm.weight", (model.hidden_size,)))
         if model.conditioning == "adaln":
             parameters += _linear("final_modulation.linear.", 2 * model.hidden_size, model.condition_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
+from w1train.engine.learned_rates import rates_with_gradients
 from w1train.engine.pipeline import run_schedule
+from w1train.model.noise_rates import NoiseRates
 from w1train.model.row_terms import RowTerm
 from w1train.objectives.description import num_streams
 from w1train.objectives.named_sums import NamedSums, size_of
@@ -54,7 +56,7 @@ def run_micro_batches(
     Returns:
         Metrics of the whole global batch by their names in records, and the work of all ranks; the same on every rank.
     """
-    iterators = _inputs_of_chunks(config, batches, num_micro_batches, len(chunks))
+    iterators = _inputs_of_chunks(config, batches, num_micro_batches, len(chunks), rates_with_gradients(chunks))
     if torch.cuda.is_available():
         # Batches that are on the GPU already (those of validation) were put there by the model's stream. One wait per step is enough.
         _input_stream().wait_stream(torch.cuda.current_stream())
@@ -80,7 +82,9 @@ def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.
     return model(inputs.model, tuple(row_terms.values())), partial(_loss, config, inputs, work, tuple(row_terms))
 
 
-def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int) -> list[Iterator[Prepared]]:
+def _inputs_of_chunks(
+    config: Config, batches: Iterator[NoisyBatch], num_micro_batches: int, num_chunks: int, live_rates: NoiseRates | None = None
+) -> list[Iterator[Prepared]]:
     """Return an iterator over all micro-batches for each chunk of a virtual pipeline. The chunks share each micro-batch's visibility and
     plan of attention. itertools.tee would keep up to 57 items that all chunks have used already, and their masks would fill the GPU."""
     waiting: list[deque[Prepared]] = [deque() for _ in range(num_chunks)]
@@ -88,7 +92,7 @@ def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_b
     def draw(own: deque[Prepared]) -> Iterator[Prepared]:
         for _ in range(num_micro_batches):
             if not own:
-                prepared = _next_inputs(config, batches)
+                prepared = _next_inputs(config, batches, live_rates)
                 for each in waiting:
                     each.append(prepared)
                 del prepared
@@ -98,23 +102,30 @@ def _inputs_of_chunks(config: Config, batches: Iterator[NoisyBatch], num_micro_b
 
 
 @step_part("data")
-def _next_inputs(config: Config, batches: Iterator[NoisyBatch]) -> Prepared:
+def _next_inputs(config: Config, batches: Iterator[NoisyBatch], live_rates: NoiseRates | None = None) -> Prepared:
     """Return the next micro-batch's inputs, row terms and work.
 
     Corruption, visibility, the plan of attention and the choice of loss rows ask the GPU for sizes (of segments, of masked tokens, of
     tiles). On the model's stream each answer would come after the backward pass that is under way, and the GPU would then wait for the
     host. On a stream of their own they do not wait for other work.
+
+    Args:
+        live_rates: the learned rates of noise on the last pipeline stage, where the loss has a gradient for them. Each micro-batch has a
+            graph of its own, because the backward pass frees it.
     """
+    rates = None if live_rates is None else live_rates()
     if not torch.cuda.is_available():
-        return _prepare(next(batches), config)
+        return _prepare(next(batches), config, rates)
     stream = _input_stream()
     with torch.cuda.stream(stream):
-        prepared = _prepare(next(batches), config)
+        prepared = _prepare(next(batches), config, rates)
     hand_over(prepared, stream)
     return prepared
 
 
-def _prepare(noisy: NoisyBatch, config: Config) -> Prepared:
+def _prepare(noisy: NoisyBatch, config: Config, rates: Tensor | None = None) -> Prepared:
+    if rates is not None:
+        noisy = replace(noisy, noise_rates=rates)
     inputs = rank_inputs(noisy, config)
     return inputs, _objective(config).row_terms(inputs.rows), _work(inputs)
 

@@ -71,7 +71,7 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     backend = choose_backend(config.attention.backend, _attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
         plan = plan_attention(visibility, backend)
-        return RankInputs(_assemble(noisy, config, streams, plan), loss_rows(noisy, weights), 1.0)
+        return RankInputs(_assemble(noisy, config, streams, plan), _loss_rows(noisy, weights), 1.0)
     travel = _travel(noisy, config, streams)
     ownership = _ownership(visibility, config, streams, travel)
     rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
@@ -80,7 +80,17 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     plan = plan_attention(local, backend, exchange=exchange)
     positions = ownership.positions[:, rank]
     own = noisy.at(positions)
-    return RankInputs(_assemble(own, config, streams, plan), loss_rows(own, weights.gather(1, positions)), ownership.balance)
+    return RankInputs(_assemble(own, config, streams, plan), _loss_rows(own, weights.gather(1, positions)), ownership.balance)
+
+
+def _loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
+    """Return the rows of this rank, which share learned rates of noise with other ranks."""
+    rows = loss_rows(noisy, weights)
+    if (noise := rows.learned_noise) is not None:
+        noise.counts_once = parallel_state.get_tensor_model_parallel_rank() == 0
+        if parallel_state.get_context_parallel_world_size() > 1:
+            noise.context_group = parallel_state.get_context_parallel_group()
+    return rows
 
 
 def choose_backends(config: Config, device: torch.device) -> None:

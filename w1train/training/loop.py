@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
@@ -65,6 +67,8 @@ class Trainer:
         self.stop_signal = 0
         """The number of this signal; 0 = no signal."""
         self._max_steps: int | None = None
+        self.noise_rates: Tensor | None = None
+        """The learned rates of noise of the step under way, [vocabulary]; None if the model learns none."""
 
     def fit(self, max_steps: int | None = None) -> None:
         """Train to the end of the schedule, to the step ``max_steps``, or to the step at which a signal asks for the end.
@@ -147,6 +151,7 @@ class Trainer:
         num_samples = stage.training.global_batch_size
         model.zero_gradients()
         self.guard.local_gradients.begin()
+        self.noise_rates = model.noise_rates()
         num_micro_batches = num_samples // (stage.training.micro_batch_size * self.ranks.data_parallel_size)
         metrics, work = run_micro_batches(stage, model.chunks, batches, num_micro_batches, training=True)
         for group in model.optimizer.param_groups:
@@ -172,7 +177,7 @@ class Trainer:
             with self.timer.waiting_for_data():
                 batch = next(batches)
             # The stage of the batch, and with it the objective, is known only when the step asks for the batch.
-            noisy = corrupt(batch, self.position.stage.diffusion, self.config.training.seed)
+            noisy = corrupt(batch, self.position.stage.diffusion, self.config.training.seed, rates=self.noise_rates)
             noisy.annealed = self.position.annealed
             yield noisy
 

@@ -17,6 +17,7 @@ from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
 from w1train.diffusion.corruption import corrupt_at
 from w1train.diffusion.processes import noise_process
+from w1train.engine.learned_rates import current_noise_rates
 from w1train.objectives.description import block_size
 from w1train.objectives.integral import Integral, integral_of, is_exact_at_the_end, needs_reconstruction, prior_divergence
 from w1train.training.forward import run_micro_batches
@@ -95,7 +96,8 @@ def _score(config: Config, model: HasChunks, batches: list[PackedBatch]) -> dict
 
 
 def _pass(config: Config, model: HasChunks, batches: list[PackedBatch], timestep: float, *, draw: int) -> dict[str, Any]:
-    noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw) for batch in batches)
+    rates = current_noise_rates(model.chunks)
+    noisy = (corrupt_at(batch, config.diffusion, _NOISE_SEED, timestep, draw=draw, rates=rates) for batch in batches)
     return run_micro_batches(config, list(model.chunks), noisy, len(batches), training=False)[0]
 
 

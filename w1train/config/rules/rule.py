@@ -17,7 +17,7 @@ ProcessRule = Callable[[Config, bool], Iterator[Problem]]
 OWN_PROCESSES = {
     "diffusion": False,
     "autoregressive": True,
-    **dict.fromkeys(("uniform", "hybrid", "log_snr", "per_id_masked", "edits", "token_to_token"), False),
+    **dict.fromkeys(("uniform", "hybrid", "log_snr", "per_id_masked", "edits", "token_to_token", "learned_masked"), False),
 }
 """The noise processes that come with w1train, and whether they are causal. Each process has is_causal, but the configuration does not
 import the processes. w1train.registered_names checks a ProcessRule for all other processes."""

@@ -12,6 +12,7 @@ from w1train.config.rules.checkpoint_rules import CHECKPOINT_RULES
 from w1train.config.rules.data_rules import DATA_RULES
 from w1train.config.rules.diffusion_rules import DIFFUSION_RULES
 from w1train.config.rules.health_rules import HEALTH_RULES
+from w1train.config.rules.learned_rates_rules import LEARNED_RATES_RULES
 from w1train.config.rules.model_rules import MODEL_RULES
 from w1train.config.rules.parallel_rules import PARALLEL_RULES, world_size_problems
 from w1train.config.rules.rule import Rule
@@ -29,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *DATA_RULES,
     *DIFFUSION_RULES,
+    *LEARNED_RATES_RULES,
     *SCHEDULE_RULES,
     *VALIDATION_RULES,
     *SAMPLING_RULES,
