@@ -10,7 +10,7 @@ WORKERS ?= 3
 export VENV RUNS CORPUS NPROC
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curriculum docker docker-cpu docs test test-all test-gpu chaos lint format clean
+.PHONY: help install demo curriculum processes docker docker-cpu docs test test-all test-gpu chaos lint format clean
 
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -25,6 +25,9 @@ demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS
 
 curriculum: install  ## Train from autoregressive to block diffusion on the demo's text, and compare with training from scratch (same variables)
 	@launch/curriculum.sh $(ARGS)
+
+processes: install  ## Train every noise process on the characters of the demo's text, and compare them (NPROC=trainings side by side, others as before)
+	@launch/processes.sh $(ARGS)
 
 docker:  ## Build the image for GPU clusters from NVIDIA's PyTorch image (IMAGE=name, ARGS="arguments of docker build")
 	@docker/build.sh gpu $(ARGS)

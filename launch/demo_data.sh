@@ -1,10 +1,11 @@
-# The corpus, tokenizer and tokens of the demo, and steps that are not repeated. launch/demo.sh and launch/curriculum.sh source this script.
-# They set $repository, $data, the directory for these files, and $vocab_size. Variables of the user's environment with these names are not used.
+# The corpus, tokenizer and tokens of the demo, and steps that are not repeated. launch/demo.sh, launch/curriculum.sh and launch/processes.sh
+# source this script. They set $repository and $data, the directory for these files, and for prepare_data $vocab_size. Variables of the user's
+# environment with these names are not used.
 # shellcheck shell=bash
 
 CORPUS="${CORPUS:-}"
 RUNS="${RUNS:-runs}"
-: "${repository:?}" "${data:?}" "${vocab_size:?}"
+: "${repository:?}" "${data:?}"
 VENV="${VENV:-$repository/.venv}"
 python="$VENV/bin/python"
 # The programs are those of this repository. Without PYTHONSAFEPATH, a module of the same name in the caller's directory would come first.
@@ -57,7 +58,7 @@ check_corpus() {
   printf '%s\n' "$source" >"$data/source.txt"
 }
 
-prepare_data() { # prepare_data NUM_STEPS: do the first three of so many steps
+prepare_corpus() { # prepare_corpus NUM_STEPS: do the first of so many steps, and let CORPUS name the text
   local num_steps="$1"
   check_corpus
   if [[ -z "$CORPUS" ]]; then
@@ -67,8 +68,13 @@ prepare_data() { # prepare_data NUM_STEPS: do the first three of so many steps
   else
     printf '== 1/%s corpus: %s\n' "$num_steps" "$CORPUS"
   fi
+}
+
+prepare_data() { # prepare_data NUM_STEPS: do the first three of so many steps
+  local num_steps="$1"
+  prepare_corpus "$num_steps"
   step "2/$num_steps tokenizer" "$data/tokenizer.json" \
-    "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size "$vocab_size"
+    "$python" -m data_tools.train_tokenizer --input "$CORPUS" --output "$data/tokenizer.json" --vocab-size "${vocab_size:?}"
   step "3/$num_steps tokens" "$data/validation.json" \
     "$python" -m data_tools.tokenize --input "$CORPUS" --tokenizer "$data/tokenizer.json" --output "$data/train" \
     --validation-output "$data/validation" --validation-fraction 0.05 --overwrite

@@ -38,10 +38,11 @@ def program(words: list[str]) -> str:
 
 
 class Demo:
-    """Runs of the script in one place."""
+    """Runs of the script, or of another script of launch/, in one place."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, script: str = "demo.sh") -> None:
         self.directory = directory
+        self.script = REPOSITORY / "launch" / script
         self.log = directory / "log"
         self.write_stand_ins()
 
@@ -55,8 +56,8 @@ class Demo:
         """The result, and the commands that were run."""
         self.log.write_text("")
         names = {"VENV": str(self.directory / "venv"), "RUNS": str(self.directory / "runs"), "PATH": "/usr/bin:/bin"}
-        script = REPOSITORY / "launch" / "demo.sh"
-        result = subprocess.run([str(script), *overrides], env=os.environ | names | variables, capture_output=True, text=True, timeout=60)
+        environment = os.environ | names | variables
+        result = subprocess.run([str(self.script), *overrides], env=environment, capture_output=True, text=True, timeout=60)
         return result, [shlex.split(line) for line in self.log.read_text().splitlines()]
 
 
@@ -73,6 +74,19 @@ def test_steps_in_order_with_arguments_that_their_programs_take(demo):
     assert [program(words) for words in commands] == modules
     for _, option, module, *words in commands:
         check_w1train(words) if module == "w1train" else check_python([option, module, *words])
+
+
+def test_the_comparison_of_processes_runs_its_steps_in_order(tmp_path):
+    result, commands = Demo(tmp_path, "processes.sh").run("training.seed=7", "model.num_layers=1", NPROC="3")
+    assert result.returncode == 0, result.stderr
+    parts = [f"benchmarks.processes.{name}" for name in ("train", "correct", "page")]
+    modules = ["data_tools.python_corpus", "benchmarks.processes.characters", "data_tools.tokenize", *parts]
+    assert [program(words) for words in commands] == modules
+    for _, option, module, *words in commands:
+        check_python([option, module, *words])
+    training = commands[3]
+    assert training[-1] == "3"
+    assert {"training.seed=7", "model.num_layers=1"} < set(training)
 
 
 def test_a_second_run_repeats_no_data_step(demo):

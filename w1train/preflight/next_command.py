@@ -9,7 +9,7 @@ from pathlib import Path
 from w1train.config.schema import Config
 
 _DEFAULT_MASK_ID = 14
-_MADE_BY = {"demo-data": "make demo", "curriculum-data": "make curriculum"}
+_MADE_BY = {"demo-data": "make demo", "curriculum-data": "make curriculum", "processes-data": "make processes"}
 """The commands that write all files of a directory of this name."""
 
 
