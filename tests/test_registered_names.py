@@ -15,7 +15,7 @@ from w1train.attention.backends.choice import BACKENDS, choose_backend
 from w1train.config.errors import ConfigurationError
 from w1train.config.rules.attention_limits import attention_case
 from w1train.config.rules.rule import OWN_PROCESSES
-from w1train.config.rules.sampling_rules import OWN_ORDERS
+from w1train.config.rules.sampling_rules import OWN_KERNELS, OWN_ORDERS
 from w1train.config.rules.validate import validate
 from w1train.config.schema import DiffusionConfig
 from w1train.config.serialization import config_to_yaml
@@ -26,6 +26,7 @@ from w1train.objectives.objective import objective_of
 from w1train.plan import main as plan
 from w1train.registered_names import NAME_RULES
 from w1train.runtime.megatron_on_cpu import import_megatron
+from w1train.sampling.kernels import KERNELS
 from w1train.sampling.rules import ORDERS
 
 import_megatron()
@@ -68,6 +69,7 @@ def test_the_usual_names_are_in_the_tables():
     assert name_problems(tiny_config()) == []
     assert {name: noise_process(DiffusionConfig(objective=name)).is_causal for name in OWN_PROCESSES} == OWN_PROCESSES
     assert {name: ORDERS[name].are_log_probabilities for name in OWN_ORDERS} == OWN_ORDERS
+    assert set(OWN_KERNELS) == set(KERNELS)
 
 
 class SecondCausal(AutoregressiveProcess):

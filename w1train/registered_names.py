@@ -123,7 +123,10 @@ def _objective_rule(config: Config) -> Iterator[Problem]:
     diffusion = config.diffusion
     if all(getattr(diffusion, name) in usual for name, usual in _USUAL.items()):
         return
-    if diffusion.objective in _processes() and diffusion.loss in _losses():
+    from w1train.diffusion.schedules import SCHEDULES
+
+    # Names that are not registered are reported by the rules of names, and nothing can be made of them.
+    if diffusion.objective in _processes() and diffusion.noise_schedule in SCHEDULES and diffusion.loss in _losses():
         from w1train.objectives.compatibility import objective_problems
 
         yield from objective_problems(config)

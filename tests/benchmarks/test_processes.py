@@ -199,6 +199,7 @@ def test_a_directory_without_finished_trainings(tmp_path):
 # From end to end
 
 
+@pytest.mark.slow
 def test_tiny_trainings_make_a_page(data, tmp_path):
     """The commands of three trainings of two steps, in this process; then self-correction and the report."""
     chosen = [training for training in PROCESSES if training.name in (JUDGE, "mdlm", "gidd_0.2")]

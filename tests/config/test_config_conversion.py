@@ -122,7 +122,11 @@ def test_missing_keys_are_reported_and_a_missing_section_once() -> None:
         ("model.hiden_size", "did you mean model.hidden_size?"),
         ("model.Hidden_Size", "did you mean model.hidden_size?"),
         ("modle.hidden_sise", "did you mean model.hidden_size?"),
-        ("optm.rate", "did you mean optimizer? Its keys: name, beta1, beta2, momentum, update_scale, epsilon, weight_decay, clip_grad, rate_multipliers"),
+        (
+            "optm.rate",
+            "did you mean optimizer? Its keys: name, beta1, beta2, momentum, update_scale, epsilon, weight_decay, clip_grad, "
+            "rate_multipliers",
+        ),
         ("hidden_size", "did you mean model.hidden_size?"),
         ("training.mask_token_idd", "did you mean diffusion.mask_token_id?"),
         ("schedule.stages.warmup.learning_rat", "did you mean schedule.stages.warmup.learning_rate?"),

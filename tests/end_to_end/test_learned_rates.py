@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.end_to_end.runs import BATCH, LENGTH, TinyRun
 
 OPTIONS = (
@@ -18,6 +20,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_undisturbed_one(tiny_data, tmp_path):
     straight, resumed = TinyRun(tiny_data, tmp_path / "straight"), TinyRun(tiny_data, tmp_path / "resumed")
     straight.train(*OPTIONS).require(0)

@@ -14,7 +14,7 @@ from w1train.checkpoints.manifest import read_scores
 STEP = BATCH * LENGTH
 # (name, steps, what it sets); 13 steps, of which the phases' ends are 3, 6, 8 and 13.
 ANNEALED = f"attention_annealing: extent, annealing_tokens: {STEP}"
-HYBRID = f"objective: hybrid, num_noise_ids: {VOCAB_SIZE}, t_max: 0.9999, prediction: full"
+HYBRID = f"objective: hybrid, num_noise_ids: {VOCAB_SIZE}, t_max: 0.9999, loss: kl_is"
 STAGES = [
     ("ar", 3, "diffusion: {objective: autoregressive}"),
     (

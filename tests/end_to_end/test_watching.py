@@ -135,7 +135,8 @@ def documented() -> dict[str, str | None]:
 
 
 def test_the_page_explains_every_metric_of_a_run(watched):
-    """The page has every metric under its names in metrics.jsonl and W&B. Its other metrics are those of blends."""
+    """The page has every metric under its names in metrics.jsonl and W&B. Its other metrics are those of blends, and of a
+    term that the run's loss does not have."""
     prefixes, found = {"train": "", "validation": "validation/"}, {}
     for record in read_metrics(watched.path / "metrics.jsonl"):
         kind = record["kind"]
@@ -146,7 +147,7 @@ def test_the_page_explains_every_metric_of_a_run(watched):
                 found[prefixes[kind] + key] = first if key == "loss_by_t" else next(iter(names), None)
     page = documented()
     assert {key: page.get(key, "not on the page") for key in found} == found
-    assert page.keys() - found.keys() == {"corpus_tokens/NAME", "corpus_epochs/NAME"}
+    assert page.keys() - found.keys() == {"corpus_tokens/NAME", "corpus_epochs/NAME", "cross_entropy_of_every_token"}
 
 
 def delayed_on_the_other_rank(rank: int) -> None:

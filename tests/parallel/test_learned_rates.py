@@ -50,7 +50,7 @@ def _config(streams: str, data_parallel: int = 1, **parallel) -> Config:
     )
 
 
-@pytest.mark.parametrize("name", slow_except(["tp2-pp2", "cp2"], LAYOUTS))
+@pytest.mark.parametrize("name", slow_except(["tp2-pp2"], LAYOUTS))
 def test_every_layout_gives_the_numbers_of_the_single_process(name):
     parallel, data = LAYOUTS[name]
     single = [_config(streams) for streams in STREAMS]

@@ -61,6 +61,7 @@ def test_a_layout_that_does_not_fit_is_said(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_search_prints_layouts_and_how_to_ask_for_the_first(capsys):
     assert plan.main(["recipe=demo", "--gpus", "4", "--search"]) == 0
     text = capsys.readouterr().out

@@ -245,7 +245,7 @@ def test_the_command(tmp_path):
     good = subprocess.run([sys.executable, "-m", "w1train.report", str(run_dir)], capture_output=True, text=True, timeout=60)
     assert good.stdout.strip() == str(run_dir / "report.html")
     bad = subprocess.run([sys.executable, "-m", "w1train.report", str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert bad.returncode == 1
+    assert bad.returncode == 2
     assert "is no run directory: it has no metrics.jsonl" in bad.stderr
     assert "Traceback" not in bad.stderr
 

@@ -316,7 +316,11 @@ def test_blocks_are_finished_one_after_the_other(name):
 
 
 def problems_of(diffusion=(), **sampling) -> dict[str, str | None]:
-    config = tiny_config(diffusion={"num_noise_ids": 96, "t_min": 1e-4, "t_max": 0.9999, **dict(diffusion)}, sampling=sampling)
+    """Return the problems of a configuration whose loss is the bound, if ``diffusion`` names no other loss."""
+    diffusion = {"num_noise_ids": 96, "t_min": 1e-4, "t_max": 0.9999, **dict(diffusion)}
+    if diffusion.get("objective") in ("uniform", "hybrid"):
+        diffusion = {"loss": "kl_is", **diffusion}
+    config = tiny_config(diffusion=diffusion, sampling=sampling)
     return {problem.key: problem.suggestion for rule in NAME_RULES for problem in rule(config)}
 
 
@@ -342,9 +346,17 @@ def test_the_default_kernel_serves_every_process(objective):
         ({"objective": "uniform"}, {"threshold": 0.9}, {"sampling.threshold": "sampling.threshold=null"}),
         ({}, {"threshold": 0.9, "kernel": "ancestral"}, {"sampling.threshold": "sampling.threshold=null"}),
         (
-            {"objective": "hybrid", "prediction": "full", "shift": True, "block_size": 8},
+            {
+                **{"objective": "hybrid", "prediction": "full", "shift": True, "block_size": 8},
+                **{"loss": "cross_entropy", "weight": "constant", "loss_positions": "all"},
+            },
             {},
             {"diffusion.prediction": "diffusion.shift=false"},
+        ),
+        (
+            {"objective": "learned_masked", "loss": "per_id", "coupled_draws": True},
+            {"kernel": "ancestral"},
+            {"sampling.kernel": "sampling.kernel=unmask"},
         ),
         ({"objective": "autoregressive"}, {"kernel": "ancestral", "threshold": 0.9}, {}),
         ({"objective": "hybrid"}, {"kernel": "unmask"}, {}),
