@@ -115,21 +115,21 @@ class DiffusionConfig:
     frequent tokens (DiffusionBERT). learned_masked: the model learns how early each token is masked (GenMD4). edits: a share of the samples
     is edited instead of masked (Seed Diffusion). token_to_token: a fixed share of random tokens beside masks (LLaDA2.1)."""
     noise_schedule: str = "linear"
-    """How the probability that noise replaces a token grows with t: linear, cosine, polynomial, log_linear or geometric for masked and
+    """The growth with t of the probability that noise replaces a token: linear, cosine, polynomial, log_linear or geometric for masked and
     uniform noise (objective=diffusion, uniform), also gaussian_argmax (Duo) for uniform noise; the first four for token_to_token."""
     schedule_epsilon: Annotated[float, Range(0, 0.5, includes_maximum=False)] = 0.0
-    """For linear, cosine and polynomial: alpha becomes (1 - 2 epsilon) alpha + epsilon (MD4: 1e-4). For log_linear: alpha is
-    1 - (1 - epsilon) t (SEDD and MDLM: 1e-3)."""
+    """A small number epsilon. With linear, cosine and polynomial, alpha becomes (1 - 2 epsilon) alpha + epsilon (MD4: 1e-4). With
+    log_linear, alpha is 1 - (1 - epsilon) t (SEDD and MDLM: 1e-3)."""
     schedule_power: Annotated[float, Range(1)] = 2.0
     """k of noise_schedule=polynomial: a token is replaced with probability t^k."""
     schedule_sigma_min: PositiveFloat = 1.0e-4
-    """For noise_schedule=geometric: -log alpha at t = 0 (SEDD)."""
+    """The value of -log alpha at t = 0 with noise_schedule=geometric (SEDD)."""
     schedule_sigma_max: PositiveFloat = 20.0
-    """For noise_schedule=geometric: -log alpha at t = 1 (SEDD)."""
+    """The value of -log alpha at t = 1 with noise_schedule=geometric (SEDD)."""
     schedule_gamma_min: Annotated[float, Range(-20, 20)] = -3.55
-    """For noise_schedule=gaussian_argmax: the negative log-SNR of the Gaussian noise at t = 0 (Duo)."""
+    """The negative log-SNR of the Gaussian noise at t = 0 with noise_schedule=gaussian_argmax (Duo)."""
     schedule_gamma_max: Annotated[float, Range(-20, 20)] = -1.85
-    """For noise_schedule=gaussian_argmax: the negative log-SNR at t = 1, above schedule_gamma_min (Duo)."""
+    """The negative log-SNR at t = 1 with noise_schedule=gaussian_argmax, above schedule_gamma_min (Duo)."""
     uniform_share: Annotated[float, Range(0, 1, includes_minimum=False, includes_maximum=False)] = 0.1
     """Share of other tokens than the mask token in the noise. hybrid: the probability at t = 1/2 that noise puts another token in the place
     of a token (GIDD's p_u: 0.1 or 0.2). token_to_token: their share of the noised tokens (LLaDA2.1 does not publish it; 0.1 is our
@@ -142,14 +142,16 @@ class DiffusionConfig:
     log_snr_shift: Annotated[float, Range(-1000, 1000)] = 0.0
     """b of objective=log_snr: 1000 gives uniform noise, -1000 masks."""
     token_counts: OptionalPath = None
-    """For objective=per_id_masked: the file with the count of each id in the corpus, which `w1train data count-tokens` writes."""
+    """The file with the count of each id in the corpus, for objective=per_id_masked. `w1train data count-tokens` writes it."""
     spindle_scale: Fraction = 0.3
-    """For objective=per_id_masked: lambda, how much the information of a token changes its noise (DiffusionBERT: 0.3); at most 1/pi."""
+    """The factor lambda with which the information of a token changes its noise, for objective=per_id_masked (DiffusionBERT: 0.3); at most
+    1/pi."""
     edited_share: Fraction = 0.2
-    """For objective=edits: the share of the samples that are edited instead of masked (Seed Diffusion does not publish it: our choice)."""
+    """The share of the samples that are edited instead of masked, for objective=edits (Seed Diffusion does not publish it: our choice)."""
     edit_rate: Fraction = 0.1
-    """For objective=edits: the probability at t = 1 that a token of an edited sample is deleted, preceded by a new token or substituted,
-    each alike; it is proportional to t (Seed Diffusion edits about 10 %; the rates of the three kinds are our choice)."""
+    """The probability at t = 1 that a token of an edited sample is deleted, preceded by a new token or substituted, for objective=edits.
+    The three kinds are equally probable, and the probability is proportional to t (Seed Diffusion edits about 10 %; the rates of the three
+    kinds are our choice)."""
     mask_token_id: NonNegativeInteger = 14
     """Vocabulary id of the mask token."""
     num_noise_ids: NonNegativeInteger = 0
