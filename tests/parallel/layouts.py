@@ -28,7 +28,7 @@ from w1train.checkpoints.loading import load_checkpoint  # noqa: E402
 from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
-from w1train.model.initialization import global_named_parameters  # noqa: E402
+from w1train.model.initialization import EXPERTS, global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
@@ -217,16 +217,20 @@ def texts_of(samples: range, config: Config) -> PackedBatch:
 
 
 def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Global name -> whole tensor, from all tensor-parallel ranks and stages of data- and context-parallel rank 0; rank 0's answer alone
-    (as NumPy arrays, that pickle ten times as fast: with tensors, and on every rank, this took as long as the steps)."""
+    """Global name -> whole tensor, from all tensor-parallel ranks and stages of data- and context-parallel rank 0, and for experts from
+    those of expert-data-parallel rank 0; rank 0's answer alone (as NumPy arrays, that pickle ten times as fast: with tensors, and on every
+    rank, this took as long as the steps)."""
     parts = {}
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        for chunk, stage in enumerate(model.stages):
-            for name, parameter in global_named_parameters(stage):
-                dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-                place = (parallel_state.get_pipeline_model_parallel_rank(), chunk)
-                key = (name, place, parallel_state.get_tensor_model_parallel_rank())
-                parts[key] = (value(parameter).detach().float().numpy(), dimension)
+    is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    for chunk, stage in enumerate(model.stages):
+        for name, parameter in global_named_parameters(stage):
+            dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            place = (parallel_state.get_pipeline_model_parallel_rank(), chunk)
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            if EXPERTS in name:
+                rank = (parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank())
+            if parallel_state.get_expert_data_parallel_rank() == 0 if EXPERTS in name else is_first:
+                parts[name, place, rank] = (value(parameter).detach().float().numpy(), dimension)
     gathered: list[dict] | None = [{} for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
     dist.gather_object(parts, gathered)
     if gathered is None:
@@ -243,6 +247,10 @@ def _whole(name: str, parts: dict) -> torch.Tensor:
         tensors, dimension = [tensor for tensor, _ in slices], slices[0][1]
         if dimension is None:
             joined += tensors
+        elif EXPERTS in name:
+            experts = sorted({key[2][0] for key in parts if key[:2] == (name, place)})
+            rows = [[parts[key][0] for key in sorted(parts) if key[:2] == (name, place) and key[2][0] == expert] for expert in experts]
+            joined.append(torch.cat([torch.cat(row, dim=dimension) for row in rows]))
         elif "linear_fc1" in name:
             halves = [tensor.chunk(2) for tensor in tensors]
             joined.append(torch.cat([half[0] for half in halves] + [half[1] for half in halves]))

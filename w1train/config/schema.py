@@ -29,7 +29,7 @@ from w1train.config.constraints import (
     Size,
     Tokens,
 )
-from w1train.config.schema_model import AttentionConfig, ModelConfig, ParallelConfig
+from w1train.config.schema_model import AttentionConfig, BalanceConfig, ModelConfig, ParallelConfig
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
 from w1train.config.schema_sampling import SamplingConfig
 
@@ -390,6 +390,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig
     training: TrainingConfig

@@ -3,10 +3,63 @@ rest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from w1train.config.constraints import Length, PositiveFloat, Range, Size
+from w1train.config.constraints import Length, NonNegativeFloat, NonNegativeInteger, PositiveFloat, Range, Size
+
+
+@dataclass(slots=True, kw_only=True)
+class ExpertsConfig:
+    """The experts of a mixture of experts: a router gives each token to some of them. No token is ever dropped, because a token that took
+    the place of another would let the noisy stream and later documents into the clean tokens."""
+
+    num_experts: Annotated[int, Range(0, 4096)] = 0
+    """Routed experts E of a layer; 0 = a dense model, which ignores the other fields."""
+    num_active: Size = 8
+    """Routed experts k that compute a token."""
+    ffn_hidden_size: Size = 512
+    """Inner width of each routed expert's SwiGLU."""
+    shared_ffn_hidden_size: NonNegativeInteger = 0
+    """Inner width of the SwiGLU that computes every token beside the routed experts; 0 = no shared expert. Several shared experts are one
+    expert with the sum of their widths."""
+    num_dense_layers: NonNegativeInteger = 0
+    """First layers that have model.ffn_hidden_size instead of experts."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """The function that makes scores of the router's logits: softmax over all experts (Qwen3-MoE), or a sigmoid of each (Ling, LLaDA2)."""
+    normalize: bool = True
+    """Divide the scores of a token's chosen experts by their sum. It is always done with a sigmoid; LLaDA-MoE does not do it."""
+    scale: PositiveFloat = 1.0
+    """Factor of the chosen experts' weights (2.5 in Ling)."""
+    num_groups: Size = 1
+    """Groups of E / num_groups experts, of which a token may only use the best num_active_groups; 1 = no groups."""
+    num_active_groups: Size = 1
+    """Groups that a token may use."""
+    has_bias: bool = False
+    """A number for each expert is added to its score in the choice of experts, and not to its weight (arXiv 2408.15664). Training moves it
+    (balance.bias_rate). It needs score=sigmoid."""
+    router_precision: Literal["fp32", "model"] = "fp32"
+    """The precision of the router's logits: fp32, or that of the model."""
+    pool_per_block: NonNegativeInteger = 0
+    """Experts that the tokens of one block of one stream may use together (LLaDA2.2): those with the largest maximum of score + bias over
+    these tokens; 0 = each token chooses among all experts."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BalanceConfig:
+    """The balance of tokens over experts while a mixture of experts is trained. A dense model ignores it."""
+
+    bias_rate: NonNegativeFloat = 1.0e-3
+    """The step u by which the bias of model.experts.has_bias moves after each training step, towards experts with fewer tokens than the
+    mean; 0 = the bias stays."""
+    zero_mean: bool = False
+    """Take the mean over experts off each move of the bias (Ling). The choice of experts is the same, but the bias does not drift."""
+    auxiliary: NonNegativeFloat = 0.0
+    """Coefficient of the loss that is smallest if all experts of a sample's tokens are used alike (arXiv 2101.03961, equation 4)."""
+    router_z: NonNegativeFloat = 0.0
+    """Coefficient of the squared logarithm of the router's softmax denominator (arXiv 2202.08906, equation 5)."""
+    streams: Literal["both", "noisy"] = "both"
+    """The streams of block diffusion whose tokens are counted for the bias and the two losses. Padding never counts."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +83,8 @@ class ModelConfig:
     """Channels of one head; null = hidden_size / num_attention_heads. W1 has 24 x 128 = 3,072 in 2,048."""
     max_sequence_length: Length = 4096
     """The largest number of positions of a document that the model is meant for; data.sequence_length may not exceed it."""
+    rotary_channels: Size | None = None
+    """Channels of a head that the rotary position embedding turns, counted from its first channel; null = all (64 of 128 in LLaDA2)."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "llama3"] = "none"
@@ -71,6 +126,7 @@ class ModelConfig:
     parallel.tp_comm_overlap need. Parameters have the same names and shapes; checkpoints under te also hold FP8 states."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +157,14 @@ class ParallelConfig:
     context_chunk_size: Length = 128
     """Consecutive positions that one context-parallel rank gets together. If it is a multiple of the block size, noisy keys stay on their
     rank."""
+    expert: Size = 1
+    """Expert-parallel ranks: each has E / expert of a layer's routed experts. They are taken from the ranks of data, context and (if
+    parallel.expert_tensor is smaller than parallel.tensor) tensor parallelism, so that they need no ranks of their own."""
+    expert_tensor: Size = 1
+    """Tensor-parallel ranks that share each routed expert."""
+    expert_dispatcher: Literal["all_to_all", "all_gather"] = "all_to_all"
+    """How tokens reach the ranks of their experts. all_to_all: each token is sent to its experts' ranks. all_gather: every rank gets all
+    tokens, which is faster only for few ranks and many active experts."""
     distributed_optimizer: bool = True
     """Shard optimizer states and fp32 masters over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -12,7 +12,7 @@ if not __package__ and not sys.flags.safe_path:
 import ast
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -53,9 +53,17 @@ def reference() -> str:
     sections = [_section(schema.Config, "", "The run", only=top_level)]
     for name, annotation in field_types(schema.Config).items():
         if dataclasses.is_dataclass(annotation):
-            sections.append(_section(annotation, name, name))
+            sections.extend(_sections(annotation, name))
         sections.extend(_mapping_sections(annotation, name))
     return "\n\n".join([_INTRODUCTION, *sections]) + "\n"
+
+
+def _sections(cls: Any, key: str) -> Iterator[str]:
+    """Yield the section of a class, and then those of the classes inside it."""
+    parts = {name: annotation for name, annotation in field_types(cls).items() if dataclasses.is_dataclass(annotation)}
+    yield _section(cls, key, key, only=[name for name in field_types(cls) if name not in parts])
+    for name, annotation in parts.items():
+        yield from _sections(annotation, join(key, name))
 
 
 def _mapping_sections(annotation: Any, key: str) -> list[str]:

@@ -21,7 +21,7 @@ from w1train.engine.learned_rates import current_noise_rates
 from w1train.engine.megatron_ranges import mark_megatron
 from w1train.engine.optimizers import build_optimizer
 from w1train.engine.rate_multipliers import freeze_and_mark
-from w1train.model.initialization import initialize_parameters
+from w1train.model.initialization import Slice, initialize_parameters
 from w1train.model.linears import require_transformer_engine
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import DiffusionTransformer
@@ -127,7 +127,11 @@ def _data_parallel(
     if ddp_config.use_distributed_optimizer:
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         layout = DistributedOptimizer.compute_full_param_layout(
-            parameters, bucket_size(size, parallel_state.get_pipeline_model_parallel_rank(), overlap_grad_reduce=overlaps), size, ddp_config
+            parameters,
+            bucket_size(size, parallel_state.get_pipeline_model_parallel_rank(), overlap_grad_reduce=overlaps),
+            size,
+            ddp_config,
+            expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
         )
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
 
@@ -183,7 +187,8 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
         stage,
         config.model,
         config.training.seed,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor=Slice(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()),
+        expert_tensor=Slice(parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()),
+        first_expert=parallel_state.get_expert_model_parallel_rank() * config.model.experts.num_experts // config.parallel.expert,
     )
     return stage

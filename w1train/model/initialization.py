@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,30 @@ from w1train.diffusion.philox import Purpose, random_words
 
 # Words that are drawn at a time, so that the int64 intermediates take about 100 MB at most.
 _CHUNK_ELEMENTS = 1 << 21
+EXPERTS = ".experts."
+"""A part of the names of routed experts' parameters."""
 _SOFTPLUS_GIVES_1 = math.log(math.e - 1)
 
 
-def initialize_parameters(module: torch.nn.Module, model: ModelConfig, seed: int, *, tensor_rank: int, tensor_size: int) -> None:
+class Slice(NamedTuple):
+    """The part of a matrix that a rank has: part ``rank`` of ``size`` equal parts."""
+
+    rank: int
+    size: int
+
+
+def initialize_parameters(
+    module: torch.nn.Module, model: ModelConfig, seed: int, *, tensor: Slice, expert_tensor: Slice, first_expert: int
+) -> None:
     """Fill every parameter: N(0, init_std) for matrices (output projections divided by sqrt(2 num_layers), GPT-2), ones for
     norms, zeros for biases and, with adaln_init "zero", for modulations; "identity" sets the gates' biases to one. All rates of noise are
-    1."""
+    1.
+
+    Args:
+        tensor: this rank's part of the matrices that tensor-parallel ranks share.
+        expert_tensor: its part of each expert's matrices.
+        first_expert: the number of its first expert. Experts with the same number are equal in every layout.
+    """
     with torch.no_grad():
         for name, parameter in global_named_parameters(module):
             if parameter.is_meta:
@@ -41,8 +59,19 @@ def initialize_parameters(module: torch.nn.Module, model: ModelConfig, seed: int
                 parameter.fill_(_SOFTPLUS_GIVES_1)
             elif parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif EXPERTS in name:
+                _fill_experts(parameter, name, std, seed, expert_tensor, first_expert)
             else:
-                _fill_normal(parameter, name, std, seed, tensor_rank, tensor_size)
+                dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
+                _fill_normal(parameter, name, std, seed, dimension, tensor)
+
+
+def _fill_experts(parameter: Tensor, name: str, std: float, seed: int, part: Slice, first_expert: int) -> None:
+    """Fill the matrices [E, 2, I, h] or [E, h, I] of a rank's experts, each under its expert's number in the whole layer."""
+    for index, matrix in enumerate(parameter):
+        own_name = name.replace(EXPERTS, f"{EXPERTS}{first_expert + index}.")
+        is_gated = matrix.dim() == 3
+        _fill_normal(matrix.flatten(0, -2), own_name, std, seed, 0 if is_gated else 1, part)
 
 
 def global_named_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -64,17 +93,20 @@ def _standard_deviation(name: str, model: ModelConfig) -> float:
     return model.init_std
 
 
-def _fill_normal(parameter: Tensor, name: str, std: float, seed: int, tensor_rank: int, tensor_size: int) -> None:
+def _fill_normal(parameter: Tensor, name: str, std: float, seed: int, dimension: int, part: Slice) -> None:
     """Fill a matrix row by row, from the rows' numbers in the whole matrix. A rank with some of the columns draws whole rows and keeps
-    these columns."""
-    dimension = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    these columns.
+
+    Args:
+        dimension: the dimension in which ranks share the matrix; -1 = each rank has the whole matrix.
+    """
     rows, columns = parameter.shape
     row_ids = torch.arange(rows, dtype=torch.int64, device=parameter.device)
     num_columns, first_column = columns, 0
     if dimension == 0:
-        row_ids = _global_rows(row_ids, rows, "linear_fc1" in name, tensor_rank, tensor_size)
+        row_ids = _global_rows(row_ids, rows, "linear_fc1" in name, part)
     elif dimension == 1:
-        num_columns, first_column = columns * tensor_size, columns * tensor_rank
+        num_columns, first_column = columns * part.size, columns * part.rank
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
     step = max(1, _CHUNK_ELEMENTS // num_columns)
     for start in range(0, rows, step):
@@ -84,9 +116,9 @@ def _fill_normal(parameter: Tensor, name: str, std: float, seed: int, tensor_ran
         parameter[start : start + step].copy_(normal)
 
 
-def _global_rows(rows: Tensor, num_rows: int, gated: bool, tensor_rank: int, tensor_size: int) -> Tensor:
+def _global_rows(rows: Tensor, num_rows: int, gated: bool, part: Slice) -> Tensor:
     """Return which rows of the whole matrix this rank has. SwiGLU's first matrix is [gate; up], and each rank has a part of both."""
     if not gated:
-        return rows + tensor_rank * num_rows
+        return rows + part.rank * num_rows
     half = num_rows // 2
-    return torch.where(rows < half, rows + tensor_rank * half, rows - half + (tensor_size + tensor_rank) * half)
+    return torch.where(rows < half, rows + part.rank * half, rows - half + (part.size + part.rank) * half)

@@ -19,6 +19,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
@@ -29,7 +30,10 @@ from w1train.config.schema import ModelConfig
 from w1train.kernels.modulation import gate_residual
 from w1train.kernels.segments import Segments
 from w1train.model.conditioning import Modulation
+from w1train.model.experts.expert_layer import ExpertLayer
+from w1train.model.experts.routed_tokens import RoutedTokens
 from w1train.model.linears import Linears, linears
+from w1train.model.megatron_config import has_experts
 from w1train.model.norm import ModulatedRMSNorm, RMSNorm
 
 
@@ -44,6 +48,8 @@ class LayerInputs:
     attention_plan: AttentionPlan
     segments: Segments
     """Rows of the condition table, for this rank's tokens [s, b]."""
+    tokens: RoutedTokens | None = None
+    """What the router of a mixture of experts knows about the tokens; None = tokens are not counted."""
     qkv_format: ClassVar[str] = "sbhd"
     """megatron-core's Attention reads this attribute by its name. It changes the layout of its tensors only if the value is "thd"."""
 
@@ -76,16 +82,26 @@ class DiffusionTransformerLayer(TransformerLayer):
         segments = packed_seq_params.segments
         if self.modulation is None:
             hidden_states = hidden_states + attention(self.input_layernorm(hidden_states, segments=segments))[0]
-            return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states, segments=segments))[0], context
+            return hidden_states + self._mlp(self.pre_mlp_layernorm(hidden_states, segments=segments), packed_seq_params), context
         gated = partial(gate_residual, segments=segments, implementation=self.config.elementwise_kernels)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context)
         normed = self.input_layernorm(hidden_states, shift_a, scale_a, segments)
         hidden_states = gated(hidden_states, gate_a, attention(normed)[0])
         normed = self.pre_mlp_layernorm(hidden_states, shift_m, scale_m, segments)
-        return gated(hidden_states, gate_m, self.mlp(normed)[0]), context
+        return gated(hidden_states, gate_m, self._mlp(normed, packed_seq_params)), context
+
+    def _mlp(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
+        return (self.mlp(hidden_states, inputs.tokens) if self.is_moe_layer else self.mlp(hidden_states))[0]
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_specs(model: ModelConfig, layers: range) -> TransformerBlockSubmodules:
+    """Return the parts of some layers of the whole model: those of one pipeline stage."""
+    dense, experts = _layer_spec(model, has_experts=False), _layer_spec(model, has_experts=True)
+    is_expert_layer = has_experts(model)
+    return TransformerBlockSubmodules(layer_specs=[experts if is_expert_layer[layer] else dense for layer in layers])
+
+
+def _layer_spec(model: ModelConfig, *, has_experts: bool) -> ModuleSpec:
     """Return the parts of a layer. The linears have no norm fused into them, because modulation comes between norm and linear."""
     linear: Linears = linears(model.transformer_impl)
     qk_norm = RMSNorm if model.qk_norm else None
@@ -100,11 +116,14 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
-    mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row))
+    dense = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row))
     return ModuleSpec(
         module=DiffusionTransformerLayer,
         params={"condition_size": model.condition_size if model.conditioning == "adaln" else None},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=ModulatedRMSNorm, self_attention=attention, pre_mlp_layernorm=ModulatedRMSNorm, mlp=mlp
+            input_layernorm=ModulatedRMSNorm,
+            self_attention=attention,
+            pre_mlp_layernorm=ModulatedRMSNorm,
+            mlp=partial(ExpertLayer, experts=model.experts, linear=linear) if has_experts else dense,
         ),
     )

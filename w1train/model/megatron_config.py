@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from w1train.config.schema import KernelsConfig, ModelConfig, ParallelConfig
+from w1train.config.schema_model import ExpertsConfig
 from w1train.model.fusions import choose_fusions, describe_elementwise, fp8_settings
 
 FP8 = Literal["none", "tensorwise", "blockwise"]
@@ -59,6 +60,7 @@ def transformer_config(
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
         **_layout(parallel),
+        **(_experts(model, parallel) if model.experts.num_experts else {}),
         # The loss function returns a sum and a count. Gradients are divided by the count of the whole global batch.
         calculate_per_token_loss=True,
         tp_comm_overlap=parallel.tp_comm_overlap,
@@ -75,6 +77,39 @@ def transformer_config(
     # stages. With the second alone (as in NeMo, DFM and Bridge) the stages' replicas drift apart.
     config.has_cond_embedder = model.conditioning == "adaln"
     return config
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Return the fields of megatron-core's TransformerConfig for a mixture of experts, in which no token is dropped."""
+    experts: ExpertsConfig = model.experts
+    has_groups = experts.num_groups > 1
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.num_active,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_layer_freq": has_experts(model),
+        "moe_router_score_function": experts.score,
+        # A softmax over the chosen logits is the softmax over all logits, divided by the sum of the chosen ones. With one expert it would
+        # be 1 whatever the logit, and megatron-core refuses it.
+        "moe_router_pre_softmax": experts.score == "softmax" and (not experts.normalize or experts.num_active == 1),
+        "moe_router_topk_scaling_factor": experts.scale,
+        "moe_router_num_groups": experts.num_groups if has_groups else None,
+        "moe_router_group_topk": experts.num_active_groups if has_groups else None,
+        "moe_router_enable_expert_bias": experts.has_bias,
+        "moe_router_dtype": "fp32" if experts.router_precision == "fp32" else None,
+        # The router of this project adds the losses and moves the bias, with this project's denominators.
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": parallel.expert_dispatcher.replace("_", ""),
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
+
+
+def has_experts(model: ModelConfig) -> list[int]:
+    """Return for each layer of the whole model 1 if it has experts, else 0."""
+    num_dense = model.experts.num_dense_layers if model.experts.num_experts else model.num_layers
+    return [int(layer >= num_dense) for layer in range(model.num_layers)]
 
 
 def _layout(parallel: ParallelConfig) -> dict[str, Any]:

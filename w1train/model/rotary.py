@@ -1,6 +1,6 @@
 """Rotary position embedding at given positions.
 
-Shapes: b = samples, l = sequence_length, d = head channels.
+Shapes: b = samples, l = sequence_length, d = head channels that are rotated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from w1train.config.schema import ModelConfig
 
 
 def rotary_angles(positions: Tensor, channels: int, model: ModelConfig) -> Tensor:
-    """Return the angles of RoPE (arXiv 2104.09864), in the half-split layout, with all channels rotated.
+    """Return the angles of RoPE (arXiv 2104.09864), in the half-split layout. megatron-core leaves the channels of a head
+    beyond d as they are.
 
     megatron-core's own tables have the positions from 0 to l - 1. Here positions restart with each document, so each sample has its own.
 

@@ -17,8 +17,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
@@ -27,8 +28,9 @@ from w1train.config.schema import ModelConfig
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.kernels.segments import Segments
 from w1train.model.conditioning import Modulation, TimestepEmbedding
+from w1train.model.experts.routed_tokens import RoutedTokens
 from w1train.model.head import OutputHead
-from w1train.model.layer import LayerInputs, layer_spec
+from w1train.model.layer import LayerInputs, layer_specs
 from w1train.model.noise_rates import NoiseRates
 from w1train.model.norm import ModulatedRMSNorm
 from w1train.model.rotary import rotary_angles
@@ -53,6 +55,15 @@ class ModelInputs:
     """int64 [m]: places where logits are computed, as sample * l + position."""
     embedding_noise: EmbeddingNoise | None = None
     """Noise that is added to the embeddings; None = no noise is added."""
+    token_kinds: Tensor | None = None
+    """uint8 [b, l]: the TokenKind of each token, for a mixture of experts; None = experts' tokens are not counted."""
+
+
+def _layers_of_stage(config: TransformerConfig, vp_stage: int | None, groups: ProcessGroupCollection) -> range:
+    """Return the numbers, from 0, of the layers of this pipeline stage."""
+    rank = get_pg_rank(groups.pp)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=rank)
+    return range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=rank))
 
 
 class TokenEmbedding(MegatronModule):
@@ -112,7 +123,7 @@ class DiffusionTransformer(LanguageModule):
         self.timestep_embedding = TimestepEmbedding(config, model) if conditioned else None
         self.decoder = TransformerBlock(
             config,
-            layer_spec(model),
+            layer_specs(model, _layers_of_stage(config, vp_stage, self.pg_collection)),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,
@@ -163,8 +174,8 @@ class DiffusionTransformer(LanguageModule):
             hidden_states=self._embed(inputs) if self.pre_process else None,
             attention_mask=None,
             context=condition,
-            rotary_pos_emb=rotary_angles(inputs.positions, self.config.kv_channels, self.model),
-            packed_seq_params=LayerInputs(inputs.attention_plan, Segments(self._local_segment_index(inputs))),
+            rotary_pos_emb=rotary_angles(inputs.positions, self.model.rotary_channels or self.config.kv_channels, self.model),
+            packed_seq_params=LayerInputs(inputs.attention_plan, Segments(self._local(inputs.segment_index)), self._routed_tokens(inputs)),
         )
         if not self.post_process:
             return hidden
@@ -183,14 +194,18 @@ class DiffusionTransformer(LanguageModule):
         first_column = get_pg_rank(self.tp_group) * len(embedded) if self.config.sequence_parallel else None
         return inputs.embedding_noise.add_to(embedded, first_column)
 
-    def _local_segment_index(self, inputs: ModelInputs) -> Tensor | None:
-        """Return this rank's part [s, b] of the segment index [b, l]."""
-        if inputs.segment_index is None:
+    def _routed_tokens(self, inputs: ModelInputs) -> RoutedTokens | None:
+        kinds = self._local(inputs.token_kinds)
+        return None if kinds is None else RoutedTokens(kinds)
+
+    def _local(self, values: Tensor | None) -> Tensor | None:
+        """Return the values [s, b] of this rank's tokens, from those of all tokens [b, l]."""
+        if values is None:
             return None
-        index = inputs.segment_index.transpose(0, 1)
+        values = values.transpose(0, 1)
         if self.config.sequence_parallel:
-            index = index.chunk(get_pg_size(self.tp_group))[get_pg_rank(self.tp_group)]
-        return index.contiguous()
+            values = values.chunk(get_pg_size(self.tp_group))[get_pg_rank(self.tp_group)]
+        return values.contiguous()
 
     def _head_inputs(self, hidden: Tensor, condition: Tensor | None, inputs: ModelInputs) -> Tensor:
         """Return the final norm with the final adaLN at ``logit_positions``, [m, h], from hidden states [s, b, h].

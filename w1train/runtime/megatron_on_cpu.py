@@ -60,7 +60,10 @@ class _NullStream:
     def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
         pass
 
-    wait_stream = wait_event = record = record_event = synchronize = wait = _nothing
+    wait_stream = wait_event = record = synchronize = wait = _nothing
+
+    def record_event(self, *_args: Any) -> _NullStream:
+        return self
 
     def query(self) -> bool:
         return True
@@ -81,6 +84,7 @@ def redirect_cuda_to_cpu() -> None:
     _redirect_tensor_methods()
     _redirect_cuda_module()
     _redirect_rng_tracker(megatron_random)
+    _redirect_experts()
     _skip_collectives_of_one()
     _say_where_it_runs()
 
@@ -223,6 +227,36 @@ def _redirect_rng_tracker(megatron_random: Any) -> None:
 
     _replace(megatron_random, "_get_cuda_rng_state", get_state)
     _replace(megatron_random, "_set_cuda_rng_state", set_state)
+
+
+def _redirect_experts() -> None:
+    """Make the dispatchers of a mixture of experts take numbers of rows that are on the CPU already, and gather unequal parts, which gloo
+    refuses."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", on_cpu)
+    _replace(torch.distributed, "all_gather", _unequal_parts(torch.distributed.all_gather))
+
+
+def _unequal_parts(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an ``all_gather`` that sends parts of unequal length as parts of the largest length."""
+
+    @functools.wraps(all_gather)
+    def wrapped(outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        longest = max(len(output) for output in outputs) if tensor.dim() else 0
+        if all(output.shape == tensor.shape for output in outputs) or kwargs.get("async_op"):
+            return all_gather(outputs, tensor, *args, **kwargs)
+        padded = [output.new_zeros(longest, *output.shape[1:]) for output in outputs]
+        own = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
+        work = all_gather(padded, own, *args, **kwargs)
+        for output, whole in zip(outputs, padded, strict=True):
+            output.copy_(whole[: len(output)])
+        return work
+
+    return wrapped
 
 
 def _skip_collectives_of_one() -> None:

@@ -38,6 +38,7 @@ from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.diffusion.processes import noise_process
+from w1train.model.experts.routed_tokens import token_kinds
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams, samples_are_segments
 from w1train.objectives.loss_rows import LossRows, loss_rows
@@ -180,7 +181,14 @@ def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPl
         segment_index=None if samples_are_segments(config) else segment_index,
         logit_positions=logit_positions,
         embedding_noise=_embedding_noise(noisy, config),
+        token_kinds=_token_kinds(noisy, config, streams),
     )
+
+
+def _token_kinds(noisy: NoisyBatch, config: Config, streams: int) -> Tensor | None:
+    if not config.model.experts.num_experts:
+        return None
+    return token_kinds(noisy.input_ids, noisy.document_ids, config.diffusion.mask_token_id, has_clean_stream=streams == 2)
 
 
 def _embedding_noise(noisy: NoisyBatch, config: Config) -> EmbeddingNoise | None:

@@ -1,0 +1,64 @@
+"""The router: which experts compute a token, and with which weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from w1train.config.schema_model import ExpertsConfig
+from w1train.model.experts.routed_tokens import RoutedTokens, TokenKind
+
+
+class ExpertRouter(TopKRouter):
+    """megatron-core's router, which counts the tokens of each expert by kind.
+
+    megatron-core's own counts include padding, and its bias moves while gradients are reduced, before anyone knows whether the step is
+    accepted. Therefore megatron-core is not told of the bias, and :mod:`w1train.engine.expert_balance` moves it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, experts: ExpertsConfig, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, **kwargs)
+        device = torch.cuda.current_device()
+        if experts.has_bias:
+            del self.expert_bias
+            self.register_buffer("expert_bias", torch.zeros(experts.num_experts, dtype=torch.float32, device=device))
+        # Counts of a step stay below 2^53, so that float64 holds them exactly.
+        counts = torch.zeros(len(TokenKind), experts.num_experts, dtype=torch.float64, device=device)
+        self.register_buffer("counts", counts, persistent=False)
+
+    def forward(self, hidden_states: Tensor, tokens: RoutedTokens | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weights of the experts, [s * b, E] with zeros for experts that are not chosen, and the choice, bool [s * b, E].
+
+        Args:
+            hidden_states: [s, b, h].
+            tokens: what is known about the tokens; None = they are not counted.
+        """
+        logits = self.gating(hidden_states).flatten(0, 1)
+        weights, is_chosen = topk_routing_with_score_function(
+            logits,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+        )
+        if tokens is not None and torch.is_grad_enabled():
+            self._count(is_chosen, tokens.kinds.flatten())
+        return weights, is_chosen
+
+    @torch.no_grad()
+    def _count(self, is_chosen: Tensor, kinds: Tensor) -> None:
+        """Add the tokens of each kind, uint8 [s * b], to the counts of their experts. With full recomputation a layer runs twice, and only
+        its second run has gradients."""
+        is_kind = kinds[None] == torch.arange(len(TokenKind), device=kinds.device)[:, None]
+        self.counts += is_kind.to(torch.float64) @ is_chosen.to(torch.float64)
