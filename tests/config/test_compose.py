@@ -73,6 +73,7 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
             "data.sequence_length",
             "diffusion.mask_token_id",
             "model.learns_noise_rates",
+            "parallel.expert",
             "parallel.tensor",
         }
 

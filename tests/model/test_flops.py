@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import tiny_config
+from w1train.config.compose import load_config
 from w1train.config.schema import ModelConfig
-from w1train.model.flops import FlopsByPart, model_flops, num_parameters
+from w1train.config.schema_model import ExpertsConfig
+from w1train.model.flops import FlopsByPart, model_flops, num_active_parameters, num_expert_layers, num_parameters
 
 W1_4B = ModelConfig(vocab_size=64512, num_layers=48, hidden_size=2048, num_attention_heads=24, kv_channels=128, ffn_hidden_size=7168)
 LLADA_8B = ModelConfig(
@@ -33,6 +35,12 @@ VARIANTS = {
     "mha_default_channels": replace(SMALL, num_query_groups=None, kv_channels=None, qk_norm=False),
     "tied": replace(SMALL, tie_embeddings=True),
     "no_conditioning": replace(SMALL, conditioning="none"),
+    "experts": replace(
+        SMALL,
+        num_layers=3,
+        experts=ExpertsConfig(num_experts=6, num_active=2, ffn_hidden_size=14, shared_ffn_hidden_size=20, num_dense_layers=1),
+    ),
+    "experts_alone": replace(SMALL, experts=ExpertsConfig(num_experts=5, num_active=3, ffn_hidden_size=8)),
 }
 
 
@@ -52,6 +60,43 @@ def test_llada_parameters():
     assert num_parameters(LLADA_1B) == 2 * 126464 * 2048 + 22 * layer_1b + 2048 == 1_487_243_264
 
 
+@pytest.mark.parametrize(
+    ("recipe", "total", "both_tables", "one_table", "no_table"),
+    [
+        ("llada2_mini", 16_255_638_528, 1.433, 1.111, 0.789),
+        ("llada2_flash", 102_889_697_280, 6.152, 5.508, 4.865),
+        ("llada_moe_7b", 7_356_880_896, 1.720, 1.398, 1.076),
+        ("rnd1_30b", 30_532_122_624, 3.353, 3.042, 2.731),
+        ("sdar_30b", 30_532_122_624, 3.353, 3.042, 2.731),
+    ],
+)
+def test_mixtures_of_experts_have_the_published_numbers_of_parameters(recipe, total, both_tables, one_table, no_table):
+    """All parameters, and the billions that compute a token: Ling publishes 1.4 with both tables of the vocabulary and 0.789 without them,
+    LLaDA-MoE 1.4 without the input's table."""
+    model = load_config([f"recipe={recipe}"]).model
+    table = model.vocab_size * model.hidden_size
+    assert num_parameters(model) == total
+    found = [round((num_active_parameters(model) - tables * table) / 1e9, 3) for tables in (0, 1, 2)]
+    assert found == [both_tables, one_table, no_table]
+
+
+@pytest.mark.parametrize(("recipe", "published"), [("llada2_mini", 4.735e9), ("llada2_flash", 2.919e10)])
+def test_a_routed_token_takes_six_flops_of_each_parameter_that_computes_it(recipe, published):
+    """Without the head. Norms have parameters and no products, which is the difference."""
+    model = load_config([f"recipe={recipe}"]).model
+    flops = model_flops(model, num_tokens=1, visible_pairs=0, num_logits=0, num_segments=1).total
+    assert flops == pytest.approx(published, rel=3e-4)
+    norms = model.num_layers * (2 * model.hidden_size + 2 * 128) + model.hidden_size
+    assert flops == 6 * (num_active_parameters(model) - 2 * model.vocab_size * model.hidden_size - norms)
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_more_dense_layers_than_layers_leave_no_layer_with_experts(num_experts):
+    dense = replace(SMALL, experts=ExpertsConfig(num_experts=num_experts, num_active=1, num_dense_layers=7))
+    assert num_expert_layers(dense) == 0
+    assert num_parameters(dense) == num_active_parameters(dense) == num_parameters(SMALL)
+
+
 class Replica(nn.Module):
     """The model's matrix products in plain torch, one attribute per part; adaLN once per segment."""
 
@@ -62,7 +107,8 @@ class Replica(nn.Module):
         self.num_groups = model.num_query_groups or model.num_attention_heads
         hidden, condition = model.hidden_size, model.condition_size
         self.embedding = nn.Embedding(model.vocab_size, hidden)
-        self.layers = nn.ModuleList(self.build_layer() for _ in range(model.num_layers))
+        first = model.num_layers - num_expert_layers(model)
+        self.layers = nn.ModuleList(self.build_layer(has_experts=layer >= first) for layer in range(model.num_layers))
         self.final_norm = nn.RMSNorm(hidden)
         self.output_head = nn.Linear(hidden, model.vocab_size, bias=False)
         if model.tie_embeddings:
@@ -73,23 +119,40 @@ class Replica(nn.Module):
             )
             self.final_modulation = nn.Linear(condition, 2 * hidden)
 
-    def build_layer(self) -> nn.ModuleDict:
-        hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
+    def build_layer(self, *, has_experts: bool) -> nn.ModuleDict:
+        hidden, experts = self.model.hidden_size, self.model.experts
         query_size, key_value_size = self.model.num_attention_heads * self.channels, self.num_groups * self.channels
         layer = nn.ModuleDict(
             {
                 "query_key_value": nn.Linear(hidden, query_size + 2 * key_value_size, bias=False),
                 "projection": nn.Linear(query_size, hidden, bias=False),
-                "gate_up": nn.Linear(hidden, 2 * ffn, bias=False),
-                "down": nn.Linear(ffn, hidden, bias=False),
                 "norms": nn.ModuleList([nn.RMSNorm(hidden), nn.RMSNorm(hidden)]),
             }
         )
+        if has_experts:
+            layer["router"] = nn.Linear(hidden, experts.num_experts, bias=False)
+            layer["experts"] = nn.ModuleList(Swiglu(hidden, experts.ffn_hidden_size) for _ in range(experts.num_experts))
+            if experts.shared_ffn_hidden_size:
+                layer["shared_experts"] = Swiglu(hidden, experts.shared_ffn_hidden_size)
+        else:
+            layer["mlp"] = Swiglu(hidden, self.model.ffn_hidden_size)
         if self.model.qk_norm:
             layer["qk_norms"] = nn.ModuleList([nn.RMSNorm(self.channels), nn.RMSNorm(self.channels)])
         if self.model.conditioning == "adaln":
             layer["modulation"] = nn.Linear(self.model.condition_size, 6 * hidden)
         return layer
+
+
+class Swiglu(nn.Module):
+    """The three matrices of an MLP or of an expert."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(hidden, 2 * ffn, bias=False), nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
 
 
 def count(*outputs_of) -> int:
@@ -114,9 +177,14 @@ def measured_flops(model: ModelConfig, num_samples: int, length: int, num_logits
     def attention() -> torch.Tensor:
         return torch.bmm(torch.bmm(query, key.transpose(1, 2)).softmax(dim=-1), value)
 
-    def mlp(layer: nn.ModuleDict) -> torch.Tensor:
-        gate, up = layer["gate_up"](hidden).chunk(2, dim=-1)
-        return layer["down"](nn.functional.silu(gate) * up)
+    def layers_with(part: str) -> list[nn.ModuleDict]:
+        return [layer for layer in replica.layers if part in layer]
+
+    def routed(layer: nn.ModuleDict) -> torch.Tensor:
+        """Give each token to num_active experts, most of them to the first."""
+        num_active = model.experts.num_active
+        rows = hidden.repeat_interleave(num_active, dim=0).split([len(hidden) * num_active - 1, *[0] * (len(layer["experts"]) - 2), 1])
+        return torch.cat([expert(rows_of_expert) for expert, rows_of_expert in zip(layer["experts"], rows, strict=True)])
 
     modulations = [layer["modulation"] for layer in replica.layers] + [replica.final_modulation] if has_adaln else []
     return FlopsByPart(
@@ -125,7 +193,10 @@ def measured_flops(model: ModelConfig, num_samples: int, length: int, num_logits
             for layer in replica.layers
         ),
         attention_core=count(*[attention] * model.num_layers),
-        mlp=sum(count(lambda layer=layer: mlp(layer)) for layer in replica.layers),
+        mlp=sum(count(lambda layer=layer: layer["mlp"](hidden)) for layer in layers_with("mlp")),
+        router=sum(count(lambda layer=layer: layer["router"](hidden)) for layer in layers_with("router")),
+        experts=sum(count(lambda layer=layer: routed(layer)) for layer in layers_with("experts")),
+        shared_experts=sum(count(lambda layer=layer: layer["shared_experts"](hidden)) for layer in layers_with("shared_experts")),
         adaln=sum(count(lambda linear=linear: linear(condition)) for linear in modulations),
         timestep_mlp=count(lambda: replica.timestep_mlp(sinusoid)) if has_adaln else 0,
         output_head=count(lambda: replica.output_head(hidden[:num_logits])),

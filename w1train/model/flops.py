@@ -1,8 +1,9 @@
 """Model FLOPs and parameters in closed form.
 
 Only the matrix products that training must compute are counted, each with 2mnk FLOPs: attention over visible pairs, the whole token stream
-(2L in block diffusion), logits only where a loss is taken, adaLN once for each segment. Recomputed activations, tiles that the mask hides
-and element-wise work are not counted, because an MFU that counted them would be too high.
+(2L in block diffusion), logits only where a loss is taken, adaLN once for each segment, and of a mixture of experts those experts that
+compute a token. Recomputed activations, tiles that the mask hides and element-wise work are not counted, because an MFU that counted them
+would be too high.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ class FlopsByPart:
     attention_core: int
     """Scores and weighted values, over visible pairs."""
     mlp: int
-    """The three matrices of SwiGLU."""
+    """The three matrices of SwiGLU, in layers without experts."""
+    router: int
+    """The products that give the logits of the experts."""
+    experts: int
+    """The SwiGLUs of the routed experts. No token is dropped, so the number does not depend on the balance of the experts."""
+    shared_experts: int
+    """The SwiGLU that computes every token of a layer with experts."""
     adaln: int
     """The products that make modulations of the condition: six vectors for each layer and two before the head, for each segment."""
     timestep_mlp: int
@@ -49,6 +56,7 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
     """
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
+    experts, num_routed = model.experts, num_expert_layers(model) * num_tokens
     has_adaln = model.conditioning == "adaln"
     projections = hidden * (query_size + 2 * key_value_size) + query_size * hidden
     modulation = condition * hidden * (6 * model.num_layers + 2)
@@ -57,7 +65,10 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
     return FlopsByPart(
         attention_projections=_training_flops(model.num_layers * num_tokens * projections),
         attention_core=_training_flops(model.num_layers * visible_pairs * 2 * query_size),
-        mlp=_training_flops(model.num_layers * num_tokens * 3 * hidden * model.ffn_hidden_size),
+        mlp=_training_flops((model.num_layers * num_tokens - num_routed) * 3 * hidden * model.ffn_hidden_size),
+        router=_training_flops(num_routed * hidden * experts.num_experts),
+        experts=_training_flops(num_routed * experts.num_active * 3 * hidden * experts.ffn_hidden_size),
+        shared_experts=_training_flops(num_routed * 3 * hidden * experts.shared_ffn_hidden_size),
         adaln=_training_flops(num_segments * modulation) if has_adaln else 0,
         timestep_mlp=2 * num_segments * timestep if has_adaln else 0,
         output_head=_training_flops(num_logits * hidden * model.vocab_size),
@@ -66,19 +77,39 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
 
 def num_parameters(model: ModelConfig) -> int:
     """Return the number of parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, and with qkv_bias
-    the maps to queries, keys and values; all others have no bias."""
+    the maps to queries, keys and values; all others have no bias. The numbers that balance experts are not parameters."""
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
     attention = hidden * (query_size + 2 * key_value_size) + query_size * hidden
     attention += query_size + 2 * key_value_size if model.qkv_bias else 0
-    mlp = 3 * hidden * model.ffn_hidden_size
     norms = 2 * hidden + (2 * _kv_channels(model) if model.qk_norm else 0)
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
-    total = embeddings + model.num_layers * (attention + mlp + norms) + hidden
+    total = embeddings + model.num_layers * (attention + norms) + _num_mlp_parameters(model) + hidden
     if model.conditioning == "adaln":
         timestep_mlp = (model.timestep_frequency_size + 1) * condition + (condition + 1) * condition
         total += (condition + 1) * hidden * (6 * model.num_layers + 2) + timestep_mlp
     return total + (model.vocab_size if model.learns_noise_rates else 0)
+
+
+def num_active_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters that compute a token: all, without the experts that the token is not routed to. Both tables of the
+    vocabulary are counted, as in the published 1.4 billion of LLaDA2.0-mini."""
+    experts = model.experts
+    num_idle = max(0, experts.num_experts - experts.num_active)
+    return num_parameters(model) - num_expert_layers(model) * num_idle * 3 * model.hidden_size * experts.ffn_hidden_size
+
+
+def num_expert_layers(model: ModelConfig) -> int:
+    """Return the number of layers that have experts instead of an MLP."""
+    return max(0, model.num_layers - model.experts.num_dense_layers) if model.experts.num_experts else 0
+
+
+def _num_mlp_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters of all MLPs, routers and experts."""
+    experts, num_routed = model.experts, num_expert_layers(model)
+    of_experts = 3 * (experts.num_experts * experts.ffn_hidden_size + experts.shared_ffn_hidden_size) + experts.num_experts
+    dense = (model.num_layers - num_routed) * 3 * model.ffn_hidden_size
+    return model.hidden_size * (dense + num_routed * of_experts)
 
 
 def _training_flops(multiply_adds: int) -> int:
