@@ -2,12 +2,13 @@
 
 VENV ?= .venv
 RUNS ?= runs
+RECIPE ?= demo
 CORPUS ?=
 NPROC ?=
 ARGS ?=
 # The number of processes that run tests: one more than two cores, because some tests wait for processes that they start.
 WORKERS ?= 3
-export VENV RUNS CORPUS NPROC
+export VENV RUNS RECIPE CORPUS NPROC
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo curriculum processes docker docker-cpu docs test test-all test-gpu chaos lint format clean
@@ -20,7 +21,7 @@ help:  ## List the targets
 install:  ## Create or update the environment in .venv
 	@launch/bootstrap.sh
 
-demo: install  ## Train a small diffusion model on real text, in minutes (CORPUS=path, NPROC=ranks, RUNS=runs, ARGS="KEY=VALUE ...")
+demo: install  ## Train a small diffusion model on real text, in minutes (RECIPE=demo_moe for experts, CORPUS=path, NPROC=ranks, RUNS=runs, ARGS="KEY=VALUE ...")
 	@launch/demo.sh $(ARGS)
 
 curriculum: install  ## Train from autoregressive to block diffusion on the demo's text, and compare with training from scratch (same variables)

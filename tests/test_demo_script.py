@@ -126,6 +126,29 @@ def test_tokens_bind_to_their_corpus_too(demo):
     assert "was made from: my/corpus" in result.stderr
 
 
+@pytest.mark.parametrize(("num_ranks", "expert_ranks"), [(1, 1), (2, 2)])
+def test_another_recipe_is_trained_on_the_same_data_and_compared_with_the_demo(demo, num_ranks, expert_ranks):
+    demo.run(NPROC="2")
+    variables = {"NPROC": str(num_ranks), "RECIPE": "demo_moe"}
+    result, commands = demo.run(**variables)
+    assert result.returncode == 0, result.stderr
+    assert [program(words) for words in commands] == TRAINING
+    _, option, module, *launch = commands[0]
+    assert "recipe=demo_moe" in launch
+    check_w1train(launch)
+    config = load_config([word for word in launch if "=" in word])
+    assert not validate(config, world_size=num_ranks)
+    assert config.parallel.expert == expert_ranks
+    assert config.data == load_config([word.replace("demo_moe", "demo") for word in launch if "=" in word]).data
+    (demo.directory / "runs" / "demo").mkdir()
+    (demo.directory / "runs" / "demo" / "summary.json").touch()
+    _, commands = demo.run(**variables)
+    *_, comparison = commands
+    check_w1train(comparison[3:])
+    runs = demo.directory / "runs"
+    assert comparison[4:] == [str(runs / "demo"), str(runs / "demo_moe"), "--output", str(runs / "demo_moe/comparison.html"), "--overwrite"]
+
+
 def test_a_step_that_fails_ends_the_demo(demo):
     demo.write_stand_ins(failing="data_tools.train_tokenizer")
     result, commands = demo.run(NPROC="2")

@@ -217,7 +217,7 @@ def test_an_unknown_recipe_hides_nothing_and_invents_nothing() -> None:
     problems = problems_of("recipe=w1_4x", "training.seed=true", "parallel.tensor=5", "model.ffn_hidden_size=7168")
     assert set(problems) == {"recipe", "training.seed", "parallel.tensor"}
     assert problems["recipe"].suggestion == "recipe=w1_4b"
-    assert "demo, dream" in problems["recipe"].valid
+    assert "curriculum, d3pm_text8" in problems["recipe"].valid
 
 
 def test_without_a_recipe_that_is_said_first() -> None:

@@ -28,6 +28,7 @@ from w1train.checkpoints.loading import load_checkpoint  # noqa: E402
 from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
+from w1train.model.experts.router import ExpertRouter  # noqa: E402
 from w1train.model.initialization import EXPERTS, global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
@@ -62,6 +63,10 @@ class Outcome:
     """Hash of every corrupted input of every step, in sample order."""
     work: list[StepWork]
     inputs: Inputs
+    biases: dict[int, torch.Tensor]
+    """Of the experts, after the last step, by the number of the layer, which begins at 1."""
+    balance: list[dict[str, Any]]
+    """What each step says about the balance of experts."""
 
 
 def world_size(config: Config, data_parallel: int) -> int:
@@ -111,7 +116,7 @@ def train_layouts(
 def _group_sizes(config: Config) -> tuple[int, ...]:
     """Return what the process groups depend on."""
     parallel = config.parallel
-    return parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context
+    return parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, parallel.expert, parallel.expert_tensor
 
 
 def _train_all(_rank: int, _size: int, configs: Sequence[Config], *how: Any) -> list[Outcome]:
@@ -132,29 +137,29 @@ def _train(
     first_step = load_checkpoint(load, model).step if load is not None else 0
     if mutate is not None:
         mutate(model)
-    losses, norms, works, noise = [], [], [], []
+    losses, norms, works, noise, balance = [], [], [], [], []
     gradients: dict[str, torch.Tensor] = {}
     inputs = Inputs()
     for step in range(first_step, first_step + num_steps):
         batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size, model.noise_rates()))
         noise.append(_noise_hashes(batches))
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
-        model.optimizer.zero_grad()
+        model.zero_gradients()
         with _noted(inputs):
             metrics, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
         if step == first_step and not config.parallel.distributed_optimizer:
             gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
         for group in model.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group["lr_mult"]
+        balance.append(model.expert_balance.gather())
         norms.append(float(model.optimizer.step()[1]))
+        model.expert_balance.move_bias()
         losses.append(loss_of(metrics, config))
         works.append(work)
     model.gather_parameters()
     if save is not None:
         save_now(save, model, Progress(step=first_step + num_steps, samples=0))
     parameters = whole_tensors(model, lambda parameter: parameter.data)
-    return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs)
+    return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs, expert_biases(model), balance)
 
 
 def loss_of(metrics: dict[str, Any], _config: Config) -> float:
@@ -237,6 +242,17 @@ def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> 
         return {}
     merged = {key: (torch.from_numpy(array), dimension) for ranks in gathered for key, (array, dimension) in ranks.items()}
     return {name: _whole(name, merged) for name in {key[0] for key in merged}}
+
+
+def expert_biases(model: TrainedModel) -> dict[int, torch.Tensor]:
+    """The biases of the experts of all layers, which all ranks that have a layer must have alike to the last bit."""
+    routers = [module for stage in model.stages for module in stage.modules() if isinstance(module, ExpertRouter)]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {router.layer_number: router.expert_bias for router in routers if router.expert_bias is not None})
+    biases: dict[int, torch.Tensor] = {}
+    for layer, bias in (entry for rank in gathered for entry in rank.items()):
+        assert torch.equal(biases.setdefault(layer, bias), bias), f"the ranks have other biases in layer {layer}"
+    return biases
 
 
 def _whole(name: str, parts: dict) -> torch.Tensor:

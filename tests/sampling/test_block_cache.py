@@ -6,6 +6,7 @@ import torch
 from tests.distributed import run_distributed
 from tests.tiny import VOCAB_SIZE, tiny_config
 from w1train.config.schema import DiffusionConfig, SamplingConfig
+from w1train.config.schema_model import ExpertsConfig
 from w1train.runtime.megatron_on_cpu import import_megatron
 from w1train.sampling.denoise import generate
 
@@ -100,6 +101,7 @@ VARIANTS = [
     {"diffusion": {"clean_attention": "token_causal", "noisy_attention": "causal"}},
     {"diffusion": {"noisy_attention": "causal"}},
     {"diffusion": {"block_index": "sample"}},
+    {"model": {"experts": ExpertsConfig(num_experts=8, num_active=2, ffn_hidden_size=16, shared_ffn_hidden_size=16)}},
 ]
 
 

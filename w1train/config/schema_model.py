@@ -28,11 +28,13 @@ class ExpertsConfig:
     score: Literal["softmax", "sigmoid"] = "softmax"
     """The function that makes scores of the router's logits: softmax over all experts (Qwen3-MoE), or a sigmoid of each (Ling, LLaDA2)."""
     normalize: bool = True
-    """Divide the scores of a token's chosen experts by their sum. It is always done with a sigmoid; LLaDA-MoE does not do it."""
+    """Divide the scores of a token's chosen experts by their sum. It is always done with a sigmoid; LLaDA-MoE does not do it. A single
+    chosen expert keeps its score, which would otherwise be 1 and teach the router nothing."""
     scale: PositiveFloat = 1.0
     """Factor of the chosen experts' weights (2.5 in Ling)."""
     num_groups: Size = 1
-    """Groups of E / num_groups experts, of which a token may only use the best num_active_groups; 1 = no groups."""
+    """Groups of E / num_groups experts, of which a token may only use the best num_active_groups: those with the largest sum of the scores
+    of their best num_active / num_active_groups experts. 1 = no groups."""
     num_active_groups: Size = 1
     """Groups that a token may use."""
     has_bias: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
 from w1train.engine.buckets import bucket_size
+from w1train.engine.expert_balance import ExpertBalance
 from w1train.engine.gradient_hooks import GradientHooks
 from w1train.engine.learned_rates import current_noise_rates
 from w1train.engine.megatron_ranges import mark_megatron
@@ -37,6 +38,7 @@ class TrainedModel:
     optimizer: MegatronOptimizer
     config: TransformerConfig
     hooks: GradientHooks
+    expert_balance: ExpertBalance
 
     @property
     def stages(self) -> list[DiffusionTransformer]:
@@ -46,10 +48,11 @@ class TrainedModel:
     @step_part("optimizer")
     @kernel_group("optimizer")
     def zero_gradients(self) -> None:
-        """Clear the gradients of the last step."""
+        """Clear the gradients of the last step, and the counts of its experts' tokens."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.expert_balance.clear()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
@@ -112,7 +115,8 @@ def build_trained_model(config: Config, load: LoadWeights | None = None) -> Trai
         no_sync = [chunk.no_sync for chunk in chunks]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     mark_megatron()
-    return TrainedModel(chunks, build_optimizer(config, chunks), megatron, GradientHooks(megatron, chunks))
+    balance = ExpertBalance(config, stages)
+    return TrainedModel(chunks, build_optimizer(config, chunks), megatron, GradientHooks(megatron, chunks), balance)
 
 
 def _data_parallel(

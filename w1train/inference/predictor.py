@@ -49,6 +49,7 @@ class Predictor:
     """A masked-diffusion model, as a function from tokens [b, l] and t [b] to logits [b, l, v], in the layout that the model was built in.
 
     Each row is one document, all of which is visible. Every rank of one model replica calls the predictor, and each rank gets all logits.
+    If ranks share experts, every rank of the run calls the predictor with the same tokens, and gets the logits of the first replica.
     """
 
     def __init__(self, config: Config, chunks: list[Any]) -> None:
@@ -115,13 +116,22 @@ class Predictor:
         )
         shape = (len(inputs.logit_positions), self.config.model.vocab_size)
         if parallel_state.is_pipeline_last_stage():
-            logits = gather_from_tensor_model_parallel_region(results[0]).float()
+            logits = gather_from_tensor_model_parallel_region(results[0]).float().contiguous()
+            self._take_first_ranks(logits)
         else:
             logits = torch.empty(shape, device=tokens.device)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(logits, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
         return logits.reshape(len(tokens), num_logits, self.config.model.vocab_size)
+
+    def _take_first_ranks(self, logits: Tensor) -> None:
+        """Replace logits by those of the first rank of this pipeline stage, if ranks share experts. The logits of ranks that compute the
+        same tokens may differ in their last bits. Their samplers would then take different tokens, later different numbers of passes, and
+        a rank would wait forever for the rows of another rank."""
+        if ranks_share_experts(self.config.parallel):
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            torch.distributed.broadcast(logits, group=group, group_src=0)
 
     @staticmethod
     def _forward_step(inputs: Iterator[ModelInputs], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -135,6 +145,11 @@ class Predictor:
         yield
         for chunk in self.chunks:
             chunk.train()
+
+
+def ranks_share_experts(parallel: ParallelConfig) -> bool:
+    """Tell whether a rank needs other ranks, maybe of other model replicas, for the tokens of its experts."""
+    return parallel.expert * parallel.expert_tensor > 1
 
 
 def _inference_inputs(
@@ -166,7 +181,7 @@ class BlockPredictor:
     """A block-diffusion model, as a function of one block at a time that keeps the keys and values of finished blocks.
 
     Its logits are those of training's forward pass over [x_t ; x_0] for the same block: the finished blocks are the clean stream, at
-    t = 0, and the block itself is the noisy stream. Every rank of one model replica calls it, as with Predictor.
+    t = 0, and the block itself is the noisy stream. The same ranks call it as call Predictor.
     """
 
     def __init__(self, predictor: Predictor) -> None:

@@ -71,6 +71,8 @@ def transformer_config(
         gradient_accumulation_fusion=fusions.gradient_accumulation,
         persist_layer_norm=False,
         apply_rope_fusion=fusions.rope,
+        # No CUDA graphs are captured. megatron-core warns of its own default, which is another word for the empty list.
+        cuda_graph_modules=[],
     )
     config.elementwise_kernels = kernels.elementwise
     # With this attribute AND param.pipeline_parallel, finalize_model_grads sums the timestep embedding's gradients over pipeline
@@ -96,7 +98,6 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": experts.scale,
         "moe_router_num_groups": experts.num_groups if has_groups else None,
         "moe_router_group_topk": experts.num_active_groups if has_groups else None,
-        "moe_router_enable_expert_bias": experts.has_bias,
         "moe_router_dtype": "fp32" if experts.router_precision == "fp32" else None,
         # The router of this project adds the losses and moves the bias, with this project's denominators.
         "moe_router_load_balancing_type": "none",

@@ -29,6 +29,7 @@ from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.kernels.segments import Segments
 from w1train.model.conditioning import Modulation, TimestepEmbedding
 from w1train.model.experts.routed_tokens import RoutedTokens
+from w1train.model.experts.router_losses import RouterLosses
 from w1train.model.head import OutputHead
 from w1train.model.layer import LayerInputs, layer_specs
 from w1train.model.noise_rates import NoiseRates
@@ -57,6 +58,8 @@ class ModelInputs:
     """Noise that is added to the embeddings; None = no noise is added."""
     token_kinds: Tensor | None = None
     """uint8 [b, l]: the TokenKind of each token, for a mixture of experts; None = experts' tokens are not counted."""
+    router_losses: RouterLosses | None = None
+    """The losses that the routers of a mixture of experts add; None = they add no loss."""
 
 
 def _layers_of_stage(config: TransformerConfig, vp_stage: int | None, groups: ProcessGroupCollection) -> range:
@@ -196,7 +199,7 @@ class DiffusionTransformer(LanguageModule):
 
     def _routed_tokens(self, inputs: ModelInputs) -> RoutedTokens | None:
         kinds = self._local(inputs.token_kinds)
-        return None if kinds is None else RoutedTokens(kinds)
+        return None if kinds is None else RoutedTokens(kinds, inputs.router_losses)
 
     def _local(self, values: Tensor | None) -> Tensor | None:
         """Return the values [s, b] of this rank's tokens, from those of all tokens [b, l]."""

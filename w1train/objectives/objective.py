@@ -41,6 +41,13 @@ TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
 NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked", "samples": "num_samples"}
 """The sum that the loss is divided by, for each value of diffusion.normalizer."""
 
+_PARTS: dict[str, Callable[[NoisyBatch], Tensor]] = {
+    "num_tokens": lambda noisy: noisy.has_target.sum(dim=1),
+    "num_masked": lambda noisy: (noisy.loss_mask & noisy.target_is_noised).sum(dim=1),
+    "num_samples": lambda noisy: noisy.has_target.any(dim=1),
+}
+"""Each sample's part of these sums, [b]."""
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -64,6 +71,10 @@ class Objective:
             return weights
         # 1 / (t L) with the sample's own L (LLaDA, arXiv 2502.09992, algorithm 1).
         return weights / noisy.has_target.sum(dim=1, keepdim=True).clamp_min(1)
+
+    def denominators(self, noisy: NoisyBatch) -> Tensor:
+        """Return each sample's part of what the loss is divided by, float32 [b], of whole samples."""
+        return _PARTS[self.normalizer](noisy).float()
 
     def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
         """Return what the terms ask of the rows of logits, by name, and each row term once."""

@@ -21,10 +21,9 @@ from w1train.runtime.status import StatusFile
 logger = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-# Beginnings of warnings that tell users nothing: those of megatron-core about its own defaults and its own shards of the parameters, those
+# Beginnings of warnings that tell users nothing: those of megatron-core about its own shards of the parameters, those
 # of torch about the way in which megatron-core reads a checkpoint's metadata, and deprecations of one library in the other.
 _LIBRARY_CHATTER = (
-    "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
     "The argument order of load has been changed",

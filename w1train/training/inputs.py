@@ -38,11 +38,12 @@ from w1train.config.stages import at_stage
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.diffusion.processes import noise_process
-from w1train.model.experts.routed_tokens import token_kinds
+from w1train.model.experts.routed_tokens import first_counted_kind, token_kinds
+from w1train.model.experts.router_losses import RouterLosses
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams, samples_are_segments
 from w1train.objectives.loss_rows import LossRows, loss_rows
-from w1train.objectives.objective import objective_of
+from w1train.objectives.objective import Objective, objective_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,12 @@ class RankInputs:
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     """Return the model's inputs on this rank. All ranks of a model replica pass the same batch."""
     streams = num_streams(config)
-    weights = objective_of(config.diffusion, config.logging.num_t_bins).weights(noisy)
+    weights, losses = _objective(config).weights(noisy), _router_losses(noisy, config, streams)
     visibility = sequence_visibility(noisy, config, streams)
     backend = choose_backend(config.attention.backend, _attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
         plan = plan_attention(visibility, backend)
-        return RankInputs(_assemble(noisy, config, streams, plan), _loss_rows(noisy, weights), 1.0)
+        return RankInputs(_assemble(noisy, config, streams, plan, losses), _loss_rows(noisy, weights), 1.0)
     travel = _travel(noisy, config, streams)
     ownership = _ownership(visibility, config, streams, travel)
     rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
@@ -81,7 +82,11 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     plan = plan_attention(local, backend, exchange=exchange)
     positions = ownership.positions[:, rank]
     own = noisy.at(positions)
-    return RankInputs(_assemble(own, config, streams, plan), _loss_rows(own, weights.gather(1, positions)), ownership.balance)
+    return RankInputs(_assemble(own, config, streams, plan, losses), _loss_rows(own, weights.gather(1, positions)), ownership.balance)
+
+
+def _objective(config: Config) -> Objective:
+    return objective_of(config.diffusion, config.logging.num_t_bins)
 
 
 def _loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
@@ -159,7 +164,7 @@ def _ownership(visibility: Visibility, config: Config, streams: int, travel: Tra
     return deal_positions(visibility, streams, num_ranks, config.parallel.context_chunk_size)
 
 
-def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPlan) -> ModelInputs:
+def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPlan, losses: RouterLosses | None) -> ModelInputs:
     length = noisy.input_ids.shape[1]
     first_row = streams * length * torch.arange(len(noisy.input_ids), device=noisy.input_ids.device)[:, None]
     rows = first_row + torch.arange(length, device=first_row.device)
@@ -182,6 +187,7 @@ def _assemble(noisy: NoisyBatch, config: Config, streams: int, plan: AttentionPl
         logit_positions=logit_positions,
         embedding_noise=_embedding_noise(noisy, config),
         token_kinds=_token_kinds(noisy, config, streams),
+        router_losses=losses,
     )
 
 
@@ -189,6 +195,17 @@ def _token_kinds(noisy: NoisyBatch, config: Config, streams: int) -> Tensor | No
     if not config.model.experts.num_experts:
         return None
     return token_kinds(noisy.input_ids, noisy.document_ids, config.diffusion.mask_token_id, has_clean_stream=streams == 2)
+
+
+def _router_losses(noisy: NoisyBatch, config: Config, streams: int) -> RouterLosses | None:
+    """Return the losses that routers add, from whole samples; None in evaluation, without experts and without such losses."""
+    balance = config.balance
+    kinds = _token_kinds(noisy, config, streams)
+    if kinds is None or not torch.is_grad_enabled() or not (balance.auxiliary or balance.router_z):
+        return None
+    first = first_counted_kind(balance.streams)
+    counted = (kinds >= first).sum(dim=1, dtype=torch.float32)
+    return RouterLosses(balance.auxiliary, balance.router_z, first, _objective(config).denominators(noisy), counted)
 
 
 def _embedding_noise(noisy: NoisyBatch, config: Config) -> EmbeddingNoise | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
+from w1train.inference.predictor import ranks_share_experts
 from w1train.profiling.profiler import Profiler
 from w1train.records.sink import Sink
 from w1train.runtime.device import memory_gib
@@ -139,6 +140,7 @@ class Trainer:
         self.agreement = Agreement(pulse.stop_signal)
         if is_good:
             step_with_prepared_gradients(self.model.optimizer, computed.grad_norm)
+            self.model.expert_balance.move_bias()
         num_samples = self.position.stage.training.global_batch_size
         self.progress.step += 1
         self.progress.samples += num_samples
@@ -154,10 +156,12 @@ class Trainer:
         self.noise_rates = model.noise_rates()
         num_micro_batches = num_samples // (stage.training.micro_batch_size * self.ranks.data_parallel_size)
         metrics, work = run_micro_batches(stage, model.chunks, batches, num_micro_batches, training=True)
+        balance = model.expert_balance.gather()
         for group in model.optimizer.param_groups:
             group["lr"] = rate * group["lr_mult"]
         grad_norm = prepare_gradients(model.optimizer)
         values = {**metrics, "grad_norm": float(grad_norm), "learning_rate": rate, "batch_size": num_samples}
+        values |= balance
         if self.config.parallel.context > 1:
             values["context_balance"] = work.context_balance
         return ComputedStep(values, grad_norm, self.guard.local_gradients.are_finite(), work)
@@ -231,10 +235,10 @@ class Trainer:
 
     @step_part("sample")
     def sample(self) -> None:
-        """Complete the prompts, on the first model replica."""
+        """Complete the prompts, on the first model replica, or on all replicas if ranks share experts."""
         # This is a collective of all ranks, although only some of them sample.
         self.model.gather_parameters()
-        if self.ranks.data_parallel_rank == 0:
+        if self.ranks.data_parallel_rank == 0 or ranks_share_experts(self.config.parallel):
             self.watch.record_samples(complete_prompts(self.position.stage, self.model, self.data.tokenizer, self.ranks.device))
         self.timer.restart()
 

@@ -14,7 +14,7 @@ from w1train.sampling.text import TextTokenizer, sample_texts
 
 
 def complete_prompts(config: Config, model: TrainedModel, tokenizer: TextTokenizer, device: torch.device) -> list[tuple[str, str]]:
-    """Complete ``sampling.prompts``. The ranks of one model replica call this.
+    """Complete ``sampling.prompts``. The ranks of one model replica call this, or all ranks if ranks share experts.
 
     Returns:
         (prompt, text) pairs.

@@ -31,6 +31,17 @@ def _head_width_rule(config: Config) -> Iterator[Problem]:
         yield Problem("model.kv_channels", found, even, f"{hidden // heads + 1}")
 
 
+def _rotary_channels_rule(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.rotary_channels is None or model.num_attention_heads < 1:
+        return
+    width = model.kv_channels or model.hidden_size // model.num_attention_heads
+    if model.rotary_channels % 2 or model.rotary_channels > width:
+        valid = f"an even number up to the {width} channels of a head, because pairs of channels are rotated; or null"
+        even = min(model.rotary_channels + 1, width) // 2 * 2
+        yield Problem("model.rotary_channels", show(model.rotary_channels), valid, str(even) if even > 0 else None)
+
+
 def _rope_scaling_rule(config: Config) -> Iterator[Problem]:
     model = config.model
     low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
@@ -52,4 +63,11 @@ def _sequence_length_rule(config: Config) -> Iterator[Problem]:
         yield Problem("data.sequence_length", show(length), f"at most model.max_sequence_length ({longest})")
 
 
-MODEL_RULES: tuple[Rule, ...] = (_query_groups_rule, _head_width_rule, _rope_scaling_rule, _timestep_frequency_rule, _sequence_length_rule)
+MODEL_RULES: tuple[Rule, ...] = (
+    _query_groups_rule,
+    _head_width_rule,
+    _rotary_channels_rule,
+    _rope_scaling_rule,
+    _timestep_frequency_rule,
+    _sequence_length_rule,
+)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from w1train.config.errors import Problem, listing, show
 from w1train.config.rules.divisibility import divisors, does_not_divide, near
+from w1train.config.rules.expert_rules import expert_world_size_problems
 from w1train.config.rules.rule import Rule
 from w1train.config.schema import Config
 from w1train.config.stages import batch_sizes
@@ -133,6 +134,7 @@ def world_size_problems(config: Config, world_size: int | None) -> Iterator[Prob
         start = f"w1train train --nproc {replica} ... starts {replica} ranks; the dots stand for the same recipe and overrides"
         yield Problem("parallel.tensor", found, valid, start if world_size == 1 else None)
         return
+    yield from expert_world_size_problems(config, world_size)
     data_parallel = world_size // replica
     for key, batch in batch_sizes(config).items():
         # _batch_rule has reported a micro-batch that does not divide the batch.

@@ -43,6 +43,7 @@ def _fp8_rule(config: Config) -> Iterator[Problem]:
         "model.ffn_hidden_size": (model.ffn_hidden_size, ranks),
         "model.kv_channels": (channels * model.num_attention_heads, ranks),
         "model.num_query_groups": (channels * (model.num_attention_heads + 2 * groups), ranks),
+        "model.experts.shared_ffn_hidden_size": (model.experts.shared_ffn_hidden_size if model.experts.num_experts else 0, ranks),
         "data.sequence_length": (positions, parallel.context * (ranks if parallel.sequence else 1)),
     }
     for key, (size, split) in sizes.items():

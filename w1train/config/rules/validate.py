@@ -11,6 +11,7 @@ from w1train.config.rules.attention_rules import ATTENTION_RULES
 from w1train.config.rules.checkpoint_rules import CHECKPOINT_RULES
 from w1train.config.rules.data_rules import DATA_RULES
 from w1train.config.rules.diffusion_rules import DIFFUSION_RULES
+from w1train.config.rules.expert_rules import EXPERT_RULES
 from w1train.config.rules.health_rules import HEALTH_RULES
 from w1train.config.rules.learned_rates_rules import LEARNED_RATES_RULES
 from w1train.config.rules.model_rules import MODEL_RULES
@@ -28,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     *VALUE_RULES,
     *RUN_RULES,
     *MODEL_RULES,
+    *EXPERT_RULES,
     *DATA_RULES,
     *DIFFUSION_RULES,
     *LEARNED_RATES_RULES,

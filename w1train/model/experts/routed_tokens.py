@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from w1train.model.experts.router_losses import RouterLosses
 
 
 class TokenKind(IntEnum):
@@ -22,12 +25,19 @@ class TokenKind(IntEnum):
     """The mask token."""
 
 
+def first_counted_kind(streams: Literal["both", "noisy"]) -> TokenKind:
+    """Return the first kind whose tokens count for the balance of experts; all later kinds count too (balance.streams)."""
+    return TokenKind.CLEAN if streams == "both" else TokenKind.NOISY
+
+
 @dataclass(slots=True)
 class RoutedTokens:
     """The tokens of this rank, in the order of the hidden states [s, b, h]."""
 
     kinds: Tensor
     """uint8 [s, b]: a TokenKind."""
+    losses: RouterLosses | None = None
+    """The losses that the router adds; None = it adds no loss."""
 
 
 def token_kinds(input_ids: Tensor, document_ids: Tensor, mask_token_id: int | None, *, has_clean_stream: bool) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from w1train.config.schema_model import ExpertsConfig
 from w1train.model.experts.routed_tokens import RoutedTokens, TokenKind
+from w1train.model.experts.router_losses import AddLoss, RouterLosses
 
 
 class ExpertRouter(TopKRouter):
@@ -33,6 +34,8 @@ class ExpertRouter(TopKRouter):
         # Counts of a step stay below 2^53, so that float64 holds them exactly.
         counts = torch.zeros(len(TokenKind), experts.num_experts, dtype=torch.float64, device=device)
         self.register_buffer("counts", counts, persistent=False)
+        # The sums over the step of what RouterLosses.values returns.
+        self.register_buffer("losses", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
 
     def forward(self, hidden_states: Tensor, tokens: RoutedTokens | None = None) -> tuple[Tensor, Tensor]:
         """Return the weights of the experts, [s * b, E] with zeros for experts that are not chosen, and the choice, bool [s * b, E].
@@ -54,7 +57,18 @@ class ExpertRouter(TopKRouter):
         )
         if tokens is not None and torch.is_grad_enabled():
             self._count(is_chosen, tokens.kinds.flatten())
+            if tokens.losses is not None:
+                weights = self._add_losses(weights, logits, is_chosen, tokens.kinds, tokens.losses)
         return weights, is_chosen
+
+    def _add_losses(self, weights: Tensor, logits: Tensor, is_chosen: Tensor, kinds: Tensor, losses: RouterLosses) -> Tensor:
+        """Return the weights, whose backward pass also differentiates the losses, and add the losses to those of the step."""
+        shape = (*kinds.shape, self.num_experts)
+        group = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
+        others = group if group.size() > 1 else None
+        values = losses.values(logits.view(shape), is_chosen.view(shape), kinds, self.score_function, self.topk, others)
+        self.losses += values.detach()
+        return AddLoss.apply(weights, losses.loss(values))
 
     @torch.no_grad()
     def _count(self, is_chosen: Tensor, kinds: Tensor) -> None:
