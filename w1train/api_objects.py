@@ -266,7 +266,7 @@ class TrainedModel:
             remasking: "low_confidence" or "random": which predictions a step of the kernel "unmask" keeps.
             seed: the seed of the noise.
             kernel: "unmask", "ancestral" or "gidd_posterior": the rule of a step.
-            reviser: "self_correction": revise the text after its last step.
+            reviser: "conditional_modes" or "self_correction": revise the text after its last step.
             on_step: a function that gets the canvas after each step, such as ``print``.
 
         Returns:
@@ -302,8 +302,8 @@ class TrainedModel:
     def revise(
         self, text: str | list[str] | tuple[str, ...], *, prompt: str | Sequence[str] = "", seed: int | None = None
     ) -> TextSample | list[TextSample]:
-        """Let the model change the tokens of a text that it finds improbable, by the reviser of the run's ``sampling`` section, or by
-        GIDD's self-correction if that is null. ``w1train sample --revise`` gives the same texts.
+        """Let the model change the tokens of a text that are probably wrong, by the reviser of the run's ``sampling`` section, or by
+        conditional modes if that is null. ``w1train sample --revise`` gives the same texts.
 
         Args:
             text: a text, or several.

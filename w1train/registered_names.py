@@ -161,7 +161,7 @@ NAME_RULES: tuple[Rule, ...] = (
     at_every_stage(_name_rule("diffusion", "objective", _processes, *OWN_PROCESSES)),
     at_every_stage(_name_rule("diffusion", "loss", _losses, "cross_entropy")),
     _name_rule("sampling", "remasking", _orders, *OWN_ORDERS),
-    _name_rule("sampling", "reviser", _revisers, None, "self_correction"),
+    _name_rule("sampling", "reviser", _revisers, None, "conditional_modes", "self_correction"),
     _name_rule("attention", "backend", _backends, "auto", "cudnn", "flex", "te", "sdpa", "reference"),
     _name_rule("optimizer", "name", _optimizers, "adamw", "muon"),
     *(at_every_stage(_of_further_processes(rule)) for rule in (causal_block_rule, autoregressive_rule, denoising_rule, attention_rule)),

@@ -225,8 +225,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--suffix", action="append", type=text_argument, metavar="TEXT", help=suffix_help)
     revise_help = (
-        "revise this text in the place of generating, by self-correction if the run names no other reviser; repeat the option for several "
-        "texts; a --prompt comes before the text and does not change"
+        "revise this text in the place of generating, by conditional modes if the run names no other reviser; repeat the option for "
+        "several texts; a --prompt comes before the text and does not change"
     )
     given.add_argument("--revise", action="append", type=text_argument, metavar="TEXT", help=revise_help)
     parser.add_argument("--num-tokens", type=number_in(int, Range(0)), metavar="N", help="tokens to generate after the prompt")

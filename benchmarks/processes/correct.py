@@ -2,10 +2,12 @@
 
     python -m benchmarks.processes.correct runs/processes
 
-A tenth of the characters of held-out texts is replaced by other characters. The model of p_u = 0.2 and the model of p_u = 0 then revise the
-texts by GIDD's self-correction (arXiv 2503.04482). The result is written to RUNS/correction.json: the share of wrong characters that were
-repaired, the share of right characters that were changed, and of the texts before and after the bits per character under the autoregressive
-model, with the entropy of their characters: a text that repeats one character is probable, and has no entropy.
+A tenth of the characters of held-out texts is replaced by other characters. The models of p_u = 0.2, 0.1 and 0 then revise the texts by
+conditional modes (w1train/sampling/conditional_modes.py) and by GIDD's self-correction (arXiv 2503.04482), all with the same assumed noise.
+The result is written to RUNS/correction.json: the share of wrong characters that were repaired, the share of right characters that were
+changed, how many wrong characters each text has lost, and of the texts before and after the bits per character under the autoregressive
+model, with the entropy of their characters: a text that repeats one character is probable, and has no entropy. It also has how well each
+model finds wrong characters: by the probability of the present character, and by that of the new character, by which GIDD's rule ranks.
 
 Shapes: b = texts, l = characters of a text.
 """
@@ -32,10 +34,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.processes.characters import NUM_TEXT_IDS
-from benchmarks.processes.trainings import CORRECTING, CORRECTION, JUDGE
+from benchmarks.processes.trainings import ASSUMED_NOISE, CORRECTION, CORRECTIONS, JUDGE
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
-from w1train.config.schema import ParallelConfig
+from w1train.config.schema import DiffusionConfig, ParallelConfig
 from w1train.data.batch import PackedBatch
 from w1train.data.sharded_dataset import open_dataset
 from w1train.diffusion.corruption import corrupt_at
@@ -93,10 +95,13 @@ def corrupted(original: Tensor, seed: int = _SEED) -> Corrupted:
 def repair(texts: Corrupted, tokens: Tensor) -> dict[str, float]:
     """Compare revised texts, int64 [b, l], with the original texts."""
     is_wrong = texts.is_wrong
+    fewer = is_wrong.sum(dim=1).double() - (tokens != texts.original).sum(dim=1)
     return {
         "repaired": (tokens == texts.original)[is_wrong].float().mean().item(),
         "damaged": (tokens != texts.original)[~is_wrong].float().mean().item(),
         "wrong": (tokens != texts.original).float().mean().item(),
+        "fewer": fewer.mean().item(),
+        "fewer_error": (fewer.var(correction=0) / max(1, len(fewer) - 1)).sqrt().item(),
     }
 
 
@@ -119,24 +124,49 @@ def bits_per_character(judge: InferenceModel, tokens: Tensor) -> float:
     return metrics["elbo"] / math.log(2)
 
 
-def corrected(model: InferenceModel, tokens: Tensor) -> Tensor:
-    """Return the texts after self-correction, int64 [b, l]."""
+def corrected(model: InferenceModel, reviser: str, noise: DiffusionConfig, tokens: Tensor) -> Tensor:
+    """Return the texts after a revision, int64 [b, l].
+
+    Args:
+        noise: the noise that the texts are assumed to have.
+    """
     from w1train.sampling.denoise import revise
 
-    config = model.config
-    # A text gets one change for each wrong character: further changes would replace what is right by what is probable.
-    sampling = dataclasses.replace(config.sampling, correction_steps=round(SHARE * tokens.shape[1]), correction_tokens=1)
+    sampling = dataclasses.replace(model.config.sampling, reviser=reviser)
+    if reviser == "self_correction":
+        # A text gets one change for each wrong character: this rule does not end by itself where the text is right.
+        sampling = dataclasses.replace(sampling, correction_steps=round(SHARE * tokens.shape[1]))
     prompts: list[list[int]] = [[] for _ in tokens]
     revised = revise(
         model.predict,
         prompts,
         tokens.tolist(),
         sampling,
-        diffusion=config.diffusion,
+        diffusion=noise,
         device=model.device,
         vocab_size=NUM_TEXT_IDS,
     )
     return torch.tensor(revised.texts)
+
+
+def detection(model: InferenceModel, texts: Corrupted) -> dict[str, float]:
+    """Return how well two scores find the wrong characters, each as the area under its ROC curve. The scores are how improbable the present
+    character is given the others, and how probable the most probable other character is."""
+    timesteps = torch.full((len(texts.tokens),), model.config.sampling.correction_timestep)
+    logits = model.predict(texts.tokens, timesteps)[:, :, :NUM_TEXT_IDS].double().log_softmax(dim=2)
+    present = texts.tokens[:, :, None]
+    others = logits.scatter(2, present, -torch.inf).amax(dim=2)
+    scores = {"present": -logits.gather(2, present)[:, :, 0], "new": others}
+    return {name: area_under_curve(score, texts.is_wrong) for name, score in scores.items()}
+
+
+def area_under_curve(scores: Tensor, labels: Tensor) -> float:
+    """Return the area under the ROC curve, the probability that a score of label True is higher than a score of label False. No two scores
+    may be equal."""
+    ranks = scores.flatten().argsort().argsort().double() + 1
+    labels = labels.flatten()
+    num_true, num_false = int(labels.sum()), int((~labels).sum())
+    return (ranks[labels].sum().item() - num_true * (num_true + 1) / 2) / (num_true * num_false)
 
 
 def _quality(judge: InferenceModel, tokens: Tensor) -> dict[str, float]:
@@ -154,12 +184,15 @@ def compare(runs: Path, num_texts: int) -> dict[str, Any]:
         assert validation is not None, "the recipe has validation data"
         texts = corrupted(held_out_texts(validation, num_texts, judge.config.data.sequence_length))
         versions = {"the text": texts.original, "with wrong characters": texts.tokens}
-        for name, title in CORRECTING.items():
-            versions[f"corrected: {title}"] = corrected(load_for_inference(runs / name, ranks=ranks), texts.tokens)
+        models = {name: load_for_inference(runs / name, ranks=ranks) for name in dict.fromkeys(each.run for each in CORRECTIONS)}
+        noise = models[ASSUMED_NOISE].config.diffusion
+        for each in CORRECTIONS:
+            versions[f"corrected: {each.title}"] = corrected(models[each.run], each.reviser, noise, texts.tokens)
         return {
             "num_texts": len(texts.tokens),
             "length": texts.tokens.shape[1],
             "share": SHARE,
+            "detection": {name: detection(model, texts) for name, model in models.items()},
             "texts": {title: {**repair(texts, tokens), **_quality(judge, tokens)} for title, tokens in versions.items()},
             "examples": [
                 {title: judge.tokenizer.decode(tokens[row].tolist()) for title, tokens in versions.items()} for row in range(_NUM_EXAMPLES)

@@ -42,6 +42,11 @@ _REPEATED_NOTE = (
     f"The small corpus is a part of the text, which the runs read once or {NUM_EPOCHS} times. The runs of {NUM_EPOCHS} epochs see as many "
     "characters as the runs on new text."
 )
+_CORRECTION_NOTE = (
+    "All models revise the same texts, with the noise of p_u = 0.2 as the assumed noise. Conditional modes change a character only if the "
+    "evidence of the whole text outweighs the character that is there, and end by themselves. GIDD's rule ranks changes by the "
+    "probability of the new character, and gets as many changes as a text has wrong characters. The +- is the standard error over texts."
+)
 
 
 def write_page(results: Results, runs: Path) -> Path:
@@ -78,7 +83,8 @@ def _correction(results: Results) -> str:
         for example in results.correction["examples"]
         for title, text in example.items()
     )
-    parts = [_verdicts(results.correction_verdicts()), _html(results.correction_table()), f'<div class="samples">{examples}</div>']
+    tables = [_html(results.detection_table()), _html(results.correction_table())]
+    parts = [_note(_CORRECTION_NOTE), _verdicts(results.correction_verdicts()), *tables, f'<div class="samples">{examples}</div>']
     return section("Self-correction", "".join(parts))
 
 

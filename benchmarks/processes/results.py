@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results_page import Table
-from benchmarks.processes.trainings import CORRECTING, CORRECTION, FAMILIES, JUDGE, NUM_EPOCHS, PROCESSES, repeated_name
+from benchmarks.processes.trainings import CORRECTION, CORRECTIONS, FAMILIES, JUDGE, NUM_EPOCHS, PROCESSES, repeated_name
 from w1train.config.errors import UserError
 from w1train.config.reading import read_json_object
 from w1train.reports.run_content import Run, read_run
@@ -38,7 +38,7 @@ class Results:
         """Return all tables that have rows."""
         tables = [self.process_table(), self.repeated_table()]
         if self.correction is not None:
-            tables.append(self.correction_table())
+            tables += [self.detection_table(), self.correction_table()]
         return [table for table in tables if table.rows]
 
     def verdicts(self) -> list[Verdict]:
@@ -96,27 +96,45 @@ class Results:
             (
                 title,
                 *(f"{numbers[name]:.1%}" for name in ("wrong", "repaired", "damaged")),
+                f"{numbers['fewer']:+.2f} +- {numbers['fewer_error']:.2f}",
                 f"{numbers['bits_per_character']:.3f}",
                 f"{numbers['entropy']:.3f}",
             )
             for title, numbers in self.correction["texts"].items()
         ]
-        columns = ("texts", "wrong characters", "repaired", "damaged", "bits per character under autoregression", "entropy of characters")
+        columns = (
+            "texts",
+            "wrong characters",
+            "repaired",
+            "damaged",
+            "wrong characters that a text has lost",
+            "bits per character under autoregression",
+            "entropy of characters",
+        )
         return Table(f"Self-correction of {self.correction['num_texts']} texts of {self.correction['length']} characters", columns, rows)
 
     def correction_verdicts(self) -> list[Verdict]:
-        """Return whether the model that was trained on wrong tokens improves texts, and whether the other model does."""
+        """Return whether the models that were trained on wrong tokens improve texts, and whether the other model does, by each reviser."""
         assert self.correction is not None
         texts = self.correction["texts"]
         before = texts["with wrong characters"]
         verdicts = []
-        for (name, title), improves in zip(CORRECTING.items(), (True, False), strict=True):
-            after = texts[f"corrected: {title}"]
+        for each in CORRECTIONS:
+            after = texts[f"corrected: {each.title}"]
             has_improved = after["wrong"] < before["wrong"] and after["bits_per_character"] < before["bits_per_character"]
-            says = "improves the texts" if improves else "does not improve the texts"
-            numbers = f"{before['wrong']:.1%} of the characters were wrong, and {after['wrong']:.1%} are"
-            verdicts.append(Verdict(f"{name} ({title}) {says}: {numbers}", has_improved == improves))
+            says = "improves the texts" if each.improves else "does not improve the texts"
+            wrong = f"{before['wrong']:.1%} of the characters were wrong, and {after['wrong']:.1%} are"
+            bits = f"{before['bits_per_character']:.2f} bits per character became {after['bits_per_character']:.2f}"
+            verdicts.append(Verdict(f"{each.run} ({each.title}) {says}: {wrong}; {bits}", has_improved == each.improves))
         return verdicts
+
+    def detection_table(self) -> Table:
+        """Return how well each model finds the wrong characters."""
+        assert self.correction is not None
+        found = self.correction["detection"].items()
+        rows = [(name, f"{areas['present']:.3f}", f"{areas['new']:.3f}") for name, areas in found]
+        columns = ("training", "by the improbability of the present character", "by the probability of the new character")
+        return Table("Finding wrong characters: area under the ROC curve (0.5 = by chance)", columns, rows)
 
     def _of_family(self, family: str) -> list[Run]:
         return [self.runs[training.name] for training in PROCESSES if training.family == family and training.name in self.runs]

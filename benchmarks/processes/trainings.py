@@ -14,12 +14,29 @@ NUM_EPOCHS = 30
 """Epochs of the small corpus."""
 JUDGE = "autoregression"
 """The training whose model measures the quality of text."""
-CORRECTING = {"gidd_0.2": "hybrid noise, p_u = 0.2", "mdlm": "masked noise, p_u = 0"}
-"""The trainings whose models correct text, with their names in tables."""
-
-
 CORRECTION = "correction.json"
 """The file, beside the runs, with the result of self-correction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A model that corrects texts by a reviser."""
+
+    run: str
+    title: str
+    reviser: str
+    improves: bool
+    """True: the claim is that the texts become better. False: the claim is that they do not."""
+
+
+CORRECTIONS = tuple(
+    Correction(run, f"{noise}, {rule}", reviser, run != "mdlm")
+    for reviser, rule in (("conditional_modes", "conditional modes"), ("self_correction", "GIDD's rule"))
+    for run, noise in (("gidd_0.2", "p_u = 0.2"), ("gidd_0.1", "p_u = 0.1"), ("mdlm", "p_u = 0"))
+)
+"""Every model that corrects texts, by every reviser."""
+ASSUMED_NOISE = "gidd_0.2"
+"""The training whose noise the texts are assumed to have in all corrections. With its own noise, a model of masks would change nothing."""
 
 
 @dataclass(frozen=True, slots=True)

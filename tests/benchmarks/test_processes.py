@@ -15,7 +15,17 @@ import w1train
 from benchmarks.processes import correct, page, train
 from benchmarks.processes.characters import CHARACTERS, NUM_TEXT_IDS, character_tokenizer
 from benchmarks.processes.results import Results, read_results
-from benchmarks.processes.trainings import CORRECTION, FAMILIES, JUDGE, NUM_EPOCHS, PROCESSES, num_tokens, repeated, repeated_name
+from benchmarks.processes.trainings import (
+    CORRECTION,
+    CORRECTIONS,
+    FAMILIES,
+    JUDGE,
+    NUM_EPOCHS,
+    PROCESSES,
+    num_tokens,
+    repeated,
+    repeated_name,
+)
 from tests.reports.fake_run import write_fake_run
 from w1train.config.compose import load_config
 from w1train.config.errors import UserError
@@ -115,7 +125,28 @@ def test_repairs_and_damages_are_counted_apart():
     original = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
     texts = correct.Corrupted(original, torch.tensor([[9, 9, 3, 4, 5, 6, 7, 8]]))
     revised = torch.tensor([[1, 9, 3, 4, 5, 6, 9, 9]])
-    assert correct.repair(texts, revised) == pytest.approx({"repaired": 1 / 2, "damaged": 2 / 6, "wrong": 3 / 8})
+    found = correct.repair(texts, revised)
+    assert {name: found[name] for name in ("repaired", "damaged", "wrong", "fewer")} == pytest.approx(
+        {"repaired": 1 / 2, "damaged": 2 / 6, "wrong": 3 / 8, "fewer": -1}
+    )
+
+
+def test_the_standard_error_is_that_of_the_mean_over_texts():
+    original = torch.zeros(4, 6, dtype=torch.int64)
+    wrong, revised = original.clone(), original.clone()
+    wrong[:, :3] = 1
+    for row, num_wrong in enumerate((0, 1, 1, 4)):
+        revised[row, :num_wrong] = 1
+    found = correct.repair(correct.Corrupted(original, wrong), revised)
+    assert found["fewer"] == pytest.approx(1.5)
+    assert found["fewer_error"] == pytest.approx(3**0.5 / 2)
+
+
+def test_the_area_under_the_curve():
+    labels = torch.tensor([[False, True], [False, True]])
+    assert correct.area_under_curve(torch.tensor([[1.0, 3.0], [2.0, 4.0]]), labels) == 1
+    assert correct.area_under_curve(torch.tensor([[1.0, 3.0], [4.0, 2.0]]), labels) == 0.5
+    assert correct.area_under_curve(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), labels) == 0
 
 
 def test_entropy_of_characters():
@@ -164,16 +195,18 @@ def test_repeated_data(runs):
 
 
 def correction(after: float, before: float = 0.1) -> dict:
-    numbers = {"repaired": 0.5, "damaged": 0.01, "bits_per_character": 3 + 10 * before, "entropy": 4.5}
-    good, same = numbers | {"wrong": after, "bits_per_character": 3 + 10 * after}, numbers | {"wrong": before}
-    titles = ("the text", "with wrong characters", "corrected: hybrid noise, p_u = 0.2", "corrected: masked noise, p_u = 0")
-    texts = dict(zip(titles, (numbers | {"wrong": 0.0}, same, good, same), strict=True))
-    return {"num_texts": 4, "length": 128, "share": 0.1, "texts": texts, "examples": [dict.fromkeys(titles, "if <a> & b:\n")]}
+    shared = {"repaired": 0.5, "damaged": 0.01, "entropy": 4.5, "fewer": 2.5, "fewer_error": 0.25}
+    numbers = {share: shared | {"wrong": share, "bits_per_character": 3 + 10 * share} for share in (0.0, before, after)}
+    texts = {"the text": numbers[0.0], "with wrong characters": numbers[before]}
+    texts |= {f"corrected: {each.title}": numbers[after if each.improves else before] for each in CORRECTIONS}
+    areas = {each.run: {"present": 0.97, "new": 0.825} for each in CORRECTIONS}
+    shown = {"detection": areas, "texts": texts, "examples": [dict.fromkeys(texts, "if <a> & b:\n")]}
+    return {"num_texts": 4, "length": 128, "share": 0.1, **shown}
 
 
 def test_self_correction_is_an_improvement_or_not(runs):
     found = [[verdict.holds for verdict in Results({}, correction(after)).correction_verdicts()] for after in (0.04, 0.1)]
-    assert found == [[True, True], [False, True]]
+    assert found == [[True, True, True] * 2, [False, False, True] * 2]
 
 
 def test_the_page_and_the_report_have_everything(runs, tmp_path, monkeypatch, capsys):
@@ -183,10 +216,17 @@ def test_the_page_and_the_report_have_everything(runs, tmp_path, monkeypatch, ca
     html, printed = (runs / "report.html").read_text(), capsys.readouterr().out
     assert html.count('data-chart="') == 2
     assert "if &lt;a&gt; &amp; b:" in html
-    for text in ("GIDD, p_u = 0.2", "masked noise, 30 epochs", "corrected: hybrid noise, p_u = 0.2", "2.900"):
+    for text in (
+        "GIDD, p_u = 0.2",
+        "masked noise, 30 epochs",
+        "corrected: p_u = 0.2, conditional modes",
+        "+2.50 +- 0.25",
+        "0.825",
+        "2.900",
+    ):
         assert text in html
         assert text in printed
-    assert "- yes: gidd_0.2 (hybrid noise, p_u = 0.2) improves the texts" in printed
+    assert "- yes: gidd_0.2 (p_u = 0.2, conditional modes) improves the texts" in printed
     assert "- **no**: autoregression ends 30 epochs" in printed
 
 
@@ -201,8 +241,8 @@ def test_a_directory_without_finished_trainings(tmp_path):
 
 @pytest.mark.slow
 def test_tiny_trainings_make_a_page(data, tmp_path):
-    """The commands of three trainings of two steps, in this process; then self-correction and the report."""
-    chosen = [training for training in PROCESSES if training.name in (JUDGE, "mdlm", "gidd_0.2")]
+    """The commands of four trainings of two steps, in this process; then self-correction and the report."""
+    chosen = [training for training in PROCESSES if training.name in (JUDGE, *{each.run for each in CORRECTIONS})]
     for training in chosen:
         recipe, *overrides = (text.partition("=") for text in train.settings(tmp_path, data, TINY, training))
         w1train.train(recipe[2], {key: yaml.safe_load(value) if value else None for key, _, value in overrides})
@@ -215,4 +255,4 @@ def test_tiny_trainings_make_a_page(data, tmp_path):
     assert result["texts"]["the text"]["wrong"] == 0
     assert page.main([str(tmp_path)]) == 0
     assert "UDLM" not in (tmp_path / "report.html").read_text()
-    assert len(read_results(tmp_path).runs) == 3
+    assert len(read_results(tmp_path).runs) == 4

@@ -193,6 +193,13 @@ def test_divisors_of_an_enormous_number_are_found_soon(make_config: MakeConfig, 
             "training.global_batch_size",
             "even",
         ),
+        (
+            {"diffusion.coupled_draws": True, "training.global_batch_size": 9, "training.micro_batch_size": 1},
+            "training.global_batch_size",
+            "an even number with diffusion.coupled_draws",
+        ),
+        ({"diffusion.complementary": True, "diffusion.coupled_draws": True}, "diffusion.complementary", "at the same t"),
+        ({"diffusion.complementary": True, "diffusion.antithetic": True}, "diffusion.antithetic", "t and 1 - t"),
         ({"diffusion.complementary": True, "diffusion.t_min": 0.3, "diffusion.t_max": 0.4}, "diffusion.t_max", "at least 1 - "),
         ({"diffusion.attention_annealing": "extent", "diffusion.annealing_tokens": 9}, "diffusion.attention_annealing", "in the stage"),
         (

@@ -39,8 +39,6 @@ def test_what_works_has_no_problem(config):
         ("normalizer", "samples"),
         ("cross_entropy_weight", 0.01),
         ("coupled_draws", False),
-        ("complementary", True),
-        ("antithetic", True),
         ("shift", True),
         ("exclude_mask_logit", False),
         ("num_timesteps", 1000),

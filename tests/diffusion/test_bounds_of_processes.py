@@ -68,7 +68,7 @@ def test_the_weights_of_hybrid_noise():
 
 @pytest.mark.parametrize(("fields", "expected"), [({}, (1.9, 1.5, 1.1)), ({"log_snr_shift": 1000.0}, None)])
 def test_the_weights_of_the_log_snr_mixture(fields, expected):
-    """Over the log-SNR, for which the weight is multiplied by alpha (1 - alpha): published values; without masks, that of uniform noise."""
+    """The weight times alpha (1 - alpha), per unit of the log-SNR, has published values, and without masks those of uniform noise."""
     process, times = a_process(objective="log_snr", **fields), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     shown = torch.tensor([CLEAN, WRONG, MASK])
     found = process.bound_weight(times[:, None], shown, torch.tensor(CLEAN)) * (times * (1 - times))[:, None]
@@ -81,7 +81,7 @@ def test_the_weights_of_the_log_snr_mixture(fields, expected):
 
 
 def test_the_log_snr_stays_between_minus_9_and_9():
-    """Beyond these ends nothing changes, so the bound gets nothing from there."""
+    """Nothing changes beyond these ends, so the bound gets nothing from there."""
     process, times = a_process(objective="log_snr"), torch.tensor([0.0, 1e-5, 1 - 1e-5, 1.0], dtype=torch.float64)
     assert torch.logit(process.alpha(times)).tolist() == pytest.approx([9, 9, -9, -9])
     assert not process.alpha_rate(times).any()

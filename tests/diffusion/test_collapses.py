@@ -37,12 +37,12 @@ def cosine(t):
 
 
 def masked(alpha):
-    """alpha at the token, the rest at the mask (MDLM, MD4)."""
+    """Return alpha and c of noise that is all on the mask (MDLM, MD4)."""
     return lambda t: (alpha(t), np.array([0, 0, 0, 1 - alpha(t)]))
 
 
 def uniform(alpha):
-    """alpha at the token, the rest everywhere (D3PM's uniform matrix, UDLM, Duo)."""
+    """Return alpha and c of noise that is on every word alike (D3PM's uniform matrix, UDLM, Duo)."""
     return lambda t: (alpha(t), np.array([1, 1, 1, 0]) * (1 - alpha(t)) / K)
 
 
@@ -82,7 +82,7 @@ def config_of(**given) -> DiffusionConfig:
 
 
 def matrix(noise, t) -> np.ndarray:
-    """Q[x, z] = q_t(z | x). A noise gives alpha and c, or the whole matrix."""
+    """Return the matrix Q[x, z] = q_t(z | x). A noise gives alpha and c, or the whole matrix."""
     given = noise(t)
     if isinstance(given, np.ndarray):
         return given
@@ -102,7 +102,7 @@ def predictions(seed: int) -> np.ndarray:
 
 
 def exact(noise, t, *, full=False) -> np.ndarray:
-    """p(x_i | z_j), j != i, the prediction that the plug-in bound wants, or (full) p(x_i | z), by Bayes' rule over the texts."""
+    """Return p(x_i | z_j), j != i, the prediction that the plug-in bound wants, or (full) p(x_i | z), by Bayes' rule over the texts."""
     found = np.zeros((2, K + 1, K + 1, K))
     q = matrix(noise, t)
     for first, second in NOISY:
@@ -123,7 +123,7 @@ def of_rows(model) -> np.ndarray:
 
 
 def probabilities(noise, t) -> np.ndarray:
-    """q_t(z | x) of both tokens of each row."""
+    """Return q_t(z | x) of both tokens of each row."""
     q = matrix(noise, t)
     return np.array([q[x, first] * q[y, second] for (x, y), (first, second), _ in ROWS])
 
@@ -165,7 +165,7 @@ def campbell_density(noise, t, x, z, predicted) -> float:
 @each_process
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_density_is_the_cost_of_the_reverse_jumps(noise, given, t):
-    """At every text token, noisy token and prediction."""
+    """Both agree for every text token, noisy token and prediction."""
     loss = bound_of(config_of(**given))
     for seed, x, z in itertools.product(range(3), WORDS, IDS):
         if matrix(noise, t)[x, z] > 0:
@@ -193,7 +193,7 @@ def test_uniform_density_is_that_of_udlm(t):
 
 
 def d3pm_term(noise, s, t, x, z, predicted) -> float:
-    """KL(q(z_s | z, x) || p(z_s | z)) from the matrices (D3PM, equation 3), where p has the prediction in the place of x."""
+    """Return KL(q(z_s | z, x) || p(z_s | z)) from the matrices (D3PM, equation 3), where p has the prediction in the place of x."""
     one_step, before = step(noise, s, t), matrix(noise, s)
     true = one_step[:, z] * before[x]
     model = one_step[:, z] * (predicted @ before[:K])
@@ -235,7 +235,7 @@ def product_bound(noise, given, model_at, num_points=48) -> float:
 
 
 def reconstruction(noise, t, predicted) -> np.ndarray:
-    """-log p(x | z) by Bayes' rule."""
+    """Return -log p(x | z) by Bayes' rule."""
     posterior = matrix(noise, t)[:K, Z].T * predicted
     return -np.log(posterior[np.arange(len(X)), X] / posterior.sum(1))
 
@@ -247,7 +247,7 @@ def test_exact_posteriors_give_the_entropy(noise, given):
 
 
 def chain_likelihood(noise, model, num_steps: int) -> np.ndarray:
-    """-log p(x) of each text under the chain of the model, which begins with the noise of tokens that are drawn from all words alike."""
+    """Return -log p(x) of each text under the chain of the model, which begins with the noise of tokens drawn from all words alike."""
     first_law = matrix(noise, 1.0)[:K].mean(0)
     law = np.outer(first_law, first_law)
     for number in range(num_steps, 0, -1):
@@ -279,7 +279,7 @@ def test_bound_is_above_the_likelihood_of_the_chain(noise, given):
 
 @pytest.mark.parametrize("name", ["masked cosine", "uniform linear", "hybrid .2"])
 def test_steps_of_d3pm_tend_to_the_continuous_density(name):
-    """T times a step's term has an error of order 1 / T."""
+    """The term of a step, times T, has an error of order 1 / T."""
     noise, given = PROCESSES[name]
     loss, t = bound_of(config_of(**given)), 0.5
     for x, z in ((0, MASK), (1, 0), (2, 2)):

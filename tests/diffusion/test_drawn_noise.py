@@ -38,7 +38,7 @@ def counts(tmp_path):
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("complementary", [False, True])
 def test_the_shares_of_masks_and_words(name, complementary):
-    """At each t, as many of both as the process says, for both samples of a pair; and each word alike."""
+    """Both have the shares of the process at each t, in both samples of a pair, and all words have the same share."""
     config = a_config(**MIXTURES[name], complementary=complementary)
     if complementary and name == "hybrid":
         return
@@ -131,6 +131,18 @@ def test_the_reverse_kernel_of_the_spindle_is_bayes_rule(tmp_path):
     torch.testing.assert_close(kernel.sum(dim=1), torch.ones(4).double())
     mixed = process.reverse_probabilities(masks[:1], torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]]).double(), *(time[:1] for time in times))
     assert float(mixed.sum()) == pytest.approx(1)
+
+
+def test_a_mask_becomes_no_id_that_cannot_be_masked_yet(tmp_path):
+    """The first id is masked neither at t = 0.5 nor at 0.25: its part of a prediction stays on the mask token."""
+    np.save(tmp_path / "counts.npy", np.array([100, 10, 1, 50, 0]))
+    process = noise_process(DiffusionConfig(objective="per_id_masked", mask_token_id=4, token_counts=str(tmp_path / "counts.npy")))
+    times = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.25, 0.25]).double()
+    predictions = torch.tensor([[1.0, 0, 0, 0, 0], [0.6, 0.4, 0, 0, 0]]).double()
+    sure, mixed = process.reverse_probabilities(torch.tensor([4, 4]), predictions, *times)
+    now, before = (float(process.spindle.noising_probability(process.table, time)[1]) for time in (time[0] for time in times))
+    assert sure.tolist() == [0, 0, 0, 0, 1]
+    assert mixed.tolist() == pytest.approx([0, 0.4 * (1 - before / now), 0, 0, 0.6 + 0.4 * before / now])
 
 
 @pytest.mark.parametrize("content", [None, np.array([1, 0]), np.array([[1, 2]]), np.array([1.0, 2.0]), np.array([3, -1, 4]), b"no counts"])

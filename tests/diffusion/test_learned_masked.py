@@ -26,7 +26,7 @@ def _many_rates() -> torch.Tensor:
 
 
 def _masked(t: float, rates: torch.Tensor = RATES) -> torch.Tensor:
-    """q_t(mask | v) of each id."""
+    """Return q_t(mask | v) of each id."""
     return (1 - EPSILON) * t**rates
 
 

@@ -108,7 +108,7 @@ def _assert_bayes_rule(process, before, now, s, t):
 
 @noisy_ones
 def test_the_jump_rate_is_what_a_short_step_of_noise_adds(process):
-    """(c_t - alpha_t|s c_s) / (t - s) as s goes to t."""
+    """The rate is the limit of (c_t - alpha_t|s c_s) / (t - s) as s goes to t."""
     t, length = torch.tensor(0.4, dtype=torch.float64), 1e-6
     s = t - length
     added = process.noise(t, IDS) - process.alpha(t) / process.alpha(s) * process.noise(s, IDS)
@@ -145,7 +145,7 @@ def test_the_kernel_of_uniform_noise():
 
 
 def test_the_kernel_of_hybrid_noise():
-    """From t = 0.6 to 0.4 with a mask observed; the published constants of GIDD with p_u = 0.2."""
+    """The step from t = 0.6 to 0.4 of a mask has the published probabilities of GIDD with p_u = 0.2."""
     predictions = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]], dtype=torch.float64)
     times = torch.tensor([0.6], dtype=torch.float64), torch.tensor([0.4], dtype=torch.float64)
     found = NOISY["hybrid"].reverse_probabilities(torch.tensor([MASK]), predictions, *times)

@@ -27,6 +27,8 @@ MISTAKES = [
     ({"noise_schedule": "sine"}, "noise_schedule"),
     ({"noise_schedule": "gaussian_argmax"}, "noise_schedule"),
     ({"noise_schedule": "cosine", "objective": "hybrid", **ENDS}, "noise_schedule"),
+    ({"schedule_epsilon": 1e-4, "objective": "hybrid", **ENDS}, "schedule_epsilon"),
+    ({"schedule_epsilon": 1e-4, "noise_schedule": "geometric"}, "schedule_epsilon"),
     ({"noise_schedule": "cosine", "complementary": True}, "complementary"),
     ({"noise_schedule": "geometric", "schedule_sigma_min": 30.0}, "schedule_sigma_min"),
     ({"objective": "uniform", "noise_schedule": "gaussian_argmax", "schedule_gamma_max": -4.0, **IDS}, "schedule_gamma_min"),
@@ -46,6 +48,8 @@ MISTAKES = [
     ({"objective": "log_snr", **IDS, "log_snr_slope": 3.0, "log_snr_shift": -2.0}, "log_snr_slope"),
     ({"objective": "edits", **IDS, "complementary": True}, "complementary"),
     ({"objective": "edits", **IDS, "weight": "one_minus_t"}, "weight"),
+    ({"objective": "edits", **IDS, "loss": "finite_kl", "num_timesteps": 10}, "loss"),
+    ({"objective": "edits", **IDS, "loss": "reconstruction"}, "loss"),
     ({"objective": "per_id_masked"}, "token_counts"),
 ]
 

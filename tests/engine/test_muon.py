@@ -38,7 +38,7 @@ from w1train.training.forward import run_micro_batches  # noqa: E402
 NUM_STEPS, RATE = 3, 0.02
 OPTIMIZER = {"name": "muon", "momentum": 0.8, "weight_decay": 0.7, "clip_grad": 0.3, "epsilon": 1e-2, "rate_multipliers": {"*.mlp.*": 0.5}}
 SCALES = {"moonlight": "match_rms_adamw", "original": "original"}
-"""Our names of the scales, and torch's."""
+"""Names of the scales, each with torch's name of it."""
 
 Parameters = dict[str, torch.Tensor]
 
@@ -146,7 +146,7 @@ def _steps(config: Config, ranks: Ranks) -> Iterator[torch.nn.Module]:
 
 
 def _by_the_product(_rank: int, _size: int, config: Config) -> tuple[Parameters, list[int]]:
-    """(parameters after the last step, bytes that this rank sends to others in each exchange)"""
+    """Return (parameters after the last step, bytes that this rank sends to others in each exchange)."""
     sent = []
     original = dist.all_to_all_single
 
@@ -164,8 +164,8 @@ def _by_the_product(_rank: int, _size: int, config: Config) -> tuple[Parameters,
 
 
 def _by_torch(_rank: int, _size: int, config: Config) -> tuple[Parameters, Parameters]:
-    """(parameters at first, after the last step), from torch.optim.AdamW and Muon's published update in float32, on the product's gradients
-    at its own weights, which are compared at the end."""
+    """Return (parameters at first, after the last step), from torch.optim.AdamW and Muon's published update in float32, on the product's
+    gradients at its own weights, which are compared at the end."""
     with distributed(config.parallel) as ranks:
         start: Parameters = {}
         twins: dict[str, torch.nn.Parameter] = {}
@@ -242,12 +242,13 @@ LAYOUTS = [
     ({"tensor": 2, "sequence": True}, 2),
     ({"tensor": 2, "pipeline": 2, "distributed_optimizer": False}, 1),
     ({"overlap_grad_reduce": True, "overlap_param_gather": True}, 4),
+    ({"tensor": 2, "context": 2, "context_chunk_size": 4}, 1),
 ]
 
 
 @pytest.mark.parametrize("layout", slow_except((LAYOUTS[0], LAYOUTS[3]), LAYOUTS), ids=str)
 def test_updates_are_the_published_ones_in_every_layout(layout, expected, monkeypatch):
-    """Small buckets, so that many matrices are cut at the borders of the data-parallel ranks' shares."""
+    """The buckets are small, so that many matrices are cut at the borders of the data-parallel ranks' shares."""
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE", 4000)
     monkeypatch.setattr(buckets, "MIN_BUCKET_SIZE_PER_RANK", 1)
     parallel, data_parallel = layout
@@ -345,7 +346,7 @@ def _learned(_rank: int, _size: int, name: str, rates: Sequence[float]) -> list[
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_at_least_as_much_as_with_adamw():
-    """At an equal number of steps, each optimizer with the best of its learning rates."""
+    """Each optimizer takes as many steps, with the best of its learning rates."""
     rates = (1e-3, 3e-3, 1e-2, 3e-2)
     adamw, muon = (
         run_distributed(_learned, 1, name, rates, process_group=False, timeout=LONGER_THAN_A_TEST)[0] for name in ("adamw", "muon")

@@ -49,7 +49,7 @@ def _gidd(share):
 
 
 def _log_snr(t):
-    """With slope 1 and shift 0 the share of the words is 1 - t."""
+    """Return the mixture with slope 1 and shift 0, whose share of words is 1 - t."""
     return 1 - t, t * (1 - t) / 4, t * t
 
 
@@ -75,7 +75,7 @@ def _row(value):
 
 
 def _noise_at(process, t, z):
-    """alpha, c of a word and c(z), and the weight r(z) / q(z | x) of the bound, by autograd, at one t."""
+    """Return alpha, c of a word and c(z), and the weight r(z) / q(z | x) of the bound, by autograd, at one t."""
     t = _row(t).requires_grad_()
     alpha, word, mask = process(t)
     at_input = mask if z == MASK else word

@@ -33,7 +33,7 @@ def test_each_term_is_its_definition(name, chunk_size, excluded, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", row_terms.TERMS)
 def test_each_term_of_whole_rows_is_its_definition(name, dtype):
-    """In the precision of the logits, and also where the logits are large (but not where their exponentials are the value)."""
+    """The term has the precision of the logits, also where the logits are large (but not where their exponentials are the value)."""
     logits = (3 if name == "score entropy" else 100) * torch.randn(
         (NUM_ROWS, VOCABULARY), generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )

@@ -55,6 +55,14 @@ def test_exact_predictions_give_the_entropy(given, error):
     assert ENTROPY - 1e-9 <= found == pytest.approx(ENTROPY, rel=error)
 
 
+@pytest.mark.parametrize("given", [{}, {"objective": "hybrid", "uniform_share": 0.2}], ids=str)
+def test_the_bound_is_that_of_the_process_where_the_reconstruction_is_trained(given):
+    """The mean over t of the reconstruction is far below the entropy of the text."""
+    config = tabular_config(loss="reconstruction", weight="constant", **given)
+    predict = lambda t: exact_predictions(noise_process(config), t, full=False)  # noqa: E731
+    assert negative_elbo(config, predict, 30) == pytest.approx(ENTROPY, rel=2e-3)
+
+
 def test_masks_by_information_have_their_own_bound(tmp_path):
     """A mask says something about its token here. The posterior that knows this gives the entropy, and another prediction more."""
     np.save(tmp_path / "counts.npy", np.array([3, 2, 1, 0]))
@@ -67,7 +75,7 @@ def test_masks_by_information_have_their_own_bound(tmp_path):
 
 @each_process
 def test_full_predictions_are_converted(given, error):
-    """They give the entropy as well, and without the conversion much more."""
+    """Full predictions give the entropy as well, and without the conversion much more."""
     process = noise_process(tabular_config(**given))
     predict = lambda t: exact_predictions(process, t, full=True)  # noqa: E731
     assert negative_elbo(tabular_config(prediction="full", **given), predict, 30) == pytest.approx(ENTROPY, rel=max(error, 2e-3))
@@ -192,7 +200,7 @@ def test_rdms_weights_are_the_elbo():
 
 
 def test_masked_diffusion_is_the_mean_over_orders_of_autoregression():
-    """At length 2: half of the sum over both orders, of a prediction that depends on the visible tokens alone."""
+    """The bound of two tokens is half of the sum over both orders, if a prediction depends on the visible tokens alone."""
     predictions = _random_predictions()
     found = negative_elbo(tabular_config(), lambda t: predictions, 50)
     nothing = predictions[MASK * 4 + MASK]

@@ -20,6 +20,9 @@ REFUSED = [
     ({"loss": "finite_kl", "num_timesteps": 4}, "validation.timesteps", "a multiple of"),
     ({**SCORES, "exclude_mask_logit": False}, "diffusion.exclude_mask_logit", "=true"),
     ({**SCORES, "num_noise_ids": 0}, "diffusion.num_noise_ids", f"={VOCAB_SIZE}"),
+    ({**SCORES, "num_noise_ids": VOCAB_SIZE + 1}, "diffusion.num_noise_ids", f"={VOCAB_SIZE}"),
+    ({**SCORES, "num_timesteps": 10}, "diffusion.num_timesteps", "=0"),
+    ({**UNIFORM, "loss": "score_entropy", "num_timesteps": 10}, "diffusion.num_timesteps", "=0"),
     ({**SCORES, "t_max": 1.0}, "diffusion.t_max", "log_linear"),
     ({**UNIFORM, "loss": "kl_is", "num_timesteps": 8}, "diffusion.loss", "finite_kl"),
     ({**HYBRID, "loss": "score_entropy"}, "diffusion.loss", "kl_is"),
@@ -38,6 +41,12 @@ REFUSED = [
     ({**UNIFORM, "loss": "kl_is", "weight": "cart"}, "diffusion.weight", "constant"),
     ({"weight": "cart", "block_size": 4}, "diffusion.weight", "constant"),
     ({"weight": "gidd_dynamic"}, "diffusion.weight", "constant"),
+    (
+        {**UNIFORM, "objective": "log_snr", "log_snr_shift": -1000.0, "loss": "kl_is", "weight": "gidd_dynamic"},
+        "diffusion.weight",
+        "log_snr",
+    ),
+    ({"loss": "reconstruction"}, "diffusion.weight", "constant"),
     ({"weight_min": 2.0, "weight_max": 1.0}, "diffusion.weight_min", "at most"),
 ]
 ACCEPTED = [

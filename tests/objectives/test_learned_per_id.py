@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from w1train.diffusion.corruption import NoisyBatch, corrupt_at
 from w1train.diffusion.learned_masked import EPSILON, rates_at, reconstruction
 from w1train.diffusion.processes import noise_process
 from w1train.model.row_terms import WeightedCrossEntropy, value_of
+from w1train.objectives.integral import integral_of, needs_reconstruction
 from w1train.objectives.learned_per_id import LearnedPerIdLoss
 from w1train.objectives.loss_rows import loss_rows
 
@@ -68,7 +70,7 @@ def _batch(draws: list[tuple[bool, ...]], rates: Tensor) -> NoisyBatch:
 
 
 def _predictions(masks: tuple[bool, ...]) -> Tensor:
-    """log of a model's distribution of each token, float64 [l, 3], which depends on the masks of the token's segment."""
+    """Return the logarithm of a model's distribution of each token, float64 [l, 3], which depends on the masks of the token's segment."""
     logits = torch.empty(len(TEXT), 3, dtype=torch.float64)
     for place, segment in enumerate(SEGMENTS):
         seen = [mask for mask, other in zip(masks, SEGMENTS, strict=True) if other == segment]
@@ -87,7 +89,7 @@ def _densities(masks: tuple[bool, ...], rates: Tensor) -> Tensor:
 
 
 def _probability(masks: tuple[bool, ...], rates: Tensor) -> Tensor:
-    """q(z | x)."""
+    """Return q(z | x)."""
     result = rates.new_ones(())
     for word, mask, may, segment in zip(TEXT, masks, MAY_BE_NOISED, SEGMENTS, strict=True):
         masked = (1 - EPSILON) * TIMES[segment] ** rates[word]
@@ -100,8 +102,8 @@ def _rates() -> Tensor:
 
 
 def _bound(rates: Tensor, *, through_noise: bool = True) -> Tensor:
-    """The mean over the noise of the negative ELBO of the text at the given times."""
-    end = reconstruction(rates, torch.tensor(TEXT), 1e-3, MASK)[torch.tensor(MAY_BE_NOISED)].sum()
+    """The mean over the noise of the negative ELBO of the text at the given times, divided by the length of the integral over t."""
+    end = reconstruction(rates, torch.tensor(TEXT), 1e-3, MASK)[torch.tensor(MAY_BE_NOISED)].sum() / (1 - 1e-3)
     weights = {masks: _probability(masks, rates) for masks in _masks()}
     return end + sum((p if through_noise else p.detach()) * _densities(masks, rates).sum() for masks, p in weights.items())
 
@@ -136,7 +138,7 @@ def test_the_logged_sums_have_no_score_term():
     pair = [(True, False, False, True), (False, False, True, True)]
     rows = loss_rows(_batch(pair, rates), torch.ones(2, len(TEXT)))
     values = {"per_id": torch.cat([_densities(masks, rates) for masks in pair])}
-    end = 2 * reconstruction(rates, torch.tensor(TEXT), 1e-3, MASK)[torch.tensor(MAY_BE_NOISED)].sum()
+    end = 2 / (1 - 1e-3) * reconstruction(rates, torch.tensor(TEXT), 1e-3, MASK)[torch.tensor(MAY_BE_NOISED)].sum()
     assert loss.end_terms(rows).item() == pytest.approx(end.item(), rel=1e-12)
     with torch.no_grad():
         rows.learned_noise.rates = rates.detach()
@@ -150,3 +152,24 @@ def test_only_one_rank_of_those_that_share_the_vocabulary_has_the_gradient_of_wh
     rows.learned_noise.counts_once = False
     found, wanted = (torch.cat([_densities(masks, rates) for masks in pair]) for _ in range(2))
     assert torch.equal(_gradient(loss.total({"per_id": found}, rows), rates), _gradient(wanted.sum(), rates))
+
+
+@pytest.mark.parametrize("t_min", [1e-3, 0.2])
+def test_the_parts_of_the_bound_add_up_to_the_entropy(t_min):
+    """A text of one word, all words alike, has the entropy log 3, and the exact prediction at a mask reaches it with every t_min."""
+    rates = torch.tensor([0.7, 1.0, 2.0, 0.0], dtype=torch.float64)
+    config = dataclasses.replace(_loss().config, t_min=t_min)
+    fractions = ((torch.arange(40_000) + 0.5) / 40_000).tolist()
+    integral = integral_of(config, fractions)
+    times = torch.tensor(integral.timesteps, dtype=torch.float64)[:, None]
+    masked = times ** rates[:MASK]
+    posterior = masked / masked.sum(dim=1, keepdim=True)
+    losses = (rates[:MASK] * (-posterior.log() - 1) + (rates[:MASK] * posterior).sum(dim=1, keepdim=True)) / times
+    densities = (1 - EPSILON) * (masked * losses).mean(dim=1)
+    rows = loss_rows(_batch([(True, False, False, True)], rates.requires_grad_()), torch.ones(1, len(TEXT)))
+    rows.learned_noise.tokens = torch.arange(MASK)[None]
+    rows.learned_noise.can_be_noised = torch.ones(1, MASK, dtype=torch.bool)
+    end = LearnedPerIdLoss(config, noise_process(config)).end_terms(rows).item() / MASK
+    bound = sum(rate * (density + end) for rate, density in zip(integral.rates, densities.tolist(), strict=True)) / len(fractions)
+    assert not needs_reconstruction(noise_process(config), integral.first), "the loss has the end term"
+    assert bound == pytest.approx((1 - EPSILON) * math.log(MASK), abs=2e-5)

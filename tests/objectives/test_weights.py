@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_the_weights_by_signal_are_the_published_ones(t):
 
 @pytest.mark.parametrize("t", ELBO_OF_HYBRID)
 def test_the_weights_of_gidd(t):
-    """Of the bound, and in proportion to that of a wrong token, at most 2."""
+    """The dynamic weights are the bound's weights in proportion to that of a wrong token, and at most 2."""
     given = {"objective": "hybrid", "uniform_share": 0.2, "loss": "kl_is"}
     elbo = ELBO_OF_HYBRID[t]
     for name in ("elbo", "inverse_t"):
@@ -64,6 +65,22 @@ def test_the_weights_by_signal_of_a_cross_entropy_are_one_minus_t(t):
     assert _weights(t, weight="log_snr")[2] == pytest.approx(1 - t)
 
 
+@pytest.mark.parametrize("t", [1e-5, 1.0])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"objective": "log_snr", "loss": "kl_is", "weight": "log_snr"},
+        {"objective": "log_snr", "loss": "kl_is", "weight": "gidd_dynamic"},
+        {"objective": "hybrid", "loss": "finite_kl", "num_timesteps": 10, "weight": "log_snr"},
+        {"noise_schedule": "cosine", "num_timesteps": 10, "weight": "log_snr"},
+    ],
+    ids=str,
+)
+def test_weights_by_signal_are_finite_where_the_noise_does_not_change(given, t):
+    """A log-SNR mixture is constant near t = 0 and t = 1, and a cosine at t = 1. A single NaN would spoil the loss of a step."""
+    assert all(0 <= weight < math.inf for weight in _weights(t, **given))
+
+
 def test_a_masked_token_counts_by_the_visible_tokens_around_it():
     """CART of Dream, with p = .3 and two visible tokens."""
     config = DiffusionConfig(weight="cart", cart_probability=0.3, random_length_probability=0.0)
@@ -73,7 +90,7 @@ def test_a_masked_token_counts_by_the_visible_tokens_around_it():
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_cart_sees_its_own_document_alone(shift):
-    """By the sum of its definition; the output that predicts a token has the token's weight."""
+    """The weight is the sum of its definition, and the output that predicts a token has the token's weight."""
     config = DiffusionConfig(weight="cart", shift=shift, random_length_probability=0.0, num_strata=8)
     noisy = corrupt(packed_batch(range(6)), config, seed=1)
     weights, p = objective_of(config, 10).weights(noisy), config.cart_probability

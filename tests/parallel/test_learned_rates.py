@@ -41,7 +41,7 @@ LAYOUTS = {
 
 
 def _config(streams: str, data_parallel: int = 1, **parallel) -> Config:
-    """Four pairs, in as many micro-batches as fill a pipeline."""
+    """Return a configuration of four pairs, in as many micro-batches as fill a pipeline."""
     return tiny_config(
         model={"num_layers": 4 if parallel.get("pipeline", 1) > 1 else 2, "learns_noise_rates": True},
         parallel={"context_chunk_size": 4, "distributed_optimizer": False, **parallel},
@@ -100,7 +100,7 @@ def _pipelined(streams: str, data: int, **options) -> Config:
 
 
 def _by_autograd(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(loss and gradients of the training path, those of the loss written out over whole logits in one graph)"""
+    """Return (loss and gradients of the training path, those of the loss written out over whole logits in one graph)."""
     model = build_trained_model(config)
     open_gates(model)
     size, stage = config.training.global_batch_size, model.stages[0]
@@ -118,7 +118,7 @@ def _by_autograd(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, tor
 
 
 def _written_out(stage: torch.nn.Module, noisy: NoisyBatch, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the bound, its score-function term), summed over all samples, token by token, from the formulas of the paper."""
+    """Return (the bound, its score-function term), summed over all samples, token by token, from the formulas of the paper."""
     rates, mask = torch.nn.functional.softplus(dict(stage.named_parameters())[RATES]).double(), config.diffusion.mask_token_id
     masked, times = noisy.input_ids == mask, noisy.target_timesteps.double()
     log_p = torch.zeros(*noisy.tokens.shape, config.model.vocab_size, dtype=torch.float64)

@@ -67,7 +67,7 @@ def _assert_single_process_numbers(names: Sequence[str], parallel: dict, data: i
 
 
 def test_some_objectives_keep_the_numbers():
-    """Over vocabularies and positions that two ranks share, in chunks of rows."""
+    """Two ranks share the vocabulary and the positions here, in chunks of rows."""
     _assert_single_process_numbers(IN_EACH_RUN, TENSOR_AND_CONTEXT, 1)
 
 

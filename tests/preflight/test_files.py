@@ -66,7 +66,7 @@ def test_the_files_of_the_demo_are_made_by_make(config: Config) -> None:
 
 
 def test_counts_of_tokens_are_made_by_a_command(config: Config, directory: Path) -> None:
-    """Only where a stage's noise depends on them."""
+    """The command is named only where the noise of a stage depends on the counts."""
     config.diffusion.token_counts = "counts.npy"
     assert list(counts_rule(config)) == []
     config.diffusion.objective = "per_id_masked"

@@ -16,6 +16,8 @@ from tests.slow import slow_except
 from tests.tiny import tiny_config
 from w1train.config.errors import UserError
 from w1train.config.schema import DiffusionConfig, SamplingConfig
+from w1train.diffusion.learned_masked import EPSILON
+from w1train.diffusion.prediction import leave_one_out_from_scores
 from w1train.diffusion.processes import noise_process
 from w1train.registered_names import NAME_RULES
 from w1train.sampling.ancestral import Ancestral, Interval
@@ -49,7 +51,7 @@ def kernel_of(diffusion: DiffusionConfig, name: str = "ancestral", **settings) -
 
 
 def forward(diffusion: DiffusionConfig, t: float, size: int = VOCAB_SIZE) -> Tensor:
-    """q_t(z | x) as float64 [x, z], over the words x and all ids z."""
+    """Return q_t(z | x), float64 [x, z], over the words x and all ids z."""
     process, time = noise_process(diffusion), torch.tensor(t, dtype=torch.float64)
     return process.alpha(time) * torch.eye(size, dtype=torch.float64)[: size - 1] + process.noise(time, torch.arange(size))
 
@@ -70,7 +72,7 @@ class Table:
 
 
 def law_of(kernel: Ancestral, diffusion: DiffusionConfig, num_steps: int, *, full: bool) -> Tensor:
-    """The exact probabilities of the texts [3, 3] that a kernel writes with a model that knows the posteriors of TABLE."""
+    """Return the exact probabilities of the texts [3, 3] that a kernel writes with a model that knows the posteriors of TABLE."""
     process, source = kernel.process, WholeCanvas(Table(diffusion, full=full), diffusion)
     prior = process.noise(torch.ones((), dtype=torch.float64), torch.arange(VOCAB_SIZE))
     law = torch.outer(prior, prior).flatten() / prior.sum() ** 2
@@ -115,6 +117,86 @@ def test_a_full_prediction_in_the_place_of_leave_one_out_has_another_law(name):
     assert float((law[:NUM_WORDS, :NUM_WORDS] - TABLE).abs().sum()) > 0.05
 
 
+RATES = torch.tensor([0.4, 1.0, 3.0, 1.0], dtype=torch.float64)
+
+
+class LearnedRates(Table):
+    """The exact posteriors of TABLE where the rates of masks are RATES. A mask says something about its own token too."""
+
+    def __call__(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
+        masked = (1 - EPSILON) * timesteps[0].double() ** RATES[:NUM_WORDS]
+        likelihoods = torch.cat([torch.diag(1 - masked), masked[:, None]], dim=1)
+        seen = likelihoods.T[tokens.T]  # [2, n, x]
+        posteriors = torch.stack([seen[0] * (seen[1] @ TABLE.T), seen[1] * (seen[0] @ TABLE)], dim=1)
+        return torch.nn.functional.pad(posteriors, (0, 1)).log()
+
+    def noise_rates(self) -> Tensor:
+        return RATES
+
+
+def _law_of_rates(rates: Tensor, num_steps: int) -> Tensor:
+    diffusion = DiffusionConfig(mask_token_id=MASK, objective="learned_masked")
+    kernel = Ancestral(Batch(SamplingConfig(temperature=1.0), diffusion, [0], None, "cpu", rates))
+    source, law = WholeCanvas(LearnedRates(diffusion, full=True), diffusion), {(MASK, MASK): 1.0}
+    for step in kernel.plan(2, num_steps):
+        states = torch.tensor(list(law))
+        masked = states == MASK
+        timesteps = source.timesteps(kernel.noised(torch.ones_like(masked), step), 0, 2)
+        moves = torch.nn.functional.one_hot(states, VOCAB_SIZE).double()
+        moves[masked] = kernel.probabilities(states[masked], source.logits(states, timesteps, 0, 2)[masked], step)
+        after = torch.einsum("n,na,nb->ab", torch.tensor(list(law.values()), dtype=torch.float64), moves[:, 0], moves[:, 1])
+        law = {(a, b): after[a, b].item() for a, b in after.nonzero().tolist()}
+    return after
+
+
+def test_learned_rates_decide_when_a_token_is_written():
+    """With the rates of the model the law of the samples tends to that of the data, and with other rates it does not."""
+    errors = [float((_law_of_rates(RATES, steps)[:NUM_WORDS, :NUM_WORDS] - TABLE).abs().sum()) for steps in (4, 64)]
+    assert errors[1] < errors[0] / 8
+    assert errors[1] < 0.02
+    assert not _law_of_rates(RATES, 4)[MASK].any()
+    assert float((_law_of_rates(torch.ones(VOCAB_SIZE), 64)[:NUM_WORDS, :NUM_WORDS] - TABLE).abs().sum()) > 0.05
+
+
+def test_a_model_gives_its_learned_rates_to_the_kernel():
+    diffusion = DiffusionConfig(mask_token_id=MASK, objective="learned_masked")
+    settings = SamplingConfig(temperature=1.0, kernel="ancestral", num_tokens=2, num_steps=4)
+    found = generate(LearnedRates(diffusion, full=True), [[]] * 2000, settings, diffusion=diffusion, eos_token_id=99, device="cpu")
+    pairs = found.completions @ torch.tensor([NUM_WORDS, 1])
+    expect_shares(pairs.bincount(minlength=9).double(), _law_of_rates(RATES, 4)[:NUM_WORDS, :NUM_WORDS].flatten())
+
+
+class Scores(Table):
+    """The exact scores of TABLE: logarithms of q(y | posterior) / q(z | posterior). That of z itself is not trained, so it is wrong."""
+
+    def __call__(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
+        posteriors = super().__call__(tokens, timesteps)[:, :, :NUM_WORDS].softmax(dim=2)
+        laws = posteriors @ forward(self.diffusion, float(timesteps[0]))
+        ratios = (laws / laws.gather(2, tokens[:, :, None])).log()
+        return ratios.scatter(2, tokens[:, :, None], 3.0).index_fill(2, torch.tensor(MASK), 7.0)
+
+
+def test_scores_under_uniform_noise_have_the_law_of_their_posteriors():
+    uniform = {"objective": "uniform", "loss": "score_entropy"}
+    diffusion = DiffusionConfig(mask_token_id=MASK, num_noise_ids=NUM_WORDS, **uniform, noise_schedule="geometric", schedule_sigma_max=9.0)
+    source, tokens, t = WholeCanvas(Scores(diffusion, full=False), diffusion), STATES[(STATES != MASK).all(dim=1)], torch.tensor([0.6])
+    found = source.logits(tokens, t.expand(len(tokens)), 0, 2).softmax(dim=2)
+    expected = Table(diffusion, full=False)(tokens, t).softmax(dim=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_scores_of_no_distribution_are_cut_to_probabilities():
+    """A model's scores need not be at least c / (alpha + c)."""
+    logits = torch.tensor([[-9.0, 0.7, 1.0, -torch.inf]], dtype=torch.float64)
+    alpha, noise = torch.tensor([0.4], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
+    found = leave_one_out_from_scores(logits, torch.tensor([1]), alpha, noise).exp()[0]
+    assert found[0] == found[3] == 0
+    assert found.sum().item() == pytest.approx(1)
+    assert (found[2] / found[1]).item() == pytest.approx(
+        (math.e / (math.e + 1 + math.exp(-9)) - 0.2) / (1 / (math.e + 1 + math.exp(-9)) - 0.2)
+    )
+
+
 @pytest.mark.parametrize("kernel", ["ancestral", "gidd_posterior"])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_an_oracle_keeps_the_forward_process(name, kernel):
@@ -138,7 +220,7 @@ GOLDEN_STEPS = [
 
 @pytest.mark.parametrize(("name", "num_words", "z", "prediction", "expected"), GOLDEN_STEPS)
 def test_golden_steps(name, num_words, z, prediction, expected):
-    """From t = 0.6 to s = 0.4, once more as the mixture of the posteriors of all clean tokens that the full prediction weighs."""
+    """The steps are those published, once more as the mixture of the posteriors of all clean tokens that the full prediction weighs."""
     diffusion = diffusion_of(name, mask=num_words)
     kernel = kernel_of(diffusion)
     logits = torch.tensor([*prediction, 0.0], dtype=torch.float64).log()[None]
@@ -157,7 +239,7 @@ def test_the_temperature_sharpens_the_full_prediction(temperature, z):
 
 
 def mixture(diffusion: DiffusionConfig, z: int, logits: Tensor, temperature: float) -> Tensor:
-    """sum over x of p(x | canvas) q(z_s | z, x) for t = 0.6 and s = 0.4, where q(z_s | z, x) is Bayes' rule with the step kernel."""
+    """Return the sum over x of p(x | canvas) q(z_s | z, x) for t = 0.6 and s = 0.4, where q(z_s | z, x) is by Bayes' rule."""
     size = len(logits)
     now, before = forward(diffusion, 0.6, size), forward(diffusion, 0.4, size)
     process, times = noise_process(diffusion), torch.tensor([0.6, 0.4], dtype=torch.float64)
@@ -241,7 +323,7 @@ def test_the_model_gets_the_t_of_the_expected_share_of_noise(name):
 
 
 def toy_logits(tokens: Tensor, t: Tensor) -> Tensor:
-    """A model in closed form that depends on all tokens and on t, with 20 ids."""
+    """Return the logits of a model in closed form, which depends on all tokens and on t, with 20 ids."""
     total = (tokens + 1).sum(dim=1)[:, None, None]
     position = torch.arange(1, tokens.shape[1] + 1)[None, :, None]
     return 2 * torch.cos(0.7 * position * torch.arange(1, 21) + 0.13 * total + t[:, None, None])
@@ -304,7 +386,7 @@ def test_every_text_is_clean_and_depends_on_its_prompt_alone(name, kernel, setti
 
 @pytest.mark.parametrize("name", ["masked", "uniform", "hybrid"])
 def test_blocks_are_finished_one_after_the_other(name):
-    """Also the tokens of a prompt that are in the first block stay, in the steps and in the revision."""
+    """The tokens of a prompt that are in the first block stay too, in the steps and in the revision."""
     prompts = [[1, 2, 3, 4, 5], [6]]
 
     def check(state: DenoisingStep) -> None:
@@ -353,11 +435,7 @@ def test_the_default_kernel_serves_every_process(objective):
             {},
             {"diffusion.prediction": "diffusion.shift=false"},
         ),
-        (
-            {"objective": "learned_masked", "loss": "per_id", "coupled_draws": True},
-            {"kernel": "ancestral"},
-            {"sampling.kernel": "sampling.kernel=unmask"},
-        ),
+        ({"objective": "learned_masked", "loss": "per_id", "coupled_draws": True}, {"kernel": "ancestral"}, {}),
         ({"objective": "autoregressive"}, {"kernel": "ancestral", "threshold": 0.9}, {}),
         ({"objective": "hybrid"}, {"kernel": "unmask"}, {}),
         ({"objective": "uniform", "noise_schedule": "sine"}, {"kernel": "unmask"}, {"diffusion.noise_schedule": "did you mean cosine?"}),

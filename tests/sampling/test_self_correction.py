@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.sampling.test_threshold import ToyBlocks
 from w1train.config.errors import UserError
 from w1train.config.schema import DiffusionConfig, SamplingConfig
-from w1train.sampling import self_correction
+from w1train.sampling import revision
 from w1train.sampling.canvas import DenoisingStep
 from w1train.sampling.denoise import generate, revise
 
@@ -51,7 +51,7 @@ def text_of(positions: range, wrong: tuple[int, ...] = ()) -> list[int]:
 
 
 def run(prompts, texts, model=oracle, on_step=None, diffusion=HYBRID, **settings):
-    config = SamplingConfig(num_tokens=99, **settings)
+    config = SamplingConfig(num_tokens=99, **{"reviser": "self_correction", **settings})
     return revise(model, prompts, texts, config, diffusion=diffusion, device="cpu", vocab_size=MASK, on_step=on_step)
 
 
@@ -149,7 +149,7 @@ def vars_of(config: DiffusionConfig) -> dict[str, object]:
 
 
 def test_a_model_of_masks_is_said_to_know_no_wrong_tokens(caplog):
-    self_correction._say_that_the_noise_is_masks.cache_clear()
+    revision._say_that_the_noise_is_masks.cache_clear()
     run([[]], [[1]], diffusion=DiffusionConfig(mask_token_id=MASK))
     assert "masked diffusion, which never puts a wrong token in the text" in caplog.text
 
@@ -159,7 +159,7 @@ def test_a_model_of_masks_is_said_to_know_no_wrong_tokens(caplog):
     [
         ([[1, MASK]], {}, r"text 0 has the mask token \(11\) at position 1"),
         ([[1], [2]], {}, "2 texts for 1 prompts"),
-        ([[1]], {"reviser": "w1_jump"}, "sampling.reviser is 'w1_jump'; valid: self_correction"),
+        ([[1]], {"reviser": "w1_jump"}, "sampling.reviser is 'w1_jump'; valid: conditional_modes, self_correction"),
     ],
 )
 def test_bad_texts_and_settings(texts, settings, message):

@@ -54,16 +54,17 @@ class SamplingConfig:
     """For kernel=gidd_posterior: temperature of the probabilities of a step. W1 publishes the name of this option, but not its meaning,
     which is our choice."""
     reviser: str | None = None
-    """What changes a text after its last step (with block diffusion: each block). self_correction: GIDD's fixed-point iteration, for models
-    trained with noise that puts other tokens in the place of tokens. null = nothing."""
+    """What changes a text after its last step (with block diffusion: each block), for models trained with noise that puts other tokens in
+    the place of tokens. conditional_modes: replace tokens that are probably wrong, given the whole text and the noise of the process.
+    self_correction: GIDD's fixed-point iteration, which moves the text towards the model's most probable tokens. null = nothing."""
     correction_steps: PositiveInteger = 128
-    """Most steps of self-correction (GIDD)."""
+    """Most steps of a reviser (GIDD)."""
     correction_tokens: PositiveInteger = 1
-    """Tokens that a step of self-correction changes (GIDD)."""
+    """Tokens that a step of a reviser changes (GIDD)."""
     correction_temperature: PositiveFloat = 0.1
-    """Temperature of the tokens that self-correction draws (GIDD: 0.1 to 0.5)."""
+    """For reviser=self_correction: temperature of the tokens that it draws (GIDD: 0.1 to 0.5)."""
     correction_timestep: PositiveFraction = 0.01
-    """t at which the model reads the text in self-correction (GIDD)."""
+    """t at which the model reads the text in a revision (GIDD). For reviser=conditional_modes it also says how much noise the text has."""
     correction_patience: PositiveInteger = 32
-    """Self-correction ends after this many steps in which the share of tokens that are the model's most probable tokens has not grown
-    (GIDD)."""
+    """For reviser=self_correction: the revision ends after this many steps in which the share of tokens that are the model's most probable
+    tokens has not grown (GIDD)."""

@@ -72,6 +72,9 @@ class EditsProcess(MaskedProcess):
         )
 
     def problems(self, config: Config) -> Iterator[Problem]:
+        if config.diffusion.loss != "cross_entropy":
+            valid = "cross_entropy with diffusion.objective=edits: other losses ask how likely noise makes a token, which edits do not say"
+            yield Problem("diffusion.loss", config.diffusion.loss, valid, "diffusion.loss=cross_entropy")
         weight = config.diffusion.weight
         if weight not in ("elbo", "inverse_t", "constant"):
             valid = "inverse_t or constant with diffusion.objective=edits, because the loss of edited samples is at t = 1"

@@ -88,10 +88,10 @@ class PerIdMaskedProcess(MaskedProcess):
 
     def reverse_probabilities(self, ids: Tensor, predictions: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
         """Return the probabilities of NoiseProcess.reverse_probabilities: a mask becomes v with the probability of v times 1 - (the
-        probability that v is masked at s) / (that at t), and otherwise stays a mask."""
+        probability that v is masked at s) / (that at t), and otherwise stays a mask. It becomes no id that cannot be masked at t."""
         table = self.table_on(ids.device)
         now, before = (self.spindle.noising_probability(table, times.double()[:, None]) for times in (timesteps, earlier))
-        stay = (before / now.clamp_min(torch.finfo(torch.float64).tiny)).to(predictions.dtype)
+        stay = torch.where(now > 0, before / now, 1.0).to(predictions.dtype)
         every_id = torch.arange(predictions.shape[1], device=ids.device)
         of_mask = torch.where(every_id == self.mask_token_id, (stay * predictions).sum(dim=1, keepdim=True), (1 - stay) * predictions)
         return torch.where(self.is_noised(ids)[:, None], of_mask, (ids[:, None] == every_id).to(predictions.dtype))

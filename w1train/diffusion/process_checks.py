@@ -36,6 +36,7 @@ def process_problems(config: Config) -> Iterator[Problem]:
     if diffusion.noise_schedule not in process.schedules:
         valid = f"{listing(process.schedules)}, the schedules of {process.name}"
         yield Problem("diffusion.noise_schedule", diffusion.noise_schedule, valid, f"diffusion.noise_schedule={process.schedules[0]}")
+    yield from _epsilon_problems(diffusion, process)
     if process.needs_noise_ids:
         yield from _noise_id_problems(config, process)
         # The other checks look at the noise that the process has with valid ids.
@@ -53,6 +54,15 @@ def _range_problems(diffusion: DiffusionConfig) -> Iterator[Problem]:
         low, high = getattr(diffusion, f"{name}_min"), getattr(diffusion, f"{name}_max")
         if diffusion.noise_schedule == schedule and low >= high:
             yield Problem(f"diffusion.{name}_min", show(low), f"a number below diffusion.{name}_max ({show(high)})")
+
+
+def _epsilon_problems(diffusion: DiffusionConfig, process: NoiseProcess) -> Iterator[Problem]:
+    """Report an epsilon that would have no effect."""
+    has_own_alpha = process.schedules == ("linear",)
+    if diffusion.schedule_epsilon > 0 and (has_own_alpha or diffusion.noise_schedule in ("geometric", "gaussian_argmax")):
+        owner = process.name if has_own_alpha else f"the schedule {diffusion.noise_schedule}"
+        valid = f"0, because {owner} has ends of its own"
+        yield Problem("diffusion.schedule_epsilon", show(diffusion.schedule_epsilon), valid, "diffusion.schedule_epsilon=0")
 
 
 def _noise_id_problems(config: Config, process: NoiseProcess) -> Iterator[Problem]:

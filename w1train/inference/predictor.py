@@ -34,6 +34,7 @@ from w1train.config.stages import at_stage
 from w1train.data.tokenizer import Tokenizer
 from w1train.diffusion.processes import noise_process
 from w1train.engine.building import build_stage
+from w1train.engine.learned_rates import current_noise_rates
 from w1train.engine.pipeline import run_schedule
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
@@ -62,6 +63,10 @@ class Predictor:
         documents = torch.where(torch.arange(padded, device=tokens.device) < length, 0, -1).to(torch.int32).expand(num_rows, padded)
         outputs = self.forward(tokens, timesteps, plan_attention(document_visibility(documents)), num_logits=length)
         return self.at_targets(tokens, outputs, 0)
+
+    def noise_rates(self) -> Tensor | None:
+        """Return the learned rates of noise, float32 [vocabulary]; None if the model learns none. Every rank of the replica calls this."""
+        return current_noise_rates(self.chunks)
 
     def at_targets(self, tokens: Tensor, outputs: Tensor, first_position: int, output_before: Tensor | None = None) -> Tensor:
         """Return the logits of each token: the outputs at its own position, or with diffusion.shift at the position before it.
@@ -191,6 +196,10 @@ class BlockPredictor:
         self._predictor, self._shift = predictor, diffusion.shift
         self._clean: Causality = "token" if diffusion.clean_attention == "token_causal" else "block"
         self._noisy: Causality = "token" if diffusion.noisy_attention == "causal" else "block"
+
+    def noise_rates(self) -> Tensor | None:
+        """Return Predictor.noise_rates."""
+        return self._predictor.noise_rates()
 
     def start(self, length: int, block_size: int) -> None:
         """Start new rows of at most ``length`` tokens, in blocks counted from their start. Keys and values of earlier rows are dropped."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from w1train.config.errors import Problem, show
 from w1train.config.schema import Config
 from w1train.diffusion.process import NoiseProcess
@@ -72,3 +74,6 @@ def _weight_problems(config: Config, process: NoiseProcess) -> Iterator[Problem]
         yield Problem(
             "diffusion.weight", f"gidd_dynamic with diffusion.loss={diffusion.loss} in {process.name}", valid, "diffusion.weight=constant"
         )
+    elif weight == "gidd_dynamic" and not process.word_noise(torch.tensor([diffusion.t_min, diffusion.t_max], dtype=torch.float64)).all():
+        valid = "another weight: gidd_dynamic compares tokens with wrong tokens, which this noise never puts anywhere"
+        yield Problem("diffusion.weight", "gidd_dynamic with noise on the mask token alone", valid, "diffusion.weight=log_snr")

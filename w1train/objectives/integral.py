@@ -41,7 +41,12 @@ def integral_of(config: DiffusionConfig, fractions: Sequence[float]) -> Integral
     points = torch.tensor(fractions, dtype=torch.float64)
     if isinstance(bound_of(config), FiniteKlLoss):
         return Integral(tuple(on_a_step(config, points).tolist()), (1.0,) * len(points), 0.0, 1.0)
-    quadrature = noise_process(config).quadrature
+    process = noise_process(config)
+    if process.learns_rates:
+        # The loss itself has the end term at t_min, so what is below t_min would be counted twice.
+        width = 1 - config.t_min
+        return Integral(tuple((config.t_min + width * points).tolist()), (width,) * len(points), config.t_min, 1.0)
+    quadrature = process.quadrature
     timesteps, rates = quadrature(points)
     ends, _ = quadrature(torch.tensor([0.0, 1.0], dtype=torch.float64))
     return Integral(tuple(timesteps.tolist()), tuple(rates.tolist()), *ends.tolist())
@@ -56,8 +61,8 @@ def is_exact_at_the_end(config: DiffusionConfig) -> bool:
 
 
 def needs_reconstruction(process: NoiseProcess, first: float) -> bool:
-    """Return whether noise replaces tokens at t_0."""
-    return process.noising_probability(torch.tensor([first], dtype=torch.float64)).item() > 0
+    """Return whether noise replaces tokens at t_0, and the loss does not have the end term itself (learned rates)."""
+    return not process.learns_rates and process.noising_probability(torch.tensor([first], dtype=torch.float64)).item() > 0
 
 
 def prior_divergence(process: NoiseProcess, last: float, num_ids: int, mask_token_id: int) -> float:

@@ -48,7 +48,10 @@ class LearnedPerIdLoss(PerIdLoss):
     def end_terms(self, rows: LossRows) -> Tensor:
         noise = rows.learned_noise
         assert noise is not None
-        of_tokens = reconstruction(noise.rates_of_tokens.double(), noise.tokens, self.config.t_min, self.config.mask_token_id)
+        smallest = self.config.t_min
+        of_tokens = reconstruction(noise.rates_of_tokens.double(), noise.tokens, smallest, self.config.mask_token_id)
+        # The mean over t is the integral from t_min to 1, divided by its length. The bound divided by this length has this part of the end.
+        of_tokens = of_tokens / (1 - smallest)
         return torch.where(self._known(noise), of_tokens, 0.0).sum()
 
     def _known(self, noise: LearnedNoise) -> Tensor:

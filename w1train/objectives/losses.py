@@ -27,7 +27,7 @@ LOSSES: dict[str, type[RowLoss]] = {
 BOUNDS: dict[str, type[RowLoss]] = {"cross_entropy": PlainCrossEntropy, "kl_is": KlIsLoss, "per_id": PerIdLoss}
 """The bound in continuous time for each value of NoiseProcess.bound."""
 
-OWN_BOUNDS = ("finite_kl", "score_entropy", "reconstruction")
+OWN_BOUNDS = ("finite_kl", "score_entropy")
 """Losses that are the bound of their models: in discrete time, and where the outputs are scores, the bounds of BOUNDS are those of other
 models."""
 

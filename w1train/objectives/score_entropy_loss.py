@@ -55,15 +55,26 @@ class ScoreEntropyLoss(RowLoss):
         if config.diffusion.objective not in ("diffusion", "uniform"):
             valid = f"another loss, such as {process.bound}: scores of masks that tokens can turn into are not trained ({process.name})"
             yield Problem("diffusion.loss", "score_entropy", valid, f"diffusion.loss={process.bound}")
-        last = torch.tensor([1.0 if config.diffusion.num_timesteps > 0 else config.diffusion.t_max])
-        if process.bound == "cross_entropy" and process.alpha(last).item() == 0:
-            valid = "a number below 1, because at t = 1 no token is left, and the scale of the scores has no logarithm"
-            yield Problem(
-                "diffusion.t_max", show(config.diffusion.t_max), valid, "diffusion.t_max=0.9999, or diffusion.noise_schedule=log_linear"
-            )
+        yield from _end_problems(config, process)
         if not config.diffusion.exclude_mask_logit:
             valid = "true with diffusion.loss=score_entropy: the mask token has no score, and samplers never write it"
             yield Problem("diffusion.exclude_mask_logit", "false", valid, "diffusion.exclude_mask_logit=true")
-        if config.diffusion.objective == "diffusion" and config.diffusion.num_noise_ids == 0:
-            valid = "the number of ids that a token can be, because diffusion.loss=score_entropy scales scores by it"
-            yield Problem("diffusion.num_noise_ids", "0", valid, f"diffusion.num_noise_ids={config.model.vocab_size}")
+        num_ids, vocab_size = config.diffusion.num_noise_ids, config.model.vocab_size
+        if config.diffusion.objective == "diffusion" and not 0 < num_ids <= vocab_size:
+            valid = f"model.vocab_size ({vocab_size}) or less: the number of ids of the text, by which diffusion.loss=score_entropy scales"
+            yield Problem("diffusion.num_noise_ids", show(num_ids), valid, f"diffusion.num_noise_ids={vocab_size}")
+
+
+def _end_problems(config: Config, process: NoiseProcess) -> Iterator[Problem]:
+    """Report a last t at which no token of the text is left: scores have no scale and the bound no weight there. (Of uniform noise in
+    continuous time, the rules of the process report it.)"""
+    diffusion = config.diffusion
+    last = 1.0 if diffusion.num_timesteps > 0 else diffusion.t_max
+    if process.alpha(torch.tensor([last])).item() > 0:
+        return
+    if diffusion.num_timesteps > 0:
+        valid = "0, because the last step is at t = 1, where no token is left that scores could tell from noise"
+        yield Problem("diffusion.num_timesteps", show(diffusion.num_timesteps), valid, "diffusion.num_timesteps=0")
+    elif process.bound == "cross_entropy":
+        valid = "a number below 1, because at t = 1 no token is left, and the scale of the scores has no logarithm"
+        yield Problem("diffusion.t_max", show(diffusion.t_max), valid, "diffusion.t_max=0.9999, or diffusion.noise_schedule=log_linear")

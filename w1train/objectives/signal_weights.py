@@ -1,10 +1,14 @@
 """Weights that are made of the bound's weight and of the ratio of signal to noise.
 
+Where the noise does not change with t, both weights are 0, as the bound's is: near both ends of a log-SNR mixture, and at t = 1 of the
+cosine schedule. The ratios would be NaN there.
+
 Shapes: b = samples, l = sequence_length.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from w1train.diffusion.corruption import NoisyBatch
@@ -17,7 +21,7 @@ def log_snr_weight(noisy: NoisyBatch, loss: RowLoss) -> Tensor:
     timesteps = noisy.target_timesteps.double()
     process = loss.process
     rate = -process.alpha_rate(timesteps) / (process.alpha(timesteps) * process.noising_probability(timesteps))
-    return loss.elbo_weight(timesteps, noisy.target_inputs, noisy.targets) / rate
+    return torch.where(rate > 0, loss.elbo_weight(timesteps, noisy.target_inputs, noisy.targets) / rate, 0.0)
 
 
 def gidd_dynamic_weight(noisy: NoisyBatch, loss: RowLoss) -> Tensor:
@@ -26,4 +30,4 @@ def gidd_dynamic_weight(noisy: NoisyBatch, loss: RowLoss) -> Tensor:
     timesteps, process = noisy.target_timesteps.double(), loss.process
     # All ordinary ids have the same noise, so that of the target stands for that of every wrong token.
     of_wrong = process.jump_rate(timesteps, noisy.targets) / process.noise(timesteps, noisy.targets)
-    return process.bound_weight(timesteps, noisy.target_inputs, noisy.targets) / of_wrong
+    return torch.where(of_wrong > 0, process.bound_weight(timesteps, noisy.target_inputs, noisy.targets) / of_wrong, 0.0)

@@ -47,9 +47,6 @@ class Ancestral(Kernel):
         if sampling.threshold is not None:
             valid = "null, because this kernel decides by timesteps and not by confidence"
             yield Problem("sampling.threshold", show(sampling.threshold), valid, "sampling.threshold=null")
-        if process.learns_rates:
-            valid = "unmask: the steps of this kernel have the rates of the process, and a model that learns them has them in its weights"
-            yield Problem("sampling.kernel", show(sampling.kernel), valid, "sampling.kernel=unmask")
         if diffusion.prediction == "full" and diffusion.shift and by_block and process.bound == "kl_is":
             valid = (
                 "leave_one_out: with diffusion.shift, the output for the first token of a block does not see this token, and the others do"

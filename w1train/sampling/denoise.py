@@ -41,7 +41,7 @@ from w1train.sampling.canvas import Canvas, DenoisingStep, Generation, PlannedBl
 from w1train.sampling.checks import check_given, check_settings, refuse_suffixes_of_blocks, say_what_differs
 from w1train.sampling.kernel import Batch, Kernel
 from w1train.sampling.kernels import KERNELS, kernel_name
-from w1train.sampling.model_passes import BlockPredict, Predict
+from w1train.sampling.model_passes import BlockPredict, HasNoiseRates, Predict
 
 OnStep = Callable[[DenoisingStep], None]
 _NO_TOKEN = -1
@@ -75,7 +75,8 @@ def generate(
     positions of a prompt nor its noise depend on other prompts: the noise depends on config.seed and on the prompt's place in ``prompts``.
 
     Args:
-        model: its logits may be -inf at the mask token or not; the mask token is never generated.
+        model: its logits may be -inf at the mask token or not; the mask token is never generated. A model whose process has learned rates
+            also has ``noise_rates`` (w1train.sampling.model_passes.HasNoiseRates), which the ancestral kernel needs.
         prompts: token ids in [0, v) without mask tokens; a prompt may be empty.
         config: all fields except interval and prompts are used; num_steps is used only without a threshold.
         diffusion: the noise process, the mask token and the prediction of the model.
@@ -101,7 +102,8 @@ def generate(
     refuse_suffixes_of_blocks(suffix_lists, trained_block_size)
     groups = list(_rows_of_equal_lengths(prompt_lists, suffix_lists))
     make_kernel = KERNELS[kernel_name(config, diffusion)]
-    kernels = [make_kernel(Batch(config, diffusion, rows, vocab_size, device)) for rows in groups]
+    rates = model.noise_rates() if isinstance(model, HasNoiseRates) else None
+    kernels = [make_kernel(Batch(config, diffusion, rows, vocab_size, device, rates)) for rows in groups]
     lengths = [len(prompt_lists[rows[0]]) for rows in groups]
     plans = [plan_blocks(config, kernel.plan, length, trained_block_size) for kernel, length in zip(kernels, lengths, strict=True)]
     say_what_differs(config, plans, trained_block_size)
@@ -125,7 +127,7 @@ def revise(
     vocab_size: int | None = None,
     on_step: OnStep | None = None,
 ) -> Revised:
-    """Revise the text after each prompt by ``config.reviser``, or by self-correction if it is null. Prompts do not change.
+    """Revise the text after each prompt by ``config.reviser``, or by conditional modes if it is null. Prompts do not change.
 
     Args:
         model, diffusion, device, vocab_size, on_step: as in ``generate``.
@@ -135,7 +137,7 @@ def revise(
         UserError: settings cannot work, there is no prompt, or a prompt or text has mask tokens.
     """
     trained_block_size = model.block_size if isinstance(model, BlockPredict) else None
-    config = replace(config, reviser=config.reviser or "self_correction", block_size=config.block_size if trained_block_size else None)
+    config = replace(config, reviser=config.reviser or "conditional_modes", block_size=config.block_size if trained_block_size else None)
     check_settings(replace(config, num_tokens=0), diffusion, by_block=True, fewest_tokens=0)
     prompt_lists, text_lists = _lists(prompts), _lists(texts)
     check_given(prompt_lists, text_lists, ("text", "texts"), diffusion.mask_token_id)

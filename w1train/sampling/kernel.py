@@ -35,6 +35,8 @@ class Batch:
     vocab_size: int | None
     """Ids from this number on are never chosen; None = every id but the mask token may be chosen."""
     device: torch.device | str
+    noise_rates: Tensor | None = None
+    """float32 [v]: the rates of noise that the model has learned; None if it learns none."""
 
     def without_banned(self, logits: Tensor) -> Tensor:
         """Return logits [..., v] in float64, with -inf at the mask token and at ids that are never chosen. In float64, because several
@@ -51,7 +53,7 @@ class Kernel(ABC):
 
     def __init__(self, batch: Batch) -> None:
         self.batch, self.config = batch, batch.config
-        self.process = noise_process(batch.diffusion)
+        self.process = noise_process(batch.diffusion, batch.noise_rates)
         self.generators = row_generators(batch.config.seed, batch.rows, batch.device)
 
     @classmethod

@@ -1,7 +1,7 @@
 """The predictions of a model for the positions of a canvas, from passes over the whole canvas or over one block.
 
-A kernel reads the model's distribution of each token given all *other* tokens (leave-one-out). A model that predicts the full posterior
-(diffusion.prediction=full) is converted here, so no kernel and no reviser has two cases.
+A kernel reads the model's distribution of each token given all *other* tokens (leave-one-out). Full posteriors
+(diffusion.prediction=full) and scores (diffusion.loss=score_entropy) are converted here, so no kernel and no reviser has several cases.
 
 Shapes: b = rows of a batch, l = tokens of a row, w = tokens of the current block, v = vocabulary.
 """
@@ -12,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from w1train.config.schema import DiffusionConfig
 from w1train.config.schema_sampling import SamplingConfig
-from w1train.diffusion.prediction import evidence, leave_one_out_from_full
+from w1train.diffusion.prediction import evidence, leave_one_out_from_full, leave_one_out_from_scores
 from w1train.diffusion.processes import noise_process
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -48,6 +49,14 @@ class BlockPredict(Protocol):
         """Keep some of the rows, int64 [new b]; the others have ended."""
 
 
+@runtime_checkable
+class HasNoiseRates(Protocol):
+    """A model that knows its learned rates of noise."""
+
+    def noise_rates(self) -> Tensor | None:
+        """Return the rates, float32 [v]; None if the model learns none. Every rank of the model calls this."""
+
+
 class Source(ABC):
     """The predictions of a model for the blocks of one batch."""
 
@@ -56,9 +65,11 @@ class Source(ABC):
     end, and a completion is generated to its end, as in LLaDA's generate."""
 
     def __init__(self, diffusion: DiffusionConfig) -> None:
-        self._process = noise_process(diffusion)
-        # Where all noise is on the mask token, both predictions are the same.
-        self._is_full = diffusion.prediction == "full" and self._process.bound == "kl_is"
+        self._process, self._mask_token_id = noise_process(diffusion), diffusion.mask_token_id
+        # Where all noise is on the mask token, all three are the same.
+        has_other_tokens = self._process.bound == "kl_is"
+        self._is_full = diffusion.prediction == "full" and has_other_tokens
+        self._is_scores = diffusion.loss == "score_entropy" and has_other_tokens
 
     def enter(self, canvas: Tensor, start: int) -> int:
         """Prepare for the block at ``start``; return how many passes this took."""
@@ -88,13 +99,21 @@ class Source(ABC):
             canvas: int64 [b, l].
             timesteps: float32 [b], the t that the model gets.
         """
-        logits = self._logits(canvas, timesteps, start, end)
-        if not self._is_full:
+        logits, tokens = self._logits(canvas, timesteps, start, end), canvas[:, start:end]
+        if not (self._is_full or self._is_scores):
             return logits
-        tokens = canvas[:, start:end]
-        observed = evidence(self._process, timesteps[:, None], tokens)
-        rows = leave_one_out_from_full(logits.flatten(0, 1).double(), tokens.flatten(), observed.flatten())
-        return rows.unflatten(0, tokens.shape)
+        rows, ids = logits.flatten(0, 1).double(), tokens.flatten()
+        times = timesteps[:, None].expand(tokens.shape).flatten()
+        leave_one_out = self._from_scores(rows, ids, times) if self._is_scores else self._from_full(rows, ids, times)
+        return leave_one_out.unflatten(0, tokens.shape)
+
+    def _from_full(self, logits: Tensor, ids: Tensor, timesteps: Tensor) -> Tensor:
+        return leave_one_out_from_full(logits, ids, evidence(self._process, timesteps, ids))
+
+    def _from_scores(self, logits: Tensor, ids: Tensor, timesteps: Tensor) -> Tensor:
+        times, is_mask = timesteps.double(), torch.arange(logits.shape[1], device=ids.device) == self._mask_token_id
+        noise = self._process.word_noise(times)
+        return leave_one_out_from_scores(logits.masked_fill(is_mask, -torch.inf), ids, self._process.alpha(times), noise)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep some of the rows, int64 [new b]; the others have ended."""

@@ -10,8 +10,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from w1train.sampling.conditional_modes import ConditionalModes
 from w1train.sampling.kernel import Batch
-from w1train.sampling.self_correction import PredictPart, Revision, SelfCorrection
+from w1train.sampling.revision import PredictPart, Revision
+from w1train.sampling.self_correction import SelfCorrection
 
 
 class Reviser(Protocol):
@@ -30,5 +32,5 @@ class Reviser(Protocol):
         """Keep some of the rows; the others have ended."""
 
 
-REVISERS: dict[str, Callable[[Batch], Reviser]] = {"self_correction": SelfCorrection}
+REVISERS: dict[str, Callable[[Batch], Reviser]] = {"conditional_modes": ConditionalModes, "self_correction": SelfCorrection}
 """The reviser of each value of sampling.reviser."""

@@ -6,15 +6,15 @@ the positions whose drawn token differs from the token of the text, those whose 
 if no drawn token differs, or if the share of tokens that are the model's most probable tokens has not grown for a number of steps. A model
 corrects only what it has learned from noise: it must have been trained on texts in which noise puts other tokens in the place of tokens.
 
+The rule does not ask how probable the present token is. It moves a text towards what the model finds most probable, and replaces right
+tokens too: even with the exact distribution of the data. w1train/sampling/conditional_modes.py is for texts that are to keep what is right.
+
 Shapes: b = rows of a batch, w = tokens of the part of the text that is revised, v = vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,24 +23,7 @@ from w1train.diffusion.processes import noise_process
 from w1train.sampling.counts import highest
 from w1train.sampling.kernel import Batch
 from w1train.sampling.random_numbers import draw, row_generators
-
-logger = logging.getLogger(__name__)
-
-PredictPart = Callable[[Tensor, Tensor], Tensor]
-"""A model, as a function of the part's tokens, int64 [b, w], and t, float32 [b], that returns the logits of the distribution of each token
-given all other tokens, [b, w, v]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Revision:
-    """The state of a part of a text after a pass of the model."""
-
-    tokens: Tensor
-    """int64 [b, w]."""
-    needed: Tensor
-    """bool [b]: rows that needed the pass."""
-    t: float
-    """The t that the model got."""
+from w1train.sampling.revision import PredictPart, Revision, warn_of_masked_noise
 
 
 class SelfCorrection:
@@ -49,9 +32,7 @@ class SelfCorrection:
     def __init__(self, batch: Batch) -> None:
         self._batch, self._config = batch, batch.config
         self._generators = row_generators(batch.config.seed, batch.rows, batch.device, ":self_correction")
-        process = noise_process(batch.diffusion)
-        if process.bound != "kl_is":
-            _say_that_the_noise_is_masks(process.name)
+        warn_of_masked_noise(noise_process(batch.diffusion))
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep some of the rows; the others have ended."""
@@ -95,10 +76,3 @@ class SelfCorrection:
         scores = chances * (candidates != tokens)
         replaced = highest(scores, self._config.correction_tokens) & (scores > 0)
         return torch.where(replaced, candidates, tokens)
-
-
-@cache
-def _say_that_the_noise_is_masks(name: str) -> None:
-    logger.warning(
-        "the model was trained with %s, which never puts a wrong token in the text: expect no improvement by self-correction", name
-    )

@@ -98,7 +98,7 @@ def revise_texts(
     device: torch.device | str,
     on_step: OnStep | None = None,
 ) -> list[TextSample]:
-    """Revise the text after each prompt by ``config.sampling.reviser``, or by self-correction if it is null.
+    """Revise the text after each prompt by ``config.sampling.reviser``, or by conditional modes if it is null.
 
     Args:
         model, device, on_step: as in w1train.sampling.denoise.revise.

@@ -25,6 +25,11 @@ from w1train.training.training_data import ValidationData, ValidationSet
 
 # The noise of validation is the same for every run, whatever its seed, so runs can be compared.
 _NOISE_SEED = 0
+_RECONSTRUCTION: dict[str, Any] = {
+    **{"loss": "reconstruction", "loss_positions": "auto", "normalizer": "tokens", "weight": "constant"},
+    **{"weight_min": 0.0, "weight_max": None, "cross_entropy_weight": 0.0, "autoregressive_weight": 0.0},
+}
+"""The objective whose loss is the first end term of the bound."""
 _NAMED_METRICS = ("elbo", "elbo_bits_per_byte", "masked_cross_entropy")
 
 
@@ -112,8 +117,8 @@ def _end_terms(config: Config, model: HasChunks, batches: list[PackedBatch], int
     prior = prior_divergence(process, integral.last, num_ids, diffusion.mask_token_id)
     if not needs_reconstruction(process, integral.first):
         return prior
-    of_text = dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, loss="reconstruction", weight="constant"))
-    return prior + _pass(of_text, model, batches, integral.first, draw=1 + len(integral.timesteps))["elbo"]
+    of_text = dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, **_RECONSTRUCTION))
+    return prior + _pass(of_text, model, batches, integral.first, draw=1 + len(integral.timesteps))["loss"]
 
 
 def scores(record: Mapping[str, Any]) -> dict[str, float]:

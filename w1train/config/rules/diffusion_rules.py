@@ -11,6 +11,12 @@ from w1train.config.schema import Config
 from w1train.config.stages import batch_sizes
 
 _THE_SAME_THROUGHOUT = ("mask_token_id", "exclude_mask_logit")
+_PAIRS = {
+    "coupled_draws": "both samples of a coupled pair are at the same t",
+    "complementary": "complementary pairs have the timesteps t and 1 - t",
+    "antithetic": "antithetic pairs have the timesteps of u and 1 - u",
+}
+"""The options of pairs of samples, and the timesteps of such a pair."""
 
 
 def _mask_token_rule(config: Config) -> Iterator[Problem]:
@@ -104,17 +110,16 @@ def _annealing_rule(config: Config) -> Iterator[Problem]:
 
 def _pairs_rule(config: Config) -> Iterator[Problem]:
     diffusion = config.diffusion
-    option = "diffusion.complementary" if diffusion.complementary else "diffusion.antithetic"
-    if diffusion.complementary and diffusion.antithetic:
-        yield Problem(
-            "diffusion.antithetic", "true with diffusion.complementary", "false: complementary pairs have the timesteps t and 1 - t"
-        )
-    if diffusion.samples_per_text == 1:
+    options = [name for name in _PAIRS if getattr(diffusion, name)]
+    if not options:
         return
+    for option in options[1:]:
+        found, valid = f"true with diffusion.{options[0]}", f"false: {_PAIRS[options[0]]}"
+        yield Problem(f"diffusion.{option}", found, valid, f"diffusion.{option}=false")
     # Every batch size of the run must be even: a stage that begins at an odd sample would separate the samples of a pair.
     for key, batch in batch_sizes(config).items():
         if batch % 2:
-            yield Problem(key, show(batch), f"an even number with {option}: samples come in pairs", near(batch, 2))
+            yield Problem(key, show(batch), f"an even number with diffusion.{options[0]}: samples come in pairs", near(batch, 2))
 
 
 def _complementary_rule(config: Config) -> Iterator[Problem]:

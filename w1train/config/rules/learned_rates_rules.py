@@ -30,8 +30,6 @@ _NEEDS = (
     _Need("normalizer", ("tokens",), "the number of masked tokens depends on the rates, and the gradient would leave this out"),
     _Need("cross_entropy_weight", (0.0,), "the gradient of the rates would leave this part of the loss out"),
     _Need("coupled_draws", (True,), "the gradient of the rates compares two draws of the same text"),
-    _Need("complementary", (False,), "complementary masks are not drawn from the process"),
-    _Need("antithetic", (False,), "both draws of a pair are at the same t"),
     _Need("shift", (False,), "an output must see the noise of no other segment than that of its token"),
     _Need("exclude_mask_logit", (True,), "the bound compares the rates of all tokens that the model may predict"),
     _Need("num_timesteps", (0,), "the bound is that of continuous time"),
