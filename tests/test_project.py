@@ -214,8 +214,9 @@ def test_the_import_rule_sees_what_it_should(tmp_path, monkeypatch, location, so
 # The parts of megatron-core that each folder of w1train/ may import. Every folder may also read parallel_state, and engine/ may import all
 # parts: builders, optimizers, data-parallel wrappers and pipeline schedules are used there alone.
 MEGATRON_PARTS = {
-    "model": tuple(
-        ["dist_checkpointing.mapping", "enums", "extensions", "models", "process_groups_config", "tensor_parallel", "transformer", "utils"]
+    "model": (
+        *("dist_checkpointing.mapping", "enums", "extensions", "models"),
+        *("process_groups_config", "tensor_parallel", "transformer", "utils"),
     ),
     "attention": ("tensor_parallel", "transformer"),
     "checkpoints": ("dist_checkpointing",),

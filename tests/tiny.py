@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 
 from w1train.config.schema import Config, DataConfig, ModelConfig, ScheduleConfig, StageConfig, TrainingConfig
+from w1train.config.schema_model import ExpertsConfig
 from w1train.data.batch import PackedBatch
 
 VOCAB_SIZE = 96
 LENGTH = 32
+
+
+def tiny_experts(**fields: object) -> dict[str, object]:
+    """Return the fields of a model section that make its layers but the first a mixture of 8 experts beside a shared expert."""
+    defaults = {"num_experts": 8, "num_active": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 16, "num_dense_layers": 1}
+    return {"experts": ExpertsConfig(**{**defaults, **fields})}
 
 
 def tiny_config(**sections: dict) -> Config:

@@ -21,7 +21,7 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 import yaml
@@ -85,7 +85,10 @@ def model_recipe(model: ModelConfig, directory: Path) -> str:
         lines.append("# conditioning: adaln adds the timestep. With adaln_init: identity the model computes the same at the start.")
     for field in fields(ModelConfig):
         value = getattr(model, field.name)
-        if field.name in _ALWAYS or field.default is MISSING or value != field.default:
+        if is_dataclass(value):
+            if model.experts.num_experts:
+                lines.append(yaml.safe_dump({field.name: asdict(value)}, sort_keys=False).rstrip())
+        elif field.name in _ALWAYS or field.default is MISSING or value != field.default:
             lines.append(f"{field.name}: {yaml.safe_dump(value).removesuffix('\n').removesuffix('\n...')}")
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,17 @@ from tests.chaos.disk import SmallDisk
 from tests.chaos.file_hooks import fail_files, kill_at_change, slow_file
 from tests.chaos.hooks import hang_before_collective, kill_at_phase_end, nan_in_gradient, shift_clock
 from tests.chaos.jobs import WORLD_SIZE
-from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, SECONDS_TO_START, Scene, after, until
+from tests.chaos.scene import (
+    CHECKPOINT_INTERVAL,
+    HANG_SECONDS,
+    NUM_PHASES,
+    NUM_STEPS,
+    SECONDS_TO_START,
+    Scene,
+    after,
+    other_layouts,
+    until,
+)
 from tests.chaos.storage import fail, lie, upload_hook
 from tests.end_to_end.runs import Sabotage
 
@@ -82,7 +92,7 @@ def _kill_twice(scene: Scene) -> Iterator[None]:
 
 
 def _kill_and_change_layout(scene: Scene) -> Iterator[None]:
-    scene.next_layout = scene.random.choice([layout for layout in LAYOUTS if layout != scene.layout])
+    scene.next_layout = scene.random.choice(other_layouts(scene.layout))
     scene.notes.append(f"then {scene.next_layout}")
     yield from _kill_one(scene)
 

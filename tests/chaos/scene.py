@@ -13,8 +13,25 @@ from pathlib import Path
 from tests.chaos.jobs import Job
 from tests.end_to_end.runs import TinyRun
 
-LAYOUTS = {"tensor": ("parallel.tensor=2",), "pipeline": ("parallel.pipeline=2",), "data": ()}
-"""Command line of each layout of two ranks."""
+_EXPERTS = (
+    "model.experts.num_experts=4",
+    "model.experts.num_active=2",
+    "model.experts.ffn_hidden_size=16",
+    "model.experts.shared_ffn_hidden_size=16",
+    "model.experts.num_dense_layers=1",
+    "model.experts.score=sigmoid",
+    "model.experts.has_bias=true",
+    "parallel.expert=2",
+)
+LAYOUTS = {
+    "tensor": ("parallel.tensor=2",),
+    "pipeline": ("parallel.pipeline=2",),
+    "data": (),
+    "experts": _EXPERTS,
+    "experts-tensor": ("parallel.tensor=2", "parallel.sequence=true", *_EXPERTS),
+}
+"""Command line of each layout of two ranks. The layouts whose names begin with "experts" train a mixture of experts, whose balancing bias
+moves at each step."""
 NUM_STEPS = 24
 NUM_PHASES = 3
 CHECKPOINT_INTERVAL = 4
@@ -24,6 +41,11 @@ LENGTH_OF_A_STEP = 0.1
 """About the seconds of a step. A random moment is at most this long after a step."""
 SECONDS_TO_START = 1.0
 """About the seconds before the first step: reading the configuration, building the model, the first validation."""
+
+
+def other_layouts(layout: str) -> list[str]:
+    """Return the other layouts of the same model."""
+    return [other for other in LAYOUTS if other != layout and other.startswith("experts") == layout.startswith("experts")]
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -109,6 +110,22 @@ def test_any_box_of_a_tensor_is_read_from_any_boxes(dtype, tmp_path):
         assert shards.read_into(target, "weight", offset) == target.numel()
         expected = tensor[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
         assert torch.equal(target, expected)
+
+
+def test_of_a_shard_only_the_rows_of_a_box_are_read(tmp_path, monkeypatch):
+    """A checkpoint has the matrices of all experts of a rank in one shard, and each would otherwise cost a read of all of them."""
+    tensor = torch.arange(6 * 4 * 3.0).reshape(6, 4, 3)
+    write_checkpoint(tmp_path, tensor, num_ranks=1)
+    shards, lengths = Shards(tmp_path), []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda sizes, **kwargs: (lengths.append(math.prod(sizes)), empty(sizes, **kwargs))[1])
+    boxes = [((4, 1, 0), (1, 2, 2), 6), ((2, 0, 0), (2, 4, 3), 24), ((5, 3, 1), (1, 1, 1), 1), ((1, 2, 0), (3, 1, 3), 36)]
+    for offset, sizes, num_read in boxes:
+        target = empty(sizes)
+        shards.read_into(target, "weight", offset)
+        assert torch.equal(target, tensor[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))])
+        assert lengths.pop() == num_read
+        assert not lengths
 
 
 def test_a_scalar_is_stored_and_views_are_stored_alone(tmp_path):
@@ -294,6 +311,7 @@ MANIFEST: dict[str, Any] = {
     "seconds": 1.5,
     "dataset": None,
     "health": {},
+    "noise": "0" * 64,
     "validation": {"elbo": 3.0},
     "files": {"config.yaml": {"size": 3, "sha256": "0" * 64}},
 }
@@ -303,6 +321,7 @@ HOSTILE_MANIFESTS = {
     "seconds": float("nan"),
     "dataset": 7,
     "health": [],
+    "noise": 7,
     "validation": {"elbo": "low"},
     "files": [],
 }

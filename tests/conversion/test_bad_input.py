@@ -125,7 +125,7 @@ def test_the_same_tensor_twice(directory):
             ["'mixtral' (MixtralForCausalLM)", "llama (LlamaForCausalLM), qwen2"],
         ),
         ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, ["'gemma'"]),
-        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, ["'qwen3_moe'"]),
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, ["'qwen2_moe'"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["(LlamaForSequenceClassification), which cannot be imported"]),
         ({"model_type": None, "architectures": None}, ["no architecture given"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_parameters.rope_type is 'yarn'; supported: default, llama3"]),

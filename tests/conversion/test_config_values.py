@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.hostile.commands import may_refuse
 from w1train.config.errors import UserError
 from w1train.config.field_types import field_ranges
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_model import ExpertsConfig
 from w1train.conversion.families import FAMILIES, model_from_config
 
 MISSING = object()
@@ -44,13 +46,68 @@ COMMON: dict[str, Any] = {
 OF_VERSION_4 = {"rope_theta": 10000.0, "rope_scaling": {"type": "llama3", **ROPE}}
 OF_VERSION_5 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **ROPE}}
 OF_OUR_OWN = {"conditioning": "adaln", "condition_size": 16, "timestep_frequency_size": 16, "timestep_scale": 1000.0}
+OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+    },
+    "llada2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "num_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "router_dtype": "fp32",
+        "partial_rotary_factor": 0.5,
+        "rotary_dim": 4,
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+        "use_bias": False,
+        "norm_head": False,
+        "use_rmsnorm": True,
+    },
+    "llada_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "expert_intermediate_size": 16,
+        "dense_intermediate_size": 48,
+        "shared_expert_intermediate_size": None,
+        "moe_layer_freq": [0, 1],
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "router_num_group": None,
+        "qk_layernorm": True,
+        "clip_qkv": None,
+    },
+}
+OF_OWN_EXPERTS = {"rotary_channels": 4, "experts": {**asdict(ExpertsConfig(num_experts=8, num_active=2, score="sigmoid", has_bias=True))}}
+DENSE = [name for name, family in FAMILIES.items() if family.experts is None]
 CONFIGS: dict[str, dict[str, Any]] = {
-    **{name: {**COMMON, **OF_VERSION_4, "model_type": name, "architectures": [each.architecture]} for name, each in FAMILIES.items()},
-    "w1": {**COMMON, **OF_VERSION_5, **OF_OUR_OWN, "model_type": "w1"},
+    **{
+        name: {**COMMON, **OF_VERSION_4, **OF_EXPERTS.get(name, {}), "model_type": name, "architectures": [each.architecture]}
+        for name, each in FAMILIES.items()
+    },
+    "w1": {**COMMON, **OF_VERSION_5, **OF_OUR_OWN, **OF_OWN_EXPERTS, "model_type": "w1"},
 }
 VALUES = [MISSING, None, "7", "", "text", -1, -7, 0, 10**30, 1.5, -0.5, 1e300, math.nan, math.inf, True, False, [], [1], {}, {"a": 1}]
-# With other values of these keys, some of the other keys are not read.
-_DECIDING = ("rope_scaling", "rope_parameters", "type", "rope_type", "conditioning")
+# With other values of these keys, some of the other keys are not read. The last two are compared with other keys.
+_DECIDING = (
+    *("rope_scaling", "rope_parameters", "type", "rope_type", "conditioning", "experts"),
+    *("moe_shared_expert_intermediate_size", "rotary_dim"),
+)
 
 type Path = tuple[str, ...]
 
@@ -82,6 +139,8 @@ def complaint(config: dict[str, Any]) -> str | None:
     for field, valid in field_ranges(ModelConfig).items():
         value = getattr(model, field)
         assert value is None or value in valid, field
+    for field, valid in field_ranges(ExpertsConfig).items():
+        assert getattr(model.experts, field) in valid, field
     for field in ("vocab_size", "hidden_size", "num_query_groups", "kv_channels", "max_sequence_length", "rope_original_length"):
         assert type(getattr(model, field)) is int, field
     return None
@@ -123,14 +182,52 @@ def test_each_value_of_each_key_alone(name):
     ],
 )
 def test_messages(key, value, message):
-    for name in FAMILIES:
+    for name in DENSE:
         assert (complaint({**CONFIGS[name], key: value}) or "").startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", {"num_local_experts": 4}, "num_local_experts is 4, but num_experts is 8 (give one of them)"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts is 0, not a number >= 1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]; supported: the first layers, such as [0, 1]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; supported: 1"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob is True; supported: false with one expert for each token"),
+        ("llada2_moe", {"num_experts_per_tok": 6}, "topk_group is 2; supported: half of num_experts_per_tok (6)"),
+        ("llada2_moe", {"rotary_dim": 8}, "partial_rotary_factor is 0.5, but of 8 channels it rotates 4, and rotary_dim is 8"),
+        ("llada2_moe", {"rotary_dim": None, "partial_rotary_factor": None}, "partial_rotary_factor is missing"),
+        ("llada2_moe", {"partial_rotary_factor": 2}, "partial_rotary_factor is 2, not a number > 0 and <= 1"),
+        ("llada2_moe", {"score_function": "softmax"}, "score_function is 'softmax'; supported: sigmoid"),
+        ("llada2_moe", {"norm_topk_prob": False}, "norm_topk_prob is False; supported: true"),
+        ("llada2_moe", {"moe_shared_expert_intermediate_size": 8}, "moe_shared_expert_intermediate_size is 8; supported: 16, 32"),
+        ("llada_moe", {"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias is True; supported: false"),
+        ("llada_moe", {"norm_topk_prob": True}, "norm_topk_prob is True; supported: false"),
+        ("llada_moe", {"moe_layer_freq": [1, 0]}, "moe_layer_freq is [1, 0]; supported: 1, or a list with 0 for the first layers"),
+        ("llada_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8; supported: 0"),
+        ("w1", {"experts": [1]}, "experts is [1], not an object"),
+        ("w1", {"experts": {"score": "tanh"}}, "experts.score is 'tanh'; supported: softmax, sigmoid"),
+    ],
+    ids=str,
+)
+def test_messages_of_experts(family, changes, message):
+    assert (complaint({**CONFIGS[family], **changes}) or "").startswith(message)
+
+
+def test_experts_of_each_family():
+    qwen, ling, llada = (model_from_config(CONFIGS[name], "origin") for name in OF_EXPERTS)
+    sizes = {"num_experts": 8, "num_active": 4, "ffn_hidden_size": 16, "num_dense_layers": 1}
+    assert qwen.experts == ExpertsConfig(**sizes, normalize=True, router_precision="model")
+    assert llada.experts == ExpertsConfig(**sizes, normalize=False, router_precision="model")
+    groups = {"num_groups": 4, "num_active_groups": 2}
+    assert ling.experts == ExpertsConfig(**sizes, **groups, shared_ffn_hidden_size=32, score="sigmoid", scale=2.5, has_bias=True)
+    assert (ling.rotary_channels, qwen.rotary_channels, llada.ffn_hidden_size) == (4, None, 48)
 
 
 LONGER = {"rope_type": "llama3", **ROPE}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DENSE)
 def test_two_rotary_embeddings(name):
     """transformers takes rope_scaling and ignores rope_parameters, so two that differ have no meaning."""
     given = {**COMMON, "model_type": name}

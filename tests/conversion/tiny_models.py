@@ -95,14 +95,14 @@ def build(config: Config) -> TrainedModel:
     return build_trained_model(config, InitialWeights(config).load)
 
 
-def on_ranks(function: Callable[..., Any], config: Config, *args: Any) -> list[Any]:
+def on_ranks(function: Callable[..., Any], config: Config, *args: Any, data_parallel: int = 1) -> list[Any]:
     """Run ``function(config, *args)`` on every rank of the layout."""
 
     def inside(_rank: int, _size: int) -> Any:
         with distributed(config.parallel):
             return function(config, *args)
 
-    return run_distributed(inside, world_size(config, 1), process_group=False, timeout=60)
+    return run_distributed(inside, world_size(config, data_parallel), process_group=False, timeout=60)
 
 
 def logits(config: Config, model: TrainedModel, *, causal: bool, timesteps: float = 0.5) -> torch.Tensor:

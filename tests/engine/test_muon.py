@@ -21,6 +21,7 @@ import_megatron()
 
 from w1train.checkpoints.format.shard_reader import Shards  # noqa: E402
 from w1train.config.schema import Config  # noqa: E402
+from w1train.config.schema_model import ExpertsConfig  # noqa: E402
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine import buckets  # noqa: E402
@@ -150,9 +151,10 @@ def _by_the_product(_rank: int, _size: int, config: Config) -> tuple[Parameters,
     sent = []
     original = dist.all_to_all_single
 
-    def counted(output, flat, received, sizes, group):
-        sent.append(4 * (sum(sizes) - sizes[dist.get_rank(group)]))
-        return original(output, flat, received, sizes, group)
+    def counted(output, flat, *sizes, group, **sizes_of_dispatcher):
+        if sizes:
+            sent.append(4 * (sum(sizes[1]) - sizes[1][dist.get_rank(group)]))
+        return original(output, flat, *sizes, group=group, **sizes_of_dispatcher)
 
     dist.all_to_all_single = counted
     try:
@@ -204,6 +206,9 @@ def _adamw_groups(twins: dict[str, torch.nn.Parameter], config: Config) -> list[
 
 def _published(name: str, direction: torch.Tensor, config: Config) -> torch.Tensor:
     """The update of the paper, of each logical matrix."""
+    if ".experts." in name:
+        own_name = name.replace(".experts.", ".")
+        return torch.stack([_published(own_name, each.flatten(0, -2), config).view_as(each) for each in direction])
     model = config.model
     channels = model.kv_channels
     per_group = model.num_attention_heads // model.num_query_groups + 2
@@ -268,6 +273,43 @@ def test_updates_are_the_published_ones_in_every_layout(layout, expected, monkey
         assert bool(planned) == (plan.tensor * data_parallel > 1) == bool(of_stage[0])
 
 
+def _expert_config(data_parallel: int = 1, **parallel) -> Config:
+    """A dense layer, and a layer with experts."""
+    config = _config(data_parallel, **parallel)
+    settings = {"num_experts": 4, "num_active": 2, "ffn_hidden_size": 16, "shared_ffn_hidden_size": 24, "num_dense_layers": 1}
+    config.model.experts = ExpertsConfig(**settings)
+    config.optimizer.rate_multipliers = {"*.mlp.router.*": 1.0, **config.optimizer.rate_multipliers}
+    return config
+
+
+@pytest.fixture(scope="module")
+def expected_with_experts() -> tuple[Parameters, Parameters]:
+    return run_distributed(_by_torch, 1, _expert_config(distributed_optimizer=False), process_group=False)[0]
+
+
+EXPERT_LAYOUTS = [
+    ({"distributed_optimizer": False}, 1),
+    ({}, 2),
+    ({"expert": 2}, 4),
+    ({"tensor": 2, "sequence": True, "expert_tensor": 2}, 1),
+    ({"tensor": 2, "sequence": True, "expert": 2, "distributed_optimizer": False}, 1),
+    ({"tensor": 2, "sequence": True, "expert_tensor": 2, "expert": 2}, 2),
+    ({"tensor": 2, "sequence": True, "expert_tensor": 2, "expert": 2, "distributed_optimizer": False}, 2),
+    ({"pipeline": 2, "expert": 2}, 2),
+]
+
+
+@pytest.mark.parametrize("layout", slow_except([EXPERT_LAYOUTS[2]], EXPERT_LAYOUTS), ids=str)
+def test_each_matrix_of_each_expert_is_orthogonalized_for_itself(layout, expected_with_experts):
+    """Two of these ranks share an expert's matrices, or a rank has several experts."""
+    parallel, data_parallel = layout
+    config = _expert_config(data_parallel, **parallel)
+    results = run_distributed(_by_the_product, world_size(config, data_parallel), config, process_group=False)
+    start, wanted = expected_with_experts
+    assert sum(".mlp.experts." in name and is_matrix(name) for name in start) == 2
+    assert _distance(results[0][0], wanted, start) <= TOLERANCE
+
+
 CHANGES = [{"momentum": 0.7}, {"update_scale": "original"}, {"weight_decay": 0.6}, {"rate_multipliers": {}}]
 
 
@@ -312,6 +354,20 @@ def test_resumed_and_resharded_runs_go_on_with_the_momentum(runs, tmp_path, monk
             assert all(torch.equal(after.parameters[name], value) for name, value in straight.parameters.items())
         assert after.losses == pytest.approx(straight.losses[2:], rel=1e-5)
         assert _distance(after.parameters, straight.parameters, start) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_momenta_of_experts_go_on_in_another_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts, "LEARNING_RATE", RATE)
+    start = train_layout(_expert_config(), num_steps=0).parameters
+    straight = train_layout(_expert_config(), num_steps=4)
+    train_layout(_expert_config(2, expert=2), 2, num_steps=2, save=tmp_path)
+    path = tmp_path / "step_0000000002"
+    states = [name.split(".mlp.")[0] for name in Shards(path).tensors if name.endswith("mlp.experts.linear_fc2.weight")]
+    assert sorted(name.split(".")[2] for name in states if name.startswith("optimizer.")) == ["exp_avg", "param"]
+    after = train_layout(_expert_config(tensor=2, sequence=True, expert_tensor=2), num_steps=2, load=path)
+    assert after.losses == pytest.approx(straight.losses[2:], rel=1e-5)
+    assert _distance(after.parameters, straight.parameters, start) <= TOLERANCE
 
 
 def _text(sample_indices: range) -> PackedBatch:

@@ -13,6 +13,7 @@ import_megatron()
 
 from w1train.config.errors import ConfigurationError  # noqa: E402
 from w1train.config.schema import Config  # noqa: E402
+from w1train.config.schema_model import ExpertsConfig  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine import optimizers  # noqa: E402
 from w1train.engine.building import build_trained_model  # noqa: E402
@@ -28,11 +29,14 @@ def prepare_sgd(config: Config) -> dict[str, object]:
     return {"optimizer": "sgd", "sgd_momentum": 0.0}
 
 
-def one_step(rank: int, world_size: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]], float]:
+def one_step(
+    rank: int, world_size: int, experts: ExpertsConfig
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]], float]:
     """(before, gradient, after, learning rate) of each parameter, and the norm of all gradients."""
     config = tiny_config(
         optimizer={"name": "sgd", "weight_decay": 0.0, "clip_grad": CLIP, "rate_multipliers": {"*.mlp.*": 2.0}},
-        parallel={"distributed_optimizer": False},
+        parallel={"distributed_optimizer": False, "expert": world_size},
+        model={"experts": experts},
     )
     with distributed(config.parallel):
         model = build_trained_model(config)
@@ -50,13 +54,30 @@ def one_step(rank: int, world_size: int) -> tuple[list[tuple[torch.Tensor, torch
         return [*zip(before, gradients, after, rates, strict=True)], float(norm)
 
 
-def test_a_registered_optimizer_trains(monkeypatch):
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", prepare_sgd)
-    ((parameters, norm),) = run_distributed(one_step, 1)
+def assert_clipped(parameters: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]], norm: float) -> None:
     assert norm > CLIP
     assert {rate for *_, rate in parameters} == {RATE, 2 * RATE}
     for before, gradient, after, rate in parameters:
         torch.testing.assert_close(after, before - rate * (CLIP / norm) * gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_registered_optimizer_trains(monkeypatch):
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", prepare_sgd)
+    ((parameters, norm),) = run_distributed(one_step, 1, ExpertsConfig())
+    assert_clipped(parameters, norm)
+
+
+def test_all_weights_are_clipped_by_one_norm_if_ranks_share_experts(monkeypatch):
+    """Experts have an optimizer of their own. The norm counts each expert once, and other weights once for both ranks."""
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", prepare_sgd)
+    experts = ExpertsConfig(num_experts=4, num_active=2, ffn_hidden_size=16, num_dense_layers=1)
+    results = run_distributed(one_step, 2, experts)
+    squares = 0.0
+    for rank, (parameters, norm) in enumerate(results):
+        assert_clipped(parameters, norm)
+        # The matrices of experts alone have more than two dimensions.
+        squares += sum(float(gradient.square().sum()) for _, gradient, _, _ in parameters if rank == 0 or gradient.dim() > 2)
+    assert [norm for _, norm in results] == pytest.approx([squares**0.5] * 2, rel=1e-5)
 
 
 def build(rank: int, world_size: int, name: str) -> str:

@@ -38,7 +38,11 @@ KERNELS = {
         4,
     ),
     triton_modulation._sum_pieces: ({"partial": FP32, "sums": FP32, "first": INT32}, {"BLOCK": 256}, 4),
-    triton_rotary._rotate: ({"t": BF16, "output": BF16, "angles": FP32, "direction": "fp32"}, {"HEADS": 32, "PAIRS": 64}, 4),
+    triton_rotary._rotate: (
+        {"t": BF16, "output": BF16, "angles": FP32, "direction": "fp32"},
+        {"HEADS": 32, "PAIRS": 32, "REST": 64},
+        4,
+    ),
     triton_cross_entropy._row_statistics: (
         {"logits": BF16, "columns": INT64} | dict.fromkeys(("largest", "total", "chosen"), FP32),
         {"BLOCK": triton_cross_entropy.BLOCK},

@@ -69,14 +69,16 @@ def test_row_terms(name, vocabulary, chunk_size, excluded, dtype):
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_rotary(dtype):
-    """Of a view, as queries are of the projection; every token has its own angle."""
+@pytest.mark.parametrize("channels", [12, 14, 19])
+def test_rotary(channels, dtype):
+    """Of a view, as queries are of the projection; every token has its own angle. Channels after the twelfth stay as they are."""
     projection = torch.randn((5, 2, 3, 20), dtype=torch.float64).to(dtype).requires_grad_()
     angles = torch.randn((5, 2, 1, 6)).repeat(1, 1, 1, 2) * 10
 
     def by_autograd(t):
         first, second = t[..., :12].chunk(2, dim=-1)
         wide = angles.double()
-        return t[..., :12] * wide.cos() + torch.cat([-second, first], dim=-1) * wide.sin()
+        turned = t[..., :12] * wide.cos() + torch.cat([-second, first], dim=-1) * wide.sin()
+        return torch.cat([turned, t[..., 12:channels]], dim=-1)
 
-    oracle.compare(lambda t: apply_rotary(t[..., :12], angles), by_autograd, [projection], TOLERANCE[dtype])
+    oracle.compare(lambda t: apply_rotary(t[..., :channels], angles), by_autograd, [projection], TOLERANCE[dtype])

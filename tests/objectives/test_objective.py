@@ -147,6 +147,19 @@ def test_every_weight_and_normalizer_of_the_configuration_is_registered():
         assert count in objective_of(DiffusionConfig(normalizer=name), NUM_BINS).layout
 
 
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"objective": "autoregressive"}, {"loss_positions": "all"}], ids=str)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_the_parts_of_samples_add_up_to_the_denominator(normalizer, options):
+    config = DiffusionConfig(normalizer=normalizer, random_length_probability=0.5, **options)
+    noisy = corrupt(packed_batch(range(12)), config, seed=1)
+    objective = objective_of(config, NUM_BINS)
+    sums = objective.loss({"cross_entropy": torch.zeros(int(noisy.loss_mask.sum()))}, loss_rows(noisy, objective.weights(noisy)))[1]
+    parts = objective.denominators(noisy)
+    assert parts.shape == (12,)
+    assert float(parts.sum()) == float(sums[objective.normalizer]) > 0
+    assert float(objective.denominators(corrupt(packed_batch([5]), config, seed=1))) == float(parts[5])
+
+
 @pytest.mark.parametrize("timestep_per", ["sequence", "document", "block"])
 @pytest.mark.parametrize("shift", [False, True])
 def test_inverse_fraction_counts_each_segment(timestep_per, shift):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
+from tests.parallel.routing import Routing, noted_routing, open_router, routers
 from tests.tiny import packed_batch
 from w1train.config.schema import Config
 from w1train.data.batch import PackedBatch
@@ -67,6 +68,8 @@ class Outcome:
     """Of the experts, after the last step, by the number of the layer, which begins at 1."""
     balance: list[dict[str, Any]]
     """What each step says about the balance of experts."""
+    routing: Routing
+    """What the routers of a mixture of experts decided; empty for a dense model."""
 
 
 def world_size(config: Config, data_parallel: int) -> int:
@@ -139,18 +142,18 @@ def _train(
         mutate(model)
     losses, norms, works, noise, balance = [], [], [], [], []
     gradients: dict[str, torch.Tensor] = {}
-    inputs = Inputs()
+    inputs, routing = Inputs(), Routing()
     for step in range(first_step, first_step + num_steps):
         batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size, model.noise_rates()))
         noise.append(_noise_hashes(batches))
         model.zero_gradients()
-        with _noted(inputs):
+        with _noted(inputs), noted_routing(routing, step):
             metrics, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
         if step == first_step and not config.parallel.distributed_optimizer:
             gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
         for group in model.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group["lr_mult"]
-        balance.append(model.expert_balance.gather())
+        balance.append({**model.expert_balance.gather(), **model.expert_balance.details()})
         norms.append(float(model.optimizer.step()[1]))
         model.expert_balance.move_bias()
         losses.append(loss_of(metrics, config))
@@ -159,7 +162,8 @@ def _train(
     if save is not None:
         save_now(save, model, Progress(step=first_step + num_steps, samples=0))
     parameters = whole_tensors(model, lambda parameter: parameter.data)
-    return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs, expert_biases(model), balance)
+    observed = routing.of_all_ranks(model.stages)
+    return Outcome(losses, norms, gradients, parameters, _join(noise), works, inputs, expert_biases(model), balance, observed)
 
 
 def loss_of(metrics: dict[str, Any], _config: Config) -> float:
@@ -199,6 +203,8 @@ def open_gates(model: TrainedModel) -> None:
                     rank, size = (tensor_rank, tensor_size) if is_split else (0, 1)
                     whole = torch.randn((size * parameter.shape[0], *parameter.shape[1:]), generator=generator)
                     parameter.copy_(whole.chunk(size)[rank] * 0.3)
+        for router in routers(model.stages):
+            open_router(router)
     model.optimizer.reload_model_params()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ from w1train.runtime.megatron_on_cpu import import_megatron
 import_megatron()
 
 from w1train.diffusion.corruption import corrupt  # noqa: E402
+from w1train.engine import expert_balance  # noqa: E402
 from w1train.engine.building import build_trained_model  # noqa: E402
+from w1train.model.experts import router_losses  # noqa: E402
+from w1train.model.experts.routed_tokens import TokenKind  # noqa: E402
 from w1train.model.experts.router import ExpertRouter  # noqa: E402
 from w1train.model.initialization import global_named_parameters  # noqa: E402
-from w1train.objectives.objective import objective_of  # noqa: E402
+from w1train.objectives.objective import Objective, objective_of  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
+from w1train.training import inputs as inputs_module  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
 
 EXPERTS = {"num_experts": 8, "num_active": 2, "ffn_hidden_size": 16, "num_dense_layers": 1}
@@ -87,6 +92,9 @@ class Expected:
         self.counts = [chosen[0].unflatten(0, counted.T.shape)[counted.T].sum(0).tolist() for _, chosen in seen]
         masked = (noisy.input_ids == config.diffusion.mask_token_id) & real
         masked = torch.cat([masked, torch.zeros_like(masked)], dim=1) if counted.shape != real.shape else masked
+        both = torch.cat([real] * (counted.shape[1] // real.shape[1]), dim=1)
+        self.real_counts = [chosen[0].unflatten(0, counted.T.shape)[both.T].sum(0).tolist() for _, chosen in seen]
+        self.all_counts = [chosen[0].sum(0).tolist() for _, chosen in seen]
         self.masked_counts = [chosen[0].unflatten(0, counted.T.shape)[masked.T].sum(0).tolist() for _, chosen in seen]
 
 
@@ -144,20 +152,43 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", slow_except(["micro-batches", "tp2 cp2"], LAYOUTS))
 def test_values_gradients_and_bias_are_the_closed_forms(layout):
+    _check(layout, list(TESTED))
+
+
+def _check(layout, names):
     data_parallel, how = LAYOUTS[layout]
-    outcomes = train_layouts([tiny(name, **how) for name in TESTED], data_parallel, num_steps=1)
-    for (name, (experts, balance, _)), outcome in zip(TESTED.items(), outcomes, strict=True):
-        true = expected(name)
-        assert outcome.gradients.keys() == true.gradients.keys()
+    true = [expected(name) for name in names]
+    for name, one, outcome in zip(
+        names, true, train_layouts([tiny(name, **how) for name in names], data_parallel, num_steps=1), strict=True
+    ):
+        assert outcome.gradients.keys() == one.gradients.keys()
         for key, gradient in outcome.gradients.items():
-            assert (gradient - true.gradients[key]).norm() <= 1e-5 * true.gradients[key].norm() + 1e-9, (name, key)
-        if experts is LING:
-            for layer, bias in outcome.biases.items():
-                assert torch.equal(bias, _moved(true.counts[layer - 2], balance)), (name, layer)
-        (metrics,) = outcome.balance
-        assert metrics["experts/auxiliary_loss"] == pytest.approx(true.auxiliary / 2, rel=1e-5)
-        assert metrics.get("experts/router_z_loss", 0) == pytest.approx(true.z / 2 if "router_z" in balance else 0, rel=1e-5)
-        assert metrics["experts/load_masked"] == pytest.approx(sum(max(each) / sum(each) * 8 for each in true.masked_counts) / 2)
+            assert (gradient - one.gradients[key]).norm() <= 1e-5 * one.gradients[key].norm() + 1e-9, (name, key)
+        experts, balance, _ = TESTED[name]
+        assert outcome.biases.keys() == ({2, 3} if experts is LING else set())
+        for layer, bias in outcome.biases.items():
+            assert torch.equal(bias, _moved(one.counts[layer - 2], balance)), (name, layer)
+        _check_metrics(outcome.balance[0], one, balance, how.get("expert", 1))
+
+
+def _check_metrics(metrics, true, balance, num_ranks):
+    assert metrics["experts/auxiliary_loss"] == pytest.approx(true.auxiliary / 2, rel=1e-5)
+    assert metrics.get("experts/router_z_loss", 0) == pytest.approx(true.z / 2 if "router_z" in balance else 0, rel=1e-5)
+    assert metrics["experts/load_masked"] == pytest.approx(_mean_unevenness(true.masked_counts))
+    assert metrics["experts/load"] == pytest.approx(_mean_unevenness(true.real_counts))
+    assert metrics["experts/load_worst_layer"] == pytest.approx(max(map(_unevenness, true.real_counts)))
+    assert metrics["experts/unused"] == sum(counts.count(0) for counts in true.real_counts) / 16
+    assert metrics["experts/loads"] == [[pytest.approx(8 * count / sum(row), abs=6e-4) for count in row] for row in true.real_counts]
+    half = [[sum(counts[:4]), sum(counts[4:])] for counts in true.all_counts]
+    assert metrics.get("experts/rank_load") == (None if num_ranks == 1 else pytest.approx(_mean_unevenness(half)))
+
+
+def _unevenness(counts):
+    return max(counts) / sum(counts) * len(counts)
+
+
+def _mean_unevenness(layers):
+    return sum(map(_unevenness, layers)) / len(layers)
 
 
 def _moved(counts, balance):
@@ -165,3 +196,34 @@ def _moved(counts, balance):
     signs = [(mean > count) - (mean < count) for count in counts]
     middle = sum(signs) / len(signs) if balance.get("zero_mean") else 0
     return torch.tensor([balance["bias_rate"] * (sign - middle) for sign in signs])
+
+
+def _each_micro_batch_moves(original):
+    def count(router, is_chosen, kinds):
+        original(router, is_chosen, kinds)
+        if router.expert_bias is not None:
+            router.expert_bias += 0.05 * torch.sign(router.counts.sum() / 8 - router.counts.sum(0)).float()
+
+    return count
+
+
+MUTANTS = {
+    "padding counts for the losses": (inputs_module, "first_counted_kind", lambda _: lambda streams: TokenKind.PADDING, "micro-batches"),
+    "padding counts for the bias": (expert_balance, "first_counted_kind", lambda _: lambda streams: TokenKind.PADDING, "micro-batches"),
+    "divided by micro-batches": (Objective, "denominators", lambda of: lambda *given: of(*given) / 8, "micro-batches"),
+    "each micro-batch counts alike": (Objective, "denominators", lambda of: lambda *given: of(*given) * 0 + 20, "micro-batches"),
+    "the bias moves with each micro-batch": (ExpertRouter, "_count", _each_micro_batch_moves, "micro-batches"),
+    "the loss is dropped": (router_losses.AddLoss, "apply", lambda _: lambda weights, loss: weights, "micro-batches"),
+    "only own tokens are counted": (router_losses, "dist", lambda _: SimpleNamespace(all_reduce=lambda counts, group: None), "tp2 cp2"),
+}
+"""Rule that is broken -> (owner, name, function of the original that gives the broken one, layout in which it matters)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", MUTANTS)
+def test_a_broken_rule_is_noticed(monkeypatch, rule):
+    owner, name, broken, layout = MUTANTS[rule]
+    expected("both streams")
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    with pytest.raises(AssertionError):
+        _check(layout, ["both streams"])

@@ -19,7 +19,7 @@ from w1train.training.forward import run_micro_batches  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
 
 
-def _expected(config, model):
+def expected_gradients(config, model):
     """d/dw of (sum of weight * cross-entropy) / count, one graph over all samples: nothing of the training path but the model."""
     stage = model.stages[0]
     batch = packed_batch(range(config.training.global_batch_size), config.data.sequence_length)
@@ -41,7 +41,7 @@ def _measure(_rank, _size, config):
     with distributed(config.parallel) as ranks:
         model = build_trained_model(config)
         open_gates(model)
-        expected = _expected(config, model)
+        expected = expected_gradients(config, model)
         batches = list(micro_batches(config, 0, ranks.data_parallel_rank, ranks.data_parallel_size))
         for chunk in model.chunks:
             chunk.zero_grad_buffer()

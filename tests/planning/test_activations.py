@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed import run_distributed
-from tests.tiny import packed_batch, tiny_config
+from tests.slow import slow_except
+from tests.tiny import packed_batch, tiny_config, tiny_experts
 from w1train.planning.activations import CUDA_KERNELS, Kernels, chunk_activation_bytes, sizes_of
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.workload import workload_of
@@ -124,6 +125,29 @@ ONE_RANK = [
     _config(diffusion={"block_size": 4, "timestep_per": "block"}, training={"precision": "bf16"}),
     _config(training={"loss_chunk_size": 7}),
 ]
+EXPERTS = [
+    *(
+        _config(model={"num_layers": 3, **tiny_experts(**experts)}, training={"precision": precision}, parallel={"recompute": recompute})
+        for experts, precision, recompute in (
+            ({}, "fp32", "none"),
+            ({"score": "sigmoid"}, "bf16", "selective"),
+            ({"normalize": False, "router_precision": "model"}, "bf16", "none"),
+            ({"num_active": 1, "shared_ffn_hidden_size": 0}, "fp32", "none"),
+            ({"score": "sigmoid", "num_active": 1}, "bf16", "full"),
+        )
+    ),
+    *(
+        _config(
+            model={"num_layers": 3, **tiny_experts(score=score)},
+            training={"precision": "bf16"},
+            parallel={**layout, "expert_dispatcher": dispatcher},
+        )
+        for layout in ({"expert": 2}, {"tensor": 2, "sequence": True, "expert": 2}, {"tensor": 2, "sequence": True, "expert_tensor": 2})
+        for score, dispatcher in (("sigmoid", "all_to_all"), ("softmax", "all_gather"))
+    ),
+    _config(model={"num_layers": 3, "conditioning": "none", **tiny_experts()}, diffusion={"block_size": 4}),
+    _config(model={"num_layers": 3, "qk_norm": True, **tiny_experts(num_dense_layers=0)}),
+]
 TWO_RANKS = [
     *(
         _config(parallel={"tensor": 2, "sequence": sequence, "recompute": recompute}, training={"precision": "bf16"})
@@ -148,6 +172,31 @@ TWO_RANK_NAMES = ["tensor", "tensor-full", "sequence", "sequence-full", "pipelin
     for method in ("keys", "clean keys", "heads", "heads of two streams")
     for recompute in ("none", "selective")
 ]
+
+
+@functools.cache
+def _measured_experts(group_sizes):
+    configs = [config for config in EXPERTS if _expert_group_sizes(config) == group_sizes]
+    ranks = run_distributed(_measure, _world_size(configs[0]), configs, timeout=240, process_group=False)
+    return {id(config): [measured[number] for measured in ranks] for number, config in enumerate(configs)}
+
+
+def _expert_group_sizes(config):
+    parallel = config.parallel
+    return parallel.tensor, parallel.expert, parallel.expert_tensor
+
+
+def _world_size(config):
+    return max(config.parallel.tensor, config.parallel.expert)
+
+
+@pytest.mark.parametrize("number", slow_except([0, 1, 2, 3, 4], range(13)))
+def test_experts(number):
+    """All ranks together, because the rows of a rank depend on the choices of experts, and their sum does not."""
+    config = EXPERTS[number]
+    measured, world_size = _measured_experts(_expert_group_sizes(config))[id(config)], _world_size(config)
+    predicted = sum(_predict(config, world_size, CPU_KERNELS, of_rank, rank)[0] for rank, of_rank in enumerate(measured))
+    assert predicted == pytest.approx(sum(of_rank[0][0] for of_rank in measured), rel=0.02)
 
 
 @functools.cache

@@ -6,10 +6,10 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.slow import slow_except
-from tests.tiny import packed_batch, tiny_config
+from tests.tiny import packed_batch, tiny_config, tiny_experts
 from w1train.planning.layout import chunks_of, layout_of
 from w1train.planning.parameters import Parameter, chunk_parameters
-from w1train.planning.state import buffer_layout, shard_numels, state_bytes
+from w1train.planning.state import buffer_layout, shard_numels, stage_state_bytes
 from w1train.runtime.megatron_on_cpu import import_megatron
 
 import_megatron()
@@ -22,6 +22,7 @@ from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.forward import run_micro_batches  # noqa: E402
 
 TIED = {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True, "num_query_groups": 2}
+EXPERTS = tiny_experts()
 # World size, layout, precision, model.
 CASES = {
     "data 3, fp32": (3, {}, "fp32", {}),
@@ -38,6 +39,21 @@ CASES = {
     "context 2, tensor 2, bf16": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2}, "bf16", {}),
     "tensor 2, data 2, overlap, bf16, Muon": (4, {"tensor": 2, "overlap_grad_reduce": True}, "bf16", {}),
     "one rank, plain optimizer, bf16, Muon": (1, {"distributed_optimizer": False}, "bf16", {}),
+    "expert 2, data 4, bf16": (4, {"expert": 2}, "bf16", EXPERTS),
+    "expert 2, one tensor rank of two an expert, overlap, bf16": (
+        4,
+        {"tensor": 2, "sequence": True, "expert": 2, "overlap_grad_reduce": True},
+        "bf16",
+        EXPERTS,
+    ),
+    "expert 2, expert tensor 2, tensor 2, data 2, fp32": (4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, "fp32", EXPERTS),
+    "expert 4, context 2, pipeline 2, data 2, bf16": (
+        8,
+        {"context": 2, "context_chunk_size": 8, "pipeline": 2, "expert": 4},
+        "bf16",
+        EXPERTS,
+    ),
+    "expert 2, plain optimizer, data 2, bf16": (2, {"expert": 2, "distributed_optimizer": False}, "bf16", EXPERTS),
     "pipeline 2, uneven, context 2, fp32": (
         4,
         {"pipeline": 2, "num_layers_in_first_stage": 1, "context": 2, "context_chunk_size": 8},
@@ -66,7 +82,7 @@ def _allocated(_rank, world_size, config):
         run_micro_batches(config, model.chunks, batches, num_samples // size, training=True)
         assert model.optimizer.step()[0]
         parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
-        buffers = [buffer for chunk in model.chunks for buffer in chunk.buffers]
+        buffers = [buffer for chunk in model.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
         # The groups of the optimizers inside megatron-core's wrappers hold masters, or views of fp32 parameters.
         inner = [optimizer.optimizer for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])]
         updated = [parameter for optimizer in inner for group in optimizer.param_groups for parameter in group["params"]]
@@ -82,6 +98,7 @@ IN_EACH_RUN = (
     "pipeline 2, virtual 2, data 2, bf16, tied",
     "context 2, tensor 2, bf16",
     "tensor 2, data 2, overlap, bf16, Muon",
+    "expert 2, one tensor rank of two an expert, overlap, bf16",
 )
 
 
@@ -104,16 +121,10 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
         place = layout.coordinates(rank)
         chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, place.pipeline)]
         assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
-        size, distributed_optimizer = layout.bucket_size(place.pipeline), layout.distributed_optimizer
-        predicted = state_bytes(
-            chunks,
-            precision,
-            layout.num_optimizer_shards,
-            distributed=distributed_optimizer,
-            optimizer=config.optimizer.name,
-            bucket_size=size,
-        )
-        predicted = predicted[place.context + layout.context * place.data]
+        states = stage_state_bytes(chunks, layout, place.pipeline, precision, config.optimizer.name)
+        ranks_of_stage = world_size // layout.pipeline
+        state = states[rank % ranks_of_stage * len(states) // ranks_of_stage]
+        predicted = state.others + state.experts
         assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (parameters, gradients, optimizer), rank
 
 

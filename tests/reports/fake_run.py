@@ -54,6 +54,26 @@ def train_record(step: int, num_steps: int = 400, num_t_bins: int = 10, seed: in
     }
 
 
+def expert_values(step: int, num_layers: int = 5, num_experts: int = 16) -> dict[str, Any]:
+    """Return what a step of a mixture of experts has besides: loads that become even."""
+    top = 1 + 7 * math.exp(-step / 100)
+    shares = [
+        [2 * (1 + (top - 1) * math.exp(-((expert + layer) % num_experts))) for expert in range(num_experts)] for layer in range(num_layers)
+    ]
+    loads = [[round(num_experts * load / sum(row), 3) for load in row] for row in shares]
+    return {
+        "experts/load": top,
+        "experts/load_worst_layer": 1.2 * top,
+        "experts/load_masked": 8.0,
+        "experts/load_noisy": 0.9 * top,
+        "experts/load_clean": 0.8 * top,
+        "experts/unused": 0.3 * math.exp(-step / 50),
+        "experts/rank_load": 1 + 0.1 * top,
+        "experts/bias_range": min(0.1, 1e-3 * step),
+        **({"experts/loads": loads} if step % 50 == 0 else {}),
+    }
+
+
 def validation_record(step: int, num_timesteps: int = 10) -> dict[str, Any]:
     elbo = _elbo(step)
     return {

@@ -16,7 +16,16 @@ from typing import Any
 
 import pytest
 
-from tests.reports.fake_run import UNIGRAM_BITS_PER_BYTE, sample_record, train_record, validation_record, write_fake_run, write_fake_summary
+from tests.reports.fake_run import (
+    UNIGRAM_BITS_PER_BYTE,
+    expert_values,
+    sample_record,
+    train_record,
+    validation_record,
+    write_fake_run,
+    write_fake_summary,
+)
+from w1train.config.errors import UserError
 from w1train.records.summary import add_to_summary, tokens_per_second
 from w1train.reports import report_page
 from w1train.reports.report_compare import write_comparison
@@ -220,6 +229,32 @@ def test_mfu_is_shown_where_it_is_known(tmp_path):
     page = report(write_log(tmp_path, *records))
     assert "Model FLOPs utilisation" in page.charts()
     assert "43.2%" in page.words
+
+
+def test_experts_have_a_section_with_a_heat_map(tmp_path):
+    page = report(write_log(tmp_path, *(train_record(step) | expert_values(step) for step in range(1, 120))))
+    charts = page.charts()
+    assert [line["name"] for line in charts["Largest load of an expert"]["lines"]] == [
+        "all tokens",
+        "masked",
+        "other noisy",
+        "clean stream",
+    ]
+    heat = charts["Load of each expert (x) in each layer (y), at step 100"]
+    assert heat["x"] == {"label": "expert", "range": [0, 16]}
+    assert (heat["cells"]["range"], heat["cells"]["label"]) == ([0, 5], "layer")
+    assert [list(row) for row in zip(*heat["cells"]["columns"], strict=True)] == expert_values(100)["experts/loads"]
+    assert not [title for title in charts if title.startswith("experts/")], "no number is drawn twice"
+
+
+def test_a_dense_run_has_no_section_of_experts(tmp_path):
+    assert "Experts" not in report(write_log(tmp_path, *(train_record(step) for step in range(1, 30)))).words
+
+
+@pytest.mark.parametrize("loads", [1.0, [], [[]], [[1.0], [1.0, 2.0]], [["a"]], "x"])
+def test_loads_that_are_no_table_are_refused(tmp_path, loads):
+    with pytest.raises(UserError, match="experts/loads"):
+        report(write_log(tmp_path, train_record(1) | {"experts/load": 1.0, "experts/loads": loads}))
 
 
 def test_size_does_not_grow_with_the_run(tmp_path):

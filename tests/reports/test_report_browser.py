@@ -13,7 +13,7 @@ import pytest
 
 from tests import browser as headless
 from tests.browser import Browser
-from tests.reports.fake_run import train_record, validation_record, write_fake_run
+from tests.reports.fake_run import expert_values, train_record, validation_record, write_fake_run
 from w1train.reports import report_page
 from w1train.reports.report_compare import write_comparison
 from w1train.reports.run_report import write_report
@@ -38,7 +38,7 @@ def runs(tmp_path_factory) -> list[Path]:
     with MetricsLog(first / "metrics.jsonl") as log:
         for step in range(401, 460):
             more = {"time/communication_seconds": 0.05, "health/skipped_steps": step // 430, "checkpoint/stall_seconds": 0.2, "stage": "b"}
-            log.append(train_record(step) | more | ({"loss": math.nan} if step == 440 else {}))
+            log.append(train_record(step) | more | expert_values(step) | ({"loss": math.nan} if step == 440 else {}))
         log.append(validation_record(459))
     with MetricsLog(first / "events.jsonl") as log:
         for step, event in ((0, "start"), (50, "checkpoint"), (200, "checkpoint"), (200, "resume"), (400, "checkpoint")):

@@ -45,6 +45,21 @@ def test_two_runs(tmp_path):
     assert "num_layers" not in page.words
 
 
+def test_a_mixture_of_experts_beside_a_dense_model(tmp_path):
+    dense, mixture = write_fake_run(tmp_path / "dense", 80), write_fake_run(tmp_path / "mixture", 80)
+    for run, active in ((dense, 12_583_424), (mixture, 4_000_000)):
+        path = run / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_active_parameters": active}))
+    records = [json.loads(line) for line in (mixture / "metrics.jsonl").read_text().splitlines()]
+    loads = [record | {"experts/load": 1.5, "experts/unused": 0.25} if record["kind"] == "train" else record for record in records]
+    (mixture / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in loads))
+    page = compare(tmp_path, dense, mixture)
+    assert "parameters 12,583,424 12,583,424 parameters that compute a token 12,583,424 4,000,000" in page.words
+    assert "largest load of an expert at the end, times the mean \u2013 1.50" in page.words
+    assert "experts without a token at the end \u2013 25.0%" in page.words
+    assert "Largest load of an expert, times the mean" in page.charts()
+
+
 def test_the_better_one_is_marked(tmp_path):
     worse = [validation_record(0), train_record(1), validation_record(1)]
     better = [validation_record(0), train_record(1), validation_record(1) | {"elbo": 1.0, "elbo_bits_per_byte": 0.4}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ from tests.reports.fake_run import train_record, validation_record
 from tests.tiny import tiny_config
 from w1train.checkpoints.manifest import MANIFEST, Progress, describe_next_start
 from w1train.config.schema import StageConfig
+from w1train.config.schema_model import ExpertsConfig
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training import run_description
@@ -38,6 +40,15 @@ def test_the_start_of_a_run(tmp_path):
     assert found["device"] == "2 ranks on cpu, fp32 (data 2, tensor 1, pipeline 1, context 1)"
     assert found["begins"] == "at step 0, from random weights"
     assert found["watch"] == f"w1train status '{tmp_path}/a run' (Ctrl-C saves and stops)"
+
+
+def test_the_start_of_a_mixture_of_experts(tmp_path):
+    experts = ExpertsConfig(num_experts=4, num_active=1, ffn_hidden_size=16)
+    found = described(RunDirectory(tmp_path), model={"experts": experts}, parallel={"expert": 2})
+    total, active = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", found["model"]))
+    assert total - active == 2 * 3 * 3 * 32 * 16  # two layers, in which three experts are idle
+    assert found["model"] == f"{total:,} parameters, {active:,} of which compute a token, in 2 layers of width 32"
+    assert found["device"].endswith("context 1, expert 2)")
 
 
 def test_what_a_run_begins_from(tmp_path):

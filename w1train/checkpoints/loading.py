@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from w1train.checkpoints.format.plain_values import first_unlike
-from w1train.checkpoints.format.shard_loading import load_state
+from w1train.checkpoints.format.shard_loading import Groups, load_state
 from w1train.checkpoints.format.shard_reader import Shards
 from w1train.checkpoints.manifest import MANIFEST, DamagedCheckpointError, Progress, read_progress
 from w1train.checkpoints.model_state import OPTIMIZER, PROGRESS, model_key, position, sharded_model, sharded_state
@@ -42,8 +42,8 @@ def load_checkpoint(path: Path, model: TrainedModel, *, verify: bool = True) -> 
     values = all_or_none(partial(_values_of, shards, progress, state))
     # Each rank of a data- and context-parallel group reads a part of the boxes that all of these ranks need, and sends it to the other
     # ranks.
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    loaded = _unshare(load_state(state, shards, values, group), set())
+    groups = Groups(parallel_state.get_data_parallel_group(with_context_parallel=True), parallel_state.get_expert_data_parallel_group())
+    loaded = _unshare(load_state(state, shards, values, groups), set())
     for index, stage in enumerate(model.stages):
         stage.load_state_dict(loaded[model_key(index)], strict=True)
     model.optimizer.load_state_dict(loaded[OPTIMIZER])

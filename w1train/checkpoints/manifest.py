@@ -54,6 +54,9 @@ class Progress:
     """SHA-256 of the training tokens; ``samples`` is a place in their order. None for a dataset of another project, which has no hash."""
     health: dict[str, Any] = field(default_factory=dict)
     """State of the guard of the steps (w1train.training.health.guard), as JSON. Empty in checkpoints that are older than the guard."""
+    noise: str | None = None
+    """SHA-256 of the token counts that the noise of the last step depends on (diffusion.token_counts). None for noise without counts, and
+    in checkpoints that are older than this field."""
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -134,7 +137,7 @@ def check_manifest(content: bytes) -> dict[str, Any]:
     """
     if len(content) > MAXIMUM_BYTES:
         raise ValueError(f"{MANIFEST} cannot be read: it has more than {MAXIMUM_BYTES >> 20} MiB")
-    manifest = {"health": {}, **parse_json_object(content, f"{MANIFEST} cannot be read")}
+    manifest = {"health": {}, "noise": None, **parse_json_object(content, f"{MANIFEST} cannot be read")}
     if missing := {*(field.name for field in fields(Progress)), "files"} - manifest.keys():
         raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
     if problems := [*_value_problems(manifest), *_entry_problems(manifest["files"])]:
@@ -148,6 +151,7 @@ def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
         "samples": _is_count(manifest["samples"]),
         "seconds": is_number(manifest["seconds"]) and 0 <= manifest["seconds"] < 1e12,
         "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
+        "noise": manifest["noise"] is None or isinstance(manifest["noise"], str),
         "validation": isinstance(manifest.get("validation", {}), dict) and all(map(is_number, manifest.get("validation", {}).values())),
         "files": isinstance(manifest["files"], dict),
     }

@@ -357,6 +357,9 @@ class KernelsConfig:
     gradient_accumulation: Literal["auto", "fused", "unfused"] = "auto"
     """fused: the matrix product itself adds weight gradients to the fp32 buffer, by apex's CUDA extension or transformer-engine's linear
     layers. unfused: a separate operation adds them."""
+    experts: Literal["auto", "grouped_mm", "loop"] = "auto"
+    """The products with the matrices of a mixture of experts. grouped_mm: torch's product for all experts of a rank at once; on CUDA it
+    needs bf16 and compute capability 9 or 10, and everywhere rows of a multiple of 16 bytes. loop: a product for each expert."""
     adamw: Literal["auto", "te", "apex", "torch"] = "auto"
     """AdamW. te: transformer-engine's FusedAdam. apex: apex's FusedAdam. torch: torch's fused kernel."""
 

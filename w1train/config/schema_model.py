@@ -57,9 +57,11 @@ class BalanceConfig:
     zero_mean: bool = False
     """Take the mean over experts off each move of the bias (Ling). The choice of experts is the same, but the bias does not drift."""
     auxiliary: NonNegativeFloat = 0.0
-    """Coefficient of the loss that is smallest if all experts of a sample's tokens are used alike (arXiv 2101.03961, equation 4)."""
+    """Coefficient of the loss that is smallest, 1, if the tokens of a sample use all experts alike (arXiv 2101.03961, equation 4). It
+    counts the experts that the router has chosen. Samples have the weights that they have in the objective, and layers are added up."""
     router_z: NonNegativeFloat = 0.0
-    """Coefficient of the squared logarithm of the router's softmax denominator (arXiv 2202.08906, equation 5)."""
+    """Coefficient of the squared logarithm of the router's softmax denominator, the mean over tokens (arXiv 2202.08906, equation 5).
+    Samples and layers count as in auxiliary."""
     streams: Literal["both", "noisy"] = "both"
     """The streams of block diffusion whose tokens are counted for the bias and the two losses. Padding never counts."""
 
@@ -171,6 +173,8 @@ class ParallelConfig:
     """Shard optimizer states and fp32 masters over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: selective = core attention only, full = every layer."""
+    recompute_experts: bool = False
+    """With recompute=selective, also compute the layers of experts twice, tokens' way to their experts and back included."""
     recompute_num_layers: Size = 1
     """Layers per recomputed group when recompute is full."""
     overlap_grad_reduce: bool = False

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +23,14 @@ from w1train.checkpoints.stored_size import require_stored
 from w1train.checkpoints.verification import read_config
 from w1train.config.errors import UserError, listing
 from w1train.config.phases import stage_of_step
+from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.conversion.exported_tokenizer import COMPANIONS, write_tokenizer
-from w1train.conversion.families import CONFIG_FILE, STOCK, W1, config_of, family_problems, stock_family
+from w1train.conversion.families import CONFIG_FILE, FAMILIES, STOCK, W1, W1_FAMILY, config_of, family_problems, stock_family
 from w1train.conversion.filling import StoredModel, require_fit
 from w1train.conversion.output_meaning import meaning_of_outputs, require_timesteps_of_masks
 from w1train.conversion.sources import INDEX_FILE, CheckpointDirectory
-from w1train.conversion.tensors import Parameter, checkpoint_parameters, hugging_face_parameters
+from w1train.conversion.tensors import EXPERT_BIAS, Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
 from w1train.runtime.files import PARTIAL_SUFFIX, write_text
 from w1train.runtime.output_files import require_apart
@@ -70,19 +74,18 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     require_fit(StoredModel(str(checkpoint), config.model, source, tuple(checkpoint_parameters(config.model))), config.model)
     dtype = _one_dtype(checkpoint, source)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
-    if model_type != W1 and (problems := family_problems(config.model, model_type)):
-        raise UserError(f"this model is not a {model_type} model: {listing(problems)}; export it with --format {W1}")
-    if model_type == W1:
-        require_timesteps_of_masks(config)
+    _require_computed(config, model_type)
     output, partial = _places(output)
     require_apart([output, partial], [run.checkpoints])
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    parameters = list(hugging_face_parameters(config.model))
+    parameters = list(hugging_face_parameters(config.model, (W1_FAMILY if model_type == W1 else FAMILIES[model_type]).names))
     entries = list(_entries(source, parameters))
     write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
     special = write_tokenizer(run.tokenizer, Path(config.data.tokenizer), partial, config.model.vocab_size) | meaning_of_outputs(config)
+    if model_type != W1 and not FAMILIES[model_type].is_causal:
+        special |= {"mask_token_id": config.diffusion.mask_token_id}
     if model_type == W1:
         special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
         for name in _REMOTE_CODE:
@@ -92,14 +95,41 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    if model_type != W1 and special["prediction"] != "next_token":
+    if model_type != W1:
+        _warn_of_use(model_type, special)
+    names = tuple(sorted(path.name for path in output.iterdir()))
+    num_parameters = sum(math.prod(entry.shape) for entry in entries if not entry.name.endswith(EXPERT_BIAS))
+    return Exported(model_type, names, num_parameters)
+
+
+def _require_computed(config: Config, model_type: str) -> None:
+    """Refuse a model that the exported class would not compute.
+
+    Raises:
+        UserError: as its message says.
+    """
+    if model_type != W1 and (problems := family_problems(config.model, model_type)):
+        raise UserError(f"this model is not a {model_type} model: {listing(problems)}; export it with --format {W1}")
+    if model_type == W1:
+        require_timesteps_of_masks(config)
+        pool = config.model.experts.pool_per_block if config.model.experts.num_experts else 0
+        if pool:
+            raise UserError(f"model.experts.pool_per_block is {pool}, and the exported code computes only models with 0")
+
+
+def _warn_of_use(model_type: str, special: Mapping[str, Any]) -> None:
+    """Warn of what the class of a family does not do as this model was trained, or needs besides the export."""
+    family = FAMILIES[model_type]
+    if family.is_causal and special["prediction"] != "next_token":
         logger.warning(
             "the stock class of %s attends causally and takes each output as the next token's. This model's outputs are its own token's "
             "unless config.json says shift, and see more: use this export only for its weights",
             model_type,
         )
-    names = tuple(sorted(path.name for path in output.iterdir()))
-    return Exported(model_type, names, sum(entry.num_bytes for entry in entries) // dtype.itemsize)
+    if not family.is_causal and special["shift"]:
+        logger.warning("the class of %s takes each output as its own token's, and this model's outputs are the next token's", model_type)
+    if not family.is_causal:
+        logger.info("for transformers, copy the files that auto_map in config.json names from a published model of %s", family.architecture)
 
 
 def _places(output: Path) -> tuple[Path, Path]:
@@ -126,8 +156,9 @@ def _is_interrupted_export(directory: Path) -> bool:
 
 
 def _one_dtype(checkpoint: Path, source: CheckpointDirectory) -> torch.dtype:
-    """Return the dtype of the weights. config.json can name only one dtype, so weights of several dtypes raise UserError."""
-    names = {dtype: name for name, dtype in source.dtypes.items()}
+    """Return the dtype of the weights. config.json can name only one dtype, so weights of several dtypes raise UserError. The numbers that
+    balance experts are float32 in every file: rounded, they would choose other experts."""
+    names = {dtype: name for name, dtype in source.dtypes.items() if not name.endswith(EXPERT_BIAS)}
     if len(names) > 1:
         found = listing(f"{name} is {dtype}" for dtype, name in names.items())
         raise UserError(f"the weights of {checkpoint} are of several types ({found}); weights of one type can be exported")
@@ -136,15 +167,15 @@ def _one_dtype(checkpoint: Path, source: CheckpointDirectory) -> torch.dtype:
 
 def _entries(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[Entry]:
     for parameter in parameters:
-        for part in parameter.parts:
-            yield Entry(part.tensor, (part.num_rows, *parameter.shape[1:]), source.dtypes[parameter.name])
+        for name, parts in groupby(parameter.parts, key=lambda part: part.tensor):
+            yield Entry(name, (sum(part.num_rows for part in parts), *parameter.shape[1:]), source.dtypes[parameter.name])
 
 
 def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parts of each parameter: the inverse of w1train.conversion.filling."""
+    """Yield the tensors of each parameter: the inverse of w1train.conversion.filling."""
     for parameter in parameters:
         whole = source.read(parameter.name, tuple(slice(0, extent) for extent in parameter.shape))
         rows = whole.view(parameter.num_groups, -1, *parameter.shape[1:])
-        sizes = [part.num_rows // parameter.num_groups for part in parameter.parts]
-        for part, piece in zip(parameter.parts, torch.split(rows, sizes, dim=1), strict=True):
-            yield part.tensor, piece.reshape(part.num_rows, *parameter.shape[1:])
+        pieces = iter(torch.split(rows, [part.num_rows // parameter.num_groups for part in parameter.parts], dim=1))
+        for name, parts in groupby(parameter.parts, key=lambda part: part.tensor):
+            yield name, torch.cat([next(pieces).reshape(part.num_rows, *parameter.shape[1:]) for part in parts])

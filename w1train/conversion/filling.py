@@ -6,7 +6,8 @@ Shapes: r = rows of a parameter on this rank, h = hidden size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,13 @@ from w1train.config.schema import ModelConfig
 from w1train.conversion.model_fit import model_problems
 from w1train.conversion.sources import TensorSource
 from w1train.conversion.tensors import EMBEDDING, HEAD, Parameter
-from w1train.model.initialization import global_named_parameters
+from w1train.model.initialization import EXPERTS, Slice, global_named_biases, global_named_parameters
 
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_A_TIME = 8192
 _MOST_NAMES = 8
+_LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,10 @@ def require_fit(stored: StoredModel, model: ModelConfig) -> None:
             start = expected[part.tensor][0] if part.tensor in expected else 0
             expected[part.tensor] = (start + rows, *parameter.shape[1:])
     found = stored.source.tensors
+    predictors = {name for name in found.keys() - expected.keys() if _is_of_predictor(name, found, stored.model)}
+    if predictors:
+        logger.info("%s: left out %s (layers that predict further tokens)", stored.origin, _some(predictors))
+    found = {name: shape for name, shape in found.items() if name not in predictors}
     ignored = {name for name in found.keys() - expected.keys() if _is_superfluous(name, model)}
     if ignored:
         logger.info("%s: left out %s (values that are computed, or a copy of the embedding)", stored.origin, _some(ignored))
@@ -81,8 +87,26 @@ def _is_superfluous(name: str, model: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (model.tie_embeddings and name == "lm_head.weight")
 
 
+def _is_of_predictor(name: str, found: Mapping[str, object], model: ModelConfig) -> bool:
+    """Tell whether a tensor belongs to a layer behind the last layer that predicts further tokens (Ling's multi-token prediction)."""
+    layer = _LAYER.fullmatch(name)
+    return layer is not None and int(layer.group(1)) >= model.num_layers and f"model.layers.{layer.group(1)}.eh_proj.weight" in found
+
+
+@dataclass(frozen=True, slots=True)
+class RankSlices:
+    """The parts of parameters that a rank has."""
+
+    tensor: Slice
+    """Of the matrices that tensor-parallel ranks share."""
+    expert_tensor: Slice
+    """Of each expert's matrices."""
+    first_expert: int
+    """The number of the first expert of the rank."""
+
+
 @torch.no_grad()
-def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelConfig, *, tensor_rank: int, tensor_size: int) -> None:
+def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelConfig, slices: RankSlices) -> None:
     """Write every parameter of this rank's stages once. Before the call, parameters hold their initial values.
 
     Besides the parameters, one slice is in memory at a time. Parameters of adaLN keep their initial values if the source has no adaLN.
@@ -94,22 +118,35 @@ def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelCon
     by_name = {parameter.name: parameter for parameter in stored.parameters}
     for stage in stages:
         written: set[str] = set()
-        for name, target in global_named_parameters(stage):
+        for name, target, dimension, part in _targets(stage, slices):
             assert name not in written, f"{name} is twice in one stage"
             written.add(name)
             parameter = by_name[name]
             if parameter.is_conditioning and stored.model.conditioning == "none":
                 continue
-            dimension = target.partition_dim if getattr(target, "tensor_model_parallel", False) else None
             if parameter.is_vocabulary:
                 assert dimension == 0
-                _fill_vocabulary(target, parameter, stored, model, tensor_rank)
+                _fill_vocabulary(target, parameter, stored, model, part.rank)
             else:
-                _fill_one(target, parameter, stored.source, dimension, tensor_rank, tensor_size)
+                _fill_one(target, parameter, stored.source, dimension, part)
 
 
-def _fill_one(target: Tensor, parameter: Parameter, source: TensorSource, dimension: int | None, rank: int, size: int) -> None:
+def _targets(stage: torch.nn.Module, slices: RankSlices) -> Iterator[tuple[str, Tensor, int | None, Slice]]:
+    """Yield what is written: the name, the tensor, the dimension that ranks share (None = each rank has all) and this rank's part. Each
+    expert's matrices are written alone, so that a rank reads those of its experts and no others."""
+    for name, target in [*global_named_parameters(stage), *global_named_biases(stage)]:
+        if EXPERTS not in name:
+            yield name, target, target.partition_dim if getattr(target, "tensor_model_parallel", False) else None, slices.tensor
+            continue
+        for index, matrix in enumerate(target):
+            is_gated = matrix.dim() == 3
+            own_name = name.replace(EXPERTS, f"{EXPERTS}{slices.first_expert + index}.")
+            yield own_name, matrix.flatten(0, -2), 0 if is_gated else 1, slices.expert_tensor
+
+
+def _fill_one(target: Tensor, parameter: Parameter, source: TensorSource, dimension: int | None, part_of_rank: Slice) -> None:
     """Write a parameter by interleaving this rank's rows (or columns) of each part."""
+    rank, size = part_of_rank
     splits = size if dimension == 0 else 1
     num_groups = max(1, parameter.num_groups // splits)
     rows = target.view(num_groups, -1, *target.shape[1:])

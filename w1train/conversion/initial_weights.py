@@ -16,12 +16,13 @@ from w1train.checkpoints.verification import read_config as read_checkpoint_conf
 from w1train.checkpoints.verification import verify_checkpoint
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
-from w1train.conversion.families import model_from_config, read_config
-from w1train.conversion.filling import StoredModel, fill, require_fit
+from w1train.conversion.families import family_of, model_from_config, read_config
+from w1train.conversion.filling import RankSlices, StoredModel, fill, require_fit
 from w1train.conversion.model_fit import find_checkpoint
 from w1train.conversion.sources import CheckpointDirectory, SafetensorsDirectory
 from w1train.conversion.tensors import checkpoint_parameters, hugging_face_parameters
 from w1train.engine.building import LoadWeights
+from w1train.model.initialization import Slice
 from w1train.runtime.distributed import all_or_none
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,8 @@ class InitialWeights:
         self._report()
 
     def _fill(self, stages: Sequence[torch.nn.Module]) -> None:
-        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
         try:
-            fill(self.stored, stages, self.config.model, tensor_rank=rank, tensor_size=size)
+            fill(self.stored, stages, self.config.model, rank_slices(self.config))
         except OSError as error:
             raise UserError(f"{self.stored.origin} cannot be read: {error}") from error
 
@@ -69,6 +69,14 @@ class InitialWeights:
             logger.info("the mask token %d keeps the row that it has in %s", mask, self.stored.origin)
 
 
+def rank_slices(config: Config) -> RankSlices:
+    """Return the parts of parameters that this rank has."""
+    tensor = Slice(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size())
+    experts = Slice(parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size())
+    first = parallel_state.get_expert_model_parallel_rank() * config.model.experts.num_experts // config.parallel.expert
+    return RankSlices(tensor, experts, first)
+
+
 def open_initial_weights(config: Config) -> LoadWeights:
     """Open the weights and compare them with the configuration (:class:`InitialWeights`), and return the function that loads them."""
     return InitialWeights(config).load
@@ -80,7 +88,8 @@ def _open(config: Config, path: Path, checkpoint: Path | None) -> StoredModel:
         require_stored(checkpoint, model)
         stored = StoredModel(str(checkpoint), model, CheckpointDirectory(checkpoint), tuple(checkpoint_parameters(config.model)))
     else:
-        model = model_from_config(read_config(path), str(path))
-        stored = StoredModel(str(path), model, SafetensorsDirectory(path), tuple(hugging_face_parameters(config.model)))
+        described = read_config(path)
+        model, names = model_from_config(described, str(path)), family_of(described, str(path)).names
+        stored = StoredModel(str(path), model, SafetensorsDirectory(path), tuple(hugging_face_parameters(config.model, names)))
     require_fit(stored, config.model)
     return stored

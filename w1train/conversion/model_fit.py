@@ -3,12 +3,14 @@ torch, so that a start can be refused before torch is imported."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 from w1train.checkpoints.checkpoint_names import step_path
 from w1train.checkpoints.manifest import MANIFEST, latest_step
 from w1train.config.errors import Problem, UserError, show
 from w1train.config.schema import ModelConfig
+from w1train.conversion.expert_keys import compared_fields
 from w1train.conversion.families import CONFIG_FILE
 
 # Fields that must be equal in the stored model. The vocabulary and adaLN have rules of their own. The longest sequence may
@@ -28,6 +30,8 @@ _SAME = (
     "tie_embeddings",
     "learns_noise_rates",
 )
+_MAY_DIFFER = ("experts.pool_per_block",)
+"""Fields of experts that say how the weights are used, and that a run may choose."""
 _SAME_IN_LLAMA3 = ("rope_scaling_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length")
 _SAME_IN_ADALN = ("condition_size", "timestep_frequency_size", "timestep_scale")
 
@@ -55,10 +59,13 @@ def model_problems(model: ModelConfig, stored: ModelConfig, origin: str) -> list
     """Return the fields of a configured model that must be as in the stored model, but are not. ``origin`` names the stored model."""
     both_conditioned = model.conditioning == stored.conditioning == "adaln"
     fields = [*_SAME, *(_SAME_IN_LLAMA3 if stored.rope_scaling == "llama3" else ()), *(_SAME_IN_ADALN if both_conditioned else ())]
+    if not _has_dense_layers(model) and not _has_dense_layers(stored):
+        fields.remove("ffn_hidden_size")
+    ours, theirs = ({name: _resolved(each, name) for name in fields} | compared_fields(each) for each in (model, stored))
     problems = [
-        Problem(f"model.{field}", show(getattr(model, field)), f"{show(_resolved(stored, field))}, as in {origin}")
-        for field in fields
-        if _resolved(model, field) != _resolved(stored, field)
+        Problem(f"model.{name}", show(_value(model, name)), f"{show(value)}, as in {origin}")
+        for name, value in theirs.items()
+        if name not in _MAY_DIFFER and ours.get(name, _value(model, name)) != value
     ]
     if model.vocab_size < stored.vocab_size:
         problems.append(Problem("model.vocab_size", show(model.vocab_size), f"at least {stored.vocab_size}, the rows of {origin}"))
@@ -67,9 +74,18 @@ def model_problems(model: ModelConfig, stored: ModelConfig, origin: str) -> list
             Problem("model.conditioning", "none", f"adaln, as in {origin}: without its modulation the model computes another function")
         )
     elif model.conditioning == "adaln" and stored.conditioning == "none" and model.adaln_init != "identity":
-        valid = f"identity, because {origin} has no adaLN: with gates of zero, no layer would have an effect"
-        problems.append(Problem("model.adaln_init", model.adaln_init, valid))
+        identity = f"identity, because {origin} has no adaLN: with gates of zero, no layer would have an effect"
+        problems.append(Problem("model.adaln_init", model.adaln_init, identity))
     return problems
+
+
+def _has_dense_layers(model: ModelConfig) -> bool:
+    return not model.experts.num_experts or model.experts.num_dense_layers > 0
+
+
+def _value(model: ModelConfig, name: str) -> object:
+    """Return the value of a field such as ``experts.score`` as it is configured."""
+    return attrgetter(name)(model)
 
 
 def _resolved(model: ModelConfig, field: str) -> object:

@@ -5,6 +5,7 @@ Only requested boxes are read: a rank copies its slices, one after another, dire
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -29,6 +30,10 @@ _MOST_TENSORS = 500_000
 """Most tensors of a checkpoint, counted by layer. The largest published models have about 50,000."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names in safetensors of the dtypes from which weights are imported."""
+_MERGED = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+"""The name of a tensor [E, out, in] that has the matrices of all experts of a layer, as VeOmni writes it."""
+_STORED_EXPERTS = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(.*)")
+_STORED_EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(.*)")
 
 
 class TensorSource(Protocol):
@@ -43,7 +48,8 @@ class TensorSource(Protocol):
 
 
 class SafetensorsDirectory:
-    """The *.safetensors files of a Hugging Face directory."""
+    """The *.safetensors files of a Hugging Face directory. A tensor with the matrices of all experts is listed as a tensor for each
+    expert."""
 
     def __init__(self, directory: Path) -> None:
         """Open every file. The files are memory-mapped, and only headers are read.
@@ -53,6 +59,8 @@ class SafetensorsDirectory:
                 files; or a dtype cannot be imported.
         """
         self._files: dict[str, Any] = {}
+        self._merged: dict[str, tuple[str, int]] = {}
+        """The stored tensor of each expert's matrix that has no tensor of its own, and the expert's number."""
         self.tensors: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         index = _read_index(directory)
@@ -63,7 +71,7 @@ class SafetensorsDirectory:
             raise UserError(f"{directory} lacks {listing(missing)}, of the {len(names)} files that {INDEX_FILE} names: download it again")
         for name in names:
             self._open(directory / name)
-        if index is not None and (lost := sorted(index.keys() - self.tensors.keys())):
+        if index is not None and (lost := sorted(index.keys() - self._files.keys())):
             raise UserError(f"{directory}: {INDEX_FILE} names tensors that are in no file: {listing(lost)}")
 
     def _open(self, path: Path) -> None:
@@ -79,8 +87,21 @@ class SafetensorsDirectory:
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
                 raise UserError(f"{path}: {name} is of type {part.get_dtype()}; weights can be imported from {listing(DTYPES)}")
-            self._files[name], self.tensors[name] = file, tuple(part.get_shape())
-            self.dtypes[name] = DTYPES[part.get_dtype()]
+            self._files[name] = file
+            self._list(path, name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+
+    def _list(self, path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        merged = _MERGED.fullmatch(name)
+        if merged is None or len(shape) != 3:
+            self.tensors[name], self.dtypes[name] = shape, dtype
+            return
+        if len(self.tensors) + shape[0] > _MOST_TENSORS:
+            raise UserError(f"{path}: {shorten(name)} has {shape[0]} experts, or there are more than {_MOST_TENSORS} matrices")
+        for expert in range(shape[0]):
+            own = f"{merged.group(1)}.{expert}.{merged.group(2)}.weight"
+            if own in self.tensors:
+                raise UserError(f"{path}: {shorten(own)} is there twice, alone and in {shorten(name)}; keep one set of weights there")
+            self._merged[own], self.tensors[own], self.dtypes[own] = (name, expert), shape[1:], dtype
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
         """Return a box of a tensor (see TensorSource).
@@ -89,6 +110,9 @@ class SafetensorsDirectory:
             UserError: the file has changed since it was opened.
         """
         try:
+            if name in self._merged:
+                stored, expert = self._merged[name]
+                return self._files[stored].get_slice(stored)[(slice(expert, expert + 1), *box)][0]
             return self._files[name].get_slice(name)[box]
         except _import_safetensors().SafetensorError as error:
             raise UserError(f"{name} cannot be read: {error}") from error
@@ -161,7 +185,8 @@ def _files_without_index(directory: Path) -> list[str]:
 
 
 class CheckpointDirectory:
-    """The model of a w1train checkpoint, layer by layer. megatron-core stores a parameter of all layers as one tensor."""
+    """The model of a w1train checkpoint, layer by layer and expert by expert. megatron-core stores a parameter of all layers as one tensor,
+    unless the layers differ. A matrix of all experts of a layer is one tensor: [E, 2, I, h], or [E, h, I]."""
 
     _STACKED = "decoder.layers."
 
@@ -182,23 +207,41 @@ class CheckpointDirectory:
                 self._list(key, stored.sizes, stored.dtype)
 
     def _list(self, key: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
-        if not key.startswith(self._STACKED):
+        experts = _STORED_EXPERTS.fullmatch(key)
+        is_stacked = experts is None and re.fullmatch(r"decoder\.layers\.\D.*", key) is not None
+        if experts is None and not is_stacked:
             self.tensors[key], self.dtypes[key] = size, dtype
             return
-        if not size or len(self.tensors) + size[0] > _MOST_TENSORS:
+        if not size or len(self.tensors) + size[0] > _MOST_TENSORS or (experts is not None and len(size) < 3):
             what = f"{shorten(key)} of sizes {list(size)} is not cut into layers, or there are more than {_MOST_TENSORS} tensors"
             raise DamagedCheckpointError(self._shards.path, [what])
-        for layer in range(size[0]):
-            name = f"{self._STACKED}{layer}.{key.removeprefix(self._STACKED)}"
-            self.tensors[name], self.dtypes[name] = size[1:], dtype
+        before, after = (self._STACKED, key.removeprefix(self._STACKED)) if experts is None else (f"{experts.group(1)}.", experts.group(2))
+        matrix = size[1:] if experts is None else (math.prod(size[1:-1]), size[-1])
+        for number in range(size[0]):
+            name = f"{before}{number}.{after}"
+            self.tensors[name], self.dtypes[name] = matrix, dtype
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
         """Return a box of a tensor (see TensorSource)."""
-        key, squeezed = name, box
-        if stacked := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.*)", name):
-            layer = int(stacked.group(2))
-            key, squeezed = stacked.group(1) + stacked.group(3), (slice(layer, layer + 1), *box)
-        target = torch.empty([part.stop - part.start for part in squeezed], dtype=self._shards.tensors[key].dtype)
-        num_read = self._shards.read_into(target, key, [part.start for part in squeezed])
+        key, whole = self._place(name, box)
+        target = torch.empty([part.stop - part.start for part in whole], dtype=self._shards.tensors[key].dtype)
+        num_read = self._shards.read_into(target, key, [part.start for part in whole])
         assert num_read == target.numel(), f"{key} is not whole in the checkpoint"
-        return target[0] if squeezed is not box else target
+        return target.view([part.stop - part.start for part in box])
+
+    def _place(self, name: str, box: tuple[slice, ...]) -> tuple[str, tuple[slice, ...]]:
+        """Return where a box is stored: the tensor, and the box of it."""
+        if name in self._shards.tensors:
+            return name, box
+        if expert := _STORED_EXPERT.fullmatch(name):
+            key, number = f"{expert.group(1)}.{expert.group(3)}", int(expert.group(2))
+            if len(self._shards.tensors[key].sizes) == 4:
+                # The rows of the gate and of the other half are one dimension here. A box has rows of one half, or all rows of both.
+                size, rows = self._shards.tensors[key].sizes[2], box[0]
+                first, last = rows.start // size, (rows.stop - 1) // size
+                box = (slice(first, last + 1), slice(rows.start - first * size, rows.stop - last * size), *box[1:])
+            return key, (slice(number, number + 1), *box)
+        stacked = re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.*)", name)
+        assert stacked is not None, f"{name} is not in the checkpoint"
+        layer = int(stacked.group(2))
+        return stacked.group(1) + stacked.group(3), (slice(layer, layer + 1), *box)

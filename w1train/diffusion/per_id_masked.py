@@ -12,6 +12,7 @@ Shapes: b = samples, l = sequence_length, n = positions, v = vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -78,6 +79,10 @@ class PerIdMaskedProcess(MaskedProcess):
         """
         return relative_information(str(self.token_counts))
 
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(read_counts(str(self.token_counts)).tobytes()).hexdigest()
+
     def noised_tokens(self, tokens: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
         return words < word_thresholds(self.spindle.noising_probability(self.table_on(tokens.device)[tokens], timesteps))
 
@@ -139,12 +144,19 @@ def relative_information(path: str) -> Tensor:
     Raises:
         UserError: the file cannot be read, or is not such a file.
     """
-    counts = torch.from_numpy(_read_counts(Path(path))).double()
+    counts = torch.from_numpy(read_counts(path)).double()
     information = -torch.log(counts / counts.sum())
     return 1 - information[counts > 0].mean() / information
 
 
-def _read_counts(path: Path) -> np.ndarray:
+@lru_cache(maxsize=8)
+def read_counts(path: str) -> np.ndarray:
+    """Return the count of each id, int64 [v]. A file is read once: the fingerprint in a checkpoint is that of the counts in use, although
+    the file may have changed since.
+
+    Raises:
+        UserError: the file cannot be read, or is not such a file.
+    """
     try:
         counts = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

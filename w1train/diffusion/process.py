@@ -126,6 +126,11 @@ class NoiseProcess(ABC):
     mass_remedy: ClassVar[str | None] = None
     """A value of this field that works."""
 
+    @property
+    def fingerprint(self) -> str | None:
+        """The SHA-256 of what the process has read from a file, which a resume compares; None if it reads no file."""
+        return None
+
     def with_rates(self, rates: Tensor) -> NoiseProcess:
         """Return the process with the rates of noise that a model has learned, [vocabulary]."""
         raise AssertionError(f"{self.name} learns no rates")

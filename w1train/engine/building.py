@@ -140,17 +140,22 @@ def _data_parallel(
     return DistributedDataParallel(megatron, ddp_config, stage, full_param_layout=layout)
 
 
-def flat_buffer_sizes(parameters: list[torch.nn.Parameter], bucket_size: int | None, num_shards: int) -> list[int]:
-    """Return the elements, padding included, of the buffers in which the distributed optimizer lays out gradients: a buffer for each type
-    of parameters.
+def flat_buffer_sizes(
+    parameters: list[torch.nn.Parameter], bucket_size: int | None, num_shards: int, num_expert_shards: int
+) -> dict[bool, int]:
+    """Return the elements, padding included, of the buffers in which the distributed optimizer lays out gradients: under True of routed
+    experts, and under False of all other parameters.
 
     Args:
         bucket_size: elements after which a bucket ends; None = one bucket.
         num_shards: the data- and context-parallel ranks that share a buffer.
+        num_expert_shards: the data-parallel ranks of the experts, which share the buffer of these.
     """
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    layouts = DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, num_shards, ddp_config).layouts
-    return [buffer.bucket_indices[-1][1] for buffer in layouts.values()]
+    layouts = DistributedOptimizer.compute_full_param_layout(
+        parameters, bucket_size, num_shards, ddp_config, expert_data_parallel_world_size=num_expert_shards
+    ).layouts
+    return {kind.is_expert_parallel: buffer.bucket_indices[-1][1] for kind, buffer in layouts.items()}
 
 
 def initialize_tensor_overlap(config: Config) -> None:

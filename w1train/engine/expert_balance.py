@@ -81,11 +81,12 @@ class ExpertBalance:
                 move -= move.mean()
             router.expert_bias += (self._settings.bias_rate * move).to(router.expert_bias.dtype)
 
-    def loads(self) -> list[list[float]]:
-        """Return each expert's tokens of the step divided by the mean over the layer's experts, [m][E], without padding."""
-        assert self._sums is not None, "gather() comes first"
+    def details(self) -> dict[str, list[list[float]]]:
+        """Return metrics of each expert, as lists [m][E]: its tokens of the step, without padding, divided by the mean over its layer."""
+        if self._sums is None:
+            return {}
         counts = self._sums.of_real_tokens
-        return [[round(load, 3) for load in layer] for layer in (counts / _mean(counts)).tolist()]
+        return {"experts/loads": [[round(load, 3) for load in layer] for layer in (counts / _mean(counts)).tolist()]}
 
     def _metrics(self, sums: _Sums) -> dict[str, float]:
         """Return the metrics of a step. This waits for the GPU, once."""

@@ -2,15 +2,17 @@
 
 Training and the planner must agree on all of this, so the module imports neither torch nor megatron-core.
 
-The matrices are the weights of the linear maps inside the layers. AdamW updates everything else. Embedding and head have a row for each
-token, most of which have no gradient in a step, and vectors (norms, biases) have no singular values (arXiv 2502.16982, section 2.2). The
-timestep embedding and the modulations are AdamW's by our choice: their inputs are a few timesteps, so their gradients have a low rank, and
-the orthogonalization would raise the noise in all other directions to the size of the signal.
+The matrices are the weights of the linear maps inside the layers, and those of each expert. AdamW updates everything else. Embedding and
+head have a row for each token, most of which have no gradient in a step, and vectors (norms, biases) have no singular values (arXiv
+2502.16982, section 2.2). The timestep embedding and the modulations are AdamW's by our choice: their inputs are a few timesteps, so their
+gradients have a low rank, and the orthogonalization would raise the noise in all other directions to the size of the signal. The router is
+AdamW's by our choice too: like the head it has a row for each class, and experts that get few tokens have rows of small gradients.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,18 +20,26 @@ from typing import NamedTuple
 from w1train.config.schema import ModelConfig
 
 _QKV, _PROJECTION = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
-_GATE_AND_UP, _DOWN = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+_GATE_AND_UP, _DOWN = "linear_fc1.weight", "linear_fc2.weight"
+_EXPERTS = "mlp.experts."
+_MATRICES = (_QKV, _PROJECTION, *(part + linear for part in ("mlp.", "mlp.shared_experts.", _EXPERTS) for linear in (_GATE_AND_UP, _DOWN)))
 NUM_ITERATIONS = 5
 """Steps of the Newton-Schulz iteration, as in the published algorithm."""
 
 
 def is_matrix(name: str) -> bool:
     """Tell whether Muon updates the parameter of this name, which is its name in the whole model."""
-    return name.startswith("decoder.layers.") and name.endswith((_QKV, _PROJECTION, _GATE_AND_UP, _DOWN))
+    return name.startswith("decoder.layers.") and name.endswith(_MATRICES)
+
+
+def stack(name: str, shape: Sequence[int]) -> tuple[int, tuple[int, int]]:
+    """Return the number of matrices in a parameter, one for each expert that the rank has, and the shape of each."""
+    number = shape[0] if _EXPERTS in name else 1
+    return number, (math.prod(shape[:-1]) // number, shape[-1])
 
 
 class Fusion(NamedTuple):
-    """The logical matrices in one parameter, as a tensor-parallel rank holds it.
+    """The logical matrices in one parameter, or in one expert's part of it, as a tensor-parallel rank holds it.
 
     Its rows are ``num_groups`` groups, each of which has ``sizes[i]`` rows of matrix i, for every i in turn.
     """
@@ -82,6 +92,16 @@ def shared_ranges(start: int, end: int, bucket_start: int, share: int, num_share
     lows = (bucket_start + number * share for number in range(num_shares))
     bounds = ((min(max(low, start), end), min(max(low + share, start), end)) for low in lows)
     return [(low - start, high - start) for low, high in bounds]
+
+
+def part_of_ranges(ranges: Sequence[Range], number: int, size: int) -> list[Range]:
+    """Return the parts of the ranges that are in the matrix ``number`` of a stack, counted from this matrix's first element.
+
+    Args:
+        size: elements of a matrix.
+    """
+    start = number * size
+    return [(min(max(low - start, 0), size), min(max(high - start, 0), size)) for low, high in ranges]
 
 
 def owners(ranges: Sequence[Sequence[Range]], flops: Sequence[int], num_tensor: int) -> list[int]:

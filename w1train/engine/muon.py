@@ -8,14 +8,14 @@ orthogonalization divides out.
 
 An orthogonalization needs the whole matrix. Momentum and weights stay where the distributed optimizer has them. In each round the ranks
 send their elements of a few matrices to these matrices' owners, and get the elements of the updates back. The numbers are therefore those
-of a single process, whatever the layout.
+of a single process, whatever the layout. Each expert's matrices are matrices of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,8 +39,10 @@ from w1train.engine.matrices import (
     iteration_flops,
     logical_shapes,
     owners,
+    part_of_ranges,
     rounds,
     shared_ranges,
+    stack,
 )
 from w1train.model.initialization import global_named_parameters
 
@@ -63,17 +65,63 @@ def prepare_muon(config: Config) -> dict[str, Any]:
     return fields
 
 
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The ranks that hold elements of the same matrices. A place is the data-parallel rank times ``num_tensor`` plus the tensor-parallel
+    rank; for experts, both ranks are those of the experts' layout."""
+
+    group: dist.ProcessGroup
+    num_tensor: int
+    places: list[int]
+    """The rank in the group of each place, in ascending order. Other ranks of the group hold other matrices."""
+
+    @property
+    def own_place(self) -> int:
+        return self.places.index(dist.get_rank(self.group))
+
+    def by_rank(self, sizes: Sequence[int]) -> list[int]:
+        """Return sizes by the rank in the group, from sizes by place."""
+        spread = [0] * dist.get_world_size(self.group)
+        for rank, size in zip(self.places, sizes, strict=True):
+            spread[rank] = size
+        return spread
+
+
+def _dense_holders(*, is_sharded: bool) -> Holders:
+    with_data = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    group = with_data if is_sharded else parallel_state.get_tensor_model_parallel_group()
+    return Holders(group, parallel_state.get_tensor_model_parallel_world_size(), list(range(dist.get_world_size(group))))
+
+
+def _expert_holders(*, is_sharded: bool) -> Holders:
+    num_tensor = parallel_state.get_expert_tensor_parallel_world_size()
+    if not is_sharded:
+        return Holders(parallel_state.get_expert_tensor_parallel_group(), num_tensor, list(range(num_tensor)))
+    # No group has just the ranks of the same experts. The ranks of a pipeline stage are in the order tensor, expert, data.
+    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    own = parallel_state.get_expert_model_parallel_rank() * num_tensor
+    starts = range(own, dist.get_world_size(stage), num_tensor * parallel_state.get_expert_model_parallel_world_size())
+    places = [start + tensor for start in starts for tensor in range(num_tensor)]
+    return Holders(stage, num_tensor, places)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
-    """A parameter that Muon updates, and its elements on this rank."""
+    """A matrix that Muon updates, which is a parameter or one expert's part of a parameter, and its elements on this rank."""
 
     shape: tuple[int, int]
     """Shape on one tensor-parallel rank."""
     parts: Fusion
     ranges: list[Range]
     """Elements that each data-parallel rank updates; one range if every rank updates all of them."""
-    elements: Tensor | None
-    """The optimizer's parameter with this rank's elements; None = this rank has no element."""
+    parameter: Tensor | None
+    """The optimizer's parameter that has this rank's elements; None = this rank has no element."""
+    span: Range
+    """The place of these elements in the parameter, after it is flattened."""
+
+    def elements(self, tensor: Tensor) -> Tensor:
+        """Return this rank's elements of the matrix, flat, from a tensor that is like ``parameter``."""
+        return tensor.view(-1)[slice(*self.span)]
 
 
 class Muon(AdamW):
@@ -95,29 +143,39 @@ class Muon(AdamW):
         self._is_matrix: set[Tensor] = set()
 
     def attach(self, wrapper: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]) -> None:
-        """Find the matrices among the parameters that megatron-core's optimizer has given this object."""
-        self._num_tensor = parallel_state.get_tensor_model_parallel_world_size()
-        is_sharded = isinstance(wrapper, DistributedOptimizer)
-        self._group = (
-            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-            if is_sharded
-            else parallel_state.get_tensor_model_parallel_group()
-        )
-        data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True) if is_sharded else 0
-        self._place = data_rank * self._num_tensor + parallel_state.get_tensor_model_parallel_rank()
-        assert self._place == dist.get_rank(self._group), "tensor-parallel ranks are neighbours in the group"
+        """Find the matrices among the parameters that megatron-core's optimizer has given this object: those of experts, or all others."""
+        is_sharded, of_experts = isinstance(wrapper, DistributedOptimizer), bool(self.param_groups[0]["is_expert_parallel"])
+        self._holders = (_expert_holders if of_experts else _dense_holders)(is_sharded=is_sharded)
         for chunk in chunks:
             for name, parameter in global_named_parameters(chunk.module):
-                if parameter.requires_grad and is_matrix(name):
+                is_own = getattr(parameter, "allreduce", True) != of_experts
+                if is_own and parameter.requires_grad and is_matrix(name):
                     parameter.optimizer_states = ("exp_avg",)
-                    ranges, elements = (_sharded if is_sharded else _whole)(wrapper, parameter)
-                    shape = (parameter.shape[0], parameter.shape[1])
-                    self._matrices.append(Matrix(shape, fusion(name, shape[0], self._model), ranges, elements))
-        self._is_matrix = {matrix.elements for matrix in self._matrices if matrix.elements is not None}
-        flops = [sum(map(iteration_flops, logical_shapes(matrix.parts, matrix.shape, self._num_tensor))) for matrix in self._matrices]
-        self._owners = owners([matrix.ranges for matrix in self._matrices], flops, self._num_tensor)
+                    self._matrices += self._matrices_of(name, parameter, *(_sharded if is_sharded else _whole)(wrapper, parameter))
+        self._is_matrix = {matrix.parameter for matrix in self._matrices if matrix.parameter is not None}
+        num_tensor = self._holders.num_tensor
+        data_rank = wrapper.data_parallel_group.rank() if is_sharded else 0
+        assert self._holders.own_place // num_tensor == data_rank, "tensor-parallel ranks are neighbours in the group"
+        flops = [sum(map(iteration_flops, logical_shapes(matrix.parts, matrix.shape, num_tensor))) for matrix in self._matrices]
+        self._owners = owners([matrix.ranges for matrix in self._matrices], flops, num_tensor)
         self._rounds = rounds(self._owners)
         wrapper.init_state_fn = lambda *_: self._make_states()
+
+    def _matrices_of(self, name: str, parameter: torch.nn.Parameter, ranges: list[Range], own: Tensor | None) -> Iterator[Matrix]:
+        """Yield the matrices of a parameter.
+
+        Args:
+            ranges: the elements of the parameter that each data-parallel rank updates.
+            own: the optimizer's parameter with this rank's range.
+        """
+        number, shape = stack(name, parameter.shape)
+        rank, size = self._holders.own_place // self._holders.num_tensor, math.prod(shape)
+        first = ranges[rank][0]
+        for index in range(number):
+            parts = part_of_ranges(ranges, index, size)
+            low, high = parts[rank]
+            span = (index * size + low - first, index * size + high - first)
+            yield Matrix(shape, fusion(name, shape[0], self._model), parts, own if low < high else None, span)
 
     def _make_states(self) -> None:
         for group in self.param_groups:
@@ -133,22 +191,25 @@ class Muon(AdamW):
         super().step(closure)
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for numbers in self._rounds:
-            held = [number for number in sorted(numbers, key=self._owners.__getitem__) if self._matrices[number].elements is not None]
-            elements = [each for number in held if (each := self._matrices[number].elements) is not None]
-            updates = self._exchange(numbers, held, [self._moved(each) for each in elements])
-            for parameter, update in zip(elements, updates, strict=True):
-                rate, decay = groups[parameter]["lr"], groups[parameter]["weight_decay"]
-                parameter.mul_(1 - rate * decay).view(-1).add_(update, alpha=-rate)
+            held = [number for number in sorted(numbers, key=self._owners.__getitem__) if self._matrices[number].parameter is not None]
+            updates = self._exchange(numbers, held, [self._moved(self._matrices[number]) for number in held])
+            for number, update in zip(held, updates, strict=True):
+                matrix = self._matrices[number]
+                assert matrix.parameter is not None
+                rate, decay = groups[matrix.parameter]["lr"], groups[matrix.parameter]["weight_decay"]
+                matrix.elements(matrix.parameter).mul_(1 - rate * decay).add_(update, alpha=-rate)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         others = [parameter for parameter in params if parameter not in self._is_matrix]
         if others:
             super()._update(others, group)
 
-    def _moved(self, parameter: Tensor) -> Tensor:
-        """Move the momentum towards the gradient, and return Nesterov's direction, flat."""
-        mean = self.state[parameter]["exp_avg"].lerp_(parameter.grad, 1 - self._momentum)
-        return parameter.grad.lerp(mean, self._momentum).view(-1)
+    def _moved(self, matrix: Matrix) -> Tensor:
+        """Move the momentum of this rank's elements towards the gradient, and return Nesterov's direction, flat."""
+        assert matrix.parameter is not None
+        gradient = matrix.elements(matrix.parameter.grad)
+        mean = matrix.elements(self.state[matrix.parameter]["exp_avg"]).lerp_(gradient, 1 - self._momentum)
+        return gradient.lerp(mean, self._momentum)
 
     def _exchange(self, numbers: list[int], held: list[int], directions: list[Tensor]) -> list[Tensor]:
         """Return this rank's elements of the updates.
@@ -158,12 +219,13 @@ class Muon(AdamW):
             held: those of which this rank has elements, in the order of their owners.
             directions: this rank's elements of them, flat.
         """
-        mine = next((self._matrices[number] for number in numbers if self._owners[number] == self._place), None)
-        sent = [0] * dist.get_world_size(self._group)
+        holders = self._holders
+        mine = next((self._matrices[number] for number in numbers if self._owners[number] == holders.own_place), None)
+        sent = [0] * len(holders.places)
         for number, direction in zip(held, directions, strict=True):
             sent[self._owners[number]] = direction.numel()
-        ranges = mine.ranges if mine is not None else [(0, 0)] * (len(sent) // self._num_tensor)
-        received = [end - start for start, end in ranges for _ in range(self._num_tensor)]
+        ranges = mine.ranges if mine is not None else [(0, 0)] * (len(sent) // holders.num_tensor)
+        received = [end - start for start, end in ranges for _ in range(holders.num_tensor)]
         flat = torch.cat(directions) if directions else torch.empty(0, device=torch.cuda.current_device())
         gathered = self._all_to_all(flat, sent, received)
         if mine is not None:
@@ -171,15 +233,18 @@ class Muon(AdamW):
         return list(self._all_to_all(gathered, received, sent).split([size for size in sent if size]))
 
     def _all_to_all(self, flat: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send a part of ``flat`` to each place, in the order of places, and return what all places have sent."""
         if len(sent) == 1:
             return flat
         result = flat.new_empty(sum(received))
-        dist.all_to_all_single(result, flat, received, sent, group=self._group)
+        holders = self._holders
+        dist.all_to_all_single(result, flat, holders.by_rank(received), holders.by_rank(sent), group=holders.group)
         return result
 
     def _orthogonalized(self, matrix: Matrix, pieces: Sequence[Tensor]) -> Tensor:
         """Return the updates of the elements in ``pieces``, which are those of all ranks, flat and in the same order."""
-        shards = [torch.cat(pieces[tensor :: self._num_tensor]).view(matrix.shape) for tensor in range(self._num_tensor)]
+        num_tensor = self._holders.num_tensor
+        shards = [torch.cat(pieces[tensor::num_tensor]).view(matrix.shape) for tensor in range(num_tensor)]
         updates = orthogonalize_shards(shards, matrix.parts, self._scale, self._precision)
         of_ranks = [update.view(-1)[start:end] for start, end in matrix.ranges for update in updates]
         return torch.cat(of_ranks)

@@ -36,6 +36,7 @@ from w1train.diffusion.processes import noise_process
 from w1train.engine.building import build_stage
 from w1train.engine.learned_rates import current_noise_rates
 from w1train.engine.pipeline import run_schedule
+from w1train.model.experts.block_pools import RoutingBlocks
 from w1train.model.megatron_config import transformer_config
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams
@@ -91,12 +92,22 @@ class Predictor:
         return length + -length % multiple
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, timesteps: Tensor, plan: AttentionPlan, *, num_logits: int, first_position: int = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        timesteps: Tensor,
+        plan: AttentionPlan,
+        *,
+        num_logits: int,
+        first_position: int = 0,
+        block_size: int | None = None,
+    ) -> Tensor:
         """Run one pass over consecutive tokens, int64 [b, l], of one document in each row, with one t for each row, float32 [b].
 
         Args:
             plan: the attention plan of the rows after padding. If it has a cache, the pass reads the cache and writes to it.
             num_logits: how many of the last positions have logits; 0 = the pass only writes to the cache.
+            block_size: tokens that share a pool of experts, if the model has pools; None = those of diffusion.block_size.
 
         Returns:
             float32 [b, num_logits, v].
@@ -104,6 +115,8 @@ class Predictor:
         parallel = self.config.parallel
         beat()
         inputs = _inference_inputs(tokens, timesteps, plan, self.padded(tokens.shape[1]), first_position, num_logits)
+        if self.config.model.experts.num_experts and self.config.model.experts.pool_per_block:
+            inputs.routing_blocks = _routing_blocks(inputs.positions, tokens.shape[1], block_size or self.config.diffusion.block_size)
         # With virtual stages, the schedule takes as many micro-batches at a time as there are stages. It gets copies of the single
         # micro-batch.
         batches = [inputs] * (parallel.pipeline if len(self.chunks) > 1 else 1)
@@ -172,6 +185,19 @@ def _inference_inputs(
         segment_index=None,
         logit_positions=wanted.expand(num_rows, padded).flatten().nonzero()[:, 0],
     )
+
+
+def _routing_blocks(positions: Tensor, length: int, block_size: int | None) -> RoutingBlocks:
+    """Return the blocks of a pass: those of its first ``length`` tokens, and one of the padding after them in each row.
+
+    Args:
+        positions: int64 [b, n], from a multiple of the block size on.
+    """
+    assert block_size is not None, "pools of experts need blocks, as the rules of the configuration say"
+    num_rows, padded = positions.shape
+    row = torch.arange(padded, device=positions.device)
+    block = torch.where(row < length, (positions - positions[:, :1]) // block_size, padded)
+    return RoutingBlocks(block + (padded + 1) * torch.arange(num_rows, device=positions.device)[:, None], num_rows * (padded + 1))
 
 
 @cache
@@ -244,7 +270,7 @@ class BlockPredictor:
         num_rows = self._predictor.padded(length)
         visibility = cached_visibility(first, length, self._block_size, causality, num_rows=num_rows, device=tokens.device)
         plan = plan_attention(visibility, cache=self._cache)
-        return self._predictor.forward(tokens, timesteps, plan, num_logits=num_logits, first_position=first)
+        return self._predictor.forward(tokens, timesteps, plan, num_logits=num_logits, first_position=first, block_size=self._block_size)
 
 
 def block_predictor(predictor: Predictor) -> BlockPredictor | None:

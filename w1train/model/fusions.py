@@ -16,6 +16,8 @@ from w1train.kernels.selection import MAX_ROW, has_triton
 from w1train.model.linears import has_transformer_engine
 from w1train.runtime.kernel_choices import note_kernel
 
+ExpertProduct = Literal["grouped_mm", "loop"]
+
 
 @dataclass(frozen=True, slots=True)
 class Fusions:
@@ -72,6 +74,43 @@ def _gradient_accumulation_obstacle(model: ModelConfig, on_cuda: bool) -> str | 
     if find_spec("fused_weight_gradient_mlp_cuda") is None:
         with_te = "; transformer-engine's linears do not suffice, as the head is megatron-core's" if model.transformer_impl == "te" else ""
         return f"apex's fused_weight_gradient_mlp_cuda is not installed{with_te}"
+    return None
+
+
+def choose_expert_product(
+    kernels: KernelsConfig, model: ModelConfig, num_tensor_ranks: int, precision: str, *, on_cuda: bool
+) -> ExpertProduct:
+    """Return how the experts' matrices are multiplied.
+
+    Args:
+        num_tensor_ranks: the ranks that share each expert.
+
+    Raises:
+        UserError: the configuration asks for the grouped product, which cannot run here.
+    """
+    obstacle = _grouped_product_obstacle(model, num_tensor_ranks, precision, on_cuda)
+    if kernels.experts == "grouped_mm" and obstacle is not None:
+        raise UserError(f"kernels.experts is grouped_mm, but {obstacle}; set kernels.experts=auto or loop")
+    product: ExpertProduct = "loop" if kernels.experts == "loop" or obstacle is not None else "grouped_mm"
+    reason = "" if product == "grouped_mm" else " (as configured)" if kernels.experts == "loop" else f" ({obstacle})"
+    note_kernel("experts", product, f"kernels.experts: {product}{reason}")
+    return product
+
+
+def _grouped_product_obstacle(model: ModelConfig, num_tensor_ranks: int, precision: str, on_cuda: bool) -> str | None:
+    """Return the reason why torch's grouped product cannot multiply the experts' matrices, or None if it can."""
+    multiple = 8 if precision == "bf16" else 4
+    sizes = {"model.hidden_size": model.hidden_size, "model.experts.ffn_hidden_size": model.experts.ffn_hidden_size // num_tensor_ranks}
+    for key, size in sizes.items():
+        if size % multiple:
+            share = f" over {num_tensor_ranks} ranks" if key != "model.hidden_size" and num_tensor_ranks > 1 else ""
+            return f"it needs rows of a multiple of 16 bytes, and {key}{share} gives rows of {size} numbers of {16 // multiple} bytes"
+    if not on_cuda:
+        return None
+    if precision != "bf16":
+        return "on CUDA torch has a kernel for bf16 alone; for others it waits for the GPU and loops itself"
+    if (capability := torch.cuda.get_device_capability())[0] not in (9, 10):
+        return f"torch has a kernel for compute capability 9 and 10, and this GPU has {capability}"
     return None
 
 

@@ -78,13 +78,25 @@ def global_named_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torc
     """Yield each parameter with the name that it has in every layout: a layer has its number in the whole model, a tied head is the
     embedding."""
     for name, parameter in module.named_parameters():
-        match = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
-        if match:
-            layer = module.get_submodule(match.group(1) + match.group(2))
-            name = f"{match.group(1)}{layer.layer_number - 1}{match.group(3)}"
+        name = _global_name(module, name)
         if name.endswith("output_layer.weight") and getattr(parameter, "shared_embedding", False):
             name = name.replace("output_layer.weight", "embedding.word_embeddings.weight")
         yield name, parameter
+
+
+def global_named_biases(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the numbers that balance the experts of each layer, float32 [E], with the names that they have in every layout."""
+    for name, buffer in module.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield _global_name(module, name), buffer
+
+
+def _global_name(module: torch.nn.Module, name: str) -> str:
+    match = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
+    if match is None:
+        return name
+    layer = module.get_submodule(match.group(1) + match.group(2))
+    return f"{match.group(1)}{layer.layer_number - 1}{match.group(3)}"
 
 
 def _standard_deviation(name: str, model: ModelConfig) -> float:

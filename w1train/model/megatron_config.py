@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from w1train.config.schema import KernelsConfig, ModelConfig, ParallelConfig
 from w1train.config.schema_model import ExpertsConfig
-from w1train.model.fusions import choose_fusions, describe_elementwise, fp8_settings
+from w1train.model.fusions import choose_expert_product, choose_fusions, describe_elementwise, fp8_settings
 
 FP8 = Literal["none", "tensorwise", "blockwise"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,6 +75,8 @@ def transformer_config(
         cuda_graph_modules=[],
     )
     config.elementwise_kernels = kernels.elementwise
+    if model.experts.num_experts:
+        config.expert_product = choose_expert_product(kernels, model, parallel.expert_tensor, precision, on_cuda=on_cuda)
     # With this attribute AND param.pipeline_parallel, finalize_model_grads sums the timestep embedding's gradients over pipeline
     # stages. With the second alone (as in NeMo, DFM and Bridge) the stages' replicas drift apart.
     config.has_cond_embedder = model.conditioning == "adaln"
@@ -133,5 +135,5 @@ def _layout(parallel: ParallelConfig) -> dict[str, Any]:
         "recompute_granularity": None if parallel.recompute == "none" else parallel.recompute,
         "recompute_method": "uniform" if parallel.recompute == "full" else None,
         "recompute_num_layers": parallel.recompute_num_layers if parallel.recompute == "full" else None,
-        "recompute_modules": ["core_attn"] if parallel.recompute == "selective" else None,
+        "recompute_modules": ["core_attn", *(["moe"] if parallel.recompute_experts else [])] if parallel.recompute == "selective" else None,
     }

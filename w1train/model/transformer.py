@@ -28,6 +28,7 @@ from w1train.config.schema import ModelConfig
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.kernels.segments import Segments
 from w1train.model.conditioning import Modulation, TimestepEmbedding
+from w1train.model.experts.block_pools import RoutingBlocks
 from w1train.model.experts.routed_tokens import RoutedTokens
 from w1train.model.experts.router_losses import RouterLosses
 from w1train.model.head import OutputHead
@@ -60,6 +61,8 @@ class ModelInputs:
     """uint8 [b, l]: the TokenKind of each token, for a mixture of experts; None = experts' tokens are not counted."""
     router_losses: RouterLosses | None = None
     """The losses that the routers of a mixture of experts add; None = they add no loss."""
+    routing_blocks: RoutingBlocks | None = None
+    """The blocks that share pools of experts; None without model.experts.pool_per_block."""
 
 
 def _layers_of_stage(config: TransformerConfig, vp_stage: int | None, groups: ProcessGroupCollection) -> range:
@@ -198,8 +201,10 @@ class DiffusionTransformer(LanguageModule):
         return inputs.embedding_noise.add_to(embedded, first_column)
 
     def _routed_tokens(self, inputs: ModelInputs) -> RoutedTokens | None:
-        kinds = self._local(inputs.token_kinds)
-        return None if kinds is None else RoutedTokens(kinds, inputs.router_losses)
+        kinds, blocks = self._local(inputs.token_kinds), inputs.routing_blocks
+        if blocks is not None:
+            blocks = RoutingBlocks(self._local(blocks.index), blocks.num_blocks)
+        return None if kinds is None and blocks is None else RoutedTokens(kinds, inputs.router_losses, blocks)
 
     def _local(self, values: Tensor | None) -> Tensor | None:
         """Return the values [s, b] of this rank's tokens, from those of all tokens [b, l]."""

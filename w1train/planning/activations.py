@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w1train.config.schema import ModelConfig
+from w1train.planning.expert_activations import ExpertSizes, dispatch_bytes, expert_bytes, expert_sizes
 from w1train.planning.layout import Chunk, Layout, Precision
 from w1train.planning.parameters import widths
 from w1train.planning.state import FP32_BYTES, PRECISION_BYTES
@@ -75,6 +76,8 @@ class Sizes:
     has_adaln: bool
     qk_norm: bool
     grouped_queries: bool
+    experts: ExpertSizes | None
+    """Sizes of the layers with experts; None = the model is dense."""
 
     @property
     def residual(self) -> int:
@@ -82,16 +85,23 @@ class Sizes:
         return self.residual_positions * self.hidden * self.element
 
 
-def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Precision, num_logits: int | None = None) -> Sizes:
-    """Return the sizes of one micro-batch; ``num_logits`` None stands for the largest possible number of logits."""
+def sizes_of(
+    model: ModelConfig, layout: Layout, work: Workload, precision: Precision, num_logits: int | None = None, imbalance: float = 1.0
+) -> Sizes:
+    """Return the sizes of one micro-batch; ``num_logits`` None stands for the largest possible number of logits.
+
+    Args:
+        imbalance: rows of the rank whose experts have the most, divided by their mean over ranks.
+    """
     width, samples = widths(model), layout.micro_batch_size
     positions = samples * work.num_positions // layout.context
+    residual_positions = positions // layout.tensor if layout.sequence else positions
     travel = travel_of(layout, work)
     return Sizes(
         element=PRECISION_BYTES[precision],
         samples=samples,
         positions=positions,
-        residual_positions=positions // layout.tensor if layout.sequence else positions,
+        residual_positions=residual_positions,
         hidden=model.hidden_size,
         channels=width.channels,
         heads=model.num_attention_heads // layout.tensor,
@@ -112,6 +122,7 @@ def sizes_of(model: ModelConfig, layout: Layout, work: Workload, precision: Prec
         has_adaln=model.conditioning == "adaln",
         qk_norm=model.qk_norm,
         grouped_queries=width.query != width.key,
+        experts=expert_sizes(model, layout, residual_positions, PRECISION_BYTES[precision], imbalance),
     )
 
 
@@ -196,10 +207,10 @@ def core_attention_bytes(sizes: Sizes) -> int:
     return sizes.positions * sizes.heads * FP32_BYTES + mask + output
 
 
-def mlp_bytes(sizes: Sizes, kernels: Kernels) -> int:
+def mlp_bytes(sizes: Sizes, kernels: Kernels, ffn: int) -> int:
     """Return the bytes that SwiGLU saves: [gate, up] of width 2f, and the product of width f for the second linear layer."""
     widths_saved = 3 if kernels.fused_swiglu else 5
-    return sizes.positions * widths_saved * sizes.ffn * sizes.element
+    return sizes.positions * widths_saved * ffn * sizes.element
 
 
 def modulation_bytes(sizes: Sizes, num_vectors: int) -> int:
@@ -209,7 +220,7 @@ def modulation_bytes(sizes: Sizes, num_vectors: int) -> int:
     return sizes.segments * (sizes.condition + num_vectors * sizes.hidden) * sizes.element
 
 
-def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = False) -> int:
+def layer_bytes(sizes: Sizes, kernels: Kernels, *, has_experts: bool, recompute_attention: bool = False) -> int:
     """Return the bytes that a whole layer saves."""
     attention_output = sizes.positions * sizes.query * sizes.element
     total = modulation_bytes(sizes, 6)
@@ -217,18 +228,24 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, recompute_attention: bool = F
     total += query_key_value_bytes(sizes, kernels) + attention_output
     total += attention_input_bytes(sizes, kernels, recomputed=recompute_attention)
     total += 0 if recompute_attention else core_attention_bytes(sizes)
-    return total + mlp_bytes(sizes, kernels)
+    if not has_experts:
+        return total + mlp_bytes(sizes, kernels, sizes.ffn)
+    assert sizes.experts is not None
+    return total + expert_bytes(sizes.experts) + mlp_bytes(sizes, kernels, sizes.experts.shared_inner)
 
 
-def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int) -> int:
+def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int, num_with_experts: int) -> int:
     """Return the bytes that all layers of a chunk save. Full recomputation saves the input of each group of layers, and one copy
     of the rotary angles (fp32)."""
     angles = sizes.positions * sizes.channels * FP32_BYTES
     if layout.recompute == "full":
         num_groups = -(-num_layers // layout.recompute_num_layers)
         return num_groups * sizes.residual + angles
-    of_layer = layer_bytes(sizes, kernels, recompute_attention=layout.recompute == "selective")
-    return num_layers * of_layer + (angles if kernels.fused_rotary else 0)
+    total = angles if kernels.fused_rotary else 0
+    for count, has_experts in ((num_layers - num_with_experts, False), (num_with_experts, True)):
+        if count:
+            total += count * layer_bytes(sizes, kernels, has_experts=has_experts, recompute_attention=layout.recompute == "selective")
+    return total
 
 
 def conditioning_bytes(sizes: Sizes) -> int:
@@ -269,7 +286,7 @@ class ActivationBytes:
 def chunk_activation_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk) -> ActivationBytes:
     """Return the bytes that a chunk saves for one micro-batch."""
     return ActivationBytes(
-        layers=layers_bytes(sizes, kernels, layout, chunk.num_layers),
+        layers=layers_bytes(sizes, kernels, layout, chunk.num_layers, chunk.num_expert_layers),
         conditioning=conditioning_bytes(sizes),
         embedding=sizes.positions * _INT64_BYTES if chunk.has_embedding else 0,
         head=head_bytes(sizes) if chunk.has_head else 0,
@@ -289,15 +306,19 @@ def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, 
     """Return the largest number of bytes in use besides saved tensors, while one micro-batch runs.
 
     Besides the probabilities, the last stage holds the logits or their gradient in the run's precision. With a loss in chunks, it holds the
-    logits of a chunk, and the gradient of the head's input. A fully recomputed group holds its layers' activations again. The dense mask (a
-    byte for each pair) lives as long as its micro-batch. A stage's output waits for its gradient. The gradient of the largest parameter
-    (``largest_parameter`` elements) exists in the run's precision before it is added to the fp32 buffer.
+    logits of a chunk, and the gradient of the head's input. A fully recomputed group holds its layers' activations again. While a layer with
+    experts runs, its rows travel. The dense mask (a byte for each pair) lives as long as its micro-batch. A stage's output waits for its
+    gradient. The gradient of the largest parameter (``largest_parameter`` elements) exists in the run's precision before it is added to the
+    fp32 buffer.
     """
+    has_experts = chunk.num_expert_layers > 0
     logits = logits_bytes(sizes) if chunk.has_head else sizes.residual
     mask = sizes.samples * sizes.rows * sizes.keys if sizes.masked else 0
     recomputed = 0
     if layout.recompute == "full":
-        recomputed = min(layout.recompute_num_layers, chunk.num_layers) * layer_bytes(sizes, kernels)
+        recomputed = min(layout.recompute_num_layers, chunk.num_layers) * layer_bytes(sizes, kernels, has_experts=has_experts)
     elif layout.recompute == "selective":
         recomputed = core_attention_bytes(sizes)
+    if has_experts and sizes.experts is not None:
+        recomputed += dispatch_bytes(sizes.experts)
     return max(logits, recomputed) + mask + largest_parameter * sizes.element

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from w1train.model.flops import num_parameters
+from w1train.model.flops import num_active_parameters, num_parameters
 from w1train.objectives.description import describe_objective
 from w1train.planning.assumptions import described
 from w1train.planning.communication_time import seconds
@@ -25,6 +25,7 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "name": plan.config.name,
         "num_parameters": num_parameters(plan.config.model),
+        "num_active_parameters": num_active_parameters(plan.config.model),
         "layout": asdict(plan.layout),
         "build": asdict(build),
         "work": {
@@ -112,13 +113,14 @@ def search_as_dict(result: SearchResult, num_shown: int) -> dict[str, Any]:
 
 def overrides(plan: Plan) -> list[str]:
     """Return the overrides that give this layout on a command line."""
-    layout = plan.layout
+    layout, has_experts = plan.layout, plan.config.model.experts.num_experts > 0
     words = [
         f"parallel.tensor={layout.tensor}",
         f"parallel.sequence={str(layout.sequence).lower()}",
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.virtual_pipeline={layout.virtual_pipeline}",
         f"parallel.context={layout.context}",
+        *([f"parallel.expert={layout.expert}", f"parallel.expert_tensor={layout.expert_tensor}"] if has_experts else []),
         f"parallel.recompute={layout.recompute}",
         f"training.micro_batch_size={layout.micro_batch_size}",
     ]
@@ -133,6 +135,9 @@ def _stage(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "parameter_bytes": stage.state.parameters,
         "gradient_bytes": stage.state.gradients,
         "optimizer_bytes": stage.state.optimizer,
+        "expert_parameter_bytes": stage.expert_state.parameters,
+        "expert_gradient_bytes": stage.expert_state.gradients,
+        "expert_optimizer_bytes": stage.expert_state.optimizer,
         "in_flight": stage.in_flight,
         "activation_bytes": stage.activation_bytes,
         "activation_bytes_by_recompute": stage.activations_by_recompute,

@@ -7,8 +7,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from w1train.config.constraints import NonNegativeFloat, PositiveFraction
+from w1train.config.constraints import NonNegativeFloat, PositiveFraction, Range
 from w1train.config.errors import Problem, closest, listing
 from w1train.config.field_types import field_ranges
 from w1train.profiling.throughput import device_peak_tflops
@@ -52,6 +53,12 @@ class Assumptions:
     matmul_efficiency: PositiveFraction = 0.70
     """Share of the bf16 peak in the linear layers. A square product of size 8192 on an H100 reaches 0.8; the products of the layers are
     smaller."""
+    expert_matmul_efficiency: PositiveFraction = 0.50
+    """Share of the bf16 peak in the grouped products of routed experts, whose inner width is some hundreds. Our choice, which has not been
+    measured."""
+    expert_imbalance: Annotated[float, Range(1)] = 1.25
+    """Rows of the expert-parallel rank that has the most, divided by their mean over ranks. Our choice: no paper gives it for a trained
+    model. At random weights it grows with the share of masked tokens, which all choose the same experts, up to the number of ranks."""
     attention_efficiency: PositiveFraction = 0.46
     """Share of the bf16 peak in unmasked attention, forward and backward together. From 608 and 502 TFLOP/s of torch's SDPA on an H100 at
     8k (MagiAttention's benchmark), where the backward pass does 2.5 times the work of the forward pass; here it counts

@@ -17,7 +17,8 @@ from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, PRECISION_BYTES, buffer_layout
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
-Group = Literal["tensor", "context", "data", "pipeline", "embedding"]
+Group = Literal["tensor", "context", "data", "pipeline", "embedding", "expert", "expert_tensor", "expert_data", "experts"]
+"""Ranks that communicate. experts: the expert-parallel and the expert-tensor-parallel ranks together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class Traffic:
 def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
     """Yield the traffic of activations within the tensor-parallel group, in one step.
 
-    Each layer has two pairs of linear layers. With sequence parallelism, the forward pass gathers the input of the first layer of a pair
+    Each dense layer has two pairs of linear layers, and a layer with experts has a second pair if it has a shared expert. With sequence
+    parallelism, the forward pass gathers the input of the first layer of a pair
     and reduce-scatters the output of the second; the backward pass gathers the output's gradient and the first layer's input again, and
     reduce-scatters the input's gradient. Without sequence parallelism, each pass has one all-reduce. Full recomputation repeats the forward
     pass.
@@ -59,14 +61,15 @@ def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Itera
         calls *= micro_batches
         return Traffic(name, "tensor", collective, layout.tensor, calls, calls * size)
 
-    layers, ends = chunk.num_layers, int(chunk.has_embedding)
-    rows = sizes.num_logits
+    has_shared = sizes.experts is not None and sizes.experts.shared_inner > 0
+    pairs = 2 * chunk.num_layers - (0 if has_shared else chunk.num_expert_layers)
+    ends, rows = int(chunk.has_embedding), sizes.num_logits
     if layout.sequence:
         head = int(chunk.has_head)
-        yield traffic("activations", "all_gather", layers * (6 + 2 * again) + ends + head, whole)
-        yield traffic("activations", "reduce_scatter", layers * (4 + 2 * again) + ends + head, whole)
+        yield traffic("activations", "all_gather", pairs * (3 + again) + ends + head, whole)
+        yield traffic("activations", "reduce_scatter", pairs * (2 + again) + ends + head, whole)
     else:
-        yield traffic("activations", "all_reduce", layers * (4 + 2 * again) + ends, whole)
+        yield traffic("activations", "all_reduce", pairs * (2 + again) + ends, whole)
         if chunk.has_head:
             yield traffic("head input's gradient", "all_reduce", 1, rows * sizes.hidden * sizes.element)
     if chunk.has_head:
@@ -103,18 +106,27 @@ def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout)
 
 
 def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: Precision, pipeline_rank: int) -> Iterator[Traffic]:
-    """Yield the reduce-scatter of fp32 gradients and the gather of updated parameters; one all-reduce without the distributed optimizer."""
-    shards = layout.num_optimizer_shards
-    if shards == 1:
-        return
-    if not layout.distributed_optimizer:
-        size = FP32_BYTES * sum(parameter.numel for parameter in parameters)
-        yield Traffic("gradients", "data", "all_reduce", shards, 1, size, True)
-        return
-    buckets = buffer_layout(parameters, shards, layout.bucket_size(pipeline_rank))
-    numel = buckets[-1].end
-    yield Traffic("gradients", "data", "reduce_scatter", shards, len(buckets), FP32_BYTES * numel, True)
-    yield Traffic("parameters", "data", "all_gather", shards, len(buckets), PRECISION_BYTES[precision] * numel, True)
+    """Yield the reduce-scatter of fp32 gradients and the gather of updated parameters; one all-reduce without the distributed optimizer.
+    Routed experts have buffers, ranks and an optimizer of their own. megatron-core's optimizers gather all parameters of a chunk, so that two
+    optimizers gather them twice, unless the forward pass does it (parallel.overlap_param_gather)."""
+    has_two = len({parameter.is_expert for parameter in parameters}) == 2
+    gathers = 2 if has_two and not layout.overlap_param_gather else 1
+    groups: tuple[tuple[Group, int, str], ...] = (
+        ("data", layout.num_optimizer_shards, ""),
+        ("expert_data", layout.expert_data, "experts' "),
+    )
+    for group, shards, whose in groups:
+        own = [parameter for parameter in parameters if parameter.is_expert == (group == "expert_data")]
+        if shards == 1 or not own:
+            continue
+        if not layout.distributed_optimizer:
+            size = FP32_BYTES * sum(parameter.numel for parameter in own)
+            yield Traffic(f"{whose}gradients", group, "all_reduce", shards, 1, size, True)
+            continue
+        buckets = buffer_layout(own, shards, layout.bucket_size(pipeline_rank))
+        numel = buckets[-1].end
+        yield Traffic(f"{whose}gradients", group, "reduce_scatter", shards, len(buckets), FP32_BYTES * numel, True)
+        yield Traffic(f"{whose}parameters", group, "all_gather", shards, gathers * len(buckets), gathers * PRECISION_BYTES[precision] * numel, True)
 
 
 def pipeline_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
@@ -155,21 +167,39 @@ def bandwidth(traffic: Traffic, layout: Layout, device: Device, assumptions: Ass
     """Return the bytes per second that one rank can send.
 
     A group within a node uses NVLink. A ring over several nodes enters and leaves each node once, by the network ports of all its members
-    on that node, whose bandwidths add up.
+    on that node, whose bandwidths add up. In an all-to-all each rank sends through its own port what goes to the other nodes.
     """
-    strides = {"tensor": 1, "context": layout.tensor, "data": layout.tensor, "pipeline": layout.world_size // layout.pipeline}
-    stride = strides["pipeline" if traffic.group == "embedding" else traffic.group]
+    stride = _stride(traffic.group, layout)
     node = device.devices_per_node
     reach = stride if traffic.collective == "send" else stride * (traffic.group_size - 1)
     if reach < node:
         return device.nvlink_gb_per_second * 1e9 * assumptions.network_efficiency
     members = max(1, node // stride)
-    return min(device.nvlink_gb_per_second, members * device.network_gb_per_second) * 1e9 * assumptions.network_efficiency
+    ports = float(members)
+    if traffic.collective == "all_to_all":
+        ports = (traffic.group_size - 1) / (traffic.group_size - members)
+    return min(device.nvlink_gb_per_second, ports * device.network_gb_per_second) * 1e9 * assumptions.network_efficiency
+
+
+def _stride(group: Group, layout: Layout) -> int:
+    """Return the difference of the numbers of neighbours in a group."""
+    strides: dict[Group, int] = {
+        "context": layout.tensor,
+        "data": layout.tensor,
+        "pipeline": layout.world_size // layout.pipeline,
+        "embedding": layout.world_size // layout.pipeline,
+        "expert": layout.expert_tensor,
+        "expert_data": layout.num_expert_slices,
+    }
+    return strides.get(group, 1)
 
 
 def seconds(traffic: Traffic, layout: Layout, device: Device, assumptions: Assumptions) -> float:
-    """Return the seconds of all calls, one after another."""
-    return traffic.sent_bytes / bandwidth(traffic, layout, device, assumptions) + traffic.num_calls * assumptions.collective_latency
+    """Return the seconds of all calls, one after another. Rows of experts take the time of the rank that receives the most."""
+    has_rows = traffic.group in ("expert", "expert_tensor")
+    imbalance = min(assumptions.expert_imbalance, layout.expert) if has_rows else 1.0
+    busiest = imbalance * traffic.sent_bytes
+    return busiest / bandwidth(traffic, layout, device, assumptions) + traffic.num_calls * assumptions.collective_latency
 
 
 def total_seconds(traffic: Iterable[Traffic], layout: Layout, device: Device, assumptions: Assumptions) -> float:

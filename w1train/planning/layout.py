@@ -1,20 +1,25 @@
 """Ranks, pipeline chunks and micro-batches of a layout, as arithmetic.
 
-megatron-core numbers ranks with tensor-parallel neighbours first, then context, data and pipeline ("tp-cp-dp-pp").
+megatron-core numbers ranks with tensor-parallel neighbours first, then context, data and pipeline ("tp-cp-dp-pp"). For the routed experts it
+divides the same ranks of a pipeline stage in another way: expert-tensor-parallel neighbours first, then expert-parallel ranks, and then the
+data-parallel ranks of the experts.
 A *chunk* is a run of consecutive layers; a rank has one, or ``virtual_pipeline`` of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from w1train.config.schema import Config, ModelConfig, ParallelConfig
 from w1train.engine.buckets import bucket_size
+from w1train.model.flops import num_expert_layers
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
 ContextMethod = Literal["all_gather", "all_to_all"]
+Dispatcher = Literal["all_to_all", "all_gather"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +33,24 @@ class Coordinates:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCoordinates:
+    """A rank's place in the groups of the routed experts."""
+
+    expert_tensor: int
+    expert: int
+    expert_data: int
+    pipeline: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """The part of the model that one rank runs between two sends."""
 
     pipeline_rank: int
     first_layer: int
     num_layers: int
+    num_expert_layers: int
+    """Those of its layers that have experts."""
     has_embedding: bool
     has_head: bool
 
@@ -57,16 +74,40 @@ class Layout:
     virtual_pipeline: int
     chunk_layers: tuple[int, ...]
     """Layers of each chunk, in the order in which a micro-batch passes the chunks: the first chunk of every stage, then the second."""
+    num_dense_layers: int
+    """The first layers of the model, which have no experts."""
     context: int
     context_method: ContextMethod
     context_chunk_size: int
     loss_chunk_size: int | None
     overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    expert: int
+    expert_tensor: int
+    expert_dispatcher: Dispatcher
 
     @property
     def num_optimizer_shards(self) -> int:
         """Ranks over which gradients are summed and optimizer states sharded: data- and context-parallel ranks together."""
         return self.data * self.context
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks over which the gradients of the routed experts are summed, and their optimizer states sharded."""
+        return self.world_size // (self.pipeline * self.num_expert_slices)
+
+    @property
+    def num_expert_slices(self) -> int:
+        """Ranks that share the routed experts of a layer."""
+        return self.expert * self.expert_tensor
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """The optimizer shards of the ranks of a pipeline stage in their order: the shard of all parameters but the routed experts, and that
+        of the experts. Neighbours whose shards are always equal have one entry."""
+        step = math.gcd(self.tensor, self.num_expert_slices)
+        ranks = range(0, self.world_size // self.pipeline, step)
+        return [(rank // self.tensor, rank // self.num_expert_slices) for rank in ranks]
 
     def bucket_size(self, pipeline_rank: int) -> int | None:
         """Return the elements after which a bucket of gradients ends; None if one bucket has all gradients."""
@@ -82,6 +123,13 @@ class Layout:
     def rank(self, place: Coordinates) -> int:
         """Return the global rank of coordinates."""
         return place.tensor + self.tensor * (place.context + self.context * (place.data + self.data * place.pipeline))
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Return the coordinates of a global rank in the groups of the experts."""
+        rank, expert_tensor = divmod(rank, self.expert_tensor)
+        rank, expert = divmod(rank, self.expert)
+        pipeline, expert_data = divmod(rank, self.expert_data)
+        return ExpertCoordinates(expert_tensor, expert, expert_data, pipeline)
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -104,11 +152,16 @@ def layout_of(config: Config, world_size: int) -> Layout:
         recompute_num_layers=parallel.recompute_num_layers,
         virtual_pipeline=parallel.virtual_pipeline,
         chunk_layers=deal_layers(config.model, parallel),
+        num_dense_layers=config.model.num_layers - num_expert_layers(config.model),
         context=parallel.context,
         context_method=parallel.context_method,
         context_chunk_size=parallel.context_chunk_size,
         loss_chunk_size=training.loss_chunk_size,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        expert_dispatcher=parallel.expert_dispatcher,
     )
 
 
@@ -135,17 +188,19 @@ def deal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]
 
 def chunks_of(layout: Layout, pipeline_rank: int) -> list[Chunk]:
     """Return the chunks of a pipeline rank."""
-    last = len(layout.chunk_layers) - 1
-    return [
-        Chunk(
-            pipeline_rank=pipeline_rank,
-            first_layer=sum(layout.chunk_layers[:number]),
-            num_layers=layout.chunk_layers[number],
-            has_embedding=number == 0,
-            has_head=number == last,
-        )
-        for number in range(pipeline_rank, last + 1, layout.pipeline)
-    ]
+    return [_chunk(layout, number) for number in range(pipeline_rank, len(layout.chunk_layers), layout.pipeline)]
+
+
+def _chunk(layout: Layout, number: int) -> Chunk:
+    first, num_layers = sum(layout.chunk_layers[:number]), layout.chunk_layers[number]
+    return Chunk(
+        pipeline_rank=number % layout.pipeline,
+        first_layer=first,
+        num_layers=num_layers,
+        num_expert_layers=max(0, first + num_layers - max(first, layout.num_dense_layers)),
+        has_embedding=number == 0,
+        has_head=number == len(layout.chunk_layers) - 1,
+    )
 
 
 def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:

@@ -1,22 +1,23 @@
 """The build of a layout's ranks on meta tensors, in this process, over a process group that does not communicate.
 
-Ranks with equal tensor and pipeline coordinates build equal modules, so only one of these ranks is built. The groups of all ranks are
-checked against megatron-core's own rank generator.
+Ranks with equal tensor and pipeline coordinates build modules of equal shapes, so only one of these ranks is built. The groups of all ranks
+are checked against megatron-core's own rank generator.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from w1train.config.schema import Config
 from w1train.planning.layout import Coordinates, Layout, chunks_of, layout_of
-from w1train.planning.parameters import chunk_parameters
+from w1train.planning.parameters import Parameter, chunk_parameters
 from w1train.planning.state import buffer_layout
 
 
@@ -41,6 +42,8 @@ class _Found:
     """Elements of one parameter that were found on the built ranks."""
 
     is_split: bool
+    num_expert_slices: int
+    """Ranks that share the parameter because it has routed experts, of which each has the same number of elements; 0 = it has none."""
     by_tensor_rank: dict[int, int]
 
     @property
@@ -48,7 +51,9 @@ class _Found:
         """Elements of the whole parameter: of a split parameter each rank has a part, and of a replicated parameter each rank has all
         elements."""
         numels = list(self.by_tensor_rank.values())
-        assert self.is_split or len(set(numels)) == 1, numels
+        assert (self.is_split and not self.num_expert_slices) or len(set(numels)) == 1, numels
+        if self.num_expert_slices:
+            return numels[0] * self.num_expert_slices
         return sum(numels) if self.is_split else numels[0]
 
 
@@ -129,41 +134,48 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
         if [(name, tuple(parameter.shape)) for name, parameter in parameters] != [(p.name, p.shape) for p in planned]:
             raise _PlanMismatchError(f"rank {rank}: the model's parameters are not those of w1train.planning.parameters")
         if layout.distributed_optimizer:
-            size = layout.bucket_size(place.pipeline)
-            numel = buffer_layout(planned, layout.num_optimizer_shards, size)[-1].end
-            _check_buffer([parameter for _, parameter in parameters], numel, layout.num_optimizer_shards, size)
-        for name, parameter in parameters:
+            _check_buffers([parameter for _, parameter in parameters], planned, layout, layout.bucket_size(place.pipeline))
+        for (name, parameter), described in zip(parameters, planned, strict=True):
             is_split = bool(getattr(parameter, "tensor_model_parallel", False))
-            found.setdefault(name, _Found(is_split, {})).by_tensor_rank[place.tensor] = parameter.numel()
+            num_slices = layout.num_expert_slices if described.is_expert else 0
+            found.setdefault(name, _Found(is_split, num_slices, {})).by_tensor_rank[place.tensor] = parameter.numel()
 
 
-def _check_buffer(parameters: list[torch.nn.Parameter], numel: int, num_shards: int, bucket_size: int | None) -> None:
-    """Check that megatron-core's own layout of the flat buffer has the planned length."""
+def _check_buffers(parameters: list[torch.nn.Parameter], planned: list[Parameter], layout: Layout, bucket_size: int | None) -> None:
+    """Check that megatron-core's own layouts of the flat buffers, of experts and of all other parameters, have the planned lengths."""
     from w1train.engine.building import flat_buffer_sizes
 
-    found = flat_buffer_sizes(parameters, bucket_size, num_shards)
-    if found != [numel]:
-        raise _PlanMismatchError(f"the flat buffer has {found} elements, and w1train.planning.state says {numel}")
+    kinds = ((False, layout.num_optimizer_shards), (True, layout.expert_data))
+    expected = {
+        is_expert: buffer_layout(own, num_shards, bucket_size)[-1].end
+        for is_expert, num_shards in kinds
+        if (own := [parameter for parameter in planned if parameter.is_expert == is_expert])
+    }
+    found = flat_buffer_sizes(parameters, bucket_size, layout.num_optimizer_shards, layout.expert_data)
+    if found != expected:
+        raise _PlanMismatchError(f"the flat buffers (of experts: True) have {found} elements, and w1train.planning.state says {expected}")
 
 
 def _check_groups(layout: Layout) -> None:
     """Check that every rank of the world is in the groups that belong to its coordinates."""
     from megatron.core.parallel_state import RankGenerator
 
-    generator = RankGenerator(
-        tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp", rank_offset=0
-    )
-    for token, field in (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline")):
-        groups = generator.get_ranks(token)
-        seen = sorted(rank for group in groups for rank in group)
-        expected = all(_is_group(layout, group, field) for group in groups)
-        if seen != list(range(layout.world_size)) or not expected:
-            raise _PlanMismatchError(f"megatron-core's {token} groups are not those of w1train.planning.layout")
+    order = {"order": "tp-cp-ep-dp-pp", "rank_offset": 0}
+    dense = RankGenerator(tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, **order)
+    experts = RankGenerator(tp=layout.expert_tensor, ep=layout.expert, dp=layout.expert_data, pp=layout.pipeline, cp=1, **order)
+    of_dense = (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline"))
+    of_experts = (("tp", "expert_tensor"), ("ep", "expert"), ("dp", "expert_data"), ("pp", "pipeline"))
+    kinds = ((dense, layout.coordinates, of_dense), (experts, layout.expert_coordinates, of_experts))
+    for generator, coordinates, tokens in kinds:
+        for token, field in tokens:
+            groups = generator.get_ranks(token)
+            seen = sorted(rank for group in groups for rank in group)
+            expected = all(_is_group(coordinates, group, field, getattr(layout, field)) for group in groups)
+            if seen != list(range(layout.world_size)) or not expected:
+                raise _PlanMismatchError(f"megatron-core's {token} groups are not those of w1train.planning.layout")
 
 
-def _is_group(layout: Layout, ranks: list[int], field: str) -> bool:
+def _is_group(coordinates: Callable[[int], Any], ranks: list[int], field: str, size: int) -> bool:
     """Tell whether the ranks differ only in one coordinate, and are in its order."""
-    first = layout.coordinates(ranks[0])
-    size = getattr(layout, field)
-    places = {name: getattr(first, name) for name in Coordinates.__slots__}
-    return ranks == [layout.rank(Coordinates(**{**places, field: index})) for index in range(size)]
+    places = [asdict(coordinates(rank)) for rank in ranks]
+    return places == [{**places[0], field: index} for index in range(size)]

@@ -56,7 +56,7 @@ def _ranges(layout: Layout, pipeline_rank: int, chunks: Sequence[Sequence[Parame
     return {
         parameter.name: shared_ranges(*span, bucket.start, (bucket.end - bucket.start) // shards, shards)
         for parameters in chunks
-        for bucket in buffer_layout(parameters, shards, layout.bucket_size(pipeline_rank))
+        for bucket in buffer_layout([p for p in parameters if not p.is_expert], shards, layout.bucket_size(pipeline_rank))
         for span, parameter in zip(bucket.spans, bucket.parameters, strict=True)
         if is_matrix(parameter.name)
     }

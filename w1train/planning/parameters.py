@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from w1train.config.schema import ModelConfig
+from w1train.engine.matrices import is_matrix
+from w1train.model.flops import num_expert_layers
 from w1train.planning.layout import Chunk, Layout
 
 
@@ -21,9 +24,12 @@ class Parameter:
     name: str
     """Name in the whole model, in which layers are numbered."""
     shape: tuple[int, ...]
-    """Shape on one tensor-parallel rank."""
+    """Shape on one rank."""
     is_split: bool = False
-    """True: the parameter is split over tensor-parallel ranks. False: each rank has the whole parameter."""
+    """True: the parameter is split over tensor-parallel ranks, or over the ranks of the experts. False: each rank has the whole
+    parameter."""
+    is_expert: bool = False
+    """True: the parameter has matrices of routed experts, whose ranks and buffers are not those of the other parameters."""
     has_own_bucket: bool = False
     """True: its gradient is also summed over pipeline ranks, and megatron-core keeps it in a bucket of its own."""
 
@@ -48,10 +54,18 @@ def widths(model: ModelConfig) -> Widths:
     return Widths(channels, model.num_attention_heads * channels, (model.num_query_groups or model.num_attention_heads) * channels)
 
 
+class Slices(NamedTuple):
+    """The numbers of ranks that share a layer."""
+
+    tensor: int
+    expert: int
+    expert_tensor: int
+
+
 def num_matrix_elements(model: ModelConfig) -> int:
     """Return the elements of the matrices that Muon updates."""
-    width = widths(model)
-    return model.num_layers * model.hidden_size * (2 * width.query + 2 * width.key + 3 * model.ffn_hidden_size)
+    whole = (parameter for layer in range(model.num_layers) for parameter in _layer(model, layer, Slices(1, 1, 1)))
+    return sum(parameter.numel for parameter in whole if is_matrix(parameter.name))
 
 
 def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[Parameter]:
@@ -59,11 +73,11 @@ def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[P
     vocabulary = (model.vocab_size // layout.tensor, model.hidden_size)
     embedding = "embedding.word_embeddings.weight"
     tied_apart = model.tie_embeddings and layout.pipeline > 1
-    parameters = [Parameter(embedding, vocabulary, True, tied_apart)] if chunk.has_embedding else []
+    parameters = [Parameter(embedding, vocabulary, True, has_own_bucket=tied_apart)] if chunk.has_embedding else []
     if model.conditioning == "adaln":
         parameters += _timestep_embedding(model, in_pipeline=layout.pipeline > 1)
     for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers):
-        parameters += _layer(model, layout, f"decoder.layers.{layer}.")
+        parameters += _layer(model, layer, Slices(layout.tensor, layout.expert, layout.expert_tensor))
     if chunk.has_head:
         if model.learns_noise_rates:
             parameters.append(Parameter("noise_rates.unconstrained", (model.vocab_size,)))
@@ -74,7 +88,7 @@ def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[P
             parameters.append(Parameter("output_layer.weight", vocabulary, True))
         elif not chunk.has_embedding:
             # The last stage's copy of the embedding.
-            parameters.append(Parameter(embedding, vocabulary, True, tied_apart))
+            parameters.append(Parameter(embedding, vocabulary, True, has_own_bucket=tied_apart))
     return parameters
 
 
@@ -84,8 +98,9 @@ def _timestep_embedding(model: ModelConfig, in_pipeline: bool) -> Iterator[Param
     yield from _linear("timestep_embedding.linear_out.", model.condition_size, model.condition_size, in_pipeline)
 
 
-def _layer(model: ModelConfig, layout: Layout, prefix: str) -> Iterator[Parameter]:
-    hidden, tensor, width = model.hidden_size, layout.tensor, widths(model)
+def _layer(model: ModelConfig, layer: int, slices: Slices) -> Iterator[Parameter]:
+    hidden, tensor, width = model.hidden_size, slices.tensor, widths(model)
+    prefix = f"decoder.layers.{layer}."
     yield Parameter(prefix + "input_layernorm.weight", (hidden,))
     yield Parameter(prefix + "self_attention.linear_proj.weight", (hidden, width.query // tensor), True)
     yield Parameter(prefix + "self_attention.linear_qkv.weight", ((width.query + 2 * width.key) // tensor, hidden), True)
@@ -95,10 +110,28 @@ def _layer(model: ModelConfig, layout: Layout, prefix: str) -> Iterator[Paramete
         yield Parameter(prefix + "self_attention.q_layernorm.weight", (width.channels,))
         yield Parameter(prefix + "self_attention.k_layernorm.weight", (width.channels,))
     yield Parameter(prefix + "pre_mlp_layernorm.weight", (hidden,))
-    yield Parameter(prefix + "mlp.linear_fc1.weight", (2 * model.ffn_hidden_size // tensor, hidden), True)
-    yield Parameter(prefix + "mlp.linear_fc2.weight", (hidden, model.ffn_hidden_size // tensor), True)
+    if layer < model.num_layers - num_expert_layers(model):
+        yield from _swiglu(prefix + "mlp.", hidden, model.ffn_hidden_size // tensor)
+    else:
+        yield from _experts(model, prefix + "mlp.", slices)
     if model.conditioning == "adaln":
         yield from _linear(prefix + "modulation.linear.", 6 * hidden, model.condition_size)
+
+
+def _swiglu(prefix: str, hidden: int, inner: int) -> Iterator[Parameter]:
+    yield Parameter(prefix + "linear_fc1.weight", (2 * inner, hidden), True)
+    yield Parameter(prefix + "linear_fc2.weight", (hidden, inner), True)
+
+
+def _experts(model: ModelConfig, prefix: str, slices: Slices) -> Iterator[Parameter]:
+    """Yield the parameters of the router, of a rank's routed experts, and of the shared expert."""
+    hidden, experts = model.hidden_size, model.experts
+    num_local, inner = experts.num_experts // slices.expert, experts.ffn_hidden_size // slices.expert_tensor
+    yield Parameter(prefix + "router.weight", (experts.num_experts, hidden))
+    yield Parameter(prefix + "experts.linear_fc1.weight", (num_local, 2, inner, hidden), True, is_expert=True)
+    yield Parameter(prefix + "experts.linear_fc2.weight", (num_local, hidden, inner), True, is_expert=True)
+    if experts.shared_ffn_hidden_size:
+        yield from _swiglu(prefix + "shared_experts.", hidden, experts.shared_ffn_hidden_size // slices.tensor)
 
 
 def _linear(prefix: str, rows: int, columns: int, has_own_bucket: bool = False) -> Iterator[Parameter]:

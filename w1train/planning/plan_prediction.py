@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
@@ -13,11 +14,11 @@ from w1train.planning import communication_time as communication
 from w1train.planning import timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
 from w1train.planning.assumptions import Assumptions, Device
-from w1train.planning.communication_time import Traffic
-from w1train.planning.layout import Chunk, Layout, Precision, Recompute, bubble_fraction, chunks_of, in_flight, layout_of
-from w1train.planning.orthogonalization import MuonWork, muon_work
-from w1train.planning.parameters import Parameter, chunk_parameters
-from w1train.planning.state import StateBytes, state_bytes
+from w1train.planning.communication_time import Group, Traffic
+from w1train.planning.expert_traffic import expert_traffic
+from w1train.planning.layout import Chunk, Layout, Recompute, bubble_fraction, in_flight, layout_of
+from w1train.planning.stage_weights import StageWeights, weights_of
+from w1train.planning.state import StateBytes
 from w1train.planning.timing import StageSeconds
 from w1train.planning.workload import Workload, flops_per_token, workload_of
 
@@ -33,7 +34,9 @@ class StagePlan:
     num_parameters: int
     """Parameters on each rank of the stage."""
     state: StateBytes
-    """Bytes of state on the data-parallel rank that has the most bytes of state."""
+    """Bytes of state on the rank that has the most bytes of state."""
+    expert_state: StateBytes
+    """Those of its bytes of state that belong to routed experts."""
     in_flight: tuple[int, ...]
     """Micro-batches whose activations each chunk holds at once."""
     activations: list[ActivationBytes]
@@ -63,6 +66,7 @@ class Plan:
     work: Workload
     device: Device
     assumptions: Assumptions
+    weights: list[StageWeights]
     stages: list[StagePlan]
     flops_per_token: dict[str, float]
     """Model FLOPs of a token by part, and their total."""
@@ -120,7 +124,8 @@ class Plan:
         config = at_stage(self.run, name)
         if (config.diffusion, config.training) == (self.config.diffusion, self.config.training):
             return self
-        return _predict(self.run, config, self.layout.world_size, self.device, self.assumptions, self.document_length)
+        setting = _Setting.of(config, self.layout.world_size, self.device, self.assumptions, self.document_length)
+        return _plan(self.run, setting, self.weights, self.document_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +138,15 @@ class _Setting:
     device: Device
     assumptions: Assumptions
 
+    @classmethod
+    def of(cls, config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None) -> Self:
+        """Return the setting of a configuration, or of a stage of it."""
+        return cls(config, layout_of(config, world_size), workload_of(config, document_length), device, assumptions)
+
     def sizes(self, num_logits: int | None = None) -> Sizes:
         """Return the sizes of a micro-batch; ``num_logits`` None stands for the largest possible number of logits."""
-        return sizes_of(self.config.model, self.layout, self.work, self.config.training.precision, num_logits)
+        precision, imbalance = self.config.training.precision, self.assumptions.expert_imbalance
+        return sizes_of(self.config.model, self.layout, self.work, precision, num_logits, imbalance)
 
     @property
     def memory_bandwidth(self) -> float:
@@ -143,54 +154,59 @@ class _Setting:
         return self.device.memory_gb_per_second * 1e9 * self.assumptions.memory_efficiency
 
 
-def predict(config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None) -> Plan:
-    """Return the plan of a valid configuration on ``world_size`` devices, for the stage of its schedule that needs most memory."""
-    base = _predict(config, config, world_size, device, assumptions, document_length)
-    return max((base.at_stage(name) for name in config.schedule.stages), key=lambda plan: plan.needed_bytes)
+def predict(
+    config: Config,
+    world_size: int,
+    device: Device,
+    assumptions: Assumptions,
+    document_length: int | None = None,
+    weights: list[StageWeights] | None = None,
+) -> Plan:
+    """Return the plan of a valid configuration on ``world_size`` devices, for the stage of its schedule that needs most memory.
+
+    Args:
+        weights: ``weights_of`` this configuration and layout, if they are known already.
+    """
+    of_run = _Setting.of(config, world_size, device, assumptions, document_length)
+    weights = weights_of(config, of_run.layout) if weights is None else weights
+    # Stages whose micro-batches have equal sizes need the same memory, and the first of them stands for the others.
+    settings: dict[Hashable, _Setting] = {}
+    for name in config.schedule.stages:
+        stage = at_stage(config, name)
+        setting = of_run if stage is config else _Setting.of(stage, world_size, device, assumptions, document_length)
+        settings.setdefault((setting.layout, setting.sizes()), setting)
+    return max((_plan(config, setting, weights, document_length) for setting in settings.values()), key=lambda plan: plan.needed_bytes)
 
 
-def _predict(run: Config, config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None) -> Plan:
-    layout, work = layout_of(config, world_size), workload_of(config, document_length)
-    setting = _Setting(config, layout, work, device, assumptions)
-    stages = [_stage(setting, rank) for rank in range(layout.pipeline)]
-    return Plan(run, config, layout, work, device, assumptions, stages, flops_per_token(config, work), document_length)
+def _plan(run: Config, setting: _Setting, weights: list[StageWeights], document_length: int | None) -> Plan:
+    config, layout, work = setting.config, setting.layout, setting.work
+    stages = [_stage(setting, rank, weights[rank]) for rank in range(layout.pipeline)]
+    flops = flops_per_token(config, work)
+    return Plan(run, config, layout, work, setting.device, setting.assumptions, weights, stages, flops, document_length)
 
 
-def _stage(setting: _Setting, pipeline_rank: int) -> StagePlan:
-    model, layout, precision = setting.config.model, setting.layout, setting.config.training.precision
-    chunks = chunks_of(layout, pipeline_rank)
-    parameters = [chunk_parameters(model, layout, chunk) for chunk in chunks]
-    largest = max(parameter.numel for own in parameters for parameter in own)
+def _stage(setting: _Setting, pipeline_rank: int, weights: StageWeights) -> StagePlan:
+    layout, chunks = setting.layout, weights.chunks
     # Memory is planned for the largest possible number of logits, time for the expected number.
     most = setting.sizes()
     usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
-    states = state_bytes(
-        parameters,
-        precision,
-        layout.num_optimizer_shards,
-        distributed=layout.distributed_optimizer,
-        optimizer=setting.config.optimizer.name,
-        bucket_size=layout.bucket_size(pipeline_rank),
-    )
-    state = max(states, key=lambda bytes_of_rank: bytes_of_rank.total)
-    traffic = _traffic(usual, layout, chunks, parameters, precision)
-    muon = muon_work(model, layout, pipeline_rank, parameters) if setting.config.optimizer.name == "muon" else MuonWork([], 0)
-    traffic += muon.traffic
+    traffic = _traffic(usual, layout, chunks) + weights.traffic
     held = _held(most, layout, chunks)
     return StagePlan(
         pipeline_rank=pipeline_rank,
         chunks=chunks,
-        num_parameters=sum(parameter.numel for own in parameters for parameter in own),
-        state=state,
+        num_parameters=sum(weights.num_parameters),
+        state=weights.state.others + weights.state.experts,
+        expert_state=weights.state.experts,
         in_flight=held.counts,
         activations=[chunk_activation_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks],
         activation_bytes=held.bytes,
         activations_by_recompute={
             choice: _held(most, dataclasses.replace(layout, recompute=choice), chunks).bytes for choice in RECOMPUTE_CHOICES
         },
-        working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, largest) for chunk in chunks),
+        working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, weights.largest_parameter) for chunk in chunks),
         traffic=traffic,
-        seconds=_seconds(setting, usual, list(zip(chunks, parameters, strict=True)), state, traffic, muon.flops),
+        seconds=_seconds(setting, usual, weights, traffic),
     )
 
 
@@ -207,46 +223,41 @@ def _held(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> _Held:
     return max(_Held(sum(count * size for count, size in zip(counts, saved, strict=True)), counts) for counts in peaks)
 
 
-def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk], parameters: list[list[Parameter]], precision: Precision) -> list[Traffic]:
+def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> list[Traffic]:
+    """Return the collectives that run with every micro-batch."""
     traffic: list[Traffic] = []
-    for chunk, own in zip(chunks, parameters, strict=True):
+    for chunk in chunks:
         traffic += communication.tensor_parallel_traffic(sizes, layout, chunk)
         traffic += communication.context_parallel_traffic(sizes, layout, chunk)
+        traffic += expert_traffic(sizes.experts, layout, chunk)
         traffic += communication.pipeline_traffic(sizes, layout, chunk)
-        traffic += communication.data_parallel_traffic(own, layout, precision, chunk.pipeline_rank)
-    of_rank = [parameter for own in parameters for parameter in own]
-    traffic += communication.replicated_gradient_traffic(of_rank, layout)
-    traffic += communication.copied_gradient_traffic(of_rank, layout)
     return communication.merged(traffic)
 
 
-def _seconds(
-    setting: _Setting,
-    sizes: Sizes,
-    chunks: list[tuple[Chunk, list[Parameter]]],
-    state: StateBytes,
-    traffic: list[Traffic],
-    optimizer_flops: int,
-) -> StageSeconds:
+def _seconds(setting: _Setting, sizes: Sizes, weights: StageWeights, traffic: list[Traffic]) -> StageSeconds:
     layout, device, assumptions = setting.layout, setting.device, setting.assumptions
     matmul = attention = elementwise = 0.0
-    for chunk, parameters in chunks:
+    for chunk, num_parameters in zip(weights.chunks, weights.num_parameters, strict=True):
         flops = timing.chunk_flops(setting.config.model, layout, setting.work, chunk, sizes.num_logits)
         of_matmul, of_attention = timing.compute_seconds(flops, sizes, layout, setting.work, device, assumptions)
         matmul += of_matmul
         attention += of_attention
-        elementwise += timing.elementwise_bytes(sizes, layout, chunk, parameters) / setting.memory_bandwidth
-    once = [item for item in traffic if item.is_per_step]
-    every = {group: [item for item in traffic if item.group == group and item not in once] for group in ("tensor", "context", "pipeline")}
+        elementwise += timing.elementwise_bytes(sizes, layout, chunk, num_parameters) / setting.memory_bandwidth
+    state = weights.state.others + weights.state.experts
     spent = partial(communication.total_seconds, layout=layout, device=device, assumptions=assumptions)
+
+    def of_groups(*groups: Group) -> float:
+        return spent([item for item in traffic if item.group in groups and not item.is_per_step])
+
     return StageSeconds(
         matmul=matmul * layout.num_micro_batches,
         attention=attention * layout.num_micro_batches,
         elementwise=elementwise * layout.num_micro_batches,
-        tensor_parallel=spent(every["tensor"]),
-        context_parallel=spent(every["context"]),
-        pipeline_sends=spent(every["pipeline"]),
+        tensor_parallel=of_groups("tensor"),
+        context_parallel=of_groups("context"),
+        expert_parallel=of_groups("expert", "expert_tensor", "experts"),
+        pipeline_sends=of_groups("pipeline"),
         gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth
-        + optimizer_flops / (device.peak_tflops * 1e12 * assumptions.matmul_efficiency),
-        data_parallel=spent(once),
+        + weights.optimizer_flops / (device.peak_tflops * 1e12 * assumptions.matmul_efficiency),
+        data_parallel=spent([item for item in traffic if item.is_per_step]),
     )

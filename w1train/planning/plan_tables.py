@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from w1train.model.flops import num_parameters
+from w1train.model.flops import num_active_parameters, num_parameters
 from w1train.objectives.description import describe_objective
 from w1train.planning.as_json import overrides
 from w1train.planning.assumptions import described
 from w1train.planning.communication_time import seconds
 from w1train.planning.plan_prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
-from w1train.planning.state import staging_bytes
+from w1train.planning.state import StateBytes, staging_bytes
 from w1train.planning.suggestion import suggest_recomputation
 from w1train.runtime.quantities import quantity
 
@@ -29,10 +29,10 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
     """Print the whole plan, with the verdict at the end."""
     layout = plan.layout
     console.print(
-        f"{plan.config.name}: {num_parameters(plan.config.model):,} parameters on {layout.world_size} x {plan.device.name}: "
+        f"{plan.config.name}: {_parameters_text(plan)} on {layout.world_size} x {plan.device.name}: "
         f"data {layout.data} x context {layout.context} x tensor {layout.tensor} x pipeline {layout.pipeline}"
         f"{f' ({layout.virtual_pipeline} chunks each)' if layout.virtual_pipeline > 1 else ''}, "
-        f"sequence parallelism {'on' if layout.sequence else 'off'}, recompute {layout.recompute}, "
+        f"sequence parallelism {'on' if layout.sequence else 'off'}, {_experts_text(plan)}recompute {layout.recompute}, "
         f"{layout.num_micro_batches} x {layout.micro_batch_size} samples of a data-parallel rank a step"
     )
     for table in (memory_table(plan), work_table(plan), traffic_table(plan), speed_table(plan), *schedule_tables(plan)):
@@ -43,6 +43,11 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
     console.print("\n" + build_text(build))
     console.print(verdict(plan))
     console.print(suggestion(plan))
+
+
+def _parameters_text(plan: Plan) -> str:
+    total, active = num_parameters(plan.config.model), num_active_parameters(plan.config.model)
+    return f"{total:,} parameters" + (f", of which {active:,} compute a token," if active < total else "")
 
 
 def build_text(build: Build) -> str:
@@ -95,9 +100,14 @@ def memory_table(plan: Plan) -> Table:
     def row(name: str, values: list[float]) -> None:
         table.add_row(name, *(f"{value / GIB:.2f}" for value in values))
 
-    row(f"parameters ({plan.config.training.precision})", [stage.state.parameters for stage in stages])
-    row("gradients (fp32)", [stage.state.gradients for stage in stages])
-    row("optimizer (fp32 masters and moments)", [stage.state.optimizer for stage in stages])
+    def state_row(name: str, part: Callable[[StateBytes], int]) -> None:
+        row(name, [part(stage.state) for stage in stages])
+        if plan.config.model.experts.num_experts:
+            row("   of routed experts", [part(stage.expert_state) for stage in stages])
+
+    state_row(f"parameters ({plan.config.training.precision})", lambda state: state.parameters)
+    state_row("gradients (fp32)", lambda state: state.gradients)
+    state_row("optimizer (fp32 masters and moments)", lambda state: state.optimizer)
     table.add_row("micro-batches in flight, by chunk", *(", ".join(map(str, stage.in_flight)) for stage in stages))
     row("activations", [stage.activation_bytes for stage in stages])
     for choice in stages[0].activations_by_recompute:
@@ -110,10 +120,24 @@ def memory_table(plan: Plan) -> Table:
     row("device", [plan.device.memory_bytes for _ in stages])
     if plan.config.checkpoint.asynchronous:
         table.add_section()
-        distributed, shards = plan.layout.distributed_optimizer, plan.layout.num_optimizer_shards
-        staged = [staging_bytes(stage.state, plan.config.training.precision, shards, distributed=distributed) for stage in stages]
-        row("host memory, for checkpoints in the background", staged)
+        row("host memory, for checkpoints in the background", [_staging_bytes(plan, stage) for stage in stages])
     return table
+
+
+def _staging_bytes(plan: Plan, stage: StagePlan) -> float:
+    layout, precision = plan.layout, plan.config.training.precision
+    parts = ((stage.state - stage.expert_state, layout.num_optimizer_shards), (stage.expert_state, layout.expert_data))
+    return sum(staging_bytes(state, precision, shards, distributed=layout.distributed_optimizer) for state, shards in parts)
+
+
+def _experts_text(plan: Plan) -> str:
+    layout, experts = plan.layout, plan.config.model.experts
+    if not experts.num_experts:
+        return ""
+    return (
+        f"experts {experts.num_experts} over {layout.expert} expert-parallel x {layout.expert_tensor} expert-tensor-parallel ranks "
+        f"({layout.expert_data} copies, {layout.expert_dispatcher.replace('_', '-')}), "
+    )
 
 
 def work_table(plan: Plan) -> Table:
@@ -129,6 +153,8 @@ def work_table(plan: Plan) -> Table:
     table.add_column("share", justify="right")
     total = plan.flops_per_token["total"]
     for name, flops in plan.flops_per_token.items():
+        if flops == 0:
+            continue  # a part that the model does not have
         table.add_row(name.replace("_", " "), quantity(flops), f"{flops / total:.1%}")
     return table
 
@@ -169,6 +195,7 @@ def speed_table(plan: Plan) -> Table:
         ("elementwise", "element-wise kernels"),
         ("tensor_parallel", "tensor-parallel collectives"),
         ("context_parallel", "context-parallel collectives"),
+        ("expert_parallel", "tokens to experts and back"),
         ("pipeline_sends", "pipeline sends"),
         ("gradients_and_optimizer", "gradient and optimizer passes"),
         ("data_parallel", "collectives once a step"),
@@ -205,13 +232,14 @@ def schedule_tables(plan: Plan) -> Iterator[Table]:
 def print_search(console: Console, result: SearchResult, num_shown: int, num_gpus: int) -> None:
     """Print the best layouts."""
     table = Table(title=f"best layouts of {num_gpus} devices by predicted MFU", title_justify="left")
-    columns = "# DP CP TP SP PP VP batch count recompute GiB bubble seconds MFU days"
+    columns = "# DP CP TP SP PP VP EP ETP batch count recompute GiB bubble seconds MFU days"
     for column in columns.split():
         table.add_column(column, justify="left" if column == "recompute" else "right")
     for number, plan in enumerate(result.plans[:num_shown], 1):
         table.add_row(*_search_row(number, plan))
     console.print(table)
     console.print("DP, CP, TP, PP: data-, context-, tensor- and pipeline-parallel ranks; SP: sequence parallelism; VP: chunks of a stage;")
+    console.print("EP, ETP: expert-parallel ranks, and tensor-parallel ranks of each expert, both taken from the ranks of a stage;")
     console.print("batch: samples of a micro-batch; count: micro-batches of a rank in a step")
     console.print(f"{result.num_tried} layouts tried, {result.num_valid} valid, {len(result.plans)} fit; plan one of them to build it")
     if result.plans:
@@ -224,6 +252,7 @@ def _search_row(number: int, plan: Plan) -> Iterator[str]:
     layout = plan.layout
     yield from map(str, (number, layout.data, layout.context, layout.tensor))
     yield from map(str, ("on" if layout.sequence else "off", layout.pipeline, layout.virtual_pipeline))
+    yield from map(str, (layout.expert, layout.expert_tensor))
     yield from (str(layout.micro_batch_size), str(layout.num_micro_batches), layout.recompute, f"{plan.needed_bytes / GIB:.1f}")
     yield from (f"{plan.bubble_fraction:.1%}", f"{plan.step_seconds:.3f}", f"{plan.mfu:.1%}", f"{plan.days:.1f}")
 

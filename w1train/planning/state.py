@@ -1,6 +1,6 @@
 """Bytes of parameters, gradients and optimizer states, exactly as megatron-core allocates them.
 
-Gradients are in one flat fp32 buffer per chunk. With the distributed optimizer the parameters are views of a flat buffer
+Gradients are in one flat fp32 buffer per chunk, and those of routed experts in a second one, because fewer ranks sum them up. With the distributed optimizer the parameters are views of a flat buffer
 of the same layout, which is padded so that every rank's share starts on a boundary; each rank keeps fp32 masters (of bf16
 parameters) and the fp32 moments of the parameters in its share, without the padding. A matrix of Muon has one moment, any other parameter
 two.
@@ -9,11 +9,12 @@ two.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from w1train.engine.matrices import is_matrix
-from w1train.planning.layout import Precision
+from w1train.planning.layout import Layout, Precision
 from w1train.planning.parameters import Parameter
 
 FP32_BYTES = 4
@@ -48,6 +49,12 @@ class StateBytes:
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(*map(operator.sub, astuple(self), astuple(other)))
 
 
 def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size: int | None = None) -> list[Bucket]:
@@ -101,6 +108,37 @@ def has_one_moment(optimizer: str, name: str) -> bool:
     return optimizer == "muon" and is_matrix(name)
 
 
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """Bytes on one rank of the routed experts, and of everything else."""
+
+    others: StateBytes
+    experts: StateBytes
+
+    @property
+    def total(self) -> int:
+        return self.others.total + self.experts.total
+
+
+def stage_state_bytes(
+    chunks: Sequence[Sequence[Parameter]], layout: Layout, pipeline_rank: int, precision: Precision, optimizer: str
+) -> list[RankState]:
+    """Return the bytes of the ranks of a pipeline stage that has these chunks, in the order of ``layout.shards``."""
+
+    def of_kind(num_shards: int, *, is_expert: bool) -> list[StateBytes]:
+        return state_bytes(
+            [[parameter for parameter in parameters if parameter.is_expert == is_expert] for parameters in chunks],
+            precision,
+            num_shards,
+            distributed=layout.distributed_optimizer,
+            optimizer=optimizer,
+            bucket_size=layout.bucket_size(pipeline_rank),
+        )
+
+    others, experts = of_kind(layout.num_optimizer_shards, is_expert=False), of_kind(layout.expert_data, is_expert=True)
+    return [RankState(others[shard], experts[expert_shard]) for shard, expert_shard in layout.shards]
+
+
 def state_bytes(
     chunks: Sequence[Sequence[Parameter]],
     precision: Precision,
@@ -110,7 +148,7 @@ def state_bytes(
     optimizer: str,
     bucket_size: int | None = None,
 ) -> list[StateBytes]:
-    """Return the bytes of each rank that has these chunks, in the order of the ``num_shards`` data- and context-parallel ranks.
+    """Return the bytes of each rank that has these parameters of one kind, in the order of the ``num_shards`` ranks that share them.
 
     fp32 parameters are their own masters, so the optimizer has only the moments.
 
@@ -125,7 +163,7 @@ def state_bytes(
         return has_one_moment(optimizer, parameter.name)
 
     for parameters in chunks:
-        if distributed:
+        if distributed and parameters:
             buckets = buffer_layout(parameters, num_shards, bucket_size)
             buffer += buckets[-1].end
             owned = _added(owned, shard_numels(buckets, num_shards))

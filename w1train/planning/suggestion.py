@@ -20,7 +20,7 @@ def suggest_recomputation(plan: Plan) -> Plan | None:
         other
         for config in _choices(plan.run)
         if not validate(config, world_size)
-        and (other := predict(config, world_size, plan.device, plan.assumptions, plan.document_length)).fits
+        and (other := predict(config, world_size, plan.device, plan.assumptions, plan.document_length, plan.weights)).fits
     ]
     return min(fitting, key=lambda other: (other.step_seconds, other.needed_bytes), default=None)
 

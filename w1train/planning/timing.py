@@ -6,15 +6,13 @@ computation: in this respect the time is an upper bound. The work that a rank do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from w1train.config.schema import ModelConfig
-from w1train.model.flops import FlopsByPart, model_flops
+from w1train.model.flops import FlopsByPart, model_flops, num_expert_layers
 from w1train.planning.activations import Sizes
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.layout import Chunk, Layout, Precision
-from w1train.planning.parameters import Parameter
 from w1train.planning.state import FP32_BYTES, StateBytes
 from w1train.planning.workload import Workload
 
@@ -28,6 +26,8 @@ class StageSeconds:
     elementwise: float
     tensor_parallel: float
     context_parallel: float
+    expert_parallel: float
+    """Rows of tokens on their way to experts and back."""
     pipeline_sends: float
     gradients_and_optimizer: float
     """Memory passes over gradients and optimizer states, and Muon's orthogonalizations, once a step."""
@@ -37,7 +37,8 @@ class StageSeconds:
     @property
     def per_micro_batches(self) -> float:
         """Seconds of all micro-batches together."""
-        return self.matmul + self.attention + self.elementwise + self.tensor_parallel + self.context_parallel + self.pipeline_sends
+        communication = self.tensor_parallel + self.context_parallel + self.expert_parallel + self.pipeline_sends
+        return self.matmul + self.attention + self.elementwise + communication
 
     @property
     def total(self) -> float:
@@ -58,13 +59,18 @@ def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk
         num_segments=samples * work.num_segments + work.num_clean_segments,
     )
 
-    def share(flops: int) -> int:
-        return flops * chunk.num_layers // (model.num_layers * layout.tensor * layout.context)
+    def share(flops: int, layers_here: int, layers: int) -> int:
+        return flops * layers_here // (max(1, layers) * layout.tensor * layout.context)
 
+    every = (chunk.num_layers, model.num_layers)
+    with_experts = (chunk.num_expert_layers, num_expert_layers(model))
     return FlopsByPart(
-        attention_projections=share(whole.attention_projections),
-        attention_core=share(whole.attention_core),
-        mlp=share(whole.mlp),
+        attention_projections=share(whole.attention_projections, *every),
+        attention_core=share(whole.attention_core, *every),
+        mlp=share(whole.mlp, every[0] - with_experts[0], every[1] - with_experts[1]),
+        router=share(whole.router, *with_experts),
+        experts=share(whole.experts, *with_experts),
+        shared_experts=share(whole.shared_experts, *with_experts),
         adaln=whole.adaln * chunk.num_layers // model.num_layers,
         timestep_mlp=whole.timestep_mlp,
         output_head=whole.output_head // (layout.tensor * layout.context) if chunk.has_head else 0,
@@ -74,33 +80,44 @@ def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk
 def compute_seconds(
     flops: FlopsByPart, sizes: Sizes, layout: Layout, work: Workload, device: Device, assumptions: Assumptions
 ) -> tuple[float, float]:
-    """Return the seconds of (linear layers, attention) of one micro-batch.
+    """Return the seconds of (linear layers, attention) of one micro-batch, on the rank whose experts have the most rows.
 
     Recomputation repeats the forward pass, which is a third of the work. With a dense mask, the kernel computes every pair of a row and a
     key that it gets.
     """
     peak = device.peak_tflops * 1e12
     repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
-    in_layers = flops.attention_projections + flops.mlp + flops.adaln
+    in_layers = flops.attention_projections + flops.mlp + flops.router + flops.shared_experts + flops.adaln
     # A loss in chunks computes its logits twice.
     outside = flops.timestep_mlp + flops.output_head * (4 if layout.loss_chunk_size is not None else 3) / 3
     matmul = (in_layers * repeated[0] / 3 + outside) / (peak * assumptions.matmul_efficiency)
+    of_experts = flops.experts * repeated[0] / 3 * min(assumptions.expert_imbalance, layout.expert)
+    matmul += of_experts / (peak * assumptions.expert_matmul_efficiency)
     pairs, efficiency = flops.attention_core * repeated[1] / 3, assumptions.attention_efficiency
     if work.is_masked:
         pairs, efficiency = pairs * work.num_positions * sizes.keys / work.visible_pairs, assumptions.masked_attention_efficiency
     return matmul, pairs / (peak * efficiency)
 
 
-def layer_elementwise_bytes(sizes: Sizes) -> int:
+def layer_elementwise_bytes(sizes: Sizes, *, has_experts: bool) -> int:
     """Return the bytes that a layer's element-wise kernels read and write, forward and backward, counted from the code.
 
     In units of a residual tensor, for each of the two branches: modulated RMSNorm 2 + 3, gated residual 3 + 3, sum of the two gradients
     3; without adaLN the residual sum 3 replaces the gate. The rotary embedding passes 2 + 2 times over q and k; SwiGLU 3 + 5 times over a
     tensor of its width. These are the numbers of the fused kernels; unfused choices of ``kernels`` cost more, which is not counted.
+
+    Experts: a row is copied to its place among the rows that are sent, and once more to be sorted by expert, and both are undone on its way
+    back. A copy passes 2 times forward and 2 times backward. Their SwiGLU is a chain of 12 + 20 passes. The scores of all experts pass about
+    10 times in fp32.
     """
     branch = 14 if sizes.has_adaln else 11
     rotary = 4 * sizes.positions * (sizes.query + sizes.key) * sizes.element
-    return 2 * branch * sizes.residual + rotary + 8 * sizes.positions * sizes.ffn * sizes.element
+    total, experts = 2 * branch * sizes.residual + rotary, sizes.experts
+    if not has_experts or experts is None:
+        return total + 8 * sizes.positions * sizes.ffn * sizes.element
+    copies = 8 * (experts.routed + experts.rows) * experts.row_bytes(experts.hidden)
+    inside = 32 * experts.rows * experts.row_bytes(experts.inner) + 8 * sizes.positions * experts.shared_inner * sizes.element
+    return total + copies + inside + 10 * experts.tokens * experts.num_experts * FP32_BYTES
 
 
 def head_elementwise_bytes(sizes: Sizes) -> int:
@@ -117,15 +134,16 @@ def head_elementwise_bytes(sizes: Sizes) -> int:
     return sizes.num_logits * sizes.vocabulary * per_logit
 
 
-def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, parameters: Sequence[Parameter]) -> int:
+def elementwise_bytes(sizes: Sizes, layout: Layout, chunk: Chunk, num_parameters: int) -> int:
     """Return the bytes of the element-wise kernels in one micro-batch.
 
     They belong to the layers (full recomputation repeats a third of forward and backward), the head, and the addition of every parameter's
     gradient to the fp32 buffer.
     """
-    layers = chunk.num_layers * layer_elementwise_bytes(sizes)
+    layers = (chunk.num_layers - chunk.num_expert_layers) * layer_elementwise_bytes(sizes, has_experts=False)
+    layers += chunk.num_expert_layers * layer_elementwise_bytes(sizes, has_experts=True)
     layers += layers // 3 if layout.recompute == "full" else 0
-    gradients = sum(parameter.numel for parameter in parameters) * (sizes.element + 2 * FP32_BYTES)
+    gradients = num_parameters * (sizes.element + 2 * FP32_BYTES)
     return layers + gradients + (head_elementwise_bytes(sizes) if chunk.has_head else 0)
 
 

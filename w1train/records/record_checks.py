@@ -22,7 +22,10 @@ _MOST_BINS = 10_000
 _DRAWN = frozenset(
     ("loss", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "mask_ratio", "grad_norm", "learning_rate", "epoch", "samples")
 )
-_COUNTS = ("num_parameters", "world_size", "steps", "tokens_seen", "tokens_per_second", "wall_seconds", "unigram_bits_per_byte")
+_COUNTS = (
+    *("num_parameters", "num_active_parameters", "world_size", "steps", "tokens_seen"),
+    *("tokens_per_second", "wall_seconds", "unigram_bits_per_byte"),
+)
 
 
 def check_metrics(path: Path, records: Sequence[Record]) -> None:
@@ -35,9 +38,14 @@ def check_metrics(path: Path, records: Sequence[Record]) -> None:
         _require(path, record, {"tokens": _is_count} if record.get("kind") in ("train", "validation") else {})
         if record.get("kind") == "validation":
             record.setdefault("elbo", None)
-        optional = {"loss_by_t": _is_list_of_numbers, "block_size": is_number, "health/skipped_steps": _is_count}
-        drawn = {name: is_number for name in record if name in _DRAWN or name.startswith("time/")}
-        present = {name: check for name, check in {**optional, **drawn}.items() if record.get(name) is not None}
+        optional = {
+            "loss_by_t": _is_list_of_numbers,
+            "experts/loads": _is_table_of_numbers,
+            "block_size": is_number,
+            "health/skipped_steps": _is_count,
+        }
+        drawn = {name: is_number for name in record if name in _DRAWN or name.startswith(("time/", "experts/"))}
+        present = {name: check for name, check in {**drawn, **optional}.items() if record.get(name) is not None}
         _require(path, record, present)
         if record.get("kind") == "average":
             _check_average(path, record)
@@ -105,6 +113,13 @@ def _is_count(value: Any) -> bool:
 
 def _is_list_of_numbers(value: object) -> bool:
     return isinstance(value, list) and len(value) <= _MOST_BINS and all(item is None or is_number(item) for item in value)
+
+
+def _is_table_of_numbers(value: object) -> bool:
+    """Return whether a value is a list of rows of numbers, and the rows have the same length."""
+    if not isinstance(value, list) or not all(map(_is_list_of_numbers, value)):
+        return False
+    return 0 < len(value) <= _MOST_BINS and {len(row) for row in value} == {len(value[0])} != {0}
 
 
 def _drawable(value: Any) -> Any:

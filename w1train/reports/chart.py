@@ -66,12 +66,16 @@ class Cells:
     rows: Sequence[float]
     value_range: tuple[float, float]
     """The values of the weakest and of the strongest colour."""
+    row_range: tuple[float, float] = (0.0, 1.0)
+    """The ends of the vertical axis, which the rows divide into equal parts."""
+    row_label: str = "t"
 
     def data(self) -> dict[str, Any]:
         """Return the cells as JSON values."""
         low, high = self.value_range
         columns = [_rounded(column) for column in self.columns]
-        return {"edges": _rounded(self.edges, _X_DIGITS), "columns": columns, "rows": self.rows, "low": low, "high": high}
+        rows = {"rows": self.rows, "range": self.row_range, "label": self.row_label}
+        return {"edges": _rounded(self.edges, _X_DIGITS), "columns": columns, **rows, "low": low, "high": high}
 
 
 @dataclass(slots=True, kw_only=True)

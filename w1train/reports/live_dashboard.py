@@ -62,6 +62,20 @@ SECTIONS = (
         ),
     ),
     Section(
+        name="Experts",
+        panels=(
+            Panel(
+                title="Most tokens of an expert / mean, by kind of token",
+                metrics=("experts/load", "experts/load_masked", "experts/load_noisy", "experts/load_clean"),
+            ),
+            Panel(title="Most tokens of an expert / mean, in the worst layer", metrics=("experts/load_worst_layer",)),
+            Panel(title="Most tokens of an expert-parallel rank / mean", metrics=("experts/rank_load",)),
+            Panel(title="Share of experts without a token", metrics=("experts/unused",)),
+            Panel(title="Largest bias of an expert minus the smallest", metrics=("experts/bias_range",)),
+            Panel(title="Losses of routers, without their coefficients", metrics=("experts/auxiliary_loss", "experts/router_z_loss")),
+        ),
+    ),
+    Section(
         name="Speed",
         panels=(
             Panel(title="Tokens per second", metrics=("tokens_per_second",)),

@@ -107,7 +107,10 @@ def _rows(runs: Sequence[Run]) -> list[Row]:
         Row("training ELBO at the end", each(lambda run: _mean_at_end(run, "elbo")), exact),
         Row("tokens seen", each(lambda run: _last(run.train, "tokens")), quantity),
         Row("steps", each(lambda run: float(run.last_step))),
-        Row("parameters", each(lambda run: run.summary.get("num_parameters")), quantity),
+        Row("parameters", each(lambda run: run.summary.get("num_parameters"))),
+        Row("parameters that compute a token", each(lambda run: run.summary.get("num_active_parameters"))),
+        Row("largest load of an expert at the end, times the mean", each(lambda run: _mean_at_end(run, "experts/load")), "{:.2f}".format),
+        Row("experts without a token at the end", each(lambda run: _mean_at_end(run, "experts/unused")), share),
         Row("tokens per second", each(lambda run: tokens_per_second(run.train)), quantity),
         Row("model FLOPs utilisation", each(lambda run: mean_over_time(run.train, "time/mfu")), share),
         Row("waiting for data", each(lambda run: _share(run, "time/data_wait_seconds")), share),
@@ -228,6 +231,7 @@ def _machinery(runs: Sequence[Run]) -> str:
         _curves(runs, "block_size", "Block size", smooth=False, log=True, form="count")
         if len({size for run in runs for size in run.column("block_size")}) > 1
         else "",
+        _curves(runs, "experts/load", "Largest load of an expert, times the mean"),
         _curves(runs, "time/tokens_per_second", "Tokens per second", from_zero=True, form="quantity"),
         _curves(runs, "time/mfu", "Model FLOPs utilisation", from_zero=True, form="percent"),
         _curves(runs, "time/communication_seconds", "Communication, seconds a step", from_zero=True),

@@ -71,9 +71,14 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def other_metrics(run: Run) -> str:
     """Return a chart for each other number in the training records."""
-    names = sorted({key for record in run.train for key, value in record.items() if key not in _SHOWN and is_number(value)})
+    names = sorted({key for record in run.train for key, value in record.items() if _is_other(key) and is_number(value)})
     figures = "".join(_points_figure(run, name) for name in names)
     return section("More measurements", f'<div class="charts">{figures}</div>') if figures else ""
+
+
+def _is_other(key: str) -> bool:
+    """Return whether no other section of the page shows a number."""
+    return key not in _SHOWN and not key.startswith("experts/")
 
 
 def _points_figure(run: Run, key: str) -> str:

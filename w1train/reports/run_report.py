@@ -10,6 +10,7 @@ from w1train.records.average_comparison import comparison_rows, verdict
 from w1train.records.summary import mean_over_time, tokens_per_second
 from w1train.reports.chart import Cells, Chart, Line
 from w1train.reports.plot_data import Values, bucket_means, finite, moving_average, without_outliers
+from w1train.reports.report_experts import experts
 from w1train.reports.report_metrics import (
     curve_figure,
     end_value,
@@ -44,7 +45,7 @@ def write_report(run_dir: str | Path, other: str | Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     run.other = None if other is None else read_run(Path(other))
-    parts = (_learning, phases_table, _averages, _noise_levels, _machinery, other_metrics, samples, _appendix)
+    parts = (_learning, phases_table, _averages, _noise_levels, experts, _machinery, other_metrics, samples, _appendix)
     texts, sections = becoming(run), [part(run) for part in parts]
     body = [_header(run), contents([texts, *sections]), _headline(run), texts, _tiles(run), *sections]
     path = Path(run_dir) / REPORT_NAME

@@ -21,6 +21,7 @@ from w1train.engine.building import TrainedModel
 from w1train.runtime.distributed import agreed, all_or_none, on_main_rank
 from w1train.runtime.files import write_text
 from w1train.runtime.run_directory import RunDirectory
+from w1train.training.schedule_position import noise_fingerprint
 from w1train.training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class CheckpointLoader:
         Raises:
             UserError: on every rank; the checkpoint is of another step than its name says.
             DatasetError: on every rank; the training data have changed since.
+            UserError: on every rank; the counts that the noise depends on have changed since.
         """
         if step is None:
             return Progress()
@@ -51,6 +53,7 @@ class CheckpointLoader:
             name = step_path(self._run.checkpoints, progress.step).name
             raise agreed(UserError(f"{path} is a checkpoint of step {progress.step}, by its manifest: rename it to {name}"))
         all_or_none(partial(self._require_dataset, progress, path))
+        all_or_none(partial(self._require_noise, progress, path))
         return progress
 
     def go_back(self, progress: Progress, error: FloatingPointError) -> None:
@@ -81,6 +84,14 @@ class CheckpointLoader:
             raise DatasetError(
                 f"dataset {datasets} has changed since {path} was saved: the SHA-256 of its tokens is "
                 f"{fingerprint}, it was {progress.dataset}. Bring the old data back, or start a run of another name"
+            )
+
+    def _require_noise(self, progress: Progress, path: Path) -> None:
+        fingerprint = noise_fingerprint(self._config, progress.step)
+        if progress.noise is not None and progress.noise != fingerprint:
+            raise UserError(
+                f"diffusion.token_counts: the counts have changed since {path} was saved: their SHA-256 is {fingerprint}, it was "
+                f"{progress.noise}. Bring the old file back, or start a run of another name"
             )
 
 

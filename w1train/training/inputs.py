@@ -35,9 +35,11 @@ from w1train.attention.visibility import (
 from w1train.config.rules.attention_limits import AttentionCase, attention_case
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
+from w1train.data.documents import block_bounds
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.diffusion.processes import noise_process
+from w1train.model.experts.block_pools import RoutingBlocks
 from w1train.model.experts.routed_tokens import first_counted_kind, token_kinds
 from w1train.model.experts.router_losses import RouterLosses
 from w1train.model.transformer import ModelInputs
@@ -73,7 +75,9 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     backend = choose_backend(config.attention.backend, _attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
         plan = plan_attention(visibility, backend)
-        return RankInputs(_assemble(noisy, config, streams, plan, losses), _loss_rows(noisy, weights), 1.0)
+        model = _assemble(noisy, config, streams, plan, losses)
+        model.routing_blocks = _routing_blocks(noisy, config, streams)
+        return RankInputs(model, _loss_rows(noisy, weights), 1.0)
     travel = _travel(noisy, config, streams)
     ownership = _ownership(visibility, config, streams, travel)
     rank, group = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_group()
@@ -82,7 +86,9 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     plan = plan_attention(local, backend, exchange=exchange)
     positions = ownership.positions[:, rank]
     own = noisy.at(positions)
-    return RankInputs(_assemble(own, config, streams, plan, losses), _loss_rows(own, weights.gather(1, positions)), ownership.balance)
+    model = _assemble(own, config, streams, plan, losses)
+    model.routing_blocks = _routing_blocks(noisy, config, streams, positions)
+    return RankInputs(model, _loss_rows(own, weights.gather(1, positions)), ownership.balance)
 
 
 def _objective(config: Config) -> Objective:
@@ -195,6 +201,20 @@ def _token_kinds(noisy: NoisyBatch, config: Config, streams: int) -> Tensor | No
     if not config.model.experts.num_experts:
         return None
     return token_kinds(noisy.input_ids, noisy.document_ids, config.diffusion.mask_token_id, has_clean_stream=streams == 2)
+
+
+def _routing_blocks(noisy: NoisyBatch, config: Config, streams: int, positions: Tensor | None = None) -> RoutingBlocks | None:
+    """Return the blocks of whole samples, or those of some positions, int64 [b, n]; None without pools of experts."""
+    diffusion, experts = config.diffusion, config.model.experts
+    if not (experts.num_experts and experts.pool_per_block):
+        return None
+    assert diffusion.block_size is not None
+    num_samples, length = noisy.document_ids.shape
+    start, _ = block_bounds(noisy.document_ids, diffusion.block_size, diffusion.block_index)
+    start = start.long() if positions is None else start.long().gather(1, positions)
+    index = torch.cat([start + stream * length for stream in range(streams)], dim=1)
+    sample = torch.arange(num_samples, device=index.device)[:, None]
+    return RoutingBlocks(index + sample * streams * length, num_samples * streams * length)
 
 
 def _router_losses(noisy: NoisyBatch, config: Config, streams: int) -> RouterLosses | None:

@@ -191,6 +191,7 @@ class Trainer:
         record = {
             **values,
             **self.data.step_metrics(values["elbo"], self.progress.samples),
+            **(self.model.expert_balance.details() if self.position.is_due(self.config.validation.interval) else {}),
             **self.position.names(),
             **times,
             "health/skipped_steps": self.guard.num_skipped,
@@ -251,6 +252,7 @@ class Trainer:
             self.guard.require_finite_parameters()
             self.progress.seconds = time.perf_counter() - self.started
             self.progress.dataset = self.data.fingerprint(self.progress.samples)
+            self.progress.noise = self.position.noise_fingerprint
             self.saver.save(
                 self.progress,
                 phase_start=self.position.phase_start,

@@ -10,10 +10,10 @@ from typing import Any
 from w1train.checkpoints.checkpoint_names import step_path
 from w1train.checkpoints.manifest import Progress, complete_steps, describe_next_start
 from w1train.config.errors import UserError
-from w1train.config.schema import Config
+from w1train.config.schema import Config, ModelConfig
 from w1train.config.stages import at_stage
 from w1train.diffusion.processes import noise_process
-from w1train.model.flops import num_parameters
+from w1train.model.flops import num_active_parameters, num_parameters
 from w1train.objectives.description import describe_objective
 from w1train.records.console import print_block
 from w1train.records.summary import tokens_per_second, validation_summary
@@ -36,8 +36,10 @@ def describe_run(
     """Return titles and values for people."""
     parallel, model = config.parallel, config.model
     layout = f"data {ranks.data_parallel_size}, tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
+    if parallel.expert > 1:
+        layout += f", expert {parallel.expert}"
     return {
-        "model": f"{num_parameters(model):,} parameters in {model.num_layers} layers of width {model.hidden_size}",
+        "model": f"{num_parameters(model):,} parameters{_active(model)} in {model.num_layers} layers of width {model.hidden_size}",
         "objective": _objectives(config),
         "data": f"{data.num_tokens:,} tokens for training; {_passes(position.num_tokens / data.num_tokens)}",
         "batch": f"{config.training.global_batch_size} samples of {config.data.sequence_length} tokens",
@@ -48,6 +50,11 @@ def describe_run(
         "directory": str(run.path),
         "watch": f"w1train status {_quoted(run)} (Ctrl-C saves and stops)",
     }
+
+
+def _active(model: ModelConfig) -> str:
+    """Return what to add to the number of parameters of a mixture of experts."""
+    return f", {num_active_parameters(model):,} of which compute a token," if model.experts.num_experts else ""
 
 
 def _objectives(config: Config) -> str:

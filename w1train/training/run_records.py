@@ -7,7 +7,7 @@ from w1train.config.phases import stage_of_step
 from w1train.config.schema import Config, ModelConfig
 from w1train.config.stages import at_stage
 from w1train.diffusion.processes import noise_process
-from w1train.model.flops import model_flops, num_parameters
+from w1train.model.flops import model_flops, num_active_parameters, num_parameters
 from w1train.objectives.description import block_size
 from w1train.objectives.integral import is_exact_at_the_end
 from w1train.records.average_comparison import average_summary
@@ -63,6 +63,7 @@ def summarize(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingDat
         {
             "name": config.name,
             "num_parameters": num_parameters(config.model),
+            "num_active_parameters": num_active_parameters(config.model),
             "world_size": ranks.world_size,
             "device": device_name(ranks.device),
             "steps": progress.step,

@@ -10,6 +10,7 @@ from w1train.config.phases import phase_ends, phase_start, stage_of_step
 from w1train.config.schedule import learning_rate, num_steps, stage_at, total_tokens
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
+from w1train.diffusion.processes import noise_process
 from w1train.objectives.description import block_size, describe_objective
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class SchedulePosition:
         return phase_start(self._config, self._progress.step)
 
     @property
+    def noise_fingerprint(self) -> str | None:
+        """The fingerprint of the noise of the step that was done last."""
+        return noise_fingerprint(self._config, self._progress.step)
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the step that begins now."""
         samples = self._progress.samples + self.stage.training.global_batch_size
@@ -72,3 +78,8 @@ class SchedulePosition:
     def _set_stage(self, name: str) -> None:
         self.stage_name, self.stage = name, at_stage(self._config, name)
         logger.info("stage %s: %s", name, describe_objective(self.stage))
+
+
+def noise_fingerprint(config: Config, step: int) -> str | None:
+    """Return the fingerprint of the noise process of a step, counted from 1."""
+    return noise_process(at_stage(config, stage_of_step(config, step)).diffusion).fingerprint

@@ -15,6 +15,7 @@ from w1train.runtime.megatron_on_cpu import import_megatron
 import_megatron()
 
 from w1train.config.schema import Config  # noqa: E402
+from w1train.config.schema_model import ExpertsConfig  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
 from w1train.engine.gradients import (  # noqa: E402
@@ -64,6 +65,11 @@ def train_both_ways(_rank: int, _world_size: int, cases: dict[str, dict]) -> dic
         return {name: [train(config, *place, ready) for ready in (False, True)] for name, config in configs.items()}
 
 
+# Two ranks share the experts, which have an optimizer of their own.
+EXPERTS: dict[str, dict] = {
+    "model": {"experts": ExpertsConfig(num_experts=4, num_active=2, ffn_hidden_size=16)},
+    "parallel": {"expert": 2},
+}
 LAYOUTS: dict[str, dict[str, dict]] = {
     "data": {
         "fp32": {},
@@ -79,6 +85,11 @@ LAYOUTS: dict[str, dict[str, dict]] = {
     },
     "tensor": {"tensor": {"parallel": {"tensor": 2}}},
     "pipeline": {"pipeline": {"parallel": {"pipeline": 2}}},
+    "experts": {
+        "all clipped": {**EXPERTS, "optimizer": {"clip_grad": 1e-3}},
+        "without the distributed optimizer": {**EXPERTS, "parallel": {"expert": 2, "distributed_optimizer": False}},
+        "overlap": {**EXPERTS, "parallel": {"expert": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}},
+    },
 }
 
 
@@ -118,15 +129,23 @@ def find_nonfinite(rank: int, world_size: int, sections: dict, name: str) -> tup
         return result
 
 
-@pytest.mark.parametrize("sections", [{}, {"parallel": {"overlap_grad_reduce": True}}, {"parallel": {"distributed_optimizer": False}}])
-def test_the_rank_of_a_nonfinite_gradient_is_known_and_its_parameter(sections):
-    results = run_distributed(find_nonfinite, 2, sections, LAST)
+@pytest.mark.parametrize(
+    ("sections", "last"),
+    [
+        ({}, LAST),
+        ({"parallel": {"overlap_grad_reduce": True}}, LAST),
+        ({"parallel": {"distributed_optimizer": False}}, LAST),
+        (EXPERTS, LAST.replace("mlp", "mlp.experts")),
+    ],
+)
+def test_the_rank_of_a_nonfinite_gradient_is_known_and_its_parameter(sections, last):
+    results = run_distributed(find_nonfinite, 2, sections, last)
     for before, ranks, _, are_finite, norm_is_finite in results:
         assert before == []
         assert [name.split(" on ")[0] for name in ranks] == ["rank 1"]
         assert not are_finite
         assert not norm_is_finite
-    assert {name for result in results for name in result[2]} == {LAST}
+    assert {name for result in results for name in result[2]} == {last}
 
 
 def test_a_gradient_that_the_norm_leaves_out_is_seen():

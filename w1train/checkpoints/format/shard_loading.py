@@ -6,12 +6,13 @@ boxes. All bytes are read by ``Shards``. megatron-core's own entry point, ``dist
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
@@ -19,15 +20,26 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_a
 
 from w1train.checkpoints.format.shard_reader import Shards
 from w1train.checkpoints.manifest import CheckpointError, DamagedCheckpointError
+from w1train.model.initialization import EXPERTS
 from w1train.runtime.distributed import all_or_none
 
 
-def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The ranks that need the same boxes."""
+
+    dense: dist.ProcessGroup
+    """Of all tensors except those of routed experts."""
+    experts: dist.ProcessGroup
+    """Of routed experts. In the other group, each rank would also receive the experts of all other ranks."""
+
+
+def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], groups: Groups | None = None) -> dict[str, Any]:
     """Fill a sharded state from a complete checkpoint. Every rank calls this.
 
     Args:
         values: the plain values of the state, from the checkpoint.
-        group: the ranks that need the same boxes: each reads a part of them and sends it to the others. None = each rank reads all its
+        groups: the ranks that need the same boxes: each reads a part of them and sends it to the others. None = each rank reads all its
             boxes.
 
     Returns:
@@ -41,7 +53,12 @@ def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], gr
     merge(loaded, values)
     tensors, _ = extract_sharded_base(wanted)
     reader = _Reader(shards)
-    merge(loaded, (reader if group is None else FullyParallelLoadStrategyWrapper(reader, group)).load(tensors, shards.path))
+    if groups is None:
+        merge(loaded, reader.load(tensors, shards.path))
+    else:
+        experts, others = extract_matching_values(tensors, lambda tensor: EXPERTS in tensor.key)
+        for part, group in ((others, groups.dense), (experts, groups.experts)):
+            merge(loaded, FullyParallelLoadStrategyWrapper(reader, group).load(part, shards.path))
     all_or_none(reader.raise_failure)
     return apply_factory_merges(loaded, factories)
 

@@ -5,6 +5,7 @@ Only one shard is in memory at a time.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,18 +64,18 @@ class Shards:
         """Return a copy of the plain values that are stored beside the tensors."""
         return decode(self.index.values)
 
-    def read(self, key: str, shard: Shard) -> Tensor:
-        """Read one shard into a tensor on the CPU.
+    def read(self, key: str, shard: Shard, box: tuple[slice, ...] | None = None) -> Tensor:
+        """Read one shard, or a box of it, into a tensor on the CPU. Of a file, only consecutive rows that hold the box are read.
 
         Raises:
             DamagedCheckpointError: its file is missing, is too short, cannot be read, or is a link.
         """
-        tensor = self.tensors[key]
+        tensor, box = self.tensors[key], box or tuple(slice(0, size) for size in shard.sizes)
         try:
             if shard.archive_bytes is not None:
                 place = Place(shard.file, shard.start, shard.archive_bytes)
-                return read_tensor(self.path, place, tensor.dtype, shard.sizes)
-            return _read_elements(self.path, tensor, shard)
+                return read_tensor(self.path, place, tensor.dtype, shard.sizes)[box]
+            return _read_elements(self.path, tensor, shard, box)
         except (OSError, ValueError) as error:
             raise DamagedCheckpointError(self.path, [f"{shorten(key)} in {shard.file} cannot be read: {error}"]) from error
 
@@ -101,22 +102,27 @@ class Shards:
             here = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, shard.offset, strict=True))
             num_read += target[there].numel()
             # The loaded shard has no name here, which would keep it in memory while the next one is read.
-            combine(target[there], self.read(key, shard)[here])
+            combine(target[there], self.read(key, shard, here))
         return num_read
 
 
-def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard) -> Tensor:
-    num_bytes = tensor.num_bytes(shard)
+def _read_elements(directory: Path, tensor: StoredTensor, shard: Shard, box: tuple[slice, ...]) -> Tensor:
+    """Read the rows that hold a box, rows of the first dimension of which the box has more than one element, and return the box."""
+    num_single = next((dimension for dimension, part in enumerate(box[:-1]) if part.stop - part.start > 1), max(len(box) - 1, 0))
+    inner = shard.sizes[num_single + 1 :]
+    strides = [math.prod(shard.sizes[dimension + 1 :]) for dimension in range(num_single + 1)]
+    first = sum(part.start * stride for part, stride in zip(box, strides, strict=False))
+    rows = [part.stop - part.start for part in box[num_single : num_single + 1]]
     with open_inside(directory, shard.file) as file:
-        target = torch.empty(shard.sizes, dtype=tensor.dtype)
+        target = torch.empty((*rows, *inner), dtype=tensor.dtype)
         elements = memoryview(target.view(-1).view(torch.uint8).numpy())
-        file.seek(shard.start)
-        for start in range(0, num_bytes, PIECE_BYTES):
+        file.seek(shard.start + first * tensor.dtype.itemsize)
+        for start in range(0, len(elements), PIECE_BYTES):
             piece = elements[start : start + PIECE_BYTES]
             if file.readinto(piece) != len(piece):
                 raise ValueError("the file ended while it was read")
             moved()
-    return target
+    return target[(None,) * num_single + tuple(slice(0, size) for size in rows) + box[num_single + 1 :]]
 
 
 def _ends(offset: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -21,6 +21,18 @@ def _dense_rule(config: Config) -> Iterator[Problem]:
             yield Problem(key, show(ranks), "1 for a dense model (model.experts.num_experts=0)", f"{key}=1")
 
 
+def _recompute_rule(config: Config) -> Iterator[Problem]:
+    parallel, key = config.parallel, "parallel.recompute_experts"
+    if not parallel.recompute_experts:
+        return
+    if not config.model.experts.num_experts:
+        yield Problem(key, "true", "false for a dense model (model.experts.num_experts=0)", f"{key}=false")
+    elif parallel.recompute != "selective":
+        why = "recomputes whole layers" if parallel.recompute == "full" else "recomputes nothing"
+        valid = f"false with parallel.recompute={parallel.recompute}, which {why}"
+        yield Problem(key, "true", valid, "parallel.recompute=selective")
+
+
 def _groups_rule(config: Config) -> Iterator[Problem]:
     experts = config.model.experts
     if not experts.num_experts:
@@ -120,6 +132,7 @@ def expert_world_size_problems(config: Config, world_size: int) -> Iterator[Prob
 
 EXPERT_RULES: tuple[Rule, ...] = (
     _dense_rule,
+    _recompute_rule,
     _groups_rule,
     _choice_rule,
     _score_rule,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from w1train.config.errors import Problem
 from w1train.config.from_tree import Conversion
 from w1train.config.rules.attention_rules import ATTENTION_RULES
+from w1train.config.rules.balance_rules import BALANCE_RULES
 from w1train.config.rules.checkpoint_rules import CHECKPOINT_RULES
 from w1train.config.rules.data_rules import DATA_RULES
 from w1train.config.rules.diffusion_rules import DIFFUSION_RULES
@@ -30,6 +31,7 @@ RULES: tuple[Rule, ...] = (
     *RUN_RULES,
     *MODEL_RULES,
     *EXPERT_RULES,
+    *BALANCE_RULES,
     *DATA_RULES,
     *DIFFUSION_RULES,
     *LEARNED_RATES_RULES,

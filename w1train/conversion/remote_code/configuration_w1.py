@@ -11,7 +11,15 @@ class W1Config(PretrainedConfig):
     """Sizes and switches of the model. Fields that Llama also has have the names of transformers' LlamaConfig.
 
     Further fields: ``qk_norm`` (RMSNorm on each head's query and key), ``qkv_bias``, ``conditioning`` ("adaln": the timestep modulates
-    every layer; "none"), ``mask_token_id``, and ``exclude_mask_logit`` (the mask token is never predicted).
+    every layer; "none"), ``mask_token_id``, ``exclude_mask_logit`` (the mask token is never predicted), and ``rotary_channels`` (the
+    channels of a head that the rotary embedding turns; None = all).
+
+    ``experts`` is None for a dense model. For a mixture of experts it is a dictionary: ``num_experts``; ``num_active`` of them compute a
+    token; ``ffn_hidden_size`` of each; ``shared_ffn_hidden_size`` of the expert of all tokens (0 = there is no such expert);
+    ``num_dense_layers`` (the first layers, which have ``intermediate_size``); ``score`` ("softmax" over all experts, or "sigmoid");
+    ``normalize`` (the weights of a token's experts add up to 1); ``scale`` (a factor of the weights); ``num_groups`` of experts, of which a
+    token may use ``num_active_groups``; ``has_bias`` (a number for each expert is added to its score in the choice, and not to its weight);
+    and ``router_precision`` of the router's logits ("fp32" or "model").
 
     These fields say what the model was trained to predict, and from what:
 
@@ -52,6 +60,8 @@ class W1Config(PretrainedConfig):
         condition_size: int = 256,
         timestep_frequency_size: int = 256,
         timestep_scale: float = 1000.0,
+        rotary_channels: int | None = None,
+        experts: dict[str, Any] | None = None,
         mask_token_id: int | None = None,
         exclude_mask_logit: bool = True,
         process: str = "masked diffusion",
@@ -81,6 +91,8 @@ class W1Config(PretrainedConfig):
         self.condition_size = condition_size
         self.timestep_frequency_size = timestep_frequency_size
         self.timestep_scale = timestep_scale
+        self.rotary_channels = rotary_channels
+        self.experts = experts
         self.mask_token_id = mask_token_id
         self.exclude_mask_logit = exclude_mask_logit
         self.process = process

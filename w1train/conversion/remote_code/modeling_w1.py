@@ -3,10 +3,12 @@
     h = h + gate_a * Attention(RMSNorm(h) * (1 + scale_a) + shift_a)
     h = h + gate_m * SwiGLU(RMSNorm(h) * (1 + scale_m) + shift_m)
 
-Shifts, scales and gates come from the timestep; with conditioning "none" there are no shifts, scales and gates. Every token attends to
+Shifts, scales and gates come from the timestep; with conditioning "none" there are no shifts, scales and gates. A mixture of experts has
+W1Experts in the place of SwiGLU. Every token attends to
 the whole sequence, or in a model of block diffusion to its own block and to earlier blocks, unless a mask is given.
 
-Shapes: b = samples, l = tokens of a sample, h = hidden size, n = heads, d = channels of a head, v = vocabulary, c = condition size.
+Shapes: b = samples, l = tokens of a sample, h = hidden size, n = heads, d = channels of a head, r = rotated channels of a head,
+v = vocabulary, c = condition size, E = experts.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class W1Attention(nn.Module):
         self.k_norm = W1RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the attention's output [b, l, h] for hidden [b, l, h], cos and sin [b, 1, l, d] and mask, bool [b, 1, l, l]."""
+        """Return the attention's output [b, l, h] for hidden [b, l, h], cos and sin [b, 1, l, r] and mask, bool [b, 1, l, l]."""
         query, key, value = (
             projection(hidden).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -99,14 +101,16 @@ class W1Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary position embedding to x, [b, n, l, d], in the half-split layout."""
+    """Apply the rotary position embedding to the first r channels of x, [b, n, l, d], in the half-split layout."""
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([x * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
 def rotary_frequencies(config: W1Config, device: torch.device) -> Tensor:
-    """Return the radians per position of each pair of channels, float32 [d / 2]; "llama3" divides the low frequencies."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    """Return the radians per position of each pair of channels, float32 [r / 2]; "llama3" divides the low frequencies."""
+    channels = config.rotary_channels or config.head_dim
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if not scaling or scaling.get("rope_type", "default") == "default":
@@ -120,25 +124,92 @@ def rotary_frequencies(config: W1Config, device: torch.device) -> Tensor:
 class W1MLP(nn.Module):
     """SwiGLU."""
 
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the output of x, [..., h]; with weights [..., 1] times these."""
+        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(inner if weights is None else (inner * weights).to(x.dtype))
+
+
+class W1Router(nn.Module):
+    """The choice of experts of each token, and their weights."""
+
     def __init__(self, config: W1Config) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.experts = config.experts
+        self.weight = nn.Parameter(torch.empty(config.experts["num_experts"], config.hidden_size))
+        if config.experts["has_bias"]:
+            # A parameter, because a model in bfloat16 keeps only named parameters in float32. A rounded bias would choose other experts.
+            self.expert_bias = nn.Parameter(torch.zeros(config.experts["num_experts"], dtype=torch.float32), requires_grad=False)
+        else:
+            self.expert_bias = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers and the weights of each token's experts, int64 and float32 [t, k], for x, [t, h]."""
+        settings = self.experts
+        num_active, is_sigmoid = settings["num_active"], settings["score"] == "sigmoid"
+        dtype = torch.float32 if settings["router_precision"] == "fp32" else x.dtype
+        logits = F.linear(x.to(dtype), self.weight.to(dtype)).float()
+        # A softmax over the chosen logits is the softmax over all logits, divided by the sum of the chosen ones.
+        chosen_first = not is_sigmoid and settings["normalize"] and num_active > 1
+        scores = logits.sigmoid() if is_sigmoid else logits if chosen_first else logits.softmax(dim=-1)
+        order = scores if self.expert_bias is None else scores + self.expert_bias
+        chosen = _in_best_groups(order, settings).topk(num_active, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if chosen_first:
+            weights = weights.softmax(dim=-1)
+        elif is_sigmoid and num_active > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen, weights * settings["scale"]
+
+
+def _in_best_groups(order: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Return the order of experts, [t, E], with minus infinity for the experts outside of each token's best groups."""
+    if settings["num_groups"] == 1:
+        return order
+    grouped = order.unflatten(1, (settings["num_groups"], -1))
+    num_best = settings["num_active"] // settings["num_active_groups"]
+    best = grouped.topk(num_best, dim=-1).values.sum(dim=-1).topk(settings["num_active_groups"], dim=-1).indices
+    is_best = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=order.device).scatter(1, best, True)
+    return grouped.masked_fill(~is_best[..., None], float("-inf")).flatten(1)
+
+
+class W1Experts(nn.Module):
+    """A mixture of experts: each token is computed by some of them, and by the shared expert if there is one."""
+
+    def __init__(self, config: W1Config) -> None:
+        super().__init__()
+        settings = config.experts
+        self.gate = W1Router(config)
+        self.experts = nn.ModuleList([W1MLP(config.hidden_size, settings["ffn_hidden_size"]) for _ in range(settings["num_experts"])])
+        shared = settings["shared_ffn_hidden_size"]
+        self.shared_experts = W1MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        tokens = x.flatten(0, 1)
+        chosen, weights = self.gate(tokens)
+        output = torch.zeros_like(tokens) if self.shared_experts is None else self.shared_experts(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, column = (chosen == number).nonzero(as_tuple=True)
+            output = output.index_add(0, rows, expert(tokens[rows], weights[rows, column, None]))
+        return output.view_as(x)
 
 
 class W1Layer(nn.Module):
     """Attention and MLP, which the condition modulates if the model has one."""
 
-    def __init__(self, config: W1Config) -> None:
+    def __init__(self, config: W1Config, number: int) -> None:
         super().__init__()
         self.input_layernorm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = W1Attention(config)
         self.post_attention_layernorm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = W1MLP(config)
+        is_dense = config.experts is None or number < config.experts["num_dense_layers"]
+        self.mlp = W1MLP(config.hidden_size, config.intermediate_size) if is_dense else W1Experts(config)
         self.modulation = W1Modulation(config, 6) if config.conditioning == "adaln" else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, condition: Tensor | None) -> Tensor:
@@ -159,7 +230,7 @@ class W1Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([W1Layer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([W1Layer(config, number) for number in range(config.num_hidden_layers)])
         self.norm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
         conditioned = config.conditioning == "adaln"
         self.timestep_embedding = W1TimestepEmbedding(config) if conditioned else None
@@ -188,6 +259,7 @@ class W1ForMaskedDiffusion(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["W1Layer"]  # noqa: RUF012 - transformers expects a list
+    _keep_in_fp32_modules_strict = {"expert_bias"}  # noqa: RUF012 - transformers expects a set
 
     def __init__(self, config: W1Config) -> None:
         super().__init__(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -35,6 +36,11 @@ class ExpertLayer(MoELayer):
 
     def forward(self, hidden_states: Tensor, tokens: RoutedTokens | None = None) -> tuple[Tensor, None]:
         """Return the experts' weighted outputs [s, b, h], and no bias."""
+        if self.moe_layer_recompute:
+            return checkpoint(partial(self._compute, tokens=tokens), False, hidden_states), None
+        return self._compute(hidden_states, tokens), None
+
+    def _compute(self, hidden_states: Tensor, tokens: RoutedTokens | None) -> Tensor:
         shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
         weights, is_chosen = self.router(hidden_states, tokens)
         dispatcher = self.token_dispatcher
@@ -43,4 +49,4 @@ class ExpertLayer(MoELayer):
         rows, num_rows, weights = dispatcher.dispatch_postprocess(rows, weights)
         rows, _ = self.experts(rows, num_rows, weights)
         output = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
-        return output if shared is None else output + shared, None
+        return output if shared is None else output + shared

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from w1train.model.experts.block_pools import RoutingBlocks
 from w1train.model.experts.router_losses import RouterLosses
 
 
@@ -34,10 +35,12 @@ def first_counted_kind(streams: Literal["both", "noisy"]) -> TokenKind:
 class RoutedTokens:
     """The tokens of this rank, in the order of the hidden states [s, b, h]."""
 
-    kinds: Tensor
-    """uint8 [s, b]: a TokenKind."""
+    kinds: Tensor | None
+    """uint8 [s, b]: a TokenKind; None = tokens are not counted."""
     losses: RouterLosses | None = None
     """The losses that the router adds; None = it adds no loss."""
+    blocks: RoutingBlocks | None = None
+    """The blocks that share pools of experts; None without model.experts.pool_per_block."""
 
 
 def token_kinds(input_ids: Tensor, document_ids: Tensor, mask_token_id: int | None, *, has_clean_stream: bool) -> Tensor:

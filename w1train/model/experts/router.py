@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from w1train.config.schema_model import ExpertsConfig
+from w1train.model.experts.block_pools import choose_in_pools
 from w1train.model.experts.routed_tokens import RoutedTokens, TokenKind
 from w1train.model.experts.router_losses import AddLoss, RouterLosses
 
@@ -27,6 +29,7 @@ class ExpertRouter(TopKRouter):
         self, config: TransformerConfig, experts: ExpertsConfig, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
+        self.pool_size = experts.pool_per_block
         device = torch.cuda.current_device()
         if experts.has_bias:
             del self.expert_bias
@@ -42,7 +45,7 @@ class ExpertRouter(TopKRouter):
 
         Args:
             hidden_states: [s, b, h].
-            tokens: what is known about the tokens; None = they are not counted.
+            tokens: what is known about the tokens; None = nothing is known.
         """
         logits = self.gating(hidden_states).flatten(0, 1)
         weights, is_chosen = topk_routing_with_score_function(
@@ -54,19 +57,35 @@ class ExpertRouter(TopKRouter):
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
+            precomputed_indices=self._choose_in_pools(logits, tokens) if self.pool_size else None,
         )
-        if tokens is not None and torch.is_grad_enabled():
+        if tokens is not None and tokens.kinds is not None and torch.is_grad_enabled():
             self._count(is_chosen, tokens.kinds.flatten())
             if tokens.losses is not None:
                 weights = self._add_losses(weights, logits, is_chosen, tokens.kinds, tokens.losses)
         return weights, is_chosen
 
+    @torch.no_grad()
+    def _choose_in_pools(self, logits: Tensor, tokens: RoutedTokens | None) -> Tensor:
+        """Return the experts of each token, [s * b, k], if the tokens of a block share a pool."""
+        blocks = None if tokens is None else tokens.blocks
+        assert blocks is not None, "pools of experts (model.experts.pool_per_block) need the blocks of the tokens"
+        wide = logits.float()
+        scores = wide.sigmoid() if self.score_function == "sigmoid" else wide.softmax(dim=1)
+        if self.expert_bias is not None:
+            scores = scores + self.expert_bias
+        return choose_in_pools(scores, blocks, self.pool_size, self.topk, self._others)
+
+    @property
+    def _others(self) -> dist.ProcessGroup | None:
+        """The ranks that have the other tokens of this rank's samples; None if this rank has all tokens."""
+        group = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
+        return group if group.size() > 1 else None
+
     def _add_losses(self, weights: Tensor, logits: Tensor, is_chosen: Tensor, kinds: Tensor, losses: RouterLosses) -> Tensor:
         """Return the weights, whose backward pass also differentiates the losses, and add the losses to those of the step."""
         shape = (*kinds.shape, self.num_experts)
-        group = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
-        others = group if group.size() > 1 else None
-        values = losses.values(logits.view(shape), is_chosen.view(shape), kinds, self.score_function, self.topk, others)
+        values = losses.values(logits.view(shape), is_chosen.view(shape), kinds, self.score_function, self.topk, self._others)
         self.losses += values.detach()
         return AddLoss.apply(weights, losses.loss(values))
 

@@ -5,9 +5,9 @@ A sample i has the terms
     balance_i = E / (k T_i^2) sum_e (tokens of e) (sum over tokens of p_e)      (arXiv 2101.03961, equation 4, for one sample)
     z_i       = 1 / T_i sum over tokens of logsumexp(logits)^2                  (arXiv 2202.08906, equation 5)
 
-over its T_i counted tokens. balance_i is 1 if all experts are used alike. The tokens of e are those that the router has sent to e, with bias and groups, and p are the scores over all
-experts, which have the sum 1. The objective is a sum over tokens or samples, divided by a denominator D, of which sample i has the part
-d_i. The loss of all layers is
+over its T_i counted tokens. balance_i is 1 if all experts are used alike. The tokens of e are those that the router has sent to e, with
+bias and groups, and p are the scores over all experts, which have the sum 1. The objective is a sum over tokens or samples, divided by a
+denominator D, of which sample i has the part d_i. The loss of all layers is
 
     objective + sum over layers, sum over i of d_i / D (auxiliary balance_i + router_z z_i),
 

@@ -91,7 +91,7 @@ class Plot {
       },
       axes: [
         {...axis, size: 30, space: 60, grid: {show: false}, ticks: {stroke: color('rule'), size: 4}, values: (plot, splits) => named(splits),
-          ...(chart.x.label === 'step' && {incrs: WHOLE_STEPS})},
+          ...(['step', 'expert'].includes(chart.x.label) && {incrs: WHOLE_STEPS})},
         {...axis, size: 52, space: isHeat ? 60 : 34, gap: 8, grid: {show: !isHeat, stroke: color('rule'), width: 1}, ticks: {show: false},
           values: (plot, splits) => splits.map(y => tick(y, chart.format))},
       ],
@@ -129,7 +129,7 @@ class Plot {
   }
 
   yRange(plot, low, high) {
-    if (this.chart.cells) return [0, 1];
+    if (this.chart.cells) return this.chart.cells.range;
     if (this.log === Boolean(this.chart.log) && !this.isZoomed(plot)) [low, high] = this.chart.range;
     else if (low == null) [low, high] = this.log ? [1, 10] : [0, 1];
     else if (!this.log) return uPlot.rangeNum(low, high, 0.1, true);
@@ -167,10 +167,11 @@ class Plot {
   }
 
   cellValue() {
-    const {rows, columns} = this.chart.cells, {idx, top} = this.plot.cursor;
-    const row = Math.max(0, Math.min(rows.length - 1, Math.floor(this.plot.posToVal(top, 'y') * rows.length)));
+    const {rows, columns, range: [first, last], label} = this.chart.cells, {idx, top} = this.plot.cursor;
+    const share = (this.plot.posToVal(top, 'y') - first) / (last - first);
+    const row = Math.max(0, Math.min(rows.length - 1, Math.floor(share * rows.length)));
     const value = columns[idx][row];
-    return [{css: 'accent', name: `t ${digits(rows[row], 3)}`, text: value == null ? 'no value' : digits(value, 4)}];
+    return [{css: 'accent', name: `${label} ${digits(rows[row], 3)}`, text: value == null ? 'no value' : digits(value, 4)}];
   }
 
   show() {
@@ -206,8 +207,9 @@ class Plot {
 
   fillCells(plot) {
     if (!this.chart.cells) return;
-    const {edges, columns, rows, low, high} = this.chart.cells, {ctx} = plot;
+    const {edges, columns, rows, range: [first, last], low, high} = this.chart.cells, {ctx} = plot;
     const at = (value, scale) => Math.round(plot.valToPos(value, scale, true));
+    const edge = row => at(first + (last - first) * row / rows.length, 'y');
     ctx.save();
     ctx.beginPath();
     ctx.rect(plot.bbox.left, plot.bbox.top, plot.bbox.width, plot.bbox.height);
@@ -216,7 +218,7 @@ class Plot {
     columns.forEach((column, index) => column.forEach((value, row) => {
       if (value == null) return;
       const [left, right] = [at(edges[index], 'x'), at(edges[index + 1], 'x')];
-      const [bottom, top] = [at(row / rows.length, 'y'), at((row + 1) / rows.length, 'y')];
+      const [bottom, top] = [edge(row), edge(row + 1)];
       ctx.globalAlpha = 0.04 + 0.96 * Math.max(0, Math.min(1, (value - low) / (high - low)));
       ctx.fillRect(left, top, right - left, bottom - top);
     }));

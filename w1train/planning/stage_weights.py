@@ -1,0 +1,62 @@
+"""The weights of a pipeline rank, with the memory and the traffic that depend on them alone: neither the batch nor recomputation changes
+them, so that the search computes them once for many plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from w1train.config.schema import Config
+from w1train.planning import communication_time as communication
+from w1train.planning.communication_time import Traffic
+from w1train.planning.layout import Chunk, Layout, chunks_of
+from w1train.planning.orthogonalization import MuonWork, muon_work
+from w1train.planning.parameters import Parameter, chunk_parameters
+from w1train.planning.state import RankState, stage_state_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StageWeights:
+    """The weights of the ranks of one pipeline stage."""
+
+    chunks: list[Chunk]
+    num_parameters: list[int]
+    """Parameters of each chunk on a rank."""
+    largest_parameter: int
+    """Elements of the largest parameter."""
+    state: RankState
+    """Bytes of state on the rank that has the most."""
+    traffic: list[Traffic]
+    """Collectives of gradients, parameters and Muon's matrices, once a step."""
+    optimizer_flops: int
+
+
+def weights_of(config: Config, layout: Layout) -> list[StageWeights]:
+    """Return the weights of each pipeline rank."""
+    return [_stage(config, layout, rank) for rank in range(layout.pipeline)]
+
+
+def _stage(config: Config, layout: Layout, pipeline_rank: int) -> StageWeights:
+    chunks = chunks_of(layout, pipeline_rank)
+    parameters = [chunk_parameters(config.model, layout, chunk) for chunk in chunks]
+    of_rank = [parameter for own in parameters for parameter in own]
+    states = stage_state_bytes(parameters, layout, pipeline_rank, config.training.precision, config.optimizer.name)
+    has_muon = config.optimizer.name == "muon"
+    muon = muon_work(config.model, layout, pipeline_rank, parameters) if has_muon else MuonWork([], 0)
+    return StageWeights(
+        chunks=chunks,
+        num_parameters=[sum(parameter.numel for parameter in own) for own in parameters],
+        largest_parameter=max(parameter.numel for parameter in of_rank),
+        state=max(states, key=lambda state: state.total),
+        traffic=_traffic(config, layout, pipeline_rank, parameters) + muon.traffic,
+        optimizer_flops=muon.flops,
+    )
+
+
+def _traffic(config: Config, layout: Layout, pipeline_rank: int, parameters: list[list[Parameter]]) -> list[Traffic]:
+    of_rank = [parameter for own in parameters for parameter in own]
+    traffic: list[Traffic] = []
+    for own in parameters:
+        traffic += communication.data_parallel_traffic(own, layout, config.training.precision, pipeline_rank)
+    traffic += communication.replicated_gradient_traffic(of_rank, layout)
+    traffic += communication.copied_gradient_traffic(of_rank, layout)
+    return communication.merged(traffic)
