@@ -12,6 +12,7 @@ import pytest
 from tests.test_readme import check_python, check_w1train
 from w1train.config.compose import load_config
 from w1train.config.rules.validate import validate
+from w1train.model.flops import num_active_parameters, num_parameters
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAND_IN = """#!/bin/sh
@@ -139,7 +140,9 @@ def test_another_recipe_is_trained_on_the_same_data_and_compared_with_the_demo(d
     config = load_config([word for word in launch if "=" in word])
     assert not validate(config, world_size=num_ranks)
     assert config.parallel.expert == expert_ranks
-    assert config.data == load_config([word.replace("demo_moe", "demo") for word in launch if "=" in word]).data
+    dense = load_config([word.replace("demo_moe", "demo") for word in launch if "=" in word])
+    assert config.data == dense.data
+    assert 0.999 * num_parameters(dense.model) < num_active_parameters(config.model) <= num_parameters(dense.model)
     (demo.directory / "runs" / "demo").mkdir()
     (demo.directory / "runs" / "demo" / "summary.json").touch()
     _, commands = demo.run(**variables)

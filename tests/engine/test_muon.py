@@ -308,6 +308,21 @@ def test_each_matrix_of_each_expert_is_orthogonalized_for_itself(layout, expecte
     start, wanted = expected_with_experts
     assert sum(".mlp.experts." in name and is_matrix(name) for name in start) == 2
     assert _distance(results[0][0], wanted, start) <= TOLERANCE
+    _check_plan(config, results)
+
+
+def _check_plan(config: Config, results: list) -> None:
+    """Compare the elements that the ranks of each pipeline stage exchange with the plan."""
+    plan = layout_of(config, len(results))
+    for stage in range(plan.pipeline):
+        chunks = [chunk_parameters(config.model, plan, chunk) for chunk in chunks_of(plan, stage)]
+        planned = muon_work(config.model, plan, stage, chunks).traffic
+        of_stage = [sent for rank, (_, sent) in enumerate(results) if plan.coordinates(rank).pipeline == stage]
+        assert sum(item.num_calls for item in planned) == len(of_stage[0]) // NUM_STEPS
+        most = max(map(sum, of_stage)) // NUM_STEPS
+        # The rank that has most of one kind of matrix need not have most of the other.
+        assert most <= sum(item.tensor_bytes for item in planned)
+        assert len(planned) > 1 or most == sum(item.tensor_bytes for item in planned)
 
 
 CHANGES = [{"momentum": 0.7}, {"update_scale": "original"}, {"weight_decay": 0.6}, {"rate_multipliers": {}}]

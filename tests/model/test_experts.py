@@ -16,8 +16,9 @@ import_megatron()
 from w1train.data.documents import block_bounds  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
 from w1train.engine.building import build_stage  # noqa: E402
-from w1train.model.experts.block_pools import choose_in_pools  # noqa: E402
+from w1train.model.experts.block_pools import RoutingBlocks, choose_in_pools  # noqa: E402
 from w1train.model.experts.expert_layer import ExpertLayer  # noqa: E402
+from w1train.model.experts.routed_tokens import RoutedTokens  # noqa: E402
 from w1train.model.megatron_config import transformer_config  # noqa: E402
 from w1train.training.inputs import rank_inputs  # noqa: E402
 
@@ -132,6 +133,26 @@ def test_pools_are_those_of_brute_force(block_index):
         for token in tokens:
             best = [expert for expert in scores[token].argsort(descending=True).tolist() if expert in pool]
             assert chosen[token].tolist() == best[:2]
+
+
+def test_router_and_experts_do_not_wait_for_the_device():
+    """Meta tensors have no numbers: whatever reads a number of the device raises an error."""
+
+    @single_process
+    def body():
+        config = _config(num_active=2, score="sigmoid", has_bias=True, pool_per_block=3)
+        with torch.device("meta"):
+            stage = build_stage(config, transformer_config(config.model, config.parallel, "fp32"))
+            layer = stage.decoder.layers[-1].mlp.to("meta")
+            rows = torch.empty((20, 2, 32), requires_grad=True)
+            index = torch.empty((20, 2), dtype=torch.int64)
+            tokens = RoutedTokens(torch.empty((20, 2), dtype=torch.uint8), None, RoutingBlocks(index, 40))
+            weights, _ = layer.router(rows, tokens)
+            output, _ = layer.experts(torch.empty(80, 32), torch.empty(8, dtype=torch.int64), torch.empty(80))
+            (weights.sum() + output.sum()).backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+
+    body()
 
 
 def _changed(before, after):

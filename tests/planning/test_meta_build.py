@@ -1,8 +1,10 @@
 """Ranks built on meta tensors: each parameter is counted once, and layouts that cannot be built are refused."""
 
+import dataclasses
+
 import pytest
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_experts
 from w1train.config.compose import load_config
 from w1train.model.flops import num_parameters
 from w1train.planning import meta_build
@@ -33,6 +35,42 @@ QWEN = {"qk_norm": True, "qkv_bias": True, "num_query_groups": 2}
 def test_copies_on_several_ranks_count_once(model, parallel):
     config = tiny_config(model=model, parallel=parallel)
     assert build_ranks(config, 8).num_parameters == num_parameters(config.model)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"expert": 4},
+        {"tensor": 2, "sequence": True, "expert": 2},
+        {"tensor": 2, "sequence": True, "expert_tensor": 2, "expert": 2, "pipeline": 2},
+        {"context": 2, "expert": 8, "distributed_optimizer": False},
+    ],
+    ids=str,
+)
+def test_each_expert_counts_once(parallel):
+    config = tiny_config(model={"num_layers": 4, **tiny_experts()}, parallel=parallel)
+    assert build_ranks(config, 16).num_parameters == num_parameters(config.model)
+
+
+def test_groups_of_experts_that_are_not_the_planned_ones_are_found(monkeypatch):
+    """Expert-parallel and expert-tensor-parallel ranks in the other order do not match megatron-core's groups."""
+    right = Layout.expert_coordinates
+
+    def coordinates(layout, rank):
+        place = right(layout, rank)
+        return dataclasses.replace(place, expert=place.expert_tensor, expert_tensor=place.expert)
+
+    monkeypatch.setattr(Layout, "expert_coordinates", coordinates)
+    parallel = {"tensor": 2, "sequence": True, "expert_tensor": 2, "expert": 2}
+    with pytest.raises(RuntimeError, match="groups are not those"):
+        build_ranks(tiny_config(model=tiny_experts(), parallel=parallel), 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "num_gpus"), [("llada2_flash", 512), ("llada2_mini", 64), ("llada_moe_7b", 64), ("rnd1_30b", 64)])
+def test_published_mixtures_of_experts_have_every_parameter_once(recipe, num_gpus):
+    config = load_config([f"recipe={recipe}"])
+    assert build_ranks(config, num_gpus).num_parameters == num_parameters(config.model)
 
 
 def test_a_layout_that_cannot_be_built_gives_megatrons_reason():

@@ -116,3 +116,64 @@ def _with_stages(config, *names, **changes):
         for name, stage in config.schedule.stages.items()
     }
     return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, stages=stages))
+
+
+def _flash(**changes):
+    config = load_config(["recipe=llada2_flash"])
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **changes))
+
+
+def test_experts_of_a_token_are_cheapest_inside_a_node():
+    """Over 64 ranks most rows pass the network, at a ninth of NVLink's bandwidth."""
+    seconds = {size: predict(_flash(expert=size), 512, H100, Assumptions()).stages[1].seconds.expert_parallel for size in (4, 8, 16, 64)}
+    assert seconds[4] < seconds[8] < 0.5 * seconds[16] < 0.5 * seconds[64]
+
+
+def test_rows_of_experts_have_the_published_bytes():
+    """k (8 h + 8) (EP - 1) / EP bytes of a token and layer, forward and backward: 131 kB in LLaDA2.0-mini."""
+    config = load_config(["recipe=llada2_mini", "parallel.recompute=none"])
+    plan = predict(config, 64, H100, Assumptions())
+    sent = sum(item.sent_bytes for item in plan.stages[0].traffic if item.group == "expert")
+    tokens = plan.layout.num_micro_batches * plan.layout.micro_batch_size * plan.work.num_positions
+    assert sent / (19 * tokens) == 8 * (8 * 2048 + 8) * 7 / 8 == 131_136 * 7 / 8
+    repeated = predict(load_config(["recipe=llada2_mini"]), 64, H100, Assumptions())
+    assert sum(item.sent_bytes for item in repeated.stages[0].traffic if item.group == "expert") == 1.5 * sent
+
+
+def test_uneven_experts_cost_time_and_memory_but_no_flops():
+    even, uneven = (predict(_flash(), 512, H100, replace_assumptions(Assumptions(), [f"expert_imbalance={ratio}"])[0]) for ratio in (1, 2))
+    assert even.flops_per_token == uneven.flops_per_token
+    parts = [(plan.stages[0].seconds.matmul, plan.stages[0].seconds.expert_parallel, plan.needed_bytes) for plan in (even, uneven)]
+    assert all(more > less for less, more in zip(*parts, strict=True))
+    alone = [predict(_flash(expert=1), 512, H100, replace_assumptions(Assumptions(), [f"expert_imbalance={ratio}"])[0]) for ratio in (1, 2)]
+    assert alone[0].step_seconds == alone[1].step_seconds, "a rank that has all experts computes all rows"
+
+
+def test_memory_of_experts_is_that_of_the_closed_form():
+    """Routed experts take (6 + 12 / EDP) bytes a parameter, in bf16 with the distributed optimizer; padding is below a percent."""
+    plan = predict(load_config(["recipe=llada2_mini"]), 64, H100, Assumptions())
+    routed = 19 * 256 * 3 * 2048 * 512
+    assert plan.layout.expert_data == 8
+    assert plan.stages[0].expert_state.total == pytest.approx(routed / 8 * (6 + 12 / 8), rel=0.01)
+    others = plan.stages[0].state.total - plan.stages[0].expert_state.total
+    assert others == pytest.approx((16_255_638_528 - routed) * (6 + 12 / 64), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_gpus"),
+    [("llada2_mini", 64), ("llada2_flash", 64), ("llada2_flash", 512), ("llada_moe_7b", 64), ("rnd1_30b", 64), ("sdar_30b", 64)],
+)
+def test_recipes_of_experts_fit_as_they_are(recipe, num_gpus):
+    config = load_config([f"recipe={recipe}"])
+    assert validate(config, num_gpus) == []
+    assert predict(config, num_gpus, H100, Assumptions()).fits
+
+
+def test_the_search_tries_expert_parallelism_and_suggests_it_inside_a_node():
+    config = load_config(["recipe=rnd1_30b", "training.global_batch_size=16"])
+    found = search_layouts(config, 16, H100, Assumptions())
+    layouts = [plan.layout for plan in found.plans]
+    assert {layout.expert for layout in layouts} >= {2, 4, 8, 16}
+    assert {layout.expert_tensor for layout in layouts} >= {1, 2}
+    assert all(layout.sequence or layout.tensor == 1 for layout in layouts)
+    assert 1 < layouts[0].num_expert_slices <= H100.devices_per_node

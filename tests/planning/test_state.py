@@ -46,7 +46,12 @@ CASES = {
         "bf16",
         EXPERTS,
     ),
-    "expert 2, expert tensor 2, tensor 2, data 2, fp32": (4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, "fp32", EXPERTS),
+    "expert 2, expert tensor 2, tensor 2, data 2, fp32": (
+        4,
+        {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2},
+        "fp32",
+        EXPERTS,
+    ),
     "expert 4, context 2, pipeline 2, data 2, bf16": (
         8,
         {"context": 2, "context_chunk_size": 8, "pipeline": 2, "expert": 4},

@@ -102,6 +102,7 @@ VARIANTS = [
     {"diffusion": {"noisy_attention": "causal"}},
     {"diffusion": {"block_index": "sample"}},
     {"model": {"experts": ExpertsConfig(num_experts=8, num_active=2, ffn_hidden_size=16, shared_ffn_hidden_size=16)}},
+    {"model": {"experts": ExpertsConfig(num_experts=8, num_active=2, ffn_hidden_size=16, pool_per_block=3)}},
 ]
 
 

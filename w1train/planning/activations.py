@@ -306,10 +306,10 @@ def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, 
     """Return the largest number of bytes in use besides saved tensors, while one micro-batch runs.
 
     Besides the probabilities, the last stage holds the logits or their gradient in the run's precision. With a loss in chunks, it holds the
-    logits of a chunk, and the gradient of the head's input. A fully recomputed group holds its layers' activations again. While a layer with
-    experts runs, its rows travel. The dense mask (a byte for each pair) lives as long as its micro-batch. A stage's output waits for its
-    gradient. The gradient of the largest parameter (``largest_parameter`` elements) exists in the run's precision before it is added to the
-    fp32 buffer.
+    logits of a chunk, and the gradient of the head's input. A fully recomputed group holds its layers' activations again. The rows of one
+    layer with experts travel at a time. The dense mask (a byte for each pair) lives as long as its micro-batch. A stage's output waits for
+    its gradient. The gradient of the largest parameter (``largest_parameter`` elements) exists in the run's precision before it is added to
+    the fp32 buffer.
     """
     has_experts = chunk.num_expert_layers > 0
     logits = logits_bytes(sizes) if chunk.has_head else sizes.residual

@@ -105,12 +105,13 @@ def replicated_gradient_traffic(parameters: Sequence[Parameter], layout: Layout)
         yield Traffic("replicated parameters' gradients", "tensor", "all_reduce", layout.tensor, 1, size, True)
 
 
-def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, precision: Precision, pipeline_rank: int) -> Iterator[Traffic]:
+def data_parallel_traffic(
+    parameters: Sequence[Parameter], layout: Layout, precision: Precision, pipeline_rank: int, num_optimizers: int = 1
+) -> Iterator[Traffic]:
     """Yield the reduce-scatter of fp32 gradients and the gather of updated parameters; one all-reduce without the distributed optimizer.
-    Routed experts have buffers, ranks and an optimizer of their own. megatron-core's optimizers gather all parameters of a chunk, so that two
-    optimizers gather them twice, unless the forward pass does it (parallel.overlap_param_gather)."""
-    has_two = len({parameter.is_expert for parameter in parameters}) == 2
-    gathers = 2 if has_two and not layout.overlap_param_gather else 1
+    Routed experts have buffers, ranks and an optimizer of their own. Each of megatron-core's optimizers gathers all parameters of a
+    chunk, and two of them gather them twice, unless the forward pass does it (parallel.overlap_param_gather)."""
+    gathers = 1 if layout.overlap_param_gather else num_optimizers
     groups: tuple[tuple[Group, int, str], ...] = (
         ("data", layout.num_optimizer_shards, ""),
         ("expert_data", layout.expert_data, "experts' "),
@@ -126,7 +127,9 @@ def data_parallel_traffic(parameters: Sequence[Parameter], layout: Layout, preci
         buckets = buffer_layout(own, shards, layout.bucket_size(pipeline_rank))
         numel = buckets[-1].end
         yield Traffic(f"{whose}gradients", group, "reduce_scatter", shards, len(buckets), FP32_BYTES * numel, True)
-        yield Traffic(f"{whose}parameters", group, "all_gather", shards, gathers * len(buckets), gathers * PRECISION_BYTES[precision] * numel, True)
+        yield Traffic(
+            f"{whose}parameters", group, "all_gather", shards, gathers * len(buckets), gathers * PRECISION_BYTES[precision] * numel, True
+        )
 
 
 def pipeline_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:

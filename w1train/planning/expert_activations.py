@@ -92,8 +92,8 @@ def router_bytes(sizes: ExpertSizes) -> int:
 
 
 def permutation_bytes(sizes: ExpertSizes) -> int:
-    """Return the bytes of what says which row goes where. The all-to-all dispatcher keeps a place of each row, and the order of all pairs of
-    an expert and a token, of which the first are the rows. The all-gather dispatcher keeps a place of each row, and for each pair of an
+    """Return the bytes of what says which row goes where. The all-to-all dispatcher keeps a place of each row, and the order of all pairs
+    of an expert and a token, of which the first are the rows. The all-gather dispatcher keeps a place of each row, and for each pair of an
     expert of its own and a gathered token the weight, and a byte that tells whether there is a row."""
     if sizes.dispatcher == "all_to_all":
         return (sizes.routed + sizes.tokens * sizes.num_experts) * _INT64_BYTES

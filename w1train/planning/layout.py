@@ -1,8 +1,8 @@
 """Ranks, pipeline chunks and micro-batches of a layout, as arithmetic.
 
-megatron-core numbers ranks with tensor-parallel neighbours first, then context, data and pipeline ("tp-cp-dp-pp"). For the routed experts it
-divides the same ranks of a pipeline stage in another way: expert-tensor-parallel neighbours first, then expert-parallel ranks, and then the
-data-parallel ranks of the experts.
+megatron-core numbers ranks with tensor-parallel neighbours first, then context, data and pipeline ("tp-cp-dp-pp"). For the routed experts
+it divides the same ranks of a pipeline stage in another way: expert-tensor-parallel neighbours first, then expert-parallel ranks, and then
+the data-parallel ranks of the experts.
 A *chunk* is a run of consecutive layers; a rank has one, or ``virtual_pipeline`` of them.
 """
 
@@ -103,8 +103,8 @@ class Layout:
 
     @property
     def shards(self) -> list[tuple[int, int]]:
-        """The optimizer shards of the ranks of a pipeline stage in their order: the shard of all parameters but the routed experts, and that
-        of the experts. Neighbours whose shards are always equal have one entry."""
+        """The optimizer shards of the ranks of a pipeline stage in their order: the shard of all parameters but the routed experts, and
+        that of the experts. Neighbours whose shards are always equal have one entry."""
         step = math.gcd(self.tensor, self.num_expert_slices)
         ranks = range(0, self.world_size // self.pipeline, step)
         return [(rank // self.tensor, rank // self.num_expert_slices) for rank in ranks]

@@ -43,7 +43,7 @@ class _Found:
 
     is_split: bool
     num_expert_slices: int
-    """Ranks that share the parameter because it has routed experts, of which each has the same number of elements; 0 = it has none."""
+    """Ranks that share the parameter because it has routed experts, each of which has as many elements; 0 = it has no experts."""
     by_tensor_rank: dict[int, int]
 
     @property

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from w1train.config.schema import ModelConfig
-from w1train.engine.matrices import Range, fusion, is_matrix, iteration_flops, logical_shapes, owners, rounds, shared_ranges
+from w1train.engine.matrices import (
+    Range,
+    fusion,
+    is_matrix,
+    iteration_flops,
+    logical_shapes,
+    owners,
+    part_of_ranges,
+    rounds,
+    shared_ranges,
+    stack,
+)
 from w1train.planning.communication_time import Group, Traffic
 from w1train.planning.layout import Layout
 from w1train.planning.parameters import Parameter
@@ -25,43 +36,77 @@ class MuonWork:
     flops: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The ranks that share the matrices of routed experts, or all other matrices."""
+
+    is_expert: bool
+    num_tensor: int
+    num_shards: int
+    """Ranks that each update a part of the elements."""
+
+
 def muon_work(model: ModelConfig, layout: Layout, pipeline_rank: int, chunks: Sequence[Sequence[Parameter]]) -> MuonWork:
-    """Return Muon's work, from the parameters of the chunks of a pipeline rank."""
-    places = _ranges(layout, pipeline_rank, chunks)
-    matrices = [parameter for parameters in chunks for parameter in parameters if is_matrix(parameter.name)]
-    ranges, flops = [places[matrix.name] for matrix in matrices], [_flops(matrix, model, layout) for matrix in matrices]
-    chosen = owners(ranges, flops, layout.tensor)
-    num_shards = layout.num_optimizer_shards if layout.distributed_optimizer else 1
-    sent, work = [0] * num_shards * layout.tensor, [0] * num_shards * layout.tensor
+    """Return Muon's work, from the parameters of the chunks of a pipeline rank. The rank that has most of the work for experts is assumed
+    to have most of the other work too."""
+    is_sharded = layout.distributed_optimizer
+    kinds = (
+        _Kind(False, layout.tensor, layout.num_optimizer_shards if is_sharded else 1),
+        _Kind(True, layout.expert_tensor, layout.expert_data if is_sharded else 1),
+    )
+    works = []
+    for kind in kinds:
+        own = [[parameter for parameter in parameters if parameter.is_expert == kind.is_expert] for parameters in chunks]
+        works.append(_work(model, kind, own, layout.bucket_size(pipeline_rank) if is_sharded else None, is_sharded=is_sharded))
+    return MuonWork([item for work in works for item in work.traffic], sum(work.flops for work in works))
+
+
+def _work(model: ModelConfig, kind: _Kind, chunks: Sequence[Sequence[Parameter]], bucket_size: int | None, *, is_sharded: bool) -> MuonWork:
+    places = _ranges(kind, chunks, bucket_size, is_sharded=is_sharded)
+    matrices = [
+        (parameter, index) for own in chunks for parameter in own if is_matrix(parameter.name) for index in range(_number(parameter))
+    ]
+    ranges = [part_of_ranges(places[matrix.name], index, matrix.numel // _number(matrix)) for matrix, index in matrices]
+    flops = [_flops(matrix, model, kind.num_tensor) for matrix, _ in matrices]
+    chosen = owners(ranges, flops, kind.num_tensor)
+    sent, work = [0] * kind.num_shards * kind.num_tensor, [0] * kind.num_shards * kind.num_tensor
     for of_ranks, cost, owner in zip(ranges, flops, chosen, strict=True):
         work[owner] += cost
         holders = ((rank, end - start) for rank, (start, end) in enumerate(of_ranks) if start < end)
-        for (rank, numel), tensor in itertools.product(holders, range(layout.tensor)):
+        for (rank, numel), tensor in itertools.product(holders, range(kind.num_tensor)):
             # The elements travel to the owner, and the elements of the update travel back.
-            if (place := rank * layout.tensor + tensor) != owner:
+            if (place := rank * kind.num_tensor + tensor) != owner:
                 sent[place] += numel
                 sent[owner] += numel
     if len(sent) == 1 or not matrices:
         return MuonWork([], max(work))
-    group: Group = "data" if num_shards > 1 else "tensor"
-    calls = 2 * len(rounds(chosen))
-    return MuonWork([Traffic("Muon's matrices", group, "send", len(sent), calls, FP32_BYTES * max(sent), True)], max(work))
+    group: Group = "data" if kind.num_shards > 1 else "tensor"
+    of_experts: Group = "expert_data" if kind.num_shards > 1 else "expert_tensor"
+    name = "Muon's matrices of experts" if kind.is_expert else "Muon's matrices"
+    calls, size = 2 * len(rounds(chosen)), FP32_BYTES * max(sent)
+    return MuonWork([Traffic(name, of_experts if kind.is_expert else group, "send", len(sent), calls, size, True)], max(work))
 
 
-def _ranges(layout: Layout, pipeline_rank: int, chunks: Sequence[Sequence[Parameter]]) -> dict[str, list[Range]]:
-    """Return the elements of each matrix that each data-parallel rank updates."""
-    shards = layout.num_optimizer_shards
-    if not layout.distributed_optimizer:
+def _ranges(kind: _Kind, chunks: Sequence[Sequence[Parameter]], bucket_size: int | None, *, is_sharded: bool) -> dict[str, list[Range]]:
+    """Return the elements of each parameter with matrices that each data-parallel rank updates."""
+    shards = kind.num_shards
+    if not is_sharded:
         return {parameter.name: [(0, parameter.numel)] for parameters in chunks for parameter in parameters}
     return {
         parameter.name: shared_ranges(*span, bucket.start, (bucket.end - bucket.start) // shards, shards)
         for parameters in chunks
-        for bucket in buffer_layout([p for p in parameters if not p.is_expert], shards, layout.bucket_size(pipeline_rank))
+        for bucket in buffer_layout(parameters, shards, bucket_size)
         for span, parameter in zip(bucket.spans, bucket.parameters, strict=True)
         if is_matrix(parameter.name)
     }
 
 
-def _flops(matrix: Parameter, model: ModelConfig, layout: Layout) -> int:
-    rows, columns = matrix.shape
-    return sum(map(iteration_flops, logical_shapes(fusion(matrix.name, rows, model), (rows, columns), layout.tensor)))
+def _number(parameter: Parameter) -> int:
+    """Return the number of matrices in a parameter, which is that of a rank's experts or 1."""
+    return stack(parameter.name, parameter.shape)[0]
+
+
+def _flops(parameter: Parameter, model: ModelConfig, num_tensor: int) -> int:
+    """Return the FLOPs of the orthogonalization of one matrix of a parameter."""
+    _, shape = stack(parameter.name, parameter.shape)
+    return sum(map(iteration_flops, logical_shapes(fusion(parameter.name, shape[0], model), shape, num_tensor)))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
@@ -124,7 +124,8 @@ class Plan:
         config = at_stage(self.run, name)
         if (config.diffusion, config.training) == (self.config.diffusion, self.config.training):
             return self
-        setting = _Setting.of(config, self.layout.world_size, self.device, self.assumptions, self.document_length)
+        layout, work = layout_of(config, self.layout.world_size), workload_of(config, self.document_length)
+        setting = _Setting(config, layout, work, self.device, self.assumptions)
         return _plan(self.run, setting, self.weights, self.document_length)
 
 
@@ -138,11 +139,6 @@ class _Setting:
     device: Device
     assumptions: Assumptions
 
-    @classmethod
-    def of(cls, config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None) -> Self:
-        """Return the setting of a configuration, or of a stage of it."""
-        return cls(config, layout_of(config, world_size), workload_of(config, document_length), device, assumptions)
-
     def sizes(self, num_logits: int | None = None) -> Sizes:
         """Return the sizes of a micro-batch; ``num_logits`` None stands for the largest possible number of logits."""
         precision, imbalance = self.config.training.precision, self.assumptions.expert_imbalance
@@ -154,6 +150,11 @@ class _Setting:
         return self.device.memory_gb_per_second * 1e9 * self.assumptions.memory_efficiency
 
 
+def works_of(run: Config, document_length: int | None = None) -> dict[str, Workload]:
+    """Return a sample of each stage of a run's schedule. No layout and no size of micro-batches changes it."""
+    return {name: workload_of(at_stage(run, name), document_length) for name in run.schedule.stages}
+
+
 def predict(
     config: Config,
     world_size: int,
@@ -161,19 +162,21 @@ def predict(
     assumptions: Assumptions,
     document_length: int | None = None,
     weights: list[StageWeights] | None = None,
+    works: dict[str, Workload] | None = None,
 ) -> Plan:
     """Return the plan of a valid configuration on ``world_size`` devices, for the stage of its schedule that needs most memory.
 
     Args:
         weights: ``weights_of`` this configuration and layout, if they are known already.
+        works: ``works_of`` this run, if they are known already.
     """
-    of_run = _Setting.of(config, world_size, device, assumptions, document_length)
-    weights = weights_of(config, of_run.layout) if weights is None else weights
+    works = works_of(config, document_length) if works is None else works
+    weights = weights_of(config, layout_of(config, world_size)) if weights is None else weights
     # Stages whose micro-batches have equal sizes need the same memory, and the first of them stands for the others.
     settings: dict[Hashable, _Setting] = {}
-    for name in config.schedule.stages:
+    for name, work in works.items():
         stage = at_stage(config, name)
-        setting = of_run if stage is config else _Setting.of(stage, world_size, device, assumptions, document_length)
+        setting = _Setting(stage, layout_of(stage, world_size), work, device, assumptions)
         settings.setdefault((setting.layout, setting.sizes()), setting)
     return max((_plan(config, setting, weights, document_length) for setting in settings.values()), key=lambda plan: plan.needed_bytes)
 

@@ -12,7 +12,7 @@ from w1train.config.schema import Config
 from w1train.config.schema_model import ParallelConfig
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.layout import Recompute, layout_of
-from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, predict
+from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, predict, works_of
 from w1train.planning.stage_weights import weights_of
 
 _VIRTUAL = (1, 2, 4)
@@ -39,7 +39,7 @@ def search_layouts(
     where a micro-batch fits under no recomputation.
     """
     num_tried = num_valid = 0
-    plans = []
+    plans, works = [], works_of(config, document_length)
     for parallel in _layouts(config, world_size, device.devices_per_node):
         weights = None
         for micro_batch in _micro_batches(config, parallel, world_size):
@@ -51,7 +51,8 @@ def search_layouts(
             weights = weights or weights_of(config, layout_of(candidates[0], world_size))
             fitting = []
             if max(stage.state.total for stage in weights) < device.memory_bytes:
-                planned = (predict(candidate, world_size, device, assumptions, document_length, weights) for candidate in candidates)
+                known = (document_length, weights, works)
+                planned = (predict(candidate, world_size, device, assumptions, *known) for candidate in candidates)
                 fitting = [plan for plan in planned if plan.fits]
             plans += fitting
             if not fitting:

@@ -55,8 +55,9 @@ def _stage(config: Config, layout: Layout, pipeline_rank: int) -> StageWeights:
 def _traffic(config: Config, layout: Layout, pipeline_rank: int, parameters: list[list[Parameter]]) -> list[Traffic]:
     of_rank = [parameter for own in parameters for parameter in own]
     traffic: list[Traffic] = []
+    num_optimizers = len({parameter.is_expert for parameter in of_rank})
     for own in parameters:
-        traffic += communication.data_parallel_traffic(own, layout, config.training.precision, pipeline_rank)
+        traffic += communication.data_parallel_traffic(own, layout, config.training.precision, pipeline_rank, num_optimizers)
     traffic += communication.replicated_gradient_traffic(of_rank, layout)
     traffic += communication.copied_gradient_traffic(of_rank, layout)
     return communication.merged(traffic)

@@ -1,9 +1,9 @@
 """Bytes of parameters, gradients and optimizer states, exactly as megatron-core allocates them.
 
-Gradients are in one flat fp32 buffer per chunk, and those of routed experts in a second one, because fewer ranks sum them up. With the distributed optimizer the parameters are views of a flat buffer
-of the same layout, which is padded so that every rank's share starts on a boundary; each rank keeps fp32 masters (of bf16
-parameters) and the fp32 moments of the parameters in its share, without the padding. A matrix of Muon has one moment, any other parameter
-two.
+Gradients are in one flat fp32 buffer per chunk, and those of routed experts in a second buffer, because fewer ranks sum them up. With the
+distributed optimizer the parameters are views of a flat buffer of the same layout, which is padded so that every rank's share starts on a
+boundary; each rank keeps fp32 masters (of bf16 parameters) and the fp32 moments of the parameters in its share, without the padding. A
+matrix of Muon has one moment, any other parameter two.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class StageSeconds:
     tensor_parallel: float
     context_parallel: float
     expert_parallel: float
-    """Rows of tokens on their way to experts and back."""
+    """The exchange of the rows of tokens with the ranks of their experts."""
     pipeline_sends: float
     gradients_and_optimizer: float
     """Memory passes over gradients and optimizer states, and Muon's orthogonalizations, once a step."""
@@ -106,9 +106,9 @@ def layer_elementwise_bytes(sizes: Sizes, *, has_experts: bool) -> int:
     3; without adaLN the residual sum 3 replaces the gate. The rotary embedding passes 2 + 2 times over q and k; SwiGLU 3 + 5 times over a
     tensor of its width. These are the numbers of the fused kernels; unfused choices of ``kernels`` cost more, which is not counted.
 
-    Experts: a row is copied to its place among the rows that are sent, and once more to be sorted by expert, and both are undone on its way
-    back. A copy passes 2 times forward and 2 times backward. Their SwiGLU is a chain of 12 + 20 passes. The scores of all experts pass about
-    10 times in fp32.
+    Experts: a row is copied to its place among the rows that are sent, and once more to be sorted by expert, and both are undone in its
+    output. A copy passes 2 times forward and 2 times backward. Their SwiGLU is a chain of 12 + 20 passes. The scores of all experts pass
+    about 10 times in fp32.
     """
     branch = 14 if sizes.has_adaln else 11
     rotary = 4 * sizes.positions * (sizes.query + sizes.key) * sizes.element
