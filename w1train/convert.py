@@ -21,7 +21,7 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import yaml
@@ -29,6 +29,7 @@ import yaml
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_model import ExpertsConfig
 from w1train.conversion.families import FAMILIES, STOCK, W1
 from w1train.registered_names import require_registered_names
 from w1train.runtime.command import command, describe_error
@@ -85,7 +86,7 @@ def model_recipe(model: ModelConfig, directory: Path) -> str:
         lines.append("# conditioning: adaln adds the timestep. With adaln_init: identity the model computes the same at the start.")
     for field in fields(ModelConfig):
         value = getattr(model, field.name)
-        if is_dataclass(value):
+        if isinstance(value, ExpertsConfig):
             if model.experts.num_experts:
                 lines.append(yaml.safe_dump({field.name: asdict(value)}, sort_keys=False).rstrip())
         elif field.name in _ALWAYS or field.default is MISSING or value != field.default:

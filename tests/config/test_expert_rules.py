@@ -90,6 +90,25 @@ def test_the_world_has_ranks_for_experts(make_config, changes, world_size, words
     assert words is None or words in problems[0].found
 
 
+@pytest.mark.parametrize(
+    ("changes", "world_size", "suggestion"),
+    [
+        ({"model.experts.num_experts": 12, "parallel.expert": 3}, 2, "parallel.expert=2"),
+        ({"parallel.expert": 8}, 6, "parallel.expert=2"),
+        ({**TENSOR, "parallel.expert": 4, "parallel.expert_tensor": 2}, 4, "parallel.expert=2"),
+        ({"parallel.pipeline": 2, "parallel.expert": 4}, 4, "parallel.expert=2"),
+        ({**TENSOR, "parallel.expert": 1, "parallel.expert_tensor": 4}, 2, "parallel.expert=1 parallel.expert_tensor=1"),
+    ],
+)
+def test_the_suggested_layout_of_experts_fits(make_config, changes, world_size, suggestion):
+    """The suggestion is the largest layout that fits, and has no problem itself."""
+    changes = {**EXPERTS, "training.global_batch_size": 96, **changes}
+    (problem,) = validate(make_config(changes), world_size)
+    assert problem.suggestion == suggestion
+    better = dict(pair.split("=") for pair in suggestion.split())
+    assert validate(make_config({**changes, **{key: int(value) for key, value in better.items()}}), world_size) == []
+
+
 def test_a_shared_expert_is_computed_in_fp8(make_config):
     sizes = {"hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 128, "transformer_impl": "te"}
     changes = {f"model.{name}": value for name, value in sizes.items()} | {"training.fp8": "tensorwise"}

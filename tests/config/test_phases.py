@@ -67,6 +67,8 @@ def test_another_process_is_another_phase():
         "block diffusion, 4 tokens a block",
         "hybrid diffusion, 4 tokens a block",
     ]
+    config.diffusion.block_size = 1
+    assert describe_objective(at_stage(config, "masked")) == "block diffusion, 1 token a block"
 
 
 def test_a_stage_sets_its_own_objective_and_nothing_else():

@@ -46,7 +46,18 @@ VALIDATION_KEYS = {
     *("kind", "step", "tokens", "elbo", "elbo_bits_per_byte", "masked_cross_entropy", "loss_by_t", "time/seconds", "stage", "block_size"),
 }
 SUMMARY_KEYS = {
-    *("name", "num_parameters", "world_size", "device", "steps", "tokens_seen", "tokens_per_second", "wall_seconds", "validation"),
+    *(
+        "name",
+        "num_parameters",
+        "num_active_parameters",
+        "world_size",
+        "device",
+        "steps",
+        "tokens_seen",
+        "tokens_per_second",
+        "wall_seconds",
+        "validation",
+    ),
     *("validation_elbo_bits_per_byte_start", "validation_elbo_bits_per_byte_end", "unigram_bits_per_byte", "validation_bound", "versions"),
     "average",
 }

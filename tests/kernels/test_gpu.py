@@ -55,12 +55,15 @@ def test_gradient_goes_into_the_fp32_buffer():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rotary(dtype):
+@pytest.mark.parametrize("num_rotated", [64, 128])
+def test_rotary(num_rotated, dtype):
     t = torch.randn((50, 2, 24, 128), dtype=torch.float64).to(dtype).requires_grad_()
-    angles = (torch.rand((50, 2, 1, 64)) * 4096).repeat(1, 1, 1, 2)
+    angles = (torch.rand((50, 2, 1, 64)) * 4096)[..., : num_rotated // 2].repeat(1, 1, 1, 2)
 
     def by_autograd(wide):
-        first, second = wide.chunk(2, dim=-1)
-        return wide * angles.double().cos() + torch.cat([-second, first], dim=-1) * angles.double().sin()
+        turned, rest = wide.tensor_split([num_rotated], dim=-1)
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * angles.double().cos() + torch.cat([-second, first], dim=-1) * angles.double().sin()
+        return torch.cat([turned, rest], dim=-1)
 
     oracle.compare(lambda x: apply_rotary(x, angles), by_autograd, [t], TOLERANCE[dtype])

@@ -74,3 +74,19 @@ def test_the_grouped_product_is_taken_where_it_can_run(case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert _choice(**case) == "grouped_mm"
     assert _choice("loop", **case) == "loop"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [[128, 5, 0, 67], [0, 0, 1]], ids=str)
+def test_grouped_product_equals_the_loop_on_cuda(num_rows):
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("torch has no grouped kernel for this GPU")
+    with torch.device("cuda"):
+        rows, weights = torch.randn((sum(num_rows), 64)), torch.randn((len(num_rows), 128, 64))
+    results = []
+    for function in (grouped_linear, loop_linear):
+        inputs = [value.bfloat16().requires_grad_() for value in (rows, weights)]
+        output = function(*inputs, torch.tensor(num_rows))
+        results.append([output, *torch.autograd.grad(output.sum(), inputs)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

@@ -155,6 +155,26 @@ def test_router_and_experts_do_not_wait_for_the_device():
     body()
 
 
+@pytest.mark.parametrize("router_precision", ["fp32", "model"])
+def test_router_computes_bf16_tokens_in_its_own_precision(router_precision):
+    """Logits that are rounded to bf16 choose other experts. The bias and the counts are too fine for bf16 in any case."""
+
+    @single_process
+    def body():
+        config = _config(**LING, router_precision=router_precision)
+        stage = build_stage(config, transformer_config(config.model, config.parallel, "bf16"))
+        router, rows = stage.decoder.layers[-1].mlp.router, _rows().bfloat16()
+        assert router.weight.dtype == torch.bfloat16
+        assert router.expert_bias.dtype == torch.float32
+        assert router.counts.dtype == router.losses.dtype == torch.float64
+        logits = router.gating(rows)
+        exact = rows.double() @ router.weight.double().T
+        assert logits.dtype == {"fp32": torch.float32, "model": torch.bfloat16}[router_precision]
+        assert (_errors([logits.double()], [exact])[0] < 1e-6) == (router_precision == "fp32")
+
+    body()
+
+
 def _changed(before, after):
     """Whether the outputs at each position have changed, bool [b, l], beyond what products of other sizes round. The logit of the mask
     token is -infinity."""

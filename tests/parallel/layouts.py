@@ -29,7 +29,6 @@ from w1train.checkpoints.loading import load_checkpoint  # noqa: E402
 from w1train.checkpoints.manifest import Progress  # noqa: E402
 from w1train.diffusion.corruption import NoisyBatch, corrupt  # noqa: E402
 from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E402
-from w1train.model.experts.router import ExpertRouter  # noqa: E402
 from w1train.model.initialization import EXPERTS, global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
@@ -252,9 +251,9 @@ def whole_tensors(model: TrainedModel, value: Callable[[Any], torch.Tensor]) -> 
 
 def expert_biases(model: TrainedModel) -> dict[int, torch.Tensor]:
     """The biases of the experts of all layers, which all ranks that have a layer must have alike to the last bit."""
-    routers = [module for stage in model.stages for module in stage.modules() if isinstance(module, ExpertRouter)]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, {router.layer_number: router.expert_bias for router in routers if router.expert_bias is not None})
+    own = {router.layer_number: router.expert_bias for router in routers(model.stages) if router.expert_bias is not None}
+    dist.all_gather_object(gathered, own)
     biases: dict[int, torch.Tensor] = {}
     for layer, bias in (entry for rank in gathered for entry in rank.items()):
         assert torch.equal(biases.setdefault(layer, bias), bias), f"the ranks have other biases in layer {layer}"

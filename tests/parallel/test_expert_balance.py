@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.parallel.layouts import open_gates, train_layouts
+from tests.parallel.layouts import expert_biases, open_gates, train_layouts
 from tests.slow import slow_except
 from tests.tiny import packed_batch, tiny_config
 from w1train.runtime.megatron_on_cpu import import_megatron
@@ -70,6 +70,7 @@ class Expected:
         stage = model.stages[0]
         routers = [module for module in stage.modules() if isinstance(module, ExpertRouter)]
         seen = [_watched(router) for router in routers]
+        self.biases = expert_biases(model)
         noisy = corrupt(packed_batch(range(config.training.global_batch_size)), config.diffusion, config.training.seed)
         with torch.no_grad():
             inputs = rank_inputs(noisy, config)
@@ -167,7 +168,7 @@ def _check(layout, names):
         experts, balance, _ = TESTED[name]
         assert outcome.biases.keys() == ({2, 3} if experts is LING else set())
         for layer, bias in outcome.biases.items():
-            assert torch.equal(bias, _moved(one.counts[layer - 2], balance)), (name, layer)
+            assert torch.equal(bias, one.biases[layer] + _moves(one.counts[layer - 2], balance)), (name, layer)
         _check_metrics(outcome.balance[0], one, balance, how.get("expert", 1))
 
 
@@ -191,7 +192,7 @@ def _mean_unevenness(layers):
     return sum(map(_unevenness, layers)) / len(layers)
 
 
-def _moved(counts, balance):
+def _moves(counts, balance):
     mean = sum(counts) / len(counts)
     signs = [(mean > count) - (mean < count) for count in counts]
     middle = sum(signs) / len(signs) if balance.get("zero_mean") else 0

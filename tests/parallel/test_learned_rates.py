@@ -139,7 +139,8 @@ def _written_out(stage: torch.nn.Module, noisy: NoisyBatch, config: Config) -> t
     others = torch.arange(len(rates)) != mask
     guess = rates[noisy.tokens] * smallest - torch.logsumexp(rates[others] * smallest, dim=0)
     end = -(1 - EPSILON) * config.diffusion.t_min**words * guess
-    return losses.sum() + end[known].sum(), score
+    # The loss is the mean over t from t_min to 1.
+    return losses.sum() + end[known].sum() / (1 - config.diffusion.t_min), score
 
 
 def _all_by_autograd(_rank: int, _size: int, configs: list[Config]):

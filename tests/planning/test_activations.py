@@ -147,6 +147,7 @@ EXPERTS = [
     ),
     _config(model={"num_layers": 3, "conditioning": "none", **tiny_experts()}, diffusion={"block_size": 4}),
     _config(model={"num_layers": 3, "qk_norm": True, **tiny_experts(num_dense_layers=0)}),
+    _config(model={"num_layers": 3, **tiny_experts()}, parallel={"recompute": "selective", "recompute_experts": True}),
 ]
 TWO_RANKS = [
     *(
@@ -190,7 +191,7 @@ def _world_size(config):
     return max(config.parallel.tensor, config.parallel.expert)
 
 
-@pytest.mark.parametrize("number", slow_except([0, 1, 2, 3, 4], range(13)))
+@pytest.mark.parametrize("number", slow_except([0, 1, 2, 3, 4, 13], range(14)))
 def test_experts(number):
     """All ranks together, because the rows of a rank depend on the choices of experts, and their sum does not."""
     config = EXPERTS[number]

@@ -169,6 +169,7 @@ def test_recipes_of_experts_fit_as_they_are(recipe, num_gpus):
     assert predict(config, num_gpus, H100, Assumptions()).fits
 
 
+@pytest.mark.slow
 def test_the_search_tries_expert_parallelism_and_suggests_it_inside_a_node():
     config = load_config(["recipe=rnd1_30b", "training.global_batch_size=16"])
     found = search_layouts(config, 16, H100, Assumptions())

@@ -61,7 +61,7 @@ def test_warnings_of_libraries_are_left_out_by_name_only(root, monkeypatch):
     set_up_logging()
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="something else")
-        warnings.warn("full scope is deprecated, and so on", UserWarning, stacklevel=1)
+        warnings.warn("The argument order of load has been changed, and so on", UserWarning, stacklevel=1)
         warnings.warn_explicit("something else is deprecated", FutureWarning, "torch/x.py", 1, module="torch.x")
     assert [str(item.message) for item in caught] == ["something else is deprecated"]
 

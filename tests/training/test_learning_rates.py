@@ -17,7 +17,9 @@ def test_every_group_has_its_multiple_of_the_schedules_rate(monkeypatch):
     """When the gradients of the step are prepared, the rates of the step before are gone."""
     groups = [{"lr": 7.0, "lr_mult": multiple} for multiple in (1.0, 0.25, 0.0)]
     optimizer = SimpleNamespace(param_groups=groups)
-    model = SimpleNamespace(chunks=[], optimizer=optimizer, zero_gradients=lambda: None, noise_rates=lambda: None)
+    balance = SimpleNamespace(gather=lambda: {})
+    functions = {"zero_gradients": lambda: None, "noise_rates": lambda: None}
+    model = SimpleNamespace(chunks=[], optimizer=optimizer, expert_balance=balance, **functions)
     config = tiny_config()
     gradients = SimpleNamespace(begin=lambda: None, are_finite=lambda: True)
     trainer = SimpleNamespace(

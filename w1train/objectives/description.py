@@ -36,4 +36,5 @@ def describe_objective(config: Config) -> str:
     name = process.name if schedule == "linear" or process.is_causal else f"{process.name} with the schedule {schedule}"
     if process.is_causal or size == config.data.sequence_length:
         return name
-    return f"{'block diffusion' if name == 'masked diffusion' else name}, {size} tokens a block"
+    tokens = "1 token" if size == 1 else f"{size} tokens"
+    return f"{'block diffusion' if name == 'masked diffusion' else name}, {tokens} a block"

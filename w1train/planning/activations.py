@@ -220,7 +220,9 @@ def modulation_bytes(sizes: Sizes, num_vectors: int) -> int:
     return sizes.segments * (sizes.condition + num_vectors * sizes.hidden) * sizes.element
 
 
-def layer_bytes(sizes: Sizes, kernels: Kernels, *, has_experts: bool, recompute_attention: bool = False) -> int:
+def layer_bytes(
+    sizes: Sizes, kernels: Kernels, *, has_experts: bool, recompute_attention: bool = False, recompute_experts: bool = False
+) -> int:
     """Return the bytes that a whole layer saves."""
     attention_output = sizes.positions * sizes.query * sizes.element
     total = modulation_bytes(sizes, 6)
@@ -231,6 +233,8 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, *, has_experts: bool, recompute_
     if not has_experts:
         return total + mlp_bytes(sizes, kernels, sizes.ffn)
     assert sizes.experts is not None
+    if recompute_experts:
+        return total  # the input of the experts, which is kept, is the output of the norm
     return total + expert_bytes(sizes.experts) + mlp_bytes(sizes, kernels, sizes.experts.shared_inner)
 
 
@@ -244,7 +248,13 @@ def layers_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, num_layers: int
     total = angles if kernels.fused_rotary else 0
     for count, has_experts in ((num_layers - num_with_experts, False), (num_with_experts, True)):
         if count:
-            total += count * layer_bytes(sizes, kernels, has_experts=has_experts, recompute_attention=layout.recompute == "selective")
+            total += count * layer_bytes(
+                sizes,
+                kernels,
+                has_experts=has_experts,
+                recompute_attention=layout.recompute == "selective",
+                recompute_experts=layout.repeats_experts,
+            )
     return total
 
 
@@ -319,6 +329,8 @@ def working_bytes(sizes: Sizes, kernels: Kernels, layout: Layout, chunk: Chunk, 
         recomputed = min(layout.recompute_num_layers, chunk.num_layers) * layer_bytes(sizes, kernels, has_experts=has_experts)
     elif layout.recompute == "selective":
         recomputed = core_attention_bytes(sizes)
+        if has_experts and sizes.experts is not None and layout.repeats_experts:
+            recomputed = max(recomputed, expert_bytes(sizes.experts) + mlp_bytes(sizes, kernels, sizes.experts.shared_inner))
     if has_experts and sizes.experts is not None:
         recomputed += dispatch_bytes(sizes.experts)
     return max(logits, recomputed) + mask + largest_parameter * sizes.element

@@ -122,6 +122,7 @@ def overrides(plan: Plan) -> list[str]:
         f"parallel.context={layout.context}",
         *([f"parallel.expert={layout.expert}", f"parallel.expert_tensor={layout.expert_tensor}"] if has_experts else []),
         f"parallel.recompute={layout.recompute}",
+        *(["parallel.recompute_experts=true"] if layout.recompute_experts else []),
         f"training.micro_batch_size={layout.micro_batch_size}",
     ]
     return words + ([f"parallel.recompute_num_layers={layout.recompute_num_layers}"] if layout.recompute == "full" else [])

@@ -64,10 +64,12 @@ def tensor_parallel_traffic(sizes: Sizes, layout: Layout, chunk: Chunk) -> Itera
     has_shared = sizes.experts is not None and sizes.experts.shared_inner > 0
     pairs = 2 * chunk.num_layers - (0 if has_shared else chunk.num_expert_layers)
     ends, rows = int(chunk.has_embedding), sizes.num_logits
+    repeats_shared = has_shared and layout.repeats_experts and not again
+    shared_again = chunk.num_expert_layers if repeats_shared else 0
     if layout.sequence:
         head = int(chunk.has_head)
-        yield traffic("activations", "all_gather", pairs * (3 + again) + ends + head, whole)
-        yield traffic("activations", "reduce_scatter", pairs * (2 + again) + ends + head, whole)
+        yield traffic("activations", "all_gather", pairs * (3 + again) + shared_again + ends + head, whole)
+        yield traffic("activations", "reduce_scatter", pairs * (2 + again) + shared_again + ends + head, whole)
     else:
         yield traffic("activations", "all_reduce", pairs * (2 + again) + ends, whole)
         if chunk.has_head:

@@ -14,11 +14,11 @@ from w1train.planning.layout import Chunk, Layout
 
 
 def expert_traffic(sizes: ExpertSizes | None, layout: Layout, chunk: Chunk) -> Iterator[Traffic]:
-    """Yield the traffic of routed tokens in one step. Full recomputation repeats the forward pass: rows go and come back once more."""
+    """Yield the traffic of routed tokens in one step. Their recomputation repeats the forward pass: rows go and come back once more."""
     backward = chunk.num_expert_layers * layout.num_micro_batches
     if sizes is None or not backward:
         return
-    forward = backward * (2 if layout.recompute == "full" else 1)
+    forward = backward * (2 if layout.repeats_experts else 1)
     if sizes.dispatcher == "all_gather":
         yield from _gathered(sizes, layout, forward, backward)
     else:

@@ -70,6 +70,7 @@ class Layout:
     """Micro-batches of one rank in one optimizer step."""
     distributed_optimizer: bool
     recompute: Recompute
+    recompute_experts: bool
     recompute_num_layers: int
     virtual_pipeline: int
     chunk_layers: tuple[int, ...]
@@ -90,6 +91,11 @@ class Layout:
     def num_optimizer_shards(self) -> int:
         """Ranks over which gradients are summed and optimizer states sharded: data- and context-parallel ranks together."""
         return self.data * self.context
+
+    @property
+    def repeats_experts(self) -> bool:
+        """Tell whether the layers of experts are computed twice."""
+        return self.recompute == "full" or (self.recompute == "selective" and self.recompute_experts)
 
     @property
     def expert_data(self) -> int:
@@ -149,6 +155,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
         num_micro_batches=training.global_batch_size // (training.micro_batch_size * data),
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=parallel.recompute,
+        recompute_experts=parallel.recompute_experts,
         recompute_num_layers=parallel.recompute_num_layers,
         virtual_pipeline=parallel.virtual_pipeline,
         chunk_layers=deal_layers(config.model, parallel),

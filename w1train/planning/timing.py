@@ -87,11 +87,13 @@ def compute_seconds(
     """
     peak = device.peak_tflops * 1e12
     repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
-    in_layers = flops.attention_projections + flops.mlp + flops.router + flops.shared_experts + flops.adaln
+    in_layers: float = flops.attention_projections + flops.mlp + flops.adaln
+    of_experts = 4 / 3 if layout.repeats_experts else 1.0
     # A loss in chunks computes its logits twice.
     outside = flops.timestep_mlp + flops.output_head * (4 if layout.loss_chunk_size is not None else 3) / 3
-    matmul = (in_layers * repeated[0] / 3 + outside) / (peak * assumptions.matmul_efficiency)
-    of_experts = flops.experts * repeated[0] / 3 * min(assumptions.expert_imbalance, layout.expert)
+    in_layers = in_layers * repeated[0] / 3 + (flops.router + flops.shared_experts) * of_experts
+    matmul = (in_layers + outside) / (peak * assumptions.matmul_efficiency)
+    of_experts *= flops.experts * min(assumptions.expert_imbalance, layout.expert)
     matmul += of_experts / (peak * assumptions.expert_matmul_efficiency)
     pairs, efficiency = flops.attention_core * repeated[1] / 3, assumptions.attention_efficiency
     if work.is_masked:

@@ -13,7 +13,6 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch, corrupt
 from w1train.engine.gradients import prepare_gradients, step_with_prepared_gradients
-from w1train.inference.predictor import ranks_share_experts
 from w1train.profiling.profiler import Profiler
 from w1train.records.sink import Sink
 from w1train.runtime.device import memory_gib
@@ -28,7 +27,7 @@ from w1train.training.health.guard import ComputedStep
 from w1train.training.phase_average import average_phase
 from w1train.training.run_parts import OpenWeights, build_parts
 from w1train.training.run_records import is_summarized, step_flops, summarize
-from w1train.training.text_samples import complete_prompts
+from w1train.training.text_samples import complete_prompts, takes_part
 from w1train.training.validation import scores, validate
 
 logger = logging.getLogger(__name__)
@@ -239,7 +238,7 @@ class Trainer:
         """Complete the prompts, on the first model replica, or on all replicas if ranks share experts."""
         # This is a collective of all ranks, although only some of them sample.
         self.model.gather_parameters()
-        if self.ranks.data_parallel_rank == 0 or ranks_share_experts(self.config.parallel):
+        if takes_part(self.config, self.ranks):
             self.watch.record_samples(complete_prompts(self.position.stage, self.model, self.data.tokenizer, self.ranks.device))
         self.timer.restart()
 

@@ -9,12 +9,18 @@ import torch
 from w1train.config.schema import Config
 from w1train.diffusion.processes import noise_process
 from w1train.engine.building import TrainedModel
-from w1train.inference.predictor import Predictor, block_predictor
+from w1train.inference.predictor import Predictor, block_predictor, ranks_share_experts
+from w1train.runtime.distributed import Ranks
 from w1train.sampling.text import TextTokenizer, sample_texts
 
 
+def takes_part(config: Config, ranks: Ranks) -> bool:
+    """Tell whether this rank completes prompts: the ranks of the first model replica do, and all ranks if ranks share experts."""
+    return ranks.data_parallel_rank == 0 or ranks_share_experts(config.parallel)
+
+
 def complete_prompts(config: Config, model: TrainedModel, tokenizer: TextTokenizer, device: torch.device) -> list[tuple[str, str]]:
-    """Complete ``sampling.prompts``. The ranks of one model replica call this, or all ranks if ranks share experts.
+    """Complete ``sampling.prompts``. The ranks that take part call this.
 
     Returns:
         (prompt, text) pairs.

@@ -127,7 +127,17 @@ def expert_world_size_problems(config: Config, world_size: int) -> Iterator[Prob
     valid = f"a number that divides the {world_size // parallel.pipeline} ranks of a pipeline stage"
     if parallel.expert_tensor > 1:
         valid += f" together with parallel.expert_tensor ({parallel.expert_tensor})"
-    yield Problem("parallel.expert", found, valid, f"parallel.expert={math.gcd(parallel.expert, world_size // parallel.pipeline)}")
+    yield Problem("parallel.expert", found, valid, _expert_layout_that_fits(config, world_size // parallel.pipeline))
+
+
+def _expert_layout_that_fits(config: Config, num_ranks: int) -> str:
+    """Return the largest number of expert-parallel ranks, not above the configured number, that fits the ranks of a pipeline stage. If the
+    ranks of each expert do not fit there, each expert gets one rank."""
+    parallel = config.parallel
+    too_many = does_not_divide(parallel.expert_tensor, num_ranks)
+    both = math.gcd(config.model.experts.num_experts, num_ranks if too_many else num_ranks // parallel.expert_tensor)
+    expert = next(size for size in range(min(parallel.expert, both), 0, -1) if both % size == 0)
+    return f"parallel.expert={expert}" + (" parallel.expert_tensor=1" if too_many else "")
 
 
 EXPERT_RULES: tuple[Rule, ...] = (

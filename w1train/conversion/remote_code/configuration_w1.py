@@ -83,10 +83,8 @@ class W1Config(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
-        self.qk_norm = qk_norm
-        self.qkv_bias = qkv_bias
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        self.qk_norm, self.qkv_bias = qk_norm, qkv_bias
         self.conditioning = conditioning
         self.condition_size = condition_size
         self.timestep_frequency_size = timestep_frequency_size
@@ -95,13 +93,10 @@ class W1Config(PretrainedConfig):
         self.experts = experts
         self.mask_token_id = mask_token_id
         self.exclude_mask_logit = exclude_mask_logit
-        self.process = process
-        self.prediction = prediction
+        self.process, self.prediction = process, prediction
         self.shift = shift
-        self.block_size = block_size
-        self.block_index = block_index
-        self.clean_attention = clean_attention
-        self.noisy_attention = noisy_attention
+        self.block_size, self.block_index = block_size, block_index
+        self.clean_attention, self.noisy_attention = clean_attention, noisy_attention
         self.initializer_range = initializer_range
         # The default of tie_word_embeddings differs between versions of transformers.
         super().__init__(**{"tie_word_embeddings": False, **kwargs})

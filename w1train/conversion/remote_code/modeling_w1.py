@@ -139,13 +139,13 @@ class W1MLP(nn.Module):
 class W1Router(nn.Module):
     """The choice of experts of each token, and their weights."""
 
-    def __init__(self, config: W1Config) -> None:
+    def __init__(self, hidden_size: int, experts: dict[str, Any]) -> None:
         super().__init__()
-        self.experts = config.experts
-        self.weight = nn.Parameter(torch.empty(config.experts["num_experts"], config.hidden_size))
-        if config.experts["has_bias"]:
+        self.experts = experts
+        self.weight = nn.Parameter(torch.empty(experts["num_experts"], hidden_size))
+        if experts["has_bias"]:
             # A parameter, because a model in bfloat16 keeps only named parameters in float32. A rounded bias would choose other experts.
-            self.expert_bias = nn.Parameter(torch.zeros(config.experts["num_experts"], dtype=torch.float32), requires_grad=False)
+            self.expert_bias = nn.Parameter(torch.zeros(experts["num_experts"], dtype=torch.float32), requires_grad=False)
         else:
             self.expert_bias = None
 
@@ -182,13 +182,12 @@ def _in_best_groups(order: Tensor, settings: dict[str, Any]) -> Tensor:
 class W1Experts(nn.Module):
     """A mixture of experts: each token is computed by some of them, and by the shared expert if there is one."""
 
-    def __init__(self, config: W1Config) -> None:
+    def __init__(self, hidden_size: int, settings: dict[str, Any]) -> None:
         super().__init__()
-        settings = config.experts
-        self.gate = W1Router(config)
-        self.experts = nn.ModuleList([W1MLP(config.hidden_size, settings["ffn_hidden_size"]) for _ in range(settings["num_experts"])])
+        self.gate = W1Router(hidden_size, settings)
+        self.experts = nn.ModuleList([W1MLP(hidden_size, settings["ffn_hidden_size"]) for _ in range(settings["num_experts"])])
         shared = settings["shared_ffn_hidden_size"]
-        self.shared_experts = W1MLP(config.hidden_size, shared) if shared else None
+        self.shared_experts = W1MLP(hidden_size, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
@@ -208,8 +207,10 @@ class W1Layer(nn.Module):
         self.input_layernorm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = W1Attention(config)
         self.post_attention_layernorm = W1RMSNorm(config.hidden_size, config.rms_norm_eps)
-        is_dense = config.experts is None or number < config.experts["num_dense_layers"]
-        self.mlp = W1MLP(config.hidden_size, config.intermediate_size) if is_dense else W1Experts(config)
+        if config.experts is None or number < config.experts["num_dense_layers"]:
+            self.mlp: nn.Module = W1MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = W1Experts(config.hidden_size, config.experts)
         self.modulation = W1Modulation(config, 6) if config.conditioning == "adaln" else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, condition: Tensor | None) -> Tensor:
