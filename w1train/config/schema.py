@@ -158,7 +158,7 @@ class DiffusionConfig:
     """Ids below this number can be put in the place of a token by noise that is not on the mask token alone. It must be set for such a
     process, usually to model.vocab_size."""
     prediction: Literal["leave_one_out", "full"] = "leave_one_out"
-    """What the model's distribution at a position is given. leave_one_out: the other positions alone. full: also the noised token at the
+    """The condition of the model's distribution at a position. leave_one_out: the other positions alone. full: also the noised token at the
     position itself, which is what the cross-entropy of all tokens (loss_positions=all) teaches. Where all noise is on the mask token both
     are the same. The loss decides it (docs/objectives.md); samplers and bounds convert it."""
     timestep_per: Literal["sequence", "document", "block"] = "sequence"

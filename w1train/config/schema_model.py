@@ -101,7 +101,7 @@ class ModelConfig:
     rope_high_frequency_factor: PositiveFloat = 4.0
     """Under llama3, frequencies whose wavelength is below rope_original_length / rope_high_frequency_factor are kept."""
     rope_original_length: Length = 8192
-    """For llama3: the sequence length at which the model was trained before the scaling."""
+    """The sequence length at which the model was trained before the scaling (llama3)."""
     norm_epsilon: PositiveFloat = 1.0e-6
     """Epsilon of every RMSNorm."""
     qk_norm: bool = False
@@ -167,14 +167,14 @@ class ParallelConfig:
     expert_tensor: Size = 1
     """Tensor-parallel ranks that share each routed expert."""
     expert_dispatcher: Literal["all_to_all", "all_gather"] = "all_to_all"
-    """How tokens reach the ranks of their experts. all_to_all: each token is sent to its experts' ranks. all_gather: every rank gets all
-    tokens, which is faster only for few ranks and many active experts."""
+    """The way of tokens to the ranks of their experts. all_to_all: each token is sent to its experts' ranks. all_gather: every rank
+    gets all tokens, which is faster only for few ranks and many active experts."""
     distributed_optimizer: bool = True
     """Shard optimizer states and fp32 masters over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: selective = core attention only, full = every layer."""
     recompute_experts: bool = False
-    """With recompute=selective, also compute the layers of experts twice, tokens' way to their experts and back included."""
+    """true: recompute=selective also computes the layers of experts twice, tokens' way to their experts and back included."""
     recompute_num_layers: Size = 1
     """Layers per recomputed group when recompute is full."""
     overlap_grad_reduce: bool = False

@@ -47,24 +47,26 @@ class SamplingConfig:
     of t by the reverse kernel of the process, so that tokens can change. gidd_posterior: the same on GIDD's grid. null = unmask for masked
     diffusion, ancestral for processes that put other tokens in the place of tokens."""
     gidd_epsilon: Annotated[float, Range(0, 0.5, includes_minimum=False, includes_maximum=False)] = 1.0e-4
-    """For kernel=gidd_posterior: the grid goes from 1 - gidd_epsilon to gidd_epsilon (GIDD)."""
+    """The end of the grid of kernel=gidd_posterior, which goes from 1 - gidd_epsilon to gidd_epsilon (GIDD)."""
     gidd_min_p: FractionBelowOne = 0.0
-    """For kernel=gidd_posterior: ids whose probability in a step is below this number are not drawn (GIDD's min_p); 0 = all are."""
+    """The threshold of kernel=gidd_posterior: ids whose probability in a step is below this number are not drawn (GIDD's min_p); 0 =
+    all are."""
     posterior_temperature: PositiveFloat = 1.0
-    """For kernel=gidd_posterior: temperature of the probabilities of a step. W1 publishes the name of this option, but not its meaning,
+    """The temperature of the probabilities of a step of kernel=gidd_posterior. W1 publishes the name of this option, but not its meaning,
     which is our choice."""
     reviser: str | None = None
-    """What changes a text after its last step (with block diffusion: each block), for models trained with noise that puts other tokens in
-    the place of tokens. conditional_modes: replace tokens that are probably wrong, given the whole text and the noise of the process.
-    self_correction: GIDD's fixed-point iteration, which moves the text towards the model's most probable tokens. null = nothing."""
+    """The rule that changes a text after its last step (with block diffusion: each block), for models trained with noise that puts
+    other tokens in the place of tokens. conditional_modes: replace tokens that are probably wrong, given the whole text and the noise
+    of the process. self_correction: GIDD's fixed-point iteration, which moves the text towards the model's most probable tokens. null =
+    nothing."""
     correction_steps: PositiveInteger = 128
     """Most steps of a reviser (GIDD)."""
     correction_tokens: PositiveInteger = 1
     """Tokens that a step of a reviser changes (GIDD)."""
     correction_temperature: PositiveFloat = 0.1
-    """For reviser=self_correction: temperature of the tokens that it draws (GIDD: 0.1 to 0.5)."""
+    """The temperature of the tokens that reviser=self_correction draws (GIDD: 0.1 to 0.5)."""
     correction_timestep: PositiveFraction = 0.01
     """t at which the model reads the text in a revision (GIDD). For reviser=conditional_modes it also says how much noise the text has."""
     correction_patience: PositiveInteger = 32
-    """For reviser=self_correction: the revision ends after this many steps in which the share of tokens that are the model's most probable
-    tokens has not grown (GIDD)."""
+    """The patience of reviser=self_correction: the revision ends after this many steps in which the share of tokens that are the
+    model's most probable tokens has not grown (GIDD)."""

@@ -98,9 +98,9 @@ class RankSlices:
     """The parts of parameters that a rank has."""
 
     tensor: Slice
-    """Of the matrices that tensor-parallel ranks share."""
+    """This rank's part of the matrices that tensor-parallel ranks share."""
     expert_tensor: Slice
-    """Of each expert's matrices."""
+    """This rank's part of each expert's matrices."""
     first_expert: int
     """The number of the first expert of the rank."""
 

@@ -49,7 +49,7 @@ class LayerInputs:
     segments: Segments
     """Rows of the condition table, for this rank's tokens [s, b]."""
     tokens: RoutedTokens | None = None
-    """What the router of a mixture of experts knows about the tokens; None = tokens are not counted."""
+    """The tokens, as far as the router of a mixture of experts knows them; None = tokens are not counted."""
     qkv_format: ClassVar[str] = "sbhd"
     """megatron-core's Attention reads this attribute by its name. It changes the layout of its tensors only if the value is "thd"."""
 

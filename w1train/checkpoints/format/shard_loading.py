@@ -29,9 +29,10 @@ class Groups:
     """The ranks that need the same boxes."""
 
     dense: dist.ProcessGroup
-    """Of all tensors except those of routed experts."""
+    """The group of ranks that share all tensors except those of routed experts."""
     experts: dist.ProcessGroup
-    """Of routed experts. In the other group, each rank would also receive the experts of all other ranks."""
+    """The group of ranks that have the same routed experts. In the other group, each rank would also receive the experts of all
+    other ranks."""
 
 
 def load_state(state: dict[str, Any], shards: Shards, values: dict[str, Any], groups: Groups | None = None) -> dict[str, Any]:
