@@ -52,8 +52,10 @@ class Results:
             if (run := self.runs.get(training.name)) is not None:
                 published = "" if training.published is None else f"{training.published:.2f}"
                 values = (run.summary["num_parameters"], run.summary["tokens_seen"], run.summary["wall_seconds"])
-                rows.append((training.title, training.family, f"{_last(run):.3f}", published, *(f"{value:,.0f}" for value in values)))
-        columns = ("process", "family", "bits per character", "published for text8", "parameters", "characters read", "seconds")
+                numbers = (f"{_last(run):.3f}", f"{_last_fall(run):.3f}", published)
+                rows.append((training.title, training.family, *numbers, *(f"{value:,.0f}" for value in values)))
+        measured = ("bits per character", "fall since the validation before")
+        columns = ("process", "family", *measured, "published for text8", "parameters", "characters read", "seconds")
         return Table("Bits per character after training", columns, rows)
 
     def order(self) -> list[Verdict]:
@@ -158,6 +160,11 @@ def read_results(runs: Path) -> Results:
 
 def _last(run: Run) -> float:
     return run.validation[-1]["elbo_bits_per_byte"]
+
+
+def _last_fall(run: Run) -> float:
+    """Return by how much the last validation is below the validation before it: near 0 where a run has learned what it can."""
+    return run.validation[-2]["elbo_bits_per_byte"] - _last(run) if len(run.validation) > 1 else 0.0
 
 
 def _best(run: Run) -> float:

@@ -188,6 +188,15 @@ def test_the_published_order_holds_or_not(runs):
     assert [verdict.holds for verdict in read_results(runs).order()] == [True, False, True]
 
 
+def test_the_table_says_how_much_each_run_was_still_falling(runs):
+    run_with([2.9, 2.6, 2.75], runs, "d3pm")
+    table = read_results(runs).process_table()
+    column = table.columns.index("fall since the validation before")
+    falls = {row[0]: row[column] for row in table.rows}
+    assert falls["MD4 and MDLM"] == "0.500"
+    assert falls["D3PM, absorbing"] == "-0.150"
+
+
 def test_repeated_data(runs):
     autoregression, masked = read_results(runs).repeated_verdicts()
     assert (autoregression.holds, masked.holds) == (False, True)
