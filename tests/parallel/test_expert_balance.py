@@ -151,7 +151,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", slow_except(["micro-batches", "tp2 cp2"], LAYOUTS))
+@pytest.mark.parametrize("layout", slow_except(["tp2 cp2"], LAYOUTS))
 def test_values_gradients_and_bias_are_the_closed_forms(layout):
     _check(layout, list(TESTED))
 

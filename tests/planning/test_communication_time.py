@@ -113,7 +113,7 @@ EXPERT_MODELS = {
     "blocks": (tiny_experts(), {"block_size": 4, "block_index": "sample"}),
     "softmax": (tiny_experts(shared_ffn_hidden_size=0, num_dense_layers=0, router_precision="model"), {}),
 }
-IN_EACH_RUN = ("pipeline 2, data 2", "context 2, tensor 2")
+IN_EACH_RUN = ("pipeline 2, data 2",)
 
 
 @pytest.mark.parametrize("name", slow_except(IN_EACH_RUN, LAYOUTS))
