@@ -6,6 +6,7 @@ Shapes: b = samples, l = sequence_length, g = segments per sample (stretches of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -76,6 +77,11 @@ class NoisyBatch:
     """float32 [vocabulary]: the rates of noise that the process has learned; None if it learns none."""
     annealed: float = 1.0
     """The progress of the attention mask from causal (0) to the whole document (1)."""
+    first_sample: int = 0
+    """The index of the first sample of the global batch."""
+    measured: Mapping[str, Tensor] | None = None
+    """Sums over the global batch, by name, that a pass without gradients has computed before (w1train/training/measurement.py); None if the
+    objective needs no such pass, and in that pass itself."""
 
     def names(self, per: Extent) -> list[str]:
         """Return the names of the tensors that have one value per token, segment or sample. A tensor that is None has no name here."""

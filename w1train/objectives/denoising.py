@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Denoising:
     bound: RowLoss
     num_t_bins: int
     """Intervals of equal length of t, for the loss by t."""
+
+    is_measured: ClassVar[bool] = False
 
     @property
     def layout(self) -> Layout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class EveryToken:
     """lambda times the sum of -log p(token) over the rows of the noisy stream, which are then all tokens that can be predicted."""
 
     weight: float
+
+    is_measured: ClassVar[bool] = False
 
     @property
     def layout(self) -> Layout:

@@ -8,6 +8,7 @@ Shapes: m = rows of the noisy stream, k = rows of the clean stream, b, l as in N
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,8 @@ class LossRows:
     """int64 scalar: the number of samples that have such tokens; None where no loss is divided by it."""
     learned_noise: LearnedNoise | None = None
     """None if the process learns no rates."""
+    measured: Mapping[str, Tensor] | None = None
+    """As in NoisyBatch."""
 
     def of_noisy_stream(self, values: Tensor) -> Tensor:
         """Return the part of the noisy stream, [m], of values of all rows."""
@@ -98,6 +101,7 @@ def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
         num_tokens=noisy.num_tokens,
         num_samples=None if noisy.first_targets is None else noisy.first_targets.sum(),
         learned_noise=None if noisy.noise_rates is None else _learned_noise(noisy, noisy.noise_rates, where),
+        measured=noisy.measured,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ class NextTokens:
     """The sum of weight * -log p(next token) over the clean stream. With weight 0 no batch has rows for this term."""
 
     weight: float
+
+    is_measured: ClassVar[bool] = False
 
     @property
     def layout(self) -> Layout:

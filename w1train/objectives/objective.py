@@ -64,6 +64,11 @@ class Objective:
         """Names and shapes of all sums."""
         return scalars_first({name: shape for term in self.terms for name, shape in term.layout.items()})
 
+    @property
+    def is_measured(self) -> bool:
+        """Tell whether a term needs a pass without gradients before the pass with gradients."""
+        return any(term.is_measured for term in self.terms)
+
     def weights(self, noisy: NoisyBatch) -> Tensor:
         """Return the weight of each output's loss, float32 [b, l], of whole samples."""
         weights = trained_weights(self.config, self.weight, noisy, loss_of(self.config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from w1train.objectives.named_sums import Layout
 @dataclass(frozen=True, slots=True)
 class SampleCount:
     """A term that adds nothing to the loss, and counts the samples that have a token to predict."""
+
+    is_measured: ClassVar[bool] = False
 
     @property
     def layout(self) -> Layout:

@@ -23,6 +23,11 @@ class Term(Protocol):
     def layout(self) -> Layout:
         """Names and shapes of the term's sums."""
 
+    @property
+    def is_measured(self) -> bool:
+        """Tell whether the loss needs sums over the global batch that only the model's outputs give. A pass without gradients then computes
+        the sums of ``layout`` first, and the term finds those of the whole global batch in ``LossRows.measured``."""
+
     def row_terms(self, rows: LossRows) -> Mapping[str, RowTerm]:
         """Return what the term asks of the m + k rows of logits, by name. Terms of an objective that use the same name must ask for the
         same row term, which is computed once."""

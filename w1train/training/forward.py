@@ -56,6 +56,14 @@ def run_micro_batches(
     Returns:
         Metrics of the whole global batch by their names in records, and the work of all ranks; the same on every rank.
     """
+    sums, work = sum_micro_batches(config, chunks, batches, num_micro_batches, training=training)
+    return _objective(config).metrics(sums), work
+
+
+def sum_micro_batches(
+    config: Config, chunks: list[torch.nn.Module], batches: Iterator[NoisyBatch], num_micro_batches: int, *, training: bool
+) -> tuple[NamedSums, StepWork]:
+    """Do what ``run_micro_batches`` does, and return the objective's sums over the global batch instead of its metrics."""
     iterators = _inputs_of_chunks(config, batches, num_micro_batches, len(chunks), rates_with_gradients(chunks))
     if torch.cuda.is_available():
         # Batches that are on the GPU already (those of validation) were put there by the model's stream. One wait per step is enough.
@@ -163,7 +171,7 @@ def _work(inputs: RankInputs) -> Tensor:
     return torch.cat([pairs[None], torch.tensor(counts, dtype=torch.float64, device=pairs.device)])
 
 
-def _sum_over_ranks(results: list[Tensor], objective: Objective) -> tuple[dict[str, Any], StepWork]:
+def _sum_over_ranks(results: list[Tensor], objective: Objective) -> tuple[NamedSums, StepWork]:
     """Add the sums of the last stage's micro-batches and of data- and context-parallel ranks, and send them to the other stages."""
     layout = objective.layout
     device = torch.cuda.current_device()
@@ -176,4 +184,4 @@ def _sum_over_ranks(results: list[Tensor], objective: Objective) -> tuple[dict[s
     )
     pairs, positions, logits, segments, balance, count = total[-_NUM_WORK:].tolist()
     work = StepWork(round(positions), round(pairs), round(logits), round(segments), balance / max(count, 1.0))
-    return objective.metrics(NamedSums(total[:-_NUM_WORK], layout)), work
+    return NamedSums(total[:-_NUM_WORK], layout), work

@@ -24,6 +24,7 @@ from w1train.training.agreement import Agreement
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.guard import ComputedStep
+from w1train.training.measurement import measured
 from w1train.training.phase_average import average_phase
 from w1train.training.run_parts import OpenWeights, build_parts
 from w1train.training.run_records import is_summarized, step_flops, summarize
@@ -154,6 +155,7 @@ class Trainer:
         self.guard.local_gradients.begin()
         self.noise_rates = model.noise_rates()
         num_micro_batches = num_samples // (stage.training.micro_batch_size * self.ranks.data_parallel_size)
+        batches = measured(stage, model.chunks, batches, num_micro_batches)
         metrics, work = run_micro_batches(stage, model.chunks, batches, num_micro_batches, training=True)
         balance = model.expert_balance.gather()
         for group in model.optimizer.param_groups:
@@ -181,7 +183,7 @@ class Trainer:
                 batch = next(batches)
             # The stage of the batch, and with it the objective, is known only when the step asks for the batch.
             noisy = corrupt(batch, self.position.stage.diffusion, self.config.training.seed, rates=self.noise_rates)
-            noisy.annealed = self.position.annealed
+            noisy.annealed, noisy.first_sample = self.position.annealed, self.progress.samples
             yield noisy
 
     def record_step(self, values: dict[str, Any], num_tokens: int, work: StepWork) -> None:
