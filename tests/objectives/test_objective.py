@@ -83,7 +83,7 @@ def test_a_cut_sample_weighs_as_much_as_a_whole_one(given):
     assert len({int(count) for count in noisy.has_target.sum(dim=1)}) > 3, "samples are of several lengths"
     _, whole = loss(cross_entropy[noisy.loss_mask], noisy, config)
     assert metrics(whole, config)["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
-    assert "num_samples" not in objective_of(DiffusionConfig(**given), NUM_BINS).layout, "last bits of other losses would change"
+    assert "num_units" not in objective_of(DiffusionConfig(**given), NUM_BINS).layout, "last bits of other losses would change"
 
 
 def test_samples_are_counted_once_where_ranks_share_their_positions():
@@ -93,7 +93,7 @@ def test_samples_are_counted_once_where_ranks_share_their_positions():
     objective = objective_of(config, NUM_BINS)
     weights, cross_entropy = objective.weights(noisy), torch.rand(noisy.input_ids.shape)
     _, whole = loss(cross_entropy[noisy.loss_mask], noisy, config)
-    assert int(whole["num_samples"]) == 12
+    assert int(whole["num_units"]) == 12
     total = torch.zeros_like(whole.values)
     for first in range(3):
         positions = torch.arange(first, noisy.input_ids.shape[1], 3).expand(12, -1)

@@ -35,7 +35,7 @@ from w1train.config.schema_sampling import SamplingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
 LossWeight = Literal["inverse_t", "elbo", "inverse_fraction", "constant", "one_minus_t", "cart", "gidd_dynamic", "log_snr"]
-LossNormalizer = Literal["tokens", "masked_tokens", "samples"]
+LossNormalizer = Literal["tokens", "masked_tokens", "samples", "documents", "sum_per_sample", "positions"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,6 +167,10 @@ class DiffusionConfig:
     """Smallest mask probability (LLaDA's eps): t = t_min + (t_max - t_min) u, u uniform in [0, 1)."""
     t_max: PositiveFraction = 1.0
     """Largest mask probability."""
+    mask_count: Literal["random", "exact"] = "random"
+    """random: each token of a segment is masked with the probability t. exact: of the N tokens of a segment that may be noised, exactly
+    the t N tokens, rounded up, are masked, so that t is their share; for objective=diffusion with the linear schedule. The loss is
+    unbiased in both, and varies less with exact (LLaDA's estimator of likelihoods, VRPO)."""
     num_timesteps: NonNegativeInteger = 0
     """Steps T of a process in discrete time: t is one of 1/T, 2/T, ..., 1 (D3PM). 0 = t is continuous."""
     block_size: Length | None = None
@@ -184,8 +188,9 @@ class DiffusionConfig:
     output predicts the first token of a document, which is never masked. false: the output predicts its own token (LLaDA, SDAR)."""
     complementary: bool = False
     """Samples come in pairs of the same text. The first is masked at t, and the second, at 1 - t, masks exactly the tokens that the
-    first does not mask, so that each token is predicted once in a pair (LLaDA2.0, Fast-dLLM v2). t is at most 1 - t_min. Global batch
-    sizes are even, and a batch holds half as many texts."""
+    first does not mask, so that each token is predicted once in a pair (LLaDA2.0, Fast-dLLM v2). t is at
+    most 1 - t_min, unless t_max is below 1 and the weight has a bound (constant, one_minus_t, inverse_fraction, cart): with t from 0.3 to
+    0.8 the second sample is then at 0.7 to 0.2. Global batch sizes are even, and a batch holds half as many texts."""
     antithetic: bool = False
     """Samples come in pairs of the same text, as with complementary. The first is noised at the fraction u of the range of t, and the
     second at 1 - u, by noise of its own. Global batch sizes are even, and a batch holds half as many texts."""
@@ -238,7 +243,9 @@ class DiffusionConfig:
     """The number by which the weighted sum over the global batch is divided. tokens: the number of all tokens that can be predicted.
     masked_tokens: the number of masked tokens. samples: each sample's sum is divided by the sample's own number of tokens that can be
     predicted, and the total by the number of samples. A sample that is cut short then weighs as much as a whole sample (LLaDA's algorithm
-    1)."""
+    1). documents: the same for documents, which is what samples means if each sample is one document. sum_per_sample: the number of
+    samples. positions: the number of samples times data.sequence_length. Samples and documents without a token that can be predicted do
+    not count."""
     autoregressive_weight: NonNegativeFloat = 0.0
     """Factor of the clean stream's next-token cross-entropies, which are added to the weighted sum before it is divided (Nemotron,
     I-DLM). A value above 0 needs two streams and clean_attention=token_causal. No token predicts a token of another document."""
@@ -246,6 +253,11 @@ class DiffusionConfig:
     """Leave the mask token out of the softmax, so that the model never predicts it."""
     random_length_probability: Fraction = 0.01
     """Share of samples that are cut to a random length in [1, sequence_length] (LLaDA: 1 %)."""
+
+    @property
+    def is_band_of_pairs(self) -> bool:
+        """The answer whether the paired sample of a complementary pair may be at a t below t_min."""
+        return self.complementary and self.t_max < 1 and self.weight in ("constant", "one_minus_t", "inverse_fraction", "cart")
 
     @property
     def samples_per_text(self) -> int:

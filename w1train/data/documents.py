@@ -23,6 +23,13 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     return start.to(torch.int32), end.to(torch.int32)
 
 
+def sums_of_documents(values: Tensor, document_ids: Tensor) -> Tensor:
+    """Return for each token the sum of ``values``, of integers or bool [b, l], over the token's document; int64 [b, l]."""
+    start, end = document_bounds(document_ids)
+    before = torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))
+    return before.gather(1, end.long()) - before.gather(1, start.long())
+
+
 def block_bounds(document_ids: Tensor, block_size: int, block_index: Literal["document", "sample"]) -> tuple[Tensor, Tensor]:
     """Return the first position and one past the last of each token's block, int32 [b, l] each; a block ends with its document."""
     start, end = document_bounds(document_ids)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from w1train.config.schema import DiffusionConfig
 from w1train.data.batch import PackedBatch
+from w1train.data.documents import document_bounds
 from w1train.diffusion.philox import Purpose, random_words
 from w1train.diffusion.process import NoiseDraw, has_predecessor
 from w1train.diffusion.processes import noise_process
@@ -70,9 +71,10 @@ class NoisyBatch:
     """float32 [b * g]: t of each segment. Each segment has one row of the conditioning table."""
     sample_indices: Tensor = field(metadata=_PER_SAMPLE)
     """int64 [b]."""
-    first_targets: Tensor | None = field(default=None, metadata=_PER_TOKEN)
-    """bool [b, l]: the first output of each sample that has a target, by which samples are counted: only one context-parallel rank has it.
-    None where no loss is divided by the number of samples."""
+    units: Tensor | None = field(default=None, metadata=_PER_TOKEN)
+    """int64 [b, l]: the part of each output in the number of units (samples, documents or positions) that the loss is divided by. Only the
+    first output of a unit that has a target has a part, so only one context-parallel rank counts the unit. None where the loss is divided
+    by a number of tokens."""
     noise_rates: Tensor | None = None
     """float32 [vocabulary]: the rates of noise that the process has learned; None if it learns none."""
     annealed: float = 1.0
@@ -171,8 +173,23 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw, rates
         segment_timesteps=corruption.segment_timesteps.flatten().float(),
         sample_indices=batch.sample_indices,
         noise_rates=rates,
-        first_targets=has_target & (has_target.cumsum(dim=1) == 1) if config.normalizer == "samples" else None,
+        units=_units(has_target, batch.document_ids, config) if counts_units(config) else None,
     )
+
+
+def counts_units(config: DiffusionConfig) -> bool:
+    """Return whether the loss is divided by a number of samples, documents or positions."""
+    return config.normalizer not in ("tokens", "masked_tokens")
+
+
+def _units(has_target: Tensor, document_ids: Tensor, config: DiffusionConfig) -> Tensor:
+    """Return ``NoisyBatch.units``. A sample without a target, which consists of padding or prompts, counts nothing."""
+    number = has_target.cumsum(dim=1)
+    if config.normalizer == "documents":
+        start, _ = document_bounds(document_ids)
+        number = number - torch.nn.functional.pad(number, (1, 0)).gather(1, start.long())
+    size = has_target.shape[1] if config.normalizer == "positions" else 1
+    return size * (has_target & (number == 1)).long()
 
 
 def _next(tensor: Tensor) -> Tensor:

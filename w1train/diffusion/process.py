@@ -26,6 +26,7 @@ from w1train.config.errors import Problem
 from w1train.config.schema import Config, DiffusionConfig
 from w1train.data.batch import PackedBatch
 from w1train.data.documents import block_ordinals, document_bounds
+from w1train.diffusion.exact_counts import noise_exactly
 from w1train.diffusion.philox import Purpose, random_words
 from w1train.diffusion.schedules import solve_timestep
 from w1train.diffusion.timesteps import antithetic, draw_fractions, timesteps_from_fractions, word_thresholds
@@ -259,7 +260,16 @@ class NoiseProcess(ABC):
         segments, segment_timesteps = draw.segment_timesteps(batch, config)
         timesteps = _at_tokens(segment_timesteps, segments)
         words = draw.words(self.words_per_token * batch.tokens.shape[1]).unflatten(1, (self.words_per_token, -1))
-        noised = self.noised_tokens(batch.tokens, timesteps, words[:, 0])
+        predictable = batch.may_be_noised
+        if config.shift:
+            predictable = predictable & has_predecessor(batch.document_ids)
+        # The probability of the mask token is zero, so a mask token in the data can be no target.
+        can_be_target = predictable & (batch.tokens != config.mask_token_id)
+        if config.mask_count == "exact" and draw.timestep is None:
+            noised, segment_timesteps = noise_exactly(can_be_target, segments, segment_timesteps, words[:, 0])
+            timesteps = _at_tokens(segment_timesteps, segments)
+        else:
+            noised = self.noised_tokens(batch.tokens, timesteps, words[:, 0])
         if config.complementary and draw.timestep is None:
             # Where the first sample of a pair is noised, the second sample is not noised. The noising probability of the second sample is 1
             # minus that of the first.
@@ -269,11 +279,6 @@ class NoiseProcess(ABC):
             words = torch.where(is_partner[:, None], _LARGEST_WORD - words, words)
             segment_timesteps = torch.where(is_partner, 1 - segment_timesteps, segment_timesteps)
             timesteps = _at_tokens(segment_timesteps, segments)
-        predictable = batch.may_be_noised
-        if config.shift:
-            predictable = predictable & has_predecessor(batch.document_ids)
-        # The probability of the mask token is zero, so a mask token in the data can be no target.
-        can_be_target = predictable & (batch.tokens != config.mask_token_id)
         noised = noised & can_be_target
         return Corruption(
             input_ids=torch.where(noised, self.replacements(batch.tokens, timesteps, words), batch.tokens),

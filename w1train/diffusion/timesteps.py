@@ -49,8 +49,9 @@ def draw_fractions(config: DiffusionConfig, seed: int, sample_indices: Tensor, n
 def timesteps_from_fractions(config: DiffusionConfig, fractions: Tensor) -> Tensor:
     """Return t of u * 2^32, both [b, g], t in float64. Float64 holds u exactly, and one multiplication and one addition round in the same
     way on every device. In discrete time, t is rounded up to a step."""
-    # The partner of a pair is at 1 - t, which must not fall below t_min either: its weight 1/t has no bound at 0.
-    t_max = min(config.t_max, 1.0 - config.t_min) if config.complementary else config.t_max
+    # The partner of a pair is at 1 - t, which must not fall below t_min either: a weight such as 1/t has no bound at 0.
+    is_bounded = config.complementary and not config.is_band_of_pairs
+    t_max = min(config.t_max, 1.0 - config.t_min) if is_bounded else config.t_max
     return on_a_step(config, config.t_min + (t_max - config.t_min) * (fractions.double() / _TWO_32))
 
 

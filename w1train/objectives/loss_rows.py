@@ -69,8 +69,8 @@ class LossRows:
     """int64 scalar: the number of noised rows."""
     num_tokens: Tensor
     """int64 scalar: the number of tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
-    num_samples: Tensor | None
-    """int64 scalar: the number of samples that have such tokens; None where no loss is divided by it."""
+    num_units: Tensor | None
+    """int64 scalar: the sum of ``NoisyBatch.units``; None where no loss is divided by it."""
     learned_noise: LearnedNoise | None = None
     """None if the process learns no rates."""
     measured: Mapping[str, Tensor] | None = None
@@ -99,7 +99,7 @@ def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
         weights=weights[where],
         num_masked=(noisy.loss_mask & noisy.target_is_noised).sum(),
         num_tokens=noisy.num_tokens,
-        num_samples=None if noisy.first_targets is None else noisy.first_targets.sum(),
+        num_units=None if noisy.units is None else noisy.units.sum(),
         learned_noise=None if noisy.noise_rates is None else _learned_noise(noisy, noisy.noise_rates, where),
         measured=noisy.measured,
     )

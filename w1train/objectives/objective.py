@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from w1train.config.schema import DiffusionConfig
-from w1train.diffusion.corruption import NoisyBatch
+from w1train.data.documents import sums_of_documents
+from w1train.diffusion.corruption import NoisyBatch, counts_units
 from w1train.diffusion.processes import noise_process
 from w1train.model.row_terms import RowTerm
 from w1train.objectives.denoising import Denoising
@@ -23,8 +24,8 @@ from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.losses import bound_of, loss_of
 from w1train.objectives.named_sums import Layout, NamedSums, scalars_first
 from w1train.objectives.next_tokens import NextTokens
-from w1train.objectives.sample_count import SampleCount
 from w1train.objectives.term import Term
+from w1train.objectives.unit_count import UnitCount
 from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight, trained_weights
 
 TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
@@ -34,19 +35,27 @@ TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
     lambda config, num_t_bins: NextTokens(config.autoregressive_weight),
     # Only where the loss needs them, for the same reason.
     lambda config, num_t_bins: EveryToken(config.cross_entropy_weight) if adds_every_token(config) else None,
-    lambda config, num_t_bins: SampleCount() if config.normalizer == "samples" else None,
+    lambda config, num_t_bins: UnitCount() if counts_units(config) else None,
 )
 """The terms, each made from (diffusion, intervals of t); the result is None if the configuration does not ask for the term."""
 
-NORMALIZERS = {"tokens": "num_tokens", "masked_tokens": "num_masked", "samples": "num_samples"}
+NORMALIZERS = {
+    **{"tokens": "num_tokens", "masked_tokens": "num_masked"},
+    **dict.fromkeys(("samples", "documents", "sum_per_sample", "positions"), "num_units"),
+}
 """The sum that the loss is divided by, for each value of diffusion.normalizer."""
 
 _PARTS: dict[str, Callable[[NoisyBatch], Tensor]] = {
     "num_tokens": lambda noisy: noisy.has_target.sum(dim=1),
     "num_masked": lambda noisy: (noisy.loss_mask & noisy.target_is_noised).sum(dim=1),
-    "num_samples": lambda noisy: noisy.has_target.any(dim=1),
+    "num_units": lambda noisy: _units(noisy).sum(dim=1),
 }
 """Each sample's part of these sums, [b]."""
+
+
+def _units(noisy: NoisyBatch) -> Tensor:
+    assert noisy.units is not None
+    return noisy.units
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +81,12 @@ class Objective:
     def weights(self, noisy: NoisyBatch) -> Tensor:
         """Return the weight of each output's loss, float32 [b, l], of whole samples."""
         weights = trained_weights(self.config, self.weight, noisy, loss_of(self.config))
-        if self.normalizer != "num_samples":
-            return weights
-        # 1 / (t L) with the sample's own L (LLaDA, arXiv 2502.09992, algorithm 1).
-        return weights / noisy.has_target.sum(dim=1, keepdim=True).clamp_min(1)
+        if self.config.normalizer == "samples":
+            # 1 / (t L) with the sample's own L (LLaDA, arXiv 2502.09992, algorithm 1).
+            return weights / noisy.has_target.sum(dim=1, keepdim=True).clamp_min(1)
+        if self.config.normalizer == "documents":
+            return weights / sums_of_documents(noisy.has_target, noisy.document_ids).clamp_min(1)
+        return weights
 
     def denominators(self, noisy: NoisyBatch) -> Tensor:
         """Return each sample's part of what the loss is divided by, float32 [b], of whole samples."""

@@ -1,4 +1,4 @@
-"""What a loss must know of the whole global batch before its backward pass, from a pass of the model without gradients.
+"""Sums over the whole global batch that a loss needs before its backward pass, from a pass of the model without gradients.
 
 The gradient of some objectives depends on sums that only the model's outputs give: on the number of tokens that the model predicts
 right, or on the likelihoods of both sides of a preference. The micro-batches of a step cannot know such a sum before the last of them

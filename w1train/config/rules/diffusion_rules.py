@@ -27,7 +27,7 @@ def _mask_token_rule(config: Config) -> Iterator[Problem]:
 
 def _timesteps_rule(config: Config) -> Iterator[Problem]:
     diffusion = config.diffusion
-    if diffusion.weight in ("inverse_t", "elbo") and diffusion.t_min == 0 == diffusion.num_timesteps:
+    if diffusion.weight in ("inverse_t", "elbo") and diffusion.t_min == 0 == diffusion.num_timesteps and diffusion.mask_count == "random":
         valid = f"a number > 0, because diffusion.weight={diffusion.weight} divides by t"
         yield Problem("diffusion.t_min", show(diffusion.t_min), valid, "0.001 (LLaDA)")
     # t_min = t_max = 1 is valid: every token is masked (at block size 1 this is the autoregressive likelihood).
@@ -59,9 +59,11 @@ def autoregressive_rule(config: Config, is_causal: bool) -> Iterator[Problem]:
     if diffusion.block_size is None or diffusion.block_size >= config.data.sequence_length:
         found = f"{show(diffusion.autoregressive_weight)} without a clean stream"
         yield Problem("diffusion.autoregressive_weight", found, "0, or a diffusion.block_size below data.sequence_length")
-    if diffusion.normalizer == "samples":
-        valid = "tokens or masked_tokens, because diffusion.autoregressive_weight is not 0: its loss is a sum over tokens, not over samples"
-        yield Problem("diffusion.normalizer", "samples", valid)
+    if diffusion.normalizer in ("samples", "documents"):
+        valid = (
+            f"tokens or masked_tokens: with diffusion.autoregressive_weight > 0, not all losses can be divided in {diffusion.normalizer}"
+        )
+        yield Problem("diffusion.normalizer", diffusion.normalizer, valid)
     if diffusion.clean_attention != "token_causal":
         valid = (
             "token_causal, because diffusion.autoregressive_weight is not 0: a clean token would otherwise see the token that it predicts"
@@ -128,13 +130,30 @@ def _complementary_rule(config: Config) -> Iterator[Problem]:
     if config.diffusion.num_timesteps > 0:
         valid = "0 with diffusion.complementary, because the paired sample's t is 1 - t, and the last step has no such t"
         yield Problem("diffusion.num_timesteps", show(config.diffusion.num_timesteps), valid)
+    if config.diffusion.is_band_of_pairs:
+        return
     if config.diffusion.t_min + config.diffusion.t_max < 1:
         found = f"{show(config.diffusion.t_max)} with diffusion.complementary"
         valid = f"at least 1 - diffusion.t_min ({show(1 - config.diffusion.t_min)}): the paired sample's t is 1 - t and has the same bounds"
-        yield Problem("diffusion.t_max", found, valid)
+        yield Problem("diffusion.t_max", found, valid, "diffusion.weight=constant, which has no such bound")
     if config.diffusion.t_min >= 0.5:
         found = f"{show(config.diffusion.t_min)} with diffusion.complementary"
         yield Problem("diffusion.t_min", found, "a number below 0.5: the paired sample's t is 1 - t")
+
+
+def _mask_count_rule(config: Config) -> Iterator[Problem]:
+    diffusion = config.diffusion
+    if diffusion.mask_count == "random" or diffusion.objective == "autoregressive":
+        return
+    if diffusion.objective != "diffusion" or diffusion.noise_schedule != "linear":
+        valid = "random, or diffusion.objective=diffusion with diffusion.noise_schedule=linear, where t is the share of masked tokens"
+        yield Problem("diffusion.mask_count", "exact", valid, "diffusion.mask_count=random")
+    if diffusion.complementary:
+        valid = "random with diffusion.complementary: where all tokens of a sample are masked, its pair would have no masked token"
+        yield Problem("diffusion.mask_count", "exact", valid, "diffusion.mask_count=random")
+    if diffusion.num_timesteps > 0:
+        valid = "0 with diffusion.mask_count=exact: the share of masked tokens is t, and need not be a step"
+        yield Problem("diffusion.num_timesteps", show(diffusion.num_timesteps), valid, "diffusion.num_timesteps=0")
 
 
 def _same_throughout_rule(config: Config) -> Iterator[Problem]:
@@ -158,6 +177,7 @@ DIFFUSION_RULES: tuple[Rule, ...] = (
             _annealing_rule,
             _pairs_rule,
             _complementary_rule,
+            _mask_count_rule,
         ),
     ),
     _annealing_lasts_rule,

@@ -1,4 +1,4 @@
-"""The number of samples, for a loss that is a mean over samples."""
+"""The number of units of text that a loss is a mean over: samples, documents or positions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from w1train.objectives.named_sums import Layout
 
 
 @dataclass(frozen=True, slots=True)
-class SampleCount:
-    """A term that adds nothing to the loss, and counts the samples that have a token to predict."""
+class UnitCount:
+    """A term that adds nothing to the loss, and counts the units that diffusion.normalizer names."""
 
     is_measured: ClassVar[bool] = False
 
     @property
     def layout(self) -> Layout:
-        return {"num_samples": ()}
+        return {"num_units": ()}
 
     def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
         return {}
@@ -30,8 +30,8 @@ class SampleCount:
         return None
 
     def sums(self, values: Mapping[str, Tensor], rows: LossRows) -> dict[str, Tensor]:
-        assert rows.num_samples is not None
-        return {"num_samples": rows.num_samples}
+        assert rows.num_units is not None
+        return {"num_units": rows.num_units}
 
     def total(self, sums: Mapping[str, Any]) -> float:
         return 0.0
