@@ -73,12 +73,20 @@ class DataConfig:
     """The tokenizer's file (tokenizer.json)."""
     sequence_length: Length
     """Tokens of one packed sample."""
-    packing: Literal["cut", "best_fit"] = "cut"
+    packing: Literal["cut", "best_fit", "separate"] = "cut"
     """cut: documents are concatenated and cut into samples (as Megatron does). best_fit: no document is cut unless it is longer than a
     sample, and the rest of each sample is padding. The first start builds the packing, or `w1train data build-packing`
-    builds it before."""
+    builds it before. separate: each document is a sample, and is not longer than a sample."""
     align: Length = 1
-    """With best_fit, each document begins at a multiple of this number inside its sample (the block size, for example), after padding."""
+    """With best_fit, each document begins at a multiple of this number inside its sample (the block size, for example), after padding or
+    fill."""
+    fill: Literal["none", "block", "batch", "sample"] = "none"
+    """What follows the end of a document, instead of padding: EOS tokens that are part of the document and are learned. none: nothing.
+    block: to the next multiple of data.align (of best_fit), so that the last block of a reply is whole. With packing=separate also batch:
+    to the longest document of each data.fill_group samples (LLaDA), and sample: to the end of the sample (dFactory). A document that does
+    not end with an EOS that may be noised gets no fill."""
+    fill_group: Length = 8
+    """Samples of a group of fill=batch: consecutive samples of different texts, whatever the layout and batch size are."""
     packing_seed: Seed = 0
     """With best_fit, this seed decides which of several documents of equal length goes where; runs with the same seed share the packing."""
     long_documents: Literal["restart", "continue"] = "restart"

@@ -21,8 +21,9 @@ from w1train.data.dali import DaliLoader
 from w1train.data.dataset import TokenDataset
 from w1train.data.indexed import DatasetError, bin_path, file_size
 from w1train.data.loader import BatchLoader, validation_batches, validation_token_counts
-from w1train.data.packed.packing import EndOfDocument, LongDocuments, PackedDataset, SampleSource
+from w1train.data.packed.packing import EndOfDocument, Fill, LongDocuments, PackedDataset, SampleSource
 from w1train.data.packed.packing_index import BestFitDataset, PackingIndex, PackingOptions, ensure_packing
+from w1train.data.packed.separate import SeparateDataset
 from w1train.data.packed.staged import StagedSamples, StageText, stretches
 from w1train.data.remote import localize
 from w1train.data.sharded_dataset import open_dataset
@@ -60,8 +61,7 @@ class ValidationSet:
     def __init__(self, prefix: str, config: Config, ranks: Ranks, tokenizer: Tokenizer) -> None:
         self._config, self._ranks, self._tokenizer = config, ranks, tokenizer
         self.dataset = open_dataset(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
-        # Validation data are cut, whatever data.packing is: no padding is scored, and no packing has to be built.
-        self._packed = PackedDataset(self.dataset, config.data.sequence_length, seed=0, **position_options(config), eos=config.data.eos)
+        self._packed = _validation_source(self.dataset, config)
         # This is not a collective, because a rank that could not open its files would not take part. The ranks agree later, on the result
         # of opening all data.
         if ranks.is_main:
@@ -215,6 +215,38 @@ def position_options(config: Config) -> PositionOptions:
     return {"long_documents": config.data.long_documents, "max_position": max_position}
 
 
+def fill_of(dataset: TokenDataset, config: Config) -> Fill | None:
+    """Return what follows the end of a document.
+
+    Raises:
+        DatasetError: the dataset has no manifest, which says what EOS is.
+    """
+    data = config.data
+    if data.fill == "none":
+        return None
+    if dataset.manifest is None:
+        raise DatasetError(f"dataset {dataset.prefix} has no manifest, so data.fill={data.fill} is not possible: its EOS is not known")
+    size = {"block": data.align, "batch": data.fill_group, "sample": data.sequence_length}[data.fill]
+    return Fill(data.fill, size, dataset.manifest.eos_token_id)
+
+
+def _separate(dataset: TokenDataset, config: Config, seed: int) -> SeparateDataset:
+    data = config.data
+    return SeparateDataset(dataset, data.sequence_length, seed, eos=data.eos, fill=fill_of(dataset, config))
+
+
+def _validation_source(dataset: TokenDataset, config: Config) -> SampleSource:
+    """Return the samples of a validation dataset, which are the same in every run.
+
+    Plain text is cut, whatever data.packing is: no padding is scored, and no packing has to be built. Text of which a part may not be
+    noised is scored document by document: a reply needs its prompt.
+    """
+    data = config.data
+    if dataset.limits_noise and data.packing != "cut":
+        return _separate(dataset, config, 0)
+    return PackedDataset(dataset, data.sequence_length, seed=0, **position_options(config), eos=data.eos)
+
+
 def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
     """Open the training samples of a dataset, packed as the configuration says.
 
@@ -222,12 +254,15 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
         DatasetError: the dataset does not fill one sample, or its best-fit packing has not been built.
     """
     data, seed = config.data, config.training.seed
-    if dataset.num_tokens < data.sequence_length:
+    if dataset.num_tokens < data.sequence_length and data.packing != "separate":
         # Training on the padding would work, and waste the run: the file or the sequence length must be wrong.
         raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
     if data.packing == "best_fit":
         spare, positions = spare_packings(config), position_options(config)
-        return BestFitDataset(dataset, packing_options(config), seed, directory=data.cache_directory, spare_directory=spare, **positions)
+        options = {"directory": data.cache_directory, "spare_directory": spare, "fill": fill_of(dataset, config)}
+        return BestFitDataset(dataset, packing_options(config), seed, **options, **positions)
+    if data.packing == "separate":
+        return _separate(dataset, config, seed)
     return PackedDataset(dataset, data.sequence_length, seed, **position_options(config), eos=data.eos)
 
 

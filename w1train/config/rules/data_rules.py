@@ -52,13 +52,25 @@ def _validation_sets_rule(config: Config) -> Iterator[Problem]:
 
 def _packing_rule(config: Config) -> Iterator[Problem]:
     data = config.data
-    if data.align > 1 and data.packing != "best_fit":
-        yield Problem(
-            "data.align", show(data.align), "1 unless data.packing is best_fit: with cut, a sample begins in the middle of a document"
-        )
+    if data.align > 1 and data.packing == "cut":
+        yield Problem("data.align", show(data.align), "1 with data.packing=cut: a sample begins in the middle of a document")
     elif does_not_divide(data.align, data.sequence_length):
         valid = f"a divisor of data.sequence_length ({data.sequence_length}): {divisors(data.sequence_length)}"
         yield Problem("data.align", show(data.align), valid)
+
+
+def _fill_rule(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if data.fill == "none":
+        return
+    if data.packing == "cut" or (data.packing == "best_fit" and data.fill != "block"):
+        valid = "none with data.packing=cut, where documents follow each other" if data.packing == "cut" else "none or block with best_fit"
+        yield Problem("data.fill", data.fill, valid, "data.packing=separate")
+    if data.fill == "block" and data.align == 1:
+        yield Problem("data.align", "1", "the block size with data.fill=block: the fill goes to the next multiple of data.align")
+    if data.eos == "drop":
+        valid = "keep with data.fill: the fill consists of EOS tokens, so the first of them is the end of the document"
+        yield Problem("data.eos", "drop", valid, "data.eos=keep")
 
 
 def _loader_rule(config: Config) -> Iterator[Problem]:
@@ -83,6 +95,7 @@ DATA_RULES: tuple[Rule, ...] = (
     _weights_rule,
     _validation_sets_rule,
     _packing_rule,
+    _fill_rule,
     _loader_rule,
     _object_storage_rule,
 )

@@ -33,6 +33,21 @@ class Pieces(NamedTuple):
     """[k]: where each piece begins inside the sample."""
 
 
+class Fill(NamedTuple):
+    """The EOS tokens that follow the end of a document. They belong to the document, may be noised and are learned: the sampler writes
+    whole blocks, and without fill a model does not learn what follows the end of a reply.
+
+    A document that does not end with an EOS that may be noised, such as a reply that was cut, gets no fill.
+    """
+
+    kind: Literal["block", "batch", "sample"]
+    """How far they go: to the next multiple of ``size`` positions, to the longest document of each ``size`` samples of the order, or to the
+    end of the sample."""
+    size: int
+    token_id: int
+    """The id of EOS."""
+
+
 class SampleSource(ABC):
     """The samples of a dataset, of ``sequence_length`` tokens each, in an order that is a pure function of (seed, epoch).
 
@@ -51,6 +66,7 @@ class SampleSource(ABC):
         long_documents: LongDocuments = "restart",
         max_position: int | None = None,
         eos: EndOfDocument = "keep",
+        fill: Fill | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +76,7 @@ class SampleSource(ABC):
             max_position: bound of the positions that continue; a piece whose positions would reach the bound starts at lower positions.
                 None = no bound.
             eos: "drop" leaves out the last token of every document.
+            fill: EOS tokens after the end of each document; None = padding.
 
         Raises:
             ValueError: if ``sequence_length``, ``seed`` or ``max_position`` is out of range.
@@ -83,6 +100,7 @@ class SampleSource(ABC):
         self._continue = long_documents == "continue"
         self._position_period = None if max_position is None else max_position - sequence_length + 1
         self._drop_eos = eos == "drop"
+        self._fill = fill
 
     @abstractmethod
     def _pieces(self, epoch: int, slot: int) -> Pieces:
@@ -97,10 +115,31 @@ class SampleSource(ABC):
             DatasetError: if a token is outside the vocabulary, or a file was truncated or is damaged.
             OSError: if a file cannot be read.
         """
+        pieces = self._pieces(*self._slot(global_index))
+        sample = self._assemble(pieces)
+        if self._fill is not None:
+            self._fill_up(sample, pieces, global_index, self._fill.token_id)
+        return sample
+
+    def _slot(self, global_index: int) -> tuple[int, int]:
+        """Return the epoch of an index, and its sample of the packing."""
         epoch, slot = divmod(global_index, self.num_samples_per_epoch)
-        if self._shuffle:
-            slot = permuted(slot, self.num_samples_per_epoch, self._seed, epoch)
-        return self._assemble(self._pieces(epoch, slot))
+        return epoch, permuted(slot, self.num_samples_per_epoch, self._seed, epoch) if self._shuffle else slot
+
+    def _fill_up(self, sample: Sample, pieces: Pieces, global_index: int, token_id: int) -> None:
+        """Write the fill of each piece whose last token is an EOS that may be noised."""
+        for number, end in enumerate((pieces.places + pieces.lengths).tolist()):
+            filled = slice(end, self._filled_end(global_index, end))
+            if sample["may_be_noised"][end - 1] and sample["tokens"][end - 1] == token_id:
+                sample["tokens"][filled] = token_id
+                sample["may_be_noised"][filled] = True
+                sample["document_ids"][filled] = number
+                sample["positions"][filled] = sample["positions"][end - 1] + 1 + np.arange(filled.stop - end)
+
+    def _filled_end(self, global_index: int, end: int) -> int:
+        """Return the position at which the fill after a piece ends, for a piece that ends at position ``end``."""
+        assert self._fill is not None
+        return self.sequence_length if self._fill.kind == "sample" else -(-end // self._fill.size) * self._fill.size
 
     def _assemble(self, pieces: Pieces) -> Sample:
         starts, lengths, offsets, places = pieces

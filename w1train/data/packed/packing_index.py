@@ -33,7 +33,7 @@ from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.file_reader import FileReader
 from w1train.data.indexed import PACKING_SUFFIX, file_size, idx_path
 from w1train.data.packed.best_fit import PackedPieces, pack_best_fit
-from w1train.data.packed.packing import EndOfDocument, LongDocuments, Pieces, SampleSource
+from w1train.data.packed.packing import EndOfDocument, Fill, LongDocuments, Pieces, SampleSource
 from w1train.runtime.files import errors_named, replace_file
 from w1train.runtime.locks import exclusive
 
@@ -228,6 +228,7 @@ class BestFitDataset(SampleSource):
         shuffle: bool = True,
         long_documents: LongDocuments = "restart",
         max_position: int | None = None,
+        fill: Fill | None = None,
     ) -> None:
         """Open a packing that :func:`ensure_packing` has built. Accept the arguments of ``SampleSource`` and :func:`open_packing`, and
         raise their errors."""
@@ -242,6 +243,7 @@ class BestFitDataset(SampleSource):
             long_documents=long_documents,
             max_position=max_position,
             eos=options.eos,
+            fill=fill,
         )
 
     def _pieces(self, epoch: int, slot: int) -> Pieces:
