@@ -173,8 +173,9 @@ def test_what_is_kept_for_ever_stays(steps, keep, every):
 
 
 def test_ranking_leaves_out_what_has_no_score():
-    assert rank_steps({1: 2.0, 2: None, 3: math.nan, 4: 1.0, 5: 2.0}, 2) == [4, 5]
-    assert rank_steps({1: 2.0, 2: 10**400, 3: -(10**400), 4: math.inf, 5: -math.inf}, 5) == [1]
+    assert rank_steps({1: 2.0, 2: None, 3: math.nan, 4: 1.0, 5: 2.0}, 2, "elbo") == [4, 5]
+    assert rank_steps({1: 2.0, 2: 10**400, 3: -(10**400), 4: math.inf, 5: -math.inf}, 5, "elbo") == [1]
+    assert rank_steps({1: 0.5, 2: 0.75, 3: 0.6}, 2, "preference_accuracy") == [2, 3], "higher is better"
 
 
 def test_damage_is_the_same_error_on_another_rank():

@@ -32,8 +32,10 @@ from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E
 from w1train.model.initialization import EXPERTS, global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
+from w1train.training.companions import FrozenModel  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
 from w1train.training.inputs import RankInputs  # noqa: E402
+from w1train.training.measurement import measured  # noqa: E402
 
 NUM_STEPS = 3
 LEARNING_RATE = 1e-4
@@ -136,6 +138,7 @@ def _train(
 ) -> Outcome:
     model = build_trained_model(config)
     open_gates(model)
+    reference = frozen_reference(config) if config.diffusion.preference_draws else None
     first_step = load_checkpoint(load, model).step if load is not None else 0
     if mutate is not None:
         mutate(model)
@@ -146,8 +149,9 @@ def _train(
         batches = list(micro_batches(config, step, ranks.data_parallel_rank, ranks.data_parallel_size, model.noise_rates()))
         noise.append(_noise_hashes(batches))
         model.zero_gradients()
+        known = measured(config, list(model.chunks), iter(batches), len(batches), reference)
         with _noted(inputs), noted_routing(routing, step):
-            metrics, work = run_micro_batches(config, list(model.chunks), iter(batches), len(batches), training=True)
+            metrics, work = run_micro_batches(config, list(model.chunks), known, len(batches), training=True)
         if step == first_step and not config.parallel.distributed_optimizer:
             gradients = whole_tensors(model, lambda parameter: parameter.main_grad if parameter.requires_grad else parameter * 0)
         for group in model.optimizer.param_groups:
@@ -158,6 +162,8 @@ def _train(
         losses.append(loss_of(metrics, config))
         works.append(work)
     model.gather_parameters()
+    if reference is not None:
+        reference.require_unchanged()
     if save is not None:
         save_now(save, model, Progress(step=first_step + num_steps, samples=0))
     parameters = whole_tensors(model, lambda parameter: parameter.data)
@@ -192,9 +198,15 @@ def _noted(notes: Inputs) -> Iterator[None]:
 def open_gates(model: TrainedModel) -> None:
     """Give modulations and biases a value: with gates at zero the layers are identities and half of the gradients zero, and of a
     parameter that starts at zero only rounding is left to compare."""
+    open_stages(model.stages)
+    model.optimizer.reload_model_params()
+
+
+def open_stages(stages: Sequence[Any]) -> None:
+    """Give the stages of a model what ``open_gates`` gives them."""
     tensor_rank, tensor_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
-        for stage in model.stages:
+        for stage in stages:
             for name, parameter in global_named_parameters(stage):
                 if "modulation." in name or "noise_rates." in name or name.endswith("bias"):
                     generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
@@ -202,9 +214,14 @@ def open_gates(model: TrainedModel) -> None:
                     rank, size = (tensor_rank, tensor_size) if is_split else (0, 1)
                     whole = torch.randn((size * parameter.shape[0], *parameter.shape[1:]), generator=generator)
                     parameter.copy_(whole.chunk(size)[rank] * 0.3)
-        for router in routers(model.stages):
+        for router in routers(stages):
             open_router(router)
-    model.optimizer.reload_model_params()
+
+
+def frozen_reference(config: Config) -> FrozenModel:
+    """A reference with random weights of its own, whose modulations and biases have values too."""
+    training = dataclasses.replace(config.training, seed=config.training.seed + 1)
+    return FrozenModel(dataclasses.replace(config, training=training), open_stages, "random weights")
 
 
 def micro_batches(config: Config, step: int, rank: int, size: int, rates: torch.Tensor | None = None) -> Iterator[NoisyBatch]:
@@ -214,15 +231,18 @@ def micro_batches(config: Config, step: int, rank: int, size: int, rates: torch.
     for start in range(first + rank * training.micro_batch_size, first + training.global_batch_size, size * training.micro_batch_size):
         samples = range(start, start + training.micro_batch_size)
         noisy = corrupt(texts_of(samples, config), config.diffusion, training.seed, rates=rates)
-        noisy.annealed = 0.3
+        noisy.annealed, noisy.first_sample = 0.3, first
         yield noisy
 
 
 def texts_of(samples: range, config: Config) -> PackedBatch:
-    """The samples of a micro-batch, in which coupled draws have the same text."""
-    if not config.diffusion.coupled_draws:
+    """The samples of a micro-batch, in which coupled draws, and the draws of a reply, have the same text. Replies have a prompt."""
+    diffusion = config.diffusion
+    if not diffusion.coupled_draws and not diffusion.preference_draws:
         return packed_batch(samples, config.data.sequence_length)
-    texts = packed_batch([sample // 2 for sample in samples], config.data.sequence_length)
+    texts = packed_batch([sample // diffusion.samples_per_text for sample in samples], config.data.sequence_length)
+    if diffusion.preference_draws:
+        texts.may_be_noised[:, :6] = False
     return dataclasses.replace(texts, sample_indices=torch.tensor(samples))
 
 

@@ -57,6 +57,9 @@ class Progress:
     noise: str | None = None
     """SHA-256 of the token counts that the noise of the last step depends on (diffusion.token_counts). None for noise without counts, and
     in checkpoints that are older than this field."""
+    reference: dict[str, str] = field(default_factory=dict)
+    """``weights``, the directory that the weights of the reference come from, and ``sha256``, their hash in memory. Empty in runs without a
+    reference, and in checkpoints that are older than this field."""
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -137,7 +140,7 @@ def check_manifest(content: bytes) -> dict[str, Any]:
     """
     if len(content) > MAXIMUM_BYTES:
         raise ValueError(f"{MANIFEST} cannot be read: it has more than {MAXIMUM_BYTES >> 20} MiB")
-    manifest = {"health": {}, "noise": None, **parse_json_object(content, f"{MANIFEST} cannot be read")}
+    manifest = {"health": {}, "noise": None, "reference": {}, **parse_json_object(content, f"{MANIFEST} cannot be read")}
     if missing := {*(field.name for field in fields(Progress)), "files"} - manifest.keys():
         raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
     if problems := [*_value_problems(manifest), *_entry_problems(manifest["files"])]:
@@ -152,6 +155,7 @@ def _value_problems(manifest: dict[str, Any]) -> Iterator[str]:
         "seconds": is_number(manifest["seconds"]) and 0 <= manifest["seconds"] < 1e12,
         "dataset": manifest["dataset"] is None or isinstance(manifest["dataset"], str),
         "noise": manifest["noise"] is None or isinstance(manifest["noise"], str),
+        "reference": isinstance(manifest["reference"], dict) and all(isinstance(value, str) for value in manifest["reference"].values()),
         "validation": isinstance(manifest.get("validation", {}), dict) and all(map(is_number, manifest.get("validation", {}).values())),
         "files": isinstance(manifest["files"], dict),
     }

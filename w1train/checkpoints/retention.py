@@ -15,7 +15,7 @@ from pathlib import Path
 from w1train.checkpoints.checkpoint_names import step_path
 from w1train.checkpoints.commit import remove_checkpoint
 from w1train.checkpoints.manifest import DamagedCheckpointError, complete_steps, read_scores
-from w1train.config.schema_operation import CheckpointConfig
+from w1train.config.schema_operation import CheckpointConfig, cost
 from w1train.runtime.pulse import moved
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,14 @@ def best_steps(directory: Path, count: int, metric: str, *, after: int = 0) -> l
     """
     if count == 0:
         return []
-    return rank_steps({step: _score(step_path(directory, step), metric) for step in complete_steps(directory) if step > after}, count)
+    scores = {step: _score(step_path(directory, step), metric) for step in complete_steps(directory) if step > after}
+    return rank_steps(scores, count, metric)
 
 
-def rank_steps(scores: Mapping[int, float | None], count: int) -> list[int]:
-    """Return the ``count`` best steps by their scores, the best first; lower scores are better. A step whose score is None, NaN or infinite
-    is left out."""
-    ranked = sorted((score, -step) for step, score in scores.items() if score is not None and _is_finite(score))
+def rank_steps(scores: Mapping[int, float | None], count: int, metric: str) -> list[int]:
+    """Return the ``count`` best steps by their scores of a metric, the best first. A step whose score is None, NaN or infinite is left
+    out."""
+    ranked = sorted((cost(metric, score), -step) for step, score in scores.items() if score is not None and _is_finite(score))
     return [-negative for _, negative in ranked[:count]]
 
 

@@ -31,6 +31,7 @@ from w1train.config.constraints import (
 )
 from w1train.config.schema_model import AttentionConfig, BalanceConfig, ModelConfig, ParallelConfig
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
+from w1train.config.schema_post_training import ReferenceConfig
 from w1train.config.schema_sampling import SamplingConfig
 
 DecayStyle = Literal["constant", "linear", "cosine", "one_minus_sqrt"]
@@ -257,6 +258,15 @@ class DiffusionConfig:
     autoregressive_weight: NonNegativeFloat = 0.0
     """Factor of the clean stream's next-token cross-entropies, which are added to the weighted sum before it is divided (Nemotron,
     I-DLM). A value above 0 needs two streams and clean_attention=token_causal. No token predicts a token of another document."""
+    preference_draws: NonNegativeInteger = 0
+    """Draws of noise n for each reply of a preference dataset, whose pairs of replies are then trained by DPO on their ELBOs (VRPO, LLaDA
+    1.5: 8). Global batch sizes are multiples of 2n, and hold global_batch_size / 2n pairs (docs/preferences.md); 0 = no preferences."""
+    preference_beta: PositiveFloat = 0.2
+    """Factor beta of the difference to the reference in the loss of a pair, -log sigmoid(beta * difference) (LLaDA 1.5: 0.2). The difference
+    is in nats of whole replies, not per token."""
+    preference_cross_entropy_weight: NonNegativeFloat = 0.0
+    """Factor of the chosen reply's negative ELBO per token, which is added to the loss of its pair (LLaDA 1.5: 0.05; which reply it trains
+    is not published: our choice)."""
     exclude_mask_logit: bool = True
     """Leave the mask token out of the softmax, so that the model never predicts it."""
     random_length_probability: Fraction = 0.01
@@ -269,7 +279,9 @@ class DiffusionConfig:
 
     @property
     def samples_per_text(self) -> int:
-        """Consecutive samples of the global order that have the same text: 2 for pairs."""
+        """Consecutive samples of the global order that have the same text: 2 for pairs, and all draws of a reply for preferences."""
+        if self.preference_draws:
+            return self.preference_draws
         return 2 if self.complementary or self.antithetic or self.coupled_draws else 1
 
 
@@ -417,6 +429,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig
     training: TrainingConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

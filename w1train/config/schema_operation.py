@@ -8,9 +8,15 @@ from typing import Annotated, Literal
 
 from w1train.config.constraints import NonNegativeInteger, PathText, PositiveFloat, PositiveInteger, Range, Seconds
 
-BestMetric = Literal["elbo", "masked_cross_entropy"]
+BestMetric = Literal["elbo", "masked_cross_entropy", "preference_accuracy"]
+_HIGHER_IS_BETTER = ("preference_accuracy",)
 UPLOAD_URL = "a URL that fsspec knows, such as s3://bucket/runs/NAME; or null"
 """What checkpoint.upload takes, in words."""
+
+
+def cost(metric: str, score: float) -> float:
+    """Return a score of a metric as a number of which lower is better."""
+    return -score if metric in _HIGHER_IS_BETTER else score
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,7 +32,8 @@ class CheckpointConfig:
     keep_best: NonNegativeInteger = 0
     """Also keep this many of the best checkpoints by checkpoint.best_metric; there must then be a validation at each checkpoint's step."""
     best_metric: BestMetric = "elbo"
-    """Metric of the validation at a checkpoint's step that ranks the checkpoint; lower is better."""
+    """Metric of the validation at a checkpoint's step that ranks the checkpoint; lower is better, but higher for preference_accuracy,
+    which only runs with preferences have (docs/preferences.md)."""
     average_at_end: bool = False
     """At the end of the run and of each of its phases, average the weights of the keep_best best checkpoints and compare the average with
     them (LLaDA2.0's merge; `w1train average` does the same at any time). Averages are never removed."""

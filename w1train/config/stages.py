@@ -20,6 +20,11 @@ def at_stage(config: Config, name: str) -> Config:
     )
 
 
+def has_preferences(config: Config) -> bool:
+    """Return whether a stage of the run trains preferences, which need a reference."""
+    return any(at_stage(config, name).diffusion.preference_draws > 0 for name in config.schedule.stages)
+
+
 def batch_sizes(config: Config) -> dict[str, int]:
     """Return every global batch size of the run by its key."""
     sizes = {"training.global_batch_size": config.training.global_batch_size}

@@ -178,8 +178,9 @@ def _corrupt(batch: PackedBatch, config: DiffusionConfig, draw: NoiseDraw, rates
 
 
 def counts_units(config: DiffusionConfig) -> bool:
-    """Return whether the loss is divided by a number of samples, documents or positions."""
-    return config.normalizer not in ("tokens", "masked_tokens")
+    """Return whether the loss is divided by a number of samples, documents or positions. The loss of preferences is a mean over pairs, and
+    so over samples."""
+    return config.preference_draws > 0 or config.normalizer not in ("tokens", "masked_tokens")
 
 
 def _units(has_target: Tensor, document_ids: Tensor, config: DiffusionConfig) -> Tensor:

@@ -26,6 +26,8 @@ class Denoising:
     bound: RowLoss
     num_t_bins: int
     """Intervals of equal length of t, for the loss by t."""
+    is_trained: bool = True
+    """False: another term is trained, and this term only says how well the model denoises."""
 
     is_measured: ClassVar[bool] = False
 
@@ -45,8 +47,8 @@ class Denoising:
     def row_terms(self, rows: LossRows) -> dict[str, RowTerm]:
         return {**self.bound.row_terms(rows), **self.loss_of_rows.row_terms(rows), "cross_entropy": CrossEntropy(rows.targets)}
 
-    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor:
-        return self.loss_of_rows.total(values, rows)
+    def loss(self, values: Mapping[str, Tensor], rows: LossRows) -> Tensor | None:
+        return self.loss_of_rows.total(values, rows) if self.is_trained else None
 
     def sums(self, values: Mapping[str, Tensor], rows: LossRows) -> dict[str, Tensor]:
         # Double: float32 sums of 10^6 terms would make the logged loss depend on the order of the ranks.
@@ -81,7 +83,7 @@ class Denoising:
         return tuple((densities * kind).sum() for kind in (is_clean & ~is_mask, ~is_clean & ~is_mask, is_mask))
 
     def total(self, sums: Mapping[str, Any]) -> float:
-        return sums["weighted"]
+        return sums["weighted"] if self.is_trained else 0.0
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         by_t = zip(sums["cross_entropy_by_t"], sums["num_masked_by_t"], strict=True)

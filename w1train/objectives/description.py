@@ -23,6 +23,11 @@ def block_size(config: Config) -> int:
     return min(config.diffusion.block_size or length, length)
 
 
+def num_measuring_passes(config: Config) -> int:
+    """Return the passes without gradients over the micro-batches of a step: those of the model and of the reference for preferences."""
+    return 2 if config.diffusion.preference_draws else 0
+
+
 def samples_are_segments(config: Config) -> bool:
     """Return whether all tokens of a sample are at one timestep, so that no index of segments is needed for the modulation."""
     diffusion = config.diffusion

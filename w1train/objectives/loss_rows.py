@@ -51,6 +51,20 @@ class LearnedNoise:
 
 
 @dataclass(slots=True)
+class SampleRows:
+    """The samples of a micro-batch that the rows come from. b = samples."""
+
+    places: Tensor
+    """int64 [b]: the place of each sample in the global batch; below 0 for a sample of padding."""
+    places_of_rows: Tensor
+    """int64 [m]: the place of each row's sample."""
+    num_tokens: Tensor
+    """int64 [b]: tokens of each sample that can be predicted, as far as this rank has them."""
+    is_counted: Tensor
+    """bool [b]: True on the one context-parallel rank that counts the sample; False everywhere for a sample without such tokens."""
+
+
+@dataclass(slots=True)
 class LossRows:
     """The rows that a loss is computed from: first the rows of the noisy stream, in the order of the flattened ``NoisyBatch.loss_mask``,
     and then the rows of the clean stream, in the order of ``NoisyBatch.next_mask``."""
@@ -71,6 +85,8 @@ class LossRows:
     """int64 scalar: the number of tokens whose likelihood the objective bounds, whether they are predicted in this draw or not."""
     num_units: Tensor | None
     """int64 scalar: the sum of ``NoisyBatch.units``; None where no loss is divided by it."""
+    samples: SampleRows | None = None
+    """None where no loss is divided by a number of samples, documents or positions."""
     learned_noise: LearnedNoise | None = None
     """None if the process learns no rates."""
     measured: Mapping[str, Tensor] | None = None
@@ -100,9 +116,15 @@ def loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
         num_masked=(noisy.loss_mask & noisy.target_is_noised).sum(),
         num_tokens=noisy.num_tokens,
         num_units=None if noisy.units is None else noisy.units.sum(),
+        samples=None if noisy.units is None else _sample_rows(noisy, noisy.units, where[0]),
         learned_noise=None if noisy.noise_rates is None else _learned_noise(noisy, noisy.noise_rates, where),
         measured=noisy.measured,
     )
+
+
+def _sample_rows(noisy: NoisyBatch, units: Tensor, samples_of_rows: Tensor) -> SampleRows:
+    places = noisy.sample_indices - noisy.first_sample
+    return SampleRows(places, places[samples_of_rows], noisy.has_target.sum(dim=1), (units > 0).any(dim=1))
 
 
 def _learned_noise(noisy: NoisyBatch, rates: Tensor, where: tuple[Tensor, ...]) -> LearnedNoise:

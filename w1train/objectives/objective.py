@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w1train.config.schema import DiffusionConfig
+from w1train.config.schema import Config, DiffusionConfig
 from w1train.data.documents import sums_of_documents
 from w1train.diffusion.corruption import NoisyBatch, counts_units
 from w1train.diffusion.processes import noise_process
@@ -24,12 +24,13 @@ from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.losses import bound_of, loss_of
 from w1train.objectives.named_sums import Layout, NamedSums, scalars_first
 from w1train.objectives.next_tokens import NextTokens
+from w1train.objectives.preference import Preference
 from w1train.objectives.term import Term
 from w1train.objectives.unit_count import UnitCount
 from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight, trained_weights
 
 TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
-    lambda config, num_t_bins: Denoising(loss_of(config), bound_of(config), num_t_bins),
+    lambda config, num_t_bins: Denoising(loss_of(config), bound_of(config), num_t_bins, is_trained=not config.preference_draws),
     # The term is also there with weight 0. Without it the vector of sums would be shorter, a ring of ranks would add its numbers in another
     # order, and last bits of logged losses would change.
     lambda config, num_t_bins: NextTokens(config.autoregressive_weight),
@@ -123,9 +124,28 @@ class Objective:
         return metrics
 
 
-def objective_of(config: DiffusionConfig, num_t_bins: int) -> Objective:
-    """Return the objective that a configuration asks for. ``num_t_bins``: intervals of t for the loss by t."""
+def _normalizer(config: DiffusionConfig) -> str:
+    """Return the value of diffusion.normalizer. The loss of preferences is a mean over pairs, and so over samples."""
+    return "sum_per_sample" if config.preference_draws else config.normalizer
+
+
+def objective_at(config: Config) -> Objective:
+    """Return the objective of a stage of a run."""
+    num_draws = config.diffusion.preference_draws
+    num_texts = config.training.global_batch_size // num_draws if num_draws else 0
+    return objective_of(config.diffusion, config.logging.num_t_bins, num_texts)
+
+
+def objective_of(config: DiffusionConfig, num_t_bins: int, num_texts: int = 0) -> Objective:
+    """Return the objective that a configuration asks for.
+
+    Args:
+        num_t_bins: intervals of t for the loss by t.
+        num_texts: the texts of the global batch, of which preferences have a sum each.
+    """
     terms = tuple(term for make in TERMS if (term := make(config, num_t_bins)) is not None)
+    if config.preference_draws:
+        terms += (Preference(config.preference_draws, config.preference_beta, config.preference_cross_entropy_weight, num_texts),)
     # Without noise there is no t on which a weight could depend.
     weight = elbo_weight if noise_process(config).is_causal else WEIGHTS[config.weight]
-    return Objective(config, terms, weight, NORMALIZERS[config.normalizer])
+    return Objective(config, terms, weight, NORMALIZERS[_normalizer(config)])

@@ -144,6 +144,7 @@ def _stage(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "activation_bytes_by_recompute": stage.activations_by_recompute,
         "micro_batch_activation_bytes": [asdict(chunk) for chunk in stage.activations],
         "working_bytes": stage.working_bytes,
+        "reference_bytes": stage.reference_bytes,
         "total_bytes": stage.total_bytes,
         "traffic": [
             {**asdict(item), "sent_bytes": item.sent_bytes, "seconds": seconds(item, plan.layout, plan.device, plan.assumptions)}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from w1train.config.schema import Config
 from w1train.config.stages import at_stage
+from w1train.objectives.description import num_measuring_passes
 from w1train.planning import communication_time as communication
 from w1train.planning import timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
@@ -37,6 +38,8 @@ class StagePlan:
     """Bytes of state on the rank that has the most bytes of state."""
     expert_state: StateBytes
     """Those of its bytes of state that belong to routed experts."""
+    reference_bytes: int
+    """Bytes of the weights of the frozen reference; 0 for a run without preferences."""
     in_flight: tuple[int, ...]
     """Micro-batches whose activations each chunk holds at once."""
     activations: list[ActivationBytes]
@@ -52,7 +55,7 @@ class StagePlan:
     @property
     def total_bytes(self) -> int:
         """All predicted bytes; reserved memory is not included."""
-        return self.state.total + self.activation_bytes + self.working_bytes
+        return self.state.total + self.reference_bytes + self.activation_bytes + self.working_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,7 @@ def _stage(setting: _Setting, pipeline_rank: int, weights: StageWeights) -> Stag
         num_parameters=sum(weights.num_parameters),
         state=weights.state.others + weights.state.experts,
         expert_state=weights.state.experts,
+        reference_bytes=weights.reference_bytes,
         in_flight=held.counts,
         activations=[chunk_activation_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks],
         activation_bytes=held.bytes,
@@ -247,19 +251,22 @@ def _seconds(setting: _Setting, sizes: Sizes, weights: StageWeights, traffic: li
         attention += of_attention
         elementwise += timing.elementwise_bytes(sizes, layout, chunk, num_parameters) / setting.memory_bandwidth
     state = weights.state.others + weights.state.experts
+    # A forward pass is a third of the computation of a micro-batch, and half of its communication.
+    num_passes = num_measuring_passes(setting.config)
+    computed, sent = layout.num_micro_batches * (1 + num_passes / 3), 1 + num_passes / 2
     spent = partial(communication.total_seconds, layout=layout, device=device, assumptions=assumptions)
 
     def of_groups(*groups: Group) -> float:
         return spent([item for item in traffic if item.group in groups and not item.is_per_step])
 
     return StageSeconds(
-        matmul=matmul * layout.num_micro_batches,
-        attention=attention * layout.num_micro_batches,
-        elementwise=elementwise * layout.num_micro_batches,
-        tensor_parallel=of_groups("tensor"),
-        context_parallel=of_groups("context"),
-        expert_parallel=of_groups("expert", "expert_tensor", "experts"),
-        pipeline_sends=of_groups("pipeline"),
+        matmul=matmul * computed,
+        attention=attention * computed,
+        elementwise=elementwise * computed,
+        tensor_parallel=of_groups("tensor") * sent,
+        context_parallel=of_groups("context") * sent,
+        expert_parallel=of_groups("expert", "expert_tensor", "experts") * sent,
+        pipeline_sends=of_groups("pipeline") * sent,
         gradients_and_optimizer=timing.optimizer_pass_bytes(state, setting.config.training.precision) / setting.memory_bandwidth
         + weights.optimizer_flops / (device.peak_tflops * 1e12 * assumptions.matmul_efficiency),
         data_parallel=spent([item for item in traffic if item.is_per_step]),

@@ -108,6 +108,8 @@ def memory_table(plan: Plan) -> Table:
     state_row(f"parameters ({plan.config.training.precision})", lambda state: state.parameters)
     state_row("gradients (fp32)", lambda state: state.gradients)
     state_row("optimizer (fp32 masters and moments)", lambda state: state.optimizer)
+    if any(stage.reference_bytes for stage in stages):
+        row(f"frozen reference ({plan.config.training.precision})", [stage.reference_bytes for stage in stages])
     table.add_row("micro-batches in flight, by chunk", *(", ".join(map(str, stage.in_flight)) for stage in stages))
     row("activations", [stage.activation_bytes for stage in stages])
     for choice in stages[0].activations_by_recompute:

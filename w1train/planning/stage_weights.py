@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from w1train.config.schema import Config
+from w1train.config.stages import has_preferences
 from w1train.planning import communication_time as communication
 from w1train.planning.communication_time import Traffic
 from w1train.planning.layout import Chunk, Layout, chunks_of
 from w1train.planning.orthogonalization import MuonWork, muon_work
 from w1train.planning.parameters import Parameter, chunk_parameters
-from w1train.planning.state import RankState, stage_state_bytes
+from w1train.planning.state import PRECISION_BYTES, RankState, stage_state_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class StageWeights:
     """Elements of the largest parameter."""
     state: RankState
     """Bytes of state on the rank that has the most."""
+    reference_bytes: int
+    """Bytes of the weights of the frozen reference on each rank; 0 for a run without preferences."""
     traffic: list[Traffic]
     """Collectives of gradients, parameters and Muon's matrices, once a step."""
     optimizer_flops: int
@@ -47,9 +50,16 @@ def _stage(config: Config, layout: Layout, pipeline_rank: int) -> StageWeights:
         num_parameters=[sum(parameter.numel for parameter in own) for own in parameters],
         largest_parameter=max(parameter.numel for parameter in of_rank),
         state=max(states, key=lambda state: state.total),
+        reference_bytes=_reference_bytes(config, of_rank),
         traffic=_traffic(config, layout, pipeline_rank, parameters) + muon.traffic,
         optimizer_flops=muon.flops,
     )
+
+
+def _reference_bytes(config: Config, parameters: list[Parameter]) -> int:
+    if not has_preferences(config):
+        return 0
+    return PRECISION_BYTES[config.training.precision] * sum(parameter.numel for parameter in parameters)
 
 
 def _traffic(config: Config, layout: Layout, pipeline_rank: int, parameters: list[list[Parameter]]) -> list[Traffic]:

@@ -1,4 +1,4 @@
-"""The check of the weights that a new run begins from."""
+"""The check of the weights that a new run begins from, and of those of its reference."""
 
 from __future__ import annotations
 
@@ -12,31 +12,42 @@ from w1train.config.errors import Problem, UserError
 from w1train.config.rules.value_rules import has_valid_values
 from w1train.config.schema import Config, ModelConfig
 from w1train.config.serialization import config_from_yaml
+from w1train.config.stages import has_preferences
 from w1train.conversion.families import model_from_config, read_config
 from w1train.conversion.model_fit import find_checkpoint, model_problems
 from w1train.preflight.disks import has_checkpoint
 from w1train.preflight.next_command import absolute
 
 _KEY = "training.initial_weights"
+_REFERENCE_KEY = "reference.weights"
 _VALID = "a Hugging Face directory (config.json and *.safetensors), a run directory or a checkpoint"
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 
 
 def weights_rule(config: Config) -> Iterator[Problem]:
-    """Check that the initial weights are there, and are those of the model. A run that resumes does not read them."""
-    if config.training.initial_weights is None or has_checkpoint(config) or config.checkpoint.upload is not None:
-        return
-    path = Path(absolute(config.training.initial_weights))
+    """Check that the weights are there, and are those of the model. A run that resumes does not read its initial weights, unless they are
+    those of its reference."""
+    initial, reference = config.training.initial_weights, config.reference.weights
+    resumes = has_checkpoint(config) or config.checkpoint.upload is not None
+    is_reference = reference is None and has_valid_values(config) and has_preferences(config)
+    if initial is not None and (not resumes or is_reference):
+        yield from _problems(config, _KEY, initial)
+    if reference is not None and reference != initial:
+        yield from _problems(config, _REFERENCE_KEY, reference)
+
+
+def _problems(config: Config, key: str, typed: str) -> Iterator[Problem]:
+    path = Path(absolute(typed))
     try:
         checkpoint = find_checkpoint(path)
         stored = _hugging_face_model(path) if checkpoint is None else config_from_yaml(checkpoint / CONFIG).model
     except (UserError, OSError) as error:
-        yield Problem(_KEY, str(error).removeprefix(f"{_KEY}: "), _VALID, _download(config.training.initial_weights))
+        yield Problem(key, str(error).removeprefix(f"{_KEY}: "), _VALID, _download(typed))
         return
     if has_valid_values(config):
         yield from model_problems(config.model, stored, str(path))
     if checkpoint is None and find_spec("safetensors") is None:
-        yield Problem(_KEY, f"{path}, and no package safetensors", "weights of Hugging Face need it", "pip install 'w1train[hf]'")
+        yield Problem(key, f"{path}, and no package safetensors", "weights of Hugging Face need it", "pip install 'w1train[hf]'")
 
 
 def _hugging_face_model(path: Path) -> ModelConfig:

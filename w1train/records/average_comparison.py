@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-COLUMNS = {"elbo": "ELBO", "elbo_bits_per_byte": "bits/byte", "masked_cross_entropy": "masked CE"}
+from w1train.config.schema_operation import cost
+
+COLUMNS = {
+    **{"elbo": "ELBO", "elbo_bits_per_byte": "bits/byte", "masked_cross_entropy": "masked CE"},
+    "preference_accuracy": "preference accuracy",
+}
 """The metrics that are compared, and their headings."""
 
 
@@ -14,19 +20,19 @@ def compare(checkpoint: str, metric: str, validation: Mapping[str, Any], members
 
     Args:
         checkpoint: name of the average.
-        metric: the metric that decides which checkpoint is better: lower is better.
+        metric: the metric that decides which checkpoint is better.
         validation: scores of the average, as w1train.training.validation.validate returns them.
         members: scores of the members by step; at least the metrics in ``COLUMNS``.
     """
     steps = sorted(members)
-    best = min(steps, key=lambda step: (members[step][metric], -step))
+    best = min(steps, key=lambda step: (cost(metric, members[step][metric]), -step))
     return {
         "checkpoint": checkpoint,
         "metric": metric,
         "members": steps,
-        **{f"member_{name}": [members[step].get(name) for step in steps] for name in COLUMNS},
+        **{f"member_{name}": [members[step].get(name) for step in steps] for name in COLUMNS if name in validation},
         "best_member": best,
-        "is_better": validation[metric] < members[best][metric],
+        "is_better": cost(metric, validation[metric]) < cost(metric, members[best][metric]),
         **validation,
     }
 
@@ -43,8 +49,8 @@ def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
 def verdict(record: Mapping[str, Any]) -> str:
     """Return a sentence that says whether the average is better than every member, or how many members it is better than."""
     metric, members = record["metric"], record[f"member_{record['metric']}"]
-    value, best = record[metric], min(members)
-    num_beaten = sum(value < member for member in members)
+    value, best = record[metric], min(members, key=partial(cost, metric))
+    num_beaten = sum(cost(metric, value) < cost(metric, member) for member in members)
     than = f"{COLUMNS[metric]} {value:.4f} against {best:.4f} of step {record['best_member']:,} ({_change(value, best)})"
     if record["is_better"]:
         return f"The average is better than each of its {len(members)} members: {than}."
@@ -66,7 +72,7 @@ def average_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     if not records:
         return None
     names = ("step", "checkpoint", "metric", "members", "best_member", "is_better", *COLUMNS, *(f"member_{name}" for name in COLUMNS))
-    return {name: records[-1][name] for name in names}
+    return {name: records[-1][name] for name in names if name in records[-1]}
 
 
 def _change(value: float, best: float) -> str:

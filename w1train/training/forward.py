@@ -20,7 +20,7 @@ from w1train.model.noise_rates import NoiseRates
 from w1train.model.row_terms import RowTerm
 from w1train.objectives.description import num_streams
 from w1train.objectives.named_sums import NamedSums, size_of
-from w1train.objectives.objective import Objective, objective_of
+from w1train.objectives.objective import Objective, objective_at
 from w1train.runtime.pulse import beat
 from w1train.runtime.ranges import kernel_group, step_part
 from w1train.runtime.streams import hand_over, side_stream
@@ -57,7 +57,7 @@ def run_micro_batches(
         Metrics of the whole global batch by their names in records, and the work of all ranks; the same on every rank.
     """
     sums, work = sum_micro_batches(config, chunks, batches, num_micro_batches, training=training)
-    return _objective(config).metrics(sums), work
+    return objective_at(config).metrics(sums), work
 
 
 def sum_micro_batches(
@@ -77,11 +77,7 @@ def sum_micro_batches(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=not training,
     )
-    return _sum_over_ranks(results, _objective(config))
-
-
-def _objective(config: Config) -> Objective:
-    return objective_of(config.diffusion, config.logging.num_t_bins)
+    return _sum_over_ranks(results, objective_at(config))
 
 
 def _forward_step(config: Config, prepared: Iterator[Prepared], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
@@ -135,7 +131,7 @@ def _prepare(noisy: NoisyBatch, config: Config, rates: Tensor | None = None) -> 
     if rates is not None:
         noisy = replace(noisy, noise_rates=rates)
     inputs = rank_inputs(noisy, config)
-    return inputs, _objective(config).row_terms(inputs.rows), _work(inputs)
+    return inputs, objective_at(config).row_terms(inputs.rows), _work(inputs)
 
 
 def _input_stream() -> torch.cuda.Stream:
@@ -152,7 +148,7 @@ def _loss(
     Args:
         names, values: what the objective asked of the logits, at the rows of ``inputs.rows``.
     """
-    objective = _objective(config)
+    objective = objective_at(config)
     weighted, sums = objective.loss(dict(zip(names, values, strict=True)), inputs.rows)
     return weighted, sums[objective.normalizer].to(torch.int), torch.cat([sums.values, work])
 

@@ -45,7 +45,7 @@ from w1train.model.experts.router_losses import RouterLosses
 from w1train.model.transformer import ModelInputs
 from w1train.objectives.description import num_streams, samples_are_segments
 from w1train.objectives.loss_rows import LossRows, loss_rows
-from w1train.objectives.objective import Objective, objective_of
+from w1train.objectives.objective import objective_at
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class RankInputs:
 def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     """Return the model's inputs on this rank. All ranks of a model replica pass the same batch."""
     streams = num_streams(config)
-    weights, losses = _objective(config).weights(noisy), _router_losses(noisy, config, streams)
+    weights, losses = objective_at(config).weights(noisy), _router_losses(noisy, config, streams)
     visibility = sequence_visibility(noisy, config, streams)
     backend = choose_backend(config.attention.backend, _attention_case(config), visibility.endpoints.device)
     if config.parallel.context == 1:
@@ -89,10 +89,6 @@ def rank_inputs(noisy: NoisyBatch, config: Config) -> RankInputs:
     model = _assemble(own, config, streams, plan, losses)
     model.routing_blocks = _routing_blocks(noisy, config, streams, positions)
     return RankInputs(model, _loss_rows(own, weights.gather(1, positions)), ownership.balance)
-
-
-def _objective(config: Config) -> Objective:
-    return objective_of(config.diffusion, config.logging.num_t_bins)
 
 
 def _loss_rows(noisy: NoisyBatch, weights: Tensor) -> LossRows:
@@ -225,7 +221,7 @@ def _router_losses(noisy: NoisyBatch, config: Config, streams: int) -> RouterLos
         return None
     first = first_counted_kind(balance.streams)
     counted = (kinds >= first).sum(dim=1, dtype=torch.float32)
-    return RouterLosses(balance.auxiliary, balance.router_z, first, _objective(config).denominators(noisy), counted)
+    return RouterLosses(balance.auxiliary, balance.router_z, first, objective_at(config).denominators(noisy), counted)
 
 
 def _embedding_noise(noisy: NoisyBatch, config: Config) -> EmbeddingNoise | None:

@@ -55,7 +55,7 @@ class Trainer:
         parts = build_parts(config, ranks, run, open_initial_weights, sinks)
         self.data, self.model, self.checkpoints = parts.data, parts.model, parts.checkpoints
         self.progress, self.position = parts.progress, parts.position
-        self.watch, self.saver, self.timer = parts.watch, parts.saver, parts.timer
+        self.watch, self.saver, self.timer, self.reference = parts.watch, parts.saver, parts.timer, parts.reference
         self.guard, self.stragglers, self.garbage = parts.guard, parts.stragglers, parts.garbage
         self.profiler = Profiler(config.profiling, ranks, run.profile)
         self.scores: dict[str, float] = {}
@@ -115,6 +115,8 @@ class Trainer:
                 self.saver.require_saved()
             else:
                 self.saver.close()
+                if self.reference is not None:
+                    self.reference.require_unchanged()
                 self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
 
@@ -155,7 +157,7 @@ class Trainer:
         self.guard.local_gradients.begin()
         self.noise_rates = model.noise_rates()
         num_micro_batches = num_samples // (stage.training.micro_batch_size * self.ranks.data_parallel_size)
-        batches = measured(stage, model.chunks, batches, num_micro_batches)
+        batches = measured(stage, model.chunks, batches, num_micro_batches, self.reference)
         metrics, work = run_micro_batches(stage, model.chunks, batches, num_micro_batches, training=True)
         balance = model.expert_balance.gather()
         for group in model.optimizer.param_groups:
@@ -233,7 +235,7 @@ class Trainer:
 
     def score(self) -> dict[str, Any]:
         """Score the validation set, and return the record of it."""
-        return {**validate(self.position.stage, self.model, self.data), **self.position.names()}
+        return {**validate(self.position.stage, self.model, self.data, self.reference), **self.position.names()}
 
     @step_part("sample")
     def sample(self) -> None:

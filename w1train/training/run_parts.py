@@ -21,6 +21,7 @@ from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.files import copy_if_different
 from w1train.runtime.kernel_choices import kernels_in_one_line
 from w1train.runtime.run_directory import RunDirectory
+from w1train.training.companions import FrozenModel, build_reference
 from w1train.training.checkpoint_loader import CheckpointLoader, prepare_resume
 from w1train.training.health.garbage import GarbageCollection
 from w1train.training.health.guard import StepGuard
@@ -51,6 +52,8 @@ class RunParts:
     guard: StepGuard
     stragglers: StragglerClock
     garbage: GarbageCollection
+    reference: FrozenModel | None
+    """None for a run without preferences."""
 
 
 def build_parts(
@@ -78,6 +81,7 @@ def _build(
     model = build_trained_model(config, load)
     checkpoints = CheckpointLoader(config, run, model, data)
     progress = checkpoints.load(step)
+    reference = build_reference(config, open_initial_weights, progress)
     position = SchedulePosition(config, progress)
     watch = _build_watch(config, ranks, run, data, progress, position, sinks)
     saver = _build_saver(config, run, model, watch, is_resumed=step is not None)
@@ -86,7 +90,7 @@ def _build(
     guard = StepGuard(health, progress, model, run.bad_batches)
     stragglers = StragglerClock(model.hooks, health.straggler_interval, health.straggler_share)
     garbage = GarbageCollection(health.gc_interval)
-    return RunParts(data, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage)
+    return RunParts(data, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage, reference)
 
 
 def _build_watch(

@@ -67,6 +67,11 @@ class ValidationSet:
         if ranks.is_main:
             verify(self.dataset)
 
+    @property
+    def num_samples(self) -> int:
+        """The number of samples that are scored, over all ranks."""
+        return min(self._config.validation.num_samples, self._packed.num_samples_per_epoch)
+
     def batches(self) -> Iterator[PackedBatch]:
         """Return this rank's validation micro-batches. Every rank has the same number."""
         return validation_batches(
@@ -232,7 +237,8 @@ def fill_of(dataset: TokenDataset, config: Config) -> Fill | None:
 
 def _separate(dataset: TokenDataset, config: Config, seed: int) -> SeparateDataset:
     data = config.data
-    return SeparateDataset(dataset, data.sequence_length, seed, eos=data.eos, fill=fill_of(dataset, config))
+    pairs = any(at_stage(config, name).diffusion.preference_draws for name in config.schedule.stages)
+    return SeparateDataset(dataset, data.sequence_length, seed, pairs=pairs, eos=data.eos, fill=fill_of(dataset, config))
 
 
 def _validation_source(dataset: TokenDataset, config: Config) -> SampleSource:

@@ -179,9 +179,8 @@ class RemoteCheckpoints:
         listed, complete = self._listed(), self.steps()
         best = []
         if settings.keep_best > 0:
-            best = rank_steps(
-                {step: self._score(step, settings.best_metric) for step in complete if step > phase_start}, settings.keep_best
-            )
+            scores = {step: self._score(step, settings.best_metric) for step in complete if step > phase_start}
+            best = rank_steps(scores, settings.keep_best, settings.best_metric)
         for step in sorted({*complete} - kept_steps(complete, best, settings.keep, settings.keep_every)):
             logger.info("removing checkpoint of step %d from %s", step, self.url)
             self.remove(step)

@@ -17,6 +17,7 @@ from w1train.config.rules.health_rules import HEALTH_RULES
 from w1train.config.rules.learned_rates_rules import LEARNED_RATES_RULES
 from w1train.config.rules.model_rules import MODEL_RULES
 from w1train.config.rules.parallel_rules import PARALLEL_RULES, world_size_problems
+from w1train.config.rules.preference_rules import PREFERENCE_RULES
 from w1train.config.rules.rule import Rule
 from w1train.config.rules.run_rules import RUN_RULES
 from w1train.config.rules.sampling_rules import SAMPLING_RULES
@@ -35,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     *DATA_RULES,
     *DIFFUSION_RULES,
     *LEARNED_RATES_RULES,
+    *PREFERENCE_RULES,
     *SCHEDULE_RULES,
     *VALIDATION_RULES,
     *SAMPLING_RULES,
