@@ -18,6 +18,7 @@ if not __package__ and not sys.flags.safe_path:
 
 import json
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 from w1train.config.errors import ConfigurationError, raise_if_any
@@ -67,11 +68,15 @@ def plan(request: Request) -> int:
 
 def search(request: Request) -> int:
     """Rank the layouts that fit. Return the exit status."""
+    from rich.console import Console
+
     from w1train.planning.as_json import search_as_dict
     from w1train.planning.plan_tables import print_search
     from w1train.planning.search import search_layouts
+    from w1train.planning.search_progress import with_progress
 
-    result = search_layouts(request.config, request.num_gpus, request.device, request.assumptions, request.document_length)
+    watched = partial(with_progress, console=Console(stderr=True))
+    result = search_layouts(request.config, request.num_gpus, request.device, request.assumptions, request.document_length, watched)
     if request.json:
         print(json.dumps(search_as_dict(result, NUM_SHOWN)))
     else:

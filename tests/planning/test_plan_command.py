@@ -13,7 +13,7 @@ SMALL = ["recipe=demo", "schedule=masked", "gpus=2"]
 KEYS = {
     "": {
         "format_version", "name", "num_parameters", "num_active_parameters", "layout", "build", "work", "flops_per_token", "memory",
-        "stages", "speed", "device", "assumptions", "schedule", "suggested_recompute",
+        "stages", "speed", "device", "assumptions", "schedule", "suggested_recompute", "suggested_expert",
     },
     "build": {"num_ranks", "num_built", "num_parameters", "seconds"},
     "memory": {"device_bytes", "needed_bytes", "fits"},

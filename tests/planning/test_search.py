@@ -1,14 +1,18 @@
 """The layouts that --search finds, and how predictions depend on the layout."""
 
 import dataclasses
+import io
 
 import pytest
+from rich.console import Console
 
 from w1train.config.compose import load_config
 from w1train.config.rules.validate import validate
 from w1train.planning.assumptions import DEVICES, Assumptions, replace_assumptions
-from w1train.planning.plan_prediction import predict
-from w1train.planning.search import search_layouts
+from w1train.planning.expert_timing import tile_factor
+from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, predict
+from w1train.planning.search import _candidate, _layouts, _micro_batches, search_layouts
+from w1train.planning.search_progress import FIRST_SECONDS, with_progress
 
 H100 = DEVICES["h100"]
 
@@ -44,6 +48,67 @@ def test_every_kind_of_layout_is_tried(found):
     assert {layout.virtual_pipeline for layout in layouts} >= {1, 2}
     assert {layout.context for layout in layouts} >= {1, 2}
     assert {layout.sequence for layout in layouts} == {False, True}
+
+
+def _search_slowly(config, world_size, device, assumptions) -> list[Plan]:
+    """Plan every layout on its own, whether or not it can fit."""
+    plans = []
+    for parallel in _layouts(config, world_size, device.devices_per_node):
+        for micro_batch in _micro_batches(config, parallel, world_size):
+            candidates = [_candidate(config, parallel, micro_batch, recompute) for recompute in RECOMPUTE_CHOICES]
+            if validate(candidates[0], world_size):
+                continue
+            fitting = [plan for each in candidates if (plan := predict(each, world_size, device, assumptions)).fits]
+            plans += fitting
+            if not fitting:
+                break
+    return sorted(plans, key=lambda plan: -plan.mfu)
+
+
+@pytest.mark.parametrize("words", [["recipe=demo_moe"], ["recipe=demo", "optimizer=muon", "model.num_layers=4"]], ids=["experts", "Muon"])
+def test_what_layouts_share_changes_no_plan(words):
+    config = load_config([*words, "training.global_batch_size=8"])
+    small = dataclasses.replace(Assumptions(), reserved_gib=0)
+    memory = round(0.7 * predict(config, 4, H100, small).needed_bytes)
+    device = dataclasses.replace(H100, memory_bytes=memory, devices_per_node=2)
+    expected = _search_slowly(config, 4, device, small)
+    found = search_layouts(config, 4, device, small)
+    assert found.plans == expected
+    assert 10 < len(expected) < found.num_valid, "some layouts do not fit"
+
+
+class Clock:
+    """A clock on which each layout takes some seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now = seconds, -seconds
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
+def test_a_long_search_shows_its_rate_and_the_time_left():
+    output = io.StringIO()
+    assert list(with_progress(range(50), Console(file=output, width=120), Clock(0.5))) == list(range(50))
+    lines = output.getvalue().splitlines()
+    assert lines == [
+        "search: 5 of 50 layouts, 2.0 layouts/s, 0:22 left",
+        "search: 25 of 50 layouts, 2.0 layouts/s, 0:12 left",
+        "search: 45 of 50 layouts, 2.0 layouts/s, 0:02 left",
+    ]
+
+
+def test_a_short_search_shows_nothing():
+    output = io.StringIO()
+    assert list(with_progress("abc", Console(file=output), Clock(FIRST_SECONDS / 4))) == ["a", "b", "c"]
+    assert output.getvalue() == ""
+
+
+def test_a_terminal_shows_a_bar():
+    output = io.StringIO()
+    assert list(with_progress("abc", Console(file=output, force_terminal=True, width=120), Clock(2.0))) == ["a", "b", "c"]
+    assert "layouts/s" in output.getvalue()
 
 
 def test_search_leaves_the_recipe_alone(w1):
@@ -157,6 +222,40 @@ def test_memory_of_experts_is_that_of_the_closed_form():
     assert plan.stages[0].expert_state.total == pytest.approx(routed / 8 * (6 + 12 / 8), rel=0.01)
     others = plan.stages[0].state.total - plan.stages[0].expert_state.total
     assert others == pytest.approx((16_255_638_528 - routed) * (6 + 12 / 64), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_gpus", "changes", "gigabytes"),
+    [
+        ("llada2_mini", 8, ["parallel.expert=8"], 41.6),
+        ("llada2_mini", 64, ["parallel.expert=8"], 20.3),
+        ("llada2_flash", 256, ["parallel.expert=32", "parallel.pipeline=1"], 41.7),
+    ],
+)
+def test_memory_of_weights_and_optimizer_is_the_known_one(recipe, num_gpus, changes, gigabytes):
+    plan = predict(load_config([f"recipe={recipe}", *changes]), num_gpus, H100, Assumptions())
+    assert plan.stages[0].state.total / 1e9 == pytest.approx(gigabytes, abs=0.15)
+
+
+def test_tiles_of_few_rows_are_mostly_empty():
+    """An expert has one tile of 64 rows at least; with thousands of rows half a tile is little."""
+    sizes = predict(load_config(["recipe=llada2_mini"]), 64, H100, Assumptions())._setting.sizes().experts
+    few = {rows: tile_factor(dataclasses.replace(sizes, rows=rows * sizes.num_local)) for rows in (16, 32, 64, 128, 256, 4096)}
+    assert few == {16: 4, 32: 2, 64: 1.5, 128: 1.25, 256: 1.25, 4096: 1 + 64 / 4096}
+
+
+def test_a_rank_with_all_experts_and_few_rows_reads_their_matrices():
+    """With 8 context-parallel ranks each of 256 experts has 32 rows of a micro-batch. The 1.6 GB of a layer's matrices take longer than the
+    products, and as long with half of the rows."""
+    seconds = {}
+    for context in (4, 8):
+        words = [f"parallel.context={context}", "parallel.expert=1", "parallel.pipeline=4", "parallel.recompute=none"]
+        plan = predict(load_config(["recipe=llada2_mini", *words]), 64, H100, Assumptions())
+        assert plan.rows_per_expert == 8192 * 8 / 256 / context
+        seconds[context] = plan.stages[1].seconds.matmul / plan.layout.num_micro_batches
+        whole = 256 * 3 * 2048 * 512 * 2
+        assert seconds[context] > 5 * 3 * whole / (3350e9 * 0.8)
+    assert seconds[4] < 1.2 * seconds[8]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from w1train.config.compose import load_config
 from w1train.planning.assumptions import DEVICES, Assumptions
 from w1train.planning.plan_prediction import predict
-from w1train.planning.suggestion import suggest_recomputation
+from w1train.planning.plan_tables import expert_suggestion
+from w1train.planning.suggestion import suggest_expert_parallelism, suggest_recomputation
 
 H100 = DEVICES["h100"]
 
@@ -48,3 +49,25 @@ def test_a_loss_in_chunks_needs_less_memory(chunk):
     # Compared are fp32 probabilities and bf16 logits of all rows with bf16 logits of a chunk and the gradient of the head's input.
     expected = rows * vocabulary * 6 - (chunk * vocabulary + rows * whole.run.model.hidden_size) * 2
     assert saved == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("recipe", "num_gpus"), [("llada2_mini", 64), ("llada2_flash", 512)])
+def test_experts_that_are_spread_over_nodes_are_called_inside(recipe, num_gpus):
+    spread, planned = (
+        predict(load_config([f"recipe={recipe}", *words]), num_gpus, H100, Assumptions()) for words in (["parallel.expert=64"], [])
+    )
+    best = suggest_expert_parallelism(spread)
+    assert 1 < best.layout.num_expert_slices <= H100.devices_per_node
+    assert best.step_seconds < 0.7 * spread.step_seconds
+    text = expert_suggestion(spread)
+    assert "their ranks are on 8 nodes" in text
+    assert f"parallel.expert={best.layout.expert} (" in text
+    assert text.endswith("% faster than as planned)")
+    assert "nodes" not in expert_suggestion(planned)
+    assert expert_suggestion(best).endswith("; as planned)")
+
+
+def test_no_expert_parallelism_inside_a_node_fits():
+    plan = predict(load_config(["recipe=llada2_flash", "parallel.pipeline=1", "parallel.expert=64"]), 512, H100, Assumptions())
+    assert suggest_expert_parallelism(plan) is None
+    assert "no expert parallelism inside a node fits here: parallel.pipeline" in expert_suggestion(plan)

@@ -38,6 +38,7 @@ def without_null(annotation: Any) -> Any:
     return inner
 
 
+@functools.cache
 def constraint_of(annotation: Any) -> Constraint | None:
     """Return the constraint that a type carries, with or without null; None if it has no constraint."""
     metadata = _metadata(without_null(annotation))
@@ -56,6 +57,7 @@ def scalar_type(annotation: Any) -> Any:
     return get_args(inner)[0] if get_origin(inner) is Annotated else inner
 
 
+@functools.cache
 def partial_class(annotation: Any) -> Any:
     """Return the dataclass some of whose fields a mapping sets, ``Annotated[dict[str, Any], cls]``; None for every other type."""
     metadata = _metadata(annotation)

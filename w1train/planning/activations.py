@@ -133,9 +133,7 @@ def travel_of(layout: Layout, work: Workload) -> Travel | None:
         return None
     if layout.context_method == "all_to_all":
         return "heads"
-    size = layout.context_chunk_size
-    at_home = all(start // size == (end - 1) // size for start, end in work.block_spans)
-    return "clean" if work.num_streams == 2 and at_home else "all"
+    return "clean" if work.num_streams == 2 and work.blocks_stay_home(layout.context_chunk_size) else "all"
 
 
 def norm_bytes(rows: int, size: int, element: int, kernels: Kernels, *, input_is_saved: bool = False) -> int:

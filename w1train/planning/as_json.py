@@ -11,7 +11,7 @@ from w1train.planning.assumptions import described
 from w1train.planning.communication_time import seconds
 from w1train.planning.plan_prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
-from w1train.planning.suggestion import suggest_recomputation
+from w1train.planning.suggestion import suggest_expert_parallelism, suggest_recomputation
 
 if TYPE_CHECKING:  # at run time it would import torch
     from w1train.planning.meta_build import Build
@@ -45,6 +45,7 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
             "fits": plan.fits,
         },
         "suggested_recompute": _suggestion(plan),
+        "suggested_expert": _expert_suggestion(plan),
         "stages": [_stage(plan, stage) for stage in plan.stages],
         "speed": speed_as_dict(plan),
         "schedule": [_stage_of_schedule(plan, name) for name in plan.run.schedule.stages],
@@ -64,6 +65,14 @@ def _suggestion(plan: Plan) -> dict[str, Any] | None:
         "needed_bytes": cheapest.needed_bytes,
         "step_seconds": cheapest.step_seconds,
     }
+
+
+def _expert_suggestion(plan: Plan) -> dict[str, Any] | None:
+    """Return the fastest expert parallelism inside a node; None if no such layout fits, and for a dense model."""
+    fastest = suggest_expert_parallelism(plan) if plan.config.model.experts.num_experts else None
+    if fastest is None:
+        return None
+    return {"expert": fastest.layout.expert, "needed_bytes": fastest.needed_bytes, "step_seconds": fastest.step_seconds}
 
 
 def _stage_of_schedule(plan: Plan, name: str) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _stage(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "expert_optimizer_bytes": stage.expert_state.optimizer,
         "in_flight": stage.in_flight,
         "activation_bytes": stage.activation_bytes,
-        "activation_bytes_by_recompute": stage.activations_by_recompute,
+        "activation_bytes_by_recompute": plan.activations_by_recompute(stage),
         "micro_batch_activation_bytes": [asdict(chunk) for chunk in stage.activations],
         "working_bytes": stage.working_bytes,
         "reference_bytes": stage.reference_bytes,

@@ -54,8 +54,8 @@ class Assumptions:
     """Share of the bf16 peak in the linear layers. A square product of size 8192 on an H100 reaches 0.8; the products of the layers are
     smaller."""
     expert_matmul_efficiency: PositiveFraction = 0.50
-    """Share of the bf16 peak in the grouped products of routed experts, whose inner width is some hundreds. Our choice, which has not been
-    measured."""
+    """Share of the bf16 peak in the grouped products of routed experts, whose inner width is some hundreds, over the rows that their tiles
+    have (w1train/planning/expert_timing.py). Our choice, which has not been measured."""
     expert_imbalance: Annotated[float, Range(1)] = 1.25
     """Rows of the expert-parallel rank that has the most, divided by their mean over ranks. Our choice: no paper gives it for a trained
     model. At random weights it grows with the share of masked tokens, which all choose the same experts, up to the number of ranks."""
@@ -74,6 +74,10 @@ class Assumptions:
     """Seconds that the smallest collective takes."""
     reserved_gib: NonNegativeFloat = 6.0
     """Memory for the CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        return round(self.reserved_gib * 2**30)
 
 
 def described(assumptions: Assumptions) -> dict[str, float]:

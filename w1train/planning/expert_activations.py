@@ -46,6 +46,11 @@ class ExpertSizes:
         """Rows that a rank sends to experts."""
         return self.tokens * self.num_active
 
+    @property
+    def rows_per_expert(self) -> float:
+        """Mean number of rows of an expert of the rank."""
+        return self.rows / self.num_local
+
     def row_bytes(self, width: int) -> int:
         """Return the bytes of a row of this width."""
         return width * self.element

@@ -8,6 +8,7 @@ A *chunk* is a run of consecutive layers; a rank has one, or ``virtual_pipeline`
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +54,11 @@ class Chunk:
     """Those of its layers that have experts."""
     has_embedding: bool
     has_head: bool
+
+    @property
+    def kind(self) -> tuple[int, int, bool, bool]:
+        """What decides the sizes and the work of a chunk. Its other fields are places in the model."""
+        return self.num_layers, self.num_expert_layers, self.has_embedding, self.has_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +216,7 @@ def _chunk(layout: Layout, number: int) -> Chunk:
     )
 
 
-def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
+def in_flight(layout: Layout, pipeline_rank: int) -> frozenset[tuple[int, ...]]:
     """Return how many micro-batches' activations each chunk of a rank holds at its peaks (1F1B; arXiv 2104.04473, section 2.2).
 
     A rank first runs some forward passes, then forward and backward passes in turn. Rank p of P begins with P - p - 1 forward passes, or
@@ -219,7 +225,12 @@ def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
     """
     stages, virtual = layout.pipeline, layout.virtual_pipeline
     # Once the pipeline is full, the counts repeat with every P micro-batches.
-    num_passes = min(layout.num_micro_batches, 4 * stages) * virtual
+    return _held_at_peaks(stages, virtual, min(layout.num_micro_batches, 4 * stages), pipeline_rank)
+
+
+@functools.cache
+def _held_at_peaks(stages: int, virtual: int, num_micro_batches: int, pipeline_rank: int) -> frozenset[tuple[int, ...]]:
+    num_passes = num_micro_batches * virtual
     lead = stages - pipeline_rank - 1 if virtual == 1 else 2 * (stages - pipeline_rank - 1) + (virtual - 1) * stages
     held, peaks = [0] * virtual, set()
     for number in range(num_passes):
@@ -228,7 +239,7 @@ def in_flight(layout: Layout, pipeline_rank: int) -> set[tuple[int, ...]]:
             peaks.add(tuple(held))
         if number >= lead:
             held[virtual - 1 - (number - lead) // stages % virtual] -= 1
-    return peaks
+    return frozenset(peaks)
 
 
 def bubble_fraction(layout: Layout) -> float:

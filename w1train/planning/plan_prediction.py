@@ -16,6 +16,7 @@ from w1train.planning import timing
 from w1train.planning.activations import CUDA_KERNELS, ActivationBytes, Sizes, chunk_activation_bytes, sizes_of, working_bytes
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.communication_time import Group, Traffic
+from w1train.planning.expert_timing import expert_seconds
 from w1train.planning.expert_traffic import expert_traffic
 from w1train.planning.layout import Chunk, Layout, Recompute, bubble_fraction, in_flight, layout_of
 from w1train.planning.stage_weights import StageWeights, weights_of
@@ -46,8 +47,6 @@ class StagePlan:
     """Saved bytes of one micro-batch, by chunk."""
     activation_bytes: int
     """Saved bytes of all micro-batches in flight."""
-    activations_by_recompute: dict[Recompute, int]
-    """Saved bytes of all micro-batches in flight, under each choice of recomputation."""
     working_bytes: int
     traffic: list[Traffic]
     seconds: StageSeconds
@@ -78,7 +77,7 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Bytes on the device that needs most, reserved memory included."""
-        return max(stage.total_bytes for stage in self.stages) + round(self.assumptions.reserved_gib * 2**30)
+        return max(stage.total_bytes for stage in self.stages) + self.assumptions.reserved_bytes
 
     @property
     def fits(self) -> bool:
@@ -87,6 +86,12 @@ class Plan:
     @property
     def bubble_fraction(self) -> float:
         return bubble_fraction(self.layout)
+
+    @property
+    def rows_per_expert(self) -> float:
+        """Rows of an expert in a micro-batch, on the rank that has the most; 0 for a dense model."""
+        experts = self._setting.sizes().experts
+        return 0.0 if experts is None else experts.rows_per_expert
 
     @property
     def step_seconds(self) -> float:
@@ -122,6 +127,10 @@ class Plan:
         """Return the days for the tokens of one stage."""
         return self.run.schedule.stages[stage].tokens / self.at_stage(stage).tokens_per_second / 86400
 
+    @property
+    def _setting(self) -> _Setting:
+        return _Setting(self.config, self.layout, self.work, self.device, self.assumptions)
+
     def at_stage(self, name: str) -> Plan:
         """Return the plan of a stage of the schedule."""
         config = at_stage(self.run, name)
@@ -129,7 +138,13 @@ class Plan:
             return self
         layout, work = layout_of(config, self.layout.world_size), workload_of(config, self.document_length)
         setting = _Setting(config, layout, work, self.device, self.assumptions)
-        return _plan(self.run, setting, self.weights, self.document_length)
+        return _plan(self.run, setting, self.weights, _memory(setting, self.weights), self.document_length)
+
+    def activations_by_recompute(self, stage: StagePlan) -> dict[Recompute, int]:
+        """Return the saved bytes of all micro-batches in flight on a stage, under each choice of recomputation."""
+        sizes = self._setting.sizes()
+        layouts = {choice: dataclasses.replace(self.layout, recompute=choice) for choice in RECOMPUTE_CHOICES}
+        return {choice: _held(_saved(sizes, layout, stage.chunks), layout, stage.pipeline_rank).bytes for choice, layout in layouts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,67 +169,59 @@ class _Setting:
 
 
 def works_of(run: Config, document_length: int | None = None) -> dict[str, Workload]:
-    """Return a sample of each stage of a run's schedule. No layout and no size of micro-batches changes it."""
-    return {name: workload_of(at_stage(run, name), document_length) for name in run.schedule.stages}
+    """Return a sample of each stage of a run's schedule. If stages have equal batches, and micro-batches that need the same memory in every
+    layout, the first of them stands for the others. No layout and no size of micro-batches changes the samples."""
+    works: dict[Hashable, tuple[str, Workload]] = {}
+    for name in run.schedule.stages:
+        config = at_stage(run, name)
+        work = workload_of(config, document_length)
+        works.setdefault((config.training.global_batch_size, work.memory_key(config.parallel.context_chunk_size)), (name, work))
+    return dict(works.values())
 
 
-def predict(
-    config: Config,
-    world_size: int,
-    device: Device,
-    assumptions: Assumptions,
-    document_length: int | None = None,
-    weights: list[StageWeights] | None = None,
-    works: dict[str, Workload] | None = None,
-) -> Plan:
-    """Return the plan of a valid configuration on ``world_size`` devices, for the stage of its schedule that needs most memory.
-
-    Args:
-        weights: ``weights_of`` this configuration and layout, if they are known already.
-        works: ``works_of`` this run, if they are known already.
-    """
-    works = works_of(config, document_length) if works is None else works
-    weights = weights_of(config, layout_of(config, world_size)) if weights is None else weights
-    # Stages whose micro-batches have equal sizes need the same memory, and the first of them stands for the others.
-    settings: dict[Hashable, _Setting] = {}
-    for name, work in works.items():
-        stage = at_stage(config, name)
-        setting = _Setting(stage, layout_of(stage, world_size), work, device, assumptions)
-        settings.setdefault((setting.layout, setting.sizes()), setting)
-    return max((_plan(config, setting, weights, document_length) for setting in settings.values()), key=lambda plan: plan.needed_bytes)
+def predict(config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None) -> Plan:
+    """Return the plan of a valid configuration on ``world_size`` devices, for the stage of its schedule that needs most memory."""
+    planner = Planner(world_size, device, assumptions, document_length, works_of(config, document_length))
+    return planner.plan(config, weights_of(config, layout_of(config, world_size)))
 
 
-def _plan(run: Config, setting: _Setting, weights: list[StageWeights], document_length: int | None) -> Plan:
-    config, layout, work = setting.config, setting.layout, setting.work
-    stages = [_stage(setting, rank, weights[rank]) for rank in range(layout.pipeline)]
-    flops = flops_per_token(config, work)
-    return Plan(run, config, layout, work, setting.device, setting.assumptions, weights, stages, flops, document_length)
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """The plans of one run in different layouts, and what these layouts share. ``config`` is always the run in one of the layouts, which is
+    valid, and ``weights`` are ``weights_of`` this layout."""
 
+    world_size: int
+    device: Device
+    assumptions: Assumptions
+    document_length: int | None
+    works: dict[str, Workload]
+    """``works_of`` the run."""
 
-def _stage(setting: _Setting, pipeline_rank: int, weights: StageWeights) -> StagePlan:
-    layout, chunks = setting.layout, weights.chunks
-    # Memory is planned for the largest possible number of logits, time for the expected number.
-    most = setting.sizes()
-    usual = setting.sizes(round(layout.micro_batch_size * setting.work.num_logits / layout.context))
-    traffic = _traffic(usual, layout, chunks) + weights.traffic
-    held = _held(most, layout, chunks)
-    return StagePlan(
-        pipeline_rank=pipeline_rank,
-        chunks=chunks,
-        num_parameters=sum(weights.num_parameters),
-        state=weights.state.others + weights.state.experts,
-        expert_state=weights.state.experts,
-        reference_bytes=weights.reference_bytes,
-        in_flight=held.counts,
-        activations=[chunk_activation_bytes(most, CUDA_KERNELS, layout, chunk) for chunk in chunks],
-        activation_bytes=held.bytes,
-        activations_by_recompute={
-            choice: _held(most, dataclasses.replace(layout, recompute=choice), chunks).bytes for choice in RECOMPUTE_CHOICES
-        },
-        working_bytes=max(working_bytes(most, CUDA_KERNELS, layout, chunk, weights.largest_parameter) for chunk in chunks),
-        traffic=traffic,
-        seconds=_seconds(setting, usual, weights, traffic),
-    )
+    def plan(self, config: Config, weights: list[StageWeights]) -> Plan:
+        """Return what ``predict`` returns."""
+        fullest = self._fullest(config, weights)
+        return _plan(config, fullest.setting, weights, fullest.memory, self.document_length)
+
+    def plan_if_fits(self, config: Config, weights: list[StageWeights]) -> Plan | None:
+        """Return the plan, or None if it does not fit. The time of a layout that does not fit is not computed."""
+        fullest = self._fullest(config, weights)
+        if fullest.bytes + self.assumptions.reserved_bytes > self.device.memory_bytes:
+            return None
+        return _plan(config, fullest.setting, weights, fullest.memory, self.document_length)
+
+    def can_fit(self, weights: list[StageWeights]) -> bool:
+        """Tell whether the weights leave memory for activations. If they do not, no micro-batch and no recomputation fits."""
+        needed = max(stage.state.total + stage.reference_bytes for stage in weights)
+        return needed + self.assumptions.reserved_bytes < self.device.memory_bytes
+
+    def _fullest(self, config: Config, weights: list[StageWeights]) -> _Fullest:
+        """Return the stage of the schedule that needs most memory, the first of several such stages."""
+        candidates = []
+        for name, work in self.works.items():
+            stage = at_stage(config, name)
+            setting = _Setting(stage, layout_of(stage, self.world_size), work, self.device, self.assumptions)
+            candidates.append(_Fullest(setting, _memory(setting, weights)))
+        return max(candidates, key=lambda candidate: candidate.bytes)
 
 
 class _Held(NamedTuple):
@@ -224,10 +231,91 @@ class _Held(NamedTuple):
     counts: tuple[int, ...]
 
 
-def _held(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> _Held:
-    saved = [chunk_activation_bytes(sizes, CUDA_KERNELS, layout, chunk).total for chunk in chunks]
-    peaks = in_flight(layout, chunks[0].pipeline_rank)
-    return max(_Held(sum(count * size for count, size in zip(counts, saved, strict=True)), counts) for counts in peaks)
+class _StageMemory(NamedTuple):
+    """The memory of a pipeline rank."""
+
+    state: int
+    held: _Held
+    activations: list[ActivationBytes]
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.held.bytes + self.working
+
+
+class _Fullest(NamedTuple):
+    """The stage of a schedule that needs most memory."""
+
+    setting: _Setting
+    memory: list[_StageMemory]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pipeline rank that needs most."""
+        return max(stage.total for stage in self.memory)
+
+
+def _memory(setting: _Setting, weights: list[StageWeights]) -> list[_StageMemory]:
+    """Return the memory of each pipeline rank, for the largest possible number of logits."""
+    layout, sizes = setting.layout, setting.sizes()
+    known: dict[Hashable, tuple[list[ActivationBytes], int]] = {}
+    memory = []
+    for rank, stage in enumerate(weights):
+        if stage.kind not in known:
+            working = max(working_bytes(sizes, CUDA_KERNELS, layout, chunk, stage.largest_parameter) for chunk in stage.chunks)
+            known[stage.kind] = _saved(sizes, layout, stage.chunks), working
+        saved, working = known[stage.kind]
+        memory.append(_StageMemory(stage.state.total + stage.reference_bytes, _held(saved, layout, rank), saved, working))
+    return memory
+
+
+def _saved(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> list[ActivationBytes]:
+    return [chunk_activation_bytes(sizes, CUDA_KERNELS, layout, chunk) for chunk in chunks]
+
+
+def _held(saved: list[ActivationBytes], layout: Layout, pipeline_rank: int) -> _Held:
+    sizes = [chunk.total for chunk in saved]
+    peaks = in_flight(layout, pipeline_rank)
+    return max(_Held(sum(count * size for count, size in zip(counts, sizes, strict=True)), counts) for counts in peaks)
+
+
+class _StageWork(NamedTuple):
+    """The traffic and the time of a pipeline rank."""
+
+    traffic: list[Traffic]
+    seconds: StageSeconds
+
+
+def _plan(run: Config, setting: _Setting, weights: list[StageWeights], memory: list[_StageMemory], document_length: int | None) -> Plan:
+    config, layout, work = setting.config, setting.layout, setting.work
+    # Time is planned for the expected number of logits.
+    usual = setting.sizes(round(layout.micro_batch_size * work.num_logits / layout.context))
+    works: dict[Hashable, _StageWork] = {}
+    for stage in weights:
+        if stage.kind not in works:
+            traffic = _traffic(usual, layout, stage.chunks) + stage.traffic
+            works[stage.kind] = _StageWork(traffic, _seconds(setting, usual, stage, traffic))
+    stages = [_stage(rank, stage, memory[rank], works[stage.kind]) for rank, stage in enumerate(weights)]
+    flops = flops_per_token(config, work)
+    return Plan(run, config, layout, work, setting.device, setting.assumptions, weights, stages, flops, document_length)
+
+
+def _stage(pipeline_rank: int, weights: StageWeights, memory: _StageMemory, work: _StageWork) -> StagePlan:
+    return StagePlan(
+        pipeline_rank=pipeline_rank,
+        chunks=weights.chunks,
+        num_parameters=sum(weights.num_parameters),
+        state=weights.state.others + weights.state.experts,
+        expert_state=weights.state.experts,
+        reference_bytes=weights.reference_bytes,
+        in_flight=memory.held.counts,
+        activations=memory.activations,
+        activation_bytes=memory.held.bytes,
+        working_bytes=memory.working,
+        traffic=work.traffic,
+        seconds=work.seconds,
+    )
 
 
 def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> list[Traffic]:
@@ -247,7 +335,7 @@ def _seconds(setting: _Setting, sizes: Sizes, weights: StageWeights, traffic: li
     for chunk, num_parameters in zip(weights.chunks, weights.num_parameters, strict=True):
         flops = timing.chunk_flops(setting.config.model, layout, setting.work, chunk, sizes.num_logits)
         of_matmul, of_attention = timing.compute_seconds(flops, sizes, layout, setting.work, device, assumptions)
-        matmul += of_matmul
+        matmul += of_matmul + expert_seconds(flops.experts, sizes, layout, chunk, device, assumptions)
         attention += of_attention
         elementwise += timing.elementwise_bytes(sizes, layout, chunk, num_parameters) / setting.memory_bandwidth
     state = weights.state.others + weights.state.experts

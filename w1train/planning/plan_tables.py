@@ -16,7 +16,7 @@ from w1train.planning.communication_time import seconds
 from w1train.planning.plan_prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.state import StateBytes, staging_bytes
-from w1train.planning.suggestion import suggest_recomputation
+from w1train.planning.suggestion import num_nodes_of_experts, suggest_expert_parallelism, suggest_recomputation
 from w1train.runtime.quantities import quantity
 
 if TYPE_CHECKING:  # at run time it would import torch
@@ -43,6 +43,8 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
     console.print("\n" + build_text(build))
     console.print(verdict(plan))
     console.print(suggestion(plan))
+    if plan.config.model.experts.num_experts:
+        console.print(expert_suggestion(plan))
 
 
 def _parameters_text(plan: Plan) -> str:
@@ -80,13 +82,26 @@ def suggestion(plan: Plan) -> str:
         return "no recomputation makes this layout fit"
     layout = cheapest.layout
     groups = f" parallel.recompute_num_layers={layout.recompute_num_layers}" if layout.recompute == "full" else ""
-    gain = plan.step_seconds / cheapest.step_seconds - 1
     same = layout.recompute == plan.layout.recompute
-    compared = "as planned" if same else f"{abs(gain):.1%} {'faster' if gain >= 0 else 'slower'} than as planned"
-    return (
-        f"cheapest recomputation that fits: parallel.recompute={layout.recompute}{groups} "
-        f"({cheapest.needed_bytes / GIB:.1f} of {plan.device.memory_bytes / GIB:.1f} GiB; {compared})"
-    )
+    return f"cheapest recomputation that fits: parallel.recompute={layout.recompute}{groups} ({_compared(plan, cheapest, same=same)})"
+
+
+def expert_suggestion(plan: Plan) -> str:
+    """Say which expert parallelism is the fastest inside a node, where NVLink carries the rows of tokens."""
+    num_nodes = num_nodes_of_experts(plan)
+    spread = "" if num_nodes == 1 else f"the rows of experts cross the network, because their ranks are on {num_nodes} nodes; "
+    fastest = suggest_expert_parallelism(plan)
+    if fastest is None:
+        return f"{spread}no expert parallelism inside a node fits here: parallel.pipeline also divides the experts, between nodes"
+    expert, same = fastest.layout.expert, fastest.layout.expert == plan.layout.expert
+    return f"{spread}fastest expert parallelism inside a node that fits: parallel.expert={expert} ({_compared(plan, fastest, same=same)})"
+
+
+def _compared(plan: Plan, other: Plan, *, same: bool) -> str:
+    """Return the memory and the speed of a suggestion in words."""
+    gain = plan.step_seconds / other.step_seconds - 1
+    speed = "as planned" if same else f"{abs(gain):.1%} {'faster' if gain >= 0 else 'slower'} than as planned"
+    return f"{other.needed_bytes / GIB:.1f} of {plan.device.memory_bytes / GIB:.1f} GiB; {speed}"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -112,8 +127,9 @@ def memory_table(plan: Plan) -> Table:
         row(f"frozen reference ({plan.config.training.precision})", [stage.reference_bytes for stage in stages])
     table.add_row("micro-batches in flight, by chunk", *(", ".join(map(str, stage.in_flight)) for stage in stages))
     row("activations", [stage.activation_bytes for stage in stages])
-    for choice in stages[0].activations_by_recompute:
-        row(f"   if recompute={choice}", [stage.activations_by_recompute[choice] for stage in stages])
+    by_recompute = [plan.activations_by_recompute(stage) for stage in stages]
+    for choice in by_recompute[0]:
+        row(f"   if recompute={choice}", [choices[choice] for choices in by_recompute])
     row("working memory", [stage.working_bytes for stage in stages])
     reserved = plan.assumptions.reserved_gib * GIB
     row("reserved (assumed)", [reserved for _ in stages])
@@ -138,7 +154,8 @@ def _experts_text(plan: Plan) -> str:
         return ""
     return (
         f"experts {experts.num_experts} over {layout.expert} expert-parallel x {layout.expert_tensor} expert-tensor-parallel ranks "
-        f"({layout.expert_data} copies, {layout.expert_dispatcher.replace('_', '-')}), "
+        f"({layout.expert_data} copies, {layout.expert_dispatcher.replace('_', '-')}; {plan.rows_per_expert:,.0f} rows of a micro-batch "
+        "for each expert), "
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from w1train.config.rules.validate import validate
@@ -12,8 +12,8 @@ from w1train.config.schema import Config
 from w1train.config.schema_model import ParallelConfig
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.layout import Recompute, layout_of
-from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, predict, works_of
-from w1train.planning.stage_weights import weights_of
+from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, Planner, works_of
+from w1train.planning.stage_weights import StageWeights, weights_of
 
 _VIRTUAL = (1, 2, 4)
 
@@ -29,7 +29,12 @@ class SearchResult:
 
 
 def search_layouts(
-    config: Config, world_size: int, device: Device, assumptions: Assumptions, document_length: int | None = None
+    config: Config,
+    world_size: int,
+    device: Device,
+    assumptions: Assumptions,
+    document_length: int | None = None,
+    watched: Callable[[Sequence[ParallelConfig]], Iterable[ParallelConfig]] = iter,
 ) -> SearchResult:
     """Plan every combination of tensor, sequence, context, expert and pipeline parallelism (layers split evenly), micro-batch and
     recomputation that ``validate`` passes.
@@ -37,28 +42,41 @@ def search_layouts(
     Tensor and context parallelism stay within a node, where they have NVLink. Experts may be on several nodes. The global batch stays that
     of the recipe, so that every layout trains the same. A larger micro-batch never needs less memory. Therefore no larger one is planned
     where a micro-batch fits under no recomputation.
+
+    Args:
+        watched: a function that yields the layouts that it gets, and may show how many of them are done.
     """
     num_tried = num_valid = 0
-    plans, works = [], works_of(config, document_length)
-    for parallel in _layouts(config, world_size, device.devices_per_node):
-        weights = None
+    plans: list[Plan] = []
+    planner = Planner(world_size, device, assumptions, document_length, works_of(config, document_length))
+    known: dict[tuple[int, ...], list[StageWeights]] = {}
+    for parallel in watched(list(_layouts(config, world_size, device.devices_per_node))):
         for micro_batch in _micro_batches(config, parallel, world_size):
             candidates = [_candidate(config, parallel, micro_batch, recompute) for recompute in RECOMPUTE_CHOICES]
             num_tried += len(candidates)
             if validate(candidates[0], world_size):
                 continue
             num_valid += len(candidates)
-            weights = weights or weights_of(config, layout_of(candidates[0], world_size))
-            fitting = []
-            if max(stage.state.total for stage in weights) < device.memory_bytes:
-                known = (document_length, weights, works)
-                planned = (predict(candidate, world_size, device, assumptions, *known) for candidate in candidates)
-                fitting = [plan for plan in planned if plan.fits]
+            key = _weights_key(parallel)
+            if key not in known:
+                known[key] = weights_of(config, layout_of(candidates[0], world_size))
+            weights = known[key]
+            if not planner.can_fit(weights):
+                break
+            planned = [planner.plan_if_fits(candidate, weights) for candidate in candidates]
+            fitting = [plan for plan in planned if plan is not None]
             plans += fitting
             if not fitting:
                 break
     plans.sort(key=lambda plan: -plan.mfu)
     return SearchResult(num_tried, num_valid, plans)
+
+
+def _weights_key(parallel: ParallelConfig) -> tuple[int, ...]:
+    """Return what decides the weights of the ranks, among the fields that the search changes. Context- and data-parallel ranks share the
+    optimizer's states together."""
+    sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert, parallel.expert_tensor)
+    return (*sizes, int(parallel.sequence))
 
 
 def _candidate(config: Config, parallel: ParallelConfig, micro_batch: int, recompute: Recompute) -> Config:

@@ -3,7 +3,8 @@ them, so that the search computes them once for many plans."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 from w1train.config.schema import Config
 from w1train.config.stages import has_preferences
@@ -19,6 +20,9 @@ from w1train.planning.state import PRECISION_BYTES, RankState, stage_state_bytes
 class StageWeights:
     """The weights of the ranks of one pipeline stage."""
 
+    kind: Hashable
+    """What decides the weights and the work of a stage of the layout, so that stages of equal kinds differ in the numbers of their layers
+    alone."""
     chunks: list[Chunk]
     num_parameters: list[int]
     """Parameters of each chunk on a rank."""
@@ -34,11 +38,20 @@ class StageWeights:
 
 
 def weights_of(config: Config, layout: Layout) -> list[StageWeights]:
-    """Return the weights of each pipeline rank."""
-    return [_stage(config, layout, rank) for rank in range(layout.pipeline)]
+    """Return the weights of each pipeline rank. Neither context parallelism nor the batch changes them, and stages of equal kinds are
+    computed once."""
+    known: dict[Hashable, StageWeights] = {}
+    stages = []
+    for rank in range(layout.pipeline):
+        chunks = chunks_of(layout, rank)
+        kind = (layout.bucket_size(rank), *(chunk.kind for chunk in chunks))
+        if kind not in known:
+            known[kind] = _stage(config, layout, rank, kind)
+        stages.append(replace(known[kind], chunks=chunks))
+    return stages
 
 
-def _stage(config: Config, layout: Layout, pipeline_rank: int) -> StageWeights:
+def _stage(config: Config, layout: Layout, pipeline_rank: int, kind: Hashable) -> StageWeights:
     chunks = chunks_of(layout, pipeline_rank)
     parameters = [chunk_parameters(config.model, layout, chunk) for chunk in chunks]
     of_rank = [parameter for own in parameters for parameter in own]
@@ -46,6 +59,7 @@ def _stage(config: Config, layout: Layout, pipeline_rank: int) -> StageWeights:
     has_muon = config.optimizer.name == "muon"
     muon = muon_work(config.model, layout, pipeline_rank, parameters) if has_muon else MuonWork([], 0)
     return StageWeights(
+        kind=kind,
         chunks=chunks,
         num_parameters=[sum(parameter.numel for parameter in own) for own in parameters],
         largest_parameter=max(parameter.numel for parameter in of_rank),

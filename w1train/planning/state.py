@@ -8,6 +8,7 @@ matrix of Muon has one moment, any other parameter two.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -92,15 +93,20 @@ def buffer_layout(parameters: Sequence[Parameter], num_shards: int, bucket_size:
 
 def shard_numels(buckets: Sequence[Bucket], num_shards: int, counts: Callable[[Parameter], bool] = lambda _: True) -> list[int]:
     """Return the elements of those parameters that count, in each rank's shares of all buckets."""
-    numels = [0] * num_shards
+    numels, changes = [0] * num_shards, [0] * num_shards
     for bucket in buckets:
         size = (bucket.end - bucket.start) // num_shards
         spans = (span for span, parameter in zip(bucket.spans, bucket.parameters, strict=True) if counts(parameter))
         for start, end in spans:
-            for shard in range((start - bucket.start) // size, (end - 1 - bucket.start) // size + 1):
+            first, last = (start - bucket.start) // size, (end - 1 - bucket.start) // size
+            for shard in {first, last}:
                 low = bucket.start + shard * size
                 numels[shard] += min(end, low + size) - max(start, low)
-    return numels
+            if last - first > 1:
+                # The shares between the first and the last belong to the parameter as a whole. There may be hundreds of them.
+                changes[first + 1] += size
+                changes[last] -= size
+    return [at_ends + between for at_ends, between in zip(numels, itertools.accumulate(changes), strict=True)]
 
 
 def has_one_moment(optimizer: str, name: str) -> bool:

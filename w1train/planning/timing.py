@@ -80,7 +80,7 @@ def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk
 def compute_seconds(
     flops: FlopsByPart, sizes: Sizes, layout: Layout, work: Workload, device: Device, assumptions: Assumptions
 ) -> tuple[float, float]:
-    """Return the seconds of (linear layers, attention) of one micro-batch, on the rank whose experts have the most rows.
+    """Return the seconds of (linear layers, attention) of one micro-batch, without the routed experts (``expert_seconds``).
 
     Recomputation repeats the forward pass, which is a third of the work. With a dense mask, the kernel computes every pair of a row and a
     key that it gets.
@@ -93,8 +93,6 @@ def compute_seconds(
     outside = flops.timestep_mlp + flops.output_head * (4 if layout.loss_chunk_size is not None else 3) / 3
     in_layers = in_layers * repeated[0] / 3 + (flops.router + flops.shared_experts) * of_experts
     matmul = (in_layers + outside) / (peak * assumptions.matmul_efficiency)
-    of_experts *= flops.experts * min(assumptions.expert_imbalance, layout.expert)
-    matmul += of_experts / (peak * assumptions.expert_matmul_efficiency)
     pairs, efficiency = flops.attention_core * repeated[1] / 3, assumptions.attention_efficiency
     if work.is_masked:
         pairs, efficiency = pairs * work.num_positions * sizes.keys / work.visible_pairs, assumptions.masked_attention_efficiency

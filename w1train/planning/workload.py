@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,6 +58,15 @@ class Workload:
     def is_masked(self) -> bool:
         """Tell whether every micro-batch needs a mask."""
         return self.num_documents > 1 or self.num_streams > 1
+
+    def blocks_stay_home(self, chunk_size: int) -> bool:
+        """Tell whether no block crosses the border of a chunk of the context-parallel ranks."""
+        return all(start // chunk_size == (end - 1) // chunk_size for start, end in self.block_spans)
+
+    def memory_key(self, context_chunk_size: int) -> Hashable:
+        """Return what decides the memory of a micro-batch of this sample, in every layout."""
+        home = self.blocks_stay_home(context_chunk_size)
+        return home, replace(self, visible_pairs=0, num_logits=0.0, block_spans=())
 
 
 def workload_of(config: Config, document_length: int | None = None) -> Workload:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from w1train.config.errors import Problem
 from w1train.config.schema import Config, DiffusionConfig
@@ -38,23 +38,40 @@ def of_own_processes(rule: ProcessRule) -> Rule:
     return checked
 
 
-def at_every_stage(rule: Rule) -> Rule:
-    """Return the rule for the run and for each stage that sets fields of diffusion itself.
+class StageRule:
+    """A rule that holds for the run, and for each stage that sets fields of diffusion itself.
 
     A problem that the run and a stage share is reported once, at the run's key.
     """
 
-    @functools.wraps(rule)
-    def everywhere(config: Config) -> Iterator[Problem]:
-        of_run = list(rule(config))
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        functools.update_wrapper(self, rule)
+
+    def __call__(self, config: Config, stages: Iterable[tuple[str, Config]] | None = None) -> Iterator[Problem]:
+        """Yield the problems of the configuration.
+
+        Args:
+            stages: ``own_stages`` of the configuration, if they are known already.
+        """
+        of_run = list(self._rule(config))
         yield from of_run
-        for name, stage in config.schedule.stages.items():
-            if not stage.diffusion:
-                continue
-            for problem in rule(at_stage(config, name)):
+        for name, at_this_stage in own_stages(config) if stages is None else stages:
+            own = config.schedule.stages[name].diffusion
+            for problem in self._rule(at_this_stage):
                 field = problem.key.removeprefix("diffusion.")
-                key = f"schedule.stages.{name}.diffusion.{field}" if field in stage.diffusion else f"{problem.key} in stage {name}"
+                key = f"schedule.stages.{name}.diffusion.{field}" if field in own else f"{problem.key} in stage {name}"
                 if problem not in of_run:
                     yield dataclasses.replace(problem, key=key)
 
-    return everywhere
+
+def own_stages(config: Config) -> Iterator[tuple[str, Config]]:
+    """Yield the name and the configuration of each stage that sets fields of diffusion itself."""
+    for name, stage in config.schedule.stages.items():
+        if stage.diffusion:
+            yield name, at_stage(config, name)
+
+
+def at_every_stage(rule: Rule) -> StageRule:
+    """Return the rule for the run and for each of its stages."""
+    return StageRule(rule)

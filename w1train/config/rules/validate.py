@@ -18,7 +18,7 @@ from w1train.config.rules.learned_rates_rules import LEARNED_RATES_RULES
 from w1train.config.rules.model_rules import MODEL_RULES
 from w1train.config.rules.parallel_rules import PARALLEL_RULES, world_size_problems
 from w1train.config.rules.preference_rules import PREFERENCE_RULES
-from w1train.config.rules.rule import Rule
+from w1train.config.rules.rule import Rule, StageRule, own_stages
 from w1train.config.rules.run_rules import RUN_RULES
 from w1train.config.rules.sampling_rules import SAMPLING_RULES
 from w1train.config.rules.schedule_rules import SCHEDULE_RULES
@@ -51,7 +51,10 @@ RULES: tuple[Rule, ...] = (
 
 def validate(config: Config, world_size: int | None = None) -> list[Problem]:
     """Return every problem of a configuration; with ``world_size`` (ranks) the layout over ranks is checked too."""
-    return [problem for rule in RULES for problem in rule(config)] + list(world_size_problems(config, world_size))
+    # A schedule may have many stages, and every rule of stages would make their configurations again.
+    stages = list(own_stages(config))
+    found = (rule(config, stages) if isinstance(rule, StageRule) else rule(config) for rule in RULES)
+    return [problem for problems in found for problem in problems] + list(world_size_problems(config, world_size))
 
 
 def validate_conversion(conversion: Conversion, more_rules: Sequence[Rule] = ()) -> list[Problem]:
