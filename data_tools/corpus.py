@@ -123,8 +123,13 @@ class TextCorpus(FileUnits):
 class LeftOut:
     """The counts of a corpus, and the log messages about the input that is left out."""
 
-    def __init__(self, counts: Counts | None = None) -> None:
+    def __init__(self, counts: Counts | None = None, wanted: str = "text") -> None:
+        """
+        Args:
+            wanted: what the corpus should consist of.
+        """
         self.counts = counts or Counts()
+        self._wanted = wanted
         self._num_faults = 0
 
     def add(self, text: UnitText) -> None:
@@ -151,7 +156,8 @@ class LeftOut:
         if self._num_faults > _MAX_LOGGED:
             logger.warning("... and %d more were left out", self._num_faults - _MAX_LOGGED)
         if counts.num_bad or counts.num_empty:
-            logger.info("left out %d files or lines that are not text and %d empty documents", counts.num_bad, counts.num_empty)
+            what = f"files or lines that are not {self._wanted}"
+            logger.info("left out %d %s and %d empty documents", counts.num_bad, what, counts.num_empty)
         if counts.num_too_large:
             logger.info("left out %d files, lines or rows over --max-document-size or --max-row-group-size", counts.num_too_large)
         if counts.num_filtered:
@@ -159,7 +165,5 @@ class LeftOut:
         if counts.num_duplicates:
             logger.info("left out %d duplicates", counts.num_duplicates)
         if counts.num_documents == 0:
-            raise CorpusError(
-                f"the corpus is empty: no text in {num_files} files ({counts.num_empty} empty documents, {counts.num_bad} not text, "
-                f"{counts.num_too_large} over a limit, {counts.num_filtered} filtered out)"
-            )
+            found = f"{counts.num_empty} empty documents, {counts.num_bad} not {self._wanted}, {counts.num_too_large} over a limit"
+            raise CorpusError(f"the corpus is empty: no {self._wanted} in {num_files} files ({found}, {counts.num_filtered} filtered out)")

@@ -20,7 +20,7 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("corpus")
     _add_file_options(group)
     _add_document_options(group)
-    _add_error_options(group)
+    add_error_options(group)
 
 
 def _add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -73,7 +73,8 @@ def _add_document_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_error_options(group: argparse._ArgumentGroup) -> None:
+def add_error_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options about input that cannot be read."""
     group.add_argument(
         "--on-error",
         choices=["fail", "skip"],
@@ -104,6 +105,17 @@ def size(text: str) -> int:
     if not (found := re.fullmatch(r"([0-9]{1,15})([KMG]?)", text)) or not (number := int(found[1])):
         raise argparse.ArgumentTypeError(f"must be a whole number of bytes, at least 1, such as 500000, 64M or 2G, not {text[:80]!r}")
     return number << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
+
+
+def positive(text: str) -> int:
+    """Parse an option that is a whole number, at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text[:80]!r}")
+    return number
 
 
 def input_path(text: str) -> str:

@@ -15,17 +15,20 @@ if not __package__ and not sys.flags.safe_path:
 
 import argparse
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.command_runner import run_command
+from data_tools.document_view import STYLE, DocumentView, draw_views, legend, page_legend
 from data_tools.histogram import Histogram
 from data_tools.progress import ByteProgress
 from w1train.config.argument_parser import ArgumentParser
+from w1train.config.reading import shorten
 from w1train.data.dataset import DatasetError, TokenDataset
 from w1train.data.dataset_manifest import dataset_paths
 from w1train.data.sharded_dataset import open_dataset
@@ -83,20 +86,23 @@ def _inspect(options: argparse.Namespace) -> None:
     lengths = np.diff(dataset.document_offsets)
     counts = count(dataset, lengths)
     histogram = Histogram.of(lengths)
-    samples = draw_samples(dataset, tokenizer, options.samples, options.characters, options.seed) if tokenizer else []
+    views = draw_views(dataset, tokenizer, options.samples, options.characters, options.seed) if tokenizer else []
     checks = [Check("the index is whole, and the files have the sizes that it implies")]
     if not options.no_scan:
         checks += [check_hashes(dataset), check_tokens(dataset, tokenizer)]
         checks += [check_may_be_noised(dataset)] if dataset.limits_noise else []
     width = max(len(name) for name, _ in counts)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in counts), histogram.text(), sep="\n\n", end="\n\n")
-    for number, text in samples:
-        print(f"--- document {number}\n{text}\n")
+    has_colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if line := legend(views, has_colors):
+        print(line, end="\n\n")
+    for view in views:
+        print(view.for_terminal(has_colors))
     print("\n".join(map(str, checks)))
     if options.svg:
         write_text(options.svg, histogram.svg())
     if options.html:
-        write_text(options.html, _page(options.prefix, counts, histogram, samples, checks))
+        write_text(options.html, _page(options.prefix, counts, histogram, views, checks))
     if failed := [check for check in checks if check.problem]:
         raise DatasetError(f"dataset {options.prefix} failed a check: {failed[0].problem}")
 
@@ -116,7 +122,8 @@ def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, 
         ]
         kinds = ("bad", "too_large", "empty", "filtered", "duplicates")
         left_out = [f"{manifest.corpus.get(f'num_{kind}', 0):,} {kind.replace('_', ' ')}" for kind in kinds]
-        rows += [("left out of the corpus", ", ".join(left_out))] if manifest.corpus else []
+        is_of_texts = manifest.corpus and not manifest.conversations
+        rows += [("left out of the corpus", ", ".join(left_out))] if is_of_texts else _conversation_rows(manifest.conversations)
     if dataset.limits_noise:
         rows.append(("may be noised", "only the tokens that the .may_be_noised file allows"))
     quantiles = np.quantile(lengths, _QUANTILES, method="inverted_cdf")
@@ -125,16 +132,22 @@ def count(dataset: TokenDataset, lengths: NDArray[np.int64]) -> list[tuple[str, 
     return rows
 
 
-def draw_samples(dataset: TokenDataset, tokenizer: Tokenizer, num: int, num_characters: int, seed: int) -> list[tuple[int, str]]:
-    """Return the number and the beginning of the text of some documents, in the dataset's order."""
-    chosen = np.random.default_rng(seed).choice(dataset.num_documents, min(num, dataset.num_documents), replace=False)
-    samples = []
-    for document in sorted(chosen.tolist()):
-        # A token has a few characters on average. Four tokens per character would be single bytes of the rarest scripts.
-        length = int(dataset.document_offsets[document + 1] - dataset.document_offsets[document])
-        text = tokenizer.decode(dataset.document_tokens(document, 0, min(length, 4 * num_characters)).tolist())
-        samples.append((document, text if len(text) <= num_characters else text[:num_characters] + "..."))
-    return samples
+def _conversation_rows(conversations: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines about a dataset of conversations, whose manifest may have been changed by hand."""
+    if not conversations:
+        return []
+    counts = [
+        f"{value:,} {shorten(name.removeprefix('num_').replace('_', ' '))[1:-1]}"
+        for name, value in conversations.items()
+        if name.startswith("num_")
+    ]
+    return [
+        (
+            "conversations",
+            f"{conversations['kind']}, replies: {conversations['replies']}, template: {shorten(conversations.get('template'))}",
+        ),
+        ("counts", ", ".join(counts)),
+    ]
 
 
 def check_hashes(dataset: TokenDataset) -> Check:
@@ -157,15 +170,19 @@ def check_tokens(dataset: TokenDataset, tokenizer: Tokenizer | None) -> Check:
     vocab_size = facts.vocab_size if isinstance(facts, Tokenizer) else facts.tokenizer_vocab_size
     # The documents of a dataset that other software wrote need not end with EOS.
     ends_matter = dataset.manifest is not None
+    num_cut = dataset.manifest.conversations.get("num_cut", 0) if dataset.manifest is not None else 0
     name = f"every token is in the vocabulary of {vocab_size} ids, and no token is the mask"
     name += ", and every document ends with EOS" if ends_matter else ""
+    name += f" but at most {num_cut} that were cut" if num_cut else ""
     ends = dataset.document_offsets[1:][np.diff(dataset.document_offsets) > 0] - 1
     with ByteProgress("reading", dataset.num_tokens * dataset.document_tokens(0, 0, 0).itemsize) as progress:
         for start, tokens in _chunks(dataset):
             if problem := _token_problem(tokens, start, vocab_size, facts.mask_token_id):
                 return Check(name, problem)
             inside = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + len(tokens))]
-            if ends_matter and len(open_ends := inside[tokens[inside - start] != facts.eos_token_id]):
+            open_ends = inside[tokens[inside - start] != facts.eos_token_id]
+            num_cut -= len(open_ends)
+            if ends_matter and num_cut < 0:
                 return Check(name, f"token {open_ends[0]} is the last of its document, but not EOS")
             progress.update((start + len(tokens)) * tokens.itemsize)
     return Check(name)
@@ -198,13 +215,14 @@ def _chunks(dataset: TokenDataset) -> Iterator[tuple[int, NDArray[np.integer]]]:
 
 
 def _page(
-    prefix: str, counts: Sequence[tuple[str, str]], histogram: Histogram, samples: Sequence[tuple[int, str]], checks: Sequence[Check]
+    prefix: str, counts: Sequence[tuple[str, str]], histogram: Histogram, views: Sequence[DocumentView], checks: Sequence[Check]
 ) -> str:
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in counts)
-    texts = "".join(f"<h3>document {number}</h3><pre>{html.escape(text)}</pre>" for number, text in samples)
+    texts = page_legend(views) + "".join(view.for_page() for view in views)
     results = html.escape("\n".join(map(str, checks)))
     title = html.escape(Path(prefix).name)
     style = "body{font-family:sans-serif;max-width:760px;margin:2em auto}th{text-align:left;padding-right:1em}pre{white-space:pre-wrap}"
+    style += STYLE
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>'
         f"<table>{rows}</table>{histogram.svg()}{texts}<h3>checks</h3><pre>{results}</pre></html>\n"

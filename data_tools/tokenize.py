@@ -29,7 +29,7 @@ import tokenizers
 
 from data_tools.command_runner import run_command
 from data_tools.corpus import LeftOut, TextCorpus
-from data_tools.corpus_options import add_corpus_options, corpus_from, input_path, output_prefix
+from data_tools.corpus_options import add_corpus_options, corpus_from, input_path, output_prefix, positive
 from data_tools.duplicates import SeenHashes
 from data_tools.encode import Encoding, TokenizedUnit, UnitTokenizer
 from data_tools.outputs import OutputOptions, Outputs, output_paths, progress_paths
@@ -83,14 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--shard-size",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="write shards PREFIX_00000, PREFIX_00001, ..., each of which ends with the document that brings it to this number of tokens "
         "(default: one dataset)",
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="number of workers, which are threads, or processes if more than 8 (default: the number of cores)",
     )
@@ -109,16 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.validation_output and os.path.realpath(options.validation_output) == os.path.realpath(options.output):
         parser.error(f"--output {options.output} and --validation-output {options.validation_output} are the same dataset")
     return run_command(lambda: _tokenize(options))
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text[:80]!r}")
-    return number
 
 
 def _tokenize(options: argparse.Namespace) -> None:

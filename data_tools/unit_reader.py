@@ -205,7 +205,7 @@ class UnitReader:
                     continue
                 content = decode(line, offset)
                 if content.strip():
-                    self._add_record(result, _parse(content), origin, "JSON object")
+                    self.add_record(result, _parse(content), origin, "JSON object")
                 else:
                     result.counts.num_empty += 1
             except CorpusError as error:
@@ -219,11 +219,16 @@ class UnitReader:
             try:
                 if isinstance(row, str):
                     raise CorpusError(row)
-                self._add_record(result, row, origin, "record")
+                self.add_record(result, row, origin, "record")
             except CorpusError as error:
                 self._reject(result, f"{origin}: {error}")
 
-    def _add_record(self, result: UnitText, record: object, origin: str, kind: str) -> None:
+    def add_record(self, result: UnitText, record: object, origin: str, kind: str) -> None:
+        """Add the documents of a record.
+
+        Raises:
+            CorpusError: if the record is bad.
+        """
         name = self._rules.text_field
         try:
             value = look_up(record, name)

@@ -29,6 +29,7 @@ DATA_VERBS = {
     "train-tokenizer": Verb("data_tools.train_tokenizer", "train a tokenizer on text"),
     "import-tokenizer": Verb("data_tools.import_tokenizer", "import a tokenizer of another model"),
     "tokenize": Verb("data_tools.tokenize", "turn text into the token files of a run"),
+    "conversations": Verb("data_tools.conversations", "turn conversations into token files for fine-tuning"),
     "inspect": Verb("data_tools.inspect", "show what token files contain"),
     "count-tokens": Verb("data_tools.count_tokens", "count how often each token id occurs"),
     "verify": Verb("data_tools.verify", "compare token files with their hashes"),

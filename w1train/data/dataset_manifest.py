@@ -14,6 +14,9 @@ from w1train.data.indexed import DatasetError, bin_path, idx_path, may_be_noised
 from w1train.runtime.files import write_bytes
 
 FORMAT_VERSION = 1
+CONVERSATION_KINDS = ("conversations", "preferences")
+REPLIES = ("last", "all", "split")
+"""Which replies of a conversation a dataset has: its last, all of them in one document, or each in a document of its own."""
 _LONGEST_TEXT = 1000
 
 
@@ -81,6 +84,10 @@ class DatasetManifest:
     corpus: dict[str, Any] = field(default_factory=dict)
     """The input of data_tools.tokenize: the options, the numbers of files and bytes, a hash of the list of files, and how many documents
     were left out for which reason."""
+    conversations: dict[str, Any] = field(default_factory=dict)
+    """What the documents of a dataset of conversations are: their kind ("conversations", or "preferences", whose documents are pairs of a
+    chosen and a rejected reply), the replies that may be noised ("last", "all", "split"), the hash of the chat template, the longest
+    document, and how many documents were cut or left out for which reason. Empty for other datasets."""
     shard: dict[str, Any] = field(default_factory=dict)
     """For a shard: its number, the number of shards, and a hash of the hashes of all shards' files. Empty for a dataset that is not a
     shard."""
@@ -100,8 +107,11 @@ class DatasetManifest:
         return hashlib.sha256(f"{self.bin_sha256}{self.may_be_noised_sha256}".encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write the file, complete or not at all. A dataset without PREFIX.may_be_noised has no keys for it."""
+        """Write the file, complete or not at all. A dataset without PREFIX.may_be_noised, or of other texts than conversations, has no keys
+        for them."""
         content = asdict(self)
+        if not self.conversations:
+            del content["conversations"]
         if not self.may_be_noised_sha256:
             del content["may_be_noised_num_bytes"], content["may_be_noised_sha256"]
         write_bytes(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
@@ -138,9 +148,25 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
     num_flags, digest = content.get("may_be_noised_num_bytes", 0), content.get("may_be_noised_sha256", "")
     if num_flags != (content["num_tokens"] if digest else 0):
         raise DatasetError(f"{path} is damaged: may_be_noised_num_bytes is {num_flags}, for {content['num_tokens']} tokens")
-    for name, value in content.get("corpus", {}).items():
-        if name.startswith("num_") and not (type(value) is int and _is_possible(value)):
-            raise DatasetError(f"{path} is damaged: corpus.{name} is {shorten(value)}")
+    for key in ("corpus", "conversations"):
+        for name, value in content.get(key, {}).items():
+            if name.startswith("num_") and not (type(value) is int and _is_possible(value)):
+                raise DatasetError(f"{path} is damaged: {key}.{name} is {shorten(value)}")
+    _check_conversations(path, content)
+
+
+def _check_conversations(path: Path, content: dict[str, Any]) -> None:
+    """Refuse what a run would read wrongly: prompts that could be noised, and pairs of which a side is missing."""
+    conversations = content.get("conversations")
+    if not conversations:
+        return
+    for name, valid in (("kind", CONVERSATION_KINDS), ("replies", REPLIES)):
+        if conversations.get(name) not in valid:
+            raise DatasetError(f"{path} is damaged: conversations.{name} is {shorten(conversations.get(name))}, not {' or '.join(valid)}")
+    if not content.get("may_be_noised_sha256"):
+        raise DatasetError(f"{path} is damaged: it is of conversations, and says nothing about which tokens may be noised")
+    if conversations["kind"] == "preferences" and content["num_documents"] % 2:
+        raise DatasetError(f"{path} is damaged: {content['num_documents']} documents are not pairs of a chosen and a rejected reply")
 
 
 def _is_possible(value: object) -> bool:

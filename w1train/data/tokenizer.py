@@ -69,6 +69,9 @@ class Tokenizer:
         self._origin = origin
         content = parse_tokenizer_json(serialized, origin)
         self._stated_ids: dict[str, int] = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        self.special_tokens: list[str] = [token["content"] for token in content.get("added_tokens") or [] if token.get("special")]
+        """The names of the special tokens."""
+        self._backend_for_templates: BackendTokenizer | None = None
         self._backend, self._growth, self._decoded_growth = _parse(content, origin)
         self.fingerprint: str = hashlib.sha256(serialized).hexdigest()
         """SHA-256 of the file: two tokenizers are the same if and only if their files are."""
@@ -110,6 +113,21 @@ class Tokenizer:
             raise TokenizerError(f"{text[:80]!r} is not Unicode: character {error.start} is a lone surrogate") from error
         with _panics_of(self._origin):
             return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Return the token ids of a text in which the name of a special token stands for the token. Only a chat template may write such a
+        text: in the text of somebody else, a name would end a document or a turn.
+
+        Raises:
+            TokenizerError: as :meth:`encode`.
+        """
+        self._require_room([text])
+        if self._backend_for_templates is None:
+            with _panics_of(self._origin):
+                self._backend_for_templates = BackendTokenizer.from_str(self._backend.to_str())
+                self._backend_for_templates.encode_special_tokens = False
+        with _panics_of(self._origin):
+            return self._backend_for_templates.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, computed on all cores.
