@@ -3,6 +3,7 @@
     w1train convert from-hf HF_DIR --output my_recipes/model/NAME.yaml
     w1train convert to-hf RUN OUT_DIR
     w1train convert to-hf RUN OUT_DIR --checkpoint average
+    w1train convert to-hf RUN OUT_DIR --adapters
 
 ``from-hf`` writes the model section of a recipe. A run with training.initial_weights=HF_DIR then starts from the weights.
 """
@@ -112,7 +113,7 @@ def to_hugging_face(args: argparse.Namespace) -> int:
         checkpoint = find_checkpoint(args.run / "checkpoints", args.checkpoint)
         verify_checkpoint(checkpoint)
         require_registered_names(read_config(checkpoint), checkpoint / CONFIG)
-        exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size)
+        exported = export(RunDirectory(args.run), checkpoint, args.output, args.format, args.max_shard_size, args.part)
     except CheckpointError as error:
         raise UserError(str(error)) from error
     print(f"{checkpoint} -> {args.output}: {exported.model_type}, {exported.num_parameters:,} parameters, {len(exported.files)} files")
@@ -148,6 +149,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     outgoing.add_argument(
         "--max-shard-size", type=_bytes, default=_bytes("5GB"), metavar="SIZE", help="largest size of a safetensors file (default: 5GB)"
     )
+    parts = outgoing.add_mutually_exclusive_group()
+    parts.add_argument(
+        "--adapters",
+        dest="part",
+        action="store_const",
+        const="adapters",
+        help="write the adapters alone, in the format of PEFT, for a base in --format (default: add them to the weights)",
+    )
+    parts.add_argument("--base", dest="part", action="store_const", const="base", help="write the weights without the run's adapters")
+    outgoing.set_defaults(part="merged")
     return parser.parse_args(arguments)
 
 

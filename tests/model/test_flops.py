@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.tiny import tiny_config
 from w1train.config.compose import load_config
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import AdaptersConfig
 from w1train.config.schema_model import ExpertsConfig
-from w1train.model.flops import FlopsByPart, model_flops, num_active_parameters, num_expert_layers, num_parameters
+from w1train.model.flops import FlopsByPart, linear_sizes, model_flops, num_active_parameters, num_expert_layers, num_parameters
 
 W1_4B = ModelConfig(vocab_size=64512, num_layers=48, hidden_size=2048, num_attention_heads=24, kv_channels=128, ffn_hidden_size=7168)
 LLADA_8B = ModelConfig(
@@ -159,16 +160,20 @@ def count(*outputs_of) -> int:
     """FLOPs of the functions' forward and backward passes."""
     with FlopCounterMode(display=False) as counter:
         for function in outputs_of:
-            function().sum().backward()
+            output = function().sum()
+            if output.requires_grad:
+                output.backward()
     return counter.get_total_flops()
 
 
-def measured_flops(model: ModelConfig, num_samples: int, length: int, num_logits: int, num_segments: int) -> FlopsByPart:
-    replica = Replica(model)
+def measured_flops(
+    model: ModelConfig, num_samples: int, length: int, num_logits: int, num_segments: int, *, is_frozen: bool = False
+) -> FlopsByPart:
+    replica = Replica(model).requires_grad_(not is_frozen)
     has_adaln = model.conditioning == "adaln"
     hidden = torch.randn(num_samples * length, model.hidden_size, requires_grad=True)
     inner = torch.randn(num_samples * length, model.num_attention_heads * replica.channels, requires_grad=True)
-    condition = torch.randn(num_segments, model.condition_size, requires_grad=True)
+    condition = torch.randn(num_segments, model.condition_size, requires_grad=not is_frozen)
     sinusoid = torch.randn(num_segments, model.timestep_frequency_size)  # a function of t alone: takes no gradient
     query, key, value = (
         torch.randn(num_samples * model.num_attention_heads, length, replica.channels, requires_grad=True) for _ in range(3)
@@ -200,6 +205,7 @@ def measured_flops(model: ModelConfig, num_samples: int, length: int, num_logits
         adaln=sum(count(lambda linear=linear: linear(condition)) for linear in modulations),
         timestep_mlp=count(lambda: replica.timestep_mlp(sinusoid)) if has_adaln else 0,
         output_head=count(lambda: replica.output_head(hidden[:num_logits])),
+        adapters=0,
     )
 
 
@@ -227,3 +233,39 @@ def test_w1_4b_flops_are_near_six_per_parameter_and_token():
     flops = model_flops(W1_4B, num_tokens=length, visible_pairs=0, num_logits=length, num_segments=1)
     per_token = num_parameters(W1_4B) - 64512 * 2048 - 48 * (256 * 12288 + 12288)
     assert flops.total == pytest.approx(6 * per_token * length, rel=2e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_frozen_base_takes_no_gradients_of_weights(variant):
+    """Without gradients of the base, adaLN has only its forward pass: neither its weights nor the timestep want a gradient."""
+    model, adapters = VARIANTS[variant], AdaptersConfig(rank=3)
+    num_samples, length, num_logits, num_segments = 2, 13, 9, 3
+    expected = measured_flops(model, num_samples, length, num_logits, num_segments, is_frozen=True)
+    hidden = torch.randn(num_samples * length, 1)
+    pairs = [
+        nn.Sequential(nn.Linear(size.inputs, 3, bias=False), nn.Linear(3, size.outputs, bias=False))
+        for size in linear_sizes(model).values()
+        for _ in range(size.num_layers)
+    ]
+    of_adapters = sum(count(lambda pair=pair: pair(hidden.expand(-1, pair[0].in_features).clone().requires_grad_())) for pair in pairs)
+    formula = model_flops(
+        model,
+        num_tokens=num_samples * length,
+        visible_pairs=num_samples * length**2,
+        num_logits=num_logits,
+        num_segments=num_segments,
+        adapters=adapters,
+    )
+    assert formula == replace(expected, adapters=of_adapters)
+    num_of_pairs = sum(parameter.numel() for pair in pairs for parameter in pair.parameters())
+    assert num_parameters(model, adapters) - num_parameters(model) == num_of_pairs
+
+
+def test_parameters_that_are_trained_beside_adapters_have_gradients():
+    """With the head and the modulations trained, the head takes three products again, and the modulations two."""
+    work = {"num_tokens": 7, "visible_pairs": 9, "num_logits": 5, "num_segments": 2}
+    whole, frozen = model_flops(SMALL, **work), model_flops(SMALL, **work, adapters=AdaptersConfig(rank=1))
+    adapters = AdaptersConfig(rank=1, train=["output_layer.weight", "*layers.1.modulation.*"])
+    found = model_flops(SMALL, **work, adapters=adapters)
+    assert (found.output_head, found.adaln) == (whole.output_head, whole.adaln // 3 * 2)
+    assert found.mlp == frozen.mlp == whole.mlp // 3 * 2

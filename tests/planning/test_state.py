@@ -39,6 +39,13 @@ CASES = {
     "context 2, tensor 2, bf16": (4, {"context": 2, "context_chunk_size": 8, "tensor": 2}, "bf16", {}),
     "tensor 2, data 2, overlap, bf16, Muon": (4, {"tensor": 2, "overlap_grad_reduce": True}, "bf16", {}),
     "one rank, plain optimizer, bf16, Muon": (1, {"distributed_optimizer": False}, "bf16", {}),
+    "tensor 2, data 2, bf16, adapters": (4, {"tensor": 2}, "bf16", {"qkv_bias": True}),
+    "expert 2, pipeline 2, plain optimizer, bf16, adapters": (
+        4,
+        {"expert": 2, "pipeline": 2, "distributed_optimizer": False},
+        "bf16",
+        EXPERTS,
+    ),
     "expert 2, data 4, bf16": (4, {"expert": 2}, "bf16", EXPERTS),
     "expert 2, one tensor rank of two an expert, overlap, bf16": (
         4,
@@ -103,6 +110,7 @@ IN_EACH_RUN = (
     "pipeline 2, virtual 2, data 2, bf16, tied",
     "context 2, tensor 2, bf16",
     "tensor 2, data 2, overlap, bf16, Muon",
+    "tensor 2, data 2, bf16, adapters",
     "expert 2, one tensor rank of two an expert, overlap, bf16",
 )
 
@@ -117,6 +125,7 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
         parallel=parallel,
         model={"num_layers": 4, **model},
         optimizer={"name": "muon" if "Muon" in name else "adamw"},
+        adapters={"rank": 3, "train": ["*norm.weight"]} if "adapters" in name else {},
         training={"precision": precision, "global_batch_size": 12, "micro_batch_size": 12 // (2 * data)},
         diffusion={"num_strata": 4},
     )
@@ -124,7 +133,7 @@ def test_state_bytes_are_those_of_a_real_run(name, monkeypatch):
     results = run_distributed(_allocated, world_size, config, timeout=120, process_group=False)
     for rank, (parameters, gradients, optimizer, names) in enumerate(results):
         place = layout.coordinates(rank)
-        chunks = [chunk_parameters(config.model, layout, chunk) for chunk in chunks_of(layout, place.pipeline)]
+        chunks = [chunk_parameters(config.model, layout, chunk, config.adapters) for chunk in chunks_of(layout, place.pipeline)]
         assert [(p.name, p.shape) for chunk in chunks for p in chunk] == names
         states = stage_state_bytes(chunks, layout, place.pipeline, precision, config.optimizer.name)
         ranks_of_stage = world_size // layout.pipeline

@@ -2,9 +2,10 @@
 
 Hydra recipes (``recipes/``) only select and override; ``w1train.config.compose`` turns the composed text into these
 objects, and ``w1train.config.rules.validate`` checks the whole. The rest of the package sees only these classes. The classes of the
-model and its layout are in ``schema_model.py``, that of sampling is in ``schema_sampling.py``, and those for operating a run (checkpoints,
-logging, health) are in ``schema_operation.py``. A recipe must set each field without a default. A field's type carries the range of its
-values (``constraints.py``), and the string under the field is its documentation: ``docs/configuration.md`` is written from both.
+model and its layout are in ``schema_model.py``, those of adapters and sampling are in ``schema_adapters.py`` and ``schema_sampling.py``,
+and those for operating a run (checkpoints, logging, health) are in ``schema_operation.py``. A recipe must set each field without a
+default. A field's type carries the range of its values (``constraints.py``), and the string under the field is its documentation:
+``docs/configuration.md`` is written from both.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from w1train.config.constraints import (
     Size,
     Tokens,
 )
+from w1train.config.schema_adapters import AdaptersConfig
 from w1train.config.schema_model import AttentionConfig, BalanceConfig, ModelConfig, ParallelConfig
 from w1train.config.schema_operation import CheckpointConfig, HealthConfig, LoggingConfig, ProfilingConfig
 from w1train.config.schema_post_training import ReferenceConfig
@@ -426,6 +428,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig
     training: TrainingConfig

@@ -1,4 +1,5 @@
-"""The export of a checkpoint as a Hugging Face model directory: config.json, safetensors, tokenizer, and code for transformers."""
+"""The export of a checkpoint as a Hugging Face model directory: config.json, safetensors, tokenizer, and code for transformers. Adapters
+are added to the weights, or are exported alone in the format of PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ from w1train.config.stages import at_stage
 from w1train.conversion.exported_tokenizer import COMPANIONS, write_tokenizer
 from w1train.conversion.families import CONFIG_FILE, FAMILIES, STOCK, W1, W1_FAMILY, config_of, family_problems, stock_family
 from w1train.conversion.filling import StoredModel, require_fit
+from w1train.conversion.merging import MergedSource
 from w1train.conversion.output_meaning import meaning_of_outputs, require_timesteps_of_masks
-from w1train.conversion.sources import INDEX_FILE, CheckpointDirectory
+from w1train.conversion.peft_files import ADAPTER_FILES, write_adapters
+from w1train.conversion.pieces import stored_pieces
+from w1train.conversion.sources import INDEX_FILE, CheckpointDirectory, TensorSource
 from w1train.conversion.tensors import EXPERT_BIAS, Parameter, checkpoint_parameters, hugging_face_parameters
 from w1train.conversion.writing import Entry, write_safetensors
+from w1train.model.flops import NO_ADAPTERS
 from w1train.runtime.files import PARTIAL_SUFFIX, write_text
 from w1train.runtime.output_files import require_apart
 from w1train.runtime.run_directory import RunDirectory
@@ -39,9 +44,14 @@ from w1train.runtime.run_directory import RunDirectory
 logger = logging.getLogger(__name__)
 
 _REMOTE_CODE = ("configuration_w1.py", "modeling_w1.py")
-_OTHER_FILES = (CONFIG_FILE, INDEX_FILE, "tokenizer.json", *COMPANIONS, *_REMOTE_CODE)
+_OTHER_FILES = (CONFIG_FILE, INDEX_FILE, "tokenizer.json", *COMPANIONS, *_REMOTE_CODE, *ADAPTER_FILES)
 _FILE = re.compile(rf"(?:model(?:-\d+-of-\d+)?\.safetensors|{'|'.join(map(re.escape, _OTHER_FILES))})(?:{re.escape(PARTIAL_SUFFIX)})?")
 """The names of an export's files, finished or not."""
+
+
+ExportedPart = Literal["merged", "base", "adapters"]
+"""merged: the model, with its adapters added to the weights if it has adapters. base: the model without its adapters. adapters: these
+alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,9 @@ class Exported:
     num_parameters: int
 
 
-def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str, max_shard_bytes: int) -> Exported:
+def export(
+    run: RunDirectory, checkpoint: Path, output: Path, model_format: str, max_shard_bytes: int, part: ExportedPart = "merged"
+) -> Exported:
     """Write the directory ``output`` completely or not at all. One tensor of the model is in memory at a time.
 
     Args:
@@ -62,8 +74,8 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
 
     Raises:
         UserError: ``output`` is not empty, is a mount point or is among the run's checkpoints, the directory in which it is prepared has
-            other files, the requested stock class cannot compute this model, or the checkpoint's tensors are not those of the
-            configuration.
+            other files, the requested stock class cannot compute this model, the checkpoint's tensors are not those of the
+            configuration, or the adapters alone are asked for and are not all that the run has trained.
         CheckpointError: the checkpoint's index cannot be read.
         OSError: ``output`` cannot be written.
     """
@@ -71,8 +83,9 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
     config = at_stage(config, stage_of_step(config, read_progress(checkpoint).step))
     require_stored(checkpoint, config.model)
     source = CheckpointDirectory(checkpoint)
-    require_fit(StoredModel(str(checkpoint), config.model, source, tuple(checkpoint_parameters(config.model))), config.model)
-    dtype = _one_dtype(checkpoint, source)
+    stored = tuple(checkpoint_parameters(config.model, config.adapters))
+    require_fit(StoredModel(str(checkpoint), config.model, source, stored), config.model)
+    _one_dtype(checkpoint, source)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     _require_computed(config, model_type)
     output, partial = _places(output)
@@ -81,25 +94,33 @@ def export(run: RunDirectory, checkpoint: Path, output: Path, model_format: str,
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     parameters = list(hugging_face_parameters(config.model, (W1_FAMILY if model_type == W1 else FAMILIES[model_type]).names))
-    entries = list(_entries(source, parameters))
-    write_safetensors(partial, entries, _tensors(source, parameters), max_shard_bytes)
-    special = write_tokenizer(run.tokenizer, Path(config.data.tokenizer), partial, config.model.vocab_size) | meaning_of_outputs(config)
-    if model_type != W1 and not FAMILIES[model_type].is_causal:
-        special |= {"mask_token_id": config.diffusion.mask_token_id}
-    if model_type == W1:
-        special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
-        for name in _REMOTE_CODE:
-            write_text(partial / name, files("w1train.conversion.remote_code").joinpath(name).read_text(encoding="utf-8"))
-    hugging_face = config_of(config.model, model_type, str(dtype).removeprefix("torch."), special)
-    write_text(partial / CONFIG_FILE, json.dumps(hugging_face, indent=2) + "\n")
+    if part == "adapters":
+        num_parameters = write_adapters(partial, config, source, parameters, is_causal=model_type != W1 and FAMILIES[model_type].is_causal)
+    else:
+        adapters = config.adapters if part == "merged" else NO_ADAPTERS
+        entries = list(_entries(source, parameters))
+        write_safetensors(partial, entries, _tensors(MergedSource(source, adapters), parameters), max_shard_bytes)
+        _describe(run, config, model_type, _one_dtype(checkpoint, source), partial)
+        num_parameters = sum(math.prod(entry.shape) for entry in entries if not entry.name.endswith(EXPERT_BIAS))
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    if model_type != W1:
+    return Exported(model_type, tuple(sorted(path.name for path in output.iterdir())), num_parameters)
+
+
+def _describe(run: RunDirectory, config: Config, model_type: str, dtype: torch.dtype, directory: Path) -> None:
+    """Write the files beside the weights: the tokenizer, config.json, and the code of w1's own format."""
+    special = write_tokenizer(run.tokenizer, Path(config.data.tokenizer), directory, config.model.vocab_size) | meaning_of_outputs(config)
+    if model_type == W1:
+        special |= {"mask_token_id": config.diffusion.mask_token_id, "exclude_mask_logit": config.diffusion.exclude_mask_logit}
+        for name in _REMOTE_CODE:
+            write_text(directory / name, files("w1train.conversion.remote_code").joinpath(name).read_text(encoding="utf-8"))
+    else:
+        if not FAMILIES[model_type].is_causal:
+            special |= {"mask_token_id": config.diffusion.mask_token_id}
         _warn_of_use(model_type, special)
-    names = tuple(sorted(path.name for path in output.iterdir()))
-    num_parameters = sum(math.prod(entry.shape) for entry in entries if not entry.name.endswith(EXPERT_BIAS))
-    return Exported(model_type, names, num_parameters)
+    hugging_face = config_of(config.model, model_type, str(dtype).removeprefix("torch."), special)
+    write_text(directory / CONFIG_FILE, json.dumps(hugging_face, indent=2) + "\n")
 
 
 def _require_computed(config: Config, model_type: str) -> None:
@@ -171,11 +192,7 @@ def _entries(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> It
             yield Entry(name, (sum(part.num_rows for part in parts), *parameter.shape[1:]), source.dtypes[parameter.name])
 
 
-def _tensors(source: CheckpointDirectory, parameters: Sequence[Parameter]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: TensorSource, parameters: Sequence[Parameter]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of each parameter: the inverse of w1train.conversion.filling."""
     for parameter in parameters:
-        whole = source.read(parameter.name, tuple(slice(0, extent) for extent in parameter.shape))
-        rows = whole.view(parameter.num_groups, -1, *parameter.shape[1:])
-        pieces = iter(torch.split(rows, [part.num_rows // parameter.num_groups for part in parameter.parts], dim=1))
-        for name, parts in groupby(parameter.parts, key=lambda part: part.tensor):
-            yield name, torch.cat([next(pieces).reshape(part.num_rows, *parameter.shape[1:]) for part in parts])
+        yield from stored_pieces(parameter, source.read(parameter.name, tuple(slice(0, extent) for extent in parameter.shape)))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from w1train.config.errors import UserError, listing, raise_if_any
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import is_adapter
 from w1train.conversion.model_fit import model_problems
 from w1train.conversion.sources import TensorSource
 from w1train.conversion.tensors import EMBEDDING, HEAD, Parameter
@@ -121,6 +122,8 @@ def fill(stored: StoredModel, stages: Sequence[torch.nn.Module], model: ModelCon
         for name, target, dimension, part in _targets(stage, slices):
             assert name not in written, f"{name} is twice in one stage"
             written.add(name)
+            if is_adapter(name) and name not in by_name:
+                continue  # the source has no adapters, and those of the model begin as zero
             parameter = by_name[name]
             if parameter.is_conditioning and stored.model.conditioning == "none":
                 continue

@@ -14,14 +14,16 @@ from megatron.core import parallel_state
 from w1train.checkpoints.stored_size import require_stored
 from w1train.checkpoints.verification import read_config as read_checkpoint_config
 from w1train.checkpoints.verification import verify_checkpoint
-from w1train.config.errors import UserError
+from w1train.config.errors import UserError, raise_if_any
 from w1train.config.schema import Config
 from w1train.conversion.families import family_of, model_from_config, read_config
 from w1train.conversion.filling import RankSlices, StoredModel, fill, require_fit
-from w1train.conversion.model_fit import find_checkpoint
+from w1train.conversion.merging import MergedSource
+from w1train.conversion.model_fit import adapter_problems, find_checkpoint
 from w1train.conversion.sources import CheckpointDirectory, SafetensorsDirectory
 from w1train.conversion.tensors import checkpoint_parameters, hugging_face_parameters
 from w1train.engine.building import LoadWeights
+from w1train.model.flops import NO_ADAPTERS
 from w1train.model.initialization import Slice
 from w1train.runtime.distributed import all_or_none
 
@@ -60,6 +62,8 @@ class InitialWeights:
     def _report(self) -> None:
         model, stored = self.config.model, self.stored.model
         logger.info("initial weights from %s", self.stored.origin)
+        if isinstance(self.stored.source, MergedSource) and self.stored.source.is_merged:
+            logger.info("the adapters of %s are added to its weights", self.stored.origin)
         if model.conditioning == "adaln" and stored.conditioning == "none":
             logger.info("adaLN is new and starts as the identity, so that the model computes the function of %s", self.stored.origin)
         if model.vocab_size > stored.vocab_size:
@@ -84,9 +88,14 @@ def open_initial_weights(config: Config) -> LoadWeights:
 
 def _open(config: Config, path: Path, checkpoint: Path | None) -> StoredModel:
     if checkpoint is not None:
-        model = read_checkpoint_config(checkpoint).model
+        run = read_checkpoint_config(checkpoint)
+        model, source = run.model, CheckpointDirectory(checkpoint)
         require_stored(checkpoint, model)
-        stored = StoredModel(str(checkpoint), model, CheckpointDirectory(checkpoint), tuple(checkpoint_parameters(config.model)))
+        raise_if_any(adapter_problems(config.model, config.adapters, run.adapters, str(checkpoint)))
+        keeps_adapters = config.adapters.rank > 0 and run.adapters.rank > 0
+        parameters = checkpoint_parameters(config.model, config.adapters if keeps_adapters else NO_ADAPTERS)
+        whole = source if keeps_adapters else MergedSource(source, run.adapters)
+        stored = StoredModel(str(checkpoint), model, whole, tuple(parameters))
     else:
         described = read_config(path)
         model, names = model_from_config(described, str(path)), family_of(described, str(path)).names

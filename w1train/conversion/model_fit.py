@@ -10,6 +10,7 @@ from w1train.checkpoints.checkpoint_names import step_path
 from w1train.checkpoints.manifest import MANIFEST, latest_step
 from w1train.config.errors import Problem, UserError, show
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import AdaptersConfig, is_adapted, linear_names
 from w1train.conversion.expert_keys import compared_fields
 from w1train.conversion.families import CONFIG_FILE
 
@@ -77,6 +78,24 @@ def model_problems(model: ModelConfig, stored: ModelConfig, origin: str) -> list
         identity = f"identity, because {origin} has no adaLN: with gates of zero, no layer would have an effect"
         problems.append(Problem("model.adaln_init", model.adaln_init, identity))
     return problems
+
+
+def adapter_problems(model: ModelConfig, adapters: AdaptersConfig, stored: AdaptersConfig, origin: str) -> list[Problem]:
+    """Return the fields of the configured adapters that must be as in the stored model, whose adapters would be trained on. If one of the
+    models has no adapters, there is no problem: stored adapters are added to the base, and new adapters begin as zero."""
+    if not adapters.rank or not stored.rank:
+        return []
+    ours, theirs = ([name for name in linear_names(model) if is_adapted(name, each)] for each in (adapters, stored))
+    values = {
+        **{f"adapters.{name}": (getattr(adapters, name), getattr(stored, name)) for name in ("rank", "alpha", "rank_stabilized")},
+        "adapters.modules": (adapters.modules if ours != theirs else stored.modules, stored.modules),
+    }
+    instead = "export the run with `w1train convert to-hf`, which adds its adapters to the base, to begin with new adapters"
+    return [
+        Problem(key, show(found), f"{show(wanted)}, as in {origin}, whose adapters are trained on", instead)
+        for key, (found, wanted) in values.items()
+        if found != wanted
+    ]
 
 
 def _has_dense_layers(model: ModelConfig) -> bool:

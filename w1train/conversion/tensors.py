@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import LORA_A, LORA_B, AdaptersConfig, is_adapted
+from w1train.model.flops import NO_ADAPTERS, linear_sizes, num_expert_layers
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -56,8 +58,8 @@ class Parameter:
         return self.name in (EMBEDDING, HEAD)
 
 
-def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the whole model, in the order of its layers."""
+def shapes(model: ModelConfig, adapters: AdaptersConfig = NO_ADAPTERS) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the whole model, in the order of its layers, and then those of adapters."""
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     query = model.num_attention_heads * channels
     query_key_value = query + 2 * (model.num_query_groups or model.num_attention_heads) * channels
@@ -86,7 +88,20 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         whole |= _linear("final_modulation.linear", 2 * hidden, model.condition_size)
     if not model.tie_embeddings:
         whole[HEAD] = (model.vocab_size, hidden)
-    return whole
+    return whole | adapter_shapes(model, adapters)
+
+
+def adapter_shapes(model: ModelConfig, adapters: AdaptersConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices of all adapters."""
+    num_dense = model.num_layers - num_expert_layers(model)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, size in linear_sizes(model).items():
+        if is_adapted(name, adapters):
+            first = num_dense if name.startswith("mlp.shared_experts.") else 0
+            for layer in range(first, first + size.num_layers):
+                prefix = f"decoder.layers.{layer}.{name}"
+                found |= {prefix + LORA_A: (adapters.rank, size.inputs), prefix + LORA_B: (size.outputs, adapters.rank)}
+    return found
 
 
 def _experts(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -109,11 +124,11 @@ def _linear(prefix: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}.weight": (rows, columns), f"{prefix}.bias": (rows,)}
 
 
-def checkpoint_parameters(model: ModelConfig) -> Iterator[Parameter]:
+def checkpoint_parameters(model: ModelConfig, adapters: AdaptersConfig = NO_ADAPTERS) -> Iterator[Parameter]:
     """Yield parameters as checkpoints of w1train store them: each parameter is one tensor."""
-    for name, shape in shapes(model).items():
+    for name, shape in shapes(model, adapters).items():
         rows = shape[0]
-        halves = 2 if name.endswith("linear_fc1.weight") else 1
+        halves = 2 if name.endswith(("linear_fc1.weight", f"linear_fc1{LORA_B}")) else 1
         parts = tuple(Part(name, half * rows // halves, rows // halves) for half in range(halves))
         yield Parameter(name, shape, parts)
 

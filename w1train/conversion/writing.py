@@ -44,7 +44,7 @@ def write_safetensors(directory: Path, entries: Sequence[Entry], tensors: Iterat
     width = len(shards)
     names = [SINGLE_FILE] if width == 1 else [f"model-{number:05d}-of-{width:05d}.safetensors" for number in range(1, width + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(directory / name, shard, tensors)
+        write_file(directory / name, shard, tensors)
     assert next(tensors, None) is None, "more tensors than entries"
     if width > 1:
         weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
@@ -66,8 +66,9 @@ def deal(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def _write_shard(path: Path, entries: Sequence[Entry], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write eight bytes with the header's length, the header (JSON, padded to a multiple of eight), and the tensors one after another."""
+def write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write one file: eight bytes with the header's length, the header (JSON, padded to a multiple of eight), and the tensors one after
+    another."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:

@@ -108,7 +108,7 @@ def build_trained_model(config: Config, load: LoadWeights | None = None) -> Trai
     stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(config.parallel.virtual_pipeline)]
     if load is not None:
         load(stages)
-    freeze_and_mark(stages, config.optimizer.rate_multipliers)
+    freeze_and_mark(stages, config.optimizer.rate_multipliers, config.adapters)
     chunks = [_data_parallel(megatron, ddp_config, stage) for stage in stages]
     if config.parallel.overlap_grad_reduce:
         # Only the last micro-batch's backward pass may send a bucket; the schedules run the other backward passes under no_sync.
@@ -187,6 +187,7 @@ def build_stage(config: Config, megatron: TransformerConfig, vp_stage: int = 0) 
         megatron,
         config.model,
         mask_token_id=config.diffusion.mask_token_id if config.diffusion.exclude_mask_logit else None,
+        adapters=config.adapters,
         loss_chunk_size=config.training.loss_chunk_size,
         pre_process=parallel_state.is_pipeline_first_stage(**chunk),
         post_process=parallel_state.is_pipeline_last_stage(**chunk),

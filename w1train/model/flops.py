@@ -2,15 +2,17 @@
 
 Only the matrix products that training must compute are counted, each with 2mnk FLOPs: attention over visible pairs, the whole token stream
 (2L in block diffusion), logits only where a loss is taken, adaLN once for each segment, and of a mixture of experts those experts that
-compute a token. Recomputed activations, tiles that the mask hides and element-wise work are not counted, because an MFU that counted them
-would be too high.
+compute a token. A frozen matrix has no gradient, so it takes two products instead of three. Recomputed activations, tiles that the mask
+hides and element-wise work are not counted, because an MFU that counted them would be too high.
 """
 
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import AdaptersConfig, is_adapted, is_trained, linear_names
 
 _FORWARD_AND_BACKWARD = 3
 """The backward pass takes two products of the size of the forward pass's: the gradients of the input and of the weight."""
@@ -38,13 +40,59 @@ class FlopsByPart:
     """The products that make the condition of the sinusoid, for each segment."""
     output_head: int
     """The matrix product from hidden states to logits."""
+    adapters: int
+    """The products with the matrices of low-rank adapters."""
 
     @property
     def total(self) -> int:
         return sum(astuple(self))
 
 
-def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_logits: int, num_segments: int) -> FlopsByPart:
+class LinearSizes(NamedTuple):
+    """The sizes of a linear layer that can have an adapter, without tensor parallelism."""
+
+    inputs: int
+    outputs: int
+    num_layers: int
+    """Layers of the Transformer that have it."""
+
+
+def linear_sizes(model: ModelConfig) -> dict[str, LinearSizes]:
+    """Return the sizes of the linear layers that can have adapters, by their names inside a layer of the Transformer."""
+    query, key_value = _attention_sizes(model)
+    hidden, num_routed = model.hidden_size, num_expert_layers(model)
+    sizes = {
+        "self_attention.linear_qkv": LinearSizes(hidden, query + 2 * key_value, model.num_layers),
+        "self_attention.linear_proj": LinearSizes(query, hidden, model.num_layers),
+    }
+    of_mlps = (
+        ("mlp", model.ffn_hidden_size, model.num_layers - num_routed),
+        ("mlp.shared_experts", model.experts.shared_ffn_hidden_size, num_routed),
+    )
+    for mlp, inner, num_layers in of_mlps:
+        sizes[f"{mlp}.linear_fc1"] = LinearSizes(hidden, 2 * inner, num_layers)
+        sizes[f"{mlp}.linear_fc2"] = LinearSizes(inner, hidden, num_layers)
+    return {name: sizes[name] for name in linear_names(model)}
+
+
+def num_adapter_parameters(model: ModelConfig, adapters: AdaptersConfig) -> int:
+    """Return the number of parameters of all adapters."""
+    adapted = (size for name, size in linear_sizes(model).items() if is_adapted(name, adapters))
+    return sum(size.num_layers * adapters.rank * (size.inputs + size.outputs) for size in adapted)
+
+
+NO_ADAPTERS = AdaptersConfig()
+
+
+def model_flops(
+    model: ModelConfig,
+    *,
+    num_tokens: int,
+    visible_pairs: int,
+    num_logits: int,
+    num_segments: int,
+    adapters: AdaptersConfig = NO_ADAPTERS,
+) -> FlopsByPart:
     """Return the FLOPs of training on some tokens, forward and backward.
 
     Args:
@@ -53,31 +101,54 @@ def model_flops(model: ModelConfig, *, num_tokens: int, visible_pairs: int, num_
             of L tokens with full attention has L * L.
         num_logits: positions whose logits are computed.
         num_segments: stretches of tokens that share a timestep, summed over samples.
+        adapters: the adapters, with which the base is frozen.
     """
+
+    def of_matrix(name: str, multiply_adds: int) -> int:
+        return 2 * multiply_adds * (3 if _is_trained(name, model, adapters) else 2)
+
+    def of_swiglu(mlp: str, multiply_adds: int) -> int:
+        return of_matrix(f"*.{mlp}.linear_fc1.weight", 2 * multiply_adds) + of_matrix(f"*.{mlp}.linear_fc2.weight", multiply_adds)
+
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
     experts, num_routed = model.experts, num_expert_layers(model) * num_tokens
     has_adaln = model.conditioning == "adaln"
-    projections = hidden * (query_size + 2 * key_value_size) + query_size * hidden
     modulation = condition * hidden * (6 * model.num_layers + 2)
+    learns_condition = _is_trained("timestep_embedding.linear_in.weight", model, adapters)
     # The sinusoid needs no gradient, so the first timestep matrix has two products instead of three.
-    timestep = 2 * model.timestep_frequency_size * condition + 3 * condition * condition
+    timestep = (
+        2 * model.timestep_frequency_size + 3 * condition if learns_condition else model.timestep_frequency_size + condition
+    ) * condition
+    modulation_products = 1 + _is_trained("*.modulation.linear.weight", model, adapters) + learns_condition
+    in_layers, num_dense = model.num_layers * num_tokens * hidden, model.num_layers * num_tokens - num_routed
+    head = "embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"
     return FlopsByPart(
-        attention_projections=_training_flops(model.num_layers * num_tokens * projections),
+        attention_projections=of_matrix("*.self_attention.linear_qkv.weight", in_layers * (query_size + 2 * key_value_size))
+        + of_matrix("*.self_attention.linear_proj.weight", in_layers * query_size),
         attention_core=_training_flops(model.num_layers * visible_pairs * 2 * query_size),
-        mlp=_training_flops((model.num_layers * num_tokens - num_routed) * 3 * hidden * model.ffn_hidden_size),
-        router=_training_flops(num_routed * hidden * experts.num_experts),
-        experts=_training_flops(num_routed * experts.num_active * 3 * hidden * experts.ffn_hidden_size),
-        shared_experts=_training_flops(num_routed * 3 * hidden * experts.shared_ffn_hidden_size),
-        adaln=_training_flops(num_segments * modulation) if has_adaln else 0,
+        mlp=of_swiglu("mlp", num_dense * hidden * model.ffn_hidden_size),
+        router=of_matrix("*.mlp.router.weight", num_routed * hidden * experts.num_experts),
+        experts=of_swiglu("mlp.experts", num_routed * experts.num_active * hidden * experts.ffn_hidden_size),
+        shared_experts=of_swiglu("mlp.shared_experts", num_routed * hidden * experts.shared_ffn_hidden_size),
+        adaln=2 * modulation_products * num_segments * modulation if has_adaln else 0,
         timestep_mlp=2 * num_segments * timestep if has_adaln else 0,
-        output_head=_training_flops(num_logits * hidden * model.vocab_size),
+        output_head=of_matrix(head, num_logits * hidden * model.vocab_size),
+        adapters=_training_flops(num_tokens * num_adapter_parameters(model, adapters)),
     )
 
 
-def num_parameters(model: ModelConfig) -> int:
-    """Return the number of parameters of the whole model. The linear maps of adaLN and of the timestep MLP have biases, and with qkv_bias
-    the maps to queries, keys and values; all others have no bias. The numbers that balance experts are not parameters."""
+def _is_trained(name: str, model: ModelConfig, adapters: AdaptersConfig) -> bool:
+    """Tell whether a parameter has a gradient, in any layer if its name begins with ``*.`` in the place of the layer's number."""
+    if not name.startswith("*."):
+        return is_trained(name, adapters)
+    return any(is_trained(f"decoder.layers.{layer}.{name.removeprefix('*.')}", adapters) for layer in range(model.num_layers))
+
+
+def num_parameters(model: ModelConfig, adapters: AdaptersConfig = NO_ADAPTERS) -> int:
+    """Return the number of parameters of the whole model, adapters included. The linear maps of adaLN and of the timestep
+    MLP have biases, and with qkv_bias the maps to queries, keys and values; all others have no bias. The numbers that balance experts are
+    not parameters."""
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
     attention = hidden * (query_size + 2 * key_value_size) + query_size * hidden
@@ -88,15 +159,15 @@ def num_parameters(model: ModelConfig) -> int:
     if model.conditioning == "adaln":
         timestep_mlp = (model.timestep_frequency_size + 1) * condition + (condition + 1) * condition
         total += (condition + 1) * hidden * (6 * model.num_layers + 2) + timestep_mlp
-    return total + (model.vocab_size if model.learns_noise_rates else 0)
+    return total + (model.vocab_size if model.learns_noise_rates else 0) + num_adapter_parameters(model, adapters)
 
 
-def num_active_parameters(model: ModelConfig) -> int:
+def num_active_parameters(model: ModelConfig, adapters: AdaptersConfig = NO_ADAPTERS) -> int:
     """Return the number of parameters that compute a token: all, without the experts that the token is not routed to. Both tables of the
     vocabulary are counted, as in the published 1.4 billion of LLaDA2.0-mini."""
     experts = model.experts
     num_idle = max(0, experts.num_experts - experts.num_active)
-    return num_parameters(model) - num_expert_layers(model) * num_idle * 3 * model.hidden_size * experts.ffn_hidden_size
+    return num_parameters(model, adapters) - num_expert_layers(model) * num_idle * 3 * model.hidden_size * experts.ffn_hidden_size
 
 
 def num_expert_layers(model: ModelConfig) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import LORA_A, LORA_B
 from w1train.diffusion.philox import Purpose, random_words
 
 # Words that are drawn at a time, so that the int64 intermediates take about 100 MB at most.
@@ -36,8 +37,8 @@ def initialize_parameters(
     module: torch.nn.Module, model: ModelConfig, seed: int, *, tensor: Slice, expert_tensor: Slice, first_expert: int
 ) -> None:
     """Fill every parameter: N(0, init_std) for matrices (output projections divided by sqrt(2 num_layers), GPT-2), ones for
-    norms, zeros for biases and, with adaln_init "zero", for modulations; "identity" sets the gates' biases to one. All rates of noise are
-    1.
+    norms, zeros for biases, for B of adapters and, with adaln_init "zero", for modulations; "identity" sets the gates' biases to one. All
+    rates of noise are 1.
 
     Args:
         tensor: this rank's part of the matrices that tensor-parallel ranks share.
@@ -55,6 +56,9 @@ def initialize_parameters(
                     gates = parameter.view(6, model.hidden_size)
                     gates[2].fill_(1.0)
                     gates[5].fill_(1.0)
+            elif name.endswith(LORA_B):
+                # An adapter begins as zero, so that the model begins as its base (LoRA, arXiv 2106.09685, section 4.1).
+                parameter.zero_()
             elif name.startswith("noise_rates."):
                 parameter.fill_(_SOFTPLUS_GIVES_1)
             elif parameter.dim() == 1:
@@ -63,7 +67,15 @@ def initialize_parameters(
                 _fill_experts(parameter, name, std, seed, expert_tensor, first_expert)
             else:
                 dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
+                if name.endswith(LORA_A):
+                    std = _lora_a_deviation(parameter.shape[1] * (tensor.size if dimension == 1 else 1))
                 _fill_normal(parameter, name, std, seed, dimension, tensor)
+
+
+def _lora_a_deviation(num_inputs: int) -> float:
+    """Return the standard deviation of an adapter's A. The paper says "Gaussian" without a deviation. It is our choice to take that of
+    PEFT's default, which is uniform with this deviation."""
+    return 1 / math.sqrt(3 * num_inputs)
 
 
 def _fill_experts(parameter: Tensor, name: str, std: float, seed: int, part: Slice, first_expert: int) -> None:

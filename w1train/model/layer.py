@@ -27,12 +27,14 @@ from torch import Tensor
 from w1train.attention.attention_plan import AttentionPlan
 from w1train.attention.core_attention import CoreAttention
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import AdaptersConfig
 from w1train.kernels.modulation import gate_residual
 from w1train.kernels.segments import Segments
+from w1train.model.adapters import adapted
 from w1train.model.conditioning import Modulation
 from w1train.model.experts.expert_layer import ExpertLayer
 from w1train.model.experts.routed_tokens import RoutedTokens
-from w1train.model.linears import Linears, linears
+from w1train.model.linears import linears
 from w1train.model.megatron_config import has_experts
 from w1train.model.norm import ModulatedRMSNorm, RMSNorm
 
@@ -94,29 +96,32 @@ class DiffusionTransformerLayer(TransformerLayer):
         return (self.mlp(hidden_states, inputs.tokens) if self.is_moe_layer else self.mlp(hidden_states))[0]
 
 
-def layer_specs(model: ModelConfig, layers: range) -> TransformerBlockSubmodules:
+def layer_specs(model: ModelConfig, adapters: AdaptersConfig, layers: range) -> TransformerBlockSubmodules:
     """Return the parts of some layers of the whole model: those of one pipeline stage."""
-    dense, experts = _layer_spec(model, has_experts=False), _layer_spec(model, has_experts=True)
+    dense, experts = (_layer_spec(model, adapters, has_experts=has_experts) for has_experts in (False, True))
     is_expert_layer = has_experts(model)
     return TransformerBlockSubmodules(layer_specs=[experts if is_expert_layer[layer] else dense for layer in layers])
 
 
-def _layer_spec(model: ModelConfig, *, has_experts: bool) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, adapters: AdaptersConfig, *, has_experts: bool) -> ModuleSpec:
     """Return the parts of a layer. The linears have no norm fused into them, because modulation comes between norm and linear."""
-    linear: Linears = linears(model.transformer_impl)
+    linear = partial(adapted, linears(model.transformer_impl), adapters=adapters)
     qk_norm = RMSNorm if model.qk_norm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=linear.column,
+            linear_qkv=linear("self_attention.linear_qkv"),
             core_attention=CoreAttention,
-            linear_proj=linear.row,
+            linear_proj=linear("self_attention.linear_proj"),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
-    dense = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row))
+    dense, shared = (
+        MLPSubmodules(linear_fc1=linear(f"{mlp}.linear_fc1"), linear_fc2=linear(f"{mlp}.linear_fc2"))
+        for mlp in ("mlp", "mlp.shared_experts")
+    )
     return ModuleSpec(
         module=DiffusionTransformerLayer,
         params={"condition_size": model.condition_size if model.conditioning == "adaln" else None},
@@ -124,6 +129,8 @@ def _layer_spec(model: ModelConfig, *, has_experts: bool) -> ModuleSpec:
             input_layernorm=ModulatedRMSNorm,
             self_attention=attention,
             pre_mlp_layernorm=ModulatedRMSNorm,
-            mlp=partial(ExpertLayer, experts=model.experts, linear=linear) if has_experts else dense,
+            mlp=partial(ExpertLayer, experts=model.experts, shared=shared)
+            if has_experts
+            else partial(MLP.as_mlp_submodule, submodules=dense),
         ),
     )

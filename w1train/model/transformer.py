@@ -25,6 +25,7 @@ from torch import Tensor
 
 from w1train.attention.attention_plan import AttentionPlan
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import AdaptersConfig
 from w1train.diffusion.embedding_noise import EmbeddingNoise
 from w1train.kernels.segments import Segments
 from w1train.model.conditioning import Modulation, TimestepEmbedding
@@ -107,6 +108,7 @@ class DiffusionTransformer(LanguageModule):
         model: ModelConfig,
         *,
         mask_token_id: int | None,
+        adapters: AdaptersConfig | None = None,
         loss_chunk_size: int | None = None,
         pre_process: bool = True,
         post_process: bool = True,
@@ -116,6 +118,7 @@ class DiffusionTransformer(LanguageModule):
         """
         Args:
             mask_token_id: the token that is taken out of the softmax; None = every token is in it.
+            adapters: the adapters of linear layers; None = there are no adapters.
             loss_chunk_size: positions whose logits exist at once while row terms are computed; None = all positions.
         """
         super().__init__(config=config, pg_collection=pg_collection)
@@ -129,7 +132,7 @@ class DiffusionTransformer(LanguageModule):
         self.timestep_embedding = TimestepEmbedding(config, model) if conditioned else None
         self.decoder = TransformerBlock(
             config,
-            layer_specs(model, _layers_of_stage(config, vp_stage, self.pg_collection)),
+            layer_specs(model, adapters or AdaptersConfig(), _layers_of_stage(config, vp_stage, self.pg_collection)),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,

@@ -9,6 +9,7 @@ from w1train.model.flops import num_active_parameters, num_parameters
 from w1train.objectives.description import describe_objective
 from w1train.planning.assumptions import described
 from w1train.planning.communication_time import seconds
+from w1train.planning.parameters import num_trained_parameters
 from w1train.planning.plan_prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.suggestion import suggest_expert_parallelism, suggest_recomputation
@@ -24,8 +25,9 @@ def plan_as_dict(plan: Plan, build: Build) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "name": plan.config.name,
-        "num_parameters": num_parameters(plan.config.model),
-        "num_active_parameters": num_active_parameters(plan.config.model),
+        "num_parameters": num_parameters(plan.config.model, plan.config.adapters),
+        "num_active_parameters": num_active_parameters(plan.config.model, plan.config.adapters),
+        "num_trained_parameters": num_trained_parameters(plan.config.model, plan.config.adapters),
         "layout": asdict(plan.layout),
         "build": asdict(build),
         "work": {

@@ -8,20 +8,22 @@ import math
 from w1train.config.schema import Config
 from w1train.config.schema_operation import CheckpointConfig
 from w1train.model.flops import num_parameters
-from w1train.planning.parameters import num_matrix_elements
+from w1train.planning.parameters import num_matrix_elements, num_trained_parameters
 from w1train.planning.state import FP32_BYTES, PRECISION_BYTES
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Return the bytes of the tensors of a checkpoint: weights, masters and moments. The other files have some kilobytes.
+    """Return the bytes of the tensors of a checkpoint: weights, masters and moments, of which frozen weights have only the first.
+    The other files have some kilobytes.
 
     In fp32 the weights are their own masters, which the distributed optimizer nevertheless saves.
     """
     precision = config.training.precision
     has_masters = precision == "bf16" or config.parallel.distributed_optimizer
-    per_parameter = PRECISION_BYTES[precision] + FP32_BYTES * (3 if has_masters else 2)
     second_moments = FP32_BYTES * num_matrix_elements(config.model) if config.optimizer.name == "muon" else 0
-    return num_parameters(config.model) * per_parameter - second_moments
+    weights, states = PRECISION_BYTES[precision], FP32_BYTES * (3 if has_masters else 2)
+    model, adapters = config.model, config.adapters
+    return num_parameters(model, adapters) * weights + num_trained_parameters(model, adapters) * states - second_moments
 
 
 def most_checkpoints(settings: CheckpointConfig, num_steps: int) -> int:

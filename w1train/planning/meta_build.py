@@ -130,11 +130,12 @@ def _build_one(config: Config, layout: Layout, rank: int, found: dict[str, _Foun
         stages = [build_stage(config, megatron, vp_stage) for vp_stage in range(layout.virtual_pipeline)]
     for chunk, stage in zip(chunks_of(layout, place.pipeline), stages, strict=True):
         parameters = list(global_named_parameters(stage))
-        planned = chunk_parameters(config.model, layout, chunk)
+        planned = chunk_parameters(config.model, layout, chunk, config.adapters)
         if [(name, tuple(parameter.shape)) for name, parameter in parameters] != [(p.name, p.shape) for p in planned]:
             raise _PlanMismatchError(f"rank {rank}: the model's parameters are not those of w1train.planning.parameters")
         if layout.distributed_optimizer:
-            _check_buffers([parameter for _, parameter in parameters], planned, layout, layout.bucket_size(place.pipeline))
+            pairs = [(built, described) for (_, built), described in zip(parameters, planned, strict=True) if described.is_trained]
+            _check_buffers([built for built, _ in pairs], [described for _, described in pairs], layout, layout.bucket_size(place.pipeline))
         for (name, parameter), described in zip(parameters, planned, strict=True):
             is_split = bool(getattr(parameter, "tensor_model_parallel", False))
             num_slices = layout.num_expert_slices if described.is_expert else 0

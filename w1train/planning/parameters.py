@@ -7,13 +7,15 @@ compares it with the built model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from w1train.config.schema import ModelConfig
+from w1train.config.schema_adapters import LORA_A, LORA_B, AdaptersConfig, is_adapted, is_trained
 from w1train.engine.matrices import is_matrix
-from w1train.model.flops import num_expert_layers
+from w1train.model.flops import NO_ADAPTERS, num_expert_layers, num_parameters
 from w1train.planning.layout import Chunk, Layout
 
 
@@ -32,6 +34,8 @@ class Parameter:
     """True: the parameter has matrices of routed experts, whose ranks and buffers are not those of the other parameters."""
     has_own_bucket: bool = False
     """True: its gradient is also summed over pipeline ranks, and megatron-core keeps it in a bucket of its own."""
+    is_trained: bool = True
+    """False: the parameter is frozen, so it has neither a gradient nor optimizer states."""
 
     @property
     def numel(self) -> int:
@@ -68,16 +72,57 @@ def num_matrix_elements(model: ModelConfig) -> int:
     return sum(parameter.numel for parameter in whole if is_matrix(parameter.name))
 
 
-def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk) -> list[Parameter]:
+def num_trained_parameters(model: ModelConfig, adapters: AdaptersConfig) -> int:
+    """Return the number of parameters of the whole model that have gradients."""
+    if not adapters.rank:
+        return num_parameters(model)
+    chunk = Chunk(0, 0, model.num_layers, num_expert_layers(model), has_embedding=True, has_head=True)
+    whole = _with_adapters(_base_parameters(model, Slices(1, 1, 1), chunk, in_pipeline=False), adapters, model.num_layers)
+    return sum(parameter.numel for parameter in whole if parameter.is_trained)
+
+
+def chunk_parameters(model: ModelConfig, layout: Layout, chunk: Chunk, adapters: AdaptersConfig = NO_ADAPTERS) -> list[Parameter]:
     """Return the parameters of a chunk in the order of ``named_parameters``."""
-    vocabulary = (model.vocab_size // layout.tensor, model.hidden_size)
+    slices = Slices(layout.tensor, layout.expert, layout.expert_tensor)
+    base = _base_parameters(model, slices, chunk, in_pipeline=layout.pipeline > 1)
+    return list(_with_adapters(base, adapters, model.num_layers)) if adapters.rank else base
+
+
+def _with_adapters(base: list[Parameter], adapters: AdaptersConfig, num_layers: int) -> Iterator[Parameter]:
+    """Yield the parameters of the base, most of them frozen, with the adapters behind the parameters of their linear layers."""
+    for place, parameter in enumerate(base):
+        yield replace(parameter, is_trained=_is_trained(parameter.name, adapters, num_layers))
+        linear = parameter.name.rpartition(".")[0]
+        is_last = place + 1 == len(base) or base[place + 1].name.rpartition(".")[0] != linear
+        if is_last and is_adapted(_in_layer(linear), adapters):
+            rows, columns = next(each.shape for each in base if each.name == f"{linear}.weight")
+            is_column = linear.endswith(("linear_qkv", "linear_fc1"))
+            yield Parameter(linear + LORA_A, (adapters.rank, columns), is_split=not is_column)
+            yield Parameter(linear + LORA_B, (rows, adapters.rank), is_split=is_column)
+
+
+def _in_layer(name: str) -> str:
+    return re.sub(r"^decoder\.layers\.\d+\.", "", name)
+
+
+def _is_trained(name: str, adapters: AdaptersConfig, num_layers: int) -> bool:
+    """Tell whether a parameter has a gradient: if it is trained in one layer, it has a gradient in all layers
+    (``w1train.engine.rate_multipliers``)."""
+    inside = _in_layer(name)
+    names = [name] if inside == name else (f"decoder.layers.{layer}.{inside}" for layer in range(num_layers))
+    return any(is_trained(each, adapters) for each in names)
+
+
+def _base_parameters(model: ModelConfig, slices: Slices, chunk: Chunk, *, in_pipeline: bool) -> list[Parameter]:
+    """Return the parameters of a chunk without adapters."""
+    vocabulary = (model.vocab_size // slices.tensor, model.hidden_size)
     embedding = "embedding.word_embeddings.weight"
-    tied_apart = model.tie_embeddings and layout.pipeline > 1
+    tied_apart = model.tie_embeddings and in_pipeline
     parameters = [Parameter(embedding, vocabulary, True, has_own_bucket=tied_apart)] if chunk.has_embedding else []
     if model.conditioning == "adaln":
-        parameters += _timestep_embedding(model, in_pipeline=layout.pipeline > 1)
+        parameters += _timestep_embedding(model, in_pipeline=in_pipeline)
     for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers):
-        parameters += _layer(model, layer, Slices(layout.tensor, layout.expert, layout.expert_tensor))
+        parameters += _layer(model, layer, slices)
     if chunk.has_head:
         if model.learns_noise_rates:
             parameters.append(Parameter("noise_rates.unconstrained", (model.vocab_size,)))

@@ -332,12 +332,12 @@ def _traffic(sizes: Sizes, layout: Layout, chunks: list[Chunk]) -> list[Traffic]
 def _seconds(setting: _Setting, sizes: Sizes, weights: StageWeights, traffic: list[Traffic]) -> StageSeconds:
     layout, device, assumptions = setting.layout, setting.device, setting.assumptions
     matmul = attention = elementwise = 0.0
-    for chunk, num_parameters in zip(weights.chunks, weights.num_parameters, strict=True):
-        flops = timing.chunk_flops(setting.config.model, layout, setting.work, chunk, sizes.num_logits)
+    for chunk, num_trained in zip(weights.chunks, weights.num_trained, strict=True):
+        flops = timing.chunk_flops(setting.config, layout, setting.work, chunk, sizes.num_logits)
         of_matmul, of_attention = timing.compute_seconds(flops, sizes, layout, setting.work, device, assumptions)
         matmul += of_matmul + expert_seconds(flops.experts, sizes, layout, chunk, device, assumptions)
         attention += of_attention
-        elementwise += timing.elementwise_bytes(sizes, layout, chunk, num_parameters) / setting.memory_bandwidth
+        elementwise += timing.elementwise_bytes(sizes, layout, chunk, num_trained) / setting.memory_bandwidth
     state = weights.state.others + weights.state.experts
     # A forward pass is a third of the computation of a micro-batch, and half of its communication.
     num_passes = num_measuring_passes(setting.config)

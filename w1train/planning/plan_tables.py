@@ -13,6 +13,7 @@ from w1train.objectives.description import describe_objective
 from w1train.planning.as_json import overrides
 from w1train.planning.assumptions import described
 from w1train.planning.communication_time import seconds
+from w1train.planning.parameters import num_trained_parameters
 from w1train.planning.plan_prediction import Plan, StagePlan
 from w1train.planning.search import SearchResult
 from w1train.planning.state import StateBytes, staging_bytes
@@ -48,8 +49,10 @@ def print_plan(console: Console, plan: Plan, build: Build) -> None:
 
 
 def _parameters_text(plan: Plan) -> str:
-    total, active = num_parameters(plan.config.model), num_active_parameters(plan.config.model)
-    return f"{total:,} parameters" + (f", of which {active:,} compute a token," if active < total else "")
+    model, adapters = plan.config.model, plan.config.adapters
+    total, active = num_parameters(model, adapters), num_active_parameters(model, adapters)
+    trained = f", of which {num_trained_parameters(model, adapters):,} are trained," if adapters.rank else ""
+    return f"{total:,} parameters" + (f", of which {active:,} compute a token," if active < total else "") + trained
 
 
 def build_text(build: Build) -> str:

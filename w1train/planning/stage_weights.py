@@ -26,8 +26,10 @@ class StageWeights:
     chunks: list[Chunk]
     num_parameters: list[int]
     """Parameters of each chunk on a rank."""
+    num_trained: list[int]
+    """Those of them that have gradients."""
     largest_parameter: int
-    """Elements of the largest parameter."""
+    """Elements of the largest parameter that has a gradient."""
     state: RankState
     """Bytes of state on the rank that has the most."""
     reference_bytes: int
@@ -53,8 +55,8 @@ def weights_of(config: Config, layout: Layout) -> list[StageWeights]:
 
 def _stage(config: Config, layout: Layout, pipeline_rank: int, kind: Hashable) -> StageWeights:
     chunks = chunks_of(layout, pipeline_rank)
-    parameters = [chunk_parameters(config.model, layout, chunk) for chunk in chunks]
-    of_rank = [parameter for own in parameters for parameter in own]
+    parameters = [chunk_parameters(config.model, layout, chunk, config.adapters) for chunk in chunks]
+    trained = [[parameter for parameter in own if parameter.is_trained] for own in parameters]
     states = stage_state_bytes(parameters, layout, pipeline_rank, config.training.precision, config.optimizer.name)
     has_muon = config.optimizer.name == "muon"
     muon = muon_work(config.model, layout, pipeline_rank, parameters) if has_muon else MuonWork([], 0)
@@ -62,10 +64,11 @@ def _stage(config: Config, layout: Layout, pipeline_rank: int, kind: Hashable) -
         kind=kind,
         chunks=chunks,
         num_parameters=[sum(parameter.numel for parameter in own) for own in parameters],
-        largest_parameter=max(parameter.numel for parameter in of_rank),
+        num_trained=[sum(parameter.numel for parameter in own) for own in trained],
+        largest_parameter=max((parameter.numel for own in trained for parameter in own), default=0),
         state=max(states, key=lambda state: state.total),
-        reference_bytes=_reference_bytes(config, of_rank),
-        traffic=_traffic(config, layout, pipeline_rank, parameters) + muon.traffic,
+        reference_bytes=_reference_bytes(config, [parameter for own in parameters for parameter in own]),
+        traffic=_traffic(config, layout, pipeline_rank, trained) + muon.traffic,
         optimizer_flops=muon.flops,
     )
 
@@ -77,6 +80,7 @@ def _reference_bytes(config: Config, parameters: list[Parameter]) -> int:
 
 
 def _traffic(config: Config, layout: Layout, pipeline_rank: int, parameters: list[list[Parameter]]) -> list[Traffic]:
+    """Return the collectives of the parameters of each chunk that have gradients."""
     of_rank = [parameter for own in parameters for parameter in own]
     traffic: list[Traffic] = []
     num_optimizers = len({parameter.is_expert for parameter in of_rank})

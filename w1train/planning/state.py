@@ -3,7 +3,7 @@
 Gradients are in one flat fp32 buffer per chunk, and those of routed experts in a second buffer, because fewer ranks sum them up. With the
 distributed optimizer the parameters are views of a flat buffer of the same layout, which is padded so that every rank's share starts on a
 boundary; each rank keeps fp32 masters (of bf16 parameters) and the fp32 moments of the parameters in its share, without the padding. A
-matrix of Muon has one moment, any other parameter two.
+matrix of Muon has one moment, any other parameter two. A frozen parameter is outside of the buffers, and is whole on each rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from w1train.engine.matrices import is_matrix
 from w1train.planning.layout import Layout, Precision
@@ -132,14 +132,17 @@ def stage_state_bytes(
     """Return the bytes of the ranks of a pipeline stage that has these chunks, in the order of ``layout.shards``."""
 
     def of_kind(num_shards: int, *, is_expert: bool) -> list[StateBytes]:
-        return state_bytes(
-            [[parameter for parameter in parameters if parameter.is_expert == is_expert] for parameters in chunks],
+        own = [parameter for parameters in chunks for parameter in parameters if parameter.is_expert == is_expert]
+        frozen = sum(parameter.numel for parameter in own if not parameter.is_trained)
+        states = state_bytes(
+            [[each for each in parameters if each.is_expert == is_expert and each.is_trained] for parameters in chunks],
             precision,
             num_shards,
             distributed=layout.distributed_optimizer,
             optimizer=optimizer,
             bucket_size=layout.bucket_size(pipeline_rank),
         )
+        return [replace(state, parameters=state.parameters + PRECISION_BYTES[precision] * frozen) for state in states]
 
     others, experts = of_kind(layout.num_optimizer_shards, is_expert=False), of_kind(layout.expert_data, is_expert=True)
     return [RankState(others[shard], experts[expert_shard]) for shard, expert_shard in layout.shards]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from w1train.config.schema import ModelConfig
+from w1train.config.schema import Config
 from w1train.model.flops import FlopsByPart, model_flops, num_expert_layers
 from w1train.planning.activations import Sizes
 from w1train.planning.assumptions import Assumptions, Device
@@ -45,18 +45,19 @@ class StageSeconds:
         return sum(astuple(self))
 
 
-def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk, num_logits: int) -> FlopsByPart:
+def chunk_flops(config: Config, layout: Layout, work: Workload, chunk: Chunk, num_logits: int) -> FlopsByPart:
     """Return the model FLOPs of one micro-batch in one chunk on one rank.
 
     Every tensor- and context-parallel rank repeats adaLN and the timestep MLP.
     """
-    samples = layout.micro_batch_size
+    model, samples = config.model, layout.micro_batch_size
     whole = model_flops(
         model,
         num_tokens=samples * work.num_positions,
         visible_pairs=samples * work.visible_pairs,
         num_logits=num_logits,
         num_segments=samples * work.num_segments + work.num_clean_segments,
+        adapters=config.adapters,
     )
 
     def share(flops: int, layers_here: int, layers: int) -> int:
@@ -74,6 +75,7 @@ def chunk_flops(model: ModelConfig, layout: Layout, work: Workload, chunk: Chunk
         adaln=whole.adaln * chunk.num_layers // model.num_layers,
         timestep_mlp=whole.timestep_mlp,
         output_head=whole.output_head // (layout.tensor * layout.context) if chunk.has_head else 0,
+        adapters=share(whole.adapters, *every),
     )
 
 
@@ -87,7 +89,7 @@ def compute_seconds(
     """
     peak = device.peak_tflops * 1e12
     repeated = {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[layout.recompute]
-    in_layers: float = flops.attention_projections + flops.mlp + flops.adaln
+    in_layers: float = flops.attention_projections + flops.mlp + flops.adaln + flops.adapters
     of_experts = 4 / 3 if layout.repeats_experts else 1.0
     # A loss in chunks computes its logits twice.
     outside = flops.timestep_mlp + flops.output_head * (4 if layout.loss_chunk_size is not None else 3) / 3

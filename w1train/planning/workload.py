@@ -166,6 +166,7 @@ def flops_per_token(config: Config, work: Workload) -> dict[str, float]:
         visible_pairs=num_samples * work.visible_pairs,
         num_logits=round(num_samples * work.num_logits),
         num_segments=num_samples * work.num_segments + num_batches * work.num_clean_segments,
+        adapters=config.adapters,
     )
     tokens = num_samples * work.num_tokens
     parts = {name: getattr(flops, name) / tokens for name in FlopsByPart.__slots__}

@@ -11,10 +11,11 @@ from w1train.checkpoints.manifest import CONFIG
 from w1train.config.errors import Problem, UserError
 from w1train.config.rules.value_rules import has_valid_values
 from w1train.config.schema import Config, ModelConfig
+from w1train.config.schema_adapters import AdaptersConfig
 from w1train.config.serialization import config_from_yaml
 from w1train.config.stages import has_preferences
 from w1train.conversion.families import model_from_config, read_config
-from w1train.conversion.model_fit import find_checkpoint, model_problems
+from w1train.conversion.model_fit import adapter_problems, find_checkpoint, model_problems
 from w1train.preflight.disks import has_checkpoint
 from w1train.preflight.next_command import absolute
 
@@ -40,12 +41,14 @@ def _problems(config: Config, key: str, typed: str) -> Iterator[Problem]:
     path = Path(absolute(typed))
     try:
         checkpoint = find_checkpoint(path)
-        stored = _hugging_face_model(path) if checkpoint is None else config_from_yaml(checkpoint / CONFIG).model
+        run = None if checkpoint is None else config_from_yaml(checkpoint / CONFIG)
+        stored = _hugging_face_model(path) if run is None else run.model
     except (UserError, OSError) as error:
         yield Problem(key, str(error).removeprefix(f"{_KEY}: "), _VALID, _download(typed))
         return
     if has_valid_values(config):
         yield from model_problems(config.model, stored, str(path))
+        yield from adapter_problems(config.model, config.adapters, AdaptersConfig() if run is None else run.adapters, str(path))
     if checkpoint is None and find_spec("safetensors") is None:
         yield Problem(key, f"{path}, and no package safetensors", "weights of Hugging Face need it", "pip install 'w1train[hf]'")
 

@@ -10,11 +10,12 @@ from typing import Any
 from w1train.checkpoints.checkpoint_names import step_path
 from w1train.checkpoints.manifest import Progress, complete_steps, describe_next_start
 from w1train.config.errors import UserError
-from w1train.config.schema import Config, ModelConfig
+from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.processes import noise_process
 from w1train.model.flops import num_active_parameters, num_parameters
 from w1train.objectives.description import describe_objective
+from w1train.planning.parameters import num_trained_parameters
 from w1train.records.console import print_block
 from w1train.records.summary import tokens_per_second, validation_summary
 from w1train.runtime.device import device_name
@@ -39,7 +40,7 @@ def describe_run(
     if parallel.expert > 1:
         layout += f", expert {parallel.expert}"
     return {
-        "model": f"{num_parameters(model):,} parameters{_active(model)} in {model.num_layers} layers of width {model.hidden_size}",
+        "model": f"{_parameters(config)} in {model.num_layers} layers of width {model.hidden_size}",
         "objective": _objectives(config),
         "data": f"{data.num_tokens:,} tokens for training; {_passes(position.num_tokens / data.num_tokens)}",
         "batch": f"{config.training.global_batch_size} samples of {config.data.sequence_length} tokens",
@@ -52,9 +53,15 @@ def describe_run(
     }
 
 
-def _active(model: ModelConfig) -> str:
-    """Return what to add to the number of parameters of a mixture of experts."""
-    return f", {num_active_parameters(model):,} of which compute a token," if model.experts.num_experts else ""
+def _parameters(config: Config) -> str:
+    """Return the number of parameters, and how many of them compute a token in a mixture of experts or are trained with adapters."""
+    model, adapters = config.model, config.adapters
+    parts = [f"{num_parameters(model, adapters):,} parameters"]
+    if model.experts.num_experts:
+        parts.append(f"{num_active_parameters(model, adapters):,} of which compute a token")
+    if adapters.rank:
+        parts.append(f"{num_trained_parameters(model, adapters):,} of which are trained (adapters of rank {adapters.rank})")
+    return ", ".join(parts) + ("," if len(parts) > 1 else "")
 
 
 def _objectives(config: Config) -> str:

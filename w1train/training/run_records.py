@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from w1train.checkpoints.manifest import Progress
 from w1train.config.phases import stage_of_step
-from w1train.config.schema import Config, ModelConfig
+from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.processes import noise_process
 from w1train.model.flops import model_flops, num_active_parameters, num_parameters
@@ -20,14 +20,15 @@ from w1train.training.forward import StepWork
 from w1train.training.training_data import TrainingData
 
 
-def step_flops(model: ModelConfig, work: StepWork) -> float:
+def step_flops(config: Config, work: StepWork) -> float:
     """Return the FLOPs of a step, by all ranks."""
     return model_flops(
-        model,
+        config.model,
         num_tokens=work.num_positions,
         visible_pairs=work.visible_pairs,
         num_logits=work.num_logits,
         num_segments=work.num_segments,
+        adapters=config.adapters,
     ).total
 
 
@@ -62,8 +63,8 @@ def summarize(config: Config, ranks: Ranks, run: RunDirectory, data: TrainingDat
         run.path,
         {
             "name": config.name,
-            "num_parameters": num_parameters(config.model),
-            "num_active_parameters": num_active_parameters(config.model),
+            "num_parameters": num_parameters(config.model, config.adapters),
+            "num_active_parameters": num_active_parameters(config.model, config.adapters),
             "world_size": ranks.world_size,
             "device": device_name(ranks.device),
             "steps": progress.step,

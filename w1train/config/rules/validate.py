@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from w1train.config.errors import Problem
 from w1train.config.from_tree import Conversion
+from w1train.config.rules.adapter_rules import ADAPTER_RULES
 from w1train.config.rules.attention_rules import ATTENTION_RULES
 from w1train.config.rules.balance_rules import BALANCE_RULES
 from w1train.config.rules.checkpoint_rules import CHECKPOINT_RULES
@@ -33,6 +34,7 @@ RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *EXPERT_RULES,
     *BALANCE_RULES,
+    *ADAPTER_RULES,
     *DATA_RULES,
     *DIFFUSION_RULES,
     *LEARNED_RATES_RULES,

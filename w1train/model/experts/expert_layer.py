@@ -16,18 +16,20 @@ from w1train.config.schema_model import ExpertsConfig
 from w1train.model.experts.grouped_mlp import GroupedExperts
 from w1train.model.experts.routed_tokens import RoutedTokens
 from w1train.model.experts.router import ExpertRouter
-from w1train.model.linears import Linears
 
 
 class ExpertLayer(MoELayer):
     """megatron-core's layer with the router and the experts of this project, which tells the router what kind of token each token is."""
 
-    def __init__(self, config: TransformerConfig, experts: ExpertsConfig, linear: Linears, **kwargs: Any) -> None:
-        """Build the layer. TransformerLayer passes ``pg_collection``, ``is_mtp_layer`` and ``name``."""
-        shared = partial(SharedExpertMLP, submodules=MLPSubmodules(linear_fc1=linear.column, linear_fc2=linear.row))
+    def __init__(self, config: TransformerConfig, experts: ExpertsConfig, shared: MLPSubmodules, **kwargs: Any) -> None:
+        """Build the layer. TransformerLayer passes ``pg_collection``, ``is_mtp_layer`` and ``name``.
+
+        Args:
+            shared: the linear layers of the shared expert.
+        """
         submodules = MoESubmodules(
             experts=GroupedExperts,
-            shared_experts=shared if experts.shared_ffn_hidden_size else None,
+            shared_experts=partial(SharedExpertMLP, submodules=shared) if experts.shared_ffn_hidden_size else None,
             router=partial(ExpertRouter, experts=experts),
         )
         # TransformerLayer's groups lack those of experts, and MoELayer finds these itself.
