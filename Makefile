@@ -48,7 +48,7 @@ test-all: install  ## Run all tests that need no GPU, also the slow ones
 test-gpu: install  ## Run the tests that need a GPU
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-chaos: install  ## Disturb 135 trainings on two ranks at random moments, and compare each with an undisturbed training (ARGS="--only hang --seed 3")
+chaos: install  ## Disturb trainings on two ranks at random moments, and compare each with an undisturbed training (ARGS="--only hang --seed 3")
 	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 lint: install  ## Check style (ruff), types (mypy), shell scripts (shellcheck) and Dockerfiles (hadolint)

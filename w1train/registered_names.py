@@ -137,6 +137,7 @@ _USUAL = {
     "loss": ("cross_entropy",),
     "weight": ("inverse_t", "elbo", "inverse_fraction", "constant", "one_minus_t"),
     "weight_max": (None,),
+    "mask_embedding_noise": (0.0,),
 }
 """Values with which every other field of the objective goes."""
 

@@ -14,6 +14,7 @@ from tests.chaos.disk import small_disk
 from tests.chaos.faults import FAULTS, Fault, nan_hook
 from tests.chaos.hooks import stop_at
 from tests.chaos.jobs import ForkedJob, Job, TorchrunJob
+from tests.chaos.replies import make_replies
 from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, Scene
 from tests.chaos.supervisor import Story, supervise
 from tests.chaos.verdict import problems
@@ -59,7 +60,7 @@ class Result:
 
     def line(self) -> str:
         """Return a line about the run for the console."""
-        head = f"{self.number:3}  {self.fault.name:12} {self.layout:8}"
+        head = f"{self.number:3}  {self.fault.name:12} {self.layout:16}"
         if self.problems:
             return f"{head} FAILED ({'; '.join(self.notes)}): " + "; ".join(self.problems)
         story = self.story
@@ -90,6 +91,7 @@ class Campaign:
     def _make_data(self, rank: int) -> int:
         with output_to(self.data / "log"):
             make_data(self.data)
+            make_replies(self.data)
         return 0
 
     def run(self, number: int, fault: Fault, layout: str) -> Result:

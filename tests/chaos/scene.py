@@ -23,15 +23,32 @@ _EXPERTS = (
     "model.experts.has_bias=true",
     "parallel.expert=2",
 )
+_REPLIES = (
+    "data.train=replies",
+    "data.validation=replies_validation",
+    "data.packing=best_fit",
+    "data.align=4",
+    "diffusion.block_size=4",
+    "diffusion.timestep_per=document",
+    "diffusion.weight=constant",
+    "diffusion.normalizer=masked_tokens",
+    "diffusion.random_length_probability=0",
+    "diffusion.confidence_weight=2",
+    "diffusion.confidence_temperature=0.5",
+)
+_FAMILIES = ("experts", "replies")
 LAYOUTS = {
     "tensor": ("parallel.tensor=2",),
     "pipeline": ("parallel.pipeline=2",),
     "data": (),
     "experts": _EXPERTS,
     "experts-tensor": ("parallel.tensor=2", "parallel.sequence=true", *_EXPERTS),
+    "replies": _REPLIES,
+    "replies-pipeline": ("parallel.pipeline=2", *_REPLIES),
 }
 """Command line of each layout of two ranks. The layouts whose names begin with "experts" train a mixture of experts, whose balancing bias
-moves at each step."""
+moves at each step. Those whose names begin with "replies" train replies given prompts, with confidence, for which each step runs the model
+twice."""
 NUM_STEPS = 24
 NUM_PHASES = 3
 CHECKPOINT_INTERVAL = 4
@@ -44,8 +61,12 @@ SECONDS_TO_START = 1.0
 
 
 def other_layouts(layout: str) -> list[str]:
-    """Return the other layouts of the same model."""
-    return [other for other in LAYOUTS if other != layout and other.startswith("experts") == layout.startswith("experts")]
+    """Return the other layouts of the same model and data."""
+    return [other for other in LAYOUTS if other != layout and _family(other) == _family(layout)]
+
+
+def _family(layout: str) -> str:
+    return layout.partition("-")[0] if layout.startswith(_FAMILIES) else ""
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from w1train.model.row_terms import (
 
 OF_SOFTMAX = ("cross-entropy", "log-probabilities", "entropy")
 IN_TRITON = (*OF_SOFTMAX, "kl-is", "kl-is of the full posterior", "finite-kl with a mask")
-TERMS = (*IN_TRITON, "finite-kl", "reconstruction", "score entropy", "weighted", "mean log-probability")
+TERMS = (*IN_TRITON, "finite-kl", "reconstruction", "score entropy", "weighted", "mean log-probability", "entropy at a half")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_term(name: str, num_rows: int, vocabulary: int, excluded: int | None) -
     num_words = vocabulary - len({token for token in taken if token >= 0})
     # Numbers that fp32 has exactly.
     now = Noise(torch.arange(1, num_rows + 1).double() / 2 ** max(4, num_rows.bit_length()), num_words, has_mask)
-    if name in {"log-probabilities", "cross-entropy", "entropy", "mean log-probability"}:
+    if name in {"log-probabilities", "cross-entropy", "entropy", "entropy at a half", "mean log-probability"}:
         return _of_softmax(name, ids)
     if name == "weighted":
         table = (torch.arange(vocabulary) % 8 / 8 + 0.5).requires_grad_()
@@ -83,6 +83,8 @@ def _of_softmax(name: str, ids: Tensor) -> RowTerm:
     match name:
         case "entropy":
             return Entropy()
+        case "entropy at a half":
+            return Entropy(temperature=0.5)
         case "mean log-probability":
             return MeanLogProbability()
         case "cross-entropy":
@@ -119,7 +121,8 @@ def dense_term(term: RowTerm, logits: Tensor) -> Tensor:
             return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         case LogProbabilities(ids):
             return log_probabilities.gather(1, ids)
-        case Entropy():
+        case Entropy(temperature):
+            log_probabilities = (logits / temperature).log_softmax(dim=-1)
             return -(log_probabilities.exp() * log_probabilities.clamp_min(-1e9)).sum(dim=-1)
         case MeanLogProbability():
             return log_probabilities[:, logits[0].isfinite()].mean(dim=-1)

@@ -222,6 +222,17 @@ def test_flops_equal_what_torch_counts(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_one_more_forward_pass_has_two_flops_of_each_product(variant):
+    work = {"num_tokens": 26, "visible_pairs": 338, "num_logits": 9, "num_segments": 3}
+    once, twice = (model_flops(VARIANTS[variant], **work, num_measuring_passes=number) for number in (0, 1))
+    for part in set(FlopsByPart.__slots__) - {"timestep_mlp"}:
+        assert 3 * getattr(twice, part) == 4 * getattr(once, part), part
+    condition, frequencies = VARIANTS[variant].condition_size, VARIANTS[variant].timestep_frequency_size
+    of_forward = 2 * 3 * condition * (frequencies + condition) if once.timestep_mlp else 0
+    assert twice.timestep_mlp - once.timestep_mlp == of_forward
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_equal_a_built_model(variant):
     model = VARIANTS[variant]
     assert num_parameters(model) == sum(parameter.numel() for parameter in Replica(model).parameters())

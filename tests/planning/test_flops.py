@@ -109,6 +109,13 @@ def test_flops_per_token_part_by_part(model, document_length, diffusion):
     assert total / tokens == pytest.approx(predicted["total"] - predicted["attention_core"] + dense, rel=1e-12)
 
 
+def test_an_objective_that_measures_the_model_has_one_more_forward_pass():
+    plain, confident = (tiny_config(diffusion={"confidence_weight": weight}) for weight in (0.0, 2.0))
+    once, twice = (flops_per_token(config, workload_of(config)) for config in (plain, confident))
+    for part in ("attention_projections", "attention_core", "mlp", "adaln", "output_head"):
+        assert 3 * twice[part] == pytest.approx(4 * once[part], rel=1e-12), part
+
+
 @pytest.mark.parametrize("document_length", [1, 7, 16, 24, LENGTH])
 @pytest.mark.parametrize(
     "diffusion",

@@ -250,6 +250,12 @@ class DiffusionConfig:
     cross_entropy_weight: NonNegativeFloat = 0.0
     """Factor lambda of the cross-entropies of all tokens that can be predicted, also of those that noise has kept, which are added to the
     weighted sum before it is divided (D3PM, DiffusionBERT)."""
+    confidence_weight: NonNegativeFloat = 0.0
+    """Factor beta of the mean entropy of the noised tokens that the model predicts correctly, which is added to the loss: the model becomes
+    sure of more tokens at once, so that the sampler needs fewer steps (dParallel: 2; the confidence-aware training of LLaDA2.0). It needs
+    loss=cross_entropy, and one more forward pass in each step, which counts the correct tokens of the whole batch."""
+    confidence_temperature: PositiveFloat = 1.0
+    """Temperature T of the softmax of this entropy (dParallel: 0.5)."""
     normalizer: LossNormalizer = "tokens"
     """The number by which the weighted sum over the global batch is divided. tokens: the number of all tokens that can be predicted.
     masked_tokens: the number of masked tokens. samples: each sample's sum is divided by the sample's own number of tokens that can be

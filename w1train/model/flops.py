@@ -20,7 +20,7 @@ _FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True, slots=True)
 class FlopsByPart:
-    """FLOPs of one forward and backward pass over all layers."""
+    """FLOPs of the forward passes and the backward pass of a step, over all layers."""
 
     attention_projections: int
     """Query, key, value and output projections."""
@@ -92,6 +92,7 @@ def model_flops(
     num_logits: int,
     num_segments: int,
     adapters: AdaptersConfig = NO_ADAPTERS,
+    num_measuring_passes: int = 0,
 ) -> FlopsByPart:
     """Return the FLOPs of training on some tokens, forward and backward.
 
@@ -102,14 +103,16 @@ def model_flops(
         num_logits: positions whose logits are computed.
         num_segments: stretches of tokens that share a timestep, summed over samples.
         adapters: the adapters, with which the base is frozen.
+        num_measuring_passes: forward passes without a backward pass, for an objective that needs sums of models' outputs first.
     """
 
     def of_matrix(name: str, multiply_adds: int) -> int:
-        return 2 * multiply_adds * (3 if _is_trained(name, model, adapters) else 2)
+        return 2 * multiply_adds * (2 + _is_trained(name, model, adapters) + num_measuring_passes)
 
     def of_swiglu(mlp: str, multiply_adds: int) -> int:
         return of_matrix(f"*.{mlp}.linear_fc1.weight", 2 * multiply_adds) + of_matrix(f"*.{mlp}.linear_fc2.weight", multiply_adds)
 
+    num_products = _FORWARD_AND_BACKWARD + num_measuring_passes
     query_size, key_value_size = _attention_sizes(model)
     hidden, condition = model.hidden_size, model.condition_size
     experts, num_routed = model.experts, num_expert_layers(model) * num_tokens
@@ -117,16 +120,16 @@ def model_flops(
     modulation = condition * hidden * (6 * model.num_layers + 2)
     learns_condition = _is_trained("timestep_embedding.linear_in.weight", model, adapters)
     # The sinusoid needs no gradient, so the first timestep matrix has two products instead of three.
-    timestep = (
-        2 * model.timestep_frequency_size + 3 * condition if learns_condition else model.timestep_frequency_size + condition
-    ) * condition
-    modulation_products = 1 + _is_trained("*.modulation.linear.weight", model, adapters) + learns_condition
+    num_forward = 1 + num_measuring_passes
+    timestep = num_forward * (model.timestep_frequency_size + condition) * condition
+    timestep += (model.timestep_frequency_size + 2 * condition) * condition if learns_condition else 0
+    modulation_products = num_forward + _is_trained("*.modulation.linear.weight", model, adapters) + learns_condition
     in_layers, num_dense = model.num_layers * num_tokens * hidden, model.num_layers * num_tokens - num_routed
     head = "embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"
     return FlopsByPart(
         attention_projections=of_matrix("*.self_attention.linear_qkv.weight", in_layers * (query_size + 2 * key_value_size))
         + of_matrix("*.self_attention.linear_proj.weight", in_layers * query_size),
-        attention_core=_training_flops(model.num_layers * visible_pairs * 2 * query_size),
+        attention_core=2 * num_products * model.num_layers * visible_pairs * 2 * query_size,
         mlp=of_swiglu("mlp", num_dense * hidden * model.ffn_hidden_size),
         router=of_matrix("*.mlp.router.weight", num_routed * hidden * experts.num_experts),
         experts=of_swiglu("mlp.experts", num_routed * experts.num_active * hidden * experts.ffn_hidden_size),
@@ -134,7 +137,7 @@ def model_flops(
         adaln=2 * modulation_products * num_segments * modulation if has_adaln else 0,
         timestep_mlp=2 * num_segments * timestep if has_adaln else 0,
         output_head=of_matrix(head, num_logits * hidden * model.vocab_size),
-        adapters=_training_flops(num_tokens * num_adapter_parameters(model, adapters)),
+        adapters=2 * num_products * num_tokens * num_adapter_parameters(model, adapters),
     )
 
 
@@ -181,10 +184,6 @@ def _num_mlp_parameters(model: ModelConfig) -> int:
     of_experts = 3 * (experts.num_experts * experts.ffn_hidden_size + experts.shared_ffn_hidden_size) + experts.num_experts
     dense = (model.num_layers - num_routed) * 3 * model.ffn_hidden_size
     return model.hidden_size * (dense + num_routed * of_experts)
-
-
-def _training_flops(multiply_adds: int) -> int:
-    return _FORWARD_AND_BACKWARD * 2 * multiply_adds
 
 
 def _kv_channels(model: ModelConfig) -> int:

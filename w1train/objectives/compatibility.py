@@ -14,6 +14,7 @@ from w1train.config.schema import Config
 from w1train.diffusion.process import NoiseProcess
 from w1train.diffusion.processes import noise_process
 from w1train.objectives.losses import LOSSES
+from w1train.objectives.objective import objective_of
 from w1train.objectives.row_loss import RowLoss
 
 
@@ -29,6 +30,7 @@ def objective_problems(config: Config) -> Iterator[Problem]:
     yield from _position_problems(config, loss)
     yield from _cross_entropy_problems(config)
     yield from _weight_problems(config, process)
+    yield from _measurement_problems(config)
 
 
 def _prediction_problems(config: Config, process: NoiseProcess, loss: type[RowLoss]) -> Iterator[Problem]:
@@ -51,11 +53,11 @@ def _position_problems(config: Config, loss: type[RowLoss]) -> Iterator[Problem]
 
 
 def _cross_entropy_problems(config: Config) -> Iterator[Problem]:
-    """Report changes of the cross-entropy with another loss."""
-    for field in ("focal_gamma", "label_smoothing"):
+    """Report changes of the cross-entropy, and what is added to it, with another loss."""
+    for field in ("focal_gamma", "label_smoothing", "confidence_weight"):
         value = getattr(config.diffusion, field)
         if value > 0 and config.diffusion.loss != "cross_entropy":
-            valid = f"0 with diffusion.loss={config.diffusion.loss}: it changes the cross-entropy"
+            valid = f"0 with diffusion.loss={config.diffusion.loss}: it belongs to the cross-entropy"
             yield Problem(f"diffusion.{field}", show(value), valid, f"diffusion.{field}=0, or diffusion.loss=cross_entropy")
 
 
@@ -77,3 +79,11 @@ def _weight_problems(config: Config, process: NoiseProcess) -> Iterator[Problem]
     elif weight == "gidd_dynamic" and not process.word_noise(torch.tensor([diffusion.t_min, diffusion.t_max], dtype=torch.float64)).all():
         valid = "another weight: gidd_dynamic compares tokens with wrong tokens, which this noise never puts anywhere"
         yield Problem("diffusion.weight", "gidd_dynamic with noise on the mask token alone", valid, "diffusion.weight=log_snr")
+
+
+def _measurement_problems(config: Config) -> Iterator[Problem]:
+    """Report noise on embeddings, which only the pass with gradients has, beside a loss that needs sums of the pass before it."""
+    noise = config.diffusion.mask_embedding_noise
+    if noise > 0 and objective_of(config.diffusion, 1).is_measured:
+        valid = "0 with an objective that measures the model before each step: the measured model would have no such noise"
+        yield Problem("diffusion.mask_embedding_noise", show(noise), valid, "diffusion.mask_embedding_noise=0")

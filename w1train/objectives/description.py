@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from w1train.config.schema import Config
 from w1train.diffusion.processes import noise_process
+from w1train.objectives.objective import objective_at
 
 
 def num_streams(config: Config) -> int:
@@ -23,15 +24,16 @@ def block_size(config: Config) -> int:
     return min(config.diffusion.block_size or length, length)
 
 
-def num_measuring_passes(config: Config) -> int:
-    """Return the passes without gradients over the micro-batches of a step: those of the model and of the reference for preferences."""
-    return 2 if config.diffusion.preference_draws else 0
-
-
 def samples_are_segments(config: Config) -> bool:
     """Return whether all tokens of a sample are at one timestep, so that no index of segments is needed for the modulation."""
     diffusion = config.diffusion
     return num_streams(config) == 1 and (diffusion.timestep_per == "sequence" or noise_process(diffusion).is_causal)
+
+
+def num_measuring_passes(config: Config) -> int:
+    """Return the passes without gradients over the micro-batches of a step (w1train/training/measurement.py): that of the model, and with
+    preferences that of the reference too."""
+    return int(objective_at(config).is_measured) + int(config.diffusion.preference_draws > 0)
 
 
 def describe_objective(config: Config) -> str:

@@ -18,6 +18,7 @@ from w1train.data.documents import sums_of_documents
 from w1train.diffusion.corruption import NoisyBatch, counts_units
 from w1train.diffusion.processes import noise_process
 from w1train.model.row_terms import RowTerm
+from w1train.objectives.confidence import confidence_of
 from w1train.objectives.denoising import Denoising
 from w1train.objectives.every_token import EveryToken, adds_every_token
 from w1train.objectives.loss_rows import LossRows
@@ -29,6 +30,12 @@ from w1train.objectives.term import Term
 from w1train.objectives.unit_count import UnitCount
 from w1train.objectives.weights import WEIGHTS, Weight, elbo_weight, trained_weights
 
+NORMALIZERS = {
+    **{"tokens": "num_tokens", "masked_tokens": "num_masked"},
+    **dict.fromkeys(("samples", "documents", "sum_per_sample", "positions"), "num_units"),
+}
+"""The sum that the loss is divided by, for each value of diffusion.normalizer."""
+
 TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
     lambda config, num_t_bins: Denoising(loss_of(config), bound_of(config), num_t_bins, is_trained=not config.preference_draws),
     # The term is also there with weight 0. Without it the vector of sums would be shorter, a ring of ranks would add its numbers in another
@@ -37,14 +44,9 @@ TERMS: tuple[Callable[[DiffusionConfig, int], Term | None], ...] = (
     # Only where the loss needs them, for the same reason.
     lambda config, num_t_bins: EveryToken(config.cross_entropy_weight) if adds_every_token(config) else None,
     lambda config, num_t_bins: UnitCount() if counts_units(config) else None,
+    lambda config, num_t_bins: confidence_of(config, NORMALIZERS[config.normalizer]),
 )
 """The terms, each made from (diffusion, intervals of t); the result is None if the configuration does not ask for the term."""
-
-NORMALIZERS = {
-    **{"tokens": "num_tokens", "masked_tokens": "num_masked"},
-    **dict.fromkeys(("samples", "documents", "sum_per_sample", "positions"), "num_units"),
-}
-"""The sum that the loss is divided by, for each value of diffusion.normalizer."""
 
 _PARTS: dict[str, Callable[[NoisyBatch], Tensor]] = {
     "num_tokens": lambda noisy: noisy.has_target.sum(dim=1),

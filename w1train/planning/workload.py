@@ -12,7 +12,7 @@ from w1train.config.schema import Config, DiffusionConfig
 from w1train.diffusion.process import NoiseProcess, trains_every_token
 from w1train.diffusion.processes import noise_process
 from w1train.model.flops import FlopsByPart, model_flops
-from w1train.objectives.description import num_streams, samples_are_segments
+from w1train.objectives.description import num_measuring_passes, num_streams, samples_are_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,7 @@ def flops_per_token(config: Config, work: Workload) -> dict[str, float]:
         num_logits=round(num_samples * work.num_logits),
         num_segments=num_samples * work.num_segments + num_batches * work.num_clean_segments,
         adapters=config.adapters,
+        num_measuring_passes=num_measuring_passes(config),
     )
     tokens = num_samples * work.num_tokens
     parts = {name: getattr(flops, name) / tokens for name in FlopsByPart.__slots__}

@@ -190,7 +190,7 @@ class Trainer:
 
     def record_step(self, values: dict[str, Any], num_tokens: int, work: StepWork) -> None:
         """Record the step's values, numbers that follow from them, and the step's times."""
-        times = self.timer.finish(num_tokens, step_flops(self.config, work))
+        times = self.timer.finish(num_tokens, step_flops(self.position.stage, work))
         record = {
             **values,
             **self.data.step_metrics(values["elbo"], self.progress.samples),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from w1train.diffusion.corruption import NoisyBatch
 from w1train.objectives.objective import objective_at
 from w1train.training.companions import Companion
 from w1train.training.forward import sum_micro_batches
+from w1train.training.health.bad_batches import keep
 
 
 def measured(
@@ -34,21 +34,21 @@ def measured(
     The names of the reference's sums begin with "reference_". Every rank calls this."""
     if not objective_at(config).is_measured:
         return batches
-    kept = list(islice(batches, num_micro_batches))
-    found: dict[str, Tensor] = {}
-    if reference is not None:
-        with reference.active() as frozen:
-            found = {f"reference_{name}": value for name, value in _sums(config, frozen, kept).items()}
+    # The first pass takes the micro-batches from the iterator, so that they are corrupted on the stream of inputs, beside the model.
+    kept: list[NoisyBatch] = []
     for chunk in chunks:
         chunk.eval()
-    found |= _sums(config, chunks, kept)
+    found = _sums(config, chunks, keep(batches, kept), num_micro_batches)
     for chunk in chunks:
         chunk.train()
+    if reference is not None:
+        with reference.active() as frozen:
+            found |= {f"reference_{name}": value for name, value in _sums(config, frozen, iter(kept), len(kept)).items()}
     return iter([dataclasses.replace(batch, measured=found) for batch in kept])
 
 
 @torch.no_grad()
-def _sums(config: Config, chunks: Sequence[torch.nn.Module], kept: list[NoisyBatch]) -> dict[str, Tensor]:
+def _sums(config: Config, chunks: Sequence[torch.nn.Module], batches: Iterator[NoisyBatch], num_micro_batches: int) -> dict[str, Tensor]:
     """Return a model's sums over the global batch, by name."""
-    sums, _ = sum_micro_batches(config, list(chunks), iter(kept), len(kept), training=False)
+    sums, _ = sum_micro_batches(config, list(chunks), batches, num_micro_batches, training=False)
     return {name: sums[name] for name in sums.layout}

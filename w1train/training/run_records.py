@@ -8,7 +8,7 @@ from w1train.config.schema import Config
 from w1train.config.stages import at_stage
 from w1train.diffusion.processes import noise_process
 from w1train.model.flops import model_flops, num_active_parameters, num_parameters
-from w1train.objectives.description import block_size
+from w1train.objectives.description import block_size, num_measuring_passes
 from w1train.objectives.integral import is_exact_at_the_end
 from w1train.records.average_comparison import average_summary
 from w1train.records.summary import read_steps, tokens_per_second, validation_summary, write_summary
@@ -29,6 +29,7 @@ def step_flops(config: Config, work: StepWork) -> float:
         num_logits=work.num_logits,
         num_segments=work.num_segments,
         adapters=config.adapters,
+        num_measuring_passes=num_measuring_passes(config),
     ).total
 
 

@@ -33,6 +33,7 @@ _NOISE_SEED = 0
 _RECONSTRUCTION: dict[str, Any] = {
     **{"loss": "reconstruction", "loss_positions": "auto", "normalizer": "tokens", "weight": "constant"},
     **{"weight_min": 0.0, "weight_max": None, "cross_entropy_weight": 0.0, "autoregressive_weight": 0.0, "preference_draws": 0},
+    "confidence_weight": 0.0,
 }
 """The objective whose loss is the first end term of the bound."""
 _NAMED_METRICS = ("elbo", "elbo_bits_per_byte", "masked_cross_entropy", *PAIR_METRICS)

@@ -35,6 +35,7 @@ _NEEDS = (
     _Need("normalizer", ("tokens",), "the loss is divided by the number of pairs, whatever the normalizer is"),
     _Need("cross_entropy_weight", (0.0,), _ALONE + " (diffusion.preference_cross_entropy_weight adds the chosen reply's)"),
     _Need("autoregressive_weight", (0.0,), _ALONE),
+    _Need("confidence_weight", (0.0,), _ALONE),
     _Need("coupled_draws", (False,), "the draws of a reply have timesteps of their own"),
     _Need("random_length_probability", (0.0,), "a cut reply has another likelihood"),
     _Need("mask_embedding_noise", (0.0,), "the noise is in the pass with gradients alone, which would compute other likelihoods"),

@@ -9,13 +9,21 @@ To add a term, write one class in a file of this folder; a Triton kernel for it 
 from w1train.model.row_terms.noised_divergence import FiniteKl, KlIs
 from w1train.model.row_terms.row_term import RowStatistics, RowTerm, Vocabulary, value_of
 from w1train.model.row_terms.score_ratios import ScoreEntropy
-from w1train.model.row_terms.softmax_terms import CrossEntropy, Entropy, LogProbabilities, MeanLogProbability, Reconstruction
+from w1train.model.row_terms.softmax_terms import (
+    CrossEntropy,
+    Entropy,
+    IsMostProbable,
+    LogProbabilities,
+    MeanLogProbability,
+    Reconstruction,
+)
 from w1train.model.row_terms.weighted_cross_entropy import WeightedCrossEntropy
 
 __all__ = [
     "CrossEntropy",
     "Entropy",
     "FiniteKl",
+    "IsMostProbable",
     "KlIs",
     "LogProbabilities",
     "MeanLogProbability",

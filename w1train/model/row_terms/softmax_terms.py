@@ -54,23 +54,54 @@ class LogProbabilities(RowTerm):
 
 @dataclass(slots=True, frozen=True)
 class Entropy(RowTerm):
-    """-sum of p log p over the vocabulary in nats, [m]."""
+    """-sum of p log p over the vocabulary in nats, [m], with p = softmax(logits / temperature)."""
+
+    temperature: float = 1.0
 
     @property
     def num_sums(self) -> int:
-        return 1
+        return 2
 
     def local_sums(self, logits: Tensor, part: slice, statistics: RowStatistics, vocabulary: Vocabulary) -> Tensor:
-        return torch.special.entr(statistics.probabilities(logits)).sum(dim=-1)[None]
+        exponentials = self._exponentials(logits, statistics)
+        return torch.stack([exponentials.sum(dim=-1), torch.special.entr(exponentials).sum(dim=-1)])
 
     def value(self, statistics: RowStatistics) -> Tensor:
-        return statistics.sums[0].clone()
+        # No exponential is above 1, so that no part is negative and nothing cancels.
+        total, along = statistics.sums
+        return total.log() + along / total
 
     def write_gradient(self, logits: Tensor, part: slice, statistics: RowStatistics, gradient: Tensor, vocabulary: Vocabulary) -> None:
-        # The derivative by a logit is -p (log p + entropy).
-        probabilities = statistics.probabilities(logits)
-        along = torch.special.entr(probabilities).sub_(probabilities.mul_(statistics.sums[0][:, None]))
-        logits.copy_(along.mul_(gradient[:, None]))
+        # The derivative by a logit is -p (log p + entropy) / temperature.
+        probabilities = self._exponentials(logits, statistics).div_(statistics.sums[0][:, None])
+        along = torch.special.entr(probabilities).sub_(probabilities.mul_(self.value(statistics)[:, None]))
+        logits.copy_(along.mul_((gradient / self.temperature)[:, None]))
+
+    def _exponentials(self, logits: Tensor, statistics: RowStatistics) -> Tensor:
+        """Return exp((logit - largest) / temperature), float32 [k, v]; an id whose logit is -inf has 0."""
+        return logits.sub(statistics.largest[:, None]).div_(self.temperature).exp_()
+
+
+@dataclass(slots=True, frozen=True)
+class IsMostProbable(RowTerm):
+    """1 where no id of the softmax is more probable than the target, otherwise 0, [m]: a condition, which has no gradient.
+
+    A target that shares the first place counts as most probable. Which of the ids comes first in the vocabulary therefore does not matter,
+    and the condition is the same however ranks share the vocabulary. In bf16 equal logits are frequent.
+    """
+
+    targets: Tensor
+    """int64 [m]: ids in the whole vocabulary. The excluded token is never most probable."""
+
+    @property
+    def chosen_ids(self) -> Tensor:
+        return self.targets[None]
+
+    def value(self, statistics: RowStatistics) -> Tensor:
+        return (statistics.chosen[0] == statistics.largest).to(statistics.total.dtype)
+
+    def write_gradient(self, logits: Tensor, part: slice, statistics: RowStatistics, gradient: Tensor, vocabulary: Vocabulary) -> None:
+        raise AssertionError("a condition has no gradient: the loss must take its value without one")
 
 
 @dataclass(slots=True, frozen=True)
