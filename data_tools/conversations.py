@@ -16,7 +16,6 @@ if not __package__ and not sys.flags.safe_path:
 import argparse
 import dataclasses
 import logging
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,15 +31,13 @@ from data_tools.corpus_files import Limits
 from data_tools.corpus_options import add_error_options, input_path, output_prefix, positive
 from data_tools.encode_conversations import ChatEncoding, ConversationReader, EncodedUnit, Kind
 from data_tools.progress import ByteProgress
-from data_tools.tokenizer_manifest import tokenizer_manifest_path
 from data_tools.unit_reader import Counts, Rules, UnitReader, UnitText
 from data_tools.units import UNIT_BYTES
 from data_tools.workers import ordered_workers
 from w1train.config.argument_parser import ArgumentParser
-from w1train.config.errors import UserError
-from w1train.config.reading import FileContentError, read_json_object
 from w1train.data.conversations.chat_template import ChatTemplate, TemplateSource
 from w1train.data.conversations.messages import FORMATS
+from w1train.data.conversations.template_tokens import check_template, renamed_tokens
 from w1train.data.dataset_manifest import REPLIES, DatasetManifest, dataset_paths
 from w1train.data.text.file_names import CorpusError
 from w1train.data.tokenizer import Tokenizer
@@ -184,8 +181,8 @@ def _encoding(options: argparse.Namespace, rules: Rules, tokenizer: Tokenizer, k
     """Return the settings of the workers, with a template that has been checked."""
     time = datetime.now() if options.date is None else datetime.combine(options.date, datetime.min.time())
     source = TemplateSource.read(Path(options.template), time) if options.template else TemplateSource.default(time)
-    renamed = _renamed(Path(options.tokenizer), tokenizer)
-    _check_template(ChatTemplate(source), {*tokenizer.special_tokens, *renamed})
+    renamed = renamed_tokens(Path(options.tokenizer), tokenizer)
+    check_template(ChatTemplate(source), {*tokenizer.special_tokens, *renamed})
     return ChatEncoding(
         rules=rules,
         tokenizer=tokenizer.serialized,
@@ -198,39 +195,6 @@ def _encoding(options: argparse.Namespace, rules: Rules, tokenizer: Tokenizer, k
         too_long=options.too_long,
         validation_fraction=options.validation_fraction,
     )
-
-
-def _renamed(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the new name of each token that w1train data import-tokenizer renamed, by the name that the model's template has for it."""
-    manifest = tokenizer_manifest_path(path)
-    try:
-        content = read_json_object(manifest, "manifest of a tokenizer")
-    except (OSError, FileContentError):
-        return {}
-    renamed = content.get("renamed")
-    if content.get("sha256") != tokenizer.fingerprint or not isinstance(renamed, dict):
-        return {}
-    return {old: new for old, new in renamed.items() if new in tokenizer.special_tokens and old not in tokenizer.special_tokens}
-
-
-def _check_template(template: ChatTemplate, names: set[str]) -> None:
-    """Refuse a template that writes special tokens which the tokenizer does not have, and warn of texts that look like such tokens.
-
-    Raises:
-        UserError: if a variable such as bos_token, which the template reads, is not a special token.
-    """
-    source = template.source
-    for name in sorted(template.variables & source.variables.keys()):
-        if (value := source.variables[name]) and value not in names:
-            raise UserError(
-                f"the chat template {source.origin} writes {name}, which is {value}, and the tokenizer has no special token of this name: "
-                "give the tokenizer that was imported from the same model"
-            )
-    looks = {found for text in template.literals for found in re.findall(r"<\|[^|<>\s]{1,60}\|>", text)}
-    if unknown := sorted(looks - names):
-        logger.warning(
-            "the chat template %s writes %s, which is no special token of the tokenizer: it is encoded as text", source.origin, unknown[0]
-        )
 
 
 class _FirstKind(UnitReader):

@@ -10,15 +10,11 @@ from typing import Any
 import tokenizers
 
 from data_tools.own_files import own_file
+from w1train.data.conversations.template_tokens import tokenizer_manifest_path
 from w1train.data.tokenizer import Tokenizer
 from w1train.runtime.files import write_text
 from w1train.runtime.output_files import require_writable
 from w1train.runtime.version import __version__
-
-
-def tokenizer_manifest_path(output: Path) -> Path:
-    """Return the path of the manifest, tokenizer.manifest.json for tokenizer.json."""
-    return output.with_suffix(".manifest.json")
 
 
 def require_writable_tokenizer(output: Path, inputs: Iterable[str | Path], overwrite: bool) -> None:

@@ -215,6 +215,7 @@ class TrainedModel:
         seed: int | None = None,
         kernel: str | None = None,
         reviser: str | None = None,
+        chat_template: str | None = None,
         on_step: Callable[[Canvas], None] | None = None,
     ) -> TextSample: ...
 
@@ -233,6 +234,7 @@ class TrainedModel:
         seed: int | None = None,
         kernel: str | None = None,
         reviser: str | None = None,
+        chat_template: str | None = None,
         on_step: Callable[[Canvas], None] | None = None,
     ) -> list[TextSample]: ...
 
@@ -250,6 +252,7 @@ class TrainedModel:
         seed: int | None = None,
         kernel: str | None = None,
         reviser: str | None = None,
+        chat_template: str | None = None,
         on_step: Callable[[Canvas], None] | None = None,
     ) -> TextSample | list[TextSample]:
         """Generate text after each prompt, by iterative denoising. ``w1train sample`` gives the same texts. A setting that is
@@ -267,6 +270,8 @@ class TrainedModel:
             seed: the seed of the noise.
             kernel: "unmask", "ancestral" or "gidd_posterior": the rule of a step.
             reviser: "conditional_modes" or "self_correction": revise the text after its last step.
+            chat_template: the path of a chat template, or "built_in": each prompt is the message of a user, and the completion is the
+                reply; "" = continue the prompts.
             on_step: a function that gets the canvas after each step, such as ``print``.
 
         Returns:
@@ -285,6 +290,7 @@ class TrainedModel:
             "seed": seed,
             "kernel": kernel,
             "reviser": reviser,
+            "chat_template": chat_template,
         }
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         suffixes = [suffix] * len(prompts) if isinstance(suffix, str) else suffix
@@ -316,6 +322,7 @@ class TrainedModel:
         Raises:
             UserError: a text is too long or has unknown tokens, or the checkpoint is of an autoregressive stage.
         """
+        from w1train.data.conversations.chat_prompts import chat_prompts_of
         from w1train.inference.predictor import require_diffusion
         from w1train.sampling.settings import with_given
         from w1train.sampling.text import revise_texts
@@ -326,7 +333,8 @@ class TrainedModel:
         config = replace(self.config, sampling=with_given(self.config.sampling, {"seed": seed}))
         with self._world():
             predict = self._inference.blocks or self._inference.predict
-            samples = revise_texts(predict, self.tokenizer, prompts, texts, config, device=self.device)
+            chat = chat_prompts_of(config, self.tokenizer)
+            samples = revise_texts(predict, self.tokenizer, prompts, texts, config, device=self.device, chat=chat)
         return samples[0] if isinstance(text, str) else samples
 
     @overload
@@ -408,19 +416,21 @@ class TrainedModel:
         settings: Mapping[str, Any],
         on_step: Callable[[Canvas], None] | None,
     ) -> list[TextSample]:
+        from w1train.data.conversations.chat_prompts import chat_prompts_of
         from w1train.inference.predictor import require_diffusion
         from w1train.sampling.settings import with_given
         from w1train.sampling.text import sample_texts
 
         require_diffusion(self._inference)
-        sampling = with_given(self.config.sampling, settings)
+        config = replace(self.config, sampling=with_given(self.config.sampling, settings))
         with self._world():
             return sample_texts(
                 self._inference.blocks or self._inference.predict,
                 self.tokenizer,
                 prompts,
-                replace(self.config, sampling=sampling),
+                config,
                 device=self.device,
+                chat=chat_prompts_of(config, self.tokenizer),
                 suffixes=suffixes,
                 on_step=None if on_step is None else lambda state: on_step(self._canvas(state)),
             )

@@ -42,8 +42,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, which --help and a wrong opt
     import torch
     from rich.console import Console
 
+    from w1train.data.tokenizer import Tokenizer
     from w1train.sampling.model_passes import BlockPredict, Predict
-    from w1train.sampling.text import TextSample, TextTokenizer
+    from w1train.sampling.text import TextSample
 
 
 class InferenceModel(Protocol):
@@ -59,7 +60,7 @@ class InferenceModel(Protocol):
     def config(self) -> Config: ...
 
     @property
-    def tokenizer(self) -> TextTokenizer: ...
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -125,20 +126,23 @@ def _one_each(given: list[str], option: str, num: int, others: str) -> list[str]
 
 
 def _sample(model: InferenceModel, config: Config, args: argparse.Namespace) -> tuple[list[TextSample], Speed]:
+    from w1train.data.conversations.chat_prompts import chat_prompts_of
     from w1train.sampling.display import DenoisingView
     from w1train.sampling.text import revise_texts, sample_texts
 
     view = DenoisingView(_console(), model.tokenizer) if args.show_steps else None
-    predict = model.blocks or model.predict
+    predict, chat = model.blocks or model.predict, chat_prompts_of(config, model.tokenizer)
     started = time.perf_counter()
     with view or nullcontext():
         if args.revise is None:
             prompts = config.sampling.prompts
             suffixes = None if args.suffix is None else _one_each(args.suffix, "--suffix", len(prompts), "prompts")
-            samples = sample_texts(predict, model.tokenizer, prompts, config, device=model.device, suffixes=suffixes, on_step=view)
+            samples = sample_texts(
+                predict, model.tokenizer, prompts, config, device=model.device, chat=chat, suffixes=suffixes, on_step=view
+            )
         else:
             prompts = _one_each(args.prompt or [""], "--prompt", len(args.revise), "texts with --revise")
-            samples = revise_texts(predict, model.tokenizer, prompts, args.revise, config, device=model.device, on_step=view)
+            samples = revise_texts(predict, model.tokenizer, prompts, args.revise, config, device=model.device, chat=chat, on_step=view)
     seconds = time.perf_counter() - started
     num_tokens = sum(len(sample.tokens) for sample in samples)
     num_passes = sum(sample.num_forward_passes for sample in samples)
@@ -164,6 +168,7 @@ def _given(args: argparse.Namespace) -> dict[str, object]:
     """Return the settings of sampling on the command line, by the name of their field; None = not given."""
     return {
         "prompts": args.prompt,
+        "chat_template": args.chat_template,
         "num_tokens": args.num_tokens,
         "num_steps": args.steps,
         "threshold": args.threshold,
@@ -218,6 +223,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
     prompt_help = "text that the model continues; repeat the option for several texts; an empty text = without a prompt"
     parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help=prompt_help)
+    chat_help = (
+        "make each prompt the message of a user by this chat template, and generate the reply: a jinja file, a tokenizer_config.json, a "
+        "directory of a Hugging Face model, or built_in; an empty text = continue the prompts"
+    )
+    parser.add_argument("--chat-template", type=text_argument, metavar="PATH", help=chat_help)
     suffix_help = (
         "text after the generated tokens, which are filled in between prompt and suffix; once for all prompts, or once for each prompt; "
         "not with block diffusion, where a block does not see later blocks"

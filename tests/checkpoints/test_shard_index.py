@@ -312,6 +312,7 @@ MANIFEST: dict[str, Any] = {
     "dataset": None,
     "health": {},
     "noise": "0" * 64,
+    "reference": {"weights": "runs/sft", "sha256": "0" * 64},
     "validation": {"elbo": 3.0},
     "files": {"config.yaml": {"size": 3, "sha256": "0" * 64}},
 }
@@ -322,6 +323,7 @@ HOSTILE_MANIFESTS = {
     "dataset": 7,
     "health": [],
     "noise": 7,
+    "reference": {"weights": None},
     "validation": {"elbo": "low"},
     "files": [],
 }

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiny import tiny_config, tiny_experts
 from w1train.config.rules.adapter_rules import ADAPTER_RULES
-from w1train.config.schema_adapters import AdaptersConfig, is_trained, linear_names
+from w1train.config.schema_adapters import AdaptersConfig, is_adapted, is_trained, linear_names
 
 SIGMOID = tiny_experts(score="sigmoid", has_bias=True)
 
@@ -44,6 +44,12 @@ def test_modules_are_those_that_the_model_has():
     )
     assert len(linear_names(tiny_config(model=tiny_experts(num_dense_layers=0, shared_ffn_hidden_size=0)).model)) == 2
     assert not _problems(adapters={"rank": 2, "modules": ["self_attention.*", "mlp.linear_fc2"]})
+
+
+def test_a_pattern_adapts_linear_layers_alone():
+    assert is_adapted("mlp.shared_experts.linear_fc1", AdaptersConfig(rank=1))
+    assert not is_adapted("mlp.experts.linear_fc1", AdaptersConfig(rank=1))
+    assert not is_adapted("input_layernorm", AdaptersConfig(rank=1))
 
 
 def test_adapters_and_named_parameters_are_trained():

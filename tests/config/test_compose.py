@@ -58,6 +58,9 @@ def test_there_is_no_golden_file_of_a_recipe_that_is_gone() -> None:
     assert sorted(path.stem for path in GOLDEN.glob("*.yaml")) == RECIPES
 
 
+_RECIPES_OF_SCHEDULES = {"wsd": "w1_4b", "fine_tuning": "llada_8b_sft", "fine_tuning_cosine": "llada_8b_vrpo"}
+
+
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group, options in OPTIONS.items() for option in options])
 def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option: str) -> None:
     lines = (packaged_directory() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
@@ -66,8 +69,9 @@ def test_packaged_files_set_known_keys_and_say_what_they_are(group: str, option:
     assert "Source" in comment
     if group != "recipe":
         # An option for 4B parameters need not fit the demo, but it has no unknown key and no value of a wrong type.
-        # wsd needs a recipe that sets the tokens of its stages, and a normaliser of masked diffusion a schedule of masked diffusion.
-        recipe = ["recipe=w1_4b"] if (group, option) == ("schedule", "wsd") else ["recipe=demo"]
+        # Some schedules need a recipe that sets the tokens of their stages, and a normaliser of masked diffusion a schedule of
+        # masked diffusion.
+        recipe = [f"recipe={_RECIPES_OF_SCHEDULES.get(option, 'demo')}"] if group == "schedule" else ["recipe=demo"]
         recipe += ["schedule=masked"] if group == "diffusion" else []
         assert rejected_keys([*recipe, f"{group}={option}"]) <= {
             "data.sequence_length",

@@ -230,6 +230,7 @@ def test_divisors_of_an_enormous_number_are_found_soon(make_config: MakeConfig, 
         ({"diffusion.num_strata": 1 << 21}, "diffusion.num_strata", "<= 1048576"),
         ({"sampling.block_size": 48}, "sampling.block_size", "divisor of sampling.num_tokens (128)"),
         ({"sampling.interval": 1, "sampling.prompts": []}, "sampling.prompts", "at least one"),
+        ({"sampling.interval": 1, "sampling.chat_template": "built_in"}, "sampling.prompts", "prompts with a text"),
         ({"sampling.interval": 1, "model.max_sequence_length": 100}, "sampling.num_tokens", "at most"),
         ({"checkpoint.keep_best": 2, "checkpoint.interval": 1000}, "checkpoint.keep_best", "0 without data.validation"),
         (

@@ -107,6 +107,7 @@ def test_the_merged_export_computes_what_the_run_computes(saved):
     assert (adapted - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_peft_computes_what_the_run_computes(saved):
     peft = pytest.importorskip("peft")
     place, _, adapted, _, _ = saved

@@ -27,7 +27,13 @@ BETA, SFT = 0.3, 0.05
 
 
 def _config(num_draws: int, **fields: object) -> DiffusionConfig:
-    given = {"random_length_probability": 0.0, "t_min": 0.05, "num_strata": 4, "preference_beta": BETA, **fields}
+    given = {
+        "random_length_probability": 0.0,
+        "t_min": 0.05,
+        "num_strata": 4,
+        "preference_beta": BETA,
+        **fields,
+    }
     return DiffusionConfig(**given, preference_draws=num_draws)
 
 

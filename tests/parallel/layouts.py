@@ -32,7 +32,7 @@ from w1train.engine.building import TrainedModel, build_trained_model  # noqa: E
 from w1train.model.initialization import EXPERTS, global_named_parameters  # noqa: E402
 from w1train.runtime.distributed import Ranks, distributed  # noqa: E402
 from w1train.training import forward  # noqa: E402
-from w1train.training.companions import FrozenModel  # noqa: E402
+from w1train.training.companions import FrozenModel, require_unchanged  # noqa: E402
 from w1train.training.forward import StepWork, run_micro_batches  # noqa: E402
 from w1train.training.inputs import RankInputs  # noqa: E402
 from w1train.training.measurement import measured  # noqa: E402
@@ -163,7 +163,7 @@ def _train(
         works.append(work)
     model.gather_parameters()
     if reference is not None:
-        reference.require_unchanged()
+        require_unchanged(reference)
     if save is not None:
         save_now(save, model, Progress(step=first_step + num_steps, samples=0))
     parameters = whole_tensors(model, lambda parameter: parameter.data)

@@ -49,7 +49,7 @@ def _assert_the_single_process(configs, data, expected):
     assert moved == {name for name in expected.gradients if is_adapter(name)}
 
 
-@pytest.mark.parametrize("layout", slow_except(["tp2", "tp2-sequence"], LAYOUTS))
+@pytest.mark.parametrize("layout", slow_except(["tp2-sequence"], LAYOUTS))
 def test_a_layout_gives_the_numbers_of_the_single_process(layout):
     layouts, data = LAYOUTS[layout]
     depth = {"num_layers": 4 if "pipeline" in layouts[0] else 2}
@@ -93,7 +93,7 @@ def test_adapters_that_are_zero_or_off_are_the_base_bit_for_bit(parallel):
     base, zero, on, off, again = run_distributed(_zero_on_and_off, size, config, process_group=False)[0]
     assert torch.equal(zero, base)
     assert torch.equal(off, base)
-    assert (on - base).abs().max() > 1e-3
+    assert not torch.allclose(on, base, atol=1e-2)
     assert torch.equal(again, on)
 
 

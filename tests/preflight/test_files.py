@@ -166,3 +166,22 @@ def test_object_storage_is_not_asked(config: Config, monkeypatch: pytest.MonkeyP
     (problem,) = problems_of(config).values()
     assert problem.key == "data.validation"
     assert "s4" in problem.found
+
+
+def test_a_chat_template_and_its_prompts_are_checked_before_the_run_would_use_them(config: Config, directory: Path) -> None:
+    config.sampling.prompts, config.sampling.num_tokens = ["one two"], 32
+    config.sampling.chat_template = "built_in"
+    config.sampling.interval = 1
+    assert problems_of(config) == {}
+    num_tokens = len("user:\none two") + 1 + len("assistant:\n")  # each byte is a token
+    config.sampling.num_tokens = config.model.max_sequence_length - num_tokens
+    assert problems_of(config) == {}
+    config.sampling.num_tokens += 1
+    assert problems_of(config)["sampling.prompts"].found.startswith(f"{num_tokens} tokens of the longest prompt")
+    config.sampling.prompts = [" "]
+    assert "prompt 0 is empty" in problems_of(config)["sampling.prompts"].found
+    config.sampling.interval = 0
+    assert problems_of(config) == {}, "no prompt is sampled"
+    (directory / "chat.jinja").write_text("{% if %}")
+    config.sampling.chat_template = "chat.jinja"
+    assert problems_of(config)["sampling.chat_template"].found.startswith("chat.jinja:1 is no chat template")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.slow import examples
 from w1train.config.schema import DiffusionConfig, SamplingConfig
-from w1train.sampling.canvas import DenoisingStep, Generation, PlannedBlock, cut_at_eos
+from w1train.sampling.canvas import DenoisingStep, Generation, PlannedBlock, cut_at_end
 from w1train.sampling.counts import transfer_counts
 from w1train.sampling.denoise import generate, plan_blocks
 from w1train.sampling.kernel import Batch
@@ -269,10 +269,17 @@ def test_steps_without_a_token_are_skipped_and_said(caplog):
 
 
 def test_text_ends_before_the_first_eos():
-    assert cut_at_eos([4, 5, EOS, 6, EOS], EOS) == [4, 5]
-    assert cut_at_eos([4, 5], EOS) == [4, 5]
+    assert cut_at_end([4, 5, EOS, 6, EOS], (EOS,)) == [4, 5]
+    assert cut_at_end([4, 5], (EOS,)) == [4, 5]
     generation = run([[3, 1, 4]], SamplingConfig(num_tokens=8, num_steps=8))
     assert generation.completion(0) == [7, 8, 12, 11, 7]
+
+
+def test_text_ends_before_the_token_that_ends_a_reply():
+    settings = SamplingConfig(num_tokens=8, num_steps=8)
+    generation = generate(toy_logits, [[3, 1, 4]], settings, diffusion=DIFFUSION, eos_token_id=EOS, device="cpu", other_end_ids=(5, 12))
+    assert generation.completion(0) == [7, 8]
+    assert generation.completions[0, :5].tolist() == [7, 8, 12, 11, 7], "what is generated is the same"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tests.data.chat_templates import CHATML, END, START
 from w1train.config.errors import UserError
 from w1train.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, ScheduleConfig, TrainingConfig
+from w1train.data.tokenizer import train_tokenizer
 from w1train.sample import main
 from w1train.sampling.canvas import DenoisingStep
 from w1train.sampling.display import DenoisingView, print_samples
@@ -200,6 +202,7 @@ def test_json(sample, run_dir):
         "run": str(run_dir),
         "checkpoint": 70,
         "sampling": {
+            "chat_template": None,
             "num_tokens": 8,
             "num_steps": 4,
             "threshold": None,
@@ -227,6 +230,57 @@ def test_the_text_ends_at_eos(sample):
     assert status == 0
     expected = {"prompt": "abc", "text": "def", "tokens": list(b"def"), "num_forward_passes": 4, "suffix": ""}
     assert json.loads(out)["samples"] == [expected]
+
+
+@pytest.fixture(scope="module")
+def chat_model():
+    """A model of a tokenizer with bytes, which writes letters, then the token that ends a turn, then letters."""
+    tokenizer = train_tokenizer(["abcdefghijklmnopqrstuvwxyz"], vocab_size=272)
+    letters, end = tokenizer.encode(ALPHABET.decode()), tokenizer.ids_by_token()[END]
+
+    def predict(tokens: Tensor, _t: Tensor) -> Tensor:
+        logits = torch.zeros(*tokens.shape, tokenizer.vocab_size)
+        for place in range(tokens.shape[1]):
+            logits[:, place, end if place % 5 == 4 else letters[place % 26]] = 9
+        return logits
+
+    class Blocks(AlphabetBlocks):
+        num_passes = 0
+
+        def predict_block(self, tokens: Tensor, timesteps: Tensor) -> Tensor:
+            self.num_passes += 1
+            return predict(torch.nn.functional.pad(tokens, (self.num_finished, 0)), timesteps)[:, self.num_finished :]
+
+    def make(by_block: bool = False) -> FakeModel:
+        model = FakeModel(predict=predict, tokenizer=tokenizer, blocks=Blocks() if by_block else None)
+        model.config.model.vocab_size, model.config.model.max_sequence_length = tokenizer.vocab_size, 99
+        model.config.diffusion.mask_token_id = tokenizer.mask_token_id
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_prompt_is_a_message_and_the_reply_ends_with_the_turn(sample, chat_model, tmp_path, by_block):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATML)
+    options = ("--json", "--prompt", "abc", "--chat-template", str(template), "--num-tokens", "12", "--threshold", "0.9")
+    status, out, error = sample(*options, model=(model := chat_model(by_block)))
+    assert status == 0, error
+    (found,) = json.loads(out)["samples"]
+    prompt = f"{START}user\nabc{END}\n{START}assistant\n"
+    length = len(model.tokenizer.encode_with_special_tokens(prompt))
+    expected = ALPHABET.decode()[length : length + (4 - length) % 5]
+    assert (found["prompt"], found["text"]) == (prompt, expected)
+    assert len(expected) == 2
+    if by_block:
+        assert model.blocks.num_passes == 2, "no block follows the block in which the reply ends"
+    model.config.sampling.chat_template = str(template)
+    assert json.loads(sample(*options[:3], "--chat-template", "", model=model)[1])["samples"][0]["prompt"] == "abc"
+    revised = json.loads(sample(*options[:3], "--revise", "de", model=model)[1])["samples"][0]
+    assert (revised["prompt"], revised["text"]) == (prompt, "de")
+    status, _, error = sample("--prompt", " ", "--chat-template", "built_in", model=chat_model())
+    assert (status, error.splitlines()[-1][:25]) == (2, "error: prompt 0 is empty;")
 
 
 def test_block_size_zero_undoes_the_runs_blocks(sample):

@@ -35,6 +35,15 @@ class ByteTokenizer:
         return " ".join(map(str, ids))
 
 
+class BackwardChat:
+    """An encoder of prompts that writes them backwards."""
+
+    end_token_ids = ()
+
+    def encode(self, prompts):
+        return [ByteTokenizer().encode(prompt[::-1]) for prompt in prompts]
+
+
 def _next_tokens(predictor, tokens):
     """Return the most probable continuation, from a causal pass over the whole text for each token."""
     for _ in range(NUM_TOKENS):
@@ -54,9 +63,14 @@ def test_an_autoregressive_stage_writes_what_its_model_predicts():
     def body(predictor):
         model = SimpleNamespace(chunks=predictor.chunks)
         written = complete_prompts(config, model, tokenizer, torch.device("cpu"))
+        chat = BackwardChat()
+        replies = complete_prompts(config, model, tokenizer, torch.device("cpu"), chat)
         with predictor.evaluating():
-            return written, [_next_tokens(predictor, tokenizer.encode(prompt)) for prompt in PROMPTS]
+            given = [tokenizer.encode(prompt) for prompt in PROMPTS] + chat.encode(PROMPTS)
+            return written, replies, [(tokenizer.decode(tokens), _next_tokens(predictor, tokens)) for tokens in given]
 
-    written, expected = in_one_process(config, body)
+    written, replies, all_expected = in_one_process(config, body)
+    assert replies == [(prompt, tokenizer.decode(tokens)) for prompt, tokens in all_expected[2:]]
+    expected = [tokens for _, tokens in all_expected[:2]]
     assert written == [(prompt, tokenizer.decode(tokens)) for prompt, tokens in zip(PROMPTS, expected, strict=True)]
     assert len({token for tokens in expected for token in tokens}) > 3, "one token over and over would hide a mistake"

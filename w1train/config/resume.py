@@ -27,6 +27,7 @@ ALLOWED_ON_RESUME = (
     "training.micro_batch_size",
     "attention.*",  # another kernel computes the same function
     "training.loss_chunk_size",
+    "reference.weights",  # the checkpoint has the hash of the reference's weights
     "kernels.*",
     "validation.interval",
     "sampling.*",

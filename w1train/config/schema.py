@@ -270,8 +270,8 @@ class DiffusionConfig:
     """Draws of noise n for each reply of a preference dataset, whose pairs of replies are then trained by DPO on their ELBOs (VRPO, LLaDA
     1.5: 8). Global batch sizes are multiples of 2n, and hold global_batch_size / 2n pairs (docs/preferences.md); 0 = no preferences."""
     preference_beta: PositiveFloat = 0.2
-    """Factor beta of the difference to the reference in the loss of a pair, -log sigmoid(beta * difference) (LLaDA 1.5: 0.2). The difference
-    is in nats of whole replies, not per token."""
+    """Factor beta of the difference to the reference in the loss of a pair, -log sigmoid(beta * difference) (LLaDA 1.5: 0.2). The
+    difference is in nats of whole replies, not per token."""
     preference_cross_entropy_weight: NonNegativeFloat = 0.0
     """Factor of the chosen reply's negative ELBO per token, which is added to the loss of its pair (LLaDA 1.5: 0.05; which reply it trains
     is not published: our choice)."""

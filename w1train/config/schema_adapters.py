@@ -50,8 +50,10 @@ def linear_names(model: ModelConfig) -> tuple[str, ...]:
 
 
 def is_adapted(name: str, adapters: AdaptersConfig) -> bool:
-    """Tell whether a linear layer, by its name inside a layer of the Transformer, has an adapter."""
-    return adapters.rank > 0 and any(fnmatch.fnmatchcase(name, pattern) for pattern in adapters.modules)
+    """Tell whether a module, by its name inside a layer of the Transformer, has an adapter. Modules that cannot have adapters have no
+    adapter, although a pattern such as ``*`` fits them."""
+    can_have = adapters.rank > 0 and name in (*_DENSE, *_SHARED)
+    return can_have and any(fnmatch.fnmatchcase(name, pattern) for pattern in adapters.modules)
 
 
 def is_adapter(name: str) -> bool:

@@ -10,6 +10,7 @@ from w1train.config.constraints import (
     Length,
     NonNegativeFloat,
     NonNegativeInteger,
+    OptionalPath,
     PositiveFloat,
     PositiveFraction,
     PositiveInteger,
@@ -25,6 +26,10 @@ class SamplingConfig:
     """Steps between samples during training; 0 = never."""
     prompts: list[str] = field(default_factory=lambda: [""])
     """One text is sampled after each prompt."""
+    chat_template: OptionalPath = None
+    """The chat template by which each prompt becomes the message of a user, to which the model writes the reply: a jinja file, a
+    tokenizer_config.json, a directory of a Hugging Face model, or built_in = the template of `w1train data conversations` without
+    --template. A reply ends before EOS, or before the token that ends a turn. null = the model continues the prompts."""
     num_tokens: Length = 128
     """Tokens generated after the prompt."""
     num_steps: Length = 64

@@ -1,7 +1,7 @@
 """The hash of a model's weights over all ranks, which is the same in every layout.
 
-The bits of each element and the name of its parameter are mixed into one number, and the numbers of a parameter are added up. A sum does not
-depend on how ranks share the elements. Any change of a value changes the hash; an exchange of two values of one parameter does not.
+The bits of each element and the name of its parameter are mixed into one number, and the numbers of a parameter are added up. A sum does
+not depend on how ranks share the elements. Any change of a value changes the hash; an exchange of two values of one parameter does not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ _FACTORS = (-7046029254386353131, -4658895280553007687)  # odd 64-bit constants 
 
 
 @torch.no_grad()
-def weights_hash(stages: Sequence[torch.nn.Module]) -> str:
-    """Return the SHA-256 of the weights of a model whose stages all ranks have together. Every rank calls this."""
+def weights_hash(stages: Sequence[torch.nn.Module], leave_out: tuple[str, ...] = ()) -> str:
+    """Return the SHA-256 of the weights of a model whose stages all ranks have together. Every rank calls this.
+
+    Args:
+        leave_out: the ends of the names of parameters that are left out.
+    """
     own: Counter[str] = Counter()
     for stage in stages:
         for name, tensor in _counted(stage):
-            own[name] += _mixed_sum(tensor, name)
+            if not name.endswith(leave_out):
+                own[name] += _mixed_sum(tensor, name)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(own))
     total: Counter[str] = Counter()

@@ -331,7 +331,10 @@ def load_for_inference(run_dir: Path, checkpoint: int | str | None = None, ranks
     config = at_stage(config, stage_of_step(config, read_progress(path).step))
     # This machine may not have the ranks and kernels of the machines that trained the model.
     config.parallel, config.attention, config.kernels = ParallelConfig(), AttentionConfig(), KernelsConfig()
-    config.data.tokenizer = str(RunDirectory(run_dir).tokenizer)
+    run = RunDirectory(run_dir)
+    config.data.tokenizer = str(run.tokenizer)
+    if config.sampling.chat_template is not None:
+        config.sampling.chat_template = str(run.chat_template)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     ranks = ranks or _open_groups.enter_context(distributed(config.parallel))
     megatron = transformer_config(config.model, config.parallel, config.training.precision, config.kernels, config.training.fp8)

@@ -28,7 +28,6 @@ from w1train.model.row_terms import CrossEntropy, RowTerm
 from w1train.objectives.loss_rows import LossRows
 from w1train.objectives.named_sums import Layout
 
-
 PAIR_METRICS = (
     *("preference_loss", "preference_margin", "preference_accuracy"),
     *("elbo_chosen", "elbo_chosen_change", "elbo_rejected", "elbo_rejected_change"),
@@ -38,7 +37,7 @@ PAIR_METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
-    """What is known of each pair of the texts, float64 [pairs] each."""
+    """Margins and losses of pairs of texts, float64 [pairs] each."""
 
     margins: Tensor
     """s, which is positive where the model prefers the chosen reply more than the reference does."""

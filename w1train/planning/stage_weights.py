@@ -74,7 +74,7 @@ def _stage(config: Config, layout: Layout, pipeline_rank: int, kind: Hashable) -
 
 
 def _reference_bytes(config: Config, parameters: list[Parameter]) -> int:
-    if not has_preferences(config):
+    if config.reference.mode != "live" or not has_preferences(config):
         return 0
     return PRECISION_BYTES[config.training.precision] * sum(parameter.numel for parameter in parameters)
 

@@ -10,6 +10,7 @@ from w1train.config.errors import Problem, UserError, show
 from w1train.config.schedule import stage_steps
 from w1train.config.schema import Config
 from w1train.config.stages import batch_sizes
+from w1train.data.conversations.chat_prompts import chat_prompts_of
 from w1train.data.dataset import DatasetError, check_fits, read_manifest
 from w1train.data.dataset_manifest import DatasetManifest
 from w1train.data.remote import is_remote, require_password
@@ -29,6 +30,7 @@ def files_rule(config: Config) -> Iterator[Problem]:
         yield Problem("data.tokenizer", str(error), "a tokenizer.json with <pad>, <eos> and <mask>", make_tokenizer(config))
     else:
         yield from _mask_problems(config, tokenizer)
+        yield from _prompt_problems(config, tokenizer)
     train, validation = training_datasets(config), validation_datasets(config)
     trained: dict[str, str] = {}
     for key, prefix in (train | validation).items():
@@ -94,6 +96,28 @@ def _mask_problems(config: Config, tokenizer: Tokenizer) -> Iterator[Problem]:
         path = absolute(config.data.tokenizer)
         suggestion = f"diffusion.mask_token_id={right}, or a tokenizer that is trained with --mask-token-id {mask}"
         yield Problem("diffusion.mask_token_id", show(mask), f"{right}, the mask token of {path}", suggestion)
+
+
+def _prompt_problems(config: Config, tokenizer: Tokenizer) -> Iterator[Problem]:
+    """Check the chat template, and the prompts that it makes messages of. The run would end at its first samples otherwise."""
+    sampling = config.sampling
+    try:
+        chat = chat_prompts_of(config, tokenizer)
+    except UserError as error:
+        valid = "a jinja file, a tokenizer_config.json, a directory of a Hugging Face model, or built_in"
+        yield Problem("sampling.chat_template", str(error).removeprefix("sampling.chat_template: "), valid)
+        return
+    if chat is None or sampling.interval == 0:
+        return
+    try:
+        longest = max(map(len, chat.encode(sampling.prompts)), default=0)
+    except UserError as error:
+        yield Problem("sampling.prompts", str(error), "prompts that the chat template takes")
+        return
+    limit = config.model.max_sequence_length
+    if longest + sampling.num_tokens > limit:
+        found = f"{longest} tokens of the longest prompt by the chat template, and sampling.num_tokens={sampling.num_tokens}"
+        yield Problem("sampling.prompts", found, f"at most model.max_sequence_length ({limit}) together")
 
 
 def _remote_problems(key: str, prefix: str) -> Iterator[Problem]:

@@ -27,14 +27,15 @@ class RunDirectoryInUseError(RunDirectoryError):
 
 
 class RunDirectory:
-    """``runs_dir/name``: config.yaml, tokenizer.json, checkpoints/, metrics.jsonl, samples.jsonl, events.jsonl, run.log,
-    summary.json, report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; after failures stacks/ and bad_batches/; and
-    packings/ of datasets that cannot be written to."""
+    """``runs_dir/name``: config.yaml, tokenizer.json and its manifest, chat_template.json, checkpoints/, metrics.jsonl, samples.jsonl,
+    events.jsonl, run.log, summary.json, report.html, wandb/, tensorboard/, profile/, status.json, heartbeats/; after failures stacks/ and
+    bad_batches/; and packings/ of datasets that cannot be written to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.tokenizer = path / "tokenizer.json"
+        self.chat_template = path / "chat_template.json"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"

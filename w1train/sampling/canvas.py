@@ -6,9 +6,9 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, repeat, takewhile
 from typing import Any
 
 import torch
@@ -49,16 +49,25 @@ class Generation:
 
     prompts: list[list[int]]
     completions: Tensor
-    """int64 [number of prompts, g], on the CPU. Tokens after an EOS are kept; blocks that were skipped after an EOS hold only EOS
-    tokens."""
+    """int64 [number of prompts, g], on the CPU. Tokens after an EOS, or another token that ends a completion, are kept; blocks that were
+    skipped after such a token hold only EOS tokens."""
     num_forward_passes: list[int]
     """Passes that each prompt needed: denoising steps and revisions, and with block diffusion passes that encode the prompt and finished
     blocks."""
     eos_token_id: int
+    other_end_ids: tuple[int, ...] = ()
+    """Tokens beside EOS that end a completion."""
 
     def completion(self, row: int) -> list[int]:
-        """Return the generated tokens of a prompt before the first EOS."""
-        return cut_at_eos(self.completions[row].tolist(), self.eos_token_id)
+        """Return the generated tokens of a prompt before the first token that ends a completion."""
+        return cut_at_end(self.completions[row].tolist(), (self.eos_token_id, *self.other_end_ids))
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Tell for each token whether it ends a completion, bool of the shape of ``tokens``."""
+        found = tokens == self.eos_token_id
+        for token_id in self.other_end_ids:
+            found = found | (tokens == token_id)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +166,12 @@ class Canvas:
     def _retire(self, end: int) -> None:
         """Write complete rows to the results, with the tokens before ``end``, and keep the other rows.
 
-        In block diffusion a row with an EOS in a finished block is complete, because everything after an EOS is cut off and no block
-        depends on a later one.
+        In block diffusion a row with an EOS, or another token that ends a completion, in a finished block is complete, because everything
+        after such a token is cut off and no block depends on a later one.
         """
         generated = self.tokens[:, self.start : self.start + self.num_generated]
         num_finished = end - self.start
-        has_ended = (generated[:, :num_finished] == self.results.eos_token_id).any(dim=1) & self.source.by_block
+        has_ended = self.results.is_end(generated[:, :num_finished]).any(dim=1) & self.source.by_block
         if num_finished == self.num_generated:
             has_ended = torch.ones_like(has_ended)
         if not has_ended.any():
@@ -193,6 +202,6 @@ def num_planned_steps(plan: Sequence[PlannedBlock]) -> int | None:
     return sum(lengths) if len(lengths) == len(plan) else None
 
 
-def cut_at_eos(tokens: list[int], eos_token_id: int) -> list[int]:
-    """Return the tokens before the first EOS, or all tokens if there is no EOS."""
-    return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+def cut_at_end(tokens: list[int], end_token_ids: Collection[int]) -> list[int]:
+    """Return the tokens before the first token that ends a completion, or all tokens if there is no such token."""
+    return list(takewhile(lambda token: token not in end_token_ids, tokens))

@@ -67,6 +67,7 @@ def generate(
     device: torch.device | str,
     vocab_size: int | None = None,
     suffixes: Sequence[Sequence[int]] | None = None,
+    other_end_ids: tuple[int, ...] = (),
     on_step: OnStep | None = None,
 ) -> Generation:
     """Complete each prompt with ``config.num_tokens`` tokens, or fill in so many tokens between each prompt and its suffix.
@@ -84,6 +85,7 @@ def generate(
         vocab_size: ids from this number on are never generated, because the vocabulary of a model is often larger than the tokenizer's;
             None = every id of the model except the mask token may be generated.
         suffixes: token ids of the text after each generation, as for the prompts; ``config.num_tokens`` may then be 0. None = no suffixes.
+        other_end_ids: tokens that end a completion as EOS does, such as the token that ends a turn of a conversation.
         on_step: called after every step of every batch.
 
     Returns:
@@ -108,7 +110,7 @@ def generate(
     plans = [plan_blocks(config, kernel.plan, length, trained_block_size) for kernel, length in zip(kernels, lengths, strict=True)]
     say_what_differs(config, plans, trained_block_size)
     completions = torch.empty(len(prompt_lists), config.num_tokens, dtype=torch.int64)
-    results = Generation(prompt_lists, completions, [0] * len(prompt_lists), eos_token_id)
+    results = Generation(prompt_lists, completions, [0] * len(prompt_lists), eos_token_id, other_end_ids)
     for kernel, length, plan in zip(kernels, lengths, plans, strict=True):
         tokens, is_open = _first_canvas(kernel, prompt_lists, suffix_lists)
         _run(Canvas(model, kernel, tokens, is_open, length, results), plan, on_step)

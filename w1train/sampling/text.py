@@ -10,6 +10,7 @@ import torch
 
 from w1train.config.errors import UserError
 from w1train.config.schema import Config
+from w1train.data.conversations.chat_prompts import ChatPrompts
 from w1train.sampling.denoise import OnStep, generate, revise
 from w1train.sampling.model_passes import BlockPredict, Predict
 
@@ -33,8 +34,9 @@ class TextSample:
     """A prompt with its completion, and the suffix before which the completion was filled in."""
 
     prompt: str
+    """The text before the completion: the prompt, or with a chat template the text that the template made of it."""
     text: str
-    """The completion before the first EOS, without the prompt."""
+    """The completion before the first EOS, or before the token that ends a reply, without the prompt."""
     tokens: list[int]
     """Token ids of ``text``. There are fewer than sampling.num_tokens if the model generated an EOS."""
     num_forward_passes: int
@@ -53,20 +55,22 @@ def sample_texts(
     config: Config,
     *,
     device: torch.device | str,
+    chat: ChatPrompts | None = None,
     suffixes: Sequence[str] | None = None,
     on_step: OnStep | None = None,
 ) -> list[TextSample]:
-    """Complete each prompt as ``config.sampling`` says. The prompts of ``config.sampling`` are not read.
+    """Complete each prompt as ``config.sampling`` says. The prompts and the chat template of ``config.sampling`` are not read.
 
     Args:
         model, device, on_step: as in w1train.sampling.denoise.generate.
+        chat: the encoder of prompts that are messages, of the same tokenizer; None = the model continues the prompts.
         suffixes: a text for each prompt, before which the completion is filled in; None = no suffixes.
 
     Raises:
         UserError: settings cannot work, a prompt with its suffix is too long for a completion within model.max_sequence_length, or a prompt
-            or suffix has an id that is outside model.vocab_size.
+            or suffix has an id that is outside model.vocab_size; or the chat template does not take a prompt.
     """
-    prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    prompt_tokens, shown = _encode_prompts(tokenizer, prompts, chat)
     suffix_tokens = None if suffixes is None else [tokenizer.encode(suffix) for suffix in suffixes]
     _check_given_tokens(prompt_tokens, suffix_tokens or [[] for _ in prompts], "suffix", config.sampling.num_tokens, config)
     generation = generate(
@@ -78,13 +82,14 @@ def sample_texts(
         device=device,
         vocab_size=tokenizer.vocab_size,
         suffixes=suffix_tokens,
+        other_end_ids=() if chat is None else chat.end_token_ids,
         on_step=on_step,
     )
     completions = [generation.completion(row) for row in range(len(prompts))]
     ends = [""] * len(prompts) if suffixes is None else suffixes
     return [
         TextSample(prompt, tokenizer.decode(tokens), tokens, num_passes, suffix)
-        for prompt, tokens, num_passes, suffix in zip(prompts, completions, generation.num_forward_passes, ends, strict=True)
+        for prompt, tokens, num_passes, suffix in zip(shown, completions, generation.num_forward_passes, ends, strict=True)
     ]
 
 
@@ -96,6 +101,7 @@ def revise_texts(
     config: Config,
     *,
     device: torch.device | str,
+    chat: ChatPrompts | None = None,
     on_step: OnStep | None = None,
 ) -> list[TextSample]:
     """Revise the text after each prompt by ``config.sampling.reviser``, or by conditional modes if it is null.
@@ -103,11 +109,13 @@ def revise_texts(
     Args:
         model, device, on_step: as in w1train.sampling.denoise.revise.
         prompts: the text before each text, which does not change.
+        chat: as in :func:`sample_texts`. The texts are then replies.
 
     Raises:
         UserError: settings cannot work, or a prompt with its text is too long or has an id that is outside model.vocab_size.
     """
-    prompt_tokens, text_tokens = ([tokenizer.encode(text) for text in given] for given in (prompts, texts))
+    prompt_tokens, shown = _encode_prompts(tokenizer, prompts, chat)
+    text_tokens = [tokenizer.encode(text) for text in texts]
     _check_given_tokens(prompt_tokens, text_tokens, "text", 0, config)
     revised = revise(
         model,
@@ -121,8 +129,16 @@ def revise_texts(
     )
     return [
         TextSample(prompt, tokenizer.decode(tokens), tokens, num_passes)
-        for prompt, tokens, num_passes in zip(prompts, revised.texts, revised.num_forward_passes, strict=True)
+        for prompt, tokens, num_passes in zip(shown, revised.texts, revised.num_forward_passes, strict=True)
     ]
+
+
+def _encode_prompts(tokenizer: TextTokenizer, prompts: Sequence[str], chat: ChatPrompts | None) -> tuple[list[list[int]], Sequence[str]]:
+    """Return the tokens of each prompt, and their text."""
+    if chat is None:
+        return [tokenizer.encode(prompt) for prompt in prompts], prompts
+    tokens = chat.encode(prompts)
+    return tokens, [tokenizer.decode(each) for each in tokens]
 
 
 def _check_given_tokens(

@@ -21,6 +21,7 @@ from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.ranges import step_part
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.agreement import Agreement
+from w1train.training.companions import require_unchanged
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.guard import ComputedStep
@@ -53,7 +54,7 @@ class Trainer:
         """
         self.config, self.ranks, self.run = config, ranks, run
         parts = build_parts(config, ranks, run, open_initial_weights, sinks)
-        self.data, self.model, self.checkpoints = parts.data, parts.model, parts.checkpoints
+        self.data, self.chat, self.model, self.checkpoints = parts.data, parts.chat, parts.model, parts.checkpoints
         self.progress, self.position = parts.progress, parts.position
         self.watch, self.saver, self.timer, self.reference = parts.watch, parts.saver, parts.timer, parts.reference
         self.guard, self.stragglers, self.garbage = parts.guard, parts.stragglers, parts.garbage
@@ -116,7 +117,7 @@ class Trainer:
             else:
                 self.saver.close()
                 if self.reference is not None:
-                    self.reference.require_unchanged()
+                    require_unchanged(self.reference)
                 self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
 
@@ -243,7 +244,8 @@ class Trainer:
         # This is a collective of all ranks, although only some of them sample.
         self.model.gather_parameters()
         if takes_part(self.config, self.ranks):
-            self.watch.record_samples(complete_prompts(self.position.stage, self.model, self.data.tokenizer, self.ranks.device))
+            samples = complete_prompts(self.position.stage, self.model, self.data.tokenizer, self.ranks.device, self.chat)
+            self.watch.record_samples(samples)
         self.timer.restart()
 
     @step_part("save")

@@ -11,6 +11,7 @@ from w1train.checkpoints.recovery import choose_checkpoint
 from w1train.checkpoints.saver import CheckpointSaver
 from w1train.config.schema import Config
 from w1train.config.serialization import config_to_yaml
+from w1train.data.conversations.chat_prompts import ChatPrompts, chat_prompts_of
 from w1train.engine.building import LoadWeights, TrainedModel, build_trained_model
 from w1train.profiling.stopwatches import communication_timer
 from w1train.profiling.throughput import StepTimer, device_peak_tflops
@@ -18,17 +19,17 @@ from w1train.records.sink import RecordedRun, Sink
 from w1train.records.watch import Watch
 from w1train.runtime.device import device_name
 from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
-from w1train.runtime.files import copy_if_different
 from w1train.runtime.kernel_choices import kernels_in_one_line
 from w1train.runtime.run_directory import RunDirectory
-from w1train.training.companions import FrozenModel, build_reference
 from w1train.training.checkpoint_loader import CheckpointLoader, prepare_resume
+from w1train.training.companions import Companion, build_reference
 from w1train.training.health.garbage import GarbageCollection
 from w1train.training.health.guard import StepGuard
 from w1train.training.health.stragglers import StragglerClock
 from w1train.training.inputs import choose_backends
 from w1train.training.run_description import describe_run
 from w1train.training.schedule_position import SchedulePosition
+from w1train.training.text_inputs import keep_text_inputs
 from w1train.training.training_data import TrainingData, prepare_data
 
 type OpenWeights = Callable[[Config], LoadWeights]
@@ -41,6 +42,7 @@ class RunParts:
     """The parts that the training loop works with."""
 
     data: TrainingData
+    chat: ChatPrompts | None
     model: TrainedModel
     checkpoints: CheckpointLoader
     progress: Progress
@@ -52,7 +54,7 @@ class RunParts:
     guard: StepGuard
     stragglers: StragglerClock
     garbage: GarbageCollection
-    reference: FrozenModel | None
+    reference: Companion | None
     """None for a run without preferences."""
 
 
@@ -76,12 +78,13 @@ def _build(
     all_or_none(partial(choose_backends, config, ranks.device))
     all_or_none(partial(prepare_data, config))
     data = all_or_none(partial(TrainingData, config, ranks))
-    on_main_rank(partial(copy_if_different, config.data.tokenizer, run.tokenizer))
+    chat = all_or_none(partial(chat_prompts_of, config, data.tokenizer))
+    on_main_rank(partial(keep_text_inputs, config, run, chat))
     load = open_initial_weights(config) if step is None and config.training.initial_weights is not None else None
     model = build_trained_model(config, load)
     checkpoints = CheckpointLoader(config, run, model, data)
     progress = checkpoints.load(step)
-    reference = build_reference(config, open_initial_weights, progress)
+    reference = build_reference(config, model, open_initial_weights, progress)
     position = SchedulePosition(config, progress)
     watch = _build_watch(config, ranks, run, data, progress, position, sinks)
     saver = _build_saver(config, run, model, watch, is_resumed=step is not None)
@@ -90,7 +93,7 @@ def _build(
     guard = StepGuard(health, progress, model, run.bad_batches)
     stragglers = StragglerClock(model.hooks, health.straggler_interval, health.straggler_share)
     garbage = GarbageCollection(health.gc_interval)
-    return RunParts(data, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage, reference)
+    return RunParts(data, chat, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage, reference)
 
 
 def _build_watch(

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from w1train.config.schema import Config
+from w1train.data.conversations.chat_prompts import ChatPrompts
 from w1train.diffusion.processes import noise_process
 from w1train.engine.building import TrainedModel
 from w1train.inference.predictor import Predictor, block_predictor, ranks_share_experts
@@ -19,8 +20,13 @@ def takes_part(config: Config, ranks: Ranks) -> bool:
     return ranks.data_parallel_rank == 0 or ranks_share_experts(config.parallel)
 
 
-def complete_prompts(config: Config, model: TrainedModel, tokenizer: TextTokenizer, device: torch.device) -> list[tuple[str, str]]:
+def complete_prompts(
+    config: Config, model: TrainedModel, tokenizer: TextTokenizer, device: torch.device, chat: ChatPrompts | None = None
+) -> list[tuple[str, str]]:
     """Complete ``sampling.prompts``. The ranks that take part call this.
+
+    Args:
+        chat: as in :func:`sample_texts`.
 
     Returns:
         (prompt, text) pairs.
@@ -29,7 +35,7 @@ def complete_prompts(config: Config, model: TrainedModel, tokenizer: TextTokeniz
     predictor = Predictor(config, list(model.chunks))
     with predictor.evaluating():
         predict = block_predictor(predictor) or predictor
-        samples = sample_texts(predict, tokenizer, config.sampling.prompts, config, device=device)
+        samples = sample_texts(predict, tokenizer, config.sampling.prompts, config, device=device, chat=chat)
     return [(sample.prompt, sample.text) for sample in samples]
 
 

@@ -15,7 +15,7 @@ from typing import TypedDict
 from w1train.config.errors import UserError
 from w1train.config.schedule import stage_steps
 from w1train.config.schema import Config
-from w1train.config.stages import at_stage
+from w1train.config.stages import at_stage, has_preferences
 from w1train.data.batch import PackedBatch
 from w1train.data.dali import DaliLoader
 from w1train.data.dataset import TokenDataset
@@ -235,10 +235,38 @@ def fill_of(dataset: TokenDataset, config: Config) -> Fill | None:
     return Fill(data.fill, size, dataset.manifest.eos_token_id)
 
 
+def kind_of(dataset: TokenDataset) -> str | None:
+    """Return what the documents of a dataset are, as its manifest says: "conversations" or "preferences"; None for other datasets."""
+    return None if dataset.manifest is None else dataset.manifest.conversations.get("kind")
+
+
+def check_kinds(config: Config, datasets: Mapping[str, TokenDataset]) -> None:
+    """Compare the datasets, by their prefixes, with the objective of each stage that reads them.
+
+    Raises:
+        DatasetError: a stage of preferences reads conversations, or another stage reads pairs of replies, of which it would learn both.
+    """
+    for name in config.schedule.stages:
+        has_pairs = at_stage(config, name).diffusion.preference_draws > 0
+        for prefix in stage_weights(config, name):
+            kind = kind_of(datasets[prefix]) if prefix in datasets else None
+            if has_pairs and kind == "conversations":
+                raise DatasetError(
+                    f"dataset {prefix} has conversations, and stage {name} has diffusion.preference_draws, which needs pairs of replies: "
+                    "`w1train data conversations` writes pairs from rows that have chosen and rejected"
+                )
+            if not has_pairs and kind == "preferences":
+                raise DatasetError(
+                    f"dataset {prefix} has pairs of replies, and stage {name} would learn the rejected replies too: set "
+                    "diffusion.preference_draws, or make a dataset of conversations from the chosen replies"
+                )
+
+
 def _separate(dataset: TokenDataset, config: Config, seed: int) -> SeparateDataset:
     data = config.data
-    pairs = any(at_stage(config, name).diffusion.preference_draws for name in config.schedule.stages)
-    return SeparateDataset(dataset, data.sequence_length, seed, pairs=pairs, eos=data.eos, fill=fill_of(dataset, config))
+    kind, fill = kind_of(dataset), fill_of(dataset, config)
+    pairs = has_preferences(config) if kind is None else kind == "preferences"
+    return SeparateDataset(dataset, data.sequence_length, seed, pairs=pairs, eos=data.eos, fill=fill)
 
 
 def _validation_source(dataset: TokenDataset, config: Config) -> SampleSource:
@@ -264,9 +292,10 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
         # Training on the padding would work, and waste the run: the file or the sequence length must be wrong.
         raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
     if data.packing == "best_fit":
-        spare, positions = spare_packings(config), position_options(config)
-        options = {"directory": data.cache_directory, "spare_directory": spare, "fill": fill_of(dataset, config)}
-        return BestFitDataset(dataset, packing_options(config), seed, **options, **positions)
+        spare, fill = spare_packings(config), fill_of(dataset, config)
+        options, directory = packing_options(config), data.cache_directory
+        positions = position_options(config)
+        return BestFitDataset(dataset, options, seed, directory=directory, spare_directory=spare, fill=fill, **positions)
     if data.packing == "separate":
         return _separate(dataset, config, seed)
     return PackedDataset(dataset, data.sequence_length, seed, **position_options(config), eos=data.eos)
@@ -294,6 +323,7 @@ class TrainingData(ValidationData):
             prefix: open_dataset(localize(prefix, config.data.cache_directory), self.tokenizer, config.model.vocab_size)
             for prefix in training_prefixes(config)
         }
+        check_kinds(config, self.train)
         sources = {prefix: open_source(dataset, config) for prefix, dataset in self.train.items()}
         limits = {
             corpus.prefix: int(corpus.max_epochs * sources[corpus.prefix].num_samples_per_epoch)

@@ -44,7 +44,7 @@ _NEEDS = (
 
 
 def _needs_rule(config: Config) -> Iterator[Problem]:
-    if config.diffusion.preference_draws == 0:
+    if config.diffusion.preference_draws <= 0:
         return
     for need in _NEEDS:
         if (found := getattr(config.diffusion, need.field)) not in need.valid:
@@ -52,9 +52,15 @@ def _needs_rule(config: Config) -> Iterator[Problem]:
             yield Problem(f"diffusion.{need.field}", _text(found), valid, f"diffusion.{need.field}={_text(need.valid[0])}")
 
 
+def _packing_of_pairs_rule(config: Config) -> Iterator[Problem]:
+    if config.diffusion.preference_draws > 0 and config.data.packing != "separate":
+        valid = "separate with diffusion.preference_draws: each reply is a sample with its prompt"
+        yield Problem("data.packing", config.data.packing, valid, "data.packing=separate")
+
+
 def _draws_rule(config: Config) -> Iterator[Problem]:
     num_draws = config.diffusion.preference_draws
-    if num_draws == 0:
+    if num_draws <= 0:
         return
     for option in ("complementary", "antithetic"):
         if getattr(config.diffusion, option) and num_draws % 2:
@@ -75,14 +81,27 @@ def _reference_rule(config: Config) -> Iterator[Problem]:
     if has_preferences and weights is None and config.training.initial_weights is None:
         valid = "a path with diffusion.preference_draws, or training.initial_weights: random weights prefer no reply"
         yield Problem("reference.weights", "null", valid, "reference.weights=PATH")
+    if config.reference.mode == "adapters_off":
+        yield from _adapters_off_problems(config)
     if weights is not None and not has_preferences:
         yield Problem("reference.weights", weights, "null, because no stage has diffusion.preference_draws", "reference.weights=null")
+
+
+def _adapters_off_problems(config: Config) -> Iterator[Problem]:
+    mode = "with reference.mode=adapters_off"
+    if config.adapters.rank == 0:
+        yield Problem("adapters.rank", "0", f"a rank {mode}: the reference is the model without its adapters", "reference.mode=live")
+    if config.adapters.train:
+        valid = f"[] {mode}: the parameters of the reference must be frozen"
+        yield Problem("adapters.train", show(config.adapters.train), valid, "reference.mode=live")
+    if config.reference.weights is not None:
+        yield Problem("reference.weights", config.reference.weights, f"null {mode}: the reference has the weights of the model")
 
 
 def _pairs_are_whole_rule(config: Config) -> Iterator[Problem]:
     """Report a number of validation samples that would leave half of a pair."""
     num_samples = config.validation.num_samples
-    if config.diffusion.preference_draws and config.data.validation is not None and num_samples % 2:
+    if config.diffusion.preference_draws > 0 and config.data.validation is not None and num_samples % 2:
         valid = "an even number with diffusion.preference_draws: the chosen and the rejected reply of a pair are a sample each"
         yield Problem("validation.num_samples", show(num_samples), valid, near(num_samples, 2))
 
@@ -93,6 +112,6 @@ def _text(value: object) -> str:
 
 
 PREFERENCE_RULES: tuple[Rule, ...] = (
-    *map(at_every_stage, (_needs_rule, _draws_rule, _pairs_are_whole_rule)),
+    *map(at_every_stage, (_needs_rule, _packing_of_pairs_rule, _draws_rule, _pairs_are_whole_rule)),
     _reference_rule,
 )

@@ -21,6 +21,9 @@ def _sampling_rule(config: Config) -> Iterator[Problem]:
     sampling = config.sampling
     if sampling.interval > 0 and not sampling.prompts:
         yield Problem("sampling.prompts", "[]", "at least one prompt, or sampling.interval=0", 'the empty prompt: [""]')
+    if sampling.interval > 0 and sampling.chat_template is not None and not all(prompt.strip() for prompt in sampling.prompts):
+        valid = "prompts with a text, because sampling.chat_template makes each prompt the message of a user; or sampling.interval=0"
+        yield Problem("sampling.prompts", show(sampling.prompts), valid, "sampling.prompts=['Sort the words: pear, apple, fig']")
     if sampling.interval > 0 and sampling.num_tokens > config.model.max_sequence_length:
         valid = f"at most model.max_sequence_length ({config.model.max_sequence_length}), or sampling.interval=0"
         yield Problem("sampling.num_tokens", show(sampling.num_tokens), valid)
