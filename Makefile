@@ -11,11 +11,11 @@ WORKERS ?= 3
 export VENV RUNS RECIPE CORPUS NPROC
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curriculum processes docker docker-cpu docs test test-all test-gpu chaos lint format clean
+.PHONY: help install demo curriculum processes post-training docker docker-cpu docs test test-all test-gpu chaos lint format clean
 
 help:  ## List the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "variables: VENV (.venv), PYTHON (the first >= 3.12 found), EXTRAS (dev), WORKERS (3)"
 
 install:  ## Create or update the environment in .venv
@@ -29,6 +29,9 @@ curriculum: install  ## Train from autoregressive to block diffusion on the demo
 
 processes: install  ## Train every noise process on the characters of the demo's text, and compare them (NPROC=trainings side by side, others as before)
 	@launch/processes.sh $(ARGS)
+
+post-training: install  ## Pretrain a small model, then SFT, CAP and DPO on questions, and measure what each gains (NPROC=ranks, RUNS=runs, ARGS)
+	@launch/post_training.sh $(ARGS)
 
 docker:  ## Build the image for GPU clusters from NVIDIA's PyTorch image (IMAGE=name, ARGS="arguments of docker build")
 	@docker/build.sh gpu $(ARGS)

@@ -35,6 +35,7 @@ from data_tools.unit_reader import Counts, Rules, UnitReader, UnitText
 from data_tools.units import UNIT_BYTES
 from data_tools.workers import ordered_workers
 from w1train.config.argument_parser import ArgumentParser
+from w1train.config.errors import UserError
 from w1train.data.conversations.chat_template import ChatTemplate, TemplateSource
 from w1train.data.conversations.messages import FORMATS
 from w1train.data.conversations.template_tokens import check_template, renamed_tokens
@@ -161,6 +162,8 @@ def _encode(options: argparse.Namespace) -> None:
     require_writable([path for prefix in prefixes for path in dataset_paths(prefix)], inputs, overwrite=options.overwrite)
     tokenizer = Tokenizer.load(options.tokenizer)
     kind = _kind_of_format(options.format) if options.format else _kind_of(corpus, rules)
+    if kind == "preferences" and options.replies != "last":
+        raise UserError(f"--replies {options.replies} is for conversations: of a pair of replies, the last reply alone is compared")
     encoding = _encoding(options, rules, tokenizer, kind)
     logger.info("encoding %s as %s, by %s", corpus.summary(), encoding.kind, encoding.template.origin)
     with ExitStack() as stack:
@@ -256,8 +259,8 @@ def _write(
     _log_counts(counts)
     left_out.finish(len(corpus.files))
     if 0 in longest:
-        side = "validation" if longest[0] else "training"
-        raise CorpusError(f"no row is left for the {side} dataset: change --validation-fraction {encoding.validation_fraction}")
+        empty = "validation" if longest[0] else "training"
+        raise CorpusError(f"no row is left for the {empty} dataset: change --validation-fraction {encoding.validation_fraction}")
     return left_out.counts, counts, longest
 
 

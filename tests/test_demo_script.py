@@ -90,6 +90,26 @@ def test_the_comparison_of_processes_runs_its_steps_in_order(tmp_path):
     assert {"training.seed=7", "model.num_layers=1"} < set(training)
 
 
+def test_post_training_runs_its_steps_in_order(tmp_path):
+    result, commands = Demo(tmp_path, "post_training.sh").run("training.seed=7", NPROC="1")
+    assert result.returncode == 0, result.stderr
+    data = [
+        "benchmarks.post_training.corpus",
+        "benchmarks.processes.characters",
+        *["data_tools.tokenize"] * 2,
+        *["data_tools.conversations"] * 4,
+    ]
+    measured = [*["benchmarks.post_training.accuracy"] * 5, "benchmarks.post_training.page"]
+    assert [program(words) for words in commands] == [*data, *["w1train train"] * 5, *measured]
+    for _, option, module, *words in commands:
+        check_w1train(words) if module == "w1train" else check_python([option, module, *words])
+    trained = [dict(word.split("=", 1) for word in words if "=" in word) for words in commands if program(words) == "w1train train"]
+    assert all(words["training.seed"] == "7" for words in trained)
+    parents = {words["name"]: words.get("training.initial_weights", "").rpartition("/")[2] for words in trained}
+    tuned = dict.fromkeys(("demo_cap", "demo_sft_longer", "demo_dpo"), "demo_sft")
+    assert parents == {"demo_pretrain": "", "demo_sft": "demo_pretrain", **tuned}
+
+
 def test_a_second_run_repeats_no_data_step(demo):
     demo.run(NPROC="2")
     result, commands = demo.run(NPROC="2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import html
 import os
 import platform
 import statistics
@@ -15,6 +16,8 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from w1train.reports.report_page import wide_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 _LOG_WIDTH = 160
@@ -44,6 +47,37 @@ class Table:
         """Return the table as Markdown, for a report."""
         alignment = ["---", *("---:" for _ in self.columns[1:])]
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in (self.columns, alignment, *self.rows))])
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A claim about results, and whether it holds."""
+
+    claim: str
+    holds: bool
+
+
+def verdict_lines(verdicts: Sequence[Verdict]) -> str:
+    """Return verdicts as a list of Markdown."""
+    return "\n".join(f"- {'yes' if verdict.holds else '**no**'}: {verdict.claim}" for verdict in verdicts)
+
+
+def html_verdicts(verdicts: Sequence[Verdict]) -> str:
+    """Return verdicts as a list of a page."""
+    items = "".join(f"<li>{'yes' if verdict.holds else '<b>no</b>'}: {html.escape(verdict.claim)}</li>" for verdict in verdicts)
+    return f"<ul>{items}</ul>"
+
+
+def html_note(text: str) -> str:
+    """Return a paragraph of a page."""
+    return f'<p class="note">{text}</p>'
+
+
+def html_table(table: Table) -> str:
+    """Return a table of a page."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return wide_table(f'<table class="numbers"><tr>{head}</tr>{body}</table>')
 
 
 def environment(command: str) -> Table:

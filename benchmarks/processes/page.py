@@ -20,13 +20,13 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.results_page import Table, environment, write_report
-from benchmarks.processes.results import Results, Verdict, read_results
+from benchmarks.common.results_page import environment, html_note, html_table, html_verdicts, verdict_lines, write_report
+from benchmarks.processes.results import Results, read_results
 from benchmarks.processes.trainings import NUM_EPOCHS, PROCESSES
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.reports.chart import Chart, Line
-from w1train.reports.report_page import POINTER_NOTE, contents, page, section, wide_table
+from w1train.reports.report_page import POINTER_NOTE, contents, page, section
 from w1train.reports.run_content import Run
 from w1train.runtime.command import command
 from w1train.runtime.files import write_text
@@ -62,7 +62,7 @@ def write_page(results: Results, runs: Path) -> Path:
 def _processes(results: Results) -> str:
     lines = [(training.title, results.runs[training.name]) for training in PROCESSES if training.name in results.runs]
     figure = _curves("Validation, bits per character", lines)
-    parts = [_note(f"{_PROCESSES_NOTE} {POINTER_NOTE}"), _verdicts(results.order()), _html(results.process_table()), figure]
+    parts = [html_note(f"{_PROCESSES_NOTE} {POINTER_NOTE}"), html_verdicts(results.order()), html_table(results.process_table()), figure]
     return section("Noise processes", "".join(parts))
 
 
@@ -71,7 +71,7 @@ def _repeated(results: Results) -> str:
     if not lines:
         return ""
     figure = _curves("Validation on the same held-out text, bits per character", lines)
-    parts = [_note(_REPEATED_NOTE), _verdicts(results.repeated_verdicts()), _html(results.repeated_table()), figure]
+    parts = [html_note(_REPEATED_NOTE), html_verdicts(results.repeated_verdicts()), html_table(results.repeated_table()), figure]
     return section("Repeated data", "".join(parts))
 
 
@@ -83,8 +83,8 @@ def _correction(results: Results) -> str:
         for example in results.correction["examples"]
         for title, text in example.items()
     )
-    tables = [_html(results.detection_table()), _html(results.correction_table())]
-    parts = [_note(_CORRECTION_NOTE), _verdicts(results.correction_verdicts()), *tables, f'<div class="samples">{examples}</div>']
+    tables = [html_table(results.detection_table()), html_table(results.correction_table())]
+    parts = [html_note(_CORRECTION_NOTE), html_verdicts(results.correction_verdicts()), *tables, f'<div class="samples">{examples}</div>']
     return section("Self-correction", "".join(parts))
 
 
@@ -103,21 +103,6 @@ def _curves(title: str, runs: Sequence[tuple[str, Run]]) -> str:
     farthest = float(max(max(line.xs) for line in lines))
     chart = Chart(title=title, lines=lines, x_range=(0.0, farthest), x_label="characters read", height=360, format="exact")
     return f'<div class="charts">{chart.figure(css="span")}</div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
-def _verdicts(verdicts: Sequence[Verdict]) -> str:
-    items = "".join(f"<li>{'yes' if verdict.holds else '<b>no</b>'}: {html.escape(verdict.claim)}</li>" for verdict in verdicts)
-    return f"<ul>{items}</ul>"
-
-
-def _html(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return wide_table(f'<table class="numbers"><tr>{head}</tr>{body}</table>')
 
 
 @command("benchmarks.processes.page")
@@ -139,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{'yes' if verdict.holds else 'NO'}: {verdict.claim}")
     print(write_page(results, options.runs))
     if options.report:
-        notes = "\n".join(f"- {'yes' if verdict.holds else '**no**'}: {verdict.claim}" for verdict in verdicts)
+        notes = verdict_lines(verdicts)
         where = environment(_COMMAND.format(runs=options.runs))
         print(write_report("processes", _TITLE, [*tables, where], f"{_PROCESSES_NOTE}\n\n{_REPEATED_NOTE}\n\n{notes}"))
     return 0

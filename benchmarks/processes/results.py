@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results_page import Table
+from benchmarks.common.results_page import Table, Verdict
 from benchmarks.processes.trainings import CORRECTION, CORRECTIONS, FAMILIES, JUDGE, NUM_EPOCHS, PROCESSES, repeated_name
 from w1train.config.errors import UserError
 from w1train.config.reading import read_json_object
@@ -17,14 +17,6 @@ from w1train.reports.run_content import Run, read_run
 _REPEATED = {JUDGE: "autoregression", "mdlm": "masked noise"}
 _SMALL_GAIN = 0.01
 """Bits per character that count as no change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A claim about the results, and whether it holds."""
-
-    claim: str
-    holds: bool
 
 
 @dataclass(slots=True)

@@ -127,13 +127,13 @@ def notes(num_runs: int, minutes: float, num_busy: int) -> str:
     beside = f"beside {num_busy} processes that compute all the time" if num_busy else "with no other process started by the campaign"
     return f"""\
 {num_runs} trainings of a tiny model in {minutes:.1f} minutes, {beside}: {NUM_STEPS} steps on two ranks, a checkpoint every
-{CHECKPOINT_INTERVAL}. Each meets one fault at a random moment, the layouts (tensor, pipeline and data parallel, and two of a mixture of
-experts, and two of fine-tuning) in turn. *Recovered* means: the records of every step (loss, ELBO, gradient norm, loss by t, validation
-and all else but times), the samples, and every tensor of the last checkpoint are those of the undisturbed run of the layout, bit for bit
-(with the persistent NaN: of the run that left the same step out; with another layout: of the run that was stopped at the same checkpoint
-and went on under that layout); the first restart went on from the newest good checkpoint that was complete when the fault came; ranks
-ended with the statuses, after the messages and within the number of restarts that the fault allows; nothing is left of half a save, and
-no duration is negative. No time is judged.
+{CHECKPOINT_INTERVAL}. Each meets one fault at a random moment, the layouts (tensor, pipeline and data parallel, two of a mixture of
+experts, two of fine-tuning, and two of preferences) in turn. *Recovered* means: the records of every step (loss, ELBO, gradient norm,
+loss by t, validation and all else but times), the samples, and every tensor of the last checkpoint are those of the undisturbed run of
+the layout, bit for bit (with the persistent NaN: of the run that left the same step out; with another layout: of the run that was stopped
+at the same checkpoint and went on under that layout); the first restart went on from the newest good checkpoint that was complete when
+the fault came; ranks ended with the statuses, after the messages and within the number of restarts that the fault allows; nothing is left
+of half a save, and no duration is negative. No time is judged.
 
 *Steps redone* are recorded steps that were done again. *Recovery* is the time from the fault to the first step that had not been done
 before, with everything in between: noticing it, the launcher's {GRACE_SECONDS:.0f} s of grace for the rank that is left, the restart,

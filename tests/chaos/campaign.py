@@ -15,11 +15,12 @@ from tests.chaos.faults import FAULTS, Fault, nan_hook
 from tests.chaos.hooks import stop_at
 from tests.chaos.jobs import ForkedJob, Job, TorchrunJob
 from tests.chaos.replies import make_replies
-from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, Scene
+from tests.chaos.scene import CHECKPOINT_INTERVAL, HANG_SECONDS, LAYOUTS, NUM_PHASES, NUM_STEPS, START, Scene, has_pairs
 from tests.chaos.supervisor import Story, supervise
 from tests.chaos.verdict import problems
 from tests.end_to_end.runs import BATCH, LENGTH, Sabotage, TinyRun, launch, make_data, output_to
 from tests.faulty_storage import PROTOCOL
+from tests.made_pairs import write_pairs
 from w1train.config.compose import load_config
 
 TIMEOUT = 900.0
@@ -28,16 +29,20 @@ limit depends on the machine's speed."""
 _STEP_TOKENS = BATCH * LENGTH
 _OVERRIDES = (f"checkpoint.interval={CHECKPOINT_INTERVAL}", "checkpoint.keep=3", "health.heartbeat_interval=0.5")
 _STEPS = (f"schedule.stages.stable.tokens={(NUM_STEPS - 2) * _STEP_TOKENS}",)
-_PHASES = (
-    "~schedule.stages.warmup",
-    "~schedule.stages.stable",
-    *(
+
+
+def _phases(layout: str) -> tuple[str, ...]:
+    """Return the command line of a run of three phases, of which the first is autoregressive or, for preferences, has another beta."""
+    first = "preference_beta: 0.1" if has_pairs(layout) else "objective: autoregressive"
+    objectives = {"next": first, "blocks": "block_size: 4", "whole": f"block_size: {LENGTH}"}
+    stages = (
         f"schedule.stages.{name}={{tokens: {NUM_STEPS // NUM_PHASES * _STEP_TOKENS}, learning_rate: 0.01, diffusion: {{{objective}}}}}"
-        for name, objective in (("next", "objective: autoregressive"), ("blocks", "block_size: 4"), ("whole", f"block_size: {LENGTH}"))
-    ),
-    "checkpoint.keep_best=2",
-    "checkpoint.average_at_end=true",
-)
+        for name, objective in objectives.items()
+    )
+    best = ("checkpoint.keep_best=2", "checkpoint.average_at_end=true")
+    return ("~schedule.stages.warmup", "~schedule.stages.stable", *stages, *best)
+
+
 _SHORT_LIMITS = (f"health.hang_timeout={HANG_SECONDS}", "health.start_timeout=40", "health.stop_timeout=60")
 _LONG_LIMITS = ("health.hang_timeout=120", "health.start_timeout=120", "health.stop_timeout=120")
 _UNDISTURBED = Fault(name="none", title="nothing", strike=lambda scene: iter(()), max_restarts=0)
@@ -83,6 +88,7 @@ class Campaign:
         # In a process of its own: the tokenizer's threads would make forking from this one unsafe.
         assert launch(1, self._make_data) == [0], (self.data / "log").read_text()
         load_config(["recipe=tiny"], [str(self.data / "recipes")])  # composed once, before ranks are forked
+        TinyRun(self.data, self.data / START).train("--max-steps", "1").require(0)
 
     @property
     def data(self) -> Path:
@@ -92,6 +98,8 @@ class Campaign:
         with output_to(self.data / "log"):
             make_data(self.data)
             make_replies(self.data)
+            for name, num_pairs, seed in (("pairs", 60, 3), ("pairs_validation", 8, 4)):
+                write_pairs(self.data / name, self.data / "tokenizer.json", num_pairs, seed)
         return 0
 
     def run(self, number: int, fault: Fault, layout: str) -> Result:
@@ -144,7 +152,7 @@ class Campaign:
         def start(number: int) -> Job:
             layout = scene.next_layout if fault.changes_layout and number > 0 else scene.layout
             limits = _SHORT_LIMITS if fault.is_hang and number == 0 else _LONG_LIMITS
-            steps = _PHASES if fault.phases else _STEPS
+            steps = _phases(layout) if fault.phases else _STEPS
             arguments = scene.run.arguments(*_OVERRIDES, *steps, *limits, *LAYOUTS[layout], *self.overrides, *fault.overrides)
             if fault.uploads:
                 arguments.append(f"checkpoint.upload={PROTOCOL}://{scene.bucket}")

@@ -36,7 +36,17 @@ _REPLIES = (
     "diffusion.confidence_weight=2",
     "diffusion.confidence_temperature=0.5",
 )
-_FAMILIES = ("experts", "replies")
+START = "start"
+"""The directory, among the data, of the run that the layouts of pairs begin from."""
+_PAIRS = (
+    "data.train=pairs",
+    "data.validation=pairs_validation",
+    "data.packing=separate",
+    "diffusion.preference_draws=2",
+    "diffusion.random_length_probability=0",
+    f"training.initial_weights={START}/tiny",
+)
+_FAMILIES = ("experts", "replies", "pairs")
 LAYOUTS = {
     "tensor": ("parallel.tensor=2",),
     "pipeline": ("parallel.pipeline=2",),
@@ -45,10 +55,12 @@ LAYOUTS = {
     "experts-tensor": ("parallel.tensor=2", "parallel.sequence=true", *_EXPERTS),
     "replies": _REPLIES,
     "replies-pipeline": ("parallel.pipeline=2", *_REPLIES),
+    "pairs": _PAIRS,
+    "pairs-tensor": ("parallel.tensor=2", "parallel.sequence=true", *_PAIRS),
 }
 """Command line of each layout of two ranks. The layouts whose names begin with "experts" train a mixture of experts, whose balancing bias
 moves at each step. Those whose names begin with "replies" train replies given prompts, with confidence, for which each step runs the model
-twice."""
+twice. Those whose names begin with "pairs" train preferences, with a frozen reference."""
 NUM_STEPS = 24
 NUM_PHASES = 3
 CHECKPOINT_INTERVAL = 4
@@ -63,6 +75,11 @@ SECONDS_TO_START = 1.0
 def other_layouts(layout: str) -> list[str]:
     """Return the other layouts of the same model and data."""
     return [other for other in LAYOUTS if other != layout and _family(other) == _family(layout)]
+
+
+def has_pairs(layout: str) -> bool:
+    """Tell whether a layout trains preferences."""
+    return _family(layout) == "pairs"
 
 
 def _family(layout: str) -> str:

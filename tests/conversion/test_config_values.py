@@ -103,10 +103,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "w1": {**COMMON, **OF_VERSION_5, **OF_OUR_OWN, **OF_OWN_EXPERTS, "model_type": "w1"},
 }
 VALUES = [MISSING, None, "7", "", "text", -1, -7, 0, 10**30, 1.5, -0.5, 1e300, math.nan, math.inf, True, False, [], [1], {}, {"a": 1}]
-# With other values of these keys, some of the other keys are not read. The last two are compared with other keys.
+# With other values of these keys, some of the other keys are not read. The last three are compared with other keys.
 _DECIDING = (
     *("rope_scaling", "rope_parameters", "type", "rope_type", "conditioning", "experts"),
-    *("moe_shared_expert_intermediate_size", "rotary_dim"),
+    *("moe_shared_expert_intermediate_size", "rotary_dim", "moe_layer_freq"),
 )
 
 type Path = tuple[str, ...]
@@ -205,6 +205,24 @@ def test_messages(key, value, message):
         ("llada_moe", {"norm_topk_prob": True}, "norm_topk_prob is True; supported: false"),
         ("llada_moe", {"moe_layer_freq": [1, 0]}, "moe_layer_freq is [1, 0]; supported: 1, or a list with 0 for the first layers"),
         ("llada_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8; supported: 0"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; supported: at most num_experts (8)"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "mlp_only_layers is [0, 1]; supported: below num_hidden_layers (2), or"),
+        ("llada2_moe", {"first_k_dense_replace": 2}, "first_k_dense_replace is 2; supported: below num_hidden_layers (2)"),
+        ("llada2_moe", {"num_experts": 6}, "n_group is 4; supported: a divisor of num_experts (6)"),
+        (
+            "llada2_moe",
+            {"n_group": 8, "num_experts": 16, "num_experts_per_tok": 20, "topk_group": 10},
+            "topk_group is 10; supported: at most",
+        ),
+        ("llada2_moe", {"num_experts": 4}, "num_experts_per_tok is 4; supported: at most num_experts (4), of which topk_group allows 2"),
+        ("llada2_moe", {"num_experts_per_tok": 5}, "topk_group is 2; supported: a divisor of num_experts_per_tok (5)"),
+        (
+            "llada_moe",
+            {"moe_layer_freq": [0, 1, 1]},
+            "moe_layer_freq is [0, 1, 1]; supported: a number for each of the num_hidden_layers (2)",
+        ),
+        ("llada_moe", {"moe_layer_freq": [0, 0]}, "moe_layer_freq is [0, 0]; supported: below num_hidden_layers (2)"),
+        ("w1", {"experts": {"num_experts": 2, "num_active": 4}}, "experts.num_active is 4; supported: at most experts.num_experts (2)"),
         ("w1", {"experts": [1]}, "experts is [1], not an object"),
         ("w1", {"experts": {"score": "tanh"}}, "experts.score is 'tanh'; supported: softmax, sigmoid"),
     ],
@@ -237,6 +255,36 @@ def test_two_rotary_embeddings(name):
     for scaling, parameters in ((LONGER, LONGER), (LONGER, {}), ({}, LONGER), (None, LONGER)):
         model = model_from_config({**given, "rope_scaling": scaling, "rope_parameters": parameters}, "origin")
         assert model.rope_scaling_factor == 8.0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 500000.0, but rope_parameters.rope_theta is"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "type": "default", **ROPE}},
+            "rope_scaling.type is 'default', but rope_scaling.r",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "default", "type": "yarn"}},
+            "rope_scaling.type is 'yarn', but rope_scaling.rope_type is 'd",
+        ),
+        (
+            "llada2_moe",
+            {"rope_scaling": {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor is 0.5, but rope_scaling.partial_rotary_f",
+        ),
+    ],
+    ids=str,
+)
+def test_the_same_key_at_two_places(name, changes, message):
+    """Programs differ in which of two values they take, so two that differ have no meaning."""
+    config = {**COMMON, **OF_EXPERTS.get(name, {}), "model_type": name}
+    assert (complaint({**config, **changes}) or "").startswith(message)
+    equal = {"rope_theta": 1e6, "rope_scaling": {"rope_theta": 1e6, "rope_type": "default", "type": "default"}}
+    assert model_from_config({**config, **equal}, "origin").rope_base == 1e6
 
 
 def test_more_heads_than_channels():

@@ -65,7 +65,10 @@ def test_the_built_in_template_is_that_of_datasets_without_a_template(tokenizer,
     chat = ChatPrompts.load(BUILT_IN, str(tmp_path / "tokenizer.json"), tokenizer)
     assert tokenizer.decode(*chat.encode([" a "])) == "user:\na<eos>assistant:\n"
     chat.save(tmp_path / "copy.json")
-    assert ChatPrompts.load(str(tmp_path / "copy.json"), "", tokenizer).template_sha256 == TemplateSource.default(datetime.now()).sha256
+    assert (
+        ChatPrompts.load(str(tmp_path / "copy.json"), "tokenizer.json", tokenizer).template_sha256
+        == TemplateSource.default(datetime.now()).sha256
+    )
 
 
 def test_prompts_and_templates_that_do_not_work_are_refused(tokenizer, tmp_path):

@@ -201,6 +201,11 @@ def test_what_is_no_json_is_refused(tokenizer_file, tmp_path, caplog):
     assert "a.txt is no JSON by its name" in caplog.text
 
 
+def test_of_pairs_the_last_reply_is_compared(run, caplog):
+    run(PAIRS, "--replies", "split", status=1)
+    assert "--replies split is for conversations" in caplog.text
+
+
 def test_all_rows_left_out(run, caplog):
     run(ROWS[:1], "--max-length", "5", status=1)
     assert "the corpus is empty: no conversations in 1 files" in caplog.text

@@ -20,6 +20,11 @@ TALK = [
 ]
 
 
+NESTED: list = []
+for _ in range(2000):
+    NESTED = [NESTED]
+
+
 def ask(text="a", reply="b"):
     return [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
@@ -180,6 +185,9 @@ def test_names_of_the_published_tokenizer_stand_for_the_renamed_tokens(tokenizer
         ("{{ messages[0].name }}", ask(), [1], "template", "has no attribute 'name'"),
         ("{{ tools }}", ask(), [1], "template", "'tools' is undefined"),
         (CHATML, ask("a\ufdd0b"), [1], "reserved", "U\\+FDD0"),
+        (CHATML, ask("\ud800"), [1], "format", "lone surrogate"),
+        ("{{ '%c' % 55296 }}", ask(), [1], "format", "lone surrogate"),
+        (CHATML, [{"role": "user", "content": "a", "name": NESTED}, ask()[1]], [1], "format", "nested too deeply"),
         ("{{ raise_exception('roles!') }}", ask(), [1], "template", "roles!"),
     ],
 )
@@ -306,7 +314,8 @@ def test_bad_token_rows(tokenizer, row, reason):
         ({"messages": [SAME[0], {"role": "assistant", "content": 3}]}, "empty", "its content is 3"),
         ({"messages": ask(" \n", "b")}, "empty", "message 1 \\(user\\) is empty"),
         ({"messages": ask("a", "")}, "empty", "message 2 \\(assistant\\) is empty"),
-        ({"messages": ask("\ud800", "a")}, "format", "lone surrogate"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "format", "not both texts"),
+        ({"conversations": [{"from": [], "value": "a"}]}, "roles", "turn 1 is from"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "roles", "turn 1 is from 'robot'"),
         ({"conversations": ["a"]}, "format", "no list of objects"),
         ({"instruction": "a", "output": "b", "history": ["a"]}, "format", "history"),

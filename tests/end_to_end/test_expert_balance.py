@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.end_to_end import traps
-from tests.end_to_end.runs import TinyRun
+from tests.end_to_end.runs import BATCH, LENGTH, NUM_STEPS, Sabotage, TinyRun
+from w1train.engine.expert_balance import ExpertBalance
 from w1train.records.chart_metrics import chart_metrics
 from w1train.reports.live_dashboard import SECTIONS
 
@@ -28,8 +31,30 @@ def ranges(run: TinyRun) -> list[float]:
     return [record["experts/bias_range"] for record in run.train_records()]
 
 
-def test_a_skipped_step_moves_no_bias(tiny_run):
-    tiny_run.train(*EXPERTS, sabotage=traps.nan_in_gradient(rank=0, steps=[1], times=2)).require(0)
+def _counting(sabotage: Sabotage, path: Path) -> Sabotage:
+    """Write the number of tokens that experts have counted each time that a step is computed."""
+
+    def install(rank: int) -> None:
+        sabotage(rank)
+        original = ExpertBalance.gather
+
+        def gather(balance: ExpertBalance) -> dict[str, float]:
+            metrics = original(balance)
+            with path.open("a") as file:
+                print(int(balance._sums.counts.sum()), file=file)
+            return metrics
+
+        ExpertBalance.gather = gather  # type: ignore[method-assign]
+
+    return install
+
+
+def test_a_skipped_step_moves_no_bias(tiny_run, tmp_path):
+    trap = traps.nan_in_gradient(rank=0, steps=[1], times=2)
+    tiny_run.train(*EXPERTS, sabotage=_counting(trap, tmp_path / "counted")).require(0)
+    counted = (tmp_path / "counted").read_text().split()
+    assert counted == [counted[-1]] * (NUM_STEPS + 1), "the second computation of a step counts nothing of the first"
+    assert int(counted[0]) % (BATCH * LENGTH) == 0
     assert tiny_run.train_records()[0]["skipped"] == "nonfinite"
     assert ranges(tiny_run)[:3] == [0, 0, 2 * RATE], "the first step that is taken moves it up and down by one rate"
     (experts,) = (section for section in SECTIONS if section.name == "Experts")

@@ -154,3 +154,19 @@ def test_the_loss_and_its_gradients_are_those_of_autograd_over_whole_logits():
         for name, gradient in wanted.items():
             error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)
             assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+
+
+def test_the_balance_of_experts_teaches_no_rates():
+    """The rates are taught by the bound alone. The losses of routers are no part of the bound, and only move the model."""
+    configs = []
+    for auxiliary in (0.0, 0.5):
+        config = _config("one-stream")
+        config.model.experts.num_experts, config.model.experts.num_active, config.model.experts.ffn_hidden_size = 4, 2, 16
+        config.balance.auxiliary, config.balance.router_z = auxiliary, auxiliary
+        configs.append(config)
+    plain, balanced = train_layouts(configs, num_steps=1)
+    routers = [name for name in plain.gradients if name.endswith("router.weight")]
+    assert len(routers) == 2
+    assert torch.equal(plain.gradients[RATES], balanced.gradients[RATES])
+    assert plain.gradients[RATES].abs().max() > 0
+    assert all((plain.gradients[name] - balanced.gradients[name]).abs().max() > 0 for name in routers)

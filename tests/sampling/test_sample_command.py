@@ -255,6 +255,7 @@ def chat_model():
         model = FakeModel(predict=predict, tokenizer=tokenizer, blocks=Blocks() if by_block else None)
         model.config.model.vocab_size, model.config.model.max_sequence_length = tokenizer.vocab_size, 99
         model.config.diffusion.mask_token_id = tokenizer.mask_token_id
+        model.config.data.tokenizer = "tokenizer.json"
         return model
 
     return make

@@ -148,6 +148,7 @@ class ConfigValues:
 
     def rotary_channels(self, channels: int) -> int | None:
         """Return the channels that the rotary embedding turns, of all ``channels`` of a head; None = all of them."""
+        self._require_once(_ROTARY_FACTOR)
         in_rope = self._config.get(_ROTARY_FACTOR) is None and self._rope.get(_ROTARY_FACTOR) is not None
         key = self._in_rope(_ROTARY_FACTOR) if in_rope else _ROTARY_FACTOR
         factor, size = (self._rope if in_rope else self._config).get(_ROTARY_FACTOR), self._config.get("rotary_dim")
@@ -174,11 +175,16 @@ class ConfigValues:
         nested = self._rope.get("rope_theta")
         if nested is None:
             return self.number("rope_theta", "rope_base", 10000.0)
-        return self._number(self._in_rope("rope_theta"), "rope_base", nested)
+        base = self._number(self._in_rope("rope_theta"), "rope_base", nested)
+        self._require_once("rope_theta")
+        return base
 
     def rope_scaling(self) -> dict[str, Any]:
         """Return the fields of ModelConfig for rope scaling."""
-        kind = next((kind for name in ("rope_type", "type") if (kind := self._rope.get(name)) is not None), "default")
+        kinds = [(name, kind) for name in ("rope_type", "type") if (kind := self._rope.get(name)) is not None]
+        kind = kinds[0][1] if kinds else "default"
+        if kinds and kinds[-1][1] != kind:
+            self.report(self._in_rope("type"), kinds[-1][1], f"but {self._in_rope('rope_type')} is {shorten(kind)} (give one of them)")
         if kind == "default":
             return {}
         if kind != "llama3":
@@ -209,6 +215,12 @@ class ConfigValues:
         sizes = {key: self.integer(key, key) for key in ("condition_size", "timestep_frequency_size")}
         scale = self.number("timestep_scale", "timestep_scale", 1000.0)
         return {"adaln_init": "identity", "conditioning": kind, **sizes, "timestep_scale": scale}
+
+    def _require_once(self, key: str) -> None:
+        """Report two numbers of a key that differ, at the top and in the rotary embedding: programs differ in which of them they take."""
+        top, nested = self._config.get(key), self._rope.get(key)
+        if is_number(top) and is_number(nested) and top != nested:
+            self.report(key, top, f"but {self._in_rope(key)} is {shorten(nested)} (give one of them)")
 
     def _in_rope(self, key: str) -> str:
         return f"{self._rope_key}.{key}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -69,13 +69,49 @@ def _sizes(values: ConfigValues, ffn_hidden_size: str) -> dict[str, Any]:
     }
 
 
+def _require_agreement(values: ConfigValues, experts: dict[str, Any], keys: Mapping[str, str]) -> None:
+    """Report keys that contradict each other, such as more experts of a token than there are experts.
+
+    Args:
+        experts: the fields that the keys give.
+        keys: the key of each field that the family's files have.
+    """
+    layers = "num_hidden_layers"
+    num_layers = values.integer(layers, "num_layers")
+    num_experts, num_active, num_dense = experts["num_experts"], experts["num_active"], experts["num_dense_layers"]
+    num_groups, num_active_groups = experts.get("num_groups", 1), experts.get("num_active_groups", 1)
+    num_allowed = num_active_groups * num_experts // num_groups
+    of_groups = f", of which {keys['num_active_groups']} allows {num_allowed}" if num_groups > 1 else ""
+    contradictions = (
+        ("num_dense_layers", num_dense >= num_layers, num_dense, f"below {layers} ({num_layers}), or no layer has experts"),
+        ("num_groups", num_experts % num_groups, num_groups, f"a divisor of {keys['num_experts']} ({num_experts})"),
+        ("num_active_groups", num_active_groups > num_groups, num_active_groups, f"at most the number of groups ({num_groups})"),
+        ("num_active_groups", num_active % num_active_groups, num_active_groups, f"a divisor of {keys['num_active']} ({num_active})"),
+        ("num_active", num_active > min(num_allowed, num_experts), num_active, f"at most {keys['num_experts']} ({num_experts}){of_groups}"),
+    )
+    if not values.has_valid(layers, *keys.values()):
+        return
+    for field, is_wrong, value, valid in contradictions:
+        if is_wrong:
+            found = values.raw(keys[field])
+            values.report(keys[field], value if found is None else found, f"supported: {valid}")
+
+
+def _keys(values: ConfigValues, num_dense_layers: str) -> dict[str, str]:
+    """Return the keys of the fields that all families have."""
+    num_experts = values.given("num_experts", "num_local_experts")
+    return {"num_experts": num_experts, "num_active": "num_experts_per_tok", "num_dense_layers": num_dense_layers}
+
+
 def _read_qwen3_moe(values: ConfigValues) -> dict[str, Any]:
     values.require("decoder_sparse_step", 1)
     sizes, normalize = _sizes(values, "moe_intermediate_size"), values.flag("norm_topk_prob", False)
     if normalize and sizes["num_active"] == 1 and values.has_valid("num_experts_per_tok"):
         values.report("norm_topk_prob", True, "supported: false with one expert for each token")
     num_dense = values.num_first_layers("mlp_only_layers")
-    return {**sizes, "num_dense_layers": num_dense, "normalize": normalize, "router_precision": "model"}
+    experts = {**sizes, "num_dense_layers": num_dense, "normalize": normalize, "router_precision": "model"}
+    _require_agreement(values, experts, _keys(values, "mlp_only_layers"))
+    return experts
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
@@ -103,7 +139,7 @@ def _read_ling(values: ConfigValues) -> dict[str, Any]:
     if num_groups > 1 and values.has_valid(*keys) and num_active // num_active_groups != _BEST_OF_GROUP:
         # Ling adds up the two best scores of a group, and megatron-core the best num_active / num_active_groups.
         values.report("topk_group", num_active_groups, f"supported: half of num_experts_per_tok ({num_active})")
-    return {
+    experts = {
         **sizes,
         "shared_ffn_hidden_size": size * num_shared,
         "num_dense_layers": values.integer("first_k_dense_replace", "experts.num_dense_layers", 0),
@@ -114,6 +150,9 @@ def _read_ling(values: ConfigValues) -> dict[str, Any]:
         "has_bias": values.flag("moe_router_enable_expert_bias", True),
         "router_precision": "fp32" if values.choice("router_dtype", ("fp32", "bf16"), "fp32") == "fp32" else "model",
     }
+    groups = {"num_groups": "n_group", "num_active_groups": "topk_group"}
+    _require_agreement(values, experts, _keys(values, "first_k_dense_replace") | groups)
+    return experts
 
 
 _BEST_OF_GROUP = 2
@@ -166,12 +205,14 @@ def _read_llada_moe(values: ConfigValues) -> dict[str, Any]:
     for key in ("router_num_group", "router_topk_group"):
         values.require(key, 1)
     values.require("shared_expert_intermediate_size", 0)
-    return {
+    experts = {
         **_sizes(values, "expert_intermediate_size"),
         "num_dense_layers": _num_dense_of_frequencies(values, "moe_layer_freq"),
         "normalize": False,
         "router_precision": "model",
     }
+    _require_agreement(values, experts, _keys(values, "moe_layer_freq"))
+    return experts
 
 
 def _num_dense_of_frequencies(values: ConfigValues, key: str) -> int:
@@ -186,6 +227,10 @@ def _num_dense_of_frequencies(values: ConfigValues, key: str) -> int:
         num_dense = frequencies.count(0)
     if num_dense < 0 or frequencies != [0] * num_dense + [1] * (len(frequencies) - num_dense):
         values.report(key, frequencies, "supported: 1, or a list with 0 for the first layers (dense) and 1 for the others (experts)")
+        return 0
+    num_layers = values.integer("num_hidden_layers", "num_layers")
+    if values.has_valid("num_hidden_layers") and len(frequencies) != num_layers:
+        values.report(key, frequencies, f"supported: a number for each of the num_hidden_layers ({num_layers})")
         return 0
     return num_dense
 
@@ -219,7 +264,11 @@ def _read_own(values: ConfigValues) -> dict[str, Any]:
     """Return the fields of the object ``experts``, whose keys are the names of the fields."""
     if values.raw("experts") is not None and not isinstance(values.raw("experts"), dict):
         values.report("experts", values.raw("experts"), "not an object")
-    return {field.name: _own_value(values, field.name, field.default) for field in fields(ExpertsConfig)}
+    experts = {field.name: _own_value(values, field.name, field.default) for field in fields(ExpertsConfig)}
+    names = ("num_experts", "num_active", "num_dense_layers", "num_groups", "num_active_groups")
+    if experts["num_experts"]:
+        _require_agreement(values, experts, {name: f"experts.{name}" for name in names})
+    return experts
 
 
 def _own_value(values: ConfigValues, name: str, default: Any) -> Any:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from w1train.config.schema import Config
+from w1train.config.schema_model import ParallelConfig
 from w1train.config.stages import at_stage
 from w1train.objectives.description import num_measuring_passes
 from w1train.planning import communication_time as communication
@@ -25,6 +26,12 @@ from w1train.planning.timing import StageSeconds
 from w1train.planning.workload import Workload, flops_per_token, workload_of
 
 RECOMPUTE_CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+def with_recompute(parallel: ParallelConfig, recompute: Recompute, num_layers: int) -> ParallelConfig:
+    """Return the layout with another recomputation. Only selective recomputation has a choice for layers of experts."""
+    of_experts = parallel.recompute_experts and recompute == "selective"
+    return dataclasses.replace(parallel, recompute=recompute, recompute_num_layers=num_layers, recompute_experts=of_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +145,7 @@ class Plan:
             return self
         layout, work = layout_of(config, self.layout.world_size), workload_of(config, self.document_length)
         setting = _Setting(config, layout, work, self.device, self.assumptions)
-        return _plan(self.run, setting, self.weights, _memory(setting, self.weights), self.document_length)
+        return _plan(self.run, setting, self.weights, _memory(layout, setting.sizes(), self.weights), self.document_length)
 
     def activations_by_recompute(self, stage: StagePlan) -> dict[Recompute, int]:
         """Return the saved bytes of all micro-batches in flight on a stage, under each choice of recomputation."""
@@ -216,12 +223,14 @@ class Planner:
 
     def _fullest(self, config: Config, weights: list[StageWeights]) -> _Fullest:
         """Return the stage of the schedule that needs most memory, the first of several such stages."""
-        candidates = []
+        candidates: dict[Hashable, _Fullest] = {}
         for name, work in self.works.items():
             stage = at_stage(config, name)
             setting = _Setting(stage, layout_of(stage, self.world_size), work, self.device, self.assumptions)
-            candidates.append(_Fullest(setting, _memory(setting, weights)))
-        return max(candidates, key=lambda candidate: candidate.bytes)
+            sizes = setting.sizes()
+            if (setting.layout, sizes) not in candidates:
+                candidates[setting.layout, sizes] = _Fullest(setting, _memory(setting.layout, sizes, weights))
+        return max(candidates.values(), key=lambda candidate: candidate.bytes)
 
 
 class _Held(NamedTuple):
@@ -256,9 +265,12 @@ class _Fullest(NamedTuple):
         return max(stage.total for stage in self.memory)
 
 
-def _memory(setting: _Setting, weights: list[StageWeights]) -> list[_StageMemory]:
-    """Return the memory of each pipeline rank, for the largest possible number of logits."""
-    layout, sizes = setting.layout, setting.sizes()
+def _memory(layout: Layout, sizes: Sizes, weights: list[StageWeights]) -> list[_StageMemory]:
+    """Return the memory of each pipeline rank.
+
+    Args:
+        sizes: those of a micro-batch with the largest possible number of logits.
+    """
     known: dict[Hashable, tuple[list[ActivationBytes], int]] = {}
     memory = []
     for rank, stage in enumerate(weights):

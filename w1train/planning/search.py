@@ -12,7 +12,7 @@ from w1train.config.schema import Config
 from w1train.config.schema_model import ParallelConfig
 from w1train.planning.assumptions import Assumptions, Device
 from w1train.planning.layout import Recompute, layout_of
-from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, Planner, works_of
+from w1train.planning.plan_prediction import RECOMPUTE_CHOICES, Plan, Planner, with_recompute, works_of
 from w1train.planning.stage_weights import StageWeights, weights_of
 
 _VIRTUAL = (1, 2, 4)
@@ -82,7 +82,7 @@ def _weights_key(parallel: ParallelConfig) -> tuple[int, ...]:
 def _candidate(config: Config, parallel: ParallelConfig, micro_batch: int, recompute: Recompute) -> Config:
     return dataclasses.replace(
         config,
-        parallel=dataclasses.replace(parallel, recompute=recompute, recompute_num_layers=1),
+        parallel=with_recompute(parallel, recompute, 1),
         training=dataclasses.replace(config.training, micro_batch_size=micro_batch),
     )
 

@@ -176,7 +176,8 @@ def state_bytes(
             buckets = buffer_layout(parameters, num_shards, bucket_size)
             buffer += buckets[-1].end
             owned = _added(owned, shard_numels(buckets, num_shards))
-            with_one_moment = _added(with_one_moment, shard_numels(buckets, num_shards, one_moment))
+            if any(map(one_moment, parameters)):
+                with_one_moment = _added(with_one_moment, shard_numels(buckets, num_shards, one_moment))
         else:
             numel = sum(parameter.numel for parameter in parameters)
             buffer += numel

@@ -151,7 +151,7 @@ class ChatTemplate:
             """The names of variables that the template reads."""
             self.marks_replies: bool = any(_is_generation(node) for node in tree.find_all(nodes.CallBlock))
             """This flag tells whether the template says by {% generation %} what the model writes."""
-            code = self._environment.compile(_counted(tree))
+            code = self._environment.compile(_counted(tree, self._environment))
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{source.origin}:{error.lineno} is no chat template: {error.message}") from error
         except (RecursionError, MemoryError, OverflowError) as error:
@@ -219,7 +219,9 @@ class _Absent(jinja2.Undefined):
 class _Generation(Extension):
     """The block {% generation %} ... {% endgeneration %}, which says what the model writes."""
 
-    tags = frozenset({"generation"})
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Read the block."""
@@ -237,12 +239,15 @@ def _is_generation(block: nodes.CallBlock) -> bool:
     return isinstance(called, nodes.ExtensionAttribute) and called.identifier == _Generation.identifier
 
 
-def _counted(tree: nodes.Template) -> nodes.Template:
+def _counted(tree: nodes.Template, environment: jinja2.Environment) -> nodes.Template:
     """Add a call of ``count_round`` to each loop and each macro."""
-    for node in tree.find_all((nodes.For, nodes.Macro)):
+    places = [(node.body, node.lineno) for node in tree.find_all(nodes.For)]
+    places += [(node.body, node.lineno) for node in tree.find_all(nodes.Macro)]
+    for body, line in places:
         call = nodes.Call(nodes.EnvironmentAttribute("count_round"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
-    return tree.set_environment(tree.environment)
+        body.insert(0, nodes.ExprStmt(call).set_lineno(line))
+    tree.set_environment(environment)
+    return tree
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:

@@ -105,7 +105,10 @@ class ChatEncoder:
         return _ended(ids, row.is_reply[:length], self._tokenizer.eos_token_id, max(1, len(text.encode("utf-8"))))
 
     def _render(self, messages: Sequence[Message], for_template: Mapping[str, Any], *, add_generation_prompt: bool) -> Rendering:
-        marked, values = self._names.marked(list(messages)), self._names.marked(dict(for_template))
+        try:
+            marked, values = self._names.marked(list(messages)), self._names.marked(dict(for_template))
+        except RecursionError as error:
+            raise ConversationError("format", "its lists and objects are nested too deeply") from error
         return self._names.parse(self._template.render(marked, add_generation_prompt, values))
 
     def _prefix_bounds(

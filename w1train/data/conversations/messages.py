@@ -125,7 +125,7 @@ def _of_sharegpt(record: dict[str, Any]) -> Conversation:
     for number, turn in enumerate(turns, 1):
         # Some datasets have the keys of messages under the name of ShareGPT.
         name, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if name not in _SHAREGPT_ROLES:
+        if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
             raise ConversationError("roles", f"turn {number} is from {shorten(name)}; known are {listing(_SHAREGPT_ROLES)}")
         messages.append({"role": _SHAREGPT_ROLES[name], "content": value})
     return _conversation(_messages([*system, *messages], "conversations"), record)
@@ -138,7 +138,9 @@ def _of_alpaca(record: dict[str, Any]) -> Conversation:
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ConversationError("format", "history is no list of pairs of an instruction and an output")
     instruction, more = record["instruction"], record.get("input") or ""
-    if more and isinstance(instruction, str) and isinstance(more, str):
+    if not isinstance(instruction, str) or not isinstance(more, str):
+        raise ConversationError("format", "instruction and input are not both texts")
+    if more:
         instruction = f"{instruction}\n{more}" if instruction else more
     turns = [*pairs, [instruction, record["output"]]]
     roles = ("user", "assistant")
@@ -245,10 +247,6 @@ def _content(message: Mapping[str, Any], role: str, number: int) -> str:
         raise ConversationError("empty", f"message {number} ({role}) has no text: its content is {shorten(content)}")
     if not content.strip():
         raise ConversationError("empty", f"message {number} ({role}) is empty")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConversationError("format", f"character {error.start} of message {number} is a lone surrogate") from error
     return content
 
 

@@ -110,7 +110,15 @@ class SpecialNames:
 
     def parse(self, text: str) -> Rendering:
         """Return the pieces of what a template has written. A mark without its partner, which a template leaves that cuts messages, is
-        dropped."""
+        dropped.
+
+        Raises:
+            ConversationError: if the text is not Unicode.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # "\\ud800" is valid JSON, but not a character
+            raise ConversationError("format", f"character {error.start} of the conversation is a lone surrogate") from error
         pieces: list[Piece] = []
         starts: list[int] = []
         replies: list[tuple[int, int]] = []
