@@ -164,6 +164,8 @@ def _encode(options: argparse.Namespace) -> None:
     kind = _kind_of_format(options.format) if options.format else _kind_of(corpus, rules)
     if kind == "preferences" and options.replies != "last":
         raise UserError(f"--replies {options.replies} is for conversations: of a pair of replies, the last reply alone is compared")
+    if kind == "preferences" and options.too_long == "cut":
+        raise UserError("--too-long cut is for conversations: cut replies have other likelihoods, and both may be equal; use drop")
     encoding = _encoding(options, rules, tokenizer, kind)
     logger.info("encoding %s as %s, by %s", corpus.summary(), encoding.kind, encoding.template.origin)
     with ExitStack() as stack:

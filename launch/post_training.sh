@@ -36,7 +36,7 @@ answer() { # answer NAME OPTIONS...: let the model of a run answer the questions
   step "answers of $name" "$runs/$name/answers.json" "$python" -m benchmarks.post_training.accuracy "$runs/$name" --data "$data" "$@"
 }
 
-step "1/8 texts and questions" "$data/questions.json" "$python" -m benchmarks.post_training.corpus "$data"
+step "1/8 texts and questions" "$data/questions.json" "$python" -m benchmarks.post_training.question_texts "$data"
 step "2/8 characters" "$data/tokenizer.json" "$python" -m benchmarks.processes.characters "$data/tokenizer.json"
 for name in text text_validation; do
   step "3/8 tokens of $name" "$data/$name.json" tokenize "$name"
@@ -52,5 +52,5 @@ step "7/8 DPO" "" train demo_dpo demo_dpo preferences demo_sft
 answer demo_pretrain --thresholds
 for name in demo_sft demo_sft_longer demo_cap; do answer "$name"; done
 answer demo_dpo --thresholds
-step "8/8 report" "" "$python" -m benchmarks.post_training.page "$runs"
+step "8/8 report" "" "$python" -m benchmarks.post_training.post_training_page "$runs"
 printf 'The whole post-training took %d s. Look at %s\n' "$(seconds_since "$script_began")" "$runs/report.html"

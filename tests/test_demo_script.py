@@ -94,12 +94,12 @@ def test_post_training_runs_its_steps_in_order(tmp_path):
     result, commands = Demo(tmp_path, "post_training.sh").run("training.seed=7", NPROC="1")
     assert result.returncode == 0, result.stderr
     data = [
-        "benchmarks.post_training.corpus",
+        "benchmarks.post_training.question_texts",
         "benchmarks.processes.characters",
         *["data_tools.tokenize"] * 2,
         *["data_tools.conversations"] * 4,
     ]
-    measured = [*["benchmarks.post_training.accuracy"] * 5, "benchmarks.post_training.page"]
+    measured = [*["benchmarks.post_training.accuracy"] * 5, "benchmarks.post_training.post_training_page"]
     assert [program(words) for words in commands] == [*data, *["w1train train"] * 5, *measured]
     for _, option, module, *words in commands:
         check_w1train(words) if module == "w1train" else check_python([option, module, *words])

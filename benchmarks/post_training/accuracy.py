@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.post_training.corpus import read_preferences, read_questions
-from benchmarks.post_training.questions import CANVAS, TASKS, Preference, Question
+from benchmarks.post_training.made_questions import CANVAS, TASKS, Preference, Question
+from benchmarks.post_training.question_texts import read_preferences, read_questions
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.errors import UserError
 from w1train.runtime.command import command

@@ -10,10 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.post_training import accuracy, corpus, page
+from benchmarks.post_training import accuracy, post_training_page, question_texts
 from benchmarks.post_training.accuracy import Reply, measured, preferred_share, replies
-from benchmarks.post_training.questions import CANVAS, GREETINGS, TASKS, TITLES, Preference, Question, conversations, preferences, questions
-from benchmarks.post_training.results import CONFIDENT, LONGER, PREFERRING, PRETRAINED, TUNED, fastest, read_results
+from benchmarks.post_training.made_questions import (
+    CANVAS,
+    GREETINGS,
+    TASKS,
+    TITLES,
+    Preference,
+    Question,
+    conversations,
+    preferences,
+    questions,
+)
+from benchmarks.post_training.post_training_results import CONFIDENT, LONGER, PREFERRING, PRETRAINED, TUNED, fastest, read_results
 from benchmarks.processes.characters import character_tokenizer
 from tests.reports.fake_run import write_fake_run
 from w1train.config.compose import load_config
@@ -27,7 +37,7 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("post-training-data")
-    corpus.write_corpus(directory, num_texts=60, num_conversations=600, num_preferences=200, seed=0)
+    question_texts.write_corpus(directory, num_texts=60, num_conversations=600, num_preferences=200, seed=0)
     return directory
 
 
@@ -61,7 +71,7 @@ def subjects_of(prompts: list[str]) -> set[str]:
 
 
 def test_no_text_for_training_has_what_is_held_out(data):
-    held_out = subjects_of([question.prompt for question in corpus.read_questions(data)])
+    held_out = subjects_of([question.prompt for question in question_texts.read_questions(data)])
     held_out |= subjects_of([record["prompt"] for record in lines(data / "preferences_validation.jsonl")])
     held_out |= subjects_of([record["messages"][0]["content"] for record in lines(data / "conversations_validation.jsonl")])
     known = subjects_of([record["messages"][0]["content"] for record in lines(data / "conversations.jsonl")])
@@ -85,7 +95,7 @@ def test_texts_ask_no_question_and_fit_into_a_sample(data):
 
 def test_the_files_are_a_function_of_the_seed(data, tmp_path):
     for name, seed in (("same", 0), ("other", 1)):
-        corpus.write_corpus(tmp_path / name, num_texts=60, num_conversations=600, num_preferences=200, seed=seed)
+        question_texts.write_corpus(tmp_path / name, num_texts=60, num_conversations=600, num_preferences=200, seed=seed)
     for path in data.iterdir():
         assert path.read_bytes() == (tmp_path / "same" / path.name).read_bytes()
         if path.suffix in (".jsonl", ".json"):
@@ -93,7 +103,7 @@ def test_the_files_are_a_function_of_the_seed(data, tmp_path):
 
 
 def test_held_out_questions_differ_from_each_other(data):
-    found = corpus.read_questions(data)
+    found = question_texts.read_questions(data)
     assert len(set(found)) == len(found) == 400
 
 
@@ -222,8 +232,10 @@ def test_claims_hold_or_not(runs):
 
 
 def test_the_page_and_the_report_have_everything(runs, monkeypatch, capsys):
-    monkeypatch.setattr(page, "write_report", lambda name, title, tables, notes: "\n".join([notes, *(t.markdown() for t in tables)]))
-    assert page.main([str(runs), "--report"]) == 0
+    monkeypatch.setattr(
+        post_training_page, "write_report", lambda name, title, tables, notes: "\n".join([notes, *(t.markdown() for t in tables)])
+    )
+    assert post_training_page.main([str(runs), "--report"]) == 0
     html, printed = (runs / "report.html").read_text(), capsys.readouterr().out
     assert html.count('data-chart="') == 2
     assert "sort: &lt;ba\n&lt;ab" in html
@@ -238,7 +250,7 @@ def test_the_page_and_the_report_have_everything(runs, monkeypatch, capsys):
 def test_a_directory_without_finished_trainings(tmp_path):
     with pytest.raises(UserError, match="has no finished training: `make post-training` trains demo_pretrain, demo_sft"):
         read_results(tmp_path)
-    assert page.main([str(tmp_path)]) == 2
+    assert post_training_page.main([str(tmp_path)]) == 2
 
 
 def test_a_run_that_is_not_there(data, tmp_path, capsys):

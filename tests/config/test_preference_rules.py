@@ -9,6 +9,7 @@ import pytest
 from tests.config.test_config_validate import MakeConfig
 from w1train.config.resume import check_resume
 from w1train.config.rules.validate import validate
+from w1train.config.schema import CorpusConfig
 
 PREFERENCES = {
     "diffusion.preference_draws": 4,
@@ -42,6 +43,8 @@ def test_what_is_sound_is_valid(make_config: MakeConfig, changes: dict[str, Any]
     [
         ({"diffusion.weight": "constant"}, "diffusion.weight", "no estimate of the ELBO"),
         ({"diffusion.t_max": 0.8}, "diffusion.t_max", "an integral over all t"),
+        ({"diffusion.t_min": 0.4}, "diffusion.t_min", "an integral over all t"),
+        ({"diffusion.preference_draws": 0, "reference.mode": "adapters_off"}, "reference.mode", "live, because no stage"),
         ({"diffusion.weight_max": 10.0}, "diffusion.weight_max", "would change the estimate"),
         ({"diffusion.focal_gamma": 1.0}, "diffusion.focal_gamma", "would change the estimate"),
         ({"diffusion.normalizer": "samples"}, "diffusion.normalizer", "the number of pairs"),
@@ -57,6 +60,11 @@ def test_what_is_sound_is_valid(make_config: MakeConfig, changes: dict[str, Any]
         ({"reference.mode": "adapters_off", "adapters.rank": 4, "adapters.train": ["*norm.weight"]}, "adapters.train", "must be frozen"),
         ({"reference.mode": "adapters_off", "adapters.rank": 4, "reference.weights": "x"}, "reference.weights", "of the model"),
         ({"data.validation": "pairs", "validation.num_samples": 7}, "validation.num_samples", "an even number"),
+        (
+            {"data.train": None, "data.blend": {"a": CorpusConfig(prefix="a"), "b": CorpusConfig(prefix="b")}},
+            "data.blend in stage warmup",
+            "would separate the replies of a pair",
+        ),
     ],
 )
 def test_what_is_not_sound_is_refused(make_config: MakeConfig, changes: dict[str, Any], key: str, words: str) -> None:

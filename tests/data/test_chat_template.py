@@ -11,6 +11,7 @@ from w1train.config.errors import UserError
 from w1train.data.conversations import chat_template
 from w1train.data.conversations.chat_template import DEFAULT_TEMPLATE, ChatTemplate, TemplateSource
 from w1train.data.conversations.messages import ConversationError
+from w1train.data.conversations.template_tokens import check_template
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 NOW = datetime(2026, 1, 31)
@@ -146,3 +147,28 @@ def test_the_built_in_template_is_fixed():
     """Datasets and the prompts of trained models depend on it."""
     assert render(DEFAULT_TEMPLATE, [{"role": "user", "content": " a\n"}, MESSAGES[1]]) == "user:\na<eos>assistant:\nb<eos>"
     assert TemplateSource.default(NOW).sha256 == "d85b3bdf92c01561fef47902ad6e4df485df8e43e45ac41fc5d0702ab4eab9b4"
+
+
+TURNS = "{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }}<|e|>{% endfor %}"
+
+
+@pytest.mark.parametrize("tail", ["<|h|>assistant\n", "assistant:"])
+def test_a_template_that_always_begins_a_reply_is_refused(tail):
+    """The beginning would be learned as the end of every reply."""
+    with pytest.raises(UserError, match=r"a\.jinja writes .* after every message, also after a reply"):
+        check_template(ChatTemplate(TemplateSource(TURNS + tail, "a.jinja", {}, NOW)), {"<|h|>", "<|e|>"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TURNS + "{% if add_generation_prompt %}<|h|>assistant\n{% endif %}",
+        TURNS,
+        "{% for m in messages %}{{ m.content }}\n### end\n{% endfor %}{% if add_generation_prompt %}reply:{% endif %}",
+        "{{ raise_exception('no such messages') }}",
+        DEFAULT_TEMPLATE,
+    ],
+)
+def test_other_templates_are_not_refused(text):
+    source = TemplateSource(text, "a.jinja", {"eos_token": "<|e|>"}, NOW)
+    check_template(ChatTemplate(source), {"<|h|>", "<|e|>"})

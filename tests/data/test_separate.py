@@ -1,5 +1,6 @@
 """Samples of one document each, and what follows the end of a document, against the documents they are made of."""
 
+import dataclasses
 import itertools
 import pickle
 
@@ -14,6 +15,7 @@ from w1train.data.packed.packing import Fill
 from w1train.data.packed.packing_index import BestFitDataset, PackingOptions, ensure_packing
 from w1train.data.packed.separate import SeparateDataset
 from w1train.data.writer import DatasetWriter
+from w1train.training.dataset_kinds import check_whole_conversations
 from w1train.training.training_data import ValidationSet, open_source
 
 LENGTHS = [3, 8, 2, 5, 6, 2, 7, 4]
@@ -173,3 +175,20 @@ def test_validation_scores_replies_after_their_prompts(conversations, tokenizer,
             assert documents.max() == 0
             assert not may[:2].any()
             assert tokens[documents == 0][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("packing", "words"), [("cut", "would cut them"), ("best_fit", "3 documents of .* longer"), ("separate", "3 documents of")]
+)
+def test_no_conversation_is_cut_by_a_run(tokenizer, tmp_path, packing, words):
+    with DatasetWriter(tmp_path / "talk", tokenizer, limits_noise=True) as writer:
+        for number in range(6):
+            ids = [20, 21, *range(30, 33 + number)]
+            writer.add_document(ids, num_text_bytes=len(ids), may_be_noised=[False, False] + [True] * (len(ids) - 1))
+        writer.finalize()
+    dataset = TokenDataset.open(tmp_path / "talk")
+    config = tiny_config(data={"packing": packing, "sequence_length": LENGTH})
+    check_whole_conversations(config, dataset)
+    dataset.manifest = dataclasses.replace(dataset.manifest, conversations={"kind": "conversations"})
+    with pytest.raises(DatasetError, match=words):
+        open_source(dataset, config)

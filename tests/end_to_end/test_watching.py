@@ -135,8 +135,8 @@ def documented() -> dict[str, str | None]:
 
 
 def test_the_page_explains_every_metric_of_a_run(watched):
-    """The page has every metric under its names in metrics.jsonl and W&B. Its other metrics are those of blends, of a
-    term that the run's loss does not have, and of experts."""
+    """The page has every metric under its names in metrics.jsonl and W&B. Its other metrics are those of blends, of
+    terms that the run's loss does not have, and of experts."""
     prefixes, found = {"train": "", "validation": "validation/"}, {}
     for record in read_metrics(watched.path / "metrics.jsonl"):
         kind = record["kind"]
@@ -148,7 +148,9 @@ def test_the_page_explains_every_metric_of_a_run(watched):
     page = documented()
     assert {key: page.get(key, "not on the page") for key in found} == found
     others = {key for key in page.keys() - found.keys() if not key.startswith("experts/")}
-    assert others == {"corpus_tokens/NAME", "corpus_epochs/NAME", "cross_entropy_of_every_token"}
+    assert others == {
+        *("corpus_tokens/NAME", "corpus_epochs/NAME", "cross_entropy_of_every_token", "masked_accuracy", "entropy_of_correct")
+    }
     assert not any("experts/" in key for key in found), "a dense run says nothing of experts"
 
 

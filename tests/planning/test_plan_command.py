@@ -12,21 +12,21 @@ SMALL = ["recipe=demo", "schedule=masked", "gpus=2"]
 
 KEYS = {
     "": {
-        "format_version", "name", "num_parameters", "num_active_parameters", "layout", "build", "work", "flops_per_token", "memory",
-        "stages", "speed", "device", "assumptions", "schedule", "suggested_recompute", "suggested_expert",
+        "format_version", "name", "num_parameters", "num_active_parameters", "num_trained_parameters", "layout", "build", "work",
+        "flops_per_token", "memory", "stages", "speed", "device", "assumptions", "schedule", "suggested_recompute", "suggested_expert",
     },
     "build": {"num_ranks", "num_built", "num_parameters", "seconds"},
     "memory": {"device_bytes", "needed_bytes", "fits"},
     "suggested_recompute": {"recompute", "recompute_num_layers", "needed_bytes", "step_seconds"},
     "speed": {"step_seconds", "bubble_fraction", "tokens_per_step", "tokens_per_second", "tflops_per_device", "mfu", "days"},
     "flops_per_token": {
-        "attention_projections", "attention_core", "mlp", "router", "experts", "shared_experts", "adaln", "timestep_mlp", "output_head",
-        "total",
+        "attention_projections", "attention_core", "mlp", "router", "experts", "shared_experts", "adapters", "adaln", "timestep_mlp",
+        "output_head", "total",
     },
     "work": {"num_tokens", "num_streams", "num_positions", "num_documents", "visible_pairs", "visible_share", "num_logits", "num_segments"},
 }  # fmt: skip
 STAGE_KEYS = {
-    "pipeline_rank", "chunks", "num_parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes",
+    "pipeline_rank", "chunks", "num_parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "reference_bytes",
     "expert_parameter_bytes", "expert_gradient_bytes", "expert_optimizer_bytes", "in_flight", "activation_bytes",
     "activation_bytes_by_recompute", "micro_batch_activation_bytes", "working_bytes", "total_bytes", "traffic", "seconds",
 }  # fmt: skip

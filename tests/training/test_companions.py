@@ -21,7 +21,7 @@ from w1train.config.errors import UserError  # noqa: E402
 from w1train.data.dataset import DatasetError  # noqa: E402
 from w1train.runtime.distributed import distributed  # noqa: E402
 from w1train.training.companions import FrozenModel, build_reference, require_unchanged  # noqa: E402
-from w1train.training.training_data import check_kinds  # noqa: E402
+from w1train.training.dataset_kinds import check_kinds, check_validation_kind  # noqa: E402
 
 DENSE = {"tie_embeddings": True}
 
@@ -108,6 +108,29 @@ def test_the_kind_of_a_dataset_must_fit_the_objective(kind, num_draws, words):
     config.diffusion.preference_draws = num_draws
     datasets: Any = {"unused": SimpleNamespace(manifest=SimpleNamespace(conversations={"kind": kind}))}
     with pytest.raises(DatasetError, match=words):
-        check_kinds(config, datasets)
+        check_kinds(config, datasets, {name: ["unused"] for name in config.schedule.stages})
     config.diffusion.preference_draws = 1 - num_draws
-    check_kinds(config, datasets)
+    check_kinds(config, datasets, {name: ["unused"] for name in config.schedule.stages})
+
+
+def test_replies_before_other_turns_need_blocks():
+    config = _config(DENSE)
+    datasets: Any = {"unused": SimpleNamespace(manifest=SimpleNamespace(conversations={"kind": "conversations", "replies": "all"}))}
+    with pytest.raises(DatasetError, match=r"a reply sees the turns after it: set diffusion\.block_size .* --replies last"):
+        check_kinds(config, datasets, {name: ["unused"] for name in config.schedule.stages})
+    config.diffusion.block_size = 8
+    check_kinds(config, datasets, {name: ["unused"] for name in config.schedule.stages})
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits_noise", "num_draws", "words"),
+    [("conversations", True, 1, "has no pairs"), (None, False, 1, "has no pairs"), ("preferences", True, 0, "has pairs of replies")],
+)
+def test_the_kind_of_a_validation_set_must_fit_the_objectives(kind, limits_noise, num_draws, words):
+    config = _config(DENSE)
+    config.diffusion.preference_draws = num_draws
+    dataset: Any = SimpleNamespace(manifest=SimpleNamespace(conversations={"kind": kind} if kind else {}), limits_noise=limits_noise)
+    with pytest.raises(DatasetError, match=words):
+        check_validation_kind(config, "held_out", dataset)
+    config.diffusion.preference_draws = 1 - num_draws
+    check_validation_kind(config, "held_out", dataset)

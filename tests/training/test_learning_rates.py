@@ -28,6 +28,7 @@ def test_every_group_has_its_multiple_of_the_schedules_rate(monkeypatch):
         model=model,
         guard=SimpleNamespace(local_gradients=gradients),
         ranks=SimpleNamespace(data_parallel_size=2),
+        reference=None,
     )
     asked = []
     monkeypatch.setattr(loop, "run_micro_batches", lambda stage, chunks, batches, number, *, training: asked.append(number) or ({}, None))

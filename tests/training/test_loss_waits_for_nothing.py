@@ -1,6 +1,6 @@
 """On a GPU the host must not wait between a forward pass and its backward pass: the loss asks for no value and copies none over."""
 
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ import_megatron()
 
 from w1train.data.batch import PackedBatch  # noqa: E402
 from w1train.diffusion.corruption import corrupt  # noqa: E402
-from w1train.objectives.loss_rows import LossRows  # noqa: E402
 from w1train.training.forward import _loss, _prepare  # noqa: E402
 
 LENGTH, NUM_SAMPLES = 64, 2
@@ -41,6 +40,15 @@ def _noisy(config):
     tokens = torch.arange(16, 16 + LENGTH).expand(NUM_SAMPLES, -1) % VOCAB_SIZE
     batch = PackedBatch(tokens, positions // 16, positions % 16, torch.arange(NUM_SAMPLES))
     return corrupt(batch, config.diffusion, 0)
+
+
+def _without_values(rows):
+    """The same tensors on the meta device, also those of dataclasses inside of the dataclass."""
+    found = {entry.name: getattr(rows, entry.name) for entry in fields(rows)}
+    moved = {
+        name: _without_values(value) if is_dataclass(value) else value.to("meta") for name, value in found.items() if value is not None
+    }
+    return type(rows)(**{**found, **moved})
 
 
 objectives = pytest.mark.parametrize(
@@ -72,8 +80,7 @@ def test_the_loss_is_computed_of_tensors_without_values(diffusion):
     """Tensors of the meta device refuse what no dispatched operation shows on a CPU: tolist, numpy, copies to the host."""
     config = tiny_config(diffusion=diffusion, data={"sequence_length": LENGTH})
     inputs, row_terms, work = _prepare(_noisy(config), config)
-    values = {entry.name: getattr(inputs.rows, entry.name) for entry in fields(inputs.rows)}
-    rows = LossRows(**{name: value if value is None else value.to("meta") for name, value in values.items()})
+    rows = _without_values(inputs.rows)
     cross_entropy = torch.rand(len(inputs.targets), device="meta", requires_grad=True)
     weighted, denominator, kept = _loss(config, replace(inputs, rows=rows), work.to("meta"), tuple(row_terms), (cross_entropy,))
     weighted.backward()

@@ -88,6 +88,10 @@ def export(
     _one_dtype(checkpoint, source)
     model_type = stock_family(config.model) if model_format == STOCK else model_format
     _require_computed(config, model_type)
+    if part == "base" and config.adapters.train:
+        raise UserError(
+            f"adapters.train is {listing(config.adapters.train)}: this run has trained a part of its base; export it without --base"
+        )
     output, partial = _places(output)
     require_apart([output, partial], [run.checkpoints])
     if partial.exists():

@@ -81,7 +81,8 @@ def _description(adapters: AdaptersConfig, modules: set[str], base: str | None, 
     return {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": base,
+        # PEFT opens this directory, so it can only be one of Hugging Face, and not a run.
+        "base_model_name_or_path": base if base is not None and (Path(base) / "config.json").is_file() else None,
         "r": adapters.rank,
         "lora_alpha": int(adapters.alpha) if adapters.alpha == int(adapters.alpha) else adapters.alpha,
         "use_rslora": adapters.rank_stabilized,

@@ -141,7 +141,7 @@ def _manifests(config: Config, prefix: str, tokenizer: Tokenizer | None) -> list
 
 def _length_problems(config: Config, key: str, parts: Sequence[DatasetManifest]) -> Iterator[Problem]:
     num_tokens, length = sum(part.num_tokens for part in parts), config.data.sequence_length
-    if parts and num_tokens < length:
+    if parts and num_tokens < length and config.data.packing != "separate":
         found = f"a dataset of {num_tokens} tokens"
         yield Problem(key, found, f"at least one sample of data.sequence_length ({length}) tokens", "more text, or shorter samples")
 

@@ -31,6 +31,7 @@ from w1train.data.tokenizer import Tokenizer
 from w1train.data.writer import unigram_bits
 from w1train.runtime.distributed import Ranks
 from w1train.runtime.run_directory import RunDirectory
+from w1train.training.dataset_kinds import check_kinds, check_validation_kind, check_whole_conversations, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class ValidationSet:
     def __init__(self, prefix: str, config: Config, ranks: Ranks, tokenizer: Tokenizer) -> None:
         self._config, self._ranks, self._tokenizer = config, ranks, tokenizer
         self.dataset = open_dataset(localize(prefix, config.data.cache_directory), tokenizer, config.model.vocab_size)
+        check_validation_kind(config, prefix, self.dataset)
         self._packed = _validation_source(self.dataset, config)
         # This is not a collective, because a rank that could not open its files would not take part. The ranks agree later, on the result
         # of opening all data.
@@ -235,33 +237,6 @@ def fill_of(dataset: TokenDataset, config: Config) -> Fill | None:
     return Fill(data.fill, size, dataset.manifest.eos_token_id)
 
 
-def kind_of(dataset: TokenDataset) -> str | None:
-    """Return what the documents of a dataset are, as its manifest says: "conversations" or "preferences"; None for other datasets."""
-    return None if dataset.manifest is None else dataset.manifest.conversations.get("kind")
-
-
-def check_kinds(config: Config, datasets: Mapping[str, TokenDataset]) -> None:
-    """Compare the datasets, by their prefixes, with the objective of each stage that reads them.
-
-    Raises:
-        DatasetError: a stage of preferences reads conversations, or another stage reads pairs of replies, of which it would learn both.
-    """
-    for name in config.schedule.stages:
-        has_pairs = at_stage(config, name).diffusion.preference_draws > 0
-        for prefix in stage_weights(config, name):
-            kind = kind_of(datasets[prefix]) if prefix in datasets else None
-            if has_pairs and kind == "conversations":
-                raise DatasetError(
-                    f"dataset {prefix} has conversations, and stage {name} has diffusion.preference_draws, which needs pairs of replies: "
-                    "`w1train data conversations` writes pairs from rows that have chosen and rejected"
-                )
-            if not has_pairs and kind == "preferences":
-                raise DatasetError(
-                    f"dataset {prefix} has pairs of replies, and stage {name} would learn the rejected replies too: set "
-                    "diffusion.preference_draws, or make a dataset of conversations from the chosen replies"
-                )
-
-
 def _separate(dataset: TokenDataset, config: Config, seed: int) -> SeparateDataset:
     data = config.data
     kind, fill = kind_of(dataset), fill_of(dataset, config)
@@ -285,9 +260,10 @@ def open_source(dataset: TokenDataset, config: Config) -> SampleSource:
     """Open the training samples of a dataset, packed as the configuration says.
 
     Raises:
-        DatasetError: the dataset does not fill one sample, or its best-fit packing has not been built.
+        DatasetError: the dataset does not fill one sample, a conversation would be cut, or the best-fit packing has not been built.
     """
     data, seed = config.data, config.training.seed
+    check_whole_conversations(config, dataset)
     if dataset.num_tokens < data.sequence_length and data.packing != "separate":
         # Training on the padding would work, and waste the run: the file or the sequence length must be wrong.
         raise DatasetError(f"dataset {dataset.prefix} has {dataset.num_tokens} tokens, fewer than one sample of {data.sequence_length}")
@@ -323,7 +299,7 @@ class TrainingData(ValidationData):
             prefix: open_dataset(localize(prefix, config.data.cache_directory), self.tokenizer, config.model.vocab_size)
             for prefix in training_prefixes(config)
         }
-        check_kinds(config, self.train)
+        check_kinds(config, self.train, {name: stage_weights(config, name) for name in config.schedule.stages})
         sources = {prefix: open_source(dataset, config) for prefix, dataset in self.train.items()}
         limits = {
             corpus.prefix: int(corpus.max_epochs * sources[corpus.prefix].num_samples_per_epoch)

@@ -28,7 +28,7 @@ def _modules_rule(config: Config) -> Iterator[Problem]:
 
 def _rank_rule(config: Config) -> Iterator[Problem]:
     adapters, hidden = config.adapters, config.model.hidden_size
-    if adapters.rank > hidden:
+    if adapters.rank > hidden > 0:
         yield Problem("adapters.rank", show(adapters.rank), f"at most model.hidden_size ({hidden}), the rank of a whole matrix")
 
 

@@ -9,7 +9,7 @@ from w1train.config.errors import Problem, listing, show
 from w1train.config.rules.divisibility import near
 from w1train.config.rules.rule import Rule, at_every_stage
 from w1train.config.schema import Config
-from w1train.config.stages import batch_sizes
+from w1train.config.stages import at_stage, batch_sizes
 
 
 class _Need(NamedTuple):
@@ -21,6 +21,8 @@ class _Need(NamedTuple):
 
 
 _ESTIMATE = "the loss compares estimates of ELBOs, and this would change the estimate"
+_LARGEST_T_MIN = 0.01
+"""The largest t_min of an estimate of the ELBO, our choice: LLaDA has 0.001."""
 _ALONE = "the loss of preferences is the only loss"
 _NEEDS = (
     _Need("objective", ("diffusion",), "the weighted cross-entropy of masked tokens is the ELBO"),
@@ -52,6 +54,13 @@ def _needs_rule(config: Config) -> Iterator[Problem]:
             yield Problem(f"diffusion.{need.field}", _text(found), valid, f"diffusion.{need.field}={_text(need.valid[0])}")
 
 
+def _whole_integral_rule(config: Config) -> Iterator[Problem]:
+    diffusion = config.diffusion
+    if diffusion.preference_draws > 0 and diffusion.t_min > _LARGEST_T_MIN:
+        valid = f"at most {_LARGEST_T_MIN} with diffusion.preference_draws: the ELBO is an integral over all t"
+        yield Problem("diffusion.t_min", show(diffusion.t_min), valid, "diffusion.t_min=0.001")
+
+
 def _packing_of_pairs_rule(config: Config) -> Iterator[Problem]:
     if config.diffusion.preference_draws > 0 and config.data.packing != "separate":
         valid = "separate with diffusion.preference_draws: each reply is a sample with its prompt"
@@ -81,7 +90,10 @@ def _reference_rule(config: Config) -> Iterator[Problem]:
     if has_preferences and weights is None and config.training.initial_weights is None:
         valid = "a path with diffusion.preference_draws, or training.initial_weights: random weights prefer no reply"
         yield Problem("reference.weights", "null", valid, "reference.weights=PATH")
-    if config.reference.mode == "adapters_off":
+    if config.reference.mode == "adapters_off" and not has_preferences:
+        valid = "live, because no stage has diffusion.preference_draws"
+        yield Problem("reference.mode", "adapters_off", valid, "reference.mode=live")
+    elif config.reference.mode == "adapters_off":
         yield from _adapters_off_problems(config)
     if weights is not None and not has_preferences:
         yield Problem("reference.weights", weights, "null, because no stage has diffusion.preference_draws", "reference.weights=null")
@@ -106,12 +118,23 @@ def _pairs_are_whole_rule(config: Config) -> Iterator[Problem]:
         yield Problem("validation.num_samples", show(num_samples), valid, near(num_samples, 2))
 
 
+def _one_dataset_rule(config: Config) -> Iterator[Problem]:
+    """Report a blend in a stage of preferences: samples are dealt to the corpora of a blend one by one, and both replies of a pair come
+    from one dataset."""
+    for name, stage in config.schedule.stages.items():
+        if at_stage(config, name).diffusion.preference_draws > 0 and stage.train is None and config.data.blend:
+            valid = "empty with diffusion.preference_draws, because a blend would separate the replies of a pair: join the datasets in one"
+            yield Problem(f"data.blend in stage {name}", listing(config.data.blend), valid, "data.train=PREFIX without data.blend")
+            return
+
+
 def _text(value: object) -> str:
     """Return a value as it is written on a command line."""
     return value if isinstance(value, str) else show(value)
 
 
 PREFERENCE_RULES: tuple[Rule, ...] = (
-    *map(at_every_stage, (_needs_rule, _packing_of_pairs_rule, _draws_rule, _pairs_are_whole_rule)),
+    *map(at_every_stage, (_needs_rule, _whole_integral_rule, _packing_of_pairs_rule, _draws_rule, _pairs_are_whole_rule)),
     _reference_rule,
+    _one_dataset_rule,
 )

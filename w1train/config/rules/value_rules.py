@@ -64,7 +64,7 @@ def _values(checks: _Checks, value: Any, key: str) -> Iterator[tuple[str, Constr
     elif checks.items is not None:
         named = isinstance(value, dict)
         for name, child in value.items() if named else enumerate(value):
-            yield from _values(checks.items, child, join(key, name) if named else f"{key}[{name}]")
+            yield from _values(checks.items, child, join(key, str(name)) if named else f"{key}[{name}]")
     else:
         for name, inner in checks.fields.items():
             child = value.get(name, _UNSET) if isinstance(value, dict) else getattr(value, name, _UNSET)

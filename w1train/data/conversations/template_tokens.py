@@ -8,7 +8,8 @@ from pathlib import Path
 
 from w1train.config.errors import UserError
 from w1train.config.reading import FileContentError, read_json_object
-from w1train.data.conversations.chat_template import ChatTemplate
+from w1train.data.conversations.chat_template import REPLY_START, ChatTemplate
+from w1train.data.conversations.messages import ConversationError
 from w1train.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def check_template(template: ChatTemplate, names: set[str]) -> None:
     """Refuse a template that writes special tokens which the tokenizer does not have, and warn of texts that look like such tokens.
 
     Raises:
-        UserError: if a variable such as bos_token, which the template reads, is not a special token.
+        UserError: if a variable such as bos_token, which the template reads, is not a special token, or the template writes the
+            beginning of a reply after each reply.
     """
     source = template.source
     for name in sorted(template.variables & source.variables.keys()):
@@ -48,8 +50,31 @@ def check_template(template: ChatTemplate, names: set[str]) -> None:
                 f"the chat template {source.origin} writes {name}, which is {value}, and the tokenizer has no special token of this name: "
                 "give the tokenizer that was imported from the same model"
             )
+    _refuse_open_end(template, names)
     looks = {found for text in template.literals for found in re.findall(r"<\|[^|<>\s]{1,60}\|>", text)}
     if unknown := sorted(looks - names):
         logger.warning(
             "the chat template %s writes %s, which is no special token of the tokenizer: it is encoded as text", source.origin, unknown[0]
+        )
+
+
+def _refuse_open_end(template: ChatTemplate, names: set[str]) -> None:
+    """Refuse a template that always writes the beginning of the next reply, whatever add_generation_prompt is: the beginning would be
+    learned as the end of the reply before it. The template of LLaDA-8B-Instruct is an example.
+    """
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    try:
+        asked, opened, answered = (
+            template.render(messages, flag, {}) for messages, flag in (([question], False), ([question], True), ([question, answer], False))
+        )
+    except ConversationError:
+        return  # The template wants other messages than these. Each row is checked by itself.
+    if "question" not in asked or "answer" not in answered:
+        return
+    after_question, after_answer = asked.rpartition("question")[2], answered.rpartition("answer")[2]
+    words = re.sub("|".join(map(re.escape, sorted(names, key=len, reverse=True))), "", after_answer) if names else after_answer
+    if asked == opened and after_question == after_answer and words.strip() and REPLY_START not in answered:
+        raise UserError(
+            f"the chat template {template.source.origin} writes {after_answer.strip()!r} after every message, also after a reply, where it "
+            "would be learned: give a copy of the template in which the beginning of a reply is under {% if add_generation_prompt %}"
         )

@@ -43,7 +43,7 @@ class SeparateDataset(SampleSource):
         """
         super().__init__(dataset, sequence_length, seed, num_samples_per_epoch=dataset.num_documents, shuffle=shuffle, eos=eos, fill=fill)
         self._per_item = 2 if pairs else 1
-        _check_lengths(dataset, sequence_length, eos)
+        check_lengths(dataset, sequence_length, eos)
         if dataset.num_documents % self._per_item:
             raise DatasetError(
                 f"dataset {dataset.prefix} has {dataset.num_documents} documents, and preferences need pairs of documents: the chosen and "
@@ -88,7 +88,8 @@ def _reopen(dataset: TokenDataset, sequence_length: int, seed: int, options: dic
     return SeparateDataset(dataset, sequence_length, seed, **options)  # type: ignore[arg-type]
 
 
-def _check_lengths(dataset: TokenDataset, sequence_length: int, eos: EndOfDocument) -> None:
+def check_lengths(dataset: TokenDataset, sequence_length: int, eos: EndOfDocument) -> None:
+    """Raise DatasetError if a document of a dataset is longer than a sample, or has no tokens."""
     lengths = document_lengths(dataset, eos)
     if (too_long := np.flatnonzero(lengths > sequence_length)).size:
         raise DatasetError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common.results_page import Table, Verdict
 from benchmarks.post_training.accuracy import ANSWERS
-from benchmarks.post_training.questions import TASKS
+from benchmarks.post_training.made_questions import TASKS
 from w1train.config.errors import UserError
 from w1train.config.reading import read_json_object
 from w1train.reports.run_content import Run, read_run

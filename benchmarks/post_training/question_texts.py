@@ -1,6 +1,6 @@
 """The files of `make post-training`: text, conversations, preferences and held-out questions.
 
-    python -m benchmarks.post_training.corpus runs/post_training-data
+    python -m benchmarks.post_training.question_texts runs/post_training-data
 
 All are functions of the seed, and of how many there are.
 """
@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.post_training.questions import Preference, Question, conversations, preferences, questions, texts
+from benchmarks.post_training.made_questions import Preference, Question, conversations, preferences, questions, texts
 from w1train.config.argument_parser import ArgumentParser
 from w1train.config.reading import read_json_object
 from w1train.runtime.command import command
@@ -99,11 +99,11 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-@command("benchmarks.post_training.corpus")
+@command("benchmarks.post_training.question_texts")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     parser = ArgumentParser(
-        prog="python -m benchmarks.post_training.corpus", description="Write the text and questions of make post-training."
+        prog="python -m benchmarks.post_training.question_texts", description="Write the text and questions of make post-training."
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the files go")
     parser.add_argument("--texts", type=int, default=20_000, metavar="N", help="texts to pretrain on (default: %(default)s)")

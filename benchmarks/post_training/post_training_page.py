@@ -1,7 +1,7 @@
 """The report of `make post-training`: right answers before and after SFT, tokens per pass before and after CAP, and preferences by DPO.
 
     make post-training
-    python -m benchmarks.post_training.page runs/post_training --report
+    python -m benchmarks.post_training.post_training_page runs/post_training --report
 
 It reads what the runs and ``benchmarks.post_training.accuracy`` have written, and trains nothing. RUNS/report.html has the charts. With
 --report the tables are also written to benchmarks/results/YYYY-MM-DD-post-training.md.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.results_page import environment, html_note, html_table, html_verdicts, verdict_lines, write_report
-from benchmarks.post_training.results import (
+from benchmarks.post_training.post_training_results import (
     FASTER,
     PREFERRING,
     PRETRAINED,
@@ -38,7 +38,7 @@ from w1train.runtime.command import command
 from w1train.runtime.files import write_text
 
 _TITLE = "Post-training on questions that a prompt decides"
-_COMMAND = "make post-training; python -m benchmarks.post_training.page {runs} --report"
+_COMMAND = "make post-training; python -m benchmarks.post_training.post_training_page {runs} --report"
 _TUNING_NOTE = (
     'The texts of the pretraining say what the answers are ("dacb in order is abcd."), and ask no question. SFT learns from questions '
     'with answers ("sort: dacb"). The words, sums and names of the held-out questions occur in no text for training. An answer is right '
@@ -116,10 +116,12 @@ def _preferences(results: Results) -> str:
     return section("DPO", "".join(parts))
 
 
-@command("benchmarks.post_training.page")
+@command("benchmarks.post_training.post_training_page")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 for bad input."""
-    parser = ArgumentParser(prog="python -m benchmarks.post_training.page", description="Report what make post-training has trained.")
+    parser = ArgumentParser(
+        prog="python -m benchmarks.post_training.post_training_page", description="Report what make post-training has trained."
+    )
     parser.add_argument("runs", type=Path, metavar="RUNS", help="the directory of the run directories, such as runs/post_training")
     parser.add_argument("--report", action="store_true", help="write the dated report to benchmarks/results")
     options = parser.parse_args(arguments)
