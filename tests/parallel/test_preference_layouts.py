@@ -32,6 +32,9 @@ def _config(name: str, micro_batch_size: int = 8, **parallel: object) -> Config:
         parallel={"context_chunk_size": 4, "distributed_optimizer": False, **parallel},
         diffusion={**given, **CASES[name]},
         training={"global_batch_size": 8, "micro_batch_size": micro_batch_size},
+        # The replies of a pair pull in opposite directions, so some gradients are hardly larger than rounding errors, and Adam would divide
+        # such a gradient by itself.
+        optimizer={"epsilon": 1e-3},
     )
 
 
@@ -59,8 +62,7 @@ def test_every_layout_has_the_single_process_numbers(layout):
     configs = [_config(name, micro_batch_size, **parallel) for name in CASES]
     single = _single(configs[0].model.num_layers)
     for name, outcome in zip(CASES, train_layouts(configs, data, num_steps=NUM_STEPS), strict=True):
-        # Adam divides by the size of gradients, some of which are hardly larger than rounding errors.
-        assert_equal_numbers(outcome, single[name], name, parameter_error=1e-4)
+        assert_equal_numbers(outcome, single[name], name)
 
 
 def test_training_moves_the_loss_and_the_gradient_is_not_zero():

@@ -11,6 +11,7 @@ import_megatron()
 
 from w1train.training import loop  # noqa: E402
 from w1train.training.loop import Trainer  # noqa: E402
+from w1train.training.measurement import Measurement  # noqa: E402
 
 
 def test_every_group_has_its_multiple_of_the_schedules_rate(monkeypatch):
@@ -28,7 +29,7 @@ def test_every_group_has_its_multiple_of_the_schedules_rate(monkeypatch):
         model=model,
         guard=SimpleNamespace(local_gradients=gradients),
         ranks=SimpleNamespace(data_parallel_size=2),
-        reference=None,
+        measurement=Measurement(None),
     )
     asked = []
     monkeypatch.setattr(loop, "run_micro_batches", lambda stage, chunks, batches, number, *, training: asked.append(number) or ({}, None))

@@ -21,11 +21,9 @@ from w1train.runtime.pulse import LOADING, SAVING, TRAINING, VALIDATING, pulse
 from w1train.runtime.ranges import step_part
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.agreement import Agreement
-from w1train.training.companions import require_unchanged
 from w1train.training.forward import StepWork, run_micro_batches
 from w1train.training.health.bad_batches import keep
 from w1train.training.health.guard import ComputedStep
-from w1train.training.measurement import measured
 from w1train.training.phase_average import average_phase
 from w1train.training.run_parts import OpenWeights, build_parts
 from w1train.training.run_records import is_summarized, step_flops, summarize
@@ -56,7 +54,7 @@ class Trainer:
         parts = build_parts(config, ranks, run, open_initial_weights, sinks)
         self.data, self.chat, self.model, self.checkpoints = parts.data, parts.chat, parts.model, parts.checkpoints
         self.progress, self.position = parts.progress, parts.position
-        self.watch, self.saver, self.timer, self.reference = parts.watch, parts.saver, parts.timer, parts.reference
+        self.watch, self.saver, self.timer, self.measurement = parts.watch, parts.saver, parts.timer, parts.measurement
         self.guard, self.stragglers, self.garbage = parts.guard, parts.stragglers, parts.garbage
         self.profiler = Profiler(config.profiling, ranks, run.profile)
         self.scores: dict[str, float] = {}
@@ -116,8 +114,7 @@ class Trainer:
                 self.saver.require_saved()
             else:
                 self.saver.close()
-                if self.reference is not None:
-                    require_unchanged(self.reference)
+                self.measurement.require_unchanged_reference()
                 self.progress.seconds = time.perf_counter() - self.started
                 self.summarize()
 
@@ -158,7 +155,7 @@ class Trainer:
         self.guard.local_gradients.begin()
         self.noise_rates = model.noise_rates()
         num_micro_batches = num_samples // (stage.training.micro_batch_size * self.ranks.data_parallel_size)
-        batches = measured(stage, model.chunks, batches, num_micro_batches, self.reference)
+        batches = self.measurement.before_step(stage, model.chunks, batches, num_micro_batches)
         metrics, work = run_micro_batches(stage, model.chunks, batches, num_micro_batches, training=True)
         balance = model.expert_balance.gather()
         for group in model.optimizer.param_groups:
@@ -236,7 +233,7 @@ class Trainer:
 
     def score(self) -> dict[str, Any]:
         """Score the validation set, and return the record of it."""
-        return {**validate(self.position.stage, self.model, self.data, self.reference), **self.position.names()}
+        return {**validate(self.position.stage, self.model, self.data, self.measurement.reference), **self.position.names()}
 
     @step_part("sample")
     def sample(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from w1train.config.schema import Config
 from w1train.diffusion.corruption import NoisyBatch
 from w1train.objectives.objective import objective_at
-from w1train.training.companions import Companion
+from w1train.training.companions import Companion, require_unchanged
 from w1train.training.forward import sum_micro_batches
 from w1train.training.health.bad_batches import keep
 
@@ -45,6 +46,29 @@ def measured(
         with reference.active() as frozen:
             found |= {f"reference_{name}": value for name, value in _sums(config, frozen, iter(kept), len(kept)).items()}
     return iter([dataclasses.replace(batch, measured=found) for batch in kept])
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The passes without gradients before the steps of a run, and the reference that takes part in them."""
+
+    reference: Companion | None
+    """None for a run without preferences."""
+
+    def before_step(
+        self, config: Config, chunks: list[torch.nn.Module], batches: Iterator[NoisyBatch], num_micro_batches: int
+    ) -> Iterator[NoisyBatch]:
+        """Return ``measured`` of the micro-batches of a step."""
+        return measured(config, chunks, batches, num_micro_batches, self.reference)
+
+    def require_unchanged_reference(self) -> None:
+        """Compare the weights of the reference, if there is one, with those that it began with. Every rank calls this.
+
+        Raises:
+            RuntimeError: as ``require_unchanged``.
+        """
+        if self.reference is not None:
+            require_unchanged(self.reference)
 
 
 @torch.no_grad()

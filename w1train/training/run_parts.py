@@ -22,11 +22,12 @@ from w1train.runtime.distributed import Ranks, all_or_none, on_main_rank
 from w1train.runtime.kernel_choices import kernels_in_one_line
 from w1train.runtime.run_directory import RunDirectory
 from w1train.training.checkpoint_loader import CheckpointLoader, prepare_resume
-from w1train.training.companions import Companion, build_reference
+from w1train.training.companions import build_reference
 from w1train.training.health.garbage import GarbageCollection
 from w1train.training.health.guard import StepGuard
 from w1train.training.health.stragglers import StragglerClock
 from w1train.training.inputs import choose_backends
+from w1train.training.measurement import Measurement
 from w1train.training.run_description import describe_run
 from w1train.training.schedule_position import SchedulePosition
 from w1train.training.text_inputs import keep_text_inputs
@@ -54,8 +55,7 @@ class RunParts:
     guard: StepGuard
     stragglers: StragglerClock
     garbage: GarbageCollection
-    reference: Companion | None
-    """None for a run without preferences."""
+    measurement: Measurement
 
 
 def build_parts(
@@ -84,7 +84,7 @@ def _build(
     model = build_trained_model(config, load)
     checkpoints = CheckpointLoader(config, run, model, data)
     progress = checkpoints.load(step)
-    reference = build_reference(config, model, open_initial_weights, progress)
+    measurement = Measurement(build_reference(config, model, open_initial_weights, progress))
     position = SchedulePosition(config, progress)
     watch = _build_watch(config, ranks, run, data, progress, position, sinks)
     saver = _build_saver(config, run, model, watch, is_resumed=step is not None)
@@ -93,7 +93,7 @@ def _build(
     guard = StepGuard(health, progress, model, run.bad_batches)
     stragglers = StragglerClock(model.hooks, health.straggler_interval, health.straggler_share)
     garbage = GarbageCollection(health.gc_interval)
-    return RunParts(data, chat, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage, reference)
+    return RunParts(data, chat, model, checkpoints, progress, position, watch, saver, timer, guard, stragglers, garbage, measurement)
 
 
 def _build_watch(
