@@ -28,7 +28,7 @@ import numpy as np
 from data_tools.command_runner import run_command
 from data_tools.corpus import LeftOut, TextCorpus
 from data_tools.corpus_files import Limits
-from data_tools.corpus_options import add_error_options, input_path, output_prefix, positive
+from data_tools.corpus_options import add_error_options, add_input_option, input_path, output_prefix, positive
 from data_tools.encode_conversations import ChatEncoding, ConversationReader, EncodedUnit, Kind
 from data_tools.progress import ByteProgress
 from data_tools.unit_reader import Counts, Rules, UnitReader, UnitText
@@ -56,7 +56,7 @@ _MEANINGS = {
     "num_prompt_too_long": "left out documents whose prompt alone is too long",
     "num_without_other_side": "left out replies of pairs whose other reply was left out",
 }
-"""What the log says of each count of rows that are not bad."""
+"""Sentences of the log about each count of rows that are not bad."""
 
 
 @command("w1train data conversations")
@@ -83,14 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_corpus_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("corpus")
-    group.add_argument(
-        "--input",
-        type=input_path,
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help=".jsonl files (one conversation per line) or .json files (lines, or one array), also compressed as .gz, .zst, .xz or .bz2, "
+    add_input_option(
+        group,
+        ".jsonl files (one conversation per line) or .json files (lines, or one array), also compressed as .gz, .zst, .xz or .bz2, "
         "and directories of such files",
     )
     group.add_argument(

@@ -23,15 +23,15 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     add_error_options(group)
 
 
+def add_input_option(group: argparse._ArgumentGroup, files: str) -> None:
+    """Add the option of the input; ``files`` says which files it takes."""
+    group.add_argument("--input", type=input_path, nargs="+", action="extend", required=True, metavar="PATH", help=files)
+
+
 def _add_file_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--input",
-        type=input_path,
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help="text files (one document each), .jsonl, .jsonlines or .ndjson files (one document per line), .json files (lines, or one "
+    add_input_option(
+        group,
+        "text files (one document each), .jsonl, .jsonlines or .ndjson files (one document per line), .json files (lines, or one "
         "array of documents), .parquet or .arrow files (one document per row); text and JSON also compressed as .gz, .zst, .xz or .bz2; "
         "directories of such files, searched recursively in sorted order without hidden entries; or datasets that Hugging Face's "
         "save_to_disk wrote",

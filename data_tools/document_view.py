@@ -16,7 +16,7 @@ Kind = Literal["clean", "noised", "fill"]
 _MEANINGS: dict[Kind, str] = {"clean": "stays clean", "noised": "may be noised", "fill": "fill: EOS or <pad> after the end"}
 _COLORS: dict[Kind, str] = {"clean": "\x1b[36m", "noised": "\x1b[1;32m", "fill": "\x1b[2m"}
 _BRACKETS: dict[Kind, tuple[str, str]] = {"clean": ("", ""), "noised": ("[[", "]]"), "fill": ("((", "))")}
-"""What is around a part where there are no colors, such as in a file."""
+"""Signs around a part where there are no colors, such as in a file."""
 STYLE = ".clean{color:#07758a}.noised{background:#d9f2d9}.fill{color:#999}"
 """The style of the parts on a page."""
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
     text: str
     kind: Kind | None
-    """What happens to the tokens of the part in training; None in a dataset that does not limit the noise."""
+    """Treatment of the tokens of the part in training; None in a dataset that does not limit the noise."""
 
 
 class DocumentView(NamedTuple):

@@ -59,7 +59,7 @@ class EncodedUnit:
     held_out: NDArray[np.bool_]
     """[n]: True for each document that is held out for validation."""
     counts: Counter[str]
-    """How many rows were read and left out, and documents cut, by the names of the manifest."""
+    """Numbers of rows that were read and left out, and of documents that were cut, by the names of the manifest."""
     text: UnitText
     """The counts and messages about input that cannot be read."""
 

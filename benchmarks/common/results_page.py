@@ -123,3 +123,11 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def print_results(tables: Sequence[Table], verdicts: Sequence[Verdict]) -> None:
+    """Print the tables, and each claim with its verdict."""
+    for table in tables:
+        table.print()
+    for verdict in verdicts:
+        print(f"{'yes' if verdict.holds else 'NO'}: {verdict.claim}")

@@ -55,7 +55,7 @@ class Task:
     statement: str
     """The sentence of ordinary text with the subject and the answer."""
     weight: int
-    """How often texts for training have it, relative to the other tasks. What is learned slowly has a large weight."""
+    """Share of the task in texts for training, relative to the other tasks. A task that is learned slowly has a large weight."""
 
 
 def _word(generator: random.Random) -> str:

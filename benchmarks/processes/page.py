@@ -20,7 +20,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.results_page import environment, html_note, html_table, html_verdicts, verdict_lines, write_report
+from benchmarks.common.results_page import environment, html_note, html_table, html_verdicts, print_results, verdict_lines, write_report
 from benchmarks.processes.results import Results, read_results
 from benchmarks.processes.trainings import NUM_EPOCHS, PROCESSES
 from w1train.config.argument_parser import ArgumentParser
@@ -118,10 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     tables, verdicts = results.tables(), results.verdicts()
-    for table in tables:
-        table.print()
-    for verdict in verdicts:
-        print(f"{'yes' if verdict.holds else 'NO'}: {verdict.claim}")
+    print_results(tables, verdicts)
     print(write_page(results, options.runs))
     if options.report:
         notes = verdict_lines(verdicts)

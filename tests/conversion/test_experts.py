@@ -197,7 +197,7 @@ def test_every_field_of_other_experts_is_named(tmp_path):
 
 
 def test_equal_functions_fit():
-    """What the function does not depend on may differ: with a sigmoid the weights are always normalised, and a model without dense layers
+    """Irrelevant keys may differ: with a sigmoid the weights are always normalised, and a model without dense layers
     does not use their width. A pool of experts is a choice of the run."""
     ling = model_from_config({**LING_CONFIG, "first_k_dense_replace": 0}, "ling")
     changed = {"normalize": False, "pool_per_block": 8, "router_precision": "model"}

@@ -71,7 +71,7 @@ def test_row_terms(name, vocabulary, chunk_size, excluded, dtype):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("channels", [12, 14, 19])
 def test_rotary(channels, dtype):
-    """Of a view, as queries are of the projection; every token has its own angle. Channels after the twelfth stay as they are."""
+    """The input is a view, as queries are of the projection; every token has its own angle. Channels after the twelfth stay as they are."""
     projection = torch.randn((5, 2, 3, 20), dtype=torch.float64).to(dtype).requires_grad_()
     angles = torch.randn((5, 2, 1, 6)).repeat(1, 1, 1, 2) * 10
 

@@ -176,7 +176,7 @@ def test_router_computes_bf16_tokens_in_its_own_precision(router_precision):
 
 
 def _changed(before, after):
-    """Whether the outputs at each position have changed, bool [b, l], beyond what products of other sizes round. The logit of the mask
+    """The positions at which the outputs have changed, bool [b, l], beyond what products of other sizes round. The logit of the mask
     token is -infinity."""
     before, after = (logits.masked_fill(logits.isinf(), 0) for logits in (before, after))
     change = (after - before).abs().amax(dim=2) / before.abs().amax()

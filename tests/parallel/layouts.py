@@ -66,11 +66,11 @@ class Outcome:
     work: list[StepWork]
     inputs: Inputs
     biases: dict[int, torch.Tensor]
-    """Of the experts, after the last step, by the number of the layer, which begins at 1."""
+    """The biases of experts after the last step, by the number of the layer, which begins at 1."""
     balance: list[dict[str, Any]]
-    """What each step says about the balance of experts."""
+    """The metrics of each step about the balance of experts."""
     routing: Routing
-    """What the routers of a mixture of experts decided; empty for a dense model."""
+    """The decisions of the routers of a mixture of experts; empty for a dense model."""
 
 
 def world_size(config: Config, data_parallel: int) -> int:

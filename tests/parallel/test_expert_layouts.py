@@ -28,8 +28,6 @@ LING = {
     "shared_ffn_hidden_size": 24,
 }
 MODELS: dict[str, dict[str, Any]] = {"ling": LING, "qwen": {"num_active": 3, "shared_ffn_hidden_size": 0}}
-PARAMETER_ERROR = 1e-5
-"""An expert with few tokens has gradients near zero, whose rounding errors AdamW's first steps make as large as gradients."""
 SIZES = {"num_experts": 8, "num_active": 2, "ffn_hidden_size": 16, "num_dense_layers": 1}
 
 
@@ -42,6 +40,8 @@ def expert_config(model: str, streams: str, data_parallel: int = 1, *, experts: 
         model={"num_layers": num_layers, "qk_norm": True, "rotary_channels": 8},
         parallel={"context_chunk_size": 4, "sequence": parallel.get("tensor", 1) > 1, "distributed_optimizer": False, **parallel},
         diffusion=STREAMS[streams],
+        # An expert with few tokens has gradients near zero, and Adam would divide their rounding errors by themselves.
+        optimizer={"epsilon": 1e-3},
         training={"global_batch_size": num_samples, "micro_batch_size": max(1, num_samples // (data_parallel * num_micro_batches))},
     )
     for name, value in {**SIZES, **MODELS[model], **(experts or {})}.items():
@@ -77,7 +77,7 @@ def _assert_equal_to_the_single_process(data_parallel: int, *parallel: dict[str,
     expected = references(is_pipeline=parallel[0].get("pipeline", 1) > 1)
     for outcome, wanted in zip(train_layouts(configs, data_parallel), expected, strict=True):
         assert_equal_routing(outcome, wanted)
-        assert_equal_numbers(outcome, wanted, parameter_error=PARAMETER_ERROR)
+        assert_equal_numbers(outcome, wanted)
 
 
 POOL = {"num_groups": 1, "num_active_groups": 1, "pool_per_block": 4}
@@ -199,7 +199,7 @@ def _leave_half_idle(router: ExpertRouter) -> None:
 def _assert_equal(config: Config, data_parallel: int, single: Config) -> Outcome:
     outcome, expected = train_layout(config, data_parallel), train_layout(single)
     assert_equal_routing(outcome, expected)
-    assert_equal_numbers(outcome, expected, parameter_error=PARAMETER_ERROR)
+    assert_equal_numbers(outcome, expected)
     return outcome
 
 

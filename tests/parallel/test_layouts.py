@@ -86,7 +86,7 @@ def references(names: Sequence[str], num_layers: int = 4) -> list[Outcome]:
     return [_references[name, num_layers] for name in names]
 
 
-def assert_equal_numbers(outcome: Outcome, expected: Outcome, which: str = "", parameter_error: float = 1e-6) -> None:
+def assert_equal_numbers(outcome: Outcome, expected: Outcome, which: str = "") -> None:
     assert outcome.noise == expected.noise, f"corruption is bit-identical {which}"
     for step, (loss, wanted) in enumerate(zip(outcome.losses, expected.losses, strict=True)):
         assert abs(loss - wanted) <= 1e-6 * abs(wanted), f"loss of step {step}: {loss} instead of {wanted} {which}"
@@ -97,7 +97,7 @@ def assert_equal_numbers(outcome: Outcome, expected: Outcome, which: str = "", p
     assert outcome.parameters.keys() == expected.parameters.keys()
     for name, parameter in outcome.parameters.items():
         error = (parameter - expected.parameters[name]).norm() / expected.parameters[name].norm()
-        assert error <= parameter_error, f"{name} after the last step: relative error {error:.1e}"
+        assert error <= 1e-6, f"{name} after the last step: relative error {error:.1e}"
 
 
 def assert_equal_work(outcome: Outcome, expected: Outcome, *, same_micro_batches: bool) -> None:

@@ -84,7 +84,8 @@ class DataConfig:
     """With best_fit, each document begins at a multiple of this number inside its sample (the block size, for example), after padding or
     fill."""
     fill: Literal["none", "block", "batch", "sample"] = "none"
-    """What follows the end of a document, instead of padding: EOS tokens that are part of the document and are learned. none: nothing.
+    """EOS tokens after the end of a document, instead of padding. They are part of the document and are learned. none: there are no such
+    tokens.
     block: to the next multiple of data.align (of best_fit), so that the last block of a reply is whole. With packing=separate also batch:
     to the longest document of each data.fill_group samples (LLaDA), and sample: to the end of the sample (dFactory). A document that does
     not end with an EOS that may be noised gets no fill."""

@@ -18,5 +18,5 @@ class ReferenceConfig:
     """live: the model is in memory in the same layout, without gradients and without an optimizer, and runs over the same noisy
     text. adapters_off: the model of the run with its adapters off, which takes no memory, and is the model before adapters were trained."""
     weights: OptionalPath = None
-    """Where the reference's weights come from, as in training.initial_weights; null = training.initial_weights. A run that resumes reads
+    """Path of the reference's weights, as in training.initial_weights; null = training.initial_weights. A run that resumes reads
     them again, and compares them with those that it began with."""

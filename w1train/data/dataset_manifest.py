@@ -16,7 +16,7 @@ from w1train.runtime.files import write_bytes
 FORMAT_VERSION = 1
 CONVERSATION_KINDS = ("conversations", "preferences")
 REPLIES = ("last", "all", "split")
-"""Which replies of a conversation a dataset has: its last, all of them in one document, or each in a document of its own."""
+"""The replies of a conversation that a dataset can have: its last, all of them in one document, or each in a document of its own."""
 _LONGEST_TEXT = 1000
 
 
@@ -85,7 +85,7 @@ class DatasetManifest:
     """The input of data_tools.tokenize: the options, the numbers of files and bytes, a hash of the list of files, and how many documents
     were left out for which reason."""
     conversations: dict[str, Any] = field(default_factory=dict)
-    """What the documents of a dataset of conversations are: their kind ("conversations", or "preferences", whose documents are pairs of a
+    """Facts about the documents of conversations: their kind ("conversations", or "preferences", whose documents are pairs of a
     chosen and a rejected reply), the replies that may be noised ("last", "all", "split"), the hash of the chat template, the longest
     document, and how many documents were cut or left out for which reason. Empty for other datasets."""
     shard: dict[str, Any] = field(default_factory=dict)

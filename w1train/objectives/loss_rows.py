@@ -86,11 +86,11 @@ class LossRows:
     num_units: Tensor | None
     """int64 scalar: the sum of ``NoisyBatch.units``; None where no loss is divided by it."""
     samples: SampleRows | None = None
-    """None where no loss is divided by a number of samples, documents or positions."""
+    """The samples of the rows; None where no loss is divided by a number of samples, documents or positions."""
     learned_noise: LearnedNoise | None = None
     """None if the process learns no rates."""
     measured: Mapping[str, Tensor] | None = None
-    """As in NoisyBatch."""
+    """The sums that a pass without gradients has computed, as in NoisyBatch."""
 
     def of_noisy_stream(self, values: Tensor) -> Tensor:
         """Return the part of the noisy stream, [m], of values of all rows."""

@@ -51,13 +51,13 @@ class Chunk:
     first_layer: int
     num_layers: int
     num_expert_layers: int
-    """Those of its layers that have experts."""
+    """Layers of the chunk that have experts."""
     has_embedding: bool
     has_head: bool
 
     @property
     def kind(self) -> tuple[int, int, bool, bool]:
-        """What decides the sizes and the work of a chunk. Its other fields are places in the model."""
+        """The fields that decide the sizes and the work of a chunk. Its other fields are places in the model."""
         return self.num_layers, self.num_expert_layers, self.has_embedding, self.has_head
 
 

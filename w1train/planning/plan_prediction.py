@@ -45,7 +45,7 @@ class StagePlan:
     state: StateBytes
     """Bytes of state on the rank that has the most bytes of state."""
     expert_state: StateBytes
-    """Those of its bytes of state that belong to routed experts."""
+    """Bytes of ``state`` that belong to routed experts."""
     reference_bytes: int
     """Bytes of the weights of the frozen reference; 0 for a run without preferences."""
     in_flight: tuple[int, ...]

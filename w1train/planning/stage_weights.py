@@ -21,13 +21,13 @@ class StageWeights:
     """The weights of the ranks of one pipeline stage."""
 
     kind: Hashable
-    """What decides the weights and the work of a stage of the layout, so that stages of equal kinds differ in the numbers of their layers
+    """The causes of the weights and the work of a stage of the layout, so that stages of equal kinds differ in the numbers of their layers
     alone."""
     chunks: list[Chunk]
     num_parameters: list[int]
     """Parameters of each chunk on a rank."""
     num_trained: list[int]
-    """Those of them that have gradients."""
+    """Parameters of each chunk that have gradients."""
     largest_parameter: int
     """Elements of the largest parameter that has a gradient."""
     state: RankState

@@ -42,7 +42,7 @@ class Companion(Protocol):
     sha256: str
     """The hash of the weights, over all ranks."""
     origin: str
-    """Where the weights come from."""
+    """Name of the weights in messages."""
 
     def active(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
         """Return the chunks of the companion for the passes inside of the ``with`` statement."""

@@ -53,7 +53,7 @@ class Measurement:
     """The passes without gradients before the steps of a run, and the reference that takes part in them."""
 
     reference: Companion | None
-    """None for a run without preferences."""
+    """The frozen model that preferences are compared with; None for a run without preferences."""
 
     def before_step(
         self, config: Config, chunks: list[torch.nn.Module], batches: Iterator[NoisyBatch], num_micro_batches: int

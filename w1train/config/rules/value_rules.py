@@ -38,7 +38,7 @@ class _Checks:
     fields: Mapping[str, _Checks] = dataclasses.field(default_factory=dict)
     """Fields of a dataclass, or keys of a mapping that sets some of them."""
     items: _Checks | None = None
-    """What holds for each item of a list or a mapping."""
+    """The checks of each item of a list or a mapping."""
 
     @property
     def is_empty(self) -> bool:

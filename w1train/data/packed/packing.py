@@ -41,8 +41,8 @@ class Fill(NamedTuple):
     """
 
     kind: Literal["block", "batch", "sample"]
-    """How far they go: to the next multiple of ``size`` positions, to the longest document of each ``size`` samples of the order, or to the
-    end of the sample."""
+    """The place where the fill ends: the next multiple of ``size`` positions, the length of the longest document of each ``size`` samples
+    of the order, or the end of the sample."""
     size: int
     token_id: int
     """The id of EOS."""
